@@ -1,0 +1,19 @@
+"""Typed, validated, frozen configuration sections, read from TOML and the command line."""
+
+from switchtitan.config.errors import (
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    EnvironmentMismatchError,
+    UserError,
+)
+from switchtitan.config.section import Section
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorpusError",
+    "EnvironmentMismatchError",
+    "Section",
+    "UserError",
+]

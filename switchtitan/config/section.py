@@ -1,0 +1,13 @@
+"""The base class of every configuration section."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen, strict part of the configuration, e.g. `[training]`.
+
+    Each field carries a docstring with its unit and allowed values; `--help` shows it. A section that the user chooses by
+    name (`[method] name = "switchlora"`) has a field `name: Literal["switchlora"]`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)

@@ -1,0 +1,103 @@
+"""The Protocols between packages: what a model, a method and an optimizer must offer to the rest."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from switchtitan.config.section import Section
+
+IGNORED_TARGET = -100
+"""A target token with this value does not count in the loss (torch's `ignore_index`)."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch on one rank."""
+
+    tokens: Tensor
+    """[batch, seq] int64."""
+    targets: Tensor
+    """[batch, seq] int64: the next token, or `IGNORED_TARGET`."""
+    document_ids: Tensor
+    """[batch, seq] int32: equal for tokens of the same document, rising along a sequence."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What the rest of the project asks of a model; an `nn.Module` whose linear layers are `nn.Linear`."""
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The repeated blocks by qualified name, in order: the units of sharding, checkpointing and compilation."""
+        ...
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The fp32 value on the CPU with which the plain model's parameter `name` starts."""
+        ...
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of forward and backward per token, all weights trained at full rank."""
+        ...
+
+    def __call__(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
+        """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq]."""
+        ...
+
+
+@runtime_checkable
+class Reparametrized(Protocol):
+    """A module that stands in for a plain layer and derives its own tensors from that layer's initial weight."""
+
+    def initial_tensors(
+        self, weight: Tensor, generator_for: Callable[[str], torch.Generator]
+    ) -> dict[str, Tensor]:
+        """Whole (unsharded) fp32 values of all own parameters and buffers, by local name.
+
+        Args:
+            weight: [out, in], with which the plain layer would start.
+            generator_for: the generator that belongs to a local name, the same on every rank.
+        """
+        ...
+
+    def sharded_buffers(self) -> dict[str, int]:
+        """Buffers that are split over ranks like a parameter: local name -> tensor dimension."""
+        ...
+
+
+class TrainingOptimizer(Protocol):
+    """What the training step uses; not a torch Optimizer."""
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+    def set_lr(self, lr_factor: float) -> None:
+        """Sets every learning rate to its configured value times `lr_factor`."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars of the last step, by TensorBoard tag; may wait for the device."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors (DTensors where sharded); loading into them in place and `load_state_dict` restores them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Method(Protocol):
+    """A way to parametrize and train a model's weights, e.g. full rank or LoRA."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Replaces layers; called once, on the meta device, before any wrapping."""
+        ...
+
+    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer: ...
+
+    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The dense model's weights by the plain model's names, merged in fp32, whole on the CPU of the main rank.
+
+        Every rank must call it; ranks other than the main one get an empty dict.
+        """
+        ...

@@ -1,0 +1,53 @@
+"""Named components: what a name in the configuration builds, and the type of the section that configures it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Generic, TypeVar
+
+from switchtitan.config.errors import ConfigError
+from switchtitan.config.section import Section
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Component(Generic[Part]):
+    """One row of a registry: the section's class and the factory that receives an instance of it first."""
+
+    config_type: type[Section]
+    factory: Callable[..., Part]
+
+
+class Registry(Generic[Part]):
+    """A table from names to components of one kind.
+
+    Args:
+        kind: the section that chooses from this table, e.g. "method"; it stands in error messages.
+        components: the rows.
+    """
+
+    def __init__(self, kind: str, components: Mapping[str, Component[Part]]) -> None:
+        self.kind = kind
+        self._components = dict(components)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._components)
+
+    def __getitem__(self, name: str) -> Component[Part]:
+        """Returns the component called `name`.
+
+        Raises:
+            ConfigError: if there is none; names the nearest one.
+        """
+        component = self._components.get(name)
+        if component is None:
+            nearest = get_close_matches(name, self._components, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}{hint}")
+        return component
+
+    def build(self, config: Section, *args: object, **kwargs: object) -> Part:
+        """Calls the factory that `config.name` chooses with `config` and the given run-time values."""
+        name: str = config.name  # type: ignore[attr-defined]
+        return self[name].factory(config, *args, **kwargs)
