@@ -1,0 +1,66 @@
+"""Runs a test's function on several gloo ranks, each a process of its own."""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 240) -> None:
+    """Calls `function(rank, *args)` on `num_ranks` spawned processes and fails if any of them does.
+
+    Args:
+        function: importable from its module; exceptions in it carry the rank's traceback.
+
+    Raises:
+        AssertionError: if a rank raised, died, or did not finish in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        ranks = [
+            context.Process(target=_run_rank, args=(rank, num_ranks, folder, function, args), daemon=False)
+            for rank in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            _join(ranks, timeout_s)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        errors = sorted(Path(folder).glob("error-*"))
+        assert not errors, "\n".join(path.read_text() for path in errors)
+        codes = [process.exitcode for process in ranks]
+        assert codes == [0] * num_ranks, f"exit codes {codes}: a rank hung for {timeout_s} s or died"
+
+
+def _join(ranks: list, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        # The others wait in a collective for the one that failed.
+        if any(process.exitcode not in (None, 0) for process in ranks):
+            time.sleep(1.0)
+            return
+        time.sleep(0.05)
+
+
+def _run_rank(rank: int, num_ranks: int, folder: str, function: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank))
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    try:
+        function(rank, *args)
+        dist.barrier()
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        os._exit(1)
+    dist.destroy_process_group()
