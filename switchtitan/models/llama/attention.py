@@ -1,0 +1,112 @@
+"""Attention back-ends by name, and what each needs of the machine.
+
+| name       | attends to                                         | needs                               |
+|------------|----------------------------------------------------|-------------------------------------|
+| sdpa       | all earlier tokens of the packed sequence          | nothing                             |
+| flex       | earlier tokens of the same document (document_ids) | CUDA; on a CPU forward only         |
+| flash_attn | all earlier tokens of the packed sequence          | CUDA, bfloat16, package flash-attn  |
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from switchtitan.config.errors import EnvironmentMismatchError
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One way to compute causal attention."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
+    """(query [batch, heads, seq, head_dim], key, value [batch, kv_heads, seq, head_dim], mask) -> like query."""
+    build_mask: Callable[[Tensor], BlockMask | None]
+    """document_ids [batch, seq] -> the mask for `attend`; called once per forward, outside the blocks."""
+    find_obstacle: Callable[[int, str, torch.dtype], str | None]
+    """(head_dim, device type, compute type) -> why it cannot train there and how to mend it, or None."""
+
+
+def check_attention(name: str, head_dim: int, device_type: str, compute_dtype: torch.dtype) -> None:
+    """Makes sure that the back-end `name` can train on this machine.
+
+    Raises:
+        EnvironmentMismatchError: if it cannot; says what to change.
+    """
+    obstacle = ATTENTION_BACKENDS[name].find_obstacle(head_dim, device_type, compute_dtype)
+    if obstacle is not None:
+        raise EnvironmentMismatchError(f"[model] attention = {name!r}: {obstacle}")
+
+
+def _no_mask(document_ids: Tensor) -> None:
+    return None
+
+
+def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
+
+
+def _find_sdpa_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> None:
+    return None
+
+
+# Uncompiled, both hold all seq * seq scores in memory. Inside a compiled block they are traced with it.
+_compiled_flex_attention = torch.compile(flex_attention)
+_compiled_create_block_mask = torch.compile(create_block_mask)
+
+
+def _build_document_mask(document_ids: Tensor) -> BlockMask:
+    """Causal and inside the document. `document_ids`: [batch, seq]."""
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
+
+    batch_size, seq_len = document_ids.shape
+    return _compiled_create_block_mask(sees, batch_size, None, seq_len, seq_len, device=document_ids.device)
+
+
+def _attend_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
+    is_grouped = query.shape[1] != key.shape[1]
+    return _compiled_flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
+
+
+def _find_flex_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
+    if device_type == "cpu":
+        return (
+            'torch has no backward of flex attention on a CPU; use attention = "sdpa" here, or train on a GPU'
+        )
+    if head_dim < 16:
+        return f"needs heads of at least 16 features on a GPU, got {head_dim}; lower num_heads or use sdpa"
+    return None
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
+    flash_attn = importlib.import_module("flash_attn")
+    by_position = (part.transpose(1, 2) for part in (query, key, value))
+    attended: Tensor = flash_attn.flash_attn_func(*by_position, causal=True)
+    return attended.transpose(1, 2)
+
+
+def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
+    if device_type != "cuda":
+        return f'runs on CUDA GPUs only, this is a {device_type}; use attention = "sdpa"'
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed; `pip install 'switchtitan[flash]'`, or use sdpa"
+    if compute_dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, got {compute_dtype}; compute in bfloat16, or use sdpa"
+    if head_dim % 8 or head_dim > 256:
+        return f"needs head sizes that are multiples of 8 up to 256, got {head_dim}; use sdpa"
+    return None
+
+
+ATTENTION_BACKENDS = {
+    "sdpa": AttentionBackend(_attend_sdpa, _no_mask, _find_sdpa_obstacle),
+    "flex": AttentionBackend(_attend_flex, _build_document_mask, _find_flex_obstacle),
+    "flash_attn": AttentionBackend(_attend_flash, _no_mask, _find_flash_obstacle),
+}

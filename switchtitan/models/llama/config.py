@@ -1,0 +1,163 @@
+"""The `[model]` section for LLaMA: the table of sizes, its overrides, and what follows from them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from switchtitan.config.section import Section
+from switchtitan.models.llama.attention import check_attention
+
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "9m": (128, 352, 4, 4),
+    "20m": (256, 688, 4, 4),
+    "35m": (384, 1024, 6, 8),
+    "60m": (512, 1376, 8, 8),
+    "130m": (768, 2048, 12, 12),
+    "250m": (768, 2560, 24, 16),
+    "350m": (1024, 2736, 24, 16),
+    "1b": (2048, 5461, 24, 32),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+}
+"""Hidden size, intermediate size, layers, heads, as in the published runs (arXiv 2406.06564)."""
+
+
+@dataclass(frozen=True)
+class LlamaDimensions:
+    """Everything that determines the shapes and the function of a LLaMA, with the size resolved."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    init_std: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together, which is that of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer, the head included, by its module's qualified name, in order."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        of_block = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (self.kv_size, hidden),
+            "self_attn.v_proj": (self.kv_size, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (wide, hidden),
+            "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
+        }
+        shapes = {
+            f"model.layers.{index}.{name}": shape
+            for index in range(self.num_layers)
+            for name, shape in of_block.items()
+        }
+        return {**shapes, "lm_head": (self.vocab_size, hidden)}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters of the plain model by state-dict name."""
+        norms = [
+            f"model.layers.{index}.{norm}.weight"
+            for index in range(self.num_layers)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ]
+        return {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            **{f"{name}.weight": shape for name, shape in self.linear_shapes().items()},
+            **dict.fromkeys([*norms, "model.norm.weight"], (self.hidden_size,)),
+        }
+
+
+class LlamaConfig(Section):
+    """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, an untied head."""
+
+    name: Literal["llama"] = "llama"
+    """Which model to build."""
+    size: Literal["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "3b", "7b"]
+    """Row of the table of sizes; it sets hidden_size, intermediate_size, num_layers and num_heads."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads."""
+    intermediate_size: int | None = Field(None, gt=0)
+    """Width of the MLP; unset: from `size`."""
+    num_layers: int | None = Field(None, gt=0)
+    """Number of blocks; unset: from `size`."""
+    num_heads: int | None = Field(None, gt=0)
+    """Number of query heads; unset: from `size`."""
+    num_kv_heads: int | None = Field(None, gt=0)
+    """Number of key and value heads, a divisor of num_heads (grouped-query attention); unset: num_heads."""
+    vocab_size: int = Field(32100, gt=0)
+    """Number of token ids that the embedding and the head know; at least the tokenizer's."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Added to the mean square in every RMSNorm."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary embedding's wavelengths."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal distribution that embedding, linear layers and head start from."""
+    attention: Literal["sdpa", "flex", "flash_attn"] = "sdpa"
+    """Back-end. sdpa, flash_attn: causal over the whole packed sequence; flex: also inside each document."""
+
+    @model_validator(mode="after")
+    def _check_divisibility(self) -> Self:
+        dims = self.dimensions()
+        if dims.hidden_size % dims.num_heads:
+            raise ValueError(
+                f"hidden_size = {dims.hidden_size} is not a multiple of num_heads = {dims.num_heads}; "
+                "choose num_heads among the divisors of hidden_size"
+            )
+        if dims.head_dim % 2:
+            raise ValueError(
+                f"hidden_size / num_heads = {dims.head_dim} is odd, but rotary positions turn feature pairs; "
+                "choose hidden_size as a multiple of 2 * num_heads"
+            )
+        if dims.num_heads % dims.num_kv_heads:
+            raise ValueError(
+                f"num_heads = {dims.num_heads} is not a multiple of num_kv_heads = {dims.num_kv_heads}; "
+                "choose num_kv_heads among the divisors of num_heads"
+            )
+        return self
+
+    def dimensions(self) -> LlamaDimensions:
+        """The table's row for `size` with the overrides put in."""
+        hidden_size, intermediate_size, num_layers, num_heads = SIZES[self.size]
+        num_heads = self.num_heads or num_heads
+        return LlamaDimensions(
+            hidden_size=self.hidden_size or hidden_size,
+            intermediate_size=self.intermediate_size or intermediate_size,
+            num_layers=self.num_layers or num_layers,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads or num_heads,
+            vocab_size=self.vocab_size,
+            norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta,
+            init_std=self.init_std,
+        )
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer, the head included, by its module's name; builds nothing."""
+        return self.dimensions().linear_shapes()
+
+    def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+        """Makes sure that the chosen attention back-end can train there; to be called before any work.
+
+        Args:
+            device_type: "cpu" or "cuda".
+            compute_dtype: the type of activations.
+
+        Raises:
+            EnvironmentMismatchError: if it cannot.
+        """
+        check_attention(self.attention, self.dimensions().head_dim, device_type, compute_dtype)

@@ -1,0 +1,149 @@
+"""LLaMA (arXiv 2302.13971), with the module names of Hugging Face's LlamaForCausalLM."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from switchtitan.models.llama.attention import ATTENTION_BACKENDS
+from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
+from switchtitan.models.llama.rope import rotary_tables, rotate
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What all blocks share in one forward.
+
+    Deliberately not a pytree: FSDP casts the floating-point tensors among a block's arguments to the
+    compute type, which would round the cosines to 8 bits; it does not look into this object.
+    """
+
+    cos: Tensor
+    """[seq, head_dim/2] fp32."""
+    sin: Tensor
+    """[seq, head_dim/2] fp32."""
+    mask: BlockMask | None
+    """What the attention back-end made of the document ids."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key and value heads (arXiv 2305.13245)."""
+
+    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+        super().__init__()
+        self.head_dim = dims.head_dim
+        self.attend = ATTENTION_BACKENDS[backend].attend
+        self.q_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
+        self.k_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias=False)
+        self.v_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias=False)
+        self.o_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+        query, key, value = (
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
+        )
+        query = rotate(query, positions.cos, positions.sin)
+        key = rotate(key, positions.cos, positions.sin)
+        attended = self.attend(query, key, value, positions.mask)
+        return self.o_proj(attended.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, dims: LlamaDimensions) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(dims.intermediate_size, dims.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each fed the normed residual stream and added to it: [batch, seq, dim] -> same."""
+
+    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
+        self.self_attn = Attention(dims, backend)
+        self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
+        self.mlp = MLP(dims)
+
+    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm. tokens, document_ids [batch, seq] -> [batch, seq, dim]."""
+
+    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+        super().__init__()
+        self.rope_theta = dims.rope_theta
+        self.head_dim = dims.head_dim
+        self.build_mask = ATTENTION_BACKENDS[backend].build_mask
+        self.embed_tokens = nn.Embedding(dims.vocab_size, dims.hidden_size)
+        self.layers = nn.ModuleList(Block(dims, backend) for _ in range(dims.num_layers))
+        self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
+
+    def forward(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
+        cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
+        positions = Positions(cos, sin, self.build_mask(document_ids))
+        hidden = self.embed_tokens(tokens)
+        for block in self.layers:
+            hidden = block(hidden, positions)
+        return self.norm(hidden)
+
+
+class Llama(nn.Module):
+    """A LLaMA language model; fulfils `contracts.LanguageModel`."""
+
+    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+        super().__init__()
+        self.dims = dims
+        self.model = Decoder(dims, backend)
+        self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: [batch, seq] int64.
+            document_ids: [batch, seq] int32, equal for tokens of one document; only flex heeds them.
+
+        Returns:
+            [batch, seq, vocabulary] in the type of the weights.
+        """
+        return self.lm_head(self.model(tokens, document_ids))
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The layers by qualified name, in order."""
+        return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Ones for norms, else normal with mean 0 and deviation init_std; fp32 on the CPU."""
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=torch.float32, device="cpu")
+        value = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return value.normal_(0.0, self.dims.init_std, generator=generator)
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """6 N + 12 L H Q S operations, forward and backward (PaLM, arXiv 2204.02311, appendix B).
+
+        N counts the weights of all linear layers, the head included; the embedding is a look-up and the
+        norms are left out. L layers, H heads of Q features, S = `seq_len`. Attention counts in full, not
+        halved for the causal mask, as in PaLM, so that MFU compares with what others report.
+        """
+        dims = self.dims
+        num_weights = sum(out * into for out, into in dims.linear_shapes().values())
+        return 6 * num_weights + 12 * dims.num_layers * dims.hidden_size * seq_len
+
+
+def build_llama(config: LlamaConfig) -> Llama:
+    """Builds the model that `config` describes on the current default device (the caller chooses meta)."""
+    return Llama(config.dimensions(), config.attention)

@@ -1,0 +1,29 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864, eq. 34) in the half-split layout of Hugging Face's LLaMA.
+
+Feature i of a head is paired with feature i + head_dim/2, where the paper pairs neighbours. The two differ
+by a fixed permutation of the rows of q_proj and k_proj; with this one weights are interchangeable with
+Hugging Face's.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times theta^(-2i/head_dim), each [seq, head_dim/2] in fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of features by its position's angle, in fp32.
+
+    Args:
+        features: [batch, heads, seq, head_dim], any floating type; the result has the same.
+        cos, sin: [seq, head_dim/2] in fp32.
+    """
+    first, second = features.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(features.dtype)
