@@ -25,7 +25,10 @@ class AttentionBackend:
     """One way to compute causal attention."""
 
     attend: Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
-    """(query [batch, heads, seq, head_dim], key, value [batch, kv_heads, seq, head_dim], mask) -> like query."""
+    """(query, key, value, mask) -> attended, shaped as the query.
+
+    query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head_dim].
+    """
     build_mask: Callable[[Tensor], BlockMask | None]
     """document_ids [batch, seq] -> the mask for `attend`; called once per forward, outside the blocks."""
     find_obstacle: Callable[[int, str, torch.dtype], str | None]
