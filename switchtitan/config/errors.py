@@ -1,4 +1,4 @@
-"""Errors that a user can mend. `train.py` and the scripts print them without a traceback and exit with status 2."""
+"""Errors that a user can mend: printed without a traceback, with exit status 2."""
 
 
 class UserError(Exception):

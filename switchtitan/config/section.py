@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A frozen, strict part of the configuration, e.g. `[training]`.
 
-    Each field carries a docstring with its unit and allowed values; `--help` shows it. A section that the user chooses by
-    name (`[method] name = "switchlora"`) has a field `name: Literal["switchlora"]`.
+    Each field carries a docstring with its unit and allowed values; `--help` shows it. A section that the
+    user chooses by name (`[method] name = "switchlora"`) has a field `name: Literal["switchlora"]`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    # Defaults are not validated: JSON's strict mode, in which sections are read, refuses a `Path` as a default.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

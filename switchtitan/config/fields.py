@@ -1,0 +1,132 @@
+"""What a field of a section accepts: by test, and in words."""
+
+import json
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from switchtitan.config.section import Section
+from switchtitan.config.toml_text import toml_value
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+_BOUNDS = {
+    annotated_types.Gt: ("gt", "> {}"),
+    annotated_types.Ge: ("ge", ">= {}"),
+    annotated_types.Lt: ("lt", "< {}"),
+    annotated_types.Le: ("le", "<= {}"),
+    annotated_types.MultipleOf: ("multiple_of", "a multiple of {}"),
+    annotated_types.MinLen: ("min_length", "of length >= {}"),
+    annotated_types.MaxLen: ("max_length", "of length <= {}"),
+}
+
+
+def find_field(config_type: type[Section], path: Sequence[str]) -> FieldInfo | None:
+    """The field at a path of section names and a key, or None if there is none."""
+    section: object = config_type
+    field = None
+    for name in path:
+        if not is_section_type(section) or name not in section.model_fields:  # type: ignore[attr-defined]
+            return None
+        field = section.model_fields[name]  # type: ignore[attr-defined]
+        section = field.annotation
+    return field
+
+
+def is_section_type(annotation: object) -> bool:
+    """Whether a field of this type is a table of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def dotted_keys(sections: Mapping[str, type[Section]]) -> list[str]:
+    """Every key of the given sections as the command line writes it, e.g. `training.steps`."""
+    keys = []
+    for section, section_type in sections.items():
+        for name, field in section_type.model_fields.items():
+            inner: Any = field.annotation
+            below = dotted_keys({name: inner}) if is_section_type(inner) else [name]
+            keys += [f"{section}.{key}" for key in below]
+    return keys
+
+
+def accepts(field: FieldInfo, value: object) -> bool:
+    """Whether the field's type and bounds admit a value as TOML gives it: nothing is converted."""
+    try:
+        bounded: Any = field.annotation
+        for bound in field.metadata:
+            bounded = Annotated[bounded, bound]
+        TypeAdapter(bounded).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """The texts among a field's allowed literal values."""
+    return [choice for choice in _literals(field.annotation) if isinstance(choice, str)]
+
+
+def admits_none(field: FieldInfo) -> bool:
+    """Whether the field may be None."""
+    return any(part is types.NoneType for part in _alternatives(field.annotation))
+
+
+def describe(field: FieldInfo) -> str:
+    """What the field accepts in words, e.g. `a whole number >= 1, or "none"`."""
+    return _describe(field.annotation, field.metadata)
+
+
+def _describe(annotation: object, metadata: Sequence[object]) -> str:
+    if get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        return _describe(annotation, [*metadata, *_flattened(more)])
+    bounds = _bounds(metadata)
+    alternatives = _alternatives(annotation)
+    if len(alternatives) > 1:
+        words = [_describe(part, []) for part in alternatives if part is not types.NoneType]
+        optional = ', or "none"' if types.NoneType in alternatives else ""
+        return " or ".join(words) + bounds + optional
+    literals = _literals(annotation)
+    if literals:
+        return ("one of " if len(literals) > 1 else "") + ", ".join(map(toml_value, literals))
+    items = get_args(annotation)
+    if get_origin(annotation) in (tuple, list) and items:
+        if get_origin(annotation) is list or items[-1] is Ellipsis:
+            return f"a list of items, each {_describe(items[0], [])}" + bounds
+        return f"a list of {len(items)} items, each {_describe(items[0], [])}"
+    if is_section_type(annotation):
+        return "a table"
+    return _NAMES.get(annotation, str(annotation)) + bounds  # type: ignore[call-overload]
+
+
+def _alternatives(annotation: object) -> list[object]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return list(get_args(annotation))
+    return [annotation]
+
+
+def _literals(annotation: object) -> list[object]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    parts = get_args(annotation) if get_origin(annotation) not in (tuple, list) else ()
+    return [literal for part in parts for literal in _literals(part)]
+
+
+def _flattened(metadata: Sequence[object]) -> list[object]:
+    return [
+        item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
+    ]
+
+
+def _bounds(metadata: Sequence[object]) -> str:
+    texts = [
+        text.format(getattr(entry, attribute))
+        for entry in metadata
+        for bound_type, (attribute, text) in _BOUNDS.items()
+        if isinstance(entry, bound_type)
+    ]
+    return f" {' and '.join(texts)}" if texts else ""

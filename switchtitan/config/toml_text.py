@@ -1,0 +1,51 @@
+"""Sections and values as TOML text."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
+
+from switchtitan.config.section import Section
+
+NONE_TEXT = "none"
+"""TOML has no null: this text stands for None, in files and on the command line, where a key may be None."""
+
+
+def resolved_toml(config: Section) -> str:
+    """The whole configuration, defaults included, as TOML that reads back to an equal configuration."""
+    return "\n".join(_table_lines(config, ())).strip() + "\n"
+
+
+def toml_value(value: object) -> str:
+    """One value as it would stand in a TOML file; what TOML cannot say is shown as Python would."""
+    if value is None:
+        return f'"{NONE_TEXT}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return _float_text(value)
+    if isinstance(value, (str, PurePath)):
+        # JSON's string escapes are TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+    return str(value)
+
+
+def _table_lines(config: Section, path: tuple[str, ...]) -> list[str]:
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    sections = {name: value for name, value in values.items() if isinstance(value, Section)}
+    lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if name not in sections]
+    if path and lines:
+        lines.insert(0, f"[{'.'.join(path)}]")
+    for name, section in sections.items():
+        lines += ["", *_table_lines(section, (*path, name))]
+    return lines
+
+
+def _float_text(value: float) -> str:
+    if math.isfinite(value):
+        return repr(value)
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
