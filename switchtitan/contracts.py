@@ -59,8 +59,8 @@ class Reparametrized(Protocol):
         """
         ...
 
-    def sharded_buffers(self) -> dict[str, int]:
-        """Buffers that are split over ranks like a parameter: local name -> tensor dimension."""
+    def sharded_buffers(self) -> tuple[str, ...]:
+        """Local names of the buffers that are split over ranks along dimension 0, as parameters are."""
         ...
 
 

@@ -1,0 +1,1 @@
+"""Ranks, shards, activation checkpointing and compilation: everything that acts on a model from outside."""

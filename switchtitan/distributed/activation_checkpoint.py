@@ -1,0 +1,46 @@
+"""Activation checkpointing of a model's blocks, from outside."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from switchtitan.contracts import LanguageModel
+from switchtitan.distributed.config import ActivationCheckpointConfig
+
+_aten = torch.ops.aten
+_EXPENSIVE_OPERATIONS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def checkpoint_activations(model: LanguageModel, config: ActivationCheckpointConfig) -> None:
+    """Makes each block keep fewer activations. The forward method is replaced, not the module: names stay as they are.
+
+    Call before compilation and sharding.
+    """
+    if config.mode == "none":
+        return
+    contexts = {} if config.mode == "full" else {"context_fn": _selective_contexts}
+    for block in model.blocks().values():
+        _checkpoint_block(block, contexts)
+
+
+def _checkpoint_block(block: nn.Module, contexts: dict) -> None:
+    # Blocks draw no random numbers unless a method has dropout, for which the generator's state is kept.
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)  # type: ignore[method-assign]
+
+
+def _selective_contexts() -> tuple:
+    return create_selective_checkpoint_contexts(_keep_matrix_products)
+
+
+def _keep_matrix_products(ctx: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    keep = operation in _EXPENSIVE_OPERATIONS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

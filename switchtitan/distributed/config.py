@@ -1,0 +1,38 @@
+"""Sections that say how the model is spread over devices, compiled and checkpointed."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from switchtitan.config import Section
+
+
+class ParallelismConfig(Section):
+    """`[parallelism]`: how ranks share the model (FSDP2; HSDP where both numbers exceed 1)."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Number of copies of the model, at least 1; gradients are averaged over them. Must divide the number of ranks."""
+    shard: int = Field(default=-1, ge=-1)
+    """Number of ranks that share one copy of the model, or -1 for all ranks divided by `replicate`."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass and gather them again for the backward pass: less memory,
+    more communication."""
+
+
+class CompileConfig(Section):
+    """`[compile]`: which regions torch.compile turns into fused kernels."""
+
+    blocks: bool = False
+    """Compile each repeated block of the model (one graph, shared by all blocks)."""
+    loss: bool = False
+    """Compile the loss."""
+    optimizer: bool = False
+    """Compile the optimizer's update. Off: torch's fused AdamW kernel, and plain operations for per-vector AdamW."""
+
+
+class ActivationCheckpointConfig(Section):
+    """`[activation_checkpoint]`: which activations are computed again in the backward pass instead of kept."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """`none` keeps all; `full` keeps only each block's input; `selective` keeps the results of matrix products and attention
+    and computes the element-wise operations between them again."""

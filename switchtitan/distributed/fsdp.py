@@ -1,0 +1,75 @@
+"""FSDP2 and HSDP over a model's blocks, mixed precision, and the materialization of a sharded model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from switchtitan.contracts import LanguageModel, Reparametrized
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.shards import copy_whole_, shard_buffer
+
+
+def shard_model(
+    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool
+) -> None:
+    """Splits every parameter, and the buffers that modules declare, over the ranks of `mesh` along dimension 0.
+
+    Masters stay fp32; weights are gathered in `compute_dtype`, gradients are reduced in fp32. One block is one unit of
+    communication; embedding, last norm and head form another. Call on the meta device, after compilation.
+    """
+    assert isinstance(model, LanguageModel)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32,
+        # Rotary tables come in fp32 and stay so.
+        cast_forward_inputs=False,
+    )
+    for block in model.blocks().values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root's weights are needed again at once by its backward pass.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, Reparametrized):
+            for name in module.sharded_buffers():
+                setattr(module, name, shard_buffer(getattr(module, name), mesh))
+
+
+def materialize(
+    model: nn.Module, device: torch.device, seed: int, initial_weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Allocates a meta model's shards on `device` and fills them with its initial values.
+
+    Each value is drawn whole from (seed, parameter name) and cut, so it does not depend on the number of ranks.
+
+    Args:
+        initial_weights: values of the plain model's parameters, instead of drawn ones: a warm start.
+    """
+    assert isinstance(model, LanguageModel)
+    model.to_empty(device=device)
+
+    def plain_value(name: str, shape: torch.Size) -> Tensor:
+        if initial_weights is not None:
+            return initial_weights[name].to(torch.float32)
+        return model.initial_value(name, shape, generator_for(seed, name))
+
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        plain = [name for name in own if not isinstance(module, Reparametrized) or name in ("weight", "bias")]
+        values = {name: plain_value(prefix + name, own[name].shape) for name in plain}
+        if isinstance(module, Reparametrized):
+            values |= module.initial_tensors(
+                values["weight"], lambda name, prefix=prefix: generator_for(seed, prefix + name)
+            )
+        for name, tensor in own.items():
+            copy_whole_(tensor, values[name])
+
+
+def accumulate_gradients(model: nn.Module, is_last_micro_batch: bool) -> None:
+    """Says whether the coming backward pass ends a step: gradients are reduced over the ranks once per step, then."""
+    assert isinstance(model, FSDPModule)
+    model.set_is_last_backward(is_last_micro_batch)
+    model.set_requires_gradient_sync(is_last_micro_batch)

@@ -1,0 +1,171 @@
+"""Work on the shards of DTensors; the identity on plain tensors.
+
+Tensors here are plain, or split along dimension 0 over the last dimension of their mesh, as FSDP2 and HSDP split parameters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory with `tensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The unsharded tensor, on every rank; all ranks of its mesh must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def row_range(tensor: Tensor) -> range:
+    """The rows (dimension 0) that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return range(tensor.shape[0])
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return range(offset[0], offset[0] + shape[0]) if shape[0] else range(0)
+
+
+def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that hold the other parts; None where this rank holds all."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+    return group if group.size() > 1 else None
+
+
+def copy_whole_(target: Tensor, value: Tensor) -> None:
+    """Writes this rank's rows of the whole `value` into `target`."""
+    rows = row_range(target)
+    with torch.no_grad():
+        local(target).copy_(value[rows.start : rows.stop] if isinstance(target, DTensor) else value)
+
+
+def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
+    """An empty DTensor of the buffer's shape on the meta device, split along dimension 0 as FSDP2 splits parameters."""
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    shape, _ = compute_local_shape_and_global_offset(buffer.shape, mesh, placements)
+    part = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=buffer.shape, stride=buffer.stride()
+    )
+
+
+Runs = tuple[range, ...]
+"""Rows, or columns, as runs of neighbours, in order: what a ring buffer hands out, and cheap to slice."""
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """Rows of one tensor that every rank wants whole."""
+
+    tensor: Tensor
+    """[rows, width], plain or split along dimension 0."""
+    runs: Runs
+    """Which rows, the same on every rank."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.runs))
+
+
+class RowExchange:
+    """Gathers rows of many sharded tensors on all ranks that share them, in one collective.
+
+    Every rank fills in the rows it owns and zeros for the rest; a sum over the bit patterns brings all rows to all ranks
+    exactly. With them travels a checksum of what each rank asked for: where two ranks disagree, `check` raises. The flag stays
+    on the device until then, so that gathering waits for nothing.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._group = group
+        self._disagreement = torch.zeros((), dtype=torch.bool, device=device)
+        self.num_collectives = 0
+
+    def gather(self, requests: list[RowRequest], checksum: int) -> list[Tensor]:
+        """Copies of the rows of each request, [wanted, width].
+
+        Args:
+            checksum: any 31-bit number that ranks which agree have in common.
+        """
+        num_ranks = 1 if self._group is None else self._group.size()
+        header = num_ranks + num_ranks % 2
+        sizes = [_num_words(request) for request in requests]
+        num_words = header + sum(sizes)
+        if self._group is not None:
+            # A power of two: ranks whose plans differ in length still meet in one collective, nearly always, and are found out.
+            num_words = 1 << max(10, (num_words - 1).bit_length())
+        packed = torch.zeros(num_words, dtype=torch.int32, device=self._disagreement.device)
+        rows = [
+            words.view(request.tensor.dtype)[: request.num_rows * request.tensor.shape[1]].view(
+                request.num_rows, request.tensor.shape[1]
+            )
+            for words, request in zip(packed[header : header + sum(sizes)].split(sizes), requests, strict=True)
+        ]
+        segments = [
+            (destination[into], local(request.tensor)[held])
+            for destination, request in zip(rows, requests, strict=True)
+            for into, held in owned_segments(request.tensor, request.runs)
+        ]
+        copy_all_([destination for destination, _ in segments], [source for _, source in segments])
+        if self._group is not None:
+            packed[self._group.rank()] = checksum
+            dist.all_reduce(packed, group=self._group)
+            self.num_collectives += 1
+            self._disagreement |= (packed[:num_ranks] != checksum).any()
+        return rows
+
+    def check(self) -> None:
+        """Raises if ranks have disagreed since the start; waits for the device.
+
+        Raises:
+            RuntimeError: if so; the ranks' weights are no longer those of one model.
+        """
+        if bool(self._disagreement):
+            raise RuntimeError(
+                "ranks disagree on what to exchange: they are at different steps or run different configurations; "
+                "stop, and resume all ranks from one checkpoint"
+            )
+
+
+def owned_segments(tensor: Tensor, runs: Runs) -> Iterator[tuple[slice, slice]]:
+    """The parts of `runs` that this rank holds: (positions within the runs' rows, places in the local part)."""
+    held = row_range(tensor)
+    position = 0
+    for run in runs:
+        start, stop = max(run.start, held.start), min(run.stop, held.stop)
+        if start < stop:
+            yield (
+                slice(position + start - run.start, position + stop - run.start),
+                slice(start - held.start, stop - held.start),
+            )
+        position += len(run)
+
+
+def write_rows_(tensors: list[Tensor], runs: list[Runs], rows: list[Tensor]) -> None:
+    """Writes `rows[i]` [wanted, width] to the rows `runs[i]` of `tensors[i]`, where this rank holds them."""
+    segments = [
+        (local(tensor)[held], values[into])
+        for tensor, tensor_runs, values in zip(tensors, runs, rows, strict=True)
+        for into, held in owned_segments(tensor, tensor_runs)
+    ]
+    copy_all_([destination for destination, _ in segments], [source for _, source in segments])
+
+
+def copy_all_(destinations: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source into its destination, all in few kernels."""
+    if destinations:
+        torch._foreach_copy_(destinations, sources)
+
+
+def _num_words(request: RowRequest) -> int:
+    # In 32-bit words, even, so that what follows may hold 64-bit numbers.
+    num_bytes = request.num_rows * request.tensor.shape[1] * request.tensor.element_size()
+    return -(-num_bytes // 8) * 2

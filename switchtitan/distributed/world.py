@@ -1,0 +1,115 @@
+"""The ranks of this run: who we are, our device, our process group and mesh. The one place that tells CPU from CUDA."""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from switchtitan.config import EnvironmentMismatchError
+from switchtitan.distributed.config import ParallelismConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    """Dimensions "replicate" and "shard"."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """The mesh for FSDP: one-dimensional, or [replicate, shard] where the model is replicated too (HSDP)."""
+        return self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier()
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of `values` over all ranks, on all ranks."""
+        return self.sum(values) / self.size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, on all ranks; the argument is left alone."""
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def synchronize(self) -> None:
+        """Waits until this rank's device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def device_type() -> str:
+    """"cuda" where a CUDA device is visible, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def num_ranks_from_launcher() -> int:
+    """The number of ranks that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
+    """(replicate, shard) for `num_ranks` ranks.
+
+    Raises:
+        EnvironmentMismatchError: if the ranks cannot be divided so.
+    """
+    shard = num_ranks // config.replicate if config.shard == -1 else config.shard
+    if shard < 1 or config.replicate * shard != num_ranks:
+        raise EnvironmentMismatchError(
+            f"[parallelism] replicate = {config.replicate}, shard = {config.shard}: replicate x shard must be the number of "
+            f"ranks, {num_ranks}; set shard = -1 and a replicate that divides it, or start another number of ranks (NGPU)"
+        )
+    return config.replicate, shard
+
+
+def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
+    """Joins the process group that torchrun's environment describes, or makes one of a single rank."""
+    num_ranks, rank = num_ranks_from_launcher(), int(os.environ.get("RANK", "0"))
+    shape = mesh_shape(config, num_ranks)
+    device = torch.device(device_type())
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo carries the checkpoints' collectives beside NCCL.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if "WORLD_SIZE" not in os.environ else None
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    logger.info("%d rank(s) on %s: replicate %d x shard %d", num_ranks, device_name(device), *shape)
+    return World(rank=rank, size=num_ranks, device=device, mesh=mesh)
+
+
+def stop_world() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, e.g. "NVIDIA H100 80GB HBM3"; "CPU" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

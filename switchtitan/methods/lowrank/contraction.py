@@ -1,0 +1,98 @@
+"""Three ways to compute y = x (W + s B A)^T with gradients for x, A and B, and the choice of the cheapest.
+
+All agree to rounding; they differ in floating-point operations. For T tokens, forward and backward:
+
+    factored        4 out in T + 6 rank (out + in) T
+    merged          4 out in T + 4 rank (out + in) T + 4 out in rank
+    dense gradient  6 out in T + 8 out in rank
+
+None saves an activation beyond x. `weight` gets no gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Contraction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""(x [..., in], weight [out, in], lora_a [rank, in], lora_b [out, rank], scale) -> [..., out]"""
+
+
+def factored(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """x W^T + s (x A^T) B^T, the textbook form."""
+    return F.linear(x, weight.detach()) + F.linear(F.linear(x, lora_a), lora_b) * scale
+
+
+def merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Multiplies x by W + s B A, built once per call; the gradients of A and B go through rank-wide products."""
+    return _Merged.apply(x, weight, lora_a, lora_b, scale)
+
+
+def dense_gradient(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """As `merged`; the gradients of A and B are projections of the dense weight's gradient G = g^T x."""
+    return _DenseGradient.apply(x, weight, lora_a, lora_b, scale)
+
+
+def num_flops(contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int) -> int:
+    """Floating-point operations of forward and backward by the table above."""
+    dense, factors = out_features * in_features, rank * (out_features + in_features)
+    if contraction is factored:
+        return 4 * dense * num_tokens + 6 * factors * num_tokens
+    if contraction is merged:
+        return 4 * dense * num_tokens + 4 * factors * num_tokens + 4 * dense * rank
+    return 6 * dense * num_tokens + 8 * dense * rank
+
+
+def cheapest_contraction(out_features: int, in_features: int, rank: int, num_tokens: int) -> Contraction:
+    """The contraction with the fewest operations; ties go to the one that comes first in the table."""
+    return min(
+        (factored, merged, dense_gradient),
+        key=lambda contraction: num_flops(contraction, out_features, in_features, rank, num_tokens),
+    )
+
+
+def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    return torch.addmm(weight, lora_b, lora_a, alpha=scale)
+
+
+def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    # Merged anew, and transposed: written as in the forward pass, a compiler would join the two products into one and keep
+    # the merged weight alive from forward to backward, [out, in] for every layer.
+    merged_transposed = torch.addmm(weight.t(), lora_a.t(), lora_b.t(), alpha=scale)
+    return grad @ merged_transposed.t()
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx.scale = scale
+        return F.linear(x, _merge(weight, lora_a, lora_b, scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
+        grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_a = ((grad @ lora_b) * ctx.scale).t() @ x if ctx.needs_input_grad[2] else None
+        grad_b = grad.t() @ ((x @ lora_a.t()) * ctx.scale) if ctx.needs_input_grad[3] else None
+        return grad_x, None, grad_a, grad_b, None
+
+
+class _DenseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx.scale = scale
+        return F.linear(x, _merge(weight, lora_a, lora_b, scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)) * ctx.scale
+        grad_a = lora_b.t() @ grad_weight if ctx.needs_input_grad[2] else None
+        grad_b = grad_weight @ lora_a.t() if ctx.needs_input_grad[3] else None
+        return grad_x, None, grad_a, grad_b, None

@@ -1,0 +1,118 @@
+"""The low-rank layer: a frozen dense weight plus the trained product of two thin factors."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switchtitan.config import ConfigError
+from switchtitan.methods.lowrank.contraction import cheapest_contraction
+
+
+class InitialFactors(Protocol):
+    """How a low-rank layer starts."""
+
+    def __call__(
+        self, weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
+    ) -> dict[str, Tensor]:
+        """All of a layer's tensors by local name, such that the layer computes what the plain `weight` [out, in] does."""
+        ...
+
+
+class LowRankLinear(nn.Module):
+    """y = x (W + s B A)^T (+ bias), with W frozen.
+
+    Args:
+        in_features, out_features: of the plain layer that it stands in for.
+        rank: number of vectors in each factor.
+        scale: s, alpha / rank.
+        initial_factors: see `InitialFactors`.
+        dropout: probability that an element of x is zeroed on its way into A.
+        buffers: further tensors that belong to the layer, local name -> shape, split over ranks along dimension 0.
+
+    Shapes: `weight` [out, in], `lora_a` [rank, in], `lora_b` [out, rank].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        initial_factors: InitialFactors,
+        *,
+        bias: bool = False,
+        dropout: float = 0.0,
+        buffers: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.scale, self.dropout = scale, dropout
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features))
+        self.lora_b = nn.Parameter(torch.empty(out_features, rank))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._initial_factors = initial_factors
+        self._sharded_buffers = tuple(buffers or ())
+        for name, shape in (buffers or {}).items():
+            self.register_buffer(name, torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        if self.dropout and self.training:
+            low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b)
+            return F.linear(x, self.weight, self.bias) + low_rank * self.scale
+        contraction = cheapest_contraction(
+            self.out_features, self.in_features, self.rank, x.numel() // self.in_features
+        )
+        out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
+        return out if self.bias is None else out + self.bias
+
+    def initial_tensors(
+        self, weight: Tensor, generator_for: Callable[[str], torch.Generator]
+    ) -> dict[str, Tensor]:
+        """See `contracts.Reparametrized`."""
+        return self._initial_factors(weight, self.rank, self.scale, generator_for)
+
+    def sharded_buffers(self) -> tuple[str, ...]:
+        """See `contracts.Reparametrized`."""
+        return self._sharded_buffers
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, scale={self.scale:g}"
+
+
+def replace_linears(
+    model: nn.Module, targets: Iterable[str], build: Callable[[nn.Linear], LowRankLinear]
+) -> dict[str, LowRankLinear]:
+    """Puts `build(linear)` in the place of every `nn.Linear` whose local name is among `targets`.
+
+    Returns:
+        The new layers by qualified name, in the model's order.
+
+    Raises:
+        ConfigError: if a target names no linear layer of the model.
+    """
+    targets = tuple(targets)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    local_names = {name.rpartition(".")[2] for name in linears}
+    unknown = [target for target in targets if target not in local_names]
+    if unknown:
+        raise ConfigError(
+            f"[method] targets = {list(targets)}: the model has no linear layer called {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(local_names))}"
+        )
+    replaced: dict[str, LowRankLinear] = {}
+    for name, linear in linears.items():
+        parent_name, _, local_name = name.rpartition(".")
+        if local_name in targets:
+            replaced[name] = build(linear)
+            setattr(model.get_submodule(parent_name), local_name, replaced[name])
+    return replaced
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The low-rank layers of a model by qualified name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}

@@ -1,0 +1,40 @@
+"""Sections of the optimizer and of the learning-rate schedule."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from switchtitan.config import Section
+
+
+class AdamWConfig(Section):
+    """`[optimizer] name = "adamw"`: AdamW (arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: float = Field(gt=0)
+    """Peak learning rate, above 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment, each in [0, 1)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment, above 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, at least 0; times the learning rate, per step."""
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each must lie in [0, 1)")
+        return betas
+
+
+class LRScheduleConfig(Section):
+    """`[lr_schedule]`: the learning rate as a factor of its peak."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the factor rises linearly from 1 / warmup_steps to 1."""
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the factor falls from 1 to `min_factor` over the rest of the run."""
+    min_factor: float = Field(default=0.1, ge=0, le=1)
+    """The factor at the last step, in [0, 1]. Has no effect with a constant schedule."""
