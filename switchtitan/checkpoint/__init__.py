@@ -1,0 +1,23 @@
+"""Checkpoints that are whole or absent: saving, finding, verifying, loading on any number of ranks,
+pruning."""
+
+from switchtitan.checkpoint.checkpointer import Checkpointer
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.find import check_output_folder, find_checkpoint, find_given, find_latest
+from switchtitan.checkpoint.load import load_tensors_, read_tensors
+from switchtitan.checkpoint.metadata import CheckpointMetadata, read_metadata
+from switchtitan.checkpoint.same_run import check_same_run
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointMetadata",
+    "Checkpointer",
+    "check_output_folder",
+    "check_same_run",
+    "find_checkpoint",
+    "find_given",
+    "find_latest",
+    "load_tensors_",
+    "read_metadata",
+    "read_tensors",
+]

@@ -1,0 +1,83 @@
+"""Failing together: what goes wrong on one rank is raised on all of them, so that none waits for ever."""
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from switchtitan.config.errors import CheckpointError
+
+Result = TypeVar("Result")
+
+
+def run_together(function: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
+    """Calls `function` on every rank of `group` and returns all ranks' results in the order of the ranks.
+
+    Args:
+        group: None means the default group, or this process alone where torch.distributed is not initialised.
+
+    Raises:
+        CheckpointError: on every rank, if a file operation or a check failed on any; names the ranks and the
+            reasons.
+        RuntimeError: likewise for any other failure; the rank where it happened raises the original instead.
+    """
+    error: Exception | None = None
+    result: Result | None = None
+    try:
+        result = function()
+    except Exception as caught:
+        error = caught
+    outcomes = _gather((result, error and _reason(error), error is None or is_expected(error)), group)
+    failures = {rank: reason for rank, (_, reason, _) in enumerate(outcomes) if reason is not None}
+    if not failures:
+        return [outcome for outcome, _, _ in outcomes]
+    if error is not None and not is_expected(error):
+        raise error
+    message = describe_failures(failures, len(outcomes))
+    if all(expected for _, _, expected in outcomes):
+        raise CheckpointError(message) from error
+    raise RuntimeError(message) from error
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether a user can mend `error`: a full disk, a damaged file, another model's checkpoint."""
+    if isinstance(error, CheckpointException):
+        return all(is_expected(cause) for cause, _ in error.failures.values())
+    return isinstance(error, OSError | CheckpointError)
+
+
+def describe_failures(failures: dict[int, str], num_ranks: int) -> str:
+    """One message for what failed on which rank; ranks that failed alike are named once."""
+    if num_ranks == 1:
+        return failures[0]
+    ranks_by_reason: dict[str, list[int]] = {}
+    for rank, reason in failures.items():
+        ranks_by_reason.setdefault(reason, []).append(rank)
+    if len(failures) == num_ranks and len(ranks_by_reason) == 1:
+        return next(iter(ranks_by_reason))
+    return "; ".join(
+        f"on rank {', '.join(map(str, ranks))}: {reason}" for reason, ranks in ranks_by_reason.items()
+    )
+
+
+def ignore_warning_about_single_process() -> None:
+    """Silences DCP's remark that there is no process group, where that is what the caller wants."""
+    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable).*single process")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return describe_failures(
+            {rank: _reason(cause) for rank, (cause, _) in error.failures.items()}, num_ranks=2
+        )
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _gather(value: tuple, group: dist.ProcessGroup | None) -> list[tuple]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[tuple] = [()] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values

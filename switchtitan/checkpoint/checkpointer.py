@@ -1,0 +1,289 @@
+"""Writing checkpoints: beside, verified, renamed; in the background where wanted."""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import JsonValue
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.find import check_output_folder, find_checkpoint
+from switchtitan.checkpoint.layout import (
+    METADATA_FILE,
+    partial_folder_name,
+    remove_folder,
+    step_folder_name,
+    sync_folder,
+)
+from switchtitan.checkpoint.metadata import (
+    FORMAT_VERSION,
+    CheckpointMetadata,
+    FileRecord,
+    file_record,
+    read_tensors_index,
+    write_json,
+)
+from switchtitan.checkpoint.prune import prune
+from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint.verify import check_files
+from switchtitan.config.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One checkpoint on its way."""
+
+    step: int
+    names: frozenset[str]
+    train_state: dict[str, JsonValue]
+    writer: ChecksummingWriter
+    started_at: float
+
+
+class Checkpointer:
+    """Saves a run's state to `folder` and finds what to go on from. Every rank calls every method alike.
+
+    Args:
+        folder: `<output_dir>/checkpoints`, on a file system that all ranks see; made when first needed.
+        identity: what a resumed run must share with the run that saved (see `check_same_run`).
+        metadata: what else is worth knowing beside the weights: the configuration, the corpus.
+        versions: of the code, by name.
+        is_main: true on rank 0 alone, which renames, prunes and logs.
+        process_group: the ranks that save together; None means all, or this process alone where
+            torch.distributed is not initialised. Two gloo groups over the same ranks are made: writing in the
+            background and the training loop must not share one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        identity: Mapping[str, JsonValue],
+        metadata: Mapping[str, JsonValue],
+        is_main: bool,
+        versions: Mapping[str, str] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._identity = json.loads(json.dumps(dict(identity)))
+        self._metadata = json.loads(json.dumps(dict(metadata)))
+        self._versions = {"torch": torch.__version__, **(versions or {})}
+        self._is_main = is_main
+        self._group = _new_gloo_group(process_group)
+        self._background_group = _new_gloo_group(process_group)
+        self._in_flight: Future[Path] | None = None
+        self._latest: Path | None = None
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest checkpoint that this object has put in place."""
+        return self._latest
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """Returns what the configuration says to go on from, the same on every rank; None means a new run.
+
+        Raises:
+            CheckpointError: on every rank, if it is damaged or missing, or the folder holds what a new run
+                may not mix with.
+        """
+
+        def find() -> Path | None:
+            check_output_folder(self._folder, self._config.resume)
+            return find_checkpoint(self._folder, self._config.resume)
+
+        return self._on_main(find)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]) -> None:
+        """Writes `<folder>/step-<step>`; waits for an earlier save that is still under way.
+
+        With `async_save` it returns once `tensors` are copied, and they may change from then on; `poll` or
+        `finish` completes the save. Otherwise the checkpoint is in place on return.
+
+        Args:
+            step: optimizer steps done.
+            tensors: DTensors or plain tensors by name; plain ones are the same on every rank.
+            train_state: plain JSON values.
+
+        Raises:
+            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints stay
+                untouched.
+        """
+        self.finish()
+        state: dict[str, JsonValue] = json.loads(json.dumps(dict(train_state)))
+        num_bytes = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in tensors.values())
+        self._on_main(lambda: self._make_partial_folder(step, num_bytes))
+        writer = ChecksummingWriter(self._folder / partial_folder_name(step))
+        save = _Save(step, frozenset(tensors), state, writer, time.monotonic())
+        if self._background_group is None:
+            ignore_warning_about_single_process()
+        if self._config.async_save:
+            # dcp.async_save does these two as well, but would leave the others waiting if a rank cannot copy.
+            staged: dict[str, Tensor] = {}
+            run_together(lambda: staged.update(_copy_to_host(tensors)), self._group)
+            self._in_flight = _in_background(lambda: self._complete(save, staged))
+        else:
+            self._latest = self._complete(save, tensors)
+
+    def poll(self) -> None:
+        """Completes a background save that is done on every rank; returns at once otherwise. Call it each
+        step.
+
+        Raises:
+            CheckpointError: on every rank in the same call, if the save failed.
+        """
+        if self._in_flight is None:
+            return
+        if all(run_together(self._in_flight.done, self._group)):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until a background save is in place.
+
+        Raises:
+            CheckpointError: on every rank, if it failed.
+        """
+        if self._in_flight is None:
+            return
+        in_flight, self._in_flight = self._in_flight, None
+        self._latest = in_flight.result()
+
+    def _on_main(self, function: Callable[[], Path | None]) -> Path | None:
+        return run_together(lambda: function() if self._is_main else None, self._group)[0]
+
+    def _make_partial_folder(self, step: int, num_bytes: int) -> None:
+        final = self._folder / step_folder_name(step)
+        partial = self._folder / partial_folder_name(step)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if partial.exists():  # of a save that was interrupted
+            remove_folder(partial)
+        if final.exists():
+            _set_aside(final)
+        free = shutil.disk_usage(self._folder).free
+        if num_bytes > free:
+            raise CheckpointError(
+                f"cannot save step {step} to {self._folder}: it takes {num_bytes / 2**30:.2f} GiB and "
+                f"{free / 2**30:.2f} GiB are free; make room, or set [checkpoint] keep_latest lower"
+            )
+        partial.mkdir()
+
+    def _complete(self, save: _Save, tensors: Mapping[str, Tensor]) -> Path:
+        """Writes `tensors` and puts them in place; every rank gets the same result or error."""
+        folder = self._folder
+        partial = folder / partial_folder_name(save.step)
+        group = self._background_group
+
+        def write_and_read_back() -> dict[str, FileRecord]:
+            dcp.save(dict(tensors), storage_writer=save.writer, process_group=group, no_dist=group is None)
+            for name, record in save.writer.written.items():
+                if file_record(partial / name) != record:
+                    raise CheckpointError(f"{partial / name} reads back otherwise than it was written")
+            return save.writer.written
+
+        def seal() -> None:
+            if self._is_main:
+                self._seal(save, {name: record for files in written for name, record in files.items()})
+
+        try:
+            written = run_together(write_and_read_back, group)
+            run_together(seal, group)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"saving step {save.step} to {folder} failed: {error}. Older checkpoints are untouched; "
+                f"what was written lies in {partial.name}"
+            ) from error
+        return folder / step_folder_name(save.step)
+
+    def _seal(self, save: _Save, files: dict[str, FileRecord]) -> None:
+        partial = self._folder / partial_folder_name(save.step)
+        final = self._folder / step_folder_name(save.step)
+        saved_names = read_tensors_index(partial).tensors.keys()
+        if saved_names != save.names:
+            raise CheckpointError(
+                f"the index differs from what was saved in {sorted(saved_names ^ save.names)[:4]}"
+            )
+        metadata = CheckpointMetadata(
+            format_version=FORMAT_VERSION,
+            step=save.step,
+            train_state=save.train_state,
+            identity=self._identity,
+            run={"saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._metadata},
+            versions=self._versions,
+            files=files,
+        )
+        write_json(partial / METADATA_FILE, metadata)
+        check_files(partial)
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(self._folder)
+        logger.info(
+            "Saved %s (%.2f GiB in %.1f s)",
+            final,
+            sum(record.num_bytes for record in files.values()) / 2**30,
+            time.monotonic() - save.started_at,
+        )
+        try:
+            prune(self._folder, final, self._config.keep_latest, self._identity)
+        except OSError as error:
+            logger.warning("Could not delete an older checkpoint: %s", error)
+
+
+def _new_gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(dist.get_process_group_ranks(process_group), backend="gloo")
+
+
+def _copy_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies to pageable host memory, also what lies in host memory already; the copy is complete on
+    return."""
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )
+    staged = stager.stage(dict(tensors))
+    assert isinstance(staged, dict)
+    stager.close()
+    return staged
+
+
+def _in_background(function: Callable[[], Path]) -> Future[Path]:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    future = thread.submit(function)
+    thread.shutdown(wait=False)
+    return future
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a folder that stands where a checkpoint shall go, unless it is whole.
+
+    Raises:
+        CheckpointError: if it is whole.
+    """
+    try:
+        check_files(path)
+    except CheckpointError as error:
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        logger.warning("Renaming %s to %s, since it is not whole: %s", path, aside.name, error)
+        path.rename(aside)
+        return
+    raise CheckpointError(f"{path} exists already; nothing is overwritten")

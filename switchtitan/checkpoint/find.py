@@ -1,0 +1,106 @@
+"""Which checkpoint a run goes on from, and whether it may write where it is told to."""
+
+import logging
+from pathlib import Path
+
+from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER
+from switchtitan.checkpoint.layout import METADATA_FILE, list_step_folders, step_of
+from switchtitan.checkpoint.verify import check_contents
+from switchtitan.config.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def find_latest(folder: Path) -> Path | None:
+    """Returns the newest whole checkpoint in `folder`, or None; logs which it is and why newer ones were
+    skipped.
+
+    Reads the candidates' files to compare checksums.
+    """
+    for path in list_step_folders(folder):
+        try:
+            check_contents(path)
+        except CheckpointError as error:
+            logger.warning("Skipping a checkpoint that is not whole: %s", error)
+            continue
+        logger.info("The newest whole checkpoint is %s", path)
+        return path
+    return None
+
+
+def find_checkpoint(folder: Path, resume: str) -> Path | None:
+    """Returns the checkpoint that `resume` (see `CheckpointConfig.resume`) stands for; None means a new run.
+
+    Args:
+        folder: where the run keeps its own checkpoints.
+
+    Raises:
+        CheckpointError: if `resume` is a path without a whole checkpoint, or "auto" and there are only
+            damaged ones.
+    """
+    if resume == RESUME_NEVER:
+        return None
+    if resume == RESUME_AUTO:
+        latest = find_latest(folder)
+        if latest is None and (damaged := list_step_folders(folder)):
+            raise CheckpointError(
+                f"[checkpoint] resume = {resume!r}: none of the {len(damaged)} checkpoints in {folder} "
+                "is whole (the warnings above say why); move that folder away to start anew"
+            )
+        return latest
+    return find_given(Path(resume))
+
+
+def find_given(path: Path) -> Path:
+    """Returns the whole checkpoint that a user's path means: itself, or the newest of the run or folder at
+    `path`.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if (path / METADATA_FILE).is_file():
+        check_contents(path)
+        return path
+    for folder in (path, path / "checkpoints"):
+        if latest := find_latest(folder):
+            return latest
+    raise CheckpointError(
+        f"no whole checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE} in it, "
+        "a folder of such folders, or a run's output folder"
+    )
+
+
+def check_output_folder(folder: Path, resume: str) -> None:
+    """Refuses a folder of checkpoints that the run would mix its own into.
+
+    Args:
+        folder: where the run keeps its own checkpoints; need not exist.
+        resume: see `CheckpointConfig.resume`.
+
+    Raises:
+        CheckpointError: says which checkpoints are in the way and what to do.
+    """
+    present = list_step_folders(folder)
+    if not present or resume == RESUME_AUTO:
+        return
+    newest = present[0]
+    mend = f"use another [job] output_dir, or move {folder} away"
+    if resume == RESUME_NEVER:
+        raise CheckpointError(
+            f"[checkpoint] resume = {resume!r}: {folder} already holds {len(present)} checkpoints, "
+            f'the newest is {newest.name}; {mend}, or set resume = "auto" to go on from there'
+        )
+    given = Path(resume).resolve()
+    if given in (folder.resolve(), folder.resolve().parent):
+        return
+    if given.parent != folder.resolve():
+        raise CheckpointError(
+            f"[checkpoint] resume = {resume!r} lies elsewhere, but {folder} already holds "
+            f"{len(present)} checkpoints; {mend}"
+        )
+    step, newest_step = step_of(given), step_of(newest)
+    if step is not None and newest_step is not None and newest_step > step:
+        raise CheckpointError(
+            f"[checkpoint] resume = {resume!r}: {folder} holds {newest.name}, which is newer and would "
+            f"be mixed up with the new run's; {mend}, or move the newer ones away"
+        )

@@ -1,0 +1,98 @@
+"""Reading a checkpoint's tensors, on any number of ranks."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
+from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
+from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
+from switchtitan.checkpoint.verify import check_files
+from switchtitan.config.errors import CheckpointError
+
+_NUM_NAMED = 4
+
+
+def load_tensors_(
+    path: Path, tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Fills `tensors` in place from the checkpoint at `path`, however it was sharded when it was saved.
+
+    Every rank of `process_group` (None: of the default group, if there is one) must call it with the same
+    names.
+
+    Args:
+        tensors: exactly the names, shapes and dtypes that were saved; DTensors or plain, on any device but
+            meta.
+
+    Raises:
+        CheckpointError: on every rank, before anything is changed, if the checkpoint is not whole or names,
+            shapes or dtypes differ; names the first few.
+    """
+
+    def check() -> None:
+        check_files(path)
+        _check_tensors(path, read_tensors_index(path), tensors)
+
+    run_together(check, process_group)
+    run_together(lambda: _read_into_(path, tensors), process_group)
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Returns the tensors whose names start with `prefix`, without it, whole and on the CPU. Needs no process
+    group.
+
+    Raises:
+        CheckpointError: if the checkpoint is not whole or has no such tensor.
+    """
+    check_files(path)
+    records = {name: t for name, t in read_tensors_index(path).tensors.items() if name.startswith(prefix)}
+    if not records:
+        raise CheckpointError(f"{path}: holds no tensor whose name starts with {prefix!r}")
+    tensors = {name: torch.empty(t.shape, dtype=dtype_named(t.dtype)) for name, t in records.items()}
+    _read_into_(path, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _read_into_(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    assert not any(tensor.is_meta for tensor in tensors.values()), "meta tensors cannot be loaded in place"
+    with warnings.catch_warnings():
+        ignore_warning_about_single_process()
+        # Each rank reads what it needs; there is nothing to plan together.
+        dcp.load(dict(tensors), storage_reader=JsonIndexReader(path), no_dist=True)
+
+
+def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor]) -> None:
+    saved = index.tensors
+    problems = []
+    if missing := sorted(tensors.keys() - saved.keys()):
+        problems.append(f"lacks {_name_some(missing)}")
+    if unexpected := sorted(saved.keys() - tensors.keys()):
+        problems.append(f"holds {_name_some(unexpected)}, which the model or its optimizer does not have")
+    differing = [
+        f"{name} ({saved[name].dtype} {list(saved[name].shape)}, "
+        f"expected {_dtype(tensor)} {list(tensor.shape)})"
+        for name, tensor in sorted(tensors.items())
+        if name in saved and (saved[name].dtype, saved[name].shape) != (_dtype(tensor), tuple(tensor.shape))
+    ]
+    if differing:
+        problems.append(f"has other shapes or dtypes in {_name_some(differing)}")
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit this run: it {'; it '.join(problems)}. "
+            "Use the configuration that it was saved with, or start a new run in another [job] output_dir"
+        )
+
+
+def _name_some(names: list[str]) -> str:
+    rest = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,58 @@
+"""Deleting checkpoints that newer ones replace."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from switchtitan.checkpoint.layout import (
+    foreign_files,
+    list_step_folders,
+    remove_folder,
+    step_of,
+    sync_folder,
+)
+from switchtitan.checkpoint.verify import check_files
+from switchtitan.config.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def prune(folder: Path, newest: Path, keep_latest: int, identity: Mapping[str, object]) -> list[Path]:
+    """Deletes whole checkpoints of the run `identity` older than `newest` but the last `keep_latest`; returns
+    them.
+
+    Damaged ones, other runs', and those that hold files which saving does not write stay where they are and
+    do not count.
+
+    Args:
+        newest: a whole checkpoint in `folder`; it counts as kept.
+        keep_latest: 0 keeps all.
+    """
+    if keep_latest == 0:
+        return []
+    newest_step = step_of(newest)
+    assert newest_step is not None
+    older = [path for path in list_step_folders(folder) if (step_of(path) or 0) < newest_step]
+    removable = [path for path in older if _is_own(path, identity)]
+    pruned = removable[keep_latest - 1 :]
+    for path in pruned:
+        # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
+        doomed = path.rename(path.with_name(f".{path.name}.deleting"))
+        remove_folder(doomed)
+        logger.debug("Deleted the older checkpoint %s", path)
+    sync_folder(folder)
+    return pruned
+
+
+def _is_own(path: Path, identity: Mapping[str, object]) -> bool:
+    try:
+        metadata = check_files(path)
+    except CheckpointError as error:
+        logger.warning("Not deleting a checkpoint that is not whole: %s", error)
+        return False
+    if foreign := foreign_files(path):
+        logger.warning(
+            "Not deleting %s: it holds files that saving does not write: %s", path, ", ".join(foreign)
+        )
+        return False
+    return metadata.identity == identity

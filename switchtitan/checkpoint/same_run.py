@@ -1,0 +1,37 @@
+"""Whether a checkpoint belongs to the run that wants to go on from it."""
+
+from collections.abc import Mapping
+
+from switchtitan.config.errors import CheckpointError
+
+_ABSENT = "(absent)"
+
+
+def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Compares two identities, nested mappings of plain values.
+
+    Raises:
+        CheckpointError: names every differing key by its dotted path with both values, and says how to mend
+            it.
+    """
+    before, now = _flatten(saved), _flatten(current)
+    keys = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+    if not keys:
+        return
+    differences = "\n".join(
+        f"  {key}: saved with {before.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}" for key in keys
+    )
+    raise CheckpointError(
+        f"the checkpoint belongs to another run:\n{differences}\n"
+        "set these back to go on with that run, or start a new one in another [job] output_dir"
+    )
+
+
+def _flatten(mapping: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

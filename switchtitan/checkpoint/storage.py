@@ -1,0 +1,155 @@
+"""DCP's file reader and writer with checksums and with an index in JSON instead of a pickle."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import (
+    ChunkStorageMetadata,
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.storage import WriteResult
+
+from switchtitan.checkpoint.layout import TENSORS_FILE
+from switchtitan.checkpoint.metadata import (
+    FileRecord,
+    Piece,
+    TensorRecord,
+    TensorsIndex,
+    read_tensors_index,
+    write_json,
+)
+from switchtitan.config.errors import CheckpointError
+
+
+class ChecksummingWriter(FileSystemWriter):
+    """Writes one durable file per rank, and `tensors.json` on the coordinator; knows what it wrote.
+
+    `written` holds this rank's files by name, with the size and the checksum of what was meant to be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
+        self.written: dict[str, FileRecord] = {}
+        self.fs = _ChecksummingFiles(self.written)
+
+    def storage_meta(self) -> StorageMeta:
+        # DCP's own puts the folder in, which is renamed later.
+        return StorageMeta(save_id=self.save_id)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        self.written[TENSORS_FILE] = write_json(Path(self.path) / TENSORS_FILE, _index_from_dcp(metadata))
+
+
+class JsonIndexReader(FileSystemReader):
+    """Reads the index from `tensors.json`. The tensors' bytes go through `torch.load(weights_only=True)`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _index_to_dcp(read_tensors_index(Path(self.path)))
+
+
+class _ChecksummingFiles(FileSystem):
+    def __init__(self, written: dict[str, FileRecord]) -> None:
+        self._written = written
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
+        with super().create_stream(path, mode) as file:
+            stream = _ChecksummingStream(file)  # type: ignore[arg-type]
+            yield stream  # type: ignore[misc]
+            self._written[Path(path).name] = stream.record()
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self._written[Path(new_path).name] = self._written.pop(Path(path).name)
+
+
+class _ChecksummingStream:
+    """A write-only stream; DCP appends only, which makes a running checksum possible."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._digest.update(data)
+        num_bytes = self._file.write(data)
+        self._num_bytes += num_bytes
+        return num_bytes
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def record(self) -> FileRecord:
+        return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
+
+
+def _index_from_dcp(metadata: Metadata) -> TensorsIndex:
+    tensors = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata), f"{name} is not a tensor"
+        pieces = []
+        for chunk in tensor.chunks:
+            info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            pieces.append(
+                Piece(
+                    offsets=tuple(chunk.offsets),
+                    sizes=tuple(chunk.sizes),
+                    file=info.relative_path,
+                    start=info.offset,
+                    num_bytes=info.length,
+                )
+            )
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        tensors[name] = TensorRecord(dtype=dtype, shape=tuple(tensor.size), pieces=pieces)
+    return TensorsIndex(tensors=tensors)
+
+
+def _index_to_dcp(index: TensorsIndex) -> Metadata:
+    tensors: dict = {}
+    storage = {}
+    for name, tensor in index.tensors.items():
+        chunks = []
+        for piece in tensor.pieces:
+            chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+            storage[MetadataIndex(name, chunk.offsets)] = _StorageInfo(
+                piece.file, piece.start, piece.num_bytes
+            )
+            chunks.append(chunk)
+        properties = TensorProperties(dtype=dtype_named(tensor.dtype))
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+    return Metadata(state_dict_metadata=tensors, storage_data=storage)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """`torch.<name>`.
+
+    Raises:
+        CheckpointError: if torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"the checkpoint holds a tensor of dtype {name!r}, which this torch does not know"
+        )
+    return dtype
