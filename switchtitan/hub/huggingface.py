@@ -87,7 +87,7 @@ def read_dense(path: Path) -> dict[str, Tensor]:
 
 
 def check_dense(tensors: dict[str, Tensor], dims: LlamaDimensions, path: Path) -> None:
-    """Makes sure that weights fit the model: names and shapes and, where config.json lies beside them, the rest.
+    """Makes sure that weights fit the model: names, shapes and what a config.json beside them says.
 
     Args:
         tensors: weights by name.

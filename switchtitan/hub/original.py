@@ -1,20 +1,22 @@
 """Checkpoints of SwitchLoRA's original implementation, read into our names.
 
-The layout is that of github.com/asfsdsf/SwitchLoRA at commit 393e214 (`llama/training_utils.py::save_model`,
-`switchlora/switch_lora.py::SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer`); nothing else is relied on:
+The layout was read from github.com/asfsdsf/SwitchLoRA at commit 393e214, in the functions that write it:
+`save_model` in llama/training_utils.py, `SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer` in
+switchlora/switch_lora.py. No checkpoint of theirs is published. What is relied on:
 
 - A folder `model_<step>` with `pytorch_model.bin`, or several files and `pytorch_model.bin.index.json`, whose
-  names are those of Hugging Face's LLaMA. Low-rank runs add `switch_lora_config.json` with `r` and `lora_alpha`.
-- An adapted layer has `weight` [out, in], from which the factors' product is taken out (checkpoints are saved in
-  training mode), `lora_A` [rank, in], `lora_B` [out, rank], `candidates_A` [c, in] and `candidates_B` [c, out],
-  which is ours transposed, c = min(out, in). The scale is lora_alpha / r.
-- `candidate_{A,B}_index_param` is the next vector to be switched, `selected_{A,B}_indices_param` the slot that
-  each vector came from. Both follow from the number of switches so far, which is found back from them.
-- Further bookkeeping (`*_len_param`, `*_weight_param`, `fixed_*_steps_param`, `deltaW`, ...) holds no weights and
-  is left out, as are rotary frequencies that old versions of transformers stored.
+  names are those of Hugging Face's LLaMA. Low-rank runs add `switch_lora_config.json` with `lora_alpha`.
+- An adapted layer has `weight` [out, in], which does not contain the factors' product (checkpoints are saved
+  in training mode), `lora_A` [rank, in], `lora_B` [out, rank], `candidates_A` [c, in] and `candidates_B`
+  [c, out], which is ours transposed, c = min(out, in). The scale is lora_alpha / rank.
+- `candidate_{A,B}_index_param` is the next vector to be switched, `selected_{A,B}_indices_param` the slot
+  that each vector came from. Both follow from the number of switches so far, which is found from them.
+- Further bookkeeping (`*_len_param`, `*_weight_param`, `fixed_*_steps_param`, `deltaW`, ...) holds no weights
+  and is left out, as are rotary frequencies that old versions of transformers stored.
 
-An earlier publication (github.com/oddForPapergweiowio/SwitchLoRA) numbers its candidates (`candidates_A.0`, ...)
-and draws them at random, which our ring cannot go on from: its weights can be read merged, not as factors.
+An earlier publication (github.com/oddForPapergweiowio/SwitchLoRA at 5d9d65c) numbers its candidates
+(`candidates_A.0`, ...) and draws them at random, which our ring cannot go on from: its weights can be read
+merged, not as factors.
 """
 
 import json
@@ -56,8 +58,8 @@ class OriginalCheckpoint:
     alpha: float
     """Scale times rank."""
     num_switched: dict[str, int]
-    """Per adapted layer, the vectors switched so far on each side, modulo the least common multiple of rank and
-    c: the ring has no other state."""
+    """Per adapted layer, the vectors switched so far on each side, modulo the least common multiple of rank
+    and c: the ring has no other state."""
 
 
 def read_original(path: Path, alpha: float | None = None) -> OriginalCheckpoint:
@@ -98,7 +100,7 @@ def read_original(path: Path, alpha: float | None = None) -> OriginalCheckpoint:
 
 
 def read_original_dense(path: Path, alpha: float | None = None) -> dict[str, Tensor]:
-    """Reads any checkpoint, full-rank or low-rank, as the plain model's weights in fp32, factors merged in fp32.
+    """Reads any checkpoint, full-rank or low-rank, as the plain model's weights; merged and kept in fp32.
 
     Args:
         path: the folder `model_<step>`, or its `pytorch_model.bin` alone.
@@ -124,10 +126,11 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for file in find_weight_files(path, "pytorch_model.bin"):
         try:
-            part = torch.load(file, map_location="cpu", weights_only=True)
+            part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file} holds other things than weights and is not opened: {error}"
+                f"{file} holds other things than tensors, which could run code, and is not opened; "
+                "save the state dict alone"
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); fetch it again") from error
@@ -173,8 +176,8 @@ def _adapted_layers(tensors: dict[str, Tensor], path: Path) -> list[str]:
         ):
             found = [None if part is None else list(part.shape) for part in parts]
             raise CheckpointError(
-                f"{path}: {layer} has weight, lora_A, lora_B of shapes {found}; expected [out, in], [rank, in], "
-                "[out, rank]. Quantised layers cannot be read."
+                f"{path}: {layer} has weight, lora_A, lora_B of shapes {found}; expected [out, in], "
+                "[rank, in], [out, rank]. Quantised layers cannot be read."
             )
     return layers
 
@@ -199,8 +202,8 @@ def _find_alpha(path: Path, alpha: float | None) -> float:
 def _count_switches(stored: dict[str, Tensor], layer: str, path: Path) -> int:
     """The number p of switches on each side, from where the ring stands.
 
-    After p switches A's next row is p mod rank, and its rank youngest vectors, back from the last one switched,
-    came from slots p - 1, p - 2, ... mod c; B's are the same, shifted by rank // 2 columns.
+    After p switches A's next row is p mod rank, and its vectors, from the last one switched backwards, came
+    from slots p - 1, p - 2, ... mod c; B's are the same, shifted by rank // 2 columns.
     """
     rank = stored[f"{layer}.lora_A"].shape[0]
     num_candidates = stored[f"{layer}.candidates_A"].shape[0]
@@ -212,15 +215,15 @@ def _count_switches(stored: dict[str, Tensor], layer: str, path: Path) -> int:
         next_slot = (slots_a[next_a - 1] + 1) % num_candidates
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {layer} does not say where its ring stands ({error!r})") from error
-    for switches in range(next_slot, num_candidates * rank, num_candidates):
-        ring = {(switches - back) % rank: (switches - back) % num_candidates for back in range(1, rank + 1)}
-        expected_a = [ring[row] for row in range(rank)]
-        expected_b = [ring[(column - rank // 2) % rank] for column in range(rank)]
-        if (next_a, next_b) == (switches % rank, (rank // 2 + switches) % rank) and (slots_a, slots_b) == (
-            expected_a,
-            expected_b,
-        ):
-            return switches % math.lcm(rank, num_candidates)
+    for switches in range(next_slot, math.lcm(rank, num_candidates), num_candidates):
+        if switches % rank == next_a and (rank // 2 + switches) % rank == next_b:
+            ring = {
+                (switches - back) % rank: (switches - back) % num_candidates for back in range(1, rank + 1)
+            }
+            expected_a = [ring[row] for row in range(rank)]
+            expected_b = [ring[(column - rank // 2) % rank] for column in range(rank)]
+            if (slots_a, slots_b) == (expected_a, expected_b):
+                return switches
     raise CheckpointError(
         f"{path}: the candidates of {layer} were not switched in order (option discontinuous_switch); "
         "import the merged weights instead"
