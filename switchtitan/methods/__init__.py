@@ -1,0 +1,18 @@
+"""Ways to parametrize and train a model: one row for each."""
+
+from switchtitan.contracts import Method
+from switchtitan.methods.full_rank import FullRank, FullRankConfig
+from switchtitan.methods.lora import Lora, LoraConfig
+from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
+from switchtitan.registry import Component, Registry
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        "full_rank": Component(FullRankConfig, FullRank),
+        "lora": Component(LoraConfig, Lora),
+        "switchlora": Component(SwitchLoraConfig, SwitchLora),
+    },
+)
+
+__all__ = ["METHODS"]

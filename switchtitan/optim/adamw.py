@@ -46,11 +46,14 @@ class AdamW:
         """One update of every parameter that has a gradient."""
         local = self._local_part
         names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        if not names:
+            return
         self._update(
             [local(self._parameters[name]) for name in names],
             [local(self._parameters[name].grad) for name in names],  # type: ignore[arg-type]
             [local(self._exp_avg[name]) for name in names],
             [local(self._exp_avg_sq[name]) for name in names],
+            [],  # the largest second moments, which only AMSGrad has
             [self._num_steps[name] for name in names],
             lr=self._lr,
         )
@@ -87,7 +90,6 @@ def _zeros_like(parameter: nn.Parameter) -> Tensor:
 def _build_update(config: AdamWConfig, compile_step: bool) -> partial[None]:
     update = partial(
         adamw,
-        max_exp_avg_sqs=[],
         foreach=compile_step,
         capturable=compile_step,
         fused=not compile_step,

@@ -1,6 +1,16 @@
 """The low-rank layer that LoRA-like methods share: its parameters, initial values and contractions."""
 
-from switchtitan.methods.lowrank.init import lora_init
+from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.lowrank.init import balanced_init, lora_init
 from switchtitan.methods.lowrank.linear import LowRankLinear, low_rank_layers, replace_linears
+from switchtitan.methods.lowrank.merge import merged_state_dict
 
-__all__ = ["LowRankLinear", "lora_init", "low_rank_layers", "replace_linears"]
+__all__ = [
+    "LowRankConfig",
+    "LowRankLinear",
+    "balanced_init",
+    "lora_init",
+    "low_rank_layers",
+    "merged_state_dict",
+    "replace_linears",
+]

@@ -1,0 +1,6 @@
+"""SwitchLoRA (arXiv 2406.06564): decide (`schedule`), compute (`switch`, `freeze`, `adamw`), apply (`optimizer`)."""
+
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.method import SwitchLora
+
+__all__ = ["SwitchLora", "SwitchLoraConfig"]

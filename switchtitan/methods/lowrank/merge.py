@@ -1,0 +1,26 @@
+"""Low-rank models as dense ones."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from switchtitan.distributed.shards import whole
+from switchtitan.methods.lowrank.linear import LowRankLinear
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """See `contracts.Method.merged_state_dict`: W + s B A in fp32 for low-rank layers, all other parameters as they are."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    merged: dict[str, Tensor] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        own = {
+            name: whole(parameter.detach()).to("cpu", torch.float32)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        if isinstance(module, LowRankLinear):
+            lora_a, lora_b = own.pop("lora_a"), own.pop("lora_b")
+            own["weight"] = torch.addmm(own["weight"], lora_b, lora_a, alpha=module.scale)
+        if is_main:
+            merged |= {prefix + name: tensor for name, tensor in own.items()}
+    return merged

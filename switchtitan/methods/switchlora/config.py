@@ -1,0 +1,39 @@
+"""The section `[method] name = "switchlora"`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from switchtitan.methods.lowrank.config import LowRankConfig
+
+
+class SwitchLoraConfig(LowRankConfig):
+    """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564)."""
+
+    name: Literal["switchlora"] = "switchlora"
+    """The method."""
+    init: Literal["switchlora", "lora"] = "switchlora"
+    """How factors and candidates start: `switchlora` balances both factors' gradients (the paper's eq. for initial standard
+    deviations); `lora` starts A small and random, B and its candidates at zero."""
+    interval: float = Field(default=40, gt=0)
+    """Mean number of steps between two switches of one vector at the start of training, at least 2 * freeze_steps."""
+    decay: Literal["exponential", "sigmoid", "constant"] = "exponential"
+    """How the switching frequency falls during training; `constant` keeps it."""
+    decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    """The share of training, in (0, 1], after which the frequency has fallen to 0.3 (exponential) or 0.5 (sigmoid) of its
+    start. Has no effect with constant."""
+    freeze_steps: int = Field(default=5, ge=0)
+    """Steps for which the counterpart of a switched vector gets no update, its optimizer state having been reset."""
+
+    @model_validator(mode="after")
+    def _check_switching(self) -> "SwitchLoraConfig":
+        if self.rank == 1:
+            raise ValueError("rank = 1 never switches: a vector and its counterpart's neighbour must differ; use at least 2")
+        if self.interval < 2 * self.freeze_steps:
+            raise ValueError(
+                f"interval = {self.interval:g} is below 2 * freeze_steps = {2 * self.freeze_steps}: vectors would be switched "
+                "while frozen; raise interval or lower freeze_steps"
+            )
+        if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
+            raise ValueError('decay_ratio has no effect with decay = "constant"; remove it')
+        return self

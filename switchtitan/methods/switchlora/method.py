@@ -1,0 +1,56 @@
+"""SwitchLoRA as a component."""
+
+from torch import Tensor, nn
+
+from switchtitan.config import Section
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.shards import local
+from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, merged_state_dict, replace_linears
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.init import (
+    balanced_candidates_init,
+    candidate_shapes,
+    lora_candidates_init,
+)
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.optim import OPTIMIZERS, AdamWConfig
+
+
+class SwitchLora:
+    """Low-rank factors whose vectors are exchanged with candidates all through training; a `contracts.Method`."""
+
+    def __init__(self, config: SwitchLoraConfig, num_steps: int) -> None:
+        self._config = config
+        self._num_steps = num_steps
+
+    def prepare_model(self, model: nn.Module) -> None:
+        replace_linears(model, self._config.targets, self._build_layer)
+
+    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+        assert isinstance(config, AdamWConfig)
+        layers = low_rank_layers(model)
+        factors = {id(factor) for layer in layers.values() for factor in (layer.lora_a, layer.lora_b)}
+        dense_parameters = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in factors
+        ]
+        # Not compiled: torch's fused kernel takes these few tensors in one pass already.
+        dense = OPTIMIZERS.build(config, dense_parameters, local)
+        return SwitchLoraOptimizer(self._config, config, layers, dense, self._num_steps, compile_step)
+
+    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return merged_state_dict(model)
+
+    def _build_layer(self, linear: nn.Linear) -> LowRankLinear:
+        config = self._config
+        return LowRankLinear(
+            linear.in_features,
+            linear.out_features,
+            config.rank,
+            config.alpha / config.rank,
+            balanced_candidates_init if config.init == "switchlora" else lora_candidates_init,
+            bias=linear.bias is not None,
+            dropout=config.dropout,
+            buffers=candidate_shapes(linear.out_features, linear.in_features),
+        )
