@@ -19,7 +19,7 @@ DCP_METADATA_FILE = ".metadata"
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _OWN_FILE = re.compile(
-    rf"__\d+_\d+\.distcp|{re.escape(DCP_METADATA_FILE)}(\.tmp)?|{re.escape(TENSORS_FILE)}|{re.escape(METADATA_FILE)}"
+    rf"__\d+_\d+\.distcp|{re.escape(DCP_METADATA_FILE)}(\.tmp)?|{TENSORS_FILE}|{METADATA_FILE}"
 )
 
 
@@ -38,7 +38,7 @@ def step_of(path: Path) -> int | None:
 
 
 def list_step_folders(folder: Path) -> list[Path]:
-    """The folders in `folder` that are named like finished checkpoints, newest first. Does not look inside."""
+    """The folders in `folder` that are named like finished checkpoints, newest first."""
     if not folder.is_dir():
         return []
     finished = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]

@@ -1,0 +1,20 @@
+"""What a user sees of a run: log lines, a progress bar, TensorBoard, speed, memory, traces."""
+
+from switchtitan.observability.log import configure_logging
+from switchtitan.observability.memory import peak_memory_gib
+from switchtitan.observability.metrics import TENSORBOARD_FOLDER, MetricsConfig, Reporter
+from switchtitan.observability.peak_flops import peak_flops_per_s
+from switchtitan.observability.profiler import Profiler, ProfilerConfig
+from switchtitan.observability.throughput import Throughput
+
+__all__ = [
+    "TENSORBOARD_FOLDER",
+    "MetricsConfig",
+    "Profiler",
+    "ProfilerConfig",
+    "Reporter",
+    "Throughput",
+    "configure_logging",
+    "peak_flops_per_s",
+    "peak_memory_gib",
+]

@@ -1,0 +1,144 @@
+"""The `[metrics]` section, and the one place that metrics go to: console, progress bar and TensorBoard."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+from tqdm import tqdm
+
+from switchtitan.config.section import Section
+from switchtitan.observability.console import (
+    ConsoleTable,
+    format_count,
+    format_duration,
+    format_summary,
+)
+from switchtitan.observability.tensorboard import TensorBoardWriter
+
+logger = logging.getLogger(__name__)
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsConfig(Section):
+    """What is reported, how often and where."""
+
+    interval: int = Field(default=10, ge=1)
+    """Optimizer steps between two reports, at least 1; reading the loss makes the host wait for the
+    device."""
+
+    tensorboard: bool = True
+    """Write scalars to `<output_dir>/tensorboard`."""
+
+    progress_bar: bool = True
+    """Draw a progress bar if the standard error is a terminal."""
+
+
+class Reporter:
+    """Shows metrics on the main rank; on the others every method does nothing.
+
+    Args:
+        output_dir: of the run.
+        num_steps: at which training ends.
+        start_step: steps done before this run.
+        description: of the run, e.g. its configuration; shown under TensorBoard's texts.
+    """
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        output_dir: Path,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        is_main: bool,
+        description: str = "",
+    ) -> None:
+        self._interval = config.interval
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._is_main = is_main
+        self._table = ConsoleTable(num_steps)
+        self._folder = output_dir / TENSORBOARD_FOLDER
+        self._writer = TensorBoardWriter(self._folder, start_step) if is_main and config.tensorboard else None
+        if self._writer is not None and description:
+            self._writer.write_text("configuration", description, start_step)
+        is_drawn = is_main and config.progress_bar and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=num_steps,
+            initial=start_step,
+            disable=not is_drawn,
+            leave=False,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        self._validation: list[Mapping[str, float]] = []
+
+    def is_due(self, step: int) -> bool:
+        """Whether training metrics of `step` should be reported: each `interval` steps, the first and the
+        last."""
+        return step % self._interval == 0 or step in (self._start_step + 1, self._num_steps)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step` steps done; call it each step."""
+        self._bar.update(step - self._bar.n)
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints `values` at `step`, as far as the console has a column for them, and writes all to
+        TensorBoard.
+
+        Args:
+            values: by TensorBoard tag, e.g. "loss/train"; finite or not.
+        """
+        if not self._is_main:
+            return
+        if "loss/validation" in values:
+            self._validation.append(dict(values))
+        if self._writer is not None:
+            self._writer.write(step, values)
+        for line in self._table.lines(step, values):
+            logger.info("%s", line)
+
+    def summary(
+        self,
+        *,
+        tokens_per_s: float,
+        wall_time_s: float,
+        checkpoint: Path | None = None,
+        trace: Path | None = None,
+    ) -> None:
+        """Prints the closing block: what was reached, how fast, and where everything lies."""
+        if not self._is_main:
+            return
+        self._bar.close()
+        rows = self._validation_rows()
+        rows += [("tokens/s", format_count(tokens_per_s)), ("wall time", format_duration(wall_time_s))]
+        if checkpoint is not None:
+            rows.append(("checkpoint", str(checkpoint)))
+        if self._writer is not None:
+            rows.append(("logs", str(self._folder)))
+        if trace is not None:
+            rows.append(("profile trace", str(trace)))
+        if self._writer is not None or trace is not None:
+            rows.append(("to look at them", f"tensorboard --logdir {self._folder}"))
+        for line in format_summary(rows):
+            logger.info("%s", line)
+
+    def close(self) -> None:
+        """Releases the files and the terminal."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _validation_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, tag, digits in (
+            ("validation loss", "loss/validation", 4),
+            ("perplexity", "perplexity/validation", 2),
+        ):
+            reached = [values[tag] for values in self._validation if tag in values]
+            if reached:
+                rows.append((name, f"{reached[0]:.{digits}f} -> {reached[-1]:.{digits}f}"))
+        return rows

@@ -1,0 +1,125 @@
+"""The `[profiler]` section, and a trace of a few training steps for TensorBoard's profile plugin and
+Perfetto."""
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from pydantic import Field
+from torch import profiler
+
+from switchtitan.config.section import Section
+
+logger = logging.getLogger(__name__)
+
+
+class ProfilerConfig(Section):
+    """Which steps are traced."""
+
+    enabled: bool = False
+    """Trace some steps of the main rank, once per run; the trace is written beside TensorBoard's scalars."""
+
+    start_step: int = Field(default=10, ge=2)
+    """First step to trace, counted from 1; at least 2, since the step before it warms the profiler up."""
+
+    num_steps: int = Field(default=3, ge=1)
+    """How many steps to trace, at least 1."""
+
+    with_stack: bool = False
+    """Record the Python stack of each operation; makes the traced steps slower and the trace larger."""
+
+    record_shapes: bool = False
+    """Record the shapes of each operation's inputs."""
+
+
+class Profiler:
+    """A context in which `step` is called after each optimizer step. It costs nothing but in the traced
+    steps.
+
+    Args:
+        folder: where the trace goes, `<output_dir>/tensorboard`.
+        worker: this rank's name in the trace's file name; None for a rank that is not traced.
+        steps_done: before this run.
+    """
+
+    def __init__(
+        self, config: ProfilerConfig, folder: Path, *, worker: str | None, steps_done: int = 0
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._worker = worker if config.enabled else None
+        self._steps_done = steps_done
+        self._profile: profiler.profile | None = None
+        self._trace: Path | None = None
+        self._is_ahead = self._worker is not None and steps_done <= config.start_step - 2
+
+    @property
+    def trace(self) -> Path | None:
+        """The file with the trace, once it is written."""
+        return self._trace
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the coming step is warmed up or traced, and so slower than the others."""
+        return self._profile is not None
+
+    def __enter__(self) -> "Profiler":
+        self._start_if_due()
+        return self
+
+    def step(self) -> None:
+        """Counts one optimizer step."""
+        self._steps_done += 1
+        if self._profile is not None:
+            self._profile.step()
+            if self._trace is not None:
+                self._stop()
+        self._start_if_due()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._profile is not None:
+            self._stop()
+        if self._is_ahead and error is None:
+            logger.warning(
+                "No trace was written: [profiler] start_step = %d, but training ended after %d steps",
+                self._config.start_step,
+                self._steps_done,
+            )
+
+    def _start_if_due(self) -> None:
+        if not self._is_ahead or self._steps_done != self._config.start_step - 2:
+            return
+        self._is_ahead = False
+        activities = [profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(profiler.ProfilerActivity.CUDA)
+        self._profile = profiler.profile(
+            activities=activities,
+            schedule=profiler.schedule(wait=0, warmup=1, active=self._config.num_steps, repeat=1),
+            on_trace_ready=self._write_trace,
+            record_shapes=self._config.record_shapes,
+            with_stack=self._config.with_stack,
+        )
+        self._profile.start()
+
+    def _stop(self) -> None:
+        profile, self._profile = self._profile, None
+        assert profile is not None
+        profile.stop()
+
+    def _write_trace(self, profile: profiler.profile) -> None:
+        # The name that the profile plugin looks for, as torch.profiler.tensorboard_trace_handler makes it.
+        path = self._folder / f"{self._worker}.{time.time_ns()}.pt.trace.json"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.partial")
+        profile.export_chrome_trace(str(unfinished))
+        unfinished.rename(path)
+        self._trace = path
+        logger.info("Wrote a trace of %d steps to %s", self._config.num_steps, path)
