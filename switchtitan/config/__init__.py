@@ -6,6 +6,7 @@ from switchtitan.config.errors import (
     CorpusError,
     EnvironmentMismatchError,
     UserError,
+    exit_for,
 )
 from switchtitan.config.section import Section
 
@@ -16,4 +17,5 @@ __all__ = [
     "EnvironmentMismatchError",
     "Section",
     "UserError",
+    "exit_for",
 ]

@@ -1,5 +1,15 @@
 """Errors that a user can mend: printed without a traceback, with exit status 2."""
 
+import json
+import os
+import sys
+import time
+from typing import NoReturn
+
+USER_ERROR_STATUS = 2
+_LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The variable by which torchrun tells a rank where to leave the reason of its failure."""
+
 
 class UserError(Exception):
     """What was given, what was expected and how to mend it, in one message."""
@@ -19,3 +29,17 @@ class CheckpointError(UserError):
 
 class EnvironmentMismatchError(UserError):
     """The machine, the launcher or an optional package does not allow what the configuration asks for."""
+
+
+def exit_for(error: UserError) -> NoReturn:
+    """Ends the program for a user's mistake, with status 2 and without a traceback.
+
+    Prints the message; or, in one of several ranks, leaves it for the launcher, which prints the first one.
+    """
+    launcher_file = os.environ.get(_LAUNCHER_FILE)
+    if launcher_file:
+        with open(launcher_file, "w", encoding="utf-8") as file:
+            json.dump({"message": str(error), "timestamp": int(time.time())}, file)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(USER_ERROR_STATUS)

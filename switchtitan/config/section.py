@@ -10,5 +10,5 @@ class Section(BaseModel):
     user chooses by name (`[method] name = "switchlora"`) has a field `name: Literal["switchlora"]`.
     """
 
-    # Defaults are not validated: JSON's strict mode, in which sections are read, refuses a `Path` as a default.
+    # Defaults are not validated: the strict JSON mode in which sections are read refuses a `Path` there.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

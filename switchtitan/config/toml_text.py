@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from pathlib import PurePath
 
+from pydantic import ValidationError
+
 from switchtitan.config.section import Section
 
 NONE_TEXT = "none"
@@ -12,7 +14,10 @@ NONE_TEXT = "none"
 
 
 def resolved_toml(config: Section) -> str:
-    """The whole configuration, defaults included, as TOML that reads back to an equal configuration."""
+    """The whole configuration, defaults included, as TOML that reads back to an equal configuration.
+
+    A default that must not be set, since it has no effect beside the other keys, stands there as a comment.
+    """
     return "\n".join(_table_lines(config, ())).strip() + "\n"
 
 
@@ -37,12 +42,26 @@ def toml_value(value: object) -> str:
 def _table_lines(config: Section, path: tuple[str, ...]) -> list[str]:
     values = {name: getattr(config, name) for name in type(config).model_fields}
     sections = {name: value for name, value in values.items() if isinstance(value, Section)}
-    lines = [f"{name} = {toml_value(value)}" for name, value in values.items() if name not in sections]
+    active = _keys_to_set(config, values)
+    lines = [
+        f"{'' if name in active else '# '}{name} = {toml_value(value)}"
+        for name, value in values.items()
+        if name not in sections
+    ]
     if path and lines:
         lines.insert(0, f"[{'.'.join(path)}]")
     for name, section in sections.items():
         lines += ["", *_table_lines(section, (*path, name))]
     return lines
+
+
+def _keys_to_set(config: Section, values: Mapping[str, object]) -> set[str]:
+    """All keys; but the given ones only where it would be refused to set the others, as having no effect."""
+    try:
+        type(config).model_validate(values)
+    except ValidationError:
+        return config.model_fields_set
+    return set(values)
 
 
 def _float_text(value: float) -> str:

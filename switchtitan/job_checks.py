@@ -1,0 +1,131 @@
+"""What must hold between sections: each check gets valid sections and returns the mistakes in sentences."""
+
+import os
+import shutil
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from switchtitan.config.errors import EnvironmentMismatchError
+from switchtitan.config.load import Check
+from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
+from switchtitan.distributed.config import CompileConfig, ParallelismConfig
+from switchtitan.distributed.world import mesh_shape
+from switchtitan.job_sections import EvaluationSection, TrainingSection
+from switchtitan.optim import LRScheduleConfig
+
+
+class ModelSection(Protocol):
+    """What a model's section must tell, for the other sections to be checked against it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer by qualified name."""
+        ...
+
+    def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
+        """Raises an EnvironmentMismatchError if the model cannot train on such a device."""
+        ...
+
+
+class MethodSection(Protocol):
+    """What a method's section must tell."""
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """What does not fit a model with such linear layers, in sentences; empty where all fits."""
+        ...
+
+
+def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
+    """The checks for a run of `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
+    return [
+        partial(check_batch_size, num_ranks=num_ranks),
+        partial(check_mesh, num_ranks=num_ranks),
+        partial(check_model_device, device=device),
+        partial(check_compiler, device=device),
+        check_method,
+        check_warmup,
+        check_evaluation,
+        check_vocabulary,
+    ]
+
+
+def check_batch_size(training: TrainingSection, num_ranks: int) -> list[str]:
+    """Every rank must get the same number of whole micro-batches."""
+    size, unit = training.global_batch_size, num_ranks * training.local_batch_size
+    if size % unit == 0:
+        return []
+    multiples = [multiple for multiple in (size // unit * unit, (size // unit + 1) * unit) if multiple]
+    return [
+        f"[training] global_batch_size = {size}: expected a multiple of ranks x local_batch_size "
+        f"= {num_ranks} x {training.local_batch_size} = {unit}; write {' or '.join(map(str, multiples))}"
+    ]
+
+
+def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
+    """The ranks must fill the mesh of replicas and shards."""
+    try:
+        mesh_shape(parallelism, num_ranks)
+    except EnvironmentMismatchError as error:
+        return [str(error)]
+    return []
+
+
+def check_model_device(model: ModelSection, training: TrainingSection, device: str) -> list[str]:
+    """The model's attention back-end must be able to train on this machine."""
+    try:
+        model.check_device(device, getattr(torch, training.dtype))
+    except EnvironmentMismatchError as error:
+        return [str(error)]
+    return []
+
+
+def check_compiler(compile: CompileConfig, device: str) -> list[str]:
+    """torch.compile writes C++ for a CPU, which something must translate."""
+    chosen = [key for key, is_on in compile if is_on]
+    if not chosen or device != "cpu" or any(map(shutil.which, _cpp_compilers())):
+        return []
+    options = " ".join(f"--compile.{key} false" for key in chosen)
+    return [f"[compile] {chosen[0]} = true: a CPU needs a C++ compiler for it; install g++ or give {options}"]
+
+
+def check_method(model: ModelSection, method: MethodSection) -> list[str]:
+    """The method must fit the shapes of the model's linear layers."""
+    return method.check_model(model.linear_shapes())
+
+
+def check_warmup(training: TrainingSection, lr_schedule: LRScheduleConfig) -> list[str]:
+    """The warm-up must end within the run."""
+    if lr_schedule.warmup_steps <= training.steps:
+        return []
+    limit = f"expected at most [training] steps = {training.steps}"
+    return [f"[lr_schedule] warmup_steps = {lr_schedule.warmup_steps}: {limit}"]
+
+
+def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:
+    """An evaluation must see at least one sequence."""
+    if evaluation.tokens >= data.seq_len:
+        return []
+    limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
+    return [f"[evaluation] tokens = {evaluation.tokens}: {limit}"]
+
+
+def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:
+    """A tokenizer that will be trained, perhaps only offline, must not know more tokens than the model."""
+    if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
+        return []
+    vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+    if vocab_size <= model.vocab_size:
+        return []
+    return [
+        f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = {model.vocab_size}; "
+        "lower the one or raise the other"
+    ]
+
+
+def _cpp_compilers() -> list[str]:
+    """The compilers that Inductor tries, $CXX first."""
+    return [os.environ.get("CXX", "g++"), "g++", "clang++"]

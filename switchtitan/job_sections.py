@@ -1,0 +1,45 @@
+"""Sections that configure the run as a whole rather than one part of it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from switchtitan.config.section import Section
+
+
+class JobSection(Section):
+    """`[job]`: what the run is called, where it writes, and its seed."""
+
+    name: str = Field(min_length=1)
+    """What the run is called in logs and in TensorBoard."""
+    output_dir: Path
+    """Folder for checkpoints, logs and traces, relative to where the run is started; made if missing."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Fixes initial weights, order of the data and dropout; an integer >= 0."""
+
+
+class TrainingSection(Section):
+    """`[training]`: how long and on how many sequences at a time to train."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run, a resumed run's earlier ones included; >= 1."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences per optimizer step over all ranks; a multiple of ranks x local_batch_size."""
+    local_batch_size: int = Field(ge=1)
+    """Sequences per rank and micro-step: what the memory holds. Gradients are summed over micro-steps."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm, > 0; "none" leaves them alone."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and gradients; weights and optimizer state are float32 always."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step with a gradient that is inf or nan does: stop the run, or skip the update."""
+
+
+class EvaluationSection(Section):
+    """`[evaluation]`: loss on held-out sequences."""
+
+    interval: int = Field(default=1000, ge=1)
+    """Optimizer steps between evaluations; >= 1. The last step is evaluated in any case."""
+    tokens: int = Field(default=10_000_000, ge=1)
+    """Held-out tokens per evaluation, rounded down to whole sequences; at least data.seq_len."""

@@ -1,0 +1,255 @@
+"""Files and overrides become sections; every mistake is reported, all in one message."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from switchtitan.config.errors import ConfigError
+from switchtitan.config.load import load_sections, read_toml
+from switchtitan.config.overrides import split_arguments
+from switchtitan.config.section import Section
+
+
+class Inner(Section):
+    depth: int = 1
+
+
+class Training(Section):
+    steps: int = Field(ge=1)
+    lr: float = 1.0
+    clip: float | None = Field(default=1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    is_fast: bool = True
+    folder: Path = Path("out")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    tag: Annotated[str, Field(min_length=2)] = "ab"
+    inner: Inner = Inner()
+
+    @field_validator("tag")
+    @classmethod
+    def _check_tag(cls, tag: str) -> str:
+        if " " in tag:
+            raise ValueError("expected no blanks")
+        return tag
+
+
+class Lora(Section):
+    name: Literal["lora"] = "lora"
+    rank: int = 4
+
+
+class Switch(Section):
+    name: Literal["switch"] = "switch"
+    rank: int = 4
+    interval: int = 40
+    freeze_steps: int = 5
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if self.interval < 2 * self.freeze_steps:
+            raise ValueError(
+                f"interval = {self.interval} is below 2 x freeze_steps = {2 * self.freeze_steps}"
+            )
+        return self
+
+
+TYPES = {"training": Training, "method": {"lora": Lora, "switch": Switch}}
+GOOD = '[training]\nsteps = 3\n[method]\nname = "switch"\n'
+Load = Callable[..., dict[str, Section]]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def load_text(text: str, *argv: str, checks: tuple = ()) -> dict[str, Section]:
+        file = tmp_path / "job.toml"
+        file.write_text(text)
+        return load_sections(split_arguments(argv), file, TYPES, checks)
+
+    return load_text
+
+
+def message_of(load: Load, text: str, *argv: str, checks: tuple = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(text, *argv, checks=checks)
+    return str(caught.value)
+
+
+def test_defaults_stand_where_nothing_is_given(load: Load) -> None:
+    assert load(GOOD) == {"training": Training(steps=3), "method": Switch()}
+
+
+def test_overrides_win_over_the_file(load: Load) -> None:
+    argv = [
+        "--training.steps=7",
+        "--training.clip",
+        "none",
+        "--training.inner.depth",
+        "5",
+        "--training.folder",
+        "a b",
+    ]
+    expected = Training(steps=7, clip=None, inner=Inner(depth=5), folder=Path("a b"))
+    assert load(GOOD, *argv)["training"] == expected
+
+
+def test_a_file_may_say_none(load: Load) -> None:
+    training = load('[training]\nsteps = 3\nclip = "none"\n[method]\nname = "lora"')["training"]
+    assert training == Training(steps=3, clip=None)
+
+
+def test_the_name_chooses_the_class(load: Load) -> None:
+    assert load(GOOD, "--method.name", "lora")["method"] == Lora()
+
+
+def test_sections_are_frozen(load: Load) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(GOOD)["training"].steps = 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('steps = "8"', '[training] steps = "8": expected a whole number >= 1; write 8'),
+        ("steps = 8.0", "[training] steps = 8.0: expected a whole number >= 1; write 8"),
+        ("steps = 8.5", "[training] steps = 8.5: expected a whole number >= 1"),
+        ("steps = true", "[training] steps = true: expected a whole number >= 1"),
+        ("steps = 0", "[training] steps = 0: expected a whole number >= 1"),
+        ("", "[training] steps: missing; expected a whole number >= 1"),
+        ('steps = 1\nlr = "1e-3"', '[training] lr = "1e-3": expected a number; write 0.001'),
+        ("steps = 1\nlr = false", "[training] lr = false: expected a number"),
+        ("steps = 1\nclip = 0", '[training] clip = 0: expected a number > 0, or "none"'),
+        ("steps = 1\nbetas = [0.9]", "[training] betas = [0.9]: expected a list of 2 items, each a number"),
+        (
+            'steps = 1\nbetas = ["x", "y"]',
+            '[training] betas = ["x", "y"]: expected a list of 2 items, each a number',
+        ),
+        ("steps = 1\nis_fast = 1", "[training] is_fast = 1: expected true or false"),
+        ("steps = 1\nfolder = 7", '[training] folder = 7: expected a path; write "7"'),
+        ('steps = 1\ntag = "a"', '[training] tag = "a": expected a text of length >= 2'),
+        ('steps = 1\ntag = "a b"', '[training] tag = "a b": expected no blanks'),
+        (
+            "steps = 1\ntag = 2026-01-31",
+            '[training] tag = 2026-01-31: expected a text of length >= 2; write "2026-01-31"',
+        ),
+        (
+            'steps = 1\ndtype = "bf16"',
+            '[training] dtype = "bf16": expected one of "bfloat16", "float32"; did you mean "bfloat16"?',
+        ),
+        ("steps = 1\nfoldre = 1", "[training] foldre = 1: unknown key; did you mean folder?"),
+        ("steps = 1\nrank = 1", "[training] rank = 1: unknown key; did you mean [method] rank?"),
+        ("steps = 1\ninner = 1", "[training] inner = 1: expected a table"),
+        (
+            "steps = 1\n[training.inner]\ndpth = 1",
+            "[training.inner] dpth = 1: unknown key; did you mean depth?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_value_says_what_was_expected(load: Load, line: str, expected: str) -> None:
+    message = message_of(load, f'[method]\nname = "lora"\n[training]\n{line}\n')
+    heading, where, *mistakes = message.splitlines()
+    assert heading == "a mistake in the configuration"
+    assert where.startswith("in ")
+    assert where.endswith("job.toml:")
+    assert mistakes == [f"  {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD + "[trainig]\nsteps = 1", "[trainig]: unknown section; did you mean [training]?"),
+        ("steps = 1\n" + GOOD, "steps = 1: unknown section; did you mean [training] steps?"),
+        (
+            "training = 3\n[method]\nname = 'lora'",
+            "training = 3: expected a table: [training] and its keys below it",
+        ),
+        ("[training]\nsteps = 1", '[method] name: missing; expected one of "lora", "switch"'),
+        (
+            GOOD.replace("switch", "swich"),
+            '[method] name = "swich": expected one of "lora", "switch"; did you mean "switch"?',
+        ),
+    ],
+)
+def test_a_mistake_in_a_section_says_what_was_expected(load: Load, text: str, expected: str) -> None:
+    assert message_of(load, text).splitlines()[2:] == [f"  {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--training.steps", "many"], "--training.steps many: expected a whole number >= 1"),
+        (["--training.steps", "1.5"], "--training.steps 1.5: expected a whole number >= 1"),
+        (["--training.stesp", "1"], "--training.stesp 1: unknown key; did you mean steps?"),
+        (
+            ["--steps", "1"],
+            "--steps 1: unknown option; expected --section.key value; did you mean --training.steps?",
+        ),
+        (["--traning.steps", "1"], "--traning.steps 1: unknown section; did you mean [training]?"),
+        (
+            ["--method.name", "lra"],
+            '--method.name lra: expected one of "lora", "switch"; did you mean "lora"?',
+        ),
+        (
+            ["--method.name", "lora", "--method.interval", "9"],
+            '--method.interval 9: unknown key; it is a key of [method] name = "switch"',
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed(
+    load: Load, argv: list[str], expected: str
+) -> None:
+    assert message_of(load, GOOD, *argv).splitlines()[1:] == ["on the command line:", f"  {expected}"]
+
+
+def test_all_mistakes_come_in_one_message_grouped_by_source(load: Load) -> None:
+    def check_rank(method: Switch, training: Training) -> list[str]:
+        raise AssertionError("runs only when both sections are valid")
+
+    def check_method(method: Switch) -> list[str]:
+        return [f"rank = {method.rank} does not fit"]
+
+    text = '[training]\nsteps = 0\nlr = "x"\n[method]\nname = "switch"\n'
+    message = message_of(
+        load, text, "--training.betas", "1", "--foo.bar", "2", checks=(check_rank, check_method)
+    )
+    lines = message.splitlines()
+    assert lines[0] == "5 mistakes in the configuration"
+    assert lines[2].startswith("  [training] steps = 0")
+    assert lines[3].startswith('  [training] lr = "x"')
+    assert lines[4] == "on the command line:"
+    assert {line.split(":")[0].strip() for line in lines[5:7]} == {"--training.betas 1", "--foo.bar 2"}
+    assert lines[7:] == ["values that do not fit together:", "  rank = 4 does not fit"]
+
+
+def test_a_check_inside_a_section_names_the_section(load: Load) -> None:
+    message = message_of(load, GOOD, "--method.interval", "9")
+    assert message.splitlines()[1:] == [
+        "values that do not fit together:",
+        "  [method] interval = 9 is below 2 x freeze_steps = 10",
+    ]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "llama_350m.toml").touch()
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*llama_350m\.toml\?"):
+        read_toml(tmp_path / "llama_35m.toml")
+    with pytest.raises(ConfigError, match=r"no such file$"):
+        read_toml(tmp_path / "nowhere" / "x.toml")
+
+
+def test_an_unreadable_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a readable file"):
+        read_toml(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'a = "\xe4"')
+    with pytest.raises(ConfigError, match="expected UTF-8"):
+        read_toml(tmp_path / "latin.toml")
+
+
+def test_a_syntax_error_is_reported_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text("[training]\nsteps = many\n")
+    with pytest.raises(ConfigError, match=r"job\.toml: not valid TOML: .*line 2"):
+        read_toml(file)

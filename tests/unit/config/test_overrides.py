@@ -1,0 +1,95 @@
+"""Command-line words become the values that the key's type admits."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from switchtitan.config.overrides import interpret, split_arguments
+from switchtitan.config.section import Section
+
+
+class Everything(Section):
+    flag: bool = False
+    count: int = 1
+    ratio: float = Field(default=0.5, ge=0)
+    limit: float | None = None
+    text: str = ""
+    maybe_text: str | None = None
+    place: Path = Path(".")
+    mode: Literal["none", "full"] = "full"
+    maybe_mode: Literal["none", "full"] | None = None
+    names: tuple[str, ...] = ()
+    pair: tuple[float, float] = (0.0, 1.0)
+    resume: Literal["auto"] | int = "auto"
+
+
+@pytest.mark.parametrize(
+    ("key", "words", "value"),
+    [
+        ("flag", ["true"], True),
+        ("flag", ["false"], False),
+        ("flag", ["False"], False),
+        ("count", ["-3"], -3),
+        ("count", ["1_000"], 1000),
+        ("ratio", ["1e-3"], 1e-3),
+        ("ratio", [".5"], 0.5),
+        ("ratio", ["2"], 2),
+        ("limit", ["none"], None),
+        ("text", ["none"], "none"),
+        ("text", ["123"], "123"),
+        ("text", ['"quoted"'], "quoted"),
+        ("text", ["a = b # c"], "a = b # c"),
+        ("maybe_text", ["none"], None),
+        ("place", ["with space/file"], "with space/file"),
+        ("mode", ["none"], "none"),
+        ("maybe_mode", ["none"], "none"),
+        ("names", ["q_proj,v_proj"], ["q_proj", "v_proj"]),
+        ("names", ['["q_proj", "v_proj"]'], ["q_proj", "v_proj"]),
+        ("names", ["[q_proj, v_proj]"], ["q_proj", "v_proj"]),
+        ("names", ["q_proj"], ["q_proj"]),
+        ("names", ["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ("names", ["1,2"], ["1", "2"]),
+        ("pair", ["0.9,0.95"], [0.9, 0.95]),
+        ("pair", ["0.9", "0.95"], [0.9, 0.95]),
+        ("resume", ["auto"], "auto"),
+        ("resume", ["7"], 7),
+    ],
+)
+def test_words_are_read_as_what_the_key_admits(key: str, words: list[str], value: object) -> None:
+    result = interpret(Everything.model_fields[key], words)
+    assert result == value
+    assert type(result) is type(value)
+
+
+def test_words_that_the_key_refuses_are_left_for_the_validation() -> None:
+    assert interpret(Everything.model_fields["count"], ["many"]) == "many"
+    assert interpret(Everything.model_fields["count"], ["1.0"]) == 1.0
+    assert interpret(None, ["1.0"]) == 1.0
+
+
+def test_arguments_are_taken_apart() -> None:
+    arguments = split_arguments(
+        ["--a.x", "-1", "--config", "my file.toml", "--a.y=--odd", "--b.local-key", "1", "2", "-h"]
+    )
+    assert arguments.config_file == "my file.toml"
+    assert arguments.wants_help
+    assert arguments.overrides == {("a", "x"): ["-1"], ("a", "y"): ["--odd"], ("b", "local_key"): ["1", "2"]}
+    assert arguments.mistakes == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--a.x"], "--a.x: expected a value: --a.x VALUE"),
+        (["--config"], "--config: expected a value: --config FILE"),
+        (["--config", "a", "b"], "--config a b: expected one file, given once"),
+        (["--config=a", "--config=b"], "--config b: expected one file, given once"),
+        (["--a.x", "1", "--a.x=2"], "--a.x 2: given twice; keep one"),
+        (["train.toml"], "train.toml: expected --section.key value"),
+        (["-x"], "-x: expected --section.key value"),
+    ],
+)
+def test_malformed_arguments_are_noted(argv: list[str], expected: str) -> None:
+    assert [mistake.text for mistake in split_arguments(argv).mistakes] == [expected]
