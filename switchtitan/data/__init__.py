@@ -1,0 +1,25 @@
+"""Corpora: from a source's documents to the batches of a training step."""
+
+from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus import Corpus, open_corpus, open_prepared
+from switchtitan.data.loader import ValidationBatches, build_train_batches, build_validation_batches
+from switchtitan.data.plan import plan_corpus
+from switchtitan.data.prepare import prepare_corpus
+from switchtitan.data.sampler import sequence_index
+from switchtitan.data.shards import TokenSequences
+from switchtitan.data.sources import DATASETS
+
+__all__ = [
+    "DATASETS",
+    "Corpus",
+    "DataConfig",
+    "TokenSequences",
+    "ValidationBatches",
+    "build_train_batches",
+    "build_validation_batches",
+    "open_corpus",
+    "open_prepared",
+    "plan_corpus",
+    "prepare_corpus",
+    "sequence_index",
+]

@@ -1,0 +1,268 @@
+"""Tokenising a corpus once into memory-mapped shards: restartable, atomic, one process at a time."""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import tokenizers
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from switchtitan import __version__
+from switchtitan.config.errors import CorpusError
+from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, DataConfig
+from switchtitan.data.index import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    TOKENIZER_FILE,
+    CorpusIndex,
+    TokenizerRecord,
+    fingerprint_of,
+    sha256_of_file,
+    write_atomically,
+)
+from switchtitan.data.plan import CorpusPlan, plan_corpus, validation_fraction
+from switchtitan.data.preparation_lock import preparation_lock
+from switchtitan.data.segments import (
+    SEGMENT_TOKENS,
+    Limits,
+    Progress,
+    TextBatch,
+    read_ahead,
+    text_batches,
+    write_segment,
+)
+from switchtitan.data.tokenizer import (
+    DocumentTokenizer,
+    fetch_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+TRAINING_SAMPLE_BYTES = 1 << 25
+"""A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
+
+
+def prepare_corpus(
+    config: DataConfig, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS
+) -> Path:
+    """Prepares the corpus that `config` means, unless it lies there whole, and returns its folder.
+
+    The work is done in a folder beside it, `<folder>.partial`, which is renamed when all is written; a run
+    that was stopped goes on after the last finished segment.
+
+    Raises:
+        CorpusError: if the source or the tokenizer cannot be read, or there is nothing to train on.
+    """
+    plan = plan_corpus(config)
+    carry_out(plan, show_progress=show_progress, segment_tokens=segment_tokens)
+    return plan.folder
+
+
+def carry_out(plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS) -> None:
+    """Prepares a planned corpus; see `prepare_corpus`."""
+    if plan.is_prepared:
+        return
+    try:
+        plan.folder.parent.mkdir(parents=True, exist_ok=True)
+        with preparation_lock(plan.folder.with_name(plan.folder.name + ".lock")):
+            if not plan.is_prepared:
+                _Preparation(plan, show_progress, segment_tokens).run()
+    except PermissionError as error:
+        raise CorpusError(
+            f'[data] cache_dir = "{plan.config.cache_dir}": no permission to write {error.filename}; choose '
+            f"another folder"
+        ) from error
+
+
+def is_held_out(document: int, period: int) -> bool:
+    """Whether a document goes to validation: the first of all, and one that a hash chooses out of each later
+    `period`.
+
+    So the held-out share is exact, spread over the whole corpus, and never empty, however few documents there
+    are.
+    """
+    run, place = divmod(document, period)
+    if run == 0:
+        return place == 0
+    chosen = hashlib.blake2b(run.to_bytes(8, "little"), digest_size=8).digest()
+    return place == int.from_bytes(chosen, "little") % period
+
+
+class _Preparation:
+    """One preparation of one corpus, begun or gone on with."""
+
+    def __init__(self, plan: CorpusPlan, show_progress: bool, segment_tokens: int) -> None:
+        self._plan = plan
+        self._config = plan.config
+        self._source = plan.source
+        self._partial = plan.folder.with_name(plan.folder.name + ".partial")
+        self._show_progress = show_progress
+        self._segment_tokens = segment_tokens
+        self._limits = Limits(self._config.max_documents, self._config.max_bytes)
+        self._streams: tuple[str | None, ...] = self._source.splits or (None,)
+        self._period = round(1 / validation_fraction(self._config))
+
+    def run(self) -> None:
+        logger.info("preparing the corpus: %s -> %s", self._source.description, self._plan.folder)
+        progress = self._read_progress()
+        self._partial.mkdir(parents=True, exist_ok=True)
+        tokenizer = self._tokenizer(progress)
+        if progress.eos_token is None:
+            write_atomically(self._partial / TOKENIZER_FILE, tokenizer.serialized)
+            progress = progress.model_copy(update={"eos_token": tokenizer.eos_token})
+            self._write_progress(progress)
+        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        with self._bar(progress) as bar:
+            while progress.stream < len(self._streams):
+                progress = self._prepare_stream(progress, tokenizer, dtype, bar)
+        self._finish(progress, tokenizer, dtype)
+
+    def _prepare_stream(
+        self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str, bar: "tqdm[NoReturn]"
+    ) -> Progress:
+        split = self._streams[progress.stream]
+        stream = self._source.open(split, progress.position)
+        batches = read_ahead(text_batches(stream, self._limits, progress.documents, progress.bytes_of_text))
+
+        def advance(batch: TextBatch) -> None:
+            bar.update(sum(batch.num_bytes))
+
+        while True:
+            after = write_segment(
+                batches,
+                tokenizer,
+                folder=self._partial,
+                dtype=dtype,
+                progress=progress,
+                split_of=self._split_of(split),
+                on_batch=advance,
+                segment_tokens=self._segment_tokens,
+            )
+            if after is None:
+                break
+            progress = after
+            self._write_progress(progress)
+            logger.debug("segment %d finished: %d documents", progress.segments, progress.documents)
+        progress = progress.model_copy(
+            update={"stream": progress.stream + 1, "position": None, "documents": 0, "bytes_of_text": 0}
+        )
+        self._write_progress(progress)
+        return progress
+
+    def _split_of(self, split: str | None) -> Callable[[int], str]:
+        if split is not None:
+            return lambda document: split
+        return lambda document: "validation" if is_held_out(document, self._period) else "train"
+
+    def _tokenizer(self, progress: Progress) -> DocumentTokenizer:
+        """The tokenizer that an earlier start of this preparation saved, or a new one."""
+        if progress.eos_token is not None:
+            return read_tokenizer(self._partial / TOKENIZER_FILE, progress.eos_token)
+        if self._config.tokenizer_path is not None:
+            return read_tokenizer(self._config.tokenizer_path)
+        if self._config.hub_tokenizer is not None:
+            return fetch_tokenizer(self._config.hub_tokenizer)
+        vocab_size = self._config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+        logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
+        return train_tokenizer(self._training_sample(), vocab_size)
+
+    def _training_sample(self) -> Iterator[str]:
+        max_bytes = min(self._config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
+        split = self._streams[0]
+        split_of = self._split_of(split)
+        document = 0
+        for batch in text_batches(
+            self._source.open(split), Limits(self._config.max_documents, max_bytes), 0, 0
+        ):
+            for text in batch.documents:
+                if split_of(document) == "train":
+                    yield text
+                document += 1
+
+    def _bar(self, progress: Progress) -> "tqdm[NoReturn]":
+        total = self._source.num_bytes
+        if self._config.max_bytes is not None:
+            total = min(total, self._config.max_bytes) if total is not None else self._config.max_bytes
+        if self._config.max_documents is not None or len(self._streams) > 1:
+            total = None
+        return tqdm(
+            desc="tokenising",
+            total=total,
+            initial=progress.bytes_of_text,
+            unit="B",
+            unit_scale=True,
+            disable=None if self._show_progress else True,
+            mininterval=0.2,
+        )
+
+    def _read_progress(self) -> Progress:
+        file = self._partial / PROGRESS_FILE
+        try:
+            progress = Progress.model_validate_json(file.read_bytes())
+            (self._partial / TOKENIZER_FILE).stat()
+            for shards in progress.splits.values():
+                for shard in shards:
+                    (self._partial / shard.file).stat()
+        except (OSError, ValidationError) as error:
+            if self._partial.exists() and not isinstance(error, FileNotFoundError):
+                logger.warning("%s cannot be gone on with (%s): preparing it anew", self._partial, error)
+                shutil.rmtree(self._partial)
+            return Progress()
+        logger.info(
+            "going on after %d finished segment(s) of an earlier preparation that was stopped",
+            progress.segments,
+        )
+        return progress
+
+    def _write_progress(self, progress: Progress) -> None:
+        write_atomically(self._partial / PROGRESS_FILE, progress.model_dump_json())
+
+    def _finish(self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str) -> None:
+        splits = {split: progress.splits.get(split, []) for split in ("train", "validation")}
+        for split, shards in splits.items():
+            if not shards:
+                raise CorpusError(
+                    f"{self._source.description}: there is no document for the {split} split; a corpus needs "
+                    f"at least two, of which one is held out; give it more text"
+                )
+        tokenizer_sha256 = sha256_of_file(self._partial / TOKENIZER_FILE)
+        index = CorpusIndex(
+            format_version=FORMAT_VERSION,
+            name=self._plan.folder.name,
+            source=self._source.description,
+            identity=self._plan.identity,
+            tokenizer=TokenizerRecord(
+                sha256=tokenizer_sha256,
+                vocab_size=tokenizer.vocab_size,
+                eos_token=tokenizer.eos_token,
+                eos_id=tokenizer.eos_id,
+            ),
+            dtype=dtype,
+            splits=splits,
+            fingerprint=fingerprint_of(tokenizer_sha256, dtype, splits),
+            versions={
+                "switchtitan": __version__,
+                "tokenizers": tokenizers.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        )
+        write_atomically(self._partial / INDEX_FILE, index.model_dump_json(indent=2))
+        (self._partial / PROGRESS_FILE).unlink(missing_ok=True)
+        os.rename(self._partial, self._plan.folder)
+        logger.info(
+            "corpus ready: %d training and %d validation tokens in %s",
+            index.num_tokens("train"),
+            index.num_tokens("validation"),
+            self._plan.folder,
+        )

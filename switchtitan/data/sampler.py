@@ -1,0 +1,84 @@
+"""The order of sequences: a pointwise permutation for each epoch, so that a position alone says what to
+read."""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 8
+"""Four rounds make a Feistel network a strong pseudo-random permutation (Luby and Rackoff 1988) where the
+halves are wide; small corpora have narrow halves, hence more."""
+
+
+def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -> NDArray[np.int64]:
+    """The sequences that stand at the given positions of the endless global order.
+
+    Epoch e holds positions [e * num_sequences, (e + 1) * num_sequences) and visits every sequence once, in
+    its own order.
+
+    Args:
+        seed: the job's seed.
+        position: [...], global positions, 0 or more.
+        num_sequences: sequences in the split.
+
+    Returns:
+        [...] in [0, num_sequences).
+    """
+    epochs, offsets = np.divmod(np.asarray(position, dtype=np.int64), num_sequences)
+    indices = np.empty_like(offsets)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = permute(offsets[chosen], num_sequences, seed=seed, epoch=int(epoch))
+    return indices
+
+
+def permute(offsets: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Maps offsets [...] in [0, size) through a bijection of [0, size) that (seed, epoch) chooses.
+
+    A balanced Feistel network permutes [0, 2^(2h)), the smallest such range that holds `size`; a value that
+    falls outside [0, size) is sent through again until it falls inside (cycle walking: Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains", section 3), which keeps it a bijection. The range is below
+    4 * size, so few values go round often.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = _round_keys(seed, epoch)
+    values = offsets.astype(np.uint64).reshape(-1)
+    outside = np.arange(values.size)
+    while outside.size:
+        values[outside] = _feistel(values[outside], half_bits, keys)
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64).reshape(offsets.shape)
+
+
+def rank_positions(
+    step: int, micro_batch: int, *, global_batch_size: int, local_batch_size: int, rank: int, num_ranks: int
+) -> NDArray[np.int64]:
+    """Global positions [local_batch_size] of one micro-batch on one rank.
+
+    Sample i of step t stands at t * global_batch_size + i, whatever the number of ranks; micro-batch m of
+    rank r holds i = m * num_ranks * local + r * local + b for b in [0, local).
+    """
+    first = step * global_batch_size + (micro_batch * num_ranks + rank) * local_batch_size
+    return np.arange(first, first + local_batch_size, dtype=np.int64)
+
+
+def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators")."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,103 @@
+"""English C4 (Raffel et al. 2020, arXiv 1910.10683) from the Hugging Face hub, streamed, or from a local copy
+of its files."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from switchtitan.config.errors import CorpusError
+from switchtitan.data.config import DataConfig
+from switchtitan.data.sources.stream import Position
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+HUB_NAME = "allenai/c4"
+DATA_FILES = {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*.json.gz"}
+
+
+class C4Stream:
+    """One split of C4; its position is the streaming dataset's own state, which skips whole files on a
+    resume."""
+
+    def __init__(self, dataset: "IterableDataset", where: str) -> None:
+        self._dataset = dataset
+        self._where = where
+        self._rows: Iterator[Mapping[str, object]] = iter(dataset)
+
+    def __iter__(self) -> "C4Stream":
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return str(next(self._rows)["text"])
+        except StopIteration:
+            raise
+        except Exception as error:  # The hub's clients raise the errors of whichever transport they use.
+            raise CorpusError(
+                f"{self._where}: reading C4 stopped ({type(error).__name__}: {error}); run the same command "
+                f"again to go on from the last finished shard"
+            ) from error
+
+    def position(self) -> Position:
+        return dict(self._dataset.state_dict())
+
+
+class C4Source:
+    """C4's own train and validation splits.
+
+    Args:
+        path: a local copy of the hub's folder; None streams from the hub.
+
+    Raises:
+        CorpusError: if the local copy is not there.
+    """
+
+    splits: tuple[str, ...] = ("train", "validation")
+    num_bytes: int | None = None
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        if path is not None:
+            for pattern in DATA_FILES.values():
+                if not any(path.glob(pattern)):
+                    raise CorpusError(
+                        f'[data] path = "{path}": no {pattern} there; expected a copy of the files of '
+                        f"{HUB_NAME}"
+                    )
+
+    @property
+    def description(self) -> str:
+        return f"C4 English ({self._path or f'hub: {HUB_NAME}'})"
+
+    def identity(self) -> Mapping[str, object]:
+        if self._path is None:
+            return {"kind": "c4", "hub": HUB_NAME}
+        files = sorted(file for pattern in DATA_FILES.values() for file in self._path.glob(pattern))
+        return {
+            "kind": "c4",
+            "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        }
+
+    def open(self, split: str | None, position: Position | None = None) -> C4Stream:
+        assert split is not None
+        # Imported here because it takes a second or two, which every training process would pay for.
+        from datasets import load_dataset
+
+        where = str(self._path or HUB_NAME)
+        try:
+            dataset = load_dataset(where, data_files=DATA_FILES, split=split, streaming=True)
+            dataset = dataset.select_columns(["text"])
+            if position is not None:
+                dataset.load_state_dict(position)
+            return C4Stream(dataset, where)
+        except Exception as error:  # See __next__.
+            raise CorpusError(
+                f"{where}: C4 cannot be opened ({type(error).__name__}: {error}); check the connection, or "
+                f"give [data] path a local copy"
+            ) from error
+
+
+def c4_source(config: DataConfig) -> C4Source:
+    """C4 from the hub, or from the local copy that `path` names."""
+    return C4Source(config.path.expanduser() if config.path else None)

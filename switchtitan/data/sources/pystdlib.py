@@ -1,0 +1,67 @@
+"""The embedded default corpus: the running interpreter's standard library, about 30 MB of Python."""
+
+import platform
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from switchtitan.config.errors import CorpusError
+from switchtitan.data.config import DataConfig
+from switchtitan.data.sources.files import FileStream
+from switchtitan.data.sources.stream import Position
+
+_NOT_OF_THE_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
+
+
+class StandardLibrarySource:
+    """One document per `.py` file, in the order of names; files that are not UTF-8 and build settings are
+    left out."""
+
+    splits: tuple[str, ...] = ()
+
+    def __init__(self, root: Path) -> None:
+        self._files = sorted(
+            (file for file in root.rglob("*.py") if _belongs(file.relative_to(root))),
+            key=lambda file: file.relative_to(root).as_posix(),
+        )
+        if not self._files:
+            raise CorpusError(
+                f'[data] dataset = "pystdlib": there are no .py files in {root}; install the standard '
+                f"library's sources or "
+                f"choose another dataset"
+            )
+
+    @property
+    def description(self) -> str:
+        return f"standard library of {platform.python_implementation()} {platform.python_version()}"
+
+    @property
+    def num_bytes(self) -> int | None:
+        return sum(file.stat().st_size for file in self._files)
+
+    def identity(self) -> Mapping[str, object]:
+        return {"kind": "pystdlib", "interpreter": self.description, "bytes": self.num_bytes}
+
+    def open(self, split: str | None, position: Position | None = None) -> FileStream:
+        assert split is None
+        return FileStream(self._files, _read_module, position)
+
+
+def pystdlib_source(config: DataConfig) -> StandardLibrarySource:
+    """The standard library of the interpreter that runs this."""
+    return StandardLibrarySource(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def _belongs(file: Path) -> bool:
+    # _sysconfigdata and the config folder hold the build machine's paths: not the same on two machines of one
+    # version.
+    return not any(
+        part in _NOT_OF_THE_LIBRARY or part.startswith(("_sysconfigdata", "config-")) for part in file.parts
+    )
+
+
+def _read_module(file: Path) -> Iterator[str]:
+    try:
+        yield file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return
