@@ -55,6 +55,7 @@ def export_dense(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; choose another folder or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:

@@ -2,7 +2,8 @@
 
 The layout was read from github.com/asfsdsf/SwitchLoRA at commit 393e214, in the functions that write it:
 `save_model` in llama/training_utils.py, `SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer` in
-switchlora/switch_lora.py. No checkpoint of theirs is published. What is relied on:
+switchlora/switch_lora.py. Tests build files after that description; none of theirs was at hand.
+What is relied on:
 
 - A folder `model_<step>` with `pytorch_model.bin`, or several files and `pytorch_model.bin.index.json`, whose
   names are those of Hugging Face's LLaMA. Low-rank runs add `switch_lora_config.json` with `lora_alpha`.

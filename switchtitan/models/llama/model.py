@@ -16,8 +16,8 @@ from switchtitan.models.llama.rope import rotary_tables, rotate
 class Positions:
     """What all blocks share in one forward.
 
-    Deliberately not a pytree: FSDP casts the floating-point tensors among a block's arguments to the
-    compute type, which would round the cosines to 8 bits; it does not look into this object.
+    The tables are fp32 whatever the compute type is, which would round the cosines to 8 bits. FSDP casts a
+    block's arguments unless its policy says cast_forward_inputs=False.
     """
 
     cos: Tensor

@@ -1,0 +1,113 @@
+"""Attention back-ends agree with plain softmax attention and each heeds what it says it heeds."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchtitan.config.errors import EnvironmentMismatchError
+from switchtitan.models.llama.attention import ATTENTION_BACKENDS, check_attention
+
+BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 6, 3, 13, 8
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over visible keys, written out. `visible`: [batch, seq, seq]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return scores.masked_fill(~visible[:, None], -math.inf).softmax(-1) @ value
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(BATCH, HEADS, SEQ, HEAD_DIM, generator=generator)
+    key, value = torch.randn(2, BATCH, KV_HEADS, SEQ, HEAD_DIM, generator=generator)
+    return query, key, value
+
+
+@pytest.fixture
+def document_ids() -> Tensor:
+    ids = torch.zeros(BATCH, SEQ, dtype=torch.int32)
+    ids[0, 4:], ids[0, 9:], ids[1, 12:] = 1, 2, 5
+    return ids
+
+
+def test_sdpa_is_causal_softmax_attention_over_the_packed_sequence(
+    inputs: tuple[Tensor, Tensor, Tensor], document_ids: Tensor
+) -> None:
+    backend = ATTENTION_BACKENDS["sdpa"]
+    assert backend.build_mask(document_ids) is None
+    causal = torch.ones(SEQ, SEQ, dtype=torch.bool).tril().expand(BATCH, SEQ, SEQ)
+    expected = plain_attention(*inputs, causal)
+    torch.testing.assert_close(backend.attend(*inputs, None), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_flex_is_softmax_attention_inside_each_document(
+    inputs: tuple[Tensor, Tensor, Tensor], document_ids: Tensor
+) -> None:
+    backend = ATTENTION_BACKENDS["flex"]
+    causal = torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    expected = plain_attention(*inputs, causal & same_document)
+    with torch.no_grad():
+        attended = backend.attend(*inputs, backend.build_mask(document_ids))
+    torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_flex_takes_the_next_batchs_documents(
+    inputs: tuple[Tensor, Tensor, Tensor], document_ids: Tensor
+) -> None:
+    """The mask's function closes over the ids; a compiled one must not keep the first batch's."""
+    backend = ATTENTION_BACKENDS["flex"]
+    first = backend.build_mask(document_ids)
+    second = backend.build_mask(torch.zeros_like(document_ids))
+    with torch.no_grad():
+        of_first, of_second = backend.attend(*inputs, first), backend.attend(*inputs, second)
+    sdpa = ATTENTION_BACKENDS["sdpa"].attend(*inputs, None)
+    torch.testing.assert_close(of_second, sdpa, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(of_first, sdpa, atol=1e-2)
+
+
+def test_flash_attention_says_how_to_install_it() -> None:
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed here")
+    with pytest.raises(EnvironmentMismatchError, match=r"pip install 'switchtitan\[flash\]'"):
+        check_attention("flash_attn", 64, "cuda", torch.bfloat16)
+
+
+def test_flash_attention_refuses_fp32_and_odd_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_attention("flash_attn", 64, "cuda", torch.bfloat16)
+    with pytest.raises(EnvironmentMismatchError, match=r"got torch\.float32"):
+        check_attention("flash_attn", 64, "cuda", torch.float32)
+    with pytest.raises(EnvironmentMismatchError, match="multiples of 8"):
+        check_attention("flash_attn", 36, "cuda", torch.bfloat16)
+
+
+def test_flex_refuses_heads_too_small_for_its_kernels() -> None:
+    with pytest.raises(EnvironmentMismatchError, match="at least 16 features"):
+        check_attention("flex", 8, "cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["flex", "flash_attn"])
+def test_gpu_back_ends_have_the_gradients_of_sdpa(name: str) -> None:
+    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator, "requires_grad": True}
+    query = torch.randn(2, 6, 256, 32, **options)
+    key, value = (torch.randn(2, 3, 256, 32, **options) for _ in range(2))
+    ids = torch.zeros(2, 256, dtype=torch.int32, device="cuda")
+    gradients = {}
+    for each in ("sdpa", name):
+        backend = ATTENTION_BACKENDS[each]
+        attended = backend.attend(query, key, value, backend.build_mask(ids))
+        gradients[each] = torch.autograd.grad(attended.float().square().sum(), (query, key, value))
+    for actual, expected in zip(gradients[name], gradients["sdpa"], strict=True):
+        torch.testing.assert_close(actual, expected, atol=5e-2, rtol=5e-2)  # bf16 sums in another order

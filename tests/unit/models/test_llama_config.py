@@ -1,0 +1,104 @@
+"""The table of sizes, its overrides and the checks between them."""
+
+from math import prod
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from switchtitan.config.errors import ConfigError, EnvironmentMismatchError
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import SIZES, LlamaConfig
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_the_parameters_of_the_formula(size: str) -> None:
+    config = LlamaConfig(size=size)
+    hidden, intermediate, num_layers, _ = SIZES[size]
+    expected = 2 * 32100 * hidden + hidden
+    expected += num_layers * (4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden)
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize(("size", "millions"), [("350m", 368.2), ("1b", 1339.5)])
+def test_published_sizes_have_the_published_number_of_parameters(size: str, millions: float) -> None:
+    shapes = LlamaConfig(size=size).dimensions().parameter_shapes().values()
+    assert sum(map(prod, shapes)) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_shapes_without_building_are_those_of_the_built_model() -> None:
+    config = LlamaConfig(
+        size="9m",
+        hidden_size=36,
+        num_heads=6,
+        num_kv_heads=3,
+        intermediate_size=29,
+        num_layers=3,
+        vocab_size=53,
+    )
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    built = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert config.dimensions().parameter_shapes() == built
+    assert config.linear_shapes() == linear
+    assert list(config.linear_shapes()) == list(linear)
+
+
+def test_overrides_replace_the_tables_values_and_leave_the_rest() -> None:
+    dims = LlamaConfig(size="60m", num_layers=3, num_kv_heads=2).dimensions()
+    assert (dims.hidden_size, dims.intermediate_size, dims.num_heads) == (512, 1376, 8)
+    assert (dims.num_layers, dims.num_kv_heads) == (3, 2)
+
+
+def test_key_and_value_heads_follow_overridden_heads() -> None:
+    assert LlamaConfig(size="60m", num_heads=16).dimensions().num_kv_heads == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"num_heads": 3}, ["hidden_size = 128", "num_heads = 3", "divisors"]),
+        ({"hidden_size": 36, "num_heads": 4}, ["= 9 is odd", "2 \\* num_heads"]),
+        ({"num_kv_heads": 3}, ["num_heads = 4", "num_kv_heads = 3", "divisors"]),
+        ({"vocab_size": 0}, ["vocab_size"]),
+        ({"num_layers": -1}, ["num_layers"]),
+        ({"norm_eps": 0.0}, ["norm_eps"]),
+        ({"hiden_size": 64}, ["hiden_size"]),
+        ({"attention": "eager"}, ["attention", "sdpa"]),
+        ({"size": "8m"}, ["size", "9m"]),
+    ],
+)
+def test_dimensions_that_do_not_fit_are_refused_by_name(overrides: dict, words: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        LlamaConfig(**{"size": "9m", **overrides})
+    for word in words:
+        caught.match(word)
+
+
+def test_flash_attention_on_a_cpu_is_an_error_that_names_the_way_out() -> None:
+    config = LlamaConfig(size="9m", attention="flash_attn")
+    with pytest.raises(EnvironmentMismatchError, match=r"attention = 'flash_attn'.*CUDA.*sdpa"):
+        config.check_device("cpu")
+
+
+def test_flex_attention_cannot_train_on_a_cpu() -> None:
+    with pytest.raises(EnvironmentMismatchError, match=r"attention = 'flex'.*backward.*CPU.*sdpa"):
+        LlamaConfig(size="9m", attention="flex").check_device("cpu")
+
+
+def test_sdpa_trains_everywhere() -> None:
+    for device_type in ("cpu", "cuda"):
+        LlamaConfig(size="9m").check_device(device_type, torch.float32)
+
+
+def test_registry_names_the_nearest_model() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'llama'"):
+        MODELS["lama"]
