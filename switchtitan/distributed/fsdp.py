@@ -73,3 +73,10 @@ def accumulate_gradients(model: nn.Module, is_last_micro_batch: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_is_last_backward(is_last_micro_batch)
     model.set_requires_gradient_sync(is_last_micro_batch)
+
+
+def free_gathered_weights(model: nn.Module) -> None:
+    """Goes back to shards alone, after forward passes that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,12 @@ class World:
         total = values.detach().clone()
         dist.all_reduce(total)
         return total
+
+    def broadcast(self, value: Any) -> Any:
+        """The main rank's `value`, a picklable object, on all ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
     def synchronize(self) -> None:
         """Waits until this rank's device has done what it was given."""

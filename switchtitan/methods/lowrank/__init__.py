@@ -3,7 +3,7 @@
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.init import balanced_init, lora_init
 from switchtitan.methods.lowrank.linear import LowRankLinear, low_rank_layers, replace_linears
-from switchtitan.methods.lowrank.merge import merged_state_dict
+from switchtitan.methods.lowrank.merge import merge_factors, merged_state_dict
 
 __all__ = [
     "LowRankConfig",
@@ -11,6 +11,7 @@ __all__ = [
     "balanced_init",
     "lora_init",
     "low_rank_layers",
+    "merge_factors",
     "merged_state_dict",
     "replace_linears",
 ]

@@ -1,5 +1,7 @@
 """Low-rank models as dense ones."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,4 +25,17 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             own["weight"] = torch.addmm(own["weight"], lora_b, lora_a, alpha=module.scale)
         if is_main:
             merged |= {prefix + name: tensor for name, tensor in own.items()}
+    return merged
+
+
+def merge_factors(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The dense weights that whole tensors by qualified name amount to: W + s B A where there are factors, candidates left out."""
+    merged = {}
+    for name, tensor in tensors.items():
+        prefix, _, local_name = name.rpartition(".")
+        if local_name in ("lora_a", "lora_b", "candidates_a", "candidates_b"):
+            continue
+        if local_name == "weight" and f"{prefix}.lora_a" in tensors:
+            tensor = torch.addmm(tensor, tensors[f"{prefix}.lora_b"], tensors[f"{prefix}.lora_a"], alpha=scale)
+        merged[name] = tensor
     return merged

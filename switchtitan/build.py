@@ -1,0 +1,229 @@
+"""The composition root: from a configuration to a trainer, one short function for each part."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import switchtitan
+from switchtitan.checkpoint import (
+    Checkpointer,
+    check_same_run,
+    load_tensors_,
+    read_metadata,
+)
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.contracts import LanguageModel, Method, TrainingOptimizer
+from switchtitan.data import Corpus, build_train_batches, build_validation_batches, open_corpus
+from switchtitan.distributed.activation_checkpoint import checkpoint_activations
+from switchtitan.distributed.compile import compile_blocks
+from switchtitan.distributed.fsdp import materialize, shard_model
+from switchtitan.distributed.world import World, device_name
+from switchtitan.evaluate import Evaluator
+from switchtitan.initial_weights import read_initial_weights
+from switchtitan.job_config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.models.loss import summed_cross_entropy
+from switchtitan.observability import (
+    TENSORBOARD_FOLDER,
+    Profiler,
+    Reporter,
+    Throughput,
+    configure_logging,
+    peak_flops_per_s,
+)
+from switchtitan.optim import build_lr_schedule
+from switchtitan.trainer import Intervals, Trainer, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(config: JobConfig, world: World) -> Trainer:
+    """Everything that a run needs, its state restored where it goes on from a checkpoint.
+
+    Raises:
+        UserError: before anything is written, where configuration, corpus and checkpoints do not fit together.
+    """
+    output_dir = config.job.output_dir
+    configure_logging(is_main=world.is_main, rank=world.rank)
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    assert isinstance(model, LanguageModel)
+    corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
+    corpus.check_vocabulary(config.model.vocab_size)
+    identity = run_identity(config, corpus)
+    checkpointer = build_checkpointer(config, world, identity, corpus)
+    checkpoint = checkpointer.checkpoint_to_resume()
+    state = TrainState()
+    if checkpoint is not None:
+        metadata = read_metadata(checkpoint)
+        check_same_run(metadata.identity, identity)
+        state = TrainState(**metadata.train_state)
+    num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
+    initial_weights = None
+    if checkpoint is None and config.checkpoint.initial_weights is not None:
+        initial_weights = read_initial_weights(Path(config.checkpoint.initial_weights), model)
+
+    method = METHODS.build(config.method, config.training.steps)
+    prepare_model(model, method, config, world, initial_weights)
+    optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
+    tensors = checkpoint_tensors(model, optimizer)
+    if checkpoint is not None:
+        restore(checkpoint, tensors(), optimizer)
+
+    start_output(config, world, state)
+    describe_run(config, world, model, corpus, checkpoint)
+    loss = torch.compile(summed_cross_entropy, fullgraph=True, dynamic=False) if config.compile.loss else summed_cross_entropy
+    return Trainer(
+        training=config.training,
+        intervals=Intervals(evaluate=config.evaluation.interval, save=config.checkpoint.interval),
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        summed_loss=loss,
+        lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
+        batches=build_train_batches(
+            corpus.split("train", config.data.seq_len),
+            seed=config.job.seed,
+            global_batch_size=config.training.global_batch_size,
+            local_batch_size=config.training.local_batch_size,
+            rank=world.rank,
+            num_ranks=world.size,
+            start_step=state.num_batches,
+            num_workers=config.data.num_workers,
+            pin_memory=world.device.type == "cuda",
+        ),
+        evaluator=build_evaluator(config, corpus, loss, world),
+        checkpointer=checkpointer,
+        tensors=tensors,
+        reporter=Reporter(
+            config.metrics,
+            output_dir,
+            num_steps=config.training.steps,
+            start_step=state.step,
+            is_main=world.is_main,
+            description=resolved_toml(config),
+        ),
+        throughput=Throughput(
+            tokens_per_step=config.training.global_batch_size * config.data.seq_len,
+            flops_per_token=num_flops_per_token,
+            num_devices=world.size,
+            peak_flops_per_s=peak_flops_per_s(device_name(world.device)),
+            num_steps=config.training.steps,
+            start_step=state.step,
+        ),
+        profiler=Profiler(
+            config.profiler,
+            output_dir / TENSORBOARD_FOLDER,
+            worker="rank0" if world.is_main else None,
+            steps_done=state.step,
+        ),
+        state=state,
+    )
+
+
+def prepare_model(
+    model: nn.Module,
+    method: Method,
+    config: JobConfig,
+    world: World,
+    initial_weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """From a plain model on the meta device to a sharded one on this rank's device, with its initial values."""
+    method.prepare_model(model)
+    assert isinstance(model, LanguageModel)
+    checkpoint_activations(model, config.activation_checkpoint)
+    if config.compile.blocks:
+        compile_blocks(model)
+    dtype = getattr(torch, config.training.dtype)
+    shard_model(model, world.shard_mesh, dtype, config.parallelism.reshard_after_forward)
+    materialize(model, world.device, config.job.seed, initial_weights)
+
+
+def run_identity(config: JobConfig, corpus: Corpus) -> dict:
+    """What a run must share with a checkpoint to go on from it: what gives the tensors and the data their meaning."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "method": config.method.model_dump(mode="json"),
+        "optimizer": {"name": config.optimizer.name},
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "data": {"seq_len": config.data.seq_len},
+        "training": {"global_batch_size": config.training.global_batch_size},
+        "job": {"seed": config.job.seed},
+    }
+
+
+def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: Corpus) -> Checkpointer:
+    return Checkpointer(
+        config.job.output_dir / "checkpoints",
+        config.checkpoint,
+        identity=identity,
+        metadata={"config": resolved_toml(config), "corpus": corpus.description, "num_ranks": world.size},
+        versions={"switchtitan": switchtitan.__version__},
+        is_main=world.is_main,
+    )
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: TrainingOptimizer) -> Callable[[], dict[str, Tensor]]:
+    """Returns what gives all tensors of a checkpoint by name, sharing memory with the model and the optimizer.
+
+    The model's are looked up now, while all of them are shards: FSDP swaps them in forward passes.
+    """
+    of_model = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    return lambda: of_model | {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
+
+
+def restore(checkpoint: Path, tensors: dict[str, Tensor], optimizer: TrainingOptimizer) -> None:
+    """Fills model and optimizer from a checkpoint, whatever number of ranks saved it."""
+    load_tensors_(checkpoint, tensors)
+    prefix = "optimizer."
+    optimizer.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
+
+
+def build_evaluator(
+    config: JobConfig, corpus: Corpus, loss: Callable[[Tensor, Tensor], Tensor], world: World
+) -> Evaluator:
+    batches = build_validation_batches(
+        corpus.split("validation", config.data.seq_len),
+        num_sequences=config.evaluation.tokens // config.data.seq_len,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+    return Evaluator(batches, loss, world)
+
+
+def start_output(config: JobConfig, world: World, state: TrainState) -> None:
+    """Opens the run's log file and keeps its configuration; a resumed run's beside the first one's."""
+    if not world.is_main:
+        return
+    output_dir = config.job.output_dir
+    configure_logging(is_main=True, log_file=output_dir / "train.log")
+    name = f"config-from-step-{state.step}.toml" if state.step else "config.toml"
+    (output_dir / name).write_text(resolved_toml(config), encoding="utf-8")
+
+
+def describe_run(
+    config: JobConfig, world: World, model: nn.Module, corpus: Corpus, checkpoint: Path | None
+) -> None:
+    """Says what is about to be trained, on what, where, and from where."""
+    counts = count_parameters(model)
+    logger.info("%s: %s", config.job.name, ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()))
+    logger.info("corpus %s: %s", corpus.name, corpus.description)
+    logger.info("%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}")
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of values by kind: trainable, frozen, candidates (buffers), over all ranks."""
+    parameters = list(model.parameters())
+    return {
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "frozen": sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
+        "candidates": sum(buffer.numel() for buffer in model.buffers()),
+    }

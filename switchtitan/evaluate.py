@@ -1,0 +1,43 @@
+"""Validation loss over held-out batches. Never touches a weight."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from switchtitan.contracts import IGNORED_TARGET, Batch
+from switchtitan.distributed.fsdp import free_gathered_weights
+from switchtitan.distributed.world import World
+
+
+class Evaluator:
+    """Computes a model's loss on the same held-out tokens whenever it is called.
+
+    Args:
+        batches: this rank's, equally many of one shape on every rank; read once per evaluation.
+        summed_loss: (logits, targets) -> sum over targets.
+    """
+
+    def __init__(
+        self, batches: Iterable[Batch], summed_loss: Callable[[Tensor, Tensor], Tensor], world: World
+    ) -> None:
+        self._batches = batches
+        self._summed_loss = summed_loss
+        self._world = world
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        """The mean loss per held-out token over all ranks, in nats."""
+        device = self._world.device
+        # [sum of losses, number of targets]; fp64, for long sums of fp32 numbers.
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        was_training = model.training
+        model.eval()
+        for batch in self._batches:
+            tokens, targets, document_ids = (part.to(device, non_blocking=True) for part in batch)
+            totals[0] += self._summed_loss(model(tokens, document_ids), targets)
+            totals[1] += (targets != IGNORED_TARGET).sum()
+        model.train(was_training)
+        free_gathered_weights(model)
+        loss_sum, num_targets = self._world.sum(totals).tolist()
+        return loss_sum / num_targets

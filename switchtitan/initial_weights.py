@@ -1,0 +1,61 @@
+"""Dense weights from elsewhere that a new run starts from."""
+
+import logging
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from switchtitan.checkpoint import find_given, read_metadata, read_tensors
+from switchtitan.config import CheckpointError
+from switchtitan.hub.huggingface import read_dense
+from switchtitan.methods.lowrank import merge_factors
+
+logger = logging.getLogger(__name__)
+
+
+def read_initial_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The plain model's weights from a safetensors file, a folder in Hugging Face's layout, or a checkpoint of any method,
+    whose factors are merged.
+
+    Args:
+        model: the plain model, for its names and shapes.
+
+    Raises:
+        CheckpointError: if there is none at `path`, or it is of another model; names the first few tensors.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"[checkpoint] initial_weights = {str(path)!r}: no such file or folder; expected a safetensors file, a folder in "
+            "Hugging Face's layout or a checkpoint"
+        )
+    weights = read_dense(path) if _is_safetensors(path) else read_merged_checkpoint(path)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if differing:
+        examples = "; ".join(
+            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing[:4]
+        )
+        raise CheckpointError(
+            f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} of the weights do not fit the model ({examples}); "
+            "choose the [model] that they belong to"
+        )
+    logger.info("initial weights come from %s", path)
+    return weights
+
+
+def read_merged_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The dense fp32 weights that a checkpoint of this project amounts to, whole.
+
+    Raises:
+        CheckpointError: if there is no whole checkpoint at `path`.
+    """
+    checkpoint = find_given(path)
+    method = read_metadata(checkpoint).identity["method"]
+    assert isinstance(method, dict)
+    scale = float(method["alpha"]) / int(method["rank"]) if "rank" in method else 0.0  # type: ignore[arg-type]
+    return merge_factors(read_tensors(checkpoint, prefix="model."), scale)
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))

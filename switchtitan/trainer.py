@@ -1,0 +1,201 @@
+"""The training loop and the step. Receives its parts and builds none; knows no method and no model."""
+
+import logging
+import math
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from switchtitan.checkpoint import Checkpointer
+from switchtitan.contracts import Batch, TrainingOptimizer
+from switchtitan.distributed.fsdp import accumulate_gradients
+from switchtitan.distributed.world import World
+from switchtitan.evaluate import Evaluator
+from switchtitan.job_sections import TrainingSection
+from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """Gradients are no longer finite numbers."""
+
+
+@dataclass
+class TrainState:
+    """What a resumed run goes on from, beside tensors."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    num_skipped: int = 0
+    """Batches whose update was skipped; they count as read."""
+    tokens_seen: int = 0
+    first_validation_loss: float | None = None
+    last_validation_loss: float | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches read, the position in the data."""
+        return self.step + self.num_skipped
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often, in steps; the last step does everything."""
+
+    evaluate: int
+    save: int
+
+
+class Trainer:
+    """Trains a model to the end of its run.
+
+    Args:
+        summed_loss: (logits, targets) -> sum over targets.
+        lr_schedule: step -> factor on the peak learning rate.
+        batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
+        tensors: all that a checkpoint holds, by name, given the optimizer's state of the moment.
+    """
+
+    def __init__(
+        self,
+        *,
+        training: TrainingSection,
+        intervals: Intervals,
+        world: World,
+        model: nn.Module,
+        optimizer: TrainingOptimizer,
+        summed_loss: Callable[[Tensor, Tensor], Tensor],
+        lr_schedule: Callable[[int], float],
+        batches: Generator[list[Batch], None, None],
+        evaluator: Evaluator,
+        checkpointer: Checkpointer,
+        tensors: Callable[[], dict[str, Tensor]],
+        reporter: Reporter,
+        throughput: Throughput,
+        profiler: Profiler,
+        state: TrainState,
+    ) -> None:
+        self.training, self.intervals, self.world = training, intervals, world
+        self.model, self.optimizer, self.summed_loss, self.lr_schedule = model, optimizer, summed_loss, lr_schedule
+        self.batches, self.evaluator = batches, evaluator
+        self.checkpointer, self.tensors = checkpointer, tensors
+        self.reporter, self.throughput, self.profiler = reporter, throughput, profiler
+        self.state = state
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Sums since the last report and flags stay on the device: reading them would make the host wait in every step.
+        self._loss_sum = torch.zeros((), device=world.device)
+        self._all_finite = torch.ones((), dtype=torch.bool, device=world.device)
+        self._num_unreported = 0
+
+    def train(self) -> None:
+        """Runs the steps that are left, and evaluates, reports and saves when it is time.
+
+        Raises:
+            TrainingDivergedError: if gradients stopped being finite and the run is not to skip such steps; nothing is saved then.
+        """
+        if self.state.step == 0:
+            self._evaluate()
+        with self.profiler:
+            while self.state.step < self.training.steps:
+                grad_norm = self.train_step()
+                self.profiler.step()
+                self._after_step(grad_norm)
+        self.checkpointer.finish()
+        self.batches.close()
+        self.reporter.summary(
+            tokens_per_s=self.throughput.mean_tokens_per_s,
+            wall_time_s=self.throughput.wall_time_s,
+            checkpoint=self.checkpointer.latest,
+            trace=self.profiler.trace,
+        )
+        self.reporter.close()
+
+    def train_step(self) -> Tensor:
+        """One step of all ranks: a global batch, an update. Returns the gradient's norm before clipping, 0-dim."""
+        self.optimizer.set_lr(self.lr_schedule(self.state.step))
+        loss = self._forward_backward(next(self.batches))
+        grad_norm = self._clip_gradients()
+        self._loss_sum += loss
+        self._num_unreported += 1
+        if self.training.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm)):
+            logger.warning("Skipped an update at step %d: the gradient's norm is %s", self.state.step, float(grad_norm))
+            self.optimizer.zero_grad()
+            self.state.num_skipped += 1
+            return grad_norm
+        self._all_finite &= torch.isfinite(grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        return grad_norm
+
+    def _forward_backward(self, micro_batches: list[Batch]) -> Tensor:
+        """Leaves this step's mean gradient on every rank's shards; returns this rank's mean loss, 0-dim."""
+        num_targets = sum(batch.targets.numel() for batch in micro_batches)
+        self.state.tokens_seen += num_targets * self.world.size
+        loss_sum = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            accumulate_gradients(self.model, is_last_micro_batch=index == len(micro_batches) - 1)
+            tokens, targets, document_ids = (part.to(self.world.device, non_blocking=True) for part in batch)
+            loss = self.summed_loss(self.model(tokens, document_ids), targets) / num_targets
+            loss.backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _clip_gradients(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if self.training.max_grad_norm is not None:
+            clip_grads_with_norm_(self._trained, self.training.max_grad_norm, norm)
+        return norm
+
+    def _after_step(self, grad_norm: Tensor) -> None:
+        step, is_last = self.state.step, self.state.step == self.training.steps
+        self.checkpointer.poll()
+        self.reporter.advance(step)
+        if self.reporter.is_due(step):
+            self._report(grad_norm)
+        if is_last or step % self.intervals.evaluate == 0:
+            self._evaluate()
+        if is_last or step % self.intervals.save == 0:
+            self._save()
+
+    def _report(self, grad_norm: Tensor) -> None:
+        self._stop_if_diverged()
+        self.world.synchronize()
+        loss = self.world.mean(self._loss_sum / self._num_unreported).item()
+        measured = self.throughput.measure(self.state.step)
+        values = {"loss/train": loss, "optimizer/grad_norm": grad_norm.item()}
+        values |= self.optimizer.metrics() | measured
+        values |= {"memory/peak_gib": peak_memory_gib(self.world.device), "data/tokens_seen": float(self.state.tokens_seen)}
+        self.reporter.report(self.state.step, values)
+        self._loss_sum.zero_()
+        self._num_unreported = 0
+
+    def _evaluate(self) -> None:
+        self._stop_if_diverged()
+        with self.throughput.excluded():
+            loss = self.evaluator(self.model)
+        if self.state.first_validation_loss is None:
+            self.state.first_validation_loss = loss
+        self.state.last_validation_loss = loss
+        perplexity = math.exp(min(loss, 700.0))
+        self.reporter.report(self.state.step, {"loss/validation": loss, "perplexity/validation": perplexity})
+
+    def _save(self) -> None:
+        self._stop_if_diverged()
+        with self.throughput.excluded():
+            self.checkpointer.save(self.state.step, self.tensors(), asdict(self.state))
+
+    def _stop_if_diverged(self) -> None:
+        if not bool(self._all_finite):
+            raise TrainingDivergedError(
+                f"a gradient was not finite in the steps up to {self.state.step}; the newest checkpoint is from before. Lower "
+                '[optimizer] lr, lengthen [lr_schedule] warmup_steps, or set [training] on_nonfinite = "skip"'
+            )
