@@ -19,15 +19,26 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from switchtitan.config.errors import EnvironmentMismatchError
 
+Attend = Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
+"""(query, key, value, mask) -> attended, shaped as the query.
+
+query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head_dim].
+"""
+
+_HOW_TO_INSTALL_FLASH = (
+    "the package flash-attn is not installed; `pip install 'switchtitan[flash]'`, or attention = \"sdpa\""
+)
+
 
 @dataclass(frozen=True)
 class AttentionBackend:
     """One way to compute causal attention."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
-    """(query, key, value, mask) -> attended, shaped as the query.
+    load: Callable[[], Attend]
+    """Imports what the back-end needs; called once when a model is built.
 
-    query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head_dim].
+    Raises:
+        EnvironmentMismatchError: if it is not installed.
     """
     build_mask: Callable[[Tensor], BlockMask | None]
     """document_ids [batch, seq] -> the mask for `attend`; called once per forward, outside the blocks."""
@@ -89,18 +100,27 @@ def _find_flex_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dt
     return None
 
 
-def _attend_flash(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
-    flash_attn = importlib.import_module("flash_attn")
-    by_position = (part.transpose(1, 2) for part in (query, key, value))
-    attended: Tensor = flash_attn.flash_attn_func(*by_position, causal=True)
-    return attended.transpose(1, 2)
+def _load_flash() -> Attend:
+    try:
+        flash_attn_func = importlib.import_module("flash_attn").flash_attn_func
+    except ImportError as error:
+        raise EnvironmentMismatchError(
+            f"[model] attention = 'flash_attn': {_HOW_TO_INSTALL_FLASH}"
+        ) from error
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
+        by_position = [part.transpose(1, 2) for part in (query, key, value)]
+        attended: Tensor = flash_attn_func(*by_position, causal=True)
+        return attended.transpose(1, 2)
+
+    return attend
 
 
 def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
         return f'runs on CUDA GPUs only, this is a {device_type}; use attention = "sdpa"'
     if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed; `pip install 'switchtitan[flash]'`, or use sdpa"
+        return _HOW_TO_INSTALL_FLASH
     if compute_dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bfloat16 or float16, got {compute_dtype}; compute in bfloat16, or use sdpa"
     if head_dim % 8 or head_dim > 256:
@@ -109,7 +129,7 @@ def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.d
 
 
 ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(_attend_sdpa, _no_mask, _find_sdpa_obstacle),
-    "flex": AttentionBackend(_attend_flex, _build_document_mask, _find_flex_obstacle),
-    "flash_attn": AttentionBackend(_attend_flash, _no_mask, _find_flash_obstacle),
+    "sdpa": AttentionBackend(lambda: _attend_sdpa, _no_mask, _find_sdpa_obstacle),
+    "flex": AttentionBackend(lambda: _attend_flex, _build_document_mask, _find_flex_obstacle),
+    "flash_attn": AttentionBackend(_load_flash, _no_mask, _find_flash_obstacle),
 }

@@ -34,7 +34,7 @@ class Attention(nn.Module):
     def __init__(self, dims: LlamaDimensions, backend: str) -> None:
         super().__init__()
         self.head_dim = dims.head_dim
-        self.attend = ATTENTION_BACKENDS[backend].attend
+        self.attend = ATTENTION_BACKENDS[backend].load()
         self.q_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
         self.k_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias=False)
         self.v_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias=False)

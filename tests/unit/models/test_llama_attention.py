@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_sdpa_is_causal_softmax_attention_over_the_packed_sequence(
     assert backend.build_mask(document_ids) is None
     causal = torch.ones(SEQ, SEQ, dtype=torch.bool).tril().expand(BATCH, SEQ, SEQ)
     expected = plain_attention(*inputs, causal)
-    torch.testing.assert_close(backend.attend(*inputs, None), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(backend.load()(*inputs, None), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_flex_is_softmax_attention_inside_each_document(
@@ -54,7 +56,7 @@ def test_flex_is_softmax_attention_inside_each_document(
     same_document = document_ids[:, :, None] == document_ids[:, None, :]
     expected = plain_attention(*inputs, causal & same_document)
     with torch.no_grad():
-        attended = backend.attend(*inputs, backend.build_mask(document_ids))
+        attended = backend.load()(*inputs, backend.build_mask(document_ids))
     torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -66,8 +68,8 @@ def test_flex_takes_the_next_batchs_documents(
     first = backend.build_mask(document_ids)
     second = backend.build_mask(torch.zeros_like(document_ids))
     with torch.no_grad():
-        of_first, of_second = backend.attend(*inputs, first), backend.attend(*inputs, second)
-    sdpa = ATTENTION_BACKENDS["sdpa"].attend(*inputs, None)
+        of_first, of_second = backend.load()(*inputs, first), backend.load()(*inputs, second)
+    sdpa = ATTENTION_BACKENDS["sdpa"].load()(*inputs, None)
     torch.testing.assert_close(of_second, sdpa, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(of_first, sdpa, atol=1e-2)
 
@@ -77,6 +79,26 @@ def test_flash_attention_says_how_to_install_it() -> None:
         pytest.skip("flash-attn is installed here")
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'switchtitan\[flash\]'"):
         check_attention("flash_attn", 64, "cuda", torch.bfloat16)
+    with pytest.raises(EnvironmentMismatchError, match=r"pip install 'switchtitan\[flash\]'"):
+        ATTENTION_BACKENDS["flash_attn"].load()
+
+
+def test_flash_attention_gets_positions_before_heads(
+    inputs: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the package's documented signature: [batch, seq, heads, head_dim], fewer key heads."""
+
+    def flash_attn_func(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+        visible = torch.ones(SEQ, SEQ, dtype=torch.bool).tril() if causal else torch.ones(SEQ, SEQ).bool()
+        by_head = (part.transpose(1, 2) for part in (query, key, value))
+        return plain_attention(*by_head, visible.expand(BATCH, SEQ, SEQ)).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    attend = ATTENTION_BACKENDS["flash_attn"].load()
+    expected = ATTENTION_BACKENDS["sdpa"].load()(*inputs, None)
+    torch.testing.assert_close(attend(*inputs, None), expected, atol=1e-6, rtol=1e-5)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, None), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_flash_attention_refuses_fp32_and_odd_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +129,7 @@ def test_gpu_back_ends_have_the_gradients_of_sdpa(name: str) -> None:
     gradients = {}
     for each in ("sdpa", name):
         backend = ATTENTION_BACKENDS[each]
-        attended = backend.attend(query, key, value, backend.build_mask(ids))
+        attended = backend.load()(query, key, value, backend.build_mask(ids))
         gradients[each] = torch.autograd.grad(attended.float().square().sum(), (query, key, value))
     for actual, expected in zip(gradients[name], gradients["sdpa"], strict=True):
         torch.testing.assert_close(actual, expected, atol=5e-2, rtol=5e-2)  # bf16 sums in another order
