@@ -123,8 +123,8 @@ def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.d
         return _HOW_TO_INSTALL_FLASH
     if compute_dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bfloat16 or float16, got {compute_dtype}; compute in bfloat16, or use sdpa"
-    if head_dim % 8 or head_dim > 256:
-        return f"needs head sizes that are multiples of 8 up to 256, got {head_dim}; use sdpa"
+    if head_dim > 256:
+        return f"needs heads of at most 256 features, got {head_dim}; raise num_heads, or use sdpa"
     return None
 
 

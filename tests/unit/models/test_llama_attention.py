@@ -101,13 +101,13 @@ def test_flash_attention_gets_positions_before_heads(
     torch.testing.assert_close(compiled(*inputs, None), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_flash_attention_refuses_fp32_and_odd_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_refuses_fp32_and_wide_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_attention("flash_attn", 64, "cuda", torch.bfloat16)
     with pytest.raises(EnvironmentMismatchError, match=r"got torch\.float32"):
         check_attention("flash_attn", 64, "cuda", torch.float32)
-    with pytest.raises(EnvironmentMismatchError, match="multiples of 8"):
-        check_attention("flash_attn", 36, "cuda", torch.bfloat16)
+    with pytest.raises(EnvironmentMismatchError, match="at most 256 features, got 288"):
+        check_attention("flash_attn", 288, "cuda", torch.bfloat16)
 
 
 def test_flex_refuses_heads_too_small_for_its_kernels() -> None:
