@@ -3,12 +3,13 @@
 import os
 import shutil
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from switchtitan.config.errors import EnvironmentMismatchError
 from switchtitan.config.load import Check
+from switchtitan.config.section import Section
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
@@ -31,8 +32,9 @@ class ModelSection(Protocol):
         ...
 
 
+@runtime_checkable
 class MethodSection(Protocol):
-    """What a method's section must tell."""
+    """What a method's section may tell; one that fits every model leaves it out."""
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """What does not fit a model with such linear layers, in sentences; empty where all fits."""
@@ -92,9 +94,9 @@ def check_compiler(compile: CompileConfig, device: str) -> list[str]:
     return [f"[compile] {chosen[0]} = true: a CPU needs a C++ compiler for it; install g++ or give {options}"]
 
 
-def check_method(model: ModelSection, method: MethodSection) -> list[str]:
+def check_method(model: ModelSection, method: Section) -> list[str]:
     """The method must fit the shapes of the model's linear layers."""
-    return method.check_model(model.linear_shapes())
+    return method.check_model(model.linear_shapes()) if isinstance(method, MethodSection) else []
 
 
 def check_warmup(training: TrainingSection, lr_schedule: LRScheduleConfig) -> list[str]:

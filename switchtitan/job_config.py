@@ -1,7 +1,9 @@
 """The whole configuration of a training run, and how it is read from the command line."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import create_model
 
@@ -21,12 +23,12 @@ from switchtitan.models import MODELS
 from switchtitan.observability.metrics import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
+from switchtitan.registry import Registry
 
 DEFAULT_FILE = Path(__file__).parents[1] / "train_configs" / "llama_quickstart_switchlora.toml"
 _INTRODUCTION = """\
 Trains the model that a TOML file describes: --config FILE, else the quickstart.
-Every key of the file can be set here as well. Below: the keys, the value that
-each one has now, and what it means.
+Every key of the file can be given here as well; none stands for no value.
 """
 
 
@@ -49,7 +51,7 @@ class JobConfig(Section):
     profiler: ProfilerConfig
 
 
-NAMED_SECTIONS = {"model": MODELS, "method": METHODS, "optimizer": OPTIMIZERS}
+NAMED_SECTIONS: dict[str, Registry[Any]] = {"model": MODELS, "method": METHODS, "optimizer": OPTIMIZERS}
 """The sections whose key `name` chooses their class, and the registries to choose from."""
 
 
@@ -78,15 +80,22 @@ def parse_arguments(argv: Sequence[str], num_ranks: int | None = None) -> JobCon
 
 def concrete_job_config(names: Mapping[str, str]) -> type[JobConfig]:
     """JobConfig with the classes that names choose, e.g. {"model": "llama", "method": "lora", ...}."""
-    chosen = {section: NAMED_SECTIONS[section][name].config_type for section, name in names.items()}
-    return create_model("JobConfig", __base__=JobConfig, **{name: (chosen[name], ...) for name in chosen})
+    return _job_config_with(tuple(sorted(names.items())))
 
 
 def section_types() -> SectionTypes:
     """Every section's class, or its classes by name."""
-    plain = {name: field.annotation for name, field in JobConfig.model_fields.items()}
+    plain: dict[str, Any] = {name: field.annotation for name, field in JobConfig.model_fields.items()}
     named = {
         section: {name: registry[name].config_type for name in registry}
         for section, registry in NAMED_SECTIONS.items()
     }
     return {**plain, **named}
+
+
+@cache
+def _job_config_with(names: tuple[tuple[str, str], ...]) -> type[JobConfig]:
+    """The same class for the same names, without which no two configurations would be equal."""
+    chosen = {section: NAMED_SECTIONS[section][name].config_type for section, name in names}
+    fields: dict[str, Any] = {section: (chosen[section], ...) for section in chosen}
+    return create_model("JobConfig", __base__=JobConfig, **fields)

@@ -13,13 +13,14 @@ def print_help(config: Section, program: str, introduction: str) -> None:
         program: the command that the user gave.
         introduction: what stands above the keys.
     """
+    print(introduction)
     try:
         tyro.cli(
             type(config),
             args=["--help"],
             default=config,
             prog=program,
-            description=introduction,
+            description="",
             use_underscores=True,
             # A key always takes a value (`--compile.blocks false`), and unions are no subcommands.
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

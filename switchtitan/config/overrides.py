@@ -60,7 +60,7 @@ def interpret(key: FieldInfo | None, words: Sequence[str]) -> object:
         readings = [_literal(word), word, [_literal(item) for item in items], items]
     if key is None:
         return readings[0]
-    if list(words) == [NONE_TEXT] and admits_none(key) and NONE_TEXT not in choices(key):
+    if " ".join(words).lower() == NONE_TEXT and admits_none(key) and NONE_TEXT not in choices(key):
         return None
     return next((reading for reading in readings if accepts(key, reading)), readings[0])
 

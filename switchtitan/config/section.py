@@ -12,3 +12,9 @@ class Section(BaseModel):
 
     # Defaults are not validated: the strict JSON mode in which sections are read refuses a `Path` there.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        for field in cls.model_fields.values():
+            # A docstring's line breaks are the source's; `--help` breaks lines where its columns end.
+            field.description = " ".join(field.description.split()) if field.description else None
