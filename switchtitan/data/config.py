@@ -19,7 +19,7 @@ _HAVE_COLUMNS = ("jsonl", "json.gz", "parquet")
 
 
 class DataConfig(Section):
-    """What to train on. A corpus is tokenised once into `cache_dir` and memory-mapped from there afterwards."""
+    """What to train on. A corpus is tokenised once into `cache_dir` and memory-mapped from there."""
 
     dataset: DatasetName = "pystdlib"
     """The corpus. "pystdlib": the running interpreter's standard library, about 30 MB that every machine has;

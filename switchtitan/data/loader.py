@@ -81,7 +81,7 @@ def build_train_batches(
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
-            # The loader draws its workers' seed: from the global generator that would disturb who else draws there.
+            # Else the loader draws its workers' seed from the global generator and disturbs other draws.
             generator=torch.Generator(),
         )
     return _steps(loader, global_batch_size // per_micro_step)

@@ -31,19 +31,20 @@ class CorpusPlan:
 
     @property
     def is_prepared(self) -> bool:
+        """Whether the folder is there, which it is only when it was whole."""
         return self.folder.is_dir()
 
 
 def plan_corpus(config: DataConfig) -> CorpusPlan:
-    """Decides which corpus `config` means here and now: the one it names, or the offline one where the hub is
-    out of reach.
+    """Decides which corpus `config` means here: the one it names, or the offline one if the hub is out of
+    reach.
 
     What lies prepared is used without asking the hub.
 
     Raises:
         CorpusError: if a file is missing, or the hub is needed, cannot be reached and nothing stands in.
     """
-    plan = _plan(config, stands_in_for=None)
+    plan = plan_as_named(config)
     needs_hub = (config.dataset == "c4" and config.path is None) or (
         config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)
     )
@@ -57,18 +58,19 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
         raise CorpusError(
             f"[data] {wanted}: the Hugging Face hub cannot be reached ({reason}); check the connection, "
             f"prepare the corpus where there is one (scripts/prepare_dataset.py) and copy {plan.folder}, "
-            f"give a local path, or set "
-            f'offline_dataset = "pystdlib"'
+            f'give a local path, or set offline_dataset = "pystdlib"'
         )
-    return _plan(config.offline_stand_in(), stands_in_for=f"{wanted}: the hub cannot be reached ({reason})")
+    return plan_as_named(
+        config.offline_stand_in(), stands_in_for=f"{wanted}: the hub cannot be reached ({reason})"
+    )
 
 
-def validation_fraction(config: DataConfig) -> float:
-    """The share of documents held out, where the corpus has no split of its own."""
-    return config.validation_fraction or DEFAULT_VALIDATION_FRACTION
+def plan_as_named(config: DataConfig, stands_in_for: str | None = None) -> CorpusPlan:
+    """The corpus that `config` names, wherever its parts are.
 
-
-def _plan(config: DataConfig, stands_in_for: str | None) -> CorpusPlan:
+    Raises:
+        CorpusError: if a file is missing.
+    """
     source = DATASETS[config.dataset](config)
     identity: dict[str, object] = {
         "format_version": FORMAT_VERSION,
@@ -81,6 +83,11 @@ def _plan(config: DataConfig, stands_in_for: str | None) -> CorpusPlan:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, stands_in_for)
+
+
+def validation_fraction(config: DataConfig) -> float:
+    """The share of documents held out, where the corpus has no split of its own."""
+    return config.validation_fraction or DEFAULT_VALIDATION_FRACTION
 
 
 def _tokenizer_identity(config: DataConfig) -> str:

@@ -72,16 +72,18 @@ def carry_out(plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: i
     """Prepares a planned corpus; see `prepare_corpus`."""
     if plan.is_prepared:
         return
+    lock = plan.folder.with_name(plan.folder.name + ".lock")
     try:
-        plan.folder.parent.mkdir(parents=True, exist_ok=True)
-        with preparation_lock(plan.folder.with_name(plan.folder.name + ".lock")):
-            if not plan.is_prepared:
-                _Preparation(plan, show_progress, segment_tokens).run()
-    except PermissionError as error:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
         raise CorpusError(
-            f'[data] cache_dir = "{plan.config.cache_dir}": no permission to write {error.filename}; choose '
-            f"another folder"
+            f'[data] cache_dir = "{plan.config.cache_dir}": expected a folder that can be made and written '
+            f"({error.strerror}); choose another"
         ) from error
+    with preparation_lock(lock):
+        if not plan.is_prepared:
+            _Preparation(plan, show_progress, segment_tokens).run()
 
 
 def is_held_out(document: int, period: int) -> bool:
@@ -152,7 +154,12 @@ class _Preparation:
                 break
             progress = after
             self._write_progress(progress)
-            logger.debug("segment %d finished: %d documents", progress.segments, progress.documents)
+            logger.info(
+                "segment %d is finished: %d documents, %.1f MB of text so far",
+                progress.segments,
+                progress.documents,
+                progress.bytes_of_text / 1e6,
+            )
         progress = progress.model_copy(
             update={"stream": progress.stream + 1, "position": None, "documents": 0, "bytes_of_text": 0}
         )

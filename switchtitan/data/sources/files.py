@@ -47,7 +47,12 @@ class FileStream:
         while self._file < len(self._files):
             if self._documents is None:
                 self._documents = self._read(self._files[self._file])
-            text = next(self._documents, None)
+            try:
+                text = next(self._documents, None)
+            except OSError as error:
+                raise CorpusError(
+                    f"{self._files[self._file]}: cannot be read ({error.strerror}); mend it or take it out"
+                ) from error
             if text is not None:
                 self._document += 1
                 return text

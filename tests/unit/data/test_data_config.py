@@ -1,0 +1,55 @@
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from switchtitan.data import DATASETS, DataConfig
+from switchtitan.data.config import DatasetName
+
+
+def test_every_dataset_name_has_a_source() -> None:
+    assert set(get_args(DatasetName)) == set(DATASETS)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "text"}, "needs path"),
+        ({"dataset": "pystdlib", "path": "x"}, "path = .* has no effect"),
+        ({"dataset": "text", "path": "x", "text_column": "body"}, "text_column"),
+        ({"dataset": "c4", "validation_fraction": 0.1}, "own split"),
+        ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300 has an effect"),
+        ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
+        ({"dataset": "c4", "path": "x", "offline_dataset": "pystdlib"}, "offline_dataset"),
+        ({"vocab_size": 256}, "greater than or equal to 257"),
+    ],
+)
+def test_a_setting_without_effect_or_out_of_range_is_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig(**given)
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    with pytest.raises(ValidationError, match=r"(?s)path.*text_column.*offline_dataset"):
+        DataConfig(path=Path("x"), text_column="y", offline_dataset="pystdlib")
+
+
+def test_a_tokenizer_name_is_local_where_a_file_of_that_name_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert DataConfig(tokenizer="t5-base").hub_tokenizer == "t5-base"
+    (tmp_path / "t5-base").mkdir()
+    assert DataConfig(tokenizer="t5-base").tokenizer_path == Path("t5-base")
+    assert DataConfig(tokenizer="./missing").tokenizer_path == Path("missing")
+    assert DataConfig(tokenizer="train").tokenizer_path is None
+
+
+def test_the_offline_stand_in_needs_no_hub() -> None:
+    config = DataConfig(dataset="c4", tokenizer="t5-base", offline_dataset="pystdlib", seq_len=77)
+    stand_in = config.offline_stand_in()
+    assert config.needs_hub
+    assert not stand_in.needs_hub
+    assert stand_in.seq_len == 77
+    DataConfig.model_validate(stand_in.model_dump())  # it is valid by itself
