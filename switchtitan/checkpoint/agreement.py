@@ -23,11 +23,11 @@ def run_together(function: Callable[[], Result], group: dist.ProcessGroup | None
             reasons.
         RuntimeError: likewise for any other failure; the rank where it happened raises the original instead.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     result: Result | None = None
     try:
         result = function()
-    except Exception as caught:
+    except (Exception, CheckpointException) as caught:  # DCP's derives from BaseException
         error = caught
     outcomes = _gather((result, error and _reason(error), error is None or is_expected(error)), group)
     failures = {rank: reason for rank, (_, reason, _) in enumerate(outcomes) if reason is not None}

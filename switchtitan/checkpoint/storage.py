@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from switchtitan.checkpoint.layout import TENSORS_FILE
@@ -56,6 +58,14 @@ class JsonIndexReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return _index_to_dcp(read_tensors_index(Path(self.path)))
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        try:
+            return super().read_data(plan, planner)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self.path} holds something other than tensors, which was not loaded; do not trust it"
+            ) from error
 
 
 class _ChecksummingFiles(FileSystem):

@@ -1,0 +1,198 @@
+"""Checkpoints on several ranks: whatever the sharding at saving and at loading, the same values, the same
+errors."""
+
+import errno
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from switchtitan.checkpoint import CheckpointConfig, Checkpointer, load_tensors_, read_tensors
+from switchtitan.checkpoint.agreement import run_together
+from switchtitan.checkpoint.metadata import read_tensors_index
+from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint.verify import check_contents
+from switchtitan.config.errors import CheckpointError
+
+pytestmark = pytest.mark.distributed
+
+
+def whole_values() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "even": torch.randn(8, 3, generator=generator),
+        "uneven": torch.randn(7, 5, generator=generator),
+        "empty_shards": torch.randn(1, 6, generator=generator),
+        "integers": torch.arange(11),
+        "columns": torch.randn(3, 9, generator=generator).to(torch.bfloat16),
+        "plain.step": torch.tensor(13),
+        "plain.vector": torch.randn(5, generator=generator),
+    }
+
+
+def shard(values: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Distributes all but the plain ones over the ranks: split, or replicated in one dimension of the
+    mesh."""
+    num_ranks = dist.get_world_size()
+    if layout == "hybrid":
+        mesh = init_device_mesh("cpu", (2, num_ranks // 2))
+    else:
+        mesh = init_device_mesh("cpu", (num_ranks,))
+
+    def distribute(name: str, value: Tensor) -> Tensor:
+        if name.startswith("plain"):
+            return value.clone()
+        split = Shard(1) if name == "columns" else Shard(0)
+        placements = [Replicate(), split] if layout == "hybrid" else [split]
+        return distribute_tensor(value, mesh, placements)
+
+    return {name: distribute(name, value) for name, value in values.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def make_checkpointer(folder: str, rank: int, **config: object) -> Checkpointer:
+    return Checkpointer(
+        Path(folder), CheckpointConfig(**config), identity={"model": "tiny"}, metadata={}, is_main=rank == 0
+    )
+
+
+def save_and_change(rank: int, folder: str, layout: str) -> None:
+    checkpointer = make_checkpointer(folder, rank, async_save=True)
+    tensors = shard(whole_values(), layout)
+    checkpointer.save(3, tensors, {"tokens_seen": 9})
+    for tensor in tensors.values():
+        local(tensor).fill_(-1)
+    while checkpointer.latest is None:
+        checkpointer.poll()
+    assert checkpointer.latest.name == "step-000000003"
+
+
+def load_and_compare(rank: int, folder: str, layout: str) -> None:
+    path = make_checkpointer(folder, rank).checkpoint_to_resume()
+    assert path is not None
+    expected = shard(whole_values(), layout)
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    addresses = {name: local(tensor).data_ptr() for name, tensor in found.items()}
+    load_tensors_(path, found)
+    for name, tensor in expected.items():
+        assert torch.equal(local(found[name]), local(tensor)), name
+        assert local(found[name]).data_ptr() == addresses[name]
+
+
+def load_in_both_layouts(rank: int, folder: str) -> None:
+    load_and_compare(rank, folder, "split")
+    load_and_compare(rank, folder, "hybrid")
+
+
+def save_hybrid_and_load_split(rank: int, folder: str) -> None:
+    save_and_change(rank, folder, "hybrid")
+    load_and_compare(rank, folder, "split")
+
+
+def test_state_saved_on_two_ranks_loads_on_one_and_four(tmp_path):
+    run_on_ranks(2, save_and_change, str(tmp_path), "split")
+    check_contents(tmp_path / "step-000000003")
+    found = read_tensors(tmp_path / "step-000000003")
+    for name, value in whole_values().items():
+        assert torch.equal(found[name], value), name
+    run_on_ranks(1, load_and_compare, str(tmp_path), "split")
+    run_on_ranks(4, load_in_both_layouts, str(tmp_path))
+
+
+def test_replicated_shards_are_saved_once_and_load_in_another_layout(tmp_path):
+    run_on_ranks(4, save_hybrid_and_load_split, str(tmp_path))
+    index = read_tensors_index(tmp_path / "step-000000003")
+    assert len(index.tensors["uneven"].pieces) == 2
+
+
+def fail_on_last_rank(rank: int, folder: str, async_save: bool) -> None:
+    checkpointer = make_checkpointer(folder, rank, async_save=async_save)
+    tensors = shard(whole_values(), "split")
+    checkpointer.save(1, tensors, {})
+    checkpointer.finish()
+    if rank == dist.get_world_size() - 1:
+
+        def no_space(*args: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        ChecksummingWriter.write_data = no_space
+    step = 0
+    try:
+        checkpointer.save(2, tensors, {})
+        while step < 10_000:
+            step += 1
+            checkpointer.poll()
+            time.sleep(0.001)
+    except CheckpointError as error:
+        assert "on rank 1: OSError: [Errno 28] No space left on device" in str(error)  # noqa: PT017
+        steps = [0] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        assert len(set(steps)) == 1, f"raised in other steps: {steps}"
+    else:
+        raise AssertionError("the failed save went unnoticed")
+    assert checkpointer.latest.name == "step-000000001"
+    assert not (Path(folder) / "step-000000002").exists()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_failure_on_one_rank_is_raised_on_all_in_the_same_step(tmp_path, async_save):
+    run_on_ranks(2, fail_on_last_rank, str(tmp_path), async_save)
+
+
+def save_beside_training(rank: int, folder: str) -> None:
+    """Collectives of the training loop run while checkpoints are written."""
+    checkpointer = make_checkpointer(folder, rank, keep_latest=2)
+    tensors = shard(whole_values(), "split")
+    for step in range(1, 31):
+        total = torch.ones(5)
+        dist.all_reduce(total)
+        assert (total == dist.get_world_size()).all()
+        if step % 5 == 0:
+            checkpointer.save(step, tensors, {})
+        checkpointer.poll()
+    checkpointer.finish()
+    if rank == 0:
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["step-000000025", "step-000000030"]
+
+
+def test_training_collectives_and_background_saves_do_not_mix(tmp_path):
+    run_on_ranks(2, save_beside_training, str(tmp_path))
+
+
+def save_and_refuse(rank: int, folder: str) -> None:
+    save_and_change(rank, folder, "split")
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in shard(whole_values(), "split").items()}
+    tensors["new"] = tensors.pop("even")
+    with pytest.raises(CheckpointError, match="lacks new; it holds even"):
+        load_tensors_(Path(folder) / "step-000000003", tensors)
+    assert all((local(tensor) == 0).all() for tensor in tensors.values())
+    with pytest.raises(CheckpointError, match="already holds 1 checkpoint"):
+        make_checkpointer(folder, rank, resume="never").checkpoint_to_resume()
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(tmp_path):
+    run_on_ranks(2, save_and_refuse, str(tmp_path))
+
+
+def fail_with_a_bug(rank: int) -> None:
+    def work() -> int:
+        if rank == 1:
+            raise ZeroDivisionError("a bug")
+        return rank
+
+    with pytest.raises(ZeroDivisionError if rank == 1 else RuntimeError, match="a bug"):
+        run_together(work, None)
+    assert run_together(lambda: rank, None) == [0, 1]
+
+
+def test_bug_on_one_rank_stops_all():
+    run_on_ranks(2, fail_with_a_bug)

@@ -1,0 +1,43 @@
+"""A small state on one process without torch.distributed, and ways to damage what was saved of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchtitan.checkpoint import CheckpointConfig, Checkpointer
+
+MakeCheckpointer = Callable[..., Checkpointer]
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "model.layers.0.weight": torch.randn(5, 7, generator=generator),
+        "model.norm.weight": torch.randn(11, generator=generator).to(torch.bfloat16),
+        "optimizer.step": torch.tensor(17),
+        "optimizer.vector_steps": torch.arange(3),
+        "optimizer.unused": torch.empty(0, 7),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture
+def make_checkpointer(folder: Path) -> MakeCheckpointer:
+    def make(**config: object) -> Checkpointer:
+        return Checkpointer(
+            folder,
+            CheckpointConfig(**config),
+            identity={"model": {"size": "9m"}, "corpus": "abc"},
+            metadata={"corpus": "a stand-in"},
+            is_main=True,
+        )
+
+    return make

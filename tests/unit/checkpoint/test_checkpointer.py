@@ -1,0 +1,187 @@
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from switchtitan.checkpoint import Checkpointer, load_tensors_, read_metadata
+from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint.verify import check_contents
+from switchtitan.config.errors import CheckpointError
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def save_and_finish(checkpointer: Checkpointer, step: int, tensors: dict[str, Tensor]) -> None:
+    checkpointer.save(step, tensors, {})
+    checkpointer.finish()
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_saved_state_loads_bitwise(make_checkpointer, tensors, async_save):
+    checkpointer = make_checkpointer(async_save=async_save)
+    checkpointer.save(1000, tensors, {"tokens_seen": 5})
+    checkpointer.finish()
+    assert checkpointer.latest is not None
+    assert checkpointer.latest.name == "step-000001000"
+    metadata = read_metadata(checkpointer.latest)
+    assert (metadata.step, metadata.train_state) == (1000, {"tokens_seen": 5})
+    assert metadata.identity == {"model": {"size": "9m"}, "corpus": "abc"}
+    assert metadata.run["corpus"] == "a stand-in"
+    assert metadata.versions["torch"] == torch.__version__
+    found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    load_tensors_(checkpointer.latest, found)
+    assert_same(found, tensors)
+
+
+def test_background_save_does_not_see_later_changes(make_checkpointer, tensors):
+    checkpointer = make_checkpointer(async_save=True)
+    before = copies(tensors)
+    checkpointer.save(1, tensors, {})
+    for tensor in tensors.values():
+        tensor.fill_(99)
+    checkpointer.finish()
+    load_tensors_(checkpointer.latest, tensors)
+    assert_same(tensors, before)
+
+
+def test_poll_completes_a_background_save(make_checkpointer, tensors):
+    checkpointer = make_checkpointer(async_save=True)
+    checkpointer.poll()
+    checkpointer.save(1, tensors, {})
+    deadline = time.monotonic() + 60
+    while checkpointer.latest is None and time.monotonic() < deadline:
+        checkpointer.poll()
+    assert checkpointer.latest is not None
+    check_contents(checkpointer.latest)
+
+
+def test_second_save_waits_for_the_first(make_checkpointer, tensors):
+    checkpointer = make_checkpointer(async_save=True)
+    checkpointer.save(1, tensors, {})
+    checkpointer.save(2, tensors, {})
+    assert checkpointer.latest.name == "step-000000001"
+    checkpointer.finish()
+    assert checkpointer.latest.name == "step-000000002"
+
+
+def test_torch_reads_the_checkpoint_with_its_own_tool(make_checkpointer, tensors, tmp_path):
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(1, tensors, {})
+    dcp_to_torch_save(checkpointer.latest, tmp_path / "state.pt")
+    found = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert_same(found, tensors)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_full_disk_is_a_clear_error_and_leaves_older_checkpoints(
+    make_checkpointer, tensors, folder, monkeypatch, async_save
+):
+    checkpointer = make_checkpointer(async_save=async_save)
+    checkpointer.save(1, tensors, {})
+    checkpointer.finish()
+
+    def no_space(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ChecksummingWriter, "write_data", no_space)
+    with pytest.raises(CheckpointError, match=r"saving step 2 .* failed: .*No space left on device"):
+        save_and_finish(checkpointer, 2, tensors)
+    assert checkpointer.latest.name == "step-000000001"
+    assert not (folder / "step-000000002").exists()
+    check_contents(checkpointer.latest)
+    monkeypatch.undo()
+    checkpointer.save(2, tensors, {})
+    checkpointer.finish()
+    check_contents(folder / "step-000000002")
+
+
+def test_too_little_space_is_refused_before_writing(make_checkpointer, folder):
+    huge = {"weight": torch.empty(1).expand(1 << 50)}
+    with pytest.raises(CheckpointError, match=r"cannot save step 1 .* GiB are free; make room"):
+        make_checkpointer().save(1, huge, {})
+    assert list(folder.iterdir()) == []
+
+
+def test_damage_between_writing_and_reading_back_is_found(make_checkpointer, tensors, folder, monkeypatch):
+    write_data = ChecksummingWriter.write_data
+
+    def damage(writer, plan, planner):
+        results = write_data(writer, plan, planner)
+        path = Path(writer.path) / "__0_0.distcp"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        return results
+
+    monkeypatch.setattr(ChecksummingWriter, "write_data", damage)
+    with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
+        make_checkpointer(async_save=False).save(1, tensors, {})
+    assert [path.name for path in folder.iterdir()] == [".step-000000001.partial"]
+
+
+def test_leftovers_of_an_interrupted_save_are_replaced(make_checkpointer, tensors, folder):
+    partial = folder / ".step-000000001.partial"
+    partial.mkdir(parents=True)
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(1, tensors, {})
+    check_contents(checkpointer.latest)
+    assert not partial.exists()
+
+
+def test_other_files_in_the_leftovers_are_never_deleted(make_checkpointer, tensors, folder):
+    partial = folder / ".step-000000001.partial"
+    partial.mkdir(parents=True)
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        make_checkpointer(async_save=False).save(1, tensors, {})
+    assert (partial / "notes.txt").read_text() == "mine"
+
+
+def test_whole_checkpoint_is_never_overwritten(make_checkpointer, tensors):
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(1, tensors, {"tokens_seen": 1})
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpointer.save(1, tensors, {"tokens_seen": 2})
+    assert read_metadata(checkpointer.latest).train_state == {"tokens_seen": 1}
+
+
+def test_damaged_checkpoint_in_the_way_is_set_aside(make_checkpointer, tensors, folder, caplog):
+    damaged = folder / "step-000000001"
+    damaged.mkdir(parents=True)
+    (damaged / "__0_0.distcp").write_bytes(b"half")
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(1, tensors, {})
+    check_contents(checkpointer.latest)
+    aside = [path for path in folder.iterdir() if ".damaged-" in path.name]
+    assert (aside[0] / "__0_0.distcp").read_bytes() == b"half"
+    assert "not whole" in caplog.text
+
+
+def test_train_state_must_be_plain_values(make_checkpointer, tensors):
+    with pytest.raises(TypeError, match="JSON serializable"):
+        make_checkpointer().save(1, tensors, {"loss": torch.tensor(1.0)})
+
+
+def test_resume_finds_the_newest_checkpoint_or_none(make_checkpointer, tensors, folder):
+    assert make_checkpointer().checkpoint_to_resume() is None
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(9, tensors, {})
+    checkpointer.save(10, tensors, {})
+    assert make_checkpointer().checkpoint_to_resume() == folder / "step-000000010"
+    with pytest.raises(CheckpointError, match='resume = "auto"'):
+        make_checkpointer(resume="never").checkpoint_to_resume()

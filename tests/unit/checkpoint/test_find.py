@@ -1,0 +1,111 @@
+import logging
+import shutil
+
+import pytest
+
+from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
+from switchtitan.config.errors import CheckpointError
+
+
+@pytest.fixture
+def saved(make_checkpointer, tensors, folder):
+    """The folder with the whole steps 1, 2 and 10."""
+    checkpointer = make_checkpointer(async_save=False, keep_latest=0)
+    for step in (1, 2, 10):
+        checkpointer.save(step, tensors, {})
+    return folder
+
+
+def test_missing_folder_holds_nothing(folder):
+    assert find_latest(folder) is None
+    assert find_checkpoint(folder, "auto") is None
+
+
+def test_newest_is_found_by_number_and_named(saved, caplog):
+    with caplog.at_level(logging.INFO):
+        assert find_latest(saved) == saved / "step-000000010"
+    assert "step-000000010" in caplog.text
+
+
+def test_partial_and_foreign_folders_are_no_checkpoints(saved):
+    (saved / ".step-000000099.partial").mkdir()
+    (saved / "step-000000099").write_text("a file")
+    (saved / "step-final").mkdir()
+    assert find_latest(saved).name == "step-000000010"
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "short file", "no file", "no metadata", "bad metadata"])
+def test_damaged_ones_are_skipped_with_the_reason(saved, damage, caplog):
+    newest = saved / "step-000000010"
+    data = newest / "__0_0.distcp"
+    if damage == "flipped byte":
+        contents = bytearray(data.read_bytes())
+        contents[77] ^= 1
+        data.write_bytes(contents)
+    elif damage == "short file":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif damage == "no file":
+        data.unlink()
+    elif damage == "no metadata":
+        (newest / "metadata.json").unlink()
+    else:
+        (newest / "metadata.json").write_text('{"format_version": 1')
+    assert find_latest(saved).name == "step-000000002"
+    assert "not whole" in caplog.text
+    assert "step-000000010" in caplog.text
+
+
+def test_only_damaged_ones_do_not_start_a_new_run(saved):
+    for path in saved.iterdir():
+        (path / "tensors.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints .* is whole"):
+        find_checkpoint(saved, "auto")
+
+
+def test_path_means_a_checkpoint_a_folder_or_a_run(saved):
+    assert find_given(saved / "step-000000002").name == "step-000000002"
+    assert find_given(saved).name == "step-000000010"
+    assert find_given(saved.parent).name == "step-000000010"
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint at .*nowhere"):
+        find_given(saved / "nowhere")
+
+
+def test_given_damaged_checkpoint_is_an_error(saved):
+    (saved / "step-000000002" / "tensors.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tensors.json has 2 bytes, expected"):
+        find_given(saved / "step-000000002")
+
+
+def test_other_format_version_is_an_error(saved):
+    metadata = saved / "step-000000002" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(CheckpointError, match="format version 2, expected 1"):
+        find_given(saved / "step-000000002")
+
+
+def test_new_run_may_not_mix_with_checkpoints(saved, folder):
+    with pytest.raises(CheckpointError, match=r"already holds 3 checkpoints.*output_dir.*move.*auto"):
+        check_output_folder(saved, "never")
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "elsewhere"])
+def test_empty_or_missing_folder_is_free(folder, resume):
+    check_output_folder(folder, resume)
+    folder.mkdir(parents=True)
+    check_output_folder(folder, resume)
+
+
+def test_resuming_from_elsewhere_may_not_mix_with_checkpoints(saved, tmp_path):
+    other = tmp_path / "other" / "step-000000001"
+    shutil.copytree(saved / "step-000000001", other)
+    with pytest.raises(CheckpointError, match="lies elsewhere"):
+        check_output_folder(saved, str(other))
+    check_output_folder(tmp_path / "third", str(other))
+
+
+def test_resuming_from_an_older_one_may_not_mix_with_newer_ones(saved):
+    with pytest.raises(CheckpointError, match="step-000000010, which is newer"):
+        check_output_folder(saved, str(saved / "step-000000002"))
+    check_output_folder(saved, str(saved / "step-000000010"))
+    check_output_folder(saved, str(saved))
+    check_output_folder(saved, str(saved.parent))

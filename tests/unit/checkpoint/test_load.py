@@ -1,0 +1,147 @@
+import io
+import json
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from switchtitan.checkpoint import find_latest, load_tensors_, read_tensors
+from switchtitan.checkpoint.metadata import file_record
+from switchtitan.checkpoint.verify import check_files
+from switchtitan.config.errors import CheckpointError
+
+
+@pytest.fixture
+def saved(make_checkpointer, tensors):
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(1, tensors, {})
+    return checkpointer.latest
+
+
+class Malicious:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, trace) -> None:
+        self._trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self._trace), "w"))
+
+
+def list_files_anew(path) -> None:
+    """What an attacker would do: make sizes and checksums fit."""
+    metadata = json.loads((path / "metadata.json").read_text())
+    metadata["files"] = {name: file_record(path / name).model_dump() for name in metadata["files"]}
+    (path / "metadata.json").write_text(json.dumps(metadata))
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named_before_anything_changes(saved, tensors):
+    wanted = {name: torch.full_like(tensor, 7) for name, tensor in tensors.items()}
+    del wanted["optimizer.step"]
+    wanted["model.new"] = torch.full((3,), 7.0)
+    wanted["model.layers.0.weight"] = torch.full((7, 5), 7.0)
+    wanted["model.norm.weight"] = torch.full((11,), 7.0)
+    with pytest.raises(CheckpointError) as raised:
+        load_tensors_(saved, wanted)
+    message = str(raised.value)
+    assert "lacks model.new" in message
+    assert "holds optimizer.step" in message
+    assert "model.layers.0.weight (float32 [5, 7], expected float32 [7, 5])" in message
+    assert "model.norm.weight (bfloat16 [11], expected float32 [11])" in message
+    assert all((tensor == 7).all() for tensor in wanted.values())
+
+
+def test_many_missing_tensors_are_counted(saved, tensors):
+    wanted = tensors | {f"model.new.{i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(CheckpointError, match=r"model.new.3 and 5 more"):
+        load_tensors_(saved, wanted)
+
+
+def test_short_file_is_an_error_before_anything_changes(saved, tensors):
+    data = saved / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    wanted = {name: torch.full_like(tensor, 7) for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp has \d+ bytes, expected"):
+        load_tensors_(saved, wanted)
+    assert all((tensor == 7).all() for tensor in wanted.values())
+
+
+def test_parameters_are_filled_in_place(saved, tensors):
+    parameter = torch.nn.Parameter(torch.zeros(5, 7))
+    address = parameter.data_ptr()
+    load_tensors_(saved, tensors | {"model.layers.0.weight": parameter})
+    assert parameter.data_ptr() == address
+    assert torch.equal(parameter, tensors["model.layers.0.weight"])
+    assert parameter.requires_grad
+
+
+def test_tensors_are_read_by_prefix(saved, tensors):
+    found = read_tensors(saved, "model.")
+    assert found.keys() == {"layers.0.weight", "norm.weight"}
+    assert torch.equal(found["norm.weight"], tensors["model.norm.weight"])
+    with pytest.raises(CheckpointError, match="no tensor whose name starts with 'nothing'"):
+        read_tensors(saved, "nothing")
+
+
+def test_malicious_index_pickle_is_never_opened(saved, tensors, tmp_path):
+    (saved / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    list_files_anew(saved)
+    assert find_latest(saved.parent) == saved
+    load_tensors_(saved, tensors)
+    read_tensors(saved)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_malicious_tensor_pickle_is_refused(saved, tensors, tmp_path):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(Malicious(tmp_path / "executed"), protocol=2))
+        file.writestr("archive/version", "3\n")
+    index = json.loads((saved / "tensors.json").read_text())
+    (saved / "__0_0.distcp").write_bytes(archive.getvalue())
+    for tensor in index["tensors"].values():
+        for piece in tensor["pieces"]:
+            piece |= {"start": 0, "num_bytes": len(archive.getvalue())}
+    (saved / "tensors.json").write_text(json.dumps(index))
+    list_files_anew(saved)
+    check_files(saved)
+    with pytest.raises(CheckpointError, match="something other than tensors"):
+        load_tensors_(saved, tensors)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor["pieces"][0].update(file="../../secret"), "outside the files"),
+        (lambda tensor: tensor["pieces"][0].update(start=10**9), "outside the files"),
+        (lambda tensor: tensor["pieces"].clear(), "do not cover"),
+        (lambda tensor: tensor.update(shape=[5, 8]), "do not cover"),
+        (lambda tensor: tensor["pieces"][0].update(offsets=[1, 0]), "do not cover"),
+        (lambda tensor: tensor["pieces"].append(dict(tensor["pieces"][0])), "do not cover"),
+    ],
+)
+def test_index_that_does_not_fit_is_refused(saved, tensors, change, message):
+    index = json.loads((saved / "tensors.json").read_text())
+    change(index["tensors"]["model.layers.0.weight"])
+    (saved / "tensors.json").write_text(json.dumps(index))
+    list_files_anew(saved)
+    with pytest.raises(CheckpointError, match=message):
+        load_tensors_(saved, tensors)
+
+
+def test_unknown_dtype_is_refused(saved):
+    index = (saved / "tensors.json").read_text()
+    (saved / "tensors.json").write_text(index.replace('"int64"', '"load"'))
+    list_files_anew(saved)
+    with pytest.raises(CheckpointError, match="dtype 'load'"):
+        read_tensors(saved)
+
+
+def test_file_names_may_not_leave_the_folder(saved):
+    metadata = json.loads((saved / "metadata.json").read_text())
+    metadata["files"]["../secret"] = metadata["files"]["tensors.json"]
+    (saved / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(CheckpointError, match="not a plain file name"):
+        read_tensors(saved)

@@ -1,0 +1,57 @@
+import pytest
+
+from switchtitan.checkpoint import Checkpointer
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save_steps(checkpointer: Checkpointer, tensors, *steps: int) -> None:
+    for step in steps:
+        checkpointer.save(step, tensors, {})
+
+
+@pytest.mark.parametrize(
+    ("keep_latest", "kept"),
+    [
+        (1, ["step-000000010"]),
+        (2, ["step-000000009", "step-000000010"]),
+        (0, ["step-000000002", "step-000000009", "step-000000010"]),
+    ],
+)
+def test_only_the_newest_are_kept(make_checkpointer, tensors, folder, keep_latest, kept):
+    save_steps(make_checkpointer(async_save=False, keep_latest=keep_latest), tensors, 2, 9, 10)
+    assert names(folder) == kept
+
+
+def test_damaged_checkpoint_neither_counts_nor_goes(make_checkpointer, tensors, folder):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=2)
+    save_steps(checkpointer, tensors, 1, 2)
+    (folder / "step-000000002" / "__0_0.distcp").write_bytes(b"")
+    save_steps(checkpointer, tensors, 3)
+    assert names(folder) == ["step-000000001", "step-000000002", "step-000000003"]
+
+
+def test_folder_with_other_files_stays(make_checkpointer, tensors, folder, caplog):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=1)
+    save_steps(checkpointer, tensors, 1)
+    (folder / "step-000000001" / "notes.txt").write_text("mine")
+    save_steps(checkpointer, tensors, 2)
+    assert names(folder) == ["step-000000001", "step-000000002"]
+    assert "notes.txt" in caplog.text
+
+
+def test_another_runs_checkpoint_stays(make_checkpointer, tensors, folder):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=1)
+    save_steps(checkpointer, tensors, 1)
+    metadata = folder / "step-000000001" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"9m"', '"7b"'))
+    save_steps(checkpointer, tensors, 2)
+    assert names(folder) == ["step-000000001", "step-000000002"]
+
+
+def test_newer_checkpoints_stay(make_checkpointer, tensors, folder):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=1)
+    save_steps(checkpointer, tensors, 5, 4)
+    assert names(folder) == ["step-000000004", "step-000000005"]
