@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,15 @@ class TrainState:
     def num_batches(self) -> int:
         """Global batches read, the position in the data."""
         return self.step + self.num_skipped
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device."""
+
+    loss: Tensor
+    """0-dim: this rank's mean loss per token."""
+    grad_norm: Tensor
+    """0-dim: the gradient's norm over all ranks, before clipping."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +112,9 @@ class Trainer:
             self._evaluate()
         with self.profiler:
             while self.state.step < self.training.steps:
-                grad_norm = self.train_step()
+                result = self.train_step()
                 self.profiler.step()
-                self._after_step(grad_norm)
+                self._after_step(result.grad_norm)
         self.checkpointer.finish()
         self.batches.close()
         self.reporter.summary(
@@ -115,8 +125,8 @@ class Trainer:
         )
         self.reporter.close()
 
-    def train_step(self) -> Tensor:
-        """One step of all ranks: a global batch, an update. Returns the gradient's norm before clipping, 0-dim."""
+    def train_step(self) -> StepResult:
+        """One step of all ranks: a global batch, an update."""
         self.optimizer.set_lr(self.lr_schedule(self.state.step))
         loss = self._forward_backward(next(self.batches))
         grad_norm = self._clip_gradients()
@@ -126,12 +136,12 @@ class Trainer:
             logger.warning("Skipped an update at step %d: the gradient's norm is %s", self.state.step, float(grad_norm))
             self.optimizer.zero_grad()
             self.state.num_skipped += 1
-            return grad_norm
+            return StepResult(loss, grad_norm)
         self._all_finite &= torch.isfinite(grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        return grad_norm
+        return StepResult(loss, grad_norm)
 
     def _forward_backward(self, micro_batches: list[Batch]) -> Tensor:
         """Leaves this step's mean gradient on every rank's shards; returns this rank's mean loss, 0-dim."""
