@@ -48,14 +48,22 @@ def _format_norm(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1e}"
 
 
+def _format_rate(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _format_size(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 _COLUMNS = (
     _Column("loss/train", "loss", 8, _format_loss),
     _Column("optimizer/lr", "lr", 8, lambda value: f"{value:.2e}"),
-    _Column("optimizer/grad_norm", "gradnorm", 8, _format_norm),
+    _Column("optimizer/grad_norm", "grad norm", 9, _format_norm),
     _Column("throughput/tokens_per_s", "tokens/s", 8, format_count),
-    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, lambda value: f"{value:.3g}"),
+    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, _format_rate),
     _Column("throughput/mfu", "MFU", 6, lambda value: f"{value:.1%}"),
-    _Column("memory/peak_gib", "GiB", 5, lambda value: f"{value:.3g}"),
+    _Column("memory/peak_gib", "GiB", 5, _format_size),
     _Column("throughput/eta_s", "ETA", 6, format_duration),
 )
 
@@ -77,7 +85,7 @@ class ConsoleTable:
 
     def lines(self, step: int, values: Mapping[str, float]) -> list[str]:
         """The lines to print for `values` at `step`, by tag; tags without a column are left out."""
-        progress = f"{step}/{self._num_steps}".rjust(2 * len(str(self._num_steps)) + 1)
+        progress = f"{step}/{self._num_steps}".rjust(max(2 * len(str(self._num_steps)) + 1, 4))
         lines = []
         columns = tuple(column for column in _COLUMNS if column.tag in values)
         if "loss/train" in values:

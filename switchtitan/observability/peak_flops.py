@@ -2,8 +2,9 @@
 
 import re
 
-# Dense bf16 matrix operations with fp32 accumulation, FLOP/s, per device as torch counts them, by a pattern that
-# the whole of torch.cuda.get_device_name() must match. Data sheets that state rates with 2:4 sparsity are halved.
+# FLOP/s of dense bf16 matrix operations with fp32 accumulation, per device as torch counts them, by a pattern
+# that the whole of torch.cuda.get_device_name() must match. Rates that a data sheet states with 2:4 sparsity
+# are halved.
 _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     # NVIDIA A100 Tensor Core GPU, data sheet, 2021: 312 (all variants).
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe|NVIDIA A100-SXM-\d+GB", 312e12),

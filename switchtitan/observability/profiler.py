@@ -2,6 +2,7 @@
 Perfetto."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -97,6 +98,8 @@ class Profiler:
         if not self._is_ahead or self._steps_done != self._config.start_step - 2:
             return
         self._is_ahead = False
+        # Kineto otherwise prints two lines of its own on each start and stop, through the progress bar.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(profiler.ProfilerActivity.CUDA)

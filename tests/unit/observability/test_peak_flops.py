@@ -1,0 +1,40 @@
+import pytest
+
+from switchtitan.observability import peak_flops_per_s
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA A10G", 70),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI250X", 191.5),
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
+def test_known_devices(name, teraflops):
+    assert peak_flops_per_s(name) == pytest.approx(teraflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
+)
+def test_other_devices_have_no_known_peak(name):
+    assert peak_flops_per_s(name) is None
