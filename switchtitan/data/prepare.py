@@ -87,7 +87,7 @@ def carry_out(plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: i
 
 
 def is_held_out(document: int, period: int) -> bool:
-    """Whether a document goes to validation: the first of all, and one that a hash chooses out of each later
+    """Whether a document goes to validation: the first, and one that a hash chooses out of each later
     `period`.
 
     So the held-out share is exact, spread over the whole corpus, and never empty, however few documents there
@@ -124,8 +124,8 @@ class _Preparation:
             progress = progress.model_copy(update={"eos_token": tokenizer.eos_token})
             self._write_progress(progress)
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        with self._bar(progress) as bar:
-            while progress.stream < len(self._streams):
+        while progress.stream < len(self._streams):
+            with self._bar(progress) as bar:
                 progress = self._prepare_stream(progress, tokenizer, dtype, bar)
         self._finish(progress, tokenizer, dtype)
 
@@ -137,7 +137,8 @@ class _Preparation:
         batches = read_ahead(text_batches(stream, self._limits, progress.documents, progress.bytes_of_text))
 
         def advance(batch: TextBatch) -> None:
-            bar.update(sum(batch.num_bytes))
+            in_bytes = self._config.max_documents is None
+            bar.update(sum(batch.num_bytes) if in_bytes else len(batch.documents))
 
         while True:
             after = write_segment(
@@ -197,16 +198,17 @@ class _Preparation:
                 document += 1
 
     def _bar(self, progress: Progress) -> "tqdm[NoReturn]":
-        total = self._source.num_bytes
-        if self._config.max_bytes is not None:
-            total = min(total, self._config.max_bytes) if total is not None else self._config.max_bytes
-        if self._config.max_documents is not None or len(self._streams) > 1:
-            total = None
+        """A bar for one stream: over documents where they are capped, else over bytes of text."""
+        total: int | None = self._config.max_documents
+        initial, unit = progress.documents, "documents"
+        if total is None:
+            sizes = [size for size in (self._config.max_bytes, self._source.num_bytes) if size is not None]
+            total, initial, unit = min(sizes, default=None), progress.bytes_of_text, "B"
         return tqdm(
-            desc="tokenising",
+            desc=f"tokenising {self._streams[progress.stream] or ''}".rstrip(),
             total=total,
-            initial=progress.bytes_of_text,
-            unit="B",
+            initial=initial,
+            unit=unit,
             unit_scale=True,
             disable=None if self._show_progress else True,
             mininterval=0.2,
@@ -221,8 +223,8 @@ class _Preparation:
                 for shard in shards:
                     (self._partial / shard.file).stat()
         except (OSError, ValidationError) as error:
-            if self._partial.exists() and not isinstance(error, FileNotFoundError):
-                logger.warning("%s cannot be gone on with (%s): preparing it anew", self._partial, error)
+            if self._partial.exists():
+                logger.info("%s cannot be gone on with (%s): preparing it anew", self._partial, error)
                 shutil.rmtree(self._partial)
             return Progress()
         logger.info(
@@ -265,8 +267,8 @@ class _Preparation:
             },
         )
         write_atomically(self._partial / INDEX_FILE, index.model_dump_json(indent=2))
-        (self._partial / PROGRESS_FILE).unlink(missing_ok=True)
         os.rename(self._partial, self._plan.folder)
+        (self._plan.folder / PROGRESS_FILE).unlink()
         logger.info(
             "corpus ready: %d training and %d validation tokens in %s",
             index.num_tokens("train"),

@@ -139,6 +139,29 @@ def test_progress_without_its_files_is_not_trusted(
     assert open_corpus(config, show_progress=False).index == corpus.index
 
 
+@pytest.mark.parametrize("lost", ["progress.json", "tokenizer.json", "train-00001.bin"])
+@pytest.mark.usefixtures("small_batches")
+def test_a_stop_before_the_rename_leaves_nothing_that_looks_whole(
+    jsonl_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, corpus: Corpus
+) -> None:
+    config = jsonl_config.model_copy(update={"cache_dir": tmp_path})
+    monkeypatch.setattr("switchtitan.data.prepare.os.rename", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(config, show_progress=False, segment_tokens=500)
+    monkeypatch.undo()
+    assert not plan_corpus(config).is_prepared
+    (unfinished,) = tmp_path.glob("*.partial")
+    (unfinished / lost).unlink()
+    again = open_corpus(config, show_progress=False)
+    assert again.index == corpus.index
+    assert {file.name for file in again.folder.iterdir()} == {
+        "index.json",
+        "tokenizer.json",
+        "train-00000.bin",
+        "validation-00000.bin",
+    }
+
+
 def _stop(*arguments: object) -> None:
     raise KeyboardInterrupt
 

@@ -1,5 +1,10 @@
 import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
@@ -73,6 +78,61 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CorpusError, match=r"tokenizer\.json: not a tokenizer"):
         read_tokenizer(tmp_path)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for one file of one repository."""
+
+    contents = b""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_contents=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_contents=True)
+
+    def _answer(self, with_contents: bool) -> None:
+        if self.path != "/some/name/resolve/main/tokenizer.json":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("ETag", '"abc"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(self.contents)))
+        self.end_headers()
+        if with_contents:
+            self.wfile.write(self.contents)
+
+    def log_message(self, *arguments: object) -> None:
+        return
+
+
+def test_a_tokenizer_is_fetched_from_a_hub_and_then_cached(tmp_path: Path) -> None:
+    file = save_tokenizer(tmp_path / "tokenizer.json", "</s>")
+    handler = type("Hub", (_Hub,), {"contents": file.read_bytes()})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    program = (
+        "from switchtitan.data.tokenizer import fetch_tokenizer, is_cached\n"
+        "assert not is_cached('some/name')\n"
+        "print(fetch_tokenizer('some/name').sha256)\n"
+        "assert is_cached('some/name')\n"
+    )
+    # The hub's client reads its address once, when it is imported.
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hub"),
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    server.shutdown()
+    server.server_close()
+    assert result.stdout.strip() == read_tokenizer(file).sha256, result.stderr
 
 
 def test_a_name_that_the_hub_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
