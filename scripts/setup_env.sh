@@ -17,13 +17,14 @@ say() {
 prepare_environment() {
     local extra="${1:-}"
     local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$project_root/.venv}}"
-    local stamp="$environment/.switchtitan-installed"
+    local stamp="$environment/.switchtitan-installed-${extra:-plain}"
+    local stamp_of_tests="$environment/.switchtitan-installed-dev"
     local state
     state="$(cksum <"$project_root/pyproject.toml") $project_root"
     local base_python="${PYTHON:-}"
     PYTHON="$environment/bin/python"
     # What a run needs is part of what the tests need.
-    if is_stamped "$stamp-$extra" "$state" || { [ -z "$extra" ] && is_stamped "$stamp-dev" "$state"; }; then
+    if is_stamped "$stamp" "$state" || { [ -z "$extra" ] && is_stamped "$stamp_of_tests" "$state"; }; then
         return
     fi
     if [ "$environment" = "$project_root/.venv" ]; then
@@ -35,7 +36,7 @@ prepare_environment() {
     say "installing switchtitan and what it needs into $environment (minutes, this first time)"
     "$PYTHON" -m pip install --disable-pip-version-check --editable "$project_root${extra:+[$extra]}" >&2 ||
         fail "the installation failed (see above); mend that and run this again, it goes on where it stopped"
-    printf '%s\n' "$state" >"$stamp-$extra"
+    printf '%s\n' "$state" >"$stamp"
     say "done"
 }
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
-from torch.distributed.run import parse_args
+from torch.distributed.run import parse_args, run
 
 from switchtitan.config.errors import USER_ERROR_STATUS, UserError, exit_for
 from switchtitan.job_config import parse_arguments
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     # A rank that fails says so itself on standard error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        torchrun(list(argv))
+        run(options)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if (

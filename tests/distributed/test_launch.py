@@ -1,0 +1,98 @@
+"""How mistakes and crashes of several ranks end: once, readable, with the right status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchtitan.launch import num_ranks_of
+
+pytestmark = pytest.mark.distributed
+
+CONFIG = """\
+[job]
+name = "tiny"
+output_dir = "outputs/tiny"
+[model]
+name = "llama"
+size = "9m"
+[method]
+name = "full_rank"
+[optimizer]
+name = "adamw"
+lr = 0.02
+[training]
+steps = 40
+global_batch_size = 12
+local_batch_size = 2
+"""
+
+
+def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    (folder / "job.toml").write_text(CONFIG)
+    (folder / "ranks.py").write_text(script)
+    options = [
+        "--nnodes",
+        "1",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "switchtitan.launch", *options, "ranks.py", "--config", "job.toml", *argv],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_a_wrong_configuration_starts_no_rank(tmp_path: Path) -> None:
+    done = launch(tmp_path, "print('started')", "--training.global_batch_size", "6")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: a mistake in the configuration",
+        "values that do not fit together:",
+        "  [training] global_batch_size = 6: expected a multiple of ranks x local_batch_size "
+        "= 2 x 2 = 4; write 4 or 8",
+    ]
+
+
+def test_a_mistake_found_by_all_ranks_is_said_once(tmp_path: Path) -> None:
+    script = "from switchtitan.config import CorpusError, exit_for\nexit_for(CorpusError('no such corpus'))\n"
+    done = launch(tmp_path, script)
+    assert done.returncode == 2
+    assert done.stderr == "error: no such corpus\n"
+
+
+def test_a_crash_keeps_its_traceback(tmp_path: Path) -> None:
+    done = launch(tmp_path, "raise RuntimeError('broken')\n")
+    assert done.returncode == 1
+    assert "RuntimeError: broken" in done.stderr
+    assert "exitcode  : 1" in done.stderr
+
+
+def test_status_2_without_a_message_is_a_crash(tmp_path: Path) -> None:
+    assert launch(tmp_path, "raise SystemExit(2)\n").returncode == 1
+
+
+def test_ranks_that_succeed_succeed(tmp_path: Path) -> None:
+    done = launch(tmp_path, "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n")
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "num_processes", "expected"), [("2", "4", 8), ("1:4", "4", None), ("1", "gpu", None)]
+)
+def test_ranks_are_counted_where_they_can_be(
+    num_nodes: str, num_processes: str, expected: int | None
+) -> None:
+    assert num_ranks_of(num_nodes, num_processes) == expected
