@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sysconfig
 from functools import partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -86,12 +88,13 @@ def check_model_device(model: ModelSection, training: TrainingSection, device: s
 
 
 def check_compiler(compile: CompileConfig, device: str) -> list[str]:
-    """torch.compile writes C++ for a CPU, which something must translate."""
+    """torch.compile writes C++ for a CPU, which this machine must be able to build."""
     chosen = [key for key, is_on in compile if is_on]
-    if not chosen or device != "cpu" or any(map(shutil.which, _cpp_compilers())):
+    obstacle = obstacle_to_cpp() if chosen and device == "cpu" else None
+    if obstacle is None:
         return []
     options = " ".join(f"--compile.{key} false" for key in chosen)
-    return [f"[compile] {chosen[0]} = true: a CPU needs a C++ compiler for it; install g++ or give {options}"]
+    return [f"[compile] {chosen[0]} = true: {obstacle}, or give {options}"]
 
 
 def check_method(model: ModelSection, method: Section) -> list[str]:
@@ -128,6 +131,17 @@ def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:
     ]
 
 
-def _cpp_compilers() -> list[str]:
-    """The compilers that Inductor tries, $CXX first."""
-    return [os.environ.get("CXX", "g++"), "g++", "clang++"]
+def obstacle_to_cpp() -> str | None:
+    """Why Inductor's C++ cannot be built here, and what to do about it; None if it can."""
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if not any(map(shutil.which, compilers)):
+        return "a CPU needs a C++ compiler for it; install g++"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "a CPU needs Python's header files for it; install python3-dev"
+    folder = Path(torch.__file__).parent
+    # Inductor does not quote the paths on its linker's command line.
+    if " " in str(folder):
+        return (
+            f"on a CPU the linker needs torch in a path without blanks, not {folder}; use another environment"
+        )
+    return None

@@ -9,6 +9,7 @@ import pytest
 
 from switchtitan.config.errors import ConfigError
 from switchtitan.config.toml_text import resolved_toml
+from switchtitan.job_checks import obstacle_to_cpp
 from switchtitan.job_config import DEFAULT_FILE, JobConfig, parse_arguments
 
 TRAIN_CONFIGS = sorted(DEFAULT_FILE.parent.glob("*.toml"))
@@ -162,8 +163,27 @@ def test_compilation_on_a_cpu_without_a_compiler_is_refused(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not parse().compile.blocks
-    with pytest.raises(ConfigError, match=r"install g\+\+ or give --compile\.blocks false"):
+    with pytest.raises(ConfigError, match=r"install g\+\+, or give --compile\.blocks false"):
         parse("--compile.blocks", "true")
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "expected"),
+    [
+        ("sysconfig.get_path", lambda name: "/nowhere", "install python3-dev"),
+        ("torch.__file__", "/with blank/torch/__init__.py", "not /with blank/torch; use another environment"),
+    ],
+)
+def test_compilation_on_a_cpu_that_cannot_build_is_refused(
+    monkeypatch: pytest.MonkeyPatch, target: str, value: object, expected: str
+) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(target, value)
+    if target == "torch.__file__":
+        monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    obstacle = obstacle_to_cpp()
+    assert obstacle is not None
+    assert obstacle.endswith(expected)
 
 
 def test_help_shows_every_key_in_80_columns(
