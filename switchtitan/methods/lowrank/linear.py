@@ -87,7 +87,7 @@ class LowRankLinear(nn.Module):
 def replace_linears(
     model: nn.Module, targets: Iterable[str], build: Callable[[nn.Linear], LowRankLinear]
 ) -> dict[str, LowRankLinear]:
-    """Puts `build(linear)` in the place of every `nn.Linear` whose local name is among `targets`.
+    """Puts `build(linear)`, on the device of `linear`, in the place of every `nn.Linear` whose local name is among `targets`.
 
     Returns:
         The new layers by qualified name, in the model's order.
@@ -108,7 +108,9 @@ def replace_linears(
     for name, linear in linears.items():
         parent_name, _, local_name = name.rpartition(".")
         if local_name in targets:
-            replaced[name] = build(linear)
+            # A model on the meta device must stay there: whole layers may not fit this rank's memory.
+            with linear.weight.device:
+                replaced[name] = build(linear)
             setattr(model.get_submodule(parent_name), local_name, replaced[name])
     return replaced
 
