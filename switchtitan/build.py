@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         model = MODELS.build(config.model)
     assert isinstance(model, LanguageModel)
     corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
-    corpus.check_vocabulary(config.model.vocab_size)
+    corpus.check_vocabulary(model.vocab_size)
     identity = run_identity(config, corpus)
     checkpointer = build_checkpointer(config, world, identity, corpus)
     checkpoint = checkpointer.checkpoint_to_resume()
@@ -62,7 +61,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     if checkpoint is not None:
         metadata = read_metadata(checkpoint)
         check_same_run(metadata.identity, identity)
-        state = TrainState(**metadata.train_state)
+        state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
     initial_weights = None
     if checkpoint is None and config.checkpoint.initial_weights is not None:
@@ -77,7 +76,11 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
 
     start_output(config, world, state)
     describe_run(config, world, model, corpus, checkpoint)
-    loss = torch.compile(summed_cross_entropy, fullgraph=True, dynamic=False) if config.compile.loss else summed_cross_entropy
+    loss = (
+        torch.compile(summed_cross_entropy, fullgraph=True, dynamic=False)
+        if config.compile.loss
+        else summed_cross_entropy
+    )
     return Trainer(
         training=config.training,
         intervals=Intervals(evaluate=config.evaluation.interval, save=config.checkpoint.interval),
@@ -149,7 +152,7 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
     return {
         "model": config.model.model_dump(mode="json"),
         "method": config.method.model_dump(mode="json"),
-        "optimizer": {"name": config.optimizer.name},
+        "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "data": {"seq_len": config.data.seq_len},
         "training": {"global_batch_size": config.training.global_batch_size},
@@ -214,9 +217,15 @@ def describe_run(
 ) -> None:
     """Says what is about to be trained, on what, where, and from where."""
     counts = count_parameters(model)
-    logger.info("%s: %s", config.job.name, ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()))
+    logger.info(
+        "%s: %s",
+        config.job.name,
+        ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()),
+    )
     logger.info("corpus %s: %s", corpus.name, corpus.description)
-    logger.info("%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}")
+    logger.info(
+        "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
+    )
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -27,6 +27,11 @@ class Batch(NamedTuple):
 class LanguageModel(Protocol):
     """What the rest of the project asks of a model; an `nn.Module` whose linear layers are `nn.Linear`."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can embed."""
+        ...
+
     def blocks(self) -> dict[str, nn.Module]:
         """The repeated blocks by qualified name, in order: the units of sharding, checkpointing and compilation."""
         ...

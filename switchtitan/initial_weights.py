@@ -31,10 +31,13 @@ def read_initial_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     weights = read_dense(path) if _is_safetensors(path) else read_merged_checkpoint(path)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    differing = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
     if differing:
         examples = "; ".join(
-            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in differing[:4]
+            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+            for name in differing[:4]
         )
         raise CheckpointError(
             f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} of the weights do not fit the model ({examples}); "

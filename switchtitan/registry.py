@@ -44,7 +44,9 @@ class Registry(Generic[Part]):
         if component is None:
             nearest = get_close_matches(name, self._components, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ConfigError(f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}{hint}")
+            raise ConfigError(
+                f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}{hint}"
+            )
         return component
 
     def build(self, config: Section, *args: object, **kwargs: object) -> Part:

@@ -91,7 +91,12 @@ class Trainer:
         state: TrainState,
     ) -> None:
         self.training, self.intervals, self.world = training, intervals, world
-        self.model, self.optimizer, self.summed_loss, self.lr_schedule = model, optimizer, summed_loss, lr_schedule
+        self.model, self.optimizer, self.summed_loss, self.lr_schedule = (
+            model,
+            optimizer,
+            summed_loss,
+            lr_schedule,
+        )
         self.batches, self.evaluator = batches, evaluator
         self.checkpointer, self.tensors = checkpointer, tensors
         self.reporter, self.throughput, self.profiler = reporter, throughput, profiler
@@ -133,7 +138,9 @@ class Trainer:
         self._loss_sum += loss
         self._num_unreported += 1
         if self.training.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm)):
-            logger.warning("Skipped an update at step %d: the gradient's norm is %s", self.state.step, float(grad_norm))
+            logger.warning(
+                "Skipped an update at step %d: the gradient's norm is %s", self.state.step, float(grad_norm)
+            )
             self.optimizer.zero_grad()
             self.state.num_skipped += 1
             return StepResult(loss, grad_norm)
@@ -183,7 +190,10 @@ class Trainer:
         measured = self.throughput.measure(self.state.step)
         values = {"loss/train": loss, "optimizer/grad_norm": grad_norm.item()}
         values |= self.optimizer.metrics() | measured
-        values |= {"memory/peak_gib": peak_memory_gib(self.world.device), "data/tokens_seen": float(self.state.tokens_seen)}
+        values |= {
+            "memory/peak_gib": peak_memory_gib(self.world.device),
+            "data/tokens_seen": float(self.state.tokens_seen),
+        }
         self.reporter.report(self.state.step, values)
         self._loss_sum.zero_()
         self._num_unreported = 0

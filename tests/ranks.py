@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 240) -> None:
+def run_on_ranks(
+    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 240
+) -> None:
     """Calls `function(rank, *args)` on `num_ranks` spawned processes and fails if any of them does.
 
     Args:

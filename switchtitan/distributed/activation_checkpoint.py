@@ -44,6 +44,8 @@ def _selective_contexts() -> tuple:
     return create_selective_checkpoint_contexts(_keep_matrix_products)
 
 
-def _keep_matrix_products(ctx: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+def _keep_matrix_products(
+    ctx: object, operation: object, *args: object, **kwargs: object
+) -> CheckpointPolicy:
     keep = operation in _EXPENSIVE_OPERATIONS
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

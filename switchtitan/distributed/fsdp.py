@@ -1,6 +1,7 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and the materialization of a sharded model."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,13 @@ def materialize(
         plain = [name for name in own if not isinstance(module, Reparametrized) or name in ("weight", "bias")]
         values = {name: plain_value(prefix + name, own[name].shape) for name in plain}
         if isinstance(module, Reparametrized):
-            values |= module.initial_tensors(
-                values["weight"], lambda name, prefix=prefix: generator_for(seed, prefix + name)
-            )
+            values |= module.initial_tensors(values["weight"], partial(_generator_for_local, seed, prefix))
         for name, tensor in own.items():
             copy_whole_(tensor, values[name])
+
+
+def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Generator:
+    return generator_for(seed, prefix + local_name)
 
 
 def accumulate_gradients(model: nn.Module, is_last_micro_batch: bool) -> None:

@@ -107,7 +107,9 @@ class RowExchange:
             words.view(request.tensor.dtype)[: request.num_rows * request.tensor.shape[1]].view(
                 request.num_rows, request.tensor.shape[1]
             )
-            for words, request in zip(packed[header : header + sum(sizes)].split(sizes), requests, strict=True)
+            for words, request in zip(
+                packed[header : header + sum(sizes)].split(sizes), requests, strict=True
+            )
         ]
         segments = [
             (destination[into], local(request.tensor)[held])

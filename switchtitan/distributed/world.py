@@ -62,7 +62,7 @@ class World:
 
 
 def device_type() -> str:
-    """"cuda" where a CUDA device is visible, else "cpu"."""
+    """ "cuda" where a CUDA device is visible, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -24,8 +24,8 @@ class LoraConfig(LowRankConfig):
     name: Literal["lora"] = "lora"
     """The method."""
     init: Literal["lora", "balanced"] = "lora"
-    """How factors start: `lora` A small and random, B zero; `balanced` both random so that their gradients are of like size, the
-    initialization of SwitchLoRA without its switching."""
+    """How factors start: `lora` A small and random, B zero; `balanced` both random so that their gradients are of like size,
+    the initialization of SwitchLoRA without its switching."""
 
 
 class Lora:

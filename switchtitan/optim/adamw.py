@@ -75,7 +75,9 @@ class AdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` (like the parameter) and `<parameter>.step` (0-dim)."""
         moments = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "step": self._num_steps}
-        return {f"{name}.{key}": tensors[name] for name in self._parameters for key, tensors in moments.items()}
+        return {
+            f"{name}.{key}": tensors[name] for name in self._parameters for key, tensors in moments.items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():

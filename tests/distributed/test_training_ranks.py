@@ -22,7 +22,9 @@ def record_runs(rank, folder, methods, overrides, num_ranks, num_steps):
 
 
 def record_run(rank, folder, result_file, method, overrides, num_ranks, num_steps):
-    trainer = tiny_trainer(folder, method, "--training.local_batch_size", "2", *overrides, num_ranks=num_ranks)
+    trainer = tiny_trainer(
+        folder, method, "--training.local_batch_size", "2", *overrides, num_ranks=num_ranks
+    )
     losses = train_steps(trainer, num_steps)
     tensors = whole_tensors(trainer)
     metrics = trainer.optimizer.metrics()
@@ -37,7 +39,8 @@ def runs(corpora):
     for name, (num_ranks, overrides) in LAYOUTS.items():
         run_on_ranks(num_ranks, record_runs, corpora / name, METHOD_KEYS, overrides, num_ranks, NUM_STEPS)
     return {
-        name: {method: torch.load(corpora / name / f"{method}.pt") for method in METHOD_KEYS} for name in LAYOUTS
+        name: {method: torch.load(corpora / name / f"{method}.pt") for method in METHOD_KEYS}
+        for name in LAYOUTS
     }
 
 

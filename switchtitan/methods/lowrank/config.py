@@ -35,7 +35,9 @@ class LowRankConfig(Section):
             if target not in names
         ]
         adapted = {
-            name: min(shape) for name, shape in linear_shapes.items() if name.rpartition(".")[2] in self.targets
+            name: min(shape)
+            for name, shape in linear_shapes.items()
+            if name.rpartition(".")[2] in self.targets
         }
         if adapted and self.rank >= min(adapted.values()):
             name = min(adapted, key=adapted.__getitem__)

@@ -35,7 +35,9 @@ def dense_gradient(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, sc
     return _DenseGradient.apply(x, weight, lora_a, lora_b, scale)
 
 
-def num_flops(contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int) -> int:
+def num_flops(
+    contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
+) -> int:
     """Floating-point operations of forward and backward by the table above."""
     dense, factors = out_features * in_features, rank * (out_features + in_features)
     if contraction is factored:
@@ -72,7 +74,7 @@ class _Merged(torch.autograd.Function):
         return F.linear(x, _merge(weight, lora_a, lora_b, scale))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
         grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
@@ -89,7 +91,7 @@ class _DenseGradient(torch.autograd.Function):
         return F.linear(x, _merge(weight, lora_a, lora_b, scale))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
         grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
         grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)) * ctx.scale

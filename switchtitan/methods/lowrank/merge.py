@@ -29,13 +29,15 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_factors(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The dense weights that whole tensors by qualified name amount to: W + s B A where there are factors, candidates left out."""
+    """The dense weights that whole tensors by qualified name amount to: W + s B A where there are factors, no candidates."""
     merged = {}
     for name, tensor in tensors.items():
         prefix, _, local_name = name.rpartition(".")
         if local_name in ("lora_a", "lora_b", "candidates_a", "candidates_b"):
             continue
         if local_name == "weight" and f"{prefix}.lora_a" in tensors:
-            tensor = torch.addmm(tensor, tensors[f"{prefix}.lora_b"], tensors[f"{prefix}.lora_a"], alpha=scale)
+            tensor = torch.addmm(
+                tensor, tensors[f"{prefix}.lora_b"], tensors[f"{prefix}.lora_a"], alpha=scale
+            )
         merged[name] = tensor
     return merged

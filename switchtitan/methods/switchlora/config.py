@@ -28,7 +28,9 @@ class SwitchLoraConfig(LowRankConfig):
     @model_validator(mode="after")
     def _check_switching(self) -> "SwitchLoraConfig":
         if self.rank == 1:
-            raise ValueError("rank = 1 never switches: a vector and its counterpart's neighbour must differ; use at least 2")
+            raise ValueError(
+                "rank = 1 never switches: a vector and its counterpart's neighbour must differ; use at least 2"
+            )
         if self.interval < 2 * self.freeze_steps:
             raise ValueError(
                 f"interval = {self.interval:g} is below 2 * freeze_steps = {2 * self.freeze_steps}: vectors would be switched "

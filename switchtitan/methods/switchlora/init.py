@@ -32,7 +32,8 @@ def balanced_candidates_init(
     Returns:
         `weight`, `lora_a`, `lora_b`, `candidates_a`, `candidates_b`.
     """
-    bound_a, bound_b = balanced_bounds(*weight.shape, rank)
+    out_features, in_features = weight.shape
+    bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
     return _from_candidates(weight, rank, scale, generator_for, bound_a, bound_b)
 
 

@@ -59,20 +59,25 @@ class SwitchLoraOptimizer:
         self._layers = list(layers.values())
         self._dense = dense
         self._vectors = VectorAdamW(adamw, layers, compile_step)
-        self._num_candidates = np.array([len(layer.candidates_a) for layer in self._layers])
+        self._candidates_a = [layer.get_buffer("candidates_a") for layer in self._layers]
+        self._candidates_b = [layer.get_buffer("candidates_b") for layer in self._layers]
+        self._num_candidates = np.array([len(candidates) for candidates in self._candidates_a])
         self._schedule = SwitchSchedule(config, num_steps, len(layers))
         self._counts = SwitchCounts(len(layers), config.freeze_steps)
         factor = self._layers[0].lora_a
         self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
         self._exchange = RowExchange(shard_group(factor), factor.device)
         self._last_counts = np.zeros(len(layers), dtype=np.int64)
+        self._last_frozen = np.zeros(len(layers), dtype=np.int64)
 
     @torch.no_grad()
     def step(self) -> None:
         """Switches what is due, then updates all parameters from their gradients."""
         switched_before, step = self._counts.num_switched.copy(), self._counts.step
+        still_frozen = self._counts.recent.sum(0)
         counts = self._counts.advance(self._schedule.requested(step), self._config.rank, self._num_candidates)
         self._last_counts = counts
+        self._last_frozen = still_frozen + counts if self._config.freeze_steps else still_frozen
         switches = {
             layer: plan_layer_switch(
                 int(switched_before[layer]),
@@ -92,13 +97,15 @@ class SwitchLoraOptimizer:
 
     def _switch_(self, switches: dict[int, LayerSwitch], checksum: int) -> None:
         layers = [self._layers[index] for index in switches]
+        all_candidates_a = [self._candidates_a[index] for index in switches]
+        all_candidates_b = [self._candidates_b[index] for index in switches]
         plans = list(switches.values())
         requests = [
             request
-            for layer, plan in zip(layers, plans, strict=True)
+            for layer, candidates_a, plan in zip(layers, all_candidates_a, plans, strict=True)
             for request in (
                 RowRequest(layer.lora_a, plan.rows),
-                RowRequest(layer.candidates_a, plan.slots_in),
+                RowRequest(candidates_a, plan.slots_in),
                 RowRequest(layer.lora_a, plan.columns),
             )
         ]
@@ -107,7 +114,7 @@ class SwitchLoraOptimizer:
         columns_to: list[Tensor] = []
         columns_from: list[Tensor] = []
         for index, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-            lora_b, candidates_b = local(layer.lora_b), local(layer.candidates_b)
+            lora_b, candidates_b = local(layer.lora_b), local(all_candidates_b[index])
             columns_out = take_columns(lora_b, plan.columns)
             columns_in = take_columns(candidates_b, plan.slots_in)
             fold_into_weight_(
@@ -119,10 +126,12 @@ class SwitchLoraOptimizer:
                 layer.scale,
             )
             columns_to += column_views(candidates_b, plan.slots_out) + column_views(lora_b, plan.columns)
-            columns_from += split_columns(columns_out, plan.slots_out) + split_columns(columns_in, plan.columns)
+            columns_from += split_columns(columns_out, plan.slots_out) + split_columns(
+                columns_in, plan.columns
+            )
         copy_all_(columns_to, columns_from)
         write_rows_(
-            [layer.candidates_a for layer in layers] + [layer.lora_a for layer in layers],
+            all_candidates_a + [layer.lora_a for layer in layers],
             [plan.slots_out for plan in plans] + [plan.rows for plan in plans],
             rows_out + rows_in,
         )
@@ -140,12 +149,11 @@ class SwitchLoraOptimizer:
         have been in use; both sides, all layers."""
         self._exchange.check()
         counts, rank = self._counts, self._config.rank
-        frozen = self._last_counts + counts.recent[1:].sum(0) if self._config.freeze_steps else 0 * self._last_counts
         seen = np.minimum(rank + counts.num_switched, self._num_candidates)
         return self._dense.metrics() | {
             "switch/vectors_switched": float(2 * self._last_counts.sum()),
             "switch/vectors_switched_total": float(2 * counts.num_switched.sum()),
-            "switch/frozen_share": float(frozen.mean() / rank),
+            "switch/frozen_share": float(self._last_frozen.mean() / rank),
             "switch/candidate_coverage": float((seen / self._num_candidates).mean()),
         }
 

@@ -37,7 +37,8 @@ class SwitchSchedule:
         # rank * (sum of rates) / interval, in this order: exact where the quotient is an integer.
         running_sum = config.rank * np.cumsum(switch_rate(config, num_steps)) / config.interval
         self._running_sum = np.concatenate([[0.0], running_sum])
-        self._phase = np.arange(num_layers) / _GOLDEN_RATIO % 1.0
+        # Odd halves: never near 0 or 1, where a sum that rounding leaves just below an integer would switch a step late.
+        self._phase = (np.arange(num_layers) + 0.5) / _GOLDEN_RATIO % 1.0
 
     def requested(self, step: int) -> np.ndarray:
         """Vectors asked for at `step` 0, 1, ..., [layers]; none after the last step of the schedule."""

@@ -121,6 +121,11 @@ class Llama(nn.Module):
         """
         return self.lm_head(self.model(tokens, document_ids))
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can embed."""
+        return self.dims.vocab_size
+
     def blocks(self) -> dict[str, nn.Module]:
         """The layers by qualified name, in order."""
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}

@@ -18,12 +18,12 @@ def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.devic
 
 
 def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of features by its position's angle, in fp32.
+    """Turns each pair of features by its position's angle, in fp32 or the features' own type where that is wider.
 
     Args:
         features: [batch, heads, seq, head_dim], any floating type; the result has the same.
         cos, sin: [seq, head_dim/2] in fp32.
     """
-    first, second = features.float().chunk(2, dim=-1)
+    first, second = features.to(torch.promote_types(features.dtype, cos.dtype)).chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(features.dtype)

@@ -27,7 +27,12 @@ def golden():
 def build(golden, compile_step):
     hyper = json.loads(str(golden["hyper_json"]))
     layer = LowRankLinear(
-        28, 23, RANK, hyper["scaling"], lora_init, buffers={"candidates_a": (23, 28), "candidates_b": (23, 23)}
+        28,
+        23,
+        RANK,
+        hyper["scaling"],
+        lora_init,
+        buffers={"candidates_a": (23, 28), "candidates_b": (23, 23)},
     )
     with torch.no_grad():
         for target, name in (
@@ -84,7 +89,11 @@ def test_golden_trajectory_is_reproduced(golden, compile_step):
             (state["mlp.lora_b.exp_avg_sq"], "vB"),
         ):
             np.testing.assert_allclose(
-                tensor.detach().numpy(), golden[f"mlp.{name}"][t], rtol=0, atol=TOLERANCE, err_msg=f"{name} after step {t}"
+                tensor.detach().numpy(),
+                golden[f"mlp.{name}"][t],
+                rtol=0,
+                atol=TOLERANCE,
+                err_msg=f"{name} after step {t}",
             )
 
     resting_a = np.setdiff1d(np.arange(23), slots_a)
