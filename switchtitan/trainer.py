@@ -113,13 +113,23 @@ class Trainer:
         Raises:
             TrainingDivergedError: if gradients stopped being finite and the run is not to skip such steps; nothing is saved then.
         """
+        if self.state.step >= self.training.steps:
+            logger.info(
+                "nothing left to train: %d of %d steps are done; raise [training] steps to go on",
+                self.state.step,
+                self.training.steps,
+            )
+            return
         if self.state.step == 0:
             self._evaluate()
         with self.profiler:
             while self.state.step < self.training.steps:
+                num_skipped = self.state.num_skipped
                 result = self.train_step()
                 self.profiler.step()
-                self._after_step(result.grad_norm)
+                # After a skipped update nothing is due that was not done when this step was reached.
+                if self.state.num_skipped == num_skipped:
+                    self._after_step(result.grad_norm)
         self.checkpointer.finish()
         self.batches.close()
         self.reporter.summary(
@@ -135,8 +145,6 @@ class Trainer:
         self.optimizer.set_lr(self.lr_schedule(self.state.step))
         loss = self._forward_backward(next(self.batches))
         grad_norm = self._clip_gradients()
-        self._loss_sum += loss
-        self._num_unreported += 1
         if self.training.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm)):
             logger.warning(
                 "Skipped an update at step %d: the gradient's norm is %s", self.state.step, float(grad_norm)
@@ -144,6 +152,8 @@ class Trainer:
             self.optimizer.zero_grad()
             self.state.num_skipped += 1
             return StepResult(loss, grad_norm)
+        self._loss_sum += loss
+        self._num_unreported += 1
         self._all_finite &= torch.isfinite(grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -205,8 +215,7 @@ class Trainer:
         if self.state.first_validation_loss is None:
             self.state.first_validation_loss = loss
         self.state.last_validation_loss = loss
-        perplexity = math.exp(min(loss, 700.0))
-        self.reporter.report(self.state.step, {"loss/validation": loss, "perplexity/validation": perplexity})
+        self.reporter.report(self.state.step, validation_metrics(loss))
 
     def _save(self) -> None:
         self._stop_if_diverged()
@@ -219,3 +228,8 @@ class Trainer:
                 f"a gradient was not finite in the steps up to {self.state.step}; the newest checkpoint is from before. Lower "
                 '[optimizer] lr, lengthen [lr_schedule] warmup_steps, or set [training] on_nonfinite = "skip"'
             )
+
+
+def validation_metrics(loss: float) -> dict[str, float]:
+    """By TensorBoard tag: the mean loss per token, in nats, and the perplexity that it means."""
+    return {"loss/validation": loss, "perplexity/validation": math.exp(min(loss, 700.0))}
