@@ -1,0 +1,192 @@
+"""The frame adds nothing to a plain loop, and does what it says with gradients that are not finite."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps, whole_tensors
+from torch import nn
+
+from switchtitan.distributed.world import stop_world
+from switchtitan.models import MODELS
+from switchtitan.trainer import Trainer, TrainingDivergedError
+
+SKIP = ("--training.on_nonfinite", "skip")
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    prefix = "model."
+    return {k.removeprefix(prefix): v for k, v in whole_tensors(trainer).items() if k.startswith(prefix)}
+
+
+def spoil_next_gradient(trainer: Trainer) -> None:
+    """Makes the loss of the next micro-batch inf, as an overflow would, and those after it as they are."""
+    summed_loss = trainer.summed_loss
+
+    def overflowing(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        trainer.summed_loss = summed_loss
+        return summed_loss(logits, targets) * math.inf
+
+    trainer.summed_loss = overflowing
+
+
+def plain_learning_rate(step: int) -> float:
+    """Warm-up over 3 steps, then half a cosine from 1e-2 to its tenth at step 40."""
+    if step < 3:
+        return 1e-2 * ((step + 1) / 3)
+    return 1e-2 * (0.1 + (1 - 0.1) * (0.5 * (1 + math.cos(math.pi * ((step - 3) / (40 - 3))))))
+
+
+def test_full_rank_training_equals_a_plain_loop_bitwise(corpora):
+    ours = tiny_trainer(corpora / "plain", "full_rank")
+    config = tiny_config(corpora / "plain", "full_rank")
+    model = MODELS.build(config.model)
+    model.load_state_dict(weights(ours))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    read = [next(ours.batches) for _ in range(20)]
+    ours.batches.close()
+    ours.batches = iter(read)
+    for step, micro_batches in enumerate(read):
+        loss_ours = ours.train_step().loss
+        for group in optimizer.param_groups:
+            group["lr"] = plain_learning_rate(step)
+        num_targets = sum(batch.targets.numel() for batch in micro_batches)
+        loss_plain = torch.zeros(())
+        for batch in micro_batches:
+            logits = model(batch.tokens, batch.document_ids)
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum") / num_targets
+            )
+            loss.backward()
+            loss_plain += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(loss_ours, loss_plain), step
+    for name, weight in weights(ours).items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_clipping_matters_in_the_plain_loop_s_run(corpora):
+    """So that the equality above covers it."""
+    trainer = tiny_trainer(corpora / "clipped", "full_rank")
+    norms = [trainer.train_step().grad_norm.item() for _ in range(20)]
+    trainer.batches.close()
+    assert max(norms) > 1.0
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_accumulated_micro_batches_equal_one_big_batch(corpora, method):
+    gradients = []
+    for local_batch_size in ("8", "2", "1"):
+        trainer = tiny_trainer(
+            corpora / f"accumulate-{local_batch_size}",
+            method,
+            "--training.local_batch_size",
+            local_batch_size,
+        )
+        micro_batches = next(trainer.batches)
+        assert len(micro_batches) == 8 // int(local_batch_size)
+        loss = trainer._forward_backward(micro_batches)
+        trainer.batches.close()
+        gradients.append(
+            [loss, *(p.grad.full_tensor() for p in trainer.model.parameters() if p.requires_grad)]
+        )
+    for accumulated in gradients[1:]:
+        for one, other in zip(gradients[0], accumulated, strict=True):
+            # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest term.
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-6 * one.abs().max().item() + 1e-9)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_is_saved(corpora):
+    trainer = tiny_trainer(
+        corpora / "stopped", "switchlora", "--training.steps", "3", "--metrics.interval", "100"
+    )
+    spoil_next_gradient(trainer)
+    with pytest.raises(TrainingDivergedError, match=r"on_nonfinite"):
+        trainer.train()
+    trainer.batches.close()
+    assert not list((corpora / "stopped" / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora, method):
+    trainer = tiny_trainer(corpora / "skipped", method, *SKIP)
+    train_steps(trainer, 4)
+    before, lr_factor = whole_tensors(trainer), trainer.lr_schedule(trainer.state.step)
+    spoil_next_gradient(trainer)
+    assert not trainer.train_step().grad_norm.isfinite()
+    after = whole_tensors(trainer)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert (trainer.state.step, trainer.state.num_skipped, trainer.state.num_batches) == (4, 1, 5)
+    assert trainer.lr_schedule(trainer.state.step) == lr_factor
+    loss = trainer.train_step().loss
+    trainer.batches.close()
+    assert loss.isfinite()
+    assert trainer.state.step == 5
+    changed = [
+        name for name, tensor in whole_tensors(trainer).items() if not torch.equal(tensor, before[name])
+    ]
+    assert changed
+
+
+def test_a_run_with_a_skipped_step_does_all_its_steps_and_reports_finite_losses(corpora):
+    trainer = tiny_trainer(corpora / "skip-run", "switchlora", *SKIP, "--training.steps", "4")
+    spoil_next_gradient(trainer)
+    reported = {}
+    report = trainer.reporter.report
+    trainer.reporter.report = lambda step, values: (reported.update({step: values}), report(step, values))
+    trainer.train()
+    assert trainer.state.step == 4
+    assert trainer.state.num_skipped == 1
+    losses = [values["loss/train"] for values in reported.values() if "loss/train" in values]
+    assert losses
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_evaluation_changes_no_bit_and_repeats_itself(corpora, method):
+    extra = () if method == "full_rank" else ("--method.dropout", "0.3")
+    trainer = tiny_trainer(corpora / "evaluated", method, *extra)
+    train_steps(trainer, 2)
+    before = whole_tensors(trainer)
+    first, second = trainer.evaluator(trainer.model), trainer.evaluator(trainer.model)
+    after = whole_tensors(trainer)
+    trainer.batches.close()
+    # Dropout is off, so the same weights give the same loss.
+    assert first == second
+    assert trainer.model.training
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_activation_checkpointing_changes_no_loss(corpora, compiled):
+    losses = {}
+    for mode in ("none", "full", "selective"):
+        trainer = tiny_trainer(
+            corpora / f"checkpointing-{compiled}-{mode}",
+            "switchlora",
+            "--activation_checkpoint.mode",
+            mode,
+            "--compile.blocks",
+            compiled,
+        )
+        losses[mode] = train_steps(trainer, 8)
+        trainer.batches.close()
+    assert losses["none"][-1] < losses["none"][0]
+    for mode in ("full", "selective"):
+        if compiled == "false":
+            assert losses[mode] == losses["none"], mode
+        else:
+            # Other fusions round otherwise; Adam amplifies that where gradients are near zero.
+            assert losses[mode] == pytest.approx(losses["none"], rel=1e-5), mode
