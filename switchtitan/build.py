@@ -36,7 +36,7 @@ from switchtitan.observability import (
     peak_flops_per_s,
 )
 from switchtitan.optim import build_lr_schedule
-from switchtitan.trainer import Intervals, Trainer, TrainState
+from switchtitan.trainer import Intervals, Trainer, TrainState, validation_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,11 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
             start_step=state.step,
             is_main=world.is_main,
             description=resolved_toml(config),
+            first_validation=(
+                None
+                if state.first_validation_loss is None
+                else validation_metrics(state.first_validation_loss)
+            ),
         ),
         throughput=Throughput(
             tokens_per_step=config.training.global_batch_size * config.data.seq_len,

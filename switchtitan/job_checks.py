@@ -16,7 +16,6 @@ from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZE
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.job_sections import EvaluationSection, TrainingSection
-from switchtitan.optim import LRScheduleConfig
 
 
 class ModelSection(Protocol):
@@ -51,7 +50,6 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         partial(check_model_device, device=device),
         partial(check_compiler, device=device),
         check_method,
-        check_warmup,
         check_evaluation,
         check_vocabulary,
     ]
@@ -100,14 +98,6 @@ def check_compiler(compile: CompileConfig, device: str) -> list[str]:
 def check_method(model: ModelSection, method: Section) -> list[str]:
     """The method must fit the shapes of the model's linear layers."""
     return method.check_model(model.linear_shapes()) if isinstance(method, MethodSection) else []
-
-
-def check_warmup(training: TrainingSection, lr_schedule: LRScheduleConfig) -> list[str]:
-    """The warm-up must end within the run."""
-    if lr_schedule.warmup_steps <= training.steps:
-        return []
-    limit = f"expected at most [training] steps = {training.steps}"
-    return [f"[lr_schedule] warmup_steps = {lr_schedule.warmup_steps}: {limit}"]
 
 
 def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:

@@ -111,7 +111,7 @@ class Trainer:
         """Runs the steps that are left, and evaluates, reports and saves when it is time.
 
         Raises:
-            TrainingDivergedError: if gradients stopped being finite and the run is not to skip such steps; nothing is saved then.
+            TrainingDivergedError: if a gradient stopped being finite and such steps are not to be skipped; nothing is saved then.
         """
         if self.state.step >= self.training.steps:
             logger.info(

@@ -44,6 +44,7 @@ class Reporter:
         num_steps: at which training ends.
         start_step: steps done before this run.
         description: of the run, e.g. its configuration; shown under TensorBoard's texts.
+        first_validation: a resumed run's first validation metrics, for the summary to count from.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Reporter:
         start_step: int = 0,
         is_main: bool,
         description: str = "",
+        first_validation: Mapping[str, float] | None = None,
     ) -> None:
         self._interval = config.interval
         self._num_steps = num_steps
@@ -74,7 +76,7 @@ class Reporter:
             unit="step",
             dynamic_ncols=True,
         )
-        self._validation: list[Mapping[str, float]] = []
+        self._validation = [first_validation] if first_validation is not None else []
 
     def is_due(self, step: int) -> bool:
         """Whether training metrics of `step` should be reported: each `interval` steps, the first and the

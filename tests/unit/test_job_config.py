@@ -100,9 +100,9 @@ def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConf
         (["--method.interval", "9"], 1, "[method] interval = 9 is below 2 * freeze_steps = 10"),
         (["--method.targets", "q_prj"], 1, "the model has no linear layer called 'q_prj'"),
         (
-            ["--lr_schedule.warmup_steps", "41"],
+            ["--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"],
             1,
-            "[lr_schedule] warmup_steps = 41: expected at most [training] steps = 40",
+            "min_factor has no effect",
         ),
         (
             ["--evaluation.tokens", "511"],

@@ -62,6 +62,18 @@ def test_nothing_is_written_where_it_should_not(tmp_path, is_main, config):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_summary_of_a_resumed_run_counts_from_its_first_validation(tmp_path, caplog):
+    first = {"loss/validation": 6.0, "perplexity/validation": math.exp(6.0)}
+    reporter = Reporter(
+        MetricsConfig(), tmp_path, num_steps=40, start_step=20, is_main=True, first_validation=first
+    )
+    reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
+    with caplog.at_level(logging.INFO):
+        reporter.summary(tokens_per_s=1.0, wall_time_s=1.0)
+    reporter.close()
+    assert "6.0000 -> 3.0000" in caplog.text
+
+
 def test_other_ranks_print_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         reporter = Reporter(MetricsConfig(), tmp_path, num_steps=3, is_main=False)
