@@ -1,0 +1,76 @@
+"""A configuration written as TOML reads back equal."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tomli
+from pydantic import model_validator
+from typing_extensions import Self
+
+from switchtitan.config.load import load_sections
+from switchtitan.config.overrides import split_arguments
+from switchtitan.config.section import Section
+from switchtitan.config.toml_text import resolved_toml, toml_value
+
+
+class Inner(Section):
+    depth: int = 1
+
+
+class Part(Section):
+    text: str = "a"
+    ratio: float = 1e-8
+    maybe: float | None = 1.0
+    place: Path = Path("out")
+    names: tuple[str, ...] = ("x", "y")
+    inner: Inner = Inner()
+
+
+class Picky(Section):
+    mode: str = "plain"
+    speed: float = 1.0
+
+    @model_validator(mode="after")
+    def _check_speed(self) -> Self:
+        if self.mode == "still" and "speed" in self.model_fields_set:
+            raise ValueError("speed has no effect")
+        return self
+
+
+class Whole(Section):
+    part: Part = Part()
+    picky: Picky = Picky()
+
+
+@pytest.mark.parametrize(
+    "value", ['quote " and \\ back', "line\nbreak", "tab\tbell\x07", "\x7f", "ünïcode ☃", "", "none so far"]
+)
+def test_any_text_reads_back(value: str) -> None:
+    assert tomli.loads(f"key = {toml_value(value)}") == {"key": value}
+
+
+@pytest.mark.parametrize("value", [1, -3, True, 0.1, 1e-8, 1e300, math.inf, -math.inf, ["a", 1.5], []])
+def test_any_value_reads_back(value: object) -> None:
+    assert tomli.loads(f"key = {toml_value(value)}") == {"key": value}
+
+
+def test_nan_reads_back() -> None:
+    assert math.isnan(tomli.loads(f"key = {toml_value(math.nan)}")["key"])
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        Whole(),
+        Whole(
+            part=Part(text='say "no"', ratio=3, maybe=None, place=Path("a b"), names=(), inner=Inner(depth=4))
+        ),
+        Whole(picky=Picky(mode="still")),
+    ],
+)
+def test_a_resolved_configuration_reads_back_equal(whole: Whole, tmp_path: Path) -> None:
+    file = tmp_path / "resolved.toml"
+    file.write_text(resolved_toml(whole))
+    sections = load_sections(split_arguments([]), file, {"part": Part, "picky": Picky})
+    assert Whole(**sections) == whole
