@@ -1,0 +1,123 @@
+"""What every method must offer: it trains, goes on from a checkpoint bit by bit, and comes out as a plain model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+
+from switchtitan.contracts import Batch
+from switchtitan.distributed.world import stop_world
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def save(trainer: Trainer) -> Path:
+    trainer._save()
+    trainer.checkpointer.finish()
+    trainer.batches.close()
+    assert trainer.checkpointer.latest is not None
+    return trainer.checkpointer.latest
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return model(batch.tokens, batch.document_ids).clone()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_resuming_equals_a_straight_run_bitwise(corpora, method):
+    straight = tiny_trainer(corpora / f"contract-straight-{method}", method)
+    losses = train_steps(straight, 40)
+    straight.batches.close()
+    assert losses[-1] < losses[0]
+
+    folder = corpora / f"contract-resumed-{method}"
+    first_half = tiny_trainer(folder, method)
+    assert train_steps(first_half, 20) == losses[:20]
+    save(first_half)
+    resumed = tiny_trainer(folder, method)
+    assert resumed.state.step == 20
+    assert train_steps(resumed, 20) == losses[20:]
+    resumed.batches.close()
+    assert resumed.state == straight.state
+    tensors = whole_tensors(resumed)
+    assert any(name.startswith("optimizer.") for name in tensors)
+    for name, tensor in whole_tensors(straight).items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, method):
+    trained = tiny_trainer(corpora / f"contract-state-{method}", method)
+    train_steps(trained, 7)
+    trained.batches.close()
+    fresh = tiny_trainer(corpora / f"contract-fresh-{method}", method)
+    fresh.batches.close()
+    saved = {name: tensor.clone() for name, tensor in trained.optimizer.state_dict().items()}
+    assert any(not torch.equal(tensor, saved[name]) for name, tensor in fresh.optimizer.state_dict().items())
+    fresh.optimizer.load_state_dict(saved)
+    loaded = fresh.optimizer.state_dict()
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert fresh.optimizer.metrics().keys() == trained.optimizer.metrics().keys()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_merged_weights_in_the_plain_model_compute_the_same_logits(corpora, method):
+    folder = corpora / f"contract-merged-{method}"
+    trainer, config = tiny_trainer(folder, method), tiny_config(folder, method)
+    train_steps(trainer, 12)
+    batch = next(trainer.batches)[0]
+    trainer.batches.close()
+    expected = logits(trainer.model, batch)
+    plain = MODELS.build(config.model)
+    merged = METHODS.build(config.method, config.training.steps).merged_state_dict(trainer.model)
+    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in merged.values())
+    untrained = logits(plain, batch)
+    plain.load_state_dict(merged, strict=True)
+    # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.
+    torch.testing.assert_close(logits(plain, batch), expected, rtol=1e-5, atol=1e-5)
+    assert (untrained - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_warm_start_computes_what_the_full_rank_checkpoint_does(corpora, method):
+    dense = tiny_trainer(corpora / f"contract-dense-{method}", "full_rank")
+    train_steps(dense, 10)
+    batch = next(dense.batches)[0]
+    expected = logits(dense.model, batch)
+    checkpoint = save(dense)
+    warm = tiny_trainer(
+        corpora / f"contract-warm-{method}", method, "--checkpoint.initial_weights", str(checkpoint)
+    )
+    warm.batches.close()
+    assert warm.state.step == 0
+    # W - s B A + s B A: as above.
+    torch.testing.assert_close(logits(warm.model, batch), expected, rtol=1e-5, atol=1e-5)
+    cold = tiny_trainer(corpora / f"contract-cold-{method}", method)
+    cold.batches.close()
+    assert (logits(cold.model, batch) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_checkpoint_of_any_method_starts_a_full_rank_run(corpora, method):
+    trained = tiny_trainer(corpora / f"contract-source-{method}", method)
+    train_steps(trained, 10)
+    batch = next(trained.batches)[0]
+    expected = logits(trained.model, batch)
+    checkpoint = save(trained)
+    dense = tiny_trainer(
+        corpora / f"contract-target-{method}", "full_rank", "--checkpoint.initial_weights", str(checkpoint)
+    )
+    dense.batches.close()
+    torch.testing.assert_close(logits(dense.model, batch), expected, rtol=1e-5, atol=1e-5)
