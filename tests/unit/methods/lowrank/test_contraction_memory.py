@@ -1,0 +1,81 @@
+"""What the contractions keep from the forward to the backward pass, compiled and not."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchtitan.methods.lowrank.contraction import dense_gradient, factored, merged
+
+OUT, IN, RANK, SCALE = 11, 7, 3, 0.3
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def draw_inputs(num_tokens: int) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((num_tokens, IN), (OUT, IN), (RANK, IN), (OUT, RANK))
+    x, weight, lora_a, lora_b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    return x.requires_grad_(), weight, lora_a.requires_grad_(), lora_b.requires_grad_()
+
+
+def plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """What autograd makes of the merged weight by itself."""
+    return x @ (weight + scale * (lora_b @ lora_a)).t()
+
+
+def kept_beside_inputs(function: Callable[..., Tensor], inputs: Inputs) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a forward pass keeps, but those that share memory with its inputs."""
+    kept: list[Tensor] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        out = function(*inputs, SCALE)
+    leaves = (inputs[0], inputs[2], inputs[3])
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    expected = torch.autograd.grad(plain(*inputs, SCALE).square().sum(), leaves)
+    # Sums of some 10 products of order 1 to 100 in fp64, in another order.
+    torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
+    held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    shapes = [tuple(tensor.shape) for tensor in kept if tensor.untyped_storage().data_ptr() not in held]
+    assert len(shapes) < len(kept), "the hooks saw nothing, not even x"
+    return shapes
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Traced, joined and cut as for Inductor, whose code generation changes nothing of what is kept."""
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+
+
+@pytest.mark.parametrize("contraction", [merged, dense_gradient])
+def test_nothing_but_the_inputs_is_kept(contraction):
+    assert kept_beside_inputs(contraction, draw_inputs(9)) == []
+
+
+@pytest.mark.parametrize("contraction", [merged, dense_gradient])
+def test_nothing_but_the_inputs_is_kept_when_compiled(contraction):
+    assert kept_beside_inputs(compiled(contraction), draw_inputs(9)) == []
+
+
+def test_the_factored_form_keeps_only_its_thin_product():
+    inputs = draw_inputs(2)
+    for function in (factored, compiled(factored)):
+        assert all(shape == (2, RANK) for shape in kept_beside_inputs(function, inputs))
+
+
+def test_plain_autograd_keeps_the_merged_weight():
+    """Shows that the checks above would see it."""
+    for function in (plain, compiled(plain)):
+        assert {(OUT, IN), (IN, OUT)} & set(kept_beside_inputs(function, draw_inputs(9)))

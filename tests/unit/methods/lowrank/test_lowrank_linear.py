@@ -1,0 +1,99 @@
+"""The low-rank layer stands in for a linear layer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from switchtitan.config import ConfigError
+from switchtitan.contracts import Reparametrized
+from switchtitan.methods.lowrank import LowRankLinear, lora_init, low_rank_layers, replace_linears
+
+OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
+
+
+def build_layer(**settings: object) -> LowRankLinear:
+    layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, **settings).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return layer
+
+
+def draw_x(*leading: int) -> torch.Tensor:
+    return torch.randn(*leading, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(4,), (2, 6)])
+def test_it_computes_the_dense_layer_of_its_merged_weight(bias: bool, leading: tuple[int, ...]):
+    layer, x = build_layer(bias=bias), draw_x(*leading)
+    expected = F.linear(x, layer.weight + SCALE * layer.lora_b @ layer.lora_a, layer.bias)
+    # fp64 sums of a few terms of order 1.
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert all(p.grad is not None for name, p in layer.named_parameters() if name != "weight")
+    assert (layer.bias is not None) == bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dropout_acts_in_training_on_the_way_into_the_factors_alone(bias: bool):
+    dropout = 0.4
+    layer, x = build_layer(bias=bias, dropout=dropout), draw_x(9)
+    torch.manual_seed(5)
+    dropped = layer(x)
+    torch.manual_seed(5)
+    masked = F.dropout(x, dropout)
+    assert (masked == 0).any()
+    expected = F.linear(x, layer.weight, layer.bias) + SCALE * masked @ layer.lora_a.T @ layer.lora_b.T
+    torch.testing.assert_close(dropped, expected, rtol=1e-12, atol=1e-12)
+    layer.eval()
+    whole = F.linear(x, layer.weight + SCALE * layer.lora_b @ layer.lora_a, layer.bias)
+    torch.testing.assert_close(layer(x), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_buffers_are_registered_and_declared_sharded():
+    layer = build_layer(buffers={"candidates_a": (5, IN), "candidates_b": (OUT, 5)})
+    assert isinstance(layer, Reparametrized)
+    assert layer.sharded_buffers() == ("candidates_a", "candidates_b")
+    assert {name: tuple(b.shape) for name, b in layer.named_buffers()} == {
+        "candidates_a": (5, IN),
+        "candidates_b": (OUT, 5),
+    }
+
+
+def build_model(device: str) -> nn.Module:
+    with torch.device(device):
+        inner = nn.ModuleDict({"up": nn.Linear(IN, OUT), "down": nn.Linear(OUT, IN, bias=False)})
+        return nn.ModuleDict({"first": inner, "norm": nn.LayerNorm(IN), "head": nn.Linear(IN, 2)})
+
+
+def replacement(linear: nn.Linear) -> LowRankLinear:
+    return LowRankLinear(
+        linear.in_features, linear.out_features, RANK, SCALE, lora_init, bias=linear.bias is not None
+    )
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device: str):
+    model = build_model(device)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    replaced = replace_linears(model, ("down", "up"), replacement)
+    assert list(replaced) == ["first.up", "first.down"]
+    assert low_rank_layers(model) == replaced
+    assert type(model["head"]) is nn.Linear
+    assert {p.device.type for p in model.parameters()} == {device}
+    after = {name: p.shape for name, p in model.named_parameters()}
+    assert after.items() >= shapes.items()
+    assert after.keys() - shapes.keys() == {
+        f"first.{name}.lora_{side}" for name in ("up", "down") for side in "ab"
+    }
+
+
+def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
+    model = build_model("cpu")
+    with pytest.raises(ConfigError, match=r"no linear layer called norm, upp; it has down, head, up"):
+        replace_linears(model, ("up", "norm", "upp"), replacement)
+    assert not low_rank_layers(model)
