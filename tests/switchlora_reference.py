@@ -1,0 +1,121 @@
+"""SwitchLoRA once more, as its rules are written: vector by vector in Python, every pointer, slot and timer kept on its own."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+
+
+class ReferenceLayer(nn.Module):
+    """x W^T + s (x A^T) B^T with candidates; W [out, in] is what the plain layer starts with.
+
+    `slot_a[i]`, `slot_b[i]` are the candidates that row i of A and column i of B hold; `rest_a[i]`, `rest_b[i]` the steps for
+    which they must still stand still.
+    """
+
+    def __init__(self, weight, candidates_a, candidates_b, rank, scale):
+        super().__init__()
+        self.rank, self.scale, self.num_candidates = rank, scale, min(weight.shape)
+        self.candidates_a, self.candidates_b = candidates_a.clone(), candidates_b.clone()
+        self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=weight.dtype))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=weight.dtype))
+        self.slot_a, self.slot_b = {}, {}
+        for i in range(rank):
+            slot, column = self.num_candidates - rank + i, (rank // 2 + i) % rank
+            self.slot_a[i] = self.slot_b[column] = slot
+            self.A.data[i] = candidates_a[slot]
+            self.B.data[:, column] = candidates_b[:, slot]
+        self.W = weight - scale * self.B.detach() @ self.A.detach()
+        self.next_row, self.next_column, self.next_candidate = 0, rank // 2, 0
+        self.rest_a, self.rest_b = [0] * rank, [0] * rank
+        self.steps_a, self.steps_b = [0] * rank, [0] * rank
+        self.moments_a = torch.zeros_like(self.A.data), torch.zeros_like(self.A.data)
+        self.moments_b = torch.zeros_like(self.B.data), torch.zeros_like(self.B.data)
+
+    def forward(self, x):
+        return F.linear(x, self.W) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    @torch.no_grad()
+    def switch(self, asked, freeze_steps):
+        """Switches as many of the vectors asked for on each side as may be; returns how many."""
+        num_resting = sum(rest > 0 for rest in self.rest_a)
+        count = max(0, min(asked, self.rank // 2 - num_resting, self.num_candidates - self.rank))
+        first_candidate = self.next_candidate
+        for n in range(count):
+            i, slot = self.next_row, (first_candidate + n) % self.num_candidates
+            old, new = self.A[i].clone(), self.candidates_a[slot].clone()
+            self.W += self.scale * torch.outer(self.B[:, i], old - new)
+            self.candidates_a[self.slot_a[i]] = old
+            self.A[i], self.slot_a[i] = new, slot
+            self.moments_b[0][:, i] = self.moments_b[1][:, i] = 0
+            self.steps_b[i], self.rest_b[i] = 0, freeze_steps
+            self.next_row = (self.next_row + 1) % self.rank
+        for n in range(count):
+            j, slot = self.next_column, (first_candidate + n) % self.num_candidates
+            old, new = self.B[:, j].clone(), self.candidates_b[:, slot].clone()
+            self.W += self.scale * torch.outer(old - new, self.A[j])
+            self.candidates_b[:, self.slot_b[j]] = old
+            self.B[:, j], self.slot_b[j] = new, slot
+            self.moments_a[0][j] = self.moments_a[1][j] = 0
+            self.steps_a[j], self.rest_a[j] = 0, freeze_steps
+            self.next_column = (self.next_column + 1) % self.rank
+        self.next_candidate = (first_candidate + count) % self.num_candidates
+        return count
+
+    @torch.no_grad()
+    def update(self, lr, betas, eps, weight_decay):
+        """AdamW on each vector by itself, then a step of its rest is over."""
+        for i in range(self.rank):
+            for vector, gradient, moments, steps, rest in (
+                (self.A[i], self.A.grad[i], [m[i] for m in self.moments_a], self.steps_a, self.rest_a),
+                (
+                    self.B[:, i],
+                    self.B.grad[:, i],
+                    [m[:, i] for m in self.moments_b],
+                    self.steps_b,
+                    self.rest_b,
+                ),
+            ):
+                if rest[i] > 0:
+                    gradient = torch.zeros_like(gradient)
+                steps[i] += 1
+                moments[0].copy_(betas[0] * moments[0] + (1 - betas[0]) * gradient)
+                moments[1].copy_(betas[1] * moments[1] + (1 - betas[1]) * gradient**2)
+                if rest[i] > 0:
+                    rest[i] -= 1
+                    continue
+                mean = moments[0] / (1 - betas[0] ** steps[i])
+                square = moments[1] / (1 - betas[1] ** steps[i])
+                vector -= lr * weight_decay * vector
+                vector -= lr * mean / (square.sqrt() + eps)
+
+
+class ReferenceSwitchLora:
+    """One step for all layers; the rest is trained by torch's AdamW."""
+
+    def __init__(self, layers, others, *, rates, interval, freeze_steps, lr, betas, eps, weight_decay):
+        self.layers, self.rates, self.interval, self.freeze_steps = layers, rates, interval, freeze_steps
+        self.hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.dense = torch.optim.AdamW(others, foreach=False, **self.hyper)
+        self.step_number = 0
+        self.num_switched = [0] * len(layers)
+        self.last_resting = 0
+
+    def step(self):
+        t = self.step_number
+        for index, layer in enumerate(self.layers):
+            phase = (index + 0.5) / GOLDEN_RATIO % 1
+            before, after = (
+                layer.rank / self.interval * math.fsum(self.rates[:end]) + phase for end in (t, t + 1)
+            )
+            self.num_switched[index] += layer.switch(
+                math.floor(after) - math.floor(before), self.freeze_steps
+            )
+        self.last_resting = sum(rest > 0 for layer in self.layers for rest in layer.rest_a + layer.rest_b)
+        for layer in self.layers:
+            layer.update(**self.hyper)
+        self.dense.step()
+        self.step_number += 1
