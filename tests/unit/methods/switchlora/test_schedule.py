@@ -1,0 +1,201 @@
+"""When and what is switched: counts against their expectation, the ring against a model that keeps every slot by itself."""
+
+import math
+
+import numpy as np
+import pytest
+
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.schedule import (
+    SwitchCounts,
+    SwitchSchedule,
+    initial_slots,
+    plan_layer_switch,
+    ring_runs,
+    switch_rate,
+)
+
+DECAYS = ("exponential", "sigmoid", "constant")
+
+
+def config_with(decay, rank=7, interval=33.3, decay_ratio=0.3, freeze_steps=3):
+    keys = {} if decay == "constant" else {"decay_ratio": decay_ratio}
+    return SwitchLoraConfig(rank=rank, interval=interval, decay=decay, freeze_steps=freeze_steps, **keys)
+
+
+def expected_rate(config, step, num_steps):
+    """The formulas of the three decays, number by number."""
+    horizon = config.decay_ratio * num_steps
+    if config.decay == "exponential":
+        return 0.3 ** ((step + 1) / horizon)
+    if config.decay == "sigmoid":
+        return 1 - 1 / (1 + math.exp(-10 * (step / horizon - 1)))
+    return 1.0
+
+
+def all_requests(config, num_steps, num_layers):
+    """[steps, layers]"""
+    schedule = SwitchSchedule(config, num_steps, num_layers)
+    return np.array([schedule.requested(step) for step in range(num_steps)])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_rates_follow_the_formulas(decay):
+    config = config_with(decay)
+    expected = [expected_rate(config, step, 217) for step in range(217)]
+    # a few roundings of float64
+    np.testing.assert_allclose(switch_rate(config, 217), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_counts_never_stray_from_their_expectation_by_one(decay):
+    config, num_steps = config_with(decay), 1511
+    requests = all_requests(config, num_steps, 23)
+    expected = np.cumsum([7 * expected_rate(config, step, num_steps) / 33.3 for step in range(num_steps)])
+    assert expected[-1] > 10
+    assert np.abs(requests.cumsum(0) - expected[:, None]).max() < 1
+    assert requests.min() == 0
+
+
+@pytest.mark.parametrize("num_per_step", [1, 2, 3, 5])
+@pytest.mark.parametrize("rank", [7, 11, 20, 128])
+def test_whole_numbers_are_met_in_every_step(rank, num_per_step):
+    # 7 / (7 / 3) and the like are not whole in floating point
+    config = SwitchLoraConfig(rank=rank, interval=rank / num_per_step, decay="constant", freeze_steps=0)
+    assert (all_requests(config, 700, 31) == num_per_step).all()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("num_layers", [14, 56])
+def test_layers_take_turns(decay, num_layers):
+    """All layers together switch nearly evenly; independent draws would stray by 3 sqrt(layers) / 2, 5.6 and 11."""
+    config, num_steps = config_with(decay, rank=24, interval=40), 1000
+    requests = all_requests(config, num_steps, num_layers)
+    mean = [num_layers * 24 * expected_rate(config, step, num_steps) / 40 for step in range(num_steps)]
+    # Twice the discrepancy of the golden-ratio sequence, which grows like log(layers): 1.9 and 2.2 measured.
+    assert np.abs(requests.sum(1) - mean).max() < 2.5
+
+
+def test_request_depends_on_step_and_layer_alone():
+    config = config_with("exponential", rank=19, interval=21)
+    requests = all_requests(config, 90, 5)
+    for seed in (1, 2):
+        np.random.seed(seed)
+        schedule = SwitchSchedule(config, 90, 8)
+        for step in np.random.default_rng(seed).permutation(90):
+            np.testing.assert_array_equal(schedule.requested(int(step))[:5], requests[step])
+    assert requests.any()
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_nothing_is_asked_for_after_the_schedule(decay):
+    schedule = SwitchSchedule(config_with(decay, rank=90, interval=20, decay_ratio=1), 30, 3)
+    assert schedule.requested(29).all()
+    for step in (30, 31, 1000):
+        assert not schedule.requested(step).any()
+
+
+@pytest.mark.parametrize("interval", [20, 40])
+def test_vector_is_switched_as_often_as_the_closed_form_says(interval):
+    """The sum of 0.3^((t+1)/(0.1 T)) is 0.1 T / ln(1/0.3) = 0.0831 T, less half a step."""
+    num_steps, rank = 4000, 16
+    requests = all_requests(config_with("exponential", rank, interval, 0.1), num_steps, 6)
+    per_vector = requests.sum(0) / rank
+    expected = 0.0831 * num_steps / interval
+    # One vector of 16 by error diffusion, half a step in interval, 0.0831 for 0.08306 (1 - 0.3^10).
+    np.testing.assert_allclose(per_vector, expected, rtol=0, atol=1 / rank + 1 / interval + 1e-3 * expected)
+
+
+@pytest.mark.parametrize("freeze_steps", [0, 1, 3, 5])
+def test_limits_hold_whatever_is_asked_for(freeze_steps):
+    generator = np.random.default_rng(5)
+    rank, num_candidates = 13, np.array([14, 15, 17, 23, 13])
+    counts = SwitchCounts(5, freeze_steps)
+    history = [np.zeros(5, dtype=int)] * 10
+    bound_by_freeze = bound_by_candidates = 0
+    for _ in range(400):
+        requested = generator.integers(0, 9, 5)
+        switched = counts.advance(requested, rank, num_candidates)
+        frozen = sum(history[-(freeze_steps - 1) :], np.zeros(5, dtype=int)) if freeze_steps > 1 else 0
+        room, spare = rank // 2 - frozen, num_candidates - rank
+        np.testing.assert_array_equal(switched, np.minimum(np.minimum(requested, room), spare))
+        bound_by_freeze += np.sum((room < requested) & (room < spare))
+        bound_by_candidates += np.sum((spare < requested) & (spare < room))
+        history.append(switched)
+    assert counts.step == 400
+    np.testing.assert_array_equal(counts.num_switched, sum(history))
+    assert not counts.num_switched[4], "no candidate waits there"
+    assert bound_by_freeze > 50
+    assert bound_by_candidates > 50
+
+
+class Ring:
+    """Every vector is an object with a home slot, or none while in use; candidates are a queue."""
+
+    def __init__(self, rank, num_candidates, first_vector):
+        self.in_use = [None] * rank
+        for i in range(rank):
+            self.in_use[(first_vector + i) % rank] = num_candidates - rank + i
+        self.waiting = list(range(num_candidates - rank))
+        self.next_vector = first_vector
+        self.rest = [0] * rank
+
+    def switch(self, count):
+        """(vectors, candidates taken in, candidates put back), each a list in order."""
+        vectors = [(self.next_vector + n) % len(self.in_use) for n in range(count)]
+        taken = [self.waiting.pop(0) for _ in range(count)]
+        put_back = [self.in_use[vector] for vector in vectors]
+        for vector, candidate in zip(vectors, taken, strict=True):
+            self.in_use[vector] = candidate
+        self.waiting += put_back
+        self.next_vector = (self.next_vector + count) % len(self.in_use)
+        return vectors, taken, put_back
+
+
+def flat(runs):
+    return [place for run in runs for place in run]
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_candidates", "freeze_steps", "most_asked"),
+    [(2, 3, 1, 2), (5, 6, 2, 3), (6, 13, 0, 4), (7, 40, 3, 3), (8, 17, 5, 2), (13, 19, 4, 5)],
+)
+def test_ring_pointers_agree_with_a_queue_of_candidates(rank, num_candidates, freeze_steps, most_asked):
+    generator = np.random.default_rng(rank)
+    counts = SwitchCounts(1, freeze_steps)
+    side_a, side_b = Ring(rank, num_candidates, 0), Ring(rank, num_candidates, rank // 2)
+    for _ in range(500):
+        before = int(counts.num_switched[0])
+        requested = generator.integers(0, most_asked + 1, 1)
+        count = int(counts.advance(requested, rank, np.array([num_candidates]))[0])
+        plan = plan_layer_switch(before, count, rank, num_candidates)
+        rows, columns = flat(plan.rows), flat(plan.columns)
+        slots_in, slots_out = flat(plan.slots_in), flat(plan.slots_out)
+        assert plan.num_vectors == count == len(columns) == len(slots_in) == len(slots_out)
+        assert side_a.switch(count) == (rows, slots_in, slots_out)
+        assert side_b.switch(count) == (columns, slots_in, slots_out)
+
+        assert not set(rows) & set(columns)
+        assert not set(slots_in) & set(slots_out)
+        assert not any(side_a.rest[row] for row in rows), "a frozen row of A is switched"
+        assert not any(side_b.rest[column] for column in columns), "a frozen column of B is switched"
+        for resting, counterparts in ((side_a, columns), (side_b, rows)):
+            assert not any(resting.rest[vector] for vector in counterparts), "frozen again while frozen"
+            for vector in counterparts:
+                resting.rest[vector] = freeze_steps
+            resting.rest = [max(0, left - 1) for left in resting.rest]
+    # Each side went round all candidates several times.
+    assert counts.num_switched[0] > 3 * num_candidates
+
+
+def test_factors_begin_with_the_last_candidates_of_the_ring():
+    slots_a, slots_b = initial_slots(5, 11)
+    assert slots_a.tolist() == [6, 7, 8, 9, 10]
+    assert [slots_b[(5 // 2 + i) % 5] for i in range(5)] == slots_a.tolist()
+
+
+def test_runs_are_cut_where_the_ring_closes():
+    assert ring_runs(3, 2, 7) == (range(3, 5),)
+    assert ring_runs(12, 4, 7) == (range(5, 7), range(2))
+    assert ring_runs(-2, 2, 7) == (range(5, 7),)
+    assert ring_runs(4, 0, 7) == (range(4, 4),)
