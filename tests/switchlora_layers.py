@@ -1,0 +1,61 @@
+"""A few SwitchLoRA layers with an optimizer, without a model around them."""
+
+from functools import partial
+
+import torch
+
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.shards import local
+from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.init import balanced_candidates_init, candidate_shapes
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.optim import AdamW, AdamWConfig
+
+
+def build_layer(
+    out_features: int, in_features: int, rank: int, scale: float, dtype: torch.dtype, seed: int = 0
+) -> LowRankLinear:
+    """A layer that starts from a weight of unit singular values' size, balanced."""
+    layer = LowRankLinear(
+        in_features,
+        out_features,
+        rank,
+        scale,
+        balanced_candidates_init,
+        buffers=candidate_shapes(out_features, in_features),
+    )
+    weight = (
+        torch.randn(out_features, in_features, generator=generator_for(seed, "weight")) / in_features**0.5
+    )
+    values = layer.initial_tensors(weight, partial(generator_for, seed))
+    layer.load_state_dict(values)
+    return layer.to(dtype)
+
+
+def build_optimizer(
+    config: SwitchLoraConfig, adamw: AdamWConfig, layers: list[LowRankLinear], num_steps: int
+) -> SwitchLoraOptimizer:
+    """Of these layers alone; nothing trains at full rank."""
+    named = {f"layer{index}": layer for index, layer in enumerate(layers)}
+    return SwitchLoraOptimizer(config, adamw, named, AdamW(adamw, [], local), num_steps, compile_step=False)
+
+
+def set_gradients(layers: list[LowRankLinear], value: float) -> None:
+    """The same gradient for every element of every factor."""
+    for layer in layers:
+        for factor in (layer.lora_a, layer.lora_b):
+            factor.grad = torch.full_like(factor, value)
+
+
+def effective_weight(layer: LowRankLinear) -> torch.Tensor:
+    """W + s B A in float64, from the values as they are stored."""
+    weight, lora_a, lora_b = (
+        tensor.detach().to(torch.float64) for tensor in (layer.weight, layer.lora_a, layer.lora_b)
+    )
+    return weight + layer.scale * lora_b @ lora_a
+
+
+def relative_change(after: torch.Tensor, before: torch.Tensor) -> float:
+    """|after - before| / |before| in Frobenius norms."""
+    return ((after - before).norm() / before.norm()).item()
