@@ -1,7 +1,7 @@
 """The composition root: from a configuration to a trainer, one short function for each part."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +15,14 @@ from switchtitan.checkpoint import (
     read_metadata,
 )
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.contracts import LanguageModel, Method, TrainingOptimizer
-from switchtitan.data import Corpus, build_train_batches, build_validation_batches, open_corpus
+from switchtitan.contracts import Batch, LanguageModel, Method, TrainingOptimizer
+from switchtitan.data import (
+    Corpus,
+    TokenSequences,
+    build_train_batches,
+    build_validation_batches,
+    open_corpus,
+)
 from switchtitan.distributed.activation_checkpoint import checkpoint_activations
 from switchtitan.distributed.compile import compile_blocks
 from switchtitan.distributed.fsdp import materialize, shard_model
@@ -62,6 +68,9 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         metadata = read_metadata(checkpoint)
         check_same_run(metadata.identity, identity)
         state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
+    # Before any work, since a corpus that is too small for the configuration is refused here.
+    batches = build_batches(config, corpus, world, state.num_batches)
+    validation = corpus.split("validation", config.data.seq_len)
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
     initial_weights = None
     if checkpoint is None and config.checkpoint.initial_weights is not None:
@@ -89,18 +98,8 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         optimizer=optimizer,
         summed_loss=loss,
         lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
-        batches=build_train_batches(
-            corpus.split("train", config.data.seq_len),
-            seed=config.job.seed,
-            global_batch_size=config.training.global_batch_size,
-            local_batch_size=config.training.local_batch_size,
-            rank=world.rank,
-            num_ranks=world.size,
-            start_step=state.num_batches,
-            num_workers=config.data.num_workers,
-            pin_memory=world.device.type == "cuda",
-        ),
-        evaluator=build_evaluator(config, corpus, loss, world),
+        batches=batches,
+        evaluator=build_evaluator(config, validation, loss, world),
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=Reporter(
@@ -194,11 +193,27 @@ def restore(checkpoint: Path, tensors: dict[str, Tensor], optimizer: TrainingOpt
     )
 
 
+def build_batches(
+    config: JobConfig, corpus: Corpus, world: World, start_step: int
+) -> Generator[list[Batch], None, None]:
+    return build_train_batches(
+        corpus.split("train", config.data.seq_len),
+        seed=config.job.seed,
+        global_batch_size=config.training.global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+        start_step=start_step,
+        num_workers=config.data.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
 def build_evaluator(
-    config: JobConfig, corpus: Corpus, loss: Callable[[Tensor, Tensor], Tensor], world: World
+    config: JobConfig, sequences: TokenSequences, loss: Callable[[Tensor, Tensor], Tensor], world: World
 ) -> Evaluator:
     batches = build_validation_batches(
-        corpus.split("validation", config.data.seq_len),
+        sequences,
         num_sequences=config.evaluation.tokens // config.data.seq_len,
         local_batch_size=config.training.local_batch_size,
         rank=world.rank,
