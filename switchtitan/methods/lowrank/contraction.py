@@ -6,7 +6,8 @@ All agree to rounding; they differ in floating-point operations. For T tokens, f
     merged          4 out in T + 4 rank (out + in) T + 4 out in rank
     dense gradient  6 out in T + 8 out in rank
 
-None saves an activation beyond x. `weight` gets no gradient.
+`merged` and `dense_gradient` keep nothing but their inputs for the backward pass, compiled or not; `factored` keeps x A^T too.
+`weight` gets no gradient.
 """
 
 from collections.abc import Callable
@@ -60,10 +61,23 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tens
 
 
 def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    # Merged anew, and transposed: written as in the forward pass, a compiler would join the two products into one and keep
-    # the merged weight alive from forward to backward, [out, in] for every layer.
-    merged_transposed = torch.addmm(weight.t(), lora_a.t(), lora_b.t(), alpha=scale)
-    return grad @ merged_transposed.t()
+    # Merged anew: kept from the forward pass, it would be [out, in] for every layer.
+    return grad @ _merge(weight, lora_a, _copy_in_backward(lora_b, grad), scale)
+
+
+@torch.library.custom_op("switchtitan::copy_in_backward", mutates_args=())
+def _copy_in_backward(factor: Tensor, grad: Tensor) -> Tensor:
+    """A copy of `factor` that a compiler cannot make before `grad` exists.
+
+    Without it, torch.compile sees that the merge in the backward pass needs nothing but parameters, merges once, in the
+    forward pass, and keeps the result until the backward pass. An operation that it cannot look into ties the merge to `grad`.
+    """
+    return factor.clone()
+
+
+@_copy_in_backward.register_fake
+def _(factor: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(factor)
 
 
 class _Merged(torch.autograd.Function):
