@@ -1,0 +1,156 @@
+"""Rows of shards reach every rank bit by bit, and a step communicates no more than it must."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny import tiny_config, tiny_trainer, whole_tensors
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+
+from switchtitan.distributed.fsdp import materialize
+from switchtitan.distributed.shards import (
+    RowExchange,
+    RowRequest,
+    copy_whole_,
+    local,
+    shard_buffer,
+    shard_group,
+    write_rows_,
+)
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.trainer import Trainer
+
+NUM_RANKS = 4
+# Rows over 4 and over 2 ranks: uneven, and fewer than ranks.
+SHAPES = [(11, 3), (6, 5), (3, 7), (1, 2)]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns: nan equals itself, and -0.0 differs from 0.0."""
+    return tensor.contiguous().view(torch.int64 if tensor.element_size() == 8 else torch.int32)
+
+
+def draw(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]), dtype=dtype)
+    values[0, 0] = -0.0
+    values[-1, -1] = math.nan
+    values[shape[0] // 2, 1] = -math.inf
+    return values
+
+
+def sharded(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    tensor = shard_buffer(torch.empty_like(value), mesh)
+    copy_whole_(tensor, value)
+    return tensor
+
+
+def runs_of(num_rows: int) -> tuple[range, ...]:
+    """The end of a ring and its beginning."""
+    if num_rows < 3:
+        return (range(num_rows),)
+    return range(num_rows - 2, num_rows), range(num_rows // 2)
+
+
+def check_gather_and_write(mesh: DeviceMesh) -> None:
+    wholes = [draw(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float64)]
+    tensors = [sharded(value, mesh) for value in wholes]
+    runs = [runs_of(len(value)) for value in wholes]
+    exchange = RowExchange(shard_group(tensors[0]), torch.device("cpu"))
+    requests = [RowRequest(tensor, wanted) for tensor, wanted in zip(tensors, runs, strict=True)]
+    gathered = exchange.gather(requests, checksum=0x7FFFFFFF)
+    assert exchange.num_collectives == 1
+    exchange.check()
+    expected = [
+        value[[row for run in wanted for row in run]] for value, wanted in zip(wholes, runs, strict=True)
+    ]
+    for rows, wanted in zip(gathered, expected, strict=True):
+        assert rows.dtype == wanted.dtype
+        assert torch.equal(bits(rows), bits(wanted))
+
+    new = [-2 * rows - 1 for rows in gathered]
+    write_rows_(tensors, runs, new)
+    for value, tensor, wanted, rows in zip(wholes, tensors, runs, new, strict=True):
+        value[[row for run in wanted for row in run]] = rows
+        again = exchange.gather([RowRequest(tensor, (range(len(value)),))], checksum=1)[0]
+        assert torch.equal(bits(again), bits(value))
+
+
+def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
+    tensor = sharded(torch.zeros(11, 3), mesh)
+    exchange = RowExchange(shard_group(tensor), torch.device("cpu"))
+    exchange.gather([RowRequest(tensor, (range(2),))], checksum=7)
+    exchange.check()
+    # One rank is a step ahead, and asks for more rows.
+    exchange.gather([RowRequest(tensor, (range(2 + (rank == 2)),))], checksum=7 + (rank == 2))
+    exchange.gather([RowRequest(tensor, (range(2),))], checksum=7)
+    with pytest.raises(RuntimeError, match="ranks disagree"):
+        exchange.check()
+
+
+def check_initial_values(folder: Path, overrides: list[str]) -> Trainer:
+    """A model materialized on one rank alone, unsharded, holds the same bits; returns the sharded one's trainer."""
+    trainer = tiny_trainer(folder, "switchlora", *overrides, num_ranks=NUM_RANKS)
+    config = tiny_config(folder, "switchlora", *overrides, num_ranks=NUM_RANKS)
+    with torch.device("meta"):
+        alone = MODELS.build(config.model)
+    METHODS.build(config.method, config.training.steps).prepare_model(alone)
+    materialize(alone, torch.device("cpu"), config.job.seed)
+    tensors = whole_tensors(trainer)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(bits(tensors[f"model.{name}"]), bits(value)), name
+    return trainer
+
+
+def count_collectives(part: Callable[[], object]) -> Counter[str]:
+    """How often `part` calls each collective, by the name of torch's operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        part()
+    return Counter(event.name for event in recorded.events() if event.name.startswith("c10d::"))
+
+
+def num_of_kind(counts: Counter[str], kind: str) -> int:
+    return sum(count for name, count in counts.items() if kind in name)
+
+
+def check_collectives(trainer: Trainer, num_micro_batches: int, num_in_update: int) -> None:
+    """Whatever the number of micro-batches: a reduction for each of two blocks and the rest, and the update's own."""
+    micro_batches = next(trainer.batches)
+    assert len(micro_batches) == num_micro_batches
+    of_gradients = count_collectives(lambda: trainer._forward_backward(micro_batches))
+    assert num_of_kind(of_gradients, "reduce_scatter") == 3, of_gradients
+    of_update = count_collectives(trainer.optimizer.step)
+    assert num_of_kind(of_update, "allreduce") == num_in_update, of_update
+    assert of_update.total() == num_in_update, of_update
+    trainer.batches.close()
+
+
+def check_all(rank: int, folder: Path) -> None:
+    line = init_device_mesh("cpu", (NUM_RANKS,), mesh_dim_names=("shard",))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    assert [len(local(sharded(torch.zeros(shape), line))) for shape in SHAPES] != [
+        shape[0] // NUM_RANKS for shape in SHAPES
+    ]
+    for mesh in (line, square):
+        check_gather_and_write(mesh)
+        check_disagreement(rank, line)
+    check_initial_values(folder / "square", ["--parallelism.replicate", "2"])
+    switching = check_initial_values(folder / "line", [])
+    check_collectives(switching, num_micro_batches=1, num_in_update=1)
+    one_sequence = ["--training.local_batch_size", "1"]
+    accumulating = tiny_trainer(folder / "micro", "switchlora", *one_sequence, num_ranks=NUM_RANKS)
+    check_collectives(accumulating, num_micro_batches=2, num_in_update=1)
+    dense = tiny_trainer(folder / "dense", "full_rank", num_ranks=NUM_RANKS)
+    check_collectives(dense, num_micro_batches=1, num_in_update=0)
+
+
+@pytest.mark.distributed
+def test_rows_initial_values_and_collectives_on_four_ranks(corpora):
+    """One start of four ranks for all that the functions above check."""
+    run_on_ranks(NUM_RANKS, check_all, corpora)
