@@ -40,6 +40,7 @@ class EvaluationSection(Section):
     """`[evaluation]`: loss on held-out sequences."""
 
     interval: int = Field(default=1000, ge=1)
-    """Optimizer steps between evaluations; >= 1. The last step is evaluated in any case."""
+    """Optimizer steps between evaluations; >= 1. The first and the last step are evaluated too, unless the whole run is
+    shorter than that."""
     tokens: int = Field(default=10_000_000, ge=1)
     """Held-out tokens per evaluation, rounded down to whole sequences; at least data.seq_len."""

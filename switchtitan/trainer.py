@@ -55,7 +55,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often, in steps; the last step does everything."""
+    """How often, in steps."""
 
     evaluate: int
     save: int
@@ -111,7 +111,7 @@ class Trainer:
         """Runs the steps that are left, and evaluates, reports and saves when it is time.
 
         Raises:
-            TrainingDivergedError: if a gradient stopped being finite and such steps are not to be skipped; nothing is saved then.
+            TrainingDivergedError: if a gradient is not finite and such steps are not to be skipped; nothing is saved then.
         """
         if self.state.step >= self.training.steps:
             logger.info(
@@ -120,7 +120,11 @@ class Trainer:
                 self.training.steps,
             )
             return
-        if self.state.step == 0:
+        if self.training.steps < self.intervals.evaluate:
+            logger.info(
+                "no evaluation: the run is shorter than [evaluation] interval = %d", self.intervals.evaluate
+            )
+        elif self.state.step == 0:
             self._evaluate()
         with self.profiler:
             while self.state.step < self.training.steps:
@@ -188,7 +192,7 @@ class Trainer:
         self.reporter.advance(step)
         if self.reporter.is_due(step):
             self._report(grad_norm)
-        if is_last or step % self.intervals.evaluate == 0:
+        if step % self.intervals.evaluate == 0 or (is_last and step > self.intervals.evaluate):
             self._evaluate()
         if is_last or step % self.intervals.save == 0:
             self._save()
