@@ -40,10 +40,7 @@ def shard(values: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     """Distributes all but the plain ones over the ranks: split, or replicated in one dimension of the
     mesh."""
     num_ranks = dist.get_world_size()
-    if layout == "hybrid":
-        mesh = init_device_mesh("cpu", (2, num_ranks // 2))
-    else:
-        mesh = init_device_mesh("cpu", (num_ranks,))
+    mesh = init_device_mesh("cpu", (2, num_ranks // 2) if layout == "hybrid" else (num_ranks,))
 
     def distribute(name: str, value: Tensor) -> Tensor:
         if name.startswith("plain"):
