@@ -47,5 +47,10 @@ def _selective_contexts() -> tuple:
 def _keep_matrix_products(
     ctx: object, operation: object, *args: object, **kwargs: object
 ) -> CheckpointPolicy:
-    keep = operation in _EXPENSIVE_OPERATIONS
+    keep = operation in _EXPENSIVE_OPERATIONS and not _builds_a_weight(operation, args)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _builds_a_weight(operation: object, args: tuple[object, ...]) -> bool:
+    """Whether a product is added to a whole matrix: that merges weights, while a linear layer adds its bias, a vector."""
+    return operation is _aten.addmm.default and isinstance(args[0], Tensor) and args[0].dim() == 2

@@ -1,0 +1,103 @@
+"""What blocks keep from the forward to the backward pass under each mode of activation checkpointing."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.distributed.activation_checkpoint import checkpoint_activations
+from switchtitan.distributed.config import ActivationCheckpointConfig
+from switchtitan.distributed.fsdp import materialize
+from switchtitan.methods import METHODS
+from switchtitan.methods.lora import LoraConfig
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+
+MODEL = LlamaConfig(
+    size="9m", hidden_size=20, intermediate_size=28, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=31
+)
+NUM_TOKENS = 7 * 16
+WEIGHT_SHAPES = {(20, 20), (10, 20), (28, 20), (20, 28)}
+MODES = ("none", "selective", "full")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class LiveResults(TorchDispatchMode):
+    """Remembers every result of every operation, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: list[tuple[tuple[int, ...], StorageWeakRef]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, Tensor):
+                self._results.append((tuple(result.shape), StorageWeakRef(result.untyped_storage())))
+        return results
+
+    def shapes(self, apart_from: nn.Module) -> set[tuple[int, ...]]:
+        """Of the results that are alive, but those that share memory with a module's tensors."""
+        gc.collect()
+        held = {StorageWeakRef(p.untyped_storage()).cdata for p in apart_from.parameters()}
+        return {shape for shape, ref in self._results if not ref.expired() and ref.cdata not in held}
+
+
+def build_model(mode: str, compiled: bool) -> nn.Module:
+    with torch.device("meta"):
+        model = MODELS.build(MODEL)
+    METHODS.build(LoraConfig(rank=6, init="balanced"), 10).prepare_model(model)
+    checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
+    if compiled:
+        for block in model.blocks().values():
+            # Partitions as for Inductor, without generating code.
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    materialize(model, torch.device("cpu"), seed=1)
+    return model
+
+
+def run(mode: str, compiled: bool) -> tuple[set[tuple[int, ...]], list[Tensor]]:
+    """Shapes that are kept between the passes beside the model's own tensors, and the gradients."""
+    model = build_model(mode, compiled)
+    tokens = torch.randint(31, (7, 16), generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros(7, 16, dtype=torch.int32)
+    if compiled:
+        # What selective checkpointing keeps is a compiled block's to save; nothing is hidden in a cache.
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = model(tokens, documents).square().sum()
+        held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        alive = {tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in held}
+    else:
+        with LiveResults() as results:
+            loss = model(tokens, documents).square().sum()
+        alive = results.shapes(apart_from=model)
+    loss.backward()
+    return alive, [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modes_keep_what_they_say_and_give_equal_gradients(compiled):
+    alive, gradients = {}, {}
+    for mode in MODES:
+        alive[mode], gradients[mode] = run(mode, compiled)
+    widest = {(NUM_TOKENS, 28), (7, 16, 28)}
+    assert widest & alive["none"]
+    assert widest & alive["selective"], "the MLP's matrix products are to be kept"
+    assert not widest & alive["full"]
+    for mode in MODES:
+        assert not WEIGHT_SHAPES & alive[mode], "a merged weight is kept"
+    for mode in ("selective", "full"):
+        for ours, plain in zip(gradients[mode], gradients["none"], strict=True):
+            # The same operations; where they are fused otherwise, a few roundings of fp32.
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
