@@ -94,6 +94,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         training=config.training,
         intervals=Intervals(evaluate=config.evaluation.interval, save=config.checkpoint.interval),
         world=world,
+        seed=config.job.seed,
         model=model,
         optimizer=optimizer,
         summed_loss=loss,

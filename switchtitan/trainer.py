@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.contracts import Batch, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients
+from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
 from switchtitan.evaluate import Evaluator
 from switchtitan.job_sections import TrainingSection
@@ -65,6 +66,7 @@ class Trainer:
     """Trains a model to the end of its run.
 
     Args:
+        seed: of the job; dropout follows from it.
         summed_loss: (logits, targets) -> sum over targets.
         lr_schedule: step -> factor on the peak learning rate.
         batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
@@ -77,6 +79,7 @@ class Trainer:
         training: TrainingSection,
         intervals: Intervals,
         world: World,
+        seed: int,
         model: nn.Module,
         optimizer: TrainingOptimizer,
         summed_loss: Callable[[Tensor, Tensor], Tensor],
@@ -91,6 +94,7 @@ class Trainer:
         state: TrainState,
     ) -> None:
         self.training, self.intervals, self.world = training, intervals, world
+        self.seed = seed
         self.model, self.optimizer, self.summed_loss, self.lr_schedule = (
             model,
             optimizer,
@@ -147,6 +151,7 @@ class Trainer:
     def train_step(self) -> StepResult:
         """One step of all ranks: a global batch, an update."""
         self.optimizer.set_lr(self.lr_schedule(self.state.step))
+        seed_dropout(self.seed, self.state.num_batches, self.world.rank)
         loss = self._forward_backward(next(self.batches))
         grad_norm = self._clip_gradients()
         if self.training.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm)):

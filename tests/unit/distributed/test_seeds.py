@@ -1,0 +1,76 @@
+"""What is drawn depends on the seed and the place alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_trainer, train_steps
+
+from switchtitan.distributed.seeds import generator_for, seed_dropout
+from switchtitan.distributed.world import stop_world
+
+DROPOUT = ("--method.dropout", "0.3")
+NO_DROPOUT = ("--method.dropout", "0.0")
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def test_a_generator_is_its_seed_and_name_whatever_was_drawn_before():
+    def draw(seed: int, name: str) -> list[float]:
+        return torch.rand(3, generator=generator_for(seed, name)).tolist()
+
+    first = draw(1, "layer.weight")
+    torch.rand(5)
+    assert draw(1, "layer.weight") == first
+    assert len({tuple(draw(seed, name)) for seed in (1, 2) for name in ("a", "b", "1:a")}) == 6
+
+
+def test_dropout_differs_between_seeds_batches_and_ranks_and_not_otherwise():
+    def draw(*place: int) -> tuple[float, ...]:
+        seed_dropout(*place)
+        return tuple(torch.rand(3).tolist())
+
+    places = [(seed, batch, rank) for seed in (1, 11) for batch in (0, 1, 12) for rank in (0, 1, 2)]
+    drawn = {place: draw(*place) for place in places}
+    assert len(set(drawn.values())) == len(places)
+    assert all(draw(*place) == values for place, values in drawn.items())
+
+
+def losses_with_dropout(folder: Path, num_steps: int, dropout: tuple[str, str] = DROPOUT) -> list[float]:
+    # What the process drew before must not matter.
+    torch.seed()
+    trainer = tiny_trainer(folder, "switchlora", *dropout)
+    losses = train_steps(trainer, num_steps)
+    if trainer.state.step == 4:
+        trainer._save()
+        trainer.checkpointer.finish()
+    trainer.batches.close()
+    return losses
+
+
+def test_a_run_with_dropout_goes_on_from_a_checkpoint_bitwise(corpora):
+    straight = losses_with_dropout(corpora / "dropout", 9)
+    first = losses_with_dropout(corpora / "dropout-resumed", 4)
+    assert first + losses_with_dropout(corpora / "dropout-resumed", 5) == straight
+    without = losses_with_dropout(corpora / "dropout-none", 1, NO_DROPOUT)
+    assert without != straight[:1], "dropout did nothing"
+
+
+def test_an_evaluation_in_between_changes_nothing_of_training(corpora):
+    losses = []
+    for name, evaluated in (("quiet", False), ("evaluated", True)):
+        torch.seed()
+        trainer = tiny_trainer(corpora / f"dropout-{name}", "switchlora", *DROPOUT)
+        steps = []
+        for _ in range(6):
+            steps += train_steps(trainer, 1)
+            if evaluated:
+                trainer.evaluator(trainer.model)
+        trainer.batches.close()
+        losses.append(steps)
+    assert losses[0] == losses[1]
