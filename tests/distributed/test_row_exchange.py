@@ -39,6 +39,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def draw(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]), dtype=dtype)
+    values.view(-1)[min(2, values.numel() - 1)] = torch.finfo(dtype).smallest_normal / 3  # a denormal
     values[0, 0] = -0.0
     values[-1, -1] = math.nan
     values[shape[0] // 2, 1] = -math.inf
