@@ -75,7 +75,7 @@ check_python_version() {
 }
 
 warn_without_compiler() {
-    if ! command -v "${CXX:-g++}" >/dev/null && ! command -v clang++ >/dev/null; then
+    if ! command -v "${CXX:-g++}" >/dev/null; then
         say "warning: no C++ compiler; torch.compile needs one on a CPU (install g++, or set --compile.* false)"
     fi
 }

@@ -1,6 +1,7 @@
 """The composition root: from a configuration to a trainer, one short function for each part."""
 
 import logging
+import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from switchtitan.checkpoint import (
     load_tensors_,
     read_metadata,
 )
+from switchtitan.config import ConfigError
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, TrainingOptimizer
 from switchtitan.data import (
@@ -55,6 +57,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     """
     output_dir = config.job.output_dir
     configure_logging(is_main=world.is_main, rank=world.rank)
+    check_output_dir(output_dir)
     with torch.device("meta"):
         model = MODELS.build(config.model)
     assert isinstance(model, LanguageModel)
@@ -74,7 +77,9 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
     initial_weights = None
     if checkpoint is None and config.checkpoint.initial_weights is not None:
-        initial_weights = read_initial_weights(Path(config.checkpoint.initial_weights), model)
+        initial_weights = read_initial_weights(
+            Path(config.checkpoint.initial_weights), model, config.model.model_dump(mode="json")
+        )
 
     method = METHODS.build(config.method, config.training.steps)
     prepare_model(model, method, config, world, initial_weights)
@@ -120,7 +125,10 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
             tokens_per_step=config.training.global_batch_size * config.data.seq_len,
             flops_per_token=num_flops_per_token,
             num_devices=world.size,
-            peak_flops_per_s=peak_flops_per_s(device_name(world.device)),
+            # The known peaks are those of bf16.
+            peak_flops_per_s=(
+                peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
+            ),
             num_steps=config.training.steps,
             start_step=state.step,
         ),
@@ -223,6 +231,20 @@ def build_evaluator(
     return Evaluator(batches, loss, world)
 
 
+def check_output_dir(output_dir: Path) -> None:
+    """Makes sure that the folder is there, or can be made, without making it.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"[job] output_dir = {str(output_dir)!r}: expected a folder that can be made and written, but {nearest} is "
+            f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
+        )
+
+
 def start_output(config: JobConfig, world: World, state: TrainState) -> None:
     """Opens the run's log file and keeps its configuration; a resumed run's beside the first one's."""
     if not world.is_main:
@@ -244,6 +266,10 @@ def describe_run(
         ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()),
     )
     logger.info("corpus %s: %s", corpus.name, corpus.description)
+    replicate, shard = world.mesh.shape
+    logger.info(
+        "%d rank(s) on %s: replicate %d x shard %d", world.size, device_name(world.device), replicate, shard
+    )
     logger.info(
         "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
     )

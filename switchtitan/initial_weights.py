@@ -5,20 +5,22 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from switchtitan.checkpoint import find_given, read_metadata, read_tensors
+from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
 from switchtitan.config import CheckpointError
-from switchtitan.hub.huggingface import read_dense
+from switchtitan.hub.huggingface import check_dense, read_dense
 from switchtitan.methods.lowrank import merge_factors
+from switchtitan.models.llama.model import Llama
 
 logger = logging.getLogger(__name__)
 
 
-def read_initial_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> dict[str, Tensor]:
     """The plain model's weights from a safetensors file, a folder in Hugging Face's layout, or a checkpoint of any method,
     whose factors are merged.
 
     Args:
         model: the plain model, for its names and shapes.
+        model_section: the configuration that it was built from, as plain values.
 
     Raises:
         CheckpointError: if there is none at `path`, or it is of another model; names the first few tensors.
@@ -28,7 +30,15 @@ def read_initial_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             f"[checkpoint] initial_weights = {str(path)!r}: no such file or folder; expected a safetensors file, a folder in "
             "Hugging Face's layout or a checkpoint"
         )
-    weights = read_dense(path) if _is_safetensors(path) else read_merged_checkpoint(path)
+    if _is_safetensors(path):
+        weights = read_dense(path)
+    else:
+        # What shapes do not show, e.g. the number of heads. How attention is computed is free.
+        saved_section = dict(read_metadata(find_given(path)).identity["model"])  # type: ignore[arg-type]
+        check_same_run(
+            {"model": saved_section | {"attention": None}}, {"model": model_section | {"attention": None}}
+        )
+        weights = read_merged_checkpoint(path)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
@@ -43,6 +53,8 @@ def read_initial_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} of the weights do not fit the model ({examples}); "
             "choose the [model] that they belong to"
         )
+    if _is_safetensors(path) and isinstance(model, Llama):
+        check_dense(weights, model.dims, path)
     logger.info("initial weights come from %s", path)
     return weights
 

@@ -123,8 +123,8 @@ def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:
 
 def obstacle_to_cpp() -> str | None:
     """Why Inductor's C++ cannot be built here, and what to do about it; None if it can."""
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    if not any(map(shutil.which, compilers)):
+    # The one that Inductor calls.
+    if not shutil.which(os.environ.get("CXX", "g++")):
         return "a CPU needs a C++ compiler for it; install g++"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "a CPU needs Python's header files for it; install python3-dev"

@@ -21,6 +21,9 @@ def main(argv: Sequence[str]) -> None:
         build_trainer(config, world).train()
     except UserError as error:
         exit_for(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         stop_world()
 

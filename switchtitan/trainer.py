@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from switchtitan.checkpoint import Checkpointer
+from switchtitan.config import UserError
 from switchtitan.contracts import Batch, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients
 from switchtitan.distributed.seeds import seed_dropout
@@ -23,7 +24,11 @@ from switchtitan.observability import Profiler, Reporter, Throughput, peak_memor
 logger = logging.getLogger(__name__)
 
 
-class TrainingDivergedError(RuntimeError):
+MAX_SKIPPED_IN_A_ROW = 100
+"""After so many skipped updates in a row, weights are beyond saving and the run stops."""
+
+
+class TrainingDivergedError(UserError):
     """Gradients are no longer finite numbers."""
 
 
@@ -130,23 +135,42 @@ class Trainer:
             )
         elif self.state.step == 0:
             self._evaluate()
-        with self.profiler:
-            while self.state.step < self.training.steps:
-                num_skipped = self.state.num_skipped
-                result = self.train_step()
-                self.profiler.step()
-                # After a skipped update nothing is due that was not done when this step was reached.
-                if self.state.num_skipped == num_skipped:
-                    self._after_step(result.grad_norm)
-        self.checkpointer.finish()
-        self.batches.close()
+        try:
+            self._run_steps()
+            self.checkpointer.finish()
+        except (TrainingDivergedError, KeyboardInterrupt):
+            # All ranks are here: a save under way is of a good state, and the run goes on from it.
+            self.checkpointer.finish()
+            raise
+        finally:
+            self.batches.close()
+            self.reporter.close()
         self.reporter.summary(
             tokens_per_s=self.throughput.mean_tokens_per_s,
             wall_time_s=self.throughput.wall_time_s,
             checkpoint=self.checkpointer.latest,
             trace=self.profiler.trace,
         )
-        self.reporter.close()
+
+    def _run_steps(self) -> None:
+        skipped_in_a_row = 0
+        with self.profiler:
+            while self.state.step < self.training.steps:
+                num_skipped = self.state.num_skipped
+                result = self.train_step()
+                if self.state.num_skipped > num_skipped:
+                    # Nothing is due now that was not done when this step was reached.
+                    skipped_in_a_row += 1
+                    if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                        raise TrainingDivergedError(
+                            f"the updates of {skipped_in_a_row} batches in a row were skipped at step {self.state.step}, since "
+                            "their gradients were not finite; lower [optimizer] lr and resume from the newest checkpoint"
+                        )
+                    continue
+                skipped_in_a_row = 0
+                with self.throughput.excluded():
+                    self.profiler.step()
+                self._after_step(result.grad_norm)
 
     def train_step(self) -> StepResult:
         """One step of all ranks: a global batch, an update."""

@@ -96,7 +96,7 @@ def check_output_folder(folder: Path, resume: str) -> None:
     if given.parent != folder.resolve():
         raise CheckpointError(
             f"[checkpoint] resume = {resume!r} lies elsewhere, but {folder} already holds "
-            f"{len(present)} checkpoints; {mend}"
+            f'{len(present)} checkpoints; set resume = "auto" to go on from the newest of them, {mend}'
         )
     step, newest_step = step_of(given), step_of(newest)
     if step is not None and newest_step is not None and newest_step > step:

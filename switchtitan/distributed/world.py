@@ -1,6 +1,5 @@
 """The ranks of this run: who we are, our device, our process group and mesh. The one place that tells CPU from CUDA."""
 
-import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,8 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from switchtitan.config import EnvironmentMismatchError
 from switchtitan.distributed.config import ParallelismConfig
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class World:
@@ -25,6 +22,8 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     """Dimensions "replicate" and "shard"."""
+    patient_group: dist.ProcessGroup
+    """All ranks, over gloo, for waits of any length."""
 
     @property
     def is_main(self) -> bool:
@@ -50,9 +49,9 @@ class World:
         return total
 
     def broadcast(self, value: Any) -> Any:
-        """The main rank's `value`, a picklable object, on all ranks."""
+        """The main rank's `value`, a picklable object, on all ranks, however long it takes until the main rank has it."""
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, src=0, group=self.patient_group, device=torch.device("cpu"))
         return values[0]
 
     def synchronize(self) -> None:
@@ -92,7 +91,12 @@ def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
     shape = mesh_shape(config, num_ranks)
     device = torch.device(device_type())
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise EnvironmentMismatchError(
+                f"rank {local_rank} of this machine has no GPU: {num_devices} are visible; set NGPU to {num_devices} at most"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo carries the checkpoints' collectives beside NCCL.
@@ -107,8 +111,8 @@ def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
             device_id=device if device.type == "cuda" else None,
         )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    logger.info("%d rank(s) on %s: replicate %d x shard %d", num_ranks, device_name(device), *shape)
-    return World(rank=rank, size=num_ranks, device=device, mesh=mesh)
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return World(rank=rank, size=num_ranks, device=device, mesh=mesh, patient_group=patient_group)
 
 
 def stop_world() -> None:
