@@ -131,6 +131,8 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
     assert (trainer.state.step, trainer.state.num_skipped, trainer.state.num_batches) == (4, 1, 5)
     assert trainer.lr_schedule(trainer.state.step) == lr_factor
     loss = trainer.train_step().loss
+    # float64, multiplied in another order.
+    assert trainer.optimizer.metrics()["optimizer/lr"] == pytest.approx(plain_learning_rate(4), rel=1e-14)
     trainer.batches.close()
     assert loss.isfinite()
     assert trainer.state.step == 5
