@@ -108,30 +108,8 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         evaluator=build_evaluator(config, validation, loss, world),
         checkpointer=checkpointer,
         tensors=tensors,
-        reporter=Reporter(
-            config.metrics,
-            output_dir,
-            num_steps=config.training.steps,
-            start_step=state.step,
-            is_main=world.is_main,
-            description=resolved_toml(config),
-            first_validation=(
-                None
-                if state.first_validation_loss is None
-                else validation_metrics(state.first_validation_loss)
-            ),
-        ),
-        throughput=Throughput(
-            tokens_per_step=config.training.global_batch_size * config.data.seq_len,
-            flops_per_token=num_flops_per_token,
-            num_devices=world.size,
-            # The known peaks are those of bf16.
-            peak_flops_per_s=(
-                peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
-            ),
-            num_steps=config.training.steps,
-            start_step=state.step,
-        ),
+        reporter=build_reporter(config, world, state),
+        throughput=build_throughput(config, world, num_flops_per_token, state.step),
         profiler=Profiler(
             config.profiler,
             output_dir / TENSORBOARD_FOLDER,
@@ -229,6 +207,34 @@ def build_evaluator(
         num_ranks=world.size,
     )
     return Evaluator(batches, loss, world)
+
+
+def build_reporter(config: JobConfig, world: World, state: TrainState) -> Reporter:
+    first_loss = state.first_validation_loss
+    return Reporter(
+        config.metrics,
+        config.job.output_dir,
+        num_steps=config.training.steps,
+        start_step=state.step,
+        is_main=world.is_main,
+        description=resolved_toml(config),
+        first_validation=None if first_loss is None else validation_metrics(first_loss),
+    )
+
+
+def build_throughput(
+    config: JobConfig, world: World, num_flops_per_token: int, start_step: int
+) -> Throughput:
+    # The known peaks are those of bf16.
+    peak = peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
+    return Throughput(
+        tokens_per_step=config.training.global_batch_size * config.data.seq_len,
+        flops_per_token=num_flops_per_token,
+        num_devices=world.size,
+        peak_flops_per_s=peak,
+        num_steps=config.training.steps,
+        start_step=start_step,
+    )
 
 
 def check_output_dir(output_dir: Path) -> None:

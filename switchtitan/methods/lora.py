@@ -12,6 +12,7 @@ from switchtitan.methods.lowrank import (
     LowRankLinear,
     balanced_init,
     lora_init,
+    low_rank_layer_for,
     merged_state_dict,
     replace_linears,
 )
@@ -45,13 +46,6 @@ class Lora:
         return merged_state_dict(model)
 
     def _build_layer(self, linear: nn.Linear) -> LowRankLinear:
-        config = self._config
-        return LowRankLinear(
-            linear.in_features,
-            linear.out_features,
-            config.rank,
-            config.alpha / config.rank,
-            lora_init if config.init == "lora" else balanced_init,
-            bias=linear.bias is not None,
-            dropout=config.dropout,
+        return low_rank_layer_for(
+            linear, self._config, lora_init if self._config.init == "lora" else balanced_init
         )

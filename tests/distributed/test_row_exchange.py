@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_on_ranks
 from tiny import tiny_config, tiny_trainer, whole_tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
+from switchtitan.data import open_corpus
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import (
     RowExchange,
@@ -23,6 +25,7 @@ from switchtitan.distributed.shards import (
     shard_group,
     write_rows_,
 )
+from switchtitan.job_config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.trainer import Trainer
@@ -106,7 +109,21 @@ def check_initial_values(folder: Path, overrides: list[str]) -> Trainer:
     tensors = whole_tensors(trainer)
     for name, value in alone.state_dict().items():
         assert torch.equal(bits(tensors[f"model.{name}"]), bits(value)), name
+    check_evaluation(trainer, alone, config)
     return trainer
+
+
+def check_evaluation(trainer: Trainer, alone: nn.Module, config: JobConfig) -> None:
+    """The ten held-out sequences count once each, though four ranks read two batches of two."""
+    corpus = open_corpus(config.data, is_main=True, broadcast=lambda value: value)
+    held_out = [corpus.split("validation", config.data.seq_len)[index] for index in range(10)]
+    tokens = torch.stack([sequence.tokens for sequence in held_out])
+    documents = torch.stack([sequence.document_ids for sequence in held_out])
+    with torch.no_grad():
+        logits = alone(tokens[:, :-1], documents).double()
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    # fp32 logits of other batches: roundings of 6e-8 in each of some ten operations.
+    assert trainer.evaluator(trainer.model) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def count_collectives(part: Callable[[], object]) -> Counter[str]:

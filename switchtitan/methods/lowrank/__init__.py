@@ -2,7 +2,12 @@
 
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.init import balanced_init, lora_init
-from switchtitan.methods.lowrank.linear import LowRankLinear, low_rank_layers, replace_linears
+from switchtitan.methods.lowrank.linear import (
+    LowRankLinear,
+    low_rank_layer_for,
+    low_rank_layers,
+    replace_linears,
+)
 from switchtitan.methods.lowrank.merge import merge_factors, merged_state_dict
 
 __all__ = [
@@ -10,6 +15,7 @@ __all__ = [
     "LowRankLinear",
     "balanced_init",
     "lora_init",
+    "low_rank_layer_for",
     "low_rank_layers",
     "merge_factors",
     "merged_state_dict",

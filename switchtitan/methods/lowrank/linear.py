@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.config import ConfigError
+from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.contraction import cheapest_contraction
 
 
@@ -82,6 +83,25 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, scale={self.scale:g}"
+
+
+def low_rank_layer_for(
+    linear: nn.Linear,
+    config: LowRankConfig,
+    initial_factors: InitialFactors,
+    buffers: dict[str, tuple[int, int]] | None = None,
+) -> LowRankLinear:
+    """The low-rank layer that stands in for `linear`, with rank, scale and dropout from `config`."""
+    return LowRankLinear(
+        linear.in_features,
+        linear.out_features,
+        config.rank,
+        config.alpha / config.rank,
+        initial_factors,
+        bias=linear.bias is not None,
+        dropout=config.dropout,
+        buffers=buffers,
+    )
 
 
 def replace_linears(

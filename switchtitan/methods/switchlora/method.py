@@ -5,7 +5,13 @@ from torch import Tensor, nn
 from switchtitan.config import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
-from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, merged_state_dict, replace_linears
+from switchtitan.methods.lowrank import (
+    LowRankLinear,
+    low_rank_layer_for,
+    low_rank_layers,
+    merged_state_dict,
+    replace_linears,
+)
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import (
     balanced_candidates_init,
@@ -43,14 +49,10 @@ class SwitchLora:
         return merged_state_dict(model)
 
     def _build_layer(self, linear: nn.Linear) -> LowRankLinear:
-        config = self._config
-        return LowRankLinear(
-            linear.in_features,
-            linear.out_features,
-            config.rank,
-            config.alpha / config.rank,
-            balanced_candidates_init if config.init == "switchlora" else lora_candidates_init,
-            bias=linear.bias is not None,
-            dropout=config.dropout,
-            buffers=candidate_shapes(linear.out_features, linear.in_features),
+        balanced = self._config.init == "switchlora"
+        return low_rank_layer_for(
+            linear,
+            self._config,
+            balanced_candidates_init if balanced else lora_candidates_init,
+            candidate_shapes(linear.out_features, linear.in_features),
         )
