@@ -34,11 +34,12 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> d
         weights = read_dense(path)
     else:
         # What shapes do not show, e.g. the number of heads. How attention is computed is free.
-        saved_section = dict(read_metadata(find_given(path)).identity["model"])  # type: ignore[arg-type]
+        checkpoint = find_given(path)
+        saved_section = dict(read_metadata(checkpoint).identity["model"])  # type: ignore[arg-type]
         check_same_run(
             {"model": saved_section | {"attention": None}}, {"model": model_section | {"attention": None}}
         )
-        weights = read_merged_checkpoint(path)
+        weights = _merge_checkpoint(checkpoint)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
@@ -65,7 +66,10 @@ def read_merged_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no whole checkpoint at `path`.
     """
-    checkpoint = find_given(path)
+    return _merge_checkpoint(find_given(path))
+
+
+def _merge_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     method = read_metadata(checkpoint).identity["method"]
     assert isinstance(method, dict)
     scale = float(method["alpha"]) / int(method["rank"]) if "rank" in method else 0.0  # type: ignore[arg-type]

@@ -34,10 +34,6 @@ class World:
         """The mesh for FSDP: one-dimensional, or [replicate, shard] where the model is replicated too (HSDP)."""
         return self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        dist.barrier()
-
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of `values` over all ranks, on all ranks."""
         return self.sum(values) / self.size

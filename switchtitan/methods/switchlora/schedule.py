@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from switchtitan.distributed.shards import Runs
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-
-Runs = tuple[range, ...]
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
