@@ -81,7 +81,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
             Path(config.checkpoint.initial_weights), model, config.model.model_dump(mode="json")
         )
 
-    method = METHODS.build(config.method, config.training.steps)
+    method = METHODS.build(config.method, config.training.steps, config.job.seed)
     prepare_model(model, method, config, world, initial_weights)
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
     tensors = checkpoint_tensors(model, optimizer)

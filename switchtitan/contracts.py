@@ -92,7 +92,11 @@ class TrainingOptimizer(Protocol):
 
 
 class Method(Protocol):
-    """A way to parametrize and train a model's weights, e.g. full rank or LoRA."""
+    """A way to parametrize and train a model's weights, e.g. full rank or LoRA.
+
+    Built as factory(config, num_steps, seed): the length of the run in optimizer steps, and the job's seed, from which with
+    `distributed.seeds.generator_for` all that a method draws must follow, equal on every rank.
+    """
 
     def prepare_model(self, model: nn.Module) -> None:
         """Replaces layers; called once, on the meta device, before any wrapping."""

@@ -21,7 +21,7 @@ class FullRankConfig(Section):
 class FullRank:
     """All parameters of the plain model train; a `contracts.Method`."""
 
-    def __init__(self, config: FullRankConfig, num_steps: int) -> None:
+    def __init__(self, config: FullRankConfig, num_steps: int, seed: int) -> None:
         pass
 
     def prepare_model(self, model: nn.Module) -> None:

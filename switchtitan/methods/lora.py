@@ -32,7 +32,7 @@ class LoraConfig(LowRankConfig):
 class Lora:
     """Low-rank factors, trained; their weights, frozen; a `contracts.Method`."""
 
-    def __init__(self, config: LoraConfig, num_steps: int) -> None:
+    def __init__(self, config: LoraConfig, num_steps: int, seed: int) -> None:
         self._config = config
 
     def prepare_model(self, model: nn.Module) -> None:

@@ -104,7 +104,7 @@ def check_initial_values(folder: Path, overrides: list[str]) -> Trainer:
     config = tiny_config(folder, "switchlora", *overrides, num_ranks=NUM_RANKS)
     with torch.device("meta"):
         alone = MODELS.build(config.model)
-    METHODS.build(config.method, config.training.steps).prepare_model(alone)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(alone)
     materialize(alone, torch.device("cpu"), config.job.seed)
     tensors = whole_tensors(trainer)
     for name, value in alone.state_dict().items():

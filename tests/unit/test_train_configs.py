@@ -28,7 +28,7 @@ def build_on_meta(file: Path) -> tuple[JobConfig, nn.Module]:
     config = parse_arguments(["--config", str(file)], 1)
     with torch.device("meta"):
         model = MODELS.build(config.model)
-    METHODS.build(config.method, config.training.steps).prepare_model(model)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
     return config, model
 
 

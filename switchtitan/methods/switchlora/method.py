@@ -25,7 +25,7 @@ from switchtitan.optim import OPTIMIZERS, AdamWConfig
 class SwitchLora:
     """Low-rank factors whose vectors are exchanged with candidates all through training; a `contracts.Method`."""
 
-    def __init__(self, config: SwitchLoraConfig, num_steps: int) -> None:
+    def __init__(self, config: SwitchLoraConfig, num_steps: int, seed: int) -> None:
         self._config = config
         self._num_steps = num_steps
 

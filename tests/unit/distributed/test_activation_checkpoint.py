@@ -56,7 +56,7 @@ class LiveResults(TorchDispatchMode):
 def build_model(mode: str, compiled: bool) -> nn.Module:
     with torch.device("meta"):
         model = MODELS.build(MODEL)
-    METHODS.build(LoraConfig(rank=6, init="balanced"), 10).prepare_model(model)
+    METHODS.build(LoraConfig(rank=6, init="balanced"), 10, seed=0).prepare_model(model)
     checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
     if compiled:
         for block in model.blocks().values():

@@ -22,7 +22,7 @@ CONFIGS = [FullRankConfig(), LoraConfig(rank=3, init="balanced"), SwitchLoraConf
 def values(config, seed: int, initial_weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = MODELS.build(MODEL)
-    METHODS.build(config, 10).prepare_model(model)
+    METHODS.build(config, 10, seed=0).prepare_model(model)
     materialize(model, torch.device("cpu"), seed, initial_weights)
     return model.state_dict()
 
@@ -59,7 +59,7 @@ def test_given_weights_are_what_the_model_starts_as(config):
     given = values(FullRankConfig(), 7)
     with torch.device("meta"):
         model = MODELS.build(MODEL)
-    method = METHODS.build(config, 10)
+    method = METHODS.build(config, 10, seed=0)
     method.prepare_model(model)
     materialize(model, torch.device("cpu"), 1, given)
     merged = method.merged_state_dict(model)

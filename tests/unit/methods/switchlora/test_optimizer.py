@@ -62,7 +62,7 @@ def draw_model(method=None):
 
 
 def build_ours(config, num_steps=NUM_STEPS):
-    method = SwitchLora(config, num_steps)
+    method = SwitchLora(config, num_steps, seed=0)
     model = draw_model(method)
     return model, method.build_optimizer(model, ADAMW, compile_step=False)
 
