@@ -13,6 +13,8 @@ from switchtitan.trainer import Trainer
 METHOD_KEYS = {
     "full_rank": "",
     "lora": "rank = 6",
+    # Resets after 9, 18, 27 and 36 steps; at 20 the learning rate is still on its way back.
+    "relora": "rank = 6\nreset_interval = 9\nrestart_warmup_steps = 4",
     # Every layer switches 6 / 5 vectors a step on each side.
     "switchlora": 'rank = 6\ninterval = 5\nfreeze_steps = 2\ndecay = "constant"',
 }

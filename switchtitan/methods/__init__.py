@@ -3,6 +3,7 @@
 from switchtitan.contracts import Method
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
+from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.registry import Component, Registry
 
@@ -11,6 +12,7 @@ METHODS: Registry[Method] = Registry(
     {
         "full_rank": Component(FullRankConfig, FullRank),
         "lora": Component(LoraConfig, Lora),
+        "relora": Component(ReloraConfig, Relora),
         "switchlora": Component(SwitchLoraConfig, SwitchLora),
     },
 )

@@ -1,0 +1,70 @@
+"""What a reset does to a layer and to the moments of its factors.
+
+Works on plain tensors and on shards, with equal results: what depends on a whole tensor is computed from the whole tensor on
+every rank, one tensor at a time, so that memory rises by no more than that. All ranks must call.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from switchtitan.distributed.shards import copy_whole_, local, whole
+from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.init import uniform
+
+
+@torch.no_grad()
+def merge_and_restart_(layer: LowRankLinear, generator: torch.Generator) -> None:
+    """W += s B A, in fp32; then A as at its initialization and B zero. The layer's output does not change.
+
+    (ReLoRA, arXiv 2307.05695, eq. 3 and Algorithm 1.) A must be random where B is zero: with both at zero, neither would get a
+    gradient ever again.
+
+    Args:
+        generator: draws A, uniform on +-1/sqrt(in) (Kaiming, a = sqrt 5); in the same state on every rank.
+    """
+    local(layer.weight).addmm_(local(layer.lora_b), whole(layer.lora_a), alpha=layer.scale)
+    bound = 1 / math.sqrt(layer.in_features)
+    copy_whole_(layer.lora_a, uniform((layer.rank, layer.in_features), bound, generator))
+    local(layer.lora_b).zero_()
+
+
+@torch.no_grad()
+def prune_by_magnitude_(moment: Tensor, prune_ratio: float) -> None:
+    """Zeroes the smallest absolute values of a moment [rows, width]; see `num_pruned` for how many."""
+    values = whole(moment)
+    copy_whole_(moment, torch.where(largest(values.abs(), prune_ratio), values, 0))
+
+
+@torch.no_grad()
+def prune_by_lot_(moments: list[Tensor], prune_ratio: float, generator: torch.Generator) -> None:
+    """Zeroes values of moments of one shape [rows, width] at random places, the same in all.
+
+    The authors' code draws the places anew for each moment. A first moment whose second moment is gone makes steps as large as
+    the quotient of the old gradient and the new one, so here both stay or both go.
+
+    Args:
+        generator: on the CPU; in the same state on every rank.
+    """
+    kept = largest(torch.rand(moments[0].shape, generator=generator), prune_ratio)
+    for moment in moments:
+        copy_whole_(moment, torch.where(kept.to(moment.device), whole(moment), 0))
+
+
+def largest(scores: Tensor, prune_ratio: float) -> Tensor:
+    """True where one of all but the `num_pruned` smallest scores is; of equal ones, those that come first.
+
+    Returns:
+        bool, shaped like `scores`.
+    """
+    # A stable sort, since a threshold would let ties decide how many remain, and ranks must agree on which.
+    order = scores.flatten().argsort(descending=True, stable=True)
+    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    kept[order[: scores.numel() - num_pruned(scores.numel(), prune_ratio)]] = True
+    return kept.view(scores.shape)
+
+
+def num_pruned(num_values: int, prune_ratio: float) -> int:
+    """How many of `num_values` are zeroed: the nearest integer to `prune_ratio` of them."""
+    return round(prune_ratio * num_values)
