@@ -44,7 +44,7 @@ from switchtitan.observability import (
     peak_flops_per_s,
 )
 from switchtitan.optim import build_lr_schedule
-from switchtitan.trainer import Intervals, Trainer, TrainState, validation_metrics
+from switchtitan.trainer import Intervals, Trainer, TrainState, loss_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     # Before any work, since a corpus that is too small for the configuration is refused here.
     batches = build_batches(config, corpus, world, state.num_batches)
     validation = corpus.split("validation", config.data.seq_len)
+    test_tokens = config.evaluation.test_tokens
+    test = None if test_tokens is None else corpus.split("test", config.data.seq_len)
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
     initial_weights = None
     if checkpoint is None and config.checkpoint.initial_weights is not None:
@@ -105,10 +107,13 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         summed_loss=loss,
         lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
         batches=batches,
-        evaluator=build_evaluator(config, validation, loss, world),
+        evaluator=build_evaluator(config, validation, config.evaluation.tokens, loss, world),
+        test_evaluator=None
+        if test is None or test_tokens is None
+        else build_evaluator(config, test, test_tokens, loss, world),
         checkpointer=checkpointer,
         tensors=tensors,
-        reporter=build_reporter(config, world, state),
+        reporter=build_reporter(config, world, state, run_facts(world, model, corpus)),
         throughput=build_throughput(config, world, num_flops_per_token, state.step),
         profiler=Profiler(
             config.profiler,
@@ -197,11 +202,15 @@ def build_batches(
 
 
 def build_evaluator(
-    config: JobConfig, sequences: TokenSequences, loss: Callable[[Tensor, Tensor], Tensor], world: World
+    config: JobConfig,
+    sequences: TokenSequences,
+    num_tokens: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    world: World,
 ) -> Evaluator:
     batches = build_validation_batches(
         sequences,
-        num_sequences=config.evaluation.tokens // config.data.seq_len,
+        num_sequences=num_tokens // config.data.seq_len,
         local_batch_size=config.training.local_batch_size,
         rank=world.rank,
         num_ranks=world.size,
@@ -209,7 +218,9 @@ def build_evaluator(
     return Evaluator(batches, loss, world)
 
 
-def build_reporter(config: JobConfig, world: World, state: TrainState) -> Reporter:
+def build_reporter(
+    config: JobConfig, world: World, state: TrainState, facts: Mapping[str, object]
+) -> Reporter:
     first_loss = state.first_validation_loss
     return Reporter(
         config.metrics,
@@ -218,7 +229,8 @@ def build_reporter(config: JobConfig, world: World, state: TrainState) -> Report
         start_step=state.step,
         is_main=world.is_main,
         description=resolved_toml(config),
-        first_validation=None if first_loss is None else validation_metrics(first_loss),
+        facts=facts,
+        first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
     )
 
 
@@ -279,6 +291,18 @@ def describe_run(
     logger.info(
         "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
     )
+
+
+def run_facts(world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
+    """What figures of a run must be read with: hardware, versions, corpus, sizes."""
+    return {
+        "device": device_name(world.device),
+        "num_ranks": world.size,
+        "num_threads": torch.get_num_threads(),
+        "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "num_parameters": count_parameters(model),
+    }
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -101,11 +101,19 @@ def check_method(model: ModelSection, method: Section) -> list[str]:
 
 
 def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:
-    """An evaluation must see at least one sequence."""
-    if evaluation.tokens >= data.seq_len:
-        return []
+    """An evaluation must see at least one sequence, and the split that it is of must be there."""
     limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
-    return [f"[evaluation] tokens = {evaluation.tokens}: {limit}"]
+    problems = [
+        f"[evaluation] {key} = {tokens}: {limit}"
+        for key, tokens in (("tokens", evaluation.tokens), ("test_tokens", evaluation.test_tokens))
+        if tokens is not None and tokens < data.seq_len
+    ]
+    if evaluation.test_tokens is not None and data.test_fraction is None:
+        problems.append(
+            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; set [data] test_fraction, or leave "
+            "test_tokens out"
+        )
+    return problems
 
 
 def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:

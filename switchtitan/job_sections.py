@@ -44,3 +44,6 @@ class EvaluationSection(Section):
     shorter than that."""
     tokens: int = Field(default=10_000_000, ge=1)
     """Held-out tokens per evaluation, rounded down to whole sequences; at least data.seq_len."""
+    test_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the test split on which the trained model is evaluated once, after the last step, rounded down to whole
+    sequences; at least data.seq_len. No such evaluation unless set, which needs data.test_fraction."""

@@ -16,6 +16,7 @@ from switchtitan.config import UserError
 from switchtitan.contracts import Batch, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients
 from switchtitan.distributed.seeds import seed_dropout
+from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
 from switchtitan.evaluate import Evaluator
 from switchtitan.job_sections import TrainingSection
@@ -75,6 +76,7 @@ class Trainer:
         summed_loss: (logits, targets) -> sum over targets.
         lr_schedule: step -> factor on the peak learning rate.
         batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
+        test_evaluator: for the one evaluation of the trained model on the test split, if it is wanted.
         tensors: all that a checkpoint holds, by name, given the optimizer's state of the moment.
     """
 
@@ -91,6 +93,7 @@ class Trainer:
         lr_schedule: Callable[[int], float],
         batches: Generator[list[Batch], None, None],
         evaluator: Evaluator,
+        test_evaluator: Evaluator | None,
         checkpointer: Checkpointer,
         tensors: Callable[[], dict[str, Tensor]],
         reporter: Reporter,
@@ -106,7 +109,7 @@ class Trainer:
             summed_loss,
             lr_schedule,
         )
-        self.batches, self.evaluator = batches, evaluator
+        self.batches, self.evaluator, self.test_evaluator = batches, evaluator, test_evaluator
         self.checkpointer, self.tensors = checkpointer, tensors
         self.reporter, self.throughput, self.profiler = reporter, throughput, profiler
         self.state = state
@@ -122,12 +125,22 @@ class Trainer:
         Raises:
             TrainingDivergedError: if a gradient is not finite and such steps are not to be skipped; nothing is saved then.
         """
+        try:
+            self._train_what_is_left()
+        finally:
+            self.batches.close()
+            self.reporter.close()
+
+    def _train_what_is_left(self) -> None:
         if self.state.step >= self.training.steps:
             logger.info(
                 "nothing left to train: %d of %d steps are done; raise [training] steps to go on",
                 self.state.step,
                 self.training.steps,
             )
+            # All ranks must take the same way.
+            if not self.world.broadcast(self.reporter.has_results):
+                self._conclude()
             return
         if self.training.steps < self.intervals.evaluate:
             logger.info(
@@ -142,12 +155,25 @@ class Trainer:
             # All ranks are here: a save under way is of a good state, and the run goes on from it.
             self.checkpointer.finish()
             raise
-        finally:
-            self.batches.close()
-            self.reporter.close()
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """The test split's evaluation and the summary; a run that was stopped before them makes up for them."""
+        test_loss = None if self.test_evaluator is None else self.test_evaluator(self.model)
+        if test_loss is not None:
+            self.reporter.report(self.state.step, loss_metrics("test", test_loss))
+        tensors = self.tensors().values()
         self.reporter.summary(
-            tokens_per_s=self.throughput.mean_tokens_per_s,
-            wall_time_s=self.throughput.wall_time_s,
+            {
+                "step": self.state.step,
+                "tokens_seen": self.state.tokens_seen,
+                "loss/validation": self.state.last_validation_loss,
+                "loss/test": test_loss,
+                "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
+                "throughput/wall_time_s": self.throughput.wall_time_s,
+                "memory/peak_gib": peak_memory_gib(self.world.device),
+                "memory/state_gib": sum(local(tensor).nbytes for tensor in tensors) / 2**30,
+            },
             checkpoint=self.checkpointer.latest,
             trace=self.profiler.trace,
         )
@@ -248,7 +274,7 @@ class Trainer:
         if self.state.first_validation_loss is None:
             self.state.first_validation_loss = loss
         self.state.last_validation_loss = loss
-        self.reporter.report(self.state.step, validation_metrics(loss))
+        self.reporter.report(self.state.step, loss_metrics("validation", loss))
 
     def _save(self) -> None:
         self._stop_if_diverged()
@@ -263,6 +289,6 @@ class Trainer:
             )
 
 
-def validation_metrics(loss: float) -> dict[str, float]:
-    """By TensorBoard tag: the mean loss per token, in nats, and the perplexity that it means."""
-    return {"loss/validation": loss, "perplexity/validation": math.exp(min(loss, 700.0))}
+def loss_metrics(split: str, loss: float) -> dict[str, float]:
+    """By TensorBoard tag: the mean loss per token of a split, in nats, and the perplexity that it means."""
+    return {f"loss/{split}": loss, f"perplexity/{split}": math.exp(min(loss, 700.0))}

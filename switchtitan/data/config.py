@@ -45,6 +45,9 @@ class DataConfig(Section):
     validation_fraction: float | None = Field(default=None, gt=0.0, le=0.5)
     """The share of documents held out for validation, above 0 and at most 0.5; 0.02 unless set. "c4" has its
     own validation split."""
+    test_fraction: float | None = Field(default=None, gt=0.0, le=0.5)
+    """The share of documents held out a second time, above 0 and at most 0.5: the test split, for a report on text that
+    chose nothing (`[evaluation] test_tokens`). No test split unless set. "c4" has none."""
     max_documents: int | None = Field(default=None, ge=1)
     """Documents to prepare at most (of each split, where the corpus has its own); all of them unless set."""
     max_bytes: int | None = Field(default=None, ge=1)
@@ -107,6 +110,10 @@ class DataConfig(Section):
         if self.dataset == "c4" and self.validation_fraction is not None and self.offline_dataset is None:
             mistakes.append(
                 'validation_fraction has no effect with dataset = "c4", which has its own split; leave it out'
+            )
+        if self.dataset == "c4" and self.test_fraction is not None and self.offline_dataset is None:
+            mistakes.append(
+                'test_fraction has no effect with dataset = "c4", which has its own splits; leave it out'
             )
         if (
             self.vocab_size is not None

@@ -64,12 +64,18 @@ class Corpus:
         """The tokenizer whose ids the corpus holds."""
         return read_tokenizer(self.folder, self.index.tokenizer.eos_token)
 
-    def split(self, name: Literal["train", "validation"], seq_len: int) -> TokenSequences:
+    def split(self, name: Literal["train", "validation", "test"], seq_len: int) -> TokenSequences:
         """The sequences of one split.
 
         Raises:
-            CorpusError: if the split is shorter than one sequence, or a shard is missing or truncated.
+            CorpusError: if there is no such split, it is shorter than one sequence, or a shard is missing or truncated.
         """
+        if name not in self.index.splits:
+            raise CorpusError(
+                f"[evaluation] test_tokens: the corpus in {self.folder} has no {name} split, only "
+                f"{', '.join(self.index.splits)}; leave test_tokens out, or set [data] test_fraction where the corpus has no "
+                "splits of its own"
+            )
         shards = self.index.splits[name]
         if self.index.num_tokens(name) < seq_len + 1:
             raise CorpusError(
@@ -77,6 +83,7 @@ class Corpus:
                 f"{self.index.num_tokens(name):,} tokens, fewer than the {seq_len + 1:,} of one sequence and "
                 f"its last target; shorten seq_len, use a larger corpus"
                 + (" or raise validation_fraction" if name == "validation" else "")
+                + (" or raise test_fraction" if name == "test" else "")
             )
         return TokenSequences(
             [self.folder / shard.file for shard in shards],

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -124,16 +123,6 @@ def sha256_of_file(file: Path) -> str:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_atomically(file: Path, contents: str) -> None:
-    """Writes a text file so that readers see the old one or the new one, whole."""
-    partial = file.with_name(file.name + ".new")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(contents)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
 
 
 def _first_line(error: Exception) -> str:

@@ -80,6 +80,9 @@ def plan_as_named(config: DataConfig, stands_in_for: str | None = None) -> Corpu
         "max_documents": config.max_documents,
         "max_bytes": config.max_bytes,
     }
+    if config.test_fraction is not None and not source.splits:
+        # Only where it is set: corpora without a test split keep the names that they always had.
+        identity["test_fraction"] = config.test_fraction
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, stands_in_for)

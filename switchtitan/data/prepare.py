@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from switchtitan import __version__
+from switchtitan.atomic_file import write_atomically
 from switchtitan.config.errors import CorpusError
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, DataConfig
 from switchtitan.data.index import (
@@ -25,7 +26,6 @@ from switchtitan.data.index import (
     TokenizerRecord,
     fingerprint_of,
     sha256_of_file,
-    write_atomically,
 )
 from switchtitan.data.plan import CorpusPlan, plan_corpus, validation_fraction
 from switchtitan.data.preparation_lock import preparation_lock
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 PROGRESS_FILE = "progress.json"
 TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
+
+
+_IN_WORDS = {2: "two, of which one is held out", 3: "three, of which two are held out"}
 
 
 def prepare_corpus(
@@ -86,8 +89,8 @@ def carry_out(plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: i
             _Preparation(plan, show_progress, segment_tokens).run()
 
 
-def is_held_out(document: int, period: int) -> bool:
-    """Whether a document goes to validation: the first, and one that a hash chooses out of each later
+def is_held_out(document: int, period: int, first: int = 0) -> bool:
+    """Whether a document is held out: the one numbered `first`, and one that a hash of `first` chooses out of each later
     `period`.
 
     So the held-out share is exact, spread over the whole corpus, and never empty, however few documents there
@@ -95,8 +98,9 @@ def is_held_out(document: int, period: int) -> bool:
     """
     run, place = divmod(document, period)
     if run == 0:
-        return place == 0
-    chosen = hashlib.blake2b(run.to_bytes(8, "little"), digest_size=8).digest()
+        return place == first
+    salt = first.to_bytes(8, "little")
+    chosen = hashlib.blake2b(run.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
     return place == int.from_bytes(chosen, "little") % period
 
 
@@ -113,6 +117,8 @@ class _Preparation:
         self._limits = Limits(self._config.max_documents, self._config.max_bytes)
         self._streams: tuple[str | None, ...] = self._source.splits or (None,)
         self._period = round(1 / validation_fraction(self._config))
+        test_fraction = self._config.test_fraction
+        self._test_period = None if test_fraction is None else round(1 / test_fraction)
 
     def run(self) -> None:
         logger.info("preparing the corpus: %s -> %s", self._source.description, self._plan.folder)
@@ -170,7 +176,14 @@ class _Preparation:
     def _split_of(self, split: str | None) -> Callable[[int], str]:
         if split is not None:
             return lambda document: split
-        return lambda document: "validation" if is_held_out(document, self._period) else "train"
+        return self._drawn_split
+
+    def _drawn_split(self, document: int) -> str:
+        if is_held_out(document, self._period):
+            return "validation"
+        if self._test_period is not None and is_held_out(document, self._test_period, first=1):
+            return "test"
+        return "train"
 
     def _tokenizer(self, progress: Progress) -> DocumentTokenizer:
         """The tokenizer that an earlier start of this preparation saved, or a new one."""
@@ -237,12 +250,14 @@ class _Preparation:
         write_atomically(self._partial / PROGRESS_FILE, progress.model_dump_json())
 
     def _finish(self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str) -> None:
-        splits = {split: progress.splits.get(split, []) for split in ("train", "validation")}
+        has_test = self._test_period is not None and not self._source.splits
+        names = ("train", "validation", "test") if has_test else ("train", "validation")
+        splits = {split: progress.splits.get(split, []) for split in names}
         for split, shards in splits.items():
             if not shards:
                 raise CorpusError(
                     f"{self._source.description}: there is no document for the {split} split; a corpus needs "
-                    f"at least two, of which one is held out; give it more text"
+                    f"at least {_IN_WORDS[len(names)]}; give it more text"
                 )
         tokenizer_sha256 = sha256_of_file(self._partial / TOKENIZER_FILE)
         index = CorpusIndex(
@@ -270,8 +285,7 @@ class _Preparation:
         os.rename(self._partial, self._plan.folder)
         (self._plan.folder / PROGRESS_FILE).unlink()
         logger.info(
-            "corpus ready: %d training and %d validation tokens in %s",
-            index.num_tokens("train"),
-            index.num_tokens("validation"),
+            "corpus ready: %s tokens in %s",
+            ", ".join(f"{index.num_tokens(split)} {split}" for split in splits),
             self._plan.folder,
         )

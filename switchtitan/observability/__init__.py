@@ -2,12 +2,13 @@
 
 from switchtitan.observability.log import configure_logging
 from switchtitan.observability.memory import peak_memory_gib
-from switchtitan.observability.metrics import TENSORBOARD_FOLDER, MetricsConfig, Reporter
+from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, MetricsConfig, Reporter
 from switchtitan.observability.peak_flops import peak_flops_per_s
 from switchtitan.observability.profiler import Profiler, ProfilerConfig
 from switchtitan.observability.throughput import Throughput
 
 __all__ = [
+    "RESULTS_FILE",
     "TENSORBOARD_FOLDER",
     "MetricsConfig",
     "Profiler",

@@ -94,10 +94,11 @@ class ConsoleTable:
                 lines.append(_join("step".rjust(len(progress)), [c.title.rjust(c.width) for c in columns]))
             lines.append(_join(progress, [c.text(values[c.tag]).rjust(c.width) for c in columns]))
             self._rows_since_header += 1
-        if "loss/validation" in values:
-            loss = values["loss/validation"]
-            perplexity = values.get("perplexity/validation", math.exp(min(loss, 700)))
-            lines.append(f"{progress} validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        for split in ("validation", "test"):
+            if f"loss/{split}" in values:
+                loss = values[f"loss/{split}"]
+                perplexity = values.get(f"perplexity/{split}", math.exp(min(loss, 700)))
+                lines.append(f"{progress} {split} loss {loss:.4f}, perplexity {perplexity:.2f}")
         return lines
 
 

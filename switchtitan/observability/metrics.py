@@ -1,5 +1,6 @@
 """The `[metrics]` section, and the one place that metrics go to: console, progress bar and TensorBoard."""
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from pydantic import Field
 from tqdm import tqdm
 
+from switchtitan.atomic_file import write_atomically
 from switchtitan.config.section import Section
 from switchtitan.observability.console import (
     ConsoleTable,
@@ -20,6 +22,8 @@ from switchtitan.observability.tensorboard import TensorBoardWriter
 logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
+RESULTS_FILE = "results.json"
+"""What a finished run leaves for programs to read: final losses, speed, memory, and what they were measured with."""
 
 
 class MetricsConfig(Section):
@@ -44,6 +48,7 @@ class Reporter:
         num_steps: at which training ends.
         start_step: steps done before this run.
         description: of the run, e.g. its configuration; shown under TensorBoard's texts.
+        facts: of hardware, versions and sizes, that `results.json` keeps beside the figures.
         first_validation: a resumed run's first validation metrics, for the summary to count from.
     """
 
@@ -56,6 +61,7 @@ class Reporter:
         start_step: int = 0,
         is_main: bool,
         description: str = "",
+        facts: Mapping[str, object] | None = None,
         first_validation: Mapping[str, float] | None = None,
     ) -> None:
         self._interval = config.interval
@@ -64,6 +70,8 @@ class Reporter:
         self._is_main = is_main
         self._table = ConsoleTable(num_steps)
         self._folder = output_dir / TENSORBOARD_FOLDER
+        self._results = output_dir / RESULTS_FILE
+        self._facts = facts or {}
         self._writer = TensorBoardWriter(self._folder, start_step) if is_main and config.tensorboard else None
         if self._writer is not None and description:
             self._writer.write_text("configuration", description, start_step)
@@ -103,22 +111,35 @@ class Reporter:
         for line in self._table.lines(step, values):
             logger.info("%s", line)
 
+    @property
+    def has_results(self) -> bool:
+        """Whether a run that ended here left its results."""
+        return self._results.exists()
+
     def summary(
-        self,
-        *,
-        tokens_per_s: float,
-        wall_time_s: float,
-        checkpoint: Path | None = None,
-        trace: Path | None = None,
+        self, values: Mapping[str, float | None], *, checkpoint: Path | None = None, trace: Path | None = None
     ) -> None:
-        """Prints the closing block: what was reached, how fast, and where everything lies."""
+        """Prints the closing block: what was reached, how fast, and where everything lies; writes `results.json`.
+
+        Args:
+            values: of the whole run, by tag, for `results.json`; those that the run cannot tell are None.
+        """
         if not self._is_main:
             return
         self._bar.close()
+        self._write_results(values)
         rows = self._validation_rows()
-        rows += [("tokens/s", format_count(tokens_per_s)), ("wall time", format_duration(wall_time_s))]
+        test_loss = values.get("loss/test")
+        if test_loss is not None:
+            rows.append(("test loss", f"{test_loss:.4f}"))
+        speed, wall_time_s = values.get("throughput/tokens_per_s"), values.get("throughput/wall_time_s")
+        if speed is not None:
+            rows.append(("tokens/s", format_count(speed)))
+        if wall_time_s is not None:
+            rows.append(("wall time", format_duration(wall_time_s)))
         if checkpoint is not None:
             rows.append(("checkpoint", str(checkpoint)))
+        rows.append(("results", str(self._results)))
         if self._writer is not None:
             rows.append(("logs", str(self._folder)))
         if trace is not None:
@@ -127,6 +148,10 @@ class Reporter:
             rows.append(("to look at them", f"tensorboard --logdir {self._folder}"))
         for line in format_summary(rows):
             logger.info("%s", line)
+
+    def _write_results(self, values: Mapping[str, float | None]) -> None:
+        self._results.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._results, json.dumps(dict(values) | dict(self._facts), indent=2) + "\n")
 
     def close(self) -> None:
         """Releases the files and the terminal."""

@@ -21,7 +21,7 @@ LEVELS = (
     ("methods", "checkpoint", "hub", "observability"),
     ("distributed", "models", "data", "optim"),
     ("registry", "contracts"),
-    ("config",),
+    ("config", "atomic_file"),
 )
 """From the top down; names are packages and modules of switchtitan."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

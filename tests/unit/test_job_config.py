@@ -110,6 +110,16 @@ def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConf
             "[evaluation] tokens = 511: expected at least one sequence, [data] seq_len = 512",
         ),
         (
+            ["--evaluation.test_tokens", "2000"],
+            1,
+            "test_tokens = 2000: there is no test split; set [data] test_fraction",
+        ),
+        (
+            ["--evaluation.test_tokens", "3", "--data.test_fraction", "0.1"],
+            1,
+            "[evaluation] test_tokens = 3: expected",
+        ),
+        (
             ["--data.vocab_size", "5000"],
             1,
             "[data] vocab_size = 5000: expected at most [model] vocab_size = 4096",

@@ -1,5 +1,6 @@
 """The frame adds nothing to a plain loop, and does what it says with gradients that are not finite."""
 
+import json
 import math
 from collections.abc import Iterator
 
@@ -192,3 +193,37 @@ def test_activation_checkpointing_changes_no_loss(corpora, compiled):
         else:
             # Other fusions round otherwise; Adam amplifies that where gradients are near zero.
             assert losses[mode] == pytest.approx(losses["none"], rel=1e-5), mode
+
+
+TEST_SPLIT = ("--data.test_fraction", "0.1", "--evaluation.test_tokens", "320", "--training.steps", "4")
+
+
+def test_the_trained_model_is_judged_once_on_the_test_split(corpora):
+    trainer = tiny_trainer(corpora / "test-split", "full_rank", *TEST_SPLIT)
+    trainer.train()
+    results = json.loads((corpora / "test-split" / "run" / "results.json").read_text())
+    assert results["step"] == 4
+    assert results["tokens_seen"] == 4 * 8 * 16
+    assert results["loss/test"] == trainer.test_evaluator(trainer.model)
+    assert results["loss/test"] != trainer.evaluator(trainer.model)
+    plain = MODELS.build(tiny_config(corpora / "test-split", "full_rank").model)
+    num_trained = sum(parameter.numel() for parameter in plain.parameters())
+    assert results["num_parameters"] == {"trainable": num_trained, "frozen": 0, "candidates": 0}
+    # Weights and two moments in fp32, and a step count for each tensor.
+    num_tensors = len(list(plain.parameters()))
+    assert results["memory/state_gib"] * 2**30 == 4 * (3 * num_trained + num_tensors)
+
+
+def test_a_run_stopped_before_its_results_makes_up_for_them(corpora):
+    folder, file = corpora / "late-results", corpora / "late-results" / "run" / "results.json"
+    tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
+    results = json.loads(file.read_text())
+    file.unlink()
+    tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
+    again = json.loads(file.read_text())
+    assert again["throughput/tokens_per_s"] is None
+    for key in ("step", "loss/validation", "loss/test", "corpus"):
+        assert again[key] == results[key]
+    written_at = file.stat().st_mtime_ns
+    tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
+    assert file.stat().st_mtime_ns == written_at

@@ -19,6 +19,7 @@ def test_every_dataset_name_has_a_source() -> None:
         ({"dataset": "pystdlib", "path": "x"}, "path = .* has no effect"),
         ({"dataset": "text", "path": "x", "text_column": "body"}, "text_column"),
         ({"dataset": "c4", "validation_fraction": 0.1}, "own split"),
+        ({"dataset": "c4", "test_fraction": 0.1}, "test_fraction has no effect"),
         ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300 has an effect"),
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
         ({"dataset": "c4", "path": "x", "offline_dataset": "pystdlib"}, "offline_dataset"),

@@ -79,6 +79,29 @@ def test_held_out_documents_are_the_asked_share_spread_over_the_corpus() -> None
     assert len({number % 20 for number in held_out}) > 10
 
 
+def test_a_test_split_is_a_third_part_of_the_documents(
+    jsonl_config: DataConfig, documents: list[str]
+) -> None:
+    config = jsonl_config.model_copy(update={"test_fraction": 0.05})
+    corpus = open_corpus(config, show_progress=False)
+    assert corpus.folder != plan_corpus(jsonl_config).folder
+    numbers = range(len(documents))
+    validation = [number for number in numbers if is_held_out(number, 10)]
+    test = [number for number in numbers if is_held_out(number, 20, first=1) and number not in validation]
+    # One document in 20, less the few that validation took.
+    assert 4 <= len(test) <= 6
+    assert read_split(corpus, "validation") == [documents[number] for number in validation]
+    assert read_split(corpus, "test") == [documents[number] for number in test]
+    assert read_split(corpus, "train") == [
+        documents[number] for number in numbers if number not in validation + test
+    ]
+
+
+def test_a_corpus_without_a_test_split_says_so(corpus: Corpus) -> None:
+    with pytest.raises(CorpusError, match=r"no test split, only train, validation.*\[data\] test_fraction"):
+        corpus.split("test", 16)
+
+
 @pytest.mark.usefixtures("small_batches")
 def test_segments_change_the_files_but_not_the_tokens(
     jsonl_config: DataConfig, tmp_path: Path, corpus: Corpus

@@ -69,7 +69,7 @@ def test_summary_of_a_resumed_run_counts_from_its_first_validation(tmp_path, cap
     )
     reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
     with caplog.at_level(logging.INFO):
-        reporter.summary(tokens_per_s=1.0, wall_time_s=1.0)
+        reporter.summary({})
     reporter.close()
     assert "6.0000 -> 3.0000" in caplog.text
 
@@ -78,7 +78,7 @@ def test_other_ranks_print_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         reporter = Reporter(MetricsConfig(), tmp_path, num_steps=3, is_main=False)
         reporter.report(1, {"loss/train": 1.0})
-        reporter.summary(tokens_per_s=1.0, wall_time_s=1.0)
+        reporter.summary({})
     assert caplog.text == ""
 
 
@@ -101,8 +101,7 @@ def test_summary_says_what_was_reached_and_where_everything_lies(tmp_path, caplo
     with caplog.at_level(logging.INFO):
         caplog.clear()
         reporter.summary(
-            tokens_per_s=12345.0,
-            wall_time_s=187.0,
+            {"throughput/tokens_per_s": 12345.0, "throughput/wall_time_s": 187.0, "loss/test": 3.25},
             checkpoint=tmp_path / "step",
             trace=tmp_path / "trace.json",
         )
@@ -111,6 +110,7 @@ def test_summary_says_what_was_reached_and_where_everything_lies(tmp_path, caplo
     text = "\n".join(lines)
     assert "validation loss  6.0000 -> 3.0000" in text
     assert "403.43 -> 20.09" in text
+    assert "test loss        3.2500" in text
     assert "12.3k" in text
     assert "3m07s" in text
     assert str(tmp_path / "step") in text
