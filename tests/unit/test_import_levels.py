@@ -12,6 +12,8 @@ ROOT = Path(switchtitan.__file__).parent
 LEVELS = (
     ("train",),
     ("launch",),
+    ("comparison",),
+    ("benchmark",),
     ("build",),
     ("trainer", "initial_weights"),
     ("evaluate",),

@@ -1,0 +1,147 @@
+"""Training steps of several configurations, timed in alternation in one process."""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from switchtitan.benchmark.step_times import StepTimes
+from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
+from switchtitan.build import build_trainer
+from switchtitan.checkpoint.config import RESUME_NEVER
+from switchtitan.config import ConfigError
+from switchtitan.distributed.world import start_world, stop_world
+from switchtitan.job_config import JobConfig
+from switchtitan.observability import configure_logging
+from switchtitan.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 3
+"""Steps of each configuration before the timed ones: they compile, allocate, and fill caches."""
+_NUM_MARKS = 4
+_RECOMPILE_LIMIT = 256
+"""Graphs that torch.compile may keep for one function; the default, 8, is meant for one model, and here several share their
+functions."""
+
+
+def time_steps_side_by_side(
+    configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
+) -> dict[str, StepTimes]:
+    """Times whole training steps of several configurations: in each round, `steps_per_round` steps of each in turn.
+
+    All models are in memory at once. The data are the configurations' own; nothing is evaluated or saved, and files go to a
+    temporary folder. Every rank of a run on several ranks calls it alike.
+
+    Args:
+        configs: by a name of the caller's choice.
+
+    Returns:
+        This rank's times by the same names, of steps `WARM_UP_STEPS` + 1 and on.
+
+    Raises:
+        ConfigError: if a configuration's run is shorter than what is to be timed.
+        UserError: if a trainer cannot be built.
+        torch._dynamo.exc.RecompileError: if a timed step had to compile, so that its time would say nothing.
+    """
+    assert rounds >= 1
+    assert steps_per_round >= 1
+    _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
+    joined_world = not dist.is_initialized()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+    ):
+        try:
+            benches = {
+                name: _Bench(_without_output(config, Path(folder) / str(index)))
+                for index, (name, config) in enumerate(configs.items())
+            }
+            return _time(benches, rounds, steps_per_round)
+        finally:
+            if joined_world:
+                stop_world()
+
+
+class _Bench:
+    """One configuration's trainer under the stopwatch."""
+
+    def __init__(self, config: JobConfig) -> None:
+        world = start_world(config.parallelism)
+        self.trainer: Trainer = build_trainer(config, world)
+        # The log file lies in the temporary folder.
+        configure_logging(is_main=world.is_main, rank=world.rank)
+        self.tokens_per_step = config.training.global_batch_size * config.data.seq_len
+        self._stopwatch = Stopwatch(world.device)
+        self.trainer.optimizer = MarkedOptimizer(self.trainer.optimizer, self._stopwatch)
+
+    def run(self, num_steps: int) -> np.ndarray:
+        """Takes steps; returns seconds to the update, of the update, and after it, [steps, 3]."""
+        self.trainer.world.synchronize()
+        for _ in range(num_steps):
+            self._stopwatch.mark()
+            self.trainer.train_step()
+            self._stopwatch.mark()
+        intervals = np.array([*self._stopwatch.intervals_s(), 0.0])
+        # What follows a step's last mark is no part of it.
+        return intervals.reshape(num_steps, _NUM_MARKS)[:, : _NUM_MARKS - 1]
+
+    def close(self) -> None:
+        self.trainer.batches.close()
+        self.trainer.reporter.close()
+
+
+def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> dict[str, StepTimes]:
+    try:
+        # In turns too: what one configuration compiles may make another one's graphs be looked for anew.
+        for _ in range(WARM_UP_STEPS):
+            for bench in benches.values():
+                bench.run(1)
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(rounds):
+                for name, bench in benches.items():
+                    parts[name].append(bench.run(steps_per_round))
+    finally:
+        for bench in benches.values():
+            bench.close()
+    return {
+        name: _step_times(np.stack(parts[name]), bench.tokens_per_step) for name, bench in benches.items()
+    }
+
+
+def _step_times(parts: np.ndarray, tokens_per_step: int) -> StepTimes:
+    """From seconds to the update, of the update, and after it, [rounds, steps, 3]."""
+    return StepTimes(
+        step_s=parts.sum(axis=2),
+        forward_backward_s=parts[:, :, 0],
+        optimizer_s=parts[:, :, 1],
+        tokens_per_step=tokens_per_step,
+    )
+
+
+def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:
+    for name, config in configs.items():
+        if config.training.steps < num_steps:
+            raise ConfigError(
+                f"{name}: [training] steps = {config.training.steps}: expected at least {num_steps}, the {WARM_UP_STEPS} steps "
+                "of warm-up and those to be timed; raise it, or time fewer rounds or steps"
+            )
+
+
+def _without_output(config: JobConfig, folder: Path) -> JobConfig:
+    """The same training, writing next to nothing, below `folder`, and starting anew."""
+    return config.model_copy(
+        update={
+            "job": config.job.model_copy(update={"output_dir": folder}),
+            "checkpoint": config.checkpoint.model_copy(
+                update={"resume": RESUME_NEVER, "initial_weights": None}
+            ),
+            "metrics": config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
+            "profiler": config.profiler.model_copy(update={"enabled": False}),
+        }
+    )

@@ -1,0 +1,82 @@
+"""Steps of several configurations are timed in alternation, without compiling, and leave nothing behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import METHOD_KEYS, tiny_config
+from torch._dynamo.utils import compilation_time_metrics
+
+from switchtitan.benchmark import side_by_side, time_steps_side_by_side
+from switchtitan.config import ConfigError
+
+COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def num_compilations() -> int:
+    return len(compilation_time_metrics.get("_compile.compile_inner", []))
+
+
+def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
+    folder = corpora / "timed"
+    configs = {method: tiny_config(folder, method) for method in METHOD_KEYS}
+    times = time_steps_side_by_side(configs, rounds=3, steps_per_round=2)
+    assert list(times) == list(configs)
+    for of_method in times.values():
+        assert of_method.step_s.shape == (3, 2)
+        assert of_method.tokens_per_step == 8 * 16
+        assert (of_method.forward_backward_s > 0).all()
+        assert (of_method.optimizer_s > 0).all()
+        parts = of_method.forward_backward_s + of_method.optimizer_s
+        # What is left is the step's end: gradients are freed.
+        assert (of_method.step_s > parts).all()
+    assert not (folder / "run").exists()
+    assert not dist.is_initialized()
+
+
+def test_alternating_compiled_models_compiles_nothing_anew(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks and batches differ, so each configuration has graphs of its own for the functions that all of them share: nine
+    of the blocks, and more shapes of factors than torch.compile keeps by default."""
+    folder = corpora / "alternated"
+    configs = {
+        f"rank {rank}, batch {batch}": tiny_config(
+            folder,
+            "switchlora",
+            *COMPILED,
+            *("--method.rank", str(rank), "--training.local_batch_size", str(batch)),
+        )
+        for rank, batch in ((4, 2), (5, 4), (6, 8))
+    }
+    compiled_by_step: list[int] = []
+    run = side_by_side._Bench.run
+
+    def counted_run(bench: side_by_side._Bench, num_steps: int) -> np.ndarray:
+        before = num_compilations()
+        result = run(bench, num_steps)
+        compiled_by_step.append(num_compilations() - before)
+        return result
+
+    monkeypatch.setattr(side_by_side._Bench, "run", counted_run)
+    times = time_steps_side_by_side(configs, rounds=2, steps_per_round=3)
+    num_warm_up = side_by_side.WARM_UP_STEPS * len(configs)
+    assert all(compiled_by_step[: len(configs)])
+    assert not any(compiled_by_step[num_warm_up:])
+    assert len(times) == 3
+
+
+def test_a_run_shorter_than_what_is_timed_is_refused(corpora: Path) -> None:
+    config = tiny_config(corpora / "short", "lora", "--training.steps", "22")
+    with pytest.raises(ConfigError, match=r"tiny one: \[training\] steps = 22: expected at least 23"):
+        time_steps_side_by_side({"tiny one": config}, rounds=5, steps_per_round=4)
