@@ -1,4 +1,5 @@
-"""SwitchLoRA (arXiv 2406.06564): decide (`schedule`), compute (`switch`, `freeze`, `adamw`), apply (`optimizer`)."""
+"""SwitchLoRA (arXiv 2406.06564): decide (`schedule`), compute (`draws`, `switch`, `freeze`, `adamw`), apply (`candidates`,
+`optimizer`)."""
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLora

@@ -15,6 +15,9 @@ class SwitchLoraConfig(LowRankConfig):
     init: Literal["switchlora", "lora"] = "switchlora"
     """How factors and candidates start: `switchlora` balances both factors' gradients (the paper's eq. for initial standard
     deviations); `lora` starts A small and random, B and its candidates at zero."""
+    candidates: Literal["swap", "constant"] = "swap"
+    """What becomes of a vector that is switched out: `swap` keeps it as a candidate, and it comes back with what it has learnt;
+    `constant` drops it, and candidates stay what they were drawn as, which takes no memory."""
     interval: float = Field(default=40, gt=0)
     """Mean number of steps between two switches of one vector at the start of training, at least 2 * freeze_steps."""
     decay: Literal["exponential", "sigmoid", "constant"] = "exponential"
@@ -23,7 +26,9 @@ class SwitchLoraConfig(LowRankConfig):
     """The share of training, in (0, 1], after which the frequency has fallen to 0.3 (exponential) or 0.5 (sigmoid) of its
     start. Has no effect with constant."""
     freeze_steps: int = Field(default=5, ge=0)
-    """Steps for which the counterpart of a switched vector gets no update, its optimizer state having been reset."""
+    """Steps for which the counterpart of a switched vector gets no update; at least 0."""
+    reset_moments: Literal["counterpart", "both", "none"] = "counterpart"
+    """Whose optimizer state, step count included, a switch resets: the switched vector's counterpart's, both, or none."""
 
     @model_validator(mode="after")
     def _check_switching(self) -> "SwitchLoraConfig":

@@ -2,11 +2,17 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from switchtitan.methods.lowrank.init import balanced_bounds, uniform, without_update
+from switchtitan.methods.lowrank.linear import InitialFactors
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.draws import draw_vectors, splitmix64
 from switchtitan.methods.switchlora.schedule import initial_slots
 
 
@@ -21,6 +27,22 @@ def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int
     return {"candidates_a": (count, in_features), "candidates_b": (out_features, count)}
 
 
+def candidate_bounds(
+    init: Literal["switchlora", "lora"], out_features: int, in_features: int, rank: int
+) -> tuple[float, float]:
+    """Bounds of the uniform distributions of A's and B's candidates: `balanced_bounds`, or LoRA's 1/sqrt(in) and 0."""
+    if init == "switchlora":
+        return balanced_bounds(out_features, in_features, rank)
+    return 1 / math.sqrt(in_features), 0.0
+
+
+def initial_factors(config: SwitchLoraConfig) -> InitialFactors:
+    """What gives a layer its initial tensors."""
+    if config.candidates == "swap":
+        return balanced_candidates_init if config.init == "switchlora" else lora_candidates_init
+    return partial(drawn_candidates_init, config.init)
+
+
 def balanced_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
@@ -32,27 +54,57 @@ def balanced_candidates_init(
     Returns:
         `weight`, `lora_a`, `lora_b`, `candidates_a`, `candidates_b`.
     """
-    out_features, in_features = weight.shape
-    bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
-    return _from_candidates(weight, rank, scale, generator_for, bound_a, bound_b)
+    return _from_stored_candidates("switchlora", weight, rank, scale, generator_for)
 
 
 def lora_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
     """A's candidates uniform on +-1/sqrt(in), B's zero, W untouched. Returns as `balanced_candidates_init`."""
-    return _from_candidates(weight, rank, scale, generator_for, 1 / math.sqrt(weight.shape[1]), 0.0)
+    return _from_stored_candidates("lora", weight, rank, scale, generator_for)
 
 
-def _from_candidates(
+def drawn_candidates_init(
+    init: Literal["switchlora", "lora"],
     weight: Tensor,
     rank: int,
     scale: float,
     generator_for: Callable[[str], torch.Generator],
-    bound_a: float,
-    bound_b: float,
 ) -> dict[str, Tensor]:
-    shapes = candidate_shapes(*weight.shape)
+    """The same distributions, for candidates that are drawn when needed: no more than the factors' own are drawn here.
+
+    Returns:
+        `weight`, `lora_a`, `lora_b`.
+    """
+    out_features, in_features = weight.shape
+    bound_a, bound_b = candidate_bounds(init, out_features, in_features, rank)
+    slots_a, slots_b = initial_slots(rank, num_candidates(out_features, in_features))
+    lora_a = _draw(generator_for("candidates_a"), slots_a, bound_a, in_features).to(weight.dtype)
+    lora_b = _draw(generator_for("candidates_b"), slots_b, bound_b, out_features).to(weight.dtype).t()
+    return {"weight": without_update(weight, lora_a, lora_b, scale), "lora_a": lora_a, "lora_b": lora_b}
+
+
+def candidates_key(generator: torch.Generator) -> int:
+    """The key of a layer's drawn candidates on one side, from the generator that belongs to their name."""
+    return generator.initial_seed()
+
+
+def _draw(generator: torch.Generator, slots: np.ndarray, bound: float, width: int) -> Tensor:
+    """Candidates in `slots` [k], [k, width]."""
+    keys = splitmix64(torch.tensor(candidates_key(generator)), torch.from_numpy(slots))
+    return draw_vectors(keys, torch.full(keys.shape, bound, dtype=torch.float32), range(width))
+
+
+def _from_stored_candidates(
+    init: Literal["switchlora", "lora"],
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    generator_for: Callable[[str], torch.Generator],
+) -> dict[str, Tensor]:
+    out_features, in_features = weight.shape
+    shapes = candidate_shapes(out_features, in_features)
+    bound_a, bound_b = candidate_bounds(init, out_features, in_features, rank)
     candidates_a = uniform(shapes["candidates_a"], bound_a, generator_for("candidates_a"))
     candidates_b = uniform(shapes["candidates_b"], bound_b, generator_for("candidates_b"))
     slots_a, slots_b = initial_slots(rank, len(candidates_a))

@@ -12,12 +12,9 @@ from switchtitan.methods.lowrank import (
     merged_state_dict,
     replace_linears,
 )
+from switchtitan.methods.switchlora.candidates import DrawnCandidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.init import (
-    balanced_candidates_init,
-    candidate_shapes,
-    lora_candidates_init,
-)
+from switchtitan.methods.switchlora.init import candidate_shapes, initial_factors
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import OPTIMIZERS, AdamWConfig
 
@@ -28,6 +25,7 @@ class SwitchLora:
     def __init__(self, config: SwitchLoraConfig, num_steps: int, seed: int) -> None:
         self._config = config
         self._num_steps = num_steps
+        self._seed = seed
 
     def prepare_model(self, model: nn.Module) -> None:
         replace_linears(model, self._config.targets, self._build_layer)
@@ -43,16 +41,23 @@ class SwitchLora:
         ]
         # Not compiled: torch's fused kernel takes these few tensors in one pass already.
         dense = OPTIMIZERS.build(config, dense_parameters, local)
-        return SwitchLoraOptimizer(self._config, config, layers, dense, self._num_steps, compile_step)
+        candidates = (
+            StoredCandidates(list(layers.values()))
+            if self._config.candidates == "swap"
+            else DrawnCandidates(self._config, layers, self._seed)
+        )
+        return SwitchLoraOptimizer(
+            self._config, config, layers, dense, self._num_steps, compile_step, candidates
+        )
 
     def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return merged_state_dict(model)
 
     def _build_layer(self, linear: nn.Linear) -> LowRankLinear:
-        balanced = self._config.init == "switchlora"
+        is_stored = self._config.candidates == "swap"
         return low_rank_layer_for(
             linear,
             self._config,
-            balanced_candidates_init if balanced else lora_candidates_init,
-            candidate_shapes(linear.out_features, linear.in_features),
+            initial_factors(self._config),
+            candidate_shapes(linear.out_features, linear.in_features) if is_stored else None,
         )

@@ -7,30 +7,15 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import (
-    RowExchange,
-    RowRequest,
-    copy_all_,
-    local,
-    shard_group,
-    write_rows_,
-)
+from switchtitan.distributed.shards import RowExchange, RowRequest, local, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.adamw import VectorAdamW
+from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates, Switches
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorRun
-from switchtitan.methods.switchlora.schedule import (
-    LayerSwitch,
-    SwitchCounts,
-    SwitchSchedule,
-    plan_layer_switch,
-)
-from switchtitan.methods.switchlora.switch import (
-    column_views,
-    fold_into_weight_,
-    split_columns,
-    take_columns,
-)
+from switchtitan.methods.switchlora.init import num_candidates
+from switchtitan.methods.switchlora.schedule import SwitchCounts, SwitchSchedule, plan_layer_switch
+from switchtitan.methods.switchlora.switch import fold_into_weight_, take_columns, write_columns_
 from switchtitan.optim import AdamWConfig
 
 
@@ -41,9 +26,10 @@ class SwitchLoraOptimizer:
     switch must not happen then.
 
     Args:
-        layers: those that switch, by qualified name, with `candidates_a` and `candidates_b`.
+        layers: those that switch, by qualified name.
         dense: trains everything else.
         num_steps: length of the run, which the switching schedule is stretched over.
+        candidates: of `layers`; by default those in their buffers.
     """
 
     def __init__(
@@ -54,14 +40,16 @@ class SwitchLoraOptimizer:
         dense: TrainingOptimizer,
         num_steps: int,
         compile_step: bool,
+        candidates: Candidates | None = None,
     ) -> None:
         self._config = config
         self._layers = list(layers.values())
         self._dense = dense
         self._vectors = VectorAdamW(adamw, layers, compile_step)
-        self._candidates_a = [layer.get_buffer("candidates_a") for layer in self._layers]
-        self._candidates_b = [layer.get_buffer("candidates_b") for layer in self._layers]
-        self._num_candidates = np.array([len(candidates) for candidates in self._candidates_a])
+        self._candidates = StoredCandidates(self._layers) if candidates is None else candidates
+        self._num_candidates = np.array(
+            [num_candidates(layer.out_features, layer.in_features) for layer in self._layers]
+        )
         self._schedule = SwitchSchedule(config, num_steps, len(layers))
         self._counts = SwitchCounts(len(layers), config.freeze_steps)
         factor = self._layers[0].lora_a
@@ -89,51 +77,44 @@ class SwitchLoraOptimizer:
         }
         self._switch_(switches, checksum=_checksum(step, switched_before, counts))
         counterparts = _counterparts(switches)
-        self._vectors.reset_(counterparts)
+        if self._config.reset_moments == "counterpart":
+            self._vectors.reset_(counterparts)
+        elif self._config.reset_moments == "both":
+            self._vectors.reset_(counterparts + _switched(switches))
         self._timers.start_(counterparts)
         self._vectors.step(self._timers.moving())
         self._timers.advance_()
         self._dense.step()
 
-    def _switch_(self, switches: dict[int, LayerSwitch], checksum: int) -> None:
+    def _switch_(self, switches: Switches, checksum: int) -> None:
         layers = [self._layers[index] for index in switches]
-        all_candidates_a = [self._candidates_a[index] for index in switches]
-        all_candidates_b = [self._candidates_b[index] for index in switches]
         plans = list(switches.values())
         requests = [
-            request
-            for layer, candidates_a, plan in zip(layers, all_candidates_a, plans, strict=True)
-            for request in (
-                RowRequest(layer.lora_a, plan.rows),
-                RowRequest(candidates_a, plan.slots_in),
-                RowRequest(layer.lora_a, plan.columns),
-            )
+            *(RowRequest(layer.lora_a, plan.rows) for layer, plan in zip(layers, plans, strict=True)),
+            *(RowRequest(layer.lora_a, plan.columns) for layer, plan in zip(layers, plans, strict=True)),
+            *self._candidates.row_requests(switches),
         ]
-        rows = self._exchange.gather(requests, checksum)
-        rows_out, rows_in, counterparts_a = rows[0::3], rows[1::3], rows[2::3]
-        columns_to: list[Tensor] = []
-        columns_from: list[Tensor] = []
+        gathered = self._exchange.gather(requests, checksum)
+        num = len(layers)
+        rows_out, counterparts_a = gathered[:num], gathered[num : 2 * num]
+        taken = self._candidates.take(switches, gathered[2 * num :])
+        lora_b = [local(layer.lora_b) for layer in layers]
+        columns_out = [take_columns(held, plan.columns) for held, plan in zip(lora_b, plans, strict=True)]
         for index, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-            lora_b, candidates_b = local(layer.lora_b), local(all_candidates_b[index])
-            columns_out = take_columns(lora_b, plan.columns)
-            columns_in = take_columns(candidates_b, plan.slots_in)
             fold_into_weight_(
                 local(layer.weight),
                 counterparts_a[index],
-                take_columns(lora_b, plan.rows),
-                rows_out[index] - rows_in[index],
-                columns_out - columns_in,
+                take_columns(lora_b[index], plan.rows),
+                rows_out[index] - taken[index].rows,
+                columns_out[index] - taken[index].columns,
                 layer.scale,
             )
-            columns_to += column_views(candidates_b, plan.slots_out) + column_views(lora_b, plan.columns)
-            columns_from += split_columns(columns_out, plan.slots_out) + split_columns(
-                columns_in, plan.columns
-            )
-        copy_all_(columns_to, columns_from)
+        self._candidates.put_back_(switches, rows_out, columns_out)
+        write_columns_(lora_b, [plan.columns for plan in plans], [vectors.columns for vectors in taken])
         write_rows_(
-            all_candidates_a + [layer.lora_a for layer in layers],
-            [plan.slots_out for plan in plans] + [plan.rows for plan in plans],
-            rows_out + rows_in,
+            [layer.lora_a for layer in layers],
+            [plan.rows for plan in plans],
+            [vectors.rows for vectors in taken],
         )
 
     def zero_grad(self) -> None:
@@ -183,12 +164,22 @@ class SwitchLoraOptimizer:
         self._counts.recent = state["switch.recent"].cpu().numpy().copy()
 
 
-def _counterparts(switches: dict[int, LayerSwitch]) -> list[VectorRun]:
+def _counterparts(switches: Switches) -> list[VectorRun]:
     """B's columns beside the switched rows of A, and A's rows beside the switched columns of B."""
     return [
         VectorRun(side, layer, run)
         for layer, plan in switches.items()
         for side, runs in ((SIDE_B, plan.rows), (SIDE_A, plan.columns))
+        for run in runs
+    ]
+
+
+def _switched(switches: Switches) -> list[VectorRun]:
+    """The switched rows of A and columns of B themselves."""
+    return [
+        VectorRun(side, layer, run)
+        for layer, plan in switches.items()
+        for side, runs in ((SIDE_A, plan.rows), (SIDE_B, plan.columns))
         for run in runs
     ]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import Runs
+from switchtitan.distributed.shards import Runs, copy_all_
 
 
 def fold_into_weight_(
@@ -44,3 +44,19 @@ def column_views(matrix: Tensor, runs: Runs) -> list[Tensor]:
 def split_columns(columns: Tensor, runs: Runs) -> list[Tensor]:
     """`columns` [rows, wanted] cut as `runs` are."""
     return list(columns.split([len(run) for run in runs], dim=1))
+
+
+def write_columns_(matrices: list[Tensor], runs: list[Runs], columns: list[Tensor]) -> None:
+    """Writes `columns[i]` [rows, wanted] to the columns `runs[i]` of `matrices[i]`, all in few kernels."""
+    copy_all_(
+        [
+            view
+            for matrix, wanted in zip(matrices, runs, strict=True)
+            for view in column_views(matrix, wanted)
+        ],
+        [
+            part
+            for values, wanted in zip(columns, runs, strict=True)
+            for part in split_columns(values, wanted)
+        ],
+    )
