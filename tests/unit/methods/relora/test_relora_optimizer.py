@@ -1,0 +1,234 @@
+"""The whole optimizer beside a literal re-implementation over torch's AdamW, on a whole LLaMA in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from switchtitan.contracts import Reparametrized
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.methods.lowrank import low_rank_layers
+from switchtitan.methods.relora import Relora, ReloraConfig
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+from switchtitan.optim import AdamWConfig
+
+SEED, NUM_STEPS, INTERVAL, WARMUP, VOCABULARY = 3, 28, 7, 3, 29
+MODEL = LlamaConfig(
+    name="llama",
+    size="9m",
+    hidden_size=12,
+    intermediate_size=17,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    vocab_size=VOCABULARY,
+    init_std=0.2,
+)
+ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+TOLERANCE = 1e-10  # float64 rounds at 1e-16; Adam with eps 1e-6 amplifies by up to 1e5
+
+
+@pytest.fixture
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def relora(num_steps=NUM_STEPS, **keys):
+    config = ReloraConfig(rank=5, alpha=2.5, reset_interval=INTERVAL, restart_warmup_steps=WARMUP, **keys)
+    return Relora(config, num_steps, SEED)
+
+
+def draw_model(method):
+    """The model of a method with its initial values, in the default dtype."""
+    plain = MODELS.build(MODEL)
+    values = {
+        name: plain.initial_value(name, p.shape, generator_for(SEED, name)).to(p)
+        for name, p in plain.named_parameters()
+    }
+    method.prepare_model(plain)
+    with torch.no_grad():
+        for prefix, module in plain.named_modules():
+            own = {name: values.get(f"{prefix}.{name}") for name, _ in module.named_parameters(recurse=False)}
+            if isinstance(module, Reparametrized):
+                own = module.initial_tensors(
+                    own["weight"], lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}")
+                )
+            for name, value in own.items():
+                module.get_parameter(name).copy_(value)
+    return plain
+
+
+def build(method, adamw=ADAMW):
+    model = draw_model(method)
+    return model, method.build_optimizer(model, adamw, compile_step=False)
+
+
+class ReferenceLayer(nn.Module):
+    def __init__(self, ours):
+        super().__init__()
+        self.W, self.scale = ours.weight.detach().clone(), ours.scale
+        self.A = nn.Parameter(ours.lora_a.detach().clone())
+        self.B = nn.Parameter(ours.lora_b.detach().clone())
+
+    def forward(self, x):
+        return x @ self.W.T + self.scale * (x @ self.A.T) @ self.B.T
+
+
+class Reference:
+    """Everything by one torch optimizer; resets as the paper's Algorithm 1 tells them."""
+
+    def __init__(self, method_keys):
+        self.keys = method_keys
+        self.model = draw_model(relora(**method_keys))
+        self.layers = {name: ReferenceLayer(layer) for name, layer in low_rank_layers(self.model).items()}
+        for name, layer in self.layers.items():
+            parent, _, local_name = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), local_name, layer)
+        # Not fused: an implementation of its own.
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=ADAMW.lr,
+            betas=ADAMW.betas,
+            eps=ADAMW.eps,
+            weight_decay=ADAMW.weight_decay,
+            foreach=False,
+        )
+
+    def set_lr(self, step, factor):
+        since, restarted = step % INTERVAL, step >= INTERVAL
+        jagged = (since + 1) / WARMUP if restarted and since < WARMUP else 1.0
+        self.optimizer.param_groups[0]["lr"] = ADAMW.lr * factor * jagged
+
+    @torch.no_grad()
+    def finish(self, step):
+        self.optimizer.step()
+        number, rest = divmod(step + 1, INTERVAL)
+        if rest or step + 1 == NUM_STEPS:
+            return
+        for name, layer in self.layers.items():
+            layer.W += layer.scale * layer.B @ layer.A
+            bound = 1 / math.sqrt(layer.A.shape[1])
+            layer.A.uniform_(-bound, bound, generator=generator_for(SEED, f"{name}.lora_a:{number}"))
+            layer.B.zero_()
+            for factor, factor_name in ((layer.A, "lora_a"), (layer.B, "lora_b")):
+                self.prune(factor, f"{name}.{factor_name}", number)
+
+    def prune(self, factor, name, number):
+        how, ratio = self.keys.get("reset_moments", "magnitude"), self.keys.get("prune_ratio", 0.9)
+        if how == "zero":
+            del self.optimizer.state[factor]
+            return
+        lots = torch.rand(factor.shape, generator=generator_for(SEED, f"{name}.moments:{number}"))
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = self.optimizer.state[factor][key]
+            scores = moment.abs() if how == "magnitude" else lots
+            threshold = scores.flatten().kthvalue(round(ratio * scores.numel())).values
+            moment[scores <= threshold] = 0
+
+
+def loss_and_gradients(model, step):
+    tokens = torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(step))
+    logits = model(tokens[:, :-1], torch.zeros(3, 7, dtype=torch.int32))
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    model.zero_grad()
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"prune_ratio": 0.5}, {"reset_moments": "random", "prune_ratio": 0.8}, {"reset_moments": "zero"}],
+    ids=["magnitude", "magnitude-half", "random", "zero"],
+)
+def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
+    model, optimizer = build(relora(**keys))
+    reference = Reference(keys)
+    for step in range(NUM_STEPS):
+        factor = 1 / (1 + step / 10)
+        assert loss_and_gradients(model, step) == pytest.approx(
+            loss_and_gradients(reference.model, step), abs=TOLERANCE
+        ), step
+        optimizer.set_lr(factor)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.set_lr(step, factor)
+        reference.finish(step)
+        assert optimizer.metrics()["optimizer/lr"] == pytest.approx(
+            reference.optimizer.param_groups[0]["lr"], rel=1e-12
+        )
+    assert optimizer.metrics()["reset/resets_total"] == 3
+    for name, layer in low_rank_layers(model).items():
+        theirs = reference.layers[name]
+        for ours, other in ((layer.weight, theirs.W), (layer.lora_a, theirs.A), (layer.lora_b, theirs.B)):
+            torch.testing.assert_close(ours.detach(), other.detach(), rtol=0, atol=TOLERANCE)
+        assert layer.lora_b.any(), "the last step is followed by no reset"
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        loss_and_gradients(model, step)
+        optimizer.set_lr(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_reset_keeps_the_models_logits():
+    model, optimizer = build(relora(), AdamWConfig(lr=2e-2))
+    train(model, optimizer, range(INTERVAL - 1))
+    tokens, documents = torch.arange(21).view(3, 7), torch.zeros(3, 7, dtype=torch.int32)
+    before = model(tokens, documents).detach()
+    dense_before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    loss_and_gradients(model, INTERVAL)
+    optimizer.set_lr(0.0)  # an update that changes nothing, and a reset
+    optimizer.step()
+    assert optimizer.metrics()["reset/resets_total"] == 1
+    after = model(tokens, documents).detach()
+    # fp32 roundings of 6e-8 through two blocks, logits of order 1.
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert (model.model.layers[0].mlp.up_proj.weight - dense_before).abs().max() > 1e-3
+
+
+def test_both_factors_of_every_layer_get_gradients_soon_after_a_reset():
+    model, optimizer = build(relora())
+    train(model, optimizer, range(INTERVAL))
+    layers = low_rank_layers(model).values()
+    assert not any(layer.lora_b.any() for layer in layers)
+    loss_and_gradients(model, INTERVAL)
+    assert all(layer.lora_b.grad.any() for layer in layers)
+    # A's gradient goes through B, which is zero until this step's update.
+    assert not any(layer.lora_a.grad.any() for layer in layers)
+    train(model, optimizer, [INTERVAL])
+    loss_and_gradients(model, INTERVAL + 1)
+    assert all(layer.lora_a.grad.any() and layer.lora_b.grad.any() for layer in layers)
+
+
+def test_only_the_factors_moments_are_pruned():
+    model, optimizer = build(relora())
+    train(model, optimizer, range(INTERVAL))
+    state = optimizer.state_dict()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        num_values = parameter.numel()
+        is_factor = name.endswith(("lora_a", "lora_b"))
+        num_kept = num_values - round(0.9 * num_values) if is_factor else num_values
+        seen = state[f"{name}.exp_avg_sq"]
+        if name.endswith("embed_tokens.weight"):  # tokens that have not come up have moments of zero anyway
+            assert seen.count_nonzero() > num_values / 2
+        else:
+            assert seen.count_nonzero() == num_kept, name
+        assert state[f"{name}.step"] == INTERVAL
+
+
+def test_a_run_too_short_for_a_reset_says_so(caplog):
+    build(relora(num_steps=INTERVAL))
+    assert "this run never resets" in caplog.text
+    caplog.clear()
+    build(relora(num_steps=INTERVAL + 1))
+    assert not caplog.text
