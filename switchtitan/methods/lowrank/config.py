@@ -1,10 +1,22 @@
 """The keys that all low-rank methods share."""
 
-from pydantic import Field, field_validator
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from switchtitan.config import Section
 
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
+    if not targets or len(set(targets)) != len(targets):
+        raise ValueError("name at least one layer, each once")
+    return targets
+
+
+Targets = Annotated[tuple[str, ...], AfterValidator(_check_targets)]
+"""Local names of linear layers, at least one, each once."""
 
 
 class LowRankConfig(Section):
@@ -16,34 +28,30 @@ class LowRankConfig(Section):
     """The update is scaled by alpha / rank; above 0."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability, in [0, 1), that an element of the input is dropped on its way into the low-rank update."""
-    targets: tuple[str, ...] = ADAPTED_LINEARS
+    targets: Targets = ADAPTED_LINEARS
     """Local names of the linear layers to adapt; by default all of attention and MLP. The rest trains at full rank."""
-
-    @field_validator("targets")
-    @classmethod
-    def _check_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if not targets or len(set(targets)) != len(targets):
-            raise ValueError("name at least one layer, each once")
-        return targets
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """What is wrong between this section and a model's linear layers, qualified name -> (out, in)."""
-        names = {name.rpartition(".")[2] for name in linear_shapes}
-        problems = [
-            f"[method] targets: the model has no linear layer called {target!r}; it has {', '.join(sorted(names))}"
-            for target in self.targets
-            if target not in names
-        ]
-        adapted = {
-            name: min(shape)
-            for name, shape in linear_shapes.items()
-            if name.rpartition(".")[2] in self.targets
-        }
-        if adapted and self.rank >= min(adapted.values()):
-            name = min(adapted, key=adapted.__getitem__)
-            out_features, in_features = linear_shapes[name]
-            problems.append(
-                f"[method] rank = {self.rank}: expected less than the smaller dimension of every adapted layer; {name} is "
-                f"[{out_features}, {in_features}], so use a rank of at most {adapted[name] - 1}"
-            )
-        return problems
+        return check_rank(self.rank, self.targets, linear_shapes)
+
+
+def check_rank(rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """What is wrong between the keys `rank` and `targets` and a model's linear layers, qualified name -> (out, in)."""
+    names = {name.rpartition(".")[2] for name in linear_shapes}
+    problems = [
+        f"[method] targets: the model has no linear layer called {target!r}; it has {', '.join(sorted(names))}"
+        for target in targets
+        if target not in names
+    ]
+    adapted = {
+        name: min(shape) for name, shape in linear_shapes.items() if name.rpartition(".")[2] in targets
+    }
+    if adapted and rank >= min(adapted.values()):
+        name = min(adapted, key=adapted.__getitem__)
+        out_features, in_features = linear_shapes[name]
+        problems.append(
+            f"[method] rank = {rank}: expected less than the smaller dimension of every adapted layer; {name} is "
+            f"[{out_features}, {in_features}], so use a rank of at most {adapted[name] - 1}"
+        )
+    return problems
