@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from switchtitan.config.errors import USER_ERROR_STATUS, UserError, exit_for
+from switchtitan.config.errors import UserError, exit_for
 from switchtitan.job_config import parse_arguments
 
 
@@ -35,11 +35,10 @@ def main(argv: Sequence[str]) -> None:
         run(options)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if (
-            failure.exitcode == USER_ERROR_STATUS
-            and failure.error_file_data.get("message") == failure.message
-        ):
-            exit_for(UserError(failure.message))
+        # A rank that meets a user's mistake leaves its message and exits; one that crashes leaves a traceback and 1.
+        if failure.exitcode > 1 and failure.error_file_data.get("message") == failure.message:
+            print(f"error: {failure.message}", file=sys.stderr)
+            raise SystemExit(failure.exitcode) from None
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
     except SignalException as error:

@@ -32,6 +32,9 @@ MAX_SKIPPED_IN_A_ROW = 100
 class TrainingDivergedError(UserError):
     """Gradients are no longer finite numbers."""
 
+    exit_status = 3
+    """Tells programs that run training that the configuration was sound."""
+
 
 @dataclass
 class TrainState:

@@ -14,6 +14,8 @@ _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 class UserError(Exception):
     """What was given, what was expected and how to mend it, in one message."""
 
+    exit_status = USER_ERROR_STATUS
+
 
 class ConfigError(UserError):
     """A key, a value or a combination of values in the configuration is wrong."""
@@ -32,7 +34,7 @@ class EnvironmentMismatchError(UserError):
 
 
 def exit_for(error: UserError) -> NoReturn:
-    """Ends the program for a user's mistake, with status 2 and without a traceback.
+    """Ends the program for a user's mistake, with the error's status (2 unless it says otherwise) and without a traceback.
 
     Prints the message; or, in one of several ranks, leaves it for the launcher, which prints the first one.
     """
@@ -42,4 +44,4 @@ def exit_for(error: UserError) -> NoReturn:
             json.dump({"message": str(error), "timestamp": int(time.time())}, file)
     else:
         print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(USER_ERROR_STATUS)
+    raise SystemExit(error.exit_status)

@@ -1,0 +1,1 @@
+"""Fair comparisons of methods: a declared grid of runs, its execution, its statistics and its pictures."""

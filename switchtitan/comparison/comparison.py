@@ -1,0 +1,94 @@
+"""The course of a comparison: choose rates, widen the grid, train what is reported, report."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from switchtitan.comparison.config import ComparisonConfig
+from switchtitan.comparison.plan import Run, report_runs, selection_runs
+from switchtitan.comparison.results import RunResult, read_result
+from switchtitan.comparison.selection import best_rate, is_interior, widened
+
+logger = logging.getLogger(__name__)
+
+TrainAll = Callable[[list[Run]], None]
+"""Trains runs and returns when all are finished."""
+
+
+@dataclass
+class Standing:
+    """Where a comparison stands."""
+
+    config: ComparisonConfig
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    """Of each choosing row, widened as far as it was."""
+    selection: list[RunResult] = field(default_factory=list)
+    report: list[RunResult] = field(default_factory=list)
+    chosen: dict[str, float] = field(default_factory=dict)
+    """Each choosing row's rate, once all its runs are finished."""
+    num_runs: int = 0
+    """As far as is known; a wider grid has more."""
+
+    def losses(self, row: str) -> dict[float, float]:
+        """Validation losses of a row's finished selection runs, by rate."""
+        return {
+            result.run.learning_rate: result.validation_loss
+            for result in self.selection
+            if result.run.row == row
+        }
+
+
+class Comparison:
+    """A comparison that goes on where it was stopped: what is done is read from the folders of its runs."""
+
+    def __init__(self, config: ComparisonConfig) -> None:
+        self._config = config
+        self._results: dict[Run, RunResult] = {}
+
+    def standing(self) -> Standing:
+        """What is finished, and what follows from it."""
+        config = self._config
+        choosing = [row for row in config.rows if row.learning_rates]
+        standing = Standing(config, {row.name: list(row.learning_rates) for row in choosing})
+        for widening in range(config.max_widenings + 1):
+            runs = selection_runs(config, standing.rates)
+            standing.selection = self._finished(runs)
+            standing.num_runs = len(runs) + len(config.rows) * len(config.report_seeds)
+            if len(standing.selection) < len(runs):
+                return standing
+            losses = {name: standing.losses(name) for name in standing.rates}
+            at_edge = [name for name in losses if not is_interior(losses[name])]
+            if not at_edge or widening == config.max_widenings:
+                break
+            standing.rates = {name: widened(rates, losses[name]) for name, rates in standing.rates.items()}
+        standing.chosen = {name: best_rate(standing.losses(name)) for name in standing.rates}
+        standing.report = self._finished(report_runs(config, standing.chosen))
+        return standing
+
+    def due(self) -> list[Run]:
+        """The runs that can be trained now; empty when all are finished."""
+        standing = self.standing()
+        runs = (
+            report_runs(self._config, standing.chosen)
+            if standing.chosen
+            else selection_runs(self._config, standing.rates)
+        )
+        return [run for run in runs if self._result(run) is None]
+
+    def carry_out(self, train_all: TrainAll) -> None:
+        """Trains all that is left."""
+        while runs := self.due():
+            stage = "reported" if self.standing().chosen else "to choose learning rates"
+            logger.info("%d run(s) %s", len(runs), stage)
+            train_all(runs)
+
+    def _finished(self, runs: list[Run]) -> list[RunResult]:
+        return [result for run in runs if (result := self._result(run)) is not None]
+
+    def _result(self, run: Run) -> RunResult | None:
+        if run not in self._results:
+            result = read_result(run)
+            if result is None:
+                return None
+            self._results[run] = result
+        return self._results[run]

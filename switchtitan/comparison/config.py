@@ -1,0 +1,142 @@
+"""The file that declares a comparison: which rows, at which learning rates, over which seeds."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from switchtitan.config import ConfigError
+from switchtitan.config.load import read_toml
+from switchtitan.config.section import Section
+from switchtitan.config.toml_text import toml_value
+
+
+class Row(Section):
+    """One row of the table: a method with its keys."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What the row is called, also in file names; letters, digits, `.`, `_` and `-`."""
+    label: str | None = None
+    """What tables and pictures call it; its name unless set."""
+    learning_rates: tuple[float, ...] = ()
+    """Peak learning rates to choose from, rising; as many as every other row has, at least three."""
+    learning_rate_of: str | None = None
+    """The row whose chosen rate this one takes, instead of choosing: for ablations, which change one key of it."""
+    set: dict[str, dict[str, Any]]
+    """Keys that differ from the common configuration, by section."""
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> "Row":
+        if (self.learning_rate_of is None) != bool(self.learning_rates):
+            raise ValueError("give either learning_rates or learning_rate_of")
+        rates = self.learning_rates
+        if rates and (len(rates) < 3 or rates[0] <= 0 or any(high <= low for low, high in pairwise(rates))):
+            raise ValueError(
+                f"learning_rates = {list(rates)}: expected at least three, above 0 and rising, so that the best can lie "
+                "between two others"
+            )
+        return self
+
+
+class Gap(Section):
+    """A question to the table: how much of the way from one row's loss to another's do the others go?"""
+
+    from_row: str
+    """The row whose loss counts as 0 %."""
+    to_row: str
+    """The row whose loss counts as 100 %."""
+    rows: tuple[str, ...] = Field(min_length=1)
+    """The rows that are asked."""
+
+
+class ComparisonConfig(Section):
+    """A comparison: every row trains on the same tokens in the same order and is evaluated on the same text."""
+
+    name: str = Field(min_length=1)
+    """The title of the report."""
+    config: Path
+    """The training configuration that all rows share, relative to this file; with a test split."""
+    output_dir: Path
+    """Folder for runs and reports, relative to where the comparison is started."""
+    selection_seed: int = Field(ge=0)
+    """Seed of the runs among which each row's learning rate is chosen, by their validation loss."""
+    report_seeds: tuple[int, ...] = Field(min_length=1)
+    """Seeds of the runs that are reported, by their loss on the test split; not the selection's."""
+    baseline: str
+    """The row to which the others' losses and step times are compared."""
+    max_widenings: int = Field(default=2, ge=0)
+    """How often every row gets one more rate, as long as some row's best rate is its lowest or highest."""
+    communication_ranks: int = Field(default=8, ge=2)
+    """Number of ranks for which the bytes that a step communicates are counted."""
+    rows: tuple[Row, ...] = Field(min_length=2)
+    """The table's rows."""
+    gaps: tuple[Gap, ...] = ()
+    """Shares of differences to report."""
+
+    @field_validator("report_seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("expected different seeds")
+        return seeds
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> "ComparisonConfig":
+        if self.selection_seed in self.report_seeds:
+            raise ValueError(
+                f"selection_seed = {self.selection_seed} is among report_seeds: rates chosen on a seed fit it, so report others"
+            )
+        names = [row.name for row in self.rows]
+        mistakes = [
+            f"rows: two are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
+        ]
+        choosing = {row.name: row.learning_rates for row in self.rows if row.learning_rates}
+        if len({len(rates) for rates in choosing.values()}) > 1:
+            counts = ", ".join(f"{name} has {len(rates)}" for name, rates in choosing.items())
+            mistakes.append(
+                f"every row must choose among equally many learning_rates, for fairness: {counts}"
+            )
+        referred = [("baseline", self.baseline)]
+        for row in self.rows:
+            if row.learning_rate_of is not None:
+                referred.append((f"rows.{row.name}.learning_rate_of", row.learning_rate_of))
+        for gap in self.gaps:
+            referred += [("gaps.from_row", gap.from_row), ("gaps.to_row", gap.to_row)]
+            referred += [("gaps.rows", row) for row in gap.rows]
+        for key, name in referred:
+            known = choosing if key.endswith("learning_rate_of") else names
+            if name not in known:
+                mistakes.append(f"{key} = {name!r}: expected one of {', '.join(known)}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    def row(self, name: str) -> Row:
+        """The row called `name`."""
+        return next(row for row in self.rows if row.name == name)
+
+
+def load_comparison(file: Path) -> ComparisonConfig:
+    """Reads the declaration of a comparison; its `config` comes back relative to where the program runs.
+
+    Raises:
+        ConfigError: with all mistakes in one message.
+    """
+    table = read_toml(file)
+    try:
+        declared = ComparisonConfig.model_validate(table)
+    except ValidationError as error:
+        lines = [f"{file}: {len(error.errors())} mistake(s)"]
+        for detail in error.errors():
+            place = ".".join(map(str, detail["loc"]))
+            message = detail["msg"].removeprefix("Value error, ")
+            is_plain = not isinstance(detail["input"], dict) and place
+            given = f" = {toml_value(detail['input'])}" if is_plain else ""
+            lines.append(f"  {place}{given}: {message}" if place else f"  {message}")
+        raise ConfigError("\n".join(lines)) from error
+    return declared.model_copy(update={"config": file.parent / declared.config})

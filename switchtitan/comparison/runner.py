@@ -1,0 +1,137 @@
+"""Running training programs, several at a time, each on its share of the machine."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from switchtitan.comparison.plan import Run
+from switchtitan.comparison.results import DIVERGED_FILE
+from switchtitan.config.errors import ConfigError, UserError
+from switchtitan.trainer import TrainingDivergedError
+
+OUTPUT_FILE = "output.txt"
+"""What a run printed, in its folder."""
+_POLL_S = 0.5
+_TERMINATION_S = 30
+
+
+class RunFailedError(UserError):
+    """A training program ended with an error that is not the method's."""
+
+
+class Runner:
+    """Trains runs in processes of their own, up to `num_jobs` at a time.
+
+    A run that was stopped goes on from its newest checkpoint. A lock in its folder, which the training process holds too, keeps
+    a second one out, even one that a killed comparison left behind.
+
+    Args:
+        num_jobs: on GPUs at most as many as are visible, each job on its own; on a CPU its cores are shared out.
+    """
+
+    def __init__(self, num_jobs: int) -> None:
+        num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if num_devices and num_jobs > num_devices:
+            raise ConfigError(
+                f"--jobs {num_jobs}: expected at most one for each of the {num_devices} visible GPU(s)"
+            )
+        self._slots = list(range(num_jobs))
+        self._is_on_gpu = num_devices > 0
+        self._threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
+
+    def run_all(self, runs: Sequence[Run], on_finished: Callable[[Run], None]) -> None:
+        """Trains every run.
+
+        Args:
+            on_finished: called after each.
+
+        Raises:
+            RunFailedError: if one fails; the others that are under way are stopped and can be gone on with.
+        """
+        waiting, active = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
+        try:
+            while waiting or active:
+                for slot in self._slots:
+                    if slot not in active and waiting:
+                        run = waiting.pop(0)
+                        active[slot] = (run, self._start(run, slot))
+                for slot, (run, process) in list(active.items()):
+                    if process.poll() is not None:
+                        del active[slot]
+                        _conclude(run, process.returncode)
+                        on_finished(run)
+                time.sleep(_POLL_S)
+        finally:
+            _stop([process for _, process in active.values()])
+
+    def _start(self, run: Run, slot: int) -> subprocess.Popen[bytes]:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        if self._is_on_gpu:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(device) for device in self._slots]
+            environment["CUDA_VISIBLE_DEVICES"] = names[slot]
+        command = [sys.executable, "-m", "switchtitan.train", *run.arguments]
+        with locked(run.folder / "lock") as lock, (run.folder / OUTPUT_FILE).open("ab") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[int]:
+    """Holds a lock for as long as this process, or one that inherits the descriptor, keeps it open.
+
+    Raises:
+        RunFailedError: if another process holds it.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFailedError(
+                f"{file.parent}: another process is training this run, perhaps one that a killed comparison left behind; wait "
+                "for it, or end it, and start again"
+            ) from error
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _conclude(run: Run, status: int) -> None:
+    """Notes a run that diverged; raises for one that failed."""
+    if status == 0:
+        return
+    tail = (run.folder / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    if status == TrainingDivergedError.exit_status:
+        (run.folder / DIVERGED_FILE).write_text("\n".join(tail), encoding="utf-8")
+        return
+    raise RunFailedError(
+        f"{run.name} ended with status {status}; its output is in {run.folder / OUTPUT_FILE} and ends with\n"
+        + "\n".join(tail)
+    )
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_TERMINATION_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

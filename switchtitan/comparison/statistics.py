@@ -1,0 +1,65 @@
+"""Means, deviations and differences over seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BySeed = Mapping[int, float]
+"""A figure of one row by seed."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of a sample."""
+
+    mean: float
+    std: float | None
+    """With Bessel's correction; None where there is one value."""
+    num: int
+
+    @property
+    def is_tie(self) -> bool:
+        """Of differences: whether they lie inside their own deviation."""
+        return self.std is not None and abs(self.mean) <= self.std
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean and standard deviation; inf where a value is."""
+    if not all(map(math.isfinite, values)):
+        return Summary(math.inf, None, len(values))
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(float(np.mean(values)), std, len(values))
+
+
+def difference(row: BySeed, baseline: BySeed) -> Summary | None:
+    """Row less baseline, seed by seed, since runs of one seed share data order and initial weights.
+
+    None without a shared seed.
+    """
+    shared = sorted(row.keys() & baseline.keys())
+    return summarize([row[seed] - baseline[seed] for seed in shared]) if shared else None
+
+
+def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Summary | None:
+    """How much of the way from `start` to `end` a row goes, over the seeds that all three share.
+
+    Returns:
+        The ratio of the mean differences, and its standard deviation by leaving out one seed at a time (the jackknife),
+        since ratios of single seeds have no mean where a gap may be near zero. None without a shared seed or a gap.
+    """
+    shared = sorted(row.keys() & start.keys() & end.keys())
+    if not shared:
+        return None
+    way = np.array([start[seed] - row[seed] for seed in shared])
+    gap = np.array([start[seed] - end[seed] for seed in shared])
+    if not np.isfinite(way).all() or not np.isfinite(gap).all() or gap.mean() == 0:
+        return None
+    num = len(shared)
+    if num == 1:
+        return Summary(float(way[0] / gap[0]), None, 1)
+    left_out = np.array([np.delete(way, i).mean() / np.delete(gap, i).mean() for i in range(num)])
+    # The standard error of the mean times sqrt(n): a deviation like those of the other figures.
+    error = math.sqrt((num - 1) / num * float(((left_out - left_out.mean()) ** 2).sum()))
+    return Summary(float(way.mean() / gap.mean()), error * math.sqrt(num), num)
