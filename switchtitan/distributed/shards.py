@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -28,8 +27,7 @@ def row_range(tensor: Tensor) -> range:
     """The rows (dimension 0) that this rank holds."""
     if not isinstance(tensor, DTensor):
         return range(tensor.shape[0])
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return range(offset[0], offset[0] + shape[0]) if shape[0] else range(0)
+    return _held_rows(tensor.shape[0], tensor.device_mesh)
 
 
 def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
@@ -51,7 +49,7 @@ def copy_whole_(target: Tensor, value: Tensor) -> None:
 def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     """An empty DTensor of the buffer's shape on the meta device, split along dimension 0 as FSDP2 splits parameters."""
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    shape, _ = compute_local_shape_and_global_offset(buffer.shape, mesh, placements)
+    shape = len(_held_rows(buffer.shape[0], mesh)), *buffer.shape[1:]
     part = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
     return DTensor.from_local(
         part, mesh, placements, run_check=False, shape=buffer.shape, stride=buffer.stride()
@@ -165,6 +163,18 @@ def copy_all_(destinations: list[Tensor], sources: list[Tensor]) -> None:
     """Copies each source into its destination, all in few kernels."""
     if destinations:
         torch._foreach_copy_(destinations, sources)
+
+
+def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
+    """The rows of a tensor of `num_rows` that this rank holds: equal chunks but for the last ones, as torch.chunk cuts.
+
+    In integers; torch's function for any placement makes tensors on the way, for every call.
+    """
+    dim = mesh.ndim - 1
+    rows_per_rank = -(-num_rows // mesh.size(dim))
+    start = min(mesh.get_local_rank(dim) * rows_per_rank, num_rows)
+    stop = min(start + rows_per_rank, num_rows)
+    return range(start, stop) if start < stop else range(0)
 
 
 def _num_words(request: RowRequest) -> int:
