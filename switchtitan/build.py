@@ -30,12 +30,13 @@ from switchtitan.distributed.compile import compile_blocks
 from switchtitan.distributed.fsdp import materialize, shard_model
 from switchtitan.distributed.world import World, device_name
 from switchtitan.evaluate import Evaluator
-from switchtitan.initial_weights import read_initial_weights
+from switchtitan.initial_weights import fingerprint, read_initial_weights
 from switchtitan.job_config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import summed_cross_entropy
 from switchtitan.observability import (
+    SPECTRA_FOLDER,
     TENSORBOARD_FOLDER,
     Profiler,
     Reporter,
@@ -44,7 +45,9 @@ from switchtitan.observability import (
     peak_flops_per_s,
 )
 from switchtitan.optim import build_lr_schedule
+from switchtitan.rank_telemetry import RankTelemetry
 from switchtitan.trainer import Intervals, Trainer, TrainState, loss_metrics
+from switchtitan.weight_change import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +82,14 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
     initial_weights = None
     if checkpoint is None and config.checkpoint.initial_weights is not None:
-        initial_weights = read_initial_weights(
+        source, initial_weights = read_initial_weights(
             Path(config.checkpoint.initial_weights), model, config.model.model_dump(mode="json")
         )
+        logger.info("initial weights come from %s", source)
+        state.initial_weights, state.initial_fingerprint = str(source), fingerprint(source)
 
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
+    rank_telemetry = build_rank_telemetry(config, world, method, state)
     prepare_model(model, method, config, world, initial_weights)
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
     tensors = checkpoint_tensors(model, optimizer)
@@ -99,7 +105,11 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     )
     return Trainer(
         training=config.training,
-        intervals=Intervals(evaluate=config.evaluation.interval, save=config.checkpoint.interval),
+        intervals=Intervals(
+            evaluate=config.evaluation.interval,
+            save=config.checkpoint.interval,
+            inspect=config.spectrum.interval,
+        ),
         world=world,
         seed=config.job.seed,
         model=model,
@@ -111,6 +121,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         test_evaluator=None
         if test is None or test_tokens is None
         else build_evaluator(config, test, test_tokens, loss, world),
+        inspect_weights=rank_telemetry,
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=build_reporter(config, world, state, run_facts(world, model, corpus)),
@@ -216,6 +227,30 @@ def build_evaluator(
         num_ranks=world.size,
     )
     return Evaluator(batches, loss, world)
+
+
+def build_rank_telemetry(
+    config: JobConfig, world: World, method: Method, state: TrainState
+) -> RankTelemetry | None:
+    """None where it is off.
+
+    Raises:
+        CheckpointError: if the weights that a resumed run started from are no longer at hand.
+    """
+    if config.spectrum.interval is None:
+        return None
+    origin = Origin(config.model, config.job.seed, state.initial_weights, state.initial_fingerprint)
+    if state.step > 0:
+        origin.open()
+    return RankTelemetry(
+        merged_state_dict=method.merged_state_dict,
+        origin=origin,
+        folder=config.job.output_dir / SPECTRA_FOLDER,
+        start_step=state.step,
+        device=world.device,
+        is_main=world.is_main,
+        broadcast=world.broadcast,
+    )
 
 
 def build_reporter(

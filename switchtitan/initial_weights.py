@@ -1,20 +1,30 @@
 """Dense weights from elsewhere that a new run starts from."""
 
-import logging
+import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
+from switchtitan.checkpoint.layout import METADATA_FILE
+from switchtitan.checkpoint.metadata import file_record
 from switchtitan.config import CheckpointError
 from switchtitan.hub.huggingface import check_dense, read_dense
 from switchtitan.methods.lowrank import merge_factors
 from switchtitan.models.llama.model import Llama
 
-logger = logging.getLogger(__name__)
+
+class InitialWeights(NamedTuple):
+    """Weights that a run starts from, and where they lie."""
+
+    source: Path
+    """The file or folder that was read, absolute: of a run, the checkpoint that was its newest."""
+    tensors: dict[str, Tensor]
+    """By the plain model's names."""
 
 
-def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> dict[str, Tensor]:
+def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> InitialWeights:
     """The plain model's weights from a safetensors file, a folder in Hugging Face's layout, or a checkpoint of any method,
     whose factors are merged.
 
@@ -30,16 +40,17 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> d
             f"[checkpoint] initial_weights = {str(path)!r}: no such file or folder; expected a safetensors file, a folder in "
             "Hugging Face's layout or a checkpoint"
         )
+    source = path
     if _is_safetensors(path):
         weights = read_dense(path)
     else:
         # What shapes do not show, e.g. the number of heads. How attention is computed is free.
-        checkpoint = find_given(path)
-        saved_section = dict(read_metadata(checkpoint).identity["model"])  # type: ignore[arg-type]
+        source = find_given(path)
+        saved_section = dict(read_metadata(source).identity["model"])  # type: ignore[arg-type]
         check_same_run(
             {"model": saved_section | {"attention": None}}, {"model": model_section | {"attention": None}}
         )
-        weights = _merge_checkpoint(checkpoint)
+        weights = _merge_checkpoint(source)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
@@ -56,8 +67,17 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> d
         )
     if _is_safetensors(path) and isinstance(model, Llama):
         check_dense(weights, model.dims, path)
-    logger.info("initial weights come from %s", path)
-    return weights
+    return InitialWeights(source.absolute(), weights)
+
+
+def fingerprint(source: Path) -> str:
+    """A checksum of what `InitialWeights.source` names: of weight files, or of a checkpoint's metadata, which has theirs."""
+    if source.is_dir():
+        metadata = source / METADATA_FILE
+        files = [metadata] if metadata.is_file() else sorted(source.glob("*.safetensors"))
+    else:
+        files = [source]
+    return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
 
 
 def read_merged_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -72,7 +92,8 @@ def read_merged_checkpoint(path: Path) -> dict[str, Tensor]:
 def _merge_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     method = read_metadata(checkpoint).identity["method"]
     assert isinstance(method, dict)
-    scale = float(method["alpha"]) / int(method["rank"]) if "rank" in method else 0.0  # type: ignore[arg-type]
+    # Methods whose rank is not that of factors beside a weight have no alpha.
+    scale = float(method["alpha"]) / int(method["rank"]) if "alpha" in method else 0.0  # type: ignore[arg-type]
     return merge_factors(read_tensors(checkpoint, prefix="model."), scale)
 
 

@@ -22,6 +22,7 @@ from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability.metrics import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
+from switchtitan.observability.spectrum import SpectrumConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 from switchtitan.registry import Registry
 
@@ -48,6 +49,7 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig
     evaluation: EvaluationSection
     metrics: MetricsConfig
+    spectrum: SpectrumConfig
     profiler: ProfilerConfig
 
 

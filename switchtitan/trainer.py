@@ -47,6 +47,10 @@ class TrainState:
     tokens_seen: int = 0
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
+    initial_weights: str | None = None
+    """What a warm start read."""
+    initial_fingerprint: str | None = None
+    """A checksum of it."""
 
     @property
     def num_batches(self) -> int:
@@ -69,6 +73,7 @@ class Intervals:
 
     evaluate: int
     save: int
+    inspect: int | None
 
 
 class Trainer:
@@ -80,6 +85,7 @@ class Trainer:
         lr_schedule: step -> factor on the peak learning rate.
         batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
         test_evaluator: for the one evaluation of the trained model on the test split, if it is wanted.
+        inspect_weights: (model, step) -> metrics, called at its interval and after the last step, if it is wanted.
         tensors: all that a checkpoint holds, by name, given the optimizer's state of the moment.
     """
 
@@ -97,6 +103,7 @@ class Trainer:
         batches: Generator[list[Batch], None, None],
         evaluator: Evaluator,
         test_evaluator: Evaluator | None,
+        inspect_weights: Callable[[nn.Module, int], dict[str, float]] | None,
         checkpointer: Checkpointer,
         tensors: Callable[[], dict[str, Tensor]],
         reporter: Reporter,
@@ -113,6 +120,7 @@ class Trainer:
             lr_schedule,
         )
         self.batches, self.evaluator, self.test_evaluator = batches, evaluator, test_evaluator
+        self.inspect_weights = inspect_weights
         self.checkpointer, self.tensors = checkpointer, tensors
         self.reporter, self.throughput, self.profiler = reporter, throughput, profiler
         self.state = state
@@ -252,6 +260,8 @@ class Trainer:
             self._report(grad_norm)
         if step % self.intervals.evaluate == 0 or (is_last and step > self.intervals.evaluate):
             self._evaluate()
+        if self.intervals.inspect is not None and (is_last or step % self.intervals.inspect == 0):
+            self._inspect()
         if is_last or step % self.intervals.save == 0:
             self._save()
 
@@ -278,6 +288,13 @@ class Trainer:
             self.state.first_validation_loss = loss
         self.state.last_validation_loss = loss
         self.reporter.report(self.state.step, loss_metrics("validation", loss))
+
+    def _inspect(self) -> None:
+        assert self.inspect_weights is not None
+        self._stop_if_diverged()
+        with self.throughput.excluded():
+            values = self.inspect_weights(self.model, self.state.step)
+        self.reporter.report(self.state.step, values)
 
     def _save(self) -> None:
         self._stop_if_diverged()

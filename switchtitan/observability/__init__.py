@@ -5,10 +5,12 @@ from switchtitan.observability.memory import peak_memory_gib
 from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, MetricsConfig, Reporter
 from switchtitan.observability.peak_flops import peak_flops_per_s
 from switchtitan.observability.profiler import Profiler, ProfilerConfig
+from switchtitan.observability.spectra_files import SPECTRA_FOLDER
 from switchtitan.observability.throughput import Throughput
 
 __all__ = [
     "RESULTS_FILE",
+    "SPECTRA_FOLDER",
     "TENSORBOARD_FOLDER",
     "MetricsConfig",
     "Profiler",

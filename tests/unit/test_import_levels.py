@@ -15,6 +15,8 @@ LEVELS = (
     ("comparison",),
     ("benchmark",),
     ("build",),
+    ("rank_telemetry",),
+    ("weight_change",),
     ("trainer", "initial_weights"),
     ("evaluate",),
     ("job_config",),
