@@ -1,0 +1,99 @@
+"""ReLoRA's resets are the same on any number of ranks, and a run goes on from a checkpoint that other ranks saved."""
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny import tiny_trainer, train_steps, whole_tensors
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.shards import copy_whole_, whole
+from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.relora.reset import merge_and_restart_, prune_by_lot_, prune_by_magnitude_
+
+OUT, IN, RANK = 11, 5, 3  # 11 rows of W and B, 3 of A: uneven over 2 ranks, and one of 4 holds none of A
+
+
+def reset_and_prune(rank, result_file, num_ranks):
+    layer = LowRankLinear(IN, OUT, RANK, 0.5, lora_init)
+    if num_ranks > 1:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (num_ranks,)))
+    for name, parameter in layer.named_parameters():
+        copy_whole_(parameter, torch.randn(parameter.shape, generator=generator_for(0, name)))
+    moments = {}
+    for name, factor in (("a", layer.lora_a), ("b", layer.lora_b)):
+        for kind in ("magnitude", "lot"):
+            moment = torch.zeros_like(factor, requires_grad=False)
+            # Rounded: equal values, of which ranks must keep the same.
+            values = torch.randn(factor.shape, generator=generator_for(1, name)).mul_(4).round_()
+            copy_whole_(moment, values)
+            moments[f"{kind}.{name}"] = moment
+    merge_and_restart_(layer, generator_for(2, "lora_a"))
+    for name, moment in moments.items():
+        if name.startswith("magnitude"):
+            prune_by_magnitude_(moment, 0.6)
+        else:
+            prune_by_lot_([moment], 0.6, generator_for(3, name))
+    tensors = {
+        name: whole(tensor.detach()) for name, tensor in (dict(layer.named_parameters()) | moments).items()
+    }
+    if rank == 0:
+        torch.save(tensors, result_file)
+
+
+@pytest.mark.distributed
+def test_a_reset_of_shards_equals_that_of_whole_tensors(tmp_path):
+    reset_and_prune(0, tmp_path / "1.pt", 1)
+    one = torch.load(tmp_path / "1.pt")
+    assert one["magnitude.b"].any()
+    assert not one["lora_b"].any()
+    for num_ranks in (2, 4):
+        run_on_ranks(num_ranks, reset_and_prune, tmp_path / f"{num_ranks}.pt", num_ranks)
+        several = torch.load(tmp_path / f"{num_ranks}.pt")
+        # The product of fewer rows may be summed in another order: roundings of 6e-8 of values of order 1.
+        torch.testing.assert_close(several.pop("weight"), one["weight"], rtol=0, atol=1e-6)
+        for name, tensor in several.items():
+            assert torch.equal(tensor, one[name]), (num_ranks, name)
+
+
+def straight_run(rank, folder, result_file, num_ranks):
+    trainer = tiny_trainer(folder, "relora", num_ranks=num_ranks)
+    losses = train_steps(trainer, 20)
+    trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.state))
+    trainer.checkpointer.finish()
+    finish_run(rank, trainer, losses, result_file)
+
+
+def resumed_run(rank, folder, result_file, num_ranks):
+    trainer = tiny_trainer(folder, "relora", num_ranks=num_ranks)
+    assert trainer.state.step == 20
+    finish_run(rank, trainer, [], result_file)
+
+
+def finish_run(rank, trainer, losses, result_file):
+    losses = losses + train_steps(trainer, 20)
+    tensors, metrics = whole_tensors(trainer), trainer.optimizer.metrics()
+    trainer.batches.close()
+    if rank == 0:
+        torch.save({"losses": losses, "tensors": tensors, "metrics": metrics}, result_file)
+
+
+@pytest.mark.distributed
+def test_a_run_saved_in_the_midst_of_a_restart_goes_on_on_two_ranks_and_on_one(corpora):
+    folder = corpora / "relora-ranks"
+    run_on_ranks(2, straight_run, folder, corpora / "relora-straight.pt", 2)
+    straight = torch.load(corpora / "relora-straight.pt")
+    assert straight["metrics"]["reset/resets_total"] == 4
+    for num_ranks in (2, 1):
+        result_file = corpora / f"relora-{num_ranks}.pt"
+        run_on_ranks(num_ranks, resumed_run, folder, result_file, num_ranks)
+        resumed = torch.load(result_file)
+        assert resumed["metrics"]["reset/resets_total"] == 4
+        if num_ranks == 2:
+            assert resumed["losses"] == straight["losses"][20:]
+            for key, tensor in straight["tensors"].items():
+                assert torch.equal(resumed["tensors"][key], tensor), key
+        else:
+            # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
+            assert resumed["losses"] == pytest.approx(straight["losses"][20:], rel=1e-5)
