@@ -11,7 +11,10 @@ from switchtitan.job_config import JobConfig, parse_arguments
 from switchtitan.trainer import Trainer
 
 METHOD_KEYS = {
+    # 20 steps are in the midst of a basis' life.
+    "apollo": "rank = 6\nupdate_interval = 7",
     "full_rank": "",
+    "galore": "rank = 6\nupdate_interval = 7",
     "lora": "rank = 6",
     # Resets after 9, 18, 27 and 36 steps; at 20 the learning rate is still on its way back.
     "relora": "rank = 6\nreset_interval = 9\nrestart_warmup_steps = 4",

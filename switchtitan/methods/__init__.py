@@ -1,7 +1,9 @@
 """Ways to parametrize and train a model: one row for each."""
 
 from switchtitan.contracts import Method
+from switchtitan.methods.apollo import Apollo, ApolloConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
+from switchtitan.methods.galore import Galore, GaloreConfig
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
@@ -10,7 +12,9 @@ from switchtitan.registry import Component, Registry
 METHODS: Registry[Method] = Registry(
     "method",
     {
+        "apollo": Component(ApolloConfig, Apollo),
         "full_rank": Component(FullRankConfig, FullRank),
+        "galore": Component(GaloreConfig, Galore),
         "lora": Component(LoraConfig, Lora),
         "relora": Component(ReloraConfig, Relora),
         "switchlora": Component(SwitchLoraConfig, SwitchLora),
