@@ -1,0 +1,135 @@
+"""How many bytes ranks send each other: counts of the collectives that happen inside a context."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_RING_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1}
+"""How often a whole tensor goes round the ring. An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
+
+
+@dataclass(frozen=True)
+class CollectiveCount:
+    """Collectives of one kind."""
+
+    num_calls: int
+    bytes_sent: float
+    """What each rank sends to its neighbour in a ring."""
+
+
+CommunicationCounts = Mapping[str, CollectiveCount]
+"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast"; kinds that did not happen are there with zeros."""
+
+
+class CountCommunication(TorchDispatchMode):
+    """A context that counts this rank's collectives, those of backward passes and of DTensors included.
+
+    Bytes are those that each rank sends if collectives are carried out in a ring, which moves the fewest bytes possible. For a
+    whole (unsharded) tensor of S bytes and n ranks: all_gather and reduce_scatter (n-1)/n S, all_reduce 2 (n-1)/n S, broadcast
+    (n-1)/n S in the mean over ranks. S includes the rows with which FSDP2 pads uneven shards, since they travel too. Other
+    algorithms of NCCL, such as trees, and protocol overheads are left out.
+
+    Raises:
+        NotImplementedError: inside the context, at a collective of another kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_calls = dict.fromkeys(_RING_PASSES, 0)
+        self._bytes_sent = dict.fromkeys(_RING_PASSES, 0.0)
+
+    @property
+    def counts(self) -> CommunicationCounts:
+        """Of all that has happened inside so far."""
+        return {kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _RING_PASSES}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # DTensor turns its operations into collectives on local tensors; those come here next.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES:
+            self._count(func, args, result)
+        return result
+
+    def _count(self, func: torch._ops.OpOverload, args: tuple, result: object) -> None:
+        name = func._schema.name.partition("::")[2]
+        if name in _NOT_COUNTED:
+            return
+        if name not in _COLLECTIVES:
+            raise NotImplementedError(f"no rule for counting the bytes of {func}")
+        kind, whole_tensors = _COLLECTIVES[name]
+        num_ranks = _group_size(args)
+        self._num_calls[kind] += 1
+        self._bytes_sent[kind] += (
+            _RING_PASSES[kind] * (num_ranks - 1) / num_ranks * _num_bytes(whole_tensors(args, result))
+        )
+
+
+def _num_bytes(tensors: object) -> int:
+    """Of a tensor, or of all tensors in nested lists."""
+    if isinstance(tensors, Tensor):
+        return prod(tensors.shape) * tensors.element_size()
+    assert isinstance(tensors, Sequence), f"no tensors: {tensors!r}"
+    return sum(map(_num_bytes, tensors))
+
+
+def _group_size(args: tuple) -> int:
+    """The number of ranks that take part: c10d's operations carry the group, functional ones its name."""
+    for argument in args:
+        if isinstance(argument, torch.ScriptObject):
+            return dist.ProcessGroup.unbox(argument).size()
+    return _resolve_process_group(args[-1]).size()
+
+
+def _first(args: tuple, result: object) -> object:
+    return args[0]
+
+
+def _second(args: tuple, result: object) -> object:
+    return args[1]
+
+
+def _result(args: tuple, result: object) -> object:
+    return result
+
+
+_NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
+_NOT_COUNTED = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
+"""What moves no tensors."""
+_COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
+    # c10d, in place.
+    "_allgather_base_": ("all_gather", _first),
+    "allgather_": ("all_gather", _first),
+    "allgather_into_tensor_coalesced_": ("all_gather", _first),
+    "_reduce_scatter_base_": ("reduce_scatter", _second),
+    "reduce_scatter_": ("reduce_scatter", _second),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", _second),
+    "allreduce_": ("all_reduce", _first),
+    "allreduce_coalesced_": ("all_reduce", _first),
+    "broadcast_": ("broadcast", _first),
+    # _c10d_functional, which DTensors use.
+    "all_gather_into_tensor": ("all_gather", _result),
+    "all_gather_into_tensor_out": ("all_gather", _result),
+    "all_gather_into_tensor_coalesced": ("all_gather", _result),
+    "reduce_scatter_tensor": ("reduce_scatter", _first),
+    "reduce_scatter_tensor_out": ("reduce_scatter", _first),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _first),
+    "all_reduce": ("all_reduce", _first),
+    "all_reduce_": ("all_reduce", _first),
+    "all_reduce_coalesced": ("all_reduce", _first),
+    "all_reduce_coalesced_": ("all_reduce", _first),
+    "broadcast": ("broadcast", _first),
+}
+"""Operation -> its kind, and what gives its whole tensors from (arguments, result)."""

@@ -1,0 +1,139 @@
+"""A step's communication follows from the parameters, without ranks; real ranks communicate the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny import tiny_config, tiny_trainer, train_steps
+from torch import nn
+
+from switchtitan.benchmark import communication_of_a_step
+from switchtitan.distributed.communication import (
+    CollectiveCount,
+    CommunicationCounts,
+    CountCommunication,
+)
+from switchtitan.job_config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.methods.switchlora.schedule import SwitchSchedule
+from switchtitan.models import MODELS
+
+NUM_LAYERS = 2
+
+
+def units(config: JobConfig) -> list[list[nn.Parameter]]:
+    """The parameters that FSDP2 gathers together: those of each block, and the rest last."""
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    blocks = [list(block.parameters()) for block in model.blocks().values()]
+    in_blocks = {id(parameter) for block in blocks for parameter in block}
+    return [*blocks, [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]]
+
+
+def padded_numel(parameters: list[nn.Parameter], num_ranks: int) -> int:
+    """Values that travel: dimension 0 is filled up to equal shards."""
+    return sum(-(-p.shape[0] // num_ranks) * num_ranks * (p.numel() // p.shape[0]) for p in parameters)
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora"])
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype", "bytes_per_value", "reshard", "local_batch_size"),
+    [(4, "float32", 4, "true", 2), (3, "bfloat16", 2, "true", 1), (2, "bfloat16", 2, "false", 1)],
+)
+def test_gathers_and_reductions_follow_from_the_parameters(
+    tmp_path: Path,
+    method: str,
+    num_ranks: int,
+    dtype: str,
+    bytes_per_value: int,
+    reshard: str,
+    local_batch_size: int,
+) -> None:
+    num_micro_batches = 2
+    config = tiny_config(
+        tmp_path,
+        method,
+        *("--training.dtype", dtype, "--training.local_batch_size", str(local_batch_size)),
+        *("--training.global_batch_size", str(num_micro_batches * num_ranks * local_batch_size)),
+        *("--parallelism.reshard_after_forward", reshard),
+        num_ranks=num_ranks,
+    )
+    *blocks, rest = units(config)
+    gathers_of_block = 2 if reshard == "true" else 1
+    gathered = gathers_of_block * sum(padded_numel(block, num_ranks) for block in blocks)
+    gathered += padded_numel(rest, num_ranks)
+    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in (*blocks, rest)]
+    share = (num_ranks - 1) / num_ranks
+    counts = communication_of_a_step(config, num_ranks)
+    assert counts["all_gather"] == CollectiveCount(
+        num_micro_batches * (gathers_of_block * NUM_LAYERS + 1),
+        pytest.approx(num_micro_batches * gathered * bytes_per_value * share),
+    )
+    # In fp32, once per step however many micro-batches there are.
+    assert counts["reduce_scatter"] == CollectiveCount(
+        NUM_LAYERS + 1, pytest.approx(4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share)
+    )
+    # Clipping: one norm of each trained tensor, summed over ranks at once.
+    norms = CollectiveCount(1, pytest.approx(2 * share * 4 * sum(map(len, trained))))
+    assert counts["all_reduce"] == norms
+    assert counts["broadcast"].num_calls == 0
+
+
+def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> None:
+    num_ranks, step = 4, 2
+    lora = tiny_config(tmp_path, "lora", num_ranks=num_ranks)
+    switchlora = tiny_config(tmp_path, "switchlora", num_ranks=num_ranks)
+    without = communication_of_a_step(lora, num_ranks, step)
+    with_switch = communication_of_a_step(switchlora, num_ranks, step)
+    widths = [into for unit in units(switchlora) for into in widths_of_adapted(unit)]
+    requested = SwitchSchedule(switchlora.method, switchlora.training.steps, len(widths)).requested(step - 1)
+    # A's rows out and in, and the counterparts of B's columns; each rank's checksum; a power of two.
+    num_words = num_ranks + sum(3 * count * into for count, into in zip(requested, widths, strict=True))
+    packed_bytes = 4 * (1 << (int(num_words) - 1).bit_length())
+    # Above the least size of a packed exchange, which would say nothing.
+    assert packed_bytes > 4 * 1024
+    assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1
+    assert with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent == 2 * 3 / 4 * packed_bytes
+    for kind in ("all_gather", "reduce_scatter", "broadcast"):
+        assert with_switch[kind] == without[kind]
+
+
+def widths_of_adapted(unit: list[nn.Parameter]) -> list[int]:
+    """`in` of each adapted layer of a unit, from its frozen weight."""
+    return [parameter.shape[1] for parameter in unit if not parameter.requires_grad]
+
+
+def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "full_rank", "--parallelism.replicate", "2", num_ranks=4)
+    counts = communication_of_a_step(config, 4)
+    num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
+    assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 1, num_bytes / 2)
+    # Shards of half the size between two replicas, beside the norms for clipping.
+    norms = 4 * sum(map(len, units(config)))
+    assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms)
+
+
+def test_one_rank_sends_nothing(tmp_path: Path) -> None:
+    counts = communication_of_a_step(tiny_config(tmp_path, "switchlora"), 1)
+    assert {count.bytes_sent for count in counts.values()} == {0.0}
+
+
+def check_counts(rank: int, folder: Path, expected: dict[str, CommunicationCounts]) -> None:
+    for method, counts in expected.items():
+        trainer = tiny_trainer(folder / f"real-{method}", method, num_ranks=2)
+        train_steps(trainer, 1)
+        with CountCommunication() as counter:
+            trainer.train_step()
+        trainer.batches.close()
+        assert counter.counts == counts, method
+
+
+@pytest.mark.distributed
+def test_two_real_ranks_communicate_the_same(corpora: Path) -> None:
+    expected = {
+        method: communication_of_a_step(tiny_config(corpora / "fake", method, num_ranks=2), 2)
+        for method in ("full_rank", "switchlora")
+    }
+    run_on_ranks(2, check_counts, corpora, expected)
