@@ -1,10 +1,14 @@
 """Runs a declared comparison of methods, or goes on with it, and reports what is finished.
 
 python scripts/compare.py train_configs/comparisons/rank_16.toml --jobs 2
+
+The report lies in `<output_dir>/<name of the file>`: report.md, results.json, runs.csv and pictures. It is brought up to date
+after every run. A comparison that was stopped, in whatever way, goes on with the same command.
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,9 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from switchtitan.comparison.comparison import Comparison
-from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.config import ComparisonConfig, load_comparison
+from switchtitan.comparison.measure import measure, read_measurements
 from switchtitan.comparison.plan import Run, check_plan
+from switchtitan.comparison.plots import write_pictures
+from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner
+from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.config.errors import UserError, exit_for
 
 
@@ -23,27 +31,53 @@ def main(argv: Sequence[str]) -> None:
     """Carries out what the command line asks for."""
     options = read_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Which event file it reads next is no part of the story.
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_comparison(options.file)
         check_plan(config)
         comparison = Comparison(config)
-        runner = Runner(options.jobs)
-        with tqdm(total=comparison.standing().num_runs, unit="run", dynamic_ncols=True) as bar:
-
-            def advance(run: Run) -> None:
-                standing = comparison.standing()
-                bar.total = standing.num_runs
-                bar.update(len(standing.selection) + len(standing.report) - bar.n)
-                bar.set_postfix_str(run.name)
-
-            bar.update(len(comparison.standing().selection) + len(comparison.standing().report))
-            comparison.carry_out(lambda runs: runner.run_all(runs, advance))
+        folder = config.output_dir / options.file.stem
+        if not options.report_only:
+            train(comparison, Runner(options.jobs), folder, config)
+            measure(config, folder, num_threads=len(os.sched_getaffinity(0)))
+        report(comparison, folder, config)
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+    print(folder / "report.md")
+
+
+def train(comparison: Comparison, runner: Runner, folder: Path, config: ComparisonConfig) -> None:
+    """Trains all that is left, under a progress bar."""
+    with tqdm(unit="run", dynamic_ncols=True) as bar:
+
+        def show() -> None:
+            standing = comparison.standing()
+            bar.total = standing.num_runs
+            bar.update(len(standing.selection) + len(standing.report) - bar.n)
+
+        def note(run: Run) -> None:
+            show()
+            bar.set_postfix_str(f"{run.name} finished")
+            report(comparison, folder, config)
+
+        show()
+        # Speeds and times left are those of this call's runs.
+        bar.unpause()
+        bar.initial = bar.n
+        comparison.carry_out(lambda runs: runner.run_all(runs, note))
+
+
+def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> None:
+    """Writes tables and pictures of what is finished."""
+    standing = comparison.standing()
+    rows = report_rows(standing, read_measurements(folder))
+    write_report(folder, standing, rows, report_gaps(standing))
+    write_pictures(folder, standing, rows)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -53,9 +87,20 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the TOML file that declares it")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time; each on its own GPU or share of the cores"
+        "--jobs",
+        type=_at_least_one,
+        default=1,
+        help="runs at a time; each on a GPU of its own, or on its share of the cores",
     )
+    parser.add_argument("--report-only", action="store_true", help="train nothing; report what is finished")
     return parser.parse_args(argv)
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return number
 
 
 def _interrupt(signal_number: int, frame: object) -> None:

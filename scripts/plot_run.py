@@ -10,13 +10,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from switchtitan.config.errors import ConfigError, UserError, exit_for
-from switchtitan.observability import TENSORBOARD_FOLDER
-
-Curve = tuple[list[int], list[float]]
-"""Steps and values."""
+from switchtitan.observability.curves import Curve, read_curves
 
 TRAIN_LOSS, VALIDATION_LOSS = "loss/train", "loss/validation"
 LEARNING_RATE = "optimizer/lr"
@@ -53,26 +49,6 @@ def labelled(runs: Sequence[Path]) -> dict[str, Path]:
     """Runs by the shortest name that tells them apart: the folder's, or else the path as given."""
     names = [run.resolve().name for run in runs]
     return {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}
-
-
-def read_curves(run: Path) -> dict[str, Curve]:
-    """All scalars that a run left for TensorBoard, by tag.
-
-    Raises:
-        ConfigError: if there are none.
-    """
-    folder = run / TENSORBOARD_FOLDER
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}) if folder.is_dir() else None
-    tags = events.Reload().Tags()[SCALARS] if events else []
-    if events is None or not tags:
-        raise ConfigError(
-            f"{run}: no TensorBoard scalars in {folder}; expected the output folder of a run with "
-            "[metrics] tensorboard = true"
-        )
-    return {
-        tag: ([event.step for event in events.Scalars(tag)], [event.value for event in events.Scalars(tag)])
-        for tag in tags
-    }
 
 
 def draw(runs: dict[str, dict[str, Curve]]) -> Figure:

@@ -25,14 +25,15 @@ class Run:
     def name(self) -> str:
         return f"{self.row} lr {self.learning_rate:g} seed {self.seed}"
 
-    def config(self) -> JobConfig:
-        """The configuration that it trains with.
+    def config(self, num_ranks: int = 1) -> JobConfig:
+        """The configuration that it trains with; on several ranks the same with a micro-batch of one sequence.
 
         Raises:
             ConfigError: if the row's keys do not fit.
         """
         try:
-            return parse_arguments(self.arguments, num_ranks=1)
+            smaller = ("--training.local_batch_size", "1") if num_ranks > 1 else ()
+            return parse_arguments([*self.arguments, *smaller], num_ranks)
         except ConfigError as error:
             raise ConfigError(f"row {self.row}: {error}") from error
 

@@ -1,0 +1,100 @@
+"""Pictures of a comparison: losses over training, against time and against memory."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from switchtitan.comparison.comparison import Standing
+from switchtitan.comparison.results import RunResult
+from switchtitan.comparison.table import RowReport
+from switchtitan.observability.curves import read_curves
+
+_NUM_COLOURS = 10
+
+
+def write_pictures(folder: Path, standing: Standing, rows: Sequence[RowReport]) -> list[Path]:
+    """Writes `loss.png`, and, of what is known, `loss_against_time.png` and `loss_against_memory.png`; returns their paths."""
+    pictures = {"loss.png": draw_curves(standing)}
+    timed = [row for row in rows if row.loss is not None and row.measured is not None]
+    if timed:
+        pictures["loss_against_time.png"] = draw_against(
+            timed,
+            lambda row: row.measured.step_ratio,  # type: ignore[union-attr]
+            f"time of a step / {standing.config.baseline}'s",
+        )
+    finished = [row for row in rows if row.loss is not None and row.state_gib is not None]
+    if finished:
+        pictures["loss_against_memory.png"] = draw_against(
+            finished,
+            lambda row: row.state_gib * 1024,  # type: ignore[operator]
+            "weights, optimizer state and candidates (MiB)",
+        )
+    paths = []
+    for name, figure in pictures.items():
+        paths.append(folder / name)
+        figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def draw_curves(standing: Standing) -> Figure:
+    """Validation loss over training: the mean over reported seeds, with a band of one standard deviation."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    last = []
+    for place, row in enumerate(standing.config.rows):
+        runs = [
+            result for result in standing.report if result.run.row == row.name and not result.has_diverged
+        ]
+        if not runs:
+            continue
+        tokens, losses = _validation_curves(runs)
+        mean = losses.mean(axis=0)
+        style = "-" if place < _NUM_COLOURS else "--"
+        axes.plot(tokens, mean, style, color=f"C{place % _NUM_COLOURS}", label=row.title)
+        if len(runs) > 1:
+            deviation = losses.std(axis=0, ddof=1)
+            axes.fill_between(
+                tokens, mean - deviation, mean + deviation, color=f"C{place % _NUM_COLOURS}", alpha=0.2, lw=0
+            )
+        last.append(mean)
+    axes.set(title=standing.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
+    if last:
+        # The untrained models' loss would leave no room for what differs.
+        axes.set_ylim(min(map(np.min, last)) * 0.98, max(curve[1:].max() for curve in last) * 1.02)
+        axes.legend(frameon=False, title="mean ± standard deviation")
+    _finish(axes)
+    return figure
+
+
+def draw_against(rows: Sequence[RowReport], place: Callable[[RowReport], float], title: str) -> Figure:
+    """Test loss of each row, with its standard deviation, against a cost."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, row in enumerate(rows):
+        assert row.loss is not None
+        axes.errorbar(
+            place(row), row.loss.mean, yerr=row.loss.std, fmt="o", capsize=3, color=f"C{index % _NUM_COLOURS}"
+        )
+        axes.annotate(row.title, (place(row), row.loss.mean), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel=title, ylabel="test loss (nats per token)")
+    axes.margins(x=0.25, y=0.15)
+    _finish(axes)
+    return figure
+
+
+def _validation_curves(runs: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarray]:
+    """Millions of tokens [points], and losses [runs, points] where all runs have one."""
+    curves = [read_curves(result.run.folder)["loss/validation"] for result in runs]
+    steps = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
+    tables = [dict(zip(*curve, strict=True)) for curve in curves]
+    figures = runs[0].figures
+    tokens_per_step = figures["tokens_seen"] / figures["step"] / 1e6
+    return np.array(steps) * tokens_per_step, np.array([[table[step] for step in steps] for table in tables])
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,212 @@
+"""The report of a comparison as Markdown, JSON and CSV."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from switchtitan.atomic_file import write_atomically
+from switchtitan.comparison.comparison import Standing
+from switchtitan.comparison.results import RunResult
+from switchtitan.comparison.statistics import Summary
+from switchtitan.comparison.table import GapReport, RowReport
+from switchtitan.config.toml_text import resolved_toml
+
+NOT_KNOWN = "-"
+
+
+def write_report(
+    folder: Path, standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapReport]
+) -> None:
+    """Writes `report.md`, `results.json` and `runs.csv` to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "report.md", markdown(standing, rows, gaps))
+    write_atomically(folder / "results.json", json_text(standing, rows, gaps))
+    write_atomically(folder / "runs.csv", runs_csv(standing))
+
+
+def markdown(standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
+    """The tables, for people."""
+    config, done = standing.config, len(standing.selection) + len(standing.report)
+    parts = [f"# {config.name}", f"{done} of {standing.num_runs} runs are finished."]
+    facts = _facts(standing)
+    if facts:
+        parts.append(facts)
+    seeds = ", ".join(map(str, config.report_seeds))
+    parts.append(
+        f"Learning rates were chosen by the validation loss at seed {config.selection_seed}; losses are those of the test "
+        f"split, mean ± standard deviation over seeds {seeds}. A difference inside its own standard deviation is a tie."
+    )
+    parts.append(_table(rows, _columns(config.baseline, config.communication_ranks)))
+    if gaps:
+        titles = {row.name: row.title for row in config.rows}
+        parts.append(
+            "\n".join(
+                f"- {titles[gap.row]} closes {_percent(gap.share)} of the gap from {titles[gap.start]} to {titles[gap.end]}."
+                for gap in gaps
+            )
+        )
+    parts.append(
+        "## Choice of the learning rate\n\nValidation loss by learning rate; the chosen one is bold."
+    )
+    parts.append("\n".join(_selection_line(row) for row in rows if row.selection))
+    return "\n\n".join(parts) + "\n"
+
+
+def json_text(standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
+    """Everything, for programs; a number that is not finite is null."""
+    contents = {
+        "comparison": resolved_toml(standing.config),
+        "num_runs_finished": len(standing.selection) + len(standing.report),
+        "num_runs": standing.num_runs,
+        "rows": [_with_text_keys(asdict(row)) for row in rows],
+        "gaps": [asdict(gap) for gap in gaps],
+        "runs": [_run_record(stage, result) for stage, result in _staged(standing)],
+    }
+    return json.dumps(_finite(contents), indent=2) + "\n"
+
+
+def runs_csv(standing: Standing) -> str:
+    """One line for every finished run."""
+    text = io.StringIO()
+    columns = (
+        "stage", "row", "learning_rate", "seed", "diverged", "validation_loss", "test_loss",
+        "tokens_per_s", "wall_time_s", "peak_gib", "state_gib", "num_trainable",
+    )  # fmt: skip
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_run_record(stage, result) for stage, result in _staged(standing))
+    return text.getvalue()
+
+
+def _staged(standing: Standing) -> list[tuple[str, RunResult]]:
+    return [("selection", result) for result in standing.selection] + [
+        ("report", result) for result in standing.report
+    ]
+
+
+def _run_record(stage: str, result: RunResult) -> dict[str, object]:
+    figures = result.figures
+    return {
+        "stage": stage,
+        "row": result.run.row,
+        "learning_rate": result.run.learning_rate,
+        "seed": result.run.seed,
+        "diverged": result.has_diverged,
+        "validation_loss": result.validation_loss,
+        "test_loss": result.test_loss,
+        "tokens_per_s": figures.get("throughput/tokens_per_s"),
+        "wall_time_s": figures.get("throughput/wall_time_s"),
+        "peak_gib": figures.get("memory/peak_gib"),
+        "state_gib": figures.get("memory/state_gib"),
+        "num_trainable": figures.get("num_parameters", {}).get("trainable"),
+        "folder": str(result.run.folder),
+    }
+
+
+def _facts(standing: Standing) -> str:
+    """What all finished runs were made with."""
+    figures = [result.figures for _, result in _staged(standing) if result.figures]
+    if not figures:
+        return ""
+
+    def distinct(find: Callable[[dict], object]) -> str:
+        return " and ".join(sorted({str(find(of_run)) for of_run in figures}))
+
+    return (
+        f"{figures[0]['tokens_seen'] / 1e6:.2f} M tokens per run of corpus {distinct(lambda f: f['corpus']['name'])} "
+        f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), torch {distinct(lambda f: f['versions']['torch'])}, "
+        f"{distinct(lambda f: f['device'])}, {distinct(lambda f: f['num_threads'])} thread(s)."
+    )
+
+
+def _columns(baseline: str, num_ranks: int) -> dict[str, Callable[[RowReport], str]]:
+    return {
+        "": lambda row: row.title,
+        "rate": lambda row: _rate(row),
+        "test loss": lambda row: _plus_minus(row.loss, 4),
+        "perplexity": lambda row: _plus_minus(row.perplexity, 3),
+        f"loss - {baseline}'s": lambda row: _difference(row.difference),
+        "effective rank": lambda row: _plus_minus(row.effective_rank, 1),
+        "trainable, M": lambda row: _number(row.num_trainable, 3, 1e-6),
+        "state, MiB": lambda row: _number(row.state_gib, 1, 1024),
+        "peak, GiB": lambda row: _number(row.peak_gib, 2),
+        "tokens/s": lambda row: _number(row.tokens_per_s, 0),
+        f"step / {baseline}'s": lambda row: _ratio(row),
+        f"MiB sent per step, {num_ranks} ranks": lambda row: _number(
+            row.measured and row.measured.bytes_per_step, 2, 2**-20
+        ),
+    }
+
+
+def _table(rows: Sequence[RowReport], columns: Mapping[str, Callable[[RowReport], str]]) -> str:
+    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[text(row) for text in columns.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _selection_line(row: RowReport) -> str:
+    def cell(rate: float) -> str:
+        loss = row.selection[rate]
+        text = f"{rate:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "diverged")
+        return f"**{text}**" if rate == row.rate else text
+
+    edge = " (at the edge of the grid)" if row.is_interior is False else ""
+    return f"- {row.title}: {', '.join(cell(rate) for rate in sorted(row.selection))}{edge}"
+
+
+def _rate(row: RowReport) -> str:
+    if row.rate is None:
+        return NOT_KNOWN
+    return f"{row.rate:g}" + (" (edge)" if row.is_interior is False else "")
+
+
+def _plus_minus(summary: Summary | None, digits: int) -> str:
+    if summary is None:
+        return NOT_KNOWN
+    if not math.isfinite(summary.mean):
+        return "diverged"
+    deviation = f" ± {summary.std:.{digits}f}" if summary.std is not None else ""
+    runs = f" ({summary.num} run)" if summary.num == 1 else ""
+    return f"{summary.mean:.{digits}f}{deviation}{runs}"
+
+
+def _difference(summary: Summary | None) -> str:
+    if summary is None or not math.isfinite(summary.mean):
+        return NOT_KNOWN
+    deviation = f" ± {summary.std:.4f}" if summary.std is not None else ""
+    return f"{summary.mean:+.4f}{deviation}{', tie' if summary.is_tie else ''}"
+
+
+def _percent(summary: Summary | None) -> str:
+    if summary is None:
+        return "an unknown share"
+    deviation = f" ± {100 * summary.std:.0f}" if summary.std is not None else ""
+    return f"{100 * summary.mean:.0f}{deviation} %"
+
+
+def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return NOT_KNOWN if value is None else f"{value * factor:.{digits}f}"
+
+
+def _ratio(row: RowReport) -> str:
+    measured = row.measured
+    if measured is None:
+        return NOT_KNOWN
+    return f"{measured.step_ratio:.2f} ({measured.step_ratio_low:.2f} to {measured.step_ratio_high:.2f})"
+
+
+def _with_text_keys(record: dict) -> dict:
+    return record | {"selection": {f"{rate:g}": loss for rate, loss in record["selection"].items()}}
+
+
+def _finite(value: object) -> object:
+    """The same with None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,123 @@
+"""The table of a comparison: one report for each row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import exp
+from pathlib import Path
+from statistics import median
+
+from switchtitan.comparison.comparison import Standing
+from switchtitan.comparison.config import Row
+from switchtitan.comparison.measure import Measurements
+from switchtitan.comparison.results import RunResult
+from switchtitan.comparison.selection import is_interior
+from switchtitan.comparison.statistics import BySeed, Summary, difference, share_of_gap, summarize
+from switchtitan.observability.spectrum import summarize as summarize_spectra
+from switchtitan.weight_change import checkpoint_spectra
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What the finished runs of a row say. None stands for what is not known yet."""
+
+    name: str
+    title: str
+    rate: float | None
+    """The chosen learning rate."""
+    is_interior: bool | None
+    """Whether the rate lies between two that were tried; None for a row that takes another's."""
+    selection: dict[float, float]
+    """Validation loss by learning rate, on the selection's seed."""
+    num_diverged: int
+    """Of the reported runs."""
+    loss: Summary | None
+    """On the test split, over the reported seeds."""
+    perplexity: Summary | None
+    difference: Summary | None
+    """Of the loss to the baseline's, seed by seed."""
+    effective_rank: Summary | None
+    """Of the change of the linear layers' weights since step 0, averaged over layers."""
+    num_trainable: int | None
+    state_gib: float | None
+    """Weights, optimizer and candidates: all that a checkpoint holds."""
+    peak_gib: float | None
+    """The largest of the reported runs' peaks; of the process on a CPU, of the allocator on a GPU."""
+    tokens_per_s: float | None
+    """The median over reported runs, in the conditions in which each ran."""
+    measured: Measurements | None
+
+
+@dataclass(frozen=True)
+class GapReport:
+    """How much of the way from one row's loss to another's a third goes."""
+
+    row: str
+    start: str
+    end: str
+    share: Summary | None
+
+
+def report_rows(standing: Standing, measured: Mapping[str, Measurements]) -> list[RowReport]:
+    """One report for each row of the comparison, in its order."""
+    baseline = losses_by_seed(standing, standing.config.baseline)
+    return [_report_row(standing, row, baseline, measured.get(row.name)) for row in standing.config.rows]
+
+
+def report_gaps(standing: Standing) -> list[GapReport]:
+    """The answers to the comparison's questions for gaps."""
+    return [
+        GapReport(
+            row,
+            gap.from_row,
+            gap.to_row,
+            share_of_gap(*(losses_by_seed(standing, name) for name in (row, gap.from_row, gap.to_row))),
+        )
+        for gap in standing.config.gaps
+        for row in gap.rows
+    ]
+
+
+def losses_by_seed(standing: Standing, row: str) -> BySeed:
+    """Test losses of a row's reported runs."""
+    return {result.run.seed: result.test_loss for result in standing.report if result.run.row == row}
+
+
+def _report_row(standing: Standing, row: Row, baseline: BySeed, measured: Measurements | None) -> RowReport:
+    results = [result for result in standing.report if result.run.row == row.name]
+    finished = [result for result in results if not result.has_diverged]
+    losses = losses_by_seed(standing, row.name)
+    selection = standing.losses(row.name)
+    return RowReport(
+        name=row.name,
+        title=row.title,
+        rate=standing.chosen.get(row.learning_rate_of or row.name),
+        is_interior=is_interior(selection) if row.name in standing.chosen else None,
+        selection=selection,
+        num_diverged=len(results) - len(finished),
+        loss=summarize(list(losses.values())) if losses else None,
+        perplexity=summarize([exp(loss) for loss in losses.values()]) if losses else None,
+        difference=None if row.name == standing.config.baseline else difference(losses, baseline),
+        effective_rank=summarize([_effective_rank(result) for result in finished]) if finished else None,
+        num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
+        state_gib=finished[0].figures["memory/state_gib"] if finished else None,
+        peak_gib=max((result.figures["memory/peak_gib"] for result in finished), default=None),
+        tokens_per_s=_median_speed(finished),
+        measured=measured,
+    )
+
+
+def _median_speed(finished: list[RunResult]) -> float | None:
+    speeds = [
+        speed for result in finished if (speed := result.figures["throughput/tokens_per_s"]) is not None
+    ]
+    return median(speeds) if speeds else None
+
+
+def _effective_rank(result: RunResult) -> float:
+    return _effective_rank_of(max((result.run.folder / "checkpoints").glob("step-*")))
+
+
+@cache
+def _effective_rank_of(checkpoint: Path) -> float:
+    return summarize_spectra(checkpoint_spectra(checkpoint)).effective
