@@ -12,8 +12,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_RING_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1}
-"""How often a whole tensor goes round the ring. An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009,
+_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "gather": 1, "scatter": 1}
+"""How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
 
 
@@ -27,7 +27,8 @@ class CollectiveCount:
 
 
 CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast"; kinds that did not happen are there with zeros."""
+"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter"; with zeros for those that did not
+happen."""
 
 
 class CountCommunication(TorchDispatchMode):
@@ -35,8 +36,9 @@ class CountCommunication(TorchDispatchMode):
 
     Bytes are those that each rank sends if collectives are carried out in a ring, which moves the fewest bytes possible. For a
     whole (unsharded) tensor of S bytes and n ranks: all_gather and reduce_scatter (n-1)/n S, all_reduce 2 (n-1)/n S, broadcast
-    (n-1)/n S in the mean over ranks. S includes the rows with which FSDP2 pads uneven shards, since they travel too. Other
-    algorithms of NCCL, such as trees, and protocol overheads are left out.
+    (n-1)/n S in the mean over ranks. Gather and scatter send shards straight from or to one rank: (n-1)/n of a shard in the
+    mean. S includes the rows with which FSDP2 pads uneven shards, since they travel too. Other algorithms of NCCL, such as
+    trees, and protocol overheads are left out.
 
     Raises:
         NotImplementedError: inside the context, at a collective of another kind.
@@ -44,13 +46,13 @@ class CountCommunication(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._num_calls = dict.fromkeys(_RING_PASSES, 0)
-        self._bytes_sent = dict.fromkeys(_RING_PASSES, 0.0)
+        self._num_calls = dict.fromkeys(_PASSES, 0)
+        self._bytes_sent = dict.fromkeys(_PASSES, 0.0)
 
     @property
     def counts(self) -> CommunicationCounts:
         """Of all that has happened inside so far."""
-        return {kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _RING_PASSES}
+        return {kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _PASSES}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -69,11 +71,11 @@ class CountCommunication(TorchDispatchMode):
             return
         if name not in _COLLECTIVES:
             raise NotImplementedError(f"no rule for counting the bytes of {func}")
-        kind, whole_tensors = _COLLECTIVES[name]
+        kind, tensors = _COLLECTIVES[name]
         num_ranks = _group_size(args)
         self._num_calls[kind] += 1
         self._bytes_sent[kind] += (
-            _RING_PASSES[kind] * (num_ranks - 1) / num_ranks * _num_bytes(whole_tensors(args, result))
+            _PASSES[kind] * (num_ranks - 1) / num_ranks * _num_bytes(tensors(args, result))
         )
 
 
@@ -119,6 +121,8 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     "allreduce_": ("all_reduce", _first),
     "allreduce_coalesced_": ("all_reduce", _first),
     "broadcast_": ("broadcast", _first),
+    "gather_": ("gather", _second),
+    "scatter_": ("scatter", _first),
     # _c10d_functional, which DTensors use.
     "all_gather_into_tensor": ("all_gather", _result),
     "all_gather_into_tensor_out": ("all_gather", _result),
@@ -132,4 +136,4 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     "all_reduce_coalesced_": ("all_reduce", _first),
     "broadcast": ("broadcast", _first),
 }
-"""Operation -> its kind, and what gives its whole tensors from (arguments, result)."""
+"""Operation -> its kind, and what gives its tensors from (arguments, result): whole ones, but a shard of gather and scatter."""

@@ -42,6 +42,8 @@ def shard() -> torch.Tensor:
         (lambda: dist.all_reduce(whole()), "all_reduce", 2 * WHOLE * 4 / 5),
         (lambda: dist.all_reduce(whole().bfloat16()), "all_reduce", WHOLE * 4 / 5),
         (lambda: dist.broadcast(whole(), src=2), "broadcast", WHOLE * 4 / 5),
+        (lambda: dist.gather(shard(), list(whole().split(1)), dst=2), "gather", WHOLE / 5 * 4 / 5),
+        (lambda: dist.scatter(shard(), list(whole().split(1)), src=2), "scatter", WHOLE / 5 * 4 / 5),
     ],
 )
 def test_bytes_are_those_of_a_ring(collective, kind, bytes_sent) -> None:
@@ -74,6 +76,8 @@ def test_what_tensors_over_ranks_do_by_themselves_is_counted() -> None:
         "reduce_scatter": once,
         "all_reduce": pytest.approx(2 * WHOLE * 4 / 5),
         "broadcast": 0,
+        "gather": 0,
+        "scatter": 0,
     }
 
 
