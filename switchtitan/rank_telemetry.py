@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchtitan.observability.spectra_files import drop_spectra_after, write_spectra
 from switchtitan.observability.spectrum import Spectra, singular_values, summarize
-from switchtitan.weight_change import Origin, weight_changes
+from switchtitan.weight_change import Origin, linear_layers, weight_changes
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class RankTelemetry:
         return self._broadcast(self._measure(merged, step) if self._is_main else {})
 
     def _measure(self, merged: dict[str, Tensor], step: int) -> dict[str, float]:
-        changes = weight_changes(merged, self._origin)
+        changes = weight_changes(merged, self._origin, linear_layers(merged, self._origin))
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         # What lies between was left by a run that was stopped, and went on from before it.
         drop_spectra_after(self._folder, self._last_step)

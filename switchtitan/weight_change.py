@@ -1,12 +1,13 @@
 """What training has added to a model's linear layers: dense weights minus those of step 0, which no run keeps a copy of."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from switchtitan.checkpoint import read_metadata
 from switchtitan.config import CheckpointError, UserError
@@ -15,7 +16,7 @@ from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.initial_weights import fingerprint, read_initial_weights, read_merged_checkpoint
 from switchtitan.models import MODELS
-from switchtitan.observability.spectrum import singular_values
+from switchtitan.observability.spectrum import select_layers, singular_values
 
 InitialValue = Callable[[str, torch.Size], Tensor]
 """(name of a plain model's parameter, its shape) -> the fp32 value on the CPU that it had at step 0."""
@@ -64,8 +65,24 @@ class Origin:
             return MODELS.build(self.model_section)
 
 
-def weight_changes(merged: Mapping[str, Tensor], origin: Origin) -> Iterator[tuple[str, Tensor]]:
-    """The change [out, in] of each linear layer in the blocks, by the layer's name; embedding and head are left out.
+def linear_layers(merged: Mapping[str, Tensor], origin: Origin) -> list[str]:
+    """The linear layers inside the blocks by qualified name; embedding and head are not among them.
+
+    Args:
+        merged: the dense weights, by the plain model's names.
+    """
+    blocks = tuple(f"{block}." for block in origin.block_names())
+    return [
+        name.removesuffix(".weight")
+        for name, weight in merged.items()
+        if name.startswith(blocks) and weight.ndim == 2
+    ]
+
+
+def weight_changes(
+    merged: Mapping[str, Tensor], origin: Origin, layers: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The change [out, in] of each of the layers since step 0, by its name.
 
     Args:
         merged: the dense weights of now, fp32 on the CPU.
@@ -74,20 +91,33 @@ def weight_changes(merged: Mapping[str, Tensor], origin: Origin) -> Iterator[tup
         CheckpointError: see `Origin.open`.
     """
     initial_value = origin.open()
-    blocks = tuple(f"{block}." for block in origin.block_names())
-    for name, weight in merged.items():
-        if name.startswith(blocks) and weight.ndim == 2:
-            yield name.removesuffix(".weight"), weight - initial_value(name, weight.shape)
+    for layer in layers:
+        weight = merged[f"{layer}.weight"]
+        yield layer, weight - initial_value(f"{layer}.weight", weight.shape)
 
 
-def checkpoint_spectra(checkpoint: Path) -> dict[str, Tensor]:
-    """Singular values of the change of each linear layer since its run's step 0, by the layer's name.
+def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> dict[str, Tensor]:
+    """Singular values of the change of linear layers since the run's step 0, by the layer's name.
+
+    Args:
+        patterns: which layers, see `select_layers`.
 
     Raises:
         CheckpointError: if there is no whole checkpoint, or the weights that its run started from are no longer at hand.
+        ConfigError: if a pattern fits no layer.
     """
-    changes = weight_changes(read_merged_checkpoint(checkpoint), checkpoint_origin(checkpoint))
-    return {name: singular_values(change) for name, change in changes}
+    origin, merged = checkpoint_origin(checkpoint), read_merged_checkpoint(checkpoint)
+    layers = select_layers(linear_layers(merged, origin), patterns)
+    changes = tqdm(
+        weight_changes(merged, origin, layers),
+        desc=str(checkpoint),
+        total=len(layers),
+        unit="layer",
+        leave=False,
+        # Where the standard error is no terminal.
+        disable=None,
+    )
+    return {layer: singular_values(change) for layer, change in changes}
 
 
 def checkpoint_origin(checkpoint: Path) -> Origin:

@@ -80,7 +80,7 @@ def layers_by_kind(names: Collection[str]) -> dict[str, list[str]]:
     return kinds
 
 
-def select_layers(spectra: Spectra, patterns: Sequence[str]) -> dict[str, Tensor]:
+def select_layers(names: Collection[str], patterns: Sequence[str]) -> list[str]:
     """The layers whose kind or qualified name fits any of the shell patterns, e.g. "q_proj", "model.layers.3.*".
 
     Raises:
@@ -91,14 +91,12 @@ def select_layers(spectra: Spectra, patterns: Sequence[str]) -> dict[str, Tensor
         return fnmatchcase(name, pattern) or fnmatchcase(layer_kind(name), pattern)
 
     for pattern in patterns:
-        if not any(fits(name, pattern) for name in spectra):
+        if not any(fits(name, pattern) for name in names):
             raise ConfigError(
-                f"--layers {pattern}: fits no layer; expected one of {', '.join(layers_by_kind(spectra))}, or a pattern for "
-                f"names like {next(iter(spectra))}"
+                f"--layers {pattern}: fits no layer; expected one of {', '.join(layers_by_kind(names))}, or a pattern for "
+                f"names like {next(iter(names))}"
             )
-    return {
-        name: values for name, values in spectra.items() if any(fits(name, pattern) for pattern in patterns)
-    }
+    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 
 
 def summarize(spectra: Spectra) -> RankSummary:

@@ -15,7 +15,7 @@ LEVELS = (
     ("comparison",),
     ("benchmark",),
     ("build",),
-    ("rank_telemetry",),
+    ("rank_telemetry", "run_spectra"),
     ("weight_change",),
     ("trainer", "initial_weights"),
     ("evaluate",),

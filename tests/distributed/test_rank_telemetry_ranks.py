@@ -1,0 +1,51 @@
+"""Two ranks measure what one does, and all of them get it."""
+
+import json
+
+import pytest
+from ranks import run_on_ranks
+from tiny import tiny_trainer
+
+from switchtitan.observability.spectra_files import read_spectra
+
+
+def record_run(rank, folder, num_ranks):
+    trainer = tiny_trainer(
+        folder,
+        "switchlora",
+        *("--spectrum.interval", "5", "--training.steps", "13", "--evaluation.interval", "100"),
+        num_ranks=num_ranks,
+    )
+    reported = {}
+    trainer.reporter.report = lambda step, values: reported.setdefault(step, {}).update(values)
+    trainer.train()
+    ranks = {step: values for step, values in reported.items() if "rank/effective_mean" in values}
+    kept = {
+        step: {tag: v for tag, v in values.items() if tag.startswith("rank/")}
+        for step, values in ranks.items()
+    }
+    (folder / f"reported-{rank}.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.distributed
+def test_two_ranks_measure_what_one_does(corpora):
+    reported = {}
+    for num_ranks in (1, 2):
+        folder = corpora / f"ranks-of-{num_ranks}"
+        run_on_ranks(num_ranks, record_run, folder, num_ranks)
+        reported[num_ranks] = [
+            json.loads((folder / f"reported-{rank}.json").read_text()) for rank in range(num_ranks)
+        ]
+    (one,) = reported[1]
+    first, second = reported[2]
+    assert first == second
+    assert list(one) == list(first) == ["5", "10", "13"]
+    for step, ranks in one.items():
+        # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
+        assert first[step] == pytest.approx(ranks, rel=1e-3), step
+    spectra = {n: read_spectra(corpora / f"ranks-of-{n}" / "run" / "spectra") for n in (1, 2)}
+    assert list(spectra[1]) == list(spectra[2]) == [5, 10, 13]
+    for name, values in spectra[1][13].items():
+        assert spectra[2][13][name].tolist() == pytest.approx(
+            values.tolist(), rel=1e-2, abs=1e-3 * values[0].item()
+        )
