@@ -18,7 +18,7 @@ from switchtitan.methods.lowrank.init import uniform
 def merge_and_restart_(layer: LowRankLinear, generator: torch.Generator) -> None:
     """W += s B A, in fp32; then A as at its initialization and B zero. The layer's output does not change.
 
-    (ReLoRA, arXiv 2307.05695, eq. 3 and Algorithm 1.) A must be random where B is zero: with both at zero, neither would get a
+    (ReLoRA, arXiv 2307.05695, Algorithm 1.) A must be random where B is zero: with both at zero, neither would get a
     gradient ever again.
 
     Args:

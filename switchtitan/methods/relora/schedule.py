@@ -28,8 +28,8 @@ class ResetSchedule:
     def lr_factor(self) -> float:
         """The factor on the learning rate at the coming step: (steps since the reset + 1) / warmup_steps, at most 1.
 
-        The jagged schedule of ReLoRA, sec. 3. In the authors' code the first step after a reset has a rate of zero; here, as in
-        the warm-up at the start of a run, it has the first rate above zero, so that no step is spent on nothing.
+        The jagged cosine of ReLoRA (its figure 2). In the authors' code the first step after a reset has a rate of zero;
+        here, as in the warm-up at the start of a run, it has the first rate above zero, so that no step is spent on nothing.
         """
         if self.num_resets == 0:
             return 1.0
