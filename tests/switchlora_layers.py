@@ -7,6 +7,7 @@ import torch
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import balanced_candidates_init, candidate_shapes
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
@@ -34,11 +35,16 @@ def build_layer(
 
 
 def build_optimizer(
-    config: SwitchLoraConfig, adamw: AdamWConfig, layers: list[LowRankLinear], num_steps: int
+    config: SwitchLoraConfig,
+    adamw: AdamWConfig,
+    layers: list[LowRankLinear],
+    num_steps: int,
+    candidates: Candidates | None = None,
 ) -> SwitchLoraOptimizer:
-    """Of these layers alone; nothing trains at full rank."""
+    """Of these layers alone, called layer0, layer1, ...; nothing trains at full rank."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
-    return SwitchLoraOptimizer(config, adamw, named, AdamW(adamw, [], local), num_steps, compile_step=False)
+    dense = AdamW(adamw, [], local)
+    return SwitchLoraOptimizer(config, adamw, named, dense, num_steps, False, candidates)
 
 
 def set_gradients(layers: list[LowRankLinear], value: float) -> None:

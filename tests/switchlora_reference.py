@@ -1,5 +1,6 @@
 """SwitchLoRA once more, as its rules are written: vector by vector in Python, every pointer, slot and timer kept on its own."""
 
+import hashlib
 import math
 
 import torch
@@ -14,10 +15,15 @@ class ReferenceLayer(nn.Module):
 
     `slot_a[i]`, `slot_b[i]` are the candidates that row i of A and column i of B hold; `rest_a[i]`, `rest_b[i]` the steps for
     which they must still stand still.
+
+    Args:
+        puts_back: whether vectors that leave become candidates; otherwise they are dropped.
+        resets: whose moments a switch resets: "counterpart", "both" or "none".
     """
 
-    def __init__(self, weight, candidates_a, candidates_b, rank, scale):
+    def __init__(self, weight, candidates_a, candidates_b, rank, scale, puts_back=True, resets="counterpart"):
         super().__init__()
+        self.puts_back, self.resets = puts_back, resets
         self.rank, self.scale, self.num_candidates = rank, scale, min(weight.shape)
         self.candidates_a, self.candidates_b = candidates_a.clone(), candidates_b.clone()
         self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=weight.dtype))
@@ -48,22 +54,38 @@ class ReferenceLayer(nn.Module):
             i, slot = self.next_row, (first_candidate + n) % self.num_candidates
             old, new = self.A[i].clone(), self.candidates_a[slot].clone()
             self.W += self.scale * torch.outer(self.B[:, i], old - new)
-            self.candidates_a[self.slot_a[i]] = old
+            if self.puts_back:
+                self.candidates_a[self.slot_a[i]] = old
             self.A[i], self.slot_a[i] = new, slot
-            self.moments_b[0][:, i] = self.moments_b[1][:, i] = 0
-            self.steps_b[i], self.rest_b[i] = 0, freeze_steps
+            self.rest_b[i] = freeze_steps
+            if self.resets in ("counterpart", "both"):
+                self.reset_b(i)
+            if self.resets == "both":
+                self.reset_a(i)
             self.next_row = (self.next_row + 1) % self.rank
         for n in range(count):
             j, slot = self.next_column, (first_candidate + n) % self.num_candidates
             old, new = self.B[:, j].clone(), self.candidates_b[:, slot].clone()
             self.W += self.scale * torch.outer(old - new, self.A[j])
-            self.candidates_b[:, self.slot_b[j]] = old
+            if self.puts_back:
+                self.candidates_b[:, self.slot_b[j]] = old
             self.B[:, j], self.slot_b[j] = new, slot
-            self.moments_a[0][j] = self.moments_a[1][j] = 0
-            self.steps_a[j], self.rest_a[j] = 0, freeze_steps
+            self.rest_a[j] = freeze_steps
+            if self.resets in ("counterpart", "both"):
+                self.reset_a(j)
+            if self.resets == "both":
+                self.reset_b(j)
             self.next_column = (self.next_column + 1) % self.rank
         self.next_candidate = (first_candidate + count) % self.num_candidates
         return count
+
+    def reset_a(self, row):
+        self.moments_a[0][row] = self.moments_a[1][row] = 0
+        self.steps_a[row] = 0
+
+    def reset_b(self, column):
+        self.moments_b[0][:, column] = self.moments_b[1][:, column] = 0
+        self.steps_b[column] = 0
 
     @torch.no_grad()
     def update(self, lr, betas, eps, weight_decay):
@@ -119,3 +141,25 @@ class ReferenceSwitchLora:
             layer.update(**self.hyper)
         self.dense.step()
         self.step_number += 1
+
+
+def splitmix64_outputs(seed, count):
+    """The generator as it is published, in whole numbers of Python: a state that grows, and a mix of it."""
+    outputs = []
+    for _ in range(count):
+        seed = (seed + 0x9E3779B97F4A7C15) % 2**64
+        z = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        outputs.append(z ^ (z >> 31))
+    return outputs
+
+
+def constant_candidates(seed, name, num_candidates, width, bound):
+    """[num_candidates, width] fp32: a generator for the candidates `name` seeds one for each slot, which gives the elements."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+    # The upper 24 bits as a signed number, over 2^23.
+    rows = [
+        [((output >> 40) ^ 2**23) - 2**23 for output in splitmix64_outputs(slot_key, width)]
+        for slot_key in splitmix64_outputs(key, num_candidates)
+    ]
+    return torch.tensor(rows, dtype=torch.float32) * (torch.tensor(bound, dtype=torch.float32) / 2**23)

@@ -114,6 +114,40 @@ def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replac
             torch.testing.assert_close(moments, expected, rtol=0, atol=1e-15)  # rounding
 
 
+@pytest.mark.parametrize("reset_moments", ["counterpart", "both", "none"])
+def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
+    """A gradient of one everywhere: the second moment tells how many unfrozen steps a vector has seen since it was reset."""
+    layer = build_layer(9, 14, RANK, 0.5, torch.float64)
+    config = SwitchLoraConfig(
+        rank=RANK, interval=RANK, freeze_steps=2, decay="constant", reset_moments=reset_moments
+    )
+    optimizer = build_optimizer(config, AdamWConfig(lr=LR), [layer], 20)
+    for p in range(15):
+        before = vectors(layer)
+        set_gradients([layer], 1.0)
+        optimizer.step()
+        state, after = optimizer.state_dict(), vectors(layer)
+        switched = {(SIDE_A, p % RANK), (SIDE_B, (RANK // 2 + p) % RANK)}
+        counterpart = {(SIDE_B, p % RANK), (SIDE_A, (RANK // 2 + p) % RANK)}
+        expected = {"counterpart": counterpart, "both": counterpart | switched, "none": set()}[reset_moments]
+        first_steps = {
+            (side, vector)
+            for side in (SIDE_A, SIDE_B)
+            for vector in range(RANK)
+            if moments_of(state, side, vector)[1] == 1
+        }
+        # In the first step, no vector has seen more than one.
+        assert p == 0 or first_steps == expected
+        for vector in counterpart:
+            assert torch.equal(before[vector], after[vector]), "it stands still, reset or not"
+            assert moments_of(state, *vector)[0].any() == (reset_moments == "none" and p > 0)
+        for side, vector in switched:
+            if reset_moments == "both":  # the moments of one step with a gradient of one
+                moments = moments_of(state, side, vector)[0]
+                expected_moments = torch.tensor([[0.1], [0.001]], dtype=torch.float64).expand_as(moments)
+                torch.testing.assert_close(moments, expected_moments, rtol=0, atol=1e-15)  # rounding
+
+
 def test_timer_started_again_counts_from_the_start():
     timers = FreezeTimers(num_layers=2, rank=5, freeze_steps=3, device=torch.device("cpu"))
     run = VectorRun(SIDE_B, 1, range(3, 5))

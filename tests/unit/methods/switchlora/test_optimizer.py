@@ -1,11 +1,12 @@
 """The whole optimizer beside a literal re-implementation, on a whole LLaMA in float64."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from switchlora_reference import ReferenceLayer, ReferenceSwitchLora
+from switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
 
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.seeds import generator_for
@@ -62,20 +63,41 @@ def draw_model(method=None):
 
 
 def build_ours(config, num_steps=NUM_STEPS):
-    method = SwitchLora(config, num_steps, seed=0)
+    method = SwitchLora(config, num_steps, seed=SEED)
     model = draw_model(method)
     return model, method.build_optimizer(model, ADAMW, compile_step=False)
 
 
+def initial_candidates(config, name, layer):
+    """Those of both sides: stored ones as the layer drew them, [c, in] and [out, c], constant ones drawn anew."""
+    if config.candidates == "swap":
+        return layer.candidates_a, layer.candidates_b
+    out_features, in_features = layer.weight.shape
+    std_a = (RANK * out_features**0.5 / in_features**1.5) ** 0.25 * 3**-0.25
+    std_b = (RANK / (out_features * in_features) ** 0.5) ** 0.25 * 3**-0.25
+    bounds = (3**0.5 * std_a, 3**0.5 * std_b) if config.init == "switchlora" else (in_features**-0.5, 0.0)
+    count = min(layer.weight.shape)
+    candidates_a = constant_candidates(SEED, f"{name}.candidates_a", count, in_features, bounds[0])
+    candidates_b = constant_candidates(SEED, f"{name}.candidates_b", count, out_features, bounds[1]).T
+    return candidates_a.double(), candidates_b.double()
+
+
 def build_reference(config, rates):
-    """Draws of the candidates are taken over; where they go, and what W becomes, is worked out anew."""
+    """Draws of stored candidates are taken over; where they go, and what W becomes, is worked out anew."""
     model, drawn = draw_model(), low_rank_layers(build_ours(config)[0])
     layers = {}
     for name, ours in drawn.items():
         parent, _, local_name = name.rpartition(".")
         weight = model.get_submodule(name).weight.detach().clone()
+        candidates_a, candidates_b = initial_candidates(config, name, ours)
         layers[name] = ReferenceLayer(
-            weight, ours.candidates_a, ours.candidates_b, config.rank, config.alpha / config.rank
+            weight,
+            candidates_a,
+            candidates_b,
+            config.rank,
+            config.alpha / config.rank,
+            puts_back=config.candidates == "swap",
+            resets=config.reset_moments,
         )
         setattr(model.get_submodule(parent), local_name, layers[name])
     factors = {id(factor) for layer in layers.values() for factor in (layer.A, layer.B)}
@@ -113,13 +135,21 @@ def run_step(model, optimizer, step):
 
 
 def reference_tensors(layer):
-    return {
-        "weight": layer.W,
-        "lora_a": layer.A,
-        "lora_b": layer.B,
-        "candidates_a": layer.candidates_a,
-        "candidates_b": layer.candidates_b,
-    }
+    factors = {"weight": layer.W, "lora_a": layer.A, "lora_b": layer.B}
+    if not layer.puts_back:
+        return factors
+    return factors | {"candidates_a": layer.candidates_a, "candidates_b": layer.candidates_b}
+
+
+def reference_rates(config):
+    """The formulas of the three decays, step by step."""
+    horizon = config.decay_ratio * NUM_STEPS
+    rate = {
+        "exponential": lambda t: 0.3 ** ((t + 1) / horizon),
+        "sigmoid": lambda t: 1 - 1 / (1 + math.exp(-10 * (t / horizon - 1))),
+        "constant": lambda t: 1.0,
+    }[config.decay]
+    return [rate(t) for t in range(NUM_STEPS)]
 
 
 @pytest.mark.parametrize(
@@ -127,14 +157,26 @@ def reference_tensors(layer):
     [
         {"decay": "exponential", "decay_ratio": 0.9, "interval": 4.3, "freeze_steps": 2, "alpha": 2.5},
         {"decay": "exponential", "decay_ratio": 0.5, "interval": 10.7, "freeze_steps": 5, "init": "lora"},
+        # k_proj and v_proj go round their six candidates several times.
+        {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "none", "alpha": 2.5},
+        {"decay": "sigmoid", "decay_ratio": 0.6, "interval": 6.1, "freeze_steps": 3, "reset_moments": "both"},
+        {"candidates": "constant", "decay": "constant", "interval": 4.3, "freeze_steps": 2, "alpha": 2.5},
+        {
+            "candidates": "constant",
+            "decay": "sigmoid",
+            "interval": 5,
+            "freeze_steps": 1,
+            "decay_ratio": 0.9,
+            "init": "lora",
+            "reset_moments": "both",
+        },
     ],
-    ids=["balanced", "lora"],
+    ids=["balanced", "lora", "no-reset", "reset-both", "constant", "constant-lora"],
 )
 def test_whole_model_follows_the_rules_written_out_vector_by_vector(keys):
     config = SwitchLoraConfig(rank=RANK, **keys)
-    rates = [0.3 ** ((t + 1) / (config.decay_ratio * NUM_STEPS)) for t in range(NUM_STEPS)]
     ours, optimizer = build_ours(config)
-    theirs, their_layers, reference = build_reference(config, rates)
+    theirs, their_layers, reference = build_reference(config, reference_rates(config))
     for step in range(NUM_STEPS):
         assert run_step(ours, optimizer, step) == pytest.approx(
             run_step(theirs, reference, step), abs=TOLERANCE
@@ -188,8 +230,11 @@ def test_metric_of_the_last_step_is_the_growth_of_the_total():
     assert totals[-1] > 0
 
 
-def test_run_goes_on_bit_for_bit_from_its_state():
-    config = SwitchLoraConfig(rank=RANK, interval=6.5, freeze_steps=3, decay="constant")
+@pytest.mark.parametrize("candidates", ["swap", "constant"])
+def test_run_goes_on_bit_for_bit_from_its_state(candidates):
+    config = SwitchLoraConfig(
+        rank=RANK, interval=6.5, freeze_steps=3, decay="constant", candidates=candidates
+    )
     model, optimizer = build_ours(config)
     for step in range(17):
         run_step(model, optimizer, step)
@@ -219,9 +264,10 @@ def test_zero_grad_forgets_all_gradients():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_model_starts_as_the_plain_model():
+@pytest.mark.parametrize("candidates", ["swap", "constant"])
+def test_model_starts_as_the_plain_model(candidates):
     tokens = batch(0)
     documents = torch.zeros_like(tokens, dtype=torch.int32)
-    model, _ = build_ours(SwitchLoraConfig(rank=RANK, alpha=3))
+    model, _ = build_ours(SwitchLoraConfig(rank=RANK, alpha=3, candidates=candidates))
     # float64 rounding through two blocks
     torch.testing.assert_close(model(tokens, documents), draw_model()(tokens, documents), rtol=0, atol=1e-12)
