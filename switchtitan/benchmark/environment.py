@@ -1,0 +1,45 @@
+"""What figures of speed must be read with: hardware, versions, threads, and the state of the code."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import switchtitan
+from switchtitan.distributed.world import device_name, device_type
+
+
+def describe_environment() -> dict[str, str | int | None]:
+    """Facts about this process and its machine, for JSON."""
+    device = torch.device(device_type())
+    return {
+        "device": cpu_name() if device.type == "cpu" else device_name(device),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "switchtitan": switchtitan.__version__,
+        "commit": commit(),
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself (proc(5), cpuinfo), or its architecture where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, followed by "-dirty" if files differ from it; None outside a git checkout."""
+    folder = Path(switchtitan.__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,96 @@
+"""scripts/benchmark.py prints a table and a line of JSON, and writes nothing."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny import METHOD_KEYS, TINY
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def file(corpora: Path) -> str:
+    folder = corpora / "benchmark"
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny.toml"
+    path.write_text(TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"]))
+    return str(path)
+
+
+def test_steps_are_compared_in_a_table_and_a_record(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "step",
+        file,
+        f"{file}:method.rank=3",
+        "--rounds",
+        "3",
+        "--steps-per-round",
+        "2",
+        "--job.seed",
+        "1",
+    ]
+    script.main(argv)
+    *_, header, first, second, line = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "ms/step"
+    assert first.endswith(f"  {file}")
+    assert second.endswith(f"  {file}:method.rank=3")
+    record = json.loads(line)
+    assert record["command"] == "scripts/benchmark.py " + " ".join(argv)
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["num_threads"] == torch.get_num_threads()
+    reference, other = record["steps"][file], record["steps"][f"{file}:method.rank=3"]
+    assert reference["ratio"] == 1
+    assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
+    assert len(other["round_medians_s"]) == 3
+    assert 0 < other["optimizer_s"] < other["step_s"]
+    assert not (Path(file).parent / "run").exists()
+
+
+def test_communication_is_counted_in_a_table_and_a_record(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["communication", file, "--num-ranks", "4", "--step", "1"])
+    title, header, row, line = capsys.readouterr().out.splitlines()
+    assert "each of 4 ranks in step 1" in title
+    assert header.split() == ["MiB/step", "all_gather", "reduce_scatter", "all_reduce"]
+    assert row.endswith(f"  {file}")
+    counts = json.loads(line)["communication"][file]
+    # One micro-batch: two blocks forward and backward, and the rest once.
+    assert counts["all_gather"]["num_calls"] == 5
+    assert counts["broadcast"] == {"num_calls": 0, "bytes_sent": 0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["communication", "FILE"], "--num-ranks"),
+        (["step", "FILE", "--rounds", "0"], "expected a whole number of at least 1"),
+        (["step", "FILE:method.rnk=3"], "did you mean rank?"),
+        (["step", "FILE", "--training.steps", "9"], "expected at least 53"),
+        (["step", "no-such.toml"], "there is no such file"),
+        ([], "step | communication"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(
+    script: ModuleType, file: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main([word.replace("FILE", file) for word in argv])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
