@@ -106,8 +106,8 @@ class ApolloRule:
     def update_(self, step: int, step_size: float, kept: float) -> None:
         """See `projected.optimizer.UpdateRule`."""
         self._draw_bases_(step // self._config.update_interval)
-        factors, squares = self._scaling_factors()
-        limiters = self._limiters_(torch.stack(squares).sqrt())
+        factors, update_squares = zip(*self._factors_and_squares(), strict=True)
+        limiters = self._limiters_(torch.stack(update_squares).sqrt())
         for weight, factor, limiter in zip(self._weights, factors, limiters.unbind(), strict=True):
             beside = factor.unsqueeze(1 if weight.is_right else 0)
             coefficients = beside * (step_size * self._config.scale) / limiter
@@ -134,28 +134,26 @@ class ApolloRule:
             copy_whole_(weight.basis, values)
         self._drawn = number
 
-    def _scaling_factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """For each weight s of this rank's part, [channels] or [1], and ||s G||^2 over all ranks, 0-dim."""
+    def _factors_and_squares(self) -> list[tuple[Tensor, Tensor]]:
+        """For each weight: s of this rank's part, [channels] or [1], and ||s G||^2 over all ranks, 0-dim."""
         sums = iter(self._rows.sum_and_scatter([project(weight) for weight in self._left]))
         measured = [
             self._measure_(weight, project(weight) if weight.is_right else next(sums))
             for weight in self._weights
         ]
-        # A row that is projected on the right is on one rank, factor and all: only its part of ||s G||^2 is to be added up.
-        is_local = [self._config.scaling == "channel" and weight.is_right for weight in self._weights]
-        own = [
-            _factors(squares) if local_ else None for squares, local_ in zip(measured, is_local, strict=True)
-        ]
+        # A row that is projected on the right lies on one rank, and so does its factor: only squares are left to be added up.
+        own = {
+            index: _factors(squares)
+            for index, (weight, squares) in enumerate(zip(self._weights, measured, strict=True))
+            if weight.is_right and self._config.scaling == "channel"
+        }
         summed = sum_packed(
-            [squares if known is None else known[1] for squares, known in zip(measured, own, strict=True)],
+            [own[index][1] if index in own else squares for index, squares in enumerate(measured)],
             self._group,
         )
-        factors, update_squares = [], []
-        for total, known in zip(summed, own, strict=True):
-            factor, update_square = _factors(total) if known is None else (known[0], total)
-            factors.append(factor)
-            update_squares.append(update_square)
-        return factors, update_squares
+        return [
+            (own[index][0], total) if index in own else _factors(total) for index, total in enumerate(summed)
+        ]
 
     def _measure_(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
         grad = weight.local_grad

@@ -1,0 +1,64 @@
+"""A model with weights of every orientation and gradients to train it on, whole or split over ranks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+TARGETS = ("q_proj", "up_proj", "down_proj")
+RANK = 3
+
+
+class OddModel(nn.Module):
+    """A square weight, one with more outputs, one with more inputs, and parameters that are not projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(5, 5, bias=False)
+        self.up_proj = nn.Linear(5, 7)
+        self.down_proj = nn.Linear(9, 5, bias=False)
+        self.lm_head = nn.Linear(5, 11, bias=False)
+
+
+def draw_model(dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None) -> OddModel:
+    """The model with values that depend on nothing else; on a mesh, split along dimension 0."""
+    model = OddModel().to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in list(model.named_parameters()):
+        value = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+        module_name, _, local_name = name.rpartition(".")
+        setattr(model.get_submodule(module_name), local_name, nn.Parameter(_placed(value, mesh)))
+    return model
+
+
+def draw_gradients(num_steps: int, dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Tensor]]:
+    """Gradients of every parameter for each step: a part that lasts and noise, of sizes that rise and fall tenfold.
+
+    What lasts has singular values that lie 30 % apart, so that singular vectors are well-determined.
+    """
+    generator = torch.Generator().manual_seed(6)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    lasting = {}
+    for name, parameter in OddModel().named_parameters():
+        if parameter.dim() == 1:
+            lasting[name] = draw(*parameter.shape)
+        else:
+            left, _, right = torch.linalg.svd(draw(*parameter.shape), full_matrices=False)
+            lasting[name] = left * 0.7 ** torch.arange(left.shape[1]) @ right
+    for _ in range(num_steps):
+        size = 10 ** torch.rand((), generator=generator, dtype=dtype)
+        yield {name: (value + 0.1 * draw(*value.shape)) * size for name, value in lasting.items()}
+
+
+def give_gradients(model: nn.Module, gradients: dict[str, Tensor], mesh: DeviceMesh | None = None) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.grad = _placed(gradients[name].clone(), mesh)
+
+
+def _placed(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    return value if mesh is None else distribute_tensor(value, mesh, [Shard(0)])
