@@ -118,8 +118,8 @@ def draw(groups: Mapping[str, GroupSpectra]) -> Figure:
     _draw_kinds(axes["kinds"], groups)
     if "course" in axes:
         _draw_course(axes["course"], groups)
-    for panel in axes.values():
-        panel.grid(alpha=0.3)
+    for name, panel in axes.items():
+        panel.grid(alpha=0.3, axis="y" if name == "kinds" else "both")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     lines, labels = axes["spectrum"].get_legend_handles_labels()
@@ -186,6 +186,15 @@ def _draw_spectra(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
         axes.plot(positions, group.spectrum.mean, color=f"C{index}", label=label)
         _draw_band(axes, positions, group.spectrum, f"C{index}")
     axes.axhline(NUMERICAL_RANK_THRESHOLD, color="grey", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"{NUMERICAL_RANK_THRESHOLD:.0%}",
+        (1, NUMERICAL_RANK_THRESHOLD),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        color="grey",
+    )
     axes.set(
         title="Singular values of the change",
         xlabel="index",
@@ -212,7 +221,11 @@ def _draw_kinds(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
                 color="black",
                 linewidth=1,
             )
-    axes.set(title="Effective rank of the change", ylabel="mean over blocks", ylim=(0, None))
+    axes.set(
+        title="Effective rank of the change",
+        ylabel=f"mean over blocks, of {_full_rank(groups)}",
+        ylim=(0, None),
+    )
     axes.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
 
 
@@ -224,7 +237,7 @@ def _draw_course(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
     axes.set(
         title="Effective rank over training",
         xlabel="step",
-        ylabel="mean over layers",
+        ylabel=f"mean over layers, of {_full_rank(groups)}",
         xlim=(0, None),
         ylim=(0, None),
     )
@@ -233,6 +246,11 @@ def _draw_course(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
 def _draw_band(axes: Axes, positions: Sequence[int], band: Band, colour: str) -> None:
     """Least to largest over the runs; nothing to see for a single one."""
     axes.fill_between(positions, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _full_rank(groups: Mapping[str, GroupSpectra]) -> int:
+    """Of the largest layer drawn."""
+    return max(len(group.spectrum.mean) for group in groups.values())
 
 
 def _text(band: Band) -> str:
