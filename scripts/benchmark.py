@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     command = " ".join(["scripts/benchmark.py", *argv])
-    print("\n".join(table))
-    print(json.dumps({"command": command, "environment": describe_environment()} | record))
+    print("\n".join(table), flush=True)
+    print(json.dumps({"command": command, "environment": describe_environment()} | record), flush=True)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:

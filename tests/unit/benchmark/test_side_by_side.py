@@ -47,8 +47,8 @@ def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
 def test_alternating_compiled_models_compiles_nothing_anew(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks and batches differ, so each configuration has graphs of its own for the functions that all of them share: nine
-    of the blocks, and more shapes of factors than torch.compile keeps by default."""
+    """Ranks and batches differ, so each configuration has graphs of its own for the functions that both share: five shapes of
+    factors each, more than torch.compile keeps of a function by default."""
     folder = corpora / "alternated"
     configs = {
         f"rank {rank}, batch {batch}": tiny_config(
@@ -57,7 +57,7 @@ def test_alternating_compiled_models_compiles_nothing_anew(
             *COMPILED,
             *("--method.rank", str(rank), "--training.local_batch_size", str(batch)),
         )
-        for rank, batch in ((4, 2), (5, 4), (6, 8))
+        for rank, batch in ((4, 2), (5, 4))
     }
     compiled_by_step: list[int] = []
     run = side_by_side._Bench.run
@@ -73,7 +73,7 @@ def test_alternating_compiled_models_compiles_nothing_anew(
     num_warm_up = side_by_side.WARM_UP_STEPS * len(configs)
     assert all(compiled_by_step[: len(configs)])
     assert not any(compiled_by_step[num_warm_up:])
-    assert len(times) == 3
+    assert len(times) == 2
 
 
 def test_a_run_shorter_than_what_is_timed_is_refused(corpora: Path) -> None:
