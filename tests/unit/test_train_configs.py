@@ -43,7 +43,8 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
         assert dims.num_kv_heads == dims.num_heads
     around = 2 * config.model.vocab_size * hidden + (2 * num_layers + 1) * hidden
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
-    if "rank" not in method:
+    # A method without factors, whether it projects gradients or not, has no alpha.
+    if "alpha" not in method:
         return {"trainable": around + dense, "frozen": 0, "candidates": 0}
     # out + in over the seven layers of all blocks; min(out, in) is the hidden size for each of them.
     sides = num_layers * (4 * 2 * hidden + 3 * (hidden + wide))
