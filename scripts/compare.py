@@ -69,7 +69,7 @@ def train(comparison: Comparison, runner: Runner, folder: Path, config: Comparis
         # Speeds and times left are those of this call's runs.
         bar.unpause()
         bar.initial = bar.n
-        comparison.carry_out(lambda runs: runner.run_all(runs, note))
+        comparison.carry_out(lambda runs: runner.run_all(runs, comparison.is_finished, note))
 
 
 def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> None:

@@ -73,7 +73,11 @@ class Comparison:
             if standing.chosen
             else selection_runs(self._config, standing.rates)
         )
-        return [run for run in runs if self._result(run) is None]
+        return [run for run in runs if not self.is_finished(run)]
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether a run has left its result."""
+        return self._result(run) is not None
 
     def carry_out(self, train_all: TrainAll) -> None:
         """Trains all that is left."""

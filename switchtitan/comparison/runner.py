@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ class Runner:
     """Trains runs in processes of their own, up to `num_jobs` at a time.
 
     A run that was stopped goes on from its newest checkpoint. A lock in its folder, which the training process holds too, keeps
-    a second one out, even one that a killed comparison left behind.
+    a second one out, whoever started the first.
 
     Args:
         num_jobs: on GPUs at most as many as are visible, each job on its own; on a CPU its cores are shared out.
@@ -46,22 +47,28 @@ class Runner:
         self._is_on_gpu = num_devices > 0
         self._threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
 
-    def run_all(self, runs: Sequence[Run], on_finished: Callable[[Run], None]) -> None:
+    def run_all(
+        self,
+        runs: Sequence[Run],
+        is_finished: Callable[[Run], bool],
+        on_finished: Callable[[Run], None],
+    ) -> None:
         """Trains every run.
 
+        One that another process is training, such as one that a killed comparison left behind, is waited for.
+
         Args:
+            is_finished: whether a run needs no training any more; asked before one is started.
             on_finished: called after each.
 
         Raises:
             RunFailedError: if one fails; the others that are under way are stopped and can be gone on with.
         """
-        waiting, active = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
+        waiting, active = deque(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
         try:
             while waiting or active:
-                for slot in self._slots:
-                    if slot not in active and waiting:
-                        run = waiting.pop(0)
-                        active[slot] = (run, self._start(run, slot))
+                for slot in [slot for slot in self._slots if slot not in active]:
+                    self._fill(slot, waiting, active, is_finished, on_finished)
                 for slot, (run, process) in list(active.items()):
                     if process.poll() is not None:
                         del active[slot]
@@ -71,43 +78,60 @@ class Runner:
         finally:
             _stop([process for _, process in active.values()])
 
-    def _start(self, run: Run, slot: int) -> subprocess.Popen[bytes]:
-        run.folder.mkdir(parents=True, exist_ok=True)
+    def _fill(
+        self,
+        slot: int,
+        waiting: deque[Run],
+        active: dict[int, tuple[Run, subprocess.Popen[bytes]]],
+        is_finished: Callable[[Run], bool],
+        on_finished: Callable[[Run], None],
+    ) -> None:
+        """Starts the first run that nobody else trains, if there is one; the others go to the end of the queue."""
+        for _ in range(len(waiting)):
+            run = waiting.popleft()
+            with locked(run.folder / "lock") as lock:
+                if lock is None:
+                    waiting.append(run)
+                elif is_finished(run):
+                    on_finished(run)
+                else:
+                    active[slot] = (run, self._start(run, slot, lock))
+                    return
+
+    def _start(self, run: Run, slot: int, lock: int) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
         if self._is_on_gpu:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible else [str(device) for device in self._slots]
             environment["CUDA_VISIBLE_DEVICES"] = names[slot]
-        command = [sys.executable, "-m", "switchtitan.train", *run.arguments]
-        with locked(run.folder / "lock") as lock, (run.folder / OUTPUT_FILE).open("ab") as output:
+        with (run.folder / OUTPUT_FILE).open("ab") as output:
             return subprocess.Popen(
-                command,
+                [sys.executable, "-m", "switchtitan.train", *run.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=[lock],
+                # A Ctrl-C is for the comparison, which stops its runs itself.
                 start_new_session=True,
             )
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[int]:
+def locked(file: Path) -> Iterator[int | None]:
     """Holds a lock for as long as this process, or one that inherits the descriptor, keeps it open.
 
-    Raises:
-        RunFailedError: if another process holds it.
+    Gives None, and no lock, if another process holds it.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFailedError(
-                f"{file.parent}: another process is training this run, perhaps one that a killed comparison left behind; wait "
-                "for it, or end it, and start again"
-            ) from error
-        yield descriptor
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,135 @@
+"""`scripts/compare.py` as a user runs it: one command, killed at any time, goes on, and reports all that is finished."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+pytestmark = pytest.mark.end_to_end
+
+REPOSITORY = Path(__file__).parents[2]
+GRID = """
+name = "three rows"
+config = "base.toml"
+output_dir = "{folder}/out"
+selection_seed = 1
+report_seeds = [2, 3]
+baseline = "full_rank"
+max_widenings = 0
+communication_ranks = 2
+[[rows]]
+name = "full_rank"
+learning_rates = [5e-3, 1e-2, 2e-2]
+set.method = {{ name = "full_rank" }}
+[[rows]]
+name = "thin"
+label = "LoRA"
+learning_rates = [1e-2, 2e-2, 1e30]
+set.method = {{ name = "lora", rank = 4 }}
+[[rows]]
+name = "thin-balanced"
+learning_rate_of = "thin"
+set.method = {{ name = "lora", rank = 4, init = "balanced" }}
+[[gaps]]
+from_row = "thin"
+to_row = "full_rank"
+rows = ["thin-balanced"]
+"""
+NUM_RUNS = 6 + 6
+
+
+def write_grid(folder: Path) -> Path:
+    base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
+    changes = {
+        "steps = 40": "steps = 10",
+        "[checkpoint]\ninterval = 20": "[checkpoint]\ninterval = 5",
+        "[evaluation]\ninterval = 20": "[evaluation]\ninterval = 5\ntest_tokens = 160",
+        "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
+        "tensorboard = false": "tensorboard = true",
+    }
+    for given, changed in changes.items():
+        assert base.count(given) == 1, given
+        base = base.replace(given, changed)
+    (folder / "base.toml").write_text(base)
+    file = folder / "grid.toml"
+    file.write_text(GRID.format(folder=folder))
+    return file
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "scripts" / "compare.py"), str(file), *arguments],
+        cwd=file.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(folder: Path) -> list[Path]:
+    return sorted((folder / "out" / "runs").glob("*/*/results.json"))
+
+
+def test_a_comparison_killed_twice_reports_every_run_once(tmp_path):
+    file = write_grid(tmp_path)
+    for num_finished, how in ((1, signal.SIGKILL), (3, signal.SIGTERM)):
+        process = start(file)
+        while len(finished(tmp_path)) < num_finished:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        process.send_signal(how)
+        process.wait(60)
+    kept = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
+    output, _ = (process := start(file, "--jobs", "2")).communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert output.rstrip().endswith(f"{tmp_path}/out/grid/report.md")
+    assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
+
+    report = tmp_path / "out" / "grid"
+    with (report / "runs.csv").open() as lines:
+        runs = list(csv.DictReader(lines))
+    assert len(runs) == len({run["row"] + run["learning_rate"] + run["seed"] for run in runs}) == NUM_RUNS
+    assert [run for run in runs if run["diverged"] == "True"] == [
+        run for run in runs if run["row"] == "thin" and run["learning_rate"] == "1e+30"
+    ]
+    results = json.loads((report / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert results["num_runs_finished"] == results["num_runs"] == NUM_RUNS
+    chosen = min((run for run in runs if run["row"] == "thin" and run["seed"] == "1"), key=validation_loss)
+    assert rows["thin"]["rate"] == rows["thin-balanced"]["rate"] == float(chosen["learning_rate"])
+    of_thin = [float(run["test_loss"]) for run in runs if run["row"] == "thin" and run["stage"] == "report"]
+    assert rows["thin"]["loss"]["mean"] == pytest.approx(sum(of_thin) / 2)
+    # 2 ranks in a ring send half of what is gathered and reduced.
+    assert rows["full_rank"]["measured"]["step_ratio"] == pytest.approx(1.0, abs=0.9)
+    assert rows["thin"]["measured"]["bytes_per_step"] > 0
+    for name in ("loss.png", "loss_against_time.png", "loss_against_memory.png"):
+        assert (report / name).read_bytes().startswith(b"\x89PNG")
+    assert "LoRA" in (report / "report.md").read_text()
+
+
+def validation_loss(run: dict[str, str]) -> float:
+    return float(run["validation_loss"])
+
+
+def test_a_run_made_with_other_settings_is_not_taken_for_the_declared_one(tmp_path):
+    file = write_grid(tmp_path)
+    process = start(file)
+    while not finished(tmp_path):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(60)
+    base = tmp_path / "base.toml"
+    base.write_text(base.read_text().replace("warmup_steps = 3", "warmup_steps = 2"))
+    output, _ = (process := start(file)).communicate(timeout=120)
+    assert process.returncode == 2
+    assert "was made with another [lr_schedule] than is declared now" in output
+    assert "Traceback" not in output
