@@ -46,7 +46,9 @@ from switchtitan.observability import (
 )
 from switchtitan.optim import build_lr_schedule
 from switchtitan.rank_telemetry import RankTelemetry
-from switchtitan.trainer import Intervals, Trainer, TrainState, loss_metrics
+from switchtitan.run_description import describe_run, run_facts, run_identity
+from switchtitan.train_state import TrainState
+from switchtitan.trainer import Intervals, Trainer, loss_metrics
 from switchtitan.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -152,19 +154,6 @@ def prepare_model(
     dtype = getattr(torch, config.training.dtype)
     shard_model(model, world.shard_mesh, dtype, config.parallelism.reshard_after_forward)
     materialize(model, world.device, config.job.seed, initial_weights)
-
-
-def run_identity(config: JobConfig, corpus: Corpus) -> dict:
-    """What a run must share with a checkpoint to go on from it: what gives the tensors and the data their meaning."""
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "method": config.method.model_dump(mode="json"),
-        "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
-        "data": {"seq_len": config.data.seq_len},
-        "training": {"global_batch_size": config.training.global_batch_size},
-        "job": {"seed": config.job.seed},
-    }
 
 
 def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: Corpus) -> Checkpointer:
@@ -306,45 +295,3 @@ def start_output(config: JobConfig, world: World, state: TrainState) -> None:
     configure_logging(is_main=True, log_file=output_dir / "train.log")
     name = f"config-from-step-{state.step}.toml" if state.step else "config.toml"
     (output_dir / name).write_text(resolved_toml(config), encoding="utf-8")
-
-
-def describe_run(
-    config: JobConfig, world: World, model: nn.Module, corpus: Corpus, checkpoint: Path | None
-) -> None:
-    """Says what is about to be trained, on what, where, and from where."""
-    counts = count_parameters(model)
-    logger.info(
-        "%s: %s",
-        config.job.name,
-        ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()),
-    )
-    logger.info("corpus %s: %s", corpus.name, corpus.description)
-    replicate, shard = world.mesh.shape
-    logger.info(
-        "%d rank(s) on %s: replicate %d x shard %d", world.size, device_name(world.device), replicate, shard
-    )
-    logger.info(
-        "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
-    )
-
-
-def run_facts(world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
-    """What figures of a run must be read with: hardware, versions, corpus, sizes."""
-    return {
-        "device": device_name(world.device),
-        "num_ranks": world.size,
-        "num_threads": torch.get_num_threads(),
-        "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
-        "num_parameters": count_parameters(model),
-    }
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of values by kind: trainable, frozen, candidates (buffers), over all ranks."""
-    parameters = list(model.parameters())
-    return {
-        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "frozen": sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
-        "candidates": sum(buffer.numel() for buffer in model.buffers()),
-    }

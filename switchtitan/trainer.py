@@ -21,6 +21,7 @@ from switchtitan.distributed.world import World
 from switchtitan.evaluate import Evaluator
 from switchtitan.job_sections import TrainingSection
 from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
+from switchtitan.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +35,6 @@ class TrainingDivergedError(UserError):
 
     exit_status = 3
     """Tells programs that run training that the configuration was sound."""
-
-
-@dataclass
-class TrainState:
-    """What a resumed run goes on from, beside tensors."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    num_skipped: int = 0
-    """Batches whose update was skipped; they count as read."""
-    tokens_seen: int = 0
-    first_validation_loss: float | None = None
-    last_validation_loss: float | None = None
-    initial_weights: str | None = None
-    """What a warm start read."""
-    initial_fingerprint: str | None = None
-    """A checksum of it."""
-
-    @property
-    def num_batches(self) -> int:
-        """Global batches read, the position in the data."""
-        return self.step + self.num_skipped
 
 
 class StepResult(NamedTuple):

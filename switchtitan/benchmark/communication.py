@@ -23,7 +23,8 @@ from switchtitan.models import MODELS
 from switchtitan.models.loss import summed_cross_entropy
 from switchtitan.observability import Profiler, Reporter
 from switchtitan.optim import build_lr_schedule
-from switchtitan.trainer import Intervals, Trainer, TrainState
+from switchtitan.train_state import TrainState
+from switchtitan.trainer import Intervals, Trainer
 
 
 def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) -> CommunicationCounts:

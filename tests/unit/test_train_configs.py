@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from switchtitan.build import count_parameters
 from switchtitan.job_config import DEFAULT_FILE, JobConfig, parse_arguments
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
+from switchtitan.run_description import count_parameters
 
 TRAIN_CONFIGS = sorted(DEFAULT_FILE.parent.glob("*.toml"))
 

@@ -9,7 +9,6 @@ from switchlora_layers import build_optimizer, effective_weight, relative_change
 from switchlora_reference import constant_candidates
 from tiny import tiny_trainer, train_steps, whole_tensors
 
-from switchtitan.build import count_parameters
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
@@ -19,6 +18,7 @@ from switchtitan.methods.switchlora.candidates import DrawnCandidates
 from switchtitan.methods.switchlora.init import initial_factors
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import AdamWConfig
+from switchtitan.run_description import count_parameters
 
 CONSTANT = ("--method.candidates", "constant")
 # (out, in, rank): wide and tall
