@@ -21,20 +21,23 @@ def reset_and_prune(rank, result_file, num_ranks):
         fully_shard(layer, mesh=init_device_mesh("cpu", (num_ranks,)))
     for name, parameter in layer.named_parameters():
         copy_whole_(parameter, torch.randn(parameter.shape, generator=generator_for(0, name)))
-    moments = {}
-    for name, factor in (("a", layer.lora_a), ("b", layer.lora_b)):
-        for kind in ("magnitude", "lot"):
-            moment = torch.zeros_like(factor, requires_grad=False)
-            # Rounded: equal values, of which ranks must keep the same.
-            values = torch.randn(factor.shape, generator=generator_for(1, name)).mul_(4).round_()
-            copy_whole_(moment, values)
-            moments[f"{kind}.{name}"] = moment
-    merge_and_restart_(layer, generator_for(2, "lora_a"))
+    moments = {
+        f"{how}.{name}.{key}": torch.zeros_like(factor, requires_grad=False)
+        for how in ("magnitude", "lot")
+        for name, factor in (("a", layer.lora_a), ("b", layer.lora_b))
+        for key in ("exp_avg", "exp_avg_sq")
+    }
     for name, moment in moments.items():
-        if name.startswith("magnitude"):
-            prune_by_magnitude_(moment, 0.6)
-        else:
-            prune_by_lot_([moment], 0.6, generator_for(3, name))
+        # Rounded: equal values, of which ranks must keep the same.
+        copy_whole_(
+            moment, torch.randn(moment.shape, generator=generator_for(1, name)).mul_(4).round_().abs_()
+        )
+    merge_and_restart_(layer, generator_for(2, "lora_a"))
+    for name in ("a", "b"):
+        by_magnitude = moments[f"magnitude.{name}.exp_avg"], moments[f"magnitude.{name}.exp_avg_sq"]
+        prune_by_magnitude_(*by_magnitude, 0.6)
+        by_lot = moments[f"lot.{name}.exp_avg"], moments[f"lot.{name}.exp_avg_sq"]
+        prune_by_lot_(*by_lot, 0.6, generator_for(3, name))
     tensors = {
         name: whole(tensor.detach()) for name, tensor in (dict(layer.named_parameters()) | moments).items()
     }
@@ -46,7 +49,7 @@ def reset_and_prune(rank, result_file, num_ranks):
 def test_a_reset_of_shards_equals_that_of_whole_tensors(tmp_path):
     reset_and_prune(0, tmp_path / "1.pt", 1)
     one = torch.load(tmp_path / "1.pt")
-    assert one["magnitude.b"].any()
+    assert one["magnitude.b.exp_avg"].any()
     assert not one["lora_b"].any()
     for num_ranks in (2, 4):
         run_on_ranks(num_ranks, reset_and_prune, tmp_path / f"{num_ranks}.pt", num_ranks)

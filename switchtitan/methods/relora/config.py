@@ -20,8 +20,8 @@ class ReloraConfig(LowRankConfig):
     """Steps over which all learning rates rise linearly from 0 at a reset back to what the schedule gives; the paper has 50 to
     100, and 0 does without."""
     reset_moments: Literal["magnitude", "random", "zero"] = "magnitude"
-    """What a reset leaves of the factors' optimizer state: `magnitude` the largest values of each moment, `random` values drawn
-    by lot, `zero` nothing, step counts included."""
+    """What a reset leaves of the factors' optimizer state: `magnitude` the largest values of each moment (a first moment only
+    beside its second), `random` values drawn by lot, `zero` nothing, step counts included."""
     prune_ratio: float = Field(default=0.9, gt=0, lt=1)
     """The share, in (0, 1), of the values of each moment that a reset zeroes. Has no effect with zero."""
 

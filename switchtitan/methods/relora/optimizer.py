@@ -14,8 +14,6 @@ from switchtitan.methods.relora.schedule import ResetSchedule
 
 logger = logging.getLogger(__name__)
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 class ReloraOptimizer:
     """Steps with another optimizer and resets at the end of a step that is due; a `contracts.TrainingOptimizer`.
@@ -83,16 +81,15 @@ class ReloraOptimizer:
         )
 
     def _prune_moments_(self, state: dict[str, Tensor], factor_name: str, number: int) -> None:
-        moments = [state[f"{factor_name}.{key}"] for key in _MOMENTS]
+        exp_avg, exp_avg_sq = state[f"{factor_name}.exp_avg"], state[f"{factor_name}.exp_avg_sq"]
         if self._config.reset_moments == "magnitude":
-            for moment in moments:
-                prune_by_magnitude_(moment, self._config.prune_ratio)
+            prune_by_magnitude_(exp_avg, exp_avg_sq, self._config.prune_ratio)
         elif self._config.reset_moments == "random":
             generator = generator_for(self._seed, f"{factor_name}.moments:{number}")
-            prune_by_lot_(moments, self._config.prune_ratio, generator)
+            prune_by_lot_(exp_avg, exp_avg_sq, self._config.prune_ratio, generator)
         else:
-            for moment in moments:
-                local(moment).zero_()
+            local(exp_avg).zero_()
+            local(exp_avg_sq).zero_()
             # Moments of zero with an old step count would get no bias correction: steps of (1 - beta1) / sqrt(1 - beta2),
             # three times the learning rate with the usual betas.
             state[f"{factor_name}.step"].zero_()

@@ -31,25 +31,34 @@ def merge_and_restart_(layer: LowRankLinear, generator: torch.Generator) -> None
 
 
 @torch.no_grad()
-def prune_by_magnitude_(moment: Tensor, prune_ratio: float) -> None:
-    """Zeroes the smallest absolute values of a moment [rows, width]; see `num_pruned` for how many."""
-    values = whole(moment)
-    copy_whole_(moment, torch.where(largest(values.abs(), prune_ratio), values, 0))
+def prune_by_magnitude_(exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float) -> None:
+    """Zeroes the smallest absolute values of each of a factor's moments, and first moments whose second moment is zeroed.
+
+    The authors' code prunes each moment by itself. But A's first gradient after a reset is zero, as B is: where only the second
+    moment were gone, Adam would divide the old first moment by eps, and step ten thousand times too far or more.
+
+    Args:
+        exp_avg, exp_avg_sq: [rows, width]; `num_pruned` of the second moments are zeroed, of the first as many or more.
+    """
+    means, squares = whole(exp_avg), whole(exp_avg_sq)
+    kept = largest(squares, prune_ratio)
+    copy_whole_(exp_avg_sq, torch.where(kept, squares, 0))
+    copy_whole_(exp_avg, torch.where(kept & largest(means.abs(), prune_ratio), means, 0))
 
 
 @torch.no_grad()
-def prune_by_lot_(moments: list[Tensor], prune_ratio: float, generator: torch.Generator) -> None:
-    """Zeroes values of moments of one shape [rows, width] at random places, the same in all.
-
-    The authors' code draws the places anew for each moment. A first moment whose second moment is gone makes steps as large as
-    the quotient of the old gradient and the new one, so here both stay or both go.
+def prune_by_lot_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float, generator: torch.Generator
+) -> None:
+    """Zeroes `num_pruned` values of each of a factor's moments at random places, the same in both, for the reason given above.
 
     Args:
+        exp_avg, exp_avg_sq: [rows, width].
         generator: on the CPU; in the same state on every rank.
     """
-    kept = largest(torch.rand(moments[0].shape, generator=generator), prune_ratio)
-    for moment in moments:
-        copy_whole_(moment, torch.where(kept.to(moment.device), whole(moment), 0))
+    kept = largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio).to(exp_avg.device)
+    for moment in (exp_avg, exp_avg_sq):
+        copy_whole_(moment, torch.where(kept, whole(moment), 0))
 
 
 def largest(scores: Tensor, prune_ratio: float) -> Tensor:

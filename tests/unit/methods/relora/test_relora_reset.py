@@ -51,14 +51,24 @@ def test_new_factors_follow_from_the_generator_and_keep_to_the_bound(layer):
 
 @pytest.mark.parametrize("prune_ratio", [0.01, 0.5, 0.9, 0.99])
 def test_magnitude_pruning_keeps_exactly_the_largest(prune_ratio):
-    moment = torch.randn(13, 17, generator=generator_for(2, "moment"))
-    before = moment.clone()
-    prune_by_magnitude_(moment, prune_ratio)
-    num_kept = 13 * 17 - round(prune_ratio * 13 * 17)
-    assert moment.count_nonzero() == num_kept
-    kept = moment != 0
-    assert torch.equal(moment[kept], before[kept])
+    exp_avg = torch.randn(13, 17, generator=generator_for(2, "first"))
+    exp_avg_sq = exp_avg.abs() * 3  # of one order, so that the same places are kept
+    before = exp_avg.clone()
+    prune_by_magnitude_(exp_avg, exp_avg_sq, prune_ratio)
+    kept = exp_avg != 0
+    assert kept.sum() == 13 * 17 - round(prune_ratio * 13 * 17)
+    assert torch.equal(exp_avg[kept], before[kept])
     assert before[kept].abs().min() > before[~kept].abs().max()
+    assert torch.equal(exp_avg_sq, exp_avg.abs() * 3)
+
+
+def test_magnitude_pruning_leaves_no_first_moment_without_its_second():
+    exp_avg = torch.randn(13, 17, generator=generator_for(2, "first"))
+    exp_avg_sq = torch.rand(13, 17, generator=generator_for(2, "second")) + 1e-3
+    prune_by_magnitude_(exp_avg, exp_avg_sq, 0.6)
+    assert exp_avg_sq.count_nonzero() == 13 * 17 - num_pruned(13 * 17, 0.6)
+    assert exp_avg.any()
+    assert exp_avg_sq[exp_avg != 0].all()
 
 
 def test_of_equal_values_the_first_are_kept():
@@ -67,14 +77,14 @@ def test_of_equal_values_the_first_are_kept():
     assert largest(torch.zeros(2, 5), 0.7).sum() == 3
 
 
-def test_pruning_by_lot_keeps_the_same_places_in_all_moments():
+def test_pruning_by_lot_keeps_the_same_places_in_both_moments():
     moments = [torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in ("first", "second")]
     before = [moment.clone() for moment in moments]
-    prune_by_lot_(moments, 0.9, generator_for(4, "lot"))
+    prune_by_lot_(*moments, 0.9, generator_for(4, "lot"))
     kept = moments[0] != 0
     assert kept.sum() == 13 * 17 - num_pruned(13 * 17, 0.9)
     for moment, old in zip(moments, before, strict=True):
         assert torch.equal(moment, torch.where(kept, old, 0))
     again = [moment.clone() for moment in before]
-    prune_by_lot_(again, 0.9, generator_for(4, "another"))
+    prune_by_lot_(*again, 0.9, generator_for(4, "another"))
     assert not torch.equal(again[0], moments[0])
