@@ -42,7 +42,8 @@ class PackedRows:
             padding = block.shape[0] * block.shape[1] - partial.shape[0]
             block.copy_(F.pad(partial, (0, 0, 0, padding)).view(block.shape))
         own = torch.empty_like(packed[0])
-        dist.reduce_scatter_tensor(own, packed.flatten(), group=self._group)
+        # Lists of chunks: newer versions of torch have renamed the collectives that take one tensor.
+        dist.reduce_scatter(own, list(packed.unbind()), group=self._group)
         blocks = self._blocks(own.unsqueeze(0))
         return [block[0, :held] for block, held in zip(blocks, self._held, strict=True)]
 
@@ -57,11 +58,11 @@ class PackedRows:
         own = parts[0].new_zeros(sum(self._sizes))
         for part, block in zip(parts, self._blocks(own.unsqueeze(0)), strict=True):
             block[0, : part.shape[0]] = part
-        packed = own.new_empty(self._num_ranks * own.numel())
-        dist.all_gather_into_tensor(packed, own, group=self._group)
+        packed = own.new_empty(self._num_ranks, own.numel())
+        dist.all_gather(list(packed.unbind()), own, group=self._group)
         return [
             block.flatten(0, 1)[: shape[0]]
-            for block, shape in zip(self._blocks(packed.view(self._num_ranks, -1)), self._shapes, strict=True)
+            for block, shape in zip(self._blocks(packed), self._shapes, strict=True)
         ]
 
     def _blocks(self, packed: Tensor) -> list[Tensor]:
