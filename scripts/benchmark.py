@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pydantic import JsonValue
 
 from switchtitan.benchmark import communication_of_a_step, time_steps_side_by_side
-from switchtitan.benchmark.environment import describe_environment
 from switchtitan.benchmark.report import communication_record, communication_table, step_record, step_table
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.config.errors import UserError, exit_for
 from switchtitan.distributed.world import num_ranks_from_launcher
+from switchtitan.observability.environment import describe_environment
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import switchtitan
+from switchtitan.atomic_file import write_atomically
 from switchtitan.checkpoint import (
     Checkpointer,
     check_same_run,
@@ -294,4 +295,4 @@ def start_output(config: JobConfig, world: World, state: TrainState) -> None:
     output_dir = config.job.output_dir
     configure_logging(is_main=True, log_file=output_dir / "train.log")
     name = f"config-from-step-{state.step}.toml" if state.step else "config.toml"
-    (output_dir / name).write_text(resolved_toml(config), encoding="utf-8")
+    write_atomically(output_dir / name, resolved_toml(config))

@@ -10,6 +10,7 @@ import switchtitan
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job_config import JobConfig
+from switchtitan.observability.environment import commit
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def run_facts(world: World, model: nn.Module, corpus: Corpus) -> dict[str, objec
         "num_ranks": world.size,
         "num_threads": torch.get_num_threads(),
         "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
+        "commit": commit(),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "num_parameters": count_parameters(model),
     }

@@ -129,7 +129,7 @@ class Trainer:
                 self.training.steps,
             )
             # All ranks must take the same way.
-            if not self.world.broadcast(self.reporter.has_results):
+            if not self.world.broadcast(self.reporter.has_results(self.state.step)):
                 self._conclude()
             return
         if self.training.steps < self.intervals.evaluate:

@@ -44,7 +44,7 @@ def read_result(run: Run) -> RunResult | None:
     if not file.exists():
         return None
     figures = json.loads(file.read_text(encoding="utf-8"))
-    if figures["step"] < run.config().training.steps:
+    if figures["step"] != run.config().training.steps:
         return None
     return RunResult(run, figures["loss/validation"], figures["loss/test"], figures)
 

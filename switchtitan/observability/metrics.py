@@ -111,10 +111,12 @@ class Reporter:
         for line in self._table.lines(step, values):
             logger.info("%s", line)
 
-    @property
-    def has_results(self) -> bool:
-        """Whether a run that ended here left its results."""
-        return self._results.exists()
+    def has_results(self, step: int) -> bool:
+        """Whether a run that ended at `step` left its results."""
+        try:
+            return json.loads(self._results.read_text(encoding="utf-8"))["step"] == step
+        except (OSError, ValueError, KeyError):
+            return False
 
     def summary(
         self, values: Mapping[str, float | None], *, checkpoint: Path | None = None, trace: Path | None = None

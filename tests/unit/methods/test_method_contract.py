@@ -81,7 +81,9 @@ def test_merged_weights_in_the_plain_model_compute_the_same_logits(corpora, meth
     trainer.batches.close()
     expected = logits(trainer.model, batch)
     plain = MODELS.build(config.model)
-    merged = METHODS.build(config.method, config.training.steps, config.job.seed).merged_state_dict(trainer.model)
+    merged = METHODS.build(config.method, config.training.steps, config.job.seed).merged_state_dict(
+        trainer.model
+    )
     assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in merged.values())
     untrained = logits(plain, batch)
     plain.load_state_dict(merged, strict=True)
