@@ -22,8 +22,13 @@ def lora_init(
         `weight` [out, in], `lora_a` [rank, in], `lora_b` [out, rank].
     """
     out_features, in_features = weight.shape
-    lora_a = uniform((rank, in_features), 1 / math.sqrt(in_features), generator_for("lora_a"))
+    lora_a = uniform((rank, in_features), lora_bound(in_features), generator_for("lora_a"))
     return {"weight": weight, "lora_a": lora_a, "lora_b": torch.zeros(out_features, rank)}
+
+
+def lora_bound(in_features: int) -> float:
+    """Bound of the uniform distribution of LoRA's A: sqrt(6 / ((1 + a^2) in)) with a = sqrt 5, which is 1/sqrt(in)."""
+    return 1 / math.sqrt(in_features)
 
 
 def balanced_init(

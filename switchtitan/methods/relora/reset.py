@@ -4,14 +4,12 @@ Works on plain tensors and on shards, with equal results: what depends on a whol
 every rank, one tensor at a time, so that memory rises by no more than that. All ranks must call.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from switchtitan.distributed.shards import copy_whole_, local, whole
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.init import uniform
+from switchtitan.methods.lowrank.init import lora_bound, uniform
 
 
 @torch.no_grad()
@@ -22,11 +20,11 @@ def merge_and_restart_(layer: LowRankLinear, generator: torch.Generator) -> None
     gradient ever again.
 
     Args:
-        generator: draws A, uniform on +-1/sqrt(in) (Kaiming, a = sqrt 5); in the same state on every rank.
+        generator: draws A, uniform within `lora_bound`; in the same state on every rank.
     """
     local(layer.weight).addmm_(local(layer.lora_b), whole(layer.lora_a), alpha=layer.scale)
-    bound = 1 / math.sqrt(layer.in_features)
-    copy_whole_(layer.lora_a, uniform((layer.rank, layer.in_features), bound, generator))
+    shape = layer.rank, layer.in_features
+    copy_whole_(layer.lora_a, uniform(shape, lora_bound(layer.in_features), generator))
     local(layer.lora_b).zero_()
 
 

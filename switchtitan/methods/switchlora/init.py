@@ -1,6 +1,5 @@
 """How a SwitchLoRA layer starts: all candidates are drawn, and the factors are copies of some of them."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.methods.lowrank.init import balanced_bounds, uniform, without_update
+from switchtitan.methods.lowrank.init import balanced_bounds, lora_bound, uniform, without_update
 from switchtitan.methods.lowrank.linear import InitialFactors
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.draws import draw_vectors, splitmix64
@@ -30,10 +29,10 @@ def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int
 def candidate_bounds(
     init: Literal["switchlora", "lora"], out_features: int, in_features: int, rank: int
 ) -> tuple[float, float]:
-    """Bounds of the uniform distributions of A's and B's candidates: `balanced_bounds`, or LoRA's 1/sqrt(in) and 0."""
+    """Bounds of the uniform distributions of A's and B's candidates: `balanced_bounds`, or `lora_bound` and 0."""
     if init == "switchlora":
         return balanced_bounds(out_features, in_features, rank)
-    return 1 / math.sqrt(in_features), 0.0
+    return lora_bound(in_features), 0.0
 
 
 def initial_factors(config: SwitchLoraConfig) -> InitialFactors:
@@ -60,7 +59,7 @@ def balanced_candidates_init(
 def lora_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
-    """A's candidates uniform on +-1/sqrt(in), B's zero, W untouched. Returns as `balanced_candidates_init`."""
+    """A's candidates uniform within `lora_bound`, B's zero, W untouched. Returns as `balanced_candidates_init`."""
     return _from_stored_candidates("lora", weight, rank, scale, generator_for)
 
 
