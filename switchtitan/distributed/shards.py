@@ -30,6 +30,11 @@ def row_range(tensor: Tensor) -> range:
     return _held_rows(tensor.shape[0], tensor.device_mesh)
 
 
+def rows_per_rank(num_rows: int, num_ranks: int) -> int:
+    """Rows on each of the first ranks; the last ones hold what is left, perhaps nothing, as torch.chunk and DTensor cut."""
+    return -(-num_rows // num_ranks)
+
+
 def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
     """The ranks that hold the other parts; None where this rank holds all."""
     if not isinstance(tensor, DTensor):
@@ -166,14 +171,14 @@ def copy_all_(destinations: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
-    """The rows of a tensor of `num_rows` that this rank holds: equal chunks but for the last ones, as torch.chunk cuts.
+    """The rows of a tensor of `num_rows` that this rank holds.
 
     In integers; torch's function for any placement makes tensors on the way, for every call.
     """
     dim = mesh.ndim - 1
-    rows_per_rank = -(-num_rows // mesh.size(dim))
-    start = min(mesh.get_local_rank(dim) * rows_per_rank, num_rows)
-    stop = min(start + rows_per_rank, num_rows)
+    chunk = rows_per_rank(num_rows, mesh.size(dim))
+    start = min(mesh.get_local_rank(dim) * chunk, num_rows)
+    stop = min(start + chunk, num_rows)
     return range(start, stop) if start < stop else range(0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchtitan.config import Section
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import copy_whole_, local, shard_group
+from switchtitan.distributed.shards import copy_whole_, local, rows_per_rank, shard_group
 from switchtitan.methods.lowrank import merged_state_dict
 from switchtitan.methods.projected import (
     PackedRows,
@@ -179,9 +179,8 @@ def _decompose_on_own_ranks(weights: list[ProjectedWeight], group: dist.ProcessG
 def _gather_rows(weight: ProjectedWeight, owner: int, group: dist.ProcessGroup) -> Tensor | None:
     """The whole gradient on the rank `owner` of the group, nothing on the others."""
     num_rows, width = weight.parameter.shape
-    rows_per_rank = -(-num_rows // group.size())
     grad = weight.local_grad
-    padded = grad.new_zeros(rows_per_rank, width)
+    padded = grad.new_zeros(rows_per_rank(num_rows, group.size()), width)
     padded[: grad.shape[0]] = grad
     parts = [torch.empty_like(padded) for _ in range(group.size())] if group.rank() == owner else None
     dist.gather(padded, parts, group=group, group_dst=owner)

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchtitan.distributed.shards import local, shard_group
+from switchtitan.distributed.shards import local, rows_per_rank, shard_group
 
 
 class PackedRows:
@@ -23,8 +23,8 @@ class PackedRows:
         self._num_ranks = 1 if self._group is None else self._group.size()
         self._shapes = [tuple(matrix.shape) for matrix in matrices]
         self._held = [local(matrix).shape[0] for matrix in matrices]
-        # The first ranks hold as many rows as fit, as DTensor has it; what the last ones lack is padding.
-        self._rows_per_rank = [-(-rows // self._num_ranks) for rows, _ in self._shapes]
+        # What the last ranks lack is padding.
+        self._rows_per_rank = [rows_per_rank(rows, self._num_ranks) for rows, _ in self._shapes]
         self._sizes = [
             rows * width for rows, (_, width) in zip(self._rows_per_rank, self._shapes, strict=True)
         ]

@@ -1,0 +1,12 @@
+"""How the rows of a tensor fall to ranks."""
+
+import pytest
+import torch
+
+from switchtitan.distributed.shards import rows_per_rank
+
+
+@pytest.mark.parametrize(("num_rows", "num_ranks"), [(12, 4), (13, 4), (3, 4), (1, 1), (17, 5)])
+def test_the_first_ranks_hold_as_many_rows_as_torch_cuts(num_rows: int, num_ranks: int):
+    first = torch.empty(num_rows, 2).chunk(num_ranks)[0]
+    assert rows_per_rank(num_rows, num_ranks) == len(first)
