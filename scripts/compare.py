@@ -2,18 +2,18 @@
 
 python scripts/compare.py train_configs/comparisons/rank_16.toml --jobs 2
 
-The report lies in `<output_dir>/<name of the file>`: report.md, results.json, runs.csv and pictures. It is brought up to date
-after every run. A comparison that was stopped, in whatever way, goes on with the same command.
+The report lies in `<output_dir>/reports/<name of the file>`: report.md, results.json, runs.csv and pictures. It is brought up
+to date after every run. A comparison that was stopped, in whatever way, goes on with the same command.
 """
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from switchtitan.comparison.comparison import Comparison
@@ -22,9 +22,9 @@ from switchtitan.comparison.measure import measure, read_measurements
 from switchtitan.comparison.plan import Run, check_plan
 from switchtitan.comparison.plots import write_pictures
 from switchtitan.comparison.report import write_report
-from switchtitan.comparison.runner import Runner
+from switchtitan.comparison.runner import Runner, locked
 from switchtitan.comparison.table import report_gaps, report_rows
-from switchtitan.config.errors import UserError, exit_for
+from switchtitan.config.errors import ConfigError, UserError, exit_for
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,15 +34,23 @@ def main(argv: Sequence[str]) -> None:
     # Which event file it reads next is no part of the story.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
+    # Decompositions for a report must not take the cores of the runs.
+    torch.set_num_threads(1)
     try:
         config = load_comparison(options.file)
         check_plan(config)
-        comparison = Comparison(config)
-        folder = config.output_dir / options.file.stem
-        if not options.report_only:
-            train(comparison, Runner(options.jobs), folder, config)
-            measure(config, folder, num_threads=len(os.sched_getaffinity(0)))
-        report(comparison, folder, config)
+        folder = config.output_dir / "reports" / options.file.stem
+        with locked(folder / "lock") as lock:
+            if lock is None:
+                raise ConfigError(
+                    f"{folder}: another process carries out this comparison; wait for it, or end it"
+                )
+            comparison = Comparison(config)
+            if not options.report_only:
+                train(comparison, Runner(options.jobs), folder, config)
+                report(comparison, folder, config)
+                measure(config, folder)
+            report(comparison, folder, config)
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt:
@@ -75,7 +83,7 @@ def train(comparison: Comparison, runner: Runner, folder: Path, config: Comparis
 def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> None:
     """Writes tables and pictures of what is finished."""
     standing = comparison.standing()
-    rows = report_rows(standing, read_measurements(folder))
+    rows = report_rows(standing, read_measurements(config, folder))
     write_report(folder, standing, rows, report_gaps(standing))
     write_pictures(folder, standing, rows)
 

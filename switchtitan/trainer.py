@@ -141,9 +141,11 @@ class Trainer:
         try:
             self._run_steps()
             self.checkpointer.finish()
-        except (TrainingDivergedError, KeyboardInterrupt):
+        except (TrainingDivergedError, KeyboardInterrupt) as error:
             # All ranks are here: a save under way is of a good state, and the run goes on from it.
             self.checkpointer.finish()
+            if isinstance(error, TrainingDivergedError):
+                self.reporter.report_divergence(self.state.step)
             raise
         self._conclude()
 

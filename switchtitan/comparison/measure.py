@@ -1,13 +1,14 @@
 """What is measured of methods rather than of runs: step times side by side, and bytes that a step communicates."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -16,18 +17,23 @@ from switchtitan.benchmark.communication import communication_of_a_step
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, time_steps_side_by_side
 from switchtitan.benchmark.step_times import ratio_of_steps
 from switchtitan.comparison.config import ComparisonConfig
-from switchtitan.comparison.plan import Run, plan_run
-from switchtitan.config import ConfigError
+from switchtitan.comparison.plan import Run, first_run
+from switchtitan.config.toml_text import resolved_toml
+
+logger = logging.getLogger(__name__)
 
 MEASUREMENTS_FILE = "measurements.json"
 ROUNDS, STEPS_PER_ROUND = 8, 5
+_TERMINATION_S = 30
 
-Result = TypeVar("Result")
+
+class MeasurementFailedError(Exception):
+    """A measurement ended without figures."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Figures of one row."""
+    """Figures of one row, of steps early in a run."""
 
     step_s: float
     """The median step, seconds, timed beside the baseline's on the same machine."""
@@ -38,67 +44,106 @@ class Measurements:
     step_ratio_high: float
     bytes_per_step: float
     """That each rank sends, see `distributed.communication`."""
+    fingerprint: str
+    """Of what was measured: the row's configuration, the baseline's, and the numbers of ranks and rounds."""
 
 
-def measure(comparison: ComparisonConfig, folder: Path, num_threads: int) -> dict[str, Measurements]:
-    """Measures every row, or reads what an earlier call wrote to `folder`.
+def measure(comparison: ComparisonConfig, folder: Path) -> None:
+    """Measures every row that has not been measured in `folder` as it is declared now.
 
-    A row stands still beside the baseline only; both trade places every few steps, so that a noisy machine slows both alike.
+    A row is timed beside the baseline only; both trade places every few steps, so that a noisy machine slows both alike. A row
+    that cannot be measured is left out, with a warning: runs that took hours are reported without it.
     """
-    file = folder / MEASUREMENTS_FILE
-    known = read_measurements(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for row in comparison.rows:
-        if row.name not in known:
-            known[row.name] = _measure_row(comparison, row.name, num_threads)
-            folder.mkdir(parents=True, exist_ok=True)
-            table = {name: asdict(figures) for name, figures in known.items()}
-            write_atomically(file, json.dumps(table, indent=2) + "\n")
-    return known
+        run = first_run(comparison, row)
+        known = read_measurements(comparison, folder)
+        if row.name in known:
+            continue
+        logger.info("measuring %s", row.name)
+        try:
+            known[row.name] = _measure_row(comparison, run)
+        except MeasurementFailedError as error:
+            logger.warning("%s could not be measured: %s", row.name, error)
+            continue
+        table = {name: asdict(figures) for name, figures in known.items()}
+        write_atomically(folder / MEASUREMENTS_FILE, json.dumps(table, indent=2) + "\n")
 
 
-def read_measurements(folder: Path) -> dict[str, Measurements]:
-    """What `measure` wrote, by row; empty if it did not."""
+def read_measurements(comparison: ComparisonConfig, folder: Path) -> dict[str, Measurements]:
+    """What `measure` found, by row, as far as it was measured as it is declared now."""
     file = folder / MEASUREMENTS_FILE
     if not file.exists():
         return {}
     table = json.loads(file.read_text(encoding="utf-8"))
-    return {name: Measurements(**figures) for name, figures in table.items()}
+    known = {name: Measurements(**figures) for name, figures in table.items()}
+    return {
+        row.name: known[row.name]
+        for row in comparison.rows
+        if row.name in known
+        and known[row.name].fingerprint == _fingerprint(comparison, first_run(comparison, row))
+    }
 
 
-def _measure_row(comparison: ComparisonConfig, name: str, num_threads: int) -> Measurements:
-    run, baseline = (
-        plan_run(comparison, comparison.row(row), 1e-3, comparison.selection_seed)
-        for row in (name, comparison.baseline)
-    )
-    step_s, ratio = _in_own_process(_time_steps, {"row": run, "baseline": baseline}, num_threads)
-    sent = _in_own_process(_count_bytes, run, comparison.communication_ranks)
-    return Measurements(step_s, ratio[0], ratio[1], ratio[2], sent)
+def _fingerprint(comparison: ComparisonConfig, run: Run) -> str:
+    baseline = first_run(comparison, comparison.row(comparison.baseline))
+    circumstances = [
+        resolved_toml(run.config()),
+        resolved_toml(baseline.config()),
+        comparison.communication_ranks,
+        (ROUNDS, STEPS_PER_ROUND),
+    ]
+    return hashlib.sha256(repr(circumstances).encode()).hexdigest()[:16]
 
 
-def _time_steps(runs: Mapping[str, Run], num_threads: int) -> tuple[float, tuple[float, float, float]]:
+def _measure_row(comparison: ComparisonConfig, run: Run) -> Measurements:
+    baseline = first_run(comparison, comparison.row(comparison.baseline))
+    step_s, ratio, low, high = _in_own_process(_time_steps, run, baseline)
+    (sent,) = _in_own_process(_count_bytes, run, comparison.communication_ranks)
+    return Measurements(step_s, ratio, low, high, sent, _fingerprint(comparison, run))
+
+
+def _time_steps(run: Run, baseline: Run) -> tuple[float, ...]:
     # What the two runs say of themselves is no news.
     logging.disable(logging.WARNING)
-    torch.set_num_threads(num_threads)
-    configs = {name: run.config() for name, run in runs.items()}
-    num_timed = configs["row"].training.steps - WARM_UP_STEPS
-    rounds = min(ROUNDS, num_timed // STEPS_PER_ROUND)
-    if rounds < 1:
-        raise ConfigError(
-            f"[training] steps = {configs['row'].training.steps}: expected at least {WARM_UP_STEPS + STEPS_PER_ROUND}, which "
-            "timing a step takes"
-        )
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    configs = {"row": run.config(), "baseline": baseline.config()}
+    rounds = min(ROUNDS, (configs["row"].training.steps - WARM_UP_STEPS) // STEPS_PER_ROUND)
     times = time_steps_side_by_side(configs, rounds, STEPS_PER_ROUND)
     ratio = ratio_of_steps(times["row"], times["baseline"])
-    return times["row"].median_s, (ratio.value, ratio.low, ratio.high)
+    return times["row"].median_s, ratio.value, ratio.low, ratio.high
 
 
-def _count_bytes(run: Run, num_ranks: int) -> float:
-    config = run.config(num_ranks)
-    return sum(count.bytes_sent for count in communication_of_a_step(config, num_ranks).values())
+def _count_bytes(run: Run, num_ranks: int) -> tuple[float, ...]:
+    counts = communication_of_a_step(run.config(num_ranks), num_ranks)
+    return (sum(count.bytes_sent for count in counts.values()),)
 
 
-def _in_own_process(function: Callable[..., Result], *arguments: object) -> Result:
+def _in_own_process(function: Callable[..., tuple[float, ...]], *arguments: object) -> tuple[float, ...]:
     """Both measurements make process groups of their own, which this process must not be in."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        figures = receiver.recv()
+    except EOFError:
+        process.join()
+        raise MeasurementFailedError(f"its process ended with status {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join(_TERMINATION_S)
+        process.kill()
+    if isinstance(figures, str):
+        raise MeasurementFailedError(figures)
+    return figures
+
+
+def _send_result(
+    sender: Connection, function: Callable[..., tuple[float, ...]], arguments: tuple[object, ...]
+) -> None:
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")

@@ -9,6 +9,10 @@ from switchtitan.config import ConfigError
 from switchtitan.config.toml_text import toml_value
 from switchtitan.job_config import JobConfig, parse_arguments
 
+MIN_STEPS = 8
+"""Below it there is nothing to time: three steps warm up, five are a round."""
+_OF_THE_COMPARISON = ("optimizer.lr", "job.seed", "job.name", "job.output_dir")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,11 +43,20 @@ class Run:
 
 
 def plan_run(comparison: ComparisonConfig, row: Row, learning_rate: float, seed: int) -> Run:
-    """The run of a row at a rate and a seed; its folder is its own."""
+    """The run of a row at a rate and a seed; its folder is its own.
+
+    Raises:
+        ConfigError: if the row sets a key that is the comparison's to set.
+    """
     folder = comparison.output_dir / "runs" / row.name / f"lr-{learning_rate:g}-seed-{seed}"
     keys: dict[str, object] = {
         f"{section}.{key}": value for section, keys in row.set.items() for key, value in keys.items()
     }
+    for key in _OF_THE_COMPARISON:
+        if key in keys:
+            raise ConfigError(
+                f"row {row.name}: set {key} has no effect, since the comparison sets it; remove it"
+            )
     keys |= {
         "optimizer.lr": learning_rate,
         "job.seed": seed,
@@ -82,30 +95,61 @@ def report_runs(comparison: ComparisonConfig, chosen: Mapping[str, float]) -> li
 
 
 def check_plan(comparison: ComparisonConfig) -> None:
-    """Makes sure that every row's configuration is valid, and that rows differ in their methods alone.
+    """Makes sure, before any run, that all rows can be run, reported and measured, and that they differ in their methods alone.
 
     Raises:
         ConfigError: otherwise.
     """
-    configs = {}
-    for row in comparison.rows:
-        rate = row.learning_rates[0] if row.learning_rates else 1e-3
-        configs[row.name] = plan_run(comparison, row, rate, comparison.selection_seed).config()
-    first = configs[comparison.baseline]
+    configs = {row.name: first_run(comparison, row).config() for row in comparison.rows}
+    baseline = configs[comparison.baseline]
     for name, config in configs.items():
-        for section in ("data", "evaluation"):
-            if getattr(config, section) != getattr(first, section):
-                raise ConfigError(
-                    f"row {name}: [{section}] differs from {comparison.baseline}'s; all rows must see the same text"
-                )
-        tokens = (config.training.steps, config.training.global_batch_size)
-        if tokens != (first.training.steps, first.training.global_batch_size):
+        differing = [
+            section
+            for section in type(baseline).model_fields
+            if section not in ("job", "method") and not _is_same(section, config, baseline)
+        ]
+        if differing:
             raise ConfigError(
-                f"row {name}: [training] steps and global_batch_size = {tokens} differ from {comparison.baseline}'s; all rows "
-                "must train on equally many tokens"
+                f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from {comparison.baseline}'s; rows "
+                f"may differ in [method] and the learning rate alone, so set it for all rows in {comparison.config}"
             )
-        if config.evaluation.test_tokens is None:
-            raise ConfigError(
-                f"{comparison.config}: [evaluation] test_tokens is not set; the report needs a test split, on which nothing "
-                "was chosen: set it, and [data] test_fraction"
-            )
+    _check_reportable(comparison, baseline)
+    for row in comparison.rows:
+        first_run(comparison, row).config(comparison.communication_ranks)
+
+
+def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
+    problems = []
+    if config.evaluation.test_tokens is None:
+        problems.append(
+            "[evaluation] test_tokens is not set; the report needs a test split, on which nothing was chosen: set it, and "
+            "[data] test_fraction"
+        )
+    if config.evaluation.interval > config.training.steps:
+        problems.append(
+            f"[evaluation] interval = {config.evaluation.interval}: expected at most [training] steps = "
+            f"{config.training.steps}, since rates are chosen by the validation loss at the end"
+        )
+    if not config.metrics.tensorboard:
+        problems.append("[metrics] tensorboard = false: loss curves are read from there; set it to true")
+    if config.training.steps < MIN_STEPS:
+        problems.append(f"[training] steps = {config.training.steps}: expected at least {MIN_STEPS}")
+    if problems:
+        raise ConfigError("\n".join(f"{comparison.config}: {problem}" for problem in problems))
+
+
+def first_run(comparison: ComparisonConfig, row: Row) -> Run:
+    """A row's run at its lowest declared rate, for what does not depend on the rate."""
+    rate = (
+        row.learning_rates[0]
+        if row.learning_rates
+        else comparison.row(row.learning_rate_of or "").learning_rates[0]
+    )
+    return plan_run(comparison, row, rate, comparison.selection_seed)
+
+
+def _is_same(section: str, config: JobConfig, baseline: JobConfig) -> bool:
+    ours, theirs = getattr(config, section), getattr(baseline, section)
+    if section == "optimizer":
+        return ours.model_dump(exclude={"lr"}) == theirs.model_dump(exclude={"lr"})
+    return bool(ours == theirs)

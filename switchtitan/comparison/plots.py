@@ -35,7 +35,9 @@ def write_pictures(folder: Path, standing: Standing, rows: Sequence[RowReport]) 
     paths = []
     for name, figure in pictures.items():
         paths.append(folder / name)
-        figure.savefig(paths[-1], dpi=120)
+        partial = folder / f"{name}.new"
+        figure.savefig(partial, dpi=120, format="png")
+        partial.replace(paths[-1])
     return paths
 
 

@@ -16,6 +16,11 @@ from switchtitan.comparison.table import GapReport, RowReport
 from switchtitan.config.toml_text import resolved_toml
 
 NOT_KNOWN = "-"
+_LEGEND = (
+    "State is what a checkpoint holds: weights, optimizer and what else the method keeps. Tokens/s are the runs' own, with all "
+    "that a method does now and then, on a machine that may have done other work. Step times were taken side by side early in "
+    "a run, and bytes are those of its second step, so neither tells what happens every few hundred steps only."
+)
 
 
 def write_report(
@@ -41,11 +46,13 @@ def markdown(standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapRe
         f"split, mean ± standard deviation over seeds {seeds}. A difference inside its own standard deviation is a tie."
     )
     parts.append(_table(rows, _columns(config.baseline, config.communication_ranks)))
+    parts.append(_LEGEND)
     if gaps:
         titles = {row.name: row.title for row in config.rows}
+        parts.append("Shares of gaps in the test loss:")
         parts.append(
             "\n".join(
-                f"- {titles[gap.row]} closes {_percent(gap.share)} of the gap from {titles[gap.start]} to {titles[gap.end]}."
+                f"- {titles[gap.row]}, from {titles[gap.start]} to {titles[gap.end]}: {_share(gap)}"
                 for gap in gaps
             )
         )
@@ -74,7 +81,7 @@ def runs_csv(standing: Standing) -> str:
     text = io.StringIO()
     columns = (
         "stage", "row", "learning_rate", "seed", "diverged", "validation_loss", "test_loss",
-        "tokens_per_s", "wall_time_s", "peak_gib", "state_gib", "num_trainable",
+        "tokens_per_s", "peak_gib", "state_gib", "num_trainable", "commit",
     )  # fmt: skip
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -99,10 +106,10 @@ def _run_record(stage: str, result: RunResult) -> dict[str, object]:
         "validation_loss": result.validation_loss,
         "test_loss": result.test_loss,
         "tokens_per_s": figures.get("throughput/tokens_per_s"),
-        "wall_time_s": figures.get("throughput/wall_time_s"),
         "peak_gib": figures.get("memory/peak_gib"),
         "state_gib": figures.get("memory/state_gib"),
         "num_trainable": figures.get("num_parameters", {}).get("trainable"),
+        "commit": figures.get("commit"),
         "folder": str(result.run.folder),
     }
 
@@ -119,7 +126,8 @@ def _facts(standing: Standing) -> str:
     return (
         f"{figures[0]['tokens_seen'] / 1e6:.2f} M tokens per run of corpus {distinct(lambda f: f['corpus']['name'])} "
         f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), torch {distinct(lambda f: f['versions']['torch'])}, "
-        f"{distinct(lambda f: f['device'])}, {distinct(lambda f: f['num_threads'])} thread(s)."
+        f"{distinct(lambda f: f['device'])}, {distinct(lambda f: f['num_threads'])} thread(s), commit "
+        f"{distinct(lambda f: f.get('commit'))}."
     )
 
 
@@ -181,11 +189,14 @@ def _difference(summary: Summary | None) -> str:
     return f"{summary.mean:+.4f}{deviation}{', tie' if summary.is_tie else ''}"
 
 
-def _percent(summary: Summary | None) -> str:
-    if summary is None:
-        return "an unknown share"
-    deviation = f" ± {100 * summary.std:.0f}" if summary.std is not None else ""
-    return f"{100 * summary.mean:.0f}{deviation} %"
+def _share(gap: GapReport) -> str:
+    if gap.gap is None or not math.isfinite(gap.gap.mean):
+        return "not known yet."
+    width = f"the gap of {_plus_minus(gap.gap, 4)}"
+    if gap.share is None:
+        return f"{width} is {'a tie' if gap.gap.is_tie else 'none, or runs the other way'}; no share of it is told."
+    deviation = f" ± {100 * gap.share.std:.0f}" if gap.share.std is not None else ""
+    return f"closes {100 * gap.share.mean:.0f}{deviation} % of {width}."
 
 
 def _number(value: float | None, digits: int, factor: float = 1.0) -> str:

@@ -1,6 +1,7 @@
 """What a finished run left."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,6 @@ from switchtitan.comparison.plan import Run
 from switchtitan.config import ConfigError
 from switchtitan.job_config import parse_arguments
 from switchtitan.observability import RESULTS_FILE
-
-DIVERGED_FILE = "diverged.txt"
-"""Left by the comparison in the folder of a run whose gradients ceased to be finite; holds the run's message."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +19,12 @@ class RunResult:
     validation_loss: float
     test_loss: float
     figures: dict[str, Any]
-    """All of the run's `results.json`; empty where it diverged."""
+    """All of the run's `results.json`."""
 
     @property
     def has_diverged(self) -> bool:
-        return not self.figures
+        """Whether its gradients ceased to be finite, or its loss did."""
+        return not math.isfinite(self.test_loss)
 
 
 def read_result(run: Run) -> RunResult | None:
@@ -38,15 +37,20 @@ def read_result(run: Run) -> RunResult | None:
     if not saved.exists():
         return None
     _check_same(run)
-    if (run.folder / DIVERGED_FILE).exists():
-        return RunResult(run, float("inf"), float("inf"), {})
     file = run.folder / RESULTS_FILE
     if not file.exists():
         return None
     figures = json.loads(file.read_text(encoding="utf-8"))
+    if figures.get("diverged"):
+        return RunResult(run, math.inf, math.inf, figures)
     if figures["step"] != run.config().training.steps:
         return None
-    return RunResult(run, figures["loss/validation"], figures["loss/test"], figures)
+    return RunResult(run, _or_inf(figures["loss/validation"]), _or_inf(figures["loss/test"]), figures)
+
+
+def _or_inf(loss: float) -> float:
+    """A loss that is no number is worse than any."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def _check_same(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Running training programs, several at a time, each on its share of the machine."""
 
 import fcntl
+import logging
 import os
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from pathlib import Path
 import torch
 
 from switchtitan.comparison.plan import Run
-from switchtitan.comparison.results import DIVERGED_FILE
 from switchtitan.config.errors import ConfigError, UserError
-from switchtitan.trainer import TrainingDivergedError
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_FILE = "output.txt"
 """What a run printed, in its folder."""
@@ -45,6 +46,7 @@ class Runner:
             )
         self._slots = list(range(num_jobs))
         self._is_on_gpu = num_devices > 0
+        self._waited_for: set[Run] = set()
         self._threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
 
     def run_all(
@@ -72,7 +74,8 @@ class Runner:
                 for slot, (run, process) in list(active.items()):
                     if process.poll() is not None:
                         del active[slot]
-                        _conclude(run, process.returncode)
+                        if not is_finished(run):
+                            raise RunFailedError(_failure(run, process.returncode))
                         on_finished(run)
                 time.sleep(_POLL_S)
         finally:
@@ -91,6 +94,9 @@ class Runner:
             run = waiting.popleft()
             with locked(run.folder / "lock") as lock:
                 if lock is None:
+                    if run not in self._waited_for:
+                        logger.info("%s is being trained by another process: waiting for it", run.name)
+                        self._waited_for.add(run)
                     waiting.append(run)
                 elif is_finished(run):
                     on_finished(run)
@@ -136,16 +142,11 @@ def locked(file: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _conclude(run: Run, status: int) -> None:
-    """Notes a run that diverged; raises for one that failed."""
-    if status == 0:
-        return
-    tail = (run.folder / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    if status == TrainingDivergedError.exit_status:
-        (run.folder / DIVERGED_FILE).write_text("\n".join(tail), encoding="utf-8")
-        return
-    raise RunFailedError(
-        f"{run.name} ended with status {status}; its output is in {run.folder / OUTPUT_FILE} and ends with\n"
+def _failure(run: Run, status: int) -> str:
+    output = run.folder / OUTPUT_FILE
+    tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    return (
+        f"{run.name} ended with status {status} and without a result; its output is in {output} and ends with\n"
         + "\n".join(tail)
     )
 

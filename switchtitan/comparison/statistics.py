@@ -59,7 +59,10 @@ def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Summary | None:
     num = len(shared)
     if num == 1:
         return Summary(float(way[0] / gap[0]), None, 1)
-    left_out = np.array([np.delete(way, i).mean() / np.delete(gap, i).mean() for i in range(num)])
+    gaps_left = np.array([np.delete(gap, i).mean() for i in range(num)])
+    if (gaps_left == 0).any():
+        return Summary(float(way.mean() / gap.mean()), None, num)
+    left_out = np.array([np.delete(way, i).mean() for i in range(num)]) / gaps_left
     # The standard error of the mean times sqrt(n): a deviation like those of the other figures.
     error = math.sqrt((num - 1) / num * float(((left_out - left_out.mean()) ** 2).sum()))
     return Summary(float(way.mean() / gap.mean()), error * math.sqrt(num), num)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import exp
 from pathlib import Path
 from statistics import median
 
+from switchtitan.checkpoint.layout import step_folder_name
 from switchtitan.comparison.comparison import Standing
 from switchtitan.comparison.config import Row
 from switchtitan.comparison.measure import Measurements
@@ -14,6 +14,7 @@ from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.selection import is_interior
 from switchtitan.comparison.statistics import BySeed, Summary, difference, share_of_gap, summarize
 from switchtitan.observability.spectrum import summarize as summarize_spectra
+from switchtitan.trainer import loss_metrics
 from switchtitan.weight_change import checkpoint_spectra
 
 
@@ -42,7 +43,7 @@ class RowReport:
     state_gib: float | None
     """Weights, optimizer and candidates: all that a checkpoint holds."""
     peak_gib: float | None
-    """The largest of the reported runs' peaks; of the process on a CPU, of the allocator on a GPU."""
+    """The largest of the reported runs' peaks on a GPU. A CPU tells the process's only, in which a small model is lost."""
     tokens_per_s: float | None
     """The median over reported runs, in the conditions in which each ran."""
     measured: Measurements | None
@@ -55,7 +56,10 @@ class GapReport:
     row: str
     start: str
     end: str
+    gap: Summary | None
+    """The start's loss less the end's, seed by seed."""
     share: Summary | None
+    """None where the gap is a tie or runs the other way."""
 
 
 def report_rows(standing: Standing, measured: Mapping[str, Measurements]) -> list[RowReport]:
@@ -66,16 +70,15 @@ def report_rows(standing: Standing, measured: Mapping[str, Measurements]) -> lis
 
 def report_gaps(standing: Standing) -> list[GapReport]:
     """The answers to the comparison's questions for gaps."""
-    return [
-        GapReport(
-            row,
-            gap.from_row,
-            gap.to_row,
-            share_of_gap(*(losses_by_seed(standing, name) for name in (row, gap.from_row, gap.to_row))),
-        )
-        for gap in standing.config.gaps
-        for row in gap.rows
-    ]
+    reports = []
+    for question in standing.config.gaps:
+        start, end = (losses_by_seed(standing, name) for name in (question.from_row, question.to_row))
+        gap = difference(start, end)
+        is_open = gap is not None and gap.mean > 0 and not gap.is_tie
+        for row in question.rows:
+            share = share_of_gap(losses_by_seed(standing, row), start, end) if is_open else None
+            reports.append(GapReport(row, question.from_row, question.to_row, gap, share))
+    return reports
 
 
 def losses_by_seed(standing: Standing, row: str) -> BySeed:
@@ -96,12 +99,17 @@ def _report_row(standing: Standing, row: Row, baseline: BySeed, measured: Measur
         selection=selection,
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
-        perplexity=summarize([exp(loss) for loss in losses.values()]) if losses else None,
+        perplexity=summarize([loss_metrics("test", loss)["perplexity/test"] for loss in losses.values()])
+        if losses
+        else None,
         difference=None if row.name == standing.config.baseline else difference(losses, baseline),
-        effective_rank=summarize([_effective_rank(result) for result in finished]) if finished else None,
+        effective_rank=summarize(ranks) if (ranks := _effective_ranks(finished)) else None,
         num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,
-        peak_gib=max((result.figures["memory/peak_gib"] for result in finished), default=None),
+        peak_gib=max(
+            (result.figures["memory/peak_gib"] for result in finished if result.figures["device"] != "CPU"),
+            default=None,
+        ),
         tokens_per_s=_median_speed(finished),
         measured=measured,
     )
@@ -114,10 +122,14 @@ def _median_speed(finished: list[RunResult]) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _effective_rank(result: RunResult) -> float:
-    return _effective_rank_of(max((result.run.folder / "checkpoints").glob("step-*")))
+def _effective_ranks(finished: list[RunResult]) -> list[float]:
+    """Of the runs whose last checkpoint is still there."""
+    checkpoints = [
+        result.run.folder / "checkpoints" / step_folder_name(result.figures["step"]) for result in finished
+    ]
+    return [_effective_rank(checkpoint) for checkpoint in checkpoints if checkpoint.exists()]
 
 
 @cache
-def _effective_rank_of(checkpoint: Path) -> float:
+def _effective_rank(checkpoint: Path) -> float:
     return summarize_spectra(checkpoint_spectra(checkpoint)).effective

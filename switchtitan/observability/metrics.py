@@ -151,6 +151,11 @@ class Reporter:
         for line in format_summary(rows):
             logger.info("%s", line)
 
+    def report_divergence(self, step: int) -> None:
+        """Leaves `results.json` of a run that ended since its gradients were no longer finite."""
+        if self._is_main:
+            self._write_results({"step": step, "diverged": True})
+
     def _write_results(self, values: Mapping[str, float | None]) -> None:
         self._results.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._results, json.dumps(dict(values) | dict(self._facts), indent=2) + "\n")

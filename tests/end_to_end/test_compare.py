@@ -90,10 +90,10 @@ def test_a_comparison_killed_twice_reports_every_run_once(tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
     output, _ = (process := start(file, "--jobs", "2")).communicate(timeout=600)
     assert process.returncode == 0, output
-    assert output.rstrip().endswith(f"{tmp_path}/out/grid/report.md")
+    assert output.rstrip().endswith(f"{tmp_path}/out/reports/grid/report.md")
     assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
 
-    report = tmp_path / "out" / "grid"
+    report = tmp_path / "out" / "reports" / "grid"
     with (report / "runs.csv").open() as lines:
         runs = list(csv.DictReader(lines))
     assert len(runs) == len({run["row"] + run["learning_rate"] + run["seed"] for run in runs}) == NUM_RUNS
@@ -107,9 +107,11 @@ def test_a_comparison_killed_twice_reports_every_run_once(tmp_path):
     assert rows["thin"]["rate"] == rows["thin-balanced"]["rate"] == float(chosen["learning_rate"])
     of_thin = [float(run["test_loss"]) for run in runs if run["row"] == "thin" and run["stage"] == "report"]
     assert rows["thin"]["loss"]["mean"] == pytest.approx(sum(of_thin) / 2)
-    # 2 ranks in a ring send half of what is gathered and reduced.
-    assert rows["full_rank"]["measured"]["step_ratio"] == pytest.approx(1.0, abs=0.9)
-    assert rows["thin"]["measured"]["bytes_per_step"] > 0
+    measured = rows["full_rank"]["measured"]
+    assert measured["step_ratio_low"] <= measured["step_ratio"] <= measured["step_ratio_high"]
+    assert rows["full_rank"]["num_trainable"] > rows["thin"]["num_trainable"] > 0
+    # Two ranks in a ring send half of what is gathered: here at least the gradients, in fp32.
+    assert measured["bytes_per_step"] >= 4 * rows["full_rank"]["num_trainable"] / 2
     for name in ("loss.png", "loss_against_time.png", "loss_against_memory.png"):
         assert (report / name).read_bytes().startswith(b"\x89PNG")
     assert "LoRA" in (report / "report.md").read_text()

@@ -1,0 +1,256 @@
+"""The course of a comparison, over runs whose results are written by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+from switchtitan.comparison.comparison import Comparison
+from switchtitan.comparison.config import ComparisonConfig, load_comparison
+from switchtitan.comparison.plan import Run, check_plan, plan_run
+from switchtitan.comparison.report import json_text, markdown, runs_csv
+from switchtitan.comparison.results import read_result
+from switchtitan.comparison.table import report_gaps, report_rows
+from switchtitan.config import ConfigError
+from switchtitan.config.toml_text import resolved_toml
+
+GRID = """
+name = "two"
+config = "base.toml"
+output_dir = "{folder}/out"
+selection_seed = 1
+report_seeds = [2, 3]
+baseline = "dense"
+max_widenings = 1
+communication_ranks = 2
+[[rows]]
+name = "dense"
+learning_rates = [1e-3, 2e-3, 4e-3]
+set.method = {{ name = "full_rank" }}
+[[rows]]
+name = "thin"
+learning_rates = [1e-2, 2e-2, 4e-2]
+set.method = {{ name = "lora", rank = 4 }}
+[[rows]]
+name = "thin-balanced"
+learning_rate_of = "thin"
+set.method = {{ name = "lora", rank = 4, init = "balanced" }}
+[[gaps]]
+from_row = "thin"
+to_row = "dense"
+rows = ["thin-balanced"]
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> ComparisonConfig:
+    return declare(tmp_path)
+
+
+def declare(folder: Path, changes: dict[str, str] | None = None, grid: str = GRID) -> ComparisonConfig:
+    base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
+    fitting = {
+        "[evaluation]": "[evaluation]\ntest_tokens = 160",
+        "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
+        "tensorboard = false": "tensorboard = true",
+    }
+    for given, changed in (fitting | (changes or {})).items():
+        assert given in base, given
+        base = base.replace(given, changed)
+    (folder / "base.toml").write_text(base)
+    (folder / "grid.toml").write_text(grid.format(folder=folder))
+    return load_comparison(folder / "grid.toml")
+
+
+def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: object) -> None:
+    """Leaves what a finished run leaves, but checkpoints and curves."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.toml").write_text(resolved_toml(run.config()))
+    results = {
+        "step": 40,
+        "tokens_seen": 5120,
+        "loss/validation": validation_loss,
+        "loss/test": test_loss,
+        "throughput/tokens_per_s": 100.0,
+        "memory/peak_gib": 1.5,
+        "memory/state_gib": 0.5,
+        "device": "CPU",
+        "num_threads": 1,
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "corpus": {"name": "c", "fingerprint": "f"},
+        "num_parameters": {"trainable": 7},
+    }
+    (run.folder / "results.json").write_text(json.dumps(results | other))
+
+
+def finish_all(comparison: ComparisonConfig, loss_of: Callable[[Run], float], **other: object) -> list[Run]:
+    runs = Comparison(comparison).due()
+    for run in runs:
+        finish(run, loss_of(run), loss_of(run) + 1, **other)
+    return runs
+
+
+def distance_to(dense: float, thin: float) -> Callable[[Run], float]:
+    """A loss that grows with the distance to the best rate of each row, and differs a little between seeds."""
+    best = {"dense": dense, "thin": thin, "thin-balanced": thin}
+    height = {"dense": 1.0, "thin": 2.0, "thin-balanced": 1.5}
+
+    def loss(run: Run) -> float:
+        ratio = max(run.learning_rate / best[run.row], best[run.row] / run.learning_rate)
+        return height[run.row] + ratio / 10 + 0.001 * run.seed
+
+    return loss
+
+
+def rates(runs: list[Run], row: str) -> list[float]:
+    return [run.learning_rate for run in runs if run.row == row]
+
+
+def test_middle_rates_are_tried_first_and_nothing_is_reported_before_all_are(comparison):
+    runs = Comparison(comparison).due()
+    assert [(run.row, run.learning_rate) for run in runs[:2]] == [("dense", 2e-3), ("thin", 2e-2)]
+    assert {run.seed for run in runs} == {1}
+    assert sorted(rates(runs, "thin")) == [1e-2, 2e-2, 4e-2]
+    assert rates(runs, "thin-balanced") == []
+    for run in runs[:-1]:
+        finish(run, 1.0)
+    assert Comparison(comparison).due() == runs[-1:]
+    assert Comparison(comparison).standing().chosen == {}
+
+
+def test_bracketed_rates_are_reported_on_the_other_seeds(comparison):
+    finish_all(comparison, distance_to(2e-3, 2e-2))
+    runs = finish_all(comparison, distance_to(2e-3, 2e-2))
+    assert [(run.seed, run.row) for run in runs] == [
+        (seed, row) for seed in (2, 3) for row in ("dense", "thin", "thin-balanced")
+    ]
+    assert set(rates(runs, "thin-balanced")) == {2e-2}
+    standing = Comparison(comparison).standing()
+    assert standing.chosen == {"dense": 2e-3, "thin": 2e-2}
+    assert standing.num_runs == len(standing.selection) + len(standing.report) == 12
+    assert Comparison(comparison).due() == []
+
+
+def test_a_best_rate_at_the_edge_widens_the_grid_of_every_row(comparison):
+    loss = distance_to(8e-3, 2e-2)
+    finish_all(comparison, loss)
+    widening = finish_all(comparison, loss)
+    assert rates(widening, "dense") == [8e-3]
+    # In the middle: 1e-2 and 4e-2 are equally good, so the lower end, by which both ends are as near.
+    assert rates(widening, "thin") == [5e-3]
+    standing = Comparison(comparison).standing()
+    # Once only: the best is the highest still, and that is told.
+    assert standing.chosen == {"dense": 8e-3, "thin": 2e-2}
+    rows = {row.name: row for row in report_rows(standing, {})}
+    assert rows["dense"].is_interior is False
+    assert rows["thin"].is_interior is True
+    assert rows["thin-balanced"].is_interior is None
+    assert "0.008 (edge)" in markdown(standing, list(rows.values()), [])
+
+
+def test_the_report_tells_losses_differences_and_shares(comparison):
+    loss = distance_to(2e-3, 2e-2)
+    finish_all(comparison, loss)
+    finish_all(comparison, loss)
+    standing = Comparison(comparison).standing()
+    rows, gaps = report_rows(standing, {}), report_gaps(standing)
+    by_name = {row.name: row for row in rows}
+    # Test losses are 1 more than validation losses: 2.1 for the dense row and a bit for the seed.
+    assert by_name["dense"].loss.mean == pytest.approx(2.1 + 0.0025)
+    assert by_name["dense"].loss.std == pytest.approx(0.001 / 2**0.5)
+    assert by_name["dense"].difference is None
+    # Seeds shift all rows alike, so differences do not vary.
+    assert by_name["thin"].difference.mean == pytest.approx(1.0)
+    assert by_name["thin"].difference.std == pytest.approx(0.0, abs=1e-12)
+    assert by_name["thin"].selection == pytest.approx({1e-2: 2.201, 2e-2: 2.101, 4e-2: 2.201})
+    assert by_name["thin"].peak_gib is None
+    assert gaps[0].share.mean == pytest.approx(0.5)
+    text = markdown(standing, rows, gaps)
+    assert "| thin | 0.02 | 3.1025 ± 0.0007 |" in text
+    assert "thin-balanced, from thin to dense: closes 50 ± 0 % of the gap of 1.0000 ± 0.0000." in text
+    assert "commit abc" in text
+    assert json.loads(json_text(standing, rows, gaps))["num_runs_finished"] == 12
+    assert len(runs_csv(standing).splitlines()) == 13
+
+
+def test_no_share_is_told_of_a_gap_that_is_a_tie(comparison):
+    finish_all(comparison, distance_to(2e-3, 2e-2))
+    for run, loss in zip(Comparison(comparison).due(), (3.0, 3.1, 3.0, 3.2, 3.1, 3.0), strict=True):
+        finish(run, 1.0, loss)
+    gaps = report_gaps(Comparison(comparison).standing())
+    # dense - thin is -0.1 at one seed and +0.1 at the other.
+    assert gaps[0].gap.is_tie
+    assert gaps[0].share is None
+    assert "is a tie; no share" in markdown(Comparison(comparison).standing(), [], gaps)
+
+
+def test_a_diverged_run_is_never_chosen_and_stands_in_the_table(comparison):
+    for run in Comparison(comparison).due():
+        finish(run, 1.0, **({"diverged": True} if run.learning_rate in (2e-3, 4e-2) else {}))
+    standing = Comparison(comparison).standing()
+    assert standing.losses("dense")[2e-3] == float("inf")
+    assert "0.002: diverged" in markdown(standing, report_rows(standing, {}), [])
+    assert "selection,thin,0.04,1,True" in runs_csv(standing)
+
+
+def test_only_a_run_of_the_whole_length_counts(comparison):
+    run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
+    assert read_result(run) is None
+    finish(run, 1.0, step=20)
+    assert read_result(run) is None
+    finish(run, 1.0, step=80)
+    assert read_result(run) is None
+    finish(run, float("nan"))
+    assert read_result(run).validation_loss == float("inf")
+
+
+def test_a_run_with_other_settings_is_refused(comparison):
+    run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
+    finish(run, 1.0)
+    saved = run.folder / "config.toml"
+    saved.write_text(saved.read_text().replace("warmup_steps = 3", "warmup_steps = 4"))
+    with pytest.raises(ConfigError, match=r"made with another \[lr_schedule\]"):
+        read_result(run)
+
+
+EVALUATION = "[evaluation]\ntest_tokens = 160\ninterval = 20"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_tokens = 160": ""}, r"\[evaluation\] test_tokens is not set"),
+        ({EVALUATION: EVALUATION.replace("20", "99")}, "interval = 99"),
+        ({"tensorboard = true": "tensorboard = false"}, r"\[metrics\] tensorboard = false"),
+        ({"steps = 40": "steps = 7"}, "steps = 7: expected at least 8"),
+        (
+            {
+                "global_batch_size = 8": "global_batch_size = 3",
+                "local_batch_size = 2": "local_batch_size = 3",
+            },
+            "global_batch_size = 3",
+        ),
+    ],
+)
+def test_what_would_fail_after_hours_of_runs_is_refused_before(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_plan(declare(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("set.model = {{ hidden_size = 24 }}", r"row thin: \[model\] differs from dense's"),
+        ("set.optimizer = {{ weight_decay = 0.1 }}", r"row thin: \[optimizer\] differs"),
+        ("set.optimizer = {{ lr = 0.1 }}", r"row thin: set optimizer.lr has no effect"),
+        ("set.job = {{ seed = 3 }}", r"row thin: set job.seed has no effect"),
+    ],
+)
+def test_rows_differ_in_their_methods_alone(tmp_path, keys, message):
+    row = 'set.method = {{ name = "lora", rank = 4 }}\n'
+    comparison = declare(tmp_path, grid=GRID.replace(row, row + keys + "\n"))
+    with pytest.raises(ConfigError, match=message):
+        check_plan(comparison)

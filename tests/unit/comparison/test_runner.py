@@ -1,0 +1,50 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from switchtitan.comparison.plan import Run
+from switchtitan.comparison.runner import RunFailedError, Runner, locked
+
+
+def run_in(folder: Path, *arguments: str) -> Run:
+    return Run("row", 0.1, 1, folder, arguments)
+
+
+def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):
+    run = run_in(tmp_path / "run", "--config", "nowhere.toml")
+    with pytest.raises(
+        RunFailedError, match=r"(?s)status 2 .*output.txt .*nowhere.toml: there is no such file"
+    ):
+        Runner(1).run_all([run], lambda run: False, lambda run: None)
+    with locked(run.folder / "lock") as lock:
+        assert lock is not None, "the failed run's process must have let go of it"
+
+
+def test_a_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):
+    run, results, finished = run_in(tmp_path / "run"), tmp_path / "results", []
+    is_held = threading.Event()
+
+    def train_elsewhere() -> None:
+        with locked(run.folder / "lock"):
+            is_held.set()
+            time.sleep(1.2)
+            results.touch()
+
+    other = threading.Thread(target=train_elsewhere)
+    other.start()
+    assert is_held.wait(10)
+    Runner(1).run_all([run], lambda run: results.exists(), finished.append)
+    other.join()
+    assert finished == [run]
+    assert not (run.folder / "output.txt").exists()
+
+
+def test_a_lock_is_held_once(tmp_path):
+    with locked(tmp_path / "a" / "lock") as first:
+        assert first is not None
+        with locked(tmp_path / "a" / "lock") as second:
+            assert second is None
+    with locked(tmp_path / "a" / "lock") as third:
+        assert third is not None
