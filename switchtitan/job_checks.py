@@ -42,6 +42,15 @@ class MethodSection(Protocol):
         ...
 
 
+@runtime_checkable
+class MethodSectionWithLength(Protocol):
+    """What a method's section may tell beside that; one that fits a run of any length leaves it out."""
+
+    def check_length(self, num_steps: int) -> list[str]:
+        """What does not fit a run of so many steps, in sentences; empty where all fits."""
+        ...
+
+
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
     """The checks for a run of `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
     return [
@@ -50,6 +59,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         partial(check_model_device, device=device),
         partial(check_compiler, device=device),
         check_method,
+        check_method_length,
         check_evaluation,
         check_vocabulary,
     ]
@@ -98,6 +108,11 @@ def check_compiler(compile: CompileConfig, device: str) -> list[str]:
 def check_method(model: ModelSection, method: Section) -> list[str]:
     """The method must fit the shapes of the model's linear layers."""
     return method.check_model(model.linear_shapes()) if isinstance(method, MethodSection) else []
+
+
+def check_method_length(method: Section, training: TrainingSection) -> list[str]:
+    """What the method does every so many steps must come up before the run ends."""
+    return method.check_length(training.steps) if isinstance(method, MethodSectionWithLength) else []
 
 
 def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:

@@ -97,6 +97,11 @@ def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConf
             "model.layers.0.self_attn.q_proj is [128, 128]",
         ),
         (["--method.rank", "1"], 1, "[method] rank = 1 never switches"),
+        (
+            ["--method.name", "relora", "--method.reset_interval", "200"],
+            1,
+            "[method] reset_interval = 200: expected less than [training] steps = 40",
+        ),
         (["--method.interval", "9"], 1, "[method] interval = 9 is below 2 * freeze_steps = 10"),
         (["--method.targets", "q_prj"], 1, "the model has no linear layer called 'q_prj'"),
         (

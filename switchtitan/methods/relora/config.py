@@ -14,8 +14,8 @@ class ReloraConfig(LowRankConfig):
     name: Literal["relora"] = "relora"
     """The method."""
     reset_interval: int = Field(ge=1)
-    """Optimizer steps between two resets, above restart_warmup_steps. A reset merges every layer's factors into its weight and
-    starts them anew; none happens at the very end of the run, and a run that is no longer than this never resets."""
+    """Optimizer steps between two resets, above restart_warmup_steps and below training.steps. A reset merges every layer's
+    factors into its weight and starts them anew; none happens at the very end of the run."""
     restart_warmup_steps: int = Field(default=100, ge=0)
     """Steps over which all learning rates rise linearly from 0 at a reset back to what the schedule gives; the paper has 50 to
     100, and 0 does without."""
@@ -24,6 +24,15 @@ class ReloraConfig(LowRankConfig):
     beside its second), `random` values drawn by lot, `zero` nothing, step counts included."""
     prune_ratio: float = Field(default=0.9, gt=0, lt=1)
     """The share, in (0, 1), of the values of each moment that a reset zeroes. Has no effect with zero."""
+
+    def check_length(self, num_steps: int) -> list[str]:
+        """What is wrong between this section and a run of so many steps."""
+        if self.reset_interval < num_steps:
+            return []
+        return [
+            f"[method] reset_interval = {self.reset_interval}: expected less than [training] steps = {num_steps}, since a run "
+            'that never resets is plain LoRA; lower it, raise steps, or choose name = "lora"'
+        ]
 
     @model_validator(mode="after")
     def _check_resets(self) -> "ReloraConfig":

@@ -1,7 +1,5 @@
 """ReLoRA as a component."""
 
-import logging
-
 from torch import Tensor, nn
 
 from switchtitan.config import Section
@@ -19,8 +17,6 @@ from switchtitan.methods.relora.config import ReloraConfig
 from switchtitan.methods.relora.optimizer import ReloraOptimizer
 from switchtitan.optim import OPTIMIZERS
 
-logger = logging.getLogger(__name__)
-
 
 class Relora:
     """Low-rank factors that are merged into their weights and start anew, again and again; a `contracts.Method`."""
@@ -32,12 +28,6 @@ class Relora:
         replace_linears(model, self._config.targets, self._build_layer)
 
     def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
-        if self._config.reset_interval >= self._num_steps:
-            logger.warning(
-                "[method] reset_interval = %d is not below [training] steps = %d: this run never resets and is plain LoRA",
-                self._config.reset_interval,
-                self._num_steps,
-            )
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         inner = OPTIMIZERS.build(config, trained, local, compile_step)
         return ReloraOptimizer(self._config, low_rank_layers(model), inner, self._num_steps, self._seed)

@@ -22,3 +22,11 @@ def test_a_prune_ratio_that_would_have_no_effect_is_refused():
 def test_pruning_nothing_or_everything_is_refused(prune_ratio):
     with pytest.raises(ValidationError, match="prune_ratio"):
         ReloraConfig(rank=4, reset_interval=200, prune_ratio=prune_ratio)
+
+
+def test_an_interval_that_no_reset_would_come_within_is_refused():
+    config = ReloraConfig(rank=4, reset_interval=200)
+    assert config.check_length(201) == []
+    (problem,) = config.check_length(200)
+    assert problem.startswith("[method] reset_interval = 200: expected less than [training] steps = 200")
+    assert 'name = "lora"' in problem

@@ -238,11 +238,3 @@ def test_only_the_factors_moments_are_pruned():
         else:
             assert seen.count_nonzero() == num_kept, name
         assert state[f"{name}.step"] == INTERVAL
-
-
-def test_a_run_too_short_for_a_reset_says_so(caplog):
-    build(relora(num_steps=INTERVAL))
-    assert "this run never resets" in caplog.text
-    caplog.clear()
-    build(relora(num_steps=INTERVAL + 1))
-    assert not caplog.text
