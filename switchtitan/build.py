@@ -47,7 +47,7 @@ from switchtitan.observability import (
 )
 from switchtitan.optim import build_lr_schedule
 from switchtitan.rank_telemetry import RankTelemetry
-from switchtitan.run_description import describe_run, run_facts, run_identity
+from switchtitan.run_description import completed_identity, describe_run, run_facts, run_identity
 from switchtitan.train_state import TrainState
 from switchtitan.trainer import Intervals, Trainer, loss_metrics
 from switchtitan.weight_change import Origin
@@ -75,7 +75,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     state = TrainState()
     if checkpoint is not None:
         metadata = read_metadata(checkpoint)
-        check_same_run(metadata.identity, identity)
+        check_same_run(completed_identity(metadata.identity), identity)
         state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
     # Before any work, since a corpus that is too small for the configuration is refused here.
     batches = build_batches(config, corpus, world, state.num_batches)

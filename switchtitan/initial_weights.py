@@ -12,6 +12,7 @@ from switchtitan.checkpoint.metadata import file_record
 from switchtitan.config import CheckpointError
 from switchtitan.hub.huggingface import check_dense, read_dense
 from switchtitan.methods.lowrank import merge_factors
+from switchtitan.models import MODELS
 from switchtitan.models.llama.model import Llama
 
 
@@ -46,7 +47,7 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> I
     else:
         # What shapes do not show, e.g. the number of heads. How attention is computed is free.
         source = find_given(path)
-        saved_section = dict(read_metadata(source).identity["model"])  # type: ignore[arg-type]
+        saved_section = MODELS.completed(read_metadata(source).identity["model"])  # type: ignore[arg-type]
         check_same_run(
             {"model": saved_section | {"attention": None}}, {"model": model_section | {"attention": None}}
         )

@@ -49,6 +49,18 @@ class Registry(Generic[Part]):
             )
         return component
 
+    def completed(self, section: Mapping[str, object]) -> dict[str, object]:
+        """A section's plain values, perhaps from before its class had all of today's keys, with defaults for those it lacks.
+
+        Nothing is validated: a value that equals its default may be one that must not be given. A section whose `name` is none
+        of this table's comes back as it is.
+        """
+        component = self._components.get(str(section.get("name")))
+        defaults = (
+            {} if component is None else component.config_type.model_construct().model_dump(mode="json")
+        )
+        return {**defaults, **section}
+
     def build(self, config: Section, *args: object, **kwargs: object) -> Part:
         """Calls the factory that `config.name` chooses with `config` and the given run-time values."""
         name: str = config.name  # type: ignore[attr-defined]

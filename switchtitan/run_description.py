@@ -1,6 +1,7 @@
 """What a run is: for people, for programs that read its results, and for what may go on from its checkpoints."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import switchtitan
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job_config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
 from switchtitan.observability.environment import commit
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,19 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
         "training": {"global_batch_size": config.training.global_batch_size},
         "job": {"seed": config.job.seed},
     }
+
+
+def completed_identity(saved: Mapping[str, object]) -> dict[str, object]:
+    """A checkpoint's identity with defaults for the keys of model and method that came into being after it was saved.
+
+    A key that the classes no longer have stays, and differs from today's identity.
+    """
+    completed = dict(saved)
+    for section, registry in (("model", MODELS), ("method", METHODS)):
+        values = saved.get(section)
+        if isinstance(values, Mapping):
+            completed[section] = registry.completed(values)
+    return completed
 
 
 def describe_run(

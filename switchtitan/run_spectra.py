@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.config import ConfigError
+from switchtitan.models import MODELS
 from switchtitan.observability.spectra_files import SPECTRA_FOLDER, read_spectra
 from switchtitan.observability.spectrum import (
     RankSummary,
@@ -87,7 +88,7 @@ def read_run_spectra(run: Path, patterns: Sequence[str] = ("*",)) -> RunSpectra:
         for step, spectra in measured.items()
     }
     spectra = checkpoint_spectra(checkpoint, patterns)
-    return RunSpectra(checkpoint, metadata.step, model_section, spectra, course)
+    return RunSpectra(checkpoint, metadata.step, MODELS.completed(model_section), spectra, course)
 
 
 def check_same_model(runs: Sequence[RunSpectra]) -> None:
