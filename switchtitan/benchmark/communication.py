@@ -35,7 +35,7 @@ def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) ->
 
     Args:
         step: which step of the run, from 1; those before it are run too. By default not the first, in which a method may have
-            work to do that does not come again. SwitchLoRA switches most vectors at the beginning, so this is its upper end.
+            work to do that does not come again. Of work that grows rarer during a run, an early step's is the upper end.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
