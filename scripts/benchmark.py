@@ -53,7 +53,10 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     step.set_defaults(measure=measure_steps)
     _add_configs(step)
     step.add_argument(
-        "--rounds", type=_positive, default=10, help="how often each configuration has its turn (default: 10)"
+        "--rounds",
+        type=_positive,
+        default=10,
+        help="how often each configuration has its turn; an even number is fair to all (default: 10)",
     )
     step.add_argument(
         "--steps-per-round", type=_positive, default=5, help="steps that a turn consists of (default: 5)"

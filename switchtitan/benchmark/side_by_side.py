@@ -13,7 +13,7 @@ from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
 from switchtitan.build import build_trainer
 from switchtitan.checkpoint.config import RESUME_NEVER
-from switchtitan.config import ConfigError
+from switchtitan.config import ConfigError, UserError
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.job_config import JobConfig
 from switchtitan.observability import configure_logging
@@ -34,8 +34,9 @@ def time_steps_side_by_side(
 ) -> dict[str, StepTimes]:
     """Times whole training steps of several configurations: in each round, `steps_per_round` steps of each in turn.
 
-    All models are in memory at once. The data are the configurations' own; nothing is evaluated or saved, and files go to a
-    temporary folder. Every rank of a run on several ranks calls it alike.
+    Every second round goes through them in reverse, since what runs first may be slower or faster for being first. All models
+    are in memory at once. The data are the configurations' own; nothing is evaluated or saved, and files go to a temporary
+    folder. Every rank of a run on several ranks calls it alike.
 
     Args:
         configs: by a name of the caller's choice.
@@ -45,7 +46,7 @@ def time_steps_side_by_side(
 
     Raises:
         ConfigError: if a configuration's run is shorter than what is to be timed.
-        UserError: if a trainer cannot be built.
+        UserError: if a trainer cannot be built, or skips an update.
         torch._dynamo.exc.RecompileError: if a timed step had to compile, so that its time would say nothing.
     """
     assert rounds >= 1
@@ -58,7 +59,7 @@ def time_steps_side_by_side(
     ):
         try:
             benches = {
-                name: _Bench(_without_output(config, Path(folder) / str(index)))
+                name: _Bench(name, _without_output(config, Path(folder) / str(index)))
                 for index, (name, config) in enumerate(configs.items())
             }
             return _time(benches, rounds, steps_per_round)
@@ -70,7 +71,8 @@ def time_steps_side_by_side(
 class _Bench:
     """One configuration's trainer under the stopwatch."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, name: str, config: JobConfig) -> None:
+        self.name = name
         world = start_world(config.parallelism)
         self.trainer: Trainer = build_trainer(config, world)
         # The log file lies in the temporary folder.
@@ -80,12 +82,22 @@ class _Bench:
         self.trainer.optimizer = MarkedOptimizer(self.trainer.optimizer, self._stopwatch)
 
     def run(self, num_steps: int) -> np.ndarray:
-        """Takes steps; returns seconds to the update, of the update, and after it, [steps, 3]."""
+        """Takes steps; returns seconds to the update, of the update, and after it, [steps, 3].
+
+        Raises:
+            UserError: if an update was skipped.
+        """
+        num_skipped = self.trainer.state.num_skipped
         self.trainer.world.synchronize()
         for _ in range(num_steps):
             self._stopwatch.mark()
             self.trainer.train_step()
             self._stopwatch.mark()
+            if self.trainer.state.num_skipped > num_skipped:
+                raise UserError(
+                    f"{self.name}: a step without an update cannot be timed, and that of step {self.trainer.state.step} was "
+                    'skipped, since its gradients were not finite and [training] on_nonfinite = "skip"; lower [optimizer] lr'
+                )
         intervals = np.array([*self._stopwatch.intervals_s(), 0.0])
         # What follows a step's last mark is no part of it.
         return intervals.reshape(num_steps, _NUM_MARKS)[:, : _NUM_MARKS - 1]
@@ -103,15 +115,19 @@ def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> d
                 bench.run(1)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for _ in range(rounds):
-                for name, bench in benches.items():
-                    parts[name].append(bench.run(steps_per_round))
+            for index in range(rounds):
+                for bench in _in_order_of_round(list(benches.values()), index):
+                    parts[bench.name].append(bench.run(steps_per_round))
     finally:
         for bench in benches.values():
             bench.close()
     return {
         name: _step_times(np.stack(parts[name]), bench.tokens_per_step) for name, bench in benches.items()
     }
+
+
+def _in_order_of_round(benches: list[_Bench], index: int) -> list[_Bench]:
+    return benches[::-1] if index % 2 else benches
 
 
 def _step_times(parts: np.ndarray, tokens_per_step: int) -> StepTimes:

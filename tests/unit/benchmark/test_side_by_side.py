@@ -11,7 +11,7 @@ from tiny import tiny_config
 from torch._dynamo.utils import compilation_time_metrics
 
 from switchtitan.benchmark import side_by_side, time_steps_side_by_side
-from switchtitan.config import ConfigError
+from switchtitan.config import ConfigError, UserError
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 
@@ -41,6 +41,42 @@ def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
         # What is left is the step's end: gradients are freed.
         assert (of_method.step_s > parts).all()
     assert not (folder / "run").exists()
+    assert not dist.is_initialized()
+
+
+def test_turns_change_places_from_round_to_round(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = corpora / "places"
+    configs = {f"rank {rank}": tiny_config(folder, "lora", "--method.rank", str(rank)) for rank in (3, 4, 5)}
+    turns: list[str] = []
+    run = side_by_side._Bench.run
+
+    def noted_run(bench: side_by_side._Bench, num_steps: int) -> np.ndarray:
+        turns.append(bench.name)
+        return run(bench, num_steps)
+
+    monkeypatch.setattr(side_by_side._Bench, "run", noted_run)
+    times = time_steps_side_by_side(configs, rounds=3, steps_per_round=1)
+    names = list(configs)
+    assert turns[side_by_side.WARM_UP_STEPS * len(names) :] == [*names, *reversed(names), *names]
+    assert list(times) == names
+    assert all(of_side.step_s.shape == (3, 1) for of_side in times.values())
+
+
+def test_a_timed_step_that_is_skipped_is_refused(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(corpora / "skipping", "lora", "--training.on_nonfinite", "skip")
+    run = side_by_side._Bench.run
+
+    def spoiled_run(bench: side_by_side._Bench, num_steps: int) -> np.ndarray:
+        if num_steps > 1:
+            with torch.no_grad():
+                next(iter(bench.trainer.model.parameters())).fill_(torch.inf)
+        return run(bench, num_steps)
+
+    monkeypatch.setattr(side_by_side._Bench, "run", spoiled_run)
+    with pytest.raises(
+        UserError, match=r"tiny one: a step without an update cannot be timed, and that of step 3"
+    ):
+        time_steps_side_by_side({"tiny one": config}, rounds=2, steps_per_round=2)
     assert not dist.is_initialized()
 
 
