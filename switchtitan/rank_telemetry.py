@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from switchtitan.observability.metrics import Reporter
 from switchtitan.observability.spectra_files import drop_spectra_after, write_spectra
-from switchtitan.observability.spectrum import Spectra, singular_values, summarize
+from switchtitan.observability.spectrum import Spectra, normalized_by_kind, singular_values, summarize
 from switchtitan.weight_change import Origin, linear_layers, weight_changes
 
 logger = logging.getLogger(__name__)
@@ -45,36 +46,46 @@ class RankTelemetry:
         self._is_main = is_main
         self._broadcast = broadcast
 
-    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Writes the singular values of this step's change; returns mean ranks by TensorBoard tag. Every rank must call.
+    def __call__(self, model: nn.Module, step: int, reporter: Reporter) -> None:
+        """Writes the singular values of this step's change, and reports ranks and spectra. Every rank must call.
 
         Raises:
             CheckpointError: on the main rank, if the weights that the run started from are no longer at hand.
         """
         merged = self._merged_state_dict(model)
+        spectra = self._measure(merged, step) if self._is_main else {}
         # The others wait here, for which a collective of the training step might not have the patience.
-        return self._broadcast(self._measure(merged, step) if self._is_main else {})
+        values = self._broadcast(rank_metrics(spectra) if self._is_main else {})
+        reporter.report(step, values)
+        reporter.report_histograms(step, spectrum_histograms(spectra))
+        if self._is_main:
+            largest = max(map(len, spectra.values()))
+            logger.info(
+                "step %d: mean effective rank of the change %.1f of %d",
+                step,
+                values["rank/effective_mean"],
+                largest,
+            )
 
-    def _measure(self, merged: dict[str, Tensor], step: int) -> dict[str, float]:
+    def _measure(self, merged: dict[str, Tensor], step: int) -> Spectra:
         changes = weight_changes(merged, self._origin, linear_layers(merged, self._origin))
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         # What lies between was left by a run that was stopped, and went on from before it.
         drop_spectra_after(self._folder, self._last_step)
         self._last_step = step
         write_spectra(self._folder, step, spectra)
-        values = rank_metrics(spectra)
-        largest = max(map(len, spectra.values()))
-        logger.info(
-            "step %d: mean effective rank of the change %.1f of %d",
-            step,
-            values["rank/effective_mean"],
-            largest,
-        )
-        return values
+        return spectra
 
 
 def rank_metrics(spectra: Spectra) -> dict[str, float]:
-    """Mean ranks by TensorBoard tag: over all layers, and over those of each kind."""
+    """Ranks by TensorBoard tag: means over all layers and over those of each kind, and each layer's own."""
     summary = summarize(spectra)
     of_kinds = {f"rank/effective/{kind}": rank for kind, rank in summary.effective_by_kind.items()}
-    return {"rank/effective_mean": summary.effective, "rank/numerical_mean": summary.numerical} | of_kinds
+    of_layers = {f"rank/effective_by_layer/{name}": rank for name, rank in summary.effective_by_layer.items()}
+    means = {"rank/effective_mean": summary.effective, "rank/numerical_mean": summary.numerical}
+    return means | of_kinds | of_layers
+
+
+def spectrum_histograms(spectra: Spectra) -> dict[str, Tensor]:
+    """By TensorBoard tag: for each kind of layer, singular values as shares of the largest one of their layer."""
+    return {f"rank/spectrum/{kind}": shares for kind, shares in normalized_by_kind(spectra).items()}

@@ -143,9 +143,7 @@ def as_json(groups: Mapping[str, GroupSpectra]) -> dict[str, object]:
                     "step": run.step,
                     "effective_rank": run.ranks.effective,
                     "numerical_rank": run.ranks.numerical,
-                    "effective_rank_by_layer": {
-                        name: summarize({name: values}).effective for name, values in run.spectra.items()
-                    },
+                    "effective_rank_by_layer": run.ranks.effective_by_layer,
                 }
                 for run in group.runs
             ],

@@ -64,7 +64,8 @@ class Trainer:
         lr_schedule: step -> factor on the peak learning rate.
         batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
         test_evaluator: for the one evaluation of the trained model on the test split, if it is wanted.
-        inspect_weights: (model, step) -> metrics, called at its interval and after the last step, if it is wanted.
+        inspect_weights: reports what it finds in the weights, given the model, the step and where to report; called at its
+            interval and after the last step, if it is wanted.
         tensors: all that a checkpoint holds, by name, given the optimizer's state of the moment.
     """
 
@@ -82,7 +83,7 @@ class Trainer:
         batches: Generator[list[Batch], None, None],
         evaluator: Evaluator,
         test_evaluator: Evaluator | None,
-        inspect_weights: Callable[[nn.Module, int], dict[str, float]] | None,
+        inspect_weights: Callable[[nn.Module, int, Reporter], None] | None,
         checkpointer: Checkpointer,
         tensors: Callable[[], dict[str, Tensor]],
         reporter: Reporter,
@@ -274,8 +275,7 @@ class Trainer:
         assert self.inspect_weights is not None
         self._stop_if_diverged()
         with self.throughput.excluded():
-            values = self.inspect_weights(self.model, self.state.step)
-        self.reporter.report(self.state.step, values)
+            self.inspect_weights(self.model, self.state.step, self.reporter)
 
     def _save(self) -> None:
         self._stop_if_diverged()

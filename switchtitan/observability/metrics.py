@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
 from switchtitan.atomic_file import write_atomically
@@ -34,7 +35,7 @@ class MetricsConfig(Section):
     device."""
 
     tensorboard: bool = True
-    """Write scalars to `<output_dir>/tensorboard`."""
+    """Write scalars and histograms to `<output_dir>/tensorboard`."""
 
     progress_bar: bool = True
     """Draw a progress bar if the standard error is a terminal."""
@@ -110,6 +111,15 @@ class Reporter:
             self._writer.write(step, values)
         for line in self._table.lines(step, values):
             logger.info("%s", line)
+
+    def report_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Writes how the values of each tensor are distributed to TensorBoard alone.
+
+        Args:
+            values: by TensorBoard tag; finite, of any shape.
+        """
+        if self._writer is not None:
+            self._writer.write_histograms(step, values)
 
     def has_results(self, step: int) -> bool:
         """Whether a run that ended at `step` left its results."""

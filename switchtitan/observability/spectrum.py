@@ -33,6 +33,8 @@ class RankSummary(NamedTuple):
     numerical: float
     effective_by_kind: dict[str, float]
     """By the layers' local name, e.g. "q_proj"."""
+    effective_by_layer: dict[str, float]
+    """Each layer's own, by its qualified name."""
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -109,7 +111,21 @@ def summarize(spectra: Spectra) -> RankSummary:
             kind: _mean([effective[name] for name in names])
             for kind, names in layers_by_kind(spectra).items()
         },
+        effective_by_layer=effective,
     )
+
+
+def shares_of_largest(values: Tensor) -> Tensor:
+    """Singular values [n] as shares of the largest one; zeros stay zero."""
+    return values / values.max().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def normalized_by_kind(spectra: Spectra) -> dict[str, Tensor]:
+    """The singular values of all layers of a kind as shares of each layer's largest one, one after another, by kind."""
+    return {
+        kind: torch.cat([shares_of_largest(spectra[name]) for name in names])
+        for kind, names in layers_by_kind(spectra).items()
+    }
 
 
 def mean_normalized_spectrum(spectra: Spectra) -> Tensor:
@@ -117,7 +133,7 @@ def mean_normalized_spectrum(spectra: Spectra) -> Tensor:
 
     A layer with fewer values counts as zero beyond its last one, as it would inside a larger matrix; so does an unchanged one.
     """
-    rows = [values / values.max().clamp(min=torch.finfo(values.dtype).tiny) for values in spectra.values()]
+    rows = [shares_of_largest(values) for values in spectra.values()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).mean(dim=0)
 
 

@@ -1,8 +1,9 @@
-"""Scalars and texts for TensorBoard."""
+"""Scalars, histograms and texts for TensorBoard."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -21,6 +22,12 @@ class TensorBoardWriter:
         """Adds one point per tag, readable at once."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+
+    def write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Adds one histogram per tag, of all values of its tensor, in bins whose widths grow with the values."""
+        for tag, tensor in values.items():
+            self._writer.add_histogram(tag, tensor, step)
         self._writer.flush()
 
     def write_text(self, tag: str, text: str, step: int) -> None:

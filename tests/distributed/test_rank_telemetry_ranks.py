@@ -46,8 +46,12 @@ def test_two_ranks_measure_what_one_does(corpora):
     assert first == second
     assert list(one) == list(first) == ["5", "10", "13"]
     for step, ranks in one.items():
-        # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
-        assert first[step] == pytest.approx(ranks, rel=1e-3), step
+        assert first[step].keys() == ranks.keys()
+        for tag, value in ranks.items():
+            # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero. A layer's own rank
+            # shows more of it than means do, as its singular values below.
+            bound = 1e-2 if tag.startswith("rank/effective_by_layer/") else 1e-3
+            assert first[step][tag] == pytest.approx(value, rel=bound), (step, tag)
     spectra = {n: read_spectra(corpora / f"ranks-of-{n}" / "run" / "spectra") for n in (1, 2)}
     assert list(spectra[1]) == list(spectra[2]) == [5, 10, 13]
     for name, values in spectra[1][13].items():

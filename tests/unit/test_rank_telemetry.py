@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import METHOD_KEYS, tiny_config, tiny_trainer
 from torch import nn
 
@@ -97,7 +98,36 @@ def test_measured_ranks_are_those_of_merged_minus_initial_weights(corpora, metho
     assert ranks["rank/effective_mean"] == pytest.approx(expected_mean(expected), rel=1e-4)
     of_q = {name: values for name, values in expected.items() if name.endswith("q_proj")}
     assert ranks["rank/effective/q_proj"] == pytest.approx(expected_mean(of_q), rel=1e-4)
-    assert len(ranks) == 2 + 7
+    assert len(ranks) == 2 + 7 + NUM_LAYERS
+
+
+def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
+    folder = corpora / "rank-tensorboard"
+    train(folder, "switchlora", *EVERY_10, "--training.steps", "14", "--metrics.tensorboard", "true")
+    measured = read_spectra(folder / "run" / "spectra")
+    events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    prefix = "rank/effective_by_layer/"
+    shown = {tag for tag in events.Tags()["scalars"] if tag.startswith(prefix)}
+    assert shown == {prefix + name for name in measured[14]}
+    assert "rank/effective_by_layer/model.layers.1.mlp.down_proj" in shown
+    for tag in shown:
+        for event in events.Scalars(tag):
+            spectrum = measured[event.step][tag.removeprefix(prefix)].double()
+            # TensorBoard's scalars are fp32.
+            assert event.value == pytest.approx(expected_mean({"": spectrum}), rel=1e-6)
+    kinds = {name.rpartition(".")[2] for name in measured[14]}
+    assert set(events.Tags()["histograms"]) == {f"rank/spectrum/{kind}" for kind in kinds}
+    for kind in kinds:
+        points = events.Histograms(f"rank/spectrum/{kind}")
+        assert [point.step for point in points] == [10, 14]
+        for point in points:
+            of_kind = [values for name, values in measured[point.step].items() if name.endswith(kind)]
+            shares = torch.cat([values / values[0] for values in of_kind])
+            histogram = point.histogram_value
+            assert (histogram.num, histogram.max) == (len(shares), 1)
+            # A sum of fp32 values.
+            assert histogram.sum == pytest.approx(shares.sum().item(), rel=1e-5)
 
 
 def test_plain_lora_stays_within_its_rank_and_the_others_leave_it(corpora):

@@ -2,6 +2,7 @@ import logging
 import math
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from switchtitan.observability import MetricsConfig, Reporter
@@ -31,6 +32,25 @@ def test_all_values_reach_tensorboard_by_their_tags(tmp_path):
     }
 
 
+def test_histograms_reach_tensorboard_and_nothing_else(tmp_path, caplog):
+    values = torch.tensor([[0.0, 0.25, 1.0], [1e-7, 0.5, 0.5]])
+    reporter = Reporter(MetricsConfig(), tmp_path, num_steps=100, is_main=True)
+    with caplog.at_level(logging.INFO):
+        for step in (4, 8):
+            reporter.report_histograms(step, {"rank/spectrum/q_proj": values})
+    reporter.close()
+    assert caplog.text == ""
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert events.Tags()["scalars"] == []
+    first, second = events.Histograms("rank/spectrum/q_proj")
+    assert (first.step, second.step) == (4, 8)
+    histogram = second.histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (6, 0, 1)
+    assert histogram.sum == pytest.approx(values.double().sum().item())
+    assert sum(histogram.bucket) == 6
+
+
 def test_resumed_run_has_one_point_per_step(tmp_path):
     run(tmp_path, [1, 10, 20, 30, 40])
     run(tmp_path, [30, 40, 50], start_step=20)
@@ -58,6 +78,7 @@ def test_description_is_shown_as_it_is(tmp_path):
 def test_nothing_is_written_where_it_should_not(tmp_path, is_main, config):
     reporter = Reporter(config, tmp_path, num_steps=3, is_main=is_main, description="x")
     reporter.report(1, {"loss/train": 1.0})
+    reporter.report_histograms(1, {"rank/spectrum/q_proj": torch.ones(3)})
     reporter.close()
     assert list(tmp_path.iterdir()) == []
 
