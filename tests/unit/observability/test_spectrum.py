@@ -10,6 +10,7 @@ from switchtitan.observability.spectrum import (
     effective_rank,
     layers_by_kind,
     mean_normalized_spectrum,
+    normalized_by_kind,
     numerical_rank,
     select_layers,
     singular_values,
@@ -75,6 +76,7 @@ def test_summary_averages_over_layers_and_kinds() -> None:
     assert summary.effective == pytest.approx((4 + 1 + 2) / 3)
     assert summary.numerical == pytest.approx((4 + 1 + 2) / 3)
     assert summary.effective_by_kind == pytest.approx({"q_proj": 3.0, "up_proj": 1.0})
+    assert summary.effective_by_layer == pytest.approx(dict(zip(spectra, (4, 1, 2), strict=True)))
     assert list(layers_by_kind(spectra)) == ["q_proj", "up_proj"]
 
 
@@ -83,6 +85,20 @@ def test_mean_spectrum_counts_shorter_and_unchanged_layers_as_zero() -> None:
     torch.testing.assert_close(
         mean_normalized_spectrum(spectra), torch.tensor([2 / 3, 1.5 / 3, 0.25 / 3]), rtol=1e-6, atol=0
     )
+
+
+def test_layers_of_a_kind_are_normalized_one_by_one() -> None:
+    spectra = {
+        "0.q": torch.tensor([4.0, 2.0, 1.0]),
+        "0.up": torch.zeros(2),
+        "1.q": torch.tensor([0.5, 0.25, 0.0]),
+    }
+    by_kind = normalized_by_kind(spectra)
+    # Powers of two, without rounding.
+    assert {kind: shares.tolist() for kind, shares in by_kind.items()} == {
+        "q": [1, 0.5, 0.25, 1, 0.5, 0],
+        "up": [0, 0],
+    }
 
 
 def test_layers_are_selected_by_kind_or_name() -> None:
