@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import JsonValue
 
+from switchtitan.benchmark.estimate import StepEstimate
+from switchtitan.benchmark.memory import KINDS, STATE
 from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
 from switchtitan.distributed.communication import CommunicationCounts
 from switchtitan.observability.console import format_count
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 def step_table(times: Mapping[str, StepTimes]) -> list[str]:
@@ -76,6 +78,56 @@ def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str,
         }
         for name, of_side in counts.items()
     }
+
+
+def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
+    """For each configuration, in GiB: the sum of the state, and two lines: what the peak consists of, and the most of each kind
+    at any time."""
+    rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
+    for name, of_side in estimates.items():
+        memory = of_side.memory
+        at_peak = (memory.at_peak[kind] for kind in KINDS)
+        state_at_peak = sum(memory.at_peak[kind] for kind in STATE)
+        rows.append(("peak", *map(_gib, (memory.peak, state_at_peak, *at_peak)), name))
+        rows.append(("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), ""))
+    return _aligned(rows)
+
+
+def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
+    """For each configuration, floating-point operations of one rank's step in 10^12, and the ratio to full rank."""
+    rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
+    for name, of_side in estimates.items():
+        flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops
+        total = f"{sum(flops[:2]) / 1e12:.4g}"
+        rows.append((total, *(f"{n / 1e12:.4g}" for n in flops), f"{of_side.flops_ratio:.3f}", name))
+    return _aligned(rows)
+
+
+def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValue]:
+    """By configuration: all figures of the tables, in bytes and operations."""
+    communication = communication_record({name: e.communication for name, e in estimates.items()})
+    return {
+        name: {
+            "memory": {
+                "peak": estimate.memory.peak,
+                "state": estimate.memory.state,
+                "at_peak": dict(estimate.memory.at_peak),
+                "most": dict(estimate.memory.most),
+            },
+            "communication": communication[name],
+            "flops": {
+                "forward_backward": estimate.forward_backward_flops,
+                "update": estimate.update_flops,
+                "full_rank": estimate.full_rank_flops,
+                "ratio": estimate.flops_ratio,
+            },
+        }
+        for name, estimate in estimates.items()
+    }
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -79,7 +79,7 @@ class _Bench:
         configure_logging(is_main=world.is_main, rank=world.rank)
         self.tokens_per_step = config.training.global_batch_size * config.data.seq_len
         self._stopwatch = Stopwatch(world.device)
-        self.trainer.optimizer = MarkedOptimizer(self.trainer.optimizer, self._stopwatch)
+        self.trainer.optimizer = MarkedOptimizer(self.trainer.optimizer, self._stopwatch.mark)
 
     def run(self, num_steps: int) -> np.ndarray:
         """Takes steps; returns seconds to the update, of the update, and after it, [steps, 3].

@@ -1,6 +1,7 @@
 """Times between points of a program, without making the host wait for the device between them."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,15 +43,15 @@ class Stopwatch:
 
 
 class MarkedOptimizer:
-    """An optimizer that marks where its update begins and ends; a `contracts.TrainingOptimizer`."""
+    """An optimizer that calls `mark` where its update begins and ends; a `contracts.TrainingOptimizer`."""
 
-    def __init__(self, optimizer: TrainingOptimizer, stopwatch: Stopwatch) -> None:
-        self._optimizer, self._stopwatch = optimizer, stopwatch
+    def __init__(self, optimizer: TrainingOptimizer, mark: Callable[[], None]) -> None:
+        self._optimizer, self._mark = optimizer, mark
 
     def step(self) -> None:
-        self._stopwatch.mark()
+        self._mark()
         self._optimizer.step()
-        self._stopwatch.mark()
+        self._mark()
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()

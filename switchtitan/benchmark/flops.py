@@ -1,0 +1,68 @@
+"""Floating-point operations of matrix products and attention, counted as they happen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class CountFlops(TorchDispatchMode):
+    """A context that counts this rank's floating-point operations, those of backward passes included.
+
+    A product of [m, k] and [k, n] is 2 m k n. Attention counts as in PaLM (arXiv 2204.02311, appendix B): two products forward
+    and four backward, all scores of a causal mask, and nothing for what a fused kernel computes twice. Activations that are
+    checkpointed do count twice. Element-wise operations, look-ups, and decompositions of matrices count nothing.
+
+    Attributes:
+        num_flops: of all that has happened inside so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # DTensor turns its operations into those of local tensors; they come here next.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        packet = getattr(func, "overloadpacket", func)
+        packet = _IN_PLACE.get(packet, packet)
+        if packet in _ATTENTION:
+            self.num_flops += _ATTENTION[packet](*args)
+        elif packet in flop_registry:
+            self.num_flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
+    """[batch, heads, seq, head_dim] each: scores, and values weighted by them."""
+    return (
+        2 * query.numel() * key.shape[-2]
+        + 2 * query.numel() // query.shape[-1] * value.shape[-1] * key.shape[-2]
+    )
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
+    return 2 * _attention_forward(query, key, value)
+
+
+_aten = torch.ops.aten
+_ATTENTION: dict[object, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    _aten._scaled_dot_product_flash_attention: _attention_forward,
+    _aten._scaled_dot_product_efficient_attention: _attention_forward,
+    _aten._scaled_dot_product_cudnn_attention: _attention_forward,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    _aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    _aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+}
+_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
+"""What counts as its counterpart, which torch has a formula for."""

@@ -1,0 +1,143 @@
+"""What is estimated without hardware is what real ranks use, and what formulas say."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny import tiny_config, tiny_trainer, train_steps
+from torch import Tensor
+
+from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
+from switchtitan.benchmark.memory import KINDS, STATE, TEMPORARY
+from switchtitan.benchmark.stopwatch import MarkedOptimizer
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.shards import local
+from switchtitan.methods.lowrank.contraction import cheapest_contraction, factored, merged, num_flops
+from switchtitan.models import MODELS
+from switchtitan.trainer import Trainer
+
+SEQ_LEN = 16
+
+
+def num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def kept_state(optimizer: TrainingOptimizer) -> list[Tensor]:
+    """What an optimizer's state_dict gives without making it for the occasion."""
+    first, second = optimizer.state_dict(), optimizer.state_dict()
+    return [
+        tensor
+        for key, tensor in first.items()
+        if local(tensor).data_ptr() == local(second[key]).data_ptr() or local(tensor).numel() == 0
+    ]
+
+
+def count_state(trainer: Trainer) -> dict[str, int]:
+    """Bytes of what a real trainer holds, by kind, from its tensors; takes a step."""
+    parameters = list(trainer.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    counted = {
+        "trained": num_bytes(trained),
+        "frozen": num_bytes([parameter for parameter in parameters if not parameter.requires_grad]),
+        "candidates": num_bytes(list(trainer.model.buffers())),
+        "optimizer": num_bytes(kept_state(trainer.optimizer)),
+    }
+    optimizer = trainer.optimizer
+    # Before and after the update they are the same.
+    trainer.optimizer = MarkedOptimizer(
+        optimizer,
+        lambda: counted.update(gradients=num_bytes([p.grad for p in trained if p.grad is not None])),
+    )
+    trainer.train_step()
+    trainer.optimizer = optimizer
+    return counted
+
+
+def check_estimates(rank: int, folder: Path, num_ranks: int, expected: dict[str, StepEstimate]) -> None:
+    for method, estimate in expected.items():
+        trainer = tiny_trainer(folder / f"real-{num_ranks}-{method}", method, num_ranks=num_ranks)
+        train_steps(trainer, 1)
+        measured = measure_step(trainer, SEQ_LEN)
+        assert measured.communication == estimate.communication, method
+        assert measured.forward_backward_flops == estimate.forward_backward_flops, method
+        counted = count_state(trainer)
+        # Other ranks' shards may be smaller.
+        if rank == 0:
+            # Where and when tensors come and go does not depend on their values.
+            assert measured.memory.at_peak == estimate.memory.at_peak, method
+            # A real process group lets go of what it has reduced when it gets to it.
+            lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
+            assert lasting.items() <= estimate.memory.most.items(), method
+            # Scalars that belong to no checkpoint: a learning rate in fp32, and a flag.
+            counted["optimizer"] += 5 if counted["candidates"] else 0
+            assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
+        trainer.batches.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("num_ranks", "methods"), [(1, ["lora"]), (2, ["full_rank", "switchlora"])])
+def test_real_ranks_hold_send_and_compute_what_was_estimated(
+    corpora: Path, num_ranks: int, methods: list[str]
+) -> None:
+    expected = {
+        method: estimate_step(tiny_config(corpora / "fake", method, num_ranks=num_ranks), num_ranks)
+        for method in methods
+    }
+    run_on_ranks(num_ranks, check_estimates, corpora, num_ranks, expected, timeout_s=100)
+
+
+def test_full_rank_takes_the_operations_of_the_formula(tmp_path: Path) -> None:
+    estimate = estimate_step(tiny_config(tmp_path, "full_rank", num_ranks=2), 2)
+    assert estimate.forward_backward_flops == estimate.full_rank_flops
+    assert estimate.flops_ratio == 1
+
+
+@pytest.mark.parametrize(("local_batch_size", "contraction"), [(1, factored), (2, merged)])
+def test_low_rank_layers_take_the_operations_of_their_contraction(
+    tmp_path: Path, local_batch_size: int, contraction: object
+) -> None:
+    num_micro_batches, rank = 2, 6
+    batches = (
+        *("--training.local_batch_size", str(local_batch_size)),
+        *("--training.global_batch_size", str(num_micro_batches * local_batch_size)),
+    )
+    config = tiny_config(tmp_path, "lora", *batches)
+    estimate = estimate_step(config, 1)
+    num_tokens = local_batch_size * SEQ_LEN
+    with torch.device("meta"):
+        plain = MODELS.build(config.model)
+    shapes = [
+        (module.out_features, module.in_features)
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    # At least the square layers: of the three contractions, the cheapest for so many tokens.
+    assert cheapest_contraction(20, 20, rank, num_tokens) is contraction
+    extra = sum(
+        num_flops(cheapest_contraction(*shape, rank, num_tokens), *shape, rank, num_tokens)
+        - 6 * shape[0] * shape[1] * num_tokens
+        for shape in shapes
+    )
+    expected = estimate.full_rank_flops + num_micro_batches * extra
+    assert estimate.forward_backward_flops == expected
+    assert estimate.update_flops == 0
+    assert estimate.flops_ratio == expected / estimate.full_rank_flops
+
+
+def test_activation_checkpointing_trades_memory_for_operations(tmp_path: Path) -> None:
+    plain, checkpointed = (
+        estimate_step(tiny_config(tmp_path, "full_rank", "--activation_checkpoint.mode", mode), 1)
+        for mode in ("none", "full")
+    )
+    assert checkpointed.memory.most["activations"] < plain.memory.most["activations"]
+    assert checkpointed.memory.state == plain.memory.state
+    assert checkpointed.flops_ratio > plain.flops_ratio
+
+
+def test_the_peak_is_no_more_than_the_most_of_each_kind(tmp_path: Path) -> None:
+    memory = estimate_step(tiny_config(tmp_path, "switchlora"), 1).memory
+    assert all(memory.at_peak[kind] <= memory.most[kind] for kind in memory.most)
+    assert memory.state < memory.peak <= sum(memory.most.values())
