@@ -1,6 +1,7 @@
 """What is estimated without hardware is what real ranks use, and what formulas say."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from ranks import run_on_ranks
 from tiny import tiny_config, tiny_trainer, train_steps
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
-from switchtitan.benchmark.memory import KINDS, STATE, TEMPORARY
+from switchtitan.benchmark.memory import GRADIENTS, KINDS, STATE, TEMPORARY
 from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
@@ -56,6 +58,20 @@ def count_state(trainer: Trainer) -> dict[str, int]:
     return counted
 
 
+def allocated_in_a_step(trainer: Trainer) -> int:
+    """The most bytes that the CPU's allocator had handed out since a step began, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train_step()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    return max(accumulate(num_bytes for _, num_bytes in sorted(changes)))
+
+
 def check_estimates(rank: int, folder: Path, num_ranks: int, expected: dict[str, StepEstimate]) -> None:
     for method, estimate in expected.items():
         trainer = tiny_trainer(folder / f"real-{num_ranks}-{method}", method, num_ranks=num_ranks)
@@ -74,6 +90,14 @@ def check_estimates(rank: int, folder: Path, num_ranks: int, expected: dict[str,
             # Scalars that belong to no checkpoint: a learning rate in fp32, and a flag.
             counted["optimizer"] += 5 if counted["candidates"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
+        allocated = allocated_in_a_step(trainer)
+        if rank == 0:
+            lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
+            expected_bytes = estimate.memory.peak - sum(estimate.memory.most[kind] for kind in lasting_kinds)
+            # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate leaves out.
+            batches = trainer.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
+            # Besides scalars, a process group lets go of the last collective's tensors when it gets to it: 1 %.
+            assert allocated == pytest.approx(expected_bytes + batches, rel=0.01), method
         trainer.batches.close()
 
 
