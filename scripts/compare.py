@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
 from switchtitan.comparison.measure import measure, read_measurements
-from switchtitan.comparison.plan import Run, check_plan
+from switchtitan.comparison.plan import Run, check_corpus, check_plan
 from switchtitan.comparison.plots import write_pictures
 from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner, locked
@@ -47,7 +48,9 @@ def main(argv: Sequence[str]) -> None:
                 )
             comparison = Comparison(config)
             if not options.report_only:
-                train(comparison, Runner(options.jobs), folder, config)
+                check_corpus(config)
+                with logging_redirect_tqdm():
+                    train(comparison, Runner(options.jobs), folder, config)
                 report(comparison, folder, config)
                 measure(config, folder)
             report(comparison, folder, config)

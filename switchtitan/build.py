@@ -1,7 +1,6 @@
 """The composition root: from a configuration to a trainer, one short function for each part."""
 
 import logging
-import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -9,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import switchtitan
-from switchtitan.atomic_file import write_atomically
 from switchtitan.checkpoint import (
     Checkpointer,
     check_same_run,
     load_tensors_,
     read_metadata,
 )
-from switchtitan.config import ConfigError
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, TrainingOptimizer
 from switchtitan.data import (
@@ -47,7 +44,14 @@ from switchtitan.observability import (
 )
 from switchtitan.optim import build_lr_schedule
 from switchtitan.rank_telemetry import RankTelemetry
-from switchtitan.run_description import completed_identity, describe_run, run_facts, run_identity
+from switchtitan.run_description import (
+    changed_keys,
+    completed_identity,
+    describe_run,
+    run_facts,
+    run_identity,
+)
+from switchtitan.run_output import check_output_dir, start_output
 from switchtitan.train_state import TrainState
 from switchtitan.trainer import Intervals, Trainer, loss_metrics
 from switchtitan.weight_change import Origin
@@ -72,11 +76,12 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     identity = run_identity(config, corpus)
     checkpointer = build_checkpointer(config, world, identity, corpus)
     checkpoint = checkpointer.checkpoint_to_resume()
-    state = TrainState()
+    state, changes = TrainState(), list[str]()
     if checkpoint is not None:
         metadata = read_metadata(checkpoint)
         check_same_run(completed_identity(metadata.identity), identity)
         state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
+        changes = changed_keys(str(metadata.run["config"]), config)
     # Before any work, since a corpus that is too small for the configuration is refused here.
     batches = build_batches(config, corpus, world, state.num_batches)
     validation = corpus.split("validation", config.data.seq_len)
@@ -100,7 +105,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         restore(checkpoint, tensors(), optimizer)
 
     start_output(config, world, state)
-    describe_run(config, world, model, corpus, checkpoint)
+    describe_run(config, world, model, corpus, checkpoint, changes)
     loss = (
         torch.compile(summed_cross_entropy, fullgraph=True, dynamic=False)
         if config.compile.loss
@@ -127,7 +132,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         inspect_weights=rank_telemetry,
         checkpointer=checkpointer,
         tensors=tensors,
-        reporter=build_reporter(config, world, state, run_facts(world, model, corpus)),
+        reporter=build_reporter(config, world, state, run_facts(config, world, model, corpus)),
         throughput=build_throughput(config, world, num_flops_per_token, state.step),
         profiler=Profiler(
             config.profiler,
@@ -272,27 +277,3 @@ def build_throughput(
         num_steps=config.training.steps,
         start_step=start_step,
     )
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Makes sure that the folder is there, or can be made, without making it.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(
-            f"[job] output_dir = {str(output_dir)!r}: expected a folder that can be made and written, but {nearest} is "
-            f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
-        )
-
-
-def start_output(config: JobConfig, world: World, state: TrainState) -> None:
-    """Opens the run's log file and keeps its configuration; a resumed run's beside the first one's."""
-    if not world.is_main:
-        return
-    output_dir = config.job.output_dir
-    configure_logging(is_main=True, log_file=output_dir / "train.log")
-    name = f"config-from-step-{state.step}.toml" if state.step else "config.toml"
-    write_atomically(output_dir / name, resolved_toml(config))

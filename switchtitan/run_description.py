@@ -4,10 +4,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import tomli
 import torch
 from torch import nn
 
 import switchtitan
+from switchtitan.config.toml_text import resolved_toml, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job_config import JobConfig
@@ -45,9 +47,14 @@ def completed_identity(saved: Mapping[str, object]) -> dict[str, object]:
 
 
 def describe_run(
-    config: JobConfig, world: World, model: nn.Module, corpus: Corpus, checkpoint: Path | None
+    config: JobConfig,
+    world: World,
+    model: nn.Module,
+    corpus: Corpus,
+    checkpoint: Path | None,
+    changes: list[str],
 ) -> None:
-    """Says what is about to be trained, on what, where, and from where."""
+    """Says what is about to be trained, on what, where, from where, and what has changed since the checkpoint."""
     counts = count_parameters(model)
     logger.info(
         "%s: %s",
@@ -62,11 +69,38 @@ def describe_run(
     logger.info(
         "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
     )
+    if changes:
+        logger.warning("changed since that checkpoint: %s", "; ".join(changes))
 
 
-def run_facts(world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
-    """What figures of a run must be read with: hardware, versions, corpus, sizes."""
+def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
+    """The keys whose values differ between a checkpoint's configuration and the run's that goes on from it: `key: old -> new`.
+
+    Names and places are left out, and keys that only one of both has.
+    """
+    before, now = (_dotted(tomli.loads(text)) for text in (saved_toml, resolved_toml(config)))
+    return [
+        f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
+        for key in now
+        if key in before
+        and before[key] != now[key]
+        and key not in ("job.name", "job.output_dir", "data.cache_dir")
+    ]
+
+
+def _dotted(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    keys: dict[str, object] = {}
+    for key, value in table.items():
+        keys |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return keys
+
+
+def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
+    """What figures of a run must be read with: configuration, hardware, versions, corpus, sizes."""
     return {
+        "method": config.method.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "seed": config.job.seed,
         "device": device_name(world.device),
         "num_ranks": world.size,
         "num_threads": torch.get_num_threads(),

@@ -11,6 +11,9 @@ from switchtitan.config.load import read_toml
 from switchtitan.config.section import Section
 from switchtitan.config.toml_text import toml_value
 
+_MESSAGES = {"missing": "missing", "extra_forbidden": "unknown key"}
+"""What pydantic says more learnedly, by its kind of error."""
+
 
 class Row(Section):
     """One row of the table: a method with its keys."""
@@ -73,7 +76,7 @@ class ComparisonConfig(Section):
     """How often every row gets one more rate, as long as some row's best rate is its lowest or highest."""
     communication_ranks: int = Field(default=8, ge=2)
     """Number of ranks for which the bytes that a step communicates are counted."""
-    rows: tuple[Row, ...] = Field(min_length=2)
+    rows: tuple[Row, ...]
     """The table's rows."""
     gaps: tuple[Gap, ...] = ()
     """Shares of differences to report."""
@@ -91,6 +94,8 @@ class ComparisonConfig(Section):
             raise ValueError(
                 f"selection_seed = {self.selection_seed} is among report_seeds: rates chosen on a seed fit it, so report others"
             )
+        if len(self.rows) < 2:
+            raise ValueError("rows: expected two [[rows]] at least")
         names = [row.name for row in self.rows]
         mistakes = [
             f"rows: two are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
@@ -127,6 +132,8 @@ def load_comparison(file: Path) -> ComparisonConfig:
     Raises:
         ConfigError: with all mistakes in one message.
     """
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; expected the TOML file that declares a comparison")
     table = read_toml(file)
     try:
         declared = ComparisonConfig.model_validate(table)
@@ -134,7 +141,7 @@ def load_comparison(file: Path) -> ComparisonConfig:
         lines = [f"{file}: {len(error.errors())} mistake(s)"]
         for detail in error.errors():
             place = ".".join(map(str, detail["loc"]))
-            message = detail["msg"].removeprefix("Value error, ")
+            message = _MESSAGES.get(detail["type"], detail["msg"].removeprefix("Value error, "))
             is_plain = not isinstance(detail["input"], dict) and place
             given = f" = {toml_value(detail['input'])}" if is_plain else ""
             lines.append(f"  {place}{given}: {message}" if place else f"  {message}")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -18,6 +17,7 @@ from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, time_steps_side_by
 from switchtitan.benchmark.step_times import ratio_of_steps
 from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.plan import Run, first_run
+from switchtitan.comparison.runner import num_threads
 from switchtitan.config.toml_text import resolved_toml
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _measure_row(comparison: ComparisonConfig, run: Run) -> Measurements:
 def _time_steps(run: Run, baseline: Run) -> tuple[float, ...]:
     # What the two runs say of themselves is no news.
     logging.disable(logging.WARNING)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_threads(1))
     configs = {"row": run.config(), "baseline": baseline.config()}
     rounds = min(ROUNDS, (configs["row"].training.steps - WARM_UP_STEPS) // STEPS_PER_ROUND)
     times = time_steps_side_by_side(configs, rounds, STEPS_PER_ROUND)
@@ -115,7 +115,7 @@ def _time_steps(run: Run, baseline: Run) -> tuple[float, ...]:
 
 
 def _count_bytes(run: Run, num_ranks: int) -> tuple[float, ...]:
-    counts = communication_of_a_step(run.config(num_ranks), num_ranks)
+    counts = communication_of_a_step(run.config_on(num_ranks), num_ranks)
     return (sum(count.bytes_sent for count in counts.values()),)
 
 

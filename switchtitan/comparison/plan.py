@@ -7,6 +7,7 @@ from pathlib import Path
 from switchtitan.comparison.config import ComparisonConfig, Row
 from switchtitan.config import ConfigError
 from switchtitan.config.toml_text import toml_value
+from switchtitan.data import open_corpus
 from switchtitan.job_config import JobConfig, parse_arguments
 
 MIN_STEPS = 8
@@ -29,17 +30,40 @@ class Run:
     def name(self) -> str:
         return f"{self.row} lr {self.learning_rate:g} seed {self.seed}"
 
-    def config(self, num_ranks: int = 1) -> JobConfig:
-        """The configuration that it trains with; on several ranks the same with a micro-batch of one sequence.
+    def config(self) -> JobConfig:
+        """The configuration that it trains with.
 
         Raises:
             ConfigError: if the row's keys do not fit.
         """
+        return self._parsed(self.arguments, 1)
+
+    def config_on(self, num_ranks: int) -> JobConfig:
+        """The same on several ranks, with the largest micro-batch up to its own that their number allows.
+
+        Raises:
+            ConfigError: if no whole number of sequences falls to each rank.
+        """
+        training = self.config().training
+        fitting = [
+            size
+            for size in range(1, training.local_batch_size + 1)
+            if training.global_batch_size % (num_ranks * size) == 0
+        ]
+        if not fitting:
+            raise ConfigError(
+                f"communication_ranks = {num_ranks}: [training] global_batch_size = {training.global_batch_size} is no "
+                "multiple of it; lower it, or change the batch"
+            )
+        return self._parsed([*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks)
+
+    def _parsed(self, arguments: Sequence[str], num_ranks: int) -> JobConfig:
         try:
-            smaller = ("--training.local_batch_size", "1") if num_ranks > 1 else ()
-            return parse_arguments([*self.arguments, *smaller], num_ranks)
+            return parse_arguments(arguments, num_ranks)
         except ConfigError as error:
-            raise ConfigError(f"row {self.row}: {error}") from error
+            # The row's keys travel as arguments, which its author has not written.
+            text = str(error).replace("on the command line:", "in what the row sets:").replace("  --", "  ")
+            raise ConfigError(f"row {self.row}: {text}") from error
 
 
 def plan_run(comparison: ComparisonConfig, row: Row, learning_rate: float, seed: int) -> Run:
@@ -115,7 +139,19 @@ def check_plan(comparison: ComparisonConfig) -> None:
             )
     _check_reportable(comparison, baseline)
     for row in comparison.rows:
-        first_run(comparison, row).config(comparison.communication_ranks)
+        first_run(comparison, row).config_on(comparison.communication_ranks)
+
+
+def check_corpus(comparison: ComparisonConfig) -> None:
+    """Prepares the corpus if it is not there, and makes sure that it has all splits, before any run waits for it.
+
+    Raises:
+        CorpusError: otherwise.
+    """
+    config = first_run(comparison, comparison.row(comparison.baseline)).config()
+    corpus = open_corpus(config.data)
+    for split in ("train", "validation", "test"):
+        corpus.split(split, config.data.seq_len)
 
 
 def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:

@@ -17,9 +17,12 @@ from switchtitan.config.toml_text import resolved_toml
 
 NOT_KNOWN = "-"
 _LEGEND = (
-    "State is what a checkpoint holds: weights, optimizer and what else the method keeps. Tokens/s are the runs' own, with all "
-    "that a method does now and then, on a machine that may have done other work. Step times were taken side by side early in "
-    "a run, and bytes are those of its second step, so neither tells what happens every few hundred steps only."
+    "(edge): the best of the rates tried was the lowest or the highest. Effective rank is exp of the entropy of the singular "
+    "values' shares of their sum, of each layer's change since step 0, averaged over layers; two factors that both start at "
+    "random change their product by up to twice their rank. State is what a checkpoint holds: weights, optimizer and what else "
+    "the method keeps; peaks are an accelerator's. Tokens/s are the runs' own, with all that a method does now and then, on a "
+    "machine that may have done other work. Step times were taken side by side early in a run, and bytes are those of its "
+    "second step, in as few micro-batches as fit, so neither tells what happens every few hundred steps only."
 )
 
 
@@ -185,8 +188,9 @@ def _plus_minus(summary: Summary | None, digits: int) -> str:
 def _difference(summary: Summary | None) -> str:
     if summary is None or not math.isfinite(summary.mean):
         return NOT_KNOWN
-    deviation = f" ± {summary.std:.4f}" if summary.std is not None else ""
-    return f"{summary.mean:+.4f}{deviation}{', tie' if summary.is_tie else ''}"
+    if summary.std is None:
+        return f"{summary.mean:+.4f} (one seed)"
+    return f"{summary.mean:+.4f} ± {summary.std:.4f}{', tie' if summary.is_tie else ''}"
 
 
 def _share(gap: GapReport) -> str:

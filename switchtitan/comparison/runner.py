@@ -47,7 +47,7 @@ class Runner:
         self._slots = list(range(num_jobs))
         self._is_on_gpu = num_devices > 0
         self._waited_for: set[Run] = set()
-        self._threads = max(1, len(os.sched_getaffinity(0)) // num_jobs)
+        self._threads = num_threads(num_jobs)
 
     def run_all(
         self,
@@ -121,6 +121,12 @@ class Runner:
                 # A Ctrl-C is for the comparison, which stops its runs itself.
                 start_new_session=True,
             )
+
+
+def num_threads(num_jobs: int) -> int:
+    """CPU threads for each of several jobs: what OMP_NUM_THREADS says, else an equal share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else max(1, len(os.sched_getaffinity(0)) // num_jobs)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from tiny import tiny_config, tiny_trainer
 
 from switchtitan.checkpoint import check_same_run
 from switchtitan.config.errors import CheckpointError
+from switchtitan.config.toml_text import resolved_toml
 from switchtitan.distributed.world import stop_world
-from switchtitan.run_description import completed_identity
+from switchtitan.run_description import changed_keys, completed_identity
 
 NEW_KEYS = ("candidates", "reset_moments")
 
@@ -85,3 +86,27 @@ def test_a_run_goes_on_from_a_checkpoint_from_before_its_keys_existed(corpora: P
     resumed = tiny_trainer(folder, "switchlora", *short, "--training.steps", "3")
     assert resumed.state.step == 2
     resumed.batches.close()
+
+
+def test_keys_that_changed_since_a_checkpoint_are_told(tmp_path: Path):
+    before = tiny_config(tmp_path, "lora")
+    now = tiny_config(
+        tmp_path, "lora", "--optimizer.lr", "5e-3", "--training.steps", "50", "--job.name", "other"
+    )
+    assert changed_keys(resolved_toml(before), now) == [
+        "optimizer.lr: 0.01 -> 0.005",
+        "training.steps: 40 -> 50",
+    ]
+    assert changed_keys(resolved_toml(before), before) == []
+
+
+def test_a_resumed_run_warns_of_changed_keys_and_one_that_trains_nothing_keeps_no_configuration(
+    corpora, caplog
+):
+    folder = corpora / "changed-keys"
+    tiny_trainer(folder, "lora", "--training.steps", "20").train()
+    stop_world()
+    with caplog.at_level("WARNING"):
+        tiny_trainer(folder, "lora", "--training.steps", "20", "--optimizer.lr", "0.09").train()
+    assert "changed since that checkpoint: optimizer.lr: 0.01 -> 0.09" in caplog.text
+    assert not list((folder / "run").glob("config-from-step-*"))

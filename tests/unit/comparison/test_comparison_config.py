@@ -67,7 +67,7 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
         ('learning_rate_of = "thin"', "", "give either learning_rates or learning_rate_of"),
         ('learning_rate_of = "thin"', 'learning_rate_of = "thin-balanced"', "expected one of dense, thin$"),
         ('rows = ["thin-balanced"]', 'rows = ["fat"]', r"gaps\.rows = 'fat': expected one of dense, thin"),
-        ('baseline = "dense"', 'baseline = "dense"\nseeds = 3', "seeds = 3: Extra inputs are not permitted"),
+        ('baseline = "dense"', 'baseline = "dense"\nseeds = 3', "seeds = 3: unknown key"),
     ],
 )
 def test_a_grid_that_is_not_fair_or_not_sound_is_refused(tmp_path, given, changed, message):
@@ -83,3 +83,13 @@ def test_the_comparisons_that_ship_are_sound(file):
     comparison = load_comparison(file)
     check_plan(comparison)
     assert len(comparison.report_seeds) >= 3
+
+
+def test_a_missing_or_short_file_is_told(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"grid.toml: there is no such file; expected the TOML file that declares"
+    ):
+        load_comparison(tmp_path / "grid.toml")
+    second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)
+    with pytest.raises(ConfigError, match=r"expected two \[\[rows\]\] at least"):
+        load(tmp_path, GRID[:second_row])

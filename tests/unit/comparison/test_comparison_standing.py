@@ -254,3 +254,23 @@ def test_rows_differ_in_their_methods_alone(tmp_path, keys, message):
     comparison = declare(tmp_path, grid=GRID.replace(row, row + keys + "\n"))
     with pytest.raises(ConfigError, match=message):
         check_plan(comparison)
+
+
+def test_bytes_are_counted_in_as_few_micro_batches_as_fit(tmp_path):
+    comparison = declare(
+        tmp_path,
+        {"global_batch_size = 8": "global_batch_size = 12", "local_batch_size = 2": "local_batch_size = 12"},
+    )
+    run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
+    assert [run.config_on(num_ranks).training.local_batch_size for num_ranks in (1, 2, 3, 4)] == [12, 6, 4, 3]
+    with pytest.raises(ConfigError, match=r"communication_ranks = 5: \[training\] global_batch_size = 12"):
+        run.config_on(5)
+
+
+def test_a_wrong_key_of_a_row_is_told_as_the_rows(tmp_path):
+    grid = GRID.replace("rank = 4 }}", "rnk = 4 }}", 1)
+    with pytest.raises(
+        ConfigError, match=r"(?s)row thin: .*in what the row sets:.*method.rnk 4: unknown key"
+    ) as error:
+        check_plan(declare(tmp_path, grid=grid))
+    assert "command line" not in str(error.value)
