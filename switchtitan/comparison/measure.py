@@ -128,13 +128,16 @@ def _in_own_process(function: Callable[..., tuple[float, ...]], *arguments: obje
     sender.close()
     try:
         figures = receiver.recv()
+        # It clears up behind itself; what follows is for one that was interrupted.
+        process.join(_TERMINATION_S)
     except EOFError:
         process.join()
         raise MeasurementFailedError(f"its process ended with status {process.exitcode}") from None
     finally:
-        process.terminate()
-        process.join(_TERMINATION_S)
-        process.kill()
+        if process.is_alive():
+            process.terminate()
+            process.join(_TERMINATION_S)
+            process.kill()
     if isinstance(figures, str):
         raise MeasurementFailedError(figures)
     return figures
