@@ -197,8 +197,10 @@ def _share(gap: GapReport) -> str:
     if gap.gap is None or not math.isfinite(gap.gap.mean):
         return "not known yet."
     width = f"the gap of {_plus_minus(gap.gap, 4)}"
-    if gap.share is None:
+    if gap.gap.is_tie or gap.gap.mean <= 0:
         return f"{width} is {'a tie' if gap.gap.is_tie else 'none, or runs the other way'}; no share of it is told."
+    if gap.share is None:
+        return "not known yet."
     deviation = f" ± {100 * gap.share.std:.0f}" if gap.share.std is not None else ""
     return f"closes {100 * gap.share.mean:.0f}{deviation} % of {width}."
 

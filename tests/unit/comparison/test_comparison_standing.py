@@ -187,6 +187,17 @@ def test_no_share_is_told_of_a_gap_that_is_a_tie(comparison):
     assert "is a tie; no share" in markdown(Comparison(comparison).standing(), [], gaps)
 
 
+def test_a_share_of_a_row_without_runs_is_not_known(comparison):
+    finish_all(comparison, distance_to(2e-3, 2e-2))
+    for run in Comparison(comparison).due():
+        if run.row != "thin-balanced":
+            finish(run, 1.0, {"dense": 2.0, "thin": 3.0}[run.row] + 0.1 * run.seed)
+    standing = Comparison(comparison).standing()
+    assert "thin-balanced, from thin to dense: not known yet." in markdown(
+        standing, [], report_gaps(standing)
+    )
+
+
 def test_a_diverged_run_is_never_chosen_and_stands_in_the_table(comparison):
     for run in Comparison(comparison).due():
         finish(run, 1.0, **({"diverged": True} if run.learning_rate in (2e-3, 4e-2) else {}))
