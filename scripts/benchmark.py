@@ -19,6 +19,7 @@ from switchtitan.benchmark import communication_of_a_step, time_steps_side_by_si
 from switchtitan.benchmark.report import communication_record, communication_table, step_record, step_table
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
 from switchtitan.benchmark.sides import load_sides, split_overrides
+from switchtitan.config.arguments import positive_int
 from switchtitan.config.errors import UserError, exit_for
 from switchtitan.distributed.world import num_ranks_from_launcher
 from switchtitan.observability.environment import describe_environment
@@ -54,12 +55,12 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     _add_configs(step)
     step.add_argument(
         "--rounds",
-        type=_positive,
+        type=positive_int,
         default=10,
         help="how often each configuration has its turn; an even number is fair to all (default: 10)",
     )
     step.add_argument(
-        "--steps-per-round", type=_positive, default=5, help="steps that a turn consists of (default: 5)"
+        "--steps-per-round", type=positive_int, default=5, help="steps that a turn consists of (default: 5)"
     )
     communication = commands.add_parser(
         "communication",
@@ -70,9 +71,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     communication.set_defaults(measure=measure_communication)
     _add_configs(communication)
-    communication.add_argument("--num-ranks", type=_positive, required=True, help="ranks of the run")
+    communication.add_argument("--num-ranks", type=positive_int, required=True, help="ranks of the run")
     communication.add_argument(
-        "--step", type=_positive, default=2, help="which step of the run, from 1 (default: 2)"
+        "--step", type=positive_int, default=2, help="which step of the run, from 1 (default: 2)"
     )
     return parser.parse_args(argv)
 
@@ -119,13 +120,6 @@ def _add_configs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "configs", nargs="+", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from switchtitan.comparison.plots import write_pictures
 from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner, locked
 from switchtitan.comparison.table import report_gaps, report_rows
+from switchtitan.config.arguments import positive_int
 from switchtitan.config.errors import ConfigError, UserError, exit_for
 
 
@@ -99,19 +100,12 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("file", type=Path, metavar="FILE", help="the TOML file that declares it")
     parser.add_argument(
         "--jobs",
-        type=_at_least_one,
+        type=positive_int,
         default=1,
         help="runs at a time; each on a GPU of its own, or on its share of the cores",
     )
     parser.add_argument("--report-only", action="store_true", help="train nothing; report what is finished")
     return parser.parse_args(argv)
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return number
 
 
 def _interrupt(signal_number: int, frame: object) -> None:

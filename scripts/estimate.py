@@ -15,6 +15,7 @@ from switchtitan.benchmark.estimate import ASSUMPTIONS, estimate_step
 from switchtitan.benchmark.memory import KINDS
 from switchtitan.benchmark.report import communication_table, estimate_record, flops_table, memory_table
 from switchtitan.benchmark.sides import load_sides, split_overrides
+from switchtitan.config.arguments import positive_int
 from switchtitan.config.errors import UserError, exit_for
 from switchtitan.observability.environment import describe_environment
 
@@ -62,15 +63,8 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "configs", nargs="+", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
     )
-    parser.add_argument("--world-size", type=_positive, required=True, help="ranks of the run")
+    parser.add_argument("--world-size", type=positive_int, required=True, help="ranks of the run")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
-    return number
 
 
 if __name__ == "__main__":

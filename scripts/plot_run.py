@@ -11,8 +11,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchtitan.config.errors import ConfigError, UserError, exit_for
+from switchtitan.config.errors import UserError, exit_for
 from switchtitan.observability.curves import Curve, read_curves
+from switchtitan.observability.pictures import write_picture
 
 TRAIN_LOSS, VALIDATION_LOSS = "loss/train", "loss/validation"
 LEARNING_RATE = "optimizer/lr"
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     options = read_options(argv)
     try:
         runs = {label: read_curves(run) for label, run in labelled(options.runs).items()}
-        write(draw(runs), options.output)
+        write_picture(draw(runs), options.output)
     except UserError as error:
         exit_for(error)
     print(options.output)
@@ -73,19 +74,6 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)))
     return figure
-
-
-def write(figure: Figure, file: Path) -> None:
-    """Writes the picture in the format that the file's ending names.
-
-    Raises:
-        ConfigError: if the ending names no format or the file cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"--output {file}: the picture cannot be written: {error}") from error
 
 
 def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[str, str]) -> None:

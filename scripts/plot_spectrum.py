@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from switchtitan.config.errors import ConfigError, UserError, exit_for
+from switchtitan.observability.pictures import write_picture
 from switchtitan.observability.spectrum import NUMERICAL_RANK_THRESHOLD
 from switchtitan.run_spectra import (
     Band,
@@ -152,19 +153,6 @@ def table(groups: Mapping[str, GroupSpectra]) -> str:
         ).rstrip()
         for row in rows
     )
-
-
-def write_picture(figure: Figure, file: Path) -> None:
-    """Writes the picture in the format that the file's ending names.
-
-    Raises:
-        ConfigError: if the ending names no format or the file cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"--output {file}: the picture cannot be written: {error}") from error
 
 
 def write_json(groups: Mapping[str, GroupSpectra], file: Path) -> None:

@@ -113,11 +113,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     )
     return Trainer(
         training=config.training,
-        intervals=Intervals(
-            evaluate=config.evaluation.interval,
-            save=config.checkpoint.interval,
-            inspect=config.spectrum.interval,
-        ),
+        intervals=build_intervals(config),
         world=world,
         seed=config.job.seed,
         model=model,
@@ -141,6 +137,14 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
             steps_done=state.step,
         ),
         state=state,
+    )
+
+
+def build_intervals(config: JobConfig) -> Intervals:
+    return Intervals(
+        evaluate=config.evaluation.interval,
+        save=config.checkpoint.interval,
+        inspect=config.spectrum.interval,
     )
 
 

@@ -11,6 +11,9 @@ from switchtitan.job_config import JobConfig
 from switchtitan.observability import configure_logging
 from switchtitan.train_state import TrainState
 
+CONFIG_FILE = "config.toml"
+"""The configuration with which a run began, in its folder."""
+
 
 def check_output_dir(output_dir: Path) -> None:
     """Makes sure that the folder is there, or can be made, without making it.
@@ -34,5 +37,5 @@ def start_output(config: JobConfig, world: World, state: TrainState) -> None:
     configure_logging(is_main=True, log_file=output_dir / "train.log")
     if state.step >= config.training.steps:
         return
-    name = f"config-from-step-{state.step}.toml" if state.step else "config.toml"
+    name = f"config-from-step-{state.step}.toml" if state.step else CONFIG_FILE
     write_atomically(output_dir / name, resolved_toml(config))

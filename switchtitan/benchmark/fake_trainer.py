@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.build import build_throughput, checkpoint_tensors, prepare_model
+from switchtitan.build import build_intervals, build_throughput, checkpoint_tensors, prepare_model
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.contracts import Batch, LanguageModel
 from switchtitan.distributed.config import CompileConfig
@@ -24,7 +24,7 @@ from switchtitan.models.loss import summed_cross_entropy
 from switchtitan.observability import Profiler, Reporter
 from switchtitan.optim import build_lr_schedule
 from switchtitan.train_state import TrainState
-from switchtitan.trainer import Intervals, Trainer
+from switchtitan.trainer import Trainer
 
 
 @contextmanager
@@ -68,11 +68,7 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
     return Trainer(
         # Values are unknown, so a step cannot be skipped for them.
         training=config.training.model_copy(update={"on_nonfinite": "stop"}),
-        intervals=Intervals(
-            evaluate=config.evaluation.interval,
-            save=config.checkpoint.interval,
-            inspect=config.spectrum.interval,
-        ),
+        intervals=build_intervals(config),
         world=world,
         seed=config.job.seed,
         model=model,

@@ -7,8 +7,9 @@ from typing import Any
 
 from switchtitan.comparison.plan import Run
 from switchtitan.config import ConfigError
-from switchtitan.job_config import parse_arguments
+from switchtitan.job_config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
+from switchtitan.run_output import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,17 @@ def read_result(run: Run) -> RunResult | None:
     Raises:
         ConfigError: if the folder holds a run with another configuration.
     """
-    saved = run.folder / "config.toml"
-    if not saved.exists():
+    if not (run.folder / CONFIG_FILE).exists():
         return None
-    _check_same(run)
+    config = run.config()
+    _check_same(run, config)
     file = run.folder / RESULTS_FILE
     if not file.exists():
         return None
     figures = json.loads(file.read_text(encoding="utf-8"))
     if figures.get("diverged"):
         return RunResult(run, math.inf, math.inf, figures)
-    if figures["step"] != run.config().training.steps:
+    if figures["step"] != config.training.steps:
         return None
     return RunResult(run, _or_inf(figures["loss/validation"]), _or_inf(figures["loss/test"]), figures)
 
@@ -53,9 +54,8 @@ def _or_inf(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def _check_same(run: Run) -> None:
-    saved = run.folder / "config.toml"
-    wanted, found = run.config(), parse_arguments(["--config", str(saved)], num_ranks=1)
+def _check_same(run: Run, wanted: JobConfig) -> None:
+    found = parse_arguments(["--config", str(run.folder / CONFIG_FILE)], num_ranks=1)
     differing = [
         section
         for section in type(wanted).model_fields

@@ -1,6 +1,5 @@
 """Choosing each row's learning rate, and widening the grid where the best is at its edge."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 Losses = Mapping[float, float]
@@ -33,4 +32,4 @@ def widened(rates: Sequence[float], losses: Losses) -> list[float]:
 
 def _rounded(rate: float) -> float:
     """To three digits, so that names stay short."""
-    return float(f"{rate:.3g}") if math.isfinite(rate) else rate
+    return float(f"{rate:.3g}")
