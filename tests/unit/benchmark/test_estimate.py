@@ -1,5 +1,6 @@
 """What is estimated without hardware is what real ranks use, and what formulas say."""
 
+import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +22,8 @@ from switchtitan.models import MODELS
 from switchtitan.trainer import Trainer
 
 SEQ_LEN = 16
+NUM_PROFILED_STEPS = 5
+"""In some steps a process group lets go of what it has reduced only when more has been allocated: 4 % of this model's peak."""
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:
@@ -90,13 +93,13 @@ def check_estimates(rank: int, folder: Path, num_ranks: int, expected: dict[str,
             # Scalars that belong to no checkpoint: a learning rate in fp32, and a flag.
             counted["optimizer"] += 5 if counted["candidates"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
-        allocated = allocated_in_a_step(trainer)
+        allocated = statistics.median(allocated_in_a_step(trainer) for _ in range(NUM_PROFILED_STEPS))
         if rank == 0:
             lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
             expected_bytes = estimate.memory.peak - sum(estimate.memory.most[kind] for kind in lasting_kinds)
             # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate leaves out.
             batches = trainer.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
-            # Besides scalars, a process group lets go of the last collective's tensors when it gets to it: 1 %.
+            # Besides scalars: 1 %.
             assert allocated == pytest.approx(expected_bytes + batches, rel=0.01), method
         trainer.batches.close()
 
