@@ -1,0 +1,10 @@
+"""The subcommands of scripts/benchmark.py, one module each; a new one is a module and a row here."""
+
+from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
+from switchtitan.benchmark.commands.communication import COMMUNICATION
+from switchtitan.benchmark.commands.step import STEP
+
+COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION)
+"""In the order of the program's help."""
+
+__all__ = ["COMMANDS", "Command", "Measurement", "Overrides"]
