@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.memory import KINDS, STATE
-from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
+from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
 from switchtitan.distributed.communication import CommunicationCounts
 from switchtitan.observability.console import format_count
 
@@ -20,21 +21,22 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     reference = next(iter(times.values()))
     for name, of_side in times.items():
         low, high = of_side.quartiles_s
-        ratio = ratio_of_steps(of_side, reference)
-        is_reference = of_side is reference
+        ratio, interval = (
+            ("1", "") if of_side is reference else ratio_cells(ratio_of_steps(of_side, reference))
+        )
         rows.append(
             (
-                _milliseconds(of_side.median_s),
-                f"{_milliseconds(low)}-{_milliseconds(high)}",
-                _milliseconds(float(np.median(of_side.forward_backward_s))),
-                _milliseconds(float(np.median(of_side.optimizer_s))),
+                milliseconds(of_side.median_s),
+                f"{milliseconds(low)}-{milliseconds(high)}",
+                milliseconds(float(np.median(of_side.forward_backward_s))),
+                milliseconds(float(np.median(of_side.optimizer_s))),
                 format_count(of_side.tokens_per_s),
-                "1" if is_reference else f"{ratio.value:.3f}",
-                "" if is_reference else f"{ratio.low:.3f}-{ratio.high:.3f}",
+                ratio,
+                interval,
                 name,
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
@@ -56,6 +58,36 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
     return record
 
 
+def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
+    """One line for each function timed, [rounds, calls] s; the first is what ratios refer to."""
+    rows = [("ms/call", "quartiles", "ratio", "95 % interval", "")]
+    reference = next(iter(times.values()))
+    for name, of_side in times.items():
+        low, high = np.quantile(of_side, [0.25, 0.75])
+        ratio, interval = (
+            ("1", "") if of_side is reference else ratio_cells(ratio_of_rounds(of_side, reference))
+        )
+        quartiles = f"{milliseconds(float(low))}-{milliseconds(float(high))}"
+        rows.append((milliseconds(float(np.median(of_side))), quartiles, ratio, interval, name))
+    return aligned(rows)
+
+
+def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue]:
+    """By function: median and quartiles over all calls, the median of each round, and the ratio to the first one."""
+    reference = next(iter(times.values()))
+    record: dict[str, JsonValue] = {}
+    for name, of_side in times.items():
+        ratio = ratio_of_rounds(of_side, reference)
+        record[name] = {
+            "call_s": float(np.median(of_side)),
+            "call_quartiles_s": np.quantile(of_side, [0.25, 0.75]).tolist(),
+            "round_medians_s": np.median(of_side, axis=1).tolist(),
+            "ratio": ratio.value,
+            "ratio_interval_95": [ratio.low, ratio.high],
+        }
+    return record
+
+
 def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
     """For each configuration, what each rank sends in a step, by collective, in MiB, and the number of collectives."""
     happened = [
@@ -66,7 +98,7 @@ def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
         total = sum(count.bytes_sent for count in of_side.values())
         cells = [f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})" for kind in happened]
         rows.append((f"{total / _MIB:.2f}", *cells, name))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str, JsonValue]:
@@ -90,7 +122,7 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
         state_at_peak = sum(memory.at_peak[kind] for kind in STATE)
         rows.append(("peak", *map(_gib, (memory.peak, state_at_peak, *at_peak)), name))
         rows.append(("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), ""))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
@@ -100,7 +132,7 @@ def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
         flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops
         total = f"{sum(flops[:2]) / 1e12:.4g}"
         rows.append((total, *(f"{n / 1e12:.4g}" for n in flops), f"{of_side.flops_ratio:.3f}", name))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValue]:
@@ -130,11 +162,17 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.2f}"
 
 
-def _milliseconds(seconds: float) -> str:
+def ratio_cells(ratio: Ratio) -> tuple[str, str]:
+    """The ratio, and its 95 % interval."""
+    return f"{ratio.value:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Four digits, without the unit."""
     return f"{1e3 * seconds:.4g}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Columns flush right, but the last, which may be long, flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

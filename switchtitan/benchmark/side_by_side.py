@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from switchtitan.benchmark.alternation import in_order_of_round
 from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
 from switchtitan.build import build_trainer
@@ -116,7 +117,7 @@ def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> d
         parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
         with torch._dynamo.config.patch(error_on_recompile=True):
             for index in range(rounds):
-                for bench in _in_order_of_round(list(benches.values()), index):
+                for bench in in_order_of_round(list(benches.values()), index):
                     parts[bench.name].append(bench.run(steps_per_round))
     finally:
         for bench in benches.values():
@@ -124,10 +125,6 @@ def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> d
     return {
         name: _step_times(np.stack(parts[name]), bench.tokens_per_step) for name, bench in benches.items()
     }
-
-
-def _in_order_of_round(benches: list[_Bench], index: int) -> list[_Bench]:
-    return benches[::-1] if index % 2 else benches
 
 
 def _step_times(parts: np.ndarray, tokens_per_step: int) -> StepTimes:

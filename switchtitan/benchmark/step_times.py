@@ -40,7 +40,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long as another configuration's steps take."""
+    """How many times as long as another side takes."""
 
     value: float
     low: float
@@ -49,7 +49,12 @@ class Ratio:
 
 
 def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
-    """The median over rounds of (median step of `times`) / (median step of `reference`) in the same round.
+    """`ratio_of_rounds` of whole steps."""
+    return ratio_of_rounds(times.step_s, reference.step_s)
+
+
+def ratio_of_rounds(times_s: NDArray[np.float64], reference_s: NDArray[np.float64]) -> Ratio:
+    """The median over rounds of (median of `times_s`) / (median of `reference_s`) in the same round; [rounds, times] each.
 
     Rounds are compared pairwise, so that what slows the machine down for longer than a round slows both alike. The interval is
     the percentile bootstrap over rounds (Efron 1979), from 2000 resamples by a fixed seed; with few rounds it is rough.
@@ -57,9 +62,9 @@ def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
     Raises:
         ValueError: if the two were not timed in the same number of rounds.
     """
-    if len(times.step_s) != len(reference.step_s):
-        raise ValueError(f"{len(times.step_s)} rounds beside {len(reference.step_s)}: not timed side by side")
-    ratios = np.median(times.step_s, axis=1) / np.median(reference.step_s, axis=1)
+    if len(times_s) != len(reference_s):
+        raise ValueError(f"{len(times_s)} rounds beside {len(reference_s)}: not timed side by side")
+    ratios = np.median(times_s, axis=1) / np.median(reference_s, axis=1)
     draws = np.random.default_rng(0).integers(len(ratios), size=(_NUM_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(low), float(high))
