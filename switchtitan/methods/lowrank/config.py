@@ -1,8 +1,8 @@
 """The keys that all low-rank methods share."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from switchtitan.config import Section
 
@@ -30,6 +30,17 @@ class LowRankConfig(Section):
     """Probability, in [0, 1), that an element of the input is dropped on its way into the low-rank update."""
     targets: Targets = ADAPTED_LINEARS
     """Local names of the linear layers to adapt; by default all of attention and MLP. The rest trains at full rank."""
+    contraction: Literal["cheapest", "factored", "merged", "dense_gradient"] = "cheapest"
+    """How a layer is computed; all agree to rounding. `cheapest` takes the one with the fewest operations for each layer's
+    shape, rank and number of tokens; another fixes it, for measurements. With dropout it is always factored."""
+
+    @model_validator(mode="after")
+    def _check_contraction(self) -> "LowRankConfig":
+        if self.dropout and self.contraction != "cheapest":
+            raise ValueError(
+                f'contraction = "{self.contraction}" has no effect with dropout = {self.dropout:g}; remove one of the two'
+            )
+        return self
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """What is wrong between this section and a model's linear layers, qualified name -> (out, in)."""

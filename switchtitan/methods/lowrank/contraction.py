@@ -36,6 +36,11 @@ def dense_gradient(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, sc
     return _DenseGradient.apply(x, weight, lora_a, lora_b, scale)
 
 
+BY_NAME: dict[str, Contraction] = {
+    contraction.__name__: contraction for contraction in (factored, merged, dense_gradient)
+}
+
+
 def num_flops(
     contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> int:
@@ -51,7 +56,7 @@ def num_flops(
 def cheapest_contraction(out_features: int, in_features: int, rank: int, num_tokens: int) -> Contraction:
     """The contraction with the fewest operations; ties go to the one that comes first in the table."""
     return min(
-        (factored, merged, dense_gradient),
+        BY_NAME.values(),
         key=lambda contraction: num_flops(contraction, out_features, in_features, rank, num_tokens),
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchtitan.config import ConfigError
 from switchtitan.methods.lowrank.config import LowRankConfig
-from switchtitan.methods.lowrank.contraction import cheapest_contraction
+from switchtitan.methods.lowrank.contraction import BY_NAME, Contraction, cheapest_contraction
 
 
 class InitialFactors(Protocol):
@@ -32,6 +32,7 @@ class LowRankLinear(nn.Module):
         initial_factors: see `InitialFactors`.
         dropout: probability that an element of x is zeroed on its way into A.
         buffers: further tensors that belong to the layer, local name -> shape, split over ranks along dimension 0.
+        contraction: how to compute it where nothing is dropped; by default the cheapest for x.
 
     Shapes: `weight` [out, in], `lora_a` [rank, in], `lora_b` [out, rank].
     """
@@ -47,6 +48,7 @@ class LowRankLinear(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         buffers: dict[str, tuple[int, int]] | None = None,
+        contraction: Contraction | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -56,6 +58,7 @@ class LowRankLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.empty(out_features, rank))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._initial_factors = initial_factors
+        self._contraction = contraction
         self._sharded_buffers = tuple(buffers or ())
         for name, shape in (buffers or {}).items():
             self.register_buffer(name, torch.empty(shape))
@@ -65,7 +68,7 @@ class LowRankLinear(nn.Module):
         if self.dropout and self.training:
             low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b)
             return F.linear(x, self.weight, self.bias) + low_rank * self.scale
-        contraction = cheapest_contraction(
+        contraction = self._contraction or cheapest_contraction(
             self.out_features, self.in_features, self.rank, x.numel() // self.in_features
         )
         out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
@@ -91,7 +94,7 @@ def low_rank_layer_for(
     initial_factors: InitialFactors,
     buffers: dict[str, tuple[int, int]] | None = None,
 ) -> LowRankLinear:
-    """The low-rank layer that stands in for `linear`, with rank, scale and dropout from `config`."""
+    """The low-rank layer that stands in for `linear`, with rank, scale, dropout and contraction from `config`."""
     return LowRankLinear(
         linear.in_features,
         linear.out_features,
@@ -101,6 +104,7 @@ def low_rank_layer_for(
         bias=linear.bias is not None,
         dropout=config.dropout,
         buffers=buffers,
+        contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],
     )
 
 

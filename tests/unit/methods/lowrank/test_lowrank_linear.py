@@ -4,10 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.config import ConfigError
 from switchtitan.contracts import Reparametrized
-from switchtitan.methods.lowrank import LowRankLinear, lora_init, low_rank_layers, replace_linears
+from switchtitan.methods.lowrank import (
+    LowRankLinear,
+    lora_init,
+    low_rank_layer_for,
+    low_rank_layers,
+    replace_linears,
+)
+from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contraction, num_flops
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 
@@ -97,3 +106,21 @@ def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
     with pytest.raises(ConfigError, match=r"no linear layer called norm, upp; it has down, head, up"):
         replace_linears(model, ("up", "norm", "upp"), replacement)
     assert not low_rank_layers(model)
+
+
+@pytest.mark.parametrize("name", ["cheapest", "factored", "merged", "dense_gradient"])
+def test_the_contraction_is_the_one_that_the_configuration_names(name: str):
+    num_tokens, rank = 64, 12
+    layer = low_rank_layer_for(
+        nn.Linear(40, 30, bias=False), LowRankConfig(rank=rank, contraction=name), lora_init
+    )
+    chosen = cheapest_contraction(30, 40, rank, num_tokens) if name == "cheapest" else BY_NAME[name]
+    x = torch.randn(num_tokens, 40, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == num_flops(chosen, 30, 40, rank, num_tokens)
+
+
+def test_a_contraction_without_effect_is_an_error():
+    with pytest.raises(ValueError, match=r"has no effect with dropout = 0\.1; remove one of the two"):
+        LowRankConfig(rank=4, dropout=0.1, contraction="merged")
