@@ -65,10 +65,11 @@ class StoredCandidates:
         return [RowRequest(self._candidates_a[layer], plan.slots_in) for layer, plan in switches.items()]
 
     def take(self, switches: Switches, gathered: list[Tensor]) -> list[TakenVectors]:
-        return [
-            TakenVectors(rows, take_columns(local(self._candidates_b[layer]), plan.slots_in))
-            for (layer, plan), rows in zip(switches.items(), gathered, strict=True)
-        ]
+        columns = take_columns(
+            [local(self._candidates_b[layer]) for layer in switches],
+            [plan.slots_in for plan in switches.values()],
+        )
+        return list(map(TakenVectors, gathered, columns))
 
     def put_back_(self, switches: Switches, rows: list[Tensor], columns: list[Tensor]) -> None:
         slots = [plan.slots_out for plan in switches.values()]

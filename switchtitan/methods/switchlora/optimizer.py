@@ -15,7 +15,12 @@ from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorRun
 from switchtitan.methods.switchlora.init import num_candidates
 from switchtitan.methods.switchlora.schedule import SwitchCounts, SwitchSchedule, plan_layer_switch
-from switchtitan.methods.switchlora.switch import fold_into_weight_, take_columns, write_columns_
+from switchtitan.methods.switchlora.switch import (
+    fold_into_weight_,
+    subtract_all_,
+    take_columns,
+    write_columns_,
+)
 from switchtitan.optim import AdamWConfig
 
 
@@ -87,34 +92,35 @@ class SwitchLoraOptimizer:
         self._dense.step()
 
     def _switch_(self, switches: Switches, checksum: int) -> None:
+        """Exchanges vectors for candidates. The number of kernels does not depend on how many: one for each layer's weight, and
+        a few for all the rest."""
         layers = [self._layers[index] for index in switches]
         plans = list(switches.values())
-        requests = [
-            *(RowRequest(layer.lora_a, plan.rows) for layer, plan in zip(layers, plans, strict=True)),
-            *(RowRequest(layer.lora_a, plan.columns) for layer, plan in zip(layers, plans, strict=True)),
-            *self._candidates.row_requests(switches),
-        ]
-        gathered = self._exchange.gather(requests, checksum)
-        num = len(layers)
-        rows_out, counterparts_a = gathered[:num], gathered[num : 2 * num]
-        taken = self._candidates.take(switches, gathered[2 * num :])
+        # Of each factor first what A switches, rows I of A and columns I of B, then what B switches, rows and columns J.
+        vectors = [plan.rows + plan.columns for plan in plans]
+        gathered = self._exchange.gather(
+            [
+                *(RowRequest(layer.lora_a, runs) for layer, runs in zip(layers, vectors, strict=True)),
+                *self._candidates.row_requests(switches),
+            ],
+            checksum,
+        )
+        right = gathered[: len(layers)]
+        taken = self._candidates.take(switches, gathered[len(layers) :])
         lora_b = [local(layer.lora_b) for layer in layers]
-        columns_out = [take_columns(held, plan.columns) for held, plan in zip(lora_b, plans, strict=True)]
-        for index, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-            fold_into_weight_(
-                local(layer.weight),
-                counterparts_a[index],
-                take_columns(lora_b[index], plan.rows),
-                rows_out[index] - taken[index].rows,
-                columns_out[index] - taken[index].columns,
-                layer.scale,
-            )
+        left = take_columns(lora_b, vectors)
+        rows_out = [rows[: plan.num_vectors] for rows, plan in zip(right, plans, strict=True)]
+        columns_out = [columns[:, plan.num_vectors :] for columns, plan in zip(left, plans, strict=True)]
         self._candidates.put_back_(switches, rows_out, columns_out)
-        write_columns_(lora_b, [plan.columns for plan in plans], [vectors.columns for vectors in taken])
+        # From here on these are no vectors, but how they change.
+        subtract_all_(rows_out + columns_out, [t.rows for t in taken] + [t.columns for t in taken])
+        for index, layer in enumerate(layers):
+            fold_into_weight_(local(layer.weight), left[index], right[index], layer.scale)
+        write_columns_(lora_b, [plan.columns for plan in plans], [t.columns for t in taken])
         write_rows_(
             [layer.lora_a for layer in layers],
             [plan.rows for plan in plans],
-            [vectors.rows for vectors in taken],
+            [t.rows for t in taken],
         )
 
     def zero_grad(self) -> None:

@@ -6,14 +6,7 @@ from torch import Tensor
 from switchtitan.distributed.shards import Runs, copy_all_
 
 
-def fold_into_weight_(
-    weight: Tensor,
-    counterparts_a: Tensor,
-    counterparts_b: Tensor,
-    change_a: Tensor,
-    change_b: Tensor,
-    scale: float,
-) -> None:
+def fold_into_weight_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """Moves what a switch takes from B A into the frozen weight, so that the layer's output does not change.
 
     Keeps W + s B A constant: W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]), one update of rank 2k
@@ -21,19 +14,37 @@ def fold_into_weight_(
 
     Args:
         weight: [out, in], changed in place. A shard [out/ranks, in] works the same.
-        counterparts_a: [k, in], A's rows J, whole on every rank.
-        counterparts_b: [out, k], B's columns I, on the same rows as `weight`.
-        change_a: [k, in], A_old - A_new in rows I, whole on every rank.
-        change_b: [out, k], B_old - B_new in columns J, on the same rows as `weight`.
+        left: [out, 2k], on the same rows as `weight`: B's columns I, then B_old - B_new in columns J.
+        right: [2k, in], whole on every rank: A_old - A_new in rows I, then A's rows J.
     """
-    left = torch.cat([counterparts_b, change_b], dim=1)
-    right = torch.cat([change_a, counterparts_a], dim=0)
     weight.addmm_(left, right, alpha=scale)
 
 
-def take_columns(matrix: Tensor, runs: Runs) -> Tensor:
-    """A copy of the columns in `runs`, [rows, wanted]."""
-    return torch.cat([matrix[:, run.start : run.stop] for run in runs], dim=1)
+def take_columns(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
+    """Copies of the columns `runs[i]` of `matrices[i]`, [rows, wanted] each, all in few kernels."""
+    taken = [
+        matrix.new_empty(len(matrix), sum(map(len, wanted)))
+        for matrix, wanted in zip(matrices, runs, strict=True)
+    ]
+    copy_all_(
+        [
+            part
+            for columns, wanted in zip(taken, runs, strict=True)
+            for part in split_columns(columns, wanted)
+        ],
+        [
+            view
+            for matrix, wanted in zip(matrices, runs, strict=True)
+            for view in column_views(matrix, wanted)
+        ],
+    )
+    return taken
+
+
+def subtract_all_(minuends: list[Tensor], subtrahends: list[Tensor]) -> None:
+    """Subtracts from each of `minuends` its counterpart, all in few kernels."""
+    if minuends:
+        torch._foreach_sub_(minuends, subtrahends)
 
 
 def column_views(matrix: Tensor, runs: Runs) -> list[Tensor]:

@@ -87,14 +87,16 @@ def test_fold_equals_the_change_of_the_product_element_by_element():
             for k in range(3):
                 expected[o, i] += scale * counterparts_b[o, k] * change_a[k, i]
                 expected[o, i] += scale * change_b[o, k] * counterparts_a[k, i]
-    fold_into_weight_(weight, counterparts_a, counterparts_b, change_a, change_b, scale)
+    left, right = torch.cat([counterparts_b, change_b], dim=1), torch.cat([change_a, counterparts_a])
+    fold_into_weight_(weight, left, right, scale)
     torch.testing.assert_close(weight, expected, rtol=0, atol=2e-6)  # six sums of size one in fp32
 
 
 def test_columns_are_taken_as_copies_and_viewed_in_the_same_order():
     matrix = torch.arange(15.0).view(3, 5)
     runs = (range(4, 5), range(2))
-    taken = take_columns(matrix, runs)
+    taken, other = take_columns([matrix, matrix + 20], [runs, (range(2, 4),)])
+    assert torch.equal(other, matrix[:, [2, 3]] + 20)
     assert torch.equal(taken, matrix[:, [4, 0, 1]])
     for view, part in zip(column_views(matrix, runs), split_columns(-taken, runs), strict=True):
         view.copy_(part)
