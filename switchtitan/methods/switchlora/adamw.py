@@ -1,6 +1,7 @@
 """AdamW with a step count of its own for every vector of the factors."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,20 @@ from switchtitan.optim import AdamWConfig
 
 Update = Callable[..., None]
 
+_CHUNK_SIZE = 8
+"""The most factors that one call updates. Calling a compiled function takes some 40 us, as long as the update of a small factor
+itself; compiling takes longer the more factors there are in a call."""
+
+
+class _Chunk(NamedTuple):
+    """Factors of one shape, updated in one call."""
+
+    side: int
+    layers: list[int]
+    exp_avg: list[Tensor]
+    """This rank's parts, as is `exp_avg_sq`."""
+    exp_avg_sq: list[Tensor]
+
 
 class VectorAdamW:
     """AdamW on A and B of all layers; bias corrections count each vector's own steps (SwitchLoRA, arXiv 2406.06564, sec. 3).
@@ -20,7 +35,7 @@ class VectorAdamW:
 
     Args:
         layers: by qualified name, all of one rank.
-        compile_step: fuse the update of a factor into one kernel.
+        compile_step: fuse the update of a factor into one kernel, several factors in a call.
 
     Attributes:
         num_steps: [2, layers, rank] fp32, updates that each vector has seen, frozen ones included; the same on every rank.
@@ -40,6 +55,11 @@ class VectorAdamW:
         self.num_steps = torch.zeros(2, len(layers), first.shape[0], device=first.device)
         # A tensor: a compiled update would be compiled anew for every Python number.
         self._lr = torch.tensor(config.lr, dtype=first.dtype, device=first.device)
+        self._chunks = self._same_shaped_chunks()
+        in_order = [(chunk.side, layer) for chunk in self._chunks for layer in chunk.layers]
+        self._table_order = torch.tensor(
+            [side * len(layers) + layer for side, layer in in_order], device=first.device, dtype=torch.int64
+        )
         self._update: Update = (
             torch.compile(update_vectors_, fullgraph=True, dynamic=False) if compile_step else update_vectors_
         )
@@ -67,29 +87,59 @@ class VectorAdamW:
         """
         beta1, beta2 = self._config.betas
         self.num_steps += 1
+        coefficients = self._coefficients(moving).flatten(1, 2)[:, self._table_order]
+        position = 0
+        for chunk in self._chunks:
+            of_chunk = coefficients[:, position : position + len(chunk.layers)]
+            position += len(chunk.layers)
+            factors = [self._factors[chunk.side][layer] for layer in chunk.layers]
+            self._update(
+                [local(factor) for factor in factors],
+                [local(self._gradient(chunk.side, layer)) for layer in chunk.layers],
+                chunk.exp_avg,
+                chunk.exp_avg_sq,
+                _beside(of_chunk, factors[0], chunk.side),
+                beta1=beta1,
+                beta2=beta2,
+            )
+
+    def _coefficients(self, moving: Tensor) -> Tensor:
+        """What each vector's update takes, [4, 2, layers, rank].
+
+        With n the vector's steps: 1 where it moves, else 0; lr sqrt(1 - beta2^n) / (1 - beta1^n), 0 where frozen;
+        eps sqrt(1 - beta2^n); 1 - lr * weight_decay, 1 where frozen. Both bias corrections are in the step's size, which spares
+        a division of every element.
+        """
+        beta1, beta2 = self._config.betas
         num_steps = self.num_steps.to(self._lr.dtype)
-        step_sizes = torch.where(moving, self._lr / (1 - beta1**num_steps), 0)
         root_corrections = (1 - beta2**num_steps).sqrt()
+        step_sizes = self._lr * root_corrections / (1 - beta1**num_steps)
         kept = 1 - self._lr * self._config.weight_decay * moving
+        return torch.stack(
+            [moving.to(self._lr.dtype), step_sizes * moving, self._config.eps * root_corrections, kept]
+        )
+
+    def _same_shaped_chunks(self) -> list["_Chunk"]:
+        """All factors that this rank holds a part of; chunks of one shape are of one size, so that they share a graph."""
+        layers_of: dict[tuple[int, torch.Size], list[int]] = {}
         for side, factors in enumerate(self._factors):
             for layer, factor in enumerate(factors):
-                parameter = local(factor)
-                if parameter.numel() == 0:
-                    continue
-                assert factor.grad is not None, f"no gradient for {self._names[side][layer]}"
-                self._update(
-                    parameter,
-                    local(factor.grad),
-                    local(self._exp_avg[side][layer]),
-                    local(self._exp_avg_sq[side][layer]),
-                    *(
-                        _beside(table[side, layer], factor, side)
-                        for table in (moving, step_sizes, root_corrections, kept)
-                    ),
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=self._config.eps,
-                )
+                if local(factor).numel() > 0:
+                    layers_of.setdefault((side, local(factor).shape), []).append(layer)
+        chunks = []
+        for (side, _), layers in layers_of.items():
+            size = _largest_divisor(len(layers), _CHUNK_SIZE)
+            for start in range(0, len(layers), size):
+                of_chunk = layers[start : start + size]
+                exp_avg = [local(self._exp_avg[side][layer]) for layer in of_chunk]
+                exp_avg_sq = [local(self._exp_avg_sq[side][layer]) for layer in of_chunk]
+                chunks.append(_Chunk(side, of_chunk, exp_avg, exp_avg_sq))
+        return chunks
+
+    def _gradient(self, side: int, layer: int) -> Tensor:
+        grad = self._factors[side][layer].grad
+        assert grad is not None, f"no gradient for {self._names[side][layer]}"
+        return grad
 
     def zero_grad(self) -> None:
         for factors in self._factors:
@@ -107,40 +157,42 @@ class VectorAdamW:
 
 
 def update_vectors_(
-    parameter: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    moving: Tensor,
-    step_sizes: Tensor,
-    root_corrections: Tensor,
-    kept: Tensor,
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    coefficients: Tensor,
     *,
     beta1: float,
     beta2: float,
-    eps: float,
 ) -> None:
-    """One AdamW update (arXiv 1711.05101, Algorithm 2) with coefficients for each vector.
+    """One AdamW update (arXiv 1711.05101, Algorithm 2) of factors of one shape, with coefficients for each vector.
 
     Args:
-        parameter, exp_avg, exp_avg_sq: [rank, in] for A, [out, rank] for B, or a shard; changed in place.
-        moving: bool; [rank, 1] for A, [1, rank] for B, as are all coefficients.
-        step_sizes: lr / (1 - beta1^n), zero where frozen.
-        root_corrections: sqrt(1 - beta2^n).
-        kept: 1 - lr * weight_decay, 1 where frozen.
+        parameters, exp_avgs, exp_avg_sqs: [rank, in] for A, [out, rank] for B, or shards; changed in place.
+        coefficients: [4, factors, rank, 1] for A, [4, factors, 1, rank] for B; see `VectorAdamW._coefficients`.
     """
-    grad = torch.where(moving, grad, 0)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    parameter.mul_(kept).sub_(step_sizes * exp_avg / (exp_avg_sq.sqrt() / root_corrections + eps))
+    for index, (parameter, grad, exp_avg, exp_avg_sq) in enumerate(
+        zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True)
+    ):
+        moving, step_sizes, eps, kept = coefficients[:, index].unbind()
+        # A product, since a mask of booleans is slow where vectors are columns.
+        grad = grad * moving
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        parameter.mul_(kept).addcdiv_(exp_avg * step_sizes, exp_avg_sq.sqrt().add_(eps), value=-1)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 def _beside(coefficients: Tensor, factor: Tensor, side: int) -> Tensor:
-    """Coefficients [rank] shaped to broadcast over this rank's part of a factor."""
+    """Coefficients [..., rank] shaped to broadcast over this rank's part of a factor."""
     if side == SIDE_B:
-        return coefficients.unsqueeze(0)
+        return coefficients.unsqueeze(-2)
     held = row_range(factor)
-    return coefficients[held.start : held.stop].unsqueeze(1)
+    return coefficients[..., held.start : held.stop].unsqueeze(-1)
 
 
 def _local_vectors(moments: Tensor, run: VectorRun) -> Tensor:
