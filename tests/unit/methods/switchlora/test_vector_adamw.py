@@ -98,3 +98,18 @@ def test_zero_grad_forgets_gradients():
         factor.grad = torch.ones_like(factor)
     optimizer.zero_grad()
     assert all(factor.grad is None for factor in factors_of(layers))
+
+
+@pytest.mark.parametrize("num_layers", [1, 8, 11, 12, 20])
+def test_chunks_hold_every_factor_once_and_those_of_one_shape_are_equally_many(num_layers):
+    layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, lora_init) for index in range(num_layers)}
+    layers["other"] = LowRankLinear(11, 7, RANK, 0.5, lora_init)  # its B has the others' shape
+    chunks = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)._chunks
+    held = [(chunk.side, layer) for chunk in chunks for layer in chunk.layers]
+    assert sorted(held) == [(side, layer) for side in (0, 1) for layer in range(num_layers + 1)]
+    sizes: dict[tuple[int, ...], set[int]] = {}
+    for chunk in chunks:
+        assert len(chunk.layers) <= 8
+        sizes.setdefault((chunk.side, *chunk.exp_avg[0].shape), set()).add(len(chunk.layers))
+        assert len({moments.shape for moments in (*chunk.exp_avg, *chunk.exp_avg_sq)}) == 1
+    assert all(len(of_shape) == 1 for of_shape in sizes.values())
