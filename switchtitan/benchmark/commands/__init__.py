@@ -2,9 +2,11 @@
 
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
 from switchtitan.benchmark.commands.communication import COMMUNICATION
+from switchtitan.benchmark.commands.layer import LAYER
+from switchtitan.benchmark.commands.optimizer import OPTIMIZER
 from switchtitan.benchmark.commands.step import STEP
 
-COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION)
+COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION, LAYER, OPTIMIZER)
 """In the order of the program's help."""
 
 __all__ = ["COMMANDS", "Command", "Measurement", "Overrides"]

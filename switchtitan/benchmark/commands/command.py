@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from switchtitan.config.arguments import positive_int
+
 Overrides = dict[str, list[str]]
 """`--section.key value ...` of the command line: dotted key -> words of its value."""
 
@@ -40,4 +42,25 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
     """The configurations to put side by side, for `sides.load_sides`."""
     parser.add_argument(
         "configs", nargs="+", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
+    )
+
+
+def add_rounds(parser: argparse.ArgumentParser, rounds: int, calls: str, calls_per_round: int) -> None:
+    """How long to measure: `--rounds` and `--calls-per-round`.
+
+    Args:
+        rounds, calls_per_round: defaults.
+        calls: what is called, in the plural.
+    """
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=rounds,
+        help=f"how often each side has its turn; an even number is fair to all (default: {rounds})",
+    )
+    parser.add_argument(
+        "--calls-per-round",
+        type=positive_int,
+        default=calls_per_round,
+        help=f"{calls} that a turn consists of (default: {calls_per_round})",
     )

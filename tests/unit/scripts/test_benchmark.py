@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import METHOD_KEYS, TINY
 
+FEW_SHAPES = ("--method.targets", "down_proj")  # every shape is compiled by itself, for seconds
 ROOT = Path(__file__).parents[3]
 
 
@@ -76,6 +77,45 @@ def test_communication_is_counted_in_a_table_and_a_record(
     assert counts["broadcast"] == {"num_calls": 0, "bytes_sent": 0}
 
 
+def test_layers_are_timed_in_every_contraction(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(
+        [
+            *("layer", "--shape", "24x16", "8x16", "--rank", "2", "7", "--tokens", "5", "--rounds", "2"),
+            *("--calls-per-round", "1", "--dtype", "float32"),
+        ]
+    )
+    *lines, line = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert len(record["layers"]) == 4
+    of_layer = record["layers"]["[24, 16] rank 2, 5 tokens"]
+    assert list(of_layer["calls"]) == ["full rank", "factored", "merged", "dense_gradient"]
+    assert of_layer["calls"]["full rank"]["ratio"] == 1
+    assert of_layer["flops"]["full rank"] == 6 * 24 * 16 * 5
+    # Few tokens: building W + s B A would cost more than it spares.
+    assert of_layer["chosen"] == "factored" == min(of_layer["flops"], key=of_layer["flops"].__getitem__)
+    assert of_layer["excess_of_choice"] > 0
+    assert sum("(chosen)" in text for text in lines) == 4
+    assert lines[-1].startswith("[8, 16] rank 7, 5 tokens: ")
+
+
+def test_the_update_of_factors_is_timed_beside_torchs(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(
+        ["optimizer", file, "--model.num_layers", "1", "--rounds", "2", "--calls-per-round", "2", *FEW_SHAPES]
+    )
+    title, header, first, *_, line = capsys.readouterr().out.splitlines()
+    assert title.startswith("update of 2 factors, 0.0 M elements")
+    assert header.split()[0] == "ms/call"
+    assert first.endswith("  torch.optim.AdamW, fused")
+    record = json.loads(line)
+    assert record["num_elements"] == 6 * (20 + 28)
+    assert all(update["call_s"] > 0 for update in record["updates"].values())
+    assert len(record["updates"]) == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -84,7 +124,10 @@ def test_communication_is_counted_in_a_table_and_a_record(
         (["step", "FILE:method.rnk=3"], "did you mean rank?"),
         (["step", "FILE", "--training.steps", "9"], "expected at least 53"),
         (["step", "no-such.toml"], "there is no such file"),
-        ([], "step | communication"),
+        (["layer", "--shape", "8x6", "--rank", "6"], "less than the smaller dimension of [8, 6]"),
+        (["layer", "--model.size", "9m"], "--model.size: benchmark.py layer reads no configuration"),
+        (["optimizer", str(ROOT / "train_configs" / "llama_60m_full_rank.toml")], "has no low-rank layers"),
+        ([], "step | communication | layer | optimizer"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(
