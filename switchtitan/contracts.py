@@ -68,6 +68,10 @@ class Reparametrized(Protocol):
         """Local names of the buffers that are split over ranks along dimension 0, as parameters are."""
         ...
 
+    def host_buffers(self) -> tuple[str, ...]:
+        """Local names of those among them that stay in host memory, whatever device the module is on."""
+        ...
+
 
 class TrainingOptimizer(Protocol):
     """What the training step uses; not a torch Optimizer."""

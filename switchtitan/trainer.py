@@ -14,9 +14,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.config import UserError
 from switchtitan.contracts import Batch, TrainingOptimizer
-from switchtitan.distributed.fsdp import accumulate_gradients
+from switchtitan.distributed.fsdp import accumulate_gradients, num_device_bytes
 from switchtitan.distributed.seeds import seed_dropout
-from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
 from switchtitan.evaluate import Evaluator
 from switchtitan.job_sections import TrainingSection
@@ -165,7 +164,7 @@ class Trainer:
                 "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
                 "throughput/wall_time_s": self.throughput.wall_time_s,
                 "memory/peak_gib": peak_memory_gib(self.world.device),
-                "memory/state_gib": sum(local(tensor).nbytes for tensor in tensors) / 2**30,
+                "memory/state_gib": num_device_bytes(self.model, tensors) / 2**30,
             },
             checkpoint=self.checkpointer.latest,
             trace=self.profiler.trace,

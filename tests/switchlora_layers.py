@@ -6,7 +6,7 @@ import torch
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import local
-from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear
 from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import balanced_candidates_init, candidate_shapes
@@ -24,7 +24,9 @@ def build_layer(
         rank,
         scale,
         balanced_candidates_init,
-        buffers=candidate_shapes(out_features, in_features),
+        buffers={
+            name: LayerBuffer(shape) for name, shape in candidate_shapes(out_features, in_features).items()
+        },
     )
     weight = (
         torch.randn(out_features, in_features, generator=generator_for(seed, "weight")) / in_features**0.5

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
+from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
 from switchtitan.trainer import Trainer
 
-TRAINED, FROZEN, BUFFERS, OPTIMIZER = "trained", "frozen", "candidates", "optimizer"
+TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "candidates", "optimizer", "host"
 GRADIENTS, WHOLE_GRADIENTS = "gradients", "whole gradients"
 GATHERED, ACTIVATIONS, TEMPORARY = "gathered", "activations", "temporary"
 KINDS = {
@@ -31,6 +32,7 @@ KINDS = {
     GATHERED: "whole weights in the compute type",
     ACTIVATIONS: "what a forward pass leaves behind for its backward pass",
     TEMPORARY: "the rest: what operations and collectives need for a while, but in forward passes",
+    HOST: "buffers that stay in host memory; in no sum",
 }
 """What memory may hold -> what that is."""
 _BATCH = "batch"
@@ -44,14 +46,14 @@ class MemoryUse:
     """Bytes by kind; see `KINDS`."""
 
     at_peak: Mapping[str, int]
-    """When the sum over all kinds was largest."""
+    """When the sum over all kinds was largest, which those in host memory do not change."""
     most: Mapping[str, int]
     """The most of each kind at any time; they need not have come together."""
 
     @property
     def peak(self) -> int:
         """The most bytes in use at a time."""
-        return sum(self.at_peak.values())
+        return sum(num_bytes for kind, num_bytes in self.at_peak.items() if kind != HOST)
 
     @property
     def state(self) -> int:
@@ -93,6 +95,8 @@ class TrackMemory(TorchDispatchMode):
                 self._remove_at_exit(
                     parameter.register_post_accumulate_grad_hook(partial(self._hold_grad, GRADIENTS))
                 )
+        for buffer in host_buffers(model).values():
+            self._hold(buffer, HOST)
         for buffer in model.buffers():
             self._hold(buffer, BUFFERS)
         for tensor in _tensors_within(optimizer):

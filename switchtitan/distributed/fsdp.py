@@ -1,6 +1,6 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and the materialization of a sharded model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import copy_whole_, shard_buffer
+from switchtitan.distributed.shards import copy_whole_, empty_on_host_like, local, shard_buffer
 
 
 def shard_model(
@@ -49,7 +49,7 @@ def materialize(
         initial_weights: values of the plain model's parameters, instead of drawn ones: a warm start.
     """
     assert isinstance(model, LanguageModel)
-    model.to_empty(device=device)
+    _allocate(model, device)
 
     def plain_value(name: str, shape: torch.Size) -> Tensor:
         if initial_weights is not None:
@@ -65,6 +65,35 @@ def materialize(
             values |= module.initial_tensors(values["weight"], partial(_generator_for_local, seed, prefix))
         for name, tensor in own.items():
             copy_whole_(tensor, values[name])
+
+
+def host_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that modules declare to stay in host memory, by qualified name."""
+    return {
+        f"{module_name}.{name}" if module_name else name: getattr(module, name)
+        for module_name, module in model.named_modules()
+        if isinstance(module, Reparametrized)
+        for name in module.host_buffers()
+    }
+
+
+def num_device_bytes(model: nn.Module, tensors: Iterable[Tensor]) -> int:
+    """Bytes of this rank's parts of `tensors`, those of buffers of `model` that stay in host memory left out."""
+    on_host = {local(buffer).data_ptr() for buffer in host_buffers(model).values()}
+    return sum(part.nbytes for part in map(local, tensors) if part.data_ptr() not in on_host)
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives a meta model memory on `device`, but for buffers that stay in host memory."""
+    on_host = host_buffers(model)
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in on_host}
+    for name, owner in owners.items():
+        # Else the device would have to hold it for a moment.
+        setattr(owner, name.rpartition(".")[2], None)
+    model.to_empty(device=device)
+    for name, owner in owners.items():
+        buffer = empty_on_host_like(on_host[name], is_page_locked=device.type == "cuda")
+        setattr(owner, name.rpartition(".")[2], buffer)
 
 
 def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Generator:

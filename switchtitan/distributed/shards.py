@@ -61,6 +61,20 @@ def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     )
 
 
+def empty_on_host_like(tensor: Tensor, is_page_locked: bool) -> Tensor:
+    """Memory of the host for a tensor of this shape, dtype and placement, whatever the mesh's devices are.
+
+    Args:
+        is_page_locked: so that a GPU can copy from and to it beside other work; takes CUDA.
+    """
+    part = local(tensor)
+    on_host = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=is_page_locked)
+    if not isinstance(tensor, DTensor):
+        return on_host
+    # As FSDP2 makes parameters that it off-loads: `from_local` would move the part to the mesh's device.
+    return DTensor(on_host, tensor._spec, requires_grad=False)
+
+
 Runs = tuple[range, ...]
 """Rows, or columns, as runs of neighbours, in order: what a ring buffer hands out, and cheap to slice."""
 
@@ -70,7 +84,8 @@ class RowRequest:
     """Rows of one tensor that every rank wants whole."""
 
     tensor: Tensor
-    """[rows, width], plain or split along dimension 0."""
+    """[rows, width], split along dimension 0; or plain, which counts as the sum of all ranks' bit patterns, so that a rank may
+    fill in what it has, and zeros for the rest."""
     runs: Runs
     """Which rows, the same on every rank."""
 

@@ -21,6 +21,7 @@ from switchtitan.distributed.shards import (
     RowRequest,
     copy_whole_,
     local,
+    row_range,
     shard_buffer,
     shard_group,
     write_rows_,
@@ -37,7 +38,7 @@ SHAPES = [(11, 3), (6, 5), (3, 7), (1, 2)]
 
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns: nan equals itself, and -0.0 differs from 0.0."""
-    return tensor.contiguous().view(torch.int64 if tensor.element_size() == 8 else torch.int32)
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def draw(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -55,6 +56,14 @@ def sharded(value: Tensor, mesh: DeviceMesh) -> Tensor:
     return tensor
 
 
+def masked(value: Tensor, tensor: Tensor) -> Tensor:
+    """The whole value, but zeros where this rank does not hold it."""
+    held = row_range(tensor)
+    rest = torch.zeros_like(value)
+    rest[held.start : held.stop] = value[held.start : held.stop]
+    return rest
+
+
 def runs_of(num_rows: int) -> tuple[range, ...]:
     """The end of a ring and its beginning."""
     if num_rows < 3:
@@ -63,7 +72,8 @@ def runs_of(num_rows: int) -> tuple[range, ...]:
 
 
 def check_gather_and_write(mesh: DeviceMesh) -> None:
-    wholes = [draw(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float64)]
+    dtypes = torch.float32, torch.float64, torch.bfloat16
+    wholes = [draw(shape, dtype) for shape in SHAPES for dtype in dtypes]
     tensors = [sharded(value, mesh) for value in wholes]
     runs = [runs_of(len(value)) for value in wholes]
     exchange = RowExchange(shard_group(tensors[0]), torch.device("cpu"))
@@ -77,6 +87,13 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
     for rows, wanted in zip(gathered, expected, strict=True):
         assert rows.dtype == wanted.dtype
         assert torch.equal(bits(rows), bits(wanted))
+
+    parts = [
+        RowRequest(masked(value, tensor), (range(len(value)),))
+        for value, tensor in zip(wholes, tensors, strict=True)
+    ]
+    for rows, value in zip(exchange.gather(parts, checksum=2), wholes, strict=True):
+        assert torch.equal(bits(rows), bits(value)), "of plain tensors, each rank fills in what it holds"
 
     new = [-2 * rows - 1 for rows in gathered]
     write_rows_(tensors, runs, new)

@@ -3,6 +3,7 @@
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.init import balanced_init, lora_init
 from switchtitan.methods.lowrank.linear import (
+    LayerBuffer,
     LowRankLinear,
     low_rank_layer_for,
     low_rank_layers,
@@ -11,6 +12,7 @@ from switchtitan.methods.lowrank.linear import (
 from switchtitan.methods.lowrank.merge import merge_factors, merged_state_dict
 
 __all__ = [
+    "LayerBuffer",
     "LowRankConfig",
     "LowRankLinear",
     "balanced_init",

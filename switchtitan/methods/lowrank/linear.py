@@ -1,7 +1,7 @@
 """The low-rank layer: a frozen dense weight plus the trained product of two thin factors."""
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,16 @@ class InitialFactors(Protocol):
         ...
 
 
+class LayerBuffer(NamedTuple):
+    """A tensor that belongs to a layer beside its parameters, split over ranks along dimension 0, as they are."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype | None = None
+    """By default that of the parameters."""
+    is_on_host: bool = False
+    """Whether it stays in host memory."""
+
+
 class LowRankLinear(nn.Module):
     """y = x (W + s B A)^T (+ bias), with W frozen.
 
@@ -31,7 +41,7 @@ class LowRankLinear(nn.Module):
         scale: s, alpha / rank.
         initial_factors: see `InitialFactors`.
         dropout: probability that an element of x is zeroed on its way into A.
-        buffers: further tensors that belong to the layer, local name -> shape, split over ranks along dimension 0.
+        buffers: further tensors that belong to the layer, by local name.
         contraction: how to compute it where nothing is dropped; by default the cheapest for x.
 
     Shapes: `weight` [out, in], `lora_a` [rank, in], `lora_b` [out, rank].
@@ -47,7 +57,7 @@ class LowRankLinear(nn.Module):
         *,
         bias: bool = False,
         dropout: float = 0.0,
-        buffers: dict[str, tuple[int, int]] | None = None,
+        buffers: dict[str, LayerBuffer] | None = None,
         contraction: Contraction | None = None,
     ) -> None:
         super().__init__()
@@ -59,9 +69,9 @@ class LowRankLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._initial_factors = initial_factors
         self._contraction = contraction
-        self._sharded_buffers = tuple(buffers or ())
-        for name, shape in (buffers or {}).items():
-            self.register_buffer(name, torch.empty(shape))
+        self._layer_buffers = buffers or {}
+        for name, buffer in self._layer_buffers.items():
+            self.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -82,7 +92,11 @@ class LowRankLinear(nn.Module):
 
     def sharded_buffers(self) -> tuple[str, ...]:
         """See `contracts.Reparametrized`."""
-        return self._sharded_buffers
+        return tuple(self._layer_buffers)
+
+    def host_buffers(self) -> tuple[str, ...]:
+        """See `contracts.Reparametrized`."""
+        return tuple(name for name, buffer in self._layer_buffers.items() if buffer.is_on_host)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, scale={self.scale:g}"
@@ -92,7 +106,7 @@ def low_rank_layer_for(
     linear: nn.Linear,
     config: LowRankConfig,
     initial_factors: InitialFactors,
-    buffers: dict[str, tuple[int, int]] | None = None,
+    buffers: dict[str, LayerBuffer] | None = None,
 ) -> LowRankLinear:
     """The low-rank layer that stands in for `linear`, with rank, scale, dropout and contraction from `config`."""
     return LowRankLinear(

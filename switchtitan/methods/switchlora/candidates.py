@@ -39,7 +39,7 @@ class Candidates(Protocol):
         ...
 
     def take(self, switches: Switches, gathered: list[Tensor]) -> list[TakenVectors]:
-        """The candidates in `slots_in` of each switch; copies.
+        """The candidates in `slots_in` of each switch; copies, in the type that candidates are kept in.
 
         Args:
             gathered: what `row_requests` asked for.
@@ -47,7 +47,20 @@ class Candidates(Protocol):
         ...
 
     def put_back_(self, switches: Switches, rows: list[Tensor], columns: list[Tensor]) -> None:
-        """Hands over what left A ([k, in], whole) and B ([out, k], this rank's rows) in each switch, for `slots_out`."""
+        """Hands over what left A ([k, in], whole) and B ([out, k], this rank's rows) in each switch, for `slots_out`; the
+        tensors may change afterwards."""
+        ...
+
+    def prefetch(self, switches: Switches) -> None:
+        """Says what the next step will take, unless `forget` comes before it."""
+        ...
+
+    def settle(self) -> None:
+        """Returns when all that was put back is where a checkpoint takes it from."""
+        ...
+
+    def forget(self) -> None:
+        """Drops what was prefetched or is on its way back: a checkpoint's candidates have taken the place of all."""
         ...
 
 
@@ -75,6 +88,15 @@ class StoredCandidates:
         slots = [plan.slots_out for plan in switches.values()]
         write_rows_([self._candidates_a[layer] for layer in switches], slots, rows)
         write_columns_([local(self._candidates_b[layer]) for layer in switches], slots, columns)
+
+    def prefetch(self, switches: Switches) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
 
 
 class DrawnCandidates:
@@ -119,6 +141,15 @@ class DrawnCandidates:
         ]
 
     def put_back_(self, switches: Switches, rows: list[Tensor], columns: list[Tensor]) -> None:
+        pass
+
+    def prefetch(self, switches: Switches) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
 

@@ -18,6 +18,12 @@ class SwitchLoraConfig(LowRankConfig):
     candidates: Literal["swap", "constant"] = "swap"
     """What becomes of a vector that is switched out: `swap` keeps it as a candidate, and it comes back with what it has learnt;
     `constant` drops it, and candidates stay what they were drawn as, which takes no memory."""
+    candidates_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What vectors wait in: `bfloat16` takes half the memory, and rounds what they have learnt to the nearest. A switch leaves
+    the layer's function as it is with either. Only with swap."""
+    candidates_device: Literal["device", "host"] = "device"
+    """Where vectors wait: `host` keeps them in the host's memory, and fetches those of the next step in advance, which takes
+    none of a GPU's. Without a GPU both are the same memory. Only with swap."""
     interval: float = Field(default=40, gt=0)
     """Mean number of steps between two switches of one vector at the start of training, at least 2 * freeze_steps."""
     decay: Literal["exponential", "sigmoid", "constant"] = "exponential"
@@ -43,4 +49,10 @@ class SwitchLoraConfig(LowRankConfig):
             )
         if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
             raise ValueError('decay_ratio has no effect with decay = "constant"; remove it')
+        for key in ("candidates_dtype", "candidates_device"):
+            if self.candidates == "constant" and key in self.model_fields_set:
+                raise ValueError(
+                    f'{key} = "{getattr(self, key)}" has no effect with candidates = "constant", which stores none; remove it, '
+                    'or set candidates = "swap"'
+                )
         return self

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.methods.lowrank.init import balanced_bounds, lora_bound, uniform, without_update
-from switchtitan.methods.lowrank.linear import InitialFactors
+from switchtitan.methods.lowrank.linear import InitialFactors, LayerBuffer
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.draws import draw_vectors, splitmix64
 from switchtitan.methods.switchlora.schedule import initial_slots
@@ -24,6 +24,18 @@ def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int
     """`candidates_a` [c, in], `candidates_b` [out, c]."""
     count = num_candidates(out_features, in_features)
     return {"candidates_a": (count, in_features), "candidates_b": (out_features, count)}
+
+
+def candidate_buffers(
+    config: SwitchLoraConfig, out_features: int, in_features: int
+) -> dict[str, LayerBuffer]:
+    """The buffers for a layer's stored candidates; none where candidates are constant."""
+    if config.candidates == "constant":
+        return {}
+    dtype = torch.bfloat16 if config.candidates_dtype == "bfloat16" else None
+    is_on_host = config.candidates_device == "host"
+    shapes = candidate_shapes(out_features, in_features)
+    return {name: LayerBuffer(shape, dtype, is_on_host) for name, shape in shapes.items()}
 
 
 def candidate_bounds(
@@ -46,6 +58,8 @@ def balanced_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
     """Candidates of both sides random with `balanced_bounds`, and W := weight - s B A.
+
+    All are fp32: buffers of a shorter type round them, while the factors, and so W, begin as they were drawn.
 
     Args:
         weight: [out, in], the plain layer's initial weight.

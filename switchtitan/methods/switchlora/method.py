@@ -12,9 +12,10 @@ from switchtitan.methods.lowrank import (
     merged_state_dict,
     replace_linears,
 )
-from switchtitan.methods.switchlora.candidates import DrawnCandidates, StoredCandidates
+from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.init import candidate_shapes, initial_factors
+from switchtitan.methods.switchlora.host_candidates import HostCandidates
+from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import OPTIMIZERS, AdamWConfig
 
@@ -41,23 +42,24 @@ class SwitchLora:
         ]
         # Not compiled: torch's fused kernel takes these few tensors in one pass already.
         dense = OPTIMIZERS.build(config, dense_parameters, local)
-        candidates = (
-            StoredCandidates(list(layers.values()))
-            if self._config.candidates == "swap"
-            else DrawnCandidates(self._config, layers, self._seed)
-        )
         return SwitchLoraOptimizer(
-            self._config, config, layers, dense, self._num_steps, compile_step, candidates
+            self._config, config, layers, dense, self._num_steps, compile_step, self._candidates_of(layers)
         )
 
     def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return merged_state_dict(model)
 
     def _build_layer(self, linear: nn.Linear) -> LowRankLinear:
-        is_stored = self._config.candidates == "swap"
         return low_rank_layer_for(
             linear,
             self._config,
             initial_factors(self._config),
-            candidate_shapes(linear.out_features, linear.in_features) if is_stored else None,
+            candidate_buffers(self._config, linear.out_features, linear.in_features),
         )
+
+    def _candidates_of(self, layers: dict[str, LowRankLinear]) -> Candidates:
+        if self._config.candidates == "constant":
+            return DrawnCandidates(self._config, layers, self._seed)
+        if self._config.candidates_device == "host":
+            return HostCandidates(list(layers.values()))
+        return StoredCandidates(list(layers.values()))

@@ -60,27 +60,20 @@ class SwitchLoraOptimizer:
         factor = self._layers[0].lora_a
         self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
         self._exchange = RowExchange(shard_group(factor), factor.device)
+        self._next: tuple[np.ndarray, Switches] | None = None
         self._last_counts = np.zeros(len(layers), dtype=np.int64)
         self._last_frozen = np.zeros(len(layers), dtype=np.int64)
 
     @torch.no_grad()
     def step(self) -> None:
         """Switches what is due, then updates all parameters from their gradients."""
-        switched_before, step = self._counts.num_switched.copy(), self._counts.step
+        counts, switches = self._plan() if self._next is None else self._next
+        checksum = _checksum(self._counts.step, self._counts.num_switched, counts)
         still_frozen = self._counts.recent.sum(0)
-        counts = self._counts.advance(self._schedule.requested(step), self._config.rank, self._num_candidates)
+        self._counts.advance(counts)
         self._last_counts = counts
         self._last_frozen = still_frozen + counts if self._config.freeze_steps else still_frozen
-        switches = {
-            layer: plan_layer_switch(
-                int(switched_before[layer]),
-                int(counts[layer]),
-                self._config.rank,
-                int(self._num_candidates[layer]),
-            )
-            for layer in np.flatnonzero(counts).tolist()
-        }
-        self._switch_(switches, checksum=_checksum(step, switched_before, counts))
+        self._switch_(switches, checksum)
         counterparts = _counterparts(switches)
         if self._config.reset_moments == "counterpart":
             self._vectors.reset_(counterparts)
@@ -90,6 +83,24 @@ class SwitchLoraOptimizer:
         self._vectors.step(self._timers.moving())
         self._timers.advance_()
         self._dense.step()
+        self._next = self._plan()
+        self._candidates.prefetch(self._next[1])
+
+    def _plan(self) -> tuple[np.ndarray, Switches]:
+        """What the next step switches, a pure function of what has been switched so far: how much in each layer, [layers], and
+        what."""
+        counts = self._counts.limited(
+            self._schedule.requested(self._counts.step), self._config.rank, self._num_candidates
+        )
+        return counts, {
+            layer: plan_layer_switch(
+                int(self._counts.num_switched[layer]),
+                int(counts[layer]),
+                self._config.rank,
+                int(self._num_candidates[layer]),
+            )
+            for layer in np.flatnonzero(counts).tolist()
+        }
 
     def _switch_(self, switches: Switches, checksum: int) -> None:
         """Exchanges vectors for candidates. The number of kernels does not depend on how many: one for each layer's weight, and
@@ -145,8 +156,12 @@ class SwitchLoraOptimizer:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The dense optimizer's, the factors' moments, and `switch.*`: the counts that switching and freezing follow from."""
+        """The dense optimizer's, the factors' moments, and `switch.*`: the counts that switching and freezing follow from.
+
+        The model's candidates are as up to date as these.
+        """
         self._exchange.check()
+        self._candidates.settle()
         return (
             self._dense.state_dict()
             | self._vectors.state_dict()
@@ -168,6 +183,8 @@ class SwitchLoraOptimizer:
         self._counts.step = int(state["switch.step"])
         self._counts.num_switched = state["switch.num_switched"].cpu().numpy().copy()
         self._counts.recent = state["switch.recent"].cpu().numpy().copy()
+        self._next = None
+        self._candidates.forget()
 
 
 def _counterparts(switches: Switches) -> list[VectorRun]:

@@ -61,22 +61,21 @@ class SwitchCounts:
         self.num_switched = np.zeros(num_layers, dtype=np.int64)
         self.recent = np.zeros((max(freeze_steps - 1, 0), num_layers), dtype=np.int64)
 
-    def advance(self, requested: np.ndarray, rank: int, num_candidates: np.ndarray) -> np.ndarray:
-        """Limits a request to what may be switched now, counts it, and ends the step.
+    def limited(self, requested: np.ndarray, rank: int, num_candidates: np.ndarray) -> np.ndarray:
+        """What may be switched now of a request, on each side, [layers].
 
         A vector may not be switched while it is frozen, nor a candidate be taken in and put back at once:
         k <= floor(rank / 2) - (vectors frozen on one side) and k <= candidates - rank.
-
-        Returns:
-            Vectors to switch on each side, [layers].
         """
         allowed = np.minimum(rank // 2 - self.recent.sum(0), num_candidates - rank)
-        counts = np.clip(requested, 0, np.maximum(allowed, 0))
+        return np.clip(requested, 0, np.maximum(allowed, 0))
+
+    def advance(self, counts: np.ndarray) -> None:
+        """Counts vectors as switched, [layers], and ends the step."""
         self.num_switched += counts
         if len(self.recent):
             self.recent = np.concatenate([counts[None], self.recent[:-1]])
         self.step += 1
-        return counts
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from switchtitan.config import ConfigError
 from switchtitan.contracts import Reparametrized
 from switchtitan.methods.lowrank import (
+    LayerBuffer,
     LowRankLinear,
     lora_init,
     low_rank_layer_for,
@@ -64,9 +65,16 @@ def test_dropout_acts_in_training_on_the_way_into_the_factors_alone(bias: bool):
 
 
 def test_buffers_are_registered_and_declared_sharded():
-    layer = build_layer(buffers={"candidates_a": (5, IN), "candidates_b": (OUT, 5)})
+    buffers = {
+        "candidates_a": LayerBuffer((5, IN), torch.bfloat16),
+        "candidates_b": LayerBuffer((OUT, 5), is_on_host=True),
+    }
+    layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, buffers=buffers)
     assert isinstance(layer, Reparametrized)
     assert layer.sharded_buffers() == ("candidates_a", "candidates_b")
+    assert layer.host_buffers() == ("candidates_b",)
+    assert layer.get_buffer("candidates_a").dtype == torch.bfloat16
+    assert layer.get_buffer("candidates_b").dtype == layer.weight.dtype
     assert {name: tuple(b.shape) for name, b in layer.named_buffers()} == {
         "candidates_a": (5, IN),
         "candidates_b": (OUT, 5),

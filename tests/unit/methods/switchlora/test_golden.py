@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from switchtitan.distributed.shards import local
-from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear, lora_init
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import AdamW, AdamWConfig
@@ -32,7 +32,7 @@ def build(golden, compile_step):
         RANK,
         hyper["scaling"],
         lora_init,
-        buffers={"candidates_a": (23, 28), "candidates_b": (23, 23)},
+        buffers={"candidates_a": LayerBuffer((23, 28)), "candidates_b": LayerBuffer((23, 23))},
     )
     with torch.no_grad():
         for target, name in (

@@ -115,7 +115,8 @@ def test_limits_hold_whatever_is_asked_for(freeze_steps):
     bound_by_freeze = bound_by_candidates = 0
     for _ in range(400):
         requested = generator.integers(0, 9, 5)
-        switched = counts.advance(requested, rank, num_candidates)
+        switched = counts.limited(requested, rank, num_candidates)
+        counts.advance(switched)
         frozen = sum(history[-(freeze_steps - 1) :], np.zeros(5, dtype=int)) if freeze_steps > 1 else 0
         room, spare = rank // 2 - frozen, num_candidates - rank
         np.testing.assert_array_equal(switched, np.minimum(np.minimum(requested, room), spare))
@@ -167,7 +168,9 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(rank, num_candidates, fr
     for _ in range(500):
         before = int(counts.num_switched[0])
         requested = generator.integers(0, most_asked + 1, 1)
-        count = int(counts.advance(requested, rank, np.array([num_candidates]))[0])
+        limited = counts.limited(requested, rank, np.array([num_candidates]))
+        counts.advance(limited)
+        count = int(limited[0])
         plan = plan_layer_switch(before, count, rank, num_candidates)
         rows, columns = flat(plan.rows), flat(plan.columns)
         slots_in, slots_out = flat(plan.slots_in), flat(plan.slots_out)
