@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from switchtitan.benchmark.alternation import in_order_of_round
+from switchtitan.benchmark.quiet_trainer import without_output
 from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
 from switchtitan.build import build_trainer
-from switchtitan.checkpoint.config import RESUME_NEVER
 from switchtitan.config import ConfigError, UserError
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.job_config import JobConfig
@@ -60,7 +60,7 @@ def time_steps_side_by_side(
     ):
         try:
             benches = {
-                name: _Bench(name, _without_output(config, Path(folder) / str(index)))
+                name: _Bench(name, without_output(config, Path(folder) / str(index)))
                 for index, (name, config) in enumerate(configs.items())
             }
             return _time(benches, rounds, steps_per_round)
@@ -144,17 +144,3 @@ def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:
                 f"{name}: [training] steps = {config.training.steps}: expected at least {num_steps}, the {WARM_UP_STEPS} steps "
                 "of warm-up and those to be timed; raise it, or time fewer rounds or steps"
             )
-
-
-def _without_output(config: JobConfig, folder: Path) -> JobConfig:
-    """The same training, writing next to nothing, below `folder`, and starting anew."""
-    return config.model_copy(
-        update={
-            "job": config.job.model_copy(update={"output_dir": folder}),
-            "checkpoint": config.checkpoint.model_copy(
-                update={"resume": RESUME_NEVER, "initial_weights": None}
-            ),
-            "metrics": config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
-            "profiler": config.profiler.model_copy(update={"enabled": False}),
-        }
-    )

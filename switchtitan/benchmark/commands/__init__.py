@@ -1,12 +1,15 @@
 """The subcommands of scripts/benchmark.py, one module each; a new one is a module and a row here."""
 
+from switchtitan.benchmark.commands.checkpoint import CHECKPOINT
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
 from switchtitan.benchmark.commands.communication import COMMUNICATION
 from switchtitan.benchmark.commands.layer import LAYER
+from switchtitan.benchmark.commands.loader import LOADER
 from switchtitan.benchmark.commands.optimizer import OPTIMIZER
+from switchtitan.benchmark.commands.startup import STARTUP
 from switchtitan.benchmark.commands.step import STEP
 
-COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION, LAYER, OPTIMIZER)
+COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION, LAYER, OPTIMIZER, LOADER, CHECKPOINT, STARTUP)
 """In the order of the program's help."""
 
 __all__ = ["COMMANDS", "Command", "Measurement", "Overrides"]

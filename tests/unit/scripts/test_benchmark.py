@@ -116,6 +116,45 @@ def test_the_update_of_factors_is_timed_beside_torchs(
     assert len(record["updates"]) == 3
 
 
+def test_reading_is_compared_with_training(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["loader", file, "--training-tokens-per-s", "10", "--rounds", "2", "--calls-per-round", "2"])
+    header, read, trained, line = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "tokens/s"
+    assert read.endswith("  read by 0 workers")
+    assert trained.split() == ["10", "1", "trained", "on"]
+    record = json.loads(line)
+    assert record["ratio"] == record["tokens_read_per_s"] / 10
+    assert len(record["round_tokens_read_per_s"]) == 2
+    assert not record["training_was_measured"]
+
+
+def test_saves_are_timed_and_leave_nothing(
+    script: ModuleType, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["checkpoint", file, "--folder", str(tmp_path), "--rounds", "2", "--steps", "1"])
+    *lines, line = capsys.readouterr().out.splitlines()
+    record = json.loads(line)
+    assert len(record["each_synchronous_s"]) == len(record["each_stall_s"]) == 2
+    assert record["bytes_on_disk"] > record["state_bytes"] > 0
+    assert "MiB on disk for" in lines[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_is_split_into_its_parts(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(["startup", file])
+    *lines, line = capsys.readouterr().out.splitlines()
+    for start in json.loads(line)["startup"].values():
+        parts = start["parts_s"]
+        assert all(seconds > 0 for seconds in parts.values())
+        assert sum(parts.values()) == pytest.approx(start["to_first_step_s"] + parts["second step"])
+    assert lines[0].split() == ["s", "cold", "cache", "warm", "cache"]
+    assert lines[-1].endswith("  to the end of the first step")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -127,7 +166,7 @@ def test_the_update_of_factors_is_timed_beside_torchs(
         (["layer", "--shape", "8x6", "--rank", "6"], "less than the smaller dimension of [8, 6]"),
         (["layer", "--model.size", "9m"], "--model.size: benchmark.py layer reads no configuration"),
         (["optimizer", str(ROOT / "train_configs" / "llama_60m_full_rank.toml")], "has no low-rank layers"),
-        ([], "step | communication | layer | optimizer"),
+        ([], "step | communication | layer"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(
