@@ -22,7 +22,8 @@ class CheckpointConfig(Section):
     start anew, and refuse an output folder that holds checkpoints. Else the path of a checkpoint or a run."""
 
     async_save: bool = True
-    """Write in the background while training goes on; costs one more copy of the state in host memory."""
+    """Write in the background while training goes on; costs one more copy of the state in host memory, from the first
+    save on."""
 
     initial_weights: str | None = None
     """Dense weights that a new run starts from: a Hugging Face folder, a safetensors file or a checkpoint."""
