@@ -4,6 +4,7 @@
     python scripts/benchmark.py communication CONFIG ... --num-ranks N [--step S] [--section.key value ...]
     python scripts/benchmark.py layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...] [--tokens T ...] [--compile]
     python scripts/benchmark.py optimizer | loader | checkpoint | startup CONFIG [--section.key value ...]
+    python scripts/benchmark.py switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
 
 CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
 over all of them. Prints a table, and last one line of JSON. The subcommands are those of `switchtitan.benchmark.commands`.

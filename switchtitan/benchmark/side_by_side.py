@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
 from switchtitan.build import build_trainer
 from switchtitan.config import ConfigError, UserError
+from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.job_config import JobConfig
 from switchtitan.observability import configure_logging
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
 """Steps of each configuration before the timed ones: they compile, allocate, and fill caches."""
-_NUM_MARKS = 4
 _RECOMPILE_LIMIT = 256
 """Graphs that torch.compile may keep for one function; the default, 8, is meant for one model, and here several share their
 functions."""
@@ -50,6 +50,29 @@ def time_steps_side_by_side(
         UserError: if a trainer cannot be built, or skips an update.
         torch._dynamo.exc.RecompileError: if a timed step had to compile, so that its time would say nothing.
     """
+    parts = mark_steps_side_by_side(configs, rounds, steps_per_round, MarkedOptimizer)
+    return {
+        name: _step_times(parts[name], config.training.global_batch_size * config.data.seq_len)
+        for name, config in configs.items()
+    }
+
+
+def mark_steps_side_by_side(
+    configs: Mapping[str, JobConfig],
+    rounds: int,
+    steps_per_round: int,
+    marked: Callable[[TrainingOptimizer, Callable[[], None]], TrainingOptimizer],
+) -> dict[str, np.ndarray]:
+    """As `time_steps_side_by_side`, of the stretches between marks.
+
+    Args:
+        marked: what stands in for an optimizer, and calls the function that it is given at each mark, in every step equally
+            often.
+
+    Returns:
+        Seconds of each stretch by the same names, [rounds, steps, stretches]: from a step's beginning to its first mark, and so
+        on to its end.
+    """
     assert rounds >= 1
     assert steps_per_round >= 1
     _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
@@ -60,7 +83,7 @@ def time_steps_side_by_side(
     ):
         try:
             benches = {
-                name: _Bench(name, without_output(config, Path(folder) / str(index)))
+                name: _Bench(name, without_output(config, Path(folder) / str(index)), marked)
                 for index, (name, config) in enumerate(configs.items())
             }
             return _time(benches, rounds, steps_per_round)
@@ -72,18 +95,22 @@ def time_steps_side_by_side(
 class _Bench:
     """One configuration's trainer under the stopwatch."""
 
-    def __init__(self, name: str, config: JobConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: JobConfig,
+        marked: Callable[[TrainingOptimizer, Callable[[], None]], TrainingOptimizer],
+    ) -> None:
         self.name = name
         world = start_world(config.parallelism)
         self.trainer: Trainer = build_trainer(config, world)
         # The log file lies in the temporary folder.
         configure_logging(is_main=world.is_main, rank=world.rank)
-        self.tokens_per_step = config.training.global_batch_size * config.data.seq_len
         self._stopwatch = Stopwatch(world.device)
-        self.trainer.optimizer = MarkedOptimizer(self.trainer.optimizer, self._stopwatch.mark)
+        self.trainer.optimizer = marked(self.trainer.optimizer, self._stopwatch.mark)
 
     def run(self, num_steps: int) -> np.ndarray:
-        """Takes steps; returns seconds to the update, of the update, and after it, [steps, 3].
+        """Takes steps; returns seconds between marks, [steps, stretches].
 
         Raises:
             UserError: if an update was skipped.
@@ -101,14 +128,14 @@ class _Bench:
                 )
         intervals = np.array([*self._stopwatch.intervals_s(), 0.0])
         # What follows a step's last mark is no part of it.
-        return intervals.reshape(num_steps, _NUM_MARKS)[:, : _NUM_MARKS - 1]
+        return intervals.reshape(num_steps, -1)[:, :-1]
 
     def close(self) -> None:
         self.trainer.batches.close()
         self.trainer.reporter.close()
 
 
-def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> dict[str, StepTimes]:
+def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> dict[str, np.ndarray]:
     try:
         # In turns too: what one configuration compiles may make another one's graphs be looked for anew.
         for _ in range(WARM_UP_STEPS):
@@ -122,9 +149,7 @@ def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> d
     finally:
         for bench in benches.values():
             bench.close()
-    return {
-        name: _step_times(np.stack(parts[name]), bench.tokens_per_step) for name, bench in benches.items()
-    }
+    return {name: np.stack(of_side) for name, of_side in parts.items()}
 
 
 def _step_times(parts: np.ndarray, tokens_per_step: int) -> StepTimes:

@@ -8,8 +8,9 @@ from switchtitan.benchmark.commands.loader import LOADER
 from switchtitan.benchmark.commands.optimizer import OPTIMIZER
 from switchtitan.benchmark.commands.startup import STARTUP
 from switchtitan.benchmark.commands.step import STEP
+from switchtitan.benchmark.commands.switch import SWITCH
 
-COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION, LAYER, OPTIMIZER, LOADER, CHECKPOINT, STARTUP)
+COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION, LAYER, OPTIMIZER, LOADER, CHECKPOINT, STARTUP, SWITCH)
 """In the order of the program's help."""
 
 __all__ = ["COMMANDS", "Command", "Measurement", "Overrides"]

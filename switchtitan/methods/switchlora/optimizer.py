@@ -64,9 +64,14 @@ class SwitchLoraOptimizer:
         self._last_counts = np.zeros(len(layers), dtype=np.int64)
         self._last_frozen = np.zeros(len(layers), dtype=np.int64)
 
-    @torch.no_grad()
     def step(self) -> None:
         """Switches what is due, then updates all parameters from their gradients."""
+        self.switch()
+        self.update()
+
+    @torch.no_grad()
+    def switch(self) -> None:
+        """The first half of a step, all that switching costs: exchanges vectors, resets and freezes, and looks ahead."""
         counts, switches = self._plan() if self._next is None else self._next
         checksum = _checksum(self._counts.step, self._counts.num_switched, counts)
         still_frozen = self._counts.recent.sum(0)
@@ -80,11 +85,15 @@ class SwitchLoraOptimizer:
         elif self._config.reset_moments == "both":
             self._vectors.reset_(counterparts + _switched(switches))
         self._timers.start_(counterparts)
+        self._next = self._plan()
+        self._candidates.prefetch(self._next[1])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The second half: updates all parameters that may move from their gradients."""
         self._vectors.step(self._timers.moving())
         self._timers.advance_()
         self._dense.step()
-        self._next = self._plan()
-        self._candidates.prefetch(self._next[1])
 
     def _plan(self) -> tuple[np.ndarray, Switches]:
         """What the next step switches, a pure function of what has been switched so far: how much in each layer, [layers], and

@@ -1,0 +1,76 @@
+"""What switches cost is counted and timed inside training steps, and does not grow with the number of vectors."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from switchlora_layers import build_layer, build_optimizer, set_gradients
+from tiny import tiny_config
+
+from switchtitan.benchmark.operations import CountOperations
+from switchtitan.benchmark.switch import time_switches_side_by_side
+from switchtitan.config import ConfigError
+from switchtitan.distributed.world import stop_world
+from switchtitan.methods.switchlora import SwitchLoraConfig
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.optim import AdamWConfig
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def test_operations_that_run_nothing_are_not_counted() -> None:
+    with CountOperations() as counter:
+        matrix = torch.empty(3, 4)
+        matrix.zero_()
+        matrix[1:].t().add_(1)
+        torch._foreach_add_([matrix, matrix.clone()], 1)
+    assert counter.num_operations == 4
+
+
+def switching_optimizer(num_layers: int, num_per_step: int) -> SwitchLoraOptimizer:
+    layers = [build_layer(64, 48, 24, 1.0, torch.float32, seed) for seed in range(num_layers)]
+    config = SwitchLoraConfig(rank=24, interval=24 / num_per_step, freeze_steps=1, decay="constant")
+    optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers, 100)
+    set_gradients(layers, 0.0)
+    return optimizer
+
+
+def operations_of_switches(num_layers: int, num_per_step: int) -> int:
+    """Of a step in which no ring is at its end."""
+    optimizer = switching_optimizer(num_layers, num_per_step)
+    with CountOperations() as counter:
+        optimizer.switch()
+    assert optimizer.metrics()["switch/vectors_switched"] == 2 * num_layers * num_per_step
+    return counter.num_operations
+
+
+def test_a_switch_of_more_vectors_takes_no_more_operations() -> None:
+    one = operations_of_switches(num_layers=3, num_per_step=1)
+    assert operations_of_switches(num_layers=3, num_per_step=8) == one
+    # Of each further layer, the fold into its weight.
+    assert operations_of_switches(num_layers=5, num_per_step=1) == one + 2
+
+
+def test_switches_are_timed_within_their_steps_and_beside_steps_without(corpora: Path) -> None:
+    config = tiny_config(corpora / "switch-costs", "switchlora")
+    costs = time_switches_side_by_side({"tiny": config}, rounds=2, steps_per_round=3)["tiny"]
+    assert costs.step_s.shape == costs.switch_s.shape == costs.step_without_s.shape == (2, 3)
+    assert (costs.switch_s > 0).all()
+    assert (costs.switch_s < costs.step_s).all()
+    assert 0 < costs.share < 1
+    assert costs.median_s <= costs.percentile_99_s
+    # 14 layers, 6 / 5 vectors each on two sides; one rank alone gathers nothing.
+    assert 14 * 2 <= costs.num_vectors <= 14 * 4
+    assert costs.num_collectives == 0
+    assert costs.num_operations > 14
+
+
+def test_a_method_that_switches_nothing_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "lora")
+    with pytest.raises(ConfigError, match=r'\[method\] name = "lora": expected switchlora'):
+        time_switches_side_by_side({"tiny": config}, rounds=1, steps_per_round=1)
