@@ -57,7 +57,7 @@ def test_vectors_go_and_come_as_the_same_bits_on_any_number_of_ranks(runs):
     one, several = runs[1]["still"]["tensors"], runs[4]["still"]["tensors"]
     assert one["optimizer.switch.num_switched"].min() == 14, "candidates of small layers have come back"
     for name, tensor in one.items():
-        if ".lora_" in name or ".candidates_" in name or ".switch." in name:
+        if name.startswith("model.") and (".lora_" in name or ".candidates_" in name):
             assert torch.equal(several[name], tensor), name
 
 
