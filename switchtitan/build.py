@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import switchtitan
 from switchtitan.checkpoint import (
@@ -25,7 +26,8 @@ from switchtitan.data import (
 )
 from switchtitan.distributed.activation_checkpoint import checkpoint_activations
 from switchtitan.distributed.compile import compile_blocks
-from switchtitan.distributed.fsdp import materialize, shard_model
+from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
+from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, device_name
 from switchtitan.evaluate import Evaluator
 from switchtitan.initial_weights import fingerprint, read_initial_weights
@@ -79,7 +81,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     state, changes = TrainState(), list[str]()
     if checkpoint is not None:
         metadata = read_metadata(checkpoint)
-        check_same_run(completed_identity(metadata.identity), identity)
+        check_same_run(completed_identity(metadata.identity), completed_identity(identity))
         state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
         changes = changed_keys(str(metadata.run["config"]), config)
     # Before any work, since a corpus that is too small for the configuration is refused here.
@@ -161,8 +163,10 @@ def prepare_model(
     checkpoint_activations(model, config.activation_checkpoint)
     if config.compile.blocks:
         compile_blocks(model)
+    cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
     dtype = getattr(torch, config.training.dtype)
-    shard_model(model, world.shard_mesh, dtype, config.parallelism.reshard_after_forward)
+    parallelism = config.parallelism
+    shard_model(model, world.shard_mesh, dtype, parallelism.reshard_after_forward, parallelism.frozen_weights)
     materialize(model, world.device, config.job.seed, initial_weights)
 
 
@@ -180,10 +184,17 @@ def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: 
 def checkpoint_tensors(model: nn.Module, optimizer: TrainingOptimizer) -> Callable[[], dict[str, Tensor]]:
     """Returns what gives all tensors of a checkpoint by name, sharing memory with the model and the optimizer.
 
-    The model's are looked up now, while all of them are shards: FSDP swaps them in forward passes.
+    The model's are looked up now, while all of them are shards: FSDP swaps them in forward passes. What gives them must be
+    called on every rank, since weights that every rank keeps whole are compared first, see `check_replicas`.
     """
     of_model = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    return lambda: of_model | {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
+    whole = {name: tensor for name, tensor in of_model.items() if not isinstance(tensor, DTensor)}
+
+    def tensors() -> dict[str, Tensor]:
+        check_replicas(whole)
+        return of_model | {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
+
+    return tensors
 
 
 def restore(checkpoint: Path, tensors: dict[str, Tensor], optimizer: TrainingOptimizer) -> None:

@@ -51,6 +51,14 @@ class MethodSectionWithLength(Protocol):
         ...
 
 
+@runtime_checkable
+class FreezingMethodSection(Protocol):
+    """What the section of a method that keeps weights frozen must tell; one that trains all weights leaves it out."""
+
+    @property
+    def freezes_weights(self) -> bool: ...
+
+
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
     """The checks for a run of `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
     return [
@@ -60,6 +68,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         partial(check_compiler, device=device),
         check_method,
         check_method_length,
+        check_frozen_weights,
         check_evaluation,
         check_vocabulary,
     ]
@@ -113,6 +122,24 @@ def check_method(model: ModelSection, method: Section) -> list[str]:
 def check_method_length(method: Section, training: TrainingSection) -> list[str]:
     """What the method does every so many steps must come up before the run ends."""
     return method.check_length(training.steps) if isinstance(method, MethodSectionWithLength) else []
+
+
+def check_frozen_weights(
+    method: Section, parallelism: ParallelismConfig, training: TrainingSection
+) -> list[str]:
+    """What is asked for frozen weights must have some to act on."""
+    if isinstance(method, FreezingMethodSection):
+        return []
+    asked = []
+    if parallelism.frozen_weights != "shard":
+        asked.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
+    if training.frozen_dtype != "float32":
+        asked.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
+    name = method.name  # type: ignore[attr-defined]
+    return [
+        f'{key} has no effect: [method] name = "{name}" trains all weights; remove it, or choose a method that freezes weights'
+        for key in asked
+    ]
 
 
 def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:

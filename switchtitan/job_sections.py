@@ -31,7 +31,10 @@ class TrainingSection(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm, > 0; "none" leaves them alone."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and gradients; weights and optimizer state are float32 always."""
+    """Type of activations and gradients; weights that train and optimizer state are float32 always."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights that do not train; a run keeps to one. In bfloat16 what is added to them is rounded up or down at random,
+    right in the mean. Takes a method that freezes weights."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a step with a gradient that is inf or nan does: stop the run, or skip the update."""
 

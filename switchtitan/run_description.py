@@ -19,22 +19,29 @@ from switchtitan.observability.environment import commit
 
 logger = logging.getLogger(__name__)
 
+_FORMER_FROZEN_DTYPE = "float32"
+"""The type of frozen weights before there was a choice, and the default."""
+
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
     """What a run must share with a checkpoint to go on from it: what gives the tensors and the data their meaning."""
+    training = config.training.model_dump(mode="json", include={"global_batch_size", "frozen_dtype"})
+    if training["frozen_dtype"] == _FORMER_FROZEN_DTYPE:
+        # As older checkpoints have it, which are to be taken for the same run's.
+        del training["frozen_dtype"]
     return {
         "model": config.model.model_dump(mode="json"),
         "method": config.method.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "data": {"seq_len": config.data.seq_len},
-        "training": {"global_batch_size": config.training.global_batch_size},
+        "training": training,
         "job": {"seed": config.job.seed},
     }
 
 
 def completed_identity(saved: Mapping[str, object]) -> dict[str, object]:
-    """A checkpoint's identity with defaults for the keys of model and method that came into being after it was saved.
+    """An identity with defaults for the keys that a checkpoint lacks which was saved before they came into being.
 
     A key that the classes no longer have stays, and differs from today's identity.
     """
@@ -43,6 +50,9 @@ def completed_identity(saved: Mapping[str, object]) -> dict[str, object]:
         values = saved.get(section)
         if isinstance(values, Mapping):
             completed[section] = registry.completed(values)
+    training = saved.get("training")
+    if isinstance(training, Mapping):
+        completed["training"] = {"frozen_dtype": _FORMER_FROZEN_DTYPE, **training}
     return completed
 
 

@@ -24,7 +24,7 @@ GRADIENTS, WHOLE_GRADIENTS = "gradients", "whole gradients"
 GATHERED, ACTIVATIONS, TEMPORARY = "gathered", "activations", "temporary"
 KINDS = {
     TRAINED: "shards of the weights that train",
-    FROZEN: "shards of frozen weights",
+    FROZEN: "frozen weights: shards, or whole where every rank keeps them so",
     BUFFERS: "buffers, such as vectors to switch in",
     OPTIMIZER: "the optimizer's state",
     GRADIENTS: "reduced gradients of this rank's shards",

@@ -17,6 +17,9 @@ class ParallelismConfig(Section):
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward pass and gather them again for the backward pass: less memory,
     more communication."""
+    frozen_weights: Literal["shard", "replicate"] = "shard"
+    """Where weights that do not train lie: `shard` splits them over the ranks like the rest; `replicate` keeps them whole on
+    every rank, so that no step sends them. Results are the same. Takes a method that freezes weights."""
 
 
 class CompileConfig(Section):

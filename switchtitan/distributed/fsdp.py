@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.seeds import generator_for
@@ -14,12 +16,20 @@ from switchtitan.distributed.shards import copy_whole_, empty_on_host_like, loca
 
 
 def shard_model(
-    model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool
+    model: nn.Module,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    frozen_weights: Literal["shard", "replicate"] = "shard",
 ) -> None:
     """Splits every parameter, and the buffers that modules declare, over the ranks of `mesh` along dimension 0.
 
-    Masters stay fp32; weights are gathered in `compute_dtype`, gradients are reduced in fp32. One block is one unit of
+    Masters keep their type; weights are gathered in `compute_dtype`, gradients are reduced in fp32. One block is one unit of
     communication; embedding, last norm and head form another. Call on the meta device, after compilation.
+
+    Args:
+        frozen_weights: "replicate" leaves parameters that do not train whole, plain tensors on every rank, in their own type:
+            who uses or changes them must see to that every rank does the same.
     """
     assert isinstance(model, LanguageModel)
     policy = MixedPrecisionPolicy(
@@ -28,14 +38,30 @@ def shard_model(
         # Rotary tables come in fp32 and stay so.
         cast_forward_inputs=False,
     )
+    whole = (
+        {parameter for parameter in model.parameters() if not parameter.requires_grad}
+        if frozen_weights == "replicate"
+        else None
+    )
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=whole)
     for block in model.blocks().values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(block, reshard_after_forward=reshard_after_forward)
     # The root's weights are needed again at once by its backward pass.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, Reparametrized):
             for name in module.sharded_buffers():
                 setattr(module, name, shard_buffer(getattr(module, name), mesh))
+
+
+def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes parameters that do not train be of `dtype`; call on the meta device, before sharding."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(
+                    module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False)
+                )
 
 
 def materialize(
@@ -43,7 +69,8 @@ def materialize(
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
-    Each value is drawn whole from (seed, parameter name) and cut, so it does not depend on the number of ranks.
+    Each value is drawn whole from (seed, parameter name) and cut, so it does not depend on the number of ranks. It is in fp32,
+    and is rounded to nearest for a parameter of another type.
 
     Args:
         initial_weights: values of the plain model's parameters, instead of drawn ones: a warm start.
@@ -87,10 +114,21 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     """Gives a meta model memory on `device`, but for buffers that stay in host memory."""
     on_host = host_buffers(model)
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in on_host}
+    whole = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not parameter.requires_grad and not isinstance(parameter, DTensor)
+    ]
     for name, owner in owners.items():
         # Else the device would have to hold it for a moment.
         setattr(owner, name.rpartition(".")[2], None)
+    for module, name, _ in whole:
+        # `to_empty` exchanges tensors, which plain ones without values may refuse.
+        setattr(module, name, None)
     model.to_empty(device=device)
+    for module, name, parameter in whole:
+        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
     for name, owner in owners.items():
         buffer = empty_on_host_like(on_host[name], is_page_locked=device.type == "cuda")
         setattr(owner, name.rpartition(".")[2], buffer)

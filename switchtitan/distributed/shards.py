@@ -23,6 +23,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def rows_beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """The rows of `tensor` that this rank holds of `other`, which has as many: its part, or all of them, gathered, where it
+    holds `other` whole. All ranks of the mesh must call.
+    """
+    return local(tensor) if isinstance(other, DTensor) else whole(tensor)
+
+
 def row_range(tensor: Tensor) -> range:
     """The rows (dimension 0) that this rank holds."""
     if not isinstance(tensor, DTensor):
@@ -118,8 +125,7 @@ class RowExchange:
         sizes = [_num_words(request) for request in requests]
         num_words = header + sum(sizes)
         if self._group is not None:
-            # A power of two: ranks whose plans differ in length still meet in one collective, nearly always, and are found out.
-            num_words = 1 << max(10, (num_words - 1).bit_length())
+            num_words = padded_length(num_words)
         packed = torch.zeros(num_words, dtype=torch.int32, device=self._disagreement.device)
         rows = [
             words.view(request.tensor.dtype)[: request.num_rows * request.tensor.shape[1]].view(
@@ -153,6 +159,48 @@ class RowExchange:
                 "ranks disagree on what to exchange: they are at different steps or run different configurations; "
                 "stop, and resume all ranks from one checkpoint"
             )
+
+
+def gather_rows(parts: list[Tensor], num_rows: list[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Whole matrices on all ranks from every rank's rows of them, in one collective.
+
+    Rows that are split evenly need only be gathered: each rank sends half of what the sum in `RowExchange` would take.
+
+    Args:
+        parts: [rows/ranks, width] each, of one type, cut as parameters are.
+        num_rows: of each whole matrix.
+
+    Returns:
+        [rows, width] each.
+    """
+    num_ranks = group.size()
+    heights = [rows_per_rank(rows, num_ranks) for rows in num_rows]
+    sizes = [height * part.shape[1] for height, part in zip(heights, parts, strict=True)]
+    length = padded_length(sum(sizes))
+    packed = parts[0].new_zeros(length)
+    places = [
+        flat[: part.numel()].view(part.shape)
+        for flat, part in zip(packed[: sum(sizes)].split(sizes), parts, strict=True)
+    ]
+    copy_all_(places, parts)
+    gathered = packed.new_empty(num_ranks, length)
+    dist.all_gather(list(gathered.unbind()), packed, group=group)
+    # What fills up the last ranks' parts comes after all rows.
+    return [
+        columns.reshape(num_ranks * height, -1)[:rows]
+        for columns, height, rows in zip(
+            gathered[:, : sum(sizes)].split(sizes, dim=1), heights, num_rows, strict=True
+        )
+    ]
+
+
+def padded_length(num_words: int) -> int:
+    """The length at which so many words travel: up to an eighth more.
+
+    Ranks whose plans differ a little in length still meet in one collective, nearly always, and are found out.
+    """
+    unit = 1 << max(10, (num_words - 1).bit_length() - 4)
+    return -(-num_words // unit) * unit
 
 
 def owned_segments(tensor: Tensor, runs: Runs) -> Iterator[tuple[slice, slice]]:

@@ -20,6 +20,7 @@ from switchtitan.distributed.shards import (
     RowExchange,
     RowRequest,
     copy_whole_,
+    gather_rows,
     local,
     row_range,
     shard_buffer,
@@ -103,6 +104,17 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
         assert torch.equal(bits(again), bits(value))
 
 
+def check_gather_of_all_rows(mesh: DeviceMesh) -> None:
+    for dtype in (torch.float32, torch.float64):
+        wholes = [draw(shape, dtype) for shape in SHAPES]
+        tensors = [sharded(value, mesh) for value in wholes]
+        group = shard_group(tensors[0])
+        assert group is not None
+        gathered = gather_rows([local(tensor) for tensor in tensors], [len(value) for value in wholes], group)
+        for rows, value in zip(gathered, wholes, strict=True):
+            assert torch.equal(bits(rows), bits(value))
+
+
 def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
     tensor = sharded(torch.zeros(11, 3), mesh)
     exchange = RowExchange(shard_group(tensor), torch.device("cpu"))
@@ -154,7 +166,9 @@ def num_of_kind(counts: Counter[str], kind: str) -> int:
     return sum(count for name, count in counts.items() if kind in name)
 
 
-def check_collectives(trainer: Trainer, num_micro_batches: int, num_in_update: int) -> None:
+def check_collectives(
+    trainer: Trainer, num_micro_batches: int, num_in_update: int, num_gathers_in_update: int = 0
+) -> None:
     """Whatever the number of micro-batches: a reduction for each of two blocks and the rest, and the update's own."""
     micro_batches = next(trainer.batches)
     assert len(micro_batches) == num_micro_batches
@@ -162,7 +176,8 @@ def check_collectives(trainer: Trainer, num_micro_batches: int, num_in_update: i
     assert num_of_kind(of_gradients, "reduce_scatter") == 3, of_gradients
     of_update = count_collectives(trainer.optimizer.step)
     assert num_of_kind(of_update, "allreduce") == num_in_update, of_update
-    assert of_update.total() == num_in_update, of_update
+    assert num_of_kind(of_update, "allgather") == num_gathers_in_update, of_update
+    assert of_update.total() == num_in_update + num_gathers_in_update, of_update
     trainer.batches.close()
 
 
@@ -174,6 +189,7 @@ def check_all(rank: int, folder: Path) -> None:
     ]
     for mesh in (line, square):
         check_gather_and_write(mesh)
+        check_gather_of_all_rows(mesh)
         check_disagreement(rank, line)
     check_initial_values(folder / "square", ["--parallelism.replicate", "2"])
     switching = check_initial_values(folder / "line", [])
@@ -181,6 +197,10 @@ def check_all(rank: int, folder: Path) -> None:
     one_sequence = ["--training.local_batch_size", "1"]
     accumulating = tiny_trainer(folder / "micro", "switchlora", *one_sequence, num_ranks=NUM_RANKS)
     check_collectives(accumulating, num_micro_batches=2, num_in_update=1)
+    # Rows by one collective, and what is folded into whole frozen weights by another.
+    whole = ["--parallelism.frozen_weights", "replicate"]
+    replicated = tiny_trainer(folder / "whole", "switchlora", *whole, num_ranks=NUM_RANKS)
+    check_collectives(replicated, num_micro_batches=1, num_in_update=1, num_gathers_in_update=1)
     dense = tiny_trainer(folder / "dense", "full_rank", num_ranks=NUM_RANKS)
     check_collectives(dense, num_micro_batches=1, num_in_update=0)
 

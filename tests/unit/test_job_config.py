@@ -128,6 +128,16 @@ def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConf
             "[evaluation] test_tokens = 3: expected",
         ),
         (
+            ["--method.name", "galore", "--parallelism.frozen_weights", "replicate"],
+            2,
+            '[parallelism] frozen_weights = "replicate" has no effect: [method] name = "galore" trains all weights',
+        ),
+        (
+            ["--method.name", "galore", "--training.frozen_dtype", "bfloat16"],
+            1,
+            '[training] frozen_dtype = "bfloat16" has no effect: [method] name = "galore" trains all weights',
+        ),
+        (
             ["--data.vocab_size", "5000"],
             1,
             "[data] vocab_size = 5000: expected at most [model] vocab_size = 4096",

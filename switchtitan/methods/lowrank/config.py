@@ -1,6 +1,6 @@
 """The keys that all low-rank methods share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,6 +22,8 @@ Targets = Annotated[tuple[str, ...], AfterValidator(_check_targets)]
 class LowRankConfig(Section):
     """The shape of the low-rank update."""
 
+    freezes_weights: ClassVar[bool] = True
+    """See `job_checks.FreezingMethodSection`."""
     rank: int = Field(ge=1)
     """Number of vectors in each factor, at least 1 and below the smaller dimension of every adapted layer."""
     alpha: float = Field(default=1.0, gt=0)

@@ -7,7 +7,7 @@ All agree to rounding; they differ in floating-point operations. For T tokens, f
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` keep nothing but their inputs for the backward pass, compiled or not; `factored` keeps x A^T too.
-`weight` gets no gradient.
+`weight` gets no gradient. Where it is of another type than x and the factors, each pass casts it, and the copy is not kept.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,12 @@ Contraction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 def factored(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """x W^T + s (x A^T) B^T, the textbook form."""
-    return F.linear(x, weight.detach()) + F.linear(F.linear(x, lora_a), lora_b) * scale
+    return frozen_linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b) * scale
+
+
+def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the type of x, whatever type W [out, in] is of; keeps nothing but W for the backward pass."""
+    return _FrozenLinear.apply(x, weight)
 
 
 def merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -62,12 +67,17 @@ def cheapest_contraction(out_features: int, in_features: int, rank: int, num_tok
 
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    return torch.addmm(weight, lora_b, lora_a, alpha=scale)
+    return torch.addmm(weight.to(lora_b.dtype), lora_b, lora_a, alpha=scale)
 
 
 def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     # Merged anew: kept from the forward pass, it would be [out, in] for every layer.
-    return grad @ _merge(weight, lora_a, _copy_in_backward(lora_b, grad), scale)
+    return grad @ _merge(_cast_in_backward(weight, grad), lora_a, _copy_in_backward(lora_b, grad), scale)
+
+
+def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
+    """`weight` in the type of `grad`; a copy is made in the backward pass, compiled or not."""
+    return weight if weight.dtype == grad.dtype else _cast_copy_in_backward(weight, grad)
 
 
 @torch.library.custom_op("switchtitan::copy_in_backward", mutates_args=())
@@ -83,6 +93,29 @@ def _copy_in_backward(factor: Tensor, grad: Tensor) -> Tensor:
 @_copy_in_backward.register_fake
 def _(factor: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(factor)
+
+
+@torch.library.custom_op("switchtitan::cast_copy_in_backward", mutates_args=())
+def _cast_copy_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
+    """A copy of `weight` in the type of `grad`, for the same reason."""
+    return weight.to(grad.dtype, copy=True)
+
+
+@_cast_copy_in_backward.register_fake
+def _(weight: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(weight, dtype=grad.dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ _cast_in_backward(weight, grad) if ctx.needs_input_grad[0] else None, None
 
 
 class _Merged(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchtitan.config import ConfigError
 from switchtitan.methods.lowrank.config import LowRankConfig
-from switchtitan.methods.lowrank.contraction import BY_NAME, Contraction, cheapest_contraction
+from switchtitan.methods.lowrank.contraction import BY_NAME, Contraction, cheapest_contraction, frozen_linear
 
 
 class InitialFactors(Protocol):
@@ -33,7 +33,7 @@ class LayerBuffer(NamedTuple):
 
 
 class LowRankLinear(nn.Module):
-    """y = x (W + s B A)^T (+ bias), with W frozen.
+    """y = x (W + s B A)^T (+ bias), with W frozen, in the type of x and of the factors; W may be of another.
 
     Args:
         in_features, out_features: of the plain layer that it stands in for.
@@ -77,11 +77,12 @@ class LowRankLinear(nn.Module):
         """[..., in] -> [..., out]"""
         if self.dropout and self.training:
             low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b)
-            return F.linear(x, self.weight, self.bias) + low_rank * self.scale
-        contraction = self._contraction or cheapest_contraction(
-            self.out_features, self.in_features, self.rank, x.numel() // self.in_features
-        )
-        out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
+            out = frozen_linear(x, self.weight) + low_rank * self.scale
+        else:
+            contraction = self._contraction or cheapest_contraction(
+                self.out_features, self.in_features, self.rank, x.numel() // self.in_features
+            )
+            out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
         return out if self.bias is None else out + self.bias
 
     def initial_tensors(

@@ -36,8 +36,7 @@ def merge_factors(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tens
         if local_name in ("lora_a", "lora_b", "candidates_a", "candidates_b"):
             continue
         if local_name == "weight" and f"{prefix}.lora_a" in tensors:
-            tensor = torch.addmm(
-                tensor, tensors[f"{prefix}.lora_b"], tensors[f"{prefix}.lora_a"], alpha=scale
-            )
+            lora_a, lora_b = tensors[f"{prefix}.lora_a"], tensors[f"{prefix}.lora_b"]
+            tensor = torch.addmm(tensor.to(lora_a.dtype), lora_b, lora_a, alpha=scale)
         merged[name] = tensor
     return merged

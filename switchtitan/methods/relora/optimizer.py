@@ -8,6 +8,7 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.relora.config import ReloraConfig
 from switchtitan.methods.relora.reset import merge_and_restart_, prune_by_lot_, prune_by_magnitude_
 from switchtitan.methods.relora.schedule import ResetSchedule
@@ -35,6 +36,8 @@ class ReloraOptimizer:
     ) -> None:
         self._config, self._layers, self._inner, self._seed = config, layers, inner, seed
         self._schedule = ResetSchedule(config.reset_interval, config.restart_warmup_steps, num_steps)
+        # Resets are rare: a compiler would work longer than it saves.
+        self._rounding = StochasticRounding(layers, compile_step=False)
         self._lr_factor = 1.0
 
     def step(self) -> None:
@@ -72,8 +75,9 @@ class ReloraOptimizer:
     def _reset_(self) -> None:
         number = self._schedule.num_resets
         state = self._inner.state_dict()
-        for layer_name, layer in self._layers.items():
-            merge_and_restart_(layer, generator_for(self._seed, f"{layer_name}.lora_a:{number}"))
+        roundings = self._rounding.of_event(number)
+        for (layer_name, layer), rounding in zip(self._layers.items(), roundings, strict=True):
+            merge_and_restart_(layer, generator_for(self._seed, f"{layer_name}.lora_a:{number}"), rounding)
             for factor_name in (f"{layer_name}.lora_a", f"{layer_name}.lora_b"):
                 self._prune_moments_(state, factor_name, number)
         logger.info(

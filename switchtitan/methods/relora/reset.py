@@ -7,13 +7,16 @@ every rank, one tensor at a time, so that memory rises by no more than that. All
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import copy_whole_, local, whole
+from switchtitan.distributed.shards import copy_whole_, local, rows_beside, whole
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.init import lora_bound, uniform
+from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 
 
 @torch.no_grad()
-def merge_and_restart_(layer: LowRankLinear, generator: torch.Generator) -> None:
+def merge_and_restart_(
+    layer: LowRankLinear, generator: torch.Generator, rounding: Rounding | None = None
+) -> None:
     """W += s B A, in fp32; then A as at its initialization and B zero. The layer's output does not change.
 
     (ReLoRA, arXiv 2307.05695, Algorithm 1.) A must be random where B is zero: with both at zero, neither would get a
@@ -21,8 +24,10 @@ def merge_and_restart_(layer: LowRankLinear, generator: torch.Generator) -> None
 
     Args:
         generator: draws A, uniform within `lora_bound`; in the same state on every rank.
+        rounding: for a weight in bf16; the layer's output then stays what it is in the mean.
     """
-    local(layer.weight).addmm_(local(layer.lora_b), whole(layer.lora_a), alpha=layer.scale)
+    lora_b = rows_beside(layer.lora_b, layer.weight)
+    add_product_(local(layer.weight), lora_b, whole(layer.lora_a), layer.scale, rounding)
     shape = layer.rank, layer.in_features
     copy_whole_(layer.lora_a, uniform(shape, lora_bound(layer.in_features), generator))
     local(layer.lora_b).zero_()

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import RowExchange, RowRequest, local, shard_group, write_rows_
+from switchtitan.distributed.shards import (
+    RowExchange,
+    RowRequest,
+    gather_rows,
+    local,
+    shard_group,
+    write_rows_,
+)
 from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.adamw import VectorAdamW
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates, Switches
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -60,6 +68,10 @@ class SwitchLoraOptimizer:
         factor = self._layers[0].lora_a
         self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
         self._exchange = RowExchange(shard_group(factor), factor.device)
+        self._rounding = StochasticRounding(layers, compile_step)
+        # Where every rank keeps W whole, it must see all rows of what is folded into it.
+        weight_is_whole = shard_group(self._layers[0].weight) is None
+        self._group_of_columns = shard_group(factor) if weight_is_whole else None
         self._next: tuple[np.ndarray, Switches] | None = None
         self._last_counts = np.zeros(len(layers), dtype=np.int64)
         self._last_frozen = np.zeros(len(layers), dtype=np.int64)
@@ -134,8 +146,11 @@ class SwitchLoraOptimizer:
         self._candidates.put_back_(switches, rows_out, columns_out)
         # From here on these are no vectors, but how they change.
         subtract_all_(rows_out + columns_out, [t.rows for t in taken] + [t.columns for t in taken])
-        for index, layer in enumerate(layers):
-            fold_into_weight_(local(layer.weight), left[index], right[index], layer.scale)
+        roundings = self._rounding.of_event(self._counts.step)
+        if layers and self._group_of_columns is not None:
+            left = gather_rows(left, [layer.out_features for layer in layers], self._group_of_columns)
+        for index, (place, layer) in enumerate(zip(switches, layers, strict=True)):
+            fold_into_weight_(local(layer.weight), left[index], right[index], layer.scale, roundings[place])
         write_columns_(lora_b, [plan.columns for plan in plans], [t.columns for t in taken])
         write_rows_(
             [layer.lora_a for layer in layers],

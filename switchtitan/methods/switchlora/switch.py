@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.shards import Runs, copy_all_
+from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 
 
-def fold_into_weight_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def fold_into_weight_(
+    weight: Tensor, left: Tensor, right: Tensor, scale: float, rounding: Rounding | None = None
+) -> None:
     """Moves what a switch takes from B A into the frozen weight, so that the layer's output does not change.
 
     Keeps W + s B A constant: W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]), one update of rank 2k
@@ -16,8 +19,9 @@ def fold_into_weight_(weight: Tensor, left: Tensor, right: Tensor, scale: float)
         weight: [out, in], changed in place. A shard [out/ranks, in] works the same.
         left: [out, 2k], on the same rows as `weight`: B's columns I, then B_old - B_new in columns J.
         right: [2k, in], whole on every rank: A_old - A_new in rows I, then A's rows J.
+        rounding: for a weight in bf16; the layer's output then stays what it is in the mean.
     """
-    weight.addmm_(left, right, alpha=scale)
+    add_product_(weight, left, right, scale, rounding)
 
 
 def take_columns(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:

@@ -89,20 +89,57 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> Non
     with_switch = communication_of_a_step(switchlora, num_ranks, step)
     widths = [into for unit in units(switchlora) for into in widths_of_adapted(unit)]
     requested = SwitchSchedule(switchlora.method, switchlora.training.steps, len(widths)).requested(step - 1)
-    # A's rows out and in, and the counterparts of B's columns; each rank's checksum; a power of two.
+    # A's rows out and in, and the counterparts of B's columns; each rank's checksum.
     num_words = num_ranks + sum(3 * count * into for count, into in zip(requested, widths, strict=True))
-    packed_bytes = 4 * (1 << (int(num_words) - 1).bit_length())
-    # Above the least size of a packed exchange, which would say nothing.
-    assert packed_bytes > 4 * 1024
     assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1
-    assert with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent == 2 * 3 / 4 * packed_bytes
+    assert_sent_with_padding(
+        with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent, 2 * 3 / 4, num_words
+    )
     for kind in ("all_gather", "reduce_scatter", "broadcast"):
         assert with_switch[kind] == without[kind]
+
+
+def assert_sent_with_padding(num_bytes: float, passes: float, num_words: int) -> None:
+    """What travels is filled up by an eighth at most, or by 1024 words where it is short."""
+    assert passes * 4 * num_words <= num_bytes <= passes * 4 * (num_words + max(num_words / 8, 1024))
 
 
 def widths_of_adapted(unit: list[nn.Parameter]) -> list[int]:
     """`in` of each adapted layer of a unit, from its frozen weight."""
     return [parameter.shape[1] for parameter in unit if not parameter.requires_grad]
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_whole_frozen_weights_are_not_sent_but_what_is_folded_into_them(
+    tmp_path: Path, num_micro_batches: int
+) -> None:
+    num_ranks, step = 4, 2
+    batches = "--training.local_batch_size", "1", "--training.global_batch_size", str(4 * num_micro_batches)
+    sharded, whole = (
+        tiny_config(
+            tmp_path,
+            "switchlora",
+            *("--training.dtype", "bfloat16", *batches),
+            *("--parallelism.frozen_weights", frozen_weights),
+            num_ranks=num_ranks,
+        )
+        for frozen_weights in ("shard", "replicate")
+    )
+    *blocks, _ = units(whole)
+    frozen = [[parameter for parameter in block if not parameter.requires_grad] for block in blocks]
+    share = (num_ranks - 1) / num_ranks
+    before, after = (communication_of_a_step(config, num_ranks, step) for config in (sharded, whole))
+    for kind in ("reduce_scatter", "all_reduce", "broadcast"):
+        assert after[kind] == before[kind]
+    # In bf16, in the forward and in the backward pass.
+    saved = num_micro_batches * 2 * 2 * share * sum(padded_numel(weights, num_ranks) for weights in frozen)
+    folded = after["all_gather"].bytes_sent - (before["all_gather"].bytes_sent - saved)
+    assert after["all_gather"].num_calls == before["all_gather"].num_calls + 1
+    # B's columns that go, less those that come, and the counterparts of A's rows; each rank's part in one message.
+    heights = [-(-weight.shape[0] // num_ranks) for weights in frozen for weight in weights]
+    requested = SwitchSchedule(whole.method, whole.training.steps, len(heights)).requested(step - 1)
+    num_words = sum(2 * count * height for count, height in zip(requested, heights, strict=True))
+    assert_sent_with_padding(folded, num_ranks * share, int(num_words))
 
 
 def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:

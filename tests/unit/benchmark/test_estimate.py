@@ -22,6 +22,7 @@ from switchtitan.models import MODELS
 from switchtitan.trainer import Trainer
 
 SEQ_LEN = 16
+WHOLE = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
 NUM_PROFILED_STEPS = 5
 """In some steps a process group lets go of what it has reduced only when more has been allocated: 4 % of this model's peak."""
 
@@ -75,9 +76,12 @@ def allocated_in_a_step(trainer: Trainer) -> int:
     return max(accumulate(num_bytes for _, num_bytes in sorted(changes)))
 
 
-def check_estimates(rank: int, folder: Path, num_ranks: int, expected: dict[str, StepEstimate]) -> None:
-    for method, estimate in expected.items():
-        trainer = tiny_trainer(folder / f"real-{num_ranks}-{method}", method, num_ranks=num_ranks)
+def check_estimates(
+    rank: int, folder: Path, num_ranks: int, expected: dict[tuple[str, ...], StepEstimate]
+) -> None:
+    for index, (side, estimate) in enumerate(expected.items()):
+        method, *overrides = side
+        trainer = tiny_trainer(folder / f"real-{num_ranks}-{index}", method, *overrides, num_ranks=num_ranks)
         train_steps(trainer, 1)
         measured = measure_step(trainer, SEQ_LEN)
         assert measured.communication == estimate.communication, method
@@ -105,13 +109,16 @@ def check_estimates(rank: int, folder: Path, num_ranks: int, expected: dict[str,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "methods"), [(1, ["lora"]), (2, ["full_rank", "switchlora"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "sides"), [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *WHOLE)])]
+)
 def test_real_ranks_hold_send_and_compute_what_was_estimated(
-    corpora: Path, num_ranks: int, methods: list[str]
+    corpora: Path, num_ranks: int, sides: list[tuple[str, ...]]
 ) -> None:
+    """Each side is a method and settings."""
     expected = {
-        method: estimate_step(tiny_config(corpora / "fake", method, num_ranks=num_ranks), num_ranks)
-        for method in methods
+        side: estimate_step(tiny_config(corpora / "fake", *side, num_ranks=num_ranks), num_ranks)
+        for side in sides
     }
     run_on_ranks(num_ranks, check_estimates, corpora, num_ranks, expected, timeout_s=100)
 

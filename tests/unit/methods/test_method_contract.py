@@ -9,6 +9,7 @@ from tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.world import stop_world
+from switchtitan.job_checks import FreezingMethodSection
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.trainer import Trainer
@@ -31,6 +32,16 @@ def save(trainer: Trainer) -> Path:
 @torch.no_grad()
 def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.tokens, batch.document_ids).clone()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_section_tells_whether_its_method_freezes_weights(tmp_path, method):
+    config = tiny_config(tmp_path, method)
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    freezes = any(not parameter.requires_grad for parameter in model.parameters())
+    assert isinstance(config.method, FreezingMethodSection) == freezes
 
 
 @pytest.mark.parametrize("method", list(METHODS))

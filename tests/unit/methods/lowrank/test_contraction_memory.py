@@ -30,7 +30,12 @@ def draw_inputs(num_tokens: int) -> Inputs:
 
 def plain(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """What autograd makes of the merged weight by itself."""
-    return x @ (weight + scale * (lora_b @ lora_a)).t()
+    return x @ (weight.to(x.dtype) + scale * (lora_b @ lora_a)).t()
+
+
+def with_weight_of_another_type(inputs: Inputs) -> Inputs:
+    """The weight in fp32, which the others' fp64 can hold, so that nothing is rounded."""
+    return inputs[0], inputs[1].float(), inputs[2], inputs[3]
 
 
 def kept_beside_inputs(function: Callable[..., Tensor], inputs: Inputs) -> list[tuple[int, ...]]:
@@ -69,6 +74,19 @@ def test_nothing_but_the_inputs_is_kept_when_compiled(contraction):
     assert kept_beside_inputs(compiled(contraction), draw_inputs(9)) == []
 
 
+@pytest.mark.parametrize("contraction", [merged, dense_gradient])
+def test_the_cast_of_a_weight_of_another_type_is_not_kept(contraction):
+    inputs = with_weight_of_another_type(draw_inputs(9))
+    for function in (contraction, compiled(contraction)):
+        assert kept_beside_inputs(function, inputs) == []
+
+
+def test_the_factored_form_keeps_no_cast_of_the_weight_either():
+    inputs = with_weight_of_another_type(draw_inputs(2))
+    for function in (factored, compiled(factored)):
+        assert all(shape == (2, RANK) for shape in kept_beside_inputs(function, inputs))
+
+
 def test_the_factored_form_keeps_only_its_thin_product():
     inputs = draw_inputs(2)
     for function in (factored, compiled(factored)):
@@ -77,5 +95,6 @@ def test_the_factored_form_keeps_only_its_thin_product():
 
 def test_plain_autograd_keeps_the_merged_weight():
     """Shows that the checks above would see it."""
-    for function in (plain, compiled(plain)):
-        assert {(OUT, IN), (IN, OUT)} & set(kept_beside_inputs(function, draw_inputs(9)))
+    for inputs in (draw_inputs(9), with_weight_of_another_type(draw_inputs(9))):
+        for function in (plain, compiled(plain)):
+            assert {(OUT, IN), (IN, OUT)} & set(kept_beside_inputs(function, inputs))

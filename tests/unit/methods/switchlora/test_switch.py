@@ -66,6 +66,24 @@ def test_five_hundred_steps_of_switching_keep_the_effective_weight(shape):
     assert relative_change(effective_weight(layer), before) <= 1e-5
 
 
+def test_a_weight_in_bf16_keeps_the_effective_weight_in_the_mean():
+    layer, optimizer = switching_layer((64, 48, 13), torch.float32, seed=3)
+    layer.weight.data = layer.weight.data.bfloat16()
+    optimizer = build_optimizer(
+        SwitchLoraConfig(rank=13, interval=13, freeze_steps=0, decay="constant"), ADAMW, [layer], 200
+    )
+    optimizer.set_lr(0.0)
+    set_gradients([layer], 0.0)
+    before = effective_weight(layer)
+    for _ in range(200):
+        optimizer.step()
+    assert optimizer.metrics()["switch/vectors_switched_total"] == 2 * 200
+    drift = effective_weight(layer) - before
+    # As far as a random walk goes, not as a bias does: four deviations of the mean.
+    assert drift.std() > 1e-3
+    assert drift.mean().abs() <= 4 * drift.std() / drift.numel() ** 0.5
+
+
 def test_whole_turn_of_the_ring_brings_all_vectors_back():
     """Without training every vector returns to its slot as it was: after c switches, times rank over their common divisor."""
     layer, optimizer = switching_layer((6, 9, 4), torch.float64, seed=2)

@@ -1,0 +1,147 @@
+"""A weight in bf16 takes what is added to it right in the mean, in the same way wherever its rows lie."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.lowrank.rounding import (
+    StochasticRounding,
+    add_product_,
+    add_rounded_,
+    random_bits,
+    round_to_bf16,
+)
+
+ALL_BITS = torch.arange(2**16, dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def key(number: int) -> Tensor:
+    return torch.tensor(number, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("value", [1.0 + 2**-9, -0.3, 1e-3, -7.7e5, 3.1e38, 2.0**-129 + 2.0**-140, 0.0, -2.5])
+def test_over_all_bits_the_mean_is_exact_and_only_neighbours_come_up(value: float) -> None:
+    values = torch.full((2**16,), value)
+    rounded = round_to_bf16(values, ALL_BITS)
+    assert rounded.dtype == torch.bfloat16
+    # fp64 holds the sum of so many bf16 values of like size.
+    assert rounded.double().mean() == values[0].double()
+    exact = values[0].double().abs()
+    seen = rounded.double().abs().unique()
+    assert len(seen) == (1 if exact == exact.bfloat16().double() else 2)
+    assert seen[0] <= exact <= seen[-1]
+    if len(seen) == 2:
+        between = torch.nextafter(seen[0].bfloat16(), torch.tensor(math.inf, dtype=torch.bfloat16))
+        assert between.double() == seen[1]
+
+
+def chi_square_per_degree(counts: Tensor) -> float:
+    expected = counts.sum() / counts.numel()
+    return (((counts - expected) ** 2 / expected).sum() / (counts.numel() - 1)).item()
+
+
+def test_bits_are_uniform_and_independent_of_their_neighbours() -> None:
+    bits = random_bits(key(12345), 0, 512, 1024)
+    assert bits.min() >= 0
+    assert bits.max() < 2**16
+    assert bits.dtype == torch.int32
+    other = random_bits(key(12346), 0, 512, 1024)
+    pairs = {
+        "halves": (bits, bits % 256),
+        "rows": (bits[1:], bits[:-1] >> 8),
+        "columns": (bits[:, 1:], bits[:, :-1] >> 8),
+        "second columns": (bits[:, 2:], bits[:, :-2] >> 8),
+        "diagonals": (bits[1:, 1:], bits[:-1, :-1] >> 8),
+        "events": (bits, other >> 8),
+    }
+    for name, (first, second) in pairs.items():
+        counts = torch.bincount(((first >> 8) * 256 + second).flatten(), minlength=2**16).double()
+        # Some 2^16 degrees of freedom: the deviation is 0.0055; five of them.
+        assert chi_square_per_degree(counts) == pytest.approx(1, abs=0.028), name
+    for part in range(16):
+        ones = ((bits >> part) & 1).double().mean().item()
+        assert ones == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(bits.numel())), part
+
+
+def test_a_part_of_the_rows_gets_the_bits_of_the_whole() -> None:
+    whole = random_bits(key(-7), 0, 11, 5)
+    assert torch.equal(random_bits(key(-7), 4, 3, 5), whole[4:7])
+    assert random_bits(key(-7), 11, 0, 5).shape == (0, 5)
+
+
+def layers(dtype: torch.dtype, **names_and_shapes: tuple[int, int]) -> dict[str, LowRankLinear]:
+    made = {name: LowRankLinear(5, 7, 3, 0.5, lora_init) for name in names_and_shapes}
+    for layer in made.values():
+        layer.weight.data = layer.weight.data.to(dtype)
+    return made
+
+
+def test_every_weight_and_event_has_bits_of_its_own_and_always_the_same() -> None:
+    model = layers(torch.bfloat16, first=(7, 5), second=(7, 5))
+    keys = [
+        rounding.key.item()
+        for number in (1, 2, 40_000)
+        for rounding in StochasticRounding(model, compile_step=False).of_event(number)
+        if rounding is not None
+    ]
+    assert len(set(keys)) == 6
+    again = StochasticRounding(model, compile_step=False).of_event(2)
+    assert [rounding.key.item() for rounding in again if rounding is not None] == keys[2:4]
+    assert {key.dtype for key in (again[0].key,) if again[0] is not None} == {torch.int32}
+
+
+def test_a_weight_of_its_factors_type_is_not_rounded() -> None:
+    model = layers(torch.float32, only=(7, 5))
+    (rounding,) = StochasticRounding(model, compile_step=False).of_event(3)
+    assert rounding is None
+    weight, left, right = torch.randn(7, 5), torch.randn(7, 2), torch.randn(2, 5)
+    expected = weight + 0.5 * left @ right
+    add_product_(weight, left, right, 0.5, rounding)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+def test_compiled_it_gives_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 33, generator=generator).bfloat16()
+    update = torch.randn(9, 33, generator=generator) * 1e-3
+    expected, compiled = weight.clone(), weight.clone()
+    add_rounded_(expected, update, key(5), first_row=4, scale=0.25)
+    torch.compile(add_rounded_, fullgraph=True, dynamic=False)(
+        compiled, update, key(5), first_row=4, scale=0.25
+    )
+    assert not torch.equal(expected, weight)
+    # One multiplication and addition may be fused into one rounding: one in some 2^16 values may fall otherwise.
+    assert (compiled != expected).sum() <= 1
+
+
+def test_five_hundred_small_changes_keep_the_mean_that_rounding_to_nearest_loses() -> None:
+    """The promise for what is folded into a weight: 1e-7 of it for each change, and 1e-5 in all, in the mean."""
+    num_changes, out_features, in_features = 500, 512, 1024
+    generator = torch.Generator().manual_seed(0)
+    weight = (1 + torch.rand(out_features, in_features, generator=generator)).bfloat16()
+    nearest = weight.clone()
+    exact = weight.double()
+    model = {"layer": LowRankLinear(4, 3, 1, 1.0, lora_init)}
+    model["layer"].weight.data = model["layer"].weight.data.bfloat16()
+    rounding = StochasticRounding(model, compile_step=False)
+    left = torch.rand(out_features, 2, generator=generator)
+    right = 4e-6 * torch.rand(2, in_features, generator=generator)
+    for number in range(num_changes):
+        add_product_(weight, left, right, 0.5, rounding.of_event(number)[0])
+        nearest.copy_(nearest.float() + 0.5 * (left @ right))
+    exact += num_changes * 0.5 * (left.double() @ right.double())
+    drift, lost = (((kept.double() - exact).mean() / exact.mean()).item() for kept in (weight, nearest))
+    # One value in sixteen moves, by 2^-7: a deviation of 2e-3, over the root of 2^19 values, over 1.5.
+    assert abs(drift) <= 1e-5
+    assert abs(drift) / num_changes <= 1e-7
+    assert lost < -1e-4
