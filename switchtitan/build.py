@@ -16,7 +16,7 @@ from switchtitan.checkpoint import (
     read_metadata,
 )
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.contracts import Batch, LanguageModel, Method, TrainingOptimizer
+from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss, TrainingOptimizer
 from switchtitan.data import (
     Corpus,
     TokenSequences,
@@ -34,7 +34,7 @@ from switchtitan.initial_weights import fingerprint, read_initial_weights
 from switchtitan.job_config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.models.loss import summed_cross_entropy
+from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import (
     SPECTRA_FOLDER,
     TENSORBOARD_FOLDER,
@@ -108,11 +108,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
 
     start_output(config, world, state)
     describe_run(config, world, model, corpus, checkpoint, changes)
-    loss = (
-        torch.compile(summed_cross_entropy, fullgraph=True, dynamic=False)
-        if config.compile.loss
-        else summed_cross_entropy
-    )
+    loss = CrossEntropy(config.compile.loss)
     return Trainer(
         training=config.training,
         intervals=build_intervals(config),
@@ -226,7 +222,7 @@ def build_evaluator(
     config: JobConfig,
     sequences: TokenSequences,
     num_tokens: int,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: SummedLoss,
     world: World,
 ) -> Evaluator:
     batches = build_validation_batches(

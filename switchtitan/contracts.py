@@ -23,6 +23,25 @@ class Batch(NamedTuple):
     """[batch, seq] int32: equal for tokens of the same document, rising along a sequence."""
 
 
+ApplyHead = Callable[[Tensor, nn.Module], Tensor]
+"""What a model's last hidden states [batch, seq, dim] and its head are to yield; the head is a module that makes logits
+[..., vocabulary] of hidden states [..., dim]."""
+
+
+def logits_of_head(hidden: Tensor, head: nn.Module) -> Tensor:
+    """An `ApplyHead`: logits [batch, seq, vocabulary]."""
+    logits: Tensor = head(hidden)
+    return logits
+
+
+class SummedLoss(Protocol):
+    """The training loss from a model's last hidden states."""
+
+    def __call__(self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1) -> Tensor:
+        """The sum over targets [batch, seq], but `IGNORED_TARGET`, divided by `divisor`; 0-dim. The rest as in `ApplyHead`."""
+        ...
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """What the rest of the project asks of a model; an `nn.Module` whose linear layers are `nn.Linear`."""
@@ -44,8 +63,15 @@ class LanguageModel(Protocol):
         """Floating-point operations of forward and backward per token, all weights trained at full rank."""
         ...
 
-    def __call__(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
-        """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq]."""
+    def __call__(
+        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head
+    ) -> Tensor:
+        """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq].
+
+        Args:
+            apply_head: computes something else in their place, such as a loss, which need not have them all at a time. Only
+                within the call can a sharded head be used.
+        """
         ...
 
 

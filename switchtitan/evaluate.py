@@ -1,11 +1,12 @@
 """Validation loss over held-out batches. Never touches a weight."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from switchtitan.contracts import IGNORED_TARGET, Batch
+from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
 
@@ -15,12 +16,9 @@ class Evaluator:
 
     Args:
         batches: this rank's, equally many of one shape on every rank; read once per evaluation.
-        summed_loss: (logits, targets) -> sum over targets.
     """
 
-    def __init__(
-        self, batches: Iterable[Batch], summed_loss: Callable[[Tensor, Tensor], Tensor], world: World
-    ) -> None:
+    def __init__(self, batches: Iterable[Batch], summed_loss: SummedLoss, world: World) -> None:
         self._batches = batches
         self._summed_loss = summed_loss
         self._world = world
@@ -35,7 +33,7 @@ class Evaluator:
         model.eval()
         for batch in self._batches:
             tokens, targets, document_ids = (part.to(device, non_blocking=True) for part in batch)
-            totals[0] += self._summed_loss(model(tokens, document_ids), targets)
+            totals[0] += model(tokens, document_ids, partial(self._summed_loss, targets=targets))
             totals[1] += (targets != IGNORED_TARGET).sum()
         model.train(was_training)
         free_gathered_weights(model)

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.config import UserError
-from switchtitan.contracts import Batch, TrainingOptimizer
+from switchtitan.contracts import Batch, SummedLoss, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients, num_device_bytes
 from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
@@ -59,7 +60,6 @@ class Trainer:
 
     Args:
         seed: of the job; dropout follows from it.
-        summed_loss: (logits, targets) -> sum over targets.
         lr_schedule: step -> factor on the peak learning rate.
         batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
         test_evaluator: for the one evaluation of the trained model on the test split, if it is wanted.
@@ -77,7 +77,7 @@ class Trainer:
         seed: int,
         model: nn.Module,
         optimizer: TrainingOptimizer,
-        summed_loss: Callable[[Tensor, Tensor], Tensor],
+        summed_loss: SummedLoss,
         lr_schedule: Callable[[int], float],
         batches: Generator[list[Batch], None, None],
         evaluator: Evaluator,
@@ -219,7 +219,8 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             accumulate_gradients(self.model, is_last_micro_batch=index == len(micro_batches) - 1)
             tokens, targets, document_ids = (part.to(self.world.device, non_blocking=True) for part in batch)
-            loss = self.summed_loss(self.model(tokens, document_ids), targets) / num_targets
+            apply_head = partial(self.summed_loss, targets=targets, divisor=num_targets)
+            loss = self.model(tokens, document_ids, apply_head)
             loss.backward()
             loss_sum += loss.detach()
         return loss_sum

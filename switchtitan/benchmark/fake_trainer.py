@@ -20,7 +20,7 @@ from switchtitan.evaluate import Evaluator
 from switchtitan.job_config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.models.loss import summed_cross_entropy
+from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import Profiler, Reporter
 from switchtitan.optim import build_lr_schedule
 from switchtitan.train_state import TrainState
@@ -65,6 +65,7 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
     prepare_model(model, method, config, world)
     optimizer = method.build_optimizer(model, config.optimizer, compile_step=False)
+    loss = CrossEntropy(compile_regions=False)
     return Trainer(
         # Values are unknown, so a step cannot be skipped for them.
         training=config.training.model_copy(update={"on_nonfinite": "stop"}),
@@ -73,10 +74,10 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
         seed=config.job.seed,
         model=model,
         optimizer=optimizer,
-        summed_loss=summed_cross_entropy,
+        summed_loss=loss,
         lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
         batches=_batches_without_values(config, world.size),
-        evaluator=Evaluator([], summed_cross_entropy, world),
+        evaluator=Evaluator([], loss, world),
         test_evaluator=None,
         inspect_weights=None,
         checkpointer=checkpointer,

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
+from switchtitan.contracts import SummedLoss
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
 from switchtitan.trainer import Trainer
@@ -31,7 +32,7 @@ KINDS = {
     WHOLE_GRADIENTS: "gradients of whole weights, before they are reduced; with several micro-batches those of all weights",
     GATHERED: "whole weights in the compute type",
     ACTIVATIONS: "what a forward pass leaves behind for its backward pass",
-    TEMPORARY: "the rest: what operations and collectives need for a while, but in forward passes",
+    TEMPORARY: "the rest: what operations and collectives need for a while, but in forward passes up to the loss",
     HOST: "buffers that stay in host memory; in no sum",
 }
 """What memory may hold -> what that is."""
@@ -175,7 +176,7 @@ class TrackMemory(TorchDispatchMode):
                 now[GATHERED] += num_bytes - held.num_bytes
                 held.num_bytes = num_bytes
         for kind, num_bytes in now.items():
-            # While a forward pass goes on, it is not known what it will keep.
+            # Until the loss it is not known what a forward pass will keep.
             if num_bytes > most[kind] and not (kind == TEMPORARY and self._is_forward):
                 most[kind] = num_bytes
         if sum(now.values()) > sum(self._at_peak.values()):
@@ -186,7 +187,11 @@ class TrackMemory(TorchDispatchMode):
             # Nothing but gradients outlasts a micro-batch.
             self._move_rest(_BATCH if self._is_before_first_batch else WHOLE_GRADIENTS)
             self._is_before_first_batch, self._is_forward = False, True
-            self._ignore_batch(*args)
+            self._ignore_batch(*(arg for arg in args if isinstance(arg, Tensor)))
+        self._hold_gathered(module)
+
+    def _hold_gathered(self, module: nn.Module) -> None:
+        """Counts what the module's own parameters are now, if they are whole."""
         for parameter in module.parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 continue
@@ -198,14 +203,20 @@ class TrackMemory(TorchDispatchMode):
                     parameter.register_post_accumulate_grad_hook(partial(self._hold_grad, WHOLE_GRADIENTS))
                 )
 
-    def _loss(self, summed_loss: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(
+        self, summed_loss: SummedLoss, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int
+    ) -> Tensor:
         self._ignore_batch(targets)
-        loss: Tensor = summed_loss(logits, targets)
-        loss.register_hook(self._before_backward)
+        # What the blocks do not keep is gone; the loss itself may be what takes most.
+        self._end_forward()
+        # It may be used without being called.
+        self._hold_gathered(head)
+        loss = summed_loss(hidden, head, targets, divisor)
+        # By then what the loss does not keep is gone too.
+        loss.register_hook(lambda grad: self._end_forward())
         return loss
 
-    def _before_backward(self, grad: Tensor) -> None:
-        # By now what the forward pass does not keep is gone.
+    def _end_forward(self) -> None:
         self._is_forward = False
         self._move_rest(ACTIVATIONS)
 

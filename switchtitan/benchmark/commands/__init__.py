@@ -5,12 +5,23 @@ from switchtitan.benchmark.commands.command import Command, Measurement, Overrid
 from switchtitan.benchmark.commands.communication import COMMUNICATION
 from switchtitan.benchmark.commands.layer import LAYER
 from switchtitan.benchmark.commands.loader import LOADER
+from switchtitan.benchmark.commands.loss import LOSS
 from switchtitan.benchmark.commands.optimizer import OPTIMIZER
 from switchtitan.benchmark.commands.startup import STARTUP
 from switchtitan.benchmark.commands.step import STEP
 from switchtitan.benchmark.commands.switch import SWITCH
 
-COMMANDS: tuple[Command, ...] = (STEP, COMMUNICATION, LAYER, OPTIMIZER, LOADER, CHECKPOINT, STARTUP, SWITCH)
+COMMANDS: tuple[Command, ...] = (
+    STEP,
+    COMMUNICATION,
+    LAYER,
+    LOSS,
+    OPTIMIZER,
+    LOADER,
+    CHECKPOINT,
+    STARTUP,
+    SWITCH,
+)
 """In the order of the program's help."""
 
 __all__ = ["COMMANDS", "Command", "Measurement", "Overrides"]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from switchtitan.contracts import ApplyHead, logits_of_head
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
 from switchtitan.models.llama.rope import rotary_tables, rotate
@@ -109,17 +110,18 @@ class Llama(nn.Module):
         self.model = Decoder(dims, backend)
         self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
-        """Logits of the next token.
+    def forward(self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head) -> Tensor:
+        """Logits of the next token, or what else `apply_head` makes of them.
 
         Args:
             tokens: [batch, seq] int64.
             document_ids: [batch, seq] int32, equal for tokens of one document; only flex heeds them.
+            apply_head: given the hidden states [batch, seq, dim] in the type of the weights, and the head.
 
         Returns:
-            [batch, seq, vocabulary] in the type of the weights.
+            [batch, seq, vocabulary] in the type of the weights, or what `apply_head` gives.
         """
-        return self.lm_head(self.model(tokens, document_ids))
+        return apply_head(self.model(tokens, document_ids), self.lm_head)
 
     @property
     def vocab_size(self) -> int:

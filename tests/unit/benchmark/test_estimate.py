@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from ranks import run_on_ranks
 from tiny import tiny_config, tiny_trainer, train_steps
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
 from switchtitan.benchmark.memory import GRADIENTS, KINDS, STATE, TEMPORARY
+from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
@@ -62,20 +61,6 @@ def count_state(trainer: Trainer) -> dict[str, int]:
     return counted
 
 
-def allocated_in_a_step(trainer: Trainer) -> int:
-    """The most bytes that the CPU's allocator had handed out since a step began, by torch's profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.train_step()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    return max(accumulate(num_bytes for _, num_bytes in sorted(changes)))
-
-
 def check_estimates(
     rank: int, folder: Path, num_ranks: int, expected: dict[tuple[str, ...], StepEstimate]
 ) -> None:
@@ -97,7 +82,9 @@ def check_estimates(
             # Scalars that belong to no checkpoint: a learning rate in fp32, and a flag.
             counted["optimizer"] += 5 if counted["candidates"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
-        allocated = statistics.median(allocated_in_a_step(trainer) for _ in range(NUM_PROFILED_STEPS))
+        allocated = statistics.median(
+            peak_extra_bytes(trainer.train_step, trainer.world.device) for _ in range(NUM_PROFILED_STEPS)
+        )
         if rank == 0:
             lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
             expected_bytes = estimate.memory.peak - sum(estimate.memory.most[kind] for kind in lasting_kinds)

@@ -155,6 +155,35 @@ def test_a_start_is_split_into_its_parts(
     assert lines[-1].endswith("  to the end of the first step")
 
 
+def test_losses_are_compared_in_time_and_memory(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.main(
+        [
+            "loss",
+            "--tokens",
+            "40",
+            "--hidden",
+            "6",
+            "--vocabulary",
+            "70",
+            "--dtype",
+            "float32",
+            "--rounds",
+            "2",
+        ]
+    )
+    header, *rows, line = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "ms/call"
+    names = ["all logits", "all logits, compiled", "chunks", "chunks, compiled"]
+    assert all(row.endswith(f"  {name}") for row, name in zip(rows, names, strict=True))
+    record = json.loads(line)
+    assert len(record["calls"]["chunks"]["round_medians_s"]) == 2
+    # One chunk: the logits and their gradient take one place instead of several.
+    assert record["memory"]["chunks"]["ratio"] < 0.5
+    assert record["memory"]["all logits"]["peak_extra_bytes"] > 2 * 4 * 40 * 70
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

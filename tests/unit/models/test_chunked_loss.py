@@ -1,0 +1,188 @@
+"""A loss without all logits at a time is torch's cross entropy of all logits."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+from switchtitan.benchmark.peak_memory import peak_extra_bytes
+from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.models import chunked_loss
+from switchtitan.models.loss import CrossEntropy
+
+VOCABULARY, DIM, DIVISOR = 61, 12, 7
+CPU = torch.device("cpu")
+EAGER = CrossEntropy(compile_regions=False)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 tokens of [3, 5] make 4 chunks of 4, so the last one is filled up."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 4 * VOCABULARY)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def draw(dtype: torch.dtype, shape: tuple[int, int] = (3, 5)) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+    """Hidden states, head and targets, some of which are ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*shape, DIM, generator=generator)
+    head = nn.Linear(DIM, VOCABULARY, bias=False)
+    head.weight.data.normal_(generator=generator)
+    targets = torch.randint(VOCABULARY, shape, generator=generator)
+    targets[0, 2] = targets[-1, -2:] = IGNORED_TARGET
+    return hidden.to(dtype).requires_grad_(), head.to(dtype), targets
+
+
+def of_all_logits(
+    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Loss and gradients by torch's own operations, in float64."""
+    hidden = hidden.detach().double().requires_grad_()
+    weight = head.weight.detach().double().requires_grad_()
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum") / DIVISOR
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return loss.item(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("num_tokens_of_a_chunk", [1, 4, 5, 15, 100])
+def test_loss_and_gradients_are_those_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch, num_tokens_of_a_chunk: int
+) -> None:
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * num_tokens_of_a_chunk * VOCABULARY)
+    # 21 tokens in 16 chunks at most: of 2, and 11 suffice.
+    hidden, head, targets = draw(torch.float64, (3, 7))
+    expected, grad_hidden, grad_weight = of_all_logits(hidden, head, targets)
+    loss = EAGER(hidden, head, targets, DIVISOR)
+    # Gradients of 3 times the loss, as whoever uses it may scale it.
+    (3 * loss).backward()
+    # float64 rounds some hundred terms by 1e-16 each.
+    assert math.isclose(loss.item(), expected, rel_tol=1e-14)
+    torch.testing.assert_close(hidden.grad, 3 * grad_hidden, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(head.weight.grad, 3 * grad_weight, rtol=1e-12, atol=1e-13)
+    with torch.no_grad():
+        assert EAGER(hidden, head, targets, DIVISOR).item() == loss.item()
+
+
+def test_ignored_targets_get_no_gradient_and_alone_no_loss() -> None:
+    hidden, head, targets = draw(torch.float32)
+    EAGER(hidden, head, targets).backward()
+    is_ignored = targets == IGNORED_TARGET
+    assert not hidden.grad[is_ignored].any()
+    assert hidden.grad[~is_ignored].any(dim=-1).all()
+    assert EAGER(hidden, head, torch.full_like(targets, IGNORED_TARGET)).item() == 0.0
+
+
+def test_large_logits_neither_overflow_nor_round_in_bfloat16() -> None:
+    hidden, head, targets = draw(torch.bfloat16)
+    head.weight.data *= 100
+    logits = F.linear(hidden, head.weight).double().flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+    loss = EAGER(hidden, head, targets)
+    assert loss.dtype == torch.float32
+    # fp32 rounds 12 terms of order 1000 by 6e-8 each; bfloat16 would by 4e-3.
+    assert math.isclose(loss.item(), expected, rel_tol=1e-6)
+
+
+def test_bfloat16_gradients_are_about_as_good_as_those_of_all_logits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(1, 200, DIM, generator=generator).bfloat16().requires_grad_()
+    head = draw(torch.bfloat16)[1]
+    targets = torch.randint(VOCABULARY, (1, 200), generator=generator)
+    _, *exact = of_all_logits(hidden, head, targets)
+    errors = []
+    for loss in (
+        EAGER(hidden, head, targets, DIVISOR),
+        F.cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum") / DIVISOR,
+    ):
+        grads = torch.autograd.grad(loss, (hidden, head.weight))
+        errors.append(
+            [((grad - true).norm() / true.norm()).item() for grad, true in zip(grads, exact, strict=True)]
+        )
+    (ours_hidden, ours_weight), (plain_hidden, plain_weight) = errors
+    assert ours_hidden < 1.01 * plain_hidden
+    # The products of 16 chunks are rounded to bfloat16 before they are added up in fp32, and the sum is again: were both
+    # errors equal and independent, sqrt(2); were it added up in bfloat16, some 4.
+    assert ours_weight < 1.5 * plain_weight
+
+
+def test_either_gradient_can_be_had_without_the_other() -> None:
+    hidden, head, targets = draw(torch.float32)
+    both = torch.autograd.grad(EAGER(hidden, head, targets), (hidden, head.weight))
+    of_weight = torch.autograd.grad(EAGER(hidden.detach(), head, targets), head.weight)
+    head.requires_grad_(False)
+    of_hidden = torch.autograd.grad(EAGER(hidden, head, targets), hidden)
+    assert all(map(torch.equal, (*of_hidden, *of_weight), both))
+
+
+def test_gradients_can_be_had_once() -> None:
+    hidden, head, targets = draw(torch.float32)
+    loss = EAGER(hidden, head, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+class Doubled(nn.Module):
+    """A head that is no plain linear layer."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * self.head(hidden)
+
+
+def test_any_other_head_computes_its_own_logits() -> None:
+    hidden, head, targets = draw(torch.float32)
+    loss = EAGER(hidden, Doubled(head), targets, DIVISOR)
+    loss.backward()
+    twice = nn.Linear(DIM, VOCABULARY, bias=False)
+    twice.weight.data = 2 * head.weight.data
+    expected, grad_hidden, _ = of_all_logits(hidden, twice, targets)
+    # fp32 sums of 61 and of 12 terms.
+    assert math.isclose(loss.item(), expected, rel_tol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_chunks_share_a_graph_and_compute_the_same(fresh_compiler: None) -> None:
+    hidden, head, targets = draw(torch.float32)
+    compiled = CrossEntropy(compile_regions=True)
+    results = []
+    for loss_of in (compiled, EAGER):
+        loss = loss_of(hidden, head, targets)
+        with torch.no_grad():
+            alone = loss_of(hidden, head, targets)
+        results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
+    # fp32 sums in another order.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    # One with gradients and one without; the last chunk, which is filled up, needs none of its own.
+    assert counters["stats"]["unique_graphs"] == 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(hidden, head, targets).backward()
+
+
+def test_the_peak_holds_a_fraction_of_the_logits() -> None:
+    """16 chunks, at 4 + 4 bytes a logit (the gradient takes the place of the logits), beside 4 + 4 * 3 of all of them."""
+    hidden, head, targets = draw(torch.float32, (4, 240))
+    ours = peak_extra_bytes(lambda: EAGER(hidden, head, targets).backward(), CPU)
+    plain = peak_extra_bytes(
+        lambda: F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction="sum").backward(),
+        CPU,
+    )
+    assert plain > 2 * 4 * 960 * VOCABULARY
+    assert ours < plain / 4
