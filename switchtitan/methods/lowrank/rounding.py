@@ -88,7 +88,7 @@ def add_product_(
     """
     if rounding is None:
         weight.addmm_(left, right, alpha=scale)
-    else:
+    elif weight.numel():
         rounding.add_(weight, left @ right, rounding.key, first_row=rounding.first_row, scale=scale)
 
 

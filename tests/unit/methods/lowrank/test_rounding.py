@@ -11,7 +11,6 @@ from switchtitan.methods.lowrank import LowRankLinear, lora_init
 from switchtitan.methods.lowrank.rounding import (
     StochasticRounding,
     add_product_,
-    add_rounded_,
     random_bits,
     round_to_bf16,
 )
@@ -110,18 +109,28 @@ def test_a_weight_of_its_factors_type_is_not_rounded() -> None:
     torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
 
 
-def test_compiled_it_gives_the_same_bits() -> None:
+@torch.no_grad()
+def test_compiled_once_it_gives_the_same_bits_for_every_weight_event_and_width() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(9, 33, generator=generator).bfloat16()
-    update = torch.randn(9, 33, generator=generator) * 1e-3
-    expected, compiled = weight.clone(), weight.clone()
-    add_rounded_(expected, update, key(5), first_row=4, scale=0.25)
-    torch.compile(add_rounded_, fullgraph=True, dynamic=False)(
-        compiled, update, key(5), first_row=4, scale=0.25
-    )
-    assert not torch.equal(expected, weight)
-    # One multiplication and addition may be fused into one rounding: one in some 2^16 values may fall otherwise.
-    assert (compiled != expected).sum() <= 1
+    model, compiled_model = (layers(torch.bfloat16, first=(7, 5), second=(7, 5)) for _ in range(2))
+    for name, layer in model.items():
+        layer.weight.copy_(torch.randn(7, 5, generator=generator))
+        compiled_model[name].weight.copy_(layer.weight)
+    start = model["second"].weight.clone()
+    eager, compiled = StochasticRounding(model, False), StochasticRounding(compiled_model, True)
+    for number in range(4):
+        left = torch.randn(7, 1 + number, generator=generator)
+        right = 1e-3 * torch.randn(1 + number, 5, generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name, rounding, of_compiled in zip(
+                model, eager.of_event(number), compiled.of_event(number), strict=True
+            ):
+                add_product_(model[name].weight, left, right, 0.25, rounding)
+                add_product_(compiled_model[name].weight, left, right, 0.25, of_compiled)
+    assert not torch.equal(model["second"].weight, start)
+    for name, layer in model.items():
+        # One multiplication and addition may be fused into one rounding: one in some 2^16 values may fall otherwise.
+        assert (compiled_model[name].weight != layer.weight).sum() <= 1
 
 
 def test_five_hundred_small_changes_keep_the_mean_that_rounding_to_nearest_loses() -> None:
