@@ -34,13 +34,14 @@ class LowRankConfig(Section):
     """Local names of the linear layers to adapt; by default all of attention and MLP. The rest trains at full rank."""
     contraction: Literal["cheapest", "factored", "merged", "dense_gradient"] = "cheapest"
     """How a layer is computed; all agree to rounding. `cheapest` takes the one with the fewest operations for each layer's
-    shape, rank and number of tokens; another fixes it, for measurements. With dropout it is always factored."""
+    shape, rank and number of tokens; another fixes it, for measurements. With dropout, training is always factored."""
 
     @model_validator(mode="after")
     def _check_contraction(self) -> "LowRankConfig":
         if self.dropout and self.contraction != "cheapest":
             raise ValueError(
-                f'contraction = "{self.contraction}" has no effect with dropout = {self.dropout:g}; remove one of the two'
+                f'contraction = "{self.contraction}" has no effect on training with dropout = {self.dropout:g}, which is '
+                "always factored; remove one of the two"
             )
         return self
 

@@ -130,5 +130,7 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name: str):
 
 
 def test_a_contraction_without_effect_is_an_error():
-    with pytest.raises(ValueError, match=r"has no effect with dropout = 0\.1; remove one of the two"):
+    with pytest.raises(
+        ValueError, match=r"has no effect on training with dropout = 0\.1, which is always factored"
+    ):
         LowRankConfig(rank=4, dropout=0.1, contraction="merged")
