@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.models.chunked_loss import (
+    ChunkLoss,
+    ChunkLossAndGradient,
     chunked_cross_entropy,
     loss_and_gradient_of_chunk_,
     loss_of_chunk_,
@@ -26,10 +29,12 @@ class CrossEntropy:
     """
 
     def __init__(self, compile_regions: bool) -> None:
-        fuse: Callable = partial(torch.compile, fullgraph=True, dynamic=False) if compile_regions else _as_is
-        self._of_logits = fuse(summed_cross_entropy)
-        self._of_chunk = fuse(loss_of_chunk_)
-        self._of_chunk_with_gradient = fuse(loss_and_gradient_of_chunk_)
+        fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = (
+            partial(torch.compile, fullgraph=True, dynamic=False) if compile_regions else _as_is
+        )
+        self._of_logits: Callable[[Tensor, Tensor], Tensor] = fuse(summed_cross_entropy)
+        self._of_chunk: ChunkLoss = fuse(loss_of_chunk_)
+        self._of_chunk_with_gradient: ChunkLossAndGradient = fuse(loss_and_gradient_of_chunk_)
 
     def __call__(self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1) -> Tensor:
         """The sum divided by `divisor`, 0-dim.
@@ -64,5 +69,5 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _as_is(function: Callable) -> Callable:
+def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function

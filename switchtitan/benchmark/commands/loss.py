@@ -15,6 +15,7 @@ from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.report import aligned, call_record, milliseconds, ratio_cells
 from switchtitan.benchmark.step_times import ratio_of_rounds
 from switchtitan.config.arguments import positive_int
+from switchtitan.distributed.world import device_type
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
 
 _MIB = 2**20
@@ -75,7 +76,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
     dtype = getattr(torch, options.dtype)
     sides = loss_sides(options.tokens, options.hidden, options.vocabulary, dtype, device)
     times = time_calls_in_turns(sides, device, options.rounds, calls_per_round=1)
