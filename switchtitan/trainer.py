@@ -164,7 +164,7 @@ class Trainer:
                 "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
                 "throughput/wall_time_s": self.throughput.wall_time_s,
                 "memory/peak_gib": peak_memory_gib(self.world.device),
-                "memory/state_gib": num_device_bytes(self.model, tensors) / 2**30,
+                "memory/state_gib": num_device_bytes(tensors, self.world.device) / 2**30,
             },
             checkpoint=self.checkpointer.latest,
             trace=self.profiler.trace,

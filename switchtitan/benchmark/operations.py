@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class CountOperations(TorchDispatchMode):
     """A context that counts torch's operations on this rank's tensors, but for views and bare allocations, which run nothing.
 
-    An operation on a list of tensors counts once, though a device may take several kernels for it.
+    An operation on a list of tensors counts once, though a device may take several kernels for it: CUDA takes one for every
+    entry where they are not contiguous. So this is no count of kernels.
     """
 
     def __init__(self) -> None:

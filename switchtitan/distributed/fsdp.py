@@ -104,10 +104,9 @@ def host_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def num_device_bytes(model: nn.Module, tensors: Iterable[Tensor]) -> int:
-    """Bytes of this rank's parts of `tensors`, those of buffers of `model` that stay in host memory left out."""
-    on_host = {local(buffer).data_ptr() for buffer in host_buffers(model).values()}
-    return sum(part.nbytes for part in map(local, tensors) if part.data_ptr() not in on_host)
+def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """Bytes of this rank's parts of `tensors` that lie in the memory of `device`; of a CPU, that is the host's."""
+    return sum(part.nbytes for part in map(local, tensors) if part.device.type == device.type)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
@@ -130,8 +129,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     for module, name, parameter in whole:
         setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
     for name, owner in owners.items():
-        buffer = empty_on_host_like(on_host[name], is_page_locked=device.type == "cuda")
-        setattr(owner, name.rpartition(".")[2], buffer)
+        setattr(owner, name.rpartition(".")[2], empty_on_host_like(on_host[name]))
 
 
 def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Generator:

@@ -3,6 +3,7 @@
 Tensors here are plain, or split along dimension 0 over the last dimension of their mesh, as FSDP2 and HSDP split parameters.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,14 +69,10 @@ def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     )
 
 
-def empty_on_host_like(tensor: Tensor, is_page_locked: bool) -> Tensor:
-    """Memory of the host for a tensor of this shape, dtype and placement, whatever the mesh's devices are.
-
-    Args:
-        is_page_locked: so that a GPU can copy from and to it beside other work; takes CUDA.
-    """
+def empty_on_host_like(tensor: Tensor) -> Tensor:
+    """Pageable memory of the host for a tensor of this shape, dtype and placement, whatever the mesh's devices are."""
     part = local(tensor)
-    on_host = torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=is_page_locked)
+    on_host = torch.empty(part.shape, dtype=part.dtype, device="cpu")
     if not isinstance(tensor, DTensor):
         return on_host
     # As FSDP2 makes parameters that it off-loads: `from_local` would move the part to the mesh's device.
@@ -112,7 +109,6 @@ class RowExchange:
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group = group
         self._disagreement = torch.zeros((), dtype=torch.bool, device=device)
-        self.num_collectives = 0
 
     def gather(self, requests: list[RowRequest], checksum: int) -> list[Tensor]:
         """Copies of the rows of each request, [wanted, width].
@@ -144,7 +140,6 @@ class RowExchange:
         if self._group is not None:
             packed[self._group.rank()] = checksum
             dist.all_reduce(packed, group=self._group)
-            self.num_collectives += 1
             self._disagreement |= (packed[:num_ranks] != checksum).any()
         return rows
 
@@ -228,9 +223,23 @@ def write_rows_(tensors: list[Tensor], runs: list[Runs], rows: list[Tensor]) -> 
 
 
 def copy_all_(destinations: list[Tensor], sources: list[Tensor]) -> None:
-    """Copies each source into its destination, all in few kernels."""
-    if destinations:
-        torch._foreach_copy_(destinations, sources)
+    """Copies each source into its destination, in few operations; see `by_layout`."""
+    for into, values in by_layout(destinations, sources):
+        torch._foreach_copy_(into, values)
+
+
+def by_layout(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Lists of as many tensors each, cut into pieces: contiguous entries apart from others, and each list of one type.
+
+    CUDA's operations on lists take a few kernels for contiguous tensors of one type, but one kernel for every entry of the
+    lists as soon as a single one is something else, such as columns of a matrix. (torch/aten, ForeachUtils.h)
+    """
+    pieces: defaultdict[tuple[bool, tuple[torch.dtype, ...]], list[tuple[Tensor, ...]]] = defaultdict(list)
+    for entries in zip(*lists, strict=True):
+        is_contiguous = all(tensor.is_contiguous() for tensor in entries)
+        pieces[is_contiguous, tuple(tensor.dtype for tensor in entries)].append(entries)
+    for piece in pieces.values():
+        yield tuple(map(list, zip(*piece, strict=True)))
 
 
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:

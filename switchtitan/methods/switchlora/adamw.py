@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import local, row_range
+from switchtitan.distributed.shards import by_layout, local, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, VectorRun
 from switchtitan.optim import AdamWConfig
@@ -74,8 +74,8 @@ class VectorAdamW:
         for run in runs:
             for moments in (self._exp_avg, self._exp_avg_sq):
                 entries.append(_local_vectors(moments[run.side][run.layer], run))
-        if entries:
-            torch._foreach_zero_(entries)
+        for (alike,) in by_layout(entries):
+            torch._foreach_zero_(alike)
 
     @torch.no_grad()
     def step(self, moving: Tensor) -> None:

@@ -124,8 +124,12 @@ class SwitchLoraOptimizer:
         }
 
     def _switch_(self, switches: Switches, checksum: int) -> None:
-        """Exchanges vectors for candidates. The number of kernels does not depend on how many: one for each layer's weight, and
-        a few for all the rest."""
+        """Exchanges vectors for candidates.
+
+        How many operations that takes does not depend on how many vectors are switched: a fold into each layer's weight, and a
+        few on lists for all the rest. On CUDA the number of kernels grows with that of layers beyond the folds too, since
+        columns of B take one each; see `by_layout`.
+        """
         layers = [self._layers[index] for index in switches]
         plans = list(switches.values())
         # Of each factor first what A switches, rows I of A and columns I of B, then what B switches, rows and columns J.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import Runs, copy_all_
+from switchtitan.distributed.shards import Runs, by_layout, copy_all_
 from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 
 
@@ -25,7 +25,8 @@ def fold_into_weight_(
 
 
 def take_columns(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
-    """Copies of the columns `runs[i]` of `matrices[i]`, [rows, wanted] each, all in few kernels."""
+    """Copies of the columns `runs[i]` of `matrices[i]`, [rows, wanted] each, in few operations; on CUDA, in a kernel for
+    each run of each matrix."""
     taken = [
         matrix.new_empty(len(matrix), sum(map(len, wanted)))
         for matrix, wanted in zip(matrices, runs, strict=True)
@@ -46,9 +47,9 @@ def take_columns(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
 
 
 def subtract_all_(minuends: list[Tensor], subtrahends: list[Tensor]) -> None:
-    """Subtracts from each of `minuends` its counterpart, all in few kernels."""
-    if minuends:
-        torch._foreach_sub_(minuends, subtrahends)
+    """Subtracts from each of `minuends` its counterpart, in few operations; see `by_layout`."""
+    for left, right in by_layout(minuends, subtrahends):
+        torch._foreach_sub_(left, right)
 
 
 def column_views(matrix: Tensor, runs: Runs) -> list[Tensor]:
@@ -62,7 +63,8 @@ def split_columns(columns: Tensor, runs: Runs) -> list[Tensor]:
 
 
 def write_columns_(matrices: list[Tensor], runs: list[Runs], columns: list[Tensor]) -> None:
-    """Writes `columns[i]` [rows, wanted] to the columns `runs[i]` of `matrices[i]`, all in few kernels."""
+    """Writes `columns[i]` [rows, wanted] to the columns `runs[i]` of `matrices[i]`, in few operations; on CUDA, in a
+    kernel for each run of each matrix."""
     copy_all_(
         [
             view

@@ -37,7 +37,10 @@ def leave_world() -> Iterator[None]:
 
 
 def build(
-    shapes: list[tuple[int, int, int]], dtype: torch.dtype = torch.float32, **keys: object
+    shapes: list[tuple[int, int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **keys: object,
 ) -> tuple[list[LowRankLinear], SwitchLoraOptimizer]:
     """Layers of one rank whose optimizer switches one vector of each in every step, and nothing else."""
     rank = shapes[0][2]
@@ -54,6 +57,9 @@ def build(
         )
         layer.load_state_dict(values)
         layers.append(layer if dtype == torch.float32 else layer.to(dtype))
+        layer.to(device)
+        for name in layer.host_buffers():
+            setattr(layer, name, layer.get_buffer(name).cpu())
     candidates = (HostCandidates if config.candidates_device == "host" else StoredCandidates)(layers)
     optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers, 500, candidates)
     optimizer.set_lr(0.0)
@@ -92,19 +98,22 @@ def test_what_waits_is_rounded_to_the_nearest_and_the_start_is_as_drawn():
     assert torch.equal(rounded.lora_b[:, 4], candidates[1].float())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_waiting_on_the_host_gives_the_same_bits(dtype):
+def test_waiting_on_the_host_gives_the_same_bits(dtype, device):
     # Layers of one rank: of the first, spare candidates come back at once; of the others, they do not.
     shapes = [(7, 6, 5), (6, 13, 5), (23, 17, 5)]
-    here, optimizer_here = build(shapes, candidates_dtype=dtype)
-    there, optimizer_there = build(shapes, candidates_dtype=dtype, candidates_device="host")
+    here, optimizer_here = build(shapes, device=device, candidates_dtype=dtype)
+    there, optimizer_there = build(shapes, device=device, candidates_dtype=dtype, candidates_device="host")
+    assert {one.lora_a.device.type for one in here + there} == {device}
+    assert {buffer.device.type for layer in there for buffer in layer.buffers()} == {"cpu"}
     generator = torch.Generator().manual_seed(3)
     for step in range(60):
         for optimizer in (optimizer_here, optimizer_there):
             optimizer.set_lr(0.3)
         for one, other in zip(here, there, strict=True):
             for name in ("lora_a", "lora_b"):
-                gradient = torch.randn(one.get_parameter(name).shape, generator=generator)
+                gradient = torch.randn(one.get_parameter(name).shape, generator=generator).to(device)
                 one.get_parameter(name).grad, other.get_parameter(name).grad = gradient, gradient.clone()
         optimizer_here.step()
         optimizer_there.step()
@@ -112,7 +121,8 @@ def test_waiting_on_the_host_gives_the_same_bits(dtype):
             optimizer_there.state_dict()
             for one, other in zip(here, there, strict=True):
                 for name, tensor in one.state_dict().items():
-                    assert torch.equal(other.state_dict()[name], tensor), (step, name)
+                    assert torch.equal(other.state_dict()[name].to(device), tensor), (step, name)
+    assert optimizer_here.metrics()["switch/vectors_switched_total"] > 3 * 2 * 17, "all have come back"
 
 
 def test_vectors_on_their_way_are_back_when_the_state_is_asked_for():
@@ -162,17 +172,26 @@ def test_resuming_equals_a_straight_run_bitwise_wherever_candidates_wait(corpora
         assert (tensor.dtype == torch.bfloat16) == (".candidates_" in name), name
 
 
-def test_state_on_the_device_leaves_out_what_is_on_the_host(corpora):
-    on_device, state = {}, {}
+def test_a_cpu_s_state_has_candidates_on_the_host_in_it_and_those_in_bfloat16_at_half(corpora):
+    total, candidates = {}, {}
     for name, overrides in {"device": (), "host": ON_HOST, "short": SHORT}.items():
         trainer = tiny_trainer(corpora / f"state-{name}", "switchlora", *overrides)
         trainer.batches.close()
-        on_device[name] = num_device_bytes(trainer.model, trainer.tensors().values())
-        state[name] = sum(local(buffer).nbytes for buffer in trainer.model.buffers())
+        total[name] = num_device_bytes(trainer.tensors().values(), trainer.world.device)
+        candidates[name] = sum(local(buffer).nbytes for buffer in trainer.model.buffers())
         stop_world()
-    assert state["host"] == state["device"] == 2 * state["short"]
-    assert on_device["device"] - on_device["host"] == state["device"]
-    assert on_device["device"] - on_device["short"] == state["short"]
+    assert candidates["host"] == candidates["device"] == 2 * candidates["short"] > 0
+    assert total["host"] == total["device"] == total["short"] + candidates["short"]
+
+
+def test_bytes_on_another_device_leave_out_what_is_on_the_host():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("shard",))
+    buffer = shard_buffer(torch.empty(6, 3, dtype=torch.bfloat16, device="meta"), mesh)
+    # The meta device stands in for a GPU.
+    tensors = [buffer, empty_on_host_like(buffer), torch.empty(5)]
+    assert num_device_bytes(tensors, torch.device("meta")) == 3 * 3 * 2
+    assert num_device_bytes(tensors, torch.device("cpu")) == 3 * 3 * 2 + 5 * 4
 
 
 def test_estimates_count_candidates_on_the_host_apart(tmp_path):
@@ -195,7 +214,7 @@ def test_a_part_in_host_memory_belongs_to_a_mesh_of_gpus():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     mesh = init_device_mesh("cuda", (2, 2), mesh_dim_names=("replicate", "shard"))
     buffer = shard_buffer(torch.empty(5, 3, dtype=torch.bfloat16, device="meta"), mesh)
-    on_host = empty_on_host_like(buffer, is_page_locked=False)
+    on_host = empty_on_host_like(buffer)
     assert on_host.device_mesh == mesh
     assert on_host.placements == buffer.placements
     assert (tuple(on_host.shape), on_host.dtype) == ((5, 3), torch.bfloat16)
