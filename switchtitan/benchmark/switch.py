@@ -31,11 +31,12 @@ class SwitchCosts:
     switch_s: NDArray[np.float64]
     """The switches in them, what is done ahead for the next step's included."""
     step_without_s: NDArray[np.float64]
-    """Whole steps of the same run with switching turned off."""
+    """Whole steps of the same run in which nothing is due to be switched: planning, the exchange of no rows (a collective where
+    there are several ranks) and looking ahead are in them as well."""
     num_vectors: float
-    """Vectors switched in the last step, on both sides of all layers."""
+    """Vectors switched on both sides of all layers in the step that the next two are of, the last of warm-up."""
     num_operations: int
-    """Operations that a step's switches consist of; see `CountOperations`."""
+    """Operations that the step's switches consist of; see `CountOperations`."""
     num_collectives: int
 
     @property
@@ -60,15 +61,15 @@ class SwitchCosts:
 
     @property
     def ratio_to_without(self) -> Ratio:
-        """How many times as long steps take as with switching turned off."""
+        """How many times as long steps take as those of `step_without_s`."""
         return ratio_of_rounds(self.step_s, self.step_without_s)
 
 
 def time_switches_side_by_side(
     configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
 ) -> dict[str, SwitchCosts]:
-    """Times the switches of several configurations inside their training steps, and the same runs with switching turned off,
-    all in turns; see `time_steps_side_by_side`.
+    """Times the switches of several configurations inside their training steps, and the same runs with nothing to switch, all
+    in turns; see `time_steps_side_by_side`.
 
     Raises:
         ConfigError: if a configuration's method switches nothing, or its run is shorter than what is to be timed.
@@ -98,7 +99,7 @@ def time_switches_side_by_side(
             step_s=times[name].sum(axis=2),
             switch_s=times[name][:, :, _SWITCH],
             step_without_s=times[_without(name)].sum(axis=2),
-            num_vectors=by_name[name].metrics()["switch/vectors_switched"],
+            num_vectors=by_name[name].num_vectors,
             num_operations=by_name[name].num_operations,
             num_collectives=by_name[name].num_collectives,
         )
@@ -111,13 +112,18 @@ _SWITCH = 1
 
 
 class _MarkedSwitch(MarkedOptimizer):
-    """Marks the beginning and the end of a step's switches, and counts in the last step of warm-up what they consist of."""
+    """Marks the beginning and the end of a step's switches, and counts in the last step of warm-up what they consist of.
+
+    Attributes:
+        num_vectors: switched in that step.
+    """
 
     def __init__(self, optimizer: SwitchLoraOptimizer, mark: Callable[[], None]) -> None:
         super().__init__(optimizer, mark)
         self._switching = optimizer
         self._num_steps = 0
         self._operations, self._communication = CountOperations(), CountCommunication()
+        self.num_vectors = 0.0
 
     @property
     def num_operations(self) -> int:
@@ -138,6 +144,8 @@ class _MarkedSwitch(MarkedOptimizer):
             self._switching.switch()
         self._mark()
         self._switching.update()
+        if is_counted:
+            self.num_vectors = self.metrics()["switch/vectors_switched"]
 
 
 def _without(name: str) -> str:

@@ -41,7 +41,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 
 def _table(costs: Mapping[str, SwitchCosts]) -> list[str]:
-    """One line for each configuration; ratio and interval are to the same run with switching turned off."""
+    """One line for each configuration; ratio and interval are to the same run with nothing to switch."""
     rows: list[tuple[str, ...]] = [
         (
             "ms/switch", "99 %", "99 %/median", "% of step", "ms/step", "ratio", "95 % interval", "vectors", "operations",
@@ -86,8 +86,9 @@ def _record(costs: SwitchCosts) -> dict[str, JsonValue]:
 SWITCH = Command(
     name="switch",
     summary="time SwitchLoRA's switches inside training steps",
-    description="Times the switches of SwitchLoRA inside training steps, beside the same runs with switching turned off, in "
-    "alternation and in one process; counts the operations and collectives of a step's switches.",
+    description="Times the switches of SwitchLoRA inside training steps, beside the same runs with nothing to switch (what is "
+    "done in every step whether or not something is due stays in), in alternation and in one process; counts vectors, "
+    "operations and collectives of the switches of one step, the last of warm-up.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

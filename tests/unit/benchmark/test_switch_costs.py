@@ -1,14 +1,17 @@
 """What switches cost is counted and timed inside training steps, and does not grow with the number of vectors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from switchlora_layers import build_layer, build_optimizer, set_gradients
-from tiny import tiny_config
+from tiny import tiny_config, tiny_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.benchmark.operations import CountOperations
+from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
 from switchtitan.benchmark.switch import time_switches_side_by_side
 from switchtitan.config import ConfigError
 from switchtitan.distributed.world import stop_world
@@ -32,8 +35,13 @@ def test_operations_that_run_nothing_are_not_counted() -> None:
     assert counter.num_operations == 4
 
 
-def switching_optimizer(num_layers: int, num_per_step: int) -> SwitchLoraOptimizer:
+def switching_optimizer(
+    num_layers: int, num_per_step: int, candidates_dtype: torch.dtype = torch.float32
+) -> SwitchLoraOptimizer:
     layers = [build_layer(64, 48, 24, 1.0, torch.float32, seed) for seed in range(num_layers)]
+    for layer in layers:
+        for name, candidates in list(layer.named_buffers()):
+            setattr(layer, name, candidates.to(candidates_dtype))
     config = SwitchLoraConfig(rank=24, interval=24 / num_per_step, freeze_steps=1, decay="constant")
     optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers, 100)
     set_gradients(layers, 0.0)
@@ -56,16 +64,51 @@ def test_a_switch_of_more_vectors_takes_no_more_operations() -> None:
     assert operations_of_switches(num_layers=5, num_per_step=1) == one + 2
 
 
+class RecordListLayouts(TorchDispatchMode):
+    """Notes which kinds of tensors each argument of an operation on lists mixes: (whether contiguous, type)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layouts: list[tuple[set[bool], list[set[torch.dtype]]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "_foreach" in str(func):
+            lists = [argument for argument in args if isinstance(argument, list)]
+            are_contiguous = {all(t.is_contiguous() for t in entries) for entries in zip(*lists, strict=True)}
+            self.layouts.append((are_contiguous, [{t.dtype for t in entries} for entries in lists]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_list_of_a_switch_mixes_columns_with_rows_or_types(dtype: torch.dtype) -> None:
+    optimizer = switching_optimizer(num_layers=3, num_per_step=2, candidates_dtype=dtype)
+    with RecordListLayouts() as recorded:
+        optimizer.switch()
+    for are_contiguous, dtypes in recorded.layouts:
+        assert len(are_contiguous) == 1
+        assert all(len(of_list) == 1 for of_list in dtypes)
+    assert {True, False} == set.union(*(are_contiguous for are_contiguous, _ in recorded.layouts))
+
+
 def test_switches_are_timed_within_their_steps_and_beside_steps_without(corpora: Path) -> None:
-    config = tiny_config(corpora / "switch-costs", "switchlora")
+    # Later steps than the counted one switch far less.
+    keys = ("--method.decay", "exponential", "--method.decay_ratio", "0.1")
+    config = tiny_config(corpora / "switch-costs", "switchlora", *keys)
     costs = time_switches_side_by_side({"tiny": config}, rounds=2, steps_per_round=3)["tiny"]
     assert costs.step_s.shape == costs.switch_s.shape == costs.step_without_s.shape == (2, 3)
     assert (costs.switch_s > 0).all()
     assert (costs.switch_s < costs.step_s).all()
     assert 0 < costs.share < 1
     assert costs.median_s <= costs.percentile_99_s
-    # 14 layers, 6 / 5 vectors each on two sides; one rank alone gathers nothing.
-    assert 14 * 2 <= costs.num_vectors <= 14 * 4
+    trainer = tiny_trainer(corpora / "switch-costs-again", "switchlora", *keys)
+    vectors = [
+        (trainer.train_step(), trainer.optimizer.metrics()["switch/vectors_switched"])[1] for _ in range(9)
+    ]
+    trainer.batches.close()
+    assert costs.num_vectors == vectors[WARM_UP_STEPS - 1] > vectors[-1]
+    # One rank alone gathers nothing.
     assert costs.num_collectives == 0
     assert costs.num_operations > 14
 
