@@ -42,11 +42,12 @@ def build_optimizer(
     layers: list[LowRankLinear],
     num_steps: int,
     candidates: Candidates | None = None,
+    seed: int = 0,
 ) -> SwitchLoraOptimizer:
     """Of these layers alone, called layer0, layer1, ...; nothing trains at full rank."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
     dense = AdamW(adamw, [], local)
-    return SwitchLoraOptimizer(config, adamw, named, dense, num_steps, False, candidates)
+    return SwitchLoraOptimizer(config, adamw, named, dense, num_steps, seed, False, candidates)
 
 
 def set_gradients(layers: list[LowRankLinear], value: float) -> None:

@@ -10,11 +10,6 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(_mixed(f"{seed}:{name}"))
 
 
-def key_for(name: str) -> int:
-    """31 bits that depend on all of `name`, the same on every rank and machine."""
-    return _mixed(name) >> 32
-
-
 def seed_dropout(seed: int, num_batches: int, rank: int) -> None:
     """Seeds torch's global generators, which dropout draws from, for the batch that comes after `num_batches` others."""
     torch.manual_seed(_mixed(f"{seed}:dropout:{num_batches}:{rank}"))

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.seeds import key_for
+from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import row_range
 from switchtitan.methods.lowrank.linear import LowRankLinear
-
-# The increment is 2^32 over the golden ratio, made odd; the multipliers are those of MurmurHash3's 32-bit finalizer (Austin
-# Appleby, public domain), which SplitMix's 32-bit form steps through in the same way. As signed numbers.
-_INCREMENT = 0x9E3779B9 - 2**32
-_MULTIPLIER_1 = 0x85EBCA6B - 2**32
-_MULTIPLIER_2 = 0xC2B2AE35 - 2**32
+from switchtitan.methods.splitmix import splitmix32
 
 _NUM_DROPPED_BITS = 16
 """Bits that fp32 has and bf16 has not."""
@@ -39,20 +34,22 @@ class Rounding:
 class StochasticRounding:
     """The random bits by which weights in bf16 are rounded.
 
-    They are a pure function of the weight's name, the event and the element's place in the whole weight: nothing is stored, and
-    any number of ranks rounds alike.
+    They are a pure function of the seed, the weight's name, the event and the element's place in the whole weight: nothing is
+    stored, and any number of ranks rounds alike.
 
     Args:
         layers: by qualified name; their weights are all of one type.
+        seed: the job's.
         compile_step: fuse an update into one kernel.
     """
 
-    def __init__(self, layers: Mapping[str, LowRankLinear], compile_step: bool) -> None:
+    def __init__(self, layers: Mapping[str, LowRankLinear], seed: int, compile_step: bool) -> None:
         self._weights = [layer.weight for layer in layers.values()]
         first = next(iter(layers.values()))
         self._keys: Tensor | None = None
         if first.weight.dtype != first.lora_a.dtype:
-            keys = [key_for(f"{name}.weight") for name in layers]
+            # As many bits of the generator's own seed as a positive int32 holds.
+            keys = [generator_for(seed, f"{name}.rounding").initial_seed() >> 32 for name in layers]
             self._keys = torch.tensor(keys, dtype=torch.int32, device=first.lora_a.device)
         self._add_ = (
             torch.compile(add_rounded_, fullgraph=True, dynamic=False) if compile_step else add_rounded_
@@ -68,7 +65,7 @@ class StochasticRounding:
             return [None] * len(self._weights)
         # Filled on the device: a copy of a number of the host's would make it wait.
         event = torch.full((), number, dtype=torch.int32, device=self._keys.device)
-        keys = hash32(self._keys + event * _INCREMENT)
+        keys = splitmix32(self._keys, event)
         return [
             Rounding(key, row_range(weight).start, self._add_)
             for key, weight in zip(keys.unbind(), self._weights, strict=True)
@@ -106,13 +103,15 @@ def add_rounded_(weight: Tensor, update: Tensor, key: Tensor, *, first_row: int,
 def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
     """Rounds fp32 up in magnitude in as many of 2^16 cases as there are 2^-16ths of the way to the next bf16, else down.
 
-    Over all `bits` in [0, 2^16) the mean is exactly `values`; what bf16 holds exactly stays as it is.
+    Over all `bits` in [0, 2^16) the mean is exactly `values`; what bf16 holds exactly stays as it is, inf and nan too.
 
     Args:
         bits: int32, of the same shape.
     """
     rounded = (values.view(torch.int32) + bits) & -(1 << _NUM_DROPPED_BITS)
-    return rounded.view(torch.float32).to(torch.bfloat16)
+    # The sum may carry out of the bits of a nan: CUDA's, 0x7fffffff, would come out as -0.
+    kept = torch.where(values.isfinite(), rounded.view(torch.float32), values)
+    return kept.to(torch.bfloat16)
 
 
 def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
@@ -123,21 +122,5 @@ def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) ->
     """
     rows = torch.arange(first_row, first_row + num_rows, dtype=torch.int32, device=key.device)
     columns = torch.arange(num_columns, dtype=torch.int32, device=key.device)
-    row_keys = hash32(key + rows * _INCREMENT)
-    hashes = hash32(row_keys.unsqueeze(1) + columns * _INCREMENT)
-    return _shift_right(hashes, 32 - _NUM_DROPPED_BITS)
-
-
-def hash32(values: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finalizer, a bijection of int32 in which every bit depends on every bit."""
-    # Integer products wrap around, on the CPU as on CUDA.
-    values = values ^ _shift_right(values, 16)
-    values = values * _MULTIPLIER_1
-    values = values ^ _shift_right(values, 13)
-    values = values * _MULTIPLIER_2
-    return values ^ _shift_right(values, 16)
-
-
-def _shift_right(values: Tensor, num_bits: int) -> Tensor:
-    """A shift that fills with zeros, where torch repeats the sign."""
-    return (values >> num_bits) & ((1 << (32 - num_bits)) - 1)
+    row_keys = splitmix32(key, rows)
+    return splitmix32(row_keys.unsqueeze(1), columns) & ((1 << _NUM_DROPPED_BITS) - 1)

@@ -23,7 +23,7 @@ class ReloraOptimizer:
         layers: those with factors, by qualified name.
         inner: trains all parameters; its state holds the live `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`.
         num_steps: length of the run.
-        seed: of the job; new factors, and what random pruning keeps, follow from it.
+        seed: of the job; new factors, what random pruning keeps and how weights in bf16 are rounded follow from it.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ReloraOptimizer:
         self._config, self._layers, self._inner, self._seed = config, layers, inner, seed
         self._schedule = ResetSchedule(config.reset_interval, config.restart_warmup_steps, num_steps)
         # Resets are rare: a compiler would work longer than it saves.
-        self._rounding = StochasticRounding(layers, compile_step=False)
+        self._rounding = StochasticRounding(layers, seed, compile_step=False)
         self._lr_factor = 1.0
 
     def step(self) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import RowRequest, Runs, local, row_range, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.splitmix import splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.draws import draw_vectors, splitmix64
+from switchtitan.methods.switchlora.draws import draw_vectors
 from switchtitan.methods.switchlora.init import candidate_bounds, candidates_key
 from switchtitan.methods.switchlora.schedule import LayerSwitch
 from switchtitan.methods.switchlora.switch import take_columns, write_columns_

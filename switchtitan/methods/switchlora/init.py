@@ -10,8 +10,9 @@ from torch import Tensor
 
 from switchtitan.methods.lowrank.init import balanced_bounds, lora_bound, uniform, without_update
 from switchtitan.methods.lowrank.linear import InitialFactors, LayerBuffer
+from switchtitan.methods.splitmix import splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.draws import draw_vectors, splitmix64
+from switchtitan.methods.switchlora.draws import draw_vectors
 from switchtitan.methods.switchlora.schedule import initial_slots
 
 

@@ -43,7 +43,14 @@ class SwitchLora:
         # Not compiled: torch's fused kernel takes these few tensors in one pass already.
         dense = OPTIMIZERS.build(config, dense_parameters, local)
         return SwitchLoraOptimizer(
-            self._config, config, layers, dense, self._num_steps, compile_step, self._candidates_of(layers)
+            self._config,
+            config,
+            layers,
+            dense,
+            self._num_steps,
+            self._seed,
+            compile_step,
+            self._candidates_of(layers),
         )
 
     def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:

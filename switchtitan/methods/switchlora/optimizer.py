@@ -42,6 +42,7 @@ class SwitchLoraOptimizer:
         layers: those that switch, by qualified name.
         dense: trains everything else.
         num_steps: length of the run, which the switching schedule is stretched over.
+        seed: of the job; how weights in bf16 are rounded follows from it.
         candidates: of `layers`; by default those in their buffers.
     """
 
@@ -52,6 +53,7 @@ class SwitchLoraOptimizer:
         layers: dict[str, LowRankLinear],
         dense: TrainingOptimizer,
         num_steps: int,
+        seed: int,
         compile_step: bool,
         candidates: Candidates | None = None,
     ) -> None:
@@ -68,7 +70,7 @@ class SwitchLoraOptimizer:
         factor = self._layers[0].lora_a
         self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
         self._exchange = RowExchange(shard_group(factor), factor.device)
-        self._rounding = StochasticRounding(layers, compile_step)
+        self._rounding = StochasticRounding(layers, seed, compile_step)
         # Where every rank keeps W whole, it must see all rows of what is folded into it.
         weight_is_whole = shard_group(self._layers[0].weight) is None
         self._group_of_columns = shard_group(factor) if weight_is_whole else None

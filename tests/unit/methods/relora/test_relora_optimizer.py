@@ -38,9 +38,9 @@ def _float64():
     torch.set_default_dtype(torch.float32)
 
 
-def relora(num_steps=NUM_STEPS, **keys):
+def relora(num_steps=NUM_STEPS, seed=SEED, **keys):
     config = ReloraConfig(rank=5, alpha=2.5, reset_interval=INTERVAL, restart_warmup_steps=WARMUP, **keys)
-    return Relora(config, num_steps, SEED)
+    return Relora(config, num_steps, seed)
 
 
 def draw_model(method):
@@ -238,3 +238,17 @@ def test_only_the_factors_moments_are_pruned():
         else:
             assert seen.count_nonzero() == num_kept, name
         assert state[f"{name}.step"] == INTERVAL
+
+
+def test_a_reset_rounds_weights_in_bf16_by_the_seed():
+    def weights_after_a_reset(seed):
+        model = draw_model(relora())
+        for name, layer in low_rank_layers(model).items():
+            layer.weight.data = layer.weight.data.bfloat16()
+            layer.lora_b.data.normal_(generator=generator_for(SEED, name))
+        relora(seed=seed).build_optimizer(model, ADAMW, compile_step=False)._reset_()
+        return [layer.weight for layer in low_rank_layers(model).values()]
+
+    first, again, other = (weights_after_a_reset(seed) for seed in (1, 1, 2))
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))

@@ -1,13 +1,14 @@
-"""Drawn vectors: the published generator, uniform, unrelated to their neighbours, and drawable in any part."""
+"""Drawn vectors: uniform, unrelated to their neighbours, and drawable in any part."""
 
 import itertools
 
 import pytest
 import torch
-from switchlora_reference import constant_candidates, splitmix64_outputs
+from switchlora_reference import constant_candidates
 
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.methods.switchlora.draws import draw_vectors, splitmix64
+from switchtitan.methods.splitmix import splitmix64
+from switchtitan.methods.switchlora.draws import draw_vectors
 
 NUM_SLOTS, WIDTH = 200, 500
 
@@ -17,25 +18,6 @@ def draw(name, num_slots=NUM_SLOTS, elements=range(WIDTH), bound=1.0, seed=0):
     key = torch.tensor(generator_for(seed, name).initial_seed())
     keys = splitmix64(key, torch.arange(num_slots))
     return draw_vectors(keys, torch.full((num_slots,), bound), elements)
-
-
-def test_generator_gives_the_published_outputs():
-    # Seed 1234567, from the generator's test vectors at rosettacode.org (Pseudo-random numbers/Splitmix64).
-    published = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    ours = splitmix64(torch.tensor(1234567), torch.arange(5))
-    assert [output % 2**64 for output in ours.tolist()] == published == splitmix64_outputs(1234567, 5)
-
-
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
-def test_generator_wraps_around_as_unsigned_numbers_do(seed):
-    ours = splitmix64(torch.tensor(seed), torch.arange(40))
-    assert [output % 2**64 for output in ours.tolist()] == splitmix64_outputs(seed % 2**64, 40)
 
 
 def test_vectors_are_those_of_the_definition():

@@ -46,7 +46,7 @@ def build(golden, compile_step):
     config = SwitchLoraConfig(rank=RANK, interval=10, decay="constant", freeze_steps=FREEZE_STEPS)
     adamw = AdamWConfig(lr=hyper["lr"])
     dense = AdamW(adamw, [], local)
-    optimizer = SwitchLoraOptimizer(config, adamw, {"mlp": layer}, dense, NUM_STEPS, compile_step)
+    optimizer = SwitchLoraOptimizer(config, adamw, {"mlp": layer}, dense, NUM_STEPS, 0, compile_step)
     return layer, optimizer
 
 

@@ -12,7 +12,7 @@ from switchlora_layers import (
 from tiny import tiny_trainer, train_steps
 
 from switchtitan.distributed.shards import local
-from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
+from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.switch import column_views, fold_into_weight_, split_columns, take_columns
 from switchtitan.optim import AdamWConfig
@@ -66,22 +66,53 @@ def test_five_hundred_steps_of_switching_keep_the_effective_weight(shape):
     assert relative_change(effective_weight(layer), before) <= 1e-5
 
 
-def test_a_weight_in_bf16_keeps_the_effective_weight_in_the_mean():
-    layer, optimizer = switching_layer((64, 48, 13), torch.float32, seed=3)
-    layer.weight.data = layer.weight.data.bfloat16()
+def to_nearest(values, bits):
+    return values.bfloat16()
+
+
+def towards_zero(values, bits):
+    return (values.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
+
+
+@pytest.mark.parametrize(("replaced", "is_biased"), [(None, False), (to_nearest, True), (towards_zero, True)])
+def test_a_weight_in_bf16_keeps_the_effective_weight_in_the_mean(monkeypatch, replaced, is_biased):
+    """Right with the direction of what is folded in, which rounding to nearest loses, and with that of W."""
+    if replaced is not None:
+        monkeypatch.setattr(rounding, "round_to_bf16", replaced)
+    layer, optimizer = switching_layer((64, 48, 13), torch.float32, seed=3, alpha=0.01)
+    # In [1, 2) and (-2, -1], where all values are 2^-7 apart.
+    start = layer.weight.sign() * (1 + torch.rand(64, 48, generator=torch.Generator().manual_seed(0)))
+    layer.weight.data = start.bfloat16()
     optimizer = build_optimizer(
-        SwitchLoraConfig(rank=13, interval=13, freeze_steps=0, decay="constant"), ADAMW, [layer], 200
+        SwitchLoraConfig(rank=13, interval=13, freeze_steps=0, decay="constant"), ADAMW, [layer], 500
     )
     optimizer.set_lr(0.0)
     set_gradients([layer], 0.0)
-    before = effective_weight(layer)
-    for _ in range(200):
+    before, frozen_before = effective_weight(layer), layer.weight.double()
+    for _ in range(13):
         optimizer.step()
-    assert optimizer.metrics()["switch/vectors_switched_total"] == 2 * 200
+    # All changes are below half of that.
+    assert torch.equal(layer.weight, start.bfloat16()) == (replaced is to_nearest)
     drift = effective_weight(layer) - before
-    # As far as a random walk goes, not as a bias does: four deviations of the mean.
-    assert drift.std() > 1e-3
-    assert drift.mean().abs() <= 4 * drift.std() / drift.numel() ** 0.5
+    folded_in = layer.weight.double() - drift - frozen_before
+    is_off = [
+        # As far as a random walk goes, not as a bias does: four deviations of the mean.
+        (drift * direction.sign()).mean().abs() > 4 * drift.std() / drift.numel() ** 0.5
+        for direction in (folded_in, frozen_before)
+    ]
+    assert any(is_off) == is_biased
+
+
+def test_a_weight_in_bf16_is_rounded_by_the_seed():
+    def weight_after_a_switch(seed):
+        layer, _ = switching_layer((23, 14, 9), torch.float32, seed=3)
+        layer.weight.data = layer.weight.data.bfloat16()
+        config = SwitchLoraConfig(rank=9, interval=9, freeze_steps=0, decay="constant")
+        build_optimizer(config, ADAMW, [layer], 20, seed=seed).switch()
+        return layer.weight
+
+    assert torch.equal(weight_after_a_switch(1), weight_after_a_switch(1))
+    assert not torch.equal(weight_after_a_switch(1), weight_after_a_switch(2))
 
 
 def test_whole_turn_of_the_ring_brings_all_vectors_back():
