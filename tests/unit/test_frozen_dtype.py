@@ -77,6 +77,15 @@ def check_what_others_make_of(trainer, method, folder):
     assert all(values.isfinite().all() and values[0] > 0 for values in spectra.values())
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "warns"),
+    [("switchlora", BF16, True), ("switchlora", (), False), ("relora", BF16, False)],
+)
+def test_a_method_that_rounds_frozen_weights_again_and_again_warns(corpora, caplog, method, settings, warns):
+    tiny_trainer(corpora / f"warns-{method}-{bool(settings)}", method, *settings).batches.close()
+    assert ("frozen_dtype" in caplog.text) == warns
+
+
 def test_a_checkpoint_from_before_there_was_a_choice_is_one_of_float32():
     assert completed_identity({"training": {"global_batch_size": 8}})["training"] == {
         "frozen_dtype": "float32",
