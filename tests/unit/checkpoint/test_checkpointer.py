@@ -1,5 +1,6 @@
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +77,39 @@ def test_second_save_waits_for_the_first(make_checkpointer, tensors):
     assert checkpointer.latest.name == "step-000000001"
     checkpointer.finish()
     assert checkpointer.latest.name == "step-000000002"
+
+
+def test_a_save_uses_the_memory_of_the_one_before_once_that_is_written(
+    make_checkpointer, tensors, folder, monkeypatch
+):
+    checkpointer = make_checkpointer(async_save=True)
+    may_write, places = threading.Event(), []
+    write_data = ChecksummingWriter.write_data
+
+    def write_when_told(writer, plan, planner):
+        places.append({name: tensor.data_ptr() for name, tensor in planner.state_dict.items()})
+        assert may_write.wait(60)
+        return write_data(writer, plan, planner)
+
+    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_told)
+    expected = {1: copies(tensors), 2: {name: torch.full_like(t, 99) for name, t in tensors.items()}}
+    checkpointer.save(1, tensors, {})
+    for tensor in tensors.values():
+        tensor.fill_(99)
+    second = threading.Thread(target=checkpointer.save, args=(2, tensors, {}))
+    second.start()
+    # Long enough to copy a few bytes, which must not be done yet.
+    second.join(timeout=0.5)
+    assert second.is_alive()
+    may_write.set()
+    second.join(timeout=60)
+    checkpointer.finish()
+    for step, values in expected.items():
+        found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        load_tensors_(folder / f"step-{step:09d}", found)
+        assert_same(found, values)
+    assert places[0] == places[1]
+    assert not {tensor.data_ptr() for tensor in tensors.values() if tensor.numel()} & set(places[0].values())
 
 
 def test_torch_reads_the_checkpoint_with_its_own_tool(make_checkpointer, tensors, tmp_path):
