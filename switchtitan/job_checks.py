@@ -128,7 +128,7 @@ def check_frozen_weights(
     method: Section, parallelism: ParallelismConfig, training: TrainingSection
 ) -> list[str]:
     """What is asked for frozen weights must have some to act on."""
-    if isinstance(method, FreezingMethodSection):
+    if isinstance(method, FreezingMethodSection) and method.freezes_weights:
         return []
     asked = []
     if parallelism.frozen_weights != "shard":

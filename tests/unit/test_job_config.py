@@ -4,14 +4,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from switchtitan.config.errors import ConfigError
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.job_checks import obstacle_to_cpp
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.job_checks import check_frozen_weights, obstacle_to_cpp
 from switchtitan.job_config import DEFAULT_FILE, JobConfig, parse_arguments
+from switchtitan.job_sections import TrainingSection
 from switchtitan.methods import METHODS
+from switchtitan.methods.lora import LoraConfig
 
 TRAIN_CONFIGS = sorted(DEFAULT_FILE.parent.glob("*.toml"))
 LADDER = ("60m", "130m", "350m", "1b")
@@ -251,3 +255,16 @@ def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
         "on the command line:",
         "  --training.step 3: unknown key; did you mean steps?",
     ]
+
+
+def test_a_method_that_says_that_it_freezes_no_weights_is_believed():
+    class Thawed(LoraConfig):
+        freezes_weights: ClassVar[bool] = False
+
+    sections = (
+        ParallelismConfig(frozen_weights="replicate"),
+        TrainingSection(steps=1, global_batch_size=1, local_batch_size=1),
+    )
+    (problem,) = check_frozen_weights(Thawed(rank=2), *sections)
+    assert "has no effect" in problem
+    assert check_frozen_weights(LoraConfig(rank=2), *sections) == []
