@@ -48,7 +48,7 @@ from switchtitan.optim import build_lr_schedule
 from switchtitan.rank_telemetry import RankTelemetry
 from switchtitan.run_description import (
     changed_keys,
-    completed_identity,
+    comparable_identity,
     describe_run,
     run_facts,
     run_identity,
@@ -81,7 +81,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     state, changes = TrainState(), list[str]()
     if checkpoint is not None:
         metadata = read_metadata(checkpoint)
-        check_same_run(completed_identity(metadata.identity), completed_identity(identity))
+        check_same_run(comparable_identity(metadata.identity), identity)
         state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
         changes = changed_keys(str(metadata.run["config"]), config)
     # Before any work, since a corpus that is too small for the configuration is refused here.
@@ -173,6 +173,7 @@ def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: 
         identity=identity,
         metadata={"config": resolved_toml(config), "corpus": corpus.description, "num_ranks": world.size},
         versions={"switchtitan": switchtitan.__version__},
+        comparable_identity=comparable_identity,
         is_main=world.is_main,
     )
 

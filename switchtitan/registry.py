@@ -61,6 +61,12 @@ class Registry(Generic[Part]):
         )
         return {**defaults, **section}
 
+    def comparable(self, section: Mapping[str, object]) -> dict[str, object]:
+        """As `completed`, without the keys that give tensors no meaning, see `Section.free_keys`."""
+        component = self._components.get(str(section.get("name")))
+        free_keys = frozenset() if component is None else component.config_type.free_keys
+        return {key: value for key, value in self.completed(section).items() if key not in free_keys}
+
     def build(self, config: Section, *args: object, **kwargs: object) -> Part:
         """Calls the factory that `config.name` chooses with `config` and the given run-time values."""
         name: str = config.name  # type: ignore[attr-defined]

@@ -25,35 +25,32 @@ _FORMER_FROZEN_DTYPE = "float32"
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
     """What a run must share with a checkpoint to go on from it: what gives the tensors and the data their meaning."""
-    training = config.training.model_dump(mode="json", include={"global_batch_size", "frozen_dtype"})
-    if training["frozen_dtype"] == _FORMER_FROZEN_DTYPE:
-        # As older checkpoints have it, which are to be taken for the same run's.
-        del training["frozen_dtype"]
     return {
-        "model": config.model.model_dump(mode="json"),
-        "method": config.method.model_dump(mode="json"),
+        "model": MODELS.comparable(config.model.model_dump(mode="json")),
+        "method": METHODS.comparable(config.method.model_dump(mode="json")),
         "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "data": {"seq_len": config.data.seq_len},
-        "training": training,
+        "training": config.training.model_dump(mode="json", include={"global_batch_size", "frozen_dtype"}),
         "job": {"seed": config.job.seed},
     }
 
 
-def completed_identity(saved: Mapping[str, object]) -> dict[str, object]:
-    """An identity with defaults for the keys that a checkpoint lacks which was saved before they came into being.
+def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
+    """A checkpoint's identity as `run_identity` would have it today: with defaults for keys that came into being after it was
+    saved, without those that have no part in it any more.
 
     A key that the classes no longer have stays, and differs from today's identity.
     """
-    completed = dict(saved)
+    comparable = dict(saved)
     for section, registry in (("model", MODELS), ("method", METHODS)):
         values = saved.get(section)
         if isinstance(values, Mapping):
-            completed[section] = registry.completed(values)
+            comparable[section] = registry.comparable(values)
     training = saved.get("training")
     if isinstance(training, Mapping):
-        completed["training"] = {"frozen_dtype": _FORMER_FROZEN_DTYPE, **training}
-    return completed
+        comparable["training"] = {"frozen_dtype": _FORMER_FROZEN_DTYPE, **training}
+    return comparable
 
 
 def describe_run(

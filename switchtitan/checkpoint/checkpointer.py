@@ -62,6 +62,7 @@ class Checkpointer:
         identity: what a resumed run must share with the run that saved (see `check_same_run`).
         metadata: what else is worth knowing beside the weights: the configuration, the corpus.
         versions: of the code, by name.
+        comparable_identity: an older checkpoint's identity as `identity` would have been saved today.
         is_main: true on rank 0 alone, which renames, prunes and logs.
         process_group: the ranks that save together; None means all, or this process alone where
             torch.distributed is not initialised. Two gloo groups over the same ranks are made: writing in the
@@ -77,6 +78,7 @@ class Checkpointer:
         metadata: Mapping[str, JsonValue],
         is_main: bool,
         versions: Mapping[str, str] | None = None,
+        comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._folder = folder
@@ -84,6 +86,7 @@ class Checkpointer:
         self._identity = json.loads(json.dumps(dict(identity)))
         self._metadata = json.loads(json.dumps(dict(metadata)))
         self._versions = {"torch": torch.__version__, **(versions or {})}
+        self._comparable_identity = comparable_identity
         self._is_main = is_main
         self._group = _new_gloo_group(process_group)
         self._background_group = _new_gloo_group(process_group)
@@ -240,9 +243,12 @@ class Checkpointer:
             time.monotonic() - save.started_at,
         )
         try:
-            prune(self._folder, final, self._config.keep_latest, self._identity)
+            prune(self._folder, final, self._config.keep_latest, self._is_own_identity)
         except OSError as error:
             logger.warning("Could not delete an older checkpoint: %s", error)
+
+    def _is_own_identity(self, saved: Mapping[str, object]) -> bool:
+        return self._comparable_identity(saved) == self._identity
 
 
 def _new_gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

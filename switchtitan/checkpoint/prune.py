@@ -1,7 +1,7 @@
 """Deleting checkpoints that newer ones replace."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from switchtitan.checkpoint.layout import (
@@ -17,9 +17,10 @@ from switchtitan.config.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def prune(folder: Path, newest: Path, keep_latest: int, identity: Mapping[str, object]) -> list[Path]:
-    """Deletes whole checkpoints of the run `identity` older than `newest` but the last `keep_latest`; returns
-    them.
+def prune(
+    folder: Path, newest: Path, keep_latest: int, is_own_identity: Callable[[Mapping[str, object]], bool]
+) -> list[Path]:
+    """Deletes this run's whole checkpoints older than `newest` but the last `keep_latest`; returns them.
 
     Damaged ones, other runs', and those that hold files which saving does not write stay where they are and
     do not count.
@@ -27,13 +28,14 @@ def prune(folder: Path, newest: Path, keep_latest: int, identity: Mapping[str, o
     Args:
         newest: a whole checkpoint in `folder`; it counts as kept.
         keep_latest: 0 keeps all.
+        is_own_identity: whether a checkpoint with such an identity is this run's.
     """
     if keep_latest == 0:
         return []
     newest_step = step_of(newest)
     assert newest_step is not None
     older = [path for path in list_step_folders(folder) if (step_of(path) or 0) < newest_step]
-    removable = [path for path in older if _is_own(path, identity)]
+    removable = [path for path in older if _is_own(path, is_own_identity)]
     pruned = removable[keep_latest - 1 :]
     for path in pruned:
         # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
@@ -44,7 +46,7 @@ def prune(folder: Path, newest: Path, keep_latest: int, identity: Mapping[str, o
     return pruned
 
 
-def _is_own(path: Path, identity: Mapping[str, object]) -> bool:
+def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool]) -> bool:
     try:
         metadata = check_files(path)
     except CheckpointError as error:
@@ -55,4 +57,4 @@ def _is_own(path: Path, identity: Mapping[str, object]) -> bool:
             "Not deleting %s: it holds files that saving does not write: %s", path, ", ".join(foreign)
         )
         return False
-    return metadata.identity == identity
+    return is_own_identity(metadata.identity)

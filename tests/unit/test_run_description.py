@@ -3,15 +3,18 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
-from tiny import tiny_config, tiny_trainer
+from tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint import check_same_run
 from switchtitan.config.errors import CheckpointError
 from switchtitan.config.toml_text import resolved_toml
+from switchtitan.data import Corpus
 from switchtitan.distributed.world import stop_world
-from switchtitan.run_description import changed_keys, completed_identity
+from switchtitan.run_description import changed_keys, comparable_identity, run_identity
 
 NEW_KEYS = ("candidates", "reset_moments")
 
@@ -24,11 +27,8 @@ def leave_world() -> Iterator[None]:
 
 def identity(folder: Path, method: str, *overrides: str) -> dict[str, dict]:
     config = tiny_config(folder, method, *overrides)
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "method": config.method.model_dump(mode="json"),
-        "job": {"seed": 42},
-    }
+    corpus = SimpleNamespace(name="a stand-in", fingerprint="abc")
+    return run_identity(config, cast(Corpus, corpus))
 
 
 def without(section: dict, *keys: str) -> dict:
@@ -42,7 +42,7 @@ def test_an_identity_from_before_its_keys_existed_is_the_same(tmp_path: Path, de
     old = now | {"method": without(now["method"], *NEW_KEYS), "model": without(now["model"], "rope_theta")}
     with pytest.raises(CheckpointError):
         check_same_run(old, now)
-    check_same_run(completed_identity(old), now)
+    check_same_run(comparable_identity(old), now)
     assert not any(key in old["method"] for key in NEW_KEYS), "changed in place"
 
 
@@ -54,25 +54,77 @@ def test_what_a_new_key_changes_is_refused(tmp_path: Path, key: str, value: str,
     now = identity(tmp_path, "switchlora", f"--method.{key}", value)
     old = now | {"method": without(now["method"], *NEW_KEYS)}
     with pytest.raises(CheckpointError, match=f"method.{key}: saved with '{default}', now '{value}'"):
-        check_same_run(completed_identity(old), now)
+        check_same_run(comparable_identity(old), now)
+
+
+def test_a_checkpoint_that_tells_keys_which_may_change_is_of_the_same_run(tmp_path: Path):
+    """As they were saved before those had no part in the identity."""
+    now = identity(tmp_path, "switchlora")
+    assert not {"contraction", "candidates_device"} & now["method"].keys()
+    old = now | {"method": now["method"] | {"contraction": "merged", "candidates_device": "host"}}
+    with pytest.raises(CheckpointError):
+        check_same_run(old, now)
+    check_same_run(comparable_identity(old), now)
+    # In another method the key would have a meaning that is not known here.
+    lora = identity(tmp_path, "lora")
+    old = comparable_identity(lora | {"method": lora["method"] | {"candidates_device": "host"}})
+    with pytest.raises(CheckpointError, match="candidates_device"):
+        check_same_run(old, lora)
+
+
+def test_a_run_goes_on_with_candidates_elsewhere_and_another_contraction(corpora: Path):
+    straight = tiny_trainer(corpora / "stays", "switchlora")
+    expected = train_steps(straight, 12)
+    straight.batches.close()
+    losses = []
+    for device, contraction in (("device", "merged"), ("host", "factored"), ("device", "cheapest")):
+        keys = ("--method.candidates_device", device, "--method.contraction", contraction)
+        trainer = tiny_trainer(corpora / "moves", "switchlora", *keys)
+        assert trainer.state.step == len(losses)
+        losses += train_steps(trainer, 4)
+        trainer._save()
+        trainer.batches.close()
+    # Contractions agree to rounding; Adam amplifies that where gradients are near zero.
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_older_checkpoint_of_the_same_run_is_deleted_when_newer_ones_replace_it(corpora: Path):
+    folder = corpora / "pruned"
+    keys = ("--checkpoint.keep_latest", "1")
+    older = tiny_trainer(folder, "switchlora", *keys)
+    train_steps(older, 1)
+    older._save()
+    older.batches.close()
+    checkpoints = folder / "run" / "checkpoints"
+    file = checkpoints / "step-000000001" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    method = without(metadata["identity"]["method"], *NEW_KEYS)
+    metadata["identity"]["method"] = method | {"contraction": "cheapest"}
+    del metadata["identity"]["training"]["frozen_dtype"]
+    file.write_text(json.dumps(metadata))
+    newer = tiny_trainer(folder, "switchlora", *keys)
+    train_steps(newer, 1)
+    newer._save()
+    newer.batches.close()
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000000002"]
 
 
 def test_a_key_that_no_longer_exists_and_an_unknown_method_are_refused(tmp_path: Path):
     now = identity(tmp_path, "lora")
     old = now | {"method": now["method"] | {"gain": 2.0}}
     with pytest.raises(CheckpointError, match=r"method.gain: saved with 2.0, now '\(absent\)'"):
-        check_same_run(completed_identity(old), now)
+        check_same_run(comparable_identity(old), now)
     unknown = now | {"method": {"name": "dora", "rank": 6}}
-    assert completed_identity(unknown) == unknown
+    assert comparable_identity(unknown) == unknown
     with pytest.raises(CheckpointError, match=r"method.name: saved with 'dora', now 'lora'"):
-        check_same_run(completed_identity(unknown), now)
+        check_same_run(comparable_identity(unknown), now)
 
 
 def test_a_missing_key_without_a_default_is_refused(tmp_path: Path):
     now = identity(tmp_path, "lora")
     old = now | {"method": without(now["method"], "rank")}
     with pytest.raises(CheckpointError, match=r"method.rank: saved with '\(absent\)', now 6"):
-        check_same_run(completed_identity(old), now)
+        check_same_run(comparable_identity(old), now)
 
 
 def test_a_run_goes_on_from_a_checkpoint_from_before_its_keys_existed(corpora: Path):

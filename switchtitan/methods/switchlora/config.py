@@ -1,6 +1,6 @@
 """The section `[method] name = "switchlora"`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from switchtitan.methods.lowrank.config import LowRankConfig
 class SwitchLoraConfig(LowRankConfig):
     """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564)."""
 
+    free_keys: ClassVar[frozenset[str]] = LowRankConfig.free_keys | {"candidates_device"}
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     init: Literal["switchlora", "lora"] = "switchlora"

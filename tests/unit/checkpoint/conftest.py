@@ -1,6 +1,6 @@
 """A small state on one process without torch.distributed, and ways to damage what was saved of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,13 +31,16 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_checkpointer(folder: Path) -> MakeCheckpointer:
-    def make(**config: object) -> Checkpointer:
+    def make(
+        comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict, **config: object
+    ) -> Checkpointer:
         return Checkpointer(
             folder,
             CheckpointConfig(**config),
             identity={"model": {"size": "9m"}, "corpus": "abc"},
             metadata={"corpus": "a stand-in"},
             is_main=True,
+            comparable_identity=comparable_identity,
         )
 
     return make

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from switchtitan.checkpoint import Checkpointer
@@ -49,6 +51,19 @@ def test_another_runs_checkpoint_stays(make_checkpointer, tensors, folder):
     metadata.write_text(metadata.read_text().replace('"9m"', '"7b"'))
     save_steps(checkpointer, tensors, 2)
     assert names(folder) == ["step-000000001", "step-000000002"]
+
+
+def test_an_identity_is_compared_as_it_would_be_saved_today(make_checkpointer, tensors, folder):
+    checkpointer = make_checkpointer(
+        async_save=False, keep_latest=1, comparable_identity=lambda saved: {"model": {"size": "9m"}, **saved}
+    )
+    save_steps(checkpointer, tensors, 1)
+    file = folder / "step-000000001" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    del metadata["identity"]["model"]
+    file.write_text(json.dumps(metadata))
+    save_steps(checkpointer, tensors, 2)
+    assert names(folder) == ["step-000000002"]
 
 
 def test_newer_checkpoints_stay(make_checkpointer, tensors, folder):
