@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import switchtitan
 from switchtitan.checkpoint import (
@@ -126,6 +126,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         inspect_weights=rank_telemetry,
         checkpointer=checkpointer,
         tensors=tensors,
+        check_replicas=partial(check_replicas, model_tensors(model)),
         reporter=build_reporter(config, world, state, run_facts(config, world, model, corpus)),
         throughput=build_throughput(config, world, num_flops_per_token, state.step),
         profiler=Profiler(
@@ -178,17 +179,20 @@ def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: 
     )
 
 
-def checkpoint_tensors(model: nn.Module, optimizer: TrainingOptimizer) -> Callable[[], dict[str, Tensor]]:
-    """Returns what gives all tensors of a checkpoint by name, sharing memory with the model and the optimizer.
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by their names in a checkpoint, sharing memory with it.
 
-    The model's are looked up now, while all of them are shards: FSDP swaps them in forward passes. What gives them must be
-    called on every rank, since weights that every rank keeps whole are compared first, see `check_replicas`.
+    To be looked up while all of them are shards: FSDP swaps them in forward passes.
     """
-    of_model = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    whole = {name: tensor for name, tensor in of_model.items() if not isinstance(tensor, DTensor)}
+    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: TrainingOptimizer) -> Callable[[], dict[str, Tensor]]:
+    """Returns what gives all tensors of a checkpoint by name, sharing memory with the model and the optimizer; see
+    `model_tensors`, which it calls now."""
+    of_model = model_tensors(model)
 
     def tensors() -> dict[str, Tensor]:
-        check_replicas(whole)
         return of_model | {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
 
     return tensors

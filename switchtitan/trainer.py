@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from switchtitan.checkpoint import Checkpointer
-from switchtitan.config import UserError
+from switchtitan.config import RanksDisagreeError, UserError
 from switchtitan.contracts import Batch, SummedLoss, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients, num_device_bytes
 from switchtitan.distributed.seeds import seed_dropout
@@ -66,6 +66,8 @@ class Trainer:
         inspect_weights: reports what it finds in the weights, given the model, the step and where to report; called at its
             interval and after the last step, if it is wanted.
         tensors: all that a checkpoint holds, by name, given the optimizer's state of the moment.
+        check_replicas: raises a RanksDisagreeError if ranks no longer hold the same weights; called on every rank, before
+            evaluations and saves.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Trainer:
         inspect_weights: Callable[[nn.Module, int, Reporter], None] | None,
         checkpointer: Checkpointer,
         tensors: Callable[[], dict[str, Tensor]],
+        check_replicas: Callable[[], None],
         reporter: Reporter,
         throughput: Throughput,
         profiler: Profiler,
@@ -101,6 +104,7 @@ class Trainer:
         self.batches, self.evaluator, self.test_evaluator = batches, evaluator, test_evaluator
         self.inspect_weights = inspect_weights
         self.checkpointer, self.tensors = checkpointer, tensors
+        self.check_replicas = check_replicas
         self.reporter, self.throughput, self.profiler = reporter, throughput, profiler
         self.state = state
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -114,6 +118,7 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: if a gradient is not finite and such steps are not to be skipped; nothing is saved then.
+            RanksDisagreeError: if ranks no longer train one model; nothing is saved then either.
         """
         try:
             self._train_what_is_left()
@@ -141,8 +146,8 @@ class Trainer:
         try:
             self._run_steps()
             self.checkpointer.finish()
-        except (TrainingDivergedError, KeyboardInterrupt) as error:
-            # All ranks are here: a save under way is of a good state, and the run goes on from it.
+        except (TrainingDivergedError, RanksDisagreeError, KeyboardInterrupt) as error:
+            # All ranks are alive: a save under way is of a good state, and the run goes on from it.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(self.state.step)
@@ -265,6 +270,7 @@ class Trainer:
     def _evaluate(self) -> None:
         self._stop_if_diverged()
         with self.throughput.excluded():
+            self.check_replicas()
             loss = self.evaluator(self.model)
         if self.state.first_validation_loss is None:
             self.state.first_validation_loss = loss
@@ -280,6 +286,7 @@ class Trainer:
     def _save(self) -> None:
         self._stop_if_diverged()
         with self.throughput.excluded():
+            self.check_replicas()
             self.checkpointer.save(self.state.step, self.tensors(), asdict(self.state))
 
     def _stop_if_diverged(self) -> None:

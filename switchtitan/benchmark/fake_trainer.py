@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.build import build_intervals, build_throughput, checkpoint_tensors, prepare_model
+from switchtitan.build import (
+    build_intervals,
+    build_throughput,
+    checkpoint_tensors,
+    model_tensors,
+    prepare_model,
+)
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.contracts import Batch, LanguageModel
 from switchtitan.distributed.config import CompileConfig
+from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, mesh_shape, stop_world
 from switchtitan.evaluate import Evaluator
 from switchtitan.job_config import JobConfig
@@ -82,6 +90,7 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
         inspect_weights=None,
         checkpointer=checkpointer,
         tensors=checkpoint_tensors(model, optimizer),
+        check_replicas=partial(check_replicas, model_tensors(model)),
         reporter=Reporter(
             config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
             folder,

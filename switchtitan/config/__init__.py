@@ -5,6 +5,7 @@ from switchtitan.config.errors import (
     ConfigError,
     CorpusError,
     EnvironmentMismatchError,
+    RanksDisagreeError,
     UserError,
     exit_for,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "ConfigError",
     "CorpusError",
     "EnvironmentMismatchError",
+    "RanksDisagreeError",
     "Section",
     "UserError",
     "exit_for",

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: printed without a traceback, with exit status 2."""
+"""Errors that a user can mend: printed without a traceback, with exit status 2 unless they say otherwise."""
 
 import json
 import os
@@ -31,6 +31,13 @@ class CheckpointError(UserError):
 
 class EnvironmentMismatchError(UserError):
     """The machine, the launcher or an optional package does not allow what the configuration asks for."""
+
+
+class RanksDisagreeError(UserError):
+    """Ranks no longer train one model. What was saved before is sound, and the run goes on from it."""
+
+    exit_status = 4
+    """Tells programs that run training that the configuration was sound."""
 
 
 def exit_for(error: UserError) -> NoReturn:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from switchtitan.config import RanksDisagreeError
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory with `tensor`."""
@@ -147,10 +149,10 @@ class RowExchange:
         """Raises if ranks have disagreed since the start; waits for the device.
 
         Raises:
-            RuntimeError: if so; the ranks' weights are no longer those of one model.
+            RanksDisagreeError: if so; the ranks' weights are no longer those of one model.
         """
         if bool(self._disagreement):
-            raise RuntimeError(
+            raise RanksDisagreeError(
                 "ranks disagree on what to exchange: they are at different steps or run different configurations; "
                 "stop, and resume all ranks from one checkpoint"
             )

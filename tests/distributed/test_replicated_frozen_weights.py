@@ -11,6 +11,7 @@ from tiny import tiny_trainer, train_steps, whole_tensors
 from torch.distributed.tensor import DTensor
 
 from switchtitan.checkpoint.metadata import read_tensors_index
+from switchtitan.config import RanksDisagreeError
 from switchtitan.methods.lowrank import low_rank_layers, merged_state_dict
 
 NUM_STEPS, SAVED_STEP = 12, 6
@@ -118,16 +119,16 @@ def resume(home, overrides, num_ranks):
 def check_that_a_rank_apart_is_found_out(rank, home):
     trainer = build(home, "switchlora", WHOLE, 2)
     trainer.batches.close()
-    trainer.tensors()
+    trainer.check_replicas()
     name, layer = list(low_rank_layers(trainer.model).items())[3]
     if rank == 1:
         with torch.no_grad():
             # One bit.
             layer.weight[4, 7] = torch.nextafter(layer.weight[4, 7], torch.tensor(9.0))
     with pytest.raises(
-        RuntimeError, match=rf"the same frozen weights \(model\.{name}\.weight\), so what they"
+        RanksDisagreeError, match=rf"the same weights \(model\.{name}\.weight\), so what they"
     ):
-        trainer.tensors()
+        trainer.check_replicas()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
+from switchtitan.config import RanksDisagreeError
 from switchtitan.data import open_corpus
 from switchtitan.distributed.communication import CountCommunication
 from switchtitan.distributed.fsdp import materialize
@@ -125,7 +126,7 @@ def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
     # One rank is a step ahead, and asks for more rows.
     exchange.gather([RowRequest(tensor, (range(2 + (rank == 2)),))], checksum=7 + (rank == 2))
     exchange.gather([RowRequest(tensor, (range(2),))], checksum=7)
-    with pytest.raises(RuntimeError, match="ranks disagree"):
+    with pytest.raises(RanksDisagreeError, match="ranks disagree"):
         exchange.check()
 
 

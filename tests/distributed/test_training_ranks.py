@@ -26,6 +26,7 @@ def record_run(rank, folder, result_file, method, overrides, num_ranks, num_step
         folder, method, "--training.local_batch_size", "2", *overrides, num_ranks=num_ranks
     )
     losses = train_steps(trainer, num_steps)
+    trainer.check_replicas()
     tensors = whole_tensors(trainer)
     metrics = trainer.optimizer.metrics()
     trainer.batches.close()

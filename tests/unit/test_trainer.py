@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps, whole_tensors
 from torch import nn
 
+from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.config import RanksDisagreeError
 from switchtitan.distributed.world import stop_world
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
-from switchtitan.trainer import Trainer, TrainingDivergedError
+from switchtitan.trainer import StepResult, Trainer, TrainingDivergedError
 
 SKIP = ("--training.on_nonfinite", "skip")
 
@@ -145,6 +148,53 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_is_saved(corpor
         trainer.train()
     trainer.batches.close()
     assert not list((corpora / "stopped" / "run").glob("checkpoints/step-*"))
+
+
+def rows_differ(trainer: Trainer) -> None:
+    trainer.optimizer._exchange._disagreement.fill_(True)
+
+
+def weights_differ(trainer: Trainer) -> None:
+    def check_replicas() -> None:
+        raise RanksDisagreeError("ranks no longer hold the same weights")
+
+    trainer.check_replicas = check_replicas
+
+
+@pytest.mark.parametrize("spoil", [rows_differ, weights_differ])
+def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, spoil):
+    intervals = (
+        "--checkpoint.interval",
+        "2",
+        "--evaluation.interval",
+        "3",
+        "--checkpoint.async_save",
+        "true",
+    )
+    trainer = tiny_trainer(corpora / f"disagree-{spoil.__name__}", "switchlora", *intervals)
+    may_write, write_data = threading.Event(), ChecksummingWriter.write_data
+
+    def write_when_told(*args: Any) -> Any:
+        assert may_write.wait(60)
+        return write_data(*args)
+
+    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_told)
+    train_step = trainer.train_step
+
+    def train_step_then_spoil() -> StepResult:
+        result = train_step()
+        if trainer.state.step == 3:
+            assert trainer.checkpointer.latest is None
+            spoil(trainer)
+            # The save is still under way when the error comes.
+            threading.Timer(0.5, may_write.set).start()
+        return result
+
+    trainer.train_step = train_step_then_spoil
+    with pytest.raises(RanksDisagreeError):
+        trainer.train()
+    assert trainer.state.step == 3
+    assert trainer.checkpointer.latest.name == "step-000000002"
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)

@@ -1,0 +1,67 @@
+"""Ranks that no longer hold the same are found out, however tensors lie, and all of them learn of it."""
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from switchtitan.config import RanksDisagreeError
+from switchtitan.distributed.replicas import check_replicas
+from switchtitan.distributed.shards import local
+
+
+def change(tensor: Tensor) -> None:
+    """One bit."""
+    flat = local(tensor).view(-1)
+    flat[0] = -flat[0]
+
+
+def check_two_by_two(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    placements = [Replicate(), Shard(0)]
+    tensors = {
+        "whole": values.clone(),
+        "split": distribute_tensor(values, mesh, placements),
+        "vector": distribute_tensor(values[:, 0].contiguous(), mesh, placements),
+        # Of which the second part has no row.
+        "short": distribute_tensor(values[:1].to(torch.bfloat16), mesh, placements),
+    }
+    check_replicas(tensors)
+    for name, changed_ranks in (
+        ("whole", [1]),
+        ("whole", [0, 2]),
+        ("split", [2]),
+        ("vector", [3]),
+        ("short", [0]),
+    ):
+        if rank in changed_ranks:
+            change(tensors[name])
+        with pytest.raises(RanksDisagreeError, match=rf"\({name}\)"):
+            check_replicas(tensors)
+        if rank in changed_ranks:
+            change(tensors[name])
+        check_replicas(tensors)
+    # The same on both replicas.
+    if rank in (1, 3):
+        change(tensors["split"])
+    check_replicas(tensors)
+
+
+def check_shards_alone(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    parts = distribute_tensor(torch.zeros(8, 3), mesh, [Shard(0)])
+    local(parts).fill_(rank)
+    check_replicas({"parts": parts})
+
+
+def check_all(rank: int) -> None:
+    check_two_by_two(rank)
+    check_shards_alone(rank)
+
+
+@pytest.mark.distributed
+def test_ranks_that_no_longer_hold_the_same_are_found_out():
+    run_on_ranks(4, check_all)
