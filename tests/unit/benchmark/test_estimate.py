@@ -79,8 +79,9 @@ def check_estimates(
             # A real process group lets go of what it has reduced when it gets to it.
             lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
             assert lasting.items() <= estimate.memory.most.items(), method
-            # Scalars that belong to no checkpoint: a learning rate in fp32, and a flag.
-            counted["optimizer"] += 5 if counted["candidates"] else 0
+            # What belongs to no checkpoint: a learning rate in fp32, a flag, and a number for each factor.
+            num_factors = sum("lora_" in name for name, _ in trainer.model.named_parameters())
+            counted["optimizer"] += 4 + 1 + 8 * num_factors if counted["candidates"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
         allocated = statistics.median(
             peak_extra_bytes(trainer.train_step, trainer.world.device) for _ in range(NUM_PROFILED_STEPS)
