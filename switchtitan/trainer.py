@@ -235,6 +235,9 @@ class Trainer:
         norm = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        if self.world.mesh["replicate"].size() > 1:
+            # Replicas may have summed in different orders; clipped by different bits, they would drift apart.
+            norm = self.world.mean(norm)
         if self.training.max_grad_norm is not None:
             clip_grads_with_norm_(self._trained, self.training.max_grad_norm, norm)
         return norm
