@@ -147,7 +147,7 @@ def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
     counts = communication_of_a_step(config, 4)
     num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
     assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 1, num_bytes / 2)
-    # Shards of half the size between two replicas, beside the norms for clipping, whose sum is then made the same on four ranks.
+    # Shards of half the size between two replicas, beside the norms for clipping, made the same on all four ranks.
     norms = 4 * sum(map(len, units(config))) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
 
