@@ -64,3 +64,19 @@ def add_rounds(parser: argparse.ArgumentParser, rounds: int, calls: str, calls_p
         default=calls_per_round,
         help=f"{calls} that a turn consists of (default: {calls_per_round})",
     )
+
+
+def add_step_rounds(parser: argparse.ArgumentParser, steps_per_round: int) -> None:
+    """How long to measure whole steps: `--rounds` and `--steps-per-round`, with its default."""
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=10,
+        help="how often each configuration has its turn; an even number is fair to all (default: 10)",
+    )
+    parser.add_argument(
+        "--steps-per-round",
+        type=positive_int,
+        default=steps_per_round,
+        help=f"steps that a turn consists of (default: {steps_per_round})",
+    )

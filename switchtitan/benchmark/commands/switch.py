@@ -5,26 +5,23 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_configs
+from switchtitan.benchmark.commands.command import (
+    Command,
+    Measurement,
+    Overrides,
+    add_configs,
+    add_step_rounds,
+)
 from switchtitan.benchmark.report import aligned, milliseconds, ratio_cells
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.switch import SwitchCosts, time_switches_side_by_side
-from switchtitan.config.arguments import positive_int
 from switchtitan.distributed.world import num_ranks_from_launcher
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configs(parser)
-    parser.add_argument(
-        "--rounds",
-        type=positive_int,
-        default=10,
-        help="how often each configuration has its turn; an even number is fair to all (default: 10)",
-    )
-    parser.add_argument(
-        "--steps-per-round", type=positive_int, default=10, help="steps that a turn consists of (default: 10)"
-    )
+    add_step_rounds(parser, steps_per_round=10)
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
