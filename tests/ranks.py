@@ -11,11 +11,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a process that has imported these and done nothing else: their imports take longer than most tests.
+_PRELOADED = [
+    "switchtitan.train",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+]
+
 
 def run_on_ranks(
     num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 240
 ) -> None:
-    """Calls `function(rank, *args)` on `num_ranks` spawned processes and fails if any of them does.
+    """Calls `function(rank, *args)` on `num_ranks` new processes and fails if any of them does.
 
     Args:
         function: importable from its module; exceptions in it carry the rank's traceback.
@@ -24,10 +33,12 @@ def run_on_ranks(
         AssertionError: if a rank raised, died, or did not finish in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        os.environ["OMP_NUM_THREADS"] = "1"
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         ranks = [
-            context.Process(target=_run_rank, args=(rank, num_ranks, folder, function, args), daemon=False)
+            context.Process(
+                target=_run_rank, args=(rank, num_ranks, folder, dict(os.environ), function, args)
+            )
             for rank in range(num_ranks)
         ]
         for process in ranks:
@@ -54,9 +65,20 @@ def _join(ranks: list, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-def _run_rank(rank: int, num_ranks: int, folder: str, function: Callable[..., None], args: tuple) -> None:
+def _run_rank(
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    environ: dict[str, str],
+    function: Callable[..., None],
+    args: tuple,
+) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank))
+    # The server that this process was forked from has the environment of its own start.
+    os.environ.clear()
+    os.environ.update(
+        environ, OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank)
+    )
     store = dist.FileStore(f"{folder}/store", num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     try:
