@@ -25,8 +25,10 @@ from switchtitan.data import (
     open_corpus,
 )
 from switchtitan.distributed.activation_checkpoint import checkpoint_activations
+from switchtitan.distributed.activation_offload import CallWithInputOnHost
 from switchtitan.distributed.compile import compile_blocks
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
+from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, device_name
 from switchtitan.evaluate import Evaluator
@@ -158,6 +160,8 @@ def prepare_model(
     method.prepare_model(model)
     assert isinstance(model, LanguageModel)
     checkpoint_activations(model, config.activation_checkpoint)
+    if config.activation_checkpoint.offload:
+        model.call_block = CallWithInputOnHost(HostCopies(world.device))
     if config.compile.blocks:
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))

@@ -34,6 +34,20 @@ def logits_of_head(hidden: Tensor, head: nn.Module) -> Tensor:
     return logits
 
 
+class CallBlock(Protocol):
+    """How a model calls its blocks."""
+
+    def __call__(self, block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
+        """`block(hidden, *args)`, with hidden states [batch, seq, dim] as argument and result."""
+        ...
+
+
+def call_plainly(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
+    """A `CallBlock` that does nothing else."""
+    output: Tensor = block(hidden, *args)
+    return output
+
+
 class SummedLoss(Protocol):
     """The training loss from a model's last hidden states."""
 
@@ -45,6 +59,9 @@ class SummedLoss(Protocol):
 @runtime_checkable
 class LanguageModel(Protocol):
     """What the rest of the project asks of a model; an `nn.Module` whose linear layers are `nn.Linear`."""
+
+    call_block: CallBlock
+    """How it calls each of its blocks: `call_plainly`, unless something else is put here."""
 
     @property
     def vocab_size(self) -> int:

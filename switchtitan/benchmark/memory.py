@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from switchtitan.contracts import SummedLoss
+from switchtitan.distributed.activation_offload import CallWithInputOnHost
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
 from switchtitan.trainer import Trainer
@@ -33,7 +34,7 @@ KINDS = {
     GATHERED: "whole weights in the compute type",
     ACTIVATIONS: "what a forward pass leaves behind for its backward pass",
     TEMPORARY: "the rest: what operations and collectives need for a while, but in forward passes up to the loss",
-    HOST: "buffers that stay in host memory; in no sum",
+    HOST: "what waits in host memory: buffers, block inputs; in no sum",
 }
 """What memory may hold -> what that is."""
 _BATCH = "batch"
@@ -47,14 +48,14 @@ class MemoryUse:
     """Bytes by kind; see `KINDS`."""
 
     at_peak: Mapping[str, int]
-    """When the sum over all kinds was largest, which those in host memory do not change."""
+    """When the sum over all kinds but those in host memory was largest."""
     most: Mapping[str, int]
     """The most of each kind at any time; they need not have come together."""
 
     @property
     def peak(self) -> int:
         """The most bytes in use at a time."""
-        return sum(num_bytes for kind, num_bytes in self.at_peak.items() if kind != HOST)
+        return _on_device(self.at_peak)
 
     @property
     def state(self) -> int:
@@ -179,10 +180,11 @@ class TrackMemory(TorchDispatchMode):
             # Until the loss it is not known what a forward pass will keep.
             if num_bytes > most[kind] and not (kind == TEMPORARY and self._is_forward):
                 most[kind] = num_bytes
-        if sum(now.values()) > sum(self._at_peak.values()):
+        if _on_device(now) > _on_device(self._at_peak):
             self._at_peak = dict(now)
 
     def _before_module(self, module: nn.Module, args: tuple) -> None:
+        self._hold_on_host()
         if module is self._trainer.model:
             # Nothing but gradients outlasts a micro-batch.
             self._move_rest(_BATCH if self._is_before_first_batch else WHOLE_GRADIENTS)
@@ -216,7 +218,15 @@ class TrackMemory(TorchDispatchMode):
         loss.register_hook(lambda grad: self._end_forward())
         return loss
 
+    def _hold_on_host(self) -> None:
+        """Counts block inputs that wait in host memory as that."""
+        call_block = self._trainer.model.call_block
+        if isinstance(call_block, CallWithInputOnHost):
+            for tensor in call_block.tensors_on_host():
+                self._hold(tensor, HOST)
+
     def _end_forward(self) -> None:
+        self._hold_on_host()
         self._is_forward = False
         self._move_rest(ACTIVATIONS)
 
@@ -226,6 +236,10 @@ class TrackMemory(TorchDispatchMode):
 
     def _remove_at_exit(self, handle: Any) -> None:
         self._clean_up.callback(handle.remove)
+
+
+def _on_device(use: Mapping[str, int]) -> int:
+    return sum(num_bytes for kind, num_bytes in use.items() if kind != HOST)
 
 
 @dataclass

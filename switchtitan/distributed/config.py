@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchtitan.config import Section
 
@@ -39,3 +39,15 @@ class ActivationCheckpointConfig(Section):
     mode: Literal["none", "full", "selective"] = "none"
     """`none` keeps all; `full` keeps only each block's input; `selective` keeps the results of matrix products and attention
     and computes the element-wise operations between them again."""
+    offload: bool = False
+    """Keep each block's input in the host's memory until the backward pass needs it: copied beside other work, it takes none
+    of a GPU's memory. Without a GPU both are the same memory. Takes `mode = "full"`."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "ActivationCheckpointConfig":
+        if self.offload and self.mode != "full":
+            raise ValueError(
+                f'offload = true takes mode = "full", it is "{self.mode}": only block inputs go to host memory; set '
+                'mode = "full", or remove offload'
+            )
+        return self

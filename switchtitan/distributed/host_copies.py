@@ -27,14 +27,15 @@ class CopyToDevice:
 class CopyToHost:
     """A copy on its way to the host."""
 
-    _tensor: Tensor
+    destination: Tensor
+    """Where it goes; not to be read before `wait` has returned."""
     _done: torch.cuda.Event | None
 
     def wait(self) -> Tensor:
         """The copy; the host waits until it is there."""
         if self._done is not None:
             self._done.synchronize()
-        return self._tensor
+        return self.destination
 
 
 class HostCopies:
@@ -56,6 +57,11 @@ class HostCopies:
         with torch.cuda.stream(self._stream):
             tensor = on_host.to(self._device, non_blocking=True)
         return CopyToDevice(tensor, self._stream.record_event())
+
+    def back_to_device(self, copy: CopyToHost) -> CopyToDevice:
+        """Starts copying what `to_host` copies once it is there, for which the host does not wait."""
+        # Both copies are made in one stream, in order.
+        return self.to_device(copy.destination)
 
     def to_host(self, tensor: Tensor) -> CopyToHost:
         """Starts copying a contiguous tensor as it is after all work that the device has been given; it must not change."""

@@ -67,6 +67,17 @@ def test_every_layer_switched_in_every_layout(runs):
         assert metrics["switch/vectors_switched_total"] == 2 * 14 * NUM_STEPS * 6 // 5
 
 
+@pytest.mark.distributed
+def test_block_inputs_in_host_memory_change_nothing(runs, corpora):
+    folder = corpora / "offload"
+    checkpointing = ["--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true"]
+    run_on_ranks(2, record_runs, folder, ["switchlora"], checkpointing, 2, NUM_STEPS)
+    offloaded, kept = torch.load(folder / "switchlora.pt"), runs["two"]["switchlora"]
+    assert offloaded["losses"] == kept["losses"]
+    for key, tensor in kept["tensors"].items():
+        assert torch.equal(offloaded["tensors"][key], tensor), key
+
+
 def save_run(rank, folder, num_ranks):
     trainer = tiny_trainer(folder, "switchlora", "--evaluation.interval", "100", num_ranks=num_ranks)
     for _ in range(20):

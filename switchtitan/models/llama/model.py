@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import ApplyHead, logits_of_head
+from switchtitan.contracts import ApplyHead, CallBlock, call_plainly, logits_of_head
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
 from switchtitan.models.llama.rope import rotary_tables, rotate
@@ -92,12 +92,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(dims, backend) for _ in range(dims.num_layers))
         self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
 
-    def forward(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock) -> Tensor:
         cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
         positions = Positions(cos, sin, self.build_mask(document_ids))
         hidden = self.embed_tokens(tokens)
         for block in self.layers:
-            hidden = block(hidden, positions)
+            hidden = call_block(block, hidden, positions)
         return self.norm(hidden)
 
 
@@ -109,6 +109,7 @@ class Llama(nn.Module):
         self.dims = dims
         self.model = Decoder(dims, backend)
         self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+        self.call_block: CallBlock = call_plainly
 
     def forward(self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head) -> Tensor:
         """Logits of the next token, or what else `apply_head` makes of them.
@@ -121,7 +122,7 @@ class Llama(nn.Module):
         Returns:
             [batch, seq, vocabulary] in the type of the weights, or what `apply_head` gives.
         """
-        return apply_head(self.model(tokens, document_ids), self.lm_head)
+        return apply_head(self.model(tokens, document_ids, self.call_block), self.lm_head)
 
     @property
     def vocab_size(self) -> int:

@@ -160,6 +160,31 @@ def test_activation_checkpointing_trades_memory_for_operations(tmp_path: Path) -
     assert checkpointed.flops_ratio > plain.flops_ratio
 
 
+def test_block_inputs_in_host_memory_are_in_no_sum(tmp_path: Path) -> None:
+    kept, offloaded = (
+        estimate_step(
+            tiny_config(
+                tmp_path,
+                "full_rank",
+                *("--model.num_layers", "4"),
+                *("--activation_checkpoint.mode", "full"),
+                *("--activation_checkpoint.offload", offload),
+            ),
+            1,
+        ).memory
+        for offload in ("false", "true")
+    )
+    # Two sequences of 16 tokens, hidden size 20, fp32.
+    num_bytes_of_block = 2 * 16 * 20 * 4
+    num_bytes = 4 * num_bytes_of_block
+    assert kept.most["host"] == 0
+    assert offloaded.most["host"] == num_bytes
+    assert kept.most["activations"] - offloaded.most["activations"] == num_bytes
+    assert offloaded.state == kept.state
+    # In each block's backward pass, its own input and the one before it are there.
+    assert kept.peak - num_bytes < offloaded.peak <= kept.peak - num_bytes_of_block
+
+
 def test_the_peak_is_no_more_than_the_most_of_each_kind(tmp_path: Path) -> None:
     memory = estimate_step(tiny_config(tmp_path, "switchlora"), 1).memory
     assert all(memory.at_peak[kind] <= memory.most[kind] for kind in memory.most)
