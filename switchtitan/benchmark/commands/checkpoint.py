@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from switchtitan.benchmark.alternation import in_order_of_round
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
+from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config
 from switchtitan.benchmark.quiet_trainer import quiet_trainer
 from switchtitan.benchmark.report import aligned
 from switchtitan.benchmark.sides import load_sides
@@ -91,7 +91,7 @@ def _step_seconds(trainer: Trainer) -> float:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value")
+    add_config(parser)
     parser.add_argument(
         "--folder",
         type=Path,

@@ -45,6 +45,11 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The one configuration to measure, for `sides.load_sides`."""
+    parser.add_argument("config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value")
+
+
 def add_rounds(parser: argparse.ArgumentParser, rounds: int, calls: str, calls_per_round: int) -> None:
     """How long to measure: `--rounds` and `--calls-per-round`.
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_rounds
+from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config, add_rounds
 from switchtitan.benchmark.report import aligned
 from switchtitan.benchmark.side_by_side import time_steps_side_by_side
 from switchtitan.benchmark.sides import load_sides
@@ -49,7 +49,7 @@ def tokens_read_per_s(config: JobConfig, rounds: int, steps_per_round: int) -> N
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value")
+    add_config(parser)
     parser.add_argument(
         "--training-tokens-per-s",
         type=positive_int,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
+from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config
 from switchtitan.benchmark.report import aligned
 from switchtitan.benchmark.sides import load_sides, read_side
 from switchtitan.benchmark.startup import PARTS
@@ -38,10 +38,6 @@ def seconds_by_part(arguments: list[str], compile_cache: Path) -> dict[str, floa
         )
     durations: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return durations
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value")
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
@@ -73,6 +69,6 @@ STARTUP = Command(
     description="Starts a configuration's run twice in processes of their own, first with an empty cache of compiled code and "
     "then with what the first has left, and splits the time to the end of the first step into its parts. The corpus "
     "is prepared before.",
-    add_arguments=_add_arguments,
+    add_arguments=add_config,
     measure=_measure,
 )

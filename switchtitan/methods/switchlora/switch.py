@@ -31,18 +31,7 @@ def take_columns(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
         matrix.new_empty(len(matrix), sum(map(len, wanted)))
         for matrix, wanted in zip(matrices, runs, strict=True)
     ]
-    copy_all_(
-        [
-            part
-            for columns, wanted in zip(taken, runs, strict=True)
-            for part in split_columns(columns, wanted)
-        ],
-        [
-            view
-            for matrix, wanted in zip(matrices, runs, strict=True)
-            for view in column_views(matrix, wanted)
-        ],
-    )
+    copy_all_(_all_parts(taken, runs), _all_views(matrices, runs))
     return taken
 
 
@@ -65,15 +54,16 @@ def split_columns(columns: Tensor, runs: Runs) -> list[Tensor]:
 def write_columns_(matrices: list[Tensor], runs: list[Runs], columns: list[Tensor]) -> None:
     """Writes `columns[i]` [rows, wanted] to the columns `runs[i]` of `matrices[i]`, in few operations; on CUDA, in a
     kernel for each run of each matrix."""
-    copy_all_(
-        [
-            view
-            for matrix, wanted in zip(matrices, runs, strict=True)
-            for view in column_views(matrix, wanted)
-        ],
-        [
-            part
-            for values, wanted in zip(columns, runs, strict=True)
-            for part in split_columns(values, wanted)
-        ],
-    )
+    copy_all_(_all_views(matrices, runs), _all_parts(columns, runs))
+
+
+def _all_views(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
+    return [
+        view for matrix, wanted in zip(matrices, runs, strict=True) for view in column_views(matrix, wanted)
+    ]
+
+
+def _all_parts(columns: list[Tensor], runs: list[Runs]) -> list[Tensor]:
+    return [
+        part for values, wanted in zip(columns, runs, strict=True) for part in split_columns(values, wanted)
+    ]
