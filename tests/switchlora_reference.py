@@ -18,7 +18,7 @@ class ReferenceLayer(nn.Module):
 
     Args:
         puts_back: whether vectors that leave become candidates; otherwise they are dropped.
-        resets: whose moments a switch resets: "counterpart", "both" or "none".
+        resets: whose moments a switch resets: "counterpart", "both" or "none"; or "momentum", the counterpart's first alone.
     """
 
     def __init__(self, weight, candidates_a, candidates_b, rank, scale, puts_back=True, resets="counterpart"):
@@ -60,6 +60,8 @@ class ReferenceLayer(nn.Module):
             self.rest_b[i] = freeze_steps
             if self.resets in ("counterpart", "both"):
                 self.reset_b(i)
+            if self.resets == "momentum":
+                self.moments_b[0][:, i] = 0
             if self.resets == "both":
                 self.reset_a(i)
             self.next_row = (self.next_row + 1) % self.rank
@@ -73,6 +75,8 @@ class ReferenceLayer(nn.Module):
             self.rest_a[j] = freeze_steps
             if self.resets in ("counterpart", "both"):
                 self.reset_a(j)
+            if self.resets == "momentum":
+                self.moments_a[0][j] = 0
             if self.resets == "both":
                 self.reset_b(j)
             self.next_column = (self.next_column + 1) % self.rank

@@ -68,11 +68,12 @@ class VectorAdamW:
         self._lr.fill_(self._config.lr * lr_factor)
 
     @torch.no_grad()
-    def reset_(self, runs: list[VectorRun]) -> None:
-        """Forgets what these vectors' moments and step counts hold."""
-        entries = [run.view(self.num_steps) for run in runs]
+    def reset_(self, runs: list[VectorRun], first_moment_only: bool = False) -> None:
+        """Forgets what these vectors' moments and step counts hold, or their first moments alone."""
+        forgotten = (self._exp_avg,) if first_moment_only else (self._exp_avg, self._exp_avg_sq)
+        entries = [] if first_moment_only else [run.view(self.num_steps) for run in runs]
         for run in runs:
-            for moments in (self._exp_avg, self._exp_avg_sq):
+            for moments in forgotten:
                 entries.append(_local_vectors(moments[run.side][run.layer], run))
         for (alike,) in by_layout(entries):
             torch._foreach_zero_(alike)

@@ -34,8 +34,10 @@ class SwitchLoraConfig(LowRankConfig):
     start. Has no effect with constant."""
     freeze_steps: int = Field(default=5, ge=0)
     """Steps for which the counterpart of a switched vector gets no update; at least 0."""
-    reset_moments: Literal["counterpart", "both", "none"] = "counterpart"
-    """Whose optimizer state, step count included, a switch resets: the switched vector's counterpart's, both, or none."""
+    reset_moments: Literal["counterpart", "momentum", "both", "none"] = "counterpart"
+    """Whose optimizer state, step count included, a switch resets: the switched vector's `counterpart`'s, `both`, or `none`;
+    `momentum` resets the counterpart's first moment alone, which points where the old vector led, and leaves the scale of its
+    gradients, so that its next updates are small instead of large."""
 
     @model_validator(mode="after")
     def _check_switching(self) -> "SwitchLoraConfig":

@@ -96,6 +96,8 @@ class SwitchLoraOptimizer:
         counterparts = _counterparts(switches)
         if self._config.reset_moments == "counterpart":
             self._vectors.reset_(counterparts)
+        elif self._config.reset_moments == "momentum":
+            self._vectors.reset_(counterparts, first_moment_only=True)
         elif self._config.reset_moments == "both":
             self._vectors.reset_(counterparts + _switched(switches))
         self._timers.start_(counterparts)

@@ -114,7 +114,7 @@ def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replac
             torch.testing.assert_close(moments, expected, rtol=0, atol=1e-15)  # rounding
 
 
-@pytest.mark.parametrize("reset_moments", ["counterpart", "both", "none"])
+@pytest.mark.parametrize("reset_moments", ["counterpart", "momentum", "both", "none"])
 def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
     """A gradient of one everywhere: the second moment tells how many unfrozen steps a vector has seen since it was reset."""
     layer = build_layer(9, 14, RANK, 0.5, torch.float64)
@@ -129,7 +129,7 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         state, after = optimizer.state_dict(), vectors(layer)
         switched = {(SIDE_A, p % RANK), (SIDE_B, (RANK // 2 + p) % RANK)}
         counterpart = {(SIDE_B, p % RANK), (SIDE_A, (RANK // 2 + p) % RANK)}
-        expected = {"counterpart": counterpart, "both": counterpart | switched, "none": set()}[reset_moments]
+        expected = {"counterpart": counterpart, "both": counterpart | switched}.get(reset_moments, set())
         first_steps = {
             (side, vector)
             for side in (SIDE_A, SIDE_B)
@@ -140,7 +140,9 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         assert p == 0 or first_steps == expected
         for vector in counterpart:
             assert torch.equal(before[vector], after[vector]), "it stands still, reset or not"
-            assert moments_of(state, *vector)[0].any() == (reset_moments == "none" and p > 0)
+            first_moment, second_moment = moments_of(state, *vector)[0]
+            assert first_moment.any() == (reset_moments == "none" and p > 0)
+            assert second_moment.any() == (reset_moments in ("none", "momentum") and p > 0)
         for side, vector in switched:
             if reset_moments == "both":  # the moments of one step with a gradient of one
                 moments = moments_of(state, side, vector)[0]

@@ -160,6 +160,8 @@ def reference_rates(config):
         # k_proj and v_proj go round their six candidates several times.
         {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "none", "alpha": 2.5},
         {"decay": "sigmoid", "decay_ratio": 0.6, "interval": 6.1, "freeze_steps": 3, "reset_moments": "both"},
+        {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "momentum"},
+        {"decay": "constant", "interval": 6.1, "freeze_steps": 2, "reset_moments": "momentum"},
         {"candidates": "constant", "decay": "constant", "interval": 4.3, "freeze_steps": 2, "alpha": 2.5},
         {
             "candidates": "constant",
@@ -171,7 +173,16 @@ def reference_rates(config):
             "reset_moments": "both",
         },
     ],
-    ids=["balanced", "lora", "no-reset", "reset-both", "constant", "constant-lora"],
+    ids=[
+        "balanced",
+        "lora",
+        "no-reset",
+        "reset-both",
+        "momentum",
+        "momentum-freeze",
+        "constant",
+        "constant-lora",
+    ],
 )
 def test_whole_model_follows_the_rules_written_out_vector_by_vector(keys):
     config = SwitchLoraConfig(rank=RANK, **keys)
