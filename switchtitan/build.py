@@ -11,10 +11,12 @@ from torch import Tensor, nn
 import switchtitan
 from switchtitan.checkpoint import (
     Checkpointer,
+    check_given_paths,
     check_same_run,
     load_tensors_,
     read_metadata,
 )
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss, TrainingOptimizer
 from switchtitan.data import (
@@ -72,6 +74,8 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     output_dir = config.job.output_dir
     configure_logging(is_main=world.is_main, rank=world.rank)
     check_output_dir(output_dir)
+    # Preparing a corpus can take hours.
+    check_given_paths(output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
     with torch.device("meta"):
         model = MODELS.build(config.model)
     assert isinstance(model, LanguageModel)
@@ -173,7 +177,7 @@ def prepare_model(
 
 def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: Corpus) -> Checkpointer:
     return Checkpointer(
-        config.job.output_dir / "checkpoints",
+        config.job.output_dir / CHECKPOINTS_FOLDER,
         config.checkpoint,
         identity=identity,
         metadata={"config": resolved_toml(config), "corpus": corpus.description, "num_ranks": world.size},

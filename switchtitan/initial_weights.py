@@ -36,11 +36,6 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> I
     Raises:
         CheckpointError: if there is none at `path`, or it is of another model; names the first few tensors.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"[checkpoint] initial_weights = {str(path)!r}: no such file or folder; expected a safetensors file, a folder in "
-            "Hugging Face's layout or a checkpoint"
-        )
     source = path
     if _is_safetensors(path):
         weights = read_dense(path)

@@ -78,5 +78,8 @@ def load_sides(
         merged = overrides | side.overrides
         options = [word for key, words in merged.items() for word in (f"--{key}", *words)]
         name = f"{text} ({index + 1})" if text in configs else text
-        configs[name] = parse_arguments(["--config", side.file, *options], num_ranks)
+        try:
+            configs[name] = parse_arguments(["--config", side.file, *options], num_ranks)
+        except ConfigError as error:
+            raise ConfigError(f"{text}: {error}") from error
     return configs

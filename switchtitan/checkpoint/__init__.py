@@ -3,7 +3,13 @@ pruning."""
 
 from switchtitan.checkpoint.checkpointer import Checkpointer
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.find import check_output_folder, find_checkpoint, find_given, find_latest
+from switchtitan.checkpoint.find import (
+    check_given_paths,
+    check_output_folder,
+    find_checkpoint,
+    find_given,
+    find_latest,
+)
 from switchtitan.checkpoint.load import load_tensors_, read_tensors
 from switchtitan.checkpoint.metadata import CheckpointMetadata, read_metadata
 from switchtitan.checkpoint.same_run import check_same_run
@@ -12,6 +18,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointMetadata",
     "Checkpointer",
+    "check_given_paths",
     "check_output_folder",
     "check_same_run",
     "find_checkpoint",

@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER
-from switchtitan.checkpoint.layout import METADATA_FILE, list_step_folders, step_of
+from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, METADATA_FILE, list_step_folders, step_of
 from switchtitan.checkpoint.verify import check_contents
 from switchtitan.config.errors import CheckpointError
 
@@ -61,13 +61,34 @@ def find_given(path: Path) -> Path:
     if (path / METADATA_FILE).is_file():
         check_contents(path)
         return path
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / CHECKPOINTS_FOLDER):
         if latest := find_latest(folder):
             return latest
     raise CheckpointError(
         f"no whole checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE} in it, "
         "a folder of such folders, or a run's output folder"
     )
+
+
+def check_given_paths(folder: Path, config: CheckpointConfig) -> None:
+    """Refuses a path that leads nowhere, at no cost: for a run to call before it does any work.
+
+    Args:
+        folder: where the run keeps its own checkpoints; if there are some, initial weights are not read.
+
+    Raises:
+        CheckpointError: if there is nothing at `config.resume` or `config.initial_weights` where one of them will be read.
+    """
+    resume, weights = config.resume, config.initial_weights
+    if resume not in (RESUME_AUTO, RESUME_NEVER) and not Path(resume).exists():
+        raise CheckpointError(
+            f"[checkpoint] resume = {resume!r}: no such folder; expected a checkpoint, or the output folder of a run"
+        )
+    if weights is not None and not Path(weights).exists() and not list_step_folders(folder):
+        raise CheckpointError(
+            f"[checkpoint] initial_weights = {weights!r}: no such file or folder; expected a safetensors file, a folder in "
+            "Hugging Face's layout or a checkpoint"
+        )
 
 
 def check_output_folder(folder: Path, resume: str) -> None:

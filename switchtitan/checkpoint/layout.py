@@ -13,6 +13,8 @@ import os
 import re
 from pathlib import Path
 
+CHECKPOINTS_FOLDER = "checkpoints"
+"""In a run's output folder."""
 METADATA_FILE = "metadata.json"
 TENSORS_FILE = "tensors.json"
 DCP_METADATA_FILE = ".metadata"

@@ -135,6 +135,11 @@ def load_comparison(file: Path) -> ComparisonConfig:
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file; expected the TOML file that declares a comparison")
     table = read_toml(file)
+    if "rows" not in table:
+        raise ConfigError(
+            f"{file}: it declares no comparison, which takes [[rows]]; expected a file like those in "
+            "train_configs/comparisons/"
+        )
     try:
         declared = ComparisonConfig.model_validate(table)
     except ValidationError as error:

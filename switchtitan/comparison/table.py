@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-from switchtitan.checkpoint.layout import step_folder_name
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder_name
 from switchtitan.comparison.comparison import Standing
 from switchtitan.comparison.config import Row
 from switchtitan.comparison.measure import Measurements
@@ -125,7 +125,8 @@ def _median_speed(finished: list[RunResult]) -> float | None:
 def _effective_ranks(finished: list[RunResult]) -> list[float]:
     """Of the runs whose last checkpoint is still there."""
     checkpoints = [
-        result.run.folder / "checkpoints" / step_folder_name(result.figures["step"]) for result in finished
+        result.run.folder / CHECKPOINTS_FOLDER / step_folder_name(result.figures["step"])
+        for result in finished
     ]
     return [_effective_rank(checkpoint) for checkpoint in checkpoints if checkpoint.exists()]
 

@@ -42,6 +42,8 @@ def _explain_unknown_key(draft: Draft, path: Path) -> None:
     owners = _names_with_key(draft, section, key)
     if owners:
         hint = f"it is a key of [{section}] name = {' or '.join(map(toml_value, owners))}"
+        if (section, "name") in draft.overrides and path not in draft.overrides:
+            hint += f"; with --{section}.name, take a file that is made for that name, or remove this line"
     elif near:
         hint = f"did you mean {near}?"
     elif others:
@@ -109,7 +111,10 @@ def _explain_value(draft: Draft, path: Path) -> None:
         draft.refuse(path, f"missing; expected {describe(field)}")
         return
     value, hint = given[0], ""
-    if isinstance(value, str) and path not in draft.overrides:
+    num_words = len(draft.overrides.get(path, ()))
+    if num_words > 1 and "a list" not in describe(field):
+        hint = f", got {num_words} words; quote what has blanks in it"
+    elif isinstance(value, str) and path not in draft.overrides:
         reading = interpret(field, [value])
         if not isinstance(reading, str) and accepts(field, reading):
             hint = f"; write {toml_value(reading)}"

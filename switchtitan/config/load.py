@@ -74,14 +74,14 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomli.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"--config {file}: there is no such file{_neighbour_hint(file)}") from error
+        raise ConfigError(f"{file}: there is no such file{_neighbour_hint(file)}") from error
     except OSError as error:
-        raise ConfigError(f"--config {file}: expected a readable file: {error.strerror}") from error
+        raise ConfigError(f"{file}: expected a readable file: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file}: expected UTF-8 text, but byte {error.start} is not") from error
+        raise ConfigError(f"{file}: expected UTF-8 text, but byte {error.start} is not") from error
     except tomli.TOMLDecodeError as error:
         raise ConfigError(
-            f"--config {file}: not valid TOML: {error}\n"
+            f"{file}: not valid TOML: {error}\n"
             "A text stands in quotes, a list in [brackets], and a key once under its [section]."
         ) from error
 
@@ -145,6 +145,6 @@ def _no_json(value: object) -> dict[str, str]:
 
 
 def _neighbour_hint(file: Path) -> str:
-    siblings = [sibling.name for sibling in file.parent.glob("*.toml")] if file.parent.is_dir() else []
-    near = nearest(file.name, siblings)
-    return f"; did you mean {file.parent / near}?" if near else ""
+    siblings = [sibling.stem for sibling in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+    near = nearest(file.stem, siblings)
+    return f"; did you mean {file.parent / near}.toml?" if near else ""

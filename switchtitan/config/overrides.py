@@ -8,7 +8,7 @@ import tomli
 from pydantic.fields import FieldInfo
 
 from switchtitan.config.fields import accepts, admits_none, choices
-from switchtitan.config.mistakes import Mistake, Source
+from switchtitan.config.mistakes import Mistake, Source, nearest
 from switchtitan.config.toml_text import NONE_TEXT
 
 _OPTION = re.compile(r"--?[A-Za-z]")  # so that `-1` and `-1e-3` are values
@@ -67,7 +67,10 @@ def interpret(key: FieldInfo | None, words: Sequence[str]) -> object:
 
 def _take_option(arguments: Arguments, option: str, values: list[str]) -> None:
     path = tuple(option.removeprefix("--").replace("-", "_").split("."))
-    if not values:
+    near = None if values or len(path) > 1 else nearest(option, ("--help", "--config"))
+    if near not in (None, option):
+        arguments.mistakes.append(_mistake(option, f"unknown option; did you mean {near}?"))
+    elif not values:
         example = "FILE" if path == ("config",) else "VALUE"
         arguments.mistakes.append(_mistake(option, f"expected a value: {option} {example}"))
     elif path == ("config",):

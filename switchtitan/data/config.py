@@ -122,7 +122,7 @@ class DataConfig(Section):
         ):
             mistakes.append(
                 f'vocab_size = {self.vocab_size} has an effect with tokenizer = "{TRAINED_TOKENIZER}" only; '
-                f"leave it out"
+                "leave it out, or give --data.vocab_size none"
             )
         if self.offline_dataset is not None and not self.needs_hub:
             mistakes.append(

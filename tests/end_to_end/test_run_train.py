@@ -113,6 +113,7 @@ def finished(corpora: Path) -> Path:
 
 
 ELSEWHERE = ["--job.output_dir", "another/run"]
+NO_CORPUS_YET = ["--data.cache_dir", "no_corpora"]
 
 MISTAKES = {
     "a misspelt key": (["--training.step", "9"], ["--training.step 9: unknown key; did you mean steps?"]),
@@ -137,7 +138,7 @@ MISTAKES = {
         ["--training.global_batch_size", "900000", *ELSEWHERE],
         ["[training] global_batch_size = 900000", "fewer than one global batch"],
     ),
-    "a missing file": (["--config", "missing.toml"], ["--config missing.toml: there is no such file"]),
+    "a missing file": (["--config", "missing.toml"], ["missing.toml: there is no such file"]),
     "a missing corpus": (
         ["--data.dataset", "text", "--data.path", "no/such/books"],
         ["[data] path = ", "no/such/books", "no such file or folder"],
@@ -165,11 +166,11 @@ MISTAKES = {
         ["[checkpoint] resume = 'never'", "already holds 2 checkpoints", 'set resume = "auto"'],
     ),
     "a missing checkpoint": (
-        ["--checkpoint.resume", "no/such/run", *ELSEWHERE],
-        ["no/such/run", "no whole checkpoint"],
+        ["--checkpoint.resume", "no/such/run", *NO_CORPUS_YET, *ELSEWHERE],
+        ["[checkpoint] resume = 'no/such/run'", "no such folder"],
     ),
     "missing initial weights": (
-        ["--checkpoint.initial_weights", "no/such/weights", *ELSEWHERE],
+        ["--checkpoint.initial_weights", "no/such/weights", *NO_CORPUS_YET, *ELSEWHERE],
         ["[checkpoint] initial_weights = 'no/such/weights'", "no such file or folder"],
     ),
 }

@@ -90,6 +90,11 @@ def test_a_missing_or_short_file_is_told(tmp_path):
         ConfigError, match=r"grid.toml: there is no such file; expected the TOML file that declares"
     ):
         load_comparison(tmp_path / "grid.toml")
+    training = REPOSITORY / "train_configs" / "llama_60m_lora.toml"
+    with pytest.raises(
+        ConfigError, match=r"llama_60m_lora.toml: it declares no comparison, which takes \[\[rows\]\]"
+    ):
+        load_comparison(training)
     second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)
     with pytest.raises(ConfigError, match=r"expected two \[\[rows\]\] at least"):
         load(tmp_path, GRID[:second_row])

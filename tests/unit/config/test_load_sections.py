@@ -187,6 +187,10 @@ def test_a_mistake_in_a_section_says_what_was_expected(load: Load, text: str, ex
             ["--steps", "1"],
             "--steps 1: unknown option; expected --section.key value; did you mean --training.steps?",
         ),
+        (
+            ["--training.folder", "a", "b"],
+            "--training.folder a b: expected a path, got 2 words; quote what has blanks in it",
+        ),
         (["--traning.steps", "1"], "--traning.steps 1: unknown section; did you mean [training]?"),
         (
             ["--method.name", "lra"],
@@ -202,6 +206,14 @@ def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed(
     load: Load, argv: list[str], expected: str
 ) -> None:
     assert message_of(load, GOOD, *argv).splitlines()[1:] == ["on the command line:", f"  {expected}"]
+
+
+def test_a_key_that_another_name_leaves_no_place_for_says_what_to_do(load: Load) -> None:
+    message = message_of(load, GOOD + "interval = 3\n", "--method.name", "lora")
+    assert message.splitlines()[2:] == [
+        '  [method] interval = 3: unknown key; it is a key of [method] name = "switch"; with --method.name, take a file '
+        "that is made for that name, or remove this line"
+    ]
 
 
 def test_all_mistakes_come_in_one_message_grouped_by_source(load: Load) -> None:
@@ -236,6 +248,8 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "llama_350m.toml").touch()
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*llama_350m\.toml\?"):
         read_toml(tmp_path / "llama_35m.toml")
+    with pytest.raises(ConfigError, match=r"no such file$"):
+        read_toml(tmp_path / "other.toml")
     with pytest.raises(ConfigError, match=r"no such file$"):
         read_toml(tmp_path / "nowhere" / "x.toml")
 

@@ -84,6 +84,8 @@ def test_arguments_are_taken_apart() -> None:
     [
         (["--a.x"], "--a.x: expected a value: --a.x VALUE"),
         (["--config"], "--config: expected a value: --config FILE"),
+        (["--hlep"], "--hlep: unknown option; did you mean --help?"),
+        (["--confg"], "--confg: unknown option; did you mean --config?"),
         (["--config", "a", "b"], "--config a b: expected one file, given once"),
         (["--config=a", "--config=b"], "--config b: expected one file, given once"),
         (["--a.x", "1", "--a.x=2"], "--a.x 2: given twice; keep one"),
