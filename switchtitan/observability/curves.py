@@ -1,5 +1,6 @@
 """The scalars that a run left for TensorBoard, read back."""
 
+import logging
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -18,6 +19,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
         ConfigError: if there are none.
     """
     folder = run / TENSORBOARD_FOLDER
+    # It warns that it drops what an interrupted run wrote twice, which every run asks of it at its start.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}) if folder.is_dir() else None
     tags = events.Reload().Tags()[SCALARS] if events else []
     if events is None or not tags:
