@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue, ValidationError
 
 from switchtitan.checkpoint import find_given, read_metadata
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.checkpoint.metadata import CheckpointMetadata
 from switchtitan.config.errors import CheckpointError, CorpusError, UserError, exit_for
 from switchtitan.data.index import TOKENIZER_FILE, CorpusIndex, read_index
@@ -67,7 +68,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 def export_folder(checkpoint: Path) -> Path:
     """Where an export goes unless told: `exports/step-000001000`, beside the run's `checkpoints/`."""
     home = checkpoint.resolve().parent
-    return (home.parent if home.name == "checkpoints" else home) / "exports" / checkpoint.resolve().name
+    return (home.parent if home.name == CHECKPOINTS_FOLDER else home) / "exports" / checkpoint.resolve().name
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:

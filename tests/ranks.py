@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -74,6 +75,8 @@ def _run_rank(
     args: tuple,
 ) -> None:
     torch.set_num_threads(1)
+    # Else all ranks would draw the same without being seeded, which ranks of their own programs do not.
+    np.random.seed()
     # The server that this process was forked from has the environment of its own start.
     os.environ.clear()
     os.environ.update(

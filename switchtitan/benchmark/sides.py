@@ -81,5 +81,5 @@ def load_sides(
         try:
             configs[name] = parse_arguments(["--config", side.file, *options], num_ranks)
         except ConfigError as error:
-            raise ConfigError(f"{text}: {error}") from error
+            raise (ConfigError(f"{text}: {error}") if side.overrides else error) from error
     return configs

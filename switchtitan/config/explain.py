@@ -111,9 +111,9 @@ def _explain_value(draft: Draft, path: Path) -> None:
         draft.refuse(path, f"missing; expected {describe(field)}")
         return
     value, hint = given[0], ""
-    num_words = len(draft.overrides.get(path, ()))
-    if num_words > 1 and "a list" not in describe(field):
-        hint = f", got {num_words} words; quote what has blanks in it"
+    words = draft.overrides.get(path, [])
+    if len(words) > 1 and accepts(field, " ".join(words)):
+        hint = f", got {len(words)} words; quote what has blanks in it"
     elif isinstance(value, str) and path not in draft.overrides:
         reading = interpret(field, [value])
         if not isinstance(reading, str) and accepts(field, reading):

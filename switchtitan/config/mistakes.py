@@ -33,10 +33,10 @@ def toml_place(path: Sequence[str], *given: object) -> str:
     return table + path[-1] + "".join(f" = {toml_value(value)}" for value in given)
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` most likely meant, or None where nothing is near."""
+def nearest(word: str, choices: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The choice that `word` most likely meant, or None where none is as like it (0 to 1, see `difflib`)."""
     by_lower_case = {choice.lower(): choice for choice in choices}
-    matches = get_close_matches(word.lower(), by_lower_case, n=1)
+    matches = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=likeness)
     return by_lower_case[matches[0]] if matches else None
 
 

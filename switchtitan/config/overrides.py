@@ -67,7 +67,7 @@ def interpret(key: FieldInfo | None, words: Sequence[str]) -> object:
 
 def _take_option(arguments: Arguments, option: str, values: list[str]) -> None:
     path = tuple(option.removeprefix("--").replace("-", "_").split("."))
-    near = None if values or len(path) > 1 else nearest(option, ("--help", "--config"))
+    near = nearest(option, ("--help", "--config"), likeness=0.8)
     if near not in (None, option):
         arguments.mistakes.append(_mistake(option, f"unknown option; did you mean {near}?"))
     elif not values:

@@ -12,9 +12,10 @@ from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCo
 class CallWithInputOnHost:
     """A `contracts.CallBlock` that keeps a block's first argument in host memory until the backward pass comes to that block.
 
-    Copies go in a stream of their own, to and from page-locked memory, beside a CUDA device's other work, and the host waits
-    for none: a copy back is queued behind the copy that it needs, and started one block before the backward pass comes there.
-    What else a block saves stays where it is, its weights above all, which torch's own `save_on_cpu` would copy each time.
+    Copies go in a stream of their own, to and from page-locked memory, and the host waits for none. An input leaves while its
+    block runs, and its memory is free when the next block begins; it comes back while the block after it goes through its
+    backward pass. The last block's is still there when it is needed. What else a block saves stays where it is, its weights
+    above all, which torch's own `save_on_cpu` would copy each time.
     """
 
     def __init__(self, copies: HostCopies) -> None:
@@ -22,6 +23,8 @@ class CallWithInputOnHost:
         # The graph owns them: those of a forward pass that no backward pass follows go with it.
         self._waiting: list[weakref.ref[_Input]] = []
         self._storage: torch.UntypedStorage | None = None
+        self._leaving: CopyToHost | None = None
+        self._coming: CopyToDevice | None = None
 
     def __call__(self, block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
         """`block(hidden, *args)`; hidden must not be changed in place before the backward pass."""
@@ -35,26 +38,37 @@ class CallWithInputOnHost:
         return output
 
     def tensors_on_host(self) -> list[Tensor]:
-        """What is kept now."""
+        """What the backward pass has not come to."""
         kept = (reference() for reference in self._waiting)
         return [entry.on_host.destination for entry in kept if entry is not None]
 
     def _offload(self, saved: Tensor) -> "Tensor | _Input":
         if saved.untyped_storage() is not self._storage:
+            # No cycle: a checkpointed block saves what it is given, never a result.
             return saved
+        if self._leaving is not None:
+            self._leaving.join()
         entry = _Input(self._copies.to_host(saved.detach()))
+        self._leaving = entry.on_host
         self._waiting.append(weakref.ref(entry))
         return entry
 
     def _fetch(self, packed: "Tensor | _Input") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        on_device = self._start(packed)
+        tensor = packed.on_host.source
+        if tensor is not None:
+            packed.on_host.join()
+        else:
+            tensor = self._start(packed).wait()
         while self._waiting and self._waiting[-1]() in (packed, None):
             self._waiting.pop()
-        if self._waiting and (needed_next := self._waiting[-1]()) is not None:
-            self._start(needed_next)
-        return on_device.wait()
+        if self._coming is not None:
+            # If it was another's, whose graph is gone: its memory must outlive the copy.
+            self._coming.wait()
+        needed_next = self._waiting[-1]() if self._waiting else None
+        self._coming = None if needed_next is None else self._start(needed_next)
+        return tensor
 
     def _start(self, entry: "_Input") -> CopyToDevice:
         if entry.on_device is None:

@@ -23,19 +23,27 @@ class CopyToDevice:
         return self._tensor
 
 
-@dataclass(frozen=True)
 class CopyToHost:
-    """A copy on its way to the host."""
+    """A copy on its way to the host. It keeps what it is a copy of until `wait` or `join`, one of which must be called."""
 
-    destination: Tensor
-    """Where it goes; not to be read before `wait` has returned."""
-    _done: torch.cuda.Event | None
+    def __init__(self, source: Tensor, destination: Tensor, done: torch.cuda.Event | None) -> None:
+        self.source: Tensor | None = source
+        self.destination = destination
+        """Where it goes; not to be read before `wait` has returned."""
+        self._done = done
 
     def wait(self) -> Tensor:
         """The copy; the host waits until it is there."""
         if self._done is not None:
             self._done.synchronize()
+        self.source = None
         return self.destination
+
+    def join(self) -> None:
+        """Makes the device's current stream wait for it, but not the host; the source's memory is then that stream's again."""
+        if self._done is not None and self.source is not None:
+            torch.cuda.current_stream(self.source.device).wait_event(self._done)
+        self.source = None
 
 
 class HostCopies:
@@ -59,17 +67,24 @@ class HostCopies:
         return CopyToDevice(tensor, self._stream.record_event())
 
     def back_to_device(self, copy: CopyToHost) -> CopyToDevice:
-        """Starts copying what `to_host` copies once it is there, for which the host does not wait."""
-        # Both copies are made in one stream, in order.
-        return self.to_device(copy.destination)
-
-    def to_host(self, tensor: Tensor) -> CopyToHost:
-        """Starts copying a contiguous tensor as it is after all work that the device has been given; it must not change."""
+        """Starts copying what `to_host` copies, not before the work that the device's current stream has been given; the host
+        waits for nothing. The result must be kept until `CopyToDevice.wait`."""
         if self._stream is None:
-            return CopyToHost(tensor.clone(), None)
+            return CopyToDevice(copy.destination.clone(), None)
+        # In the current stream's memory, which else would be split in two for good.
+        tensor = torch.empty_like(copy.destination, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            # Behind the copy to the host, which was made in the same stream.
+            tensor.copy_(copy.destination, non_blocking=True)
+        return CopyToDevice(tensor, self._stream.record_event())
+
+    def to_host(self, tensor: Tensor) -> CopyToHost:
+        """Starts copying a tensor as it is after all work that the device has been given; it must not change until then."""
+        if self._stream is None:
+            return CopyToHost(tensor, tensor.clone(), None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            on_host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             on_host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)
-        return CopyToHost(on_host, self._stream.record_event())
+        return CopyToHost(tensor, on_host, self._stream.record_event())

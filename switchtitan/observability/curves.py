@@ -8,6 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from switchtitan.config.errors import ConfigError
 from switchtitan.observability.metrics import TENSORBOARD_FOLDER
 
+
+def _tells_no_restart(record: logging.LogRecord) -> bool:
+    """TensorBoard warns that it drops what an interrupted run wrote twice, as every run asks of it at its start."""
+    return "Detected out of order event.step" not in record.getMessage()
+
+
+logging.getLogger("tensorboard").addFilter(_tells_no_restart)
+
 Curve = tuple[list[int], list[float]]
 """Steps and values."""
 
@@ -19,8 +27,6 @@ def read_curves(run: Path) -> dict[str, Curve]:
         ConfigError: if there are none.
     """
     folder = run / TENSORBOARD_FOLDER
-    # It warns that it drops what an interrupted run wrote twice, which every run asks of it at its start.
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}) if folder.is_dir() else None
     tags = events.Reload().Tags()[SCALARS] if events else []
     if events is None or not tags:

@@ -5,6 +5,8 @@ import torch
 from ranks import run_on_ranks
 from tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
 
+from switchtitan.distributed.activation_offload import CallWithInputOnHost
+
 NUM_STEPS = 30
 # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
 RELATIVE_LOSS_TOLERANCE = 1e-5
@@ -25,13 +27,20 @@ def record_run(rank, folder, result_file, method, overrides, num_ranks, num_step
     trainer = tiny_trainer(
         folder, method, "--training.local_batch_size", "2", *overrides, num_ranks=num_ranks
     )
+    on_host: list[int] = []
+    if isinstance(trainer.model.call_block, CallWithInputOnHost):
+        trainer.model.model.norm.register_forward_hook(
+            lambda *_: on_host.append(len(trainer.model.call_block.tensors_on_host()))
+        )
     losses = train_steps(trainer, num_steps)
     trainer.check_replicas()
     tensors = whole_tensors(trainer)
     metrics = trainer.optimizer.metrics()
     trainer.batches.close()
     if rank == 0:
-        torch.save({"losses": losses, "tensors": tensors, "metrics": metrics}, result_file)
+        torch.save(
+            {"losses": losses, "tensors": tensors, "metrics": metrics, "on_host": on_host}, result_file
+        )
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,8 @@ def test_block_inputs_in_host_memory_change_nothing(runs, corpora):
     checkpointing = ["--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true"]
     run_on_ranks(2, record_runs, folder, ["switchlora"], checkpointing, 2, NUM_STEPS)
     offloaded, kept = torch.load(folder / "switchlora.pt"), runs["two"]["switchlora"]
+    # Both blocks' in each of two micro-batches.
+    assert offloaded["on_host"] == [2] * 2 * NUM_STEPS
     assert offloaded["losses"] == kept["losses"]
     for key, tensor in kept["tensors"].items():
         assert torch.equal(offloaded["tensors"][key], tensor), key

@@ -68,15 +68,15 @@ class VectorAdamW:
         self._lr.fill_(self._config.lr * lr_factor)
 
     @torch.no_grad()
-    def reset_(self, runs: list[VectorRun], first_moment_only: bool = False) -> None:
-        """Forgets what these vectors' moments and step counts hold, or their first moments alone."""
-        forgotten = (self._exp_avg,) if first_moment_only else (self._exp_avg, self._exp_avg_sq)
-        entries = [] if first_moment_only else [run.view(self.num_steps) for run in runs]
-        for run in runs:
-            for moments in forgotten:
-                entries.append(_local_vectors(moments[run.side][run.layer], run))
-        for (alike,) in by_layout(entries):
-            torch._foreach_zero_(alike)
+    def reset_(self, runs: list[VectorRun]) -> None:
+        """Forgets what these vectors' moments and step counts hold."""
+        counts = [run.view(self.num_steps) for run in runs]
+        _zero_all_(counts + _vectors_of(self._exp_avg, runs) + _vectors_of(self._exp_avg_sq, runs))
+
+    @torch.no_grad()
+    def reset_first_moments_(self, runs: list[VectorRun]) -> None:
+        """Forgets what these vectors' first moments hold, and nothing else."""
+        _zero_all_(_vectors_of(self._exp_avg, runs))
 
     @torch.no_grad()
     def step(self, moving: Tensor) -> None:
@@ -194,6 +194,17 @@ def _beside(coefficients: Tensor, factor: Tensor, side: int) -> Tensor:
         return coefficients.unsqueeze(-2)
     held = row_range(factor)
     return coefficients[..., held.start : held.stop].unsqueeze(-1)
+
+
+def _vectors_of(moments: tuple[list[Tensor], ...], runs: list[VectorRun]) -> list[Tensor]:
+    """Of moments by side and layer, the parts of these vectors that this rank holds."""
+    return [_local_vectors(moments[run.side][run.layer], run) for run in runs]
+
+
+def _zero_all_(tensors: list[Tensor]) -> None:
+    """In few operations; see `by_layout`."""
+    for (alike,) in by_layout(tensors):
+        torch._foreach_zero_(alike)
 
 
 def _local_vectors(moments: Tensor, run: VectorRun) -> Tensor:

@@ -65,20 +65,7 @@ class Candidates(Protocol):
         ...
 
 
-class _CandidatesOnDevice:
-    """What candidates have in common that do not travel."""
-
-    def prefetch(self, switches: Switches) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-
-class StoredCandidates(_CandidatesOnDevice):
+class StoredCandidates:
     """Candidates in the layers' buffers `candidates_a` [c, in] and `candidates_b` [out, c], which vectors go back to.
 
     They come back with what they had learnt (SwitchLoRA, arXiv 2406.06564, Algorithm 1).
@@ -103,8 +90,17 @@ class StoredCandidates(_CandidatesOnDevice):
         write_rows_([self._candidates_a[layer] for layer in switches], slots, rows)
         write_columns_([local(self._candidates_b[layer]) for layer in switches], slots, columns)
 
+    def prefetch(self, switches: Switches) -> None:
+        pass
 
-class DrawnCandidates(_CandidatesOnDevice):
+    def settle(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
+class DrawnCandidates:
     """Candidates that never change: each is drawn when it is needed, always the same, and vectors that leave are dropped.
 
     Every rank draws A's rows whole and its own part of B's columns, so nothing is stored or sent.
@@ -146,6 +142,15 @@ class DrawnCandidates(_CandidatesOnDevice):
         ]
 
     def put_back_(self, switches: Switches, rows: list[Tensor], columns: list[Tensor]) -> None:
+        pass
+
+    def prefetch(self, switches: Switches) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
 

@@ -87,7 +87,8 @@ class HostCandidates:
 
     def forget(self) -> None:
         self._fetched = None
-        self._returning.clear()
+        while self._returning:
+            self._returning.popleft().copy.wait()
 
     def _fetched_for(self, switches: Switches) -> list[Tensor]:
         """Candidates for these switches, on the device, as `_Fetched.shapes` says; fetched now unless they were before."""

@@ -97,7 +97,7 @@ class SwitchLoraOptimizer:
         if self._config.reset_moments == "counterpart":
             self._vectors.reset_(counterparts)
         elif self._config.reset_moments == "momentum":
-            self._vectors.reset_(counterparts, first_moment_only=True)
+            self._vectors.reset_first_moments_(counterparts)
         elif self._config.reset_moments == "both":
             self._vectors.reset_(counterparts + _switched(switches))
         self._timers.start_(counterparts)

@@ -179,7 +179,8 @@ def test_block_inputs_in_host_memory_are_in_no_sum(tmp_path: Path) -> None:
     num_bytes = 4 * num_bytes_of_block
     assert kept.most["host"] == 0
     assert offloaded.most["host"] == num_bytes
-    assert kept.most["activations"] - offloaded.most["activations"] == num_bytes
+    # The last block's is there as well, since it is needed at once.
+    assert kept.most["activations"] - offloaded.most["activations"] == num_bytes - num_bytes_of_block
     assert offloaded.state == kept.state
     # In each block's backward pass, its own input and the one before it are there.
     assert kept.peak - num_bytes < offloaded.peak <= kept.peak - num_bytes_of_block
