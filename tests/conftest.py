@@ -19,3 +19,11 @@ def pytest_collection_modifyitems(items):
 def corpora(tmp_path_factory):
     """A folder beside which runs share one prepared corpus: give tiny runs subfolders of it."""
     return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_ranks_left_behind():
+    """A process group that a module's tests have started ends with them, whatever order modules run in."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
