@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(dims, backend) for _ in range(dims.num_layers))
         self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
 
-    def forward(self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock) -> Tensor:
+    def forward(self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = call_plainly) -> Tensor:
         cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
         positions = Positions(cos, sin, self.build_mask(document_ids))
         hidden = self.embed_tokens(tokens)
