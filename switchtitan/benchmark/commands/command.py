@@ -50,12 +50,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value")
 
 
-def add_rounds(parser: argparse.ArgumentParser, rounds: int, calls: str, calls_per_round: int) -> None:
-    """How long to measure: `--rounds` and `--calls-per-round`.
+def add_rounds(
+    parser: argparse.ArgumentParser, *, rounds: int, per_round: int, unit: str, meaning: str | None = None
+) -> None:
+    """How long to measure: `--rounds` and `--<unit>-per-round`.
 
     Args:
-        rounds, calls_per_round: defaults.
-        calls: what is called, in the plural.
+        rounds, per_round: defaults.
+        unit: what is timed, in the plural: "calls" or "steps".
+        meaning: what one of them does, in the plural, where `unit` does not say it.
     """
     parser.add_argument(
         "--rounds",
@@ -64,24 +67,8 @@ def add_rounds(parser: argparse.ArgumentParser, rounds: int, calls: str, calls_p
         help=f"how often each side has its turn; an even number is fair to all (default: {rounds})",
     )
     parser.add_argument(
-        "--calls-per-round",
+        f"--{unit}-per-round",
         type=positive_int,
-        default=calls_per_round,
-        help=f"{calls} that a turn consists of (default: {calls_per_round})",
-    )
-
-
-def add_step_rounds(parser: argparse.ArgumentParser, steps_per_round: int) -> None:
-    """How long to measure whole steps: `--rounds` and `--steps-per-round`, with its default."""
-    parser.add_argument(
-        "--rounds",
-        type=positive_int,
-        default=10,
-        help="how often each configuration has its turn; an even number is fair to all (default: 10)",
-    )
-    parser.add_argument(
-        "--steps-per-round",
-        type=positive_int,
-        default=steps_per_round,
-        help=f"steps that a turn consists of (default: {steps_per_round})",
+        default=per_round,
+        help=f"{meaning or unit} that a turn consists of (default: {per_round})",
     )

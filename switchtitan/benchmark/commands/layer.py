@@ -115,7 +115,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile every way")
-    add_rounds(parser, rounds=10, calls="calls", calls_per_round=3)
+    add_rounds(parser, rounds=10, per_round=3, unit="calls")
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         help="what training consumes (default: it is measured, in two rounds of three steps)",
     )
-    add_rounds(parser, rounds=5, calls="global batches", calls_per_round=20)
+    add_rounds(parser, rounds=5, per_round=20, unit="calls", meaning="global batches")
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:

@@ -53,7 +53,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="FILE or FILE:section.key=value,...: a low-rank method's"
     )
-    add_rounds(parser, rounds=10, calls="updates", calls_per_round=5)
+    add_rounds(parser, rounds=10, per_round=5, unit="calls", meaning="updates")
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:

@@ -9,7 +9,7 @@ from switchtitan.benchmark.commands.command import (
     Measurement,
     Overrides,
     add_configs,
-    add_step_rounds,
+    add_rounds,
 )
 from switchtitan.benchmark.report import step_record, step_table
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, time_steps_side_by_side
@@ -19,7 +19,7 @@ from switchtitan.distributed.world import num_ranks_from_launcher
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configs(parser)
-    add_step_rounds(parser, steps_per_round=5)
+    add_rounds(parser, rounds=10, per_round=5, unit="steps")
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
