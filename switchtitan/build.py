@@ -1,7 +1,7 @@
 """The composition root: from a configuration to a trainer, one short function for each part."""
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +13,11 @@ from switchtitan.checkpoint import (
     Checkpointer,
     check_given_paths,
     check_same_run,
-    load_tensors_,
     read_metadata,
 )
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss, TrainingOptimizer
+from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
 from switchtitan.data import (
     Corpus,
     TokenSequences,
@@ -58,6 +57,7 @@ from switchtitan.run_description import (
     run_identity,
 )
 from switchtitan.run_output import check_output_dir, start_output
+from switchtitan.run_tensors import checkpoint_tensors, model_tensors, restore
 from switchtitan.train_state import TrainState
 from switchtitan.trainer import Intervals, Trainer, loss_metrics
 from switchtitan.weight_change import Origin
@@ -86,23 +86,14 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     checkpoint = checkpointer.checkpoint_to_resume()
     state, changes = TrainState(), list[str]()
     if checkpoint is not None:
-        metadata = read_metadata(checkpoint)
-        check_same_run(comparable_identity(metadata.identity), identity)
-        state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
-        changes = changed_keys(str(metadata.run["config"]), config)
+        state, changes = read_state(checkpoint, identity, config)
     # Before any work, since a corpus that is too small for the configuration is refused here.
     batches = build_batches(config, corpus, world, state.num_batches)
     validation = corpus.split("validation", config.data.seq_len)
     test_tokens = config.evaluation.test_tokens
     test = None if test_tokens is None else corpus.split("test", config.data.seq_len)
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
-    initial_weights = None
-    if checkpoint is None and config.checkpoint.initial_weights is not None:
-        source, initial_weights = read_initial_weights(
-            Path(config.checkpoint.initial_weights), model, config.model.model_dump(mode="json")
-        )
-        logger.info("initial weights come from %s", source)
-        state.initial_weights, state.initial_fingerprint = str(source), fingerprint(source)
+    initial_weights = None if checkpoint is not None else read_warm_start_(state, config, model)
 
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
     rank_telemetry = build_rank_telemetry(config, world, method, state)
@@ -145,6 +136,34 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     )
 
 
+def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[TrainState, list[str]]:
+    """Where the run of a checkpoint stands, and which keys have changed since.
+
+    Raises:
+        CheckpointError: if it is another run's.
+    """
+    metadata = read_metadata(checkpoint)
+    check_same_run(comparable_identity(metadata.identity), identity)
+    state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
+    return state, changed_keys(str(metadata.run["config"]), config)
+
+
+def read_warm_start_(state: TrainState, config: JobConfig, model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights that a new run starts from, which its state remembers; None where they are drawn.
+
+    Raises:
+        CheckpointError: if they cannot be read, or are another model's.
+    """
+    if config.checkpoint.initial_weights is None:
+        return None
+    source, weights = read_initial_weights(
+        Path(config.checkpoint.initial_weights), model, config.model.model_dump(mode="json")
+    )
+    logger.info("initial weights come from %s", source)
+    state.initial_weights, state.initial_fingerprint = str(source), fingerprint(source)
+    return weights
+
+
 def build_intervals(config: JobConfig) -> Intervals:
     return Intervals(
         evaluate=config.evaluation.interval,
@@ -184,34 +203,6 @@ def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: 
         versions={"switchtitan": switchtitan.__version__},
         comparable_identity=comparable_identity,
         is_main=world.is_main,
-    )
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by their names in a checkpoint, sharing memory with it.
-
-    To be looked up while all of them are shards: FSDP swaps them in forward passes.
-    """
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def checkpoint_tensors(model: nn.Module, optimizer: TrainingOptimizer) -> Callable[[], dict[str, Tensor]]:
-    """Returns what gives all tensors of a checkpoint by name, sharing memory with the model and the optimizer; see
-    `model_tensors`, which it calls now."""
-    of_model = model_tensors(model)
-
-    def tensors() -> dict[str, Tensor]:
-        return of_model | {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
-
-    return tensors
-
-
-def restore(checkpoint: Path, tensors: dict[str, Tensor], optimizer: TrainingOptimizer) -> None:
-    """Fills model and optimizer from a checkpoint, whatever number of ranks saved it."""
-    load_tensors_(checkpoint, tensors)
-    prefix = "optimizer."
-    optimizer.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     )
 
 

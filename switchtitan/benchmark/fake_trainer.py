@@ -15,8 +15,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from switchtitan.build import (
     build_intervals,
     build_throughput,
-    checkpoint_tensors,
-    model_tensors,
     prepare_model,
 )
 from switchtitan.checkpoint import Checkpointer
@@ -31,6 +29,7 @@ from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import Profiler, Reporter
 from switchtitan.optim import build_lr_schedule
+from switchtitan.run_tensors import checkpoint_tensors, model_tensors
 from switchtitan.train_state import TrainState
 from switchtitan.trainer import Trainer
 

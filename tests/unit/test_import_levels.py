@@ -17,7 +17,7 @@ LEVELS = (
     ("build",),
     ("rank_telemetry", "run_spectra"),
     ("weight_change",),
-    ("trainer", "initial_weights", "run_description", "run_output"),
+    ("trainer", "initial_weights", "run_description", "run_output", "run_tensors"),
     ("evaluate",),
     ("job_config", "train_state"),
     ("job_checks",),
