@@ -5,14 +5,15 @@ What it adds to torchrun is how a mistake ends: the configuration is checked bef
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-from switchtitan.config.errors import UserError, exit_for
+from switchtitan.config.errors import EXIT_STATUS_KEY, UserError, exit_for
 from switchtitan.job_config import parse_arguments
 
 
@@ -34,15 +35,26 @@ def main(argv: Sequence[str]) -> None:
     try:
         run(options)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        # A rank that meets a user's mistake leaves its message and exits; one that crashes leaves a traceback and 1.
-        if failure.exitcode > 1 and failure.error_file_data.get("message") == failure.message:
-            print(f"error: {failure.message}", file=sys.stderr)
-            raise SystemExit(failure.exitcode) from None
+        cause = first_cause(list(error.failures.values()))
+        # A rank that meets a user's mistake leaves its message and the status; one that crashes leaves a traceback and no file.
+        if EXIT_STATUS_KEY in cause.error_file_data:
+            print(f"error: {cause.message}", file=sys.stderr)
+            raise SystemExit(cause.error_file_data[EXIT_STATUS_KEY]) from None
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from error
+
+
+def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
+    """The first failure in time. One of a rank that torchrun ended because another had failed is no cause, unless that rank had
+    met a user's mistake by itself."""
+    causes = [
+        failure
+        for failure in failures
+        if failure.exitcode != -signal.SIGTERM or EXIT_STATUS_KEY in failure.error_file_data
+    ]
+    return min(causes or failures, key=lambda failure: failure.timestamp)
 
 
 def num_ranks_of(num_nodes: str, num_processes: str) -> int | None:

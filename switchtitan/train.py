@@ -1,11 +1,12 @@
 """Entry point: `python -m switchtitan.train --config FILE [--section.key value ...]`; see `run_train.sh`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
 from switchtitan.build import build_trainer
 from switchtitan.config.errors import UserError, exit_for
-from switchtitan.distributed.world import start_world, stop_world
+from switchtitan.distributed.world import num_ranks_from_launcher, start_world, stop_world
 from switchtitan.job_config import parse_arguments
 
 
@@ -15,17 +16,26 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: with status 2, after a message, for a mistake that the user can mend.
     """
+    if num_ranks_from_launcher() == 1:
+        # What ends a job on a cluster lets a save under way be completed, as a Ctrl-C does. Among several ranks the launcher
+        # also sends it to those that wait for one that has crashed, and a save of theirs would never be done.
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
         build_trainer(config, world).train()
+        # Not after an error, since leaving waits for the other ranks, and they may be waiting for this one: its traceback would
+        # never be seen. Nor would a save in the background come to its end.
+        stop_world()
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        stop_world()
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -32,18 +32,17 @@ def without_output(config: JobConfig, folder: Path) -> JobConfig:
 @contextmanager
 def quiet_trainer(config: JobConfig) -> Iterator[Trainer]:
     """A trainer on the ranks that the launcher started, writing to a temporary folder, closed at the end."""
-    joined_world = not dist.is_initialized()
+    joins_world = not dist.is_initialized()
     with tempfile.TemporaryDirectory() as folder:
+        world = start_world(config.parallelism)
+        trainer = build_trainer(without_output(config, Path(folder)), world)
+        # The log file lies in the temporary folder.
+        configure_logging(is_main=world.is_main, rank=world.rank)
         try:
-            world = start_world(config.parallelism)
-            trainer = build_trainer(without_output(config, Path(folder)), world)
-            # The log file lies in the temporary folder.
-            configure_logging(is_main=world.is_main, rank=world.rank)
-            try:
-                yield trainer
-            finally:
-                trainer.batches.close()
-                trainer.reporter.close()
+            yield trainer
         finally:
-            if joined_world:
-                stop_world()
+            trainer.batches.close()
+            trainer.reporter.close()
+    if joins_world:
+        # Not after an error: the other ranks may never come here.
+        stop_world()

@@ -76,20 +76,20 @@ def mark_steps_side_by_side(
     assert rounds >= 1
     assert steps_per_round >= 1
     _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
-    joined_world = not dist.is_initialized()
+    joins_world = not dist.is_initialized()
     with (
         tempfile.TemporaryDirectory() as folder,
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
     ):
-        try:
-            benches = {
-                name: _Bench(name, without_output(config, Path(folder) / str(index)), marked)
-                for index, (name, config) in enumerate(configs.items())
-            }
-            return _time(benches, rounds, steps_per_round)
-        finally:
-            if joined_world:
-                stop_world()
+        benches = {
+            name: _Bench(name, without_output(config, Path(folder) / str(index)), marked)
+            for index, (name, config) in enumerate(configs.items())
+        }
+        parts = _time(benches, rounds, steps_per_round)
+    if joins_world:
+        # Not after an error: the other ranks may never come here.
+        stop_world()
+    return parts
 
 
 class _Bench:

@@ -37,7 +37,7 @@ from switchtitan.checkpoint.metadata import (
 )
 from switchtitan.checkpoint.prune import prune
 from switchtitan.checkpoint.storage import ChecksummingWriter
-from switchtitan.checkpoint.verify import check_files
+from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.config.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -165,8 +165,13 @@ class Checkpointer:
         """
         if self._in_flight is None:
             return
-        in_flight, self._in_flight = self._in_flight, None
-        self._latest = in_flight.result()
+        in_flight = self._in_flight
+        try:
+            self._latest = in_flight.result()
+        finally:
+            # A Ctrl-C ends the wait, not the save.
+            if in_flight.done():
+                self._in_flight = None
 
     def _on_main(self, function: Callable[[], Path | None]) -> Path | None:
         return run_together(lambda: function() if self._is_main else None, self._group)[0]
@@ -290,7 +295,8 @@ def _set_aside(path: Path) -> None:
         CheckpointError: if it is whole.
     """
     try:
-        check_files(path)
+        # As thorough as the search for what to go on from: what that skipped must not be in the way here.
+        check_contents(path)
     except CheckpointError as error:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         logger.warning("Renaming %s to %s, since it is not whole: %s", path, aside.name, error)

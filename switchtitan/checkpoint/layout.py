@@ -33,6 +33,16 @@ def partial_folder_name(step: int) -> str:
     return f".{step_folder_name(step)}.partial"
 
 
+def deleted_folder_name(step: int) -> str:
+    """What a checkpoint's folder is called while it is being deleted."""
+    return f".{step_folder_name(step)}.deleting"
+
+
+def list_deleted_folders(folder: Path) -> list[Path]:
+    """The folders in `folder` whose deletion was interrupted."""
+    return sorted(folder.glob(".step-*.deleting"))
+
+
 def step_of(path: Path) -> int | None:
     """The step in the name of a finished checkpoint's folder; None if `path` is not named like one."""
     match = _STEP_FOLDER.fullmatch(path.name)

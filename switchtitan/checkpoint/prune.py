@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from switchtitan.checkpoint.layout import (
+    deleted_folder_name,
     foreign_files,
+    list_deleted_folders,
     list_step_folders,
     remove_folder,
     step_of,
@@ -32,6 +34,8 @@ def prune(
     """
     if keep_latest == 0:
         return []
+    for half_deleted in list_deleted_folders(folder):
+        remove_folder(half_deleted)
     newest_step = step_of(newest)
     assert newest_step is not None
     older = [path for path in list_step_folders(folder) if (step_of(path) or 0) < newest_step]
@@ -39,8 +43,7 @@ def prune(
     pruned = removable[keep_latest - 1 :]
     for path in pruned:
         # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
-        doomed = path.rename(path.with_name(f".{path.name}.deleting"))
-        remove_folder(doomed)
+        remove_folder(path.rename(path.with_name(deleted_folder_name(step_of(path) or 0))))
         logger.debug("Deleted the older checkpoint %s", path)
     sync_folder(folder)
     return pruned

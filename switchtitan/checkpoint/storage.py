@@ -40,7 +40,11 @@ class ChecksummingWriter(FileSystemWriter):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
+        # What is saved in the background lies in host memory. Beside CUDA, copying ahead would all the same wait for the
+        # stream of device 0, on which training runs, or put a CUDA context there from every rank.
+        super().__init__(
+            folder, single_file_per_rank=True, sync_files=True, overwrite=False, per_thread_copy_ahead=0
+        )
         self.written: dict[str, FileRecord] = {}
         self.fs = _ChecksummingFiles(self.written)
 

@@ -4,11 +4,16 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
+
+from switchtitan.atomic_file import write_atomically
 
 USER_ERROR_STATUS = 2
 _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 """The variable by which torchrun tells a rank where to leave the reason of its failure."""
+EXIT_STATUS_KEY = "exit_status"
+"""What marks a user's mistake there, beside torchrun's own keys."""
 
 
 class UserError(Exception):
@@ -47,8 +52,13 @@ def exit_for(error: UserError) -> NoReturn:
     """
     launcher_file = os.environ.get(_LAUNCHER_FILE)
     if launcher_file:
-        with open(launcher_file, "w", encoding="utf-8") as file:
-            json.dump({"message": str(error), "timestamp": int(time.time())}, file)
+        reason = {
+            "message": str(error),
+            "timestamp": int(time.time()),
+            EXIT_STATUS_KEY: error.exit_status,
+        }
+        # The launcher ends this rank at any time once another has failed, and then reads the file.
+        write_atomically(Path(launcher_file), json.dumps(reason))
     else:
         print(f"error: {error}", file=sys.stderr)
     raise SystemExit(error.exit_status)

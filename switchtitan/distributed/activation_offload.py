@@ -13,9 +13,10 @@ class CallWithInputOnHost:
     """A `contracts.CallBlock` that keeps a block's first argument in host memory until the backward pass comes to that block.
 
     Copies go in a stream of their own, to and from page-locked memory, and the host waits for none. An input leaves while its
-    block runs, and its memory is free when the next block begins; it comes back while the block after it goes through its
-    backward pass. The last block's is still there when it is needed. What else a block saves stays where it is, its weights
-    above all, which torch's own `save_on_cpu` would copy each time.
+    block runs, or, where blocks are compiled, while the next one does, since a compiled block saves it at its end. Its memory
+    is free when the next input leaves. It comes back while the block after it goes through its backward pass; the last
+    block's is still there when it is needed. What else a block saves stays where it is, its weights above all, which torch's
+    own `save_on_cpu` would copy each time.
     """
 
     def __init__(self, copies: HostCopies) -> None:

@@ -112,7 +112,7 @@ def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
 
 
 def stop_world() -> None:
-    """Leaves the process group."""
+    """Leaves the process group; every rank must. With NCCL it waits for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,13 +1,16 @@
 """How mistakes and crashes of several ranks end: once, readable, with the right status."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from switchtitan.launch import num_ranks_of
+from switchtitan.launch import first_cause, num_ranks_of
 
 pytestmark = pytest.mark.distributed
 
@@ -70,6 +73,22 @@ def test_a_mistake_found_by_all_ranks_is_said_once(tmp_path: Path) -> None:
     done = launch(tmp_path, script)
     assert done.returncode == 2
     assert done.stderr == "error: no such corpus\n"
+
+
+def test_a_mistake_is_told_from_what_torchrun_did_about_it(tmp_path: Path) -> None:
+    """A rank that torchrun ends may end before the one whose mistake was the reason, or after it has said the same."""
+    file = tmp_path / "error.json"
+    file.write_text(json.dumps({"message": "no such corpus", "timestamp": 2, "exit_status": 2}))
+    ended = ProcessFailure(0, 11, -signal.SIGTERM, "none")
+    ended.timestamp = 1
+    mistaken = ProcessFailure(1, 12, 2, str(file))
+    ended_with_its_message = ProcessFailure(2, 13, -signal.SIGTERM, str(file))
+    crashed = ProcessFailure(3, 14, 1, "none")
+    crashed.timestamp = 1
+    assert first_cause([ended, mistaken]) is mistaken
+    assert first_cause([ended, ended_with_its_message]) is ended_with_its_message
+    assert first_cause([mistaken, crashed]) is crashed
+    assert first_cause([ended]) is ended
 
 
 def test_a_crash_keeps_its_traceback(tmp_path: Path) -> None:

@@ -2,19 +2,29 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny import METHOD_KEYS, TINY
 
 from switchtitan import train
+from switchtitan.distributed.world import stop_world
 from switchtitan.observability import configure_logging
 
 pytestmark = pytest.mark.end_to_end
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_world_is_left() -> Iterator[None]:
+    """A run in this process that ends with an error leaves its process group, which the end of the process would end."""
+    yield
+    stop_world()
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +111,44 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
     assert third.returncode == 0, third.stdout
     assert third.stdout.count(f"goes on from {output}/checkpoints/step-000000012") == 1
     assert (output / "checkpoints" / "step-000000018").is_dir()
+
+
+@pytest.mark.parametrize(("number", "num_ranks"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+def test_a_run_that_is_stopped_completes_its_save_and_goes_on(
+    environment: dict[str, str], corpora: Path, number: signal.Signals, num_ranks: str
+) -> None:
+    folder = corpora / f"stopped-{number.name}-{num_ranks}"
+    config = write_config(folder)
+    command = [str(REPOSITORY / "run_train.sh"), "--config", str(config), "--checkpoint.async_save", "true"]
+    with subprocess.Popen(
+        [*command, "--training.steps", "100000"],
+        cwd=folder,
+        env=environment | {"NGPU": num_ranks},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        assert run.stdout is not None
+        printed = []
+        for line in run.stdout:
+            printed.append(line)
+            if "Saved" in line:
+                break
+        # As a terminal does with Ctrl-C: every process of the job gets it.
+        os.killpg(run.pid, number)
+        printed += run.stdout
+        assert run.wait(timeout=60) != 0
+    said = "".join(printed)
+    assert "interrupted; the same command goes on from the newest checkpoint" in said
+    assert num_ranks == "2" or "Traceback" not in said
+    checkpoints = folder / "run" / "checkpoints"
+    assert not list(checkpoints.glob(".*")), said
+    newest = max(checkpoints.iterdir())
+    step = int(newest.name.removeprefix("step-"))
+    resumed = run_train(environment, folder, *command[1:], "--training.steps", str(step + 3))
+    assert resumed.returncode == 0, resumed.stdout
+    assert f"goes on from {newest}" in resumed.stdout
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ LEVELS = (
     ("methods", "checkpoint", "hub", "observability"),
     ("distributed", "models", "data", "optim"),
     ("registry", "contracts"),
-    ("config", "atomic_file"),
+    ("config",),
+    ("atomic_file",),
 )
 """From the top down; names are packages and modules of switchtitan."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

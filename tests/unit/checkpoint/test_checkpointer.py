@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -204,6 +205,47 @@ def test_damaged_checkpoint_in_the_way_is_set_aside(make_checkpointer, tensors, 
     aside = [path for path in folder.iterdir() if ".damaged-" in path.name]
     assert (aside[0] / "__0_0.distcp").read_bytes() == b"half"
     assert "not whole" in caplog.text
+
+
+def test_what_resuming_skips_is_set_aside_when_its_step_comes_again(
+    make_checkpointer, tensors, folder, caplog
+):
+    checkpointer = make_checkpointer(async_save=False)
+    checkpointer.save(1, tensors, {})
+    checkpointer.save(2, tensors, {})
+    file = folder / "step-000000002" / "__0_0.distcp"
+    rotten = bytearray(file.read_bytes())
+    rotten[len(rotten) // 2] ^= 1  # the length stays
+    file.write_bytes(rotten)
+    resumed = make_checkpointer(async_save=False)
+    assert resumed.checkpoint_to_resume() == folder / "step-000000001"
+    resumed.save(2, tensors, {})
+    check_contents(folder / "step-000000002")
+    (aside,) = (path for path in folder.iterdir() if ".damaged-" in path.name)
+    assert (aside / "__0_0.distcp").read_bytes() == rotten
+
+
+def test_ctrl_c_during_the_wait_for_a_save_does_not_give_it_up(
+    make_checkpointer, tensors, folder, monkeypatch
+):
+    checkpointer = make_checkpointer(async_save=True)
+    may_finish = threading.Event()
+    finish = ChecksummingWriter.finish
+
+    def finish_late(*args, **kwargs):
+        assert may_finish.wait(timeout=60)
+        finish(*args, **kwargs)
+
+    monkeypatch.setattr(ChecksummingWriter, "finish", finish_late)
+    checkpointer.save(1, tensors, {})
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.finish()
+    assert not (folder / "step-000000001").exists()
+    may_finish.set()
+    checkpointer.finish()
+    assert checkpointer.latest == folder / "step-000000001"
+    check_contents(checkpointer.latest)
 
 
 def test_train_state_must_be_plain_values(make_checkpointer, tensors):

@@ -35,6 +35,15 @@ def test_damaged_checkpoint_neither_counts_nor_goes(make_checkpointer, tensors, 
     assert names(folder) == ["step-000000001", "step-000000002", "step-000000003"]
 
 
+def test_a_deletion_that_was_interrupted_is_completed(make_checkpointer, tensors, folder):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=1)
+    save_steps(checkpointer, tensors, 1)
+    half_deleted = (folder / "step-000000001").rename(folder / ".step-000000001.deleting")
+    (half_deleted / "metadata.json").unlink()
+    save_steps(checkpointer, tensors, 2)
+    assert names(folder) == ["step-000000002"]
+
+
 def test_folder_with_other_files_stays(make_checkpointer, tensors, folder, caplog):
     checkpointer = make_checkpointer(async_save=False, keep_latest=1)
     save_steps(checkpointer, tensors, 1)
