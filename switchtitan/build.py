@@ -43,6 +43,7 @@ from switchtitan.observability import (
     TENSORBOARD_FOLDER,
     Profiler,
     Reporter,
+    StepCommunication,
     Throughput,
     configure_logging,
     peak_flops_per_s,
@@ -106,6 +107,7 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     start_output(config, world, state)
     describe_run(config, world, model, corpus, checkpoint, changes)
     loss = CrossEntropy(config.compile.loss)
+    reporter = build_reporter(config, world, state, run_facts(config, world, model, corpus))
     return Trainer(
         training=config.training,
         intervals=build_intervals(config),
@@ -124,7 +126,8 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
         checkpointer=checkpointer,
         tensors=tensors,
         check_replicas=partial(check_replicas, model_tensors(model)),
-        reporter=build_reporter(config, world, state, run_facts(config, world, model, corpus)),
+        reporter=reporter,
+        communication=StepCommunication(reporter, world.size, state.step),
         throughput=build_throughput(config, world, num_flops_per_token, state.step),
         profiler=Profiler(
             config.profiler,

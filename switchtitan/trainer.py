@@ -20,7 +20,7 @@ from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
 from switchtitan.evaluate import Evaluator
 from switchtitan.job_sections import TrainingSection
-from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
+from switchtitan.observability import Profiler, Reporter, StepCommunication, Throughput, peak_memory_gib
 from switchtitan.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Trainer:
         tensors: Callable[[], dict[str, Tensor]],
         check_replicas: Callable[[], None],
         reporter: Reporter,
+        communication: StepCommunication,
         throughput: Throughput,
         profiler: Profiler,
         state: TrainState,
@@ -105,7 +106,8 @@ class Trainer:
         self.inspect_weights = inspect_weights
         self.checkpointer, self.tensors = checkpointer, tensors
         self.check_replicas = check_replicas
-        self.reporter, self.throughput, self.profiler = reporter, throughput, profiler
+        self.reporter, self.communication = reporter, communication
+        self.throughput, self.profiler = throughput, profiler
         self.state = state
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Sums since the last report and flags stay on the device: reading them would make the host wait in every step.
@@ -168,6 +170,7 @@ class Trainer:
                 "loss/test": test_loss,
                 "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
                 "throughput/wall_time_s": self.throughput.wall_time_s,
+                "communication/mib_per_step": self.communication.mib_per_step,
                 "memory/peak_gib": peak_memory_gib(self.world.device),
                 "memory/state_gib": num_device_bytes(tensors, self.world.device) / 2**30,
             },
@@ -180,7 +183,8 @@ class Trainer:
         with self.profiler:
             while self.state.step < self.training.steps:
                 num_skipped = self.state.num_skipped
-                result = self.train_step()
+                with self.communication.counted(self.state.step + 1):
+                    result = self.train_step()
                 if self.state.num_skipped > num_skipped:
                     # Nothing is due now that was not done when this step was reached.
                     skipped_in_a_row += 1
@@ -235,7 +239,7 @@ class Trainer:
         norm = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if self.world.mesh["replicate"].size() > 1:
+        if self.world.num_replicas > 1:
             # Replicas may have summed in different orders; clipped by different bits, they would drift apart.
             norm = self.world.mean(norm)
         if self.training.max_grad_norm is not None:

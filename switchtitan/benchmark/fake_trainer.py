@@ -27,7 +27,7 @@ from switchtitan.job_config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
-from switchtitan.observability import Profiler, Reporter
+from switchtitan.observability import Profiler, Reporter, StepCommunication
 from switchtitan.optim import build_lr_schedule
 from switchtitan.run_tensors import checkpoint_tensors, model_tensors
 from switchtitan.train_state import TrainState
@@ -73,6 +73,12 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
     prepare_model(model, method, config, world)
     optimizer = method.build_optimizer(model, config.optimizer, compile_step=False)
     loss = CrossEntropy(compile_regions=False)
+    reporter = Reporter(
+        config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
+        folder,
+        num_steps=config.training.steps,
+        is_main=True,
+    )
     return Trainer(
         # Values are unknown, so a step cannot be skipped for them.
         training=config.training.model_copy(update={"on_nonfinite": "stop"}),
@@ -90,12 +96,8 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
         checkpointer=checkpointer,
         tensors=checkpoint_tensors(model, optimizer),
         check_replicas=partial(check_replicas, model_tensors(model)),
-        reporter=Reporter(
-            config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
-            folder,
-            num_steps=config.training.steps,
-            is_main=True,
-        ),
+        reporter=reporter,
+        communication=StepCommunication(reporter, world.size, start_step=0),
         throughput=build_throughput(config, world, num_flops_per_token, start_step=0),
         profiler=Profiler(config.profiler, folder, worker=None),
         state=TrainState(),

@@ -39,19 +39,28 @@ class CountCommunication(TorchDispatchMode):
     (n-1)/n S in the mean over ranks. Gather and scatter send shards straight from or to one rank: (n-1)/n of a shard in the
     mean. S includes the rows with which FSDP2 pads uneven shards, since they travel too. Other algorithms of NCCL, such as
     trees, and protocol overheads are left out.
-
-    Raises:
-        NotImplementedError: inside the context, at a collective of another kind.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._num_calls = dict.fromkeys(_PASSES, 0)
         self._bytes_sent = dict.fromkeys(_PASSES, 0.0)
+        self._unknown: set[str] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled regions, which hold no collectives, stay compiled inside the context."""
+        return True
 
     @property
     def counts(self) -> CommunicationCounts:
-        """Of all that has happened inside so far."""
+        """Of all that has happened inside so far.
+
+        Raises:
+            NotImplementedError: if a collective of another kind was among it.
+        """
+        if self._unknown:
+            raise NotImplementedError(f"no rule for counting the bytes of {', '.join(sorted(self._unknown))}")
         return {kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _PASSES}
 
     def __torch_dispatch__(
@@ -70,7 +79,9 @@ class CountCommunication(TorchDispatchMode):
         if name in _NOT_COUNTED:
             return
         if name not in _COLLECTIVES:
-            raise NotImplementedError(f"no rule for counting the bytes of {func}")
+            # Told later: what is watched goes on.
+            self._unknown.add(str(func))
+            return
         kind, tensors = _COLLECTIVES[name]
         num_ranks = _group_size(args)
         self._num_calls[kind] += 1

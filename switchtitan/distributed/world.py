@@ -30,9 +30,14 @@ class World:
         return self.rank == 0
 
     @property
+    def num_replicas(self) -> int:
+        """How often the whole model is there."""
+        return self.mesh.size(0)
+
+    @property
     def shard_mesh(self) -> DeviceMesh:
         """The mesh for FSDP: one-dimensional, or [replicate, shard] where the model is replicated too (HSDP)."""
-        return self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
+        return self.mesh if self.num_replicas > 1 else self.mesh["shard"]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of `values` over all ranks, on all ranks."""

@@ -6,6 +6,7 @@ from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, 
 from switchtitan.observability.peak_flops import peak_flops_per_s
 from switchtitan.observability.profiler import Profiler, ProfilerConfig
 from switchtitan.observability.spectra_files import SPECTRA_FOLDER
+from switchtitan.observability.step_communication import StepCommunication
 from switchtitan.observability.throughput import Throughput
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Profiler",
     "ProfilerConfig",
     "Reporter",
+    "StepCommunication",
     "Throughput",
     "configure_logging",
     "peak_flops_per_s",

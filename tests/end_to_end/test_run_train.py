@@ -1,5 +1,6 @@
 """`./run_train.sh` as a user runs it: it trains, resumes, and answers a mistake with one clear message."""
 
+import json
 import os
 import shlex
 import signal
@@ -110,6 +111,8 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
     third = run_train(environment, folder, "--config", str(config), "--training.steps", "18", NGPU="2")
     assert third.returncode == 0, third.stdout
     assert third.stdout.count(f"goes on from {output}/checkpoints/step-000000012") == 1
+    assert third.stdout.count("MiB in step 15") == 1
+    assert json.loads((output / "results.json").read_text())["communication/mib_per_step"] > 0
     assert (output / "checkpoints" / "step-000000018").is_dir()
 
 

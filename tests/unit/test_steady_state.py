@@ -1,11 +1,13 @@
-"""After the first step nothing is compiled any more, however often vectors are switched."""
+"""After the first step nothing is compiled any more, however often vectors are switched, and the host waits for no device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_trainer, train_steps
+from tiny import METHOD_KEYS, tiny_trainer, train_steps
 from torch._dynamo.utils import compilation_time_metrics, counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.distributed.world import stop_world
 
@@ -70,3 +72,55 @@ def test_the_count_sees_a_batch_of_another_shape(corpora):
         pytest.raises(torch._dynamo.exc.RecompileError),
     ):
         trainer._forward_backward([type(batch)(*(part[:, :-2] for part in batch)) for batch in shorter])
+
+
+READS_BACK = {
+    # What `item()`, `float()` and `bool()` of a tensor come to.
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.equal,
+    # How long their results are depends on values.
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+    torch.ops.aten._unique2,
+}
+
+
+class RecordReadsBack(TorchDispatchMode):
+    """Records operations for which the host would wait if their tensors lay on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in READS_BACK:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:
+    """Two projections of GaLore and APOLLO and a reset of ReLoRA among them, and ten times the switches of a step."""
+    trainer = tiny_trainer(folder, method, *overrides)
+    train_steps(trainer, 1)
+    # The loader's own work is the host's.
+    ready = [next(trainer.batches) for _ in range(10)]
+    trainer.batches.close()
+    trainer.batches = (micro_batches for micro_batches in ready)
+    with RecordReadsBack() as record:
+        for _ in ready:
+            trainer.train_step()
+    return record.found
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_a_step_reads_nothing_back_from_the_device(corpora, method):
+    assert reads_back_in_ten_steps(corpora / "no-sync", method) == []
+
+
+def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
+    """Shows that the check above can fail."""
+    found = reads_back_in_ten_steps(corpora / "sync", "full_rank", "--training.on_nonfinite", "skip")
+    assert len(found) >= 10

@@ -157,6 +157,24 @@ def test_one_rank_sends_nothing(tmp_path: Path) -> None:
     assert {count.bytes_sent for count in counts.values()} == {0.0}
 
 
+def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -> None:
+    torch._dynamo.reset()
+    compiled = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
+    trainer = tiny_trainer(folder / "compiled", "switchlora", *compiled, num_ranks=2)
+    for step in range(1, 6):
+        with torch._dynamo.config.patch(error_on_recompile=step > 2), trainer.communication.counted(step):
+            trainer.train_step()
+    trainer.batches.close()
+    sent_mib = sum(count.bytes_sent for count in expected.values()) / 2**20
+    assert trainer.communication.mib_per_step == pytest.approx(sent_mib, rel=1e-9)
+
+
+@pytest.mark.distributed
+def test_a_compiled_run_counts_its_third_step_and_compiles_nothing_for_it(corpora: Path) -> None:
+    expected = communication_of_a_step(tiny_config(corpora / "fake", "switchlora", num_ranks=2), 2, step=3)
+    run_on_ranks(2, check_compiled_run, corpora, expected)
+
+
 def check_counts(rank: int, folder: Path, expected: dict[str, CommunicationCounts]) -> None:
     for method, counts in expected.items():
         trainer = tiny_trainer(folder / f"real-{method}", method, num_ranks=2)
