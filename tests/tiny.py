@@ -10,9 +10,11 @@ from switchtitan.distributed.world import start_world
 from switchtitan.job_config import JobConfig, parse_arguments
 from switchtitan.trainer import Trainer
 
+MINI = "_mini"
 METHOD_KEYS = {
     # 20 steps are in the midst of a basis' life.
     "apollo": "rank = 6\nupdate_interval = 7",
+    "apollo_mini": 'rank = 1\nupdate_interval = 7\nscaling = "tensor"',
     "full_rank": "",
     "galore": "rank = 6\nupdate_interval = 7",
     "lora": "rank = 6",
@@ -75,7 +77,8 @@ def tiny_config(folder: Path, method: str, *overrides: str, num_ranks: int = 1) 
     """The configuration of a tiny run that writes below `folder`; `overrides` as on the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{method}-{os.getpid()}.toml"
-    file.write_text(TINY.format(folder=folder, method=method, method_keys=METHOD_KEYS[method]))
+    name, keys = method.removesuffix(MINI), METHOD_KEYS[method]
+    file.write_text(TINY.format(folder=folder, method=name, method_keys=keys))
     return parse_arguments(["--config", str(file), *overrides], num_ranks)
 
 

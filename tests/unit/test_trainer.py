@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps, whole_tensors
+from tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
 from torch import nn
 
 from switchtitan.checkpoint.storage import ChecksummingWriter
@@ -238,7 +238,7 @@ def test_a_run_with_a_skipped_step_does_all_its_steps_and_reports_finite_losses(
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
 def test_evaluation_changes_no_bit_and_repeats_itself(corpora, method):
-    has_dropout = "dropout" in METHODS[method].config_type.model_fields
+    has_dropout = "dropout" in METHODS[method.removesuffix(MINI)].config_type.model_fields
     extra = ("--method.dropout", "0.3") if has_dropout else ()
     trainer = tiny_trainer(corpora / "evaluated", method, *extra)
     train_steps(trainer, 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.world import stop_world
@@ -34,7 +34,11 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.tokens, batch.document_ids).clone()
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_is_held_to_the_contract():
+    assert {method.removesuffix(MINI) for method in METHOD_KEYS} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
 def test_a_section_tells_whether_its_method_freezes_weights(tmp_path, method):
     config = tiny_config(tmp_path, method)
     with torch.device("meta"):
@@ -45,7 +49,7 @@ def test_a_section_tells_whether_its_method_freezes_weights(tmp_path, method):
     assert tells == freezes
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHOD_KEYS)
 def test_resuming_equals_a_straight_run_bitwise(corpora, method):
     straight = tiny_trainer(corpora / f"contract-straight-{method}", method)
     losses = train_steps(straight, 40)
@@ -67,7 +71,7 @@ def test_resuming_equals_a_straight_run_bitwise(corpora, method):
         assert torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHOD_KEYS)
 def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, method):
     trained = tiny_trainer(corpora / f"contract-state-{method}", method)
     train_steps(trained, 7)
@@ -84,7 +88,7 @@ def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, method):
     assert fresh.optimizer.metrics().keys() == trained.optimizer.metrics().keys()
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHOD_KEYS)
 def test_merged_weights_in_the_plain_model_compute_the_same_logits(corpora, method):
     folder = corpora / f"contract-merged-{method}"
     trainer, config = tiny_trainer(folder, method), tiny_config(folder, method)
@@ -104,7 +108,7 @@ def test_merged_weights_in_the_plain_model_compute_the_same_logits(corpora, meth
     assert (untrained - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHOD_KEYS)
 def test_warm_start_computes_what_the_full_rank_checkpoint_does(corpora, method):
     dense = tiny_trainer(corpora / f"contract-dense-{method}", "full_rank")
     train_steps(dense, 10)
@@ -123,7 +127,7 @@ def test_warm_start_computes_what_the_full_rank_checkpoint_does(corpora, method)
     assert (logits(cold.model, batch) - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", METHOD_KEYS)
 def test_a_checkpoint_of_any_method_starts_a_full_rank_run(corpora, method):
     trained = tiny_trainer(corpora / f"contract-source-{method}", method)
     train_steps(trained, 10)
