@@ -62,10 +62,10 @@ def draw_model(method=None):
     return model
 
 
-def build_ours(config, num_steps=NUM_STEPS):
+def build_ours(config, num_steps=NUM_STEPS, compile_step=False):
     method = SwitchLora(config, num_steps, seed=SEED)
     model = draw_model(method)
-    return model, method.build_optimizer(model, ADAMW, compile_step=False)
+    return model, method.build_optimizer(model, ADAMW, compile_step)
 
 
 def initial_candidates(config, name, layer):
@@ -152,10 +152,13 @@ def reference_rates(config):
     return [rate(t) for t in range(NUM_STEPS)]
 
 
+BALANCED = {"decay": "exponential", "decay_ratio": 0.9, "interval": 4.3, "freeze_steps": 2, "alpha": 2.5}
+
+
 @pytest.mark.parametrize(
     "keys",
     [
-        {"decay": "exponential", "decay_ratio": 0.9, "interval": 4.3, "freeze_steps": 2, "alpha": 2.5},
+        BALANCED,
         {"decay": "exponential", "decay_ratio": 0.5, "interval": 10.7, "freeze_steps": 5, "init": "lora"},
         # k_proj and v_proj go round their six candidates several times.
         {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "none", "alpha": 2.5},
@@ -185,8 +188,18 @@ def reference_rates(config):
     ],
 )
 def test_whole_model_follows_the_rules_written_out_vector_by_vector(keys):
-    config = SwitchLoraConfig(rank=RANK, **keys)
-    ours, optimizer = build_ours(config)
+    check_whole_run(SwitchLoraConfig(rank=RANK, **keys), compile_step=False)
+
+
+def test_compiled_updates_follow_them_too():
+    torch._dynamo.reset()
+    check_whole_run(SwitchLoraConfig(rank=RANK, **BALANCED), compile_step=True)
+    torch._dynamo.reset()
+
+
+def check_whole_run(config, compile_step):
+    """Switches, freezing and weight decay together, every tensor after every step."""
+    ours, optimizer = build_ours(config, compile_step=compile_step)
     theirs, their_layers, reference = build_reference(config, reference_rates(config))
     for step in range(NUM_STEPS):
         assert run_step(ours, optimizer, step) == pytest.approx(
