@@ -48,7 +48,7 @@ NUM_RUNS = 6 + 6
 def write_grid(folder: Path) -> Path:
     base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
     changes = {
-        "steps = 40": "steps = 10",
+        "steps = 40": "steps = 30",
         "[checkpoint]\ninterval = 20": "[checkpoint]\ninterval = 5",
         "[evaluation]\ninterval = 20": "[evaluation]\ninterval = 5\ntest_tokens = 160",
         "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
@@ -78,7 +78,38 @@ def finished(folder: Path) -> list[Path]:
     return sorted((folder / "out" / "runs").glob("*/*/results.json"))
 
 
-def test_a_comparison_killed_twice_reports_every_run_once(tmp_path):
+def half_done(folder: Path) -> list[Path]:
+    """Folders of runs with a checkpoint and no results."""
+    with_checkpoint = {path.parents[1] for path in folder.glob("out/runs/*/*/checkpoints/step-*")}
+    return sorted(with_checkpoint - {path.parent for path in finished(folder)})
+
+
+def kill_training_of(comparison: subprocess.Popen[str]) -> None:
+    children = Path(f"/proc/{comparison.pid}/task/{comparison.pid}/children").read_text().split()
+    assert children
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def result_without_interruption(run: Path, output: Path) -> dict:
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "switchtitan.train",
+            "--config",
+            run / "config.toml",
+            "--job.output_dir",
+            output,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    return json.loads((output / "results.json").read_text())
+
+
+def test_a_comparison_killed_at_any_time_reports_every_run_once(tmp_path):
     file = write_grid(tmp_path)
     for num_finished, how in ((1, signal.SIGKILL), (3, signal.SIGTERM)):
         process = start(file)
@@ -87,11 +118,25 @@ def test_a_comparison_killed_twice_reports_every_run_once(tmp_path):
             time.sleep(0.1)
         process.send_signal(how)
         process.wait(60)
+    process = start(file)
+    while not (killed := half_done(tmp_path)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    kill_training_of(process)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "ended with status -9" in output
     kept = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
     output, _ = (process := start(file, "--jobs", "2")).communicate(timeout=600)
     assert process.returncode == 0, output
     assert output.rstrip().endswith(f"{tmp_path}/out/reports/grid/report.md")
     assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
+
+    goes_on = json.loads((killed[0] / "results.json").read_text())
+    straight = result_without_interruption(killed[0], tmp_path / "straight")
+    assert [goes_on[f"loss/{split}"] for split in ("validation", "test")] == [
+        straight[f"loss/{split}"] for split in ("validation", "test")
+    ]
 
     report = tmp_path / "out" / "reports" / "grid"
     with (report / "runs.csv").open() as lines:
