@@ -36,8 +36,7 @@ def main(argv: Sequence[str]) -> None:
         run(options)
     except ChildFailedError as error:
         cause = first_cause(list(error.failures.values()))
-        # A rank that meets a user's mistake leaves its message and the status; one that crashes leaves a traceback and no file.
-        if EXIT_STATUS_KEY in cause.error_file_data:
+        if is_mistake(cause):
             print(f"error: {cause.message}", file=sys.stderr)
             raise SystemExit(cause.error_file_data[EXIT_STATUS_KEY]) from None
         print(error, file=sys.stderr)
@@ -49,12 +48,14 @@ def main(argv: Sequence[str]) -> None:
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
     """The first failure in time. One of a rank that torchrun ended because another had failed is no cause, unless that rank had
     met a user's mistake by itself."""
-    causes = [
-        failure
-        for failure in failures
-        if failure.exitcode != -signal.SIGTERM or EXIT_STATUS_KEY in failure.error_file_data
-    ]
-    return min(causes or failures, key=lambda failure: failure.timestamp)
+    causes = [failure for failure in failures if failure.exitcode != -signal.SIGTERM or is_mistake(failure)]
+    # Seconds are whole: of several in one, a mistake is the reason rather than a crash.
+    return min(causes or failures, key=lambda failure: (failure.timestamp, not is_mistake(failure)))
+
+
+def is_mistake(failure: ProcessFailure) -> bool:
+    """Whether a rank met a user's mistake: it leaves its message and the status. One that crashes leaves a traceback alone."""
+    return EXIT_STATUS_KEY in failure.error_file_data
 
 
 def num_ranks_of(num_nodes: str, num_processes: str) -> int | None:

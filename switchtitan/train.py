@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains as the command line asks.
 
     Raises:
-        SystemExit: with status 2, after a message, for a mistake that the user can mend.
+        SystemExit: with status 2, after a message, for a mistake that the user can mend; 128 + n after signal n.
     """
     if num_ranks_from_launcher() == 1:
         # What ends a job on a cluster lets a save under way be completed, as a Ctrl-C does. Among several ranks the launcher
@@ -29,13 +29,15 @@ def main(argv: Sequence[str]) -> None:
         stop_world()
     except UserError as error:
         exit_for(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    # Who ends a whole process group ends the loader's workers too, which torch would report in the middle of the save.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise KeyboardInterrupt(signum)
 
 
 if __name__ == "__main__":

@@ -250,6 +250,7 @@ class Trainer:
         step, is_last = self.state.step, self.state.step == self.training.steps
         self.checkpointer.poll()
         self.reporter.advance(step)
+        self.communication.report(step)
         if self.reporter.is_due(step):
             self._report(grad_norm)
         if step % self.intervals.evaluate == 0 or (is_last and step > self.intervals.evaluate):

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
-
 from switchtitan.build import build_trainer
 from switchtitan.checkpoint.config import RESUME_NEVER
-from switchtitan.distributed.world import start_world, stop_world
+from switchtitan.distributed.world import start_world, world_for_a_while
 from switchtitan.job_config import JobConfig
 from switchtitan.observability import configure_logging
 from switchtitan.trainer import Trainer
@@ -32,8 +30,7 @@ def without_output(config: JobConfig, folder: Path) -> JobConfig:
 @contextmanager
 def quiet_trainer(config: JobConfig) -> Iterator[Trainer]:
     """A trainer on the ranks that the launcher started, writing to a temporary folder, closed at the end."""
-    joins_world = not dist.is_initialized()
-    with tempfile.TemporaryDirectory() as folder:
+    with world_for_a_while(), tempfile.TemporaryDirectory() as folder:
         world = start_world(config.parallelism)
         trainer = build_trainer(without_output(config, Path(folder)), world)
         # The log file lies in the temporary folder.
@@ -43,6 +40,3 @@ def quiet_trainer(config: JobConfig) -> Iterator[Trainer]:
         finally:
             trainer.batches.close()
             trainer.reporter.close()
-    if joins_world:
-        # Not after an error: the other ranks may never come here.
-        stop_world()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from switchtitan.benchmark.alternation import in_order_of_round
 from switchtitan.benchmark.quiet_trainer import without_output
@@ -16,7 +15,7 @@ from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
 from switchtitan.build import build_trainer
 from switchtitan.config import ConfigError, UserError
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.world import start_world, stop_world
+from switchtitan.distributed.world import start_world, world_for_a_while
 from switchtitan.job_config import JobConfig
 from switchtitan.observability import configure_logging
 from switchtitan.trainer import Trainer
@@ -76,8 +75,8 @@ def mark_steps_side_by_side(
     assert rounds >= 1
     assert steps_per_round >= 1
     _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
-    joins_world = not dist.is_initialized()
     with (
+        world_for_a_while(),
         tempfile.TemporaryDirectory() as folder,
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
     ):
@@ -85,11 +84,7 @@ def mark_steps_side_by_side(
             name: _Bench(name, without_output(config, Path(folder) / str(index)), marked)
             for index, (name, config) in enumerate(configs.items())
         }
-        parts = _time(benches, rounds, steps_per_round)
-    if joins_world:
-        # Not after an error: the other ranks may never come here.
-        stop_world()
-    return parts
+        return _time(benches, rounds, steps_per_round)
 
 
 class _Bench:

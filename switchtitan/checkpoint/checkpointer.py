@@ -35,7 +35,7 @@ from switchtitan.checkpoint.metadata import (
     read_tensors_index,
     write_json,
 )
-from switchtitan.checkpoint.prune import prune
+from switchtitan.checkpoint.prune import complete_deletions, prune
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.config.errors import CheckpointError
@@ -182,6 +182,7 @@ class Checkpointer:
         self._folder.mkdir(parents=True, exist_ok=True)
         if partial.exists():  # of a save that was interrupted
             remove_folder(partial)
+        complete_deletions(self._folder)
         if final.exists():
             _set_aside(final)
         free = shutil.disk_usage(self._folder).free

@@ -34,8 +34,6 @@ def prune(
     """
     if keep_latest == 0:
         return []
-    for half_deleted in list_deleted_folders(folder):
-        remove_folder(half_deleted)
     newest_step = step_of(newest)
     assert newest_step is not None
     older = [path for path in list_step_folders(folder) if (step_of(path) or 0) < newest_step]
@@ -47,6 +45,15 @@ def prune(
         logger.debug("Deleted the older checkpoint %s", path)
     sync_folder(folder)
     return pruned
+
+
+def complete_deletions(folder: Path) -> None:
+    """Deletes what is left of checkpoints whose deletion was interrupted; what cannot be deleted stays, with a warning."""
+    for half_deleted in list_deleted_folders(folder):
+        try:
+            remove_folder(half_deleted)
+        except OSError as error:
+            logger.warning("Could not delete what is left of an older checkpoint: %s", error)
 
 
 def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool]) -> bool:

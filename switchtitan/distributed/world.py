@@ -1,6 +1,8 @@
 """The ranks of this run: who we are, our device, our process group and mesh. The one place that tells CPU from CUDA."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -114,6 +116,23 @@ def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return World(rank=rank, size=num_ranks, device=device, mesh=mesh, patient_group=patient_group)
+
+
+@contextmanager
+def world_for_a_while() -> Iterator[None]:
+    """Leaves, at its end, the process group that is joined inside; one that was there before stays.
+
+    After an error only where this rank is alone in it: leaving waits for the others, which may be waiting for this one.
+    """
+    was_joined = dist.is_initialized()
+    try:
+        yield
+    except BaseException:
+        if not was_joined and dist.is_initialized() and dist.get_world_size() == 1:
+            stop_world()
+        raise
+    if not was_joined:
+        stop_world()
 
 
 def stop_world() -> None:

@@ -10,7 +10,7 @@ from switchtitan.observability.metrics import Reporter
 logger = logging.getLogger(__name__)
 
 _STEPS_BEFORE = 2
-"""Steps of a run before the counted one: what is compiled while something watches is not compiled well."""
+"""Steps of a run before the counted one, in which everything is compiled."""
 
 
 class StepCommunication:
@@ -27,17 +27,24 @@ class StepCommunication:
         self._reporter = reporter
         self._num_ranks = num_ranks
         self._counted_step = start_step + _STEPS_BEFORE + 1
+        self._counter: CountCommunication | None = None
         self.mib_per_step: float | None = None
         """What each rank sends; None until it has been counted, and where it cannot be."""
 
     @contextmanager
     def counted(self, step: int) -> Iterator[None]:
-        """A context in which step `step`, from 1, is taken."""
-        if self._num_ranks == 1 or step != self._counted_step or self.mib_per_step is not None:
+        """A context in which step `step`, from 1, is taken; again, if its update was skipped."""
+        if self._num_ranks == 1 or step != self._counted_step:
             yield
             return
-        with CountCommunication() as counter:
+        with CountCommunication() as self._counter:
             yield
+
+    def report(self, step: int) -> None:
+        """Says what was counted in step `step`, if it was; call it after each that was not skipped."""
+        if self._counter is None:
+            return
+        counter, self._counter = self._counter, None
         try:
             sent = {kind: count for kind, count in counter.counts.items() if count.num_calls}
         except NotImplementedError as error:

@@ -118,8 +118,9 @@ def test_a_comparison_killed_at_any_time_reports_every_run_once(tmp_path):
             time.sleep(0.1)
         process.send_signal(how)
         process.wait(60)
+    left_before = set(half_done(tmp_path))
     process = start(file)
-    while not (killed := half_done(tmp_path)):
+    while not (killed := sorted(set(half_done(tmp_path)) - left_before)):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     kill_training_of(process)
@@ -132,6 +133,7 @@ def test_a_comparison_killed_at_any_time_reports_every_run_once(tmp_path):
     assert output.rstrip().endswith(f"{tmp_path}/out/reports/grid/report.md")
     assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
 
+    assert "goes on from" in (killed[0] / "output.txt").read_text()
     goes_on = json.loads((killed[0] / "results.json").read_text())
     straight = result_without_interruption(killed[0], tmp_path / "straight")
     assert [goes_on[f"loss/{split}"] for split in ("validation", "test")] == [

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,39 +118,35 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
 
 
 @pytest.mark.parametrize(("number", "num_ranks"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
-def test_a_run_that_is_stopped_completes_its_save_and_goes_on(
+def test_a_run_that_is_stopped_says_so_and_goes_on_from_its_newest_save(
     environment: dict[str, str], corpora: Path, number: signal.Signals, num_ranks: str
 ) -> None:
-    folder = corpora / f"stopped-{number.name}-{num_ranks}"
-    config = write_config(folder)
-    command = [str(REPOSITORY / "run_train.sh"), "--config", str(config), "--checkpoint.async_save", "true"]
-    with subprocess.Popen(
-        [*command, "--training.steps", "100000"],
-        cwd=folder,
-        env=environment | {"NGPU": num_ranks},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as run:
-        assert run.stdout is not None
-        printed = []
-        for line in run.stdout:
-            printed.append(line)
-            if "Saved" in line:
-                break
-        # As a terminal does with Ctrl-C: every process of the job gets it.
+    folder = corpora / f"stopped-{number.name}"
+    arguments = ["--config", str(write_config(folder)), "--checkpoint.async_save", "true"]
+    # The whole job is stopped, the loader's worker too.
+    arguments += ["--data.num_workers", "1"]
+    checkpoints, output = folder / "run" / "checkpoints", folder / "output.txt"
+    with output.open("w") as printed:
+        run = subprocess.Popen(
+            [str(REPOSITORY / "run_train.sh"), *arguments, "--training.steps", "100000"],
+            cwd=folder,
+            env=environment | {"NGPU": num_ranks},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        while not list(checkpoints.glob("step-*")):
+            assert run.poll() is None, output.read_text()
+            time.sleep(0.05)
         os.killpg(run.pid, number)
-        printed += run.stdout
-        assert run.wait(timeout=60) != 0
-    said = "".join(printed)
+        status = run.wait(timeout=120)
+    said = output.read_text()
+    assert status == 128 + number, said
     assert "interrupted; the same command goes on from the newest checkpoint" in said
     assert num_ranks == "2" or "Traceback" not in said
-    checkpoints = folder / "run" / "checkpoints"
-    assert not list(checkpoints.glob(".*")), said
-    newest = max(checkpoints.iterdir())
+    newest = max(checkpoints.glob("step-*"))
     step = int(newest.name.removeprefix("step-"))
-    resumed = run_train(environment, folder, *command[1:], "--training.steps", str(step + 3))
+    resumed = run_train(environment, folder, *arguments, "--training.steps", str(step + 3))
     assert resumed.returncode == 0, resumed.stdout
     assert f"goes on from {newest}" in resumed.stdout
 

@@ -1,4 +1,4 @@
-"""After the first step nothing is compiled any more, however often vectors are switched, and the host waits for no device."""
+"""After the first step nothing is compiled any more, however often vectors are switched, and a step asks for no values."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -100,7 +100,10 @@ READS_BACK = {
 
 
 class RecordReadsBack(TorchDispatchMode):
-    """Records operations for which the host would wait if their tensors lay on a GPU."""
+    """Records operations for which the host would wait if their tensors lay on a GPU.
+
+    On a CPU `tolist`, `numpy` and `cpu` are no operations, and are not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,9 +112,15 @@ class RecordReadsBack(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket in READS_BACK:
+        if func.overloadpacket in READS_BACK or _picks_by_mask(func, args):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def _picks_by_mask(func: Any, args: tuple) -> bool:
+    return func.overloadpacket is torch.ops.aten.index and any(
+        index is not None and index.dtype == torch.bool for index in args[1]
+    )
 
 
 def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:

@@ -164,6 +164,7 @@ def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -
     for step in range(1, 6):
         with torch._dynamo.config.patch(error_on_recompile=step > 2), trainer.communication.counted(step):
             trainer.train_step()
+        trainer.communication.report(step)
     trainer.batches.close()
     sent_mib = sum(count.bytes_sent for count in expected.values()) / 2**20
     assert trainer.communication.mib_per_step == pytest.approx(sent_mib, rel=1e-9)

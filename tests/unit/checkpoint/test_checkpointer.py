@@ -238,9 +238,13 @@ def test_ctrl_c_during_the_wait_for_a_save_does_not_give_it_up(
 
     monkeypatch.setattr(ChecksummingWriter, "finish", finish_late)
     checkpointer.save(1, tensors, {})
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def wait_until_interrupted():
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         checkpointer.finish()
+
+    with pytest.raises(KeyboardInterrupt):
+        wait_until_interrupted()
     assert not (folder / "step-000000001").exists()
     may_finish.set()
     checkpointer.finish()

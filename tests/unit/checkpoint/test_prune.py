@@ -44,6 +44,15 @@ def test_a_deletion_that_was_interrupted_is_completed(make_checkpointer, tensors
     assert names(folder) == ["step-000000002"]
 
 
+def test_what_cannot_be_deleted_stops_no_deletion(make_checkpointer, tensors, folder, caplog):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=1)
+    (folder / ".step-000000001.deleting").mkdir(parents=True)
+    (folder / ".step-000000001.deleting" / "notes.txt").write_text("mine")
+    save_steps(checkpointer, tensors, 2, 3)
+    assert names(folder) == [".step-000000001.deleting", "step-000000003"]
+    assert "Could not delete" in caplog.text
+
+
 def test_folder_with_other_files_stays(make_checkpointer, tensors, folder, caplog):
     checkpointer = make_checkpointer(async_save=False, keep_latest=1)
     save_steps(checkpointer, tensors, 1)
