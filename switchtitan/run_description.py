@@ -76,8 +76,12 @@ def describe_run(
     logger.info(
         "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
     )
-    if changes:
+    if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
+    if config.compile.blocks:
+        logger.info(
+            "the first evaluation and step are compiled first, which takes up to a minute where it is new"
+        )
 
 
 def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 

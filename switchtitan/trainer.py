@@ -153,8 +153,20 @@ class Trainer:
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(self.state.step)
+            if isinstance(error, KeyboardInterrupt):
+                self._say_where_it_stopped()
             raise
         self._conclude()
+
+    def _say_where_it_stopped(self) -> None:
+        checkpoint = self.checkpointer.goes_on_from
+        logger.info(
+            "stopped at step %d; the same command %s",
+            self.state.step,
+            "starts anew, since nothing was saved yet"
+            if checkpoint is None
+            else f"goes on from {checkpoint}",
+        )
 
     def _conclude(self) -> None:
         """The test split's evaluation and the summary; a run that was stopped before them makes up for them."""

@@ -92,6 +92,7 @@ class Checkpointer:
         self._background_group = _new_gloo_group(process_group)
         self._in_flight: Future[Path] | None = None
         self._latest: Path | None = None
+        self._resumed: Path | None = None
         # Kept, since copying into memory that is at hand takes a quarter of the time.
         self._host_copies = _build_stager()
 
@@ -99,6 +100,11 @@ class Checkpointer:
     def latest(self) -> Path | None:
         """The newest checkpoint that this object has put in place."""
         return self._latest
+
+    @property
+    def goes_on_from(self) -> Path | None:
+        """What the run would go on from if it was stopped now; None if nothing was saved yet."""
+        return self._latest or self._resumed
 
     def checkpoint_to_resume(self) -> Path | None:
         """Returns what the configuration says to go on from, the same on every rank; None means a new run.
@@ -112,7 +118,8 @@ class Checkpointer:
             check_output_folder(self._folder, self._config.resume)
             return find_checkpoint(self._folder, self._config.resume)
 
-        return self._on_main(find)
+        self._resumed = self._on_main(find)
+        return self._resumed
 
     def save(self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]) -> None:
         """Writes `<folder>/step-<step>`; waits for an earlier save that is still under way.

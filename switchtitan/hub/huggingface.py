@@ -202,6 +202,8 @@ def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, m
             file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         converted = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(converted, folder / file_name, metadata={"format": "pt"})
+        # Else only its owner may read it.
+        shutil.copymode(folder / "config.json", folder / file_name)
         file_of.update(dict.fromkeys(names, file_name))
     if len(shards) > 1:
         total_size = sum(value.numel() for value in state.values()) * dtype.itemsize

@@ -86,6 +86,7 @@ class Reporter:
             dynamic_ncols=True,
         )
         self._validation = [first_validation] if first_validation is not None else []
+        self._train_loss: float | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether training metrics of `step` should be reported: each `interval` steps, the first and the
@@ -105,6 +106,7 @@ class Reporter:
         """
         if not self._is_main:
             return
+        self._train_loss = values.get("loss/train", self._train_loss)
         if "loss/validation" in values:
             self._validation.append(dict(values))
         if self._writer is not None:
@@ -141,6 +143,8 @@ class Reporter:
         self._bar.close()
         self._write_results(values)
         rows = self._validation_rows()
+        if not rows and self._train_loss is not None:
+            rows = [("training loss", f"{self._train_loss:.4f}")]
         test_loss = values.get("loss/test")
         if test_loss is not None:
             rows.append(("test loss", f"{test_loss:.4f}"))

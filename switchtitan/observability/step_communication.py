@@ -54,8 +54,8 @@ class StepCommunication:
         self.mib_per_step = sum(mib.values())
         self._reporter.report(step, {f"communication/{kind}_mib": value for kind, value in mib.items()})
         logger.info(
-            "each rank sent %.2f MiB in step %d, if carried out in a ring: %s",
+            "each rank sent %.2f MiB in step %d, counted as in a ring of ranks: %s",
             self.mib_per_step,
             step,
-            ", ".join(f"{kind} {mib[kind]:.2f} ({count.num_calls})" for kind, count in sent.items()),
+            ", ".join(f"{kind} {mib[kind]:.2f} MiB in {count.num_calls}" for kind, count in sent.items()),
         )
