@@ -225,6 +225,15 @@ def test_what_resuming_skips_is_set_aside_when_its_step_comes_again(
     assert (aside / "__0_0.distcp").read_bytes() == rotten
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to it: a shell starts what runs in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_during_the_wait_for_a_save_does_not_give_it_up(
     make_checkpointer, tensors, folder, monkeypatch
 ):
