@@ -10,6 +10,7 @@ from switchtitan.distributed.world import start_world
 from switchtitan.job_config import JobConfig, parse_arguments
 from switchtitan.trainer import Trainer
 
+COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 MINI = "_mini"
 METHOD_KEYS = {
     # 20 steps are in the midst of a basis' life.

@@ -33,9 +33,9 @@ def partial_folder_name(step: int) -> str:
     return f".{step_folder_name(step)}.partial"
 
 
-def deleted_folder_name(step: int) -> str:
+def deleted_folder(path: Path) -> Path:
     """What a checkpoint's folder is called while it is being deleted."""
-    return f".{step_folder_name(step)}.deleting"
+    return path.with_name(f".{path.name}.deleting")
 
 
 def list_deleted_folders(folder: Path) -> list[Path]:

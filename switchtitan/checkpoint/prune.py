@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from switchtitan.checkpoint.layout import (
-    deleted_folder_name,
+    deleted_folder,
     foreign_files,
     list_deleted_folders,
     list_step_folders,
@@ -41,7 +41,7 @@ def prune(
     pruned = removable[keep_latest - 1 :]
     for path in pruned:
         # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
-        remove_folder(path.rename(path.with_name(deleted_folder_name(step_of(path) or 0))))
+        remove_folder(path.rename(deleted_folder(path)))
         logger.debug("Deleted the older checkpoint %s", path)
     sync_folder(folder)
     return pruned

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import METHOD_KEYS, tiny_trainer, train_steps
+from tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
 
 from switchtitan.distributed.world import stop_world
 
@@ -42,7 +42,7 @@ def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overri
         *overrides,
         "--training.dtype",
         "bfloat16",
-        *("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true"),
+        *COMPILED,
     )
     assert trainer.world.device.type == "cuda"
     first = trainer.evaluator(trainer.model)

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import METHOD_KEYS, tiny_trainer, train_steps
+from tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.distributed.world import stop_world
 
 NUM_STEPS = 200
-COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on_ranks
-from tiny import tiny_config, tiny_trainer, train_steps
+from tiny import COMPILED, tiny_config, tiny_trainer, train_steps
 from torch import nn
 
 from switchtitan.benchmark import communication_of_a_step
@@ -159,8 +159,7 @@ def test_one_rank_sends_nothing(tmp_path: Path) -> None:
 
 def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -> None:
     torch._dynamo.reset()
-    compiled = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
-    trainer = tiny_trainer(folder / "compiled", "switchlora", *compiled, num_ranks=2)
+    trainer = tiny_trainer(folder / "compiled", "switchlora", *COMPILED, num_ranks=2)
     for step in range(1, 6):
         with torch._dynamo.config.patch(error_on_recompile=step > 2), trainer.communication.counted(step):
             trainer.train_step()

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import tiny_config
+from tiny import COMPILED, tiny_config
 from torch._dynamo.utils import compilation_time_metrics
 
 from switchtitan.benchmark import side_by_side, time_steps_side_by_side
 from switchtitan.config import ConfigError, UserError
-
-COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 
 
 @pytest.fixture(autouse=True)
