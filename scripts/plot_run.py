@@ -68,6 +68,10 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
     panels["lr"].set(title="Learning rate", xlabel="step", ylim=(0, None))
     if switching:
         _draw_switches(panels["switch"], switching, colours)
+    # Below the panels, where no curve runs through it, however many runs there are.
+    keys = [key for panel in panels.values() for key in zip(*panel.get_legend_handles_labels(), strict=True)]
+    num_columns = 4 if len(runs) == 1 else 2
+    figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=num_columns, frameon=False)
     for panel in panels.values():
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -91,7 +95,6 @@ def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[st
                 label=prefix.format(label) + "validation",
             )
     axes.set(title="Loss", xlabel="step", ylabel="cross entropy per token (nats)")
-    axes.legend(frameon=False)
 
 
 def _draw_switches(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[str, str]) -> None:
@@ -106,7 +109,6 @@ def _draw_switches(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[
     axes.set(title="Switches", xlabel="step", ylabel="vectors", ylim=(0, None))
     right.set(ylabel="% of candidates", ylim=(0, 100))
     right.spines["top"].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from switchtitan.job_config import section_types
 
 INTRODUCTION = """\
 Tokenises a corpus into memory-mapped shards. --config FILE takes the [data]
-section of a training configuration; the keys below go over it.
+section of a training configuration; the keys below go over it, and the
+defaults shown are what it says.
 """
 
 

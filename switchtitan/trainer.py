@@ -19,6 +19,7 @@ from switchtitan.distributed.fsdp import accumulate_gradients, num_device_bytes
 from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
 from switchtitan.evaluate import Evaluator
+from switchtitan.garbage import GarbageCollection
 from switchtitan.job_sections import TrainingSection
 from switchtitan.observability import Profiler, Reporter, StepCommunication, Throughput, peak_memory_gib
 from switchtitan.train_state import TrainState
@@ -192,7 +193,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         skipped_in_a_row = 0
-        with self.profiler:
+        with self.profiler, GarbageCollection() as garbage:
             while self.state.step < self.training.steps:
                 num_skipped = self.state.num_skipped
                 with self.communication.counted(self.state.step + 1):
@@ -209,6 +210,7 @@ class Trainer:
                 skipped_in_a_row = 0
                 with self.throughput.excluded():
                     self.profiler.step()
+                garbage.step()
                 self._after_step(result.grad_norm)
 
     def train_step(self) -> StepResult:

@@ -16,6 +16,7 @@ from switchtitan.build import build_trainer
 from switchtitan.config import ConfigError, UserError
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.world import start_world, world_for_a_while
+from switchtitan.garbage import GarbageCollection
 from switchtitan.job_config import JobConfig
 from switchtitan.observability import configure_logging
 from switchtitan.trainer import Trainer
@@ -131,16 +132,19 @@ class _Bench:
 
 
 def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
     try:
-        # In turns too: what one configuration compiles may make another one's graphs be looked for anew.
-        for _ in range(WARM_UP_STEPS):
-            for bench in benches.values():
-                bench.run(1)
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for index in range(rounds):
-                for bench in in_order_of_round(list(benches.values()), index):
-                    parts[bench.name].append(bench.run(steps_per_round))
+        # As in training, garbage is collected between steps; here between turns.
+        with GarbageCollection(interval=1) as garbage:
+            # In turns too: what one configuration compiles may make another one's graphs be looked for anew.
+            for _ in range(WARM_UP_STEPS):
+                for bench in benches.values():
+                    bench.run(1)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for index in range(rounds):
+                    for bench in in_order_of_round(list(benches.values()), index):
+                        garbage.step()
+                        parts[bench.name].append(bench.run(steps_per_round))
     finally:
         for bench in benches.values():
             bench.close()

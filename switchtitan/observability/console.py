@@ -13,6 +13,7 @@ class _Column:
     title: str
     width: int
     text: Callable[[float], str]
+    is_always_shown: bool = False
 
 
 def format_count(value: float) -> str:
@@ -64,7 +65,7 @@ _COLUMNS = (
     _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, _format_rate),
     _Column("throughput/mfu", "MFU", 6, lambda value: f"{value:.1%}"),
     _Column("memory/peak_gib", "GiB", 5, _format_size),
-    _Column("throughput/eta_s", "ETA", 6, format_duration),
+    _Column("throughput/eta_s", "ETA", 6, format_duration, is_always_shown=True),
 )
 
 
@@ -87,12 +88,13 @@ class ConsoleTable:
         """The lines to print for `values` at `step`, by tag; tags without a column are left out."""
         progress = f"{step}/{self._num_steps}".rjust(max(2 * len(str(self._num_steps)) + 1, 4))
         lines = []
-        columns = tuple(column for column in _COLUMNS if column.tag in values)
+        columns = tuple(column for column in _COLUMNS if column.is_always_shown or column.tag in values)
         if "loss/train" in values:
             if columns != self._columns or self._rows_since_header >= self._header_interval:
                 self._columns, self._rows_since_header = columns, 0
                 lines.append(_join("step".rjust(len(progress)), [c.title.rjust(c.width) for c in columns]))
-            lines.append(_join(progress, [c.text(values[c.tag]).rjust(c.width) for c in columns]))
+            cells = [c.text(values.get(c.tag, math.nan)).rjust(c.width) for c in columns]
+            lines.append(_join(progress, cells))
             self._rows_since_header += 1
         for split in ("validation", "test"):
             if f"loss/{split}" in values:

@@ -149,10 +149,11 @@ class Reporter:
         if test_loss is not None:
             rows.append(("test loss", f"{test_loss:.4f}"))
         speed, wall_time_s = values.get("throughput/tokens_per_s"), values.get("throughput/wall_time_s")
+        since = f" since step {self._start_step}" if self._start_step > 0 else ""
         if speed is not None:
-            rows.append(("tokens/s", format_count(speed)))
+            rows.append(("tokens/s", format_count(speed) + since))
         if wall_time_s is not None:
-            rows.append(("wall time", format_duration(wall_time_s)))
+            rows.append(("wall time", format_duration(wall_time_s) + since))
         if checkpoint is not None:
             rows.append(("checkpoint", str(checkpoint)))
         rows.append(("results", str(self._results)))

@@ -59,7 +59,8 @@ class Throughput:
     def measure(self, step: int) -> dict[str, float]:
         """Returns the metrics since the last call, by TensorBoard tag.
 
-        Call it when the device has finished `step` steps, e.g. after the loss was read.
+        Call it when the device has finished `step` steps, e.g. after the loss was read. The first call gives no time left:
+        compilation is in what it measures.
         """
         now = self._clock()
         num_steps = step - self._step
@@ -73,10 +74,11 @@ class Throughput:
         }
         if self._peak is not None:
             values["throughput/mfu"] = flops_per_s / self._peak
-        values["throughput/eta_s"] = (self._num_steps - step) * self._wall_s_per_step(step, now, num_steps)
         if self._first_window_ended is None:
             self._first_window_ended = (step, now)
         else:
+            first_step, first_time = self._first_window_ended
+            values["throughput/eta_s"] = (self._num_steps - step) * (now - first_time) / (step - first_step)
             self._steady_steps += num_steps
             self._steady_s += elapsed_s
         self._step, self._window_began_at, self._excluded_s = step, now, 0.0
@@ -94,9 +96,3 @@ class Throughput:
         if self._steady_steps == 0:
             return self._tokens_per_s
         return self._steady_steps * self._tokens_per_step / self._steady_s
-
-    def _wall_s_per_step(self, step: int, now: float, num_steps: int) -> float:
-        if self._first_window_ended is None:
-            return (now - self._window_began_at) / num_steps
-        first_step, first_time = self._first_window_ended
-        return (now - first_time) / (step - first_step)

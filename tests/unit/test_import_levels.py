@@ -26,7 +26,7 @@ LEVELS = (
     ("distributed", "models", "data", "optim"),
     ("registry", "contracts"),
     ("config",),
-    ("atomic_file",),
+    ("atomic_file", "garbage"),
 )
 """From the top down; names are packages and modules of switchtitan."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -69,6 +69,7 @@ def _record(costs: SwitchCosts) -> dict[str, JsonValue]:
     ratio = costs.ratio_to_without
     return {
         "switch_s": costs.median_s,
+        "round_switches_s": costs.switch_s.tolist(),
         "switch_percentile_99_s": costs.percentile_99_s,
         "share_of_step": costs.share,
         "step_s": costs.median_step_s,

@@ -44,6 +44,18 @@ def test_row_shows_what_was_reported():
     assert row.split() == ["1000/40000", "3.1416", "2.00e-02", "41.2%", "3h07m"]
 
 
+def test_a_row_without_a_time_left_has_the_columns_of_the_next():
+    table = ConsoleTable(100)
+    lines = table.lines(1, {"loss/train": 8.0}) + table.lines(
+        10, {"loss/train": 7.0, "throughput/eta_s": 90.0}
+    )
+    assert [line.split() for line in lines] == [
+        ["step", "loss", "ETA"],
+        ["1/100", "8.0000", "?"],
+        ["10/100", "7.0000", "1m30s"],
+    ]
+
+
 def test_validation_stands_on_a_line_of_its_own():
     lines = ConsoleTable(300).lines(20, {"loss/validation": math.log(20), "perplexity/validation": 20.0})
     assert lines == [" 20/300 validation loss 2.9957, perplexity 20.00"]

@@ -90,9 +90,11 @@ def test_summary_of_a_resumed_run_counts_from_its_first_validation(tmp_path, cap
     )
     reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
     with caplog.at_level(logging.INFO):
-        reporter.summary({})
+        reporter.summary({"throughput/tokens_per_s": 12345.0, "throughput/wall_time_s": 187.0})
     reporter.close()
     assert "6.0000 -> 3.0000" in caplog.text
+    assert "12.3k since step 20" in caplog.text
+    assert "3m07s since step 20" in caplog.text
 
 
 def test_other_ranks_print_nothing(tmp_path, caplog):

@@ -33,7 +33,6 @@ def test_speed_follows_from_tokens_and_time():
             "throughput/tokens_per_s": 300,  # 10 steps of 600 tokens in 20 s
             "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 4e9 on 2 devices
             "throughput/mfu": 0.2,
-            "throughput/eta_s": 180,  # 90 steps of 2 s
         }
     )
 
