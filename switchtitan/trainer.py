@@ -198,6 +198,7 @@ class Trainer:
                 num_skipped = self.state.num_skipped
                 with self.communication.counted(self.state.step + 1):
                     result = self.train_step()
+                garbage.step()
                 if self.state.num_skipped > num_skipped:
                     # Nothing is due now that was not done when this step was reached.
                     skipped_in_a_row += 1
@@ -210,7 +211,6 @@ class Trainer:
                 skipped_in_a_row = 0
                 with self.throughput.excluded():
                     self.profiler.step()
-                garbage.step()
                 self._after_step(result.grad_norm)
 
     def train_step(self) -> StepResult:

@@ -134,8 +134,8 @@ class _Bench:
 def _time(benches: Mapping[str, _Bench], rounds: int, steps_per_round: int) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
     try:
-        # As in training, garbage is collected between steps; here between turns.
-        with GarbageCollection(interval=1) as garbage:
+        # As in training, nothing is collected in the middle of a step; here it is between turns, which is not timed.
+        with GarbageCollection() as garbage:
             # In turns too: what one configuration compiles may make another one's graphs be looked for anew.
             for _ in range(WARM_UP_STEPS):
                 for bench in benches.values():

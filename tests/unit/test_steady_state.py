@@ -1,20 +1,18 @@
 """After the first step nothing is compiled any more, however often vectors are switched; a step asks for no values, and leaves
 no tensors to the garbage collection."""
 
-import gc
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from leftovers import tensors_left_by_fifteen_steps
 from tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.world import stop_world
-from switchtitan.trainer import Trainer
 
 NUM_STEPS = 200
 
@@ -152,30 +150,9 @@ def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
     assert len(found) >= 10
 
 
-def num_tensors() -> int:
-    return sum(isinstance(entry, torch.Tensor) for entry in gc.get_objects())
-
-
-def tensors_left_by_fifteen_steps(trainer: Trainer) -> int:
-    """How many more there are after them, while nothing is collected; the fewer of two such counts, since what a process makes
-    once and keeps is no garbage."""
-    train_steps(trainer, 2)
-    gc.collect()
-    gc.disable()
-    try:
-        counts = [num_tensors()]
-        for _ in range(2):
-            train_steps(trainer, 15)
-            counts.append(num_tensors())
-        return min(after - before for before, after in pairwise(counts))
-    finally:
-        gc.enable()
-        trainer.batches.close()
-
-
 @pytest.mark.parametrize("method", METHOD_KEYS)
 def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method):
-    """Which training lets run every few steps alone: until then they would take memory."""
+    """They would take memory until it runs, which it does not in every step."""
     for overrides in ((), COMPILED, ("--activation_checkpoint.mode", "full")):
         assert tensors_left_by_fifteen_steps(tiny_trainer(corpora / "garbage", method, *overrides)) <= 0
 

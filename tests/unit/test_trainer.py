@@ -1,14 +1,16 @@
 """The frame adds nothing to a plain loop, and does what it says with gradients that are not finite."""
 
+import gc
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from leftovers import least_growth, num_tensors
 from tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
 from torch import nn
 
@@ -307,3 +309,60 @@ def test_a_run_stopped_before_its_results_makes_up_for_them(corpora):
     written_at = file.stat().st_mtime_ns
     tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
     assert file.stat().st_mtime_ns == written_at
+
+
+def note_at_steps(trainer: Trainer, note: Callable[[], int]) -> list[int]:
+    """What `note` gives at the beginning of each step, once they are taken."""
+    noted: list[int] = []
+    train_step = trainer.train_step
+
+    def noting() -> StepResult:
+        noted.append(note())
+        return train_step()
+
+    trainer.train_step = noting
+    return noted
+
+
+def test_python_collects_no_garbage_by_itself_while_training(corpora):
+    trainer = tiny_trainer(corpora / "collects", "full_rank", "--training.steps", "4")
+    may_collect = note_at_steps(trainer, gc.isenabled)
+    trainer.train()
+    assert may_collect == [True, False, False, False]
+    assert gc.isenabled()
+
+
+def test_python_collects_garbage_again_after_training_that_diverged(corpora):
+    trainer = tiny_trainer(corpora / "collects-diverged", "full_rank")
+    spoil_next_gradient(trainer)
+    with pytest.raises(TrainingDivergedError):
+        trainer.train()
+    assert gc.isenabled()
+
+
+EVERY_FIVE_STEPS = [
+    word for key in ("evaluation", "checkpoint", "spectrum") for word in (f"--{key}.interval", "5")
+]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["--checkpoint.async_save", "true"],
+        ["--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true"],
+        ["--method.candidates_device", "host"],
+        ["--method.candidates", "constant"],
+    ],
+    ids=["saves", "background", "offload", "host", "constant"],
+)
+def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collection(
+    corpora, overrides, request
+):
+    """Nothing is collected here between the first step and the fiftieth."""
+    folder = corpora / f"leftovers-{request.node.callspec.id}"
+    trainer = tiny_trainer(folder, "switchlora", *EVERY_FIVE_STEPS, *overrides)
+    counts = note_at_steps(trainer, num_tensors)
+    trainer.train()
+    # Each stretch has two of each.
+    assert least_growth(counts[9::10]) <= 0

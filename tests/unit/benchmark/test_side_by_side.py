@@ -1,5 +1,6 @@
 """Steps of several configurations are timed in alternation, without compiling, and leave nothing behind."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch._dynamo.utils import compilation_time_metrics
 
 from switchtitan.benchmark import side_by_side, time_steps_side_by_side
 from switchtitan.config import ConfigError, UserError
+from switchtitan.trainer import StepResult, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,20 @@ def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
         assert (of_method.step_s > parts).all()
     assert not (folder / "run").exists()
     assert not dist.is_initialized()
+
+
+def test_python_collects_no_garbage_in_a_timed_step(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_collect: list[bool] = []
+    train_step = Trainer.train_step
+
+    def noting(trainer: Trainer) -> StepResult:
+        may_collect.append(gc.isenabled())
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    time_steps_side_by_side({"": tiny_config(corpora / "garbage", "lora")}, rounds=2, steps_per_round=2)
+    assert may_collect == [True] * side_by_side.WARM_UP_STEPS + [False] * 4
+    assert gc.isenabled()
 
 
 def test_turns_change_places_from_round_to_round(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:

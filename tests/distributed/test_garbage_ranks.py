@@ -1,0 +1,24 @@
+"""Sharding leaves no tensors to the garbage collection either."""
+
+import pytest
+from leftovers import tensors_left_by_fifteen_steps
+from ranks import run_on_ranks
+from tiny import COMPILED, METHOD_KEYS, tiny_trainer
+
+
+def count_leftovers(rank, folder, methods):
+    for method in methods:
+        # Whole steps of several micro-batches, so that gradients are kept between them.
+        for overrides in (
+            [],
+            ["--parallelism.frozen_weights", "replicate"] if "lora" in method else COMPILED,
+        ):
+            trainer = tiny_trainer(
+                folder / method, method, "--training.local_batch_size", "2", *overrides, num_ranks=2
+            )
+            assert tensors_left_by_fifteen_steps(trainer) <= 0, (method, overrides)
+
+
+@pytest.mark.distributed
+def test_steps_on_two_ranks_leave_no_tensors_to_the_garbage_collection(corpora):
+    run_on_ranks(2, count_leftovers, corpora / "leftovers-ranks", METHOD_KEYS)
