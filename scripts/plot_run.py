@@ -54,7 +54,8 @@ def labelled(runs: Sequence[Path]) -> dict[str, Path]:
 
 def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
     """Losses on the left; on the right the learning rate and, if any run switched, the switches below it."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    legend_rows = 1 if len(runs) == 1 else len(runs) + 1
+    figure = Figure(figsize=(10, 4.6 + 0.25 * legend_rows), layout="constrained")
     switching = {label: curves for label, curves in runs.items() if NUM_SWITCHED in curves}
     if switching:
         panels = figure.subplot_mosaic([["loss", "lr"], ["loss", "switch"]], width_ratios=[1.3, 1])
@@ -68,10 +69,13 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
     panels["lr"].set(title="Learning rate", xlabel="step", ylim=(0, None))
     if switching:
         _draw_switches(panels["switch"], switching, colours)
-    # Below the panels, where no curve runs through it, however many runs there are.
     keys = [key for panel in panels.values() for key in zip(*panel.get_legend_handles_labels(), strict=True)]
-    num_columns = 4 if len(runs) == 1 else 2
-    figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=num_columns, frameon=False)
+    if len(runs) > 1:
+        # A legend fills its columns one by one: training losses on the left, validation losses on the right.
+        keys = keys[0::2] + keys[1::2]
+    lines, labels = zip(*keys, strict=True)
+    # Below the panels, where no curve runs through it.
+    figure.legend(lines, labels, loc="outside lower center", ncols=4 if len(runs) == 1 else 2, frameon=False)
     for panel in panels.values():
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -59,8 +59,8 @@ class Throughput:
     def measure(self, step: int) -> dict[str, float]:
         """Returns the metrics since the last call, by TensorBoard tag.
 
-        Call it when the device has finished `step` steps, e.g. after the loss was read. The first call gives no time left:
-        compilation is in what it measures.
+        Call it when the device has finished `step` steps, e.g. after the loss was read. The first call of several gives no time
+        left: compilation is in what it measures.
         """
         now = self._clock()
         num_steps = step - self._step
@@ -74,11 +74,14 @@ class Throughput:
         }
         if self._peak is not None:
             values["throughput/mfu"] = flops_per_s / self._peak
+        num_steps_left = self._num_steps - step
         if self._first_window_ended is None:
             self._first_window_ended = (step, now)
+            if num_steps_left == 0:
+                values["throughput/eta_s"] = 0.0
         else:
             first_step, first_time = self._first_window_ended
-            values["throughput/eta_s"] = (self._num_steps - step) * (now - first_time) / (step - first_step)
+            values["throughput/eta_s"] = num_steps_left * (now - first_time) / (step - first_step)
             self._steady_steps += num_steps
             self._steady_s += elapsed_s
         self._step, self._window_began_at, self._excluded_s = step, now, 0.0

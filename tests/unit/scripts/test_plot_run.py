@@ -54,6 +54,26 @@ def test_runs_are_drawn_into_one_picture(script: ModuleType, tmp_path: Path) -> 
     assert set(script.labelled(runs)) == {str(run) for run in runs}
 
 
+def test_no_curve_runs_through_the_legend(script: ModuleType, tmp_path: Path) -> None:
+    for names in (["one"], ["one", "two", "three", "four", "five", "six"]):
+        curves = {name: script.read_curves(write_run(tmp_path / name, switches=True)) for name in names}
+        figure = script.draw(curves)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        below = legend.get_window_extent()
+        assert below.y0 >= 0
+        for axes in figure.axes:
+            assert axes.get_tightbbox().y0 >= below.y1
+            # A panel stays a panel, however many runs there are.
+            assert axes.get_window_extent().height >= 100
+        labels = [text.get_text() for text in legend.get_texts()]
+        assert len(labels) == 2 * len(names) + 2
+        if len(names) > 1:
+            half = len(labels) // 2
+            assert [label.split(", ")[0] for label in labels[: half - 1]] == names
+            assert [label.split(", ")[0] for label in labels[half:-1]] == names
+
+
 def test_mistakes_end_with_status_2_and_one_message(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
