@@ -80,7 +80,7 @@ def describe_run(
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
     if config.compile.blocks:
         logger.info(
-            "the first evaluation and step are compiled first, which takes up to a minute where it is new"
+            "what runs for the first time is compiled, which takes up to a minute unless an earlier run has done it"
         )
 
 

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from switchtitan.build import build_trainer
 from switchtitan.config.errors import UserError, exit_for
-from switchtitan.distributed.world import num_ranks_from_launcher, start_world, stop_world
+from switchtitan.distributed.world import (
+    num_ranks_from_launcher,
+    start_world,
+    stop_world,
+    stop_world_if_alone,
+)
 from switchtitan.job_config import parse_arguments
 
 
@@ -24,12 +29,14 @@ def main(argv: Sequence[str]) -> None:
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
         build_trainer(config, world).train()
-        # Not after an error, since leaving waits for the other ranks, and they may be waiting for this one: its traceback would
-        # never be seen. Nor would a save in the background come to its end.
+        # Not after just any error, since leaving waits for the other ranks, and they may be waiting for this one: its traceback
+        # would never be seen. Nor would a save in the background come to its end, as it has before either of the following.
         stop_world()
     except UserError as error:
+        stop_world_if_alone()
         exit_for(error)
     except KeyboardInterrupt as stop:
+        stop_world_if_alone()
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 

@@ -128,8 +128,8 @@ def world_for_a_while() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not was_joined and dist.is_initialized() and dist.get_world_size() == 1:
-            stop_world()
+        if not was_joined:
+            stop_world_if_alone()
         raise
     if not was_joined:
         stop_world()
@@ -139,6 +139,12 @@ def stop_world() -> None:
     """Leaves the process group; every rank must. With NCCL it waits for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def stop_world_if_alone() -> None:
+    """Leaves the process group where this rank is the only one in it: after an error, others may be waiting for it."""
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        stop_world()
 
 
 def device_name(device: torch.device) -> str:

@@ -189,5 +189,6 @@ class Reporter:
         ):
             reached = [values[tag] for values in self._validation if tag in values]
             if reached:
-                rows.append((name, f"{reached[0]:.{digits}f} -> {reached[-1]:.{digits}f}"))
+                since = f"{reached[0]:.{digits}f} -> " if len(reached) > 1 else ""
+                rows.append((name, f"{since}{reached[-1]:.{digits}f}"))
         return rows

@@ -97,6 +97,18 @@ def test_summary_of_a_resumed_run_counts_from_its_first_validation(tmp_path, cap
     assert "3m07s since step 20" in caplog.text
 
 
+def test_a_single_validation_is_no_progress(tmp_path, caplog):
+    reporter = Reporter(MetricsConfig(), tmp_path, num_steps=40, is_main=True)
+    reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        reporter.summary({})
+    reporter.close()
+    assert "validation loss  3.0000\nperplexity       20.09" in "\n".join(
+        record.getMessage() for record in caplog.records
+    )
+
+
 def test_other_ranks_print_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         reporter = Reporter(MetricsConfig(), tmp_path, num_steps=3, is_main=False)
