@@ -29,8 +29,8 @@ from switchtitan.registry import Registry
 DEFAULT_FILE = Path(__file__).parents[1] / "train_configs" / "llama_quickstart_switchlora.toml"
 _INTRODUCTION = """\
 Trains the model that a TOML file describes: --config FILE, else the quickstart.
-Every key of the file can be given here as well; none stands for no value. The
-defaults shown are what the file says, and switchtitan's own where it says nothing.
+Every key of the file can be given here as well; none stands for no value.
+The defaults shown are what the file says, or else switchtitan's own.
 """
 
 
