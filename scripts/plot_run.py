@@ -4,8 +4,9 @@ python scripts/plot_run.py outputs/RUN [outputs/RUN ...] --output curves.png
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -54,8 +55,7 @@ def labelled(runs: Sequence[Path]) -> dict[str, Path]:
 
 def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
     """Losses on the left; on the right the learning rate and, if any run switched, the switches below it."""
-    legend_rows = 1 if len(runs) == 1 else len(runs) + 1
-    figure = Figure(figsize=(10, 4.6 + 0.25 * legend_rows), layout="constrained")
+    figure = Figure(layout="constrained")
     switching = {label: curves for label, curves in runs.items() if NUM_SWITCHED in curves}
     if switching:
         panels = figure.subplot_mosaic([["loss", "lr"], ["loss", "switch"]], width_ratios=[1.3, 1])
@@ -69,19 +69,24 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
     panels["lr"].set(title="Learning rate", xlabel="step", ylim=(0, None))
     if switching:
         _draw_switches(panels["switch"], switching, colours)
-    keys = [key for panel in panels.values() for key in zip(*panel.get_legend_handles_labels(), strict=True)]
-    if len(runs) > 1:
-        # A legend fills its columns one by one: training losses on the left, validation losses on the right.
-        keys = keys[0::2] + keys[1::2]
-    lines, labels = zip(*keys, strict=True)
-    # Below the panels, where no curve runs through it.
-    figure.legend(lines, labels, loc="outside lower center", ncols=4 if len(runs) == 1 else 2, frameon=False)
+    legend_rows = _draw_legend(figure, panels.values(), num_columns=4 if len(runs) == 1 else 2)
+    figure.set_size_inches(10, 4.6 + 0.25 * legend_rows)
     for panel in panels.values():
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)))
     return figure
+
+
+def _draw_legend(figure: Figure, panels: Iterable[Axes], num_columns: int) -> int:
+    """Names all curves below the panels, where none runs through it, row by row; returns the number of rows."""
+    keys = [key for panel in panels for key in zip(*panel.get_legend_handles_labels(), strict=True)]
+    # A legend fills its columns one by one.
+    keys = [key for column in range(num_columns) for key in keys[column::num_columns]]
+    lines, labels = [line for line, _ in keys], [label for _, label in keys]
+    figure.legend(lines, labels, loc="outside lower center", ncols=num_columns, frameon=False)
+    return math.ceil(len(keys) / num_columns)
 
 
 def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[str, str]) -> None:

@@ -189,6 +189,6 @@ class Reporter:
         ):
             reached = [values[tag] for values in self._validation if tag in values]
             if reached:
-                since = f"{reached[0]:.{digits}f} -> " if len(reached) > 1 else ""
-                rows.append((name, f"{since}{reached[-1]:.{digits}f}"))
+                first = f"{reached[0]:.{digits}f} -> " if len(reached) > 1 else ""
+                rows.append((name, f"{first}{reached[-1]:.{digits}f}"))
         return rows

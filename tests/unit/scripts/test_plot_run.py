@@ -54,6 +54,12 @@ def test_runs_are_drawn_into_one_picture(script: ModuleType, tmp_path: Path) -> 
     assert set(script.labelled(runs)) == {str(run) for run in runs}
 
 
+def test_a_run_without_losses_yet_has_its_picture(script: ModuleType) -> None:
+    figure = script.draw({"run": {"optimizer/lr": ([1, 2], [0.5, 1.0])}})
+    figure.draw_without_rendering()
+    assert [list(line.get_ydata()) for axes in figure.axes for line in axes.lines] == [[0.5, 1.0]]
+
+
 def test_no_curve_runs_through_the_legend(script: ModuleType, tmp_path: Path) -> None:
     for names in (["one"], ["one", "two", "three", "four", "five", "six"]):
         curves = {name: script.read_curves(write_run(tmp_path / name, switches=True)) for name in names}
