@@ -16,6 +16,7 @@ from switchtitan.checkpoint import (
     read_metadata,
 )
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
+from switchtitan.checkpoint.tensors import checkpoint_tensors, model_tensors, restore
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
 from switchtitan.data import (
@@ -32,14 +33,12 @@ from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, device_name
-from switchtitan.evaluate import Evaluator
-from switchtitan.initial_weights import fingerprint, read_initial_weights
-from switchtitan.job_config import JobConfig
+from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
+from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import (
-    SPECTRA_FOLDER,
     TENSORBOARD_FOLDER,
     Profiler,
     Reporter,
@@ -49,19 +48,20 @@ from switchtitan.observability import (
     peak_flops_per_s,
 )
 from switchtitan.optim import build_lr_schedule
-from switchtitan.rank_telemetry import RankTelemetry
-from switchtitan.run_description import (
+from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
+from switchtitan.spectra.telemetry import RankTelemetry
+from switchtitan.spectra.weight_change import Origin
+from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
     describe_run,
     run_facts,
     run_identity,
 )
-from switchtitan.run_output import check_output_dir, start_output
-from switchtitan.run_tensors import checkpoint_tensors, model_tensors, restore
-from switchtitan.train_state import TrainState
-from switchtitan.trainer import Intervals, Trainer, loss_metrics
-from switchtitan.weight_change import Origin
+from switchtitan.training.evaluate import Evaluator
+from switchtitan.training.output import check_output_dir, start_output
+from switchtitan.training.state import TrainState
+from switchtitan.training.trainer import Intervals, Trainer, loss_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Generic, TypeVar
 
-from switchtitan.config.errors import ConfigError
 from switchtitan.config.section import Section
+from switchtitan.errors import ConfigError
 
 Part = TypeVar("Part")
 

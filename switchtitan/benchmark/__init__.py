@@ -1,9 +1,9 @@
 """What a training step costs: times of several configurations side by side, and, without the
 hardware, bytes sent between ranks, memory and arithmetic."""
 
-from switchtitan.benchmark.communication import communication_of_a_step
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step
 from switchtitan.benchmark.side_by_side import time_steps_side_by_side
+from switchtitan.benchmark.step_communication import communication_of_a_step
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_steps
 
 __all__ = [

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from switchtitan.benchmark.fake_trainer import fake_trainer
 from switchtitan.benchmark.flops import CountFlops
-from switchtitan.benchmark.memory import MemoryUse, TrackMemory
+from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.contracts import LanguageModel
-from switchtitan.distributed.communication import CommunicationCounts, CountCommunication
-from switchtitan.job_config import JobConfig
-from switchtitan.trainer import Trainer
+from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
+from switchtitan.job.config import JobConfig
+from switchtitan.training.trainer import Trainer
 
 ASSUMPTIONS = (
     "memory is that of rank 0, whose shards are the largest, and of tensors alone: no rounding and reserve of an allocator, no "

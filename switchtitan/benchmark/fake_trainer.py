@@ -18,20 +18,20 @@ from switchtitan.build import (
     prepare_model,
 )
 from switchtitan.checkpoint import Checkpointer
+from switchtitan.checkpoint.tensors import checkpoint_tensors, model_tensors
 from switchtitan.contracts import Batch, LanguageModel
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, mesh_shape, stop_world
-from switchtitan.evaluate import Evaluator
-from switchtitan.job_config import JobConfig
+from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import Profiler, Reporter, StepCommunication
 from switchtitan.optim import build_lr_schedule
-from switchtitan.run_tensors import checkpoint_tensors, model_tensors
-from switchtitan.train_state import TrainState
-from switchtitan.trainer import Trainer
+from switchtitan.training.evaluate import Evaluator
+from switchtitan.training.state import TrainState
+from switchtitan.training.trainer import Trainer
 
 
 @contextmanager

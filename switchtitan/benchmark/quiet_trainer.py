@@ -8,9 +8,9 @@ from pathlib import Path
 from switchtitan.build import build_trainer
 from switchtitan.checkpoint.config import RESUME_NEVER
 from switchtitan.distributed.world import start_world, world_for_a_while
-from switchtitan.job_config import JobConfig
+from switchtitan.job.config import JobConfig
 from switchtitan.observability import configure_logging
-from switchtitan.trainer import Trainer
+from switchtitan.training.trainer import Trainer
 
 
 def without_output(config: JobConfig, folder: Path) -> JobConfig:

@@ -13,13 +13,13 @@ from switchtitan.benchmark.quiet_trainer import without_output
 from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer, Stopwatch
 from switchtitan.build import build_trainer
-from switchtitan.config import ConfigError, UserError
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.world import start_world, world_for_a_while
-from switchtitan.garbage import GarbageCollection
-from switchtitan.job_config import JobConfig
+from switchtitan.errors import ConfigError, UserError
+from switchtitan.job.config import JobConfig
 from switchtitan.observability import configure_logging
-from switchtitan.trainer import Trainer
+from switchtitan.training.garbage import GarbageCollection
+from switchtitan.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

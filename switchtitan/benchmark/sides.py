@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from switchtitan.config import ConfigError
-from switchtitan.job_config import JobConfig, parse_arguments
+from switchtitan.errors import ConfigError
+from switchtitan.job.config import JobConfig, parse_arguments
 
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)+"
 _SIDE = re.compile(rf"(?P<file>.+?)(?::(?P<overrides>{_KEY}=.*))?", re.DOTALL)

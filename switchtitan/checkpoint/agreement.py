@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 Result = TypeVar("Result")
 

@@ -38,7 +38,7 @@ from switchtitan.checkpoint.metadata import (
 from switchtitan.checkpoint.prune import complete_deletions, prune
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents, check_files
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

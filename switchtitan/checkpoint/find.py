@@ -6,7 +6,7 @@ from pathlib import Path
 from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, METADATA_FILE, list_step_folders, step_of
 from switchtitan.checkpoint.verify import check_contents
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

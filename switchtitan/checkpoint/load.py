@@ -13,7 +13,7 @@ from switchtitan.checkpoint.agreement import ignore_warning_about_single_process
 from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
 from switchtitan.checkpoint.verify import check_files
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 _NUM_NAMED = 4
 

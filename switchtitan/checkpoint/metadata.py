@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from switchtitan.checkpoint.layout import METADATA_FILE, TENSORS_FILE
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 FORMAT_VERSION = 1
 

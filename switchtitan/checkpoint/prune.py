@@ -14,7 +14,7 @@ from switchtitan.checkpoint.layout import (
     sync_folder,
 )
 from switchtitan.checkpoint.verify import check_files
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

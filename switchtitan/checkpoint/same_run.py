@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 _ABSENT = "(absent)"
 

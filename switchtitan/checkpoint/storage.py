@@ -30,7 +30,7 @@ from switchtitan.checkpoint.metadata import (
     read_tensors_index,
     write_json,
 )
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 
 class ChecksummingWriter(FileSystemWriter):

@@ -13,7 +13,7 @@ from switchtitan.checkpoint.metadata import (
     read_metadata,
     read_tensors_index,
 )
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 _NUM_READERS = 4
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from switchtitan.config import ConfigError
 from switchtitan.config.load import read_toml
 from switchtitan.config.section import Section
 from switchtitan.config.toml_text import toml_value
+from switchtitan.errors import ConfigError
 
 _MESSAGES = {"missing": "missing", "extra_forbidden": "unknown key"}
 """What pydantic says more learnedly, by its kind of error."""

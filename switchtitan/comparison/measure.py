@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from switchtitan.atomic_file import write_atomically
-from switchtitan.benchmark.communication import communication_of_a_step
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, time_steps_side_by_side
+from switchtitan.benchmark.step_communication import communication_of_a_step
 from switchtitan.benchmark.step_times import ratio_of_steps
 from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.plan import Run, first_run
 from switchtitan.comparison.runner import num_threads
 from switchtitan.config.toml_text import resolved_toml
+from switchtitan.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

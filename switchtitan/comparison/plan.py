@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchtitan.comparison.config import ComparisonConfig, Row
-from switchtitan.config import ConfigError
 from switchtitan.config.toml_text import toml_value
 from switchtitan.data import open_corpus
-from switchtitan.job_config import JobConfig, parse_arguments
+from switchtitan.errors import ConfigError
+from switchtitan.job.config import JobConfig, parse_arguments
 
 MIN_STEPS = 8
 """Below it there is nothing to time: three steps warm up, five are a round."""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from switchtitan.atomic_file import write_atomically
 from switchtitan.comparison.comparison import Standing
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.statistics import Summary
 from switchtitan.comparison.table import GapReport, RowReport
 from switchtitan.config.toml_text import resolved_toml
+from switchtitan.files import write_atomically
 
 NOT_KNOWN = "-"
 _LEGEND = (

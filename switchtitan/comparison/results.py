@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchtitan.comparison.plan import Run
-from switchtitan.config import ConfigError
-from switchtitan.job_config import JobConfig, parse_arguments
+from switchtitan.errors import ConfigError
+from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.run_output import CONFIG_FILE
+from switchtitan.training.output import CONFIG_FILE
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from switchtitan.comparison.measure import Measurements
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.selection import is_interior
 from switchtitan.comparison.statistics import BySeed, Summary, difference, share_of_gap, summarize
-from switchtitan.observability.spectrum import summarize as summarize_spectra
-from switchtitan.trainer import loss_metrics
-from switchtitan.weight_change import checkpoint_spectra
+from switchtitan.spectra.spectrum import summarize as summarize_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.training.trainer import loss_metrics
 
 
 @dataclass(frozen=True)

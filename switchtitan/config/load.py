@@ -10,13 +10,13 @@ import tomli
 from pydantic import ValidationError
 
 from switchtitan.config.draft import Draft, SectionTypes
-from switchtitan.config.errors import ConfigError
 from switchtitan.config.explain import explain, explain_name, explain_unknown_section
 from switchtitan.config.fields import admits_none, choices, dotted_keys, find_field, is_section_type
 from switchtitan.config.mistakes import Mistake, Source, nearest, raise_together
 from switchtitan.config.overrides import Arguments, interpret
 from switchtitan.config.section import Section
 from switchtitan.config.toml_text import NONE_TEXT
+from switchtitan.errors import ConfigError
 
 Check = Callable[..., list[str]]
 """A test of how sections fit together; its parameters are called like the sections that it looks at."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
 
-from switchtitan.config.errors import ConfigError
 from switchtitan.config.toml_text import toml_value
+from switchtitan.errors import ConfigError
 
 
 class Source(Enum):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from switchtitan.config.errors import CorpusError, UserError
 from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus_plan import plan_corpus
 from switchtitan.data.index import CorpusIndex, read_index, verify_files
-from switchtitan.data.plan import plan_corpus
 from switchtitan.data.prepare import carry_out
-from switchtitan.data.shards import TokenSequences
+from switchtitan.data.token_files import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
+from switchtitan.errors import CorpusError, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from switchtitan.config.errors import CorpusError
+from switchtitan.errors import CorpusError
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"

@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from switchtitan.config.errors import ConfigError, CorpusError
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.sampler import rank_positions, sequence_index
-from switchtitan.data.shards import TokenSequence, TokenSequences
+from switchtitan.data.token_files import TokenSequence, TokenSequences
+from switchtitan.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)
 

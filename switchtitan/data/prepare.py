@@ -15,9 +15,8 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from switchtitan import __version__
-from switchtitan.atomic_file import write_atomically
-from switchtitan.config.errors import CorpusError
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, DataConfig
+from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus, validation_fraction
 from switchtitan.data.index import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -27,7 +26,6 @@ from switchtitan.data.index import (
     fingerprint_of,
     sha256_of_file,
 )
-from switchtitan.data.plan import CorpusPlan, plan_corpus, validation_fraction
 from switchtitan.data.preparation_lock import preparation_lock
 from switchtitan.data.segments import (
     SEGMENT_TOKENS,
@@ -44,6 +42,8 @@ from switchtitan.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
+from switchtitan.errors import CorpusError
+from switchtitan.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data.index import ShardRecord
 from switchtitan.data.sources.stream import DocumentStream
 from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.errors import CorpusError
 
 SEGMENT_TOKENS = 1 << 26
 """Tokens after which a segment is closed: at most this much tokenising is repeated after a stop (about a

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from switchtitan.config.errors import CorpusError
+from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchtitan.config import RanksDisagreeError
 from switchtitan.distributed.shards import local
+from switchtitan.errors import RanksDisagreeError
 
 
 def check_replicas(tensors: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from switchtitan.config import RanksDisagreeError
+from switchtitan.errors import RanksDisagreeError
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from switchtitan.config import EnvironmentMismatchError
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.errors import EnvironmentMismatchError
 
 
 @dataclass(frozen=True)

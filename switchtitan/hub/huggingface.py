@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from switchtitan.config.errors import CheckpointError, CorpusError
+from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.hub.weight_files import check_shapes, find_weight_files
 from switchtitan.models.llama.config import LlamaDimensions
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 from switchtitan.hub.weight_files import abbreviate, find_weight_files
 
 _OUR_NAME = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 
 def find_weight_files(path: Path, single_name: str) -> list[Path]:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.config import Section
+from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_whole_, local, shard_group

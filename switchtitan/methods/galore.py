@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.config import Section
+from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import copy_whole_, local, rows_per_rank, shard_group
 from switchtitan.methods.lowrank import merged_state_dict

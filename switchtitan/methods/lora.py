@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from switchtitan.config import Section
+from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import (

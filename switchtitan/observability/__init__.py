@@ -1,17 +1,15 @@
 """What a user sees of a run: log lines, a progress bar, TensorBoard, speed, memory, traces."""
 
+from switchtitan.observability.communication_report import StepCommunication
 from switchtitan.observability.log import configure_logging
 from switchtitan.observability.memory import peak_memory_gib
 from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, MetricsConfig, Reporter
 from switchtitan.observability.peak_flops import peak_flops_per_s
 from switchtitan.observability.profiler import Profiler, ProfilerConfig
-from switchtitan.observability.spectra_files import SPECTRA_FOLDER
-from switchtitan.observability.step_communication import StepCommunication
 from switchtitan.observability.throughput import Throughput
 
 __all__ = [
     "RESULTS_FILE",
-    "SPECTRA_FOLDER",
     "TENSORBOARD_FOLDER",
     "MetricsConfig",
     "Profiler",

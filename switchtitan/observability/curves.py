@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from switchtitan.config.errors import ConfigError
+from switchtitan.errors import ConfigError
 from switchtitan.observability.metrics import TENSORBOARD_FOLDER
 
 

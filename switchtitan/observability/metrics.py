@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from switchtitan.atomic_file import write_atomically
 from switchtitan.config.section import Section
+from switchtitan.files import write_atomically
 from switchtitan.observability.console import (
     ConsoleTable,
     format_count,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from switchtitan.config.errors import ConfigError
+from switchtitan.errors import ConfigError
 
 
 def write_picture(figure: Figure, file: Path) -> None:

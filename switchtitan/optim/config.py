@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from switchtitan.config import Section
+from switchtitan.config.section import Section
 
 
 class AdamWConfig(Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,7 +18,7 @@ from switchtitan.checkpoint.agreement import run_together
 from switchtitan.checkpoint.metadata import read_tensors_index
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
 

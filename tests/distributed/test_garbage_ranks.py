@@ -1,9 +1,9 @@
 """Sharding leaves no tensors to the garbage collection either."""
 
 import pytest
-from leftovers import tensors_left_by_fifteen_steps
-from ranks import run_on_ranks
-from tiny import COMPILED, METHOD_KEYS, tiny_trainer
+from support.leftovers import tensors_left_by_fifteen_steps
+from support.ranks import run_on_ranks
+from support.tiny import COMPILED, METHOD_KEYS, tiny_trainer
 
 
 def count_leftovers(rank, folder, methods):

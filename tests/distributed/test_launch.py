@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from switchtitan.launch import first_cause, num_ranks_of
+from switchtitan.cli.launch import first_cause, num_ranks_of
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +47,7 @@ def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess
         "localhost:0",
     ]
     return subprocess.run(
-        [sys.executable, "-m", "switchtitan.launch", *options, "ranks.py", "--config", "job.toml", *argv],
+        [sys.executable, "-m", "switchtitan.cli.launch", *options, "ranks.py", "--config", "job.toml", *argv],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -69,7 +69,7 @@ def test_a_wrong_configuration_starts_no_rank(tmp_path: Path) -> None:
 
 
 def test_a_mistake_found_by_all_ranks_is_said_once(tmp_path: Path) -> None:
-    script = "from switchtitan.config import CorpusError, exit_for\nexit_for(CorpusError('no such corpus'))\n"
+    script = "from switchtitan.errors import CorpusError, exit_for\nexit_for(CorpusError('no such corpus'))\n"
     done = launch(tmp_path, script)
     assert done.returncode == 2
     assert done.stderr == "error: no such corpus\n"

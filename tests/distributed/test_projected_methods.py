@@ -4,13 +4,13 @@ from math import sqrt
 
 import pytest
 import torch
-from projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
-from ranks import run_on_ranks
-from tiny import tiny_trainer, train_steps, whole_tensors
+from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
+from support.ranks import run_on_ranks
+from support.tiny import tiny_trainer, train_steps, whole_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
-from switchtitan.config import Section
+from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.methods import METHODS
 from switchtitan.methods.apollo import ApolloConfig

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from ranks import run_on_ranks
-from tiny import tiny_trainer
+from support.ranks import run_on_ranks
+from support.tiny import tiny_trainer
 
 from switchtitan.distributed.world import stop_world
-from switchtitan.observability.spectra_files import read_spectra
+from switchtitan.spectra.spectra_files import read_spectra
 
 
 def record_run(rank, folder, num_ranks):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import tiny_trainer, train_steps, whole_tensors
+from support.ranks import run_on_ranks
+from support.tiny import tiny_trainer, train_steps, whole_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 

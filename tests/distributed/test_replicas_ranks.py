@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from switchtitan.config import RanksDisagreeError
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local
+from switchtitan.errors import RanksDisagreeError
 
 
 def change(tensor: Tensor) -> None:

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
-from tiny import tiny_trainer, train_steps, whole_tensors
+from support.ranks import run_on_ranks
+from support.tiny import tiny_trainer, train_steps, whole_tensors
 from torch.distributed.tensor import DTensor
 
 from switchtitan.checkpoint.metadata import read_tensors_index
-from switchtitan.config import RanksDisagreeError
+from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods.lowrank import low_rank_layers, merged_state_dict
 
 NUM_STEPS, SAVED_STEP = 12, 6

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_on_ranks
-from tiny import tiny_config, tiny_trainer, whole_tensors
+from support.ranks import run_on_ranks
+from support.tiny import tiny_config, tiny_trainer, whole_tensors
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
-from switchtitan.config import RanksDisagreeError
 from switchtitan.data import open_corpus
-from switchtitan.distributed.communication import CountCommunication
+from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import (
     RowExchange,
@@ -29,10 +28,11 @@ from switchtitan.distributed.shards import (
     shard_group,
     write_rows_,
 )
-from switchtitan.job_config import JobConfig
+from switchtitan.errors import RanksDisagreeError
+from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.trainer import Trainer
+from switchtitan.training.trainer import Trainer
 
 NUM_RANKS = 4
 # Rows over 4 and over 2 ranks: uneven, and fewer than ranks.

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import tiny_trainer, train_steps, whole_tensors
+from support.ranks import run_on_ranks
+from support.tiny import tiny_trainer, train_steps, whole_tensors
 
 NUM_STEPS, SAVED_STEP = 16, 8
 # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.

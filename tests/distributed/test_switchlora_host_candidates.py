@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import tiny_trainer, train_steps, whole_tensors
+from support.ranks import run_on_ranks
+from support.tiny import tiny_trainer, train_steps, whole_tensors
 
 KEYS = ("--method.candidates_dtype", "bfloat16", "--method.candidates_device", "host")
 SAVED_STEP, NUM_STEPS = 9, 16

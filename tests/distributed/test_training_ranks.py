@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
+from support.ranks import run_on_ranks
+from support.tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.distributed.activation_offload import CallWithInputOnHost
 

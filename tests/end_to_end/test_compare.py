@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import TINY
+from support.tiny import TINY
 
 pytestmark = pytest.mark.end_to_end
 
@@ -96,7 +96,7 @@ def result_without_interruption(run: Path, output: Path) -> dict:
         [
             sys.executable,
             "-m",
-            "switchtitan.train",
+            "switchtitan.cli.train",
             "--config",
             run / "config.toml",
             "--job.output_dir",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from tiny import METHOD_KEYS, TINY
+from support.tiny import METHOD_KEYS, TINY
 
-from switchtitan import train
+from switchtitan.cli import train
 from switchtitan.distributed.world import stop_world
 from switchtitan.observability import configure_logging
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data.config import DataConfig
 from switchtitan.data.sources.stream import Position
+from switchtitan.errors import CorpusError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data.config import DataConfig
 from switchtitan.data.sources.stream import Position
+from switchtitan.errors import CorpusError
 
 TEXT_DOCUMENT_BYTES = 64 * 1024
 """A text file is one document up to this size; a longer one is cut at line ends into documents of about this

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchtitan.config import ConfigError
+from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.contraction import BY_NAME, Contraction, cheapest_contraction, frozen_linear
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from switchtitan.config import Section
+from switchtitan.config.section import Section
 from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from switchtitan.config import ConfigError
 from switchtitan.distributed.shards import local
+from switchtitan.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from switchtitan.distributed.shards import (
 )
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
-from switchtitan.methods.switchlora.adamw import VectorAdamW
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates, Switches
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorRun
@@ -29,6 +28,7 @@ from switchtitan.methods.switchlora.switch import (
     take_columns,
     write_columns_,
 )
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamWConfig
 
 

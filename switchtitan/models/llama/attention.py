@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from switchtitan.config.errors import EnvironmentMismatchError
+from switchtitan.errors import EnvironmentMismatchError
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
 """(query, key, value, mask) -> attended, shaped as the query.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from switchtitan.benchmark.alternation import WARM_UP_CALLS, time_calls_in_turns
-from switchtitan.benchmark.report import call_record, call_table
+from switchtitan.benchmark.tables import call_record, call_table
 
 CPU = torch.device("cpu")
 

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import COMPILED, tiny_config, tiny_trainer, train_steps
+from support.ranks import run_on_ranks
+from support.tiny import COMPILED, tiny_config, tiny_trainer, train_steps
 from torch import nn
 
 from switchtitan.benchmark import communication_of_a_step
-from switchtitan.distributed.communication import (
+from switchtitan.distributed.count_collectives import (
     CollectiveCount,
     CommunicationCounts,
     CountCommunication,
 )
-from switchtitan.job_config import JobConfig
+from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.methods.switchlora.schedule import SwitchSchedule
 from switchtitan.models import MODELS

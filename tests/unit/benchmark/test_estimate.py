@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import tiny_config, tiny_trainer, train_steps
+from support.ranks import run_on_ranks
+from support.tiny import tiny_config, tiny_trainer, train_steps
 from torch import Tensor
 
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
-from switchtitan.benchmark.memory import GRADIENTS, KINDS, STATE, TEMPORARY
+from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank.contraction import cheapest_contraction, factored, merged, num_flops
 from switchtitan.models import MODELS
-from switchtitan.trainer import Trainer
+from switchtitan.training.trainer import Trainer
 
 SEQ_LEN = 16
 WHOLE = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")

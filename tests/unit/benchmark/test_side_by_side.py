@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import COMPILED, tiny_config
+from support.tiny import COMPILED, tiny_config
 from torch._dynamo.utils import compilation_time_metrics
 
 from switchtitan.benchmark import side_by_side, time_steps_side_by_side
-from switchtitan.config import ConfigError, UserError
-from switchtitan.trainer import StepResult, Trainer
+from switchtitan.errors import ConfigError, UserError
+from switchtitan.training.trainer import StepResult, Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tiny import METHOD_KEYS, TINY
+from support.tiny import METHOD_KEYS, TINY
 
 from switchtitan.benchmark.sides import Side, load_sides, read_side, split_overrides
-from switchtitan.config import ConfigError
+from switchtitan.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from switchlora_layers import build_layer, build_optimizer, set_gradients
-from tiny import tiny_config, tiny_trainer
+from support.switchlora_layers import build_layer, build_optimizer, set_gradients
+from support.tiny import tiny_config, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.benchmark.operations import CountOperations
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
-from switchtitan.benchmark.switch import time_switches_side_by_side
-from switchtitan.config import ConfigError
+from switchtitan.benchmark.switch_costs import time_switches_side_by_side
 from switchtitan.distributed.world import stop_world
+from switchtitan.errors import ConfigError
 from switchtitan.methods.switchlora import SwitchLoraConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import AdamWConfig

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from switchtitan.checkpoint import Checkpointer, load_tensors_, read_metadata
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from switchtitan.checkpoint import find_latest, load_tensors_, read_tensors
 from switchtitan.checkpoint.metadata import file_record
 from switchtitan.checkpoint.verify import check_files
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 
 from switchtitan.checkpoint import check_same_run
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 
 
 def test_equal_identities_pass_whatever_the_kind_of_sequence():

@@ -5,7 +5,7 @@ import pytest
 
 from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.plan import check_plan
-from switchtitan.config import ConfigError
+from switchtitan.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[3]
 DECLARED = sorted((REPOSITORY / "train_configs" / "comparisons").glob("*.toml"))

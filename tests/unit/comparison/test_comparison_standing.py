@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import TINY
+from support.tiny import TINY
 
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
@@ -13,8 +13,8 @@ from switchtitan.comparison.plan import Run, check_plan, plan_run
 from switchtitan.comparison.report import json_text, markdown, runs_csv
 from switchtitan.comparison.results import read_result
 from switchtitan.comparison.table import report_gaps, report_rows
-from switchtitan.config import ConfigError
 from switchtitan.config.toml_text import resolved_toml
+from switchtitan.errors import ConfigError
 
 GRID = """
 name = "two"

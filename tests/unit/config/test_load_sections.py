@@ -8,10 +8,10 @@ import pytest
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from switchtitan.config.errors import ConfigError
 from switchtitan.config.load import load_sections, read_toml
 from switchtitan.config.overrides import split_arguments
 from switchtitan.config.section import Section
+from switchtitan.errors import ConfigError
 
 
 class Inner(Section):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_documents import make_documents, write_json_lines
+from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import Corpus, DataConfig, open_corpus
 

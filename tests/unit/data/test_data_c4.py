@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_documents import make_documents, write_json_lines
+from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data import DATASETS, DataConfig, open_corpus
+from switchtitan.errors import CorpusError
 
 TRAIN, VALIDATION = make_documents(40, seed=2), make_documents(11, seed=3)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data import Corpus, DataConfig, open_corpus, open_prepared, plan_corpus
+from switchtitan.data.corpus_plan import plan_as_named
 from switchtitan.data.hub_access import why_hub_is_unreachable
-from switchtitan.data.plan import plan_as_named
+from switchtitan.errors import CorpusError
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from itertools import islice
 import pytest
 import torch
 
-from switchtitan.config.errors import ConfigError, CorpusError
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data import Corpus, TokenSequences, build_train_batches, build_validation_batches
+from switchtitan.errors import ConfigError, CorpusError
 
 
 @pytest.fixture(scope="module")

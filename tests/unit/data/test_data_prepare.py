@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_documents import write_json_lines
+from support.tiny_documents import write_json_lines
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data import Corpus, DataConfig, open_corpus, open_prepared, plan_corpus, prepare_corpus
 from switchtitan.data import segments as segments_module
 from switchtitan.data.prepare import is_held_out
 from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.errors import CorpusError
 
 ONE_RUN = """
 import os, signal, sys

@@ -4,13 +4,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_documents import make_documents, write_json_lines
+from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data import DATASETS, DataConfig
 from switchtitan.data.sources import Source
 from switchtitan.data.sources.files import TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.data.sources.pystdlib import StandardLibrarySource
+from switchtitan.errors import CorpusError
 
 DOCUMENTS = make_documents(23, seed=1)
 

@@ -9,8 +9,8 @@ from threading import Thread
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from switchtitan.config.errors import CorpusError
 from switchtitan.data.tokenizer import fetch_tokenizer, read_tokenizer, train_tokenizer
+from switchtitan.errors import CorpusError
 
 
 def save_tokenizer(file: Path, *special_tokens: str, ids_from: int = 0) -> Path:

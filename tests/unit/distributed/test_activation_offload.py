@@ -4,18 +4,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import tiny_config
+from support.tiny import tiny_config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from switchtitan.config.errors import ConfigError
 from switchtitan.contracts import call_plainly
 from switchtitan.distributed.activation_checkpoint import checkpoint_activations
 from switchtitan.distributed.activation_offload import CallWithInputOnHost
 from switchtitan.distributed.config import ActivationCheckpointConfig
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCopies
+from switchtitan.errors import ConfigError
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 

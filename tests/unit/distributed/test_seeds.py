@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_trainer, train_steps
+from support.tiny import tiny_trainer, train_steps
 
 from switchtitan.distributed.seeds import generator_for, seed_dropout
 from switchtitan.distributed.world import stop_world

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from switchtitan.config.errors import CheckpointError, CorpusError
+from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.hub.huggingface import check_dense, export_dense, read_dense
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions

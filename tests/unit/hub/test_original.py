@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchtitan.config.errors import CheckpointError
+from switchtitan.errors import CheckpointError
 from switchtitan.hub.original import read_original, read_original_dense
 
 LAYER, OTHER_LAYER = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"

@@ -4,7 +4,7 @@ from math import sqrt
 
 import pytest
 import torch
-from projected_models import RANK, TARGETS, OddModel, draw_gradients, draw_model, give_gradients
+from support.projected_models import RANK, TARGETS, OddModel, draw_gradients, draw_model, give_gradients
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer

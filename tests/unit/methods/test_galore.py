@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from projected_models import RANK, TARGETS, OddModel, draw_gradients, draw_model, give_gradients
+from support.projected_models import RANK, TARGETS, OddModel, draw_gradients, draw_model, give_gradients
 from torch import Tensor
 
-from switchtitan.config import ConfigError
 from switchtitan.contracts import TrainingOptimizer
+from switchtitan.errors import ConfigError
 from switchtitan.methods.galore import Galore, GaloreConfig, leading_singular_vectors
 from switchtitan.optim import AdamWConfig
 

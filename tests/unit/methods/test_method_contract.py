@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.world import stop_world
-from switchtitan.job_checks import FreezingMethodSection
+from switchtitan.job.checks import FreezingMethodSection
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.trainer import Trainer
+from switchtitan.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from switchlora_reference import splitmix64_outputs
+from support.switchlora_reference import splitmix64_outputs
 
 from switchtitan.methods.splitmix import splitmix32, splitmix64
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchtitan.config.errors import EnvironmentMismatchError
+from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS, check_attention
 
 BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 6, 3, 13, 8

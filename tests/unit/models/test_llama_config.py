@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from switchtitan.config.errors import ConfigError, EnvironmentMismatchError
+from switchtitan.errors import ConfigError, EnvironmentMismatchError
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import SIZES, LlamaConfig
 

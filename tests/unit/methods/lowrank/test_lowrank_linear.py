@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchtitan.config import ConfigError
 from switchtitan.contracts import Reparametrized
+from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank import (
     LayerBuffer,
     LowRankLinear,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from switchlora_layers import build_optimizer, effective_weight, relative_change, set_gradients
-from switchlora_reference import constant_candidates
-from tiny import tiny_trainer, train_steps, whole_tensors
+from support.switchlora_layers import build_optimizer, effective_weight, relative_change, set_gradients
+from support.switchlora_reference import constant_candidates
+from support.tiny import tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
@@ -18,7 +18,7 @@ from switchtitan.methods.switchlora.candidates import DrawnCandidates
 from switchtitan.methods.switchlora.init import initial_factors
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import AdamWConfig
-from switchtitan.run_description import count_parameters
+from switchtitan.training.description import count_parameters
 
 CONSTANT = ("--method.candidates", "constant")
 # (out, in, rank): wide and tall

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from switchlora_reference import constant_candidates
+from support.switchlora_reference import constant_candidates
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods.splitmix import splitmix64

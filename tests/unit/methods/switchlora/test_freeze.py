@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from switchlora_layers import build_layer, build_optimizer, set_gradients
+from support.switchlora_layers import build_layer, build_optimizer, set_gradients
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorRun

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from switchlora_layers import build_optimizer, effective_weight, relative_change, set_gradients
-from tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.switchlora_layers import build_optimizer, effective_weight, relative_change, set_gradients
+from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
+from support.switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
 
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.seeds import generator_for

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from switchlora_layers import (
+from support.switchlora_layers import (
     build_layer,
     build_optimizer,
     effective_weight,
     relative_change,
     set_gradients,
 )
-from tiny import tiny_trainer, train_steps
+from support.tiny import tiny_trainer, train_steps
 
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
-from switchtitan.methods.switchlora.adamw import VectorAdamW
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamWConfig
 
 RANK, NUM_STEPS = 3, 25

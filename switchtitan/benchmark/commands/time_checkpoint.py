@@ -1,0 +1,163 @@
+"""`benchmark.py checkpoint`: how long a save holds training up, in the background and not, and what it takes on disk."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from switchtitan.benchmark.alternation import in_order_of_round
+from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config
+from switchtitan.benchmark.quiet_trainer import quiet_trainer
+from switchtitan.benchmark.sides import load_sides
+from switchtitan.benchmark.tables import aligned
+from switchtitan.checkpoint import Checkpointer
+from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
+from switchtitan.config.arguments import positive_int
+from switchtitan.distributed.shards import local
+from switchtitan.training.trainer import Trainer
+
+_WARM_UP_STEPS = 3
+_MAX_STEPS_OF_A_SAVE = 1000
+
+
+@dataclass
+class SaveTimes:
+    """Seconds, of one entry for each round or step, and bytes."""
+
+    synchronous_s: list[float] = field(default_factory=list)
+    """Of a whole save while training waits."""
+    stall_s: list[float] = field(default_factory=list)
+    """Of a save in the background: how long training waited in `save`, in all calls of `poll`, and in `finish`."""
+    undisturbed_step_s: list[float] = field(default_factory=list)
+    step_while_saving_s: list[float] = field(default_factory=list)
+    bytes_on_disk: int = 0
+    state_bytes: int = 0
+    """Of this rank's tensors."""
+
+
+def time_saves(trainer: Trainer, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
+    """Takes steps with and without a save under way; each round saves once in the background and once not, in turn."""
+    background = _checkpointer(trainer, folder / "background", async_save=True)
+    waiting = _checkpointer(trainer, folder / "waiting", async_save=False)
+    times = SaveTimes(state_bytes=sum(local(tensor).nbytes for tensor in trainer.tensors().values()))
+
+    def save_in_background() -> None:
+        before = background.latest
+        stall_s = _seconds(lambda: background.save(trainer.state.step, trainer.tensors(), {}))
+        for _ in range(_MAX_STEPS_OF_A_SAVE):
+            times.step_while_saving_s.append(_step_seconds(trainer))
+            stall_s += _seconds(background.poll)
+            if background.latest != before:
+                break
+        times.stall_s.append(stall_s + _seconds(background.finish))
+
+    def save_waiting() -> None:
+        times.synchronous_s.append(_seconds(lambda: waiting.save(trainer.state.step, trainer.tensors(), {})))
+
+    for _ in range(_WARM_UP_STEPS):
+        trainer.train_step()
+    for index in range(rounds):
+        for save in in_order_of_round([save_in_background, save_waiting], index):
+            times.undisturbed_step_s += [_step_seconds(trainer) for _ in range(undisturbed_steps)]
+            save()
+    latest = waiting.latest
+    assert latest is not None
+    times.bytes_on_disk = sum(file.stat().st_size for file in latest.iterdir())
+    return times
+
+
+def _checkpointer(trainer: Trainer, folder: Path, async_save: bool) -> Checkpointer:
+    config = CheckpointConfig(async_save=async_save, keep_latest=1, resume=RESUME_NEVER)
+    return Checkpointer(folder, config, identity={}, metadata={}, is_main=trainer.world.is_main)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    began_at = time.perf_counter()
+    function()
+    return time.perf_counter() - began_at
+
+
+def _step_seconds(trainer: Trainer) -> float:
+    def step() -> None:
+        trainer.train_step()
+        trainer.world.synchronize()
+
+    return _seconds(step)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to save to and delete again, on the file system to measure (default: a temporary folder)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=4,
+        help="saves of each kind; an even number is fair (default: 4)",
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=5, help="steps without a save before each save (default: 5)"
+    )
+
+
+def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
+    (config,) = load_sides([options.config], overrides, num_ranks=1).values()
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder) as folder,
+        quiet_trainer(config) as trainer,
+    ):
+        times = time_saves(trainer, Path(folder), options.rounds, options.steps)
+    record: dict[str, JsonValue] = {
+        "synchronous_s": float(np.median(times.synchronous_s)),
+        "stall_s": float(np.median(times.stall_s)),
+        "ratio": float(np.median(times.stall_s) / np.median(times.synchronous_s)),
+        "each_synchronous_s": list(times.synchronous_s),
+        "each_stall_s": list(times.stall_s),
+        "undisturbed_step_s": float(np.median(times.undisturbed_step_s)),
+        "step_while_saving_s": float(np.median(times.step_while_saving_s)),
+        "bytes_on_disk": times.bytes_on_disk,
+        "state_bytes": times.state_bytes,
+    }
+    return Measurement(_table(times), record)
+
+
+def _table(times: SaveTimes) -> list[str]:
+    rows: list[tuple[str, ...]] = [("s", "lowest-highest", "ratio", "")]
+    for name, of_kind, reference in (
+        ("a save that training waits for", times.synchronous_s, times.synchronous_s),
+        ("training held up by a save in the background", times.stall_s, times.synchronous_s),
+        ("a step", times.undisturbed_step_s, times.undisturbed_step_s),
+        ("a step while a save is under way", times.step_while_saving_s, times.undisturbed_step_s),
+    ):
+        median = np.median(of_kind)
+        rows.append(
+            (
+                f"{median:.4g}",
+                f"{min(of_kind):.4g}-{max(of_kind):.4g}",
+                f"{median / np.median(reference):.3f}",
+                name,
+            )
+        )
+    on_disk, state = times.bytes_on_disk, times.state_bytes
+    return [
+        *aligned(rows),
+        f"{on_disk / 2**20:.1f} MiB on disk for {state / 2**20:.1f} MiB of state: {on_disk / state:.4f}",
+    ]
+
+
+CHECKPOINT = Command(
+    name="checkpoint",
+    summary="time how long a save holds training up, in the background and not",
+    description="Takes training steps, and saves checkpoints in the background and while training waits, in turn. Says how "
+    "long training is held up, and how many bytes a checkpoint takes on disk.",
+    add_arguments=_add_arguments,
+    measure=_measure,
+)

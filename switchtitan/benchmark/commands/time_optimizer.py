@@ -1,0 +1,102 @@
+"""`benchmark.py optimizer`: the update of low-rank factors with a step count for every vector, beside torch's AdamW."""
+
+import argparse
+import time
+
+import torch
+from pydantic import JsonValue
+
+from switchtitan.benchmark.alternation import time_calls_in_turns
+from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_rounds
+from switchtitan.benchmark.sides import load_sides
+from switchtitan.benchmark.tables import call_record, call_table
+from switchtitan.distributed.world import device_type
+from switchtitan.errors import ConfigError
+from switchtitan.job.config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
+from switchtitan.models import MODELS
+from switchtitan.optim import AdamWConfig
+
+
+def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLinear]:
+    """The low-rank layers of a configuration's model, with drawn factors and gradients; what else they hold is not filled.
+
+    Raises:
+        ConfigError: if the method has none.
+    """
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    layers = low_rank_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"[method] name = {config.method.name!r} has no low-rank layers; "  # type: ignore[attr-defined]
+            "benchmark.py optimizer measures the update of their factors: choose another method"
+        )
+    draw = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.to_empty(device=device)
+            for factor in (layer.lora_a, layer.lora_b):
+                factor.normal_(std=0.02, generator=draw)
+                factor.grad = torch.randn(factor.shape, generator=draw, device=device)
+    return layers
+
+
+def factors_of(layers: dict[str, LowRankLinear]) -> list[torch.nn.Parameter]:
+    return [factor for layer in layers.values() for factor in (layer.lora_a, layer.lora_b)]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help="FILE or FILE:section.key=value,...: a low-rank method's"
+    )
+    add_rounds(parser, rounds=10, per_round=5, unit="calls", meaning="updates")
+
+
+def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
+    (config,) = load_sides([options.config], overrides).values()
+    assert isinstance(config.optimizer, AdamWConfig)
+    adamw, device = config.optimizer, torch.device(device_type())
+    theirs = factors_of(build_layers(config, device))
+    fused = torch.optim.AdamW(
+        theirs, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, fused=True
+    )
+    compiled = VectorAdamW(adamw, build_layers(config, device), compile_step=True)
+    eager = VectorAdamW(adamw, build_layers(config, device), compile_step=False)
+    moving = torch.ones_like(eager.num_steps, dtype=torch.bool)
+    began_at = time.perf_counter()
+    compiled.step(moving)
+    first_step_s = time.perf_counter() - began_at
+    sides = {
+        "torch.optim.AdamW, fused": fused.step,
+        "per vector, compiled": lambda: compiled.step(moving),
+        "per vector, eager": lambda: eager.step(moving),
+    }
+    times = time_calls_in_turns(sides, device, options.rounds, options.calls_per_round)
+    num_elements = sum(factor.numel() for factor in theirs)
+    title = (
+        f"update of {len(theirs)} factors, {num_elements / 1e6:.1f} M elements; the first compiled update took "
+        f"{first_step_s:.1f} s"
+    )
+    record: dict[str, JsonValue] = {
+        "num_factors": len(theirs),
+        "num_elements": num_elements,
+        "first_compiled_step_s": first_step_s,
+        "rounds": options.rounds,
+        "calls_per_round": options.calls_per_round,
+        "updates": call_record(times),
+    }
+    return Measurement([title, *call_table(times)], record)
+
+
+OPTIMIZER = Command(
+    name="optimizer",
+    summary="time the update of low-rank factors beside torch's fused AdamW",
+    description="Times the update of a configuration's low-rank factors in alternation: torch's fused AdamW, and AdamW with a "
+    "step count for every vector, compiled and eager. Nothing is switched.",
+    add_arguments=_add_arguments,
+    measure=_measure,
+)

@@ -1,0 +1,152 @@
+"""What SwitchLoRA's switches cost in a training run."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchtitan.benchmark.operations import CountOperations
+from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, mark_steps_side_by_side
+from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
+from switchtitan.benchmark.stopwatch import MarkedOptimizer
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.count_collectives import CountCommunication
+from switchtitan.errors import ConfigError
+from switchtitan.job.config import JobConfig
+from switchtitan.methods.switchlora import SwitchLoraConfig
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+
+_NEVER = 1e18
+"""A switching interval that no run is long enough for."""
+
+
+@dataclass(frozen=True)
+class SwitchCosts:
+    """What switching costs on this rank; arrays [rounds, steps], in seconds."""
+
+    step_s: NDArray[np.float64]
+    """Whole training steps."""
+    switch_s: NDArray[np.float64]
+    """The switches in them, what is done ahead for the next step's included."""
+    step_without_s: NDArray[np.float64]
+    """Whole steps of the same run in which nothing is due to be switched: planning, the exchange of no rows (a collective where
+    there are several ranks) and looking ahead are in them as well."""
+    num_vectors: float
+    """Vectors switched on both sides of all layers in the step that the next two are of, the last of warm-up."""
+    num_operations: int
+    """Operations that the step's switches consist of; see `CountOperations`."""
+    num_collectives: int
+
+    @property
+    def median_s(self) -> float:
+        """The median switch."""
+        return float(np.median(self.switch_s))
+
+    @property
+    def percentile_99_s(self) -> float:
+        """The 99th percentile over all steps."""
+        return float(np.quantile(self.switch_s, 0.99))
+
+    @property
+    def median_step_s(self) -> float:
+        """The median training step."""
+        return float(np.median(self.step_s))
+
+    @property
+    def share(self) -> float:
+        """The median over steps of the share of a step that its switch takes."""
+        return float(np.median(self.switch_s / self.step_s))
+
+    @property
+    def ratio_to_without(self) -> Ratio:
+        """How many times as long steps take as those of `step_without_s`."""
+        return ratio_of_rounds(self.step_s, self.step_without_s)
+
+
+def time_switches_side_by_side(
+    configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
+) -> dict[str, SwitchCosts]:
+    """Times the switches of several configurations inside their training steps, and the same runs with nothing to switch, all
+    in turns; see `time_steps_side_by_side`.
+
+    Raises:
+        ConfigError: if a configuration's method switches nothing, or its run is shorter than what is to be timed.
+        UserError: if a trainer cannot be built, or skips an update.
+    """
+    sides: dict[str, JobConfig] = {}
+    for name, config in configs.items():
+        method = config.method
+        if not isinstance(method, SwitchLoraConfig):
+            method_name: str = method.name  # type: ignore[attr-defined]
+            raise ConfigError(f'{name}: [method] name = "{method_name}": expected switchlora, which switches')
+        sides[name] = config
+        sides[_without(name)] = config.model_copy(
+            update={"method": method.model_copy(update={"interval": _NEVER})}
+        )
+    optimizers: list[_MarkedSwitch] = []
+
+    def marked(optimizer: TrainingOptimizer, mark: Callable[[], None]) -> TrainingOptimizer:
+        assert isinstance(optimizer, SwitchLoraOptimizer)
+        optimizers.append(_MarkedSwitch(optimizer, mark))
+        return optimizers[-1]
+
+    times = mark_steps_side_by_side(sides, rounds, steps_per_round, marked)
+    by_name = dict(zip(sides, optimizers, strict=True))
+    return {
+        name: SwitchCosts(
+            step_s=times[name].sum(axis=2),
+            switch_s=times[name][:, :, _SWITCH],
+            step_without_s=times[_without(name)].sum(axis=2),
+            num_vectors=by_name[name].num_vectors,
+            num_operations=by_name[name].num_operations,
+            num_collectives=by_name[name].num_collectives,
+        )
+        for name in configs
+    }
+
+
+_SWITCH = 1
+"""The stretch between marks that is the switch: the first ends where the optimizer's step begins."""
+
+
+class _MarkedSwitch(MarkedOptimizer):
+    """Marks the beginning and the end of a step's switches, and counts in the last step of warm-up what they consist of.
+
+    Attributes:
+        num_vectors: switched in that step.
+    """
+
+    def __init__(self, optimizer: SwitchLoraOptimizer, mark: Callable[[], None]) -> None:
+        super().__init__(optimizer, mark)
+        self._switching = optimizer
+        self._num_steps = 0
+        self._operations, self._communication = CountOperations(), CountCommunication()
+        self.num_vectors = 0.0
+
+    @property
+    def num_operations(self) -> int:
+        return self._operations.num_operations
+
+    @property
+    def num_collectives(self) -> int:
+        return sum(count.num_calls for count in self._communication.counts.values())
+
+    def step(self) -> None:
+        self._num_steps += 1
+        is_counted = self._num_steps == WARM_UP_STEPS
+        self._mark()
+        with (
+            self._communication if is_counted else nullcontext(),
+            self._operations if is_counted else nullcontext(),
+        ):
+            self._switching.switch()
+        self._mark()
+        self._switching.update()
+        if is_counted:
+            self.num_vectors = self.metrics()["switch/vectors_switched"]
+
+
+def _without(name: str) -> str:
+    return f"{name} without switches"

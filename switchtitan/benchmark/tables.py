@@ -1,0 +1,183 @@
+"""Measurements as tables for people and as records for programs."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from switchtitan.benchmark.estimate import StepEstimate
+from switchtitan.benchmark.memory_tracker import KINDS, STATE
+from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
+from switchtitan.distributed.count_collectives import CommunicationCounts
+from switchtitan.observability.console import format_count
+
+_MIB, _GIB = 2**20, 2**30
+
+
+def step_table(times: Mapping[str, StepTimes]) -> list[str]:
+    """One line for each configuration; the first is what ratios refer to."""
+    rows = [("ms/step", "quartiles", "to update", "update", "tokens/s", "ratio", "95 % interval", "")]
+    reference = next(iter(times.values()))
+    for name, of_side in times.items():
+        low, high = of_side.quartiles_s
+        ratio, interval = (
+            ("1", "") if of_side is reference else ratio_cells(ratio_of_steps(of_side, reference))
+        )
+        rows.append(
+            (
+                milliseconds(of_side.median_s),
+                f"{milliseconds(low)}-{milliseconds(high)}",
+                milliseconds(float(np.median(of_side.forward_backward_s))),
+                milliseconds(float(np.median(of_side.optimizer_s))),
+                format_count(of_side.tokens_per_s),
+                ratio,
+                interval,
+                name,
+            )
+        )
+    return aligned(rows)
+
+
+def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
+    """By configuration: medians and quartiles over all steps, the median of each round, and the ratio to the first one."""
+    reference = next(iter(times.values()))
+    record: dict[str, JsonValue] = {}
+    for name, of_side in times.items():
+        ratio = ratio_of_steps(of_side, reference)
+        record[name] = {
+            "step_s": of_side.median_s,
+            "step_quartiles_s": list(of_side.quartiles_s),
+            "forward_backward_s": float(np.median(of_side.forward_backward_s)),
+            "optimizer_s": float(np.median(of_side.optimizer_s)),
+            "tokens_per_s": of_side.tokens_per_s,
+            "round_medians_s": np.median(of_side.step_s, axis=1).tolist(),
+            "ratio": ratio.value,
+            "ratio_interval_95": [ratio.low, ratio.high],
+        }
+    return record
+
+
+def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
+    """One line for each function timed, [rounds, calls] s; the first is what ratios refer to."""
+    rows = [("ms/call", "quartiles", "ratio", "95 % interval", "")]
+    reference = next(iter(times.values()))
+    for name, of_side in times.items():
+        low, high = np.quantile(of_side, [0.25, 0.75])
+        ratio, interval = (
+            ("1", "") if of_side is reference else ratio_cells(ratio_of_rounds(of_side, reference))
+        )
+        quartiles = f"{milliseconds(float(low))}-{milliseconds(float(high))}"
+        rows.append((milliseconds(float(np.median(of_side))), quartiles, ratio, interval, name))
+    return aligned(rows)
+
+
+def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue]:
+    """By function: median and quartiles over all calls, the median of each round, and the ratio to the first one."""
+    reference = next(iter(times.values()))
+    record: dict[str, JsonValue] = {}
+    for name, of_side in times.items():
+        ratio = ratio_of_rounds(of_side, reference)
+        record[name] = {
+            "call_s": float(np.median(of_side)),
+            "call_quartiles_s": np.quantile(of_side, [0.25, 0.75]).tolist(),
+            "round_medians_s": np.median(of_side, axis=1).tolist(),
+            "ratio": ratio.value,
+            "ratio_interval_95": [ratio.low, ratio.high],
+        }
+    return record
+
+
+def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
+    """For each configuration, what each rank sends in a step, by collective, in MiB, and the number of collectives."""
+    happened = [
+        kind for kind in next(iter(counts.values())) if any(c[kind].num_calls for c in counts.values())
+    ]
+    rows = [("MiB/step", *happened, "")]
+    for name, of_side in counts.items():
+        total = sum(count.bytes_sent for count in of_side.values())
+        cells = [f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})" for kind in happened]
+        rows.append((f"{total / _MIB:.2f}", *cells, name))
+    return aligned(rows)
+
+
+def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str, JsonValue]:
+    """By configuration and collective: number of calls, and bytes that each rank sends in a ring."""
+    return {
+        name: {
+            kind: {"num_calls": count.num_calls, "bytes_sent": count.bytes_sent}
+            for kind, count in of_side.items()
+        }
+        for name, of_side in counts.items()
+    }
+
+
+def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
+    """For each configuration, in GiB: the sum of the state, and two lines: what the peak consists of, and the most of each kind
+    at any time."""
+    rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
+    for name, of_side in estimates.items():
+        memory = of_side.memory
+        at_peak = (memory.at_peak[kind] for kind in KINDS)
+        state_at_peak = sum(memory.at_peak[kind] for kind in STATE)
+        rows.append(("peak", *map(_gib, (memory.peak, state_at_peak, *at_peak)), name))
+        rows.append(("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), ""))
+    return aligned(rows)
+
+
+def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
+    """For each configuration, floating-point operations of one rank's step in 10^12, and the ratio to full rank."""
+    rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
+    for name, of_side in estimates.items():
+        flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops
+        total = f"{sum(flops[:2]) / 1e12:.4g}"
+        rows.append((total, *(f"{n / 1e12:.4g}" for n in flops), f"{of_side.flops_ratio:.3f}", name))
+    return aligned(rows)
+
+
+def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValue]:
+    """By configuration: all figures of the tables, in bytes and operations."""
+    communication = communication_record({name: e.communication for name, e in estimates.items()})
+    return {
+        name: {
+            "memory": {
+                "peak": estimate.memory.peak,
+                "state": estimate.memory.state,
+                "at_peak": dict(estimate.memory.at_peak),
+                "most": dict(estimate.memory.most),
+            },
+            "communication": communication[name],
+            "flops": {
+                "forward_backward": estimate.forward_backward_flops,
+                "update": estimate.update_flops,
+                "full_rank": estimate.full_rank_flops,
+                "ratio": estimate.flops_ratio,
+            },
+        }
+        for name, estimate in estimates.items()
+    }
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f}"
+
+
+def ratio_cells(ratio: Ratio) -> tuple[str, str]:
+    """The ratio, and its 95 % interval."""
+    return f"{ratio.value:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Four digits, without the unit."""
+    return f"{1e3 * seconds:.4g}"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns flush right, but the last, which may be long, flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]
+        ).rstrip()
+        for row in rows
+    ]

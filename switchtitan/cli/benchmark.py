@@ -1,0 +1,78 @@
+"""Measures what training costs, several configurations or ways side by side.
+
+    python scripts/benchmark.py step CONFIG CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
+    python scripts/benchmark.py communication CONFIG ... --num-ranks N [--step S] [--section.key value ...]
+    python scripts/benchmark.py layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...] [--tokens T ...] [--compile]
+    python scripts/benchmark.py optimizer | loader | checkpoint | startup CONFIG [--section.key value ...]
+    python scripts/benchmark.py switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
+
+CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
+over all of them. Prints a table, and last one line of JSON. The subcommands are those of `switchtitan.benchmark.commands`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from switchtitan.benchmark.commands import COMMANDS, Command, Measurement
+from switchtitan.benchmark.sides import split_overrides
+from switchtitan.errors import ConfigError, UserError, exit_for
+from switchtitan.observability.environment import describe_environment
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the command line asks for."""
+    try:
+        measurement = measure(argv)
+    except UserError as error:
+        exit_for(error)
+    # Of several ranks that a launcher started, the first one speaks.
+    if os.environ.get("RANK", "0") != "0":
+        return
+    command = " ".join(["scripts/benchmark.py", *argv])
+    print("\n".join(measurement.table), flush=True)
+    print(
+        json.dumps({"command": command, "environment": describe_environment()} | measurement.record),
+        flush=True,
+    )
+
+
+def measure(argv: Sequence[str]) -> Measurement:
+    """What the subcommand finds; argparse ends the program with status 2 where its words are wrong.
+
+    Raises:
+        UserError: if a configuration is wrong, or keys of one are given where none is read.
+    """
+    own, overrides = split_overrides(argv)
+    options = read_options(own)
+    command: Command = options.command
+    if overrides and not command.reads_configs:
+        keys = ", ".join(f"--{key}" for key in overrides)
+        raise ConfigError(f"{keys}: benchmark.py {command.name} reads no configuration; leave it out")
+    return command.measure(options, overrides)
+
+
+def read_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The program's own words, and as `command` the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark.py",
+        description="Measures what training costs, several configurations or ways side by side.",
+        epilog="--section.key value overrides a key of all configurations, as in training.",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(
+        required=True, metavar=" | ".join(command.name for command in COMMANDS)
+    )
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, help=command.summary, description=command.description, allow_abbrev=False
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(command=command)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

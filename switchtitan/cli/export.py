@@ -1,0 +1,150 @@
+"""Writes a checkpoint as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    python scripts/export.py --checkpoint outputs/RUN [--folder OUT] [--dtype float32|bfloat16]
+
+The low-rank factors of any method are merged into dense weights in float32 first. The run's tokenizer goes
+along if the corpus that the run trained on lies where its [data] cache_dir says, seen from here.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli
+import torch
+from pydantic import JsonValue, ValidationError
+
+from switchtitan.checkpoint import find_given, read_metadata
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
+from switchtitan.checkpoint.metadata import CheckpointMetadata
+from switchtitan.data.index import TOKENIZER_FILE, CorpusIndex, read_index
+from switchtitan.errors import CheckpointError, CorpusError, UserError, exit_for
+from switchtitan.hub.huggingface import export_dense
+from switchtitan.hub.initial_weights import read_merged_checkpoint
+from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports what the command line asks for and says what lies where."""
+    options = read_options(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        checkpoint = find_given(options.checkpoint)
+        folder = options.folder or export_folder(checkpoint)
+        print(export(checkpoint, folder, getattr(torch, options.dtype)))
+    except UserError as error:
+        exit_for(error)
+
+
+def read_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; argparse ends the program with status 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/export.py",
+        description="Writes a checkpoint as a folder that transformers loads.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a folder step-000001000, or a run's output folder for its newest one",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to write; must not exist or be empty (default: exports/STEP in the run's output folder)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="type of the stored weights (default: float32)",
+    )
+    return parser.parse_args(argv)
+
+
+def export_folder(checkpoint: Path) -> Path:
+    """Where an export goes unless told: `exports/step-000001000`, beside the run's `checkpoints/`."""
+    home = checkpoint.resolve().parent
+    return (home.parent if home.name == CHECKPOINTS_FOLDER else home) / "exports" / checkpoint.resolve().name
+
+
+def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
+    """Writes `checkpoint` to `folder`; returns a summary in a few lines.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or not of a LLaMA, or `folder` is not empty.
+        CorpusError: if the run's corpus is there but is damaged or another one.
+    """
+    metadata = read_metadata(checkpoint)
+    dims = model_dimensions(checkpoint, metadata)
+    corpus_folder = find_corpus(metadata)
+    index = trained_corpus(corpus_folder, metadata)
+    export_dense(
+        read_merged_checkpoint(checkpoint),
+        dims,
+        folder,
+        dtype,
+        seq_len=int(str(_entry(metadata.identity, "data", "seq_len"))),
+        tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
+        eos_id=index.tokenizer.eos_id if index else None,
+    )
+    tokenizer = f"that of {corpus_folder}" if index else f"none: the run's corpus is not at {corpus_folder}"
+    return "\n".join(
+        [
+            f"checkpoint  {checkpoint}",
+            f"folder      {folder}",
+            f"weights     {str(dtype).removeprefix('torch.')}, merged in float32",
+            f"tokenizer   {tokenizer}",
+        ]
+    )
+
+
+def model_dimensions(checkpoint: Path, metadata: CheckpointMetadata) -> LlamaDimensions:
+    """The dimensions of the model that the checkpoint's metadata describes.
+
+    Raises:
+        CheckpointError: if it is not a LLaMA that this version knows.
+    """
+    try:
+        return LlamaConfig.model_validate(metadata.identity["model"]).dimensions()
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: expected a LLaMA that this version of switchtitan knows in its metadata ({error})"
+        ) from error
+
+
+def find_corpus(metadata: CheckpointMetadata) -> Path:
+    """The folder in which the run's corpus lay, which need not be there."""
+    cache_dir = tomli.loads(str(metadata.run["config"]))["data"]["cache_dir"]
+    return Path(cache_dir) / str(_entry(metadata.identity, "corpus", "name"))
+
+
+def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:
+    """The index of the corpus in `folder`; None if there is none.
+
+    Raises:
+        CorpusError: if it is damaged, or not the one that the run trained on.
+    """
+    if not folder.is_dir():
+        return None
+    index = read_index(folder)
+    expected = _entry(metadata.identity, "corpus", "fingerprint")
+    if index.fingerprint != expected:
+        raise CorpusError(
+            f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; move that "
+            "folder away to export without a tokenizer"
+        )
+    return index
+
+
+def _entry(identity: dict[str, JsonValue], section: str, key: str) -> JsonValue:
+    values = identity[section]
+    assert isinstance(values, dict)
+    return values[key]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

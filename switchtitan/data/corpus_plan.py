@@ -1,0 +1,102 @@
+"""Which corpus a configuration means on this machine, and where it lies once prepared."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchtitan.data.config import (
+    DEFAULT_TRAINED_VOCAB_SIZE,
+    DEFAULT_VALIDATION_FRACTION,
+    TRAINED_TOKENIZER,
+    DataConfig,
+)
+from switchtitan.data.hub_access import why_hub_is_unreachable
+from switchtitan.data.index import FORMAT_VERSION
+from switchtitan.data.sources import DATASETS, Source
+from switchtitan.data.tokenizer import is_cached, read_tokenizer
+from switchtitan.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class CorpusPlan:
+    """What is to be prepared, and where; made without reading a document."""
+
+    config: DataConfig
+    source: Source
+    identity: dict[str, object]
+    folder: Path
+    stands_in_for: str | None
+    """Why this is the offline corpus and in place of what; None where it is the corpus asked for."""
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the folder is there, which it is only when it was whole."""
+        return self.folder.is_dir()
+
+
+def plan_corpus(config: DataConfig) -> CorpusPlan:
+    """Decides which corpus `config` means here: the one it names, or the offline one if the hub is out of
+    reach.
+
+    What lies prepared is used without asking the hub.
+
+    Raises:
+        CorpusError: if a file is missing, or the hub is needed, cannot be reached and nothing stands in.
+    """
+    plan = plan_as_named(config)
+    needs_hub = (config.dataset == "c4" and config.path is None) or (
+        config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)
+    )
+    if plan.is_prepared or not needs_hub:
+        return plan
+    reason = why_hub_is_unreachable()
+    if reason is None:
+        return plan
+    wanted = f'dataset "{config.dataset}" with tokenizer "{config.tokenizer}"'
+    if config.offline_dataset is None:
+        raise CorpusError(
+            f"[data] {wanted}: the Hugging Face hub cannot be reached ({reason}); check the connection, "
+            f"prepare the corpus where there is one (scripts/prepare_dataset.py) and copy {plan.folder}, "
+            f'give a local path, or set offline_dataset = "pystdlib"'
+        )
+    return plan_as_named(
+        config.offline_stand_in(), stands_in_for=f"{wanted}: the hub cannot be reached ({reason})"
+    )
+
+
+def plan_as_named(config: DataConfig, stands_in_for: str | None = None) -> CorpusPlan:
+    """The corpus that `config` names, wherever its parts are.
+
+    Raises:
+        CorpusError: if a file is missing.
+    """
+    source = DATASETS[config.dataset](config)
+    identity: dict[str, object] = {
+        "format_version": FORMAT_VERSION,
+        "source": dict(source.identity()),
+        "tokenizer": _tokenizer_identity(config),
+        "validation_fraction": None if source.splits else validation_fraction(config),
+        "max_documents": config.max_documents,
+        "max_bytes": config.max_bytes,
+    }
+    if config.test_fraction is not None and not source.splits:
+        # Only where it is set: corpora without a test split keep the names that they always had.
+        identity["test_fraction"] = config.test_fraction
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
+    return CorpusPlan(config, source, identity, folder, stands_in_for)
+
+
+def validation_fraction(config: DataConfig) -> float:
+    """The share of documents held out, where the corpus has no split of its own."""
+    return config.validation_fraction or DEFAULT_VALIDATION_FRACTION
+
+
+def _tokenizer_identity(config: DataConfig) -> str:
+    if config.tokenizer == TRAINED_TOKENIZER:
+        return f"byte-level BPE of {config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE} trained on the corpus"
+    if config.tokenizer_path is not None:
+        tokenizer = read_tokenizer(config.tokenizer_path)
+        return f"sha256 {tokenizer.sha256}, documents end with {tokenizer.eos_token}"
+    return f"hub {config.tokenizer}"

@@ -1,0 +1,64 @@
+"""Errors that a user can mend: printed without a traceback, with exit status 2 unless they say otherwise."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from switchtitan.files import write_atomically
+
+USER_ERROR_STATUS = 2
+_LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The variable by which torchrun tells a rank where to leave the reason of its failure."""
+EXIT_STATUS_KEY = "exit_status"
+"""What marks a user's mistake there, beside torchrun's own keys."""
+
+
+class UserError(Exception):
+    """What was given, what was expected and how to mend it, in one message."""
+
+    exit_status = USER_ERROR_STATUS
+
+
+class ConfigError(UserError):
+    """A key, a value or a combination of values in the configuration is wrong."""
+
+
+class CorpusError(UserError):
+    """A corpus or a tokenizer is missing, damaged, too small, or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weights file is missing, damaged, or belongs to another model, method or corpus."""
+
+
+class EnvironmentMismatchError(UserError):
+    """The machine, the launcher or an optional package does not allow what the configuration asks for."""
+
+
+class RanksDisagreeError(UserError):
+    """Ranks no longer train one model. What was saved before is sound, and the run goes on from it."""
+
+    exit_status = 4
+    """Tells programs that run training that the configuration was sound."""
+
+
+def exit_for(error: UserError) -> NoReturn:
+    """Ends the program for a user's mistake, with the error's status (2 unless it says otherwise) and without a traceback.
+
+    Prints the message; or, in one of several ranks, leaves it for the launcher, which prints the first one.
+    """
+    launcher_file = os.environ.get(_LAUNCHER_FILE)
+    if launcher_file:
+        reason = {
+            "message": str(error),
+            "timestamp": int(time.time()),
+            EXIT_STATUS_KEY: error.exit_status,
+        }
+        # The launcher ends this rank at any time once another has failed, and then reads the file.
+        write_atomically(Path(launcher_file), json.dumps(reason))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_status)

@@ -1,0 +1,187 @@
+"""What must hold between sections: each check gets valid sections and returns the mistakes in sentences."""
+
+import os
+import shutil
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from switchtitan.config.load import Check
+from switchtitan.config.section import Section
+from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
+from switchtitan.distributed.config import CompileConfig, ParallelismConfig
+from switchtitan.distributed.world import mesh_shape
+from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.job.sections import EvaluationSection, TrainingSection
+
+
+class ModelSection(Protocol):
+    """What a model's section must tell, for the other sections to be checked against it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer by qualified name."""
+        ...
+
+    def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
+        """Raises an EnvironmentMismatchError if the model cannot train on such a device."""
+        ...
+
+
+@runtime_checkable
+class MethodSection(Protocol):
+    """What a method's section may tell; one that fits every model leaves it out."""
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """What does not fit a model with such linear layers, in sentences; empty where all fits."""
+        ...
+
+
+@runtime_checkable
+class MethodSectionWithLength(Protocol):
+    """What a method's section may tell beside that; one that fits a run of any length leaves it out."""
+
+    def check_length(self, num_steps: int) -> list[str]:
+        """What does not fit a run of so many steps, in sentences; empty where all fits."""
+        ...
+
+
+@runtime_checkable
+class FreezingMethodSection(Protocol):
+    """What the section of a method that keeps weights frozen must tell; one that trains all weights leaves it out."""
+
+    @property
+    def freezes_weights(self) -> bool: ...
+
+
+def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
+    """The checks for a run of `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
+    return [
+        partial(check_batch_size, num_ranks=num_ranks),
+        partial(check_mesh, num_ranks=num_ranks),
+        partial(check_model_device, device=device),
+        partial(check_compiler, device=device),
+        check_method,
+        check_method_length,
+        check_frozen_weights,
+        check_evaluation,
+        check_vocabulary,
+    ]
+
+
+def check_batch_size(training: TrainingSection, num_ranks: int) -> list[str]:
+    """Every rank must get the same number of whole micro-batches."""
+    size, unit = training.global_batch_size, num_ranks * training.local_batch_size
+    if size % unit == 0:
+        return []
+    multiples = [multiple for multiple in (size // unit * unit, (size // unit + 1) * unit) if multiple]
+    return [
+        f"[training] global_batch_size = {size}: expected a multiple of ranks x local_batch_size "
+        f"= {num_ranks} x {training.local_batch_size} = {unit}; write {' or '.join(map(str, multiples))}"
+    ]
+
+
+def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
+    """The ranks must fill the mesh of replicas and shards."""
+    try:
+        mesh_shape(parallelism, num_ranks)
+    except EnvironmentMismatchError as error:
+        return [str(error)]
+    return []
+
+
+def check_model_device(model: ModelSection, training: TrainingSection, device: str) -> list[str]:
+    """The model's attention back-end must be able to train on this machine."""
+    try:
+        model.check_device(device, getattr(torch, training.dtype))
+    except EnvironmentMismatchError as error:
+        return [str(error)]
+    return []
+
+
+def check_compiler(compile: CompileConfig, device: str) -> list[str]:
+    """torch.compile writes C++ for a CPU, which this machine must be able to build."""
+    chosen = [key for key, is_on in compile if is_on]
+    obstacle = obstacle_to_cpp() if chosen and device == "cpu" else None
+    if obstacle is None:
+        return []
+    options = " ".join(f"--compile.{key} false" for key in chosen)
+    return [f"[compile] {chosen[0]} = true: {obstacle}, or give {options}"]
+
+
+def check_method(model: ModelSection, method: Section) -> list[str]:
+    """The method must fit the shapes of the model's linear layers."""
+    return method.check_model(model.linear_shapes()) if isinstance(method, MethodSection) else []
+
+
+def check_method_length(method: Section, training: TrainingSection) -> list[str]:
+    """What the method does every so many steps must come up before the run ends."""
+    return method.check_length(training.steps) if isinstance(method, MethodSectionWithLength) else []
+
+
+def check_frozen_weights(
+    method: Section, parallelism: ParallelismConfig, training: TrainingSection
+) -> list[str]:
+    """What is asked for frozen weights must have some to act on."""
+    if isinstance(method, FreezingMethodSection) and method.freezes_weights:
+        return []
+    asked = []
+    if parallelism.frozen_weights != "shard":
+        asked.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
+    if training.frozen_dtype != "float32":
+        asked.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
+    name = method.name  # type: ignore[attr-defined]
+    return [
+        f'{key} has no effect: [method] name = "{name}" trains all weights; remove it, or choose a method that freezes weights'
+        for key in asked
+    ]
+
+
+def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:
+    """An evaluation must see at least one sequence, and the split that it is of must be there."""
+    limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
+    problems = [
+        f"[evaluation] {key} = {tokens}: {limit}"
+        for key, tokens in (("tokens", evaluation.tokens), ("test_tokens", evaluation.test_tokens))
+        if tokens is not None and tokens < data.seq_len
+    ]
+    if evaluation.test_tokens is not None and data.test_fraction is None:
+        problems.append(
+            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; set [data] test_fraction, or leave "
+            "test_tokens out"
+        )
+    return problems
+
+
+def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:
+    """A tokenizer that will be trained, perhaps only offline, must not know more tokens than the model."""
+    if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
+        return []
+    vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+    if vocab_size <= model.vocab_size:
+        return []
+    return [
+        f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = {model.vocab_size}; "
+        "lower the one or raise the other"
+    ]
+
+
+def obstacle_to_cpp() -> str | None:
+    """Why Inductor's C++ cannot be built here, and what to do about it; None if it can."""
+    # The one that Inductor calls.
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        return "a CPU needs a C++ compiler for it; install g++"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "a CPU needs Python's header files for it; install python3-dev"
+    folder = Path(torch.__file__).parent
+    # Inductor does not quote the paths on its linker's command line.
+    if " " in str(folder):
+        return (
+            f"on a CPU the linker needs torch in a path without blanks, not {folder}; use another environment"
+        )
+    return None

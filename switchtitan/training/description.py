@@ -1,0 +1,132 @@
+"""What a run is: for people, for programs that read its results, and for what may go on from its checkpoints."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import tomli
+import torch
+from torch import nn
+
+import switchtitan
+from switchtitan.config.toml_text import resolved_toml, toml_value
+from switchtitan.data import Corpus
+from switchtitan.distributed.world import World, device_name
+from switchtitan.job.config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.observability.environment import commit
+
+logger = logging.getLogger(__name__)
+
+_FORMER_FROZEN_DTYPE = "float32"
+"""The type of frozen weights before there was a choice, and the default."""
+
+
+def run_identity(config: JobConfig, corpus: Corpus) -> dict:
+    """What a run must share with a checkpoint to go on from it: what gives the tensors and the data their meaning."""
+    return {
+        "model": MODELS.comparable(config.model.model_dump(mode="json")),
+        "method": METHODS.comparable(config.method.model_dump(mode="json")),
+        "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "data": {"seq_len": config.data.seq_len},
+        "training": config.training.model_dump(mode="json", include={"global_batch_size", "frozen_dtype"}),
+        "job": {"seed": config.job.seed},
+    }
+
+
+def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
+    """A checkpoint's identity as `run_identity` would have it today: with defaults for keys that came into being after it was
+    saved, without those that have no part in it any more.
+
+    A key that the classes no longer have stays, and differs from today's identity.
+    """
+    comparable = dict(saved)
+    for section, registry in (("model", MODELS), ("method", METHODS)):
+        values = saved.get(section)
+        if isinstance(values, Mapping):
+            comparable[section] = registry.comparable(values)
+    training = saved.get("training")
+    if isinstance(training, Mapping):
+        comparable["training"] = {"frozen_dtype": _FORMER_FROZEN_DTYPE, **training}
+    return comparable
+
+
+def describe_run(
+    config: JobConfig,
+    world: World,
+    model: nn.Module,
+    corpus: Corpus,
+    checkpoint: Path | None,
+    changes: list[str],
+) -> None:
+    """Says what is about to be trained, on what, where, from where, and what has changed since the checkpoint."""
+    counts = count_parameters(model)
+    logger.info(
+        "%s: %s",
+        config.job.name,
+        ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()),
+    )
+    logger.info("corpus %s: %s", corpus.name, corpus.description)
+    replicate, shard = world.mesh.shape
+    logger.info(
+        "%d rank(s) on %s: replicate %d x shard %d", world.size, device_name(world.device), replicate, shard
+    )
+    logger.info(
+        "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
+    )
+    if changes and world.is_main:
+        logger.warning("changed since that checkpoint: %s", "; ".join(changes))
+    if config.compile.blocks:
+        logger.info(
+            "what runs for the first time is compiled, which takes up to a minute unless an earlier run has done it"
+        )
+
+
+def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
+    """The keys whose values differ between a checkpoint's configuration and the run's that goes on from it: `key: old -> new`.
+
+    Names and places are left out, and keys that only one of both has.
+    """
+    before, now = (_dotted(tomli.loads(text)) for text in (saved_toml, resolved_toml(config)))
+    return [
+        f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
+        for key in now
+        if key in before
+        and before[key] != now[key]
+        and key not in ("job.name", "job.output_dir", "data.cache_dir")
+    ]
+
+
+def _dotted(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    keys: dict[str, object] = {}
+    for key, value in table.items():
+        keys |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return keys
+
+
+def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
+    """What figures of a run must be read with: configuration, hardware, versions, corpus, sizes."""
+    return {
+        "method": config.method.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "seed": config.job.seed,
+        "device": device_name(world.device),
+        "num_ranks": world.size,
+        "num_threads": torch.get_num_threads(),
+        "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
+        "commit": commit(),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "num_parameters": count_parameters(model),
+    }
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of values by kind: trainable, frozen, candidates (buffers), over all ranks."""
+    parameters = list(model.parameters())
+    return {
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "frozen": sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
+        "candidates": sum(buffer.numel() for buffer in model.buffers()),
+    }

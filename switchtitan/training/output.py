@@ -1,0 +1,41 @@
+"""The folder that a run writes to."""
+
+import os
+from pathlib import Path
+
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.distributed.world import World
+from switchtitan.errors import ConfigError
+from switchtitan.files import write_atomically
+from switchtitan.job.config import JobConfig
+from switchtitan.observability import configure_logging
+from switchtitan.training.state import TrainState
+
+CONFIG_FILE = "config.toml"
+"""The configuration with which a run began, in its folder."""
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Makes sure that the folder is there, or can be made, without making it.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"[job] output_dir = {str(output_dir)!r}: expected a folder that can be made and written, but {nearest} is "
+            f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
+        )
+
+
+def start_output(config: JobConfig, world: World, state: TrainState) -> None:
+    """Opens the run's log file and keeps its configuration; a resumed run's beside the first one's, if it trains anything."""
+    if not world.is_main:
+        return
+    output_dir = config.job.output_dir
+    configure_logging(is_main=True, log_file=output_dir / "train.log")
+    if state.step >= config.training.steps:
+        return
+    name = f"config-from-step-{state.step}.toml" if state.step else CONFIG_FILE
+    write_atomically(output_dir / name, resolved_toml(config))

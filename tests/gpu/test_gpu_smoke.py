@@ -1,0 +1,57 @@
+"""A tiny run as it would be on a GPU: bfloat16, compiled whole."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
+
+from switchtitan.distributed.world import stop_world
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    stop_world()
+
+
+ON_HOST = ("--method.candidates_device", "host")
+SHORT = ("--method.candidates_dtype", "bfloat16")
+FROZEN_IN_BF16 = ("--training.frozen_dtype", "bfloat16")
+FROZEN_WHOLE = ("--parallelism.frozen_weights", "replicate")
+RUNS = [
+    *((method, ()) for method in METHOD_KEYS),
+    ("switchlora", ("--method.candidates", "constant")),
+    ("switchlora", ON_HOST),
+    ("switchlora", (*ON_HOST, *SHORT)),
+    ("switchlora", FROZEN_IN_BF16),
+    ("switchlora", FROZEN_WHOLE),
+    ("switchlora", (*ON_HOST, *SHORT, *FROZEN_IN_BF16, *FROZEN_WHOLE)),
+    ("relora", FROZEN_IN_BF16),
+    ("relora", FROZEN_WHOLE),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("method", "overrides"), RUNS)
+def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overrides):
+    trainer = tiny_trainer(
+        corpora / "-".join(["gpu", method, *overrides]),
+        method,
+        *overrides,
+        "--training.dtype",
+        "bfloat16",
+        *COMPILED,
+    )
+    assert trainer.world.device.type == "cuda"
+    first = trainer.evaluator(trainer.model)
+    losses = train_steps(trainer, 40)
+    last = trainer.evaluator(trainer.model)
+    trainer.batches.close()
+    assert losses[-1] < losses[0]
+    assert last < first
+    for name, parameter in trainer.model.named_parameters():
+        is_short = "--training.frozen_dtype" in overrides and not parameter.requires_grad
+        assert parameter.dtype == (torch.bfloat16 if is_short else torch.float32), name
+        assert parameter.isfinite().all(), name

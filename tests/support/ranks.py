@@ -1,0 +1,93 @@
+"""Runs a test's function on several gloo ranks, each a process of its own."""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Ranks are forked from a process that has imported these and done nothing else: their imports take longer than most tests.
+_PRELOADED = [
+    "switchtitan.cli.train",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+]
+
+
+def run_on_ranks(
+    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 240
+) -> None:
+    """Calls `function(rank, *args)` on `num_ranks` new processes and fails if any of them does.
+
+    Args:
+        function: importable from its module; exceptions in it carry the rank's traceback.
+
+    Raises:
+        AssertionError: if a rank raised, died, or did not finish in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        ranks = [
+            context.Process(
+                target=_run_rank, args=(rank, num_ranks, folder, dict(os.environ), function, args)
+            )
+            for rank in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            _join(ranks, timeout_s)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        errors = sorted(Path(folder).glob("error-*"))
+        assert not errors, "\n".join(path.read_text() for path in errors)
+        codes = [process.exitcode for process in ranks]
+        assert codes == [0] * num_ranks, f"exit codes {codes}: a rank hung for {timeout_s} s or died"
+
+
+def _join(ranks: list, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        # The others wait in a collective for the one that failed.
+        if any(process.exitcode not in (None, 0) for process in ranks):
+            time.sleep(1.0)
+            return
+        time.sleep(0.05)
+
+
+def _run_rank(
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    environ: dict[str, str],
+    function: Callable[..., None],
+    args: tuple,
+) -> None:
+    torch.set_num_threads(1)
+    # Else all ranks would draw the same without being seeded, which ranks of their own programs do not.
+    np.random.seed()
+    # The server that this process was forked from has the environment of its own start.
+    os.environ.clear()
+    os.environ.update(
+        environ, OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank)
+    )
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    try:
+        function(rank, *args)
+        dist.barrier()
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        os._exit(1)
+    dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""A whole training run, small enough for a test: a LLaMA of some ten thousand weights on a slice of the embedded corpus."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from switchtitan.build import build_trainer
+from switchtitan.distributed.world import start_world
+from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.training.trainer import Trainer
+
+COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
+MINI = "_mini"
+METHOD_KEYS = {
+    # 20 steps are in the midst of a basis' life.
+    "apollo": "rank = 6\nupdate_interval = 7",
+    "apollo_mini": 'rank = 1\nupdate_interval = 7\nscaling = "tensor"',
+    "full_rank": "",
+    "galore": "rank = 6\nupdate_interval = 7",
+    "lora": "rank = 6",
+    # Resets after 9, 18, 27 and 36 steps; at 20 the learning rate is still on its way back.
+    "relora": "rank = 6\nreset_interval = 9\nrestart_warmup_steps = 4",
+    # Every layer switches 6 / 5 vectors a step on each side.
+    "switchlora": 'rank = 6\ninterval = 5\nfreeze_steps = 2\ndecay = "constant"',
+}
+
+TINY = """
+[job]
+name = "tiny"
+output_dir = "{folder}/run"
+[model]
+name = "llama"
+size = "9m"
+hidden_size = 20
+intermediate_size = 28
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+vocab_size = 271
+[method]
+name = "{method}"
+{method_keys}
+[optimizer]
+name = "adamw"
+lr = 1e-2
+[lr_schedule]
+warmup_steps = 3
+[data]
+dataset = "pystdlib"
+cache_dir = "{folder}/../corpora"
+max_bytes = 200000
+vocab_size = 270
+seq_len = 16
+num_workers = 0
+[training]
+steps = 40
+global_batch_size = 8
+local_batch_size = 2
+dtype = "float32"
+[parallelism]
+[compile]
+[activation_checkpoint]
+[checkpoint]
+interval = 20
+async_save = false
+[evaluation]
+interval = 20
+tokens = 160
+[metrics]
+interval = 1
+tensorboard = false
+[profiler]
+"""
+
+
+def tiny_config(folder: Path, method: str, *overrides: str, num_ranks: int = 1) -> JobConfig:
+    """The configuration of a tiny run that writes below `folder`; `overrides` as on the command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{method}-{os.getpid()}.toml"
+    name, keys = method.removesuffix(MINI), METHOD_KEYS[method]
+    file.write_text(TINY.format(folder=folder, method=name, method_keys=keys))
+    return parse_arguments(["--config", str(file), *overrides], num_ranks)
+
+
+def tiny_trainer(folder: Path, method: str, *overrides: str, num_ranks: int = 1) -> Trainer:
+    """A tiny run on the ranks of this process group, ready to train."""
+    torch.set_num_threads(1)
+    config = tiny_config(folder, method, *overrides, num_ranks=num_ranks)
+    return build_trainer(config, start_world(config.parallelism))
+
+
+def train_steps(trainer: Trainer, num_steps: int) -> list[float]:
+    """Runs `num_steps` steps; returns the mean loss over all ranks of each."""
+    return [trainer.world.mean(trainer.train_step().loss).item() for _ in range(num_steps)]
+
+
+def whole_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, unsharded copies; all ranks must call."""
+    return {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+        for name, tensor in trainer.tensors().items()
+    }

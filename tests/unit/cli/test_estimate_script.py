@@ -1,0 +1,61 @@
+"""scripts/estimate.py prints tables and a line of JSON, and writes nothing."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.tiny import METHOD_KEYS, TINY
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return importlib.import_module("switchtitan.cli.estimate")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(folder=tmp_path, method="switchlora", method_keys=METHOD_KEYS["switchlora"]))
+    return str(path)
+
+
+def test_needs_of_a_step_are_in_tables_and_a_record(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [file, f"{file}:method.rank=3", "--world-size", "4", "--job.seed", "1"]
+    script.main(argv)
+    *text, line = capsys.readouterr().out.splitlines()
+    assert "each of 4 ranks" in text[0]
+    tables = [row.split()[0] for row in text if row.startswith(("peak", "most", " GiB", "MiB/step", "TFLOP"))]
+    assert tables == ["GiB", "peak", "most", "peak", "most", "MiB/step", "TFLOP/step"]
+    record = json.loads(line)
+    assert record["command"] == "scripts/estimate.py " + " ".join(argv)
+    assert record["assumptions"] == [row.removeprefix("- ") for row in text if row.startswith("- ")]
+    first, second = record["estimates"][file], record["estimates"][f"{file}:method.rank=3"]
+    assert first["memory"]["peak"] == sum(first["memory"]["at_peak"].values())
+    assert first["memory"]["state"] > second["memory"]["state"]
+    assert first["flops"]["ratio"] > second["flops"]["ratio"]
+    assert first["communication"]["reduce_scatter"]["num_calls"] == 3
+    assert [path.name for path in Path(file).parent.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["FILE"], "--world-size"),
+        (["FILE", "--world-size", "0"], "expected a whole number of at least 1"),
+        (["FILE:method.rnk=3", "--world-size", "2"], "did you mean rank?"),
+        (["FILE", "--world-size", "3"], "global_batch_size"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(
+    script: ModuleType, file: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main([word.replace("FILE", file) for word in argv])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""A checkpoint in Hugging Face's layout computes what our model computed."""
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from support.tiny import tiny_trainer, train_steps
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return importlib.import_module("switchtitan.cli.export")
+
+
+TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
+
+
+def logits_of_a_saved_run(folder: Path, method: str) -> torch.Tensor:
+    trainer = tiny_trainer(folder, method)
+    train_steps(trainer, 7)
+    trainer._save()
+    trainer.checkpointer.finish()
+    trainer.batches.close()
+    trainer.reporter.close()
+    with torch.no_grad():
+        return trainer.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora", "switchlora"])
+def test_transformers_computes_the_same_logits_from_an_export(
+    script: ModuleType, corpora: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corpora / f"export-{method}"
+    ours = logits_of_a_saved_run(folder, method)
+    script.main(["--checkpoint", str(folder / "run")])
+    exported = folder / "run" / "exports" / "step-000000007"
+    assert str(exported) in capsys.readouterr().out
+    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    # Merging rounds each weight once, about 1e-7 relative; 1e-5 is what two LLaMAs in float32 differ by.
+    torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=1e-5, atol=1e-5)
+    text = "def sorted(values):\n    return values\n"
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_weights_are_stored_in_the_type_asked_for(
+    script: ModuleType, corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits_of_a_saved_run(corpora / "export-bfloat16", "switchlora")
+    checkpoint = corpora / "export-bfloat16" / "run" / "checkpoints" / "step-000000007"
+    arguments = ["--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    script.main(arguments)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_an_export_without_the_corpus_has_no_tokenizer_and_says_so(
+    script: ModuleType, corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits_of_a_saved_run(corpora / "export-alone", "full_rank")
+    checkpoint = corpora / "export-alone" / "run"
+    file = checkpoint / "checkpoints" / "step-000000007" / "metadata.json"
+    moved = re.sub(r'cache_dir = \\"[^"]*\\"', r'cache_dir = \\"elsewhere\\"', file.read_text())
+    file.write_text(moved)
+    script.main(["--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out")])
+    assert "none: the run's corpus is not at elsewhere/pystdlib-" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "no/such/run"], "no whole checkpoint at no/such/run: expected"),
+        ([], "the following arguments are required: --checkpoint"),
+        (["--checkpoint", "x", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(
+    script: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

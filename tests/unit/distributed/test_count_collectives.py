@@ -1,0 +1,101 @@
+"""Collectives are counted with the bytes that a ring would send."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from switchtitan.distributed.count_collectives import CollectiveCount, CountCommunication
+
+NUM_RANKS = 5
+WHOLE = 5 * 3 * 4
+"""Bytes of [5, 3] in fp32."""
+
+
+@pytest.fixture(autouse=True)
+def ranks() -> Iterator[None]:
+    """Rank 2 of five, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=NUM_RANKS)
+    yield
+    dist.destroy_process_group()
+
+
+def whole() -> torch.Tensor:
+    return torch.zeros(NUM_RANKS, 3)
+
+
+def shard() -> torch.Tensor:
+    return torch.zeros(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("collective", "kind", "bytes_sent"),
+    [
+        (lambda: dist.all_gather_into_tensor(whole(), shard()), "all_gather", WHOLE * 4 / 5),
+        (lambda: dist.all_gather(list(whole().split(1)), shard()), "all_gather", WHOLE * 4 / 5),
+        (lambda: dist.reduce_scatter_tensor(shard(), whole()), "reduce_scatter", WHOLE * 4 / 5),
+        (lambda: dist.reduce_scatter(shard(), list(whole().split(1))), "reduce_scatter", WHOLE * 4 / 5),
+        (lambda: dist.all_reduce(whole()), "all_reduce", 2 * WHOLE * 4 / 5),
+        (lambda: dist.all_reduce(whole().bfloat16()), "all_reduce", WHOLE * 4 / 5),
+        (lambda: dist.broadcast(whole(), src=2), "broadcast", WHOLE * 4 / 5),
+        (lambda: dist.gather(shard(), list(whole().split(1)), dst=2), "gather", WHOLE / 5 * 4 / 5),
+        (lambda: dist.scatter(shard(), list(whole().split(1)), src=2), "scatter", WHOLE / 5 * 4 / 5),
+    ],
+)
+def test_bytes_are_those_of_a_ring(collective, kind, bytes_sent) -> None:
+    with CountCommunication() as counter:
+        collective()
+    counts = dict(counter.counts)
+    assert counts.pop(kind) == CollectiveCount(1, pytest.approx(bytes_sent))
+    assert set(counts.values()) == {CollectiveCount(0, 0.0)}
+
+
+def test_a_smaller_group_sends_less() -> None:
+    group = dist.new_group([1, 2])
+    with CountCommunication() as counter:
+        dist.all_reduce(whole(), group=group)
+    assert counter.counts["all_reduce"] == CollectiveCount(1, WHOLE)
+
+
+def test_what_tensors_over_ranks_do_by_themselves_is_counted() -> None:
+    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    sharded = DTensor.from_local(shard(), mesh, [Shard(0)])
+    partial = DTensor.from_local(whole(), mesh, [Partial()])
+    with CountCommunication() as counter:
+        sharded.full_tensor()
+        partial.redistribute(placements=[Shard(0)]).to_local()
+        partial.redistribute(placements=[Replicate()]).to_local()
+    sent = {kind: count.bytes_sent for kind, count in counter.counts.items()}
+    once = pytest.approx(WHOLE * 4 / 5)
+    assert sent == {
+        "all_gather": once,
+        "reduce_scatter": once,
+        "all_reduce": pytest.approx(2 * WHOLE * 4 / 5),
+        "broadcast": 0,
+        "gather": 0,
+        "scatter": 0,
+    }
+
+
+def test_a_backward_pass_is_counted_and_what_is_outside_is_not() -> None:
+    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    sharded = DTensor.from_local(shard().requires_grad_(), mesh, [Shard(0)])
+    dist.all_reduce(whole())
+    loss = sharded.full_tensor(grad_placements=[Partial()]).sum()
+    with CountCommunication() as counter:
+        loss.backward()
+    assert counter.counts["reduce_scatter"].num_calls == 1
+    assert counter.counts["all_gather"].num_calls == counter.counts["all_reduce"].num_calls == 0
+
+
+def test_waiting_moves_nothing_and_an_unknown_collective_is_no_silence() -> None:
+    with CountCommunication() as counter:
+        dist.barrier()
+        assert set(counter.counts.values()) == {CollectiveCount(0, 0.0)}
+        dist.all_to_all_single(whole(), whole())
+    with pytest.raises(NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall"):
+        counter.counts  # noqa: B018

@@ -1,0 +1,270 @@
+"""The whole configuration: every shipped file parses, and what does not fit together is refused."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.errors import ConfigError
+from switchtitan.job.checks import check_frozen_weights, obstacle_to_cpp
+from switchtitan.job.config import DEFAULT_FILE, JobConfig, parse_arguments
+from switchtitan.job.sections import TrainingSection
+from switchtitan.methods import METHODS
+from switchtitan.methods.lora import LoraConfig
+
+TRAIN_CONFIGS = sorted(DEFAULT_FILE.parent.glob("*.toml"))
+LADDER = ("60m", "130m", "350m", "1b")
+OTHER_SIZES = ("250m", "3b", "7b")
+FIRST_METHODS = ("full_rank", "lora", "switchlora")
+TINY = """\
+[job]
+name = "tiny"
+output_dir = "outputs/tiny"
+[model]
+name = "llama"
+size = "9m"
+vocab_size = 4096
+[method]
+name = "switchlora"
+rank = 16
+[optimizer]
+name = "adamw"
+lr = 0.02
+[training]
+steps = 40
+global_batch_size = 12
+local_batch_size = 2
+[evaluation]
+tokens = 1024
+"""
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Callable[..., JobConfig]:
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY)
+
+    def parse_tiny(*argv: str, num_ranks: int = 1) -> JobConfig:
+        return parse_arguments(["--config", str(file), *argv], num_ranks)
+
+    return parse_tiny
+
+
+@pytest.mark.parametrize("file", TRAIN_CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("num_ranks", [1, 8])
+def test_every_shipped_config_parses_and_reads_back_equal(file: Path, num_ranks: int, tmp_path: Path) -> None:
+    config = parse_arguments(["--config", str(file)], num_ranks)
+    assert config.job.name == file.stem
+    assert config.job.output_dir == Path("outputs") / file.stem
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(resolved_toml(config))
+    assert parse_arguments(["--config", str(resolved)], num_ranks) == config
+
+
+def test_the_ladder_of_sizes_ships_with_every_method() -> None:
+    names = {file.stem for file in TRAIN_CONFIGS}
+    assert {f"llama_{size}_{method}" for size in LADDER for method in (*METHODS, "apollo_mini")} < names
+    assert {f"llama_{size}_{method}" for size in OTHER_SIZES for method in FIRST_METHODS} < names
+    assert DEFAULT_FILE.stem in names
+
+
+def test_without_config_the_quickstart_is_read() -> None:
+    assert parse_arguments([], 1).job.name == DEFAULT_FILE.stem
+
+
+def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConfig], tmp_path: Path) -> None:
+    config = parse("--method.decay", "constant", "--training.max_grad_norm", "none")
+    text = resolved_toml(config)
+    assert "\n# decay_ratio = 0.1\n" in text
+    assert '\nmax_grad_norm = "none"\n' in text
+    (tmp_path / "resolved.toml").write_text(text)
+    assert parse_arguments(["--config", str(tmp_path / "resolved.toml")], 1) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_ranks", "expected"),
+    [
+        (
+            ["--training.global_batch_size", "7"],
+            2,
+            "[training] global_batch_size = 7: expected a multiple of ranks x local_batch_size "
+            "= 2 x 2 = 4; write 4 or 8",
+        ),
+        (["--training.global_batch_size", "1"], 1, "= 1 x 2 = 2; write 2"),
+        (["--parallelism.replicate", "4"], 6, "[parallelism] replicate = 4"),
+        (
+            ["--method.rank", "128"],
+            1,
+            "[method] rank = 128: expected less than the smaller dimension of every adapted layer; "
+            "model.layers.0.self_attn.q_proj is [128, 128]",
+        ),
+        (["--method.rank", "1"], 1, "[method] rank = 1 never switches"),
+        (
+            ["--method.name", "relora", "--method.reset_interval", "200"],
+            1,
+            "[method] reset_interval = 200: expected less than [training] steps = 40",
+        ),
+        (["--method.interval", "9"], 1, "[method] interval = 9 is below 2 * freeze_steps = 10"),
+        (["--method.targets", "q_prj"], 1, "the model has no linear layer called 'q_prj'"),
+        (
+            ["--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"],
+            1,
+            "min_factor has no effect",
+        ),
+        (
+            ["--evaluation.tokens", "511"],
+            1,
+            "[evaluation] tokens = 511: expected at least one sequence, [data] seq_len = 512",
+        ),
+        (
+            ["--evaluation.test_tokens", "2000"],
+            1,
+            "test_tokens = 2000: there is no test split; set [data] test_fraction",
+        ),
+        (
+            ["--evaluation.test_tokens", "3", "--data.test_fraction", "0.1"],
+            1,
+            "[evaluation] test_tokens = 3: expected",
+        ),
+        (
+            ["--method.name", "galore", "--parallelism.frozen_weights", "replicate"],
+            2,
+            '[parallelism] frozen_weights = "replicate" has no effect: [method] name = "galore" trains all weights',
+        ),
+        (
+            ["--method.name", "galore", "--training.frozen_dtype", "bfloat16"],
+            1,
+            '[training] frozen_dtype = "bfloat16" has no effect: [method] name = "galore" trains all weights',
+        ),
+        (
+            ["--data.vocab_size", "5000"],
+            1,
+            "[data] vocab_size = 5000: expected at most [model] vocab_size = 4096",
+        ),
+        (["--model.num_heads", "3"], 1, "[model] hidden_size = 128 is not a multiple of num_heads = 3"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(
+    parse: Callable[..., JobConfig], argv: list[str], num_ranks: int, expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv, num_ranks=num_ranks)
+    assert expected in str(caught.value)
+
+
+def test_mistakes_of_all_kinds_come_together(parse: Callable[..., JobConfig]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(
+            "--training.global_batch_size",
+            "7",
+            "--optimizer.lr",
+            "fast",
+            "--model.sise",
+            "9m",
+            "--method.rank",
+            "1",
+        )
+    message = str(caught.value)
+    assert message.startswith("4 mistakes")
+    for part in (
+        "--optimizer.lr fast: expected a number > 0",
+        "--model.sise 9m: unknown key; did you mean size?",
+        "[training] global_batch_size = 7",
+        "[method] rank = 1",
+    ):
+        assert part in message
+
+
+def test_attention_that_needs_a_gpu_is_refused_on_a_cpu(
+    parse: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cpu")
+    with pytest.raises(ConfigError, match="flash_attn"):
+        parse("--model.attention", "flash_attn")
+
+
+def test_compilation_on_a_cpu_without_a_compiler_is_refused(
+    parse: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not parse().compile.blocks
+    with pytest.raises(ConfigError, match=r"install g\+\+, or give --compile\.blocks false"):
+        parse("--compile.blocks", "true")
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "expected"),
+    [
+        ("sysconfig.get_path", lambda name: "/nowhere", "install python3-dev"),
+        ("torch.__file__", "/with blank/torch/__init__.py", "not /with blank/torch; use another environment"),
+    ],
+)
+def test_compilation_on_a_cpu_that_cannot_build_is_refused(
+    monkeypatch: pytest.MonkeyPatch, target: str, value: object, expected: str
+) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(target, value)
+    if target == "torch.__file__":
+        monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    obstacle = obstacle_to_cpp()
+    assert obstacle is not None
+    assert obstacle.endswith(expected)
+
+
+def test_help_shows_every_key_in_80_columns(
+    parse: Callable[..., JobConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    config = parse()
+    for section in type(config).model_fields:
+        for key in type(getattr(config, section)).model_fields:
+            assert f"--{section}.{key} " in text
+    assert "(default: 16)" in text
+
+
+def test_every_key_has_a_sentence(parse: Callable[..., JobConfig]) -> None:
+    config = parse()
+    for section in type(config).model_fields:
+        for key, field in type(getattr(config, section)).model_fields.items():
+            assert field.description, f"[{section}] {key} has no docstring"
+
+
+def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "switchtitan.cli.train", "--training.step", "3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: a mistake in the configuration",
+        "on the command line:",
+        "  --training.step 3: unknown key; did you mean steps?",
+    ]
+
+
+def test_a_method_that_says_that_it_freezes_no_weights_is_believed():
+    class Thawed(LoraConfig):
+        freezes_weights: ClassVar[bool] = False
+
+    sections = (
+        ParallelismConfig(frozen_weights="replicate"),
+        TrainingSection(steps=1, global_batch_size=1, local_batch_size=1),
+    )
+    (problem,) = check_frozen_weights(Thawed(rank=2), *sections)
+    assert "has no effect" in problem
+    assert check_frozen_weights(LoraConfig(rank=2), *sections) == []

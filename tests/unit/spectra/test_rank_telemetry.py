@@ -1,0 +1,241 @@
+"""What is measured in a run is the rank of its weights' change since step 0; without the setting nothing is."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from switchtitan.build import build_trainer
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.world import start_world, stop_world
+from switchtitan.errors import CheckpointError
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.spectra.spectra_files import read_spectra
+from switchtitan.training.trainer import Trainer
+
+EVERY_10 = ("--spectrum.interval", "10", "--evaluation.interval", "100")
+NUM_LAYERS = 2 * 7
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def train(folder: Path, method: str, *overrides: str) -> tuple[Trainer, dict[int, dict[str, float]]]:
+    """A whole run, and what it reported of ranks by step."""
+    trainer = tiny_trainer(folder, method, *overrides)
+    reported = {}
+    report = trainer.reporter.report
+
+    def keep(step, values):
+        ranks = {tag: value for tag, value in values.items() if tag.startswith("rank/")}
+        if ranks:
+            reported[step] = ranks
+        report(step, values)
+
+    trainer.reporter.report = keep
+    trainer.train()
+    return trainer, reported
+
+
+def merged_weights(folder: Path, method: str, trainer: Trainer) -> dict[str, torch.Tensor]:
+    config = tiny_config(folder, method)
+    return METHODS.build(config.method, config.training.steps, config.job.seed).merged_state_dict(
+        trainer.model
+    )
+
+
+def drawn_weights(folder: Path) -> dict[str, torch.Tensor]:
+    plain = MODELS.build(tiny_config(folder, "full_rank").model)
+    return {
+        name: plain.initial_value(name, weight.shape, generator_for(42, name))
+        for name, weight in plain.named_parameters()
+    }
+
+
+def expected_spectra(weights, initial) -> dict[str, torch.Tensor]:
+    return {
+        name.removesuffix(".weight"): torch.linalg.svdvals((weight - initial[name]).double())
+        for name, weight in weights.items()
+        if name.endswith("_proj.weight")
+    }
+
+
+def expected_mean(spectra) -> float:
+    ranks = []
+    for values in spectra.values():
+        shares = values / values.sum()
+        ranks.append((-(shares * shares.log()).nan_to_num().sum()).exp().item())
+    return sum(ranks) / len(ranks)
+
+
+def assert_spectra_are(measured, expected) -> None:
+    assert len(measured) == NUM_LAYERS
+    for name, values in measured.items():
+        # The root of a Gram matrix's fp64 eigenvalues: half the digits, relative to the largest value.
+        bound = 1e-7 * expected[name][0].item()
+        torch.testing.assert_close(values.double(), expected[name], rtol=1e-6, atol=bound)
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_measured_ranks_are_those_of_merged_minus_initial_weights(corpora, method):
+    folder = corpora / f"rank-{method}"
+    trainer, reported = train(folder, method, *EVERY_10, "--training.steps", "25")
+    measured = read_spectra(folder / "run" / "spectra")
+    assert list(measured) == list(reported) == [10, 20, 25]
+    expected = expected_spectra(merged_weights(folder, method, trainer), drawn_weights(folder))
+    assert_spectra_are(measured[25], expected)
+    ranks = reported[25]
+    # The roundings above, some 20 values in each entropy.
+    assert ranks["rank/effective_mean"] == pytest.approx(expected_mean(expected), rel=1e-4)
+    of_q = {name: values for name, values in expected.items() if name.endswith("q_proj")}
+    assert ranks["rank/effective/q_proj"] == pytest.approx(expected_mean(of_q), rel=1e-4)
+    assert len(ranks) == 2 + 7 + NUM_LAYERS
+
+
+def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
+    folder = corpora / "rank-tensorboard"
+    train(folder, "switchlora", *EVERY_10, "--training.steps", "14", "--metrics.tensorboard", "true")
+    measured = read_spectra(folder / "run" / "spectra")
+    events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    prefix = "rank/effective_by_layer/"
+    shown = {tag for tag in events.Tags()["scalars"] if tag.startswith(prefix)}
+    assert shown == {prefix + name for name in measured[14]}
+    assert "rank/effective_by_layer/model.layers.1.mlp.down_proj" in shown
+    for tag in shown:
+        for event in events.Scalars(tag):
+            spectrum = measured[event.step][tag.removeprefix(prefix)].double()
+            # TensorBoard's scalars are fp32.
+            assert event.value == pytest.approx(expected_mean({"": spectrum}), rel=1e-6)
+    kinds = {name.rpartition(".")[2] for name in measured[14]}
+    assert set(events.Tags()["histograms"]) == {f"rank/spectrum/{kind}" for kind in kinds}
+    for kind in kinds:
+        points = events.Histograms(f"rank/spectrum/{kind}")
+        assert [point.step for point in points] == [10, 14]
+        for point in points:
+            of_kind = [values for name, values in measured[point.step].items() if name.endswith(kind)]
+            shares = torch.cat([values / values[0] for values in of_kind])
+            histogram = point.histogram_value
+            assert (histogram.num, histogram.max) == (len(shares), 1)
+            # A sum of fp32 values.
+            assert histogram.sum == pytest.approx(shares.sum().item(), rel=1e-5)
+
+
+def test_plain_lora_stays_within_its_rank_and_the_others_leave_it(corpora):
+    beyond = {}
+    for method in ("full_rank", "lora", "switchlora"):
+        folder = corpora / f"beyond-{method}"
+        train(folder, method, *EVERY_10)
+        spectra = read_spectra(folder / "run" / "spectra")[40]
+        beyond[method] = [(values[6] / values[0]).item() for values in spectra.values() if len(values) > 6]
+    assert len(beyond["lora"]) == NUM_LAYERS
+    # W + s B A is rounded to fp32: 6e-8 of weights of 0.02, against changes of 1e-2 and more.
+    assert max(beyond["lora"]) < 1e-5
+    assert min(beyond["switchlora"]) > 1e-3
+    assert min(beyond["full_rank"]) > 1e-3
+
+
+def test_without_the_setting_nothing_is_gathered_or_written(corpora, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("gathered")
+
+    monkeypatch.setattr("switchtitan.methods.switchlora.method.merged_state_dict", refuse)
+    trainer, reported = train(corpora / "rank-off", "switchlora", "--training.steps", "20")
+    assert trainer.inspect_weights is None
+    assert reported == {}
+    assert not (corpora / "rank-off" / "run" / "spectra").exists()
+
+
+def test_measuring_changes_no_bit_of_the_run(corpora):
+    tensors = []
+    for name, overrides in (("rank-with", EVERY_10), ("rank-without", EVERY_10[2:])):
+        trainer, _ = train(corpora / name, "switchlora", *overrides, "--training.steps", "25")
+        tensors.append({key: tensor.full_tensor() for key, tensor in trainer.model.state_dict().items()})
+    for key, tensor in tensors[0].items():
+        assert torch.equal(tensors[1][key], tensor), key
+
+
+def test_a_resumed_run_counts_from_step_0_and_drops_what_a_stopped_one_measured_beyond(corpora):
+    _, straight = train(corpora / "rank-straight", "switchlora", *EVERY_10)
+    folder = corpora / "rank-resumed"
+    stopped = tiny_trainer(folder, "switchlora", *EVERY_10[2:], "--spectrum.interval", "7")
+    save = stopped._save
+    stopped._save = lambda: save() if stopped.state.step == 20 else None
+    stopped._conclude = lambda: None
+    stopped.train()
+    assert list(read_spectra(folder / "run" / "spectra")) == [7, 14, 21, 28, 35, 40]
+    resumed, reported = train(folder, "switchlora", *EVERY_10)
+    assert resumed.state.step == 40
+    assert reported == {step: ranks for step, ranks in straight.items() if step > 20}
+    assert list(read_spectra(folder / "run" / "spectra")) == [7, 14, 30, 40]
+
+
+def safetensors_start(folder: Path) -> Path:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(8)
+    weights = {
+        name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
+        for name, weight in drawn_weights(folder).items()
+    }
+    save_file(weights, folder / "start.safetensors")
+    return folder / "start.safetensors"
+
+
+def test_a_warm_start_counts_from_its_weights_after_a_resume_too(corpora):
+    start = safetensors_start(corpora / "rank-start")
+    folder = corpora / "rank-warm"
+    warm = ("--checkpoint.initial_weights", str(start))
+    train(folder, "lora", *EVERY_10, *warm, "--training.steps", "20")
+    # The key may be left out when the run goes on: what it started from is in its checkpoint.
+    trainer, reported = train(folder, "lora", *EVERY_10)
+    expected = expected_spectra(merged_weights(folder, "lora", trainer), load_file(start))
+    measured = read_spectra(folder / "run" / "spectra")
+    assert list(measured) == [10, 20, 30, 40]
+    assert_spectra_are(measured[40], expected)
+    assert all(values[6] < 1e-5 * values[0] for values in measured[40].values())
+    assert reported[40]["rank/effective_mean"] < 6
+
+
+@pytest.mark.parametrize(("spoil", "message"), [("change", "has changed since"), ("remove", "is gone")])
+def test_a_resume_without_the_weights_of_its_warm_start_is_refused_before_it_trains(corpora, spoil, message):
+    start = safetensors_start(corpora / f"rank-start-{spoil}")
+    folder = corpora / f"rank-warm-{spoil}"
+    train(folder, "lora", "--checkpoint.initial_weights", str(start), "--training.steps", "20")
+    if spoil == "change":
+        save_file({name: 2 * weight for name, weight in load_file(start).items()}, start)
+    else:
+        start.unlink()
+    config = tiny_config(folder, "lora", *EVERY_10)
+    with pytest.raises(CheckpointError, match=f"start.safetensors {message}; put it back as it was"):
+        build_trainer(config, start_world(config.parallelism))
+    _, reported = train(folder, "lora")
+    assert reported == {}
+
+
+def test_a_warm_start_from_a_run_counts_from_the_checkpoint_that_was_its_newest(corpora):
+    source, folder = corpora / "rank-source", corpora / "rank-from-run"
+    train(source, "full_rank", "--training.steps", "20")
+    trainer, _ = train(
+        folder, "full_rank", "--checkpoint.initial_weights", str(source / "run"), "--training.steps", "20"
+    )
+    train(source, "full_rank")
+    origin = source / "run" / "checkpoints" / "step-000000020"
+    assert trainer.state.initial_weights == str(origin.absolute())
+    resumed, _ = train(folder, "full_rank", *EVERY_10)
+    initial = nn.Module.state_dict(
+        tiny_trainer(corpora / "rank-again", "full_rank", "--checkpoint.initial_weights", str(origin)).model
+    )
+    expected = expected_spectra(
+        merged_weights(folder, "full_rank", resumed),
+        {name: value.full_tensor() for name, value in initial.items()},
+    )
+    assert_spectra_are(read_spectra(folder / "run" / "spectra")[40], expected)

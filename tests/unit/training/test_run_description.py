@@ -1,0 +1,164 @@
+"""Checkpoints from before a key existed are of the same run as long as the key has its default."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from support.tiny import tiny_config, tiny_trainer, train_steps
+
+from switchtitan.checkpoint import check_same_run
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.data import Corpus
+from switchtitan.distributed.world import stop_world
+from switchtitan.errors import CheckpointError
+from switchtitan.training.description import changed_keys, comparable_identity, run_identity
+
+NEW_KEYS = ("candidates", "reset_moments")
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def identity(folder: Path, method: str, *overrides: str) -> dict[str, dict]:
+    config = tiny_config(folder, method, *overrides)
+    corpus = SimpleNamespace(name="a stand-in", fingerprint="abc")
+    return run_identity(config, cast(Corpus, corpus))
+
+
+def without(section: dict, *keys: str) -> dict:
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+# With a decay that is constant, the saved default of decay_ratio is a value that nobody may give.
+@pytest.mark.parametrize("decay", ["constant", "exponential"])
+def test_an_identity_from_before_its_keys_existed_is_the_same(tmp_path: Path, decay: str):
+    now = identity(tmp_path, "switchlora", "--method.decay", decay)
+    old = now | {"method": without(now["method"], *NEW_KEYS), "model": without(now["model"], "rope_theta")}
+    with pytest.raises(CheckpointError):
+        check_same_run(old, now)
+    check_same_run(comparable_identity(old), now)
+    assert not any(key in old["method"] for key in NEW_KEYS), "changed in place"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [("candidates", "constant", "swap"), ("reset_moments", "both", "counterpart")],
+)
+def test_what_a_new_key_changes_is_refused(tmp_path: Path, key: str, value: str, default: str):
+    now = identity(tmp_path, "switchlora", f"--method.{key}", value)
+    old = now | {"method": without(now["method"], *NEW_KEYS)}
+    with pytest.raises(CheckpointError, match=f"method.{key}: saved with '{default}', now '{value}'"):
+        check_same_run(comparable_identity(old), now)
+
+
+def test_a_checkpoint_that_tells_keys_which_may_change_is_of_the_same_run(tmp_path: Path):
+    """As they were saved before those had no part in the identity."""
+    now = identity(tmp_path, "switchlora")
+    assert not {"contraction", "candidates_device"} & now["method"].keys()
+    old = now | {"method": now["method"] | {"contraction": "merged", "candidates_device": "host"}}
+    with pytest.raises(CheckpointError):
+        check_same_run(old, now)
+    check_same_run(comparable_identity(old), now)
+    # In another method the key would have a meaning that is not known here.
+    lora = identity(tmp_path, "lora")
+    old = comparable_identity(lora | {"method": lora["method"] | {"candidates_device": "host"}})
+    with pytest.raises(CheckpointError, match="candidates_device"):
+        check_same_run(old, lora)
+
+
+def test_a_run_goes_on_with_candidates_elsewhere_and_another_contraction(corpora: Path):
+    straight = tiny_trainer(corpora / "stays", "switchlora")
+    expected = train_steps(straight, 12)
+    straight.batches.close()
+    losses = []
+    for device, contraction in (("device", "merged"), ("host", "factored"), ("device", "cheapest")):
+        keys = ("--method.candidates_device", device, "--method.contraction", contraction)
+        trainer = tiny_trainer(corpora / "moves", "switchlora", *keys)
+        assert trainer.state.step == len(losses)
+        losses += train_steps(trainer, 4)
+        trainer._save()
+        trainer.batches.close()
+    # Contractions agree to rounding; Adam amplifies that where gradients are near zero.
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_older_checkpoint_of_the_same_run_is_deleted_when_newer_ones_replace_it(corpora: Path):
+    folder = corpora / "pruned"
+    keys = ("--checkpoint.keep_latest", "1")
+    older = tiny_trainer(folder, "switchlora", *keys)
+    train_steps(older, 1)
+    older._save()
+    older.batches.close()
+    checkpoints = folder / "run" / "checkpoints"
+    file = checkpoints / "step-000000001" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    method = without(metadata["identity"]["method"], *NEW_KEYS)
+    metadata["identity"]["method"] = method | {"contraction": "cheapest"}
+    del metadata["identity"]["training"]["frozen_dtype"]
+    file.write_text(json.dumps(metadata))
+    newer = tiny_trainer(folder, "switchlora", *keys)
+    train_steps(newer, 1)
+    newer._save()
+    newer.batches.close()
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000000002"]
+
+
+def test_a_key_that_no_longer_exists_and_an_unknown_method_are_refused(tmp_path: Path):
+    now = identity(tmp_path, "lora")
+    old = now | {"method": now["method"] | {"gain": 2.0}}
+    with pytest.raises(CheckpointError, match=r"method.gain: saved with 2.0, now '\(absent\)'"):
+        check_same_run(comparable_identity(old), now)
+    unknown = now | {"method": {"name": "dora", "rank": 6}}
+    assert comparable_identity(unknown) == unknown
+    with pytest.raises(CheckpointError, match=r"method.name: saved with 'dora', now 'lora'"):
+        check_same_run(comparable_identity(unknown), now)
+
+
+def test_a_missing_key_without_a_default_is_refused(tmp_path: Path):
+    now = identity(tmp_path, "lora")
+    old = now | {"method": without(now["method"], "rank")}
+    with pytest.raises(CheckpointError, match=r"method.rank: saved with '\(absent\)', now 6"):
+        check_same_run(comparable_identity(old), now)
+
+
+def test_a_run_goes_on_from_a_checkpoint_from_before_its_keys_existed(corpora: Path):
+    folder = corpora / "older"
+    short = ("--evaluation.interval", "100", "--checkpoint.interval", "2")
+    tiny_trainer(folder, "switchlora", *short, "--training.steps", "2").train()
+    file = folder / "run" / "checkpoints" / "step-000000002" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["identity"]["method"] = without(metadata["identity"]["method"], *NEW_KEYS)
+    file.write_text(json.dumps(metadata))
+    resumed = tiny_trainer(folder, "switchlora", *short, "--training.steps", "3")
+    assert resumed.state.step == 2
+    resumed.batches.close()
+
+
+def test_keys_that_changed_since_a_checkpoint_are_told(tmp_path: Path):
+    before = tiny_config(tmp_path, "lora")
+    now = tiny_config(
+        tmp_path, "lora", "--optimizer.lr", "5e-3", "--training.steps", "50", "--job.name", "other"
+    )
+    assert changed_keys(resolved_toml(before), now) == [
+        "optimizer.lr: 0.01 -> 0.005",
+        "training.steps: 40 -> 50",
+    ]
+    assert changed_keys(resolved_toml(before), before) == []
+
+
+def test_a_resumed_run_warns_of_changed_keys_and_one_that_trains_nothing_keeps_no_configuration(
+    corpora, caplog
+):
+    folder = corpora / "changed-keys"
+    tiny_trainer(folder, "lora", "--training.steps", "20").train()
+    stop_world()
+    with caplog.at_level("WARNING"):
+        tiny_trainer(folder, "lora", "--training.steps", "20", "--optimizer.lr", "0.09").train()
+    assert "changed since that checkpoint: optimizer.lr: 0.01 -> 0.09" in caplog.text
+    assert not list((folder / "run").glob("config-from-step-*"))

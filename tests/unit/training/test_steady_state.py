@@ -1,0 +1,171 @@
+"""After the first step nothing is compiled any more, however often vectors are switched; a step asks for no values, and leaves
+no tensors to the garbage collection."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support.leftovers import tensors_left_by_fifteen_steps
+from support.tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
+from torch._dynamo.utils import compilation_time_metrics, counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.contracts import Batch
+from switchtitan.distributed.world import stop_world
+
+NUM_STEPS = 200
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    stop_world()
+
+
+def num_compilations() -> int:
+    """Frames that the compiler has worked on so far, successfully or not."""
+    return len(compilation_time_metrics.get("_compile.compile_inner", []))
+
+
+def num_graph_breaks() -> int:
+    return sum(counters["graph_break"].values())
+
+
+def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora):
+    trainer = tiny_trainer(
+        corpora / "steady",
+        "switchlora",
+        *COMPILED,
+        "--training.steps",
+        "201",
+        "--evaluation.interval",
+        "1000",
+    )
+    train_steps(trainer, 1)
+    num_compiled, num_graphs = num_compilations(), counters["stats"]["unique_graphs"]
+    # Blocks, the loss, the dense update, and updates of factors of several shapes.
+    assert min(num_graphs, num_compiled) >= 4
+    switched_before = trainer.optimizer.metrics()["switch/vectors_switched_total"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses = train_steps(trainer, NUM_STEPS)
+    trainer.batches.close()
+    assert losses[-1] < losses[0]
+    assert trainer.optimizer.metrics()["switch/vectors_switched_total"] - switched_before >= 100
+    assert num_graph_breaks() == 0
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    assert num_compilations() == num_compiled
+
+
+@pytest.mark.parametrize("method", ["relora", "galore", "apollo", "apollo_mini"])
+def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
+    """Through a reset of ReLoRA, and bases of GaLore's and APOLLO's that are drawn anew; SwitchLoRA has its own test above."""
+    losses = []
+    for overrides in ((), COMPILED):
+        trainer = tiny_trainer(corpora / "compiled-methods", method, *overrides)
+        losses.append(train_steps(trainer, 10))
+        trainer.batches.close()
+    # Other fusions round otherwise; Adam amplifies that where gradients are near zero.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert num_graph_breaks() == 0
+
+
+def test_the_count_sees_a_batch_of_another_shape(corpora):
+    """Shows that the check above can fail."""
+    trainer = tiny_trainer(corpora / "unsteady", "switchlora", *COMPILED)
+    train_steps(trainer, 1)
+    num_compiled = num_compilations()
+    shorter = [type(batch)(*(part[:, :-3] for part in batch)) for batch in next(trainer.batches)]
+    trainer.batches.close()
+    trainer._forward_backward(shorter)
+    assert num_compilations() > num_compiled
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        pytest.raises(torch._dynamo.exc.RecompileError),
+    ):
+        trainer._forward_backward([type(batch)(*(part[:, :-2] for part in batch)) for batch in shorter])
+
+
+READS_BACK = {
+    # What `item()`, `float()` and `bool()` of a tensor come to.
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.equal,
+    # How long their results are depends on values.
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+    torch.ops.aten._unique2,
+}
+
+
+class RecordReadsBack(TorchDispatchMode):
+    """Records operations for which the host would wait if their tensors lay on a GPU.
+
+    On a CPU `tolist`, `numpy` and `cpu` are no operations, and are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in READS_BACK or _picks_by_mask(func, args):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _picks_by_mask(func: Any, args: tuple) -> bool:
+    return func.overloadpacket is torch.ops.aten.index and any(
+        index is not None and index.dtype == torch.bool for index in args[1]
+    )
+
+
+def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:
+    """Two projections of GaLore and APOLLO and a reset of ReLoRA among them, and ten times the switches of a step."""
+    trainer = tiny_trainer(folder, method, *overrides)
+    train_steps(trainer, 1)
+    # The loader's own work is the host's.
+    ready = [next(trainer.batches) for _ in range(10)]
+    trainer.batches.close()
+    trainer.batches = (micro_batches for micro_batches in ready)
+    with RecordReadsBack() as record:
+        for _ in ready:
+            trainer.train_step()
+    return record.found
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_a_step_reads_nothing_back_from_the_device(corpora, method):
+    assert reads_back_in_ten_steps(corpora / "no-sync", method) == []
+
+
+def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
+    """Shows that the check above can fail."""
+    found = reads_back_in_ten_steps(corpora / "sync", "full_rank", "--training.on_nonfinite", "skip")
+    assert len(found) >= 10
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method):
+    """They would take memory until it runs, which it does not in every step."""
+    for overrides in ((), COMPILED, ("--activation_checkpoint.mode", "full")):
+        assert tensors_left_by_fifteen_steps(tiny_trainer(corpora / "garbage", method, *overrides)) <= 0
+
+
+def test_the_count_sees_tensors_that_hold_each_other(corpora):
+    """Shows that the check above can fail."""
+    trainer = tiny_trainer(corpora / "garbage", "full_rank")
+    forward_backward = trainer._forward_backward
+
+    def leaving_a_cycle(micro_batches: list[Batch]) -> torch.Tensor:
+        entry: list[Any] = [torch.ones(1)]
+        entry.append(entry)
+        return forward_backward(micro_batches)
+
+    trainer._forward_backward = leaving_a_cycle
+    assert tensors_left_by_fifteen_steps(trainer) == 15
