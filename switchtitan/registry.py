@@ -50,10 +50,10 @@ class Registry(Generic[Part]):
         return component
 
     def completed(self, section: Mapping[str, object]) -> dict[str, object]:
-        """A section's plain values, perhaps from before its class had all of today's keys, with defaults for those it lacks.
+        """Fill in defaults for keys added since the section was saved.
 
-        Nothing is validated: a value that equals its default may be one that must not be given. A section whose `name` is none
-        of this table's comes back as it is.
+        Nothing is validated: a value that equals its default may be one that must not be given. A section with an unknown
+        `name` is returned unchanged.
         """
         component = self._components.get(str(section.get("name")))
         defaults = (
@@ -62,10 +62,10 @@ class Registry(Generic[Part]):
         return {**defaults, **section}
 
     def comparable(self, section: Mapping[str, object]) -> dict[str, object]:
-        """As `completed`, without the keys that give tensors no meaning, see `Section.free_keys`."""
+        """As `completed`, without `resumable_keys`."""
         component = self._components.get(str(section.get("name")))
-        free_keys = frozenset() if component is None else component.config_type.free_keys
-        return {key: value for key, value in self.completed(section).items() if key not in free_keys}
+        resumable_keys = frozenset() if component is None else component.config_type.resumable_keys
+        return {key: value for key, value in self.completed(section).items() if key not in resumable_keys}
 
     def build(self, config: Section, *args: object, **kwargs: object) -> Part:
         """Calls the factory that `config.name` chooses with `config` and the given run-time values."""

@@ -15,7 +15,7 @@ _MESSAGES = {"missing": "missing", "extra_forbidden": "unknown key"}
 """What pydantic says more learnedly, by its kind of error."""
 
 
-class Row(Section):
+class RowConfig(Section):
     """One row of the table: a method with its keys."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -34,7 +34,7 @@ class Row(Section):
         return self.label or self.name
 
     @model_validator(mode="after")
-    def _check_rates(self) -> "Row":
+    def _check_rates(self) -> "RowConfig":
         if (self.learning_rate_of is None) != bool(self.learning_rates):
             raise ValueError("give either learning_rates or learning_rate_of")
         rates = self.learning_rates
@@ -46,7 +46,7 @@ class Row(Section):
         return self
 
 
-class Gap(Section):
+class GapConfig(Section):
     """A question to the table: how much of the way from one row's loss to another's do the others go?"""
 
     from_row: str
@@ -76,9 +76,9 @@ class ComparisonConfig(Section):
     """How often every row gets one more rate, as long as some row's best rate is its lowest or highest."""
     communication_ranks: int = Field(default=8, ge=2)
     """Number of ranks for which the bytes that a step communicates are counted."""
-    rows: tuple[Row, ...]
+    rows: tuple[RowConfig, ...]
     """The table's rows."""
-    gaps: tuple[Gap, ...] = ()
+    gaps: tuple[GapConfig, ...] = ()
     """Shares of differences to report."""
 
     @field_validator("report_seeds")
@@ -121,7 +121,7 @@ class ComparisonConfig(Section):
             raise ValueError("; ".join(mistakes))
         return self
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> RowConfig:
         """The row called `name`."""
         return next(row for row in self.rows if row.name == name)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchtitan.comparison.config import ComparisonConfig, Row
+from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.config.toml_text import toml_value
 from switchtitan.data import open_corpus
 from switchtitan.errors import ConfigError
@@ -66,7 +66,7 @@ class Run:
             raise ConfigError(f"row {self.row}: {text}") from error
 
 
-def plan_run(comparison: ComparisonConfig, row: Row, learning_rate: float, seed: int) -> Run:
+def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float, seed: int) -> Run:
     """The run of a row at a rate and a seed; its folder is its own.
 
     Raises:
@@ -174,7 +174,7 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
         raise ConfigError("\n".join(f"{comparison.config}: {problem}" for problem in problems))
 
 
-def first_run(comparison: ComparisonConfig, row: Row) -> Run:
+def first_run(comparison: ComparisonConfig, row: RowConfig) -> Run:
     """A row's run at its lowest declared rate, for what does not depend on the rate."""
     rate = (
         row.learning_rates[0]

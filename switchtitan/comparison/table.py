@@ -8,7 +8,7 @@ from statistics import median
 
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder_name
 from switchtitan.comparison.comparison import Standing
-from switchtitan.comparison.config import Row
+from switchtitan.comparison.config import RowConfig
 from switchtitan.comparison.measure import Measurements
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.selection import is_interior
@@ -86,7 +86,9 @@ def losses_by_seed(standing: Standing, row: str) -> BySeed:
     return {result.run.seed: result.test_loss for result in standing.report if result.run.row == row}
 
 
-def _report_row(standing: Standing, row: Row, baseline: BySeed, measured: Measurements | None) -> RowReport:
+def _report_row(
+    standing: Standing, row: RowConfig, baseline: BySeed, measured: Measurements | None
+) -> RowReport:
     results = [result for result in standing.report if result.run.row == row.name]
     finished = [result for result in results if not result.has_diverged]
     losses = losses_by_seed(standing, row.name)

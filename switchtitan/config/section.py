@@ -15,8 +15,8 @@ class Section(BaseModel):
     # Defaults are not validated: the strict JSON mode in which sections are read refuses a `Path` there.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    free_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys that say how, not what, is computed: a run may go on from a checkpoint with other values of them."""
+    resumable_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that do not affect results; they may change on resume."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:

@@ -15,7 +15,7 @@ from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZE
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.job.sections import EvaluationSection, TrainingSection
+from switchtitan.job.sections import EvaluationConfig, TrainingConfig
 
 
 class ModelSection(Protocol):
@@ -74,7 +74,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
     ]
 
 
-def check_batch_size(training: TrainingSection, num_ranks: int) -> list[str]:
+def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
     """Every rank must get the same number of whole micro-batches."""
     size, unit = training.global_batch_size, num_ranks * training.local_batch_size
     if size % unit == 0:
@@ -95,7 +95,7 @@ def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
     return []
 
 
-def check_model_device(model: ModelSection, training: TrainingSection, device: str) -> list[str]:
+def check_model_device(model: ModelSection, training: TrainingConfig, device: str) -> list[str]:
     """The model's attention back-end must be able to train on this machine."""
     try:
         model.check_device(device, getattr(torch, training.dtype))
@@ -107,7 +107,7 @@ def check_model_device(model: ModelSection, training: TrainingSection, device: s
 def check_compiler(compile: CompileConfig, device: str) -> list[str]:
     """torch.compile writes C++ for a CPU, which this machine must be able to build."""
     chosen = [key for key, is_on in compile if is_on]
-    obstacle = obstacle_to_cpp() if chosen and device == "cpu" else None
+    obstacle = missing_toolchain() if chosen and device == "cpu" else None
     if obstacle is None:
         return []
     options = " ".join(f"--compile.{key} false" for key in chosen)
@@ -119,13 +119,13 @@ def check_method(model: ModelSection, method: Section) -> list[str]:
     return method.check_model(model.linear_shapes()) if isinstance(method, MethodSection) else []
 
 
-def check_method_length(method: Section, training: TrainingSection) -> list[str]:
+def check_method_length(method: Section, training: TrainingConfig) -> list[str]:
     """What the method does every so many steps must come up before the run ends."""
     return method.check_length(training.steps) if isinstance(method, MethodSectionWithLength) else []
 
 
 def check_frozen_weights(
-    method: Section, parallelism: ParallelismConfig, training: TrainingSection
+    method: Section, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> list[str]:
     """What is asked for frozen weights must have some to act on."""
     if isinstance(method, FreezingMethodSection) and method.freezes_weights:
@@ -142,7 +142,7 @@ def check_frozen_weights(
     ]
 
 
-def check_evaluation(evaluation: EvaluationSection, data: DataConfig) -> list[str]:
+def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str]:
     """An evaluation must see at least one sequence, and the split that it is of must be there."""
     limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
     problems = [
@@ -171,7 +171,7 @@ def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:
     ]
 
 
-def obstacle_to_cpp() -> str | None:
+def missing_toolchain() -> str | None:
     """Why Inductor's C++ cannot be built here, and what to do about it; None if it can."""
     # The one that Inductor calls.
     if not shutil.which(os.environ.get("CXX", "g++")):

@@ -17,7 +17,7 @@ from switchtitan.data.config import DataConfig
 from switchtitan.distributed.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
 from switchtitan.job.checks import checks_between_sections
-from switchtitan.job.sections import EvaluationSection, JobSection, TrainingSection
+from switchtitan.job.sections import EvaluationConfig, RunConfig, TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability.metrics import MetricsConfig
@@ -37,18 +37,18 @@ The defaults shown are what the file says, or else switchtitan's own.
 class JobConfig(Section):
     """All sections. Those chosen by name have the class that the name selects in its registry."""
 
-    job: JobSection
+    job: RunConfig
     model: Section
     method: Section
     optimizer: Section
     lr_schedule: LRScheduleConfig
     data: DataConfig
-    training: TrainingSection
+    training: TrainingConfig
     parallelism: ParallelismConfig
     compile: CompileConfig
     activation_checkpoint: ActivationCheckpointConfig
     checkpoint: CheckpointConfig
-    evaluation: EvaluationSection
+    evaluation: EvaluationConfig
     metrics: MetricsConfig
     spectrum: SpectrumConfig
     profiler: ProfilerConfig

@@ -8,7 +8,7 @@ from pydantic import Field
 from switchtitan.config.section import Section
 
 
-class JobSection(Section):
+class RunConfig(Section):
     """`[job]`: what the run is called, where it writes, and its seed."""
 
     name: str = Field(min_length=1)
@@ -19,7 +19,7 @@ class JobSection(Section):
     """Fixes initial weights, order of the data and dropout; an integer >= 0."""
 
 
-class TrainingSection(Section):
+class TrainingConfig(Section):
     """`[training]`: how long and on how many sequences at a time to train."""
 
     steps: int = Field(ge=1)
@@ -40,7 +40,7 @@ class TrainingSection(Section):
     """What a step with a gradient that is inf or nan does: stop the run, or skip the update."""
 
 
-class EvaluationSection(Section):
+class EvaluationConfig(Section):
     """`[evaluation]`: loss on held-out sequences."""
 
     interval: int = Field(default=1000, ge=1)

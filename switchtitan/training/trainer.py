@@ -18,7 +18,7 @@ from switchtitan.distributed.fsdp import accumulate_gradients, num_device_bytes
 from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
 from switchtitan.errors import RanksDisagreeError, UserError
-from switchtitan.job.sections import TrainingSection
+from switchtitan.job.sections import TrainingConfig
 from switchtitan.observability import Profiler, Reporter, StepCommunication, Throughput, peak_memory_gib
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.garbage import GarbageCollection
@@ -74,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        training: TrainingSection,
+        training: TrainingConfig,
         intervals: Intervals,
         world: World,
         seed: int,

@@ -24,7 +24,7 @@ class LowRankConfig(Section):
 
     freezes_weights: ClassVar[bool] = True
     """See `job_checks.FreezingMethodSection`."""
-    free_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
+    resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
     rank: int = Field(ge=1)
     """Number of vectors in each factor, at least 1 and below the smaller dimension of every adapted layer."""
     alpha: float = Field(default=1.0, gt=0)

@@ -10,7 +10,7 @@ from switchtitan.methods.lowrank.config import LowRankConfig
 class SwitchLoraConfig(LowRankConfig):
     """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564)."""
 
-    free_keys: ClassVar[frozenset[str]] = LowRankConfig.free_keys | {"candidates_device"}
+    resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     init: Literal["switchlora", "lora"] = "switchlora"

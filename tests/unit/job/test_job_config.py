@@ -11,9 +11,9 @@ import pytest
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.errors import ConfigError
-from switchtitan.job.checks import check_frozen_weights, obstacle_to_cpp
+from switchtitan.job.checks import check_frozen_weights, missing_toolchain
 from switchtitan.job.config import DEFAULT_FILE, JobConfig, parse_arguments
-from switchtitan.job.sections import TrainingSection
+from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import LoraConfig
 
@@ -213,7 +213,7 @@ def test_compilation_on_a_cpu_that_cannot_build_is_refused(
     monkeypatch.setattr(target, value)
     if target == "torch.__file__":
         monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
-    obstacle = obstacle_to_cpp()
+    obstacle = missing_toolchain()
     assert obstacle is not None
     assert obstacle.endswith(expected)
 
@@ -263,7 +263,7 @@ def test_a_method_that_says_that_it_freezes_no_weights_is_believed():
 
     sections = (
         ParallelismConfig(frozen_weights="replicate"),
-        TrainingSection(steps=1, global_batch_size=1, local_batch_size=1),
+        TrainingConfig(steps=1, global_batch_size=1, local_batch_size=1),
     )
     (problem,) = check_frozen_weights(Thawed(rank=2), *sections)
     assert "has no effect" in problem
