@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import copy_whole_, empty_on_host_like, local, shard_buffer
+from switchtitan.distributed.shards import copy_from_full_, empty_on_host_like, local, shard_buffer
 
 
 def shard_model(
@@ -91,7 +91,7 @@ def materialize(
         if isinstance(module, Reparametrized):
             values |= module.initial_tensors(values["weight"], partial(_generator_for_local, seed, prefix))
         for name, tensor in own.items():
-            copy_whole_(tensor, values[name])
+            copy_from_full_(tensor, values[name])
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

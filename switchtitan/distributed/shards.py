@@ -21,16 +21,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The unsharded tensor, on every rank; all ranks of its mesh must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def rows_beside(tensor: Tensor, other: Tensor) -> Tensor:
+def rows_aligned_with(tensor: Tensor, other: Tensor) -> Tensor:
     """The rows of `tensor` that this rank holds of `other`, which has as many: its part, or all of them, gathered, where it
     holds `other` whole. All ranks of the mesh must call.
     """
-    return local(tensor) if isinstance(other, DTensor) else whole(tensor)
+    return local(tensor) if isinstance(other, DTensor) else full_tensor(tensor)
 
 
 def row_range(tensor: Tensor) -> range:
@@ -54,7 +54,7 @@ def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
-def copy_whole_(target: Tensor, value: Tensor) -> None:
+def copy_from_full_(target: Tensor, value: Tensor) -> None:
     """Writes this rank's rows of the whole `value` into `target`."""
     rows = row_range(target)
     with torch.no_grad():
@@ -81,8 +81,8 @@ def empty_on_host_like(tensor: Tensor) -> Tensor:
     return DTensor(on_host, tensor._spec, requires_grad=False)
 
 
-Runs = tuple[range, ...]
-"""Rows, or columns, as runs of neighbours, in order: what a ring buffer hands out, and cheap to slice."""
+Spans = tuple[range, ...]
+"""Rows, or columns, as spans of neighbours, in order: what a ring buffer hands out, and cheap to slice."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class RowRequest:
     tensor: Tensor
     """[rows, width], split along dimension 0; or plain, which counts as the sum of all ranks' bit patterns, so that a rank may
     fill in what it has, and zeros for the rest."""
-    runs: Runs
+    spans: Spans
     """Which rows, the same on every rank."""
 
     @property
     def num_rows(self) -> int:
-        return sum(map(len, self.runs))
+        return sum(map(len, self.spans))
 
 
 class RowExchange:
@@ -136,7 +136,7 @@ class RowExchange:
         segments = [
             (destination[into], local(request.tensor)[held])
             for destination, request in zip(rows, requests, strict=True)
-            for into, held in owned_segments(request.tensor, request.runs)
+            for into, held in owned_segments(request.tensor, request.spans)
         ]
         copy_all_([destination for destination, _ in segments], [source for _, source in segments])
         if self._group is not None:
@@ -200,26 +200,26 @@ def padded_length(num_words: int) -> int:
     return -(-num_words // unit) * unit
 
 
-def owned_segments(tensor: Tensor, runs: Runs) -> Iterator[tuple[slice, slice]]:
-    """The parts of `runs` that this rank holds: (positions within the runs' rows, places in the local part)."""
+def owned_segments(tensor: Tensor, spans: Spans) -> Iterator[tuple[slice, slice]]:
+    """The parts of `spans` that this rank holds: (positions within the spans' rows, places in the local part)."""
     held = row_range(tensor)
     position = 0
-    for run in runs:
-        start, stop = max(run.start, held.start), min(run.stop, held.stop)
+    for span in spans:
+        start, stop = max(span.start, held.start), min(span.stop, held.stop)
         if start < stop:
             yield (
-                slice(position + start - run.start, position + stop - run.start),
+                slice(position + start - span.start, position + stop - span.start),
                 slice(start - held.start, stop - held.start),
             )
-        position += len(run)
+        position += len(span)
 
 
-def write_rows_(tensors: list[Tensor], runs: list[Runs], rows: list[Tensor]) -> None:
-    """Writes `rows[i]` [wanted, width] to the rows `runs[i]` of `tensors[i]`, where this rank holds them."""
+def write_rows_(tensors: list[Tensor], spans: list[Spans], rows: list[Tensor]) -> None:
+    """Writes `rows[i]` [wanted, width] to the rows `spans[i]` of `tensors[i]`, where this rank holds them."""
     segments = [
         (local(tensor)[held], values[into])
-        for tensor, tensor_runs, values in zip(tensors, runs, rows, strict=True)
-        for into, held in owned_segments(tensor, tensor_runs)
+        for tensor, tensor_spans, values in zip(tensors, spans, rows, strict=True)
+        for into, held in owned_segments(tensor, tensor_spans)
     ]
     copy_all_([destination for destination, _ in segments], [source for _, source in segments])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import copy_whole_, local, shard_group
+from switchtitan.distributed.shards import copy_from_full_, local, shard_group
 from switchtitan.methods.lowrank import merged_state_dict
 from switchtitan.methods.projected import (
     PackedRows,
@@ -131,7 +131,7 @@ class ApolloRule:
         for weight in self._weights:
             generator = generator_for(self._seed, f"{weight.name}.basis.{number}")
             values = torch.randn(weight.basis.shape, generator=generator) / weight.basis.shape[1] ** 0.5
-            copy_whole_(weight.basis, values)
+            copy_from_full_(weight.basis, values)
         self._drawn = number
 
     def _factors_and_squares(self) -> list[tuple[Tensor, Tensor]]:

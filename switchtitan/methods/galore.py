@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import copy_whole_, local, rows_per_rank, shard_group
+from switchtitan.distributed.shards import copy_from_full_, local, rows_per_rank, shard_group
 from switchtitan.methods.lowrank import merged_state_dict
 from switchtitan.methods.projected import (
     PackedRows,
@@ -141,7 +141,7 @@ def refresh_bases_(weights: list[ProjectedWeight]) -> None:
         else:
             bases = _decompose_on_own_ranks(round_, group)
         for weight, basis in zip(round_, bases, strict=True):
-            copy_whole_(weight.basis, basis)
+            copy_from_full_(weight.basis, basis)
 
 
 def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import copy_whole_, whole
+from switchtitan.distributed.shards import copy_from_full_, full_tensor
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
 from switchtitan.methods.relora.reset import merge_and_restart_, prune_by_lot_, prune_by_magnitude_
 
@@ -20,7 +20,7 @@ def reset_and_prune(rank, result_file, num_ranks):
     if num_ranks > 1:
         fully_shard(layer, mesh=init_device_mesh("cpu", (num_ranks,)))
     for name, parameter in layer.named_parameters():
-        copy_whole_(parameter, torch.randn(parameter.shape, generator=generator_for(0, name)))
+        copy_from_full_(parameter, torch.randn(parameter.shape, generator=generator_for(0, name)))
     moments = {
         f"{how}.{name}.{key}": torch.zeros_like(factor, requires_grad=False)
         for how in ("magnitude", "lot")
@@ -29,7 +29,7 @@ def reset_and_prune(rank, result_file, num_ranks):
     }
     for name, moment in moments.items():
         # Rounded: equal values, of which ranks must keep the same.
-        copy_whole_(
+        copy_from_full_(
             moment, torch.randn(moment.shape, generator=generator_for(1, name)).mul_(4).round_().abs_()
         )
     merge_and_restart_(layer, generator_for(2, "lora_a"))
@@ -39,7 +39,8 @@ def reset_and_prune(rank, result_file, num_ranks):
         by_lot = moments[f"lot.{name}.exp_avg"], moments[f"lot.{name}.exp_avg_sq"]
         prune_by_lot_(*by_lot, 0.6, generator_for(3, name))
     tensors = {
-        name: whole(tensor.detach()) for name, tensor in (dict(layer.named_parameters()) | moments).items()
+        name: full_tensor(tensor.detach())
+        for name, tensor in (dict(layer.named_parameters()) | moments).items()
     }
     if rank == 0:
         torch.save(tensors, result_file)

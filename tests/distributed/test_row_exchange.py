@@ -20,7 +20,7 @@ from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import (
     RowExchange,
     RowRequest,
-    copy_whole_,
+    copy_from_full_,
     gather_rows,
     local,
     row_range,
@@ -55,7 +55,7 @@ def draw(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def sharded(value: Tensor, mesh: DeviceMesh) -> Tensor:
     tensor = shard_buffer(torch.empty_like(value), mesh)
-    copy_whole_(tensor, value)
+    copy_from_full_(tensor, value)
     return tensor
 
 

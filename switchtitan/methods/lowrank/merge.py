@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from switchtitan.distributed.shards import whole
+from switchtitan.distributed.shards import full_tensor
 from switchtitan.methods.lowrank.linear import LowRankLinear
 
 
@@ -17,7 +17,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         own = {
-            name: whole(parameter.detach()).to("cpu", torch.float32)
+            name: full_tensor(parameter.detach()).to("cpu", torch.float32)
             for name, parameter in module.named_parameters(recurse=False)
         }
         if isinstance(module, LowRankLinear):

@@ -7,7 +7,7 @@ every rank, one tensor at a time, so that memory rises by no more than that. All
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import copy_whole_, local, rows_beside, whole
+from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, rows_aligned_with
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.init import lora_bound, uniform
 from switchtitan.methods.lowrank.rounding import Rounding, add_product_
@@ -26,10 +26,10 @@ def merge_and_restart_(
         generator: draws A, uniform within `lora_bound`; in the same state on every rank.
         rounding: for a weight in bf16; the layer's output then stays what it is in the mean.
     """
-    lora_b = rows_beside(layer.lora_b, layer.weight)
-    add_product_(local(layer.weight), lora_b, whole(layer.lora_a), layer.scale, rounding)
+    lora_b = rows_aligned_with(layer.lora_b, layer.weight)
+    add_product_(local(layer.weight), lora_b, full_tensor(layer.lora_a), layer.scale, rounding)
     shape = layer.rank, layer.in_features
-    copy_whole_(layer.lora_a, uniform(shape, lora_bound(layer.in_features), generator))
+    copy_from_full_(layer.lora_a, uniform(shape, lora_bound(layer.in_features), generator))
     local(layer.lora_b).zero_()
 
 
@@ -43,10 +43,10 @@ def prune_by_magnitude_(exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float)
     Args:
         exp_avg, exp_avg_sq: [rows, width]; `num_pruned` of the second moments are zeroed, of the first as many or more.
     """
-    means, squares = whole(exp_avg), whole(exp_avg_sq)
+    means, squares = full_tensor(exp_avg), full_tensor(exp_avg_sq)
     kept = largest(squares, prune_ratio)
-    copy_whole_(exp_avg_sq, torch.where(kept, squares, 0))
-    copy_whole_(exp_avg, torch.where(kept & largest(means.abs(), prune_ratio), means, 0))
+    copy_from_full_(exp_avg_sq, torch.where(kept, squares, 0))
+    copy_from_full_(exp_avg, torch.where(kept & largest(means.abs(), prune_ratio), means, 0))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def prune_by_lot_(
     """
     kept = largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio).to(exp_avg.device)
     for moment in (exp_avg, exp_avg_sq):
-        copy_whole_(moment, torch.where(kept, whole(moment), 0))
+        copy_from_full_(moment, torch.where(kept, full_tensor(moment), 0))
 
 
 def largest(scores: Tensor, prune_ratio: float) -> Tensor:

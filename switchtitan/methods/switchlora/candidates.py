@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import RowRequest, Runs, local, row_range, write_rows_
+from switchtitan.distributed.shards import RowRequest, Spans, local, row_range, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.splitmix import splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -170,7 +170,7 @@ class _DrawnSide:
         self._elements = elements
         self._device = device
 
-    def draw(self, slots: dict[int, Runs]) -> dict[int, Tensor]:
+    def draw(self, slots: dict[int, Spans]) -> dict[int, Tensor]:
         """The candidates in these slots by layer, [k, elements] each; layers of one width are drawn together."""
         groups: defaultdict[range, list[int]] = defaultdict(list)
         for layer in slots:
@@ -180,7 +180,9 @@ class _DrawnSide:
             counts = [sum(map(len, slots[layer])) for layer in layers]
             owners = torch.from_numpy(np.repeat(layers, counts))
             places = torch.from_numpy(
-                np.concatenate([np.arange(run.start, run.stop) for layer in layers for run in slots[layer]])
+                np.concatenate(
+                    [np.arange(span.start, span.stop) for layer in layers for span in slots[layer]]
+                )
             )
             keys, bounds = splitmix64(self._keys[owners], places), self._bounds[owners]
             vectors = draw_vectors(self._on_device(keys), self._on_device(bounds), elements)

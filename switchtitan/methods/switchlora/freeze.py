@@ -9,7 +9,7 @@ SIDE_A, SIDE_B = 0, 1
 """Places of A's rows and B's columns in tensors [2, layers, rank]."""
 
 
-class VectorRun(NamedTuple):
+class VectorSpan(NamedTuple):
     """Neighbouring vectors of one factor of one layer."""
 
     side: int
@@ -32,9 +32,9 @@ class FreezeTimers:
         self._freeze_steps = freeze_steps
         self.steps_left = torch.zeros(2, num_layers, rank, dtype=torch.int32, device=device)
 
-    def start_(self, runs: list[VectorRun]) -> None:
+    def start_(self, spans: list[VectorSpan]) -> None:
         """Makes these vectors stand still in this step and the next `freeze_steps` - 1."""
-        timers = [run.view(self.steps_left) for run in runs]
+        timers = [span.view(self.steps_left) for span in spans]
         if timers:
             torch._foreach_zero_(timers)
             torch._foreach_add_(timers, self._freeze_steps)

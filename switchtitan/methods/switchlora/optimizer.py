@@ -19,7 +19,7 @@ from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates, Switches
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorRun
+from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorSpan
 from switchtitan.methods.switchlora.init import num_candidates
 from switchtitan.methods.switchlora.schedule import SwitchCounts, SwitchSchedule, plan_layer_switch
 from switchtitan.methods.switchlora.switch import (
@@ -140,7 +140,7 @@ class SwitchLoraOptimizer:
         vectors = [plan.rows + plan.columns for plan in plans]
         gathered = self._exchange.gather(
             [
-                *(RowRequest(layer.lora_a, runs) for layer, runs in zip(layers, vectors, strict=True)),
+                *(RowRequest(layer.lora_a, spans) for layer, spans in zip(layers, vectors, strict=True)),
                 *self._candidates.row_requests(switches),
             ],
             checksum,
@@ -219,23 +219,23 @@ class SwitchLoraOptimizer:
         self._candidates.forget()
 
 
-def _counterparts(switches: Switches) -> list[VectorRun]:
+def _counterparts(switches: Switches) -> list[VectorSpan]:
     """B's columns beside the switched rows of A, and A's rows beside the switched columns of B."""
     return [
-        VectorRun(side, layer, run)
+        VectorSpan(side, layer, span)
         for layer, plan in switches.items()
-        for side, runs in ((SIDE_B, plan.rows), (SIDE_A, plan.columns))
-        for run in runs
+        for side, spans in ((SIDE_B, plan.rows), (SIDE_A, plan.columns))
+        for span in spans
     ]
 
 
-def _switched(switches: Switches) -> list[VectorRun]:
+def _switched(switches: Switches) -> list[VectorSpan]:
     """The switched rows of A and columns of B themselves."""
     return [
-        VectorRun(side, layer, run)
+        VectorSpan(side, layer, span)
         for layer, plan in switches.items()
-        for side, runs in ((SIDE_A, plan.rows), (SIDE_B, plan.columns))
-        for run in runs
+        for side, spans in ((SIDE_A, plan.rows), (SIDE_B, plan.columns))
+        for span in spans
     ]
 
 

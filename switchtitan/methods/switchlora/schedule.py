@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from switchtitan.distributed.shards import Runs
+from switchtitan.distributed.shards import Spans
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
@@ -82,13 +82,13 @@ class SwitchCounts:
 class LayerSwitch:
     """What one layer switches in one step. Both sides switch the same number of vectors."""
 
-    rows: Runs
+    rows: Spans
     """Rows of A."""
-    columns: Runs
+    columns: Spans
     """Columns of B."""
-    slots_in: Runs
+    slots_in: Spans
     """Candidates taken in, on either side."""
-    slots_out: Runs
+    slots_out: Spans
     """Candidates overwritten by the vectors that leave, on either side."""
 
     @property
@@ -99,15 +99,15 @@ class LayerSwitch:
 def plan_layer_switch(num_switched: int, count: int, rank: int, num_candidates: int) -> LayerSwitch:
     """The next `count` vectors in ring order, after `num_switched` (SwitchLoRA's pointers, all derived from that number)."""
     return LayerSwitch(
-        rows=ring_runs(num_switched, count, rank),
-        columns=ring_runs(rank // 2 + num_switched, count, rank),
-        slots_in=ring_runs(num_switched, count, num_candidates),
-        slots_out=ring_runs(num_switched - rank, count, num_candidates),
+        rows=ring_spans(num_switched, count, rank),
+        columns=ring_spans(rank // 2 + num_switched, count, rank),
+        slots_in=ring_spans(num_switched, count, num_candidates),
+        slots_out=ring_spans(num_switched - rank, count, num_candidates),
     )
 
 
-def ring_runs(start: int, count: int, size: int) -> Runs:
-    """`count` neighbours from `start` on a ring of `size` places, as one run or two; `count` <= `size`."""
+def ring_spans(start: int, count: int, size: int) -> Spans:
+    """`count` neighbours from `start` on a ring of `size` places, as one span or two; `count` <= `size`."""
     start %= size
     stop = start + count
     if stop <= size:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import Runs, by_layout, copy_all_
+from switchtitan.distributed.shards import Spans, by_layout, copy_all_
 from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 
 
@@ -24,14 +24,14 @@ def fold_into_weight_(
     add_product_(weight, left, right, scale, rounding)
 
 
-def take_columns(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
-    """Copies of the columns `runs[i]` of `matrices[i]`, [rows, wanted] each, in few operations; on CUDA, in a kernel for
-    each run of each matrix."""
+def take_columns(matrices: list[Tensor], spans: list[Spans]) -> list[Tensor]:
+    """Copies of the columns `spans[i]` of `matrices[i]`, [rows, wanted] each, in few operations; on CUDA, in a kernel for
+    each span of each matrix."""
     taken = [
         matrix.new_empty(len(matrix), sum(map(len, wanted)))
-        for matrix, wanted in zip(matrices, runs, strict=True)
+        for matrix, wanted in zip(matrices, spans, strict=True)
     ]
-    copy_all_(_all_parts(taken, runs), _all_views(matrices, runs))
+    copy_all_(_all_parts(taken, spans), _all_views(matrices, spans))
     return taken
 
 
@@ -41,29 +41,29 @@ def subtract_all_(minuends: list[Tensor], subtrahends: list[Tensor]) -> None:
         torch._foreach_sub_(left, right)
 
 
-def column_views(matrix: Tensor, runs: Runs) -> list[Tensor]:
-    """The columns in `runs`, one view for each run."""
-    return [matrix[:, run.start : run.stop] for run in runs]
+def column_views(matrix: Tensor, spans: Spans) -> list[Tensor]:
+    """The columns in `spans`, one view for each span."""
+    return [matrix[:, span.start : span.stop] for span in spans]
 
 
-def split_columns(columns: Tensor, runs: Runs) -> list[Tensor]:
-    """`columns` [rows, wanted] cut as `runs` are."""
-    return list(columns.split([len(run) for run in runs], dim=1))
+def split_columns(columns: Tensor, spans: Spans) -> list[Tensor]:
+    """`columns` [rows, wanted] cut as `spans` are."""
+    return list(columns.split([len(span) for span in spans], dim=1))
 
 
-def write_columns_(matrices: list[Tensor], runs: list[Runs], columns: list[Tensor]) -> None:
-    """Writes `columns[i]` [rows, wanted] to the columns `runs[i]` of `matrices[i]`, in few operations; on CUDA, in a
-    kernel for each run of each matrix."""
-    copy_all_(_all_views(matrices, runs), _all_parts(columns, runs))
+def write_columns_(matrices: list[Tensor], spans: list[Spans], columns: list[Tensor]) -> None:
+    """Writes `columns[i]` [rows, wanted] to the columns `spans[i]` of `matrices[i]`, in few operations; on CUDA, in a
+    kernel for each span of each matrix."""
+    copy_all_(_all_views(matrices, spans), _all_parts(columns, spans))
 
 
-def _all_views(matrices: list[Tensor], runs: list[Runs]) -> list[Tensor]:
+def _all_views(matrices: list[Tensor], spans: list[Spans]) -> list[Tensor]:
     return [
-        view for matrix, wanted in zip(matrices, runs, strict=True) for view in column_views(matrix, wanted)
+        view for matrix, wanted in zip(matrices, spans, strict=True) for view in column_views(matrix, wanted)
     ]
 
 
-def _all_parts(columns: list[Tensor], runs: list[Runs]) -> list[Tensor]:
+def _all_parts(columns: list[Tensor], spans: list[Spans]) -> list[Tensor]:
     return [
-        part for values, wanted in zip(columns, runs, strict=True) for part in split_columns(values, wanted)
+        part for values, wanted in zip(columns, spans, strict=True) for part in split_columns(values, wanted)
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from switchtitan.distributed.shards import by_layout, local, row_range
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, VectorRun
+from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, VectorSpan
 from switchtitan.optim import AdamWConfig
 
 Update = Callable[..., None]
@@ -68,15 +68,15 @@ class VectorAdamW:
         self._lr.fill_(self._config.lr * lr_factor)
 
     @torch.no_grad()
-    def reset_(self, runs: list[VectorRun]) -> None:
+    def reset_(self, spans: list[VectorSpan]) -> None:
         """Forgets what these vectors' moments and step counts hold."""
-        counts = [run.view(self.num_steps) for run in runs]
-        _zero_all_(counts + _vectors_of(self._exp_avg, runs) + _vectors_of(self._exp_avg_sq, runs))
+        counts = [span.view(self.num_steps) for span in spans]
+        _zero_all_(counts + _vectors_of(self._exp_avg, spans) + _vectors_of(self._exp_avg_sq, spans))
 
     @torch.no_grad()
-    def reset_first_moments_(self, runs: list[VectorRun]) -> None:
+    def reset_first_moments_(self, spans: list[VectorSpan]) -> None:
         """Forgets what these vectors' first moments hold, and nothing else."""
-        _zero_all_(_vectors_of(self._exp_avg, runs))
+        _zero_all_(_vectors_of(self._exp_avg, spans))
 
     @torch.no_grad()
     def step(self, moving: Tensor) -> None:
@@ -196,9 +196,9 @@ def _beside(coefficients: Tensor, factor: Tensor, side: int) -> Tensor:
     return coefficients[..., held.start : held.stop].unsqueeze(-1)
 
 
-def _vectors_of(moments: tuple[list[Tensor], ...], runs: list[VectorRun]) -> list[Tensor]:
+def _vectors_of(moments: tuple[list[Tensor], ...], spans: list[VectorSpan]) -> list[Tensor]:
     """Of moments by side and layer, the parts of these vectors that this rank holds."""
-    return [_local_vectors(moments[run.side][run.layer], run) for run in runs]
+    return [_local_vectors(moments[span.side][span.layer], span) for span in spans]
 
 
 def _zero_all_(tensors: list[Tensor]) -> None:
@@ -207,12 +207,12 @@ def _zero_all_(tensors: list[Tensor]) -> None:
         torch._foreach_zero_(alike)
 
 
-def _local_vectors(moments: Tensor, run: VectorRun) -> Tensor:
-    """The vectors of a run in this rank's part, a view; empty where it holds none."""
+def _local_vectors(moments: Tensor, span: VectorSpan) -> Tensor:
+    """The vectors of a span in this rank's part, a view; empty where it holds none."""
     part = local(moments)
-    if run.side == SIDE_B:
-        return part[:, run.vectors.start : run.vectors.stop]
+    if span.side == SIDE_B:
+        return part[:, span.vectors.start : span.vectors.stop]
     held = row_range(moments)
-    start = min(max(run.vectors.start - held.start, 0), len(held))
-    stop = min(max(run.vectors.stop - held.start, 0), len(held))
+    start = min(max(span.vectors.start - held.start, 0), len(held))
+    stop = min(max(span.vectors.stop - held.start, 0), len(held))
     return part[start:stop]

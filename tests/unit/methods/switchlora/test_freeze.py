@@ -5,7 +5,7 @@ import torch
 from support.switchlora_layers import build_layer, build_optimizer, set_gradients
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorRun
+from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorSpan
 from switchtitan.optim import AdamWConfig
 
 RANK, LR = 6, 1e-2
@@ -152,10 +152,10 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
 
 def test_timer_started_again_counts_from_the_start():
     timers = FreezeTimers(num_layers=2, rank=5, freeze_steps=3, device=torch.device("cpu"))
-    run = VectorRun(SIDE_B, 1, range(3, 5))
+    run = VectorSpan(SIDE_B, 1, range(3, 5))
     timers.start_([run])
     timers.advance_()
-    timers.start_([run, VectorRun(SIDE_A, 0, range(1))])
+    timers.start_([run, VectorSpan(SIDE_A, 0, range(1))])
     standing = ~timers.moving()
     assert standing.nonzero().tolist() == [[SIDE_A, 0, 0], [SIDE_B, 1, 3], [SIDE_B, 1, 4]]
     for _ in range(3):

@@ -11,7 +11,7 @@ from switchtitan.methods.switchlora.schedule import (
     SwitchSchedule,
     initial_slots,
     plan_layer_switch,
-    ring_runs,
+    ring_spans,
     switch_rate,
 )
 
@@ -198,7 +198,7 @@ def test_factors_begin_with_the_last_candidates_of_the_ring():
 
 
 def test_runs_are_cut_where_the_ring_closes():
-    assert ring_runs(3, 2, 7) == (range(3, 5),)
-    assert ring_runs(12, 4, 7) == (range(5, 7), range(2))
-    assert ring_runs(-2, 2, 7) == (range(5, 7),)
-    assert ring_runs(4, 0, 7) == (range(4, 4),)
+    assert ring_spans(3, 2, 7) == (range(3, 5),)
+    assert ring_spans(12, 4, 7) == (range(5, 7), range(2))
+    assert ring_spans(-2, 2, 7) == (range(5, 7),)
+    assert ring_spans(4, 0, 7) == (range(4, 4),)
