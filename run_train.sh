@@ -38,14 +38,14 @@ require_count NNODES "$num_nodes"
     fail "NNODES=$num_nodes needs RDZV_ENDPOINT=HOST:PORT, the same on every machine, where one of them is HOST"
 
 if [ "$num_nodes" = 1 ] && [ "$num_processes" = 1 ]; then
-    exec "$PYTHON" -m switchtitan.cli.train "$@"
+    exec "$PYTHON" -m switchtitan train "$@"
 fi
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     num_cores="$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')"
     export OMP_NUM_THREADS=$((num_cores > num_processes ? num_cores / num_processes : 1))
 fi
-exec "$PYTHON" -m switchtitan.cli.launch \
+exec "$PYTHON" -m switchtitan launch \
     --nnodes "$num_nodes" --nproc_per_node "$num_processes" ${NODE_RANK:+--node_rank "$NODE_RANK"} \
     --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-switchtitan}" \
-    -m switchtitan.cli.train "$@"
+    train "$@"

@@ -1,10 +1,10 @@
 """Measures what training costs, several configurations or ways side by side.
 
-    python scripts/benchmark.py step CONFIG CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
-    python scripts/benchmark.py communication CONFIG ... --num-ranks N [--step S] [--section.key value ...]
-    python scripts/benchmark.py layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...] [--tokens T ...] [--compile]
-    python scripts/benchmark.py optimizer | loader | checkpoint | startup CONFIG [--section.key value ...]
-    python scripts/benchmark.py switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
+    switchtitan benchmark step CONFIG CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
+    switchtitan benchmark communication CONFIG ... --num-ranks N [--step S] [--section.key value ...]
+    switchtitan benchmark layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...] [--tokens T ...] [--compile]
+    switchtitan benchmark optimizer | loader | checkpoint | startup CONFIG [--section.key value ...]
+    switchtitan benchmark switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
 
 CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
 over all of them. Prints a table, and last one line of JSON. The subcommands are those of `switchtitan.benchmark.commands`.
@@ -13,7 +13,6 @@ over all of them. Prints a table, and last one line of JSON. The subcommands are
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 
 from switchtitan.benchmark.commands import COMMANDS, Command, Measurement
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     # Of several ranks that a launcher started, the first one speaks.
     if os.environ.get("RANK", "0") != "0":
         return
-    command = " ".join(["scripts/benchmark.py", *argv])
+    command = " ".join(["switchtitan benchmark", *argv])
     print("\n".join(measurement.table), flush=True)
     print(
         json.dumps({"command": command, "environment": describe_environment()} | measurement.record),
@@ -50,14 +49,16 @@ def measure(argv: Sequence[str]) -> Measurement:
     command: Command = options.command
     if overrides and not command.reads_configs:
         keys = ", ".join(f"--{key}" for key in overrides)
-        raise ConfigError(f"{keys}: benchmark.py {command.name} reads no configuration; leave it out")
+        raise ConfigError(
+            f"{keys}: switchtitan benchmark {command.name} reads no configuration; leave it out"
+        )
     return command.measure(options, overrides)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The program's own words, and as `command` the subcommand."""
     parser = argparse.ArgumentParser(
-        prog="scripts/benchmark.py",
+        prog="switchtitan benchmark",
         description="Measures what training costs, several configurations or ways side by side.",
         epilog="--section.key value overrides a key of all configurations, as in training.",
         allow_abbrev=False,
@@ -72,7 +73,3 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         command.add_arguments(subparser)
         subparser.set_defaults(command=command)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

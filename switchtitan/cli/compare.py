@@ -1,6 +1,6 @@
 """Runs a declared comparison of methods, or goes on with it, and reports what is finished.
 
-python scripts/compare.py train_configs/comparisons/rank_16.toml --jobs 2
+switchtitan compare train_configs/comparisons/rank_16.toml --jobs 2
 
 The report lies in `<output_dir>/reports/<name of the file>`: report.md, results.json, runs.csv and pictures. It is brought up
 to date after every run. A comparison that was stopped, in whatever way, goes on with the same command.
@@ -95,7 +95,7 @@ def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> No
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="scripts/compare.py", description="Runs a declared comparison of methods.", allow_abbrev=False
+        prog="switchtitan compare", description="Runs a declared comparison of methods.", allow_abbrev=False
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the TOML file that declares it")
     parser.add_argument(
@@ -110,7 +110,3 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 def _interrupt(signal_number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

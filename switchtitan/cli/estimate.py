@@ -1,6 +1,6 @@
 """Says what a training step needs on any number of ranks, without them: memory, bytes sent, floating-point operations.
 
-    python scripts/estimate.py CONFIG ... --world-size N [--section.key value ...]
+    switchtitan estimate CONFIG ... --world-size N [--section.key value ...]
 
 CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
 over all of them. Prints tables, and last one line of JSON.
@@ -8,7 +8,6 @@ over all of them. Prints tables, and last one line of JSON.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from switchtitan.benchmark.estimate import ASSUMPTIONS, estimate_step
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     ]
     print("\n".join(lines), flush=True)
     record = {
-        "command": " ".join(["scripts/estimate.py", *argv]),
+        "command": " ".join(["switchtitan estimate", *argv]),
         "environment": describe_environment(),
         "world_size": options.world_size,
         "assumptions": list(ASSUMPTIONS),
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The program's own words; argparse ends the program with status 2 where they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="scripts/estimate.py",
+        prog="switchtitan estimate",
         description="Says what a training step needs on any number of ranks, without them.",
         epilog="--section.key value overrides a key of all configurations, as in training.",
         allow_abbrev=False,
@@ -65,7 +64,3 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--world-size", type=positive_int, required=True, help="ranks of the run")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """Writes a checkpoint as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    python scripts/export.py --checkpoint outputs/RUN [--folder OUT] [--dtype float32|bfloat16]
+    switchtitan export --checkpoint outputs/RUN [--folder OUT] [--dtype float32|bfloat16]
 
 The low-rank factors of any method are merged into dense weights in float32 first. The run's tokenizer goes
 along if the corpus that the run trained on lies where its [data] cache_dir says, seen from here.
@@ -8,7 +8,6 @@ along if the corpus that the run trained on lies where its [data] cache_dir says
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="scripts/export.py",
+        prog="switchtitan export",
         description="Writes a checkpoint as a folder that transformers loads.",
         allow_abbrev=False,
     )
@@ -144,7 +143,3 @@ def _entry(identity: dict[str, JsonValue], section: str, key: str) -> JsonValue:
     values = identity[section]
     assert isinstance(values, dict)
     return values[key]
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

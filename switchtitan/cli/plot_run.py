@@ -1,11 +1,10 @@
 """Draws the curves of one or more runs: losses, learning rate, and what was switched.
 
-python scripts/plot_run.py outputs/RUN [outputs/RUN ...] --output curves.png
+switchtitan plot run outputs/RUN [outputs/RUN ...] --output curves.png
 """
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="scripts/plot_run.py", description="Draws the curves of one or more runs.", allow_abbrev=False
+        prog="switchtitan plot run", description="Draws the curves of one or more runs.", allow_abbrev=False
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
     parser.add_argument(
@@ -118,7 +117,3 @@ def _draw_switches(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[
     axes.set(title="Switches", xlabel="step", ylabel="vectors", ylim=(0, None))
     right.set(ylabel="% of candidates", ylim=(0, 100))
     right.spines["top"].set_visible(False)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

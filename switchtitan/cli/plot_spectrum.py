@@ -1,7 +1,7 @@
 """Draws, for runs side by side, the rank of what training has added to each linear layer's weight.
 
-    python scripts/plot_spectrum.py outputs/RUN [outputs/RUN ...] --output spectra.png
-    python scripts/plot_spectrum.py --label lora=outputs/A,outputs/B --label full=outputs/C --output spectra.png
+    switchtitan plot spectrum outputs/RUN [outputs/RUN ...] --output spectra.png
+    switchtitan plot spectrum --label lora=outputs/A,outputs/B --label full=outputs/C --output spectra.png
 
 It compares each run's newest checkpoint with the weights that the run started from, which follow from its
 seed, or were read by its warm start; the run needs no telemetry. Where runs did measure on the way
@@ -10,7 +10,6 @@ seed, or were read by its warm start; the run needs no telemetry. Where runs did
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="scripts/plot_spectrum.py",
+        prog="switchtitan plot spectrum",
         description="Draws the rank of the weights' change since step 0, for runs side by side.",
         allow_abbrev=False,
     )
@@ -252,7 +251,3 @@ def _labelled_runs(text: str) -> tuple[str, list[Path]]:
     if not name or not separator or not all(runs.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=RUN[,RUN...]")
     return name, paths
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

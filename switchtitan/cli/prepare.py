@@ -1,7 +1,7 @@
 """Tokenises a corpus into memory-mapped shards, once, before the runs that train on it.
 
-    python scripts/prepare_dataset.py --config train_configs/llama_350m_switchlora.toml
-    python scripts/prepare_dataset.py --dataset text --path books/ --vocab_size 8192
+    switchtitan prepare --config train_configs/llama_350m_switchlora.toml
+    switchtitan prepare --dataset text --path books/ --vocab_size 8192
 
 Training does the same on first use; a large corpus is better prepared beforehand, on a machine with many
 cores. A stopped preparation goes on where it was when the same command is given again.
@@ -9,7 +9,6 @@ cores. A stopped preparation goes on where it was when the same command is given
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def read_data_config(argv: Sequence[str]) -> DataConfig | None:
         raise ConfigError(str(error).replace("--data.", "--")) from error
     assert isinstance(section, DataConfig)
     if arguments.wants_help:
-        print_help(section, "scripts/prepare_dataset.py [--config FILE]", INTRODUCTION)
+        print_help(section, "switchtitan prepare [--config FILE]", INTRODUCTION)
         return None
     return section
 
@@ -83,7 +82,3 @@ def summary(corpus: Corpus) -> str:
         )
     lines.append(f"fingerprint  {corpus.fingerprint} (all checksums agree)")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Entry point: `python -m switchtitan.cli.train --config FILE [--section.key value ...]`; see `run_train.sh`."""
+"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`. This process is one rank."""
 
 import signal
 import sys
@@ -45,7 +45,3 @@ def _interrupt(signum: int, frame: object) -> None:
     # Who ends a whole process group ends the loader's workers too, which torch would report in the middle of the save.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -112,7 +112,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = names[slot]
         with (run.folder / OUTPUT_FILE).open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "switchtitan.cli.train", *run.arguments],
+                [sys.executable, "-m", "switchtitan", "train", *run.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

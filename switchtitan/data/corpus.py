@@ -125,7 +125,7 @@ def open_corpus(
         is_main: whether this rank prepares.
         broadcast: hands the main rank's value to all ranks; None where there is one rank. It must not time
             out before a preparation is over, so prepare large corpora beforehand with
-            `scripts/prepare_dataset.py`.
+            `switchtitan prepare`.
         show_progress: whether the main rank shows a progress bar on a terminal.
 
     Raises:

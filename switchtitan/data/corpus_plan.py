@@ -57,7 +57,7 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     if config.offline_dataset is None:
         raise CorpusError(
             f"[data] {wanted}: the Hugging Face hub cannot be reached ({reason}); check the connection, "
-            f"prepare the corpus where there is one (scripts/prepare_dataset.py) and copy {plan.folder}, "
+            f"prepare the corpus where there is one (switchtitan prepare) and copy {plan.folder}, "
             f'give a local path, or set offline_dataset = "pystdlib"'
         )
     return plan_as_named(

@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str], num_ranks: int | None = None) -> JobCon
     names = {section: sections[section].name for section in NAMED_SECTIONS}  # type: ignore[attr-defined]
     config = concrete_job_config(names)(**sections)
     if arguments.wants_help:
-        print_help(config, "./run_train.sh [--config FILE]", _INTRODUCTION)
+        print_help(config, "switchtitan train [--config FILE]", _INTRODUCTION)
         raise SystemExit(0)
     return config
 

@@ -47,7 +47,7 @@ def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess
         "localhost:0",
     ]
     return subprocess.run(
-        [sys.executable, "-m", "switchtitan.cli.launch", *options, "ranks.py", "--config", "job.toml", *argv],
+        [sys.executable, "-m", "switchtitan", "launch", *options, "ranks.py", "--config", "job.toml", *argv],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

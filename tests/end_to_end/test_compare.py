@@ -96,7 +96,8 @@ def result_without_interruption(run: Path, output: Path) -> dict:
         [
             sys.executable,
             "-m",
-            "switchtitan.cli.train",
+            "switchtitan",
+            "train",
             "--config",
             run / "config.toml",
             "--job.output_dir",

@@ -189,8 +189,8 @@ def test_run_train_refuses_a_bad_environment(
 @pytest.mark.parametrize(
     ("environment", "module"),
     [
-        ({"NGPU": "1"}, "-m switchtitan.cli.train --config my file.toml"),
-        ({"NGPU": "2"}, "-m switchtitan.cli.launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
+        ({"NGPU": "1"}, "-m switchtitan train --config my file.toml"),
+        ({"NGPU": "2"}, "-m switchtitan launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
         ({"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"}, "--node_rank 1 "),
     ],
 )
@@ -207,4 +207,4 @@ def test_run_train_starts_the_right_module(
     )
     last_call = machine.log.read_text().splitlines()[-1]
     assert module in last_call
-    assert last_call.endswith("-m switchtitan.cli.train --config my file.toml")
+    assert last_call.endswith("train --config my file.toml")

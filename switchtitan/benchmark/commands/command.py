@@ -1,4 +1,4 @@
-"""What a subcommand of scripts/benchmark.py consists of."""
+"""What a subcommand of `switchtitan benchmark` consists of."""
 
 import argparse
 from collections.abc import Callable

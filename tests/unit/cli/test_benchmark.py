@@ -1,4 +1,4 @@
-"""scripts/benchmark.py prints a table and a line of JSON, and writes nothing."""
+"""switchtitan benchmark prints a table and a line of JSON, and writes nothing."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ def test_steps_are_compared_in_a_table_and_a_record(
     assert first.endswith(f"  {file}")
     assert second.endswith(f"  {file}:method.rank=3")
     record = json.loads(line)
-    assert record["command"] == "scripts/benchmark.py " + " ".join(argv)
+    assert record["command"] == "switchtitan benchmark " + " ".join(argv)
     assert record["environment"]["torch"] == torch.__version__
     assert record["environment"]["num_threads"] == torch.get_num_threads()
     reference, other = record["steps"][file], record["steps"][f"{file}:method.rank=3"]

@@ -1,4 +1,4 @@
-"""scripts/estimate.py prints tables and a line of JSON, and writes nothing."""
+"""switchtitan estimate prints tables and a line of JSON, and writes nothing."""
 
 import importlib
 import json
@@ -33,7 +33,7 @@ def test_needs_of_a_step_are_in_tables_and_a_record(
     tables = [row.split()[0] for row in text if row.startswith(("peak", "most", " GiB", "MiB/step", "TFLOP"))]
     assert tables == ["GiB", "peak", "most", "peak", "most", "MiB/step", "TFLOP/step"]
     record = json.loads(line)
-    assert record["command"] == "scripts/estimate.py " + " ".join(argv)
+    assert record["command"] == "switchtitan estimate " + " ".join(argv)
     assert record["assumptions"] == [row.removeprefix("- ") for row in text if row.startswith("- ")]
     first, second = record["estimates"][file], record["estimates"][f"{file}:method.rank=3"]
     assert first["memory"]["peak"] == sum(first["memory"]["at_peak"].values())

@@ -243,7 +243,7 @@ def test_every_key_has_a_sentence(parse: Callable[..., JobConfig]) -> None:
 
 def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "switchtitan.cli.train", "--training.step", "3"],
+        [sys.executable, "-m", "switchtitan", "train", "--training.step", "3"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,0 +1,6 @@
+"""`python -m switchtitan` is the console script `switchtitan`."""
+
+from switchtitan.cli.main import main
+
+if __name__ == "__main__":
+    main()
