@@ -256,7 +256,7 @@ def build_rank_telemetry(
     if state.step > 0:
         origin.open()
     return RankTelemetry(
-        merged_state_dict=method.merged_state_dict,
+        dense_weights=method.dense_weights,
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
         start_step=state.step,

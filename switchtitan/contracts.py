@@ -1,12 +1,16 @@
-"""The Protocols between packages: what a model, a method and an optimizer must offer to the rest."""
+"""The contracts between packages: what a model, a method and an optimizer must offer to the rest."""
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from switchtitan.config.section import Section
+
+MethodSection = TypeVar("MethodSection", bound=Section)
+"""The class of a method's section."""
 
 IGNORED_TARGET = -100
 """A target token with this value does not count in the loss (torch's `ignore_index`)."""
@@ -138,22 +142,42 @@ class TrainingOptimizer(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-class Method(Protocol):
+class Method(ABC, Generic[MethodSection]):
     """A way to parametrize and train a model's weights, e.g. full rank or LoRA.
 
-    Built as factory(config, num_steps, seed): the length of the run in optimizer steps, and the job's seed, from which with
-    `distributed.seeds.generator_for` all that a method draws must follow, equal on every rank.
+    Args:
+        config: the method's own section.
+        num_steps: length of the run in optimizer steps.
+        seed: of the job. All that a method draws follows from it with
+            `distributed.seeds.generator_for`, equal on every rank.
     """
 
+    def __init__(self, config: MethodSection, num_steps: int, seed: int) -> None:
+        self.config, self.num_steps, self.seed = config, num_steps, seed
+
     def prepare_model(self, model: nn.Module) -> None:
-        """Replaces layers; called once, on the meta device, before any wrapping."""
-        ...
+        """Replaces layers; called once, on the meta device, before any wrapping. Default: none."""
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer: ...
+    @abstractmethod
+    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+        """The optimizer of the sharded model.
 
-    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The dense model's weights by the plain model's names, merged in fp32, whole on the CPU of the main rank.
-
-        Every rank must call it; ranks other than the main one get an empty dict.
+        Args:
+            config: the section `[optimizer]`.
+            compile_step: compile the update.
         """
-        ...
+
+    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of the plain model that computes what a model of this method does.
+
+        The only way from a method's tensors to a dense model: telemetry, export, warm starts and
+        spectra of checkpoints call it. Default: the tensors themselves.
+
+        Args:
+            tensors: full (unsharded) tensors by their names in the prepared model. All parameters
+                are there; buffers may be there and must not matter.
+
+        Returns:
+            fp32 tensors by the plain model's names.
+        """
+        return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Generic, TypeVar
 
+from pydantic import ValidationError
+
 from switchtitan.config.section import Section
 from switchtitan.errors import ConfigError
 
@@ -60,6 +62,22 @@ class Registry(Generic[Part]):
             {} if component is None else component.config_type.model_construct().model_dump(mode="json")
         )
         return {**defaults, **section}
+
+    def restore(self, section: Mapping[str, object]) -> Section:
+        """The section that plain values were saved from, perhaps before its class had all of today's keys.
+
+        Raises:
+            ConfigError: if this version of the class does not accept the values.
+        """
+        config_type = self[str(section.get("name"))].config_type
+        defaults = config_type.model_construct().model_dump(mode="json")
+        # A saved section names all keys, and some may not be given at all next to others.
+        given = {key: value for key, value in section.items() if defaults.get(key, value) != value}
+        given |= {key: value for key, value in section.items() if key not in defaults}
+        try:
+            return config_type.model_validate(given)
+        except ValidationError as error:
+            raise ConfigError(f"[{self.kind}] {section.get('name')!r}: {error}") from error
 
     def comparable(self, section: Mapping[str, object]) -> dict[str, object]:
         """As `completed`, without `resumable_keys`."""

@@ -21,7 +21,7 @@ from switchtitan.checkpoint.metadata import CheckpointMetadata
 from switchtitan.data.index import TOKENIZER_FILE, CorpusIndex, read_index
 from switchtitan.errors import CheckpointError, CorpusError, UserError, exit_for
 from switchtitan.hub.huggingface import export_dense
-from switchtitan.hub.initial_weights import read_merged_checkpoint
+from switchtitan.hub.initial_weights import read_dense_checkpoint
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
 
 
@@ -82,7 +82,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
     corpus_folder = find_corpus(metadata)
     index = trained_corpus(corpus_folder, metadata)
     export_dense(
-        read_merged_checkpoint(checkpoint),
+        read_dense_checkpoint(checkpoint),
         dims,
         folder,
         dtype,

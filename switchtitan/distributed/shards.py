@@ -4,7 +4,7 @@ Tensors here are plain, or split along dimension 0 over the last dimension of th
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,19 @@ def local(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The unsharded tensor, on every rank; all ranks of its mesh must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_on_main(tensors: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Tensor]:
+    """Unsharded tensors by name, on the CPU of the main rank; the other ranks get an empty dict.
+
+    One tensor is gathered at a time. All ranks of their mesh must call.
+    """
+    gathered = {}
+    for name, tensor in tensors:
+        full = full_tensor(tensor.detach())
+        if is_main:
+            gathered[name] = full.cpu()
+    return gathered
 
 
 def rows_aligned_with(tensor: Tensor, other: Tensor) -> Tensor:

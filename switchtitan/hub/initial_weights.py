@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
 from switchtitan.checkpoint.layout import METADATA_FILE
 from switchtitan.checkpoint.metadata import file_record
-from switchtitan.errors import CheckpointError
+from switchtitan.contracts import Method
+from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.huggingface import check_dense, read_dense
-from switchtitan.methods.lowrank import merge_factors
+from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.llama.model import Llama
 
@@ -46,7 +47,7 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> I
         check_same_run(
             {"model": saved_section | {"attention": None}}, {"model": model_section | {"attention": None}}
         )
-        weights = _merge_checkpoint(source)
+        weights = read_dense_checkpoint(source)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
@@ -76,21 +77,29 @@ def fingerprint(source: Path) -> str:
     return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
 
 
-def read_merged_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The dense fp32 weights that a checkpoint of this project amounts to, whole.
+def read_dense_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The dense fp32 weights of a checkpoint of any method, by the plain model's names.
 
     Raises:
-        CheckpointError: if there is no whole checkpoint at `path`.
+        CheckpointError: if there is no complete checkpoint at `path`, or its method is not one that
+            this version knows.
     """
-    return _merge_checkpoint(find_given(path))
+    checkpoint = find_given(path)
+    return _saved_method(checkpoint).dense_weights(read_tensors(checkpoint, prefix="model."))
 
 
-def _merge_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
-    method = read_metadata(checkpoint).identity["method"]
-    assert isinstance(method, dict)
-    # Methods whose rank is not that of factors beside a weight have no alpha.
-    scale = float(method["alpha"]) / int(method["rank"]) if "alpha" in method else 0.0  # type: ignore[arg-type]
-    return merge_factors(read_tensors(checkpoint, prefix="model."), scale)
+def _saved_method(checkpoint: Path) -> Method:
+    metadata = read_metadata(checkpoint)
+    section, job = metadata.identity["method"], metadata.identity["job"]
+    assert isinstance(section, dict)
+    assert isinstance(job, dict)
+    try:
+        config = METHODS.restore(section)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{checkpoint}: expected a method that this version of switchtitan knows ({error})"
+        ) from error
+    return METHODS.build(config, metadata.step, int(str(job["seed"])))
 
 
 def _is_safetensors(path: Path) -> bool:

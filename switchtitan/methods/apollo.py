@@ -9,10 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import Method, TrainingOptimizer
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, local, shard_group
-from switchtitan.methods.lowrank import merged_state_dict
 from switchtitan.methods.projected import (
     PackedRows,
     ProjectedConfig,
@@ -42,22 +41,13 @@ class ApolloConfig(ProjectedConfig):
     paper), above 1."""
 
 
-class Apollo:
-    """All weights train; the largest ones' state is that of a small random projection. A `contracts.Method`."""
-
-    def __init__(self, config: ApolloConfig, num_steps: int, seed: int) -> None:
-        self._config, self._seed = config, seed
-
-    def prepare_model(self, model: nn.Module) -> None:
-        pass
+class Apollo(Method[ApolloConfig]):
+    """All weights train; the largest ones' state is that of a small random projection."""
 
     def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)
-        build_rule = partial(ApolloRule, self._config, config, seed=self._seed, compile_step=compile_step)
-        return build_projected_optimizer(model, self._config, config, build_rule)
-
-    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        return merged_state_dict(model)
+        build_rule = partial(ApolloRule, self.config, config, seed=self.seed, compile_step=compile_step)
+        return build_projected_optimizer(model, self.config, config, build_rule)
 
 
 class ApolloRule:

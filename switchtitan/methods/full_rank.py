@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import Method, TrainingOptimizer
 from switchtitan.distributed.shards import local
-from switchtitan.methods.lowrank import merged_state_dict
 from switchtitan.optim import OPTIMIZERS
 
 
@@ -18,17 +17,8 @@ class FullRankConfig(Section):
     """The method."""
 
 
-class FullRank:
-    """All parameters of the plain model train; a `contracts.Method`."""
-
-    def __init__(self, config: FullRankConfig, num_steps: int, seed: int) -> None:
-        pass
-
-    def prepare_model(self, model: nn.Module) -> None:
-        pass
+class FullRank(Method[FullRankConfig]):
+    """All parameters of the plain model train."""
 
     def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
         return OPTIMIZERS.build(config, model.named_parameters(), local, compile_step)
-
-    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        return merged_state_dict(model)

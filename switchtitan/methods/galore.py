@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import Method, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, local, rows_per_rank, shard_group
-from switchtitan.methods.lowrank import merged_state_dict
 from switchtitan.methods.projected import (
     PackedRows,
     ProjectedConfig,
@@ -32,23 +31,14 @@ class GaloreConfig(ProjectedConfig):
     """Updates of the projected weights are multiplied by this (alpha in the paper), above 0."""
 
 
-class Galore:
-    """All weights train; the optimizer's state of the largest ones is low-rank. A `contracts.Method`."""
-
-    def __init__(self, config: GaloreConfig, num_steps: int, seed: int) -> None:
-        self._config = config
-
-    def prepare_model(self, model: nn.Module) -> None:
-        pass
+class Galore(Method[GaloreConfig]):
+    """All weights train; the optimizer's state of the largest ones is low-rank."""
 
     def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)
         return build_projected_optimizer(
-            model, self._config, config, partial(GaloreRule, self._config, config, compile_step=compile_step)
+            model, self.config, config, partial(GaloreRule, self.config, config, compile_step=compile_step)
         )
-
-    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        return merged_state_dict(model)
 
 
 class GaloreRule:

@@ -1,12 +1,13 @@
 """Measures, while a run trains, the rank of what training has added to each linear layer's weight."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from switchtitan.distributed.shards import gather_on_main
 from switchtitan.observability.metrics import Reporter
 from switchtitan.spectra.spectra_files import drop_spectra_after, write_spectra
 from switchtitan.spectra.spectrum import Spectra, normalized_by_kind, singular_values, summarize
@@ -19,7 +20,7 @@ class RankTelemetry:
     """Singular values of W + s B A - W_init, or W - W_init, whenever it is called; holds no weights in between.
 
     Args:
-        merged_state_dict: the dense weights of a model, see `contracts.Method`.
+        dense_weights: of the run's method, see `contracts.Method`.
         origin: of the run's weights.
         folder: for one file of singular values per measurement.
         start_step: steps done before this run.
@@ -30,7 +31,7 @@ class RankTelemetry:
     def __init__(
         self,
         *,
-        merged_state_dict: Callable[[nn.Module], dict[str, Tensor]],
+        dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         origin: Origin,
         folder: Path,
         start_step: int,
@@ -38,7 +39,7 @@ class RankTelemetry:
         is_main: bool,
         broadcast: Callable[[dict[str, float]], dict[str, float]],
     ) -> None:
-        self._merged_state_dict = merged_state_dict
+        self._dense_weights = dense_weights
         self._origin = origin
         self._folder = folder
         self._last_step = start_step
@@ -52,8 +53,8 @@ class RankTelemetry:
         Raises:
             CheckpointError: on the main rank, if the weights that the run started from are no longer at hand.
         """
-        merged = self._merged_state_dict(model)
-        spectra = self._measure(merged, step) if self._is_main else {}
+        tensors = gather_on_main(model.named_parameters(), self._is_main)
+        spectra = self._measure(self._dense_weights(tensors), step) if self._is_main else {}
         # The others wait here, for which a collective of the training step might not have the patience.
         values = self._broadcast(rank_metrics(spectra) if self._is_main else {})
         reporter.report(step, values)
@@ -67,8 +68,8 @@ class RankTelemetry:
                 largest,
             )
 
-    def _measure(self, merged: dict[str, Tensor], step: int) -> Spectra:
-        changes = weight_changes(merged, self._origin, linear_layers(merged, self._origin))
+    def _measure(self, dense: dict[str, Tensor], step: int) -> Spectra:
+        changes = weight_changes(dense, self._origin, linear_layers(dense, self._origin))
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         # What lies between was left by a run that was stopped, and went on from before it.
         drop_spectra_after(self._folder, self._last_step)

@@ -14,7 +14,7 @@ from switchtitan.config.section import Section
 from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.errors import CheckpointError, UserError
-from switchtitan.hub.initial_weights import fingerprint, read_initial_weights, read_merged_checkpoint
+from switchtitan.hub.initial_weights import fingerprint, read_dense_checkpoint, read_initial_weights
 from switchtitan.models import MODELS
 from switchtitan.spectra.spectrum import select_layers, singular_values
 
@@ -106,7 +106,7 @@ def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> di
         CheckpointError: if there is no whole checkpoint, or the weights that its run started from are no longer at hand.
         ConfigError: if a pattern fits no layer.
     """
-    origin, merged = checkpoint_origin(checkpoint), read_merged_checkpoint(checkpoint)
+    origin, merged = checkpoint_origin(checkpoint), read_dense_checkpoint(checkpoint)
     layers = select_layers(linear_layers(merged, origin), patterns)
     changes = tqdm(
         weight_changes(merged, origin, layers),

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_on_ranks
-from support.tiny import tiny_trainer, train_steps, whole_tensors
+from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
 from torch.distributed.tensor import DTensor
 
 from switchtitan.checkpoint.metadata import read_tensors_index
+from switchtitan.distributed.shards import gather_on_main
 from switchtitan.errors import RanksDisagreeError
-from switchtitan.methods.lowrank import low_rank_layers, merged_state_dict
+from switchtitan.methods import METHODS
+from switchtitan.methods.lowrank import low_rank_layers
 
 NUM_STEPS, SAVED_STEP = 12, 6
 # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
@@ -76,7 +78,10 @@ def run_straight(home, method, overrides, num_ranks):
     losses = train_steps(trainer, NUM_STEPS)
     check_how_weights_lie(trainer, is_whole=WHOLE[0] in overrides)
     held_out = trainer.evaluator(trainer.model)
-    merged = merged_state_dict(trainer.model)
+    config = tiny_config(home, method, num_ranks=num_ranks)
+    built = METHODS.build(config.method, config.training.steps, config.job.seed)
+    is_main = dist.get_rank() == 0
+    merged = built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main))
     trainer.batches.close()
     return {
         "losses": losses,

@@ -3,23 +3,24 @@
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.init import balanced_init, lora_init
 from switchtitan.methods.lowrank.linear import (
+    InitialFactors,
     LayerBuffer,
     LowRankLinear,
     low_rank_layer_for,
     low_rank_layers,
     replace_linears,
 )
-from switchtitan.methods.lowrank.merge import merge_factors, merged_state_dict
+from switchtitan.methods.lowrank.method import LowRankMethod
 
 __all__ = [
+    "InitialFactors",
     "LayerBuffer",
     "LowRankConfig",
     "LowRankLinear",
+    "LowRankMethod",
     "balanced_init",
     "lora_init",
     "low_rank_layer_for",
     "low_rank_layers",
-    "merge_factors",
-    "merged_state_dict",
     "replace_linears",
 ]

@@ -37,6 +37,11 @@ class LowRankConfig(Section):
     """How a layer is computed; all agree to rounding. `cheapest` takes the one with the fewest operations for each layer's
     shape, rank and number of tokens; another fixes it, for measurements. With dropout, training is always factored."""
 
+    @property
+    def scale(self) -> float:
+        """s in W + s B A."""
+        return self.alpha / self.rank
+
     @model_validator(mode="after")
     def _check_contraction(self) -> "LowRankConfig":
         if self.dropout and self.contraction != "cheapest":

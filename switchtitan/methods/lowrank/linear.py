@@ -38,7 +38,7 @@ class LowRankLinear(nn.Module):
     Args:
         in_features, out_features: of the plain layer that it stands in for.
         rank: number of vectors in each factor.
-        scale: s, alpha / rank.
+        scale: s.
         initial_factors: see `InitialFactors`.
         dropout: probability that an element of x is zeroed on its way into A.
         buffers: further tensors that belong to the layer, by local name.
@@ -106,15 +106,16 @@ class LowRankLinear(nn.Module):
 def low_rank_layer_for(
     linear: nn.Linear,
     config: LowRankConfig,
+    scale: float,
     initial_factors: InitialFactors,
     buffers: dict[str, LayerBuffer] | None = None,
 ) -> LowRankLinear:
-    """The low-rank layer that stands in for `linear`, with rank, scale, dropout and contraction from `config`."""
+    """The low-rank layer that stands in for `linear`, with rank, dropout and contraction from `config`."""
     return LowRankLinear(
         linear.in_features,
         linear.out_features,
         config.rank,
-        config.alpha / config.rank,
+        scale,
         initial_factors,
         bias=linear.bias is not None,
         dropout=config.dropout,
@@ -124,9 +125,9 @@ def low_rank_layer_for(
 
 
 def replace_linears(
-    model: nn.Module, targets: Iterable[str], build: Callable[[nn.Linear], LowRankLinear]
+    model: nn.Module, targets: Iterable[str], build: Callable[[str, nn.Linear], LowRankLinear]
 ) -> dict[str, LowRankLinear]:
-    """Puts `build(linear)`, on the device of `linear`, in the place of every `nn.Linear` whose local name is among `targets`.
+    """Replaces every `nn.Linear` whose local name is among `targets` by `build(name, linear)`, on the same device.
 
     Returns:
         The new layers by qualified name, in the model's order.
@@ -149,7 +150,7 @@ def replace_linears(
         if local_name in targets:
             # A model on the meta device must stay there: whole layers may not fit this rank's memory.
             with linear.weight.device:
-                replaced[name] = build(linear)
+                replaced[name] = build(name, linear)
             setattr(model.get_submodule(parent_name), local_name, replaced[name])
     return replaced
 

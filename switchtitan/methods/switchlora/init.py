@@ -27,6 +27,11 @@ def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int
     return {"candidates_a": (count, in_features), "candidates_b": (out_features, count)}
 
 
+def is_candidates(name: str) -> bool:
+    """Whether a tensor of a model or a checkpoint, by qualified name, holds candidates."""
+    return name.endswith((".candidates_a", ".candidates_b"))
+
+
 def candidate_buffers(
     config: SwitchLoraConfig, out_features: int, in_features: int
 ) -> dict[str, LayerBuffer]:

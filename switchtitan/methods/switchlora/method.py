@@ -1,6 +1,7 @@
 """SwitchLoRA as a component."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,32 +10,30 @@ from switchtitan.config.section import Section
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import (
+    InitialFactors,
+    LayerBuffer,
     LowRankLinear,
-    low_rank_layer_for,
+    LowRankMethod,
     low_rank_layers,
-    merged_state_dict,
-    replace_linears,
 )
 from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.host_candidates import HostCandidates
-from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors
+from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import OPTIMIZERS, AdamWConfig
 
 logger = logging.getLogger(__name__)
 
 
-class SwitchLora:
-    """Low-rank factors whose vectors are exchanged with candidates all through training; a `contracts.Method`."""
+class SwitchLora(LowRankMethod[SwitchLoraConfig]):
+    """Low-rank factors whose vectors are exchanged with candidates all through training."""
 
-    def __init__(self, config: SwitchLoraConfig, num_steps: int, seed: int) -> None:
-        self._config = config
-        self._num_steps = num_steps
-        self._seed = seed
+    def initial_factors(self) -> InitialFactors:
+        return initial_factors(self.config)
 
-    def prepare_model(self, model: nn.Module) -> None:
-        replace_linears(model, self._config.targets, self._build_layer)
+    def layer_buffers(self, out_features: int, in_features: int) -> dict[str, LayerBuffer]:
+        return candidate_buffers(self.config, out_features, in_features)
 
     def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)
@@ -54,30 +53,25 @@ class SwitchLora:
                 '= "float32" does not.'
             )
         return SwitchLoraOptimizer(
-            self._config,
+            self.config,
             config,
             layers,
             dense,
-            self._num_steps,
-            self._seed,
+            self.num_steps,
+            self.seed,
             compile_step,
             self._candidates_of(layers),
         )
 
-    def merged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        return merged_state_dict(model)
-
-    def _build_layer(self, linear: nn.Linear) -> LowRankLinear:
-        return low_rank_layer_for(
-            linear,
-            self._config,
-            initial_factors(self._config),
-            candidate_buffers(self._config, linear.out_features, linear.in_features),
+    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As for other low-rank methods; candidates are no part of a dense model."""
+        return super().dense_weights(
+            {name: tensor for name, tensor in tensors.items() if not is_candidates(name)}
         )
 
     def _candidates_of(self, layers: dict[str, LowRankLinear]) -> Candidates:
-        if self._config.candidates == "constant":
-            return DrawnCandidates(self._config, layers, self._seed)
-        if self._config.candidates_device == "host":
+        if self.config.candidates == "constant":
+            return DrawnCandidates(self.config, layers, self.seed)
+        if self.config.candidates_device == "host":
             return HostCandidates(list(layers.values()))
         return StoredCandidates(list(layers.values()))

@@ -8,6 +8,7 @@ import torch
 from support.tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.contracts import Batch
+from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import stop_world
 from switchtitan.job.checks import FreezingMethodSection
 from switchtitan.methods import METHODS
@@ -89,7 +90,7 @@ def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, method):
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_merged_weights_in_the_plain_model_compute_the_same_logits(corpora, method):
+def test_dense_weights_in_the_plain_model_compute_the_same_logits(corpora, method):
     folder = corpora / f"contract-merged-{method}"
     trainer, config = tiny_trainer(folder, method), tiny_config(folder, method)
     train_steps(trainer, 12)
@@ -97,9 +98,8 @@ def test_merged_weights_in_the_plain_model_compute_the_same_logits(corpora, meth
     trainer.batches.close()
     expected = logits(trainer.model, batch)
     plain = MODELS.build(config.model)
-    merged = METHODS.build(config.method, config.training.steps, config.job.seed).merged_state_dict(
-        trainer.model
-    )
+    built = METHODS.build(config.method, config.training.steps, config.job.seed)
+    merged = built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main=True))
     assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in merged.values())
     untrained = logits(plain, batch)
     plain.load_state_dict(merged, strict=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from switchtitan.build import build_trainer
 from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import CheckpointError
 from switchtitan.methods import METHODS
@@ -48,9 +49,8 @@ def train(folder: Path, method: str, *overrides: str) -> tuple[Trainer, dict[int
 
 def merged_weights(folder: Path, method: str, trainer: Trainer) -> dict[str, torch.Tensor]:
     config = tiny_config(folder, method)
-    return METHODS.build(config.method, config.training.steps, config.job.seed).merged_state_dict(
-        trainer.model
-    )
+    built = METHODS.build(config.method, config.training.steps, config.job.seed)
+    return built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main=True))
 
 
 def drawn_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -148,7 +148,7 @@ def test_without_the_setting_nothing_is_gathered_or_written(corpora, monkeypatch
     def refuse(*arguments):
         raise AssertionError("gathered")
 
-    monkeypatch.setattr("switchtitan.methods.switchlora.method.merged_state_dict", refuse)
+    monkeypatch.setattr("switchtitan.spectra.telemetry.gather_on_main", refuse)
     trainer, reported = train(corpora / "rank-off", "switchlora", "--training.steps", "20")
     assert trainer.inspect_weights is None
     assert reported == {}

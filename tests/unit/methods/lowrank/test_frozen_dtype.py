@@ -6,10 +6,10 @@ import pytest
 import torch
 from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
 
-from switchtitan.distributed.shards import local
+from switchtitan.distributed.shards import gather_on_main, local
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.initial_weights import read_merged_checkpoint
+from switchtitan.hub.initial_weights import read_dense_checkpoint
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank import low_rank_layers
 from switchtitan.models import MODELS
@@ -63,10 +63,10 @@ def check_what_others_make_of(trainer, method, folder):
     trainer.batches.close()
     expected = trainer.model(batch.tokens, batch.document_ids)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
-    merged = built.merged_state_dict(trainer.model)
+    merged = built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main=True))
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
     checkpoint = trainer.checkpointer.latest
-    for name, tensor in read_merged_checkpoint(checkpoint).items():
+    for name, tensor in read_dense_checkpoint(checkpoint).items():
         assert torch.equal(tensor, merged[name]), name
     plain = MODELS.build(config.model)
     plain.load_state_dict(merged)

@@ -1,0 +1,64 @@
+"""What methods share that train low-rank factors beside frozen weights."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from switchtitan.contracts import Method
+from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.lowrank.init import lora_init
+from switchtitan.methods.lowrank.linear import (
+    InitialFactors,
+    LayerBuffer,
+    LowRankLinear,
+    low_rank_layer_for,
+    replace_linears,
+)
+
+LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
+"""The class of a low-rank method's section."""
+
+
+class LowRankMethod(Method[LowRankSection]):
+    """Linear layers become `LowRankLinear`: W frozen, A and B trained."""
+
+    def scale_of(self, layer_name: str) -> float:
+        """The scale s of a layer, by its qualified name: W + s B A. Both the layer and its dense weight use it."""
+        return self.config.scale
+
+    def initial_factors(self) -> InitialFactors:
+        """How the layers start; by default as in LoRA."""
+        return lora_init
+
+    def layer_buffers(self, out_features: int, in_features: int) -> dict[str, LayerBuffer]:
+        """What a layer keeps besides its parameters, by local name; by default nothing."""
+        return {}
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Replaces every targeted linear layer."""
+        replace_linears(model, self.config.targets, self._build_layer)
+
+    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """W + s B A in fp32 for layers with factors; all other tensors as they are."""
+        dense = {}
+        for name, tensor in super().dense_weights(tensors).items():
+            layer_name, _, local_name = name.rpartition(".")
+            if local_name in ("lora_a", "lora_b"):
+                continue
+            if local_name == "weight" and f"{layer_name}.lora_a" in tensors:
+                lora_a = tensors[f"{layer_name}.lora_a"].to(torch.float32)
+                lora_b = tensors[f"{layer_name}.lora_b"].to(torch.float32)
+                tensor = torch.addmm(tensor, lora_b, lora_a, alpha=self.scale_of(layer_name))
+            dense[name] = tensor
+        return dense
+
+    def _build_layer(self, name: str, linear: nn.Linear) -> LowRankLinear:
+        return low_rank_layer_for(
+            linear,
+            self.config,
+            self.scale_of(name),
+            self.initial_factors(),
+            self.layer_buffers(linear.out_features, linear.in_features),
+        )
