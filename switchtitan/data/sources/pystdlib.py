@@ -1,5 +1,6 @@
 """The embedded default corpus: the running interpreter's standard library, about 30 MB of Python."""
 
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,7 @@ class StandardLibrarySource:
     splits: tuple[str, ...] = ()
 
     def __init__(self, root: Path) -> None:
-        self._files = sorted(
-            (file for file in root.rglob("*.py") if _belongs(file.relative_to(root))),
-            key=lambda file: file.relative_to(root).as_posix(),
-        )
+        self._files = sorted(_library_files(root), key=lambda file: file.relative_to(root).as_posix())
         if not self._files:
             raise CorpusError(
                 f'[data] dataset = "pystdlib": there are no .py files in {root}; install the standard '
@@ -52,12 +50,19 @@ def pystdlib_source(config: DataConfig) -> StandardLibrarySource:
     return StandardLibrarySource(Path(sysconfig.get_paths()["stdlib"]))
 
 
-def _belongs(file: Path) -> bool:
+def _library_files(root: Path) -> Iterator[Path]:
+    """The library's `.py` files. site-packages can hold ten times as many folders, so the walk stays out of it."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = filter(_belongs, subfolders)
+        for name in files:
+            if name.endswith(".py") and _belongs(name):
+                yield Path(folder, name)
+
+
+def _belongs(name: str) -> bool:
     # _sysconfigdata and the config folder hold the build machine's paths: not the same on two machines of one
     # version.
-    return not any(
-        part in _NOT_OF_THE_LIBRARY or part.startswith(("_sysconfigdata", "config-")) for part in file.parts
-    )
+    return name not in _NOT_OF_THE_LIBRARY and not name.startswith(("_sysconfigdata", "config-"))
 
 
 def _read_module(file: Path) -> Iterator[str]:
