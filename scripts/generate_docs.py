@@ -1,0 +1,274 @@
+"""Generates docs/CONFIGURATION.md from the sections, and the tables of docs/PERFORMANCE.md from docs/measurements.
+
+    python scripts/generate_docs.py [--check]
+
+--check writes nothing and ends with status 1 if a file is not current. A table of docs/PERFORMANCE.md stands between
+`<!-- table NAME -->` and `<!-- end -->` and is made from docs/measurements/NAME.json, which `switchtitan benchmark` or
+`switchtitan estimate` wrote.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic_core import PydanticUndefined
+
+from switchtitan.config.fields import describe
+from switchtitan.config.section import Section
+from switchtitan.config.toml_text import toml_value
+from switchtitan.job.config import JobConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
+PERFORMANCE = ROOT / "docs" / "PERFORMANCE.md"
+MEASUREMENTS = ROOT / "docs" / "measurements"
+
+_MIB, _GIB = 2**20, 2**30
+_TABLE = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_CONFIGURATION_HEAD = """\
+# Configuration
+
+A run is described by one TOML file, see [USAGE.md](USAGE.md#configure).
+Every key can be set on the command line as `--section.key value`.
+
+This page is generated from the code by `python scripts/generate_docs.py`.
+"""
+
+Row = Sequence[str]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes both files, or checks that they are current.
+
+    Raises:
+        SystemExit: with status 1 if `--check` finds a file that is not current.
+    """
+    parser = argparse.ArgumentParser(prog="scripts/generate_docs.py", allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not current")
+    options = parser.parse_args(argv)
+    texts = {
+        CONFIGURATION: configuration_page(),
+        PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
+    }
+    outdated = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    if options.check and outdated:
+        names = ", ".join(path.relative_to(ROOT).as_posix() for path in outdated)
+        print(f"not current: {names}; run python scripts/generate_docs.py", file=sys.stderr)
+        raise SystemExit(1)
+    for path in outdated:
+        path.write_text(texts[path])
+
+
+def configuration_page() -> str:
+    """docs/CONFIGURATION.md: every section with its sentence, and every key with type, default and sentence."""
+    parts = [_CONFIGURATION_HEAD]
+    for section, field in JobConfig.model_fields.items():
+        classes = section_classes(field.annotation)
+        for config_type in classes:
+            name = config_type.model_fields["name"] if len(classes) > 1 else None
+            title = f"[{section}] name = {toml_value(name.default)}" if name else f"[{section}]"
+            parts.append(_describe_section(title, config_type))
+    return "\n".join(parts)
+
+
+def section_classes(annotation: object) -> list[type[Section]]:
+    """The section classes that a field of `JobConfig` admits, in order: one, or the members of its union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [config_type for part in get_args(annotation) for config_type in section_classes(part)]
+
+
+def _describe_section(title: str, config_type: type[Section]) -> str:
+    lines = [f"## {title}", "", *_wrapped(config_type.__doc__ or ""), ""]
+    for key, field in config_type.model_fields.items():
+        if field.is_required():
+            default = "required"
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = "default: none" if value is None else f"default: `{toml_value(value)}`"
+        assert field.default is not PydanticUndefined or field.default_factory or field.is_required()
+        lines.append(f"- **`{key}`**: {describe(field)}; {default}.")
+        lines += [f"  {line}" for line in _wrapped(field.description or "", width=118)]
+    return "\n".join([*lines, ""])
+
+
+def _wrapped(text: str, width: int = 120) -> Iterator[str]:
+    line = ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width:
+            yield line
+            line = ""
+        line = f"{line} {word}".lstrip()
+    if line:
+        yield line
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """`text` with every table made from the measurement in `folder` that it names."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        file = folder / f"{name}.json"
+        if file.exists():
+            body = measurement_table(name, json.loads(file.read_text()))
+        else:
+            body = f"*Not measured yet: `scripts/measure_performance.sh {name}`.*\n"
+        return f"<!-- table {name} -->\n\n{body}\n<!-- end -->"
+
+    return _TABLE.sub(table, text)
+
+
+def measurement_table(name: str, record: dict[str, Any]) -> str:
+    """The Markdown table of one measurement, and where it comes from."""
+    for key, make in _TABLES.items():
+        if key in record:
+            header, *rows = make(record)
+            break
+    else:
+        raise ValueError(f"{name}: expected one of the keys {', '.join(_TABLES)}")
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
+    environment = record["environment"]
+    source = (
+        f"{environment['device']}, {environment['num_threads']} threads, torch {environment['torch']}, "
+        f"commit {environment['commit']}: [{name}.json](measurements/{name}.json)"
+    )
+    return "\n".join([*lines, "", source, ""])
+
+
+def _steps(record: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "ms/step", "of which update", "tokens/s", "ratio", "95 % interval")]
+    for place, (name, side) in enumerate(record["steps"].items()):
+        cells = _milliseconds(side["step_s"]), _milliseconds(side["optimizer_s"]), f"{side['tokens_per_s']:.0f}"
+        rows.append((_side(name), *cells, *_ratio(side, "ratio", place)))
+    return rows
+
+
+def _switches(record: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "ms/switch", "99 %", "% of step", "ms/step", "vectors", "operations", "collectives")]
+    for name, side in record["switches"].items():
+        rows.append(
+            (
+                _side(name),
+                _milliseconds(side["switch_s"]),
+                _milliseconds(side["switch_percentile_99_s"]),
+                f"{100 * side['share_of_step']:.2f}",
+                _milliseconds(side["step_s"]),
+                f"{side['vectors_switched']:.0f}",
+                f"{side['num_operations']}",
+                f"{side['num_collectives']}",
+            )
+        )
+    return rows
+
+
+def _estimates(record: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "state, GiB", "of first row's", "peak, GiB", "sent, MiB", "of first row's", "operations")]
+    first_state = first_sent = 0.0
+    for name, side in record["estimates"].items():
+        state, peak = side["memory"]["state"], side["memory"]["peak"]
+        sent = sum(count["bytes_sent"] for count in side["communication"].values())
+        first_state, first_sent = first_state or state, first_sent or sent
+        rows.append(
+            (
+                _side(name),
+                f"{state / _GIB:.2f}",
+                f"{100 * state / first_state:.1f} %",
+                f"{peak / _GIB:.2f}",
+                f"{sent / _MIB:.0f}",
+                f"{100 * sent / first_sent:.1f} %" if first_sent else "-",
+                f"{side['flops']['ratio']:.3f}",
+            )
+        )
+    return rows
+
+
+def _loss(record: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "ms/call", "ratio", "95 % interval", "peak, MiB", "ratio")]
+    for place, (name, side) in enumerate(record["calls"].items()):
+        memory = record["memory"][name]
+        peak = f"{memory['peak_extra_bytes'] / _MIB:.1f}", f"{memory['ratio']:.3f}"
+        rows.append((name, _milliseconds(side["call_s"]), *_ratio(side, "ratio", place), *peak))
+    return rows
+
+
+def _optimizer(record: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "ms/call", "ratio", "95 % interval")]
+    for place, (name, side) in enumerate(record["calls"].items()):
+        rows.append((name, _milliseconds(side["call_s"]), *_ratio(side, "ratio", place)))
+    return rows
+
+
+def _layers(record: dict[str, Any]) -> list[Row]:
+    ways = ("factored", "merged", "dense_gradient")
+    rows: list[Row] = [("", *(f"{way}: time (operations)" for way in ways), "chosen", "fastest")]
+    for name, case in record["layers"].items():
+        full = next(iter(case["flops"].values()))
+        cells = [f"{case['calls'][way]['ratio']:.2f} ({case['flops'][way] / full:.2f})" for way in ways]
+        rows.append((name, *cells, case["chosen"], case["fastest"]))
+    return rows
+
+
+def _loader(record: dict[str, Any]) -> list[Row]:
+    read, trained = record["tokens_read_per_s"], record["training_tokens_per_s"]
+    workers = f"read by {record['num_workers']} workers"
+    return [("", "tokens/s"), (workers, f"{read:.0f}"), ("trained on", f"{trained:.0f}")]
+
+
+def _checkpoint(record: dict[str, Any]) -> list[Row]:
+    return [
+        ("", "s"),
+        ("a save that training waits for", f"{record['synchronous_s']:.3f}"),
+        ("training held up by a save in the background", f"{record['stall_s']:.3f}"),
+        ("a step", f"{record['undisturbed_step_s']:.3f}"),
+        ("a step during a save", f"{record['step_while_saving_s']:.3f}"),
+    ]
+
+
+def _startup(record: dict[str, Any]) -> list[Row]:
+    starts = record["startup"]
+    rows: list[Row] = [("s", *starts)]
+    for part in next(iter(starts.values()))["parts_s"]:
+        rows.append((part, *(f"{start['parts_s'][part]:.2f}" for start in starts.values())))
+    total = (f"{start['to_first_step_s']:.2f}" for start in starts.values())
+    return [*rows, ("to the end of the first step", *total)]
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
+    "steps": _steps,
+    "switches": _switches,
+    "estimates": _estimates,
+    "memory": _loss,
+    "calls": _optimizer,
+    "layers": _layers,
+    "tokens_read_per_s": _loader,
+    "synchronous_s": _checkpoint,
+    "startup": _startup,
+}
+"""What makes the rows of a measurement, by a key that only its record has; the first that fits counts."""
+
+
+def _side(name: str) -> str:
+    """`train_configs/llama_60m_lora.toml:method.rank=64` as `llama_60m_lora, rank=64`."""
+    file, _, overrides = name.partition(":")
+    keys = [override.partition(".")[2] for override in overrides.split(",") if override]
+    return ", ".join([Path(file).stem, *keys])
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g}"
+
+
+def _ratio(side: dict[str, Any], key: str, place: int) -> tuple[str, str]:
+    if place == 0:
+        return "1", ""
+    low, high = side[f"{key}_interval_95"]
+    return f"{side[key]:.3f}", f"{low:.3f} to {high:.3f}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Measures everything that docs/PERFORMANCE.md shows, about 25 minutes on two quiet CPU cores:
+#
+#   scripts/measure_performance.sh [NAME ...]      all measurements, or the named ones
+#
+# Each writes docs/measurements/NAME.json; then the tables are generated. Start it on a machine that does nothing else.
+set -euo pipefail
+
+# shellcheck source=scripts/setup_env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
+
+prepare_environment
+cd -- "$project_root"
+
+F=train_configs/llama_60m_full_rank.toml
+S=train_configs/llama_60m_switchlora.toml
+# Times do not depend on what the tokens are; this dataset needs no network.
+data=(--data.dataset pystdlib --data.tokenizer train --data.vocab_size 1024 --data.max_documents none
+    --data.offline_dataset none --data.validation_fraction 0.04 --data.test_fraction 0.04)
+inline=(--data.num_workers 0)
+tokens_4096=(--training.global_batch_size 8 --training.local_batch_size 8)
+tokens_512=(--training.global_batch_size 1 --training.local_batch_size 1)
+uncompiled=(--compile.blocks false --compile.loss false --compile.optimizer false)
+
+benchmark() {
+    "$PYTHON" scripts/benchmark.py "$@"
+}
+
+estimate() {
+    OMP_NUM_THREADS=1 "$PYTHON" scripts/estimate.py "$@"
+}
+
+measure_step() {
+    benchmark step $F $S:method.rank=64 $S:method.rank=128 $S:method.rank=256 $S:method.rank=511 \
+        "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
+}
+
+measure_switch() {
+    benchmark switch $S "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 4 --json "$1"
+}
+
+measure_switch_two_ranks() {
+    OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 scripts/benchmark.py switch \
+        $S "${data[@]}" "${inline[@]}" --training.global_batch_size 8 --training.local_batch_size 4 \
+        --rounds 4 --steps-per-round 4 --json "$1"
+}
+
+measure_switch_sizes() {
+    benchmark switch $S $S:method.interval=10 $S:method.rank=256 $S:model.num_layers=4 \
+        "${data[@]}" "${inline[@]}" "${tokens_512[@]}" --rounds 4 --steps-per-round 4 --json "$1"
+}
+
+measure_layer() {
+    benchmark layer --shape 512x512 1376x512 --rank 128 --tokens 256 1024 4096 --compile --rounds 6 \
+        --calls-per-round 2 --json "$1"
+}
+
+measure_loss() {
+    benchmark loss --json "$1"
+}
+
+measure_optimizer() {
+    OMP_NUM_THREADS=1 benchmark optimizer $S --json "$1"
+}
+
+measure_loader() {
+    benchmark loader $S "${data[@]}" "${tokens_4096[@]}" --json "$1"
+}
+
+measure_checkpoint() {
+    benchmark checkpoint $S "${data[@]}" "${inline[@]}" "${uncompiled[@]}" --data.seq_len 128 \
+        --training.global_batch_size 2 --training.local_batch_size 2 --rounds 4 --steps 2 --json "$1"
+}
+
+measure_startup() {
+    benchmark startup train_configs/llama_quickstart_switchlora.toml --json "$1"
+}
+
+measure_state() {
+    local size=train_configs/llama_350m
+    local constant="${size}_switchlora.toml:method.candidates=constant" bf16=training.frozen_dtype=bfloat16
+    estimate "${size}_full_rank.toml" "${size}_lora.toml:method.rank=256" "${size}_switchlora.toml" \
+        "${size}_switchlora.toml:method.candidates_dtype=bfloat16" \
+        "${size}_switchlora.toml:method.candidates_device=host" "$constant" "$constant,$bf16" \
+        "$constant,method.rank=128" "$constant,method.rank=128,$bf16" \
+        --world-size 1 "${tokens_512[@]}" --json "$1"
+}
+
+measure_one_gpu() {
+    local full=activation_checkpoint.mode=full
+    estimate train_configs/llama_350m_full_rank.toml train_configs/llama_350m_switchlora.toml \
+        train_configs/llama_350m_switchlora.toml:$full \
+        --world-size 1 --training.global_batch_size 48 --training.local_batch_size 24 --json "$1"
+}
+
+measure_ranks() { # FILE SIZE RANK: one micro-batch of 8 sequences for each of 8 ranks
+    local size="train_configs/llama_$2"
+    estimate "${size}_full_rank.toml" "${size}_lora.toml:method.rank=$3" "${size}_switchlora.toml" \
+        "${size}_switchlora.toml:parallelism.frozen_weights=replicate" \
+        --world-size 8 --training.global_batch_size 64 --training.local_batch_size 8 --json "$1"
+}
+
+measure_ranks_350m() {
+    measure_ranks "$1" 350m 256
+}
+
+measure_ranks_1b() {
+    measure_ranks "$1" 1b 512
+}
+
+measure_ranks_7b() {
+    measure_ranks "$1" 7b 1024
+}
+
+measure_micro_batches() { # two micro-batches for each rank
+    local size=train_configs/llama_1b
+    estimate "${size}_full_rank.toml" "${size}_switchlora.toml" \
+        "${size}_switchlora.toml:parallelism.frozen_weights=replicate" \
+        --world-size 8 --training.global_batch_size 128 --training.local_batch_size 8 --json "$1"
+}
+
+measure_offload() {
+    local size=train_configs/llama_7b_switchlora.toml
+    estimate $size $size:activation_checkpoint.offload=true --world-size 8 \
+        --training.local_batch_size 64 --training.global_batch_size 512 --json "$1"
+}
+
+if [ $# = 0 ]; then
+    set -- step switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
+        state one_gpu ranks_350m ranks_1b ranks_7b micro_batches offload
+fi
+mkdir -p docs/measurements
+for name in "$@"; do
+    declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"
+    say "measuring $name"
+    "measure_$name" "docs/measurements/$name.json"
+done
+"$PYTHON" scripts/generate_docs.py
