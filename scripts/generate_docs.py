@@ -13,14 +13,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic_core import PydanticUndefined
+from typing import Any
 
 from switchtitan.config.fields import describe
 from switchtitan.config.section import Section
 from switchtitan.config.toml_text import toml_value
-from switchtitan.job.config import JobConfig
+from switchtitan.job.config import section_types
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
@@ -66,33 +64,28 @@ def main(argv: Sequence[str]) -> None:
 def configuration_page() -> str:
     """docs/CONFIGURATION.md: every section with its sentence, and every key with type, default and sentence."""
     parts = [_CONFIGURATION_HEAD]
-    for section, field in JobConfig.model_fields.items():
-        classes = section_classes(field.annotation)
+    for section, chosen in section_types().items():
+        classes: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [chosen]
         for config_type in classes:
-            name = config_type.model_fields["name"] if len(classes) > 1 else None
+            name = config_type.model_fields["name"] if isinstance(chosen, dict) else None
             title = f"[{section}] name = {toml_value(name.default)}" if name else f"[{section}]"
             parts.append(_describe_section(title, config_type))
     return "\n".join(parts)
 
 
-def section_classes(annotation: object) -> list[type[Section]]:
-    """The section classes that a field of `JobConfig` admits, in order: one, or the members of its union."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [config_type for part in get_args(annotation) for config_type in section_classes(part)]
-
-
 def _describe_section(title: str, config_type: type[Section]) -> str:
     lines = [f"## {title}", "", *_wrapped(config_type.__doc__ or ""), ""]
-    for key, field in config_type.model_fields.items():
+    fields = config_type.model_fields
+    for key in sorted(fields, key=lambda key: key != "name"):
+        field = fields[key]
         if field.is_required():
             default = "required"
         else:
             value = field.get_default(call_default_factory=True)
             default = "default: none" if value is None else f"default: `{toml_value(value)}`"
-        assert field.default is not PydanticUndefined or field.default_factory or field.is_required()
-        lines.append(f"- **`{key}`**: {describe(field)}; {default}.")
-        lines += [f"  {line}" for line in _wrapped(field.description or "", width=118)]
+        sentences = [f"**`{key}`**: {describe(field)}; {default}.", field.description or ""]
+        first, *rest = (line for sentence in sentences for line in _wrapped(sentence, width=118))
+        lines += [f"- {first}", *(f"  {line}" for line in rest)]
     return "\n".join([*lines, ""])
 
 
@@ -143,13 +136,19 @@ def measurement_table(name: str, record: dict[str, Any]) -> str:
 def _steps(record: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("", "ms/step", "of which update", "tokens/s", "ratio", "95 % interval")]
     for place, (name, side) in enumerate(record["steps"].items()):
-        cells = _milliseconds(side["step_s"]), _milliseconds(side["optimizer_s"]), f"{side['tokens_per_s']:.0f}"
+        cells = (
+            _milliseconds(side["step_s"]),
+            _milliseconds(side["optimizer_s"]),
+            f"{side['tokens_per_s']:.0f}",
+        )
         rows.append((_side(name), *cells, *_ratio(side, "ratio", place)))
     return rows
 
 
 def _switches(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "ms/switch", "99 %", "% of step", "ms/step", "vectors", "operations", "collectives")]
+    rows: list[Row] = [
+        ("", "ms/switch", "99 %", "% of step", "ms/step", "vectors", "operations", "collectives")
+    ]
     for name, side in record["switches"].items():
         rows.append(
             (
@@ -167,7 +166,9 @@ def _switches(record: dict[str, Any]) -> list[Row]:
 
 
 def _estimates(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "state, GiB", "of first row's", "peak, GiB", "sent, MiB", "of first row's", "operations")]
+    rows: list[Row] = [
+        ("", "state, GiB", "of first row's", "peak, GiB", "sent, MiB", "of first row's", "operations")
+    ]
     first_state = first_sent = 0.0
     for name, side in record["estimates"].items():
         state, peak = side["memory"]["state"], side["memory"]["peak"]

@@ -47,7 +47,9 @@ def test_readme_has_at_most_200_lines_and_says_early_that_no_gpu_has_run_the_cod
 
 def test_link_checks_can_fail(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A heading: with `code`\n[gone](gone.md)\n[here](#a-heading-with-code)\n[not](#nowhere)\n")
+    page.write_text(
+        "# A heading: with `code`\n[gone](gone.md)\n[here](#a-heading-with-code)\n[not](#nowhere)\n"
+    )
     assert anchors(page) == {"a-heading-with-code"}
     with pytest.raises(AssertionError, match=r"gone.md.*#nowhere"):
         test_relative_links_and_anchors_resolve(page)

@@ -1,0 +1,69 @@
+"""`scripts/generate_docs.py`: what it generates is current, and made from the measurements."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def generate_docs():
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "scripts" / "generate_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_current(generate_docs):
+    generate_docs.main(["--check"])
+
+
+def test_check_fails_and_writes_nothing_if_a_page_is_not_current(
+    generate_docs, tmp_path, monkeypatch, capsys
+):
+    page = tmp_path / "CONFIGURATION.md"
+    page.write_text("old")
+    monkeypatch.setattr(generate_docs, "CONFIGURATION", page)
+    monkeypatch.setattr(generate_docs, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        generate_docs.main(["--check"])
+    assert page.read_text() == "old"
+    assert "not current: CONFIGURATION.md" in capsys.readouterr().err
+
+
+def test_every_key_has_a_type_a_default_and_a_sentence(generate_docs):
+    page = generate_docs.configuration_page()
+    assert "## [training]" in page
+    assert '## [method] name = "switchlora"' in page
+    keys = page.split("\n- **`")[1:]
+    assert all(": " in key and ("; default: " in key or "; required." in key) for key in keys)
+    assert all(len(key.split(".\n", 1)) == 2 for key in keys)
+
+
+def test_a_table_is_made_from_its_measurement(generate_docs, tmp_path):
+    environment = {"device": "a CPU", "num_threads": 2, "torch": "2.13", "commit": "abc"}
+    sides = {
+        "train_configs/a.toml": {"step_s": 2.0, "optimizer_s": 0.5, "tokens_per_s": 8.0},
+        "train_configs/b.toml:method.rank=4,method.alpha=2": {
+            "step_s": 1.0, "optimizer_s": 0.25, "tokens_per_s": 16.0, "ratio": 0.5, "ratio_interval_95": [0.4, 0.6],
+        },
+    }  # fmt: skip
+    (tmp_path / "step.json").write_text(json.dumps({"environment": environment, "steps": sides}))
+    text = "before\n<!-- table step -->\nold\n<!-- end -->\n<!-- table other -->\n<!-- end -->\n"
+    written = generate_docs.with_tables(text, tmp_path)
+    assert "| a | 2000 | 500 | 8 | 1 |  |" in written
+    assert "| b, rank=4, alpha=2 | 1000 | 250 | 16 | 0.500 | 0.400 to 0.600 |" in written
+    assert "a CPU, 2 threads, torch 2.13, commit abc" in written
+    assert "old" not in written
+    assert "Not measured yet: `scripts/measure_performance.sh other`" in written
+    assert generate_docs.with_tables(written, tmp_path) == written
+
+
+def test_every_table_has_a_measurement_of_its_name(generate_docs):
+    names = generate_docs._TABLE.findall(generate_docs.PERFORMANCE.read_text())
+    script = (ROOT / "scripts" / "measure_performance.sh").read_text()
+    assert names
+    assert all(f"measure_{name}()" in script for name in names)
