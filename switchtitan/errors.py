@@ -1,15 +1,15 @@
-"""Errors that a user can mend: printed without a traceback, with exit status 2 unless they say otherwise."""
+"""Errors that a user can fix: printed without a traceback, with exit status 2 unless they say otherwise."""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from switchtitan.files import write_atomically
-
 USER_ERROR_STATUS = 2
+_NUM_NAMED = 4
 _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 """The variable by which torchrun tells a rank where to leave the reason of its failure."""
 EXIT_STATUS_KEY = "exit_status"
@@ -17,7 +17,7 @@ EXIT_STATUS_KEY = "exit_status"
 
 
 class UserError(Exception):
-    """What was given, what was expected and how to mend it, in one message."""
+    """What was given, what was expected and how to fix it, in one message."""
 
     exit_status = USER_ERROR_STATUS
 
@@ -45,11 +45,20 @@ class RanksDisagreeError(UserError):
     """Tells programs that run training that the configuration was sound."""
 
 
+def abbreviate(names: Iterable[str]) -> str:
+    """The first four names, and how many more there are."""
+    names = list(names)
+    num_more = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {num_more} more" if num_more > 0 else "")
+
+
 def exit_for(error: UserError) -> NoReturn:
     """Ends the program for a user's mistake, with the error's status (2 unless it says otherwise) and without a traceback.
 
     Prints the message; or, in one of several ranks, leaves it for the launcher, which prints the first one.
     """
+    from switchtitan.files import write_atomically  # here, because `files` raises errors of this module
+
     launcher_file = os.environ.get(_LAUNCHER_FILE)
     if launcher_file:
         reason = {

@@ -13,9 +13,7 @@ from switchtitan.checkpoint.agreement import ignore_warning_about_single_process
 from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
 from switchtitan.checkpoint.verify import check_files
-from switchtitan.errors import CheckpointError
-
-_NUM_NAMED = 4
+from switchtitan.errors import CheckpointError, abbreviate
 
 
 def load_tensors_(
@@ -71,9 +69,9 @@ def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor
     saved = index.tensors
     problems = []
     if missing := sorted(tensors.keys() - saved.keys()):
-        problems.append(f"lacks {_name_some(missing)}")
+        problems.append(f"lacks {abbreviate(missing)}")
     if unexpected := sorted(saved.keys() - tensors.keys()):
-        problems.append(f"holds {_name_some(unexpected)}, which the model or its optimizer does not have")
+        problems.append(f"holds {abbreviate(unexpected)}, which the model or its optimizer does not have")
     differing = [
         f"{name} ({saved[name].dtype} {list(saved[name].shape)}, "
         f"expected {_dtype(tensor)} {list(tensor.shape)})"
@@ -81,17 +79,12 @@ def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor
         if name in saved and (saved[name].dtype, saved[name].shape) != (_dtype(tensor), tuple(tensor.shape))
     ]
     if differing:
-        problems.append(f"has other shapes or dtypes in {_name_some(differing)}")
+        problems.append(f"has other shapes or dtypes in {abbreviate(differing)}")
     if problems:
         raise CheckpointError(
             f"{path} does not fit this run: it {'; it '.join(problems)}. "
             "Use the configuration that it was saved with, or start a new run in another [job] output_dir"
         )
-
-
-def _name_some(names: list[str]) -> str:
-    rest = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _dtype(tensor: Tensor) -> str:

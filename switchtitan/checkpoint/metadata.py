@@ -9,10 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from switchtitan.checkpoint.layout import METADATA_FILE, TENSORS_FILE
 from switchtitan.errors import CheckpointError
+from switchtitan.files import sha256_of_file
 
 FORMAT_VERSION = 1
-
-_READ_SIZE = 1 << 22
 
 
 class _Record(BaseModel):
@@ -110,13 +109,7 @@ def write_json(path: Path, contents: CheckpointMetadata | TensorsIndex) -> FileR
 
 def file_record(path: Path) -> FileRecord:
     """Reads the file `path` for its size and checksum."""
-    digest = hashlib.sha256()
-    num_bytes = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_SIZE):
-            digest.update(block)
-            num_bytes += len(block)
-    return FileRecord(num_bytes=num_bytes, sha256=digest.hexdigest())
+    return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
 
 def _read(path: Path, kind: type[_File]) -> _File:

@@ -8,8 +8,6 @@ to date after every run. A comparison that was stopped, in whatever way, goes on
 
 import argparse
 import logging
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,16 +15,18 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from switchtitan.cli.interrupts import exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
 from switchtitan.comparison.measure import measure, read_measurements
 from switchtitan.comparison.plan import Run, check_corpus, check_plan
 from switchtitan.comparison.plots import write_pictures
 from switchtitan.comparison.report import write_report
-from switchtitan.comparison.runner import Runner, locked
+from switchtitan.comparison.runner import Runner
 from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.config.arguments import positive_int
 from switchtitan.errors import ConfigError, UserError, exit_for
+from switchtitan.files import try_lock
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,14 +35,14 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Which event file it reads next is no part of the story.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     # Decompositions for a report must not take the cores of the runs.
     torch.set_num_threads(1)
     try:
         config = load_comparison(options.file)
         check_plan(config)
         folder = config.output_dir / "reports" / options.file.stem
-        with locked(folder / "lock") as lock:
+        with try_lock(folder / "lock") as lock:
             if lock is None:
                 raise ConfigError(
                     f"{folder}: another process carries out this comparison; wait for it, or end it"
@@ -57,9 +57,8 @@ def main(argv: Sequence[str]) -> None:
             report(comparison, folder, config)
     except UserError as error:
         exit_for(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        exit_for_interrupt(stop, "interrupted; the same command resumes it")
     print(folder / "report.md")
 
 
@@ -106,7 +105,3 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--report-only", action="store_true", help="train nothing; report what is finished")
     return parser.parse_args(argv)
-
-
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt

@@ -11,6 +11,7 @@ from switchtitan.comparison.comparison import Standing
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.table import RowReport
 from switchtitan.observability.curves import read_curves
+from switchtitan.observability.pictures import write_picture
 
 _NUM_COLOURS = 10
 
@@ -35,9 +36,7 @@ def write_pictures(folder: Path, standing: Standing, rows: Sequence[RowReport]) 
     paths = []
     for name, figure in pictures.items():
         paths.append(folder / name)
-        partial = folder / f"{name}.new"
-        figure.savefig(partial, dpi=120, format="png")
-        partial.replace(paths[-1])
+        write_picture(figure, paths[-1])
     return paths
 
 

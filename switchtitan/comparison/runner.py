@@ -1,20 +1,18 @@
 """Running training programs, several at a time, each on its share of the machine."""
 
-import fcntl
 import logging
 import os
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
 from switchtitan.comparison.plan import Run
 from switchtitan.errors import ConfigError, UserError
+from switchtitan.files import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ class Runner:
         """Starts the first run that nobody else trains, if there is one; the others go to the end of the queue."""
         for _ in range(len(waiting)):
             run = waiting.popleft()
-            with locked(run.folder / "lock") as lock:
+            with try_lock(run.folder / "lock") as lock:
                 if lock is None:
                     if run not in self._waited_for:
                         logger.info("%s is being trained by another process: waiting for it", run.name)
@@ -127,25 +125,6 @@ def num_threads(num_jobs: int) -> int:
     """CPU threads for each of several jobs: what OMP_NUM_THREADS says, else an equal share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else max(1, len(os.sched_getaffinity(0)) // num_jobs)
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[int | None]:
-    """Holds a lock for as long as this process, or one that inherits the descriptor, keeps it open.
-
-    Gives None, and no lock, if another process holds it.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _failure(run: Run, status: int) -> str:

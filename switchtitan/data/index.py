@@ -7,12 +7,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from switchtitan.errors import CorpusError
+from switchtitan.files import sha256_of_file
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
-
-_READ_BYTES = 1 << 22
 
 
 class _Record(BaseModel):
@@ -114,15 +113,6 @@ def verify_files(folder: Path, index: CorpusIndex) -> None:
 def damage(file: Path, what: str) -> CorpusError:
     """The error for a damaged file of a prepared corpus."""
     return CorpusError(f"{file}: {what}; delete the folder {file.parent} and run again to prepare it anew")
-
-
-def sha256_of_file(file: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -24,9 +24,7 @@ from switchtitan.data.index import (
     CorpusIndex,
     TokenizerRecord,
     fingerprint_of,
-    sha256_of_file,
 )
-from switchtitan.data.preparation_lock import preparation_lock
 from switchtitan.data.segments import (
     SEGMENT_TOKENS,
     Limits,
@@ -43,7 +41,7 @@ from switchtitan.data.tokenizer import (
     train_tokenizer,
 )
 from switchtitan.errors import CorpusError
-from switchtitan.files import write_atomically
+from switchtitan.files import lock, sha256_of_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +73,20 @@ def carry_out(plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: i
     """Prepares a planned corpus; see `prepare_corpus`."""
     if plan.is_prepared:
         return
-    lock = plan.folder.with_name(plan.folder.name + ".lock")
+    lock_file = plan.folder.with_name(plan.folder.name + ".lock")
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock_file.touch()
     except OSError as error:
         raise CorpusError(
             f'[data] cache_dir = "{plan.config.cache_dir}": expected a folder that can be made and written '
             f"({error.strerror}); choose another"
         ) from error
-    with preparation_lock(lock):
+
+    def on_wait() -> None:
+        logger.info("waiting for another process that prepares this corpus (lock %s)", lock_file)
+
+    with lock(lock_file, on_wait):
         if not plan.is_prepared:
             _Preparation(plan, show_progress, segment_tokens).run()
 

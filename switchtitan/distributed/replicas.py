@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchtitan.distributed.shards import local
-from switchtitan.errors import RanksDisagreeError
+from switchtitan.errors import RanksDisagreeError, abbreviate
 
 
 def check_replicas(tensors: Mapping[str, Tensor]) -> None:
@@ -40,10 +40,9 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
     differ = (extremes[0] != ~extremes[1]).tolist()
     differing = list(dict.fromkeys(name for name, differs in zip(names, differ, strict=True) if differs))
     if differing:
-        rest = len(differing) - 4
         raise RanksDisagreeError(
-            f"ranks no longer hold the same weights ({', '.join(differing[:4])}"
-            f"{f' and {rest} more' if rest > 0 else ''}), so what they train is not one model; nothing more is saved. "
+            f"ranks no longer hold the same weights ({abbreviate(differing)}), so what they train is "
+            "not one model; nothing more is saved. "
             "Resume all ranks from the newest checkpoint, on devices of one kind, or set [parallelism] "
             'frozen_weights = "shard" and replicate = 1'
         )

@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from switchtitan.errors import CheckpointError
-from switchtitan.hub.weight_files import abbreviate, find_weight_files
+from switchtitan.errors import CheckpointError, abbreviate
+from switchtitan.hub.weight_files import find_weight_files
 
 _OUR_NAME = {
     "weight": "weight",

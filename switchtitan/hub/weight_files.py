@@ -1,12 +1,11 @@
 """Where a folder in Hugging Face's layout keeps its weights: one file, or several and an index."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, abbreviate
 
 
 def find_weight_files(path: Path, single_name: str) -> list[Path]:
@@ -80,10 +79,3 @@ def check_shapes(
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit the model; {'; '.join(problems)}. {hint}")
-
-
-def abbreviate(names: Iterable[str], num_shown: int = 6) -> str:
-    """The first names and how many more there are."""
-    names = list(names)
-    left_out = len(names) - num_shown
-    return ", ".join(names[:num_shown]) + (f" and {left_out} more" if left_out > 0 else "")

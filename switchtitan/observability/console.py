@@ -16,6 +16,11 @@ class _Column:
     is_always_shown: bool = False
 
 
+def perplexity_of(loss: float) -> float:
+    """exp(loss), at most exp(700), which a float64 can hold."""
+    return math.exp(min(loss, 700.0))
+
+
 def format_count(value: float) -> str:
     """Three digits and a unit: 0.05, 7, 123, 1.23k, 45.6M."""
     if not math.isfinite(value):
@@ -99,7 +104,7 @@ class ConsoleTable:
         for split in ("validation", "test"):
             if f"loss/{split}" in values:
                 loss = values[f"loss/{split}"]
-                perplexity = values.get(f"perplexity/{split}", math.exp(min(loss, 700)))
+                perplexity = values.get(f"perplexity/{split}", perplexity_of(loss))
                 lines.append(f"{progress} {split} loss {loss:.4f}, perplexity {perplexity:.2f}")
         return lines
 

@@ -14,8 +14,6 @@ def _tells_no_restart(record: logging.LogRecord) -> bool:
     return "Detected out of order event.step" not in record.getMessage()
 
 
-logging.getLogger("tensorboard").addFilter(_tells_no_restart)
-
 Curve = tuple[list[int], list[float]]
 """Steps and values."""
 
@@ -26,6 +24,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Raises:
         ConfigError: if there are none.
     """
+    # A logger keeps a filter once, however often it is added.
+    logging.getLogger("tensorboard").addFilter(_tells_no_restart)
     folder = run / TENSORBOARD_FOLDER
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}) if folder.is_dir() else None
     tags = events.Reload().Tags()[SCALARS] if events else []

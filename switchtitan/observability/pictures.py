@@ -1,10 +1,12 @@
 """Pictures as files."""
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from switchtitan.errors import ConfigError
+from switchtitan.files import write_atomically
 
 
 def write_picture(figure: Figure, file: Path) -> None:
@@ -14,7 +16,9 @@ def write_picture(figure: Figure, file: Path) -> None:
         ConfigError: if the ending names no format or the file cannot be written.
     """
     try:
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format=file.suffix.removeprefix(".") or None)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
+        write_atomically(file, picture.getvalue())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"--output {file}: the picture cannot be written: {error}") from error
+        raise ConfigError(f"{file}: the picture cannot be written: {error}") from error

@@ -1,6 +1,5 @@
 """Measured spectra on disk, one file each: the singular values of every layer by its name."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from switchtitan.errors import CheckpointError
+from switchtitan.files import write_atomically
 
 SPECTRA_FOLDER = "spectra"
 
@@ -20,12 +20,7 @@ def write_spectra(folder: Path, step: int, spectra: Mapping[str, Tensor]) -> Pat
     """Writes one measurement, so that its file is whole whenever it is there; replaces an earlier one of the same step."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{step:09d}.safetensors"
-    partial = folder / f".{file.name}.partial"
-    with partial.open("wb") as stream:
-        stream.write(save(dict(spectra), metadata={"step": str(step)}))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    write_atomically(file, save(dict(spectra), metadata={"step": str(step)}))
     return file
 
 

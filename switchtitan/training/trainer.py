@@ -1,7 +1,6 @@
 """The training loop and the step. Receives its parts and builds none; knows no method and no model."""
 
 import logging
-import math
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from switchtitan.distributed.world import World
 from switchtitan.errors import RanksDisagreeError, UserError
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.observability import Profiler, Reporter, StepCommunication, Throughput, peak_memory_gib
+from switchtitan.observability.console import perplexity_of
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.garbage import GarbageCollection
 from switchtitan.training.state import TrainState
@@ -321,4 +321,4 @@ class Trainer:
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:
     """By TensorBoard tag: the mean loss per token of a split, in nats, and the perplexity that it means."""
-    return {f"loss/{split}": loss, f"perplexity/{split}": math.exp(min(loss, 700.0))}
+    return {f"loss/{split}": loss, f"perplexity/{split}": perplexity_of(loss)}

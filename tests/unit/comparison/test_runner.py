@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from switchtitan.comparison.plan import Run
-from switchtitan.comparison.runner import RunFailedError, Runner, locked
+from switchtitan.comparison.runner import RunFailedError, Runner
+from switchtitan.files import try_lock
 
 
 def run_in(folder: Path, *arguments: str) -> Run:
@@ -18,7 +19,7 @@ def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):
         RunFailedError, match=r"(?s)status 2 .*output.txt .*nowhere.toml: there is no such file"
     ):
         Runner(1).run_all([run], lambda run: False, lambda run: None)
-    with locked(run.folder / "lock") as lock:
+    with try_lock(run.folder / "lock") as lock:
         assert lock is not None, "the failed run's process must have let go of it"
 
 
@@ -27,7 +28,7 @@ def test_a_run_that_another_process_trains_is_waited_for_and_not_trained_again(t
     is_held = threading.Event()
 
     def train_elsewhere() -> None:
-        with locked(run.folder / "lock"):
+        with try_lock(run.folder / "lock"):
             is_held.set()
             time.sleep(1.2)
             results.touch()
@@ -39,12 +40,3 @@ def test_a_run_that_another_process_trains_is_waited_for_and_not_trained_again(t
     other.join()
     assert finished == [run]
     assert not (run.folder / "output.txt").exists()
-
-
-def test_a_lock_is_held_once(tmp_path):
-    with locked(tmp_path / "a" / "lock") as first:
-        assert first is not None
-        with locked(tmp_path / "a" / "lock") as second:
-            assert second is None
-    with locked(tmp_path / "a" / "lock") as third:
-        assert third is not None

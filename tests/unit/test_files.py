@@ -1,0 +1,90 @@
+"""Files are replaced atomically, locked once, and a file system without locks is a clear error."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+
+import pytest
+
+from switchtitan.errors import EnvironmentMismatchError, abbreviate
+from switchtitan.files import lock, sha256_of_file, try_lock, write_atomically
+
+
+@pytest.mark.parametrize("contents", ["tëxt\n", b"\x00\xff"])
+def test_a_file_is_replaced_and_nothing_is_left_over(tmp_path, contents):
+    file = tmp_path / "file"
+    write_atomically(file, "old")
+    write_atomically(file, contents)
+    assert file.read_bytes() == (contents if isinstance(contents, bytes) else contents.encode())
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failed_write_leaves_the_old_contents(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write_atomically(file, "old")
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_a_checksum_is_that_of_all_bytes(tmp_path):
+    data = os.urandom((1 << 22) + 3)  # more than is read at a time
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_lock_is_held_once(tmp_path):
+    with try_lock(tmp_path / "a" / "lock") as first:
+        assert first is not None
+        with try_lock(tmp_path / "a" / "lock") as second:
+            assert second is None
+    with try_lock(tmp_path / "a" / "lock") as third:
+        assert third is not None
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    waits, order = threading.Event(), []
+
+    def wait_for_it():
+        with lock(tmp_path / "lock", waits.set):
+            order.append("second")
+
+    other = threading.Thread(target=wait_for_it)
+    with lock(tmp_path / "lock", lambda: pytest.fail("nobody else holds it")):
+        other.start()
+        assert waits.wait(10)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_a_clear_error(tmp_path, monkeypatch, number):
+    def unsupported(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.raises(
+            EnvironmentMismatchError, match=r"lock: the file system has no file locks .*local disk"
+        ),
+        try_lock(tmp_path / "lock"),
+    ):
+        pass
+    with (
+        pytest.raises(EnvironmentMismatchError, match=os.strerror(number)),
+        lock(tmp_path / "lock", lambda: None),
+    ):
+        pass
+
+
+def test_long_lists_are_abbreviated():
+    assert abbreviate("abcd") == "a, b, c, d"
+    assert abbreviate("abcdef") == "a, b, c, d and 2 more"
