@@ -1,6 +1,7 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the order in which test files run."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +9,33 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# Workers take files in this order, so that none of them is left with a long file at the end.
+_LONG_FIRST = ("end_to_end", "distributed", "slow")
 
-def pytest_collection_modifyitems(items):
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tests of CPUs would otherwise train on a device, and ranks that gloo joins would share it.
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    files: dict[Path, list[pytest.Item]] = {}
     for item in items:
+        files.setdefault(item.path, []).append(item)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none is visible"))
+            reason = "no CUDA device is visible; where there is one, run ./scripts/test.sh -m gpu"
+            item.add_marker(pytest.mark.skip(reason=reason))
+    items[:] = [item for file in sorted(files.values(), key=_place) for item in file]
+
+
+def _place(items: list[pytest.Item]) -> int:
+    names = {mark.name for item in items for mark in item.iter_markers()}
+    return next((place for place, name in enumerate(_LONG_FIRST) if name in names), len(_LONG_FIRST))
 
 
 @pytest.fixture(scope="session")
-def corpora(tmp_path_factory):
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder beside which runs share one prepared corpus: give tiny runs subfolders of it."""
     return tmp_path_factory.mktemp("tiny")
 

@@ -52,7 +52,7 @@ def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 

@@ -56,7 +56,7 @@ def run_train(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=600,
     )
 
 
@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_says_so_and_goes_on_from_its_newest_save(
             assert run.poll() is None, output.read_text()
             time.sleep(0.05)
         os.killpg(run.pid, number)
-        status = run.wait(timeout=120)
+        status = run.wait(timeout=600)
     said = output.read_text()
     assert status == 128 + number, said
     assert "interrupted" in said

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a process that has imported these and done nothing else: their imports take longer than most tests.
+# Ranks are forked from a process that has imported these and done nothing else: the imports take longer than most tests.
 _PRELOADED = [
+    "pytest",
     "switchtitan.cli.train",
     "torch._dynamo",
     "torch._inductor.compile_fx",
@@ -23,7 +24,7 @@ _PRELOADED = [
 
 
 def run_on_ranks(
-    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 240
+    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 600
 ) -> None:
     """Calls `function(rank, *args)` on `num_ranks` new processes and fails if any of them does.
 
@@ -80,7 +81,13 @@ def _run_rank(
     # The server that this process was forked from has the environment of its own start.
     os.environ.clear()
     os.environ.update(
-        environ, OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank)
+        environ,
+        # gloo's ranks must not find devices: they would train on them.
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+        RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_RANK=str(rank),
     )
     store = dist.FileStore(f"{folder}/store", num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)

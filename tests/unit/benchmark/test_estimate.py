@@ -109,7 +109,7 @@ def test_real_ranks_hold_send_and_compute_what_was_estimated(
         side: estimate_step(tiny_config(corpora / "fake", *side, num_ranks=num_ranks), num_ranks)
         for side in sides
     }
-    run_on_ranks(num_ranks, check_estimates, corpora, num_ranks, expected, timeout_s=100)
+    run_on_ranks(num_ranks, check_estimates, corpora, num_ranks, expected)
 
 
 def test_full_rank_takes_the_operations_of_the_formula(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def write_text(folder: Path) -> Path:
 def test_a_corpus_is_prepared_and_summed_up(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--dataset", "text", "--path", str(write_text(tmp_path))]
     command += ["--vocab_size", "270", "--cache_dir", str(tmp_path / "corpora")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     labels = [line.split()[0] for line in result.stdout.splitlines()]
     assert labels == ["folder", "source", "tokenizer", "train", "validation", "fingerprint"]

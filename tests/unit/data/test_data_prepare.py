@@ -192,7 +192,7 @@ def _stop(*arguments: object) -> None:
 def test_two_processes_prepare_one_corpus_once(jsonl_config: DataConfig, tmp_path: Path) -> None:
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path})
     both = [run_alone(config) for _ in range(2)]
-    results = [process.communicate(timeout=60) for process in both]
+    results = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], results
     assert results[0][0] == results[1][0] != ""
     names = sorted(path.name.split("-")[0] + path.suffix for path in tmp_path.iterdir())

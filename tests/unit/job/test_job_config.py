@@ -246,7 +246,7 @@ def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
         [sys.executable, "-m", "switchtitan", "train", "--training.step", "3"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stdout == ""
