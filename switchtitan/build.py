@@ -79,7 +79,6 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     check_given_paths(output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
     with torch.device("meta"):
         model = MODELS.build(config.model)
-    assert isinstance(model, LanguageModel)
     corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
     corpus.check_vocabulary(model.vocab_size)
     identity = run_identity(config, corpus)
@@ -176,7 +175,7 @@ def build_intervals(config: JobConfig) -> Intervals:
 
 
 def prepare_model(
-    model: nn.Module,
+    model: LanguageModel,
     method: Method,
     config: JobConfig,
     world: World,
@@ -184,7 +183,6 @@ def prepare_model(
 ) -> None:
     """From a plain model on the meta device to a sharded one on this rank's device, with its initial values."""
     method.prepare_model(model)
-    assert isinstance(model, LanguageModel)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.activation_checkpoint.offload:
         model.call_block = CallWithInputOnHost(HostCopies(world.device))

@@ -1,16 +1,14 @@
-"""The contracts between packages: what a model, a method and an optimizer must offer to the rest."""
+"""The contracts between packages: what a model, a method, an optimizer and their sections must offer to the rest."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.config.section import Section
-
-MethodSection = TypeVar("MethodSection", bound=Section)
-"""The class of a method's section."""
+from switchtitan.config.section import NamedSection
 
 IGNORED_TARGET = -100
 """A target token with this value does not count in the loss (torch's `ignore_index`)."""
@@ -25,6 +23,54 @@ class Batch(NamedTuple):
     """[batch, seq] int64: the next token, or `IGNORED_TARGET`."""
     document_ids: Tensor
     """[batch, seq] int32: equal for tokens of the same document, rising along a sequence."""
+
+
+class ModelConfig(NamedSection):
+    """The base class of every `[model]` section."""
+
+    vocab_size: int = Field(gt=0)
+    """Number of token ids that the embedding and the head know."""
+
+    @abstractmethod
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer, the head included, by qualified name. Builds no model."""
+
+    def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
+        """Check that the model can train on such a device.
+
+        Args:
+            device_type: "cpu" or "cuda".
+            compute_dtype: dtype of activations.
+
+        Raises:
+            EnvironmentMismatchError: if it cannot. The default raises nothing.
+        """
+
+
+class MethodConfig(NamedSection):
+    """The base class of every `[method] name = "..."` section."""
+
+    freezes_weights: ClassVar[bool] = False
+    """Whether `Method.prepare_model` freezes some weights."""
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """Return error messages for a model with linear layers [out, in] of these names; none by default."""
+        return []
+
+    def check_length(self, num_steps: int) -> list[str]:
+        """Return error messages for a run of `num_steps` optimizer steps; none by default."""
+        return []
+
+
+MethodConfigT = TypeVar("MethodConfigT", bound=MethodConfig)
+"""The class of a method's section."""
+
+
+class OptimizerConfig(NamedSection):
+    """The base class of every `[optimizer]` section."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate, above 0."""
 
 
 ApplyHead = Callable[[Tensor, nn.Module], Tensor]
@@ -60,40 +106,39 @@ class SummedLoss(Protocol):
         ...
 
 
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What the rest of the project asks of a model; an `nn.Module` whose linear layers are `nn.Linear`."""
+class LanguageModel(nn.Module, ABC):
+    """The base class of every model. Its linear layers are `nn.Linear`."""
 
-    call_block: CallBlock
-    """How it calls each of its blocks: `call_plainly`, unless something else is put here."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.call_block: CallBlock = call_plainly
+        """How `forward` calls each block; activation offloading puts its own function here."""
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        """Tokens that the model can embed."""
-        ...
+        """Number of token ids that the model can embed."""
 
+    @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
         """The repeated blocks by qualified name, in order: the units of sharding, checkpointing and compilation."""
-        ...
 
+    @abstractmethod
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The fp32 value on the CPU with which the plain model's parameter `name` starts."""
-        ...
+        """The initial value, fp32 on the CPU, of the plain model's parameter `name`."""
 
+    @abstractmethod
     def num_flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of forward and backward per token, all weights trained at full rank."""
-        ...
+        """Floating-point operations of forward and backward per token with all weights trained at full rank."""
 
-    def __call__(
-        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head
-    ) -> Tensor:
+    @abstractmethod
+    def forward(self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head) -> Tensor:
         """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq].
 
         Args:
-            apply_head: computes something else in their place, such as a loss, which need not have them all at a time. Only
-                within the call can a sharded head be used.
+            apply_head: computes something else from the hidden states and the head, such as a loss in chunks. A sharded
+                head is usable only inside this call.
         """
-        ...
 
 
 @runtime_checkable
@@ -142,7 +187,7 @@ class TrainingOptimizer(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-class Method(ABC, Generic[MethodSection]):
+class Method(ABC, Generic[MethodConfigT]):
     """A way to parametrize and train a model's weights, e.g. full rank or LoRA.
 
     Args:
@@ -152,14 +197,16 @@ class Method(ABC, Generic[MethodSection]):
             `distributed.seeds.generator_for`, equal on every rank.
     """
 
-    def __init__(self, config: MethodSection, num_steps: int, seed: int) -> None:
+    def __init__(self, config: MethodConfigT, num_steps: int, seed: int) -> None:
         self.config, self.num_steps, self.seed = config, num_steps, seed
 
     def prepare_model(self, model: nn.Module) -> None:
         """Replaces layers; called once, on the meta device, before any wrapping. Default: none."""
 
     @abstractmethod
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
         """The optimizer of the sharded model.
 
         Args:

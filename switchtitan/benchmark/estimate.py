@@ -6,7 +6,6 @@ from switchtitan.benchmark.fake_trainer import fake_trainer
 from switchtitan.benchmark.flops import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.stopwatch import MarkedOptimizer
-from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
 from switchtitan.job.config import JobConfig
 from switchtitan.training.trainer import Trainer
@@ -58,7 +57,6 @@ def estimate_step(config: JobConfig, num_ranks: int, step: int = 2) -> StepEstim
 
 def measure_step(trainer: Trainer, seq_len: int) -> StepEstimate:
     """Takes a step of a trainer, with or without values, uncompiled, under all counters."""
-    assert isinstance(trainer.model, LanguageModel)
     num_tokens = -trainer.state.tokens_seen
     flops_at_marks: list[int] = []
     optimizer = trainer.optimizer

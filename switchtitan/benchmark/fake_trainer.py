@@ -19,7 +19,7 @@ from switchtitan.build import (
 )
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.tensors import checkpoint_tensors, model_tensors
-from switchtitan.contracts import Batch, LanguageModel
+from switchtitan.contracts import Batch
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, mesh_shape, stop_world
@@ -67,7 +67,6 @@ def _build_stepper(config: JobConfig, world: World, checkpointer: Checkpointer, 
     config = config.model_copy(update={"compile": CompileConfig()})
     with torch.device("meta"):
         model = MODELS.build(config.model)
-    assert isinstance(model, LanguageModel)
     num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
     prepare_model(model, method, config, world)

@@ -79,8 +79,7 @@ def time_switches_side_by_side(
     for name, config in configs.items():
         method = config.method
         if not isinstance(method, SwitchLoraConfig):
-            method_name: str = method.name  # type: ignore[attr-defined]
-            raise ConfigError(f'{name}: [method] name = "{method_name}": expected switchlora, which switches')
+            raise ConfigError(f'{name}: [method] name = "{method.name}": expected switchlora, which switches')
         sides[name] = config
         sides[_without(name)] = config.model_copy(
             update={"method": method.model_copy(update={"interval": _NEVER})}

@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A frozen, strict part of the configuration, e.g. `[training]`.
 
-    Each field carries a docstring with its unit and allowed values; `--help` shows it. A section that the
-    user chooses by name (`[method] name = "switchlora"`) has a field `name: Literal["switchlora"]`.
+    Each field has a docstring with its unit and allowed values; `--help` shows it.
     """
 
     # Defaults are not validated: the strict JSON mode in which sections are read refuses a `Path` there.
@@ -23,3 +22,10 @@ class Section(BaseModel):
         for field in cls.model_fields.values():
             # A docstring's line breaks are the source's; `--help` breaks lines where its columns end.
             field.description = " ".join(field.description.split()) if field.description else None
+
+
+class NamedSection(Section):
+    """A section whose key `name` chooses its class from a registry, e.g. `[method] name = "lora"`."""
+
+    name: str
+    """A subclass has one value here, e.g. `name: Literal["lora"] = "lora"`."""

@@ -16,7 +16,7 @@ from switchtitan.distributed.shards import copy_from_full_, empty_on_host_like, 
 
 
 def shard_model(
-    model: nn.Module,
+    model: LanguageModel,
     mesh: DeviceMesh,
     compute_dtype: torch.dtype,
     reshard_after_forward: bool,
@@ -31,7 +31,6 @@ def shard_model(
         frozen_weights: "replicate" leaves parameters that do not train whole, plain tensors on every rank, in their own type:
             who uses or changes them must see to that every rank does the same.
     """
-    assert isinstance(model, LanguageModel)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
@@ -65,7 +64,7 @@ def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def materialize(
-    model: nn.Module, device: torch.device, seed: int, initial_weights: Mapping[str, Tensor] | None = None
+    model: LanguageModel, device: torch.device, seed: int, initial_weights: Mapping[str, Tensor] | None = None
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
@@ -75,7 +74,6 @@ def materialize(
     Args:
         initial_weights: values of the plain model's parameters, instead of drawn ones: a warm start.
     """
-    assert isinstance(model, LanguageModel)
     _allocate(model, device)
 
     def plain_value(name: str, shape: torch.Size) -> Tensor:

@@ -5,58 +5,17 @@ import shutil
 import sysconfig
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 
 from switchtitan.config.load import Check
-from switchtitan.config.section import Section
+from switchtitan.config.toml_text import toml_value
+from switchtitan.contracts import MethodConfig, ModelConfig
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.job.sections import EvaluationConfig, TrainingConfig
-
-
-class ModelSection(Protocol):
-    """What a model's section must tell, for the other sections to be checked against it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear layer by qualified name."""
-        ...
-
-    def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
-        """Raises an EnvironmentMismatchError if the model cannot train on such a device."""
-        ...
-
-
-@runtime_checkable
-class MethodSection(Protocol):
-    """What a method's section may tell; one that fits every model leaves it out."""
-
-    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """What does not fit a model with such linear layers, in sentences; empty where all fits."""
-        ...
-
-
-@runtime_checkable
-class MethodSectionWithLength(Protocol):
-    """What a method's section may tell beside that; one that fits a run of any length leaves it out."""
-
-    def check_length(self, num_steps: int) -> list[str]:
-        """What does not fit a run of so many steps, in sentences; empty where all fits."""
-        ...
-
-
-@runtime_checkable
-class FreezingMethodSection(Protocol):
-    """What the section of a method that keeps weights frozen must tell; one that trains all weights leaves it out."""
-
-    @property
-    def freezes_weights(self) -> bool: ...
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
@@ -95,7 +54,7 @@ def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
     return []
 
 
-def check_model_device(model: ModelSection, training: TrainingConfig, device: str) -> list[str]:
+def check_model_device(model: ModelConfig, training: TrainingConfig, device: str) -> list[str]:
     """The model's attention back-end must be able to train on this machine."""
     try:
         model.check_device(device, getattr(torch, training.dtype))
@@ -114,30 +73,30 @@ def check_compiler(compile: CompileConfig, device: str) -> list[str]:
     return [f"[compile] {chosen[0]} = true: {obstacle}, or give {options}"]
 
 
-def check_method(model: ModelSection, method: Section) -> list[str]:
+def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
     """The method must fit the shapes of the model's linear layers."""
-    return method.check_model(model.linear_shapes()) if isinstance(method, MethodSection) else []
+    return method.check_model(model.linear_shapes())
 
 
-def check_method_length(method: Section, training: TrainingConfig) -> list[str]:
+def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[str]:
     """What the method does every so many steps must come up before the run ends."""
-    return method.check_length(training.steps) if isinstance(method, MethodSectionWithLength) else []
+    return method.check_length(training.steps)
 
 
 def check_frozen_weights(
-    method: Section, parallelism: ParallelismConfig, training: TrainingConfig
+    method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> list[str]:
     """What is asked for frozen weights must have some to act on."""
-    if isinstance(method, FreezingMethodSection) and method.freezes_weights:
+    if method.freezes_weights:
         return []
     asked = []
     if parallelism.frozen_weights != "shard":
         asked.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
     if training.frozen_dtype != "float32":
         asked.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
-    name = method.name  # type: ignore[attr-defined]
     return [
-        f'{key} has no effect: [method] name = "{name}" trains all weights; remove it, or choose a method that freezes weights'
+        f"{key} has no effect: [method] name = {toml_value(method.name)} trains all weights; "
+        "remove it, or choose a method that freezes weights"
         for key in asked
     ]
 
@@ -158,7 +117,7 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
     return problems
 
 
-def check_vocabulary(model: ModelSection, data: DataConfig) -> list[str]:
+def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
     """A tokenizer that will be trained, perhaps only offline, must not know more tokens than the model."""
     if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
         return []

@@ -13,6 +13,7 @@ from switchtitan.config.help import print_help
 from switchtitan.config.load import load_sections
 from switchtitan.config.overrides import split_arguments
 from switchtitan.config.section import Section
+from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DataConfig
 from switchtitan.distributed.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
@@ -38,9 +39,9 @@ class JobConfig(Section):
     """All sections. Those chosen by name have the class that the name selects in its registry."""
 
     job: RunConfig
-    model: Section
-    method: Section
-    optimizer: Section
+    model: ModelConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
     lr_schedule: LRScheduleConfig
     data: DataConfig
     training: TrainingConfig
@@ -54,7 +55,7 @@ class JobConfig(Section):
     profiler: ProfilerConfig
 
 
-NAMED_SECTIONS: dict[str, Registry[Any]] = {"model": MODELS, "method": METHODS, "optimizer": OPTIMIZERS}
+NAMED_SECTIONS: dict[str, Registry[Any, Any]] = {"model": MODELS, "method": METHODS, "optimizer": OPTIMIZERS}
 """The sections whose key `name` chooses their class, and the registries to choose from."""
 
 

@@ -1,6 +1,6 @@
 """Ways to parametrize and train a model: one row for each."""
 
-from switchtitan.contracts import Method
+from switchtitan.contracts import Method, MethodConfig
 from switchtitan.methods.apollo import Apollo, ApolloConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.galore import Galore, GaloreConfig
@@ -9,7 +9,7 @@ from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.registry import Component, Registry
 
-METHODS: Registry[Method] = Registry(
+METHODS: Registry[MethodConfig, Method] = Registry(
     "method",
     {
         "apollo": Component(ApolloConfig, Apollo),

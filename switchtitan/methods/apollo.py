@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.config.section import Section
-from switchtitan.contracts import Method, TrainingOptimizer
+from switchtitan.contracts import Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, local, shard_group
 from switchtitan.methods.projected import (
@@ -44,7 +43,9 @@ class ApolloConfig(ProjectedConfig):
 class Apollo(Method[ApolloConfig]):
     """All weights train; the largest ones' state is that of a small random projection."""
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)
         build_rule = partial(ApolloRule, self.config, config, seed=self.seed, compile_step=compile_step)
         return build_projected_optimizer(model, self.config, config, build_rule)

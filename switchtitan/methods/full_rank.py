@@ -4,13 +4,12 @@ from typing import Literal
 
 from torch import nn
 
-from switchtitan.config.section import Section
-from switchtitan.contracts import Method, TrainingOptimizer
+from switchtitan.contracts import Method, MethodConfig, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.optim import OPTIMIZERS
 
 
-class FullRankConfig(Section):
+class FullRankConfig(MethodConfig):
     """`[method] name = "full_rank"`."""
 
     name: Literal["full_rank"] = "full_rank"
@@ -20,5 +19,7 @@ class FullRankConfig(Section):
 class FullRank(Method[FullRankConfig]):
     """All parameters of the plain model train."""
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
         return OPTIMIZERS.build(config, model.named_parameters(), local, compile_step)

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.config.section import Section
-from switchtitan.contracts import Method, TrainingOptimizer
+from switchtitan.contracts import Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, local, rows_per_rank, shard_group
 from switchtitan.methods.projected import (
     PackedRows,
@@ -34,7 +33,9 @@ class GaloreConfig(ProjectedConfig):
 class Galore(Method[GaloreConfig]):
     """All weights train; the optimizer's state of the largest ones is low-rank."""
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)
         return build_projected_optimizer(
             model, self.config, config, partial(GaloreRule, self.config, config, compile_step=compile_step)

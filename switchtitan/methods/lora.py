@@ -4,8 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import (
     InitialFactors,
@@ -33,6 +32,8 @@ class Lora(LowRankMethod[LoraConfig]):
     def initial_factors(self) -> InitialFactors:
         return lora_init if self.config.init == "lora" else balanced_init
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return OPTIMIZERS.build(config, trained, local, compile_step)

@@ -5,15 +5,14 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from switchtitan.config.section import Section
+from switchtitan.contracts import OptimizerConfig
 
 
-class AdamWConfig(Section):
+class AdamWConfig(OptimizerConfig):
     """`[optimizer] name = "adamw"`: AdamW (arXiv 1711.05101)."""
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
-    lr: float = Field(gt=0)
-    """Peak learning rate, above 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)

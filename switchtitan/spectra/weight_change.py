@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from switchtitan.checkpoint import read_metadata
-from switchtitan.config.section import Section
-from switchtitan.contracts import LanguageModel
+from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.errors import CheckpointError, UserError
 from switchtitan.hub.initial_weights import fingerprint, read_dense_checkpoint, read_initial_weights
@@ -26,7 +25,7 @@ InitialValue = Callable[[str, torch.Size], Tensor]
 class Origin:
     """Where a run's dense weights came from at step 0."""
 
-    model_section: Section
+    model_section: ModelConfig
     seed: int
     """Of the job."""
     initial_weights: str | None
@@ -37,7 +36,6 @@ class Origin:
     def block_names(self) -> list[str]:
         """Qualified names of the model's blocks, in order."""
         model = self._plain_model()
-        assert isinstance(model, LanguageModel)
         return list(model.blocks())
 
     def open(self) -> InitialValue:
@@ -47,7 +45,6 @@ class Origin:
             CheckpointError: if the weights of a warm start are no longer there, or are others now.
         """
         model = self._plain_model()
-        assert isinstance(model, LanguageModel)
         if self.initial_weights is None:
             return lambda name, shape: model.initial_value(name, shape, generator_for(self.seed, name))
         source = Path(self.initial_weights)
@@ -60,7 +57,7 @@ class Origin:
         weights = read_initial_weights(source, model, self.model_section.model_dump(mode="json")).tensors
         return lambda name, shape: weights[name].to(torch.float32)
 
-    def _plain_model(self) -> nn.Module:
+    def _plain_model(self) -> LanguageModel:
         with torch.device("meta"):
             return MODELS.build(self.model_section)
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from switchtitan.checkpoint import Checkpointer
-from switchtitan.contracts import Batch, SummedLoss, TrainingOptimizer
+from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients, num_device_bytes
 from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
@@ -78,7 +78,7 @@ class Trainer:
         intervals: Intervals,
         world: World,
         seed: int,
-        model: nn.Module,
+        model: LanguageModel,
         optimizer: TrainingOptimizer,
         summed_loss: SummedLoss,
         lr_schedule: Callable[[int], float],

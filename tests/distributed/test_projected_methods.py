@@ -10,8 +10,7 @@ from support.tiny import tiny_trainer, train_steps, whole_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
-from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import MethodConfig, TrainingOptimizer
 from switchtitan.methods import METHODS
 from switchtitan.methods.apollo import ApolloConfig
 from switchtitan.methods.galore import GaloreConfig
@@ -19,7 +18,7 @@ from switchtitan.optim import AdamWConfig
 
 NUM_STEPS = 10
 INTERVAL = 4
-CONFIGS: dict[str, Section] = {
+CONFIGS: dict[str, MethodConfig] = {
     "galore": GaloreConfig(rank=RANK, update_interval=INTERVAL, targets=TARGETS),
     "apollo": ApolloConfig(rank=RANK, update_interval=INTERVAL, targets=TARGETS),
     "apollo_mini": ApolloConfig(
@@ -30,7 +29,7 @@ COLLECTIVES_BETWEEN_REFRESHES = {"galore": 2, "apollo": 2, "apollo_mini": 2}
 ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), weight_decay=0.1)
 
 
-def build(config: Section, model: torch.nn.Module) -> TrainingOptimizer:
+def build(config: MethodConfig, model: torch.nn.Module) -> TrainingOptimizer:
     return METHODS.build(config, NUM_STEPS, 3).build_optimizer(model, ADAM, False)
 
 

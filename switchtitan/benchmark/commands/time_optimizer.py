@@ -32,7 +32,7 @@ def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLi
     layers = low_rank_layers(model)
     if not layers:
         raise ConfigError(
-            f"[method] name = {config.method.name!r} has no low-rank layers; "  # type: ignore[attr-defined]
+            f"[method] name = {config.method.name!r} has no low-rank layers; "
             "benchmark.py optimizer measures the update of their factors: choose another method"
         )
     draw = torch.Generator(device).manual_seed(0)

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from switchtitan.config.section import Section
+from switchtitan.contracts import MethodConfig
 
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -19,11 +19,10 @@ Targets = Annotated[tuple[str, ...], AfterValidator(_check_targets)]
 """Local names of linear layers, at least one, each once."""
 
 
-class LowRankConfig(Section):
+class LowRankConfig(MethodConfig):
     """The shape of the low-rank update."""
 
     freezes_weights: ClassVar[bool] = True
-    """See `job_checks.FreezingMethodSection`."""
     resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
     rank: int = Field(ge=1)
     """Number of vectors in each factor, at least 1 and below the smaller dimension of every adapted layer."""

@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from switchtitan.config.section import Section
+from switchtitan.contracts import MethodConfig
 from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
 
 
-class ProjectedConfig(Section):
+class ProjectedConfig(MethodConfig):
     """Which gradients are projected, onto how many dimensions, and for how long."""
 
     rank: int = Field(ge=1)

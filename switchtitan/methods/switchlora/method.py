@@ -6,8 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import (
     InitialFactors,
@@ -35,7 +34,9 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     def layer_buffers(self, out_features: int, in_features: int) -> dict[str, LayerBuffer]:
         return candidate_buffers(self.config, out_features, in_features)
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)
         layers = low_rank_layers(model)
         factors = {id(factor) for layer in layers.values() for factor in (layer.lora_a, layer.lora_b)}

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from switchtitan.config.section import Section
+from switchtitan.contracts import ModelConfig
 from switchtitan.models.llama.attention import check_attention
 
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -82,7 +82,7 @@ class LlamaDimensions:
         }
 
 
-class LlamaConfig(Section):
+class LlamaConfig(ModelConfig):
     """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, an untied head."""
 
     name: Literal["llama"] = "llama"

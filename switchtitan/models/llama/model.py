@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import ApplyHead, CallBlock, call_plainly, logits_of_head
+from switchtitan.contracts import ApplyHead, CallBlock, LanguageModel, call_plainly, logits_of_head
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
 from switchtitan.models.llama.rope import rotary_tables, rotate
@@ -101,15 +101,14 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
 
-class Llama(nn.Module):
-    """A LLaMA language model; fulfils `contracts.LanguageModel`."""
+class Llama(LanguageModel):
+    """A LLaMA language model."""
 
     def __init__(self, dims: LlamaDimensions, backend: str) -> None:
         super().__init__()
         self.dims = dims
         self.model = Decoder(dims, backend)
         self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
-        self.call_block: CallBlock = call_plainly
 
     def forward(self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head) -> Tensor:
         """Logits of the next token, or what else `apply_head` makes of them.
