@@ -1,21 +1,22 @@
 """The section `[data]`: which corpus, which tokenizer, how long the sequences, where prepared corpora lie."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from switchtitan.config.section import Section
+from switchtitan.data.sources import DATASETS
 
-DatasetName = Literal["pystdlib", "c4", "text", "jsonl", "json.gz", "parquet"]
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
 
 TRAINED_TOKENIZER = "train"
 """The value of `tokenizer` that asks for one trained on the corpus."""
 DEFAULT_TRAINED_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.02
-
-_NEED_PATH = ("text", "jsonl", "json.gz", "parquet")
-_HAVE_COLUMNS = ("jsonl", "json.gz", "parquet")
 
 
 class DataConfig(Section):
@@ -77,7 +78,12 @@ class DataConfig(Section):
     @property
     def needs_hub(self) -> bool:
         """Whether something must be fetched from the hub before this corpus can be prepared."""
-        return (self.dataset == "c4" and self.path is None) or self.hub_tokenizer is not None
+        return self.needs_hub_dataset or self.hub_tokenizer is not None
+
+    @property
+    def needs_hub_dataset(self) -> bool:
+        """Whether the dataset itself comes from the hub."""
+        return DATASETS[self.dataset].comes_from_hub and self.path is None
 
     def offline_stand_in(self) -> "DataConfig":
         """The configuration that takes this one's place when the hub cannot be reached."""
@@ -95,25 +101,27 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _each_setting_has_an_effect(self) -> "DataConfig":
         mistakes = []
-        if self.dataset in _NEED_PATH and self.path is None:
+        row = DATASETS[self.dataset]
+        if row.path == "required" and self.path is None:
             mistakes.append(f'dataset = "{self.dataset}" needs path: the file or folder to read')
-        if self.dataset == "pystdlib" and self.path is not None:
+        if row.path == "unused" and self.path is not None:
             mistakes.append(
-                f'path = "{self.path}" has no effect with dataset = "pystdlib"; leave it out or set dataset '
+                f'path = "{self.path}" has no effect with dataset = "{self.dataset}"; leave it out or set dataset '
                 f'= "text"'
             )
-        if self.text_column is not None and self.dataset not in _HAVE_COLUMNS:
+        if self.text_column is not None and not row.has_text_column:
+            with_columns = ", ".join(f'"{name}"' for name, row in DATASETS.items() if row.has_text_column)
             mistakes.append(
-                f'text_column = "{self.text_column}" has an effect with dataset = {_one_of(_HAVE_COLUMNS)} '
+                f'text_column = "{self.text_column}" has an effect with dataset = {with_columns} '
                 f"only; leave it out"
             )
-        if self.dataset == "c4" and self.validation_fraction is not None and self.offline_dataset is None:
+        if row.has_own_splits and self.validation_fraction is not None and self.offline_dataset is None:
             mistakes.append(
-                'validation_fraction has no effect with dataset = "c4", which has its own split; leave it out'
+                f'validation_fraction has no effect with dataset = "{self.dataset}", which has its own split; leave it out'
             )
-        if self.dataset == "c4" and self.test_fraction is not None and self.offline_dataset is None:
+        if row.has_own_splits and self.test_fraction is not None and self.offline_dataset is None:
             mistakes.append(
-                'test_fraction has no effect with dataset = "c4", which has its own splits; leave it out'
+                f'test_fraction has no effect with dataset = "{self.dataset}", which has its own splits; leave it out'
             )
         if (
             self.vocab_size is not None
@@ -132,7 +140,3 @@ class DataConfig(Section):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
-
-
-def _one_of(choices: tuple[str, ...]) -> str:
-    return ", ".join(f'"{choice}"' for choice in choices)

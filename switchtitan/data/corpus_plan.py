@@ -45,7 +45,7 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
         CorpusError: if a file is missing, or the hub is needed, cannot be reached and nothing stands in.
     """
     plan = plan_as_named(config)
-    needs_hub = (config.dataset == "c4" and config.path is None) or (
+    needs_hub = config.needs_hub_dataset or (
         config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)
     )
     if plan.is_prepared or not needs_hub:
@@ -71,7 +71,8 @@ def plan_as_named(config: DataConfig, stands_in_for: str | None = None) -> Corpu
     Raises:
         CorpusError: if a file is missing.
     """
-    source = DATASETS[config.dataset](config)
+    path = config.path.expanduser() if config.path else None
+    source = DATASETS[config.dataset].open(path, config.text_column)
     identity: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "source": dict(source.identity()),

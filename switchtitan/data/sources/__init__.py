@@ -1,21 +1,19 @@
 """Corpus sources: where documents come from."""
 
-from collections.abc import Callable
-
-from switchtitan.data.config import DataConfig
 from switchtitan.data.sources.c4 import c4_source
+from switchtitan.data.sources.dataset import Dataset
 from switchtitan.data.sources.files import gzipped_json_source, jsonl_source, parquet_source, text_source
 from switchtitan.data.sources.pystdlib import pystdlib_source
 from switchtitan.data.sources.stream import DocumentStream, Position, Source
 
-DATASETS: dict[str, Callable[[DataConfig], Source]] = {
-    "pystdlib": pystdlib_source,
-    "c4": c4_source,
-    "text": text_source,
-    "jsonl": jsonl_source,
-    "json.gz": gzipped_json_source,
-    "parquet": parquet_source,
+DATASETS = {
+    "pystdlib": Dataset(pystdlib_source),
+    "c4": Dataset(c4_source, path="optional", has_own_splits=True, comes_from_hub=True),
+    "text": Dataset(text_source, path="required"),
+    "jsonl": Dataset(jsonl_source, path="required", has_text_column=True),
+    "json.gz": Dataset(gzipped_json_source, path="required", has_text_column=True),
+    "parquet": Dataset(parquet_source, path="required", has_text_column=True),
 }
-"""The corpus sources by `[data] dataset`."""
+"""The datasets by `[data] dataset`."""
 
-__all__ = ["DATASETS", "DocumentStream", "Position", "Source"]
+__all__ = ["DATASETS", "Dataset", "DocumentStream", "Position", "Source"]

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchtitan.data.config import DataConfig
 from switchtitan.data.sources.stream import Position
 from switchtitan.errors import CorpusError
 
@@ -98,6 +97,6 @@ class C4Source:
             ) from error
 
 
-def c4_source(config: DataConfig) -> C4Source:
-    """C4 from the hub, or from the local copy that `path` names."""
-    return C4Source(config.path.expanduser() if config.path else None)
+def c4_source(path: Path | None, text_column: str | None) -> C4Source:
+    """C4 from the hub, or from the local copy at `path`."""
+    return C4Source(path)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from switchtitan.data.config import DataConfig
 from switchtitan.data.sources.stream import Position
 from switchtitan.errors import CorpusError
 
@@ -112,33 +111,33 @@ class FileSource:
         return FileStream(self._files, self._read, position)
 
 
-def text_source(config: DataConfig) -> FileSource:
+def text_source(path: Path | None, text_column: str | None) -> FileSource:
     """Text files (`*.txt`, `*.text`, `*.md`)."""
-    return FileSource("text", _path_of(config), ("*.txt", "*.text", "*.md"), read_text)
+    return FileSource("text", _given(path), ("*.txt", "*.text", "*.md"), read_text)
 
 
-def jsonl_source(config: DataConfig) -> FileSource:
+def jsonl_source(path: Path | None, text_column: str | None) -> FileSource:
     """Files of JSON objects, one a line (`*.jsonl`, `*.json`)."""
-    column = config.text_column or "text"
+    column = text_column or "text"
     return FileSource(
-        "jsonl", _path_of(config), ("*.jsonl", "*.json"), lambda file: _read_json_lines(file, column), column
+        "jsonl", _given(path), ("*.jsonl", "*.json"), lambda file: _read_json_lines(file, column), column
     )
 
 
-def gzipped_json_source(config: DataConfig) -> FileSource:
+def gzipped_json_source(path: Path | None, text_column: str | None) -> FileSource:
     """Gzipped files of JSON objects, one a line (`*.json.gz`, `*.jsonl.gz`)."""
-    column = config.text_column or "text"
+    column = text_column or "text"
     patterns = ("*.json.gz", "*.jsonl.gz")
     return FileSource(
-        "json.gz", _path_of(config), patterns, lambda file: _read_gzipped_json_lines(file, column), column
+        "json.gz", _given(path), patterns, lambda file: _read_gzipped_json_lines(file, column), column
     )
 
 
-def parquet_source(config: DataConfig) -> FileSource:
+def parquet_source(path: Path | None, text_column: str | None) -> FileSource:
     """Parquet files (`*.parquet`)."""
-    column = config.text_column or "text"
+    column = text_column or "text"
     return FileSource(
-        "parquet", _path_of(config), ("*.parquet",), lambda file: _read_parquet(file, column), column
+        "parquet", _given(path), ("*.parquet",), lambda file: _read_parquet(file, column), column
     )
 
 
@@ -166,9 +165,9 @@ def read_text(file: Path) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _path_of(config: DataConfig) -> Path:
-    assert config.path is not None, "the section checks that there is a path"
-    return config.path.expanduser()
+def _given(path: Path | None) -> Path:
+    assert path is not None, "the section checks that there is a path"
+    return path
 
 
 def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:

@@ -6,7 +6,6 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from switchtitan.data.config import DataConfig
 from switchtitan.data.sources.files import FileStream
 from switchtitan.data.sources.stream import Position
 from switchtitan.errors import CorpusError
@@ -45,7 +44,7 @@ class StandardLibrarySource:
         return FileStream(self._files, _read_module, position)
 
 
-def pystdlib_source(config: DataConfig) -> StandardLibrarySource:
+def pystdlib_source(path: Path | None, text_column: str | None) -> StandardLibrarySource:
     """The standard library of the interpreter that runs this."""
     return StandardLibrarySource(Path(sysconfig.get_paths()["stdlib"]))
 

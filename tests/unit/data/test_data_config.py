@@ -1,15 +1,17 @@
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from switchtitan.data import DATASETS, DataConfig
-from switchtitan.data.config import DatasetName
 
 
-def test_every_dataset_name_has_a_source() -> None:
-    assert set(get_args(DatasetName)) == set(DATASETS)
+def test_every_row_is_a_dataset_and_nothing_else_is() -> None:
+    for name, row in DATASETS.items():
+        path = Path("x") if row.path == "required" else None
+        assert DataConfig(dataset=name, path=path).dataset == name
+    with pytest.raises(ValidationError, match="'pystdlib', 'c4', 'text'"):
+        DataConfig(dataset="c5")
 
 
 @pytest.mark.parametrize(

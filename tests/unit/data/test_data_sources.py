@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DATASETS, DataConfig
+from switchtitan.data import DATASETS
 from switchtitan.data.sources import Source
 from switchtitan.data.sources.files import TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.data.sources.pystdlib import StandardLibrarySource
@@ -15,8 +15,8 @@ from switchtitan.errors import CorpusError
 DOCUMENTS = make_documents(23, seed=1)
 
 
-def make_source(dataset: str, folder: Path, **settings: str) -> Source:
-    return DATASETS[dataset](DataConfig(dataset=dataset, path=folder, **settings))  # type: ignore[arg-type]
+def make_source(dataset: str, folder: Path, text_column: str | None = None) -> Source:
+    return DATASETS[dataset].open(folder, text_column)
 
 
 def write_corpus(dataset: str, folder: Path, key: str = "text") -> None:
@@ -132,7 +132,7 @@ def test_the_standard_library_leaves_out_what_is_not_its_own(tmp_path: Path) -> 
 
 
 def test_the_running_standard_library_is_a_corpus() -> None:
-    stream = DATASETS["pystdlib"](DataConfig()).open(None)
+    stream = DATASETS["pystdlib"].open(None, None).open(None)
     first = [next(stream) for _ in range(20)]
     assert any("import" in text for text in first)
 
