@@ -1,12 +1,11 @@
-"""The composition root: from a configuration to a trainer, one short function for each part."""
+"""The composition root: from a configuration to a `Trainer`, or to a `Stepper` alone, one short function for each part."""
 
 import logging
-from collections.abc import Generator, Mapping
-from functools import partial
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import switchtitan
 from switchtitan.checkpoint import (
@@ -16,7 +15,7 @@ from switchtitan.checkpoint import (
     read_metadata,
 )
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
-from switchtitan.checkpoint.tensors import checkpoint_tensors, model_tensors, restore
+from switchtitan.checkpoint.tensors import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
 from switchtitan.data import (
@@ -31,7 +30,6 @@ from switchtitan.distributed.activation_offload import CallWithInputOnHost
 from switchtitan.distributed.compile import compile_blocks
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
-from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.world import World, device_name
 from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.job.config import JobConfig
@@ -58,29 +56,35 @@ from switchtitan.training.description import (
     run_facts,
     run_identity,
 )
-from switchtitan.training.evaluate import Evaluator
+from switchtitan.training.evaluate import Evaluator, Evaluators
+from switchtitan.training.hooks import Hook, InspectWeights
 from switchtitan.training.output import check_output_dir, start_output
 from switchtitan.training.state import TrainState
-from switchtitan.training.trainer import Intervals, Trainer, loss_metrics
+from switchtitan.training.stepper import Stepper
+from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
 
 logger = logging.getLogger(__name__)
 
+OnPart = Callable[[str], None]
+"""Called with the name of a part of the start when it is done: "corpus", "model", "optimizer"."""
 
-def build_trainer(config: JobConfig, world: World) -> Trainer:
-    """Everything that a run needs, its state restored where it goes on from a checkpoint.
+
+def ignore_part(part: str) -> None:
+    """An `OnPart` that does nothing."""
+
+
+def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part) -> Trainer:
+    """Everything that a run needs, its state restored if it resumes from a checkpoint.
 
     Raises:
-        UserError: before anything is written, where configuration, corpus and checkpoints do not fit together.
+        UserError: before anything is written, if configuration, corpus and checkpoints do not fit together.
     """
-    output_dir = config.job.output_dir
     configure_logging(is_main=world.is_main, rank=world.rank)
-    check_output_dir(output_dir)
+    check_output_dir(config.job.output_dir)
     # Preparing a corpus can take hours.
-    check_given_paths(output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
-    corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
-    corpus.check_vocabulary(model.vocab_size)
+    check_given_paths(config.job.output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
+    corpus = open_checked_corpus(config, world)
+    on_part("corpus")
     identity = run_identity(config, corpus)
     checkpointer = build_checkpointer(config, world, identity, corpus)
     checkpoint = checkpointer.checkpoint_to_resume()
@@ -88,54 +92,91 @@ def build_trainer(config: JobConfig, world: World) -> Trainer:
     if checkpoint is not None:
         state, changes = read_state(checkpoint, identity, config)
     # Before any work, since a corpus that is too small for the configuration is refused here.
-    batches = build_batches(config, corpus, world, state.num_batches)
-    validation = corpus.split("validation", config.data.seq_len)
-    test_tokens = config.evaluation.test_tokens
-    test = None if test_tokens is None else corpus.split("test", config.data.seq_len)
-    num_flops_per_token = model.num_flops_per_token(config.data.seq_len)
-    initial_weights = None if checkpoint is not None else read_warm_start_(state, config, model)
+    batches = build_batches(config, corpus, world, state)
+    loss = CrossEntropy(config.compile.loss)
+    evaluators = build_evaluators(config, corpus, loss, world)
+    initial_weights = None
+    if checkpoint is None:
+        state, initial_weights = read_warm_start(config)
+    rank_telemetry = build_rank_telemetry(config, world, state)
 
-    method = METHODS.build(config.method, config.training.steps, config.job.seed)
-    rank_telemetry = build_rank_telemetry(config, world, method, state)
-    prepare_model(model, method, config, world, initial_weights)
-    optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
-    tensors = checkpoint_tensors(model, optimizer)
+    stepper = build_stepper(
+        config, world, batches, state=state, loss=loss, initial_weights=initial_weights, on_part=on_part
+    )
+    tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
-        restore(checkpoint, tensors(), optimizer)
+        tensors.restore(checkpoint)
 
     start_output(config, world, state)
-    describe_run(config, world, model, corpus, checkpoint, changes)
-    loss = CrossEntropy(config.compile.loss)
-    reporter = build_reporter(config, world, state, run_facts(config, world, model, corpus))
+    describe_run(config, world, stepper.model, corpus, checkpoint, changes)
+    reporter = build_reporter(config, world, state, run_facts(config, world, stepper.model, corpus))
     return Trainer(
-        training=config.training,
-        intervals=build_intervals(config),
-        world=world,
-        seed=config.job.seed,
-        model=model,
-        optimizer=optimizer,
-        summed_loss=loss,
-        lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
-        batches=batches,
-        evaluator=build_evaluator(config, validation, config.evaluation.tokens, loss, world),
-        test_evaluator=None
-        if test is None or test_tokens is None
-        else build_evaluator(config, test, test_tokens, loss, world),
-        inspect_weights=rank_telemetry,
+        stepper,
+        schedule=build_schedule(config),
+        evaluators=evaluators,
         checkpointer=checkpointer,
         tensors=tensors,
-        check_replicas=partial(check_replicas, model_tensors(model)),
         reporter=reporter,
-        communication=StepCommunication(reporter, world.size, state.step),
-        throughput=build_throughput(config, world, num_flops_per_token, state.step),
-        profiler=Profiler(
-            config.profiler,
-            output_dir / TENSORBOARD_FOLDER,
-            worker="rank0" if world.is_main else None,
-            steps_done=state.step,
-        ),
-        state=state,
+        throughput=build_throughput(config, world, state),
+        profiler=build_profiler(config, world, state),
+        hooks=build_hooks(config, world, stepper, reporter, rank_telemetry),
     )
+
+
+def build_stepper(
+    config: JobConfig,
+    world: World,
+    batches: Generator[list[Batch], None, None],
+    *,
+    state: TrainState | None = None,
+    loss: SummedLoss | None = None,
+    initial_weights: Mapping[str, Tensor] | None = None,
+    on_part: OnPart = ignore_part,
+) -> Stepper:
+    """What takes the steps of a run, and nothing that evaluates, saves or reports; also under a `FakeTensorMode`.
+
+    Args:
+        batches: see `build_batches`.
+        state: of the run; by default a new run's. Restoring model and optimizer is left to the caller.
+        loss: by default the configuration's.
+        initial_weights: the plain model's weights by name; by default they are drawn.
+    """
+    model = build_plain_model(config)
+    method = build_method(config)
+    prepare_model(model, method, config, world, initial_weights)
+    on_part("model")
+    optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
+    on_part("optimizer")
+    return Stepper(
+        model=model,
+        optimizer=optimizer,
+        loss=loss or CrossEntropy(config.compile.loss),
+        lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
+        batches=batches,
+        world=world,
+        seed=config.job.seed,
+        max_grad_norm=config.training.max_grad_norm,
+        on_nonfinite=config.training.on_nonfinite,
+        state=state or TrainState(),
+    )
+
+
+def build_plain_model(config: JobConfig) -> LanguageModel:
+    """The model before the method has changed it, on the meta device."""
+    with torch.device("meta"):
+        return MODELS.build(config.model)
+
+
+def build_method(config: JobConfig) -> Method:
+    return METHODS.build(config.method, config.training.steps, config.job.seed)
+
+
+def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
+    """The corpus, prepared if it is not yet; its tokens fit the model."""
+    corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
+    model = build_plain_model(config)
+    corpus.check_vocabulary(model.vocab_size)
+    return corpus
 
 
 def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[TrainState, list[str]]:
@@ -150,27 +191,28 @@ def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[Tra
     return state, changed_keys(str(metadata.run["config"]), config)
 
 
-def read_warm_start_(state: TrainState, config: JobConfig, model: nn.Module) -> dict[str, Tensor] | None:
-    """The weights that a new run starts from, which its state remembers; None where they are drawn.
+def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
+    """The state of a new run, which remembers where its weights come from, and the weights; None if they are drawn.
 
     Raises:
         CheckpointError: if they cannot be read, or are another model's.
     """
     if config.checkpoint.initial_weights is None:
-        return None
+        return TrainState(), None
     source, weights = read_initial_weights(
-        Path(config.checkpoint.initial_weights), model, config.model.model_dump(mode="json")
+        Path(config.checkpoint.initial_weights),
+        build_plain_model(config),
+        config.model.model_dump(mode="json"),
     )
     logger.info("initial weights come from %s", source)
-    state.initial_weights, state.initial_fingerprint = str(source), fingerprint(source)
-    return weights
+    return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
 
 
-def build_intervals(config: JobConfig) -> Intervals:
-    return Intervals(
-        evaluate=config.evaluation.interval,
-        save=config.checkpoint.interval,
-        inspect=config.spectrum.interval,
+def build_schedule(config: JobConfig) -> RunSchedule:
+    return RunSchedule(
+        num_steps=config.training.steps,
+        evaluate_interval=config.evaluation.interval,
+        save_interval=config.checkpoint.interval,
     )
 
 
@@ -208,8 +250,9 @@ def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: 
 
 
 def build_batches(
-    config: JobConfig, corpus: Corpus, world: World, start_step: int
+    config: JobConfig, corpus: Corpus, world: World, state: TrainState
 ) -> Generator[list[Batch], None, None]:
+    """This rank's training batches, from where `state` stands; `close` ends the processes that read them."""
     return build_train_batches(
         corpus.split("train", config.data.seq_len),
         seed=config.job.seed,
@@ -217,9 +260,21 @@ def build_batches(
         local_batch_size=config.training.local_batch_size,
         rank=world.rank,
         num_ranks=world.size,
-        start_step=start_step,
+        start_step=state.num_batches,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
+    )
+
+
+def build_evaluators(config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World) -> Evaluators:
+    validation = corpus.split("validation", config.data.seq_len)
+    test_tokens = config.evaluation.test_tokens
+    test = None
+    if test_tokens is not None:
+        test = build_evaluator(config, corpus.split("test", config.data.seq_len), test_tokens, loss, world)
+    return Evaluators(
+        build_evaluator(config, validation, config.evaluation.tokens, loss, world),
+        test,
     )
 
 
@@ -240,9 +295,7 @@ def build_evaluator(
     return Evaluator(batches, loss, world)
 
 
-def build_rank_telemetry(
-    config: JobConfig, world: World, method: Method, state: TrainState
-) -> RankTelemetry | None:
+def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> RankTelemetry | None:
     """None where it is off.
 
     Raises:
@@ -254,7 +307,7 @@ def build_rank_telemetry(
     if state.step > 0:
         origin.open()
     return RankTelemetry(
-        dense_weights=method.dense_weights,
+        dense_weights=build_method(config).dense_weights,
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
         start_step=state.step,
@@ -280,16 +333,48 @@ def build_reporter(
     )
 
 
-def build_throughput(
-    config: JobConfig, world: World, num_flops_per_token: int, start_step: int
-) -> Throughput:
+def build_throughput(config: JobConfig, world: World, state: TrainState) -> Throughput:
+    model = build_plain_model(config)
     # The known peaks are those of bf16.
     peak = peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
     return Throughput(
         tokens_per_step=config.training.global_batch_size * config.data.seq_len,
-        flops_per_token=num_flops_per_token,
+        flops_per_token=model.num_flops_per_token(config.data.seq_len),
         num_devices=world.size,
         peak_flops_per_s=peak,
         num_steps=config.training.steps,
-        start_step=start_step,
+        start_step=state.step,
     )
+
+
+def build_profiler(config: JobConfig, world: World, state: TrainState) -> Profiler:
+    return Profiler(
+        config.profiler,
+        config.job.output_dir / TENSORBOARD_FOLDER,
+        worker="rank0" if world.is_main else None,
+        steps_done=state.step,
+    )
+
+
+def build_hooks(
+    config: JobConfig,
+    world: World,
+    stepper: Stepper,
+    reporter: Reporter,
+    rank_telemetry: RankTelemetry | None,
+) -> list[Hook]:
+    """What the run does around its steps besides training, evaluating and saving."""
+    hooks: list[Hook] = []
+    if world.size > 1:
+        hooks.append(StepCommunication(reporter, stepper.state.step))
+    if rank_telemetry is not None and config.spectrum.interval is not None:
+        hooks.append(
+            InspectWeights(
+                rank_telemetry,
+                stepper.model,
+                reporter,
+                interval=config.spectrum.interval,
+                num_steps=config.training.steps,
+            )
+        )
+    return hooks

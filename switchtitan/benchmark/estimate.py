@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from switchtitan.benchmark.fake_trainer import fake_trainer
+from switchtitan.benchmark.fake_stepper import fake_stepper
 from switchtitan.benchmark.flops import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
-from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
 from switchtitan.job.config import JobConfig
-from switchtitan.training.trainer import Trainer
+from switchtitan.training.stepper import Stepper
 
 ASSUMPTIONS = (
     "memory is that of rank 0, whose shards are the largest, and of tensors alone: no rounding and reserve of an allocator, no "
@@ -39,39 +38,32 @@ class StepEstimate:
         return (self.forward_backward_flops + self.update_flops) / self.full_rank_flops
 
 
-def estimate_step(config: JobConfig, num_ranks: int, step: int = 2) -> StepEstimate:
-    """Runs a step on tensors without values, see `fake_trainer`; the figures rest on `ASSUMPTIONS`.
+def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
+    """Runs the second step on tensors without values, see `fake_stepper`; the figures rest on `ASSUMPTIONS`.
 
-    Args:
-        step: which step of the run, from 2; those before it are run too, since the optimizer's state may come with the first.
+    The optimizer's state may be made in the first step.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    assert step > 1
-    with fake_trainer(config, num_ranks) as trainer:
-        for _ in range(step - 1):
-            trainer.train_step()
-        return measure_step(trainer, config.data.seq_len)
+    with fake_stepper(config, num_ranks) as stepper:
+        stepper.step()
+        return measure_step(stepper, config.data.seq_len)
 
 
-def measure_step(trainer: Trainer, seq_len: int) -> StepEstimate:
-    """Takes a step of a trainer, with or without values, uncompiled, under all counters."""
-    num_tokens = -trainer.state.tokens_seen
-    flops_at_marks: list[int] = []
-    optimizer = trainer.optimizer
-    with TrackMemory(trainer) as memory, CountCommunication() as communication, CountFlops() as flops:
-        trainer.optimizer = MarkedOptimizer(optimizer, lambda: flops_at_marks.append(flops.num_flops))
-        try:
-            trainer.train_step()
-        finally:
-            trainer.optimizer = optimizer
-    num_tokens += trainer.state.tokens_seen
-    before_update, after_update = flops_at_marks
+def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
+    """Takes a step, with or without values, uncompiled, under all counters."""
+    tokens_seen_before = stepper.state.tokens_seen
+    with TrackMemory(stepper) as memory, CountCommunication() as communication, CountFlops() as flops:
+        result = stepper.compute_gradients()
+        forward_backward_flops = flops.num_flops
+        stepper.optimizer.step()
+        stepper.finish_step(result)
+    num_tokens = stepper.state.tokens_seen - tokens_seen_before
     return StepEstimate(
         memory.use,
         communication.counts,
-        forward_backward_flops=before_update,
-        update_flops=after_update - before_update,
-        full_rank_flops=trainer.model.num_flops_per_token(seq_len) * num_tokens // trainer.world.size,
+        forward_backward_flops=forward_backward_flops,
+        update_flops=flops.num_flops - forward_backward_flops,
+        full_rank_flops=stepper.model.num_flops_per_token(seq_len) * num_tokens // stepper.world.size,
     )

@@ -1,16 +1,16 @@
 """Floating-point operations of matrix products and attention, counted as they happen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from switchtitan.distributed.counting_mode import CountingMode
 
-class CountFlops(TorchDispatchMode):
+
+class CountFlops(CountingMode):
     """A context that counts this rank's floating-point operations, those of backward passes included.
 
     A product of [m, k] and [k, n] is 2 m k n. Attention counts as in PaLM (arXiv 2204.02311, appendix B): two products forward
@@ -25,20 +25,13 @@ class CountFlops(TorchDispatchMode):
         super().__init__()
         self.num_flops = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # DTensor turns its operations into those of local tensors; they come here next.
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         packet = getattr(func, "overloadpacket", func)
         packet = _IN_PLACE.get(packet, packet)
         if packet in _ATTENTION:
             self.num_flops += _ATTENTION[packet](*args)
         elif packet in flop_registry:
-            self.num_flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        return result
+            self.num_flops += flop_registry[packet](*args, **kwargs, out_val=result)
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:

@@ -1,7 +1,7 @@
 """What a training step's memory holds on this rank, at its peak and at any time."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from switchtitan.contracts import SummedLoss
 from switchtitan.distributed.activation_offload import CallWithInputOnHost
+from switchtitan.distributed.counting_mode import CountingMode
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
-from switchtitan.training.trainer import Trainer
+from switchtitan.training.stepper import Stepper
 
-TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "candidates", "optimizer", "host"
+TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "buffers", "optimizer", "host"
 GRADIENTS, WHOLE_GRADIENTS = "gradients", "whole gradients"
 GATHERED, ACTIVATIONS, TEMPORARY = "gathered", "activations", "temporary"
 KINDS = {
     TRAINED: "shards of the weights that train",
     FROZEN: "frozen weights: shards, or whole where every rank keeps them so",
-    BUFFERS: "buffers, such as vectors to switch in",
+    BUFFERS: "buffers of the model: tensors that are no parameters",
     OPTIMIZER: "the optimizer's state",
     GRADIENTS: "reduced gradients of this rank's shards",
     WHOLE_GRADIENTS: "gradients of whole weights, before they are reduced; with several micro-batches those of all weights",
@@ -63,17 +63,17 @@ class MemoryUse:
         return sum(self.most[kind] for kind in STATE)
 
 
-class TrackMemory(TorchDispatchMode):
-    """A context that follows the tensors of a trainer's step, with or without values, from allocation to release.
+class TrackMemory(CountingMode):
+    """A context that follows the tensors of a step, with or without values, from allocation to release.
 
     Counted are the bytes that tensors ask for. What allocators round up or hold back is not, nor are workspaces of kernels,
     buffers of communication libraries, batches, and this program itself. Begin between two steps, with the optimizer's state
     in place.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, stepper: Stepper) -> None:
         super().__init__()
-        self._trainer = trainer
+        self._stepper = stepper
         self._held: dict[int, _Held] = {}
         self._gathered: list[_Held] = []
         self._with_hook: set[int] = set()
@@ -89,7 +89,7 @@ class TrackMemory(TorchDispatchMode):
         return MemoryUse(at_peak, most)
 
     def __enter__(self) -> "TrackMemory":
-        model, optimizer = self._trainer.model, self._trainer.optimizer
+        model, optimizer = self._stepper.model, self._stepper.optimizer
         for parameter in model.parameters():
             self._hold(parameter, TRAINED if parameter.requires_grad else FROZEN)
             if parameter.requires_grad:
@@ -105,9 +105,9 @@ class TrackMemory(TorchDispatchMode):
             self._hold(tensor, OPTIMIZER)
         # Called before a module's own hooks, but after those of the block around it, which gather.
         self._remove_at_exit(register_module_forward_pre_hook(self._before_module))
-        summed_loss = self._trainer.summed_loss
-        self._clean_up.callback(setattr, self._trainer, "summed_loss", summed_loss)
-        self._trainer.summed_loss = partial(self._loss, summed_loss)
+        loss = self._stepper.loss
+        self._clean_up.callback(setattr, self._stepper, "loss", loss)
+        self._stepper.loss = partial(self._loss, loss)
         super().__enter__()
         return self
 
@@ -115,18 +115,11 @@ class TrackMemory(TorchDispatchMode):
         super().__exit__(*error)
         self._clean_up.close()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # DTensor turns its operations into those of local tensors; they come here next.
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._hold(tensor, TEMPORARY)
         self._measure()
-        return result
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
         """Counts a tensor's storage as `kind`, unless it has been found to be another kind before."""
@@ -185,7 +178,7 @@ class TrackMemory(TorchDispatchMode):
 
     def _before_module(self, module: nn.Module, args: tuple) -> None:
         self._hold_on_host()
-        if module is self._trainer.model:
+        if module is self._stepper.model:
             # Nothing but gradients outlasts a micro-batch.
             self._move_rest(_BATCH if self._is_before_first_batch else WHOLE_GRADIENTS)
             self._is_before_first_batch, self._is_forward = False, True
@@ -220,7 +213,7 @@ class TrackMemory(TorchDispatchMode):
 
     def _hold_on_host(self) -> None:
         """Counts block inputs that wait in host memory as that."""
-        call_block = self._trainer.model.call_block
+        call_block = self._stepper.model.call_block
         if isinstance(call_block, CallWithInputOnHost):
             for tensor in call_block.tensors_on_host():
                 self._hold(tensor, HOST)

@@ -9,17 +9,15 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from switchtitan import build
-from switchtitan.benchmark.quiet_trainer import without_output
+from switchtitan.build import build_trainer
+from switchtitan.checkpoint.config import RESUME_NEVER
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import UserError, exit_for
-from switchtitan.job.config import parse_arguments
+from switchtitan.job.config import JobConfig, parse_arguments
 
 PARTS = ("imports", "configuration", "corpus", "model", "optimizer", "rest", "first step", "second step")
 """In order. The model is built, sharded and filled; the rest is what follows the optimizer."""
@@ -34,21 +32,16 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config = without_output(parse_arguments(argv[1:], num_ranks=1), Path(folder))
+            config = _without_output(parse_arguments(argv[1:], num_ranks=1), Path(folder))
             world = start_world(config.parallelism)
             mark("configuration")
-            # From outside, so that building a trainer knows nothing of measurements.
-            _mark_after("open_corpus", lambda: mark("corpus"))
-            _mark_after("prepare_model", lambda: mark("model"))
-            _mark_after("checkpoint_tensors", lambda: mark("optimizer"))
-            trainer = build.build_trainer(config, world)
+            trainer = build_trainer(config, world, on_part=mark)
             mark("rest")
             for part in ("first step", "second step"):
-                trainer.train_step()
+                trainer.stepper.step()
                 world.synchronize()
                 mark(part)
-            trainer.batches.close()
-            trainer.reporter.close()
+            trainer.close()
     except UserError as error:
         exit_for(error)
     finally:
@@ -57,16 +50,17 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(durations), flush=True)
 
 
-def _mark_after(function_name: str, mark: Callable[[], None]) -> None:
-    function = getattr(build, function_name)
-
-    @wraps(function)
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        mark()
-        return result
-
-    setattr(build, function_name, marked)
+def _without_output(config: JobConfig, folder: Path) -> JobConfig:
+    """The same run from scratch, with its files in `folder`, without TensorBoard, progress bar and trace."""
+    checkpoint = {"resume": RESUME_NEVER, "initial_weights": None}
+    return config.model_copy(
+        update={
+            "job": config.job.model_copy(update={"output_dir": folder}),
+            "checkpoint": config.checkpoint.model_copy(update=checkpoint),
+            "metrics": config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
+            "profiler": config.profiler.model_copy(update={"enabled": False}),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a training step communicates on any number of ranks, found without them."""
 
-from switchtitan.benchmark.fake_trainer import fake_trainer
+from switchtitan.benchmark.fake_stepper import fake_stepper
 from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
 from switchtitan.job.config import JobConfig
 
@@ -8,7 +8,7 @@ from switchtitan.job.config import JobConfig
 def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) -> CommunicationCounts:
     """Counts what one rank of `num_ranks` sends in a training step; see `CountCommunication` for what a byte is.
 
-    The step is the trainer's own, uncompiled; see `fake_trainer` for what it does not take.
+    The step is that of training, uncompiled; see `fake_stepper` for what it does not take.
 
     Args:
         step: which step of the run, from 1; those before it are run too. By default not the first, in which a method may have
@@ -17,9 +17,9 @@ def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) ->
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    with fake_trainer(config, num_ranks) as trainer:
+    with fake_stepper(config, num_ranks) as stepper:
         for _ in range(step - 1):
-            trainer.train_step()
+            stepper.step()
         with CountCommunication() as counter:
-            trainer.train_step()
+            stepper.step()
     return counter.counts

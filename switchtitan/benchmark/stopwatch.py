@@ -1,12 +1,8 @@
 """Times between points of a program, without making the host wait for the device between them."""
 
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
-from switchtitan.contracts import TrainingOptimizer
 
 
 class Stopwatch:
@@ -40,30 +36,3 @@ class Stopwatch:
             intervals = [end - start for start, end in zip(self._host_s[:-1], self._host_s[1:], strict=True)]
         self._host_s, self._events = [], []
         return intervals
-
-
-class MarkedOptimizer:
-    """An optimizer that calls `mark` where its update begins and ends; a `contracts.TrainingOptimizer`."""
-
-    def __init__(self, optimizer: TrainingOptimizer, mark: Callable[[], None]) -> None:
-        self._optimizer, self._mark = optimizer, mark
-
-    def step(self) -> None:
-        self._mark()
-        self._optimizer.step()
-        self._mark()
-
-    def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
-
-    def set_lr(self, lr_factor: float) -> None:
-        self._optimizer.set_lr(lr_factor)
-
-    def metrics(self) -> dict[str, float]:
-        return self._optimizer.metrics()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._optimizer.load_state_dict(state)

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchtitan.benchmark.operations import CountOperations
-from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, mark_steps_side_by_side
+from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, Update, mark_steps_side_by_side
 from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
-from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.errors import ConfigError
@@ -75,34 +74,27 @@ def time_switches_side_by_side(
         ConfigError: if a configuration's method switches nothing, or its run is shorter than what is to be timed.
         UserError: if a trainer cannot be built, or skips an update.
     """
-    sides: dict[str, JobConfig] = {}
+    updates: dict[str, _MarkedSwitches] = {}
+    sides: dict[str, tuple[JobConfig, Update]] = {}
     for name, config in configs.items():
         method = config.method
         if not isinstance(method, SwitchLoraConfig):
             raise ConfigError(f'{name}: [method] name = "{method.name}": expected switchlora, which switches')
-        sides[name] = config
-        sides[_without(name)] = config.model_copy(
-            update={"method": method.model_copy(update={"interval": _NEVER})}
-        )
-    optimizers: list[_MarkedSwitch] = []
-
-    def marked(optimizer: TrainingOptimizer, mark: Callable[[], None]) -> TrainingOptimizer:
-        assert isinstance(optimizer, SwitchLoraOptimizer)
-        optimizers.append(_MarkedSwitch(optimizer, mark))
-        return optimizers[-1]
-
-    times = mark_steps_side_by_side(sides, rounds, steps_per_round, marked)
-    by_name = dict(zip(sides, optimizers, strict=True))
+        never = config.model_copy(update={"method": method.model_copy(update={"interval": _NEVER})})
+        updates[name] = _MarkedSwitches()
+        sides[name] = config, updates[name]
+        sides[_without(name)] = never, _MarkedSwitches()
+    times = mark_steps_side_by_side(sides, rounds, steps_per_round)
     return {
         name: SwitchCosts(
             step_s=times[name].sum(axis=2),
             switch_s=times[name][:, :, _SWITCH],
             step_without_s=times[_without(name)].sum(axis=2),
-            num_vectors=by_name[name].num_vectors,
-            num_operations=by_name[name].num_operations,
-            num_collectives=by_name[name].num_collectives,
+            num_vectors=update.num_vectors,
+            num_operations=update.num_operations,
+            num_collectives=update.num_collectives,
         )
-        for name in configs
+        for name, update in updates.items()
     }
 
 
@@ -110,16 +102,15 @@ _SWITCH = 1
 """The stretch between marks that is the switch: the first ends where the optimizer's step begins."""
 
 
-class _MarkedSwitch(MarkedOptimizer):
-    """Marks the beginning and the end of a step's switches, and counts in the last step of warm-up what they consist of.
+class _MarkedSwitches:
+    """Updates weights, marks where a step's switches begin and end, and counts what they consist of in the last step of
+    warm-up.
 
     Attributes:
         num_vectors: switched in that step.
     """
 
-    def __init__(self, optimizer: SwitchLoraOptimizer, mark: Callable[[], None]) -> None:
-        super().__init__(optimizer, mark)
-        self._switching = optimizer
+    def __init__(self) -> None:
         self._num_steps = 0
         self._operations, self._communication = CountOperations(), CountCommunication()
         self.num_vectors = 0.0
@@ -132,19 +123,20 @@ class _MarkedSwitch(MarkedOptimizer):
     def num_collectives(self) -> int:
         return sum(count.num_calls for count in self._communication.counts.values())
 
-    def step(self) -> None:
+    def __call__(self, optimizer: TrainingOptimizer, mark: Callable[[], None]) -> None:
+        assert isinstance(optimizer, SwitchLoraOptimizer)
         self._num_steps += 1
         is_counted = self._num_steps == WARM_UP_STEPS
-        self._mark()
+        mark()
         with (
             self._communication if is_counted else nullcontext(),
             self._operations if is_counted else nullcontext(),
         ):
-            self._switching.switch()
-        self._mark()
-        self._switching.update()
+            optimizer.switch()
+        mark()
+        optimizer.update()
         if is_counted:
-            self.num_vectors = self.metrics()["switch/vectors_switched"]
+            self.num_vectors = optimizer.metrics()["switch/vectors_switched"]
 
 
 def _without(name: str) -> str:

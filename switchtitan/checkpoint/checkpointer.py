@@ -102,8 +102,8 @@ class Checkpointer:
         return self._latest
 
     @property
-    def goes_on_from(self) -> Path | None:
-        """What the run would go on from if it was stopped now; None if nothing was saved yet."""
+    def resume_point(self) -> Path | None:
+        """What the run would resume from if it was stopped now; None if nothing was saved yet."""
         return self._latest or self._resumed
 
     def checkpoint_to_resume(self) -> Path | None:

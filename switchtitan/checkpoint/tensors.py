@@ -1,37 +1,50 @@
 """The tensors of a run's checkpoint, by name: the model's and the optimizer's."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from switchtitan.checkpoint import load_tensors_
 from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.replicas import check_replicas
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by their names in a checkpoint, sharing memory with it.
+class CheckpointTensors:
+    """All tensors of a run's checkpoint, sharing memory with the model and the optimizer.
 
-    To be looked up while all of them are shards: FSDP swaps them in forward passes.
+    To be made while all parameters are shards: FSDP swaps them in forward passes.
     """
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
 
+    def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
+        self._optimizer = optimizer
+        self._of_model = {
+            f"{_MODEL}{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()
+        }
 
-def checkpoint_tensors(model: nn.Module, optimizer: TrainingOptimizer) -> Callable[[], dict[str, Tensor]]:
-    """Returns what gives all tensors of a checkpoint by name, sharing memory with the model and the optimizer; see
-    `model_tensors`, which it calls now."""
-    of_model = model_tensors(model)
+    def __call__(self) -> dict[str, Tensor]:
+        """By name, with the optimizer's state of the moment."""
+        return self._of_model | {
+            f"{_OPTIMIZER}{name}": tensor for name, tensor in self._optimizer.state_dict().items()
+        }
 
-    def tensors() -> dict[str, Tensor]:
-        return of_model | {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
+    def restore(self, checkpoint: Path) -> None:
+        """Fills model and optimizer from a checkpoint, whatever number of ranks saved it."""
+        tensors = self()
+        load_tensors_(checkpoint, tensors)
+        self._optimizer.load_state_dict(
+            {
+                name.removeprefix(_OPTIMIZER): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(_OPTIMIZER)
+            }
+        )
 
-    return tensors
+    def check_replicas(self) -> None:
+        """Compares what several ranks hold alike of the model. Every rank must call; waits for the device.
 
-
-def restore(checkpoint: Path, tensors: dict[str, Tensor], optimizer: TrainingOptimizer) -> None:
-    """Fills model and optimizer from a checkpoint, whatever number of ranks saved it."""
-    load_tensors_(checkpoint, tensors)
-    prefix = "optimizer."
-    optimizer.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    )
+        Raises:
+            RanksDisagreeError: on every rank, if ranks no longer hold the same weights.
+        """
+        check_replicas(self._of_model)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.distributed.counting_mode import CountingMode
 
 _PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "gather": 1, "scatter": 1}
 """How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009,
@@ -31,7 +31,7 @@ CommunicationCounts = Mapping[str, CollectiveCount]
 happen."""
 
 
-class CountCommunication(TorchDispatchMode):
+class CountCommunication(CountingMode):
     """A context that counts this rank's collectives, those of backward passes and of DTensors included.
 
     Bytes are those that each rank sends if collectives are carried out in a ring, which moves the fewest bytes possible. For a
@@ -63,23 +63,16 @@ class CountCommunication(TorchDispatchMode):
             raise NotImplementedError(f"no rule for counting the bytes of {', '.join(sorted(self._unknown))}")
         return {kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _PASSES}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # DTensor turns its operations into collectives on local tensors; those come here next.
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES:
-            self._count(func, args, result)
-        return result
+            self._count_collective(func, args, result)
 
-    def _count(self, func: torch._ops.OpOverload, args: tuple, result: object) -> None:
+    def _count_collective(self, func: torch._ops.OpOverload, args: tuple, result: object) -> None:
         name = func._schema.name.partition("::")[2]
         if name in _NOT_COUNTED:
             return
         if name not in _COLLECTIVES:
-            # Told later: what is watched goes on.
+            # Raised by `counts`, so that what is counted is not stopped.
             self._unknown.add(str(func))
             return
         kind, tensors = _COLLECTIVES[name]

@@ -123,10 +123,10 @@ def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of values by kind: trainable, frozen, candidates (buffers), over all ranks."""
+    """Numbers of values over all ranks: of parameters that train, of frozen ones, and of buffers."""
     parameters = list(model.parameters())
     return {
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "frozen": sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
-        "candidates": sum(buffer.numel() for buffer in model.buffers()),
+        "buffers": sum(buffer.numel() for buffer in model.buffers()),
     }

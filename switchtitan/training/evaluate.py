@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,3 +40,11 @@ class Evaluator:
         free_gathered_weights(model)
         loss_sum, num_targets = self._world.sum(totals).tolist()
         return loss_sum / num_targets
+
+
+class Evaluators(NamedTuple):
+    """By split."""
+
+    validation: Evaluator
+    test: Evaluator | None
+    """For the one evaluation of the trained model, if it is wanted."""

@@ -79,7 +79,7 @@ def save_and_go_on(rank, folder):
     for method in METHODS_IN_TRAINING:
         trainer = tiny_trainer(folder / method, method, "--evaluation.interval", "100", num_ranks=2)
         train_steps(trainer, 20)
-        trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.state))
+        trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.stepper.state))
         trainer.checkpointer.finish()
         record(rank, trainer, folder / f"{method}-straight.pt")
 
@@ -87,13 +87,13 @@ def save_and_go_on(rank, folder):
 def resume(rank, folder, num_ranks):
     for method in METHODS_IN_TRAINING:
         trainer = tiny_trainer(folder / method, method, num_ranks=num_ranks)
-        assert trainer.state.step == 20
+        assert trainer.stepper.state.step == 20
         record(rank, trainer, folder / f"{method}-{num_ranks}.pt")
 
 
 def record(rank, trainer, result_file):
     losses, tensors = train_steps(trainer, 20), whole_tensors(trainer)
-    trainer.batches.close()
+    trainer.stepper.close()
     if rank == 0:
         torch.save({"losses": losses, "tensors": tensors}, result_file)
 

@@ -64,21 +64,21 @@ def test_a_reset_of_shards_equals_that_of_whole_tensors(tmp_path):
 def straight_run(rank, folder, result_file, num_ranks):
     trainer = tiny_trainer(folder, "relora", num_ranks=num_ranks)
     losses = train_steps(trainer, 20)
-    trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.state))
+    trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.stepper.state))
     trainer.checkpointer.finish()
     finish_run(rank, trainer, losses, result_file)
 
 
 def resumed_run(rank, folder, result_file, num_ranks):
     trainer = tiny_trainer(folder, "relora", num_ranks=num_ranks)
-    assert trainer.state.step == 20
+    assert trainer.stepper.state.step == 20
     finish_run(rank, trainer, [], result_file)
 
 
 def finish_run(rank, trainer, losses, result_file):
     losses = losses + train_steps(trainer, 20)
-    tensors, metrics = whole_tensors(trainer), trainer.optimizer.metrics()
-    trainer.batches.close()
+    tensors, metrics = whole_tensors(trainer), trainer.stepper.optimizer.metrics()
+    trainer.stepper.close()
     if rank == 0:
         torch.save({"losses": losses, "tensors": tensors, "metrics": metrics}, result_file)
 

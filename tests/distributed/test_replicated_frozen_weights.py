@@ -77,12 +77,12 @@ def run_straight(home, method, overrides, num_ranks):
     trainer = build(home, method, overrides, num_ranks)
     losses = train_steps(trainer, NUM_STEPS)
     check_how_weights_lie(trainer, is_whole=WHOLE[0] in overrides)
-    held_out = trainer.evaluator(trainer.model)
+    held_out = trainer.evaluators.validation(trainer.stepper.model)
     config = tiny_config(home, method, num_ranks=num_ranks)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
     is_main = dist.get_rank() == 0
-    merged = built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main))
-    trainer.batches.close()
+    merged = built.dense_weights(gather_on_main(trainer.stepper.model.named_parameters(), is_main))
+    trainer.stepper.close()
     return {
         "losses": losses,
         "held_out": held_out,
@@ -96,7 +96,7 @@ def run_straight(home, method, overrides, num_ranks):
 
 
 def check_how_weights_lie(trainer, is_whole):
-    for layer in low_rank_layers(trainer.model).values():
+    for layer in low_rank_layers(trainer.stepper.model).values():
         assert isinstance(layer.weight, DTensor) != is_whole
         assert isinstance(layer.lora_a, DTensor)
         if is_whole:
@@ -108,24 +108,24 @@ def check_how_weights_lie(trainer, is_whole):
 def save_early(home, overrides, num_ranks):
     trainer = build(home, "switchlora", overrides, num_ranks)
     train_steps(trainer, SAVED_STEP)
-    trainer.checkpointer.save(SAVED_STEP, trainer.tensors(), vars(trainer.state))
+    trainer.checkpointer.save(SAVED_STEP, trainer.tensors(), vars(trainer.stepper.state))
     trainer.checkpointer.finish()
-    trainer.batches.close()
+    trainer.stepper.close()
 
 
 def resume(home, overrides, num_ranks):
     trainer = build(home, "switchlora", overrides, num_ranks)
-    assert trainer.state.step == SAVED_STEP
+    assert trainer.stepper.state.step == SAVED_STEP
     losses = train_steps(trainer, NUM_STEPS - SAVED_STEP)
-    trainer.batches.close()
+    trainer.stepper.close()
     return {"losses": losses}
 
 
 def check_that_a_rank_apart_is_found_out(rank, home):
     trainer = build(home, "switchlora", WHOLE, 2)
-    trainer.batches.close()
-    trainer.check_replicas()
-    name, layer = list(low_rank_layers(trainer.model).items())[3]
+    trainer.stepper.close()
+    trainer.tensors.check_replicas()
+    name, layer = list(low_rank_layers(trainer.stepper.model).items())[3]
     if rank == 1:
         with torch.no_grad():
             # One bit.
@@ -133,7 +133,7 @@ def check_that_a_rank_apart_is_found_out(rank, home):
     with pytest.raises(
         RanksDisagreeError, match=rf"the same weights \(model\.{name}\.weight\), so what they"
     ):
-        trainer.check_replicas()
+        trainer.tensors.check_replicas()
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def check_evaluation(trainer: Trainer, alone: nn.Module, config: JobConfig) -> N
         logits = alone(tokens[:, :-1], documents).double()
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     # fp32 logits of other batches: roundings of 6e-8 in each of some ten operations.
-    assert trainer.evaluator(trainer.model) == pytest.approx(expected.item(), rel=1e-6)
+    assert trainer.evaluators.validation(trainer.stepper.model) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def count_collectives(part: Callable[[], object]) -> Counter[str]:
@@ -173,15 +173,15 @@ def check_collectives(
     trainer: Trainer, num_micro_batches: int, num_in_update: int, num_gathers_in_update: int = 0
 ) -> None:
     """Whatever the number of micro-batches: a reduction for each of two blocks and the rest, and the update's own."""
-    micro_batches = next(trainer.batches)
+    micro_batches = next(trainer.stepper.batches)
     assert len(micro_batches) == num_micro_batches
-    of_gradients = count_collectives(lambda: trainer._forward_backward(micro_batches))
+    of_gradients = count_collectives(lambda: trainer.stepper.forward_backward(micro_batches))
     assert num_of_kind(of_gradients, "reduce_scatter") == 3, of_gradients
-    of_update = count_collectives(trainer.optimizer.step)
+    of_update = count_collectives(trainer.stepper.optimizer.step)
     assert num_of_kind(of_update, "allreduce") == num_in_update, of_update
     assert num_of_kind(of_update, "allgather") == num_gathers_in_update, of_update
     assert of_update.total() == num_in_update + num_gathers_in_update, of_update
-    trainer.batches.close()
+    trainer.stepper.close()
 
 
 def check_all(rank: int, folder: Path) -> None:

@@ -36,14 +36,14 @@ def run_all(rank, folder, result_file, num_ranks):
             *overrides,
             num_ranks=num_ranks,
         )
-        assert trainer.state.step == (SAVED_STEP if name == "second" else 0)
+        assert trainer.stepper.state.step == (SAVED_STEP if name == "second" else 0)
         initial = whole_tensors(trainer)
         losses = train_steps(trainer, num_steps)
         results[name] = {"initial": initial, "losses": losses, "final": whole_tensors(trainer)}
         if name == "first":
-            trainer.checkpointer.save(num_steps, trainer.tensors(), vars(trainer.state))
+            trainer.checkpointer.save(num_steps, trainer.tensors(), vars(trainer.stepper.state))
             trainer.checkpointer.finish()
-        trainer.batches.close()
+        trainer.stepper.close()
     if rank == 0:
         torch.save(results, result_file)
 

@@ -35,9 +35,9 @@ def run_all(rank, folder, result_file, num_ranks):
         losses = train_steps(trainer, num_steps)
         results[name] = {"losses": losses, "tensors": whole_tensors(trainer)}
         if name == "first":
-            trainer.checkpointer.save(num_steps, trainer.tensors(), vars(trainer.state))
+            trainer.checkpointer.save(num_steps, trainer.tensors(), vars(trainer.stepper.state))
             trainer.checkpointer.finish()
-        trainer.batches.close()
+        trainer.stepper.close()
     if rank == 0:
         torch.save(results, result_file)
 

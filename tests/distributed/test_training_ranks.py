@@ -28,15 +28,15 @@ def record_run(rank, folder, result_file, method, overrides, num_ranks, num_step
         folder, method, "--training.local_batch_size", "2", *overrides, num_ranks=num_ranks
     )
     on_host: list[int] = []
-    if isinstance(trainer.model.call_block, CallWithInputOnHost):
-        trainer.model.model.norm.register_forward_hook(
-            lambda *_: on_host.append(len(trainer.model.call_block.tensors_on_host()))
+    if isinstance(trainer.stepper.model.call_block, CallWithInputOnHost):
+        trainer.stepper.model.model.norm.register_forward_hook(
+            lambda *_: on_host.append(len(trainer.stepper.model.call_block.tensors_on_host()))
         )
     losses = train_steps(trainer, num_steps)
-    trainer.check_replicas()
+    trainer.tensors.check_replicas()
     tensors = whole_tensors(trainer)
-    metrics = trainer.optimizer.metrics()
-    trainer.batches.close()
+    metrics = trainer.stepper.optimizer.metrics()
+    trainer.stepper.close()
     if rank == 0:
         torch.save(
             {"losses": losses, "tensors": tensors, "metrics": metrics, "on_host": on_host}, result_file
@@ -92,18 +92,18 @@ def test_block_inputs_in_host_memory_change_nothing(runs, corpora):
 def save_run(rank, folder, num_ranks):
     trainer = tiny_trainer(folder, "switchlora", "--evaluation.interval", "100", num_ranks=num_ranks)
     for _ in range(20):
-        trainer.train_step()
-    trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.state))
+        trainer.stepper.step()
+    trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.stepper.state))
     trainer.checkpointer.finish()
-    trainer.batches.close()
+    trainer.stepper.close()
 
 
 def resume_run(rank, folder, result_file, num_ranks):
     trainer = tiny_trainer(folder, "switchlora", num_ranks=num_ranks)
-    assert trainer.state.step == 20
+    assert trainer.stepper.state.step == 20
     losses = train_steps(trainer, 20)
     tensors = whole_tensors(trainer)
-    trainer.batches.close()
+    trainer.stepper.close()
     if rank == 0:
         torch.save({"losses": losses, "tensors": tensors}, result_file)
 

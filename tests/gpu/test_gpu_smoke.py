@@ -44,14 +44,14 @@ def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overri
         "bfloat16",
         *COMPILED,
     )
-    assert trainer.world.device.type == "cuda"
-    first = trainer.evaluator(trainer.model)
+    assert trainer.stepper.world.device.type == "cuda"
+    first = trainer.evaluators.validation(trainer.stepper.model)
     losses = train_steps(trainer, 40)
-    last = trainer.evaluator(trainer.model)
-    trainer.batches.close()
+    last = trainer.evaluators.validation(trainer.stepper.model)
+    trainer.stepper.close()
     assert losses[-1] < losses[0]
     assert last < first
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.stepper.model.named_parameters():
         is_short = "--training.frozen_dtype" in overrides and not parameter.requires_grad
         assert parameter.dtype == (torch.bfloat16 if is_short else torch.float32), name
         assert parameter.isfinite().all(), name

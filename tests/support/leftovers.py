@@ -34,4 +34,4 @@ def tensors_left_by_fifteen_steps(trainer: Trainer) -> int:
         return least_growth(counts)
     finally:
         gc.enable()
-        trainer.batches.close()
+        trainer.stepper.close()

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
-from switchtitan.build import build_trainer
+from switchtitan.build import build_batches, build_stepper, build_trainer, open_checked_corpus
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.training.state import TrainState
+from switchtitan.training.stepper import Stepper
 from switchtitan.training.trainer import Trainer
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
@@ -90,9 +92,17 @@ def tiny_trainer(folder: Path, method: str, *overrides: str, num_ranks: int = 1)
     return build_trainer(config, start_world(config.parallelism))
 
 
+def tiny_stepper(config: JobConfig) -> Stepper:
+    """What takes the steps of a run, on the ranks of this process group; close it."""
+    torch.set_num_threads(1)
+    world = start_world(config.parallelism)
+    batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
+    return build_stepper(config, world, batches)
+
+
 def train_steps(trainer: Trainer, num_steps: int) -> list[float]:
     """Runs `num_steps` steps; returns the mean loss over all ranks of each."""
-    return [trainer.world.mean(trainer.train_step().loss).item() for _ in range(num_steps)]
+    return [trainer.stepper.world.mean(trainer.stepper.step().loss).item() for _ in range(num_steps)]
 
 
 def whole_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -12,14 +12,16 @@ from pydantic import JsonValue
 
 from switchtitan.benchmark.alternation import in_order_of_round
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config
-from switchtitan.benchmark.quiet_trainer import quiet_trainer
+from switchtitan.benchmark.real_stepper import real_stepper
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import aligned
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.tensors import CheckpointTensors
 from switchtitan.config.arguments import positive_int
 from switchtitan.distributed.shards import local
-from switchtitan.training.trainer import Trainer
+from switchtitan.distributed.world import world_for_a_while
+from switchtitan.training.stepper import Stepper
 
 _WARM_UP_STEPS = 3
 _MAX_STEPS_OF_A_SAVE = 1000
@@ -40,30 +42,31 @@ class SaveTimes:
     """Of this rank's tensors."""
 
 
-def time_saves(trainer: Trainer, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
+def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
     """Takes steps with and without a save under way; each round saves once in the background and once not, in turn."""
-    background = _checkpointer(trainer, folder / "background", async_save=True)
-    waiting = _checkpointer(trainer, folder / "waiting", async_save=False)
-    times = SaveTimes(state_bytes=sum(local(tensor).nbytes for tensor in trainer.tensors().values()))
+    background = _checkpointer(stepper, folder / "background", async_save=True)
+    waiting = _checkpointer(stepper, folder / "waiting", async_save=False)
+    tensors = CheckpointTensors(stepper.model, stepper.optimizer)
+    times = SaveTimes(state_bytes=sum(local(tensor).nbytes for tensor in tensors().values()))
 
     def save_in_background() -> None:
         before = background.latest
-        stall_s = _seconds(lambda: background.save(trainer.state.step, trainer.tensors(), {}))
+        stall_s = _seconds(lambda: background.save(stepper.state.step, tensors(), {}))
         for _ in range(_MAX_STEPS_OF_A_SAVE):
-            times.step_while_saving_s.append(_step_seconds(trainer))
+            times.step_while_saving_s.append(_step_seconds(stepper))
             stall_s += _seconds(background.poll)
             if background.latest != before:
                 break
         times.stall_s.append(stall_s + _seconds(background.finish))
 
     def save_waiting() -> None:
-        times.synchronous_s.append(_seconds(lambda: waiting.save(trainer.state.step, trainer.tensors(), {})))
+        times.synchronous_s.append(_seconds(lambda: waiting.save(stepper.state.step, tensors(), {})))
 
     for _ in range(_WARM_UP_STEPS):
-        trainer.train_step()
+        stepper.step()
     for index in range(rounds):
         for save in in_order_of_round([save_in_background, save_waiting], index):
-            times.undisturbed_step_s += [_step_seconds(trainer) for _ in range(undisturbed_steps)]
+            times.undisturbed_step_s += [_step_seconds(stepper) for _ in range(undisturbed_steps)]
             save()
     latest = waiting.latest
     assert latest is not None
@@ -71,9 +74,9 @@ def time_saves(trainer: Trainer, folder: Path, rounds: int, undisturbed_steps: i
     return times
 
 
-def _checkpointer(trainer: Trainer, folder: Path, async_save: bool) -> Checkpointer:
+def _checkpointer(stepper: Stepper, folder: Path, async_save: bool) -> Checkpointer:
     config = CheckpointConfig(async_save=async_save, keep_latest=1, resume=RESUME_NEVER)
-    return Checkpointer(folder, config, identity={}, metadata={}, is_main=trainer.world.is_main)
+    return Checkpointer(folder, config, identity={}, metadata={}, is_main=stepper.world.is_main)
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -82,10 +85,10 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began_at
 
 
-def _step_seconds(trainer: Trainer) -> float:
+def _step_seconds(stepper: Stepper) -> float:
     def step() -> None:
-        trainer.train_step()
-        trainer.world.synchronize()
+        stepper.step()
+        stepper.world.synchronize()
 
     return _seconds(step)
 
@@ -111,10 +114,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     (config,) = load_sides([options.config], overrides, num_ranks=1).values()
     with (
+        world_for_a_while(),
         tempfile.TemporaryDirectory(dir=options.folder) as folder,
-        quiet_trainer(config) as trainer,
+        real_stepper(config) as stepper,
     ):
-        times = time_saves(trainer, Path(folder), options.rounds, options.steps)
+        times = time_saves(stepper, Path(folder), options.rounds, options.steps)
     record: dict[str, JsonValue] = {
         "synchronous_s": float(np.median(times.synchronous_s)),
         "stall_s": float(np.median(times.stall_s)),

@@ -160,13 +160,15 @@ def test_one_rank_sends_nothing(tmp_path: Path) -> None:
 def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -> None:
     torch._dynamo.reset()
     trainer = tiny_trainer(folder / "compiled", "switchlora", *COMPILED, num_ranks=2)
+    (communication,) = trainer.hooks
     for step in range(1, 6):
-        with torch._dynamo.config.patch(error_on_recompile=step > 2), trainer.communication.counted(step):
-            trainer.train_step()
-        trainer.communication.report(step)
-    trainer.batches.close()
+        with torch._dynamo.config.patch(error_on_recompile=step > 2), communication.around(step):
+            trainer.stepper.step()
+        if communication.is_due(step):
+            communication.after(step)
+    trainer.stepper.close()
     sent_mib = sum(count.bytes_sent for count in expected.values()) / 2**20
-    assert trainer.communication.mib_per_step == pytest.approx(sent_mib, rel=1e-9)
+    assert communication.mib_per_step == pytest.approx(sent_mib, rel=1e-9)
 
 
 @pytest.mark.distributed
@@ -180,8 +182,8 @@ def check_counts(rank: int, folder: Path, expected: dict[str, CommunicationCount
         trainer = tiny_trainer(folder / f"real-{method}", method, num_ranks=2)
         train_steps(trainer, 1)
         with CountCommunication() as counter:
-            trainer.train_step()
-        trainer.batches.close()
+            trainer.stepper.step()
+        trainer.stepper.close()
         assert counter.counts == counts, method
 
 

@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import run_on_ranks
-from support.tiny import tiny_config, tiny_trainer, train_steps
+from support.tiny import tiny_config, tiny_stepper
 from torch import Tensor
 
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
 from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
-from switchtitan.benchmark.stopwatch import MarkedOptimizer
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank.contraction import cheapest_contraction, factored, merged, num_flops
 from switchtitan.models import MODELS
-from switchtitan.training.trainer import Trainer
+from switchtitan.training.stepper import Stepper
 
 SEQ_LEN = 16
 WHOLE = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
@@ -40,24 +39,20 @@ def kept_state(optimizer: TrainingOptimizer) -> list[Tensor]:
     ]
 
 
-def count_state(trainer: Trainer) -> dict[str, int]:
-    """Bytes of what a real trainer holds, by kind, from its tensors; takes a step."""
-    parameters = list(trainer.model.parameters())
+def count_state(stepper: Stepper) -> dict[str, int]:
+    """Bytes of what a real stepper holds, by kind, from its tensors; takes a step."""
+    parameters = list(stepper.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     counted = {
         "trained": num_bytes(trained),
         "frozen": num_bytes([parameter for parameter in parameters if not parameter.requires_grad]),
-        "candidates": num_bytes(list(trainer.model.buffers())),
-        "optimizer": num_bytes(kept_state(trainer.optimizer)),
+        "buffers": num_bytes(list(stepper.model.buffers())),
+        "optimizer": num_bytes(kept_state(stepper.optimizer)),
     }
-    optimizer = trainer.optimizer
-    # Before and after the update they are the same.
-    trainer.optimizer = MarkedOptimizer(
-        optimizer,
-        lambda: counted.update(gradients=num_bytes([p.grad for p in trained if p.grad is not None])),
-    )
-    trainer.train_step()
-    trainer.optimizer = optimizer
+    result = stepper.compute_gradients()
+    counted["gradients"] = num_bytes([p.grad for p in trained if p.grad is not None])
+    stepper.optimizer.step()
+    stepper.finish_step(result)
     return counted
 
 
@@ -66,12 +61,13 @@ def check_estimates(
 ) -> None:
     for index, (side, estimate) in enumerate(expected.items()):
         method, *overrides = side
-        trainer = tiny_trainer(folder / f"real-{num_ranks}-{index}", method, *overrides, num_ranks=num_ranks)
-        train_steps(trainer, 1)
-        measured = measure_step(trainer, SEQ_LEN)
+        config = tiny_config(folder / f"real-{num_ranks}-{index}", method, *overrides, num_ranks=num_ranks)
+        stepper = tiny_stepper(config)
+        stepper.step()
+        measured = measure_step(stepper, SEQ_LEN)
         assert measured.communication == estimate.communication, method
         assert measured.forward_backward_flops == estimate.forward_backward_flops, method
-        counted = count_state(trainer)
+        counted = count_state(stepper)
         # Other ranks' shards may be smaller.
         if rank == 0:
             # Where and when tensors come and go does not depend on their values.
@@ -80,21 +76,21 @@ def check_estimates(
             lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
             assert lasting.items() <= estimate.memory.most.items(), method
             # What belongs to no checkpoint: a learning rate in fp32, a flag, and a number for each factor.
-            num_factors = sum("lora_" in name for name, _ in trainer.model.named_parameters())
-            counted["optimizer"] += 4 + 1 + 8 * num_factors if counted["candidates"] else 0
+            num_factors = sum("lora_" in name for name, _ in stepper.model.named_parameters())
+            counted["optimizer"] += 4 + 1 + 8 * num_factors if counted["buffers"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
         allocated = min(
-            peak_extra_bytes(trainer.train_step, trainer.world.device) for _ in range(NUM_PROFILED_STEPS)
+            peak_extra_bytes(stepper.step, stepper.world.device) for _ in range(NUM_PROFILED_STEPS)
         )
         if rank == 0:
             lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
             expected_bytes = estimate.memory.peak - sum(estimate.memory.most[kind] for kind in lasting_kinds)
             # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate leaves out.
-            batches = trainer.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
+            batches = config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
             # Besides scalars: 1 %. A CPU's products in bf16 take memory of their own, which an estimate leaves out.
-            tolerance = 0.05 if trainer.training.dtype == "bfloat16" else 0.01
+            tolerance = 0.05 if config.training.dtype == "bfloat16" else 0.01
             assert allocated == pytest.approx(expected_bytes + batches, rel=tolerance), method
-        trainer.batches.close()
+        stepper.close()
 
 
 @pytest.mark.distributed

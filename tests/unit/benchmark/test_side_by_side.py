@@ -13,7 +13,7 @@ from torch._dynamo.utils import compilation_time_metrics
 
 from switchtitan.benchmark import side_by_side, time_steps_side_by_side
 from switchtitan.errors import ConfigError, UserError
-from switchtitan.training.trainer import StepResult, Trainer
+from switchtitan.training.stepper import Stepper, StepResult
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +46,13 @@ def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
 
 def test_python_collects_no_garbage_in_a_timed_step(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_collect: list[bool] = []
-    train_step = Trainer.train_step
+    compute_gradients = Stepper.compute_gradients
 
-    def noting(trainer: Trainer) -> StepResult:
+    def noting(stepper: Stepper) -> StepResult:
         may_collect.append(gc.isenabled())
-        return train_step(trainer)
+        return compute_gradients(stepper)
 
-    monkeypatch.setattr(Trainer, "train_step", noting)
+    monkeypatch.setattr(Stepper, "compute_gradients", noting)
     time_steps_side_by_side({"": tiny_config(corpora / "garbage", "lora")}, rounds=2, steps_per_round=2)
     assert may_collect == [True] * side_by_side.WARM_UP_STEPS + [False] * 4
     assert gc.isenabled()
@@ -62,13 +62,13 @@ def test_turns_change_places_from_round_to_round(corpora: Path, monkeypatch: pyt
     folder = corpora / "places"
     configs = {f"rank {rank}": tiny_config(folder, "lora", "--method.rank", str(rank)) for rank in (3, 4, 5)}
     turns: list[str] = []
-    run = side_by_side._Bench.run
+    run = side_by_side.Bench.run
 
-    def noted_run(bench: side_by_side._Bench, num_steps: int) -> np.ndarray:
+    def noted_run(bench: side_by_side.Bench, num_steps: int) -> np.ndarray:
         turns.append(bench.name)
         return run(bench, num_steps)
 
-    monkeypatch.setattr(side_by_side._Bench, "run", noted_run)
+    monkeypatch.setattr(side_by_side.Bench, "run", noted_run)
     times = time_steps_side_by_side(configs, rounds=3, steps_per_round=1)
     names = list(configs)
     assert turns[side_by_side.WARM_UP_STEPS * len(names) :] == [*names, *reversed(names), *names]
@@ -78,17 +78,17 @@ def test_turns_change_places_from_round_to_round(corpora: Path, monkeypatch: pyt
 
 def test_a_timed_step_that_is_skipped_is_refused(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(corpora / "skipping", "lora", "--training.on_nonfinite", "skip")
-    run = side_by_side._Bench.run
+    run = side_by_side.Bench.run
 
-    def spoiled_run(bench: side_by_side._Bench, num_steps: int) -> np.ndarray:
+    def spoiled_run(bench: side_by_side.Bench, num_steps: int) -> np.ndarray:
         if num_steps > 1:
             with torch.no_grad():
-                next(iter(bench.trainer.model.parameters())).fill_(torch.inf)
+                next(iter(bench.stepper.model.parameters())).fill_(torch.inf)
         return run(bench, num_steps)
 
-    monkeypatch.setattr(side_by_side._Bench, "run", spoiled_run)
+    monkeypatch.setattr(side_by_side.Bench, "run", spoiled_run)
     with pytest.raises(
-        UserError, match=r"tiny one: a step without an update cannot be timed, and that of step 3"
+        UserError, match=r"tiny one: a step without an update cannot be timed, and step 3 was"
     ):
         time_steps_side_by_side({"tiny one": config}, rounds=2, steps_per_round=2)
     assert not dist.is_initialized()
@@ -110,15 +110,15 @@ def test_alternating_compiled_models_compiles_nothing_anew(
         for rank, batch in ((4, 2), (5, 4))
     }
     compiled_by_step: list[int] = []
-    run = side_by_side._Bench.run
+    run = side_by_side.Bench.run
 
-    def counted_run(bench: side_by_side._Bench, num_steps: int) -> np.ndarray:
+    def counted_run(bench: side_by_side.Bench, num_steps: int) -> np.ndarray:
         before = num_compilations()
         result = run(bench, num_steps)
         compiled_by_step.append(num_compilations() - before)
         return result
 
-    monkeypatch.setattr(side_by_side._Bench, "run", counted_run)
+    monkeypatch.setattr(side_by_side.Bench, "run", counted_run)
     times = time_steps_side_by_side(configs, rounds=2, steps_per_round=3)
     num_warm_up = side_by_side.WARM_UP_STEPS * len(configs)
     assert all(compiled_by_step[: len(configs)])

@@ -104,9 +104,10 @@ def test_switches_are_timed_within_their_steps_and_beside_steps_without(corpora:
     assert costs.median_s <= costs.percentile_99_s
     trainer = tiny_trainer(corpora / "switch-costs-again", "switchlora", *keys)
     vectors = [
-        (trainer.train_step(), trainer.optimizer.metrics()["switch/vectors_switched"])[1] for _ in range(9)
+        (trainer.stepper.step(), trainer.stepper.optimizer.metrics()["switch/vectors_switched"])[1]
+        for _ in range(9)
     ]
-    trainer.batches.close()
+    trainer.stepper.close()
     assert costs.num_vectors == vectors[WARM_UP_STEPS - 1] > vectors[-1]
     # One rank alone gathers nothing.
     assert costs.num_collectives == 0

@@ -24,12 +24,12 @@ TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
 def logits_of_a_saved_run(folder: Path, method: str) -> torch.Tensor:
     trainer = tiny_trainer(folder, method)
     train_steps(trainer, 7)
-    trainer._save()
+    trainer.save()
     trainer.checkpointer.finish()
-    trainer.batches.close()
+    trainer.stepper.close()
     trainer.reporter.close()
     with torch.no_grad():
-        return trainer.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
+        return trainer.stepper.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("method", ["full_rank", "lora", "switchlora"])

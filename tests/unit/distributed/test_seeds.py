@@ -46,10 +46,10 @@ def losses_with_dropout(folder: Path, num_steps: int, dropout: tuple[str, str] =
     torch.seed()
     trainer = tiny_trainer(folder, "switchlora", *dropout)
     losses = train_steps(trainer, num_steps)
-    if trainer.state.step == 4:
-        trainer._save()
+    if trainer.stepper.state.step == 4:
+        trainer.save()
         trainer.checkpointer.finish()
-    trainer.batches.close()
+    trainer.stepper.close()
     return losses
 
 
@@ -70,7 +70,7 @@ def test_an_evaluation_in_between_changes_nothing_of_training(corpora):
         for _ in range(6):
             steps += train_steps(trainer, 1)
             if evaluated:
-                trainer.evaluator(trainer.model)
-        trainer.batches.close()
+                trainer.evaluators.validation(trainer.stepper.model)
+        trainer.stepper.close()
         losses.append(steps)
     assert losses[0] == losses[1]

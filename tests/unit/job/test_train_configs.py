@@ -45,14 +45,14 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
     # A method without factors, whether it projects gradients or not, has no alpha.
     if "alpha" not in method:
-        return {"trainable": around + dense, "frozen": 0, "candidates": 0}
+        return {"trainable": around + dense, "frozen": 0, "buffers": 0}
     # out + in over the seven layers of all blocks; min(out, in) is the hidden size for each of them.
     sides = num_layers * (4 * 2 * hidden + 3 * (hidden + wide))
     assert hidden <= wide
     return {
         "trainable": around + method["rank"] * sides,
         "frozen": dense,
-        "candidates": hidden * sides if method["name"] == "switchlora" else 0,
+        "buffers": hidden * sides if method["name"] == "switchlora" else 0,
     }
 
 

@@ -99,9 +99,9 @@ def logits_with_the_scale_of_lora(config: JobConfig, checkpoint: Path) -> Tensor
 def test_its_export_its_warm_start_and_its_spectra_have_its_own_scale(corpora):
     folder = corpora / "outside"
     trainer = trained_run(folder)
-    live = logits(trainer.model)
+    live = logits(trainer.stepper.model)
     checkpoint = trainer.checkpointer.latest
-    scales = {layer.scale for layer in low_rank_layers(trainer.model).values()}
+    scales = {layer.scale for layer in low_rank_layers(trainer.stepper.model).values()}
     assert scales == {ALPHA / math.sqrt(RANK), 2 * ALPHA / math.sqrt(RANK)}
     wrong = logits_with_the_scale_of_lora(config_of(folder), checkpoint)
 
@@ -113,8 +113,8 @@ def test_its_export_its_warm_start_and_its_spectra_have_its_own_scale(corpora):
 
     warm = ("--checkpoint.initial_weights", str(checkpoint))
     dense = tiny_trainer(corpora / "outside-warm", "full_rank", *warm)
-    dense.batches.close()
-    torch.testing.assert_close(logits(dense.model), live, rtol=1e-5, atol=1e-5)
+    dense.stepper.close()
+    torch.testing.assert_close(logits(dense.stepper.model), live, rtol=1e-5, atol=1e-5)
 
     measured = read_spectra(folder / "run" / "spectra")[STEPS]
     from_checkpoint = checkpoint_spectra(checkpoint)
@@ -129,11 +129,11 @@ def test_a_run_of_it_resumes_bitwise(corpora):
     config = config_of(corpora / "outside-resumed")
     first = build_trainer(config, start_world(config.parallelism))
     train_steps(first, 4)
-    first._save()
+    first.save()
     first.checkpointer.finish()
-    first.batches.close()
+    first.stepper.close()
     resumed = build_trainer(config, start_world(config.parallelism))
-    assert resumed.state.step == 4
+    assert resumed.stepper.state.step == 4
     resumed.train()
     dense = read_dense_checkpoint(resumed.checkpointer.latest)
     for name, tensor in read_dense_checkpoint(straight.checkpointer.latest).items():

@@ -50,7 +50,7 @@ def train(folder: Path, method: str, *overrides: str) -> tuple[Trainer, dict[int
 def merged_weights(folder: Path, method: str, trainer: Trainer) -> dict[str, torch.Tensor]:
     config = tiny_config(folder, method)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
-    return built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main=True))
+    return built.dense_weights(gather_on_main(trainer.stepper.model.named_parameters(), is_main=True))
 
 
 def drawn_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -150,7 +150,7 @@ def test_without_the_setting_nothing_is_gathered_or_written(corpora, monkeypatch
 
     monkeypatch.setattr("switchtitan.spectra.telemetry.gather_on_main", refuse)
     trainer, reported = train(corpora / "rank-off", "switchlora", "--training.steps", "20")
-    assert trainer.inspect_weights is None
+    assert trainer.hooks == []
     assert reported == {}
     assert not (corpora / "rank-off" / "run" / "spectra").exists()
 
@@ -159,7 +159,9 @@ def test_measuring_changes_no_bit_of_the_run(corpora):
     tensors = []
     for name, overrides in (("rank-with", EVERY_10), ("rank-without", EVERY_10[2:])):
         trainer, _ = train(corpora / name, "switchlora", *overrides, "--training.steps", "25")
-        tensors.append({key: tensor.full_tensor() for key, tensor in trainer.model.state_dict().items()})
+        tensors.append(
+            {key: tensor.full_tensor() for key, tensor in trainer.stepper.model.state_dict().items()}
+        )
     for key, tensor in tensors[0].items():
         assert torch.equal(tensors[1][key], tensor), key
 
@@ -168,13 +170,12 @@ def test_a_resumed_run_counts_from_step_0_and_drops_what_a_stopped_one_measured_
     _, straight = train(corpora / "rank-straight", "switchlora", *EVERY_10)
     folder = corpora / "rank-resumed"
     stopped = tiny_trainer(folder, "switchlora", *EVERY_10[2:], "--spectrum.interval", "7")
-    save = stopped._save
-    stopped._save = lambda: save() if stopped.state.step == 20 else None
-    stopped._conclude = lambda: None
+    save = stopped.save
+    stopped.save = lambda: save() if stopped.stepper.state.step == 20 else None
     stopped.train()
     assert list(read_spectra(folder / "run" / "spectra")) == [7, 14, 21, 28, 35, 40]
     resumed, reported = train(folder, "switchlora", *EVERY_10)
-    assert resumed.state.step == 40
+    assert resumed.stepper.state.step == 40
     assert reported == {step: ranks for step, ranks in straight.items() if step > 20}
     assert list(read_spectra(folder / "run" / "spectra")) == [7, 14, 30, 40]
 
@@ -229,10 +230,12 @@ def test_a_warm_start_from_a_run_counts_from_the_checkpoint_that_was_its_newest(
     )
     train(source, "full_rank")
     origin = source / "run" / "checkpoints" / "step-000000020"
-    assert trainer.state.initial_weights == str(origin.absolute())
+    assert trainer.stepper.state.initial_weights == str(origin.absolute())
     resumed, _ = train(folder, "full_rank", *EVERY_10)
     initial = nn.Module.state_dict(
-        tiny_trainer(corpora / "rank-again", "full_rank", "--checkpoint.initial_weights", str(origin)).model
+        tiny_trainer(
+            corpora / "rank-again", "full_rank", "--checkpoint.initial_weights", str(origin)
+        ).stepper.model
     )
     expected = expected_spectra(
         merged_weights(folder, "full_rank", resumed),

@@ -25,8 +25,8 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     overrides = ("--training.local_batch_size", local_batch_size)
     trainer = tiny_trainer(folder, "full_rank", *overrides)
     train_steps(trainer, 3)
-    ours = trainer.evaluator(trainer.model)
-    trainer.batches.close()
+    ours = trainer.evaluators.validation(trainer.stepper.model)
+    trainer.stepper.close()
 
     config = tiny_config(folder, "full_rank", *overrides)
     plain = MODELS.build(config.model)

@@ -75,15 +75,15 @@ def test_a_checkpoint_that_tells_keys_which_may_change_is_of_the_same_run(tmp_pa
 def test_a_run_goes_on_with_candidates_elsewhere_and_another_contraction(corpora: Path):
     straight = tiny_trainer(corpora / "stays", "switchlora")
     expected = train_steps(straight, 12)
-    straight.batches.close()
+    straight.stepper.close()
     losses = []
     for device, contraction in (("device", "merged"), ("host", "factored"), ("device", "cheapest")):
         keys = ("--method.candidates_device", device, "--method.contraction", contraction)
         trainer = tiny_trainer(corpora / "moves", "switchlora", *keys)
-        assert trainer.state.step == len(losses)
+        assert trainer.stepper.state.step == len(losses)
         losses += train_steps(trainer, 4)
-        trainer._save()
-        trainer.batches.close()
+        trainer.save()
+        trainer.stepper.close()
     # Contractions agree to rounding; Adam amplifies that where gradients are near zero.
     assert losses == pytest.approx(expected, rel=1e-5)
 
@@ -93,8 +93,8 @@ def test_an_older_checkpoint_of_the_same_run_is_deleted_when_newer_ones_replace_
     keys = ("--checkpoint.keep_latest", "1")
     older = tiny_trainer(folder, "switchlora", *keys)
     train_steps(older, 1)
-    older._save()
-    older.batches.close()
+    older.save()
+    older.stepper.close()
     checkpoints = folder / "run" / "checkpoints"
     file = checkpoints / "step-000000001" / "metadata.json"
     metadata = json.loads(file.read_text())
@@ -104,8 +104,8 @@ def test_an_older_checkpoint_of_the_same_run_is_deleted_when_newer_ones_replace_
     file.write_text(json.dumps(metadata))
     newer = tiny_trainer(folder, "switchlora", *keys)
     train_steps(newer, 1)
-    newer._save()
-    newer.batches.close()
+    newer.save()
+    newer.stepper.close()
     assert [path.name for path in checkpoints.iterdir()] == ["step-000000002"]
 
 
@@ -136,8 +136,8 @@ def test_a_run_goes_on_from_a_checkpoint_from_before_its_keys_existed(corpora: P
     metadata["identity"]["method"] = without(metadata["identity"]["method"], *NEW_KEYS)
     file.write_text(json.dumps(metadata))
     resumed = tiny_trainer(folder, "switchlora", *short, "--training.steps", "3")
-    assert resumed.state.step == 2
-    resumed.batches.close()
+    assert resumed.stepper.state.step == 2
+    resumed.stepper.close()
 
 
 def test_keys_that_changed_since_a_checkpoint_are_told(tmp_path: Path):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.world import stop_world
+from switchtitan.training.stepper import RunningLoss
 
 NUM_STEPS = 200
 
@@ -49,12 +50,12 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
     num_compiled, num_graphs = num_compilations(), counters["stats"]["unique_graphs"]
     # Blocks, the loss, the dense update, and updates of factors of several shapes.
     assert min(num_graphs, num_compiled) >= 4
-    switched_before = trainer.optimizer.metrics()["switch/vectors_switched_total"]
+    switched_before = trainer.stepper.optimizer.metrics()["switch/vectors_switched_total"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses = train_steps(trainer, NUM_STEPS)
-    trainer.batches.close()
+    trainer.stepper.close()
     assert losses[-1] < losses[0]
-    assert trainer.optimizer.metrics()["switch/vectors_switched_total"] - switched_before >= 100
+    assert trainer.stepper.optimizer.metrics()["switch/vectors_switched_total"] - switched_before >= 100
     assert num_graph_breaks() == 0
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert num_compilations() == num_compiled
@@ -67,7 +68,7 @@ def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
     for overrides in ((), COMPILED):
         trainer = tiny_trainer(corpora / "compiled-methods", method, *overrides)
         losses.append(train_steps(trainer, 10))
-        trainer.batches.close()
+        trainer.stepper.close()
     # Other fusions round otherwise; Adam amplifies that where gradients are near zero.
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert num_graph_breaks() == 0
@@ -78,15 +79,17 @@ def test_the_count_sees_a_batch_of_another_shape(corpora):
     trainer = tiny_trainer(corpora / "unsteady", "switchlora", *COMPILED)
     train_steps(trainer, 1)
     num_compiled = num_compilations()
-    shorter = [type(batch)(*(part[:, :-3] for part in batch)) for batch in next(trainer.batches)]
-    trainer.batches.close()
-    trainer._forward_backward(shorter)
+    shorter = [type(batch)(*(part[:, :-3] for part in batch)) for batch in next(trainer.stepper.batches)]
+    trainer.stepper.close()
+    trainer.stepper.forward_backward(shorter)
     assert num_compilations() > num_compiled
     with (
         torch._dynamo.config.patch(error_on_recompile=True),
         pytest.raises(torch._dynamo.exc.RecompileError),
     ):
-        trainer._forward_backward([type(batch)(*(part[:, :-2] for part in batch)) for batch in shorter])
+        trainer.stepper.forward_backward(
+            [type(batch)(*(part[:, :-2] for part in batch)) for batch in shorter]
+        )
 
 
 READS_BACK = {
@@ -130,12 +133,13 @@ def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:
     trainer = tiny_trainer(folder, method, *overrides)
     train_steps(trainer, 1)
     # The loader's own work is the host's.
-    ready = [next(trainer.batches) for _ in range(10)]
-    trainer.batches.close()
-    trainer.batches = (micro_batches for micro_batches in ready)
+    ready = [next(trainer.stepper.batches) for _ in range(10)]
+    trainer.stepper.close()
+    trainer.stepper.batches = (micro_batches for micro_batches in ready)
+    running_loss = RunningLoss(trainer.stepper.world.device)
     with RecordReadsBack() as record:
         for _ in ready:
-            trainer.train_step()
+            running_loss.add(trainer.stepper.step())
     return record.found
 
 
@@ -160,12 +164,12 @@ def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method):
 def test_the_count_sees_tensors_that_hold_each_other(corpora):
     """Shows that the check above can fail."""
     trainer = tiny_trainer(corpora / "garbage", "full_rank")
-    forward_backward = trainer._forward_backward
+    forward_backward = trainer.stepper.forward_backward
 
     def leaving_a_cycle(micro_batches: list[Batch]) -> torch.Tensor:
         entry: list[Any] = [torch.ones(1)]
         entry.append(entry)
         return forward_backward(micro_batches)
 
-    trainer._forward_backward = leaving_a_cycle
+    trainer.stepper.forward_backward = leaving_a_cycle
     assert tensors_left_by_fifteen_steps(trainer) == 15

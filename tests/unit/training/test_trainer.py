@@ -20,7 +20,8 @@ from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
-from switchtitan.training.trainer import StepResult, Trainer, TrainingDivergedError
+from switchtitan.training.stepper import StepResult
+from switchtitan.training.trainer import Trainer, TrainingDivergedError
 
 SKIP = ("--training.on_nonfinite", "skip")
 
@@ -38,13 +39,13 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def spoil_next_gradient(trainer: Trainer) -> None:
     """Makes the loss of the next micro-batch inf, as an overflow would, and those after it as they are."""
-    summed_loss = trainer.summed_loss
+    summed_loss = trainer.stepper.loss
 
     def overflowing(*args: Any, **kwargs: Any) -> torch.Tensor:
-        trainer.summed_loss = summed_loss
+        trainer.stepper.loss = summed_loss
         return summed_loss(*args, **kwargs) * math.inf
 
-    trainer.summed_loss = overflowing
+    trainer.stepper.loss = overflowing
 
 
 def plain_learning_rate(step: int) -> float:
@@ -60,11 +61,11 @@ def test_full_rank_training_equals_a_plain_loop_bitwise(corpora):
     model = MODELS.build(config.model)
     model.load_state_dict(weights(ours))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
-    read = [next(ours.batches) for _ in range(20)]
-    ours.batches.close()
-    ours.batches = iter(read)
+    read = [next(ours.stepper.batches) for _ in range(20)]
+    ours.stepper.close()
+    ours.stepper.batches = iter(read)
     for step, micro_batches in enumerate(read):
-        loss_ours = ours.train_step().loss
+        loss_ours = ours.stepper.step().loss
         for group in optimizer.param_groups:
             group["lr"] = plain_learning_rate(step)
         num_targets = sum(batch.targets.numel() for batch in micro_batches)
@@ -87,8 +88,8 @@ def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_f
     trainer = tiny_trainer(corpora / "torch-loss", "full_rank")
     model = MODELS.build(tiny_config(corpora / "torch-loss", "full_rank").model)
     model.load_state_dict(weights(trainer))
-    micro_batches = next(trainer.batches)
-    trainer.batches.close()
+    micro_batches = next(trainer.stepper.batches)
+    trainer.stepper.close()
     assert len(micro_batches) == 4
     tokens, documents, targets = (
         torch.cat([getattr(batch, name) for batch in micro_batches])
@@ -98,13 +99,15 @@ def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_f
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest term.
-    torch.testing.assert_close(trainer._forward_backward(micro_batches), expected.detach(), rtol=1e-5, atol=0)
-    for name, parameter in trainer.model.named_parameters():
+    torch.testing.assert_close(
+        trainer.stepper.forward_backward(micro_batches), expected.detach(), rtol=1e-5, atol=0
+    )
+    for name, parameter in trainer.stepper.model.named_parameters():
         atol = 2e-6 * gradients[name].abs().max().item()
         torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-5, atol=atol)
-    trainer.optimizer.zero_grad()
-    trainer.batches = iter([micro_batches])
-    result = trainer.train_step()
+    trainer.stepper.optimizer.zero_grad()
+    trainer.stepper.batches = iter([micro_batches])
+    result = trainer.stepper.step()
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-5, atol=0)
     norm = nn.utils.get_total_norm(gradients.values())
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
@@ -113,8 +116,8 @@ def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_f
 def test_clipping_matters_in_the_plain_loop_s_run(corpora):
     """So that the equality above covers it."""
     trainer = tiny_trainer(corpora / "clipped", "full_rank")
-    norms = [trainer.train_step().grad_norm.item() for _ in range(20)]
-    trainer.batches.close()
+    norms = [trainer.stepper.step().grad_norm.item() for _ in range(20)]
+    trainer.stepper.close()
     assert max(norms) > 1.0
 
 
@@ -128,12 +131,12 @@ def test_accumulated_micro_batches_equal_one_big_batch(corpora, method):
             "--training.local_batch_size",
             local_batch_size,
         )
-        micro_batches = next(trainer.batches)
+        micro_batches = next(trainer.stepper.batches)
         assert len(micro_batches) == 8 // int(local_batch_size)
-        loss = trainer._forward_backward(micro_batches)
-        trainer.batches.close()
+        loss = trainer.stepper.forward_backward(micro_batches)
+        trainer.stepper.close()
         gradients.append(
-            [loss, *(p.grad.full_tensor() for p in trainer.model.parameters() if p.requires_grad)]
+            [loss, *(p.grad.full_tensor() for p in trainer.stepper.model.parameters() if p.requires_grad)]
         )
     for accumulated in gradients[1:]:
         for one, other in zip(gradients[0], accumulated, strict=True):
@@ -148,19 +151,19 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_is_saved(corpor
     spoil_next_gradient(trainer)
     with pytest.raises(TrainingDivergedError, match=r"on_nonfinite"):
         trainer.train()
-    trainer.batches.close()
+    trainer.stepper.close()
     assert not list((corpora / "stopped" / "run").glob("checkpoints/step-*"))
 
 
 def rows_differ(trainer: Trainer) -> None:
-    trainer.optimizer._exchange._disagreement.fill_(True)
+    trainer.stepper.optimizer._exchange._disagreement.fill_(True)
 
 
 def weights_differ(trainer: Trainer) -> None:
     def check_replicas() -> None:
         raise RanksDisagreeError("ranks no longer hold the same weights")
 
-    trainer.check_replicas = check_replicas
+    trainer.tensors.check_replicas = check_replicas
 
 
 @pytest.mark.parametrize("spoil", [rows_differ, weights_differ])
@@ -181,21 +184,21 @@ def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, 
         return write_data(*args)
 
     monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_told)
-    train_step = trainer.train_step
+    step = trainer.stepper.step
 
-    def train_step_then_spoil() -> StepResult:
-        result = train_step()
-        if trainer.state.step == 3:
+    def step_then_spoil() -> StepResult:
+        result = step()
+        if trainer.stepper.state.step == 3:
             assert trainer.checkpointer.latest is None
             spoil(trainer)
             # The save is still under way when the error comes.
             threading.Timer(0.5, may_write.set).start()
         return result
 
-    trainer.train_step = train_step_then_spoil
+    trainer.stepper.step = step_then_spoil
     with pytest.raises(RanksDisagreeError):
         trainer.train()
-    assert trainer.state.step == 3
+    assert trainer.stepper.state.step == 3
     assert trainer.checkpointer.latest.name == "step-000000002"
 
 
@@ -203,21 +206,27 @@ def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, 
 def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora, method):
     trainer = tiny_trainer(corpora / "skipped", method, *SKIP)
     train_steps(trainer, 4)
-    before, lr_factor = whole_tensors(trainer), trainer.lr_schedule(trainer.state.step)
+    before, lr_factor = whole_tensors(trainer), trainer.stepper.lr_schedule(trainer.stepper.state.step)
     spoil_next_gradient(trainer)
-    assert not trainer.train_step().grad_norm.isfinite()
+    assert not trainer.stepper.step().grad_norm.isfinite()
     after = whole_tensors(trainer)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-    assert (trainer.state.step, trainer.state.num_skipped, trainer.state.num_batches) == (4, 1, 5)
-    assert trainer.lr_schedule(trainer.state.step) == lr_factor
-    loss = trainer.train_step().loss
+    assert (
+        trainer.stepper.state.step,
+        trainer.stepper.state.num_skipped,
+        trainer.stepper.state.num_batches,
+    ) == (4, 1, 5)
+    assert trainer.stepper.lr_schedule(trainer.stepper.state.step) == lr_factor
+    loss = trainer.stepper.step().loss
     # float64, multiplied in another order.
-    assert trainer.optimizer.metrics()["optimizer/lr"] == pytest.approx(plain_learning_rate(4), rel=1e-14)
-    trainer.batches.close()
+    assert trainer.stepper.optimizer.metrics()["optimizer/lr"] == pytest.approx(
+        plain_learning_rate(4), rel=1e-14
+    )
+    trainer.stepper.close()
     assert loss.isfinite()
-    assert trainer.state.step == 5
+    assert trainer.stepper.state.step == 5
     changed = [
         name for name, tensor in whole_tensors(trainer).items() if not torch.equal(tensor, before[name])
     ]
@@ -231,8 +240,8 @@ def test_a_run_with_a_skipped_step_does_all_its_steps_and_reports_finite_losses(
     report = trainer.reporter.report
     trainer.reporter.report = lambda step, values: (reported.update({step: values}), report(step, values))
     trainer.train()
-    assert trainer.state.step == 4
-    assert trainer.state.num_skipped == 1
+    assert trainer.stepper.state.step == 4
+    assert trainer.stepper.state.num_skipped == 1
     losses = [values["loss/train"] for values in reported.values() if "loss/train" in values]
     assert losses
     assert all(map(math.isfinite, losses))
@@ -245,12 +254,15 @@ def test_evaluation_changes_no_bit_and_repeats_itself(corpora, method):
     trainer = tiny_trainer(corpora / "evaluated", method, *extra)
     train_steps(trainer, 2)
     before = whole_tensors(trainer)
-    first, second = trainer.evaluator(trainer.model), trainer.evaluator(trainer.model)
+    first, second = (
+        trainer.evaluators.validation(trainer.stepper.model),
+        trainer.evaluators.validation(trainer.stepper.model),
+    )
     after = whole_tensors(trainer)
-    trainer.batches.close()
+    trainer.stepper.close()
     # Dropout is off, so the same weights give the same loss.
     assert first == second
-    assert trainer.model.training
+    assert trainer.stepper.model.training
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -267,7 +279,7 @@ def test_activation_checkpointing_changes_no_loss(corpora, compiled):
             compiled,
         )
         losses[mode] = train_steps(trainer, 8)
-        trainer.batches.close()
+        trainer.stepper.close()
     assert losses["none"][-1] < losses["none"][0]
     for mode in ("full", "selective"):
         if compiled == "false":
@@ -286,11 +298,11 @@ def test_the_trained_model_is_judged_once_on_the_test_split(corpora):
     results = json.loads((corpora / "test-split" / "run" / "results.json").read_text())
     assert results["step"] == 4
     assert results["tokens_seen"] == 4 * 8 * 16
-    assert results["loss/test"] == trainer.test_evaluator(trainer.model)
-    assert results["loss/test"] != trainer.evaluator(trainer.model)
+    assert results["loss/test"] == trainer.evaluators.test(trainer.stepper.model)
+    assert results["loss/test"] != trainer.evaluators.validation(trainer.stepper.model)
     plain = MODELS.build(tiny_config(corpora / "test-split", "full_rank").model)
     num_trained = sum(parameter.numel() for parameter in plain.parameters())
-    assert results["num_parameters"] == {"trainable": num_trained, "frozen": 0, "candidates": 0}
+    assert results["num_parameters"] == {"trainable": num_trained, "frozen": 0, "buffers": 0}
     # Weights and two moments in fp32, and a step count for each tensor.
     num_tensors = len(list(plain.parameters()))
     assert results["memory/state_gib"] * 2**30 == 4 * (3 * num_trained + num_tensors)
@@ -314,13 +326,13 @@ def test_a_run_stopped_before_its_results_makes_up_for_them(corpora):
 def note_at_steps(trainer: Trainer, note: Callable[[], int]) -> list[int]:
     """What `note` gives at the beginning of each step, once they are taken."""
     noted: list[int] = []
-    train_step = trainer.train_step
+    step = trainer.stepper.step
 
     def noting() -> StepResult:
         noted.append(note())
-        return train_step()
+        return step()
 
-    trainer.train_step = noting
+    trainer.stepper.step = noting
     return noted
 
 

@@ -28,24 +28,24 @@ def leave_world() -> Iterator[None]:
 @pytest.mark.parametrize("method", ["switchlora", "relora"])
 def test_a_run_goes_on_bitwise_and_refuses_another_type(corpora, method):
     straight = tiny_trainer(corpora / f"bf16-straight-{method}", method, *BF16)
-    frozen = {name: layer.weight for name, layer in low_rank_layers(straight.model).items()}
+    frozen = {name: layer.weight for name, layer in low_rank_layers(straight.stepper.model).items()}
     start = {name: local(weight).clone() for name, weight in frozen.items()}
     assert {weight.dtype for weight in frozen.values()} == {torch.bfloat16}
     losses = train_steps(straight, 28)
-    straight.batches.close()
+    straight.stepper.close()
     assert losses[-1] < losses[0]
     assert not any(torch.equal(local(weight), start[name]) for name, weight in frozen.items())
 
     folder = corpora / f"bf16-resumed-{method}"
     first = tiny_trainer(folder, method, *BF16)
     assert train_steps(first, 14) == losses[:14]
-    first._save()
+    first.save()
     first.checkpointer.finish()
     check_what_others_make_of(first, method, folder)
     resumed = tiny_trainer(folder, method, *BF16)
-    assert resumed.state.step == 14
+    assert resumed.stepper.state.step == 14
     assert train_steps(resumed, 14) == losses[14:]
-    resumed.batches.close()
+    resumed.stepper.close()
     tensors = whole_tensors(resumed)
     for name, tensor in whole_tensors(straight).items():
         assert torch.equal(tensors[name], tensor), name
@@ -59,11 +59,11 @@ def test_a_run_goes_on_bitwise_and_refuses_another_type(corpora, method):
 def check_what_others_make_of(trainer, method, folder):
     """Export, and the singular values of the change."""
     config = tiny_config(folder, method, *BF16)
-    batch = next(trainer.batches)[0]
-    trainer.batches.close()
-    expected = trainer.model(batch.tokens, batch.document_ids)
+    batch = next(trainer.stepper.batches)[0]
+    trainer.stepper.close()
+    expected = trainer.stepper.model(batch.tokens, batch.document_ids)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
-    merged = built.dense_weights(gather_on_main(trainer.model.named_parameters(), is_main=True))
+    merged = built.dense_weights(gather_on_main(trainer.stepper.model.named_parameters(), is_main=True))
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
     checkpoint = trainer.checkpointer.latest
     for name, tensor in read_dense_checkpoint(checkpoint).items():
@@ -82,7 +82,7 @@ def check_what_others_make_of(trainer, method, folder):
     [("switchlora", BF16, True), ("switchlora", (), False), ("relora", BF16, False)],
 )
 def test_a_method_that_rounds_frozen_weights_again_and_again_warns(corpora, caplog, method, settings, warns):
-    tiny_trainer(corpora / f"warns-{method}-{bool(settings)}", method, *settings).batches.close()
+    tiny_trainer(corpora / f"warns-{method}-{bool(settings)}", method, *settings).stepper.close()
     assert ("frozen_dtype" in caplog.text) == warns
 
 

@@ -120,15 +120,15 @@ def test_nothing_is_stored_for_the_candidates(corpora):
     }
     names = {candidates: set(trainer.tensors()) for candidates, trainer in trainers.items()}
     for trainer in trainers.values():
-        trainer.batches.close()
-    assert list(trainers["constant"].model.buffers()) == []
-    counts = {candidates: count_parameters(trainer.model) for candidates, trainer in trainers.items()}
-    assert counts["constant"]["candidates"] == 0
-    assert counts["swap"]["candidates"] > 0
+        trainer.stepper.close()
+    assert list(trainers["constant"].stepper.model.buffers()) == []
+    counts = {candidates: count_parameters(trainer.stepper.model) for candidates, trainer in trainers.items()}
+    assert counts["constant"]["buffers"] == 0
+    assert counts["swap"]["buffers"] > 0
     assert counts["constant"]["trainable"] == counts["swap"]["trainable"]
     assert {name for name in names["swap"] if ".candidates_" not in name} == names["constant"]
     assert any(".candidates_" in name for name in names["swap"])
-    for name, layer in low_rank_layers(trainers["constant"].model).items():
+    for name, layer in low_rank_layers(trainers["constant"].stepper.model).items():
         spread = layer.lora_b.full_tensor().abs().max()
         bound = balanced_bounds(layer.out_features, layer.in_features, layer.rank)[1]
         assert 0.9 * bound < spread <= bound * (1 + 1e-6), name
@@ -143,12 +143,12 @@ def test_switch_plan_is_that_of_stored_candidates(corpora):
         states[candidates] = []
         for _ in range(15):
             train_steps(trainer, 1)
-            state = trainer.optimizer.state_dict()
+            state = trainer.stepper.optimizer.state_dict()
             states[candidates].append(
                 {name: tensor.clone() for name, tensor in state.items() if name.startswith("switch.")}
-                | {"metrics": torch.tensor([trainer.optimizer.metrics()[key] for key in METRICS])}
+                | {"metrics": torch.tensor([trainer.stepper.optimizer.metrics()[key] for key in METRICS])}
             )
-        trainer.batches.close()
+        trainer.stepper.close()
     assert states["swap"][-1]["switch.num_switched"].min() > 10
     for swap, constant in zip(states["swap"], states["constant"], strict=True):
         assert swap.keys() == constant.keys()
@@ -160,10 +160,10 @@ def run(folder: Path, num_steps: int, *overrides: str) -> tuple[list[float], dic
     trainer = tiny_trainer(folder, "switchlora", *CONSTANT, *overrides)
     losses = train_steps(trainer, num_steps)
     tensors = whole_tensors(trainer)
-    if num_steps == 20 and trainer.state.step == 20:
-        trainer._save()
+    if num_steps == 20 and trainer.stepper.state.step == 20:
+        trainer.save()
         trainer.checkpointer.finish()
-    trainer.batches.close()
+    trainer.stepper.close()
     return losses, tensors
 
 

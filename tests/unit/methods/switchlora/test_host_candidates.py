@@ -152,10 +152,10 @@ def run(folder, num_steps: int, *overrides: str) -> tuple[list[float], dict[str,
     trainer = tiny_trainer(folder, "switchlora", *overrides)
     losses = train_steps(trainer, num_steps)
     tensors = whole_tensors(trainer)
-    if trainer.state.step == 10:
-        trainer._save()
+    if trainer.stepper.state.step == 10:
+        trainer.save()
         trainer.checkpointer.finish()
-    trainer.batches.close()
+    trainer.stepper.close()
     return losses, tensors
 
 
@@ -176,9 +176,9 @@ def test_a_cpu_s_state_has_candidates_on_the_host_in_it_and_those_in_bfloat16_at
     total, candidates = {}, {}
     for name, overrides in {"device": (), "host": ON_HOST, "short": SHORT}.items():
         trainer = tiny_trainer(corpora / f"state-{name}", "switchlora", *overrides)
-        trainer.batches.close()
-        total[name] = num_device_bytes(trainer.tensors().values(), trainer.world.device)
-        candidates[name] = sum(local(buffer).nbytes for buffer in trainer.model.buffers())
+        trainer.stepper.close()
+        total[name] = num_device_bytes(trainer.tensors().values(), trainer.stepper.world.device)
+        candidates[name] = sum(local(buffer).nbytes for buffer in trainer.stepper.model.buffers())
         stop_world()
     assert candidates["host"] == candidates["device"] == 2 * candidates["short"] > 0
     assert total["host"] == total["device"] == total["short"] + candidates["short"]
@@ -199,10 +199,10 @@ def test_estimates_count_candidates_on_the_host_apart(tmp_path):
         name: estimate_step(tiny_config(tmp_path, "switchlora", *overrides, num_ranks=2), 2).memory
         for name, overrides in {"device": (), "host": ON_HOST}.items()
     }
-    candidates = memory["device"].most["candidates"]
+    candidates = memory["device"].most["buffers"]
     assert memory["device"].most["host"] == 0
     assert memory["host"].most["host"] == candidates > 0
-    assert memory["host"].most["candidates"] == 0
+    assert memory["host"].most["buffers"] == 0
     # Of 14 layers, what one step takes in waits beside the optimizer's state: at most two vectors on each side.
     fetched = memory["host"].most["optimizer"] - memory["device"].most["optimizer"]
     assert 0 < fetched <= 14 * 2 * 2 * 28 * 4

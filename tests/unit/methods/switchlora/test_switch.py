@@ -158,7 +158,7 @@ def trained(corpora):
     trainer = tiny_trainer(corpora / "switch", "switchlora")
     train_steps(trainer, 30)
     yield trainer
-    trainer.batches.close()
+    trainer.stepper.close()
 
 
 def unsharded(layer):

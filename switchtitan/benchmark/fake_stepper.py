@@ -1,0 +1,57 @@
+"""A stepper whose tensors have shapes but no values, on any number of ranks."""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from switchtitan.build import build_stepper
+from switchtitan.contracts import Batch
+from switchtitan.distributed.config import CompileConfig
+from switchtitan.distributed.world import World, mesh_shape, stop_world
+from switchtitan.job.config import JobConfig
+from switchtitan.training.stepper import Stepper
+
+
+@contextmanager
+def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
+    """The stepper of the first of `num_ranks` ranks, uncompiled, on the CPU, good for steps inside the context.
+
+    Its tensors have shapes but no values, and the collectives of its process group do nothing: it takes no ranks, no memory
+    for the model and no corpus.
+
+    Raises:
+        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
+    """
+    assert not dist.is_initialized(), "this process has ranks already"
+    shape = mesh_shape(config.parallelism, num_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        group = dist.group.WORLD
+        assert group is not None
+        world = World(0, num_ranks, torch.device("cpu"), mesh, group)
+        with FakeTensorMode():
+            yield build_stepper(_without_values(config), world, _batches_without_values(config, num_ranks))
+    finally:
+        stop_world()
+
+
+def _without_values(config: JobConfig) -> JobConfig:
+    """What does not depend on values, uncompiled: collectives lie between compiled regions, so compilation changes none."""
+    training = config.training.model_copy(update={"on_nonfinite": "stop"})
+    return config.model_copy(update={"training": training, "compile": CompileConfig()})
+
+
+def _batches_without_values(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
+    """Micro-batches of the right shapes, one list for each step."""
+    shape = config.training.local_batch_size, config.data.seq_len
+    num_micro_batches = config.training.global_batch_size // (num_ranks * config.training.local_batch_size)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    batch = Batch(tokens, targets=tokens, document_ids=tokens.int())
+    while True:
+        yield [batch] * num_micro_batches

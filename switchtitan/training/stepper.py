@@ -1,0 +1,167 @@
+"""One optimizer step: batch, forward, backward, clipping, update. Knows no method, no model and no schedule of a run."""
+
+import logging
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
+from switchtitan.distributed.fsdp import accumulate_gradients
+from switchtitan.distributed.seeds import seed_dropout
+from switchtitan.distributed.world import World
+from switchtitan.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class StepResult(NamedTuple):
+    """What a step computes; tensors stay on the device."""
+
+    loss: Tensor
+    """0-dim: this rank's mean loss per token."""
+    grad_norm: Tensor
+    """0-dim: the gradient's norm over all ranks, before clipping."""
+    is_skipped: bool
+    """Whether there is no update, because the gradient is not finite and such updates are skipped."""
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    `step` is one step. Benchmarks that measure the parts of a step call the parts as `step` does: `compute_gradients`, the
+    optimizer's `step`, `finish_step`.
+
+    Args:
+        loss: the training loss from the model's last hidden states.
+        lr_schedule: step -> factor on the peak learning rate.
+        batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
+        seed: of the job; dropout follows from it.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
+        on_nonfinite: whether a step with a gradient that is not finite updates the model ("stop": the caller stops the run)
+            or not ("skip": reads the norm back in every step).
+        state: changed in place by every step.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: LanguageModel,
+        optimizer: TrainingOptimizer,
+        loss: SummedLoss,
+        lr_schedule: Callable[[int], float],
+        batches: Generator[list[Batch], None, None],
+        world: World,
+        seed: int,
+        max_grad_norm: float | None,
+        on_nonfinite: Literal["stop", "skip"],
+        state: TrainState,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = loss
+        self.lr_schedule = lr_schedule
+        self.batches = batches
+        self.world = world
+        self.seed = seed
+        self.max_grad_norm = max_grad_norm
+        self.on_nonfinite = on_nonfinite
+        self.state = state
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step(self) -> StepResult:
+        """Takes one step on all ranks: a global batch, an update."""
+        result = self.compute_gradients()
+        if not result.is_skipped:
+            self.optimizer.step()
+        self.finish_step(result)
+        return result
+
+    def compute_gradients(self) -> StepResult:
+        """Reads the next batch and leaves its clipped gradient on every rank's shards."""
+        self.optimizer.set_lr(self.lr_schedule(self.state.step))
+        seed_dropout(self.seed, self.state.num_batches, self.world.rank)
+        loss = self.forward_backward(next(self.batches))
+        grad_norm = self.clip_gradients()
+        is_skipped = self.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm))
+        return StepResult(loss, grad_norm, is_skipped)
+
+    def forward_backward(self, micro_batches: list[Batch]) -> Tensor:
+        """Leaves the mean gradient over all ranks on every rank's shards; returns this rank's mean loss, 0-dim."""
+        num_targets = sum(batch.targets.numel() for batch in micro_batches)
+        self.state.tokens_seen += num_targets * self.world.size
+        loss_sum = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            accumulate_gradients(self.model, is_last_micro_batch=index == len(micro_batches) - 1)
+            tokens, targets, document_ids = (part.to(self.world.device, non_blocking=True) for part in batch)
+            apply_head = partial(self.loss, targets=targets, divisor=num_targets)
+            loss = self.model(tokens, document_ids, apply_head)
+            loss.backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def clip_gradients(self) -> Tensor:
+        """Scales the gradients down to `max_grad_norm`; returns their norm before, over all ranks, 0-dim."""
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if self.world.num_replicas > 1:
+            # Replicas may have summed in different orders; clipped by different bits, they would drift apart.
+            norm = self.world.mean(norm)
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(self._trained, self.max_grad_norm, norm)
+        return norm
+
+    def finish_step(self, result: StepResult) -> None:
+        """Drops the gradients, and counts the step or the skipped batch."""
+        self.optimizer.zero_grad()
+        if result.is_skipped:
+            logger.warning(
+                "skipped an update at step %d: the gradient's norm is %s",
+                self.state.step,
+                float(result.grad_norm),
+            )
+            self.state.num_skipped += 1
+        else:
+            self.state.step += 1
+
+    def close(self) -> None:
+        """Ends the processes that read batches."""
+        self.batches.close()
+
+
+class RunningLoss:
+    """The mean loss of several steps, and whether all their gradients were finite.
+
+    Both stay on the device until they are asked for: reading them in each step would make the host wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss_sum = torch.zeros((), device=device)
+        self._num_steps = 0
+        self._all_finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, result: StepResult) -> None:
+        """Counts a step that was not skipped."""
+        self._loss_sum += result.loss
+        self._num_steps += 1
+        self._all_finite &= torch.isfinite(result.grad_norm)
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether all gradients since the beginning were finite; waits for the device."""
+        return bool(self._all_finite)
+
+    def mean(self) -> Tensor:
+        """This rank's mean loss since the last `reset`, 0-dim."""
+        return self._loss_sum / self._num_steps
+
+    def reset(self) -> None:
+        """Starts a new mean."""
+        self._loss_sum.zero_()
+        self._num_steps = 0
