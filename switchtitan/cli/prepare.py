@@ -10,12 +10,12 @@ cores. A stopped preparation goes on where it was when the same command is given
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from switchtitan.config.help import print_help
 from switchtitan.config.load import load_sections
 from switchtitan.config.overrides import split_arguments
 from switchtitan.config.section import Section
+from switchtitan.config.shipped import find_config
 from switchtitan.data import Corpus, DataConfig, open_corpus
 from switchtitan.data.index import verify_files
 from switchtitan.errors import ConfigError, UserError, exit_for
@@ -53,7 +53,7 @@ def read_data_config(argv: Sequence[str]) -> DataConfig | None:
     arguments.overrides = {
         path if path[0] == "data" else ("data", *path): words for path, words in arguments.overrides.items()
     }
-    file = Path(arguments.config_file or os.devnull)
+    file = find_config(arguments.config_file or os.devnull)
     types = section_types() if arguments.config_file else {"data": DataConfig}
     try:
         section: Section = load_sections(arguments, file, types)["data"]

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from switchtitan.config.load import read_toml
 from switchtitan.config.section import Section
+from switchtitan.config.shipped import find_config
 from switchtitan.config.toml_text import toml_value
 from switchtitan.errors import ConfigError
 
@@ -132,6 +133,7 @@ def load_comparison(file: Path) -> ComparisonConfig:
     Raises:
         ConfigError: with all mistakes in one message.
     """
+    file = find_config(file)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file; expected the TOML file that declares a comparison")
     table = read_toml(file)

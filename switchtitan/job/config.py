@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import create_model
@@ -13,6 +12,7 @@ from switchtitan.config.help import print_help
 from switchtitan.config.load import load_sections
 from switchtitan.config.overrides import split_arguments
 from switchtitan.config.section import Section
+from switchtitan.config.shipped import QUICKSTART, find_config
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DataConfig
 from switchtitan.distributed.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
@@ -27,7 +27,6 @@ from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 from switchtitan.registry import Registry
 from switchtitan.spectra.config import SpectrumConfig
 
-DEFAULT_FILE = Path(__file__).parents[2] / "train_configs" / "llama_quickstart_switchlora.toml"
 _INTRODUCTION = """\
 Trains the model that a TOML file describes: --config FILE, else the quickstart.
 Every key of the file can be given here as well; none stands for no value.
@@ -71,7 +70,7 @@ def parse_arguments(argv: Sequence[str], num_ranks: int | None = None) -> JobCon
         SystemExit: with status 0, after printing what `--help` asks for.
     """
     arguments = split_arguments(argv)
-    file = Path(arguments.config_file) if arguments.config_file is not None else DEFAULT_FILE
+    file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
     checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
     sections = load_sections(arguments, file, section_types(), checks)
     names = {section: sections[section].name for section in NAMED_SECTIONS}  # type: ignore[attr-defined]

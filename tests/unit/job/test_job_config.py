@@ -8,16 +8,17 @@ from typing import ClassVar
 
 import pytest
 
+from switchtitan.config.shipped import QUICKSTART
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import check_frozen_weights, missing_toolchain
-from switchtitan.job.config import DEFAULT_FILE, JobConfig, parse_arguments
+from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import LoraConfig
 
-TRAIN_CONFIGS = sorted(DEFAULT_FILE.parent.glob("*.toml"))
+TRAIN_CONFIGS = sorted(QUICKSTART.parent.glob("*.toml"))
 LADDER = ("60m", "130m", "350m", "1b")
 OTHER_SIZES = ("250m", "3b", "7b")
 FIRST_METHODS = ("full_rank", "lora", "switchlora")
@@ -70,11 +71,11 @@ def test_the_ladder_of_sizes_ships_with_every_method() -> None:
     names = {file.stem for file in TRAIN_CONFIGS}
     assert {f"llama_{size}_{method}" for size in LADDER for method in (*METHODS, "apollo_mini")} < names
     assert {f"llama_{size}_{method}" for size in OTHER_SIZES for method in FIRST_METHODS} < names
-    assert DEFAULT_FILE.stem in names
+    assert QUICKSTART.stem in names
 
 
 def test_without_config_the_quickstart_is_read() -> None:
-    assert parse_arguments([], 1).job.name == DEFAULT_FILE.stem
+    assert parse_arguments([], 1).job.name == QUICKSTART.stem
 
 
 def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConfig], tmp_path: Path) -> None:

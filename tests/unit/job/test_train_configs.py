@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from switchtitan.job.config import DEFAULT_FILE, JobConfig, parse_arguments
+from switchtitan.config.shipped import QUICKSTART
+from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.training.description import count_parameters
 
-TRAIN_CONFIGS = sorted(DEFAULT_FILE.parent.glob("*.toml"))
+TRAIN_CONFIGS = sorted(QUICKSTART.parent.glob("*.toml"))
 
 PUBLISHED_SIZES = {
     "130m": (768, 2048, 12),
@@ -69,7 +70,7 @@ def test_a_shipped_config_builds_with_the_counts_that_its_sizes_imply(file: Path
 def test_switchlora_trains_the_published_number_of_parameters(
     size: str, rank: int, trainable: float, full_rank: float
 ) -> None:
-    folder = DEFAULT_FILE.parent
+    folder = QUICKSTART.parent
     config, model = build_on_meta(folder / f"llama_{size}_switchlora.toml")
     assert config.method.rank == rank
     # Published in millions with one decimal.

@@ -1,0 +1,23 @@
+import pytest
+
+from switchtitan.config.shipped import FOLDER, QUICKSTART, find_config
+
+
+def test_the_quickstart_ships():
+    assert QUICKSTART.is_file()
+
+
+@pytest.mark.parametrize("given", [QUICKSTART.name, f"train_configs/{QUICKSTART.name}"])
+def test_a_shipped_configuration_is_found_from_anywhere_and_said(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    assert find_config(given) == FOLDER / QUICKSTART.name
+    assert capsys.readouterr().err == f"{given}: using {QUICKSTART}, which is installed with switchtitan\n"
+
+
+def test_a_file_of_the_users_comes_first_and_nothing_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / QUICKSTART.name).touch()
+    for given in (QUICKSTART.name, "nowhere.toml", str(tmp_path / "nowhere.toml")):
+        assert str(find_config(given)) == given
+    assert capsys.readouterr().err == ""
