@@ -11,7 +11,8 @@ from switchtitan.checkpoint.layout import METADATA_FILE, TENSORS_FILE
 from switchtitan.errors import CheckpointError
 from switchtitan.files import sha256_of_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: B of low-rank layers, its candidates and its moments are stored vectors first, [rank, out]; 1 had them transposed."""
 
 
 class _Record(BaseModel):
@@ -80,9 +81,9 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     metadata = _read(path / METADATA_FILE, CheckpointMetadata)
     if metadata.format_version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {metadata.format_version}, expected {FORMAT_VERSION}; "
-            "read it with the version of switchtitan that wrote it: "
-            f"{metadata.versions.get('switchtitan', 'unknown')}"
+            f"{path}: checkpoint format {metadata.format_version}, but this version of switchtitan reads format "
+            f"{FORMAT_VERSION}; resume or export it with switchtitan {metadata.versions.get('switchtitan', 'unknown')}, "
+            "which wrote it, or start a new run in another [job] output_dir"
         )
     return metadata
 

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on `device`; the host waits for nothing."""
+    if device.type == "cuda":
+        # Page-locked, since a copy from other memory waits for the device.
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class CopyToDevice:
     """A copy on its way to the device."""

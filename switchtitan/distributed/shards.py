@@ -3,17 +3,13 @@
 Tensors here are plain, or split along dimension 0 over the last dimension of their mesh, as FSDP2 and HSDP split parameters.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-
-from switchtitan.errors import RanksDisagreeError
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,13 +33,6 @@ def gather_on_main(tensors: Iterable[tuple[str, Tensor]], is_main: bool) -> dict
         if is_main:
             gathered[name] = full.cpu()
     return gathered
-
-
-def rows_aligned_with(tensor: Tensor, other: Tensor) -> Tensor:
-    """The rows of `tensor` that this rank holds of `other`, which has as many: its part, or all of them, gathered, where it
-    holds `other` whole. All ranks of the mesh must call.
-    """
-    return local(tensor) if isinstance(other, DTensor) else full_tensor(tensor)
 
 
 def row_range(tensor: Tensor) -> range:
@@ -95,166 +84,64 @@ def empty_on_host_like(tensor: Tensor) -> Tensor:
 
 
 Spans = tuple[range, ...]
-"""Rows, or columns, as spans of neighbours, in order: what a ring buffer hands out, and cheap to slice."""
+"""Rows as spans of neighbours, in order: what a ring hands out, and cheap to slice."""
 
 
-@dataclass(frozen=True)
-class RowRequest:
-    """Rows of one tensor that every rank wants whole."""
+class ShardedRows:
+    """A matrix [rows, width], split along dimension 0 or plain, as the rows of it that this rank holds.
 
-    tensor: Tensor
-    """[rows, width], split along dimension 0; or plain, which counts as the sum of all ranks' bit patterns, so that a rank may
-    fill in what it has, and zeros for the rest."""
-    spans: Spans
-    """Which rows, the same on every rank."""
-
-    @property
-    def num_rows(self) -> int:
-        return sum(map(len, self.spans))
-
-
-class RowExchange:
-    """Gathers rows of many sharded tensors on all ranks that share them, in one collective.
-
-    Every rank fills in the rows it owns and zeros for the rest; a sum over the bit patterns brings all rows to all ranks
-    exactly. With them travels a checksum of what each rank asked for: where two ranks disagree, `check` raises. The flag stays
-    on the device until then, so that gathering waits for nothing.
+    Which rows those are is looked up once, since a mesh takes longer to answer than a slice takes.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self._group = group
-        self._disagreement = torch.zeros((), dtype=torch.bool, device=device)
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.width, self.dtype = matrix.shape[1], matrix.dtype
+        self.held = row_range(matrix)
 
-    def gather(self, requests: list[RowRequest], checksum: int) -> list[Tensor]:
-        """Copies of the rows of each request, [wanted, width].
+    def views(self, spans: Spans) -> list[Tensor]:
+        """The rows of `spans` that this rank holds, a view for each span that has any."""
+        shard = local(self.matrix)
+        return [shard.narrow(0, first, count) for _, first, count in self._segments(spans)]
 
-        Args:
-            checksum: any 31-bit number that ranks which agree have in common.
-        """
-        num_ranks = 1 if self._group is None else self._group.size()
-        header = num_ranks + num_ranks % 2
-        sizes = [_num_words(request) for request in requests]
-        num_words = header + sum(sizes)
-        if self._group is not None:
-            num_words = padded_length(num_words)
-        packed = torch.zeros(num_words, dtype=torch.int32, device=self._disagreement.device)
-        rows = [
-            words.view(request.tensor.dtype)[: request.num_rows * request.tensor.shape[1]].view(
-                request.num_rows, request.tensor.shape[1]
-            )
-            for words, request in zip(
-                packed[header : header + sum(sizes)].split(sizes), requests, strict=True
-            )
-        ]
-        segments = [
-            (destination[into], local(request.tensor)[held])
-            for destination, request in zip(rows, requests, strict=True)
-            for into, held in owned_segments(request.tensor, request.spans)
-        ]
-        copy_all_([destination for destination, _ in segments], [source for _, source in segments])
-        if self._group is not None:
-            packed[self._group.rank()] = checksum
-            dist.all_reduce(packed, group=self._group)
-            self._disagreement |= (packed[:num_ranks] != checksum).any()
-        return rows
+    def paired(self, spans: Spans, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this rank holds of `spans`, as views of it and of the same rows of `rows` [wanted, width]."""
+        shard = local(self.matrix)
+        for position, first, count in self._segments(spans):
+            yield shard.narrow(0, first, count), rows.narrow(0, position, count)
 
-    def check(self) -> None:
-        """Raises if ranks have disagreed since the start; waits for the device.
-
-        Raises:
-            RanksDisagreeError: if so; the ranks' weights are no longer those of one model.
-        """
-        if bool(self._disagreement):
-            raise RanksDisagreeError(
-                "ranks disagree on what to exchange: they are at different steps or run different configurations; "
-                "stop, and resume all ranks from one checkpoint"
-            )
+    def _segments(self, spans: Spans) -> Iterator[tuple[int, int, int]]:
+        """(position among all rows of `spans`, place in the local shard, number of rows)."""
+        position = 0
+        for span in spans:
+            start, stop = max(span.start, self.held.start), min(span.stop, self.held.stop)
+            if start < stop:
+                yield position + start - span.start, start - self.held.start, stop - start
+            position += len(span)
 
 
-def gather_rows(parts: list[Tensor], num_rows: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Whole matrices on all ranks from every rank's rows of them, in one collective.
-
-    Rows that are split evenly need only be gathered: each rank sends half of what the sum in `RowExchange` would take.
+def write_rows_(targets: list[ShardedRows], spans: list[Spans], rows: list[Tensor]) -> None:
+    """Writes `rows[i]` [wanted, width] to the rows `spans[i]` of `targets[i]` that this rank holds, in few operations.
 
     Args:
-        parts: [rows/ranks, width] each, of one type, cut as parameters are.
-        num_rows: of each whole matrix.
-
-    Returns:
-        [rows, width] each.
+        targets: of one dtype, as are `rows`.
     """
-    num_ranks = group.size()
-    heights = [rows_per_rank(rows, num_ranks) for rows in num_rows]
-    sizes = [height * part.shape[1] for height, part in zip(heights, parts, strict=True)]
-    length = padded_length(sum(sizes))
-    packed = parts[0].new_zeros(length)
-    places = [
-        flat[: part.numel()].view(part.shape)
-        for flat, part in zip(packed[: sum(sizes)].split(sizes), parts, strict=True)
-    ]
-    copy_all_(places, parts)
-    gathered = packed.new_empty(num_ranks, length)
-    dist.all_gather(list(gathered.unbind()), packed, group=group)
-    # What fills up the last ranks' parts comes after all rows.
-    return [
-        columns.reshape(num_ranks * height, -1)[:rows]
-        for columns, height, rows in zip(
-            gathered[:, : sum(sizes)].split(sizes, dim=1), heights, num_rows, strict=True
-        )
-    ]
+    copy_all_(
+        [
+            pair
+            for target, wanted, values in zip(targets, spans, rows, strict=True)
+            for pair in target.paired(wanted, values)
+        ]
+    )
 
 
-def padded_length(num_words: int) -> int:
-    """The length at which so many words travel: up to an eighth more.
+def copy_all_(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies each pair's second tensor into its first, in few operations.
 
-    Ranks whose plans differ a little in length still meet in one collective, nearly always, and are found out.
+    On CUDA that takes a few kernels for contiguous tensors if all first ones are of one dtype and all second ones of one; else
+    one kernel for every pair. (torch/aten, ForeachUtils.h)
     """
-    unit = 1 << max(10, (num_words - 1).bit_length() - 4)
-    return -(-num_words // unit) * unit
-
-
-def owned_segments(tensor: Tensor, spans: Spans) -> Iterator[tuple[slice, slice]]:
-    """The parts of `spans` that this rank holds: (positions within the spans' rows, places in the local part)."""
-    held = row_range(tensor)
-    position = 0
-    for span in spans:
-        start, stop = max(span.start, held.start), min(span.stop, held.stop)
-        if start < stop:
-            yield (
-                slice(position + start - span.start, position + stop - span.start),
-                slice(start - held.start, stop - held.start),
-            )
-        position += len(span)
-
-
-def write_rows_(tensors: list[Tensor], spans: list[Spans], rows: list[Tensor]) -> None:
-    """Writes `rows[i]` [wanted, width] to the rows `spans[i]` of `tensors[i]`, where this rank holds them."""
-    segments = [
-        (local(tensor)[held], values[into])
-        for tensor, tensor_spans, values in zip(tensors, spans, rows, strict=True)
-        for into, held in owned_segments(tensor, tensor_spans)
-    ]
-    copy_all_([destination for destination, _ in segments], [source for _, source in segments])
-
-
-def copy_all_(destinations: list[Tensor], sources: list[Tensor]) -> None:
-    """Copies each source into its destination, in few operations; see `by_layout`."""
-    for into, values in by_layout(destinations, sources):
-        torch._foreach_copy_(into, values)
-
-
-def by_layout(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Lists of as many tensors each, cut into pieces: contiguous entries apart from others, and each list of one type.
-
-    CUDA's operations on lists take a few kernels for contiguous tensors of one type, but one kernel for every entry of the
-    lists as soon as a single one is something else, such as columns of a matrix. (torch/aten, ForeachUtils.h)
-    """
-    pieces: defaultdict[tuple[bool, tuple[torch.dtype, ...]], list[tuple[Tensor, ...]]] = defaultdict(list)
-    for entries in zip(*lists, strict=True):
-        is_contiguous = all(tensor.is_contiguous() for tensor in entries)
-        pieces[is_contiguous, tuple(tensor.dtype for tensor in entries)].append(entries)
-    for piece in pieces.values():
-        yield tuple(map(list, zip(*piece, strict=True)))
+    if pairs:
+        torch._foreach_copy_([into for into, _ in pairs], [values for _, values in pairs])
 
 
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
@@ -267,9 +154,3 @@ def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
     start = min(mesh.get_local_rank(dim) * chunk, num_rows)
     stop = min(start + chunk, num_rows)
     return range(start, stop) if start < stop else range(0)
-
-
-def _num_words(request: RowRequest) -> int:
-    # In 32-bit words, even, so that what follows may hold 64-bit numbers.
-    num_bytes = request.num_rows * request.tensor.shape[1] * request.tensor.element_size()
-    return -(-num_bytes // 8) * 2

@@ -8,8 +8,8 @@ What is relied on:
 - A folder `model_<step>` with `pytorch_model.bin`, or several files and `pytorch_model.bin.index.json`, whose
   names are those of Hugging Face's LLaMA. Low-rank runs add `switch_lora_config.json` with `lora_alpha`.
 - An adapted layer has `weight` [out, in], which does not contain the factors' product (checkpoints are saved
-  in training mode), `lora_A` [rank, in], `lora_B` [out, rank], `candidates_A` [c, in] and `candidates_B`
-  [c, out], which is ours transposed, c = min(out, in). The scale is lora_alpha / rank.
+  in training mode), `lora_A` [rank, in], `lora_B` [out, rank], which is ours transposed, `candidates_A` [c, in] and
+  `candidates_B` [c, out], c = min(out, in). The scale is lora_alpha / rank.
 - `candidate_{A,B}_index_param` is the next vector to be switched, `selected_{A,B}_indices_param` the slot
   that each vector came from. Both follow from the number of switches so far, which is found from them.
 - Further bookkeeping (`*_len_param`, `*_weight_param`, `fixed_*_steps_param`, `deltaW`, ...) holds no weights
@@ -54,7 +54,7 @@ class OriginalCheckpoint:
     """A low-rank run of the original implementation in our names, types as stored."""
 
     tensors: dict[str, Tensor]
-    """All weights; adapted layers have weight, lora_a, lora_b, candidates_a and candidates_b [out, c]."""
+    """All weights; adapted layers have weight, lora_a, lora_b [rank, out], candidates_a and candidates_b [c, out]."""
     rank: int
     alpha: float
     """Scale times rank."""
@@ -83,7 +83,7 @@ def read_original(path: Path, alpha: float | None = None) -> OriginalCheckpoint:
     for layer in layers:
         out, into = tensors[f"{layer}.weight"].shape
         num_candidates = min(out, into)
-        shapes = {"candidates_a": (num_candidates, into), "candidates_b": (out, num_candidates)}
+        shapes = {"candidates_a": (num_candidates, into), "candidates_b": (num_candidates, out)}
         for name, shape in shapes.items():
             candidates = tensors.get(f"{layer}.{name}")
             if candidates is None or candidates.shape != shape:
@@ -118,7 +118,7 @@ def read_original_dense(path: Path, alpha: float | None = None) -> dict[str, Ten
     for layer in layers:
         lora_a, lora_b = tensors[f"{layer}.lora_a"].float(), tensors[f"{layer}.lora_b"].float()
         assert alpha is not None
-        dense[f"{layer}.weight"] = dense[f"{layer}.weight"] + (alpha / lora_a.shape[0]) * (lora_b @ lora_a)
+        dense[f"{layer}.weight"] = dense[f"{layer}.weight"] + (alpha / lora_a.shape[0]) * (lora_b.T @ lora_a)
     return dense
 
 
@@ -149,7 +149,7 @@ def _translate(stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         layer, _, local = name.rpartition(".")
         if local in _OUR_NAME:
             tensors[f"{layer}.{_OUR_NAME[local]}"] = (
-                value.T.contiguous() if local == "candidates_B" else value
+                value.T.contiguous() if local == "lora_B" and value.ndim == 2 else value
             )
         elif not _LEFT_OUT.search(name):
             unknown.append(name)
@@ -172,13 +172,13 @@ def _adapted_layers(tensors: dict[str, Tensor], path: Path) -> list[str]:
             or lora_a is None
             or lora_b is None
             or [part.ndim for part in (weight, lora_a, lora_b)] != [2, 2, 2]
-            or weight.shape != (lora_b.shape[0], lora_a.shape[1])
-            or lora_a.shape[0] != lora_b.shape[1]
+            or weight.shape != (lora_b.shape[1], lora_a.shape[1])
+            or lora_a.shape[0] != lora_b.shape[0]
         ):
             found = [None if part is None else list(part.shape) for part in parts]
             raise CheckpointError(
-                f"{path}: {layer} has weight, lora_A, lora_B of shapes {found}; expected [out, in], "
-                "[rank, in], [out, rank]. Quantised layers cannot be read."
+                f"{path}: {layer} has weight, lora_A, lora_B (transposed) of shapes {found}; expected [out, in], "
+                "[rank, in], [rank, out]. Quantised layers cannot be read."
             )
     return layers
 

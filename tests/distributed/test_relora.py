@@ -12,7 +12,11 @@ from switchtitan.distributed.shards import copy_from_full_, full_tensor
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
 from switchtitan.methods.relora.reset import merge_and_restart_, prune_by_lot_, prune_by_magnitude_
 
-OUT, IN, RANK = 11, 5, 3  # 11 rows of W and B, 3 of A: uneven over 2 ranks, and one of 4 holds none of A
+OUT, IN, RANK = (
+    11,
+    5,
+    3,
+)  # 11 rows of W, 3 of A and B: uneven over 2 ranks, and one of 4 holds none of A and B
 
 
 def reset_and_prune(rank, result_file, num_ranks):

@@ -62,7 +62,7 @@ def effective_weight(layer: LowRankLinear) -> torch.Tensor:
     weight, lora_a, lora_b = (
         tensor.detach().to(torch.float64) for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )
-    return weight + layer.scale * lora_b @ lora_a
+    return weight + layer.scale * lora_b.T @ lora_a
 
 
 def relative_change(after: torch.Tensor, before: torch.Tensor) -> float:

@@ -62,7 +62,7 @@ def time_layer(
 
     x = tensor(case.num_tokens, case.in_features)
     weight = tensor(case.out_features, case.in_features)
-    lora_a, lora_b = tensor(case.rank, case.in_features), tensor(case.out_features, case.rank)
+    lora_a, lora_b = tensor(case.rank, case.in_features), tensor(case.rank, case.out_features)
     grad = torch.randn(case.num_tokens, case.out_features, device=device).to(dtype)
     frozen = weight.detach()
 

@@ -1,5 +1,7 @@
 """Three ways to compute y = x (W + s B A)^T with gradients for x, A and B, and the choice of the cheapest.
 
+B is stored transposed, [rank, out]; where a product needs B itself it takes a view.
+
 All agree to rounding; they differ in floating-point operations. For T tokens, forward and backward:
 
     factored        4 out in T + 6 rank (out + in) T
@@ -7,7 +9,7 @@ All agree to rounding; they differ in floating-point operations. For T tokens, f
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` keep nothing but their inputs for the backward pass, compiled or not; `factored` keeps x A^T too.
-`weight` gets no gradient. Where it is of another type than x and the factors, each pass casts it, and the copy is not kept.
+`weight` gets no gradient. If it is of another dtype than x and the factors, each pass casts it, and the copy is not kept.
 """
 
 from collections.abc import Callable
@@ -18,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Contraction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""(x [..., in], weight [out, in], lora_a [rank, in], lora_b [out, rank], scale) -> [..., out]"""
+"""(x [..., in], weight [out, in], lora_a [rank, in], lora_b [rank, out], scale) -> [..., out]"""
 
 
 def factored(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """x W^T + s (x A^T) B^T, the textbook form."""
-    return frozen_linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b) * scale
+    return frozen_linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b.t()) * scale
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in the type of x, whatever type W [out, in] is of; keeps nothing but W for the backward pass."""
+    """x W^T in the dtype of x, whatever the dtype of W [out, in]; keeps nothing but W for the backward pass."""
     return _FrozenLinear.apply(x, weight)
 
 
@@ -67,7 +69,7 @@ def cheapest_contraction(out_features: int, in_features: int, rank: int, num_tok
 
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    return torch.addmm(weight.to(lora_b.dtype), lora_b, lora_a, alpha=scale)
+    return torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale)
 
 
 def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -76,7 +78,7 @@ def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale:
 
 
 def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """`weight` in the type of `grad`; a copy is made in the backward pass, compiled or not."""
+    """`weight` in the dtype of `grad`; a copy is made in the backward pass, compiled or not."""
     return weight if weight.dtype == grad.dtype else _cast_copy_in_backward(weight, grad)
 
 
@@ -97,7 +99,7 @@ def _(factor: Tensor, grad: Tensor) -> Tensor:
 
 @torch.library.custom_op("switchtitan::cast_copy_in_backward", mutates_args=())
 def _cast_copy_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """A copy of `weight` in the type of `grad`, for the same reason."""
+    """A copy of `weight` in the dtype of `grad`, for the same reason."""
     return weight.to(grad.dtype, copy=True)
 
 
@@ -130,8 +132,8 @@ class _Merged(torch.autograd.Function):
         x, weight, lora_a, lora_b = ctx.saved_tensors
         grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_a = ((grad @ lora_b) * ctx.scale).t() @ x if ctx.needs_input_grad[2] else None
-        grad_b = grad.t() @ ((x @ lora_a.t()) * ctx.scale) if ctx.needs_input_grad[3] else None
+        grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x if ctx.needs_input_grad[2] else None
+        grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad if ctx.needs_input_grad[3] else None
         return grad_x, None, grad_a, grad_b, None
 
 
@@ -147,6 +149,6 @@ class _DenseGradient(torch.autograd.Function):
         x, weight, lora_a, lora_b = ctx.saved_tensors
         grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
         grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)) * ctx.scale
-        grad_a = lora_b.t() @ grad_weight if ctx.needs_input_grad[2] else None
-        grad_b = grad_weight @ lora_a.t() if ctx.needs_input_grad[3] else None
+        grad_a = lora_b @ grad_weight if ctx.needs_input_grad[2] else None
+        grad_b = lora_a @ grad_weight.t() if ctx.needs_input_grad[3] else None
         return grad_x, None, grad_a, grad_b, None

@@ -19,11 +19,11 @@ def lora_init(
         weight: [out, in], the plain layer's initial weight.
 
     Returns:
-        `weight` [out, in], `lora_a` [rank, in], `lora_b` [out, rank].
+        `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out].
     """
     out_features, in_features = weight.shape
     lora_a = uniform((rank, in_features), lora_bound(in_features), generator_for("lora_a"))
-    return {"weight": weight, "lora_a": lora_a, "lora_b": torch.zeros(out_features, rank)}
+    return {"weight": weight, "lora_a": lora_a, "lora_b": torch.zeros(rank, out_features)}
 
 
 def lora_bound(in_features: int) -> float:
@@ -42,7 +42,7 @@ def balanced_init(
     out_features, in_features = weight.shape
     bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
     lora_a = uniform((rank, in_features), bound_a, generator_for("lora_a"))
-    lora_b = uniform((out_features, rank), bound_b, generator_for("lora_b"))
+    lora_b = uniform((out_features, rank), bound_b, generator_for("lora_b")).t()
     return {"weight": without_update(weight, lora_a, lora_b, scale), "lora_a": lora_a, "lora_b": lora_b}
 
 
@@ -58,8 +58,8 @@ def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[flo
 
 
 def without_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W such that W + s B A is `weight` [out, in]."""
-    return torch.addmm(weight, lora_b, lora_a, alpha=-scale)
+    """W such that W + s B A is `weight` [out, in], with `lora_a` [rank, in] and `lora_b` [rank, out]."""
+    return torch.addmm(weight, lora_b.t(), lora_a, alpha=-scale)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

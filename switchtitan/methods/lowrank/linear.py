@@ -23,7 +23,7 @@ class InitialFactors(Protocol):
 
 
 class LayerBuffer(NamedTuple):
-    """A tensor that belongs to a layer beside its parameters, split over ranks along dimension 0, as they are."""
+    """A tensor that belongs to a layer in addition to its parameters, split over ranks along dimension 0, as they are."""
 
     shape: tuple[int, int]
     dtype: torch.dtype | None = None
@@ -33,7 +33,7 @@ class LayerBuffer(NamedTuple):
 
 
 class LowRankLinear(nn.Module):
-    """y = x (W + s B A)^T (+ bias), with W frozen, in the type of x and of the factors; W may be of another.
+    """y = x (W + s B A)^T (+ bias), with W frozen, in the dtype of x and of the factors; W may be of another.
 
     Args:
         in_features, out_features: of the plain layer that it stands in for.
@@ -44,7 +44,8 @@ class LowRankLinear(nn.Module):
         buffers: further tensors that belong to the layer, by local name.
         contraction: how to compute it where nothing is dropped; by default the cheapest for x.
 
-    Shapes: `weight` [out, in], `lora_a` [rank, in], `lora_b` [out, rank].
+    Shapes: `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out]: B is stored transposed, so that each vector of
+    either factor is a row.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class LowRankLinear(nn.Module):
         self.scale, self.dropout = scale, dropout
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-        self.lora_b = nn.Parameter(torch.empty(out_features, rank))
+        self.lora_b = nn.Parameter(torch.empty(rank, out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._initial_factors = initial_factors
         self._contraction = contraction
@@ -76,7 +77,7 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         if self.dropout and self.training:
-            low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b)
+            low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b.t())
             out = frozen_linear(x, self.weight) + low_rank * self.scale
         else:
             contraction = self._contraction or cheapest_contraction(

@@ -50,7 +50,7 @@ class LowRankMethod(Method[LowRankSection]):
             if local_name == "weight" and f"{layer_name}.lora_a" in tensors:
                 lora_a = tensors[f"{layer_name}.lora_a"].to(torch.float32)
                 lora_b = tensors[f"{layer_name}.lora_b"].to(torch.float32)
-                tensor = torch.addmm(tensor, lora_b, lora_a, alpha=self.scale_of(layer_name))
+                tensor = torch.addmm(tensor, lora_b.t(), lora_a, alpha=self.scale_of(layer_name))
             dense[name] = tensor
         return dense
 

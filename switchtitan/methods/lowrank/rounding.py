@@ -38,13 +38,13 @@ class StochasticRounding:
     stored, and any number of ranks rounds alike.
 
     Args:
-        layers: by qualified name; their weights are all of one type.
+        layers: by qualified name; their weights are all of one dtype.
         seed: the job's.
         compile_step: fuse an update into one kernel.
     """
 
     def __init__(self, layers: Mapping[str, LowRankLinear], seed: int, compile_step: bool) -> None:
-        self._weights = [layer.weight for layer in layers.values()]
+        self._first_rows = [row_range(layer.weight).start for layer in layers.values()]
         first = next(iter(layers.values()))
         self._keys: Tensor | None = None
         if first.weight.dtype != first.lora_a.dtype:
@@ -56,19 +56,19 @@ class StochasticRounding:
         )
 
     def of_event(self, number: int) -> list[Rounding | None]:
-        """For each weight; None for weights that are of their factors' type, which nothing need be rounded to.
+        """For each weight; None for weights of their factors' dtype, which need no rounding.
 
         Args:
             number: of the event, below 2^31; no other may change these weights under the same one.
         """
         if self._keys is None:
-            return [None] * len(self._weights)
+            return [None] * len(self._first_rows)
         # Filled on the device: a copy of a number of the host's would make it wait.
         event = torch.full((), number, dtype=torch.int32, device=self._keys.device)
         keys = splitmix32(self._keys, event)
         return [
-            Rounding(key, row_range(weight).start, self._add_)
-            for key, weight in zip(keys.unbind(), self._weights, strict=True)
+            Rounding(key, first_row, self._add_)
+            for key, first_row in zip(keys.unbind(), self._first_rows, strict=True)
         ]
 
 

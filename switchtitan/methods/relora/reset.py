@@ -7,7 +7,7 @@ every rank, one tensor at a time, so that memory rises by no more than that. All
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, rows_aligned_with
+from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.init import lora_bound, uniform
 from switchtitan.methods.lowrank.rounding import Rounding, add_product_
@@ -24,10 +24,11 @@ def merge_and_restart_(
 
     Args:
         generator: draws A, uniform within `lora_bound`; in the same state on every rank.
-        rounding: for a weight in bf16; the layer's output then stays what it is in the mean.
+        rounding: for a weight in bf16; the layer's output is then unchanged on average.
     """
-    lora_b = rows_aligned_with(layer.lora_b, layer.weight)
-    add_product_(local(layer.weight), lora_b, full_tensor(layer.lora_a), layer.scale, rounding)
+    held = row_range(layer.weight)
+    lora_b = full_tensor(layer.lora_b)[:, held.start : held.stop]
+    add_product_(local(layer.weight), lora_b.t(), full_tensor(layer.lora_a), layer.scale, rounding)
     shape = layer.rank, layer.in_features
     copy_from_full_(layer.lora_a, uniform(shape, lora_bound(layer.in_features), generator))
     local(layer.lora_b).zero_()

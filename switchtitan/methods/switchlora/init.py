@@ -17,14 +17,14 @@ from switchtitan.methods.switchlora.schedule import initial_slots
 
 
 def num_candidates(out_features: int, in_features: int) -> int:
-    """Candidates on each side of a layer: as many as its weight has singular values."""
+    """Candidates for each factor of a layer: as many as its weight has singular values."""
     return min(out_features, in_features)
 
 
 def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
-    """`candidates_a` [c, in], `candidates_b` [out, c]."""
+    """`candidates_a` [c, in], `candidates_b` [c, out]."""
     count = num_candidates(out_features, in_features)
-    return {"candidates_a": (count, in_features), "candidates_b": (out_features, count)}
+    return {"candidates_a": (count, in_features), "candidates_b": (count, out_features)}
 
 
 def is_candidates(name: str) -> bool:
@@ -63,9 +63,9 @@ def initial_factors(config: SwitchLoraConfig) -> InitialFactors:
 def balanced_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
-    """Candidates of both sides random with `balanced_bounds`, and W := weight - s B A.
+    """Candidates of both factors random with `balanced_bounds`, and W := weight - s B A.
 
-    All are fp32: buffers of a shorter type round them, while the factors, and so W, begin as they were drawn.
+    All are fp32: buffers of a shorter dtype round them, while the factors, and so W, start as they were drawn.
 
     Args:
         weight: [out, in], the plain layer's initial weight.
@@ -99,12 +99,12 @@ def drawn_candidates_init(
     bound_a, bound_b = candidate_bounds(init, out_features, in_features, rank)
     slots_a, slots_b = initial_slots(rank, num_candidates(out_features, in_features))
     lora_a = _draw(generator_for("candidates_a"), slots_a, bound_a, in_features).to(weight.dtype)
-    lora_b = _draw(generator_for("candidates_b"), slots_b, bound_b, out_features).to(weight.dtype).t()
+    lora_b = _draw(generator_for("candidates_b"), slots_b, bound_b, out_features).to(weight.dtype)
     return {"weight": without_update(weight, lora_a, lora_b, scale), "lora_a": lora_a, "lora_b": lora_b}
 
 
 def candidates_key(generator: torch.Generator) -> int:
-    """The key of a layer's drawn candidates on one side, from the generator that belongs to their name."""
+    """The key of a factor's drawn candidates, from the generator that belongs to their name."""
     return generator.initial_seed()
 
 
@@ -122,12 +122,12 @@ def _from_stored_candidates(
     generator_for: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     out_features, in_features = weight.shape
-    shapes = candidate_shapes(out_features, in_features)
+    count = num_candidates(out_features, in_features)
     bound_a, bound_b = candidate_bounds(init, out_features, in_features, rank)
-    candidates_a = uniform(shapes["candidates_a"], bound_a, generator_for("candidates_a"))
-    candidates_b = uniform(shapes["candidates_b"], bound_b, generator_for("candidates_b"))
-    slots_a, slots_b = initial_slots(rank, len(candidates_a))
-    lora_a, lora_b = candidates_a[slots_a], candidates_b[:, slots_b]
+    candidates_a = uniform((count, in_features), bound_a, generator_for("candidates_a"))
+    candidates_b = uniform((out_features, count), bound_b, generator_for("candidates_b")).t()
+    slots_a, slots_b = initial_slots(rank, count)
+    lora_a, lora_b = candidates_a[slots_a], candidates_b[slots_b]
     return {
         "weight": without_update(weight, lora_a, lora_b, scale),
         "lora_a": lora_a,

@@ -7,28 +7,23 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import (
-    RowExchange,
-    RowRequest,
-    gather_rows,
-    local,
-    shard_group,
-    write_rows_,
-)
+from switchtitan.distributed.row_exchange import RowExchange, RowRequest
+from switchtitan.distributed.shards import ShardedRows, local, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
-from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates, Switches
+from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorSpan
+from switchtitan.methods.switchlora.freeze import FreezeTimers
 from switchtitan.methods.switchlora.init import num_candidates
-from switchtitan.methods.switchlora.schedule import SwitchCounts, SwitchSchedule, plan_layer_switch
-from switchtitan.methods.switchlora.switch import (
-    fold_into_weight_,
-    subtract_all_,
-    take_columns,
-    write_columns_,
+from switchtitan.methods.switchlora.schedule import (
+    LayerSwitch,
+    SwitchCounts,
+    SwitchSchedule,
+    plan_layer_switch,
 )
+from switchtitan.methods.switchlora.switch import fold_into_weight_
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
+from switchtitan.methods.switchlora.vectors import FACTOR_A, FACTOR_B, FACTORS, VectorSpan
 from switchtitan.optim import AdamWConfig
 
 
@@ -59,6 +54,8 @@ class SwitchLoraOptimizer:
     ) -> None:
         self._config = config
         self._layers = list(layers.values())
+        self._factors = [(ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in self._layers]
+        self._weights = [ShardedRows(layer.weight) for layer in self._layers]
         self._dense = dense
         self._vectors = VectorAdamW(adamw, layers, compile_step)
         self._candidates = StoredCandidates(self._layers) if candidates is None else candidates
@@ -71,10 +68,7 @@ class SwitchLoraOptimizer:
         self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
         self._exchange = RowExchange(shard_group(factor), factor.device)
         self._rounding = StochasticRounding(layers, seed, compile_step)
-        # Where every rank keeps W whole, it must see all rows of what is folded into it.
-        weight_is_whole = shard_group(self._layers[0].weight) is None
-        self._group_of_columns = shard_group(factor) if weight_is_whole else None
-        self._next: tuple[np.ndarray, Switches] | None = None
+        self._next: tuple[np.ndarray, list[LayerSwitch]] | None = None
         self._last_counts = np.zeros(len(layers), dtype=np.int64)
         self._last_frozen = np.zeros(len(layers), dtype=np.int64)
 
@@ -92,79 +86,78 @@ class SwitchLoraOptimizer:
         self._counts.advance(counts)
         self._last_counts = counts
         self._last_frozen = still_frozen + counts if self._config.freeze_steps else still_frozen
-        self._switch_(switches, checksum)
-        counterparts = _counterparts(switches)
-        if self._config.reset_moments == "counterpart":
-            self._vectors.reset_(counterparts)
-        elif self._config.reset_moments == "momentum":
-            self._vectors.reset_first_moments_(counterparts)
-        elif self._config.reset_moments == "both":
-            self._vectors.reset_(counterparts + _switched(switches))
-        self._timers.start_(counterparts)
+        self._exchange_vectors(switches, checksum)
+        counterparts = [span for switch in switches for span in switch.counterparts()]
+        self._reset_moments(switches, counterparts)
+        self._timers.start(counterparts)
         self._next = self._plan()
         self._candidates.prefetch(self._next[1])
 
     @torch.no_grad()
     def update(self) -> None:
-        """The second half: updates all parameters that may move from their gradients."""
-        self._vectors.step(self._timers.moving())
-        self._timers.advance_()
+        """The second half: updates all parameters that are not frozen from their gradients."""
+        self._vectors.step(self._timers.update_mask())
+        self._timers.advance()
         self._dense.step()
 
-    def _plan(self) -> tuple[np.ndarray, Switches]:
-        """What the next step switches, a pure function of what has been switched so far: how much in each layer, [layers], and
-        what."""
+    def _plan(self) -> tuple[np.ndarray, list[LayerSwitch]]:
+        """What the next step switches, a pure function of what has been switched so far: the number of vectors for each layer,
+        [layers], and which ones for layers with any."""
         counts = self._counts.limited(
             self._schedule.requested(self._counts.step), self._config.rank, self._num_candidates
         )
-        return counts, {
-            layer: plan_layer_switch(
+        return counts, [
+            plan_layer_switch(
+                layer,
                 int(self._counts.num_switched[layer]),
                 int(counts[layer]),
                 self._config.rank,
                 int(self._num_candidates[layer]),
             )
             for layer in np.flatnonzero(counts).tolist()
-        }
+        ]
 
-    def _switch_(self, switches: Switches, checksum: int) -> None:
+    def _exchange_vectors(self, switches: list[LayerSwitch], checksum: int) -> None:
         """Exchanges vectors for candidates.
 
         How many operations that takes does not depend on how many vectors are switched: a fold into each layer's weight, and a
-        few on lists for all the rest. On CUDA the number of kernels grows with that of layers beyond the folds too, since
-        columns of B take one each; see `by_layout`.
+        few on lists for all the rest.
         """
-        layers = [self._layers[index] for index in switches]
-        plans = list(switches.values())
-        # Of each factor first what A switches, rows I of A and columns I of B, then what B switches, rows and columns J.
-        vectors = [plan.rows + plan.columns for plan in plans]
+        factors = [rows for switch in switches for rows in self._factors[switch.layer]]
+        # Of both factors, the vectors I that A gives up, then the vectors J that B gives up.
+        involved = [
+            switch.vectors[FACTOR_A] + switch.vectors[FACTOR_B] for switch in switches for _ in FACTORS
+        ]
         gathered = self._exchange.gather(
-            [
-                *(RowRequest(layer.lora_a, spans) for layer, spans in zip(layers, vectors, strict=True)),
-                *self._candidates.row_requests(switches),
-            ],
-            checksum,
+            [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)], checksum
         )
-        right = gathered[: len(layers)]
-        taken = self._candidates.take(switches, gathered[len(layers) :])
-        lora_b = [local(layer.lora_b) for layer in layers]
-        left = take_columns(lora_b, vectors)
-        rows_out = [rows[: plan.num_vectors] for rows, plan in zip(right, plans, strict=True)]
-        columns_out = [columns[:, plan.num_vectors :] for columns, plan in zip(left, plans, strict=True)]
-        self._candidates.put_back_(switches, rows_out, columns_out)
+        if not switches:
+            return
+        vectors = gathered[: len(factors)]
+        incoming = self._candidates.take(switches, gathered[len(factors) :])
+        outgoing = [rows.chunk(2)[place % 2] for place, rows in enumerate(vectors)]
+        self._candidates.put_back_(switches, outgoing)
         # From here on these are no vectors, but how they change.
-        subtract_all_(rows_out + columns_out, [t.rows for t in taken] + [t.columns for t in taken])
+        torch._foreach_sub_(outgoing, incoming)
         roundings = self._rounding.of_event(self._counts.step)
-        if layers and self._group_of_columns is not None:
-            left = gather_rows(left, [layer.out_features for layer in layers], self._group_of_columns)
-        for index, (place, layer) in enumerate(zip(switches, layers, strict=True)):
-            fold_into_weight_(local(layer.weight), left[index], right[index], layer.scale, roundings[place])
-        write_columns_(lora_b, [plan.columns for plan in plans], [t.columns for t in taken])
-        write_rows_(
-            [layer.lora_a for layer in layers],
-            [plan.rows for plan in plans],
-            [t.rows for t in taken],
-        )
+        for place, switch in enumerate(switches):
+            weight, vectors_a, vectors_b = self._weights[switch.layer], *vectors[2 * place : 2 * place + 2]
+            fold_into_weight_(
+                local(weight.matrix),
+                vectors_a,
+                vectors_b[:, weight.held.start : weight.held.stop],
+                self._layers[switch.layer].scale,
+                roundings[switch.layer],
+            )
+        write_rows_(factors, [spans for switch in switches for spans in switch.vectors], incoming)
+
+    def _reset_moments(self, switches: list[LayerSwitch], counterparts: list[VectorSpan]) -> None:
+        if self._config.reset_moments == "counterpart":
+            self._vectors.reset(counterparts)
+        elif self._config.reset_moments == "momentum":
+            self._vectors.reset_first_moments(counterparts)
+        elif self._config.reset_moments == "both":
+            self._vectors.reset(counterparts + [span for switch in switches for span in switch.switched()])
 
     def zero_grad(self) -> None:
         self._vectors.zero_grad()
@@ -175,8 +168,8 @@ class SwitchLoraOptimizer:
         self._dense.set_lr(lr_factor)
 
     def metrics(self) -> dict[str, float]:
-        """Vectors switched in the last step and so far, the share of vectors that stood still, and the share of candidates that
-        have been in use; both sides, all layers."""
+        """Vectors switched in the last step and so far, the share of vectors that were frozen, and the share of candidates that
+        have been in use; both factors, all layers."""
         self._exchange.check()
         counts, rank = self._counts, self._config.rank
         seen = np.minimum(rank + counts.num_switched, self._num_candidates)
@@ -193,7 +186,7 @@ class SwitchLoraOptimizer:
         The model's candidates are as up to date as these.
         """
         self._exchange.check()
-        self._candidates.settle()
+        self._candidates.flush()
         return (
             self._dense.state_dict()
             | self._vectors.state_dict()
@@ -216,27 +209,7 @@ class SwitchLoraOptimizer:
         self._counts.num_switched = state["switch.num_switched"].cpu().numpy().copy()
         self._counts.recent = state["switch.recent"].cpu().numpy().copy()
         self._next = None
-        self._candidates.forget()
-
-
-def _counterparts(switches: Switches) -> list[VectorSpan]:
-    """B's columns beside the switched rows of A, and A's rows beside the switched columns of B."""
-    return [
-        VectorSpan(side, layer, span)
-        for layer, plan in switches.items()
-        for side, spans in ((SIDE_B, plan.rows), (SIDE_A, plan.columns))
-        for span in spans
-    ]
-
-
-def _switched(switches: Switches) -> list[VectorSpan]:
-    """The switched rows of A and columns of B themselves."""
-    return [
-        VectorSpan(side, layer, span)
-        for layer, plan in switches.items()
-        for side, spans in ((SIDE_A, plan.rows), (SIDE_B, plan.columns))
-        for span in spans
-    ]
+        self._candidates.discard()
 
 
 def _checksum(step: int, num_switched: np.ndarray, counts: np.ndarray) -> int:

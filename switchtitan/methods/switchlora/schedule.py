@@ -6,6 +6,7 @@ import numpy as np
 
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.vectors import FACTORS, VectorSpan
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
@@ -25,7 +26,7 @@ def switch_rate(config: SwitchLoraConfig, num_steps: int) -> np.ndarray:
 
 
 class SwitchSchedule:
-    """How many vectors each layer asks to switch, on each side, at a step.
+    """How many vectors of each factor each layer asks to switch at a step.
 
     The expectation rank * rate(t) / interval is met by error diffusion: k(t) = floor(Q(t) + phase) - floor(Q(t-1) + phase), Q
     its running sum and the phase a low-discrepancy sequence over layers, so that layers take turns. (The original draws the
@@ -48,11 +49,11 @@ class SwitchSchedule:
 
 
 class SwitchCounts:
-    """Vectors switched so far, and in the steps whose counterparts are still frozen; all layers.
+    """Vectors switched so far, and in the steps whose counterparts are still frozen, for all layers.
 
     Attributes:
         step: optimizer steps done.
-        num_switched: [layers], on each side.
+        num_switched: [layers], of each factor.
         recent: [freeze_steps - 1, layers], newest first.
     """
 
@@ -62,10 +63,10 @@ class SwitchCounts:
         self.recent = np.zeros((max(freeze_steps - 1, 0), num_layers), dtype=np.int64)
 
     def limited(self, requested: np.ndarray, rank: int, num_candidates: np.ndarray) -> np.ndarray:
-        """What may be switched now of a request, on each side, [layers].
+        """How much of a request may be switched now, of each factor, [layers].
 
         A vector may not be switched while it is frozen, nor a candidate be taken in and put back at once:
-        k <= floor(rank / 2) - (vectors frozen on one side) and k <= candidates - rank.
+        k <= floor(rank / 2) - (frozen vectors of one factor) and k <= candidates - rank.
         """
         allowed = np.minimum(rank // 2 - self.recent.sum(0), num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
@@ -80,27 +81,43 @@ class SwitchCounts:
 
 @dataclass(frozen=True)
 class LayerSwitch:
-    """What one layer switches in one step. Both sides switch the same number of vectors."""
+    """What one layer switches in one step: as many vectors of A as of B."""
 
-    rows: Spans
-    """Rows of A."""
-    columns: Spans
-    """Columns of B."""
+    layer: int
+    """Its place among all layers."""
+    vectors: tuple[Spans, Spans]
+    """Rows of A, rows of B: those that are exchanged for candidates. They have no place in common."""
     slots_in: Spans
-    """Candidates taken in, on either side."""
+    """Candidates taken in, of either factor."""
     slots_out: Spans
-    """Candidates overwritten by the vectors that leave, on either side."""
+    """Candidates overwritten by the vectors that leave, of either factor."""
 
     @property
     def num_vectors(self) -> int:
-        return sum(map(len, self.rows))
+        """Of each factor."""
+        return sum(map(len, self.slots_in))
+
+    def switched(self) -> list[VectorSpan]:
+        """The vectors that are exchanged."""
+        return [VectorSpan(factor, self.layer, span) for factor in FACTORS for span in self.vectors[factor]]
+
+    def counterparts(self) -> list[VectorSpan]:
+        """Their counterparts in the other factor."""
+        return [
+            VectorSpan(1 - factor, self.layer, span) for factor in FACTORS for span in self.vectors[factor]
+        ]
 
 
-def plan_layer_switch(num_switched: int, count: int, rank: int, num_candidates: int) -> LayerSwitch:
+def plan_layer_switch(
+    layer: int, num_switched: int, count: int, rank: int, num_candidates: int
+) -> LayerSwitch:
     """The next `count` vectors in ring order, after `num_switched` (SwitchLoRA's pointers, all derived from that number)."""
     return LayerSwitch(
-        rows=ring_spans(num_switched, count, rank),
-        columns=ring_spans(rank // 2 + num_switched, count, rank),
+        layer=layer,
+        vectors=(
+            ring_spans(num_switched, count, rank),
+            ring_spans(rank // 2 + num_switched, count, rank),
+        ),
         slots_in=ring_spans(num_switched, count, num_candidates),
         slots_out=ring_spans(num_switched - rank, count, num_candidates),
     )
@@ -116,7 +133,7 @@ def ring_spans(start: int, count: int, size: int) -> Spans:
 
 
 def initial_slots(rank: int, num_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates with which the rows of A and the columns of B begin, [rank] each: the last ones of the ring, B's turned by
-    half a rank."""
+    """The candidates with which the vectors of A and of B start, [rank] each: the last ones of the ring, B's rotated by half a
+    rank."""
     slots = num_candidates - rank + np.arange(rank)
     return slots, np.roll(slots, rank // 2)

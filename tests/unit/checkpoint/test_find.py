@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
+from switchtitan.checkpoint.metadata import FORMAT_VERSION
 from switchtitan.errors import CheckpointError
 
 
@@ -76,10 +77,17 @@ def test_given_damaged_checkpoint_is_an_error(saved):
         find_given(saved / "step-000000002")
 
 
-def test_other_format_version_is_an_error(saved):
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_other_format_version_is_an_error(saved, version):
+    """An older checkpoint holds B transposed: it is refused even if all shapes fit."""
     metadata = saved / "step-000000002" / "metadata.json"
-    metadata.write_text(metadata.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match="format version 2, expected 1"):
+    own = f'"format_version": {FORMAT_VERSION}'
+    assert own in metadata.read_text()
+    metadata.write_text(metadata.read_text().replace(own, f'"format_version": {version}'))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"checkpoint format {version}, but this version .* reads format {FORMAT_VERSION}; resume or export it with",
+    ):
         find_given(saved / "step-000000002")
 
 

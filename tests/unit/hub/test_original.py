@@ -78,9 +78,9 @@ def test_factors_and_candidates_come_under_our_names(stored: dict[str, Tensor], 
     for layer in SHAPES:
         assert torch.equal(checkpoint.tensors[f"{layer}.weight"], stored[f"{layer}.weight"])
         assert torch.equal(checkpoint.tensors[f"{layer}.lora_a"], stored[f"{layer}.lora_A"])
-        assert torch.equal(checkpoint.tensors[f"{layer}.lora_b"], stored[f"{layer}.lora_B"])
+        assert torch.equal(checkpoint.tensors[f"{layer}.lora_b"], stored[f"{layer}.lora_B"].T)
         assert torch.equal(checkpoint.tensors[f"{layer}.candidates_a"], stored[f"{layer}.candidates_A"])
-        assert torch.equal(checkpoint.tensors[f"{layer}.candidates_b"], stored[f"{layer}.candidates_B"].T)
+        assert torch.equal(checkpoint.tensors[f"{layer}.candidates_b"], stored[f"{layer}.candidates_B"])
     plain = {"model.embed_tokens.weight", "model.norm.weight"}
     parts = ("weight", "lora_a", "lora_b", "candidates_a", "candidates_b")
     assert checkpoint.tensors.keys() == plain | {f"{layer}.{part}" for layer in SHAPES for part in parts}
@@ -184,7 +184,7 @@ def test_the_earlier_layout_can_be_merged_but_not_gone_on_from(
     ("name", "value", "words"),
     [
         ("model.layers.0.self_attn.q_proj.weight.absmax", torch.ones(2), r"unknown names: .*weight\.absmax"),
-        (f"{LAYER}.lora_B", torch.ones(8, RANK), r"shapes \[\[7, 9\], \[4, 9\], \[8, 4\]\]; expected"),
+        (f"{LAYER}.lora_B", torch.ones(8, RANK), r"shapes \[\[7, 9\], \[4, 9\], \[4, 8\]\]; expected"),
         (f"{LAYER}.weight", torch.ones(63, 1, dtype=torch.uint8), r"Quantised layers cannot be read"),
         (f"{LAYER}.candidates_A", torch.ones(6, 9), r"has no candidates_a \[7, 9\]"),
     ],

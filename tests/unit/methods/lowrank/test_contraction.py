@@ -25,7 +25,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Te
 def inputs(*leading: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     x, lora_a, lora_b = (
         draw(*shape, seed=seed, dtype=dtype).requires_grad_()
-        for seed, shape in enumerate([(*leading, IN), (RANK, IN), (OUT, RANK)])
+        for seed, shape in enumerate([(*leading, IN), (RANK, IN), (RANK, OUT)])
     )
     return x, draw(OUT, IN, seed=9, dtype=dtype), lora_a, lora_b
 
@@ -37,7 +37,7 @@ def test_value_and_gradients_are_those_of_the_dense_weight(
 ):
     x, weight, lora_a, lora_b = inputs(*leading)
     grad = draw(*leading, OUT, seed=4)
-    expected = x @ (weight + SCALE * lora_b @ lora_a).T
+    expected = x @ (weight + SCALE * lora_b.T @ lora_a).T
     expected_grads = torch.autograd.grad(expected, (x, lora_a, lora_b), grad)
     weight.requires_grad_()
     out = contraction(x, weight, lora_a, lora_b, SCALE)

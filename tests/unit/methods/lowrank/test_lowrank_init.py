@@ -25,8 +25,8 @@ def initial_tensors(init, shape: tuple[int, int] = (OUT, IN), rank: int = RANK) 
 def test_the_layer_starts_as_the_plain_one(init, shape: tuple[int, int], rank: int):
     weight, tensors = initial_tensors(init, shape, rank)
     assert tensors["lora_a"].shape == (rank, shape[1])
-    assert tensors["lora_b"].shape == (shape[0], rank)
-    merged = tensors["weight"] + SCALE * tensors["lora_b"] @ tensors["lora_a"]
+    assert tensors["lora_b"].shape == (rank, shape[0])
+    merged = tensors["weight"] + SCALE * tensors["lora_b"].T @ tensors["lora_a"]
     # W - s B A + s B A in fp32, terms of order 1.
     torch.testing.assert_close(merged, weight, rtol=0, atol=2e-6)
 

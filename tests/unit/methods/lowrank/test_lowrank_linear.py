@@ -39,7 +39,7 @@ def draw_x(*leading: int) -> torch.Tensor:
 @pytest.mark.parametrize("leading", [(4,), (2, 6)])
 def test_it_computes_the_dense_layer_of_its_merged_weight(bias: bool, leading: tuple[int, ...]):
     layer, x = build_layer(bias=bias), draw_x(*leading)
-    expected = F.linear(x, layer.weight + SCALE * layer.lora_b @ layer.lora_a, layer.bias)
+    expected = F.linear(x, layer.weight + SCALE * layer.lora_b.T @ layer.lora_a, layer.bias)
     # fp64 sums of a few terms of order 1.
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     layer(x).sum().backward()
@@ -57,17 +57,17 @@ def test_dropout_acts_in_training_on_the_way_into_the_factors_alone(bias: bool):
     torch.manual_seed(5)
     masked = F.dropout(x, dropout)
     assert (masked == 0).any()
-    expected = F.linear(x, layer.weight, layer.bias) + SCALE * masked @ layer.lora_a.T @ layer.lora_b.T
+    expected = F.linear(x, layer.weight, layer.bias) + SCALE * masked @ layer.lora_a.T @ layer.lora_b
     torch.testing.assert_close(dropped, expected, rtol=1e-12, atol=1e-12)
     layer.eval()
-    whole = F.linear(x, layer.weight + SCALE * layer.lora_b @ layer.lora_a, layer.bias)
+    whole = F.linear(x, layer.weight + SCALE * layer.lora_b.T @ layer.lora_a, layer.bias)
     torch.testing.assert_close(layer(x), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_buffers_are_registered_and_declared_sharded():
     buffers = {
         "candidates_a": LayerBuffer((5, IN), torch.bfloat16),
-        "candidates_b": LayerBuffer((OUT, 5), is_on_host=True),
+        "candidates_b": LayerBuffer((5, OUT), is_on_host=True),
     }
     layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, buffers=buffers)
     assert isinstance(layer, Reparametrized)
@@ -77,7 +77,7 @@ def test_buffers_are_registered_and_declared_sharded():
     assert layer.get_buffer("candidates_b").dtype == layer.weight.dtype
     assert {name: tuple(b.shape) for name, b in layer.named_buffers()} == {
         "candidates_a": (5, IN),
-        "candidates_b": (OUT, 5),
+        "candidates_b": (5, OUT),
     }
 
 

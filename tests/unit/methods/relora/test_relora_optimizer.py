@@ -76,7 +76,7 @@ class ReferenceLayer(nn.Module):
         self.B = nn.Parameter(ours.lora_b.detach().clone())
 
     def forward(self, x):
-        return x @ self.W.T + self.scale * (x @ self.A.T) @ self.B.T
+        return x @ self.W.T + self.scale * (x @ self.A.T) @ self.B
 
 
 class Reference:
@@ -111,7 +111,7 @@ class Reference:
         if rest or step + 1 == NUM_STEPS:
             return
         for name, layer in self.layers.items():
-            layer.W += layer.scale * layer.B @ layer.A
+            layer.W += layer.scale * layer.B.T @ layer.A
             bound = 1 / math.sqrt(layer.A.shape[1])
             layer.A.uniform_(-bound, bound, generator=generator_for(SEED, f"{name}.lora_a:{number}"))
             layer.B.zero_()

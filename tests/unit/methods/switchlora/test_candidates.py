@@ -66,7 +66,7 @@ def switching_layer(
 
 
 def expected_candidates(shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows for A [c, in] and columns for B, as rows [c, out]."""
+    """For A [c, in], for B [c, out]."""
     out_features, in_features, rank = shape
     count = min(out_features, in_features)
     bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
@@ -81,13 +81,13 @@ def test_vector_in_use_is_the_candidate_of_its_slot_always_the_same(shape):
     """Without training: from the start, and for three rounds of the ring."""
     rank, count = shape[2], min(shape[:2])
     layer, optimizer = switching_layer(shape, torch.float32)
-    rows, columns = expected_candidates(shape)
+    vectors_a, vectors_b = expected_candidates(shape)
     slots_a, slots_b = {}, {}
     for i in range(rank):
         slots_a[i] = slots_b[(rank // 2 + i) % rank] = count - rank + i
     for switched in range(3 * count):
-        assert torch.equal(layer.lora_a, rows[[slots_a[i] for i in range(rank)]])
-        assert torch.equal(layer.lora_b.T, columns[[slots_b[i] for i in range(rank)]])
+        assert torch.equal(layer.lora_a, vectors_a[[slots_a[i] for i in range(rank)]])
+        assert torch.equal(layer.lora_b, vectors_b[[slots_b[i] for i in range(rank)]])
         optimizer.step()
         slots_a[switched % rank] = slots_b[(rank // 2 + switched) % rank] = switched % count
 

@@ -5,20 +5,24 @@ import torch
 from support.switchlora_layers import build_layer, build_optimizer, set_gradients
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.freeze import SIDE_A, SIDE_B, FreezeTimers, VectorSpan
+from switchtitan.methods.switchlora.freeze import FreezeTimers
+from switchtitan.methods.switchlora.vectors import FACTOR_A, FACTOR_B, VectorSpan
 from switchtitan.optim import AdamWConfig
 
 RANK, LR = 6, 1e-2
 
 
 def vectors(layer):
-    """Copies of all vectors by (side, index)."""
-    rows = {(SIDE_A, i): row.clone() for i, row in enumerate(layer.lora_a.detach())}
-    return rows | {(SIDE_B, i): column.clone() for i, column in enumerate(layer.lora_b.detach().T)}
+    """Copies of all vectors by (factor, index)."""
+    return {
+        (factor, i): row.clone()
+        for factor, rows in ((FACTOR_A, layer.lora_a), (FACTOR_B, layer.lora_b))
+        for i, row in enumerate(rows.detach())
+    }
 
 
 def record_run(freeze_steps, weight_decay=0.0, gradient=0.7, num_steps=40):
-    """Runs one layer, at most one vector a side and step; (vectors before, after, p before, p after) of each step."""
+    """Runs one layer, at most one vector a factor and step; (vectors before, after, p before, p after) of each step."""
     layer = build_layer(9, 14, RANK, 0.5, torch.float64)
     # A vector is next switched or reset after RANK // 2 switches, 13 steps or more, when it has long moved again.
     config = SwitchLoraConfig(rank=RANK, interval=27, freeze_steps=freeze_steps, decay="constant")
@@ -33,11 +37,11 @@ def record_run(freeze_steps, weight_decay=0.0, gradient=0.7, num_steps=40):
 
 
 def counterparts(switched_before, switched_after):
-    """B's column beside the row of A that was switched, A's row beside the column of B."""
+    """Vectors of B at the place of the switched vector of A, and the other way round."""
     assert switched_after - switched_before <= 1
     if switched_after == switched_before:
         return []
-    return [(SIDE_B, switched_before % RANK), (SIDE_A, (RANK // 2 + switched_before) % RANK)]
+    return [(FACTOR_B, switched_before % RANK), (FACTOR_A, (RANK // 2 + switched_before) % RANK)]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.4])
@@ -70,13 +74,13 @@ def test_first_update_after_the_rest_is_about_half_the_learning_rate():
     assert num_first_updates >= 8
 
 
-def moments_of(state, side, vector):
+def moments_of(state, factor, vector):
     """[moments, elements] and the step count."""
-    factor = "lora_a" if side == SIDE_A else "lora_b"
-    moments = [state[f"layer0.{factor}.{key}"] for key in ("exp_avg", "exp_avg_sq")]
+    name = "lora_a" if factor == FACTOR_A else "lora_b"
+    moments = [state[f"layer0.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")]
     return (
-        torch.stack([m[vector] if side == SIDE_A else m[:, vector] for m in moments]),
-        state["switch.vector_steps"][side, 0, vector].item(),
+        torch.stack([m[vector] for m in moments]),
+        state["switch.vector_steps"][factor, 0, vector].item(),
     )
 
 
@@ -94,18 +98,18 @@ def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replac
         state = optimizer.state_dict()
         p = int(old["switch.num_switched"])
         assert int(state["switch.num_switched"]) == p + 1
-        row, column = p % RANK, (RANK // 2 + p) % RANK
-        for (side, vector), value in vectors(layer).items():
-            moments, steps = moments_of(state, side, vector)
-            old_moments, old_steps = moments_of(old, side, vector)
-            if (side, vector) in ((SIDE_B, row), (SIDE_A, column)):
+        of_a, of_b = p % RANK, (RANK // 2 + p) % RANK
+        for (factor, vector), value in vectors(layer).items():
+            moments, steps = moments_of(state, factor, vector)
+            old_moments, old_steps = moments_of(old, factor, vector)
+            if (factor, vector) in ((FACTOR_B, of_a), (FACTOR_A, of_b)):
                 assert steps == 1
                 assert not moments.any()
                 continue
-            if (side, vector) in ((SIDE_A, row), (SIDE_B, column)):
-                assert (value - held[side, vector]).abs().max() > 2 * LR, "it was not exchanged"
-            frozen = old["switch.freeze_steps_left"][side, 0, vector].item() > 0
-            grad = layer.lora_a.grad[vector] if side == SIDE_A else layer.lora_b.grad[:, vector]
+            if (factor, vector) in ((FACTOR_A, of_a), (FACTOR_B, of_b)):
+                assert (value - held[factor, vector]).abs().max() > 2 * LR, "it was not exchanged"
+            frozen = old["switch.freeze_steps_left"][factor, 0, vector].item() > 0
+            grad = (layer.lora_a if factor == FACTOR_A else layer.lora_b).grad[vector]
             grad = torch.zeros_like(grad) if frozen else grad
             assert steps == old_steps + 1
             expected = torch.stack(
@@ -127,14 +131,14 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         set_gradients([layer], 1.0)
         optimizer.step()
         state, after = optimizer.state_dict(), vectors(layer)
-        switched = {(SIDE_A, p % RANK), (SIDE_B, (RANK // 2 + p) % RANK)}
-        counterpart = {(SIDE_B, p % RANK), (SIDE_A, (RANK // 2 + p) % RANK)}
+        switched = {(FACTOR_A, p % RANK), (FACTOR_B, (RANK // 2 + p) % RANK)}
+        counterpart = {(FACTOR_B, p % RANK), (FACTOR_A, (RANK // 2 + p) % RANK)}
         expected = {"counterpart": counterpart, "both": counterpart | switched}.get(reset_moments, set())
         first_steps = {
-            (side, vector)
-            for side in (SIDE_A, SIDE_B)
+            (factor, vector)
+            for factor in (FACTOR_A, FACTOR_B)
             for vector in range(RANK)
-            if moments_of(state, side, vector)[1] == 1
+            if moments_of(state, factor, vector)[1] == 1
         }
         # In the first step, no vector has seen more than one.
         assert p == 0 or first_steps == expected
@@ -143,22 +147,22 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
             first_moment, second_moment = moments_of(state, *vector)[0]
             assert first_moment.any() == (reset_moments == "none" and p > 0)
             assert second_moment.any() == (reset_moments in ("none", "momentum") and p > 0)
-        for side, vector in switched:
+        for factor, vector in switched:
             if reset_moments == "both":  # the moments of one step with a gradient of one
-                moments = moments_of(state, side, vector)[0]
+                moments = moments_of(state, factor, vector)[0]
                 expected_moments = torch.tensor([[0.1], [0.001]], dtype=torch.float64).expand_as(moments)
                 torch.testing.assert_close(moments, expected_moments, rtol=0, atol=1e-15)  # rounding
 
 
 def test_timer_started_again_counts_from_the_start():
     timers = FreezeTimers(num_layers=2, rank=5, freeze_steps=3, device=torch.device("cpu"))
-    run = VectorSpan(SIDE_B, 1, range(3, 5))
-    timers.start_([run])
-    timers.advance_()
-    timers.start_([run, VectorSpan(SIDE_A, 0, range(1))])
-    standing = ~timers.moving()
-    assert standing.nonzero().tolist() == [[SIDE_A, 0, 0], [SIDE_B, 1, 3], [SIDE_B, 1, 4]]
+    run = VectorSpan(FACTOR_B, 1, range(3, 5))
+    timers.start([run])
+    timers.advance()
+    timers.start([run, VectorSpan(FACTOR_A, 0, range(1))])
+    standing = ~timers.update_mask()
+    assert standing.nonzero().tolist() == [[FACTOR_A, 0, 0], [FACTOR_B, 1, 3], [FACTOR_B, 1, 4]]
     for _ in range(3):
-        assert torch.equal(~timers.moving(), standing)
-        timers.advance_()
-    assert timers.moving().all()
+        assert torch.equal(~timers.update_mask(), standing)
+        timers.advance()
+    assert timers.update_mask().all()

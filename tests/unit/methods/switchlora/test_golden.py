@@ -38,11 +38,11 @@ def build(golden, compile_step):
         for target, name in (
             (layer.weight, "W"),
             (layer.lora_a, "A"),
-            (layer.lora_b, "B"),
             (layer.candidates_a, "poolA"),
+            (layer.candidates_b, "poolB"),
         ):
             target.copy_(torch.from_numpy(golden[f"mlp.init.{name}"]))
-        layer.candidates_b.copy_(torch.from_numpy(golden["mlp.init.poolB"]).T)
+        layer.lora_b.copy_(torch.from_numpy(golden["mlp.init.B"]).T)
     config = SwitchLoraConfig(rank=RANK, interval=10, decay="constant", freeze_steps=FREEZE_STEPS)
     adamw = AdamWConfig(lr=hyper["lr"])
     dense = AdamW(adamw, [], local)
@@ -82,11 +82,11 @@ def test_golden_trajectory_is_reproduced(golden, compile_step):
         for tensor, name in (
             (layer.weight, "W"),
             (layer.lora_a, "A"),
-            (layer.lora_b, "B"),
+            (layer.lora_b.T, "B"),
             (state["mlp.lora_a.exp_avg"], "mA"),
             (state["mlp.lora_a.exp_avg_sq"], "vA"),
-            (state["mlp.lora_b.exp_avg"], "mB"),
-            (state["mlp.lora_b.exp_avg_sq"], "vB"),
+            (state["mlp.lora_b.exp_avg"].T, "mB"),
+            (state["mlp.lora_b.exp_avg_sq"].T, "vB"),
         ):
             np.testing.assert_allclose(
                 tensor.detach().numpy(),
@@ -102,5 +102,5 @@ def test_golden_trajectory_is_reproduced(golden, compile_step):
         layer.candidates_a.numpy()[resting_a], golden["mlp.final.poolA"][resting_a], rtol=0, atol=TOLERANCE
     )
     np.testing.assert_allclose(
-        layer.candidates_b.numpy().T[resting_b], golden["mlp.final.poolB"][resting_b], rtol=0, atol=TOLERANCE
+        layer.candidates_b.numpy()[resting_b], golden["mlp.final.poolB"][resting_b], rtol=0, atol=TOLERANCE
     )

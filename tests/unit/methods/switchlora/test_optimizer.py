@@ -71,7 +71,7 @@ def build_ours(config, num_steps=NUM_STEPS, compile_step=False):
 def initial_candidates(config, name, layer):
     """Those of both sides: stored ones as the layer drew them, [c, in] and [out, c], constant ones drawn anew."""
     if config.candidates == "swap":
-        return layer.candidates_a, layer.candidates_b
+        return layer.candidates_a, layer.candidates_b.T
     out_features, in_features = layer.weight.shape
     std_a = (RANK * out_features**0.5 / in_features**1.5) ** 0.25 * 3**-0.25
     std_b = (RANK / (out_features * in_features) ** 0.5) ** 0.25 * 3**-0.25
@@ -135,10 +135,10 @@ def run_step(model, optimizer, step):
 
 
 def reference_tensors(layer):
-    factors = {"weight": layer.W, "lora_a": layer.A, "lora_b": layer.B}
+    factors = {"weight": layer.W, "lora_a": layer.A, "lora_b": layer.B.T}
     if not layer.puts_back:
         return factors
-    return factors | {"candidates_a": layer.candidates_a, "candidates_b": layer.candidates_b}
+    return factors | {"candidates_a": layer.candidates_a, "candidates_b": layer.candidates_b.T}
 
 
 def reference_rates(config):
@@ -212,7 +212,10 @@ def check_whole_run(config, compile_step):
             assert state["switch.freeze_steps_left"][:, index].tolist() == [other.rest_a, other.rest_b]
             assert state["switch.vector_steps"][:, index].tolist() == [other.steps_a, other.steps_b]
             pairs = {key: (getattr(layer, key), value) for key, value in reference_tensors(other).items()}
-            for factor, moments in (("lora_a", other.moments_a), ("lora_b", other.moments_b)):
+            for factor, moments in (
+                ("lora_a", other.moments_a),
+                ("lora_b", [moment.T for moment in other.moments_b]),
+            ):
                 for key, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                     pairs[f"{factor}.{key}"] = state[f"{name}.{factor}.{key}"], value
             for key, (mine, expected) in pairs.items():

@@ -153,8 +153,8 @@ class Ring:
         return vectors, taken, put_back
 
 
-def flat(runs):
-    return [place for run in runs for place in run]
+def flat(spans):
+    return [place for span in spans for place in span]
 
 
 @pytest.mark.parametrize(
@@ -171,18 +171,18 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(rank, num_candidates, fr
         limited = counts.limited(requested, rank, np.array([num_candidates]))
         counts.advance(limited)
         count = int(limited[0])
-        plan = plan_layer_switch(before, count, rank, num_candidates)
-        rows, columns = flat(plan.rows), flat(plan.columns)
+        plan = plan_layer_switch(7, before, count, rank, num_candidates)
+        of_a, of_b = map(flat, plan.vectors)
         slots_in, slots_out = flat(plan.slots_in), flat(plan.slots_out)
-        assert plan.num_vectors == count == len(columns) == len(slots_in) == len(slots_out)
-        assert side_a.switch(count) == (rows, slots_in, slots_out)
-        assert side_b.switch(count) == (columns, slots_in, slots_out)
+        assert plan.num_vectors == count == len(of_b) == len(slots_in) == len(slots_out)
+        assert side_a.switch(count) == (of_a, slots_in, slots_out)
+        assert side_b.switch(count) == (of_b, slots_in, slots_out)
 
-        assert not set(rows) & set(columns)
+        assert not set(of_a) & set(of_b)
         assert not set(slots_in) & set(slots_out)
-        assert not any(side_a.rest[row] for row in rows), "a frozen row of A is switched"
-        assert not any(side_b.rest[column] for column in columns), "a frozen column of B is switched"
-        for resting, counterparts in ((side_a, columns), (side_b, rows)):
+        assert not any(side_a.rest[vector] for vector in of_a), "a frozen vector of A is switched"
+        assert not any(side_b.rest[vector] for vector in of_b), "a frozen vector of B is switched"
+        for resting, counterparts in ((side_a, of_b), (side_b, of_a)):
             assert not any(resting.rest[vector] for vector in counterparts), "frozen again while frozen"
             for vector in counterparts:
                 resting.rest[vector] = freeze_steps
@@ -197,7 +197,7 @@ def test_factors_begin_with_the_last_candidates_of_the_ring():
     assert [slots_b[(5 // 2 + i) % 5] for i in range(5)] == slots_a.tolist()
 
 
-def test_runs_are_cut_where_the_ring_closes():
+def test_spans_are_cut_where_the_ring_closes():
     assert ring_spans(3, 2, 7) == (range(3, 5),)
     assert ring_spans(12, 4, 7) == (range(5, 7), range(2))
     assert ring_spans(-2, 2, 7) == (range(5, 7),)

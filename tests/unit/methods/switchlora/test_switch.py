@@ -14,7 +14,7 @@ from support.tiny import tiny_trainer, train_steps
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.switch import column_views, fold_into_weight_, split_columns, take_columns
+from switchtitan.methods.switchlora.switch import fold_into_weight_
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -136,20 +136,9 @@ def test_fold_equals_the_change_of_the_product_element_by_element():
             for k in range(3):
                 expected[o, i] += scale * counterparts_b[o, k] * change_a[k, i]
                 expected[o, i] += scale * change_b[o, k] * counterparts_a[k, i]
-    left, right = torch.cat([counterparts_b, change_b], dim=1), torch.cat([change_a, counterparts_a])
-    fold_into_weight_(weight, left, right, scale)
+    vectors_a, vectors_b = torch.cat([change_a, counterparts_a]), torch.cat([counterparts_b.T, change_b.T])
+    fold_into_weight_(weight, vectors_a, vectors_b, scale)
     torch.testing.assert_close(weight, expected, rtol=0, atol=2e-6)  # six sums of size one in fp32
-
-
-def test_columns_are_taken_as_copies_and_viewed_in_the_same_order():
-    matrix = torch.arange(15.0).view(3, 5)
-    runs = (range(4, 5), range(2))
-    taken, other = take_columns([matrix, matrix + 20], [runs, (range(2, 4),)])
-    assert torch.equal(other, matrix[:, [2, 3]] + 20)
-    assert torch.equal(taken, matrix[:, [4, 0, 1]])
-    for view, part in zip(column_views(matrix, runs), split_columns(-taken, runs), strict=True):
-        view.copy_(part)
-    assert torch.equal(matrix[:, [4, 0, 1]], -taken), "views write through, and the copy stayed as it was"
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_only_vectors_held_still_keep_their_value():
     layers = build_layers(torch.float32)
     optimizer = VectorAdamW(AdamWConfig(lr=0.05, weight_decay=0.3), layers, compile_step=False)
     moving = all_moving(layers)
-    moving[0, 0, 1] = moving[1, 1, 2] = False  # a row of the first A, a column of the second B
+    moving[0, 0, 1] = moving[1, 1, 2] = False  # a vector of the first A, one of the second B
     before = [factor.detach().clone() for factor in factors_of(layers)]
     for factor in factors_of(layers):
         factor.grad = torch.ones_like(factor)
@@ -85,7 +85,7 @@ def test_only_vectors_held_still_keep_their_value():
     moved = [(factor != old) for factor, old in zip(factors_of(layers), before, strict=True)]
     expected = [torch.ones_like(mask) for mask in moved]
     expected[0][1] = False
-    expected[3][:, 2] = False
+    expected[3][2] = False
     for mask, wanted in zip(moved, expected, strict=True):
         assert torch.equal(mask, wanted)
     assert (optimizer.num_steps == 1).all(), "the count goes on while a vector is held still"
@@ -103,13 +103,13 @@ def test_zero_grad_forgets_gradients():
 @pytest.mark.parametrize("num_layers", [1, 8, 11, 12, 20])
 def test_chunks_hold_every_factor_once_and_those_of_one_shape_are_equally_many(num_layers):
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, lora_init) for index in range(num_layers)}
-    layers["other"] = LowRankLinear(11, 7, RANK, 0.5, lora_init)  # its B has the others' shape
+    layers["other"] = LowRankLinear(11, 5, RANK, 0.5, lora_init)  # its B has the shape of the others' A
     chunks = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)._chunks
-    held = [(chunk.side, layer) for chunk in chunks for layer in chunk.layers]
-    assert sorted(held) == [(side, layer) for side in (0, 1) for layer in range(num_layers + 1)]
+    held = [factor for chunk in chunks for factor in chunk.factors]
+    assert sorted(held) == list(range(2 * (num_layers + 1)))
     sizes: dict[tuple[int, ...], set[int]] = {}
     for chunk in chunks:
-        assert len(chunk.layers) <= 8
-        sizes.setdefault((chunk.side, *chunk.exp_avg[0].shape), set()).add(len(chunk.layers))
+        assert len(chunk.factors) <= 8
+        sizes.setdefault(chunk.exp_avg[0].shape, set()).add(len(chunk.factors))
         assert len({moments.shape for moments in (*chunk.exp_avg, *chunk.exp_avg_sq)}) == 1
     assert all(len(of_shape) == 1 for of_shape in sizes.values())
