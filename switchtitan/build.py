@@ -365,7 +365,7 @@ def build_hooks(
 ) -> list[Hook]:
     """What the run does around its steps besides training, evaluating and saving."""
     hooks: list[Hook] = []
-    if world.size > 1:
+    if config.metrics.communication:
         hooks.append(StepCommunication(reporter, stepper.state.step))
     if rank_telemetry is not None and config.spectrum.interval is not None:
         hooks.append(

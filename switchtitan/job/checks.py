@@ -16,6 +16,7 @@ from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.job.sections import EvaluationConfig, TrainingConfig
+from switchtitan.observability import COUNTED_STEP, MetricsConfig
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
@@ -29,6 +30,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         check_method_length,
         check_frozen_weights,
         check_evaluation,
+        partial(check_communication, num_ranks=num_ranks),
         check_vocabulary,
     ]
 
@@ -115,6 +117,21 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
             "test_tokens out"
         )
     return problems
+
+
+def check_communication(metrics: MetricsConfig, training: TrainingConfig, num_ranks: int) -> list[str]:
+    """Bytes can only be counted if there is a step to count and a rank to send them to."""
+    if not metrics.communication:
+        return []
+    key = "[metrics] communication = true has no effect"
+    if num_ranks == 1:
+        return [f"{key}: one rank sends nothing; remove it, or start several ranks"]
+    if training.steps < COUNTED_STEP:
+        return [
+            f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = {training.steps}; "
+            "remove it, or train longer"
+        ]
+    return []
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:

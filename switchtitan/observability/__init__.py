@@ -1,6 +1,6 @@
 """What a user sees of a run: log lines, a progress bar, TensorBoard, speed, memory, traces."""
 
-from switchtitan.observability.communication_report import StepCommunication
+from switchtitan.observability.communication_report import COUNTED_STEP, StepCommunication
 from switchtitan.observability.log import configure_logging
 from switchtitan.observability.memory import peak_memory_gib
 from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, MetricsConfig, Reporter
@@ -9,6 +9,7 @@ from switchtitan.observability.profiler import Profiler, ProfilerConfig
 from switchtitan.observability.throughput import Throughput
 
 __all__ = [
+    "COUNTED_STEP",
     "RESULTS_FILE",
     "TENSORBOARD_FOLDER",
     "MetricsConfig",

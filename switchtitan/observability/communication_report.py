@@ -9,8 +9,8 @@ from switchtitan.observability.metrics import Reporter
 
 logger = logging.getLogger(__name__)
 
-_STEPS_BEFORE = 2
-"""Steps of a run before the counted one, in which everything is compiled."""
+COUNTED_STEP = 3
+"""Which step of a run, or of a resumed run, is counted; before it everything is compiled."""
 
 
 class StepCommunication:
@@ -25,7 +25,7 @@ class StepCommunication:
 
     def __init__(self, reporter: Reporter, start_step: int) -> None:
         self._reporter = reporter
-        self._counted_step = start_step + _STEPS_BEFORE + 1
+        self._counted_step = start_step + COUNTED_STEP
         self._counter: CountCommunication | None = None
         self.mib_per_step: float | None = None
         """What each rank sends; None until it has been counted, and where it cannot be."""

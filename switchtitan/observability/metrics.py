@@ -40,6 +40,10 @@ class MetricsConfig(Section):
     progress_bar: bool = True
     """Draw a progress bar if the standard error is a terminal."""
 
+    communication: bool = False
+    """Count the bytes that each rank sends in the third step of the run, which makes that step slower. Takes several ranks
+    and at least three steps."""
+
 
 class Reporter:
     """Shows metrics on the main rank; on the others every method does nothing.

@@ -89,7 +89,7 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
 
     first = run_train(environment, folder, "--config", str(config), *watch)
     assert first.returncode == 0, first.stdout
-    assert "starts anew in" in first.stdout
+    assert "starting a new run in" in first.stdout
     for label in (
         "validation loss",
         "perplexity",
@@ -107,12 +107,15 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
 
     second = run_train(environment, folder, "--config", str(config), "--training.steps", "12")
     assert second.returncode == 0, second.stdout
-    assert f"goes on from {output}/checkpoints/step-000000006" in second.stdout
+    assert f"resuming from {output}/checkpoints/step-000000006" in second.stdout
     assert (output / "checkpoints" / "step-000000012").is_dir()
 
-    third = run_train(environment, folder, "--config", str(config), "--training.steps", "18", NGPU="2")
+    count = ["--metrics.communication", "true"]
+    third = run_train(
+        environment, folder, "--config", str(config), "--training.steps", "18", *count, NGPU="2"
+    )
     assert third.returncode == 0, third.stdout
-    assert third.stdout.count(f"goes on from {output}/checkpoints/step-000000012") == 1
+    assert third.stdout.count(f"resuming from {output}/checkpoints/step-000000012") == 1
     assert third.stdout.count("MiB in step 15") == 1
     assert json.loads((output / "results.json").read_text())["communication/mib_per_step"] > 0
     assert (output / "checkpoints" / "step-000000018").is_dir()
@@ -146,11 +149,11 @@ def test_a_run_that_is_stopped_says_so_and_goes_on_from_its_newest_save(
     assert "interrupted" in said
     assert num_ranks == "2" or "Traceback" not in said
     newest = max(checkpoints.glob("step-*"))
-    assert f"the same command goes on from {newest}" in said
+    assert f"the same command resumes from {newest}" in said
     step = int(newest.name.removeprefix("step-"))
     resumed = run_train(environment, folder, *arguments, "--training.steps", str(step + 3))
     assert resumed.returncode == 0, resumed.stdout
-    assert f"goes on from {newest}" in resumed.stdout
+    assert f"resuming from {newest}" in resumed.stdout
 
 
 @pytest.fixture(scope="module")

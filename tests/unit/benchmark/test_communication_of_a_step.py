@@ -152,7 +152,9 @@ def test_one_rank_sends_nothing(tmp_path: Path) -> None:
 
 def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -> None:
     torch._dynamo.reset()
-    trainer = tiny_trainer(folder / "compiled", "switchlora", *COMPILED, num_ranks=2)
+    trainer = tiny_trainer(
+        folder / "compiled", "switchlora", *COMPILED, "--metrics.communication", "true", num_ranks=2
+    )
     (communication,) = trainer.hooks
     for step in range(1, 6):
         with torch._dynamo.config.patch(error_on_recompile=step > 2), communication.around(step):

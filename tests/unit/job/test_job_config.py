@@ -147,6 +147,16 @@ def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConf
             1,
             "[data] vocab_size = 5000: expected at most [model] vocab_size = 4096",
         ),
+        (
+            ["--metrics.communication", "true"],
+            1,
+            "[metrics] communication = true has no effect: one rank sends nothing",
+        ),
+        (
+            ["--metrics.communication", "true", "--training.steps", "2"],
+            2,
+            "the bytes of step 3 are counted, and [training] steps = 2",
+        ),
         (["--model.num_heads", "3"], 1, "[model] hidden_size = 128 is not a multiple of num_heads = 3"),
     ],
 )
