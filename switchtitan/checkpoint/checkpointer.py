@@ -64,9 +64,6 @@ class Checkpointer:
         versions: of the code, by name.
         comparable_identity: an older checkpoint's identity as `identity` would have been saved today.
         is_main: true on rank 0 alone, which renames, prunes and logs.
-        process_group: the ranks that save together; None means all, or this process alone where
-            torch.distributed is not initialised. Two gloo groups over the same ranks are made: writing in the
-            background and the training loop must not share one.
     """
 
     def __init__(
@@ -79,7 +76,6 @@ class Checkpointer:
         is_main: bool,
         versions: Mapping[str, str] | None = None,
         comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._folder = folder
         self._config = config
@@ -88,8 +84,9 @@ class Checkpointer:
         self._versions = {"torch": torch.__version__, **(versions or {})}
         self._comparable_identity = comparable_identity
         self._is_main = is_main
-        self._group = _new_gloo_group(process_group)
-        self._background_group = _new_gloo_group(process_group)
+        # Two groups: writing in the background and the training loop must not share one.
+        self._group = _new_gloo_group()
+        self._background_group = _new_gloo_group()
         self._in_flight: Future[Path] | None = None
         self._latest: Path | None = None
         self._resumed: Path | None = None
@@ -264,10 +261,9 @@ class Checkpointer:
         return self._comparable_identity(saved) == self._identity
 
 
-def _new_gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    if not dist.is_initialized():
-        return None
-    return dist.new_group(dist.get_process_group_ranks(process_group), backend="gloo")
+def _new_gloo_group() -> dist.ProcessGroup | None:
+    """All ranks; None if torch.distributed is not initialized, and this process is alone."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def _build_stager() -> DefaultStager:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -16,13 +15,10 @@ from switchtitan.checkpoint.verify import check_files
 from switchtitan.errors import CheckpointError, abbreviate
 
 
-def load_tensors_(
-    path: Path, tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
-) -> None:
+def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills `tensors` in place from the checkpoint at `path`, however it was sharded when it was saved.
 
-    Every rank of `process_group` (None: of the default group, if there is one) must call it with the same
-    names.
+    Every rank must call it with the same names.
 
     Args:
         tensors: exactly the names, shapes and dtypes that were saved; DTensors or plain, on any device but
@@ -37,8 +33,8 @@ def load_tensors_(
         check_files(path)
         _check_tensors(path, read_tensors_index(path), tensors)
 
-    run_together(check, process_group)
-    run_together(lambda: _read_into_(path, tensors), process_group)
+    run_together(check, group=None)
+    run_together(lambda: _read_into_(path, tensors), group=None)
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.errors import EnvironmentMismatchError
 
+_TIMEOUT = timedelta(minutes=30)
+"""After which a collective that other ranks do not join fails."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -88,7 +91,7 @@ def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
     return config.replicate, shard
 
 
-def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
+def start_world(config: ParallelismConfig) -> World:
     """Joins the process group that torchrun's environment describes, or makes one of a single rank."""
     num_ranks, rank = num_ranks_from_launcher(), int(os.environ.get("RANK", "0"))
     shape = mesh_shape(config, num_ranks)
@@ -110,7 +113,7 @@ def start_world(config: ParallelismConfig, timeout_s: float = 1800) -> World:
             store=store,
             rank=rank,
             world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -11,15 +11,13 @@ PACKAGE = "switchtitan"
 _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def configure_logging(
-    *, is_main: bool, rank: int = 0, log_file: Path | None = None, level: int = logging.INFO
-) -> None:
+def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = None) -> None:
     """Sends this package's records to the standard output and other packages' warnings with them.
 
     Calling it again replaces what it set up before.
 
     Args:
-        is_main: whether to print records of `level`; other ranks print warnings only, with their rank.
+        is_main: whether to print records from INFO on; other ranks print warnings only, with their rank.
         log_file: on the main rank, also append all records with their time to this file; its folder is made.
     """
     root = logging.getLogger()
@@ -31,7 +29,7 @@ def configure_logging(
         log_file.parent.mkdir(parents=True, exist_ok=True)
         root.addHandler(_LogFileHandler(log_file))
     root.setLevel(logging.WARNING)
-    logging.getLogger(PACKAGE).setLevel(level if is_main else logging.WARNING)
+    logging.getLogger(PACKAGE).setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 class _ConsoleHandler(logging.Handler):

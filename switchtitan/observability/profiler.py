@@ -61,11 +61,6 @@ class Profiler:
         """The file with the trace, once it is written."""
         return self._trace
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the coming step is warmed up or traced, and so slower than the others."""
-        return self._profile is not None
-
     def __enter__(self) -> "Profiler":
         self._start_if_due()
         return self
