@@ -1,4 +1,4 @@
-"""What a run is: for people, for programs that read its results, and for what may go on from its checkpoints."""
+"""What a run is: for people, for programs that read its results, and for runs that resume from its checkpoints."""
 
 import logging
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from switchtitan.observability.environment import commit
 logger = logging.getLogger(__name__)
 
 _FORMER_FROZEN_DTYPE = "float32"
-"""The type of frozen weights before there was a choice, and the default."""
+"""The dtype of frozen weights before there was a choice, and the default."""
 
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
-    """What a run must share with a checkpoint to go on from it: what gives the tensors and the data their meaning."""
+    """What a run must share with a checkpoint to resume from it: what the tensors and the data mean."""
     return {
         "model": MODELS.comparable(config.model.model_dump(mode="json")),
         "method": METHODS.comparable(config.method.model_dump(mode="json")),
@@ -37,9 +37,9 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
 
 
 def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
-    """A checkpoint's identity as `run_identity` would have it today: with defaults for keys that came into being after it was
-    saved, without those that have no part in it any more.
+    """A checkpoint's identity as `run_identity` would make it today.
 
+    Keys added since the checkpoint was saved get their defaults; keys that are no longer part of an identity are left out.
     A key that the classes no longer have stays, and differs from today's identity.
     """
     comparable = dict(saved)
@@ -61,7 +61,7 @@ def describe_run(
     checkpoint: Path | None,
     changes: list[str],
 ) -> None:
-    """Says what is about to be trained, on what, where, from where, and what has changed since the checkpoint."""
+    """Logs the model, the corpus, the devices, where the run starts from, and what has changed since the checkpoint."""
     counts = count_parameters(model)
     logger.info(
         "%s: %s",
@@ -73,21 +73,20 @@ def describe_run(
     logger.info(
         "%d rank(s) on %s: replicate %d x shard %d", world.size, device_name(world.device), replicate, shard
     )
-    logger.info(
-        "%s", "goes on from " + str(checkpoint) if checkpoint else f"starts anew in {config.job.output_dir}"
-    )
+    if checkpoint is None:
+        logger.info("starting a new run in %s", config.job.output_dir)
+    else:
+        logger.info("resuming from %s", checkpoint)
     if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
     if config.compile.blocks:
-        logger.info(
-            "what runs for the first time is compiled, which takes up to a minute unless an earlier run has done it"
-        )
+        logger.info("compiling on first use: up to a minute, cached for later runs")
 
 
 def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
-    """The keys whose values differ between a checkpoint's configuration and the run's that goes on from it: `key: old -> new`.
+    """The keys whose values differ between a checkpoint's configuration and the resuming run's, as `key: old -> new`.
 
-    Names and places are left out, and keys that only one of both has.
+    Names and folders are left out, and keys that only one of the two has.
     """
     before, now = (_dotted(tomli.loads(text)) for text in (saved_toml, resolved_toml(config)))
     return [
@@ -107,7 +106,7 @@ def _dotted(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
-    """What figures of a run must be read with: configuration, hardware, versions, corpus, sizes."""
+    """What `results.json` keeps next to the figures: configuration, hardware, versions, corpus, sizes."""
     return {
         "method": config.method.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json"),

@@ -1,21 +1,21 @@
-"""When Python collects its garbage: between steps of training, not in the middle of one."""
+"""Collects Python's garbage between training steps, not inside one."""
 
 import gc
 
 YOUNG_INTERVAL = 50
-"""Steps between two collections of what is new: milliseconds."""
+"""Steps between two collections of the young generations, which take milliseconds."""
 FULL_INTERVAL = 1000
-"""Steps between two collections of everything."""
+"""Steps between two collections of all generations."""
 
 _YOUNG, _ALL = 1, 2
-"""Generations up to which is collected."""
+"""The oldest generation that is collected."""
 
 
 class GarbageCollection:
-    """From the end of the first step until the context is left, garbage is collected in `step` alone.
+    """A context in which, from the end of the first step on, garbage is collected in `step` alone.
 
-    By itself Python looks through every object there is now and then. torch.compile leaves so many that a step in which this
-    happens takes a quarter of a second longer, and ranks, which wait for each other, do not do it in the same step.
+    Python's collector fires inside a step, at different steps on different ranks, and ranks wait for each other. After
+    torch.compile, which leaves many objects, it stalls a step for about 0.25 s.
     """
 
     def __init__(self) -> None:
@@ -26,10 +26,10 @@ class GarbageCollection:
         return self
 
     def step(self) -> None:
-        """Counts one step and collects if it is time."""
+        """Counts a step, and collects if it is time."""
         self._num_steps += 1
         if self._num_steps == 1:
-            # Not before: processes that read data are started by the first step, and shall collect as they like.
+            # Not before: the first step starts the processes that read data, which keep their own collector.
             self._was_enabled = gc.isenabled()
             gc.disable()
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:

@@ -12,11 +12,11 @@ from switchtitan.observability import configure_logging
 from switchtitan.training.state import TrainState
 
 CONFIG_FILE = "config.toml"
-"""The configuration with which a run began, in its folder."""
+"""The configuration that a run started with, in its folder."""
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Makes sure that the folder is there, or can be made, without making it.
+    """Checks that the folder exists or can be made, without making it.
 
     Raises:
         ConfigError: if it cannot be written.
@@ -30,7 +30,7 @@ def check_output_dir(output_dir: Path) -> None:
 
 
 def start_output(config: JobConfig, world: World, state: TrainState) -> None:
-    """Opens the run's log file and keeps its configuration; a resumed run's beside the first one's, if it trains anything."""
+    """Opens the run's log file and writes its configuration; a resumed run's goes next to the first one's."""
     if not world.is_main:
         return
     output_dir = config.job.output_dir

@@ -1,11 +1,11 @@
-"""What a resumed run goes on from, beside tensors."""
+"""What a run resumes from, besides tensors."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class TrainState:
-    """What a resumed run goes on from, beside tensors."""
+    """What a run resumes from, besides tensors."""
 
     step: int = 0
     """Optimizer steps done."""
