@@ -23,7 +23,7 @@ count_gpus() {
 
 require_count() {
     case "$2" in
-        '' | *[!0-9]* | 0*) fail "$1=$2: expected a whole number >= 1" ;;
+        '' | *[!0-9]* | 0*) fail "$1=$2: expected an integer >= 1" ;;
     esac
 }
 

@@ -1,5 +1,6 @@
-"""The scripts' set-up, with stand-ins for Python that record how they are called."""
+"""What `./run_train.sh` sets up and starts, with stand-ins for Python that record how they are called."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,201 +11,182 @@ REPOSITORY = Path(__file__).parents[2]
 FAKE_PYTHON = """\
 #!/bin/sh
 echo "$*" >> "{log}"
-case "$1" in
+case "$*" in
     --version) echo "Python {version}" ;;
-    -m) if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi ;;
-    -c) case "$2" in
-        *version_info*) exit {is_too_old} ;;
-        *ensurepip*) exit {lacks_venv} ;;
-        esac ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip install "*) sleep {pip_s}; exit {pip_status} ;;
+    *version_info*) exit {is_too_old} ;;
+    *ensurepip*) exit {lacks_venv} ;;
 esac
 """
 
 
 class Machine:
-    """A copy of the set-up script in a folder with a blank in its name, and the Pythons that it may find."""
+    """A copy of the scripts in a folder with a space in its name, and the Pythons that they may find."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.project = folder / "the project"
         (self.project / "scripts").mkdir(parents=True)
-        shutil.copy(REPOSITORY / "scripts/setup_env.sh", self.project / "scripts")
-        (self.project / "pyproject.toml").write_text("[project]\n")
+        for name in ("scripts/setup_env.sh", "run_train.sh", "pyproject.toml"):
+            shutil.copy(REPOSITORY / name, self.project / name)
         self.log = folder / "calls"
         self.log.touch()
         self.path = folder / "bin"
         self.path.mkdir()
-        for tool in ("bash", "sh", "cksum", "dirname", "mkdir", "cp", "cat", "uname"):
+        for tool in ("bash", "sh", "cksum", "cp", "dirname", "flock", "mkdir", "sleep"):
             (self.path / tool).symlink_to(shutil.which(tool) or pytest.skip(f"no {tool} on this machine"))
-        self.environment: dict[str, str] = {}
+        self.environment = {}
 
-    def add_python(
-        self, file: Path, *, version: str = "3.12.1", is_too_old: int = 0, lacks_venv: int = 0
-    ) -> None:
+    def add_python(self, file="python3", **answers):
+        file = self.path / file
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            FAKE_PYTHON.format(log=self.log, version=version, is_too_old=is_too_old, lacks_venv=lacks_venv)
-        )
+        defaults = {"version": "3.12.1", "is_too_old": 0, "lacks_venv": 0, "pip_s": 0, "pip_status": 0}
+        file.write_text(FAKE_PYTHON.format(log=self.log, **(defaults | answers)))
         file.chmod(0o755)
 
-    def set_up(self, extra: str = "") -> subprocess.CompletedProcess[str]:
-        command = 'set -euo pipefail; source "$1"; prepare_environment "$2"; echo "$PYTHON"'
-        return subprocess.run(
-            ["bash", "-c", command, "test", str(self.project / "scripts/setup_env.sh"), extra],
-            env={"PATH": str(self.path), **self.environment},
-            cwd=self.path,
-            capture_output=True,
+    def start(self, *arguments, **environment):
+        return subprocess.Popen(
+            ["bash", str(self.project / "run_train.sh"), *arguments],
+            env={"PATH": str(self.path), "NGPU": "1", **self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
 
-    def installations(self) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if line.startswith("-m pip install")]
+    def run(self, *arguments, **environment):
+        """The status, and what was printed on standard error."""
+        process = self.start(*arguments, **environment)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
+
+    def calls(self, start):
+        return [line for line in self.log.read_text().splitlines() if line.startswith(start)]
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
+def machine(tmp_path):
     return Machine(tmp_path)
 
 
-def test_a_fresh_machine_gets_a_virtual_environment_once(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3")
-    first, second = machine.set_up(), machine.set_up()
-    assert first.returncode == second.returncode == 0, first.stderr
-    python = machine.project / ".venv/bin/python"
-    assert first.stdout == second.stdout == f"{python}\n"
-    assert len(machine.installations()) == 1
-    assert machine.installations()[0].endswith(f"--editable {machine.project}")
-    assert "installing" in first.stderr
-    assert second.stderr == ""
-
-
-def test_a_changed_pyproject_is_installed_again(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3")
-    machine.set_up()
+def test_an_environment_is_made_and_the_project_installed_once(machine):
+    machine.add_python()
+    assert "installing switchtitan" in machine.run()[1]
+    assert machine.run() == (0, "")
+    (installation,) = machine.calls("-m pip install")
+    assert installation.endswith(f"--editable {machine.project}")
+    assert len(machine.calls("-m switchtitan train")) == 2
     (machine.project / "pyproject.toml").write_text("[project]\nversion = 2\n")
-    machine.set_up()
-    assert len(machine.installations()) == 2
+    machine.run()
+    assert len(machine.calls("-m pip install")) == 2
 
 
-def test_what_the_tests_need_includes_what_a_run_needs(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3")
-    machine.set_up("dev")
-    machine.set_up()
-    assert len(machine.installations()) == 1
-    assert machine.installations()[0].endswith(f"{machine.project}[dev]")
+def test_what_the_tests_need_includes_what_a_run_needs_and_not_the_reverse(machine):
+    machine.add_python()
+    command = [
+        "bash",
+        "-euc",
+        'source "$1"; prepare_environment "$2"',
+        "-",
+        str(machine.project / "scripts/setup_env.sh"),
+    ]
+    for extra, num_installations in (("", 1), ("dev", 2), ("", 2)):
+        subprocess.run([*command, extra], env={"PATH": str(machine.path)}, check=True, capture_output=True)
+        assert len(machine.calls("-m pip install")) == num_installations
+    assert machine.calls("-m pip install")[-1].endswith(f"{machine.project}[dev]")
 
 
-def test_what_a_run_needs_is_not_enough_for_the_tests(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3")
-    machine.set_up()
-    machine.set_up("dev")
-    assert len(machine.installations()) == 2
+def test_nodes_that_share_a_checkout_install_once(machine):
+    machine.add_python(pip_s=1)
+    nodes = [machine.start() for _ in range(3)]
+    assert [node.wait(60) for node in nodes] == [0, 0, 0]
+    assert len(machine.calls("-m venv")) == len(machine.calls("-m pip install")) == 1
+    assert len(machine.calls("-m switchtitan train")) == 3
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
-def test_an_active_environment_is_used(machine: Machine, tmp_path: Path, variable: str) -> None:
-    active = tmp_path / "active environment"
-    machine.add_python(active / "bin/python")
-    machine.environment[variable] = str(active)
-    assert machine.set_up().stdout == f"{active}/bin/python\n"
-    assert len(machine.installations()) == 1
+def test_an_active_environment_is_used(machine, tmp_path, variable):
+    machine.add_python(tmp_path / "active one/bin/python")
+    assert machine.run(**{variable: str(tmp_path / "active one")})[0] == 0
+    assert len(machine.calls("-m pip install")) == 1
     assert not (machine.project / ".venv").exists()
 
 
-def test_an_old_python_is_refused(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3", version="3.8.1", is_too_old=1)
-    done = machine.set_up()
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no Python 3.10 or newer found; install one")
-    assert not (machine.project / ".venv").exists()
+def test_constraints_are_handed_to_pip(machine):
+    machine.add_python()
+    machine.run(SWITCHTITAN_CONSTRAINTS="the versions.txt")
+    assert "--constraint the versions.txt --editable" in machine.calls("-m pip install")[0]
 
 
-def test_a_newer_python_is_found_beside_an_old_one(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3", is_too_old=1)
-    machine.add_python(machine.path / "python3.11", version="3.11.9")
-    done = machine.set_up()
-    assert done.returncode == 0
-    assert "with Python 3.11.9" in done.stderr
+def test_a_newer_python_is_found_next_to_an_old_one(machine):
+    machine.add_python(is_too_old=1)
+    machine.add_python("python3.11")
+    assert machine.run()[0] == 0
 
 
-def test_an_old_python_in_the_active_environment_is_refused(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"is_too_old": 1}, "error: no Python 3.10 or newer found; install one, or set PYTHON="),
+        ({"lacks_venv": 1}, "error: python3 has no venv module; install it"),
+        ({"pip_status": 1}, "error: the installation failed (see above); fix the cause and run this again"),
+    ],
+)
+def test_what_cannot_be_set_up_is_said_and_tried_again_the_next_time(machine, answers, message):
+    machine.add_python(**answers)
+    status, errors = machine.run()
+    assert status == 2
+    assert errors.splitlines()[-1].startswith(message)
+    assert not machine.calls("-m switchtitan")
+    shutil.rmtree(machine.project / ".venv", ignore_errors=True)
+    machine.add_python()
+    assert machine.run()[0] == 0
+
+
+def test_an_old_python_in_the_active_environment_is_refused(machine, tmp_path):
     machine.add_python(tmp_path / "active/bin/python", version="3.9.0", is_too_old=1)
-    machine.environment["VIRTUAL_ENV"] = str(tmp_path / "active")
-    done = machine.set_up()
-    assert done.returncode == 2
-    assert "is Python 3.9.0, but this needs Python 3.10 or newer" in done.stderr
-    assert machine.installations() == []
-
-
-def test_a_python_without_venv_is_refused(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3", lacks_venv=1)
-    done = machine.set_up()
-    assert done.returncode == 2
-    assert "python3 has no venv module; install it" in done.stderr
-
-
-def test_a_failed_installation_is_tried_again(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3")
-    machine.set_up()
-    for stamp in (machine.project / ".venv").glob(".switchtitan-*"):
-        stamp.unlink()
-    assert machine.set_up().returncode == 0
-    assert len(machine.installations()) == 2
-
-
-def test_a_missing_compiler_is_only_a_warning(machine: Machine) -> None:
-    machine.add_python(machine.path / "python3")
-    done = machine.set_up()
-    assert done.returncode == 0
-    assert "no C++ compiler" in done.stderr
-
-
-@pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"])
-def test_scripts_are_valid_bash(script: str) -> None:
-    subprocess.run(["bash", "-n", script], cwd=REPOSITORY, check=True)
+    status, errors = machine.run(VIRTUAL_ENV=str(tmp_path / "active"))
+    assert status == 2
+    assert "is Python 3.9.0, but this needs Python 3.10 or newer" in errors
+    assert not machine.calls("-m pip install")
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"NGPU": "two"}, "NGPU=two: expected a whole number >= 1"),
-        ({"NGPU": "0"}, "NGPU=0: expected a whole number >= 1"),
+        ({"NGPU": "two"}, "NGPU=two: expected an integer >= 1"),
+        ({"NGPU": "0"}, "NGPU=0: expected an integer >= 1"),
         ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT=HOST:PORT"),
     ],
 )
-def test_run_train_refuses_a_bad_environment(
-    machine: Machine, environment: dict[str, str], expected: str
-) -> None:
-    machine.add_python(machine.path / "python3")
-    shutil.copy(REPOSITORY / "run_train.sh", machine.project)
-    done = subprocess.run(
-        ["bash", str(machine.project / "run_train.sh")],
-        env={"PATH": str(machine.path), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {expected}")
+def test_run_train_refuses_a_bad_environment(machine, environment, expected):
+    machine.add_python()
+    status, errors = machine.run(**environment)
+    assert status == 2
+    assert errors.splitlines()[-1].startswith(f"error: {expected}")
 
 
 @pytest.mark.parametrize(
-    ("environment", "module"),
+    ("environment", "command"),
     [
         ({"NGPU": "1"}, "-m switchtitan train --config my file.toml"),
         ({"NGPU": "2"}, "-m switchtitan launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
         ({"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"}, "--node_rank 1 "),
     ],
 )
-def test_run_train_starts_the_right_module(
-    machine: Machine, environment: dict[str, str], module: str
-) -> None:
-    machine.add_python(machine.path / "python3")
-    shutil.copy(REPOSITORY / "run_train.sh", machine.project)
-    subprocess.run(
-        ["bash", str(machine.project / "run_train.sh"), "--config", "my file.toml"],
-        env={"PATH": str(machine.path), "OMP_NUM_THREADS": "1", **environment},
-        check=True,
-        capture_output=True,
-    )
+def test_run_train_starts_the_right_command(machine, environment, command):
+    machine.add_python()
+    machine.run("--config", "my file.toml", OMP_NUM_THREADS="1", **environment)
     last_call = machine.log.read_text().splitlines()[-1]
-    assert module in last_call
+    assert command in last_call
     assert last_call.endswith("train --config my file.toml")
+
+
+def test_a_python_that_the_user_names_makes_the_environment(machine, tmp_path):
+    machine.add_python(tmp_path / "my python")
+    assert machine.run(PYTHON=str(tmp_path / "my python"))[0] == 0
+    assert os.access(machine.project / ".venv/bin/python", os.X_OK)
+
+
+@pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"])
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", script], cwd=REPOSITORY, check=True)
