@@ -1,0 +1,122 @@
+"""docs/EXTENDING.md: what it shows is added to a copy of the package as shown, and trains."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "EXTENDING.md"
+CODE = re.compile(r"^```python\n# (in )?(switchtitan/\S+\.py)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TOML = re.compile(r"^```toml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+REST = """
+max_bytes = 40000
+vocab_size = 270
+tokenizer = "train"
+seq_len = 16
+num_workers = 0
+[job]
+name = "extended"
+output_dir = "run"
+[optimizer]
+name = "adamw"
+lr = 1e-2
+[lr_schedule]
+[training]
+steps = 8
+global_batch_size = 8
+local_batch_size = 4
+dtype = "float32"
+[parallelism]
+[compile]
+[activation_checkpoint]
+[checkpoint]
+interval = 8
+async_save = false
+[evaluation]
+interval = 8
+tokens = 160
+[metrics]
+interval = 1
+tensorboard = false
+[spectrum]
+[profiler]
+"""
+
+
+def add_row(file: Path, shown: str) -> None:
+    """Puts the import lines among the file's imports, and the row first into its table."""
+    lines = shown.strip().splitlines()
+    imports = [line for line in lines if line.startswith("from ")]
+    row = [line for line in lines if line and not line.startswith("from ")]
+    text = file.read_text()
+    text = text.replace("\nfrom ", "\n" + "\n".join(imports) + "\nfrom ", 1)
+    table = text.index("{")
+    file.write_text(text[: table + 1] + "\n" + "\n".join(row) + "\n" + text[table + 1 :].lstrip("\n"))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A folder with a copy of the package to which everything shown is added, and a configuration that uses it."""
+    folder = tmp_path_factory.mktemp("extending")
+    shutil.copytree(
+        ROOT / "switchtitan", folder / "switchtitan", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    page = PAGE.read_text()
+    shown = CODE.findall(page)
+    assert len(shown) == page.count("```python")
+    for is_row, name, code in shown:
+        file = folder / name
+        if is_row:
+            add_row(file, code)
+        else:
+            assert not file.exists()
+            file.write_text(code)
+    texts = folder / "texts"
+    texts.mkdir()
+    rows = [f'{n},"document {n} says, again and again, that {n % 7} is a number"' for n in range(600)]
+    (texts / "a.csv").write_text("id,body\n" + "\n".join(rows) + "\n")
+    data, others = (
+        "".join(toml for toml in TOML.findall(page) if ("[data]" in toml) == is_data)
+        for is_data in (True, False)
+    )
+    (folder / "run.toml").write_text(others + data + REST)
+    return folder
+
+
+def run(folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "switchtitan", *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_a_run_with_everything_shown_trains_and_resumes(extended):
+    first = run(extended, "train", "--config", "run.toml")
+    assert first.returncode == 0, first.stderr
+    result = json.loads((extended / "run" / "results.json").read_text())
+    resumed = run(extended, "train", "--config", "run.toml", "--training.steps", "12")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step-000000008" in resumed.stdout
+    later = json.loads((extended / "run" / "results.json").read_text())
+    assert result["step"] == 8
+    assert later["step"] == 12
+
+
+def test_keys_of_what_is_shown_stand_in_help(extended):
+    done = run(extended, "train", "--config", "run.toml", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "LoRA with a scale of alpha / sqrt(rank)" in done.stdout or "rslora" in done.stdout
+    assert "csv" in done.stdout
+
+
+def test_the_package_itself_has_none_of_it():
+    for _, name, _ in [shown for shown in CODE.findall(PAGE.read_text()) if not shown[0]]:
+        assert not (ROOT / name).exists()
