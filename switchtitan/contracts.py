@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from switchtitan.config.section import NamedSection
@@ -53,6 +53,11 @@ class MethodConfig(NamedSection):
     freezes_weights: ClassVar[bool] = False
     """Whether `Method.prepare_model` freezes some weights."""
 
+    optimizers: ClassVar[frozenset[str] | None] = None
+    """Names of the optimizers that the method can train with; None for all."""
+    treats_all_parameters: ClassVar[bool] = False
+    """Whether no parameter is left for `[optimizer] other_lr`."""
+
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """Return error messages for a model with linear layers [out, in] of these names; none by default."""
         return []
@@ -69,8 +74,25 @@ MethodConfigT = TypeVar("MethodConfigT", bound=MethodConfig)
 class OptimizerConfig(NamedSection):
     """The base class of every `[optimizer]` section."""
 
+    can_compile: ClassVar[bool] = True
+    """Whether `[compile] optimizer` can be set."""
+    max_ranks: ClassVar[int | None] = None
+    """The most ranks that it can train on; None for any number."""
     lr: float = Field(gt=0)
     """Peak learning rate, above 0."""
+    other_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate, above 0, of the parameters that the method leaves as they are: embedding, norms, head, biases and
+    layers not among its targets. Unset: lr. Has no effect with full_rank."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay, at least 0."""
+    decay_norms: bool = False
+    """Whether weight decay applies to norms and other parameters of one dimension too. Has no effect without weight decay."""
+
+    @model_validator(mode="after")
+    def _check_decay_norms(self) -> "OptimizerConfig":
+        if self.weight_decay == 0 and "decay_norms" in self.model_fields_set:
+            raise ValueError("decay_norms has no effect with weight_decay = 0; remove it")
+        return self
 
 
 ApplyHead = Callable[[Tensor, nn.Module], Tensor]
@@ -205,7 +227,7 @@ class Method(ABC, Generic[MethodConfigT]):
 
     @abstractmethod
     def build_optimizer(
-        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         """The optimizer of the sharded model.
 

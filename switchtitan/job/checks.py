@@ -10,12 +10,13 @@ import torch
 
 from switchtitan.config.load import Check
 from switchtitan.config.toml_text import toml_value
-from switchtitan.contracts import MethodConfig, ModelConfig
+from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.job.sections import EvaluationConfig, TrainingConfig
+from switchtitan.methods import METHODS
 from switchtitan.observability import COUNTED_STEP, MetricsConfig
 
 
@@ -28,6 +29,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         partial(check_compiler, device=device),
         check_method,
         check_method_length,
+        partial(check_optimizer, num_ranks=num_ranks),
         check_frozen_weights,
         check_evaluation,
         partial(check_communication, num_ranks=num_ranks),
@@ -83,6 +85,37 @@ def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
 def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[str]:
     """What the method does every so many steps must come up before the run ends."""
     return method.check_length(training.steps)
+
+
+def check_optimizer(
+    method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig, num_ranks: int
+) -> list[str]:
+    """The method, the compiler and the ranks must be able to use the optimizer, and its keys must matter."""
+    name = f"[optimizer] name = {toml_value(optimizer.name)}"
+    problems = []
+    if method.optimizers is not None and optimizer.name not in method.optimizers:
+        able = [
+            able_name
+            for able_name, config_type in METHODS.config_types().items()
+            if config_type.optimizers is None or optimizer.name in config_type.optimizers
+        ]
+        problems.append(
+            f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
+            f"{' or '.join(sorted(method.optimizers))}, or a method that can: {', '.join(sorted(able))}"
+        )
+    if optimizer.max_ranks is not None and num_ranks > optimizer.max_ranks:
+        problems.append(
+            f"{name}: trains on at most {optimizer.max_ranks} rank(s), not on {num_ranks}; start fewer, or choose another "
+            "optimizer"
+        )
+    if compile.optimizer and not optimizer.can_compile:
+        problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
+    if optimizer.other_lr is not None and method.treats_all_parameters:
+        problems.append(
+            f"[optimizer] other_lr = {optimizer.other_lr:g} has no effect: [method] name = {toml_value(method.name)} trains "
+            "all parameters alike; remove it"
+        )
+    return problems
 
 
 def check_frozen_weights(

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from switchtitan.contracts import Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, local, shard_group
 from switchtitan.methods.projected import (
@@ -19,7 +19,7 @@ from switchtitan.methods.projected import (
     project,
     sum_packed,
 )
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim import AdamWConfig, require_adamw
 
 _TINY_NORM = 1e-8
 """Added to norms that others are divided by, as in the authors' code."""
@@ -44,11 +44,11 @@ class Apollo(Method[ApolloConfig]):
     """All weights train; the largest ones' state is that of a small random projection."""
 
     def build_optimizer(
-        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        assert isinstance(config, AdamWConfig)
-        build_rule = partial(ApolloRule, self.config, config, seed=self.seed, compile_step=compile_step)
-        return build_projected_optimizer(model, self.config, config, build_rule)
+        adamw = require_adamw(config)
+        build_rule = partial(ApolloRule, self.config, adamw, seed=self.seed, compile_step=compile_step)
+        return build_projected_optimizer(model, self.config, adamw, build_rule)
 
 
 class ApolloRule:

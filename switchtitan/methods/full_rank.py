@@ -1,12 +1,9 @@
 """Training every weight directly: the baseline."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from torch import nn
-
-from switchtitan.contracts import Method, MethodConfig, OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.shards import local
-from switchtitan.optim import OPTIMIZERS
+from switchtitan.contracts import LanguageModel, Method, MethodConfig, OptimizerConfig, TrainingOptimizer
+from switchtitan.optim import OPTIMIZERS, trained_parameters
 
 
 class FullRankConfig(MethodConfig):
@@ -14,12 +11,13 @@ class FullRankConfig(MethodConfig):
 
     name: Literal["full_rank"] = "full_rank"
     """The method."""
+    treats_all_parameters: ClassVar[bool] = True
 
 
 class FullRank(Method[FullRankConfig]):
     """All parameters of the plain model train."""
 
     def build_optimizer(
-        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, model.named_parameters(), local, compile_step)
+        return OPTIMIZERS.build(config, trained_parameters(model, blocks=model.blocks()), compile_step)

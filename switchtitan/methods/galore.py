@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from switchtitan.contracts import Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, local, rows_per_rank, shard_group
 from switchtitan.methods.projected import (
     PackedRows,
@@ -18,7 +18,7 @@ from switchtitan.methods.projected import (
     build_projected_optimizer,
     project,
 )
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim import AdamWConfig, require_adamw
 
 
 class GaloreConfig(ProjectedConfig):
@@ -34,12 +34,11 @@ class Galore(Method[GaloreConfig]):
     """All weights train; the optimizer's state of the largest ones is low-rank."""
 
     def build_optimizer(
-        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        assert isinstance(config, AdamWConfig)
-        return build_projected_optimizer(
-            model, self.config, config, partial(GaloreRule, self.config, config, compile_step=compile_step)
-        )
+        adamw = require_adamw(config)
+        build_rule = partial(GaloreRule, self.config, adamw, compile_step=compile_step)
+        return build_projected_optimizer(model, self.config, adamw, build_rule)
 
 
 class GaloreRule:

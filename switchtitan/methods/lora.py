@@ -2,10 +2,7 @@
 
 from typing import Literal
 
-from torch import nn
-
-from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.shards import local
+from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.methods.lowrank import (
     InitialFactors,
     LowRankConfig,
@@ -33,7 +30,6 @@ class Lora(LowRankMethod[LoraConfig]):
         return lora_init if self.config.init == "lora" else balanced_init
 
     def build_optimizer(
-        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return OPTIMIZERS.build(config, trained, local, compile_step)
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)

@@ -1,13 +1,37 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import AdamW
-from switchtitan.optim.config import AdamWConfig, LRScheduleConfig
-from switchtitan.optim.lr_schedule import build_lr_schedule
+from switchtitan.optim.adamw import AdamW, AdamWConfig, require_adamw
+from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
+from switchtitan.optim.parameters import TrainedParameter, trained_parameters
+from switchtitan.optim.torch_classes import (
+    AdafactorConfig,
+    MuonConfig,
+    SGDConfig,
+    build_adafactor,
+    build_muon,
+    build_sgd,
+)
 from switchtitan.registry import Component, Registry
 
 OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
-    "optimizer", {"adamw": Component(AdamWConfig, AdamW)}
+    "optimizer",
+    {
+        "adafactor": Component(AdafactorConfig, build_adafactor),
+        "adamw": Component(AdamWConfig, AdamW),
+        "muon": Component(MuonConfig, build_muon),
+        "sgd": Component(SGDConfig, build_sgd),
+    },
 )
+"""Factories are called as factory(config, parameters, compile_step), with `TrainedParameter`s."""
 
-__all__ = ["OPTIMIZERS", "AdamW", "AdamWConfig", "LRScheduleConfig", "build_lr_schedule"]
+__all__ = [
+    "OPTIMIZERS",
+    "AdamW",
+    "AdamWConfig",
+    "LRScheduleConfig",
+    "TrainedParameter",
+    "build_lr_schedule",
+    "require_adamw",
+    "trained_parameters",
+]

@@ -1,51 +1,97 @@
-"""AdamW over whole tensors, on each rank's shards."""
+"""AdamW on each rank's shards."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
+from typing import Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from switchtitan.optim.config import AdamWConfig
+from switchtitan.contracts import OptimizerConfig
+from switchtitan.distributed.shards import local
+from switchtitan.errors import ConfigError
+from switchtitan.optim.parameters import ParameterGroup, TrainedParameter, lr_metrics, parameter_groups
+
+
+class AdamKeys(OptimizerConfig):
+    """The keys of Adam's moments."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment, each in [0, 1)."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment, above 0."""
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each must lie in [0, 1)")
+        return betas
+
+
+class AdamWConfig(AdamKeys):
+    """`[optimizer] name = "adamw"`: AdamW (arXiv 1711.05101); weight decay is decoupled: times the learning rate, per step."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+
+
+def require_adamw(config: OptimizerConfig) -> AdamWConfig:
+    """The section of AdamW, for a method that updates its parameters by a variant of it.
+
+    Raises:
+        ConfigError: if another optimizer was chosen.
+    """
+    if not isinstance(config, AdamWConfig):
+        raise ConfigError(f'[optimizer] name = {config.name!r}: expected "adamw"')
+    return config
 
 
 class AdamW:
-    """torch's AdamW on the local parts of parameters; a `contracts.TrainingOptimizer`.
+    """torch's AdamW on the local shards of parameters; a `contracts.TrainingOptimizer`.
 
-    The update is torch's own, fused, or the same compiled; only the bookkeeping is ours, since torch's optimizer classes step
-    through DTensor's dispatcher and cannot be compiled whole.
+    The update is torch's own, fused, or the same compiled. Only the bookkeeping is ours, since
+    torch's optimizer classes step through DTensor's dispatcher, and a compiled step of theirs is not
+    one graph.
 
     Args:
-        named_parameters: those to train, fp32.
-        local_part: gives a sharded tensor's part on this rank, sharing memory.
+        parameters: those to train, fp32.
+        compile_step: compile the update.
     """
 
     def __init__(
         self,
-        config: AdamWConfig,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
-        local_part: Callable[[Tensor], Tensor],
+        config: AdamKeys,
+        parameters: Iterable[TrainedParameter],
         compile_step: bool = False,
     ) -> None:
-        self._local_part = local_part
-        self._parameters = dict(named_parameters)
+        self._config, self._lr_factor = config, 1.0
+        self._groups = parameter_groups(config, parameters)
+        self._parameters = {
+            name: parameter for group in self._groups for name, parameter in group.parameters.items()
+        }
         self._exp_avg = {name: _zeros_like(parameter) for name, parameter in self._parameters.items()}
         self._exp_avg_sq = {name: _zeros_like(parameter) for name, parameter in self._parameters.items()}
         self._num_steps = {
             name: torch.zeros((), device=parameter.device) for name, parameter in self._parameters.items()
         }
-        self._peak_lr = config.lr
-        # A tensor: a compiled update would be compiled anew for every Python number.
         device = next((parameter.device for parameter in self._parameters.values()), torch.device("cpu"))
-        self._lr = torch.tensor(config.lr, device=device) if compile_step else config.lr
+        # Tensors: a compiled update would be compiled again for every Python number.
+        self._lrs: list[Tensor | float] = [
+            torch.tensor(group.lr, device=device) if compile_step else group.lr for group in self._groups
+        ]
         self._update = _build_update(config, compile_step)
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        local = self._local_part
-        names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            self._update_group(group, lr)
+
+    def _update_group(self, group: ParameterGroup, lr: Tensor | float) -> None:
+        names = [name for name, parameter in group.parameters.items() if parameter.grad is not None]
         if not names:
             return
         self._update(
@@ -55,7 +101,8 @@ class AdamW:
             [local(self._exp_avg_sq[name]) for name in names],
             [],  # the largest second moments, which only AMSGrad has
             [self._num_steps[name] for name in names],
-            lr=self._lr,
+            lr=lr,
+            weight_decay=group.weight_decay,
         )
 
     def zero_grad(self) -> None:
@@ -63,14 +110,16 @@ class AdamW:
             parameter.grad = None
 
     def set_lr(self, lr_factor: float) -> None:
-        lr = self._peak_lr * lr_factor
-        if isinstance(self._lr, Tensor):
-            self._lr.fill_(lr)
-        else:
-            self._lr = lr
+        self._lr_factor = lr_factor
+        for index, group in enumerate(self._groups):
+            lr = self._lrs[index]
+            if isinstance(lr, Tensor):
+                lr.fill_(group.lr * lr_factor)
+            else:
+                self._lrs[index] = group.lr * lr_factor
 
     def metrics(self) -> dict[str, float]:
-        return {"optimizer/lr": float(self._lr)}
+        return lr_metrics(self._config, self._lr_factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` (like the parameter) and `<parameter>.step` (0-dim)."""
@@ -89,7 +138,7 @@ def _zeros_like(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
 
 
-def _build_update(config: AdamWConfig, compile_step: bool) -> partial[None]:
+def _build_update(config: AdamKeys, compile_step: bool) -> partial[None]:
     update = partial(
         adamw,
         foreach=compile_step,
@@ -100,7 +149,6 @@ def _build_update(config: AdamWConfig, compile_step: bool) -> partial[None]:
         maximize=False,
         beta1=config.betas[0],
         beta2=config.betas[1],
-        weight_decay=config.weight_decay,
         eps=config.eps,
     )
     if not compile_step:

@@ -2,8 +2,28 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
-from switchtitan.optim.config import LRScheduleConfig
+from pydantic import Field, model_validator
+
+from switchtitan.config.section import Section
+
+
+class LRScheduleConfig(Section):
+    """`[lr_schedule]`: the learning rate as a factor of its peak."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the factor rises linearly from 1 / warmup_steps to 1; a shorter run ends within them."""
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the factor falls from 1 to `min_factor` over the rest of the run."""
+    min_factor: float = Field(default=0.1, ge=0, le=1)
+    """The factor at the end of the run, in [0, 1]. A constant schedule has none."""
+
+    @model_validator(mode="after")
+    def _check_min_factor(self) -> "LRScheduleConfig":
+        if self.decay == "constant" and "min_factor" in self.model_fields_set:
+            raise ValueError('min_factor has no effect with decay = "constant"; remove it')
+        return self
 
 
 def build_lr_schedule(config: LRScheduleConfig, num_steps: int) -> Callable[[int], float]:

@@ -26,7 +26,7 @@ CONFIGS: dict[str, MethodConfig] = {
     ),
 }
 COLLECTIVES_BETWEEN_REFRESHES = {"galore": 2, "apollo": 2, "apollo_mini": 2}
-ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), weight_decay=0.1)
+ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), weight_decay=0.1, decay_norms=True)
 
 
 def build(config: MethodConfig, model: torch.nn.Module) -> TrainingOptimizer:

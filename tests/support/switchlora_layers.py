@@ -5,7 +5,6 @@ from functools import partial
 import torch
 
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear
 from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -46,7 +45,7 @@ def build_optimizer(
 ) -> SwitchLoraOptimizer:
     """Of these layers alone, called layer0, layer1, ...; nothing trains at full rank."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
-    dense = AdamW(adamw, [], local)
+    dense = AdamW(adamw, [])
     return SwitchLoraOptimizer(config, adamw, named, dense, num_steps, seed, False, candidates)
 
 

@@ -17,7 +17,7 @@ from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.models import MODELS
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim import require_adamw
 
 
 def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLinear]:
@@ -58,8 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     (config,) = load_sides([options.config], overrides).values()
-    assert isinstance(config.optimizer, AdamWConfig)
-    adamw, device = config.optimizer, torch.device(device_type())
+    adamw, device = require_adamw(config.optimizer), torch.device(device_type())
     theirs = factors_of(build_layers(config, device))
     fused = torch.optim.AdamW(
         theirs, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, fused=True

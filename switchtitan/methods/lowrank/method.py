@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from switchtitan.contracts import Method
+from switchtitan.contracts import LanguageModel, Method
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.init import lora_init
 from switchtitan.methods.lowrank.linear import (
@@ -14,8 +14,13 @@ from switchtitan.methods.lowrank.linear import (
     LayerBuffer,
     LowRankLinear,
     low_rank_layer_for,
+    low_rank_layers,
     replace_linears,
 )
+from switchtitan.optim import TrainedParameter, trained_parameters
+
+FACTORS = ("lora_a", "lora_b")
+"""Local names of the parameters A and B of a `LowRankLinear`."""
 
 LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
 """The class of a low-rank method's section."""
@@ -40,12 +45,18 @@ class LowRankMethod(Method[LowRankSection]):
         """Replaces every targeted linear layer."""
         replace_linears(model, self.config.targets, self._build_layer)
 
+    def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
+        """All that trains: the factors, and the parameters that are no part of a low-rank layer."""
+        layers = low_rank_layers(model)
+        factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
+        return trained_parameters(model, factors, model.blocks())
+
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W + s B A in fp32 for layers with factors; all other tensors as they are."""
         dense = {}
         for name, tensor in super().dense_weights(tensors).items():
             layer_name, _, local_name = name.rpartition(".")
-            if local_name in ("lora_a", "lora_b"):
+            if local_name in FACTORS:
                 continue
             if local_name == "weight" and f"{layer_name}.lora_a" in tensors:
                 lora_a = tensors[f"{layer_name}.lora_a"].to(torch.float32)

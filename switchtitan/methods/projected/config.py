@@ -1,5 +1,7 @@
 """The keys that all methods share that project gradients."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from switchtitan.contracts import MethodConfig
@@ -9,6 +11,7 @@ from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_r
 class ProjectedConfig(MethodConfig):
     """Which gradients are projected, onto how many dimensions, and for how long."""
 
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     rank: int = Field(ge=1)
     """Dimensions that gradients are projected onto, at least 1 and below the smaller dimension of every projected weight."""
     update_interval: int = Field(default=200, ge=1)

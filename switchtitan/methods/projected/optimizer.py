@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import local
 from switchtitan.methods.projected.config import ProjectedConfig
 from switchtitan.methods.projected.weights import ProjectedWeight, build_projected_weight, targeted_weights
-from switchtitan.optim import OPTIMIZERS, AdamWConfig
+from switchtitan.optim import AdamW, AdamWConfig, trained_parameters
 
 
 class UpdateRule(Protocol):
@@ -113,7 +112,7 @@ def build_projected_optimizer(
     """An optimizer whose rule has the weights of the targeted layers, and whose dense part has all other parameters."""
     targeted = targeted_weights(model, method.targets)
     weights = [build_projected_weight(name, parameter, method.rank) for name, parameter in targeted.items()]
-    others = [(name, parameter) for name, parameter in model.named_parameters() if name not in targeted]
+    others = [p for p in trained_parameters(model, targeted) if p.is_other]
     # Not compiled: torch's fused kernel takes these few tensors in one pass already.
-    dense = OPTIMIZERS.build(config, others, local)
+    dense = AdamW(config, others)
     return ProjectedOptimizer(config, weights, build_rule(weights), dense, method.update_interval)

@@ -1,6 +1,6 @@
 """The section `[method] name = "relora"`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ class ReloraConfig(LowRankConfig):
 
     name: Literal["relora"] = "relora"
     """The method."""
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     reset_interval: int = Field(ge=1)
     """Optimizer steps between two resets, above restart_warmup_steps and below training.steps. A reset merges every layer's
     factors into its weight and starts them anew; none happens at the very end of the run."""

@@ -11,6 +11,7 @@ class SwitchLoraConfig(LowRankConfig):
     """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564)."""
 
     resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     init: Literal["switchlora", "lora"] = "switchlora"

@@ -4,10 +4,9 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.shards import local
+from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.methods.lowrank import (
     InitialFactors,
     LayerBuffer,
@@ -20,7 +19,7 @@ from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.host_candidates import HostCandidates
 from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.optim import OPTIMIZERS, AdamWConfig
+from switchtitan.optim import AdamW, require_adamw
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +34,13 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         return candidate_buffers(self.config, out_features, in_features)
 
     def build_optimizer(
-        self, model: nn.Module, config: OptimizerConfig, compile_step: bool
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        assert isinstance(config, AdamWConfig)
+        adamw = require_adamw(config)
         layers = low_rank_layers(model)
-        factors = {id(factor) for layer in layers.values() for factor in (layer.lora_a, layer.lora_b)}
-        dense_parameters = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in factors
-        ]
+        others = [p for p in self.trained_parameters(model) if p.is_other]
         # Not compiled: torch's fused kernel takes these few tensors in one pass already.
-        dense = OPTIMIZERS.build(config, dense_parameters, local)
+        dense = AdamW(adamw, others)
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
                 "Frozen weights are bfloat16, and every switch rounds them anew: right in the mean, but each value walks at "
@@ -55,7 +49,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
             )
         return SwitchLoraOptimizer(
             self.config,
-            config,
+            adamw,
             layers,
             dense,
             self.num_steps,

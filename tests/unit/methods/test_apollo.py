@@ -16,7 +16,7 @@ CHANNEL = ApolloConfig(rank=RANK, update_interval=4, targets=TARGETS, scale=0.6,
 MINI = ApolloConfig(rank=1, update_interval=4, targets=TARGETS, scaling="tensor", scale=sqrt(7))
 CONFIGS = pytest.mark.parametrize("config", [CHANNEL, MINI], ids=["channel", "mini"])
 # An eps that matters, so that where it is added shows.
-ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2)
+ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2, decay_norms=True)
 NUM_STEPS = 22
 SEED = 3
 

@@ -12,7 +12,7 @@ from switchtitan.optim import AdamWConfig
 
 CONFIG = GaloreConfig(rank=RANK, update_interval=4, targets=TARGETS, scale=0.6)
 # An eps that matters, so that where it is added shows.
-ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2)
+ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2, decay_norms=True)
 NUM_STEPS = 22
 
 

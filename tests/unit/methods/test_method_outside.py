@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM
 from switchtitan.build import build_trainer
 from switchtitan.checkpoint import read_tensors
 from switchtitan.cli import export
-from switchtitan.config.section import Section
-from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import local
+from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.hub.initial_weights import read_dense_checkpoint
 from switchtitan.job.config import JobConfig
@@ -52,9 +50,10 @@ class RootScaled(LowRankMethod[RootScaledConfig]):
     def scale_of(self, layer_name: str) -> float:
         return self.config.scale * (2 if layer_name.endswith("down_proj") else 1)
 
-    def build_optimizer(self, model: nn.Module, config: Section, compile_step: bool) -> TrainingOptimizer:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return OPTIMIZERS.build(config, trained, local, compile_step)
+    def build_optimizer(
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +63,9 @@ def leave_world() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch) -> None:
-    rows = {**METHODS._components, "root_scaled": Component(RootScaledConfig, RootScaled)}
-    monkeypatch.setattr(METHODS, "_components", rows)
+def registered() -> Iterator[None]:
+    with METHODS.registered("root_scaled", Component(RootScaledConfig, RootScaled)):
+        yield
 
 
 def config_of(folder: Path) -> JobConfig:

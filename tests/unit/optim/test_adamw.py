@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchtitan.optim import AdamW, AdamWConfig
+from switchtitan.optim import AdamW, AdamWConfig, TrainedParameter
 
 SHAPES = {"a.weight": (5, 7), "b.weight": (3,), "c.weight": (2, 3)}
-CONFIG = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.2)
+CONFIG = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.2, decay_norms=True)
 
 
 def draw(step: int) -> list[Tensor]:
@@ -20,7 +20,7 @@ def parameters() -> dict[str, nn.Parameter]:
 
 
 def ours(named: dict[str, nn.Parameter], compile_step: bool = False) -> AdamW:
-    return AdamW(CONFIG, named.items(), lambda tensor: tensor, compile_step)
+    return AdamW(CONFIG, [TrainedParameter(*item) for item in named.items()], compile_step)
 
 
 def theirs(named: dict[str, nn.Parameter]) -> torch.optim.AdamW:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear, lora_init
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
@@ -45,7 +44,7 @@ def build(golden, compile_step):
         layer.lora_b.copy_(torch.from_numpy(golden["mlp.init.B"]).T)
     config = SwitchLoraConfig(rank=RANK, interval=10, decay="constant", freeze_steps=FREEZE_STEPS)
     adamw = AdamWConfig(lr=hyper["lr"])
-    dense = AdamW(adamw, [], local)
+    dense = AdamW(adamw, [])
     optimizer = SwitchLoraOptimizer(config, adamw, {"mlp": layer}, dense, NUM_STEPS, 0, compile_step)
     return layer, optimizer
 

@@ -29,7 +29,7 @@ MODEL = LlamaConfig(
     init_std=0.2,
 )
 RANK = 5  # k_proj and v_proj are [6, 12]: one candidate on each side waits, so their limit is felt
-ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, decay_norms=True)
 TOLERANCE = 1e-9  # float64 rounds at 1e-16; sixty steps of Adam with eps 1e-6 amplify by up to 1e5
 
 

@@ -1,0 +1,190 @@
+"""Any `torch.optim.Optimizer` as a `contracts.TrainingOptimizer`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
+from switchtitan.distributed.shards import copy_from_full_, full_tensor
+from switchtitan.optim.parameters import TrainedParameter, lr_metrics, parameter_groups
+
+BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""From parameter groups, which have `params`, `lr` and `weight_decay`."""
+
+
+class TorchOptimizer:
+    """A torch optimizer that steps on the parameters as they are: DTensors where they are sharded.
+
+    Right on any number of ranks for every optimizer whose operations DTensor supports. Its state is
+    saved by parameter name and loads on another number of ranks. Torch creates state in the first
+    step; where state is wanted earlier, as when a run resumes, a step with gradients of zero at a
+    learning rate of zero creates it. The first real step discards what that step left, unless
+    `load_state_dict` has filled it in.
+
+    Args:
+        build: makes the torch optimizer.
+        compile_step: compile the torch optimizer's step.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Iterable[TrainedParameter],
+        build: BuildOptimizer,
+        compile_step: bool = False,
+    ) -> None:
+        self._config = config
+        groups = parameter_groups(config, parameters)
+        self._parameters = {name: p for group in groups for name, p in group.parameters.items()}
+        self._held = self._tensors_to_hold()
+        self._peak_lrs = [group.lr for group in groups]
+        self._optimizer = build(
+            [
+                {
+                    "params": [self._held[name] for name in group.parameters],
+                    # A tensor: a compiled step would be compiled again for every Python number.
+                    "lr": torch.tensor(group.lr) if compile_step else group.lr,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+            ]
+        )
+        self._step: Callable[[], object] = (
+            torch.compile(self._optimizer.step) if compile_step else self._optimizer.step
+        )
+        self._lr_factor = 1.0
+        self._initial_state: dict[Tensor, dict[str, Any]] | None = None
+        self._has_started = False
+
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        if self._initial_state is not None:
+            self._optimizer.state.clear()
+            self._optimizer.state.update(self._initial_state)
+            self._initial_state = None
+        self._has_started = True
+        self._update(self._step)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def set_lr(self, lr_factor: float) -> None:
+        self._lr_factor = lr_factor
+        for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(peak_lr * lr_factor)
+            else:
+                group["lr"] = peak_lr * lr_factor
+
+    def metrics(self) -> dict[str, float]:
+        return lr_metrics(self._config, self._lr_factor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`<parameter>.<key>` for every tensor and number that torch's optimizer keeps. All ranks must call."""
+        self._create_state()
+        return {
+            f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for name, held in self._held.items()
+            for key, value in self._optimizer.state[held].items()
+            if value is not None
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._create_state()
+        for name, held in self._held.items():
+            own = self._optimizer.state[held]
+            for key, value in own.items():
+                if isinstance(value, Tensor):
+                    value.copy_(state[f"{name}.{key}"])
+                elif value is not None:
+                    own[key] = type(value)(state[f"{name}.{key}"].item())
+        self._initial_state, self._has_started = None, True
+
+    def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
+        """The parameters of torch's optimizer, by name."""
+        return self._parameters
+
+    def _update(self, step: Callable[[], object]) -> None:
+        step()
+
+    def _create_state(self) -> None:
+        """Make torch's optimizer create its state, if it has not yet."""
+        if self._has_started or self._initial_state is not None:
+            return
+        initial_state = {
+            held: {key: value.clone() if isinstance(value, Tensor) else value for key, value in own.items()}
+            for held, own in self._optimizer.state.items()
+        }
+        grads = {name: parameter.grad for name, parameter in self._parameters.items()}
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        for parameter in self._parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        self._update(self._optimizer.step)
+        for group, lr in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        for name, parameter in self._parameters.items():
+            parameter.grad = grads[name]
+        self._initial_state = initial_state
+
+
+class FullTensorOptimizer(TorchOptimizer):
+    """A torch optimizer that steps on full tensors, for one whose update of a matrix depends on all of it.
+
+    Every rank gathers one parameter and its gradient at a time, computes the same update, and keeps
+    its own rows. State is unsharded, the same on every rank.
+    """
+
+    def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
+        return {
+            name: nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+            for name, parameter in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def _update(self, step: Callable[[], object]) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            held = self._held[name]
+            held.data = full_tensor(parameter.detach())
+            held.grad = full_tensor(parameter.grad)
+            # Torch skips parameters without a gradient: all the others.
+            step()
+            copy_from_full_(parameter, held.detach())
+            held.grad = None
+            held.data = held.new_empty(0)
+
+
+class SplitOptimizer:
+    """Several optimizers, each of its own parameters, as one; a `contracts.TrainingOptimizer`."""
+
+    def __init__(self, parts: list[TrainingOptimizer]) -> None:
+        self._parts = parts
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self._parts:
+            part.zero_grad()
+
+    def set_lr(self, lr_factor: float) -> None:
+        for part in self._parts:
+            part.set_lr(lr_factor)
+
+    def metrics(self) -> dict[str, float]:
+        return {tag: value for part in self._parts for tag, value in part.metrics().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {key: tensor for part in self._parts for key, tensor in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for part in self._parts:
+            part.load_state_dict(state)
