@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from switchtitan.benchmark.fake_stepper import fake_stepper
-from switchtitan.benchmark.flops import CountFlops
+from switchtitan.benchmark.counters import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
+from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
 from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
@@ -49,6 +49,26 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
     with fake_stepper(config, num_ranks) as stepper:
         stepper.step()
         return measure_step(stepper, config.data.seq_len)
+
+
+def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) -> CommunicationCounts:
+    """Counts what one rank of `num_ranks` sends in a training step; see `CountCommunication` for what a byte is.
+
+    The step is that of training, uncompiled; see `fake_stepper` for what it does not take.
+
+    Args:
+        step: which step of the run, from 1; those before it are run too. By default not the first, in which a method may have
+            work to do that does not come again. Of work that grows rarer during a run, an early step's is the upper end.
+
+    Raises:
+        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
+    """
+    with fake_stepper(config, num_ranks) as stepper:
+        for _ in range(step - 1):
+            stepper.step()
+        with CountCommunication() as counter:
+            stepper.step()
+    return counter.counts
 
 
 def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:

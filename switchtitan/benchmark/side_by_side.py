@@ -6,10 +6,9 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from switchtitan.benchmark.alternation import in_order_of_round
-from switchtitan.benchmark.real_stepper import real_stepper
 from switchtitan.benchmark.step_times import StepTimes
-from switchtitan.benchmark.stopwatch import Stopwatch
+from switchtitan.benchmark.steppers import real_stepper
+from switchtitan.benchmark.timing import Stopwatch, in_order_of_round
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.world import world_for_a_while
 from switchtitan.errors import ConfigError, UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from switchtitan.benchmark.operations import CountOperations
+from switchtitan.benchmark.counters import CountOperations
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, Update, mark_steps_side_by_side
 from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
 from switchtitan.contracts import TrainingOptimizer

@@ -5,8 +5,8 @@ import argparse
 from pydantic import JsonValue
 
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_configs
+from switchtitan.benchmark.estimate import communication_of_a_step
 from switchtitan.benchmark.sides import load_sides
-from switchtitan.benchmark.step_communication import communication_of_a_step
 from switchtitan.benchmark.tables import communication_record, communication_table
 from switchtitan.config.arguments import positive_int
 

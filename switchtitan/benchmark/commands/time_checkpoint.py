@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from switchtitan.benchmark.alternation import in_order_of_round
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config
-from switchtitan.benchmark.real_stepper import real_stepper
 from switchtitan.benchmark.sides import load_sides
+from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.benchmark.tables import aligned
+from switchtitan.benchmark.timing import in_order_of_round
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.tensors import CheckpointTensors

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
-from switchtitan.benchmark.alternation import time_calls_in_turns
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_rounds
 from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
 from switchtitan.benchmark.tables import aligned, call_record, milliseconds, ratio_cells
+from switchtitan.benchmark.timing import time_calls_in_turns
 from switchtitan.config.arguments import positive_int
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError

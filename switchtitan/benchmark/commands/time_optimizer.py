@@ -6,10 +6,10 @@ import time
 import torch
 from pydantic import JsonValue
 
-from switchtitan.benchmark.alternation import time_calls_in_turns
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_rounds
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import call_record, call_table
+from switchtitan.benchmark.timing import time_calls_in_turns
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig

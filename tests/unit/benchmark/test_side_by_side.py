@@ -11,7 +11,8 @@ import torch.distributed as dist
 from support.tiny import COMPILED, tiny_config
 from torch._dynamo.utils import compilation_time_metrics
 
-from switchtitan.benchmark import side_by_side, time_steps_side_by_side
+from switchtitan.benchmark import side_by_side
+from switchtitan.benchmark.side_by_side import time_steps_side_by_side
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.training.stepper import Stepper, StepResult
 

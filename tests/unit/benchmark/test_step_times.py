@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from switchtitan.benchmark import StepTimes, ratio_of_steps
+from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
 
 
 def times_of(step_s: np.ndarray) -> StepTimes:

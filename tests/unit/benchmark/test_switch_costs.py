@@ -10,7 +10,7 @@ from support.switchlora_layers import build_layer, build_optimizer, set_gradient
 from support.tiny import tiny_config, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.benchmark.operations import CountOperations
+from switchtitan.benchmark.counters import CountOperations
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
 from switchtitan.benchmark.switch_costs import time_switches_side_by_side
 from switchtitan.distributed.world import stop_world

@@ -1,5 +1,7 @@
-"""Calls of several functions, timed in alternation, so that what slows the machine down slows all of them."""
+"""A stopwatch that does not make the host wait for the device, and calls timed in alternation, so that what slows the machine
+down slows all of them."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -7,12 +9,43 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchtitan.benchmark.stopwatch import Stopwatch
-
 Side = TypeVar("Side")
 
 WARM_UP_CALLS = 3
 """Calls of each function before the timed ones: they compile, allocate, and fill caches."""
+
+
+class Stopwatch:
+    """Takes the time at marks; on a CUDA device the time at which the device gets there.
+
+    There, events in the device's stream are timed, not the host: waiting for the device at each mark would keep the host from
+    running ahead, and so slow down what is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host_s: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """Takes the time of all work given to the device so far."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        else:
+            self._host_s.append(time.perf_counter())
+
+    def intervals_s(self) -> list[float]:
+        """Seconds between neighbouring marks; waits for the device, and forgets the marks."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            pairs = zip(self._events[:-1], self._events[1:], strict=True)
+            intervals = [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        else:
+            intervals = [end - start for start, end in zip(self._host_s[:-1], self._host_s[1:], strict=True)]
+        self._host_s, self._events = [], []
+        return intervals
 
 
 def in_order_of_round(sides: Sequence[Side], index: int) -> Sequence[Side]:

@@ -8,7 +8,7 @@ from support.ranks import run_on_ranks
 from support.tiny import COMPILED, tiny_config, tiny_trainer, train_steps
 from torch import nn
 
-from switchtitan.benchmark import communication_of_a_step
+from switchtitan.benchmark.estimate import communication_of_a_step
 from switchtitan.distributed.count_collectives import (
     CollectiveCount,
     CommunicationCounts,

@@ -1,4 +1,4 @@
-"""Floating-point operations of matrix products and attention, counted as they happen."""
+"""Contexts that count what happens inside: floating-point operations, and operations of torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +8,21 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from switchtitan.distributed.counting_mode import CountingMode
+
+
+class CountOperations(CountingMode):
+    """A context that counts torch's operations on this rank's tensors, but for views and bare allocations, which run nothing.
+
+    An operation on a list of tensors counts once, though a device may take several kernels for it: CUDA takes one for every
+    entry if they are not contiguous. So this is no count of kernels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = 0
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        self.num_operations += not (func.is_view or func.overloadpacket in _ALLOCATIONS)
 
 
 class CountFlops(CountingMode):
@@ -59,3 +74,4 @@ _ATTENTION: dict[object, Callable[..., int]] = {
 }
 _IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
 """What counts as its counterpart, which torch has a formula for."""
+_ALLOCATIONS = (_aten.empty, _aten.new_empty, _aten.empty_like)

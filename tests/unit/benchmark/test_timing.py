@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from switchtitan.benchmark.alternation import WARM_UP_CALLS, time_calls_in_turns
 from switchtitan.benchmark.tables import call_record, call_table
+from switchtitan.benchmark.timing import WARM_UP_CALLS, time_calls_in_turns
 
 CPU = torch.device("cpu")
 

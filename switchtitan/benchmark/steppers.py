@@ -1,4 +1,4 @@
-"""A stepper whose tensors have shapes but no values, on any number of ranks."""
+"""Steppers to measure: on real ranks and data, or on tensors without values for any number of ranks."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -9,12 +9,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.build import build_stepper
+from switchtitan.build import build_batches, build_stepper, open_checked_corpus
 from switchtitan.contracts import Batch
 from switchtitan.distributed.config import CompileConfig
-from switchtitan.distributed.world import World, mesh_shape, stop_world
+from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
+from switchtitan.observability import configure_logging
+from switchtitan.training.state import TrainState
 from switchtitan.training.stepper import Stepper
+
+
+@contextmanager
+def real_stepper(config: JobConfig) -> Iterator[Stepper]:
+    """The stepper of a new run, closed at the end; writes no files but the corpus."""
+    world = start_world(config.parallelism)
+    configure_logging(is_main=world.is_main, rank=world.rank)
+    batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
+    stepper = build_stepper(config, world, batches)
+    try:
+        yield stepper
+    finally:
+        stepper.close()
 
 
 @contextmanager
