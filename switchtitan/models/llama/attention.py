@@ -7,6 +7,7 @@
 | flash_attn | all earlier tokens of the packed sequence          | CUDA, bfloat16, package flash-attn  |
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -70,9 +71,10 @@ def _find_sdpa_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dt
     return None
 
 
-# Uncompiled, both hold all seq * seq scores in memory. Inside a compiled block they are traced with it.
-_compiled_flex_attention = torch.compile(flex_attention)
-_compiled_create_block_mask = torch.compile(create_block_mask)
+@functools.cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    # Uncompiled, it holds all seq * seq scores in memory.
+    return torch.compile(create_block_mask)
 
 
 def _build_document_mask(document_ids: Tensor) -> BlockMask:
@@ -82,12 +84,20 @@ def _build_document_mask(document_ids: Tensor) -> BlockMask:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
     batch_size, seq_len = document_ids.shape
-    return _compiled_create_block_mask(sees, batch_size, None, seq_len, seq_len, device=document_ids.device)
+    return _compiled_create_block_mask()(sees, batch_size, None, seq_len, seq_len, device=document_ids.device)
 
 
-def _attend_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
-    is_grouped = query.shape[1] != key.shape[1]
-    return _compiled_flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
+def _load_flex() -> Attend:
+    # Uncompiled, it holds all seq * seq scores in memory. Inside a compiled block it is traced with it.
+    # Compiling here, not at import, keeps the compiler out of processes that use another back-end.
+    compiled_flex_attention = torch.compile(flex_attention)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
+        is_grouped = query.shape[1] != key.shape[1]
+        attended: Tensor = compiled_flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
+        return attended
+
+    return attend
 
 
 def _find_flex_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
@@ -130,6 +140,6 @@ def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.d
 
 ATTENTION_BACKENDS = {
     "sdpa": AttentionBackend(lambda: _attend_sdpa, _no_mask, _find_sdpa_obstacle),
-    "flex": AttentionBackend(lambda: _attend_flex, _build_document_mask, _find_flex_obstacle),
+    "flex": AttentionBackend(_load_flex, _build_document_mask, _find_flex_obstacle),
     "flash_attn": AttentionBackend(_load_flash, _no_mask, _find_flash_obstacle),
 }
