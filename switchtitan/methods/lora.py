@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.methods.lowrank import (
     InitialFactors,
     LowRankConfig,
@@ -10,7 +9,6 @@ from switchtitan.methods.lowrank import (
     balanced_init,
     lora_init,
 )
-from switchtitan.optim import OPTIMIZERS
 
 
 class LoraConfig(LowRankConfig):
@@ -28,8 +26,3 @@ class Lora(LowRankMethod[LoraConfig]):
 
     def initial_factors(self) -> InitialFactors:
         return lora_init if self.config.init == "lora" else balanced_init
-
-    def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
-    ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from switchtitan.contracts import LanguageModel, Method
+from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.init import lora_init
 from switchtitan.methods.lowrank.linear import (
@@ -17,7 +17,7 @@ from switchtitan.methods.lowrank.linear import (
     low_rank_layers,
     replace_linears,
 )
-from switchtitan.optim import TrainedParameter, trained_parameters
+from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the parameters A and B of a `LowRankLinear`."""
@@ -50,6 +50,12 @@ class LowRankMethod(Method[LowRankSection]):
         layers = low_rank_layers(model)
         factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
         return trained_parameters(model, factors, model.blocks())
+
+    def build_optimizer(
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
+        """By default one optimizer for all that trains."""
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W + s B A in fp32 for layers with factors; all other tensors as they are."""

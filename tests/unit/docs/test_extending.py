@@ -24,9 +24,6 @@ num_workers = 0
 [job]
 name = "extended"
 output_dir = "run"
-[optimizer]
-name = "adamw"
-lr = 1e-2
 [lr_schedule]
 [training]
 steps = 8

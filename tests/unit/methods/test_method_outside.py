@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from switchtitan.build import build_trainer
 from switchtitan.checkpoint import read_tensors
 from switchtitan.cli import export
-from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.hub.initial_weights import read_dense_checkpoint
 from switchtitan.job.config import JobConfig
@@ -22,7 +21,6 @@ from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import LowRankConfig, LowRankMethod, low_rank_layers
 from switchtitan.models import MODELS
-from switchtitan.optim import OPTIMIZERS
 from switchtitan.registry import Component
 from switchtitan.spectra.spectra_files import read_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
@@ -49,11 +47,6 @@ class RootScaled(LowRankMethod[RootScaledConfig]):
 
     def scale_of(self, layer_name: str) -> float:
         return self.config.scale * (2 if layer_name.endswith("down_proj") else 1)
-
-    def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
-    ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
 
 
 @pytest.fixture(autouse=True)
