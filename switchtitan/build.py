@@ -15,7 +15,7 @@ from switchtitan.checkpoint import (
     read_metadata,
 )
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
-from switchtitan.checkpoint.tensors import CheckpointTensors
+from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
 from switchtitan.data import (

@@ -19,25 +19,23 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.find import check_output_folder, find_checkpoint
+from switchtitan.checkpoint.find import check_output_folder, complete_deletions, find_checkpoint, prune
 from switchtitan.checkpoint.layout import (
+    FORMAT_VERSION,
     METADATA_FILE,
+    CheckpointMetadata,
+    FileRecord,
+    check_contents,
+    check_files,
+    file_record,
     partial_folder_name,
+    read_tensors_index,
     remove_folder,
     step_folder_name,
     sync_folder,
-)
-from switchtitan.checkpoint.metadata import (
-    FORMAT_VERSION,
-    CheckpointMetadata,
-    FileRecord,
-    file_record,
-    read_tensors_index,
     write_json,
 )
-from switchtitan.checkpoint.prune import complete_deletions, prune
 from switchtitan.checkpoint.storage import ChecksummingWriter
-from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

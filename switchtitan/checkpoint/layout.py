@@ -1,4 +1,4 @@
-"""Names and files of a checkpoint folder.
+"""A checkpoint's folder: its files, what they say, and whether they are complete.
 
     <output_dir>/checkpoints/step-000001000/
         metadata.json       format, step, run, versions, and every other file with its size and checksum
@@ -9,9 +9,18 @@
 While it is being written the folder is called `.step-000001000.partial`.
 """
 
+import hashlib
+import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from switchtitan.errors import CheckpointError
+from switchtitan.files import sha256_of_file
 
 CHECKPOINTS_FOLDER = "checkpoints"
 """In a run's output folder."""
@@ -83,3 +92,186 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+FORMAT_VERSION = 2
+"""2: B of low-rank layers, its candidates and its moments are stored vectors first, [rank, out]; 1 had them transposed."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """A file of the checkpoint beside `metadata.json`."""
+
+    num_bytes: int = Field(ge=0)
+    sha256: str
+
+
+class CheckpointMetadata(_Record):
+    """The contents of `metadata.json`."""
+
+    format_version: int
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    train_state: dict[str, JsonValue]
+    """What the trainer goes on from, e.g. the number of tokens seen."""
+    identity: dict[str, JsonValue]
+    """What may not change when a run is resumed: model, method, corpus."""
+    run: dict[str, JsonValue]
+    """For the reader: the configuration, the corpus, the time."""
+    versions: dict[str, str]
+    """Of the code that wrote it."""
+    files: dict[str, FileRecord]
+    """Every other file in the folder, by name."""
+
+
+class Piece(_Record):
+    """A rectangular part of a tensor and where its bytes lie."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int = Field(ge=0)
+    num_bytes: int = Field(ge=0)
+
+
+class TensorRecord(_Record):
+    """A tensor of the checkpoint."""
+
+    dtype: str
+    """As in `torch.<dtype>`."""
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+class TensorsIndex(_Record):
+    """The contents of `tensors.json`."""
+
+    tensors: dict[str, TensorRecord]
+
+
+_File = TypeVar("_File", CheckpointMetadata, TensorsIndex)
+
+
+def read_metadata(path: Path) -> CheckpointMetadata:
+    """Reads `metadata.json` of the checkpoint at `path`; does not look at the other files.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of another format version.
+    """
+    metadata = _read(path / METADATA_FILE, CheckpointMetadata)
+    if metadata.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {metadata.format_version}, but this version of switchtitan reads format "
+            f"{FORMAT_VERSION}; resume or export it with switchtitan {metadata.versions.get('switchtitan', 'unknown')}, "
+            "which wrote it, or start a new run in another [job] output_dir"
+        )
+    return metadata
+
+
+def read_tensors_index(path: Path) -> TensorsIndex:
+    """Reads `tensors.json` of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    return _read(path / TENSORS_FILE, TensorsIndex)
+
+
+def write_json(path: Path, contents: CheckpointMetadata | TensorsIndex) -> FileRecord:
+    """Writes `contents` durably to the new file `path` and returns its size and checksum."""
+    indent = 2 if isinstance(contents, CheckpointMetadata) else None
+    data = contents.model_dump_json(indent=indent).encode()
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def file_record(path: Path) -> FileRecord:
+    """Reads the file `path` for its size and checksum."""
+    return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def _read(path: Path, kind: type[_File]) -> _File:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: cannot read {path.name}: {error.strerror or error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{path.parent}: {path.name} is damaged{f' at {where}' if where else ''}: {first['msg']}"
+        ) from error
+
+
+_NUM_READERS = 4
+
+
+def check_files(path: Path) -> CheckpointMetadata:
+    """Checks that every file is there in full length and that the index covers every tensor. Cheap.
+
+    Raises:
+        CheckpointError: names the first thing that is wrong.
+    """
+    metadata = read_metadata(path)
+    for name, expected in metadata.files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: metadata.json lists {name!r}, which is not a plain file name")
+        try:
+            num_bytes = (path / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} is missing") from error
+        if num_bytes != expected.num_bytes:
+            raise CheckpointError(f"{path}: {name} has {num_bytes} bytes, expected {expected.num_bytes}")
+    if TENSORS_FILE not in metadata.files:
+        raise CheckpointError(f"{path}: metadata.json does not list {TENSORS_FILE}")
+    _check_index(path, read_tensors_index(path), metadata)
+    return metadata
+
+
+def check_contents(path: Path) -> CheckpointMetadata:
+    """As `check_files`, and compares every file's checksum, for which it reads the whole checkpoint once.
+
+    Raises:
+        CheckpointError: names the first thing that is wrong.
+    """
+    metadata = check_files(path)
+    with ThreadPoolExecutor(_NUM_READERS) as readers:  # hashlib lets other threads run
+        records = readers.map(lambda name: file_record(path / name), metadata.files)
+        for (name, expected), found in zip(metadata.files.items(), records, strict=True):
+            if found != expected:
+                raise CheckpointError(
+                    f"{path}: {name} is damaged: its checksum is not the one it was saved with"
+                )
+    return metadata
+
+
+def _check_index(path: Path, index: TensorsIndex, metadata: CheckpointMetadata) -> None:
+    for name, tensor in index.tensors.items():
+        if not _is_covered(tensor):
+            raise CheckpointError(f"{path}: the pieces of {name} do not cover its shape {list(tensor.shape)}")
+        for piece in tensor.pieces:
+            file = metadata.files.get(piece.file)
+            if file is None or piece.start + piece.num_bytes > file.num_bytes:
+                raise CheckpointError(f"{path}: a piece of {name} lies outside the files of the checkpoint")
+
+
+def _is_covered(tensor: TensorRecord) -> bool:
+    """Pieces never overlap (DCP checks that when it plans a save), so those inside the shape cover it if they
+    are as many."""
+    inside = all(
+        len(piece.offsets) == len(piece.sizes) == len(tensor.shape)
+        and all(
+            offset >= 0 and size >= 0 and offset + size <= length
+            for offset, size, length in zip(piece.offsets, piece.sizes, tensor.shape, strict=True)
+        )
+        for piece in tensor.pieces
+    )
+    distinct = len({piece.offsets for piece in tensor.pieces}) == len(tensor.pieces)
+    num_elements = sum(math.prod(piece.sizes) for piece in tensor.pieces)
+    return inside and distinct and num_elements == math.prod(tensor.shape)

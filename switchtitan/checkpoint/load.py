@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors, on any number of ranks."""
+"""Reading a checkpoint's tensors on any number of ranks, and those of a run by name."""
 
 import warnings
 from collections.abc import Mapping
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
-from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
+from switchtitan.checkpoint.layout import TensorsIndex, check_files, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
-from switchtitan.checkpoint.verify import check_files
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import CheckpointError, abbreviate
 
 
@@ -85,3 +86,45 @@ def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+class CheckpointTensors:
+    """All tensors of a run's checkpoint, sharing memory with the model and the optimizer.
+
+    To be made while all parameters are shards: FSDP swaps them in forward passes.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
+        self._optimizer = optimizer
+        self._of_model = {
+            f"{_MODEL}{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()
+        }
+
+    def __call__(self) -> dict[str, Tensor]:
+        """By name, with the optimizer's state of the moment."""
+        return self._of_model | {
+            f"{_OPTIMIZER}{name}": tensor for name, tensor in self._optimizer.state_dict().items()
+        }
+
+    def restore(self, checkpoint: Path) -> None:
+        """Fills model and optimizer from a checkpoint, whatever number of ranks saved it."""
+        tensors = self()
+        load_tensors_(checkpoint, tensors)
+        self._optimizer.load_state_dict(
+            {
+                name.removeprefix(_OPTIMIZER): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(_OPTIMIZER)
+            }
+        )
+
+    def check_replicas(self) -> None:
+        """Compares what several ranks hold alike of the model. Every rank must call; waits for the device.
+
+        Raises:
+            RanksDisagreeError: on every rank, if ranks no longer hold the same weights.
+        """
+        check_replicas(self._of_model)

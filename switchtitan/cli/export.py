@@ -16,9 +16,8 @@ import torch
 from pydantic import JsonValue, ValidationError
 
 from switchtitan.checkpoint import find_given, read_metadata
-from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
-from switchtitan.checkpoint.metadata import CheckpointMetadata
-from switchtitan.data.index import TOKENIZER_FILE, CorpusIndex, read_index
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, CheckpointMetadata
+from switchtitan.data.corpus_files import TOKENIZER_FILE, CorpusIndex, read_index
 from switchtitan.errors import CheckpointError, CorpusError, UserError, exit_for
 from switchtitan.hub.huggingface import export_dense
 from switchtitan.hub.initial_weights import read_dense_checkpoint

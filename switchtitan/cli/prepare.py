@@ -17,7 +17,7 @@ from switchtitan.config.overrides import split_arguments
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
 from switchtitan.data import Corpus, DataConfig, open_corpus
-from switchtitan.data.index import verify_files
+from switchtitan.data.corpus_files import verify_files
 from switchtitan.errors import ConfigError, UserError, exit_for
 from switchtitan.job.config import section_types
 

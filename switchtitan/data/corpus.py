@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus_files import CorpusIndex, TokenSequences, read_index, verify_files
 from switchtitan.data.corpus_plan import plan_corpus
-from switchtitan.data.index import CorpusIndex, read_index, verify_files
 from switchtitan.data.prepare import carry_out
-from switchtitan.data.token_files import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.errors import CorpusError, UserError
 

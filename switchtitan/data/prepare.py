@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from switchtitan import __version__
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, DataConfig
-from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus, validation_fraction
-from switchtitan.data.index import (
+from switchtitan.data.corpus_files import (
     FORMAT_VERSION,
     INDEX_FILE,
     TOKENIZER_FILE,
@@ -25,6 +24,7 @@ from switchtitan.data.index import (
     TokenizerRecord,
     fingerprint_of,
 )
+from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus, validation_fraction
 from switchtitan.data.segments import (
     SEGMENT_TOKENS,
     Limits,

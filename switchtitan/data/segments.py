@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from switchtitan.data.index import ShardRecord
-from switchtitan.data.sources.stream import DocumentStream
+from switchtitan.data.corpus_files import ShardRecord
+from switchtitan.data.sources.dataset import DocumentStream
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
-from switchtitan.checkpoint.layout import METADATA_FILE
-from switchtitan.checkpoint.metadata import file_record
+from switchtitan.checkpoint.layout import METADATA_FILE, file_record
 from switchtitan.contracts import Method
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.huggingface import check_dense, read_dense

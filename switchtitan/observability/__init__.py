@@ -2,11 +2,9 @@
 
 from switchtitan.observability.communication_report import COUNTED_STEP, StepCommunication
 from switchtitan.observability.log import configure_logging
-from switchtitan.observability.memory import peak_memory_gib
 from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, MetricsConfig, Reporter
-from switchtitan.observability.peak_flops import peak_flops_per_s
 from switchtitan.observability.profiler import Profiler, ProfilerConfig
-from switchtitan.observability.throughput import Throughput
+from switchtitan.observability.throughput import Throughput, peak_flops_per_s, peak_memory_gib
 
 __all__ = [
     "COUNTED_STEP",

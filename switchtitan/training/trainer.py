@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from switchtitan.checkpoint import Checkpointer
-from switchtitan.checkpoint.tensors import CheckpointTensors
+from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError
 from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib

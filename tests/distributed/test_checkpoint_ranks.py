@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer, load_tensors_, read_tensors
 from switchtitan.checkpoint.agreement import run_together
-from switchtitan.checkpoint.metadata import read_tensors_index
+from switchtitan.checkpoint.layout import check_contents, read_tensors_index
 from switchtitan.checkpoint.storage import ChecksummingWriter
-from switchtitan.checkpoint.verify import check_contents
 from switchtitan.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed

@@ -17,7 +17,7 @@ from switchtitan.benchmark.tables import aligned
 from switchtitan.benchmark.timing import in_order_of_round
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
-from switchtitan.checkpoint.tensors import CheckpointTensors
+from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.arguments import positive_int
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import world_for_a_while

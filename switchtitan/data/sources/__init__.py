@@ -1,10 +1,9 @@
 """Corpus sources: where documents come from."""
 
 from switchtitan.data.sources.c4 import c4_source
-from switchtitan.data.sources.dataset import Dataset
+from switchtitan.data.sources.dataset import Dataset, DocumentStream, Position, Source
 from switchtitan.data.sources.files import gzipped_json_source, jsonl_source, parquet_source, text_source
 from switchtitan.data.sources.pystdlib import pystdlib_source
-from switchtitan.data.sources.stream import DocumentStream, Position, Source
 
 DATASETS = {
     "pystdlib": Dataset(pystdlib_source),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchtitan.data.sources.stream import Position
+from switchtitan.data.sources.dataset import Position
 from switchtitan.errors import CorpusError
 
 if TYPE_CHECKING:

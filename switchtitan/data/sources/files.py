@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from switchtitan.data.sources.stream import Position
+from switchtitan.data.sources.dataset import Position
 from switchtitan.errors import CorpusError
 
 TEXT_DOCUMENT_BYTES = 64 * 1024

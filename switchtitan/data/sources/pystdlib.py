@@ -6,8 +6,8 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from switchtitan.data.sources.dataset import Position
 from switchtitan.data.sources.files import FileStream
-from switchtitan.data.sources.stream import Position
 from switchtitan.errors import CorpusError
 
 _NOT_OF_THE_LIBRARY = ("site-packages", "dist-packages", "__pycache__")

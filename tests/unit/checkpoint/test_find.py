@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
-from switchtitan.checkpoint.metadata import FORMAT_VERSION
+from switchtitan.checkpoint.layout import FORMAT_VERSION
 from switchtitan.errors import CheckpointError
 
 

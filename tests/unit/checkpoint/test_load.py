@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from switchtitan.checkpoint import find_latest, load_tensors_, read_tensors
-from switchtitan.checkpoint.metadata import file_record
-from switchtitan.checkpoint.verify import check_files
+from switchtitan.checkpoint.layout import check_files, file_record
 from switchtitan.errors import CheckpointError
 
 

@@ -10,7 +10,7 @@ import pytest
 from switchtitan.cli.main import COMMANDS, main
 from switchtitan.cli.plot import PICTURES
 
-NUM_IMPORTED_TO_TRAIN = 175
+NUM_IMPORTED_TO_TRAIN = 140
 """Files of switchtitan that `switchtitan train` may import, at most."""
 
 

@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 
 from switchtitan.observability import TENSORBOARD_FOLDER
-from switchtitan.observability.tensorboard import TensorBoardWriter
+from switchtitan.observability.metrics import TensorBoardWriter
 
 ROOT = Path(__file__).parents[3]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from switchtitan.data import Corpus, DataConfig, open_corpus, open_prepared, plan_corpus
-from switchtitan.data.corpus_plan import plan_as_named
-from switchtitan.data.hub_access import why_hub_is_unreachable
+from switchtitan.data.corpus_plan import plan_as_named, why_hub_is_unreachable
 from switchtitan.errors import CorpusError
 
 
