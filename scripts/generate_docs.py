@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from switchtitan.config.fields import describe
+from switchtitan.config.load import section_types
 from switchtitan.config.section import Section
 from switchtitan.config.toml_text import toml_value
-from switchtitan.job.config import section_types
+from switchtitan.job.config import JobConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 def configuration_page() -> str:
     """docs/CONFIGURATION.md: every section with its sentence, and every key with type, default and sentence."""
     parts = [_CONFIGURATION_HEAD]
-    for section, chosen in section_types().items():
+    for section, chosen in section_types(JobConfig).items():
         classes: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [chosen]
         for config_type in classes:
             name = config_type.model_fields["name"] if isinstance(chosen, dict) else None

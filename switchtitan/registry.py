@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from switchtitan.config.mistakes import nearest
+from switchtitan.config.explain import nearest
 from switchtitan.config.section import NamedSection
 from switchtitan.errors import ConfigError
 

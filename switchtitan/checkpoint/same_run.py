@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from switchtitan.config.toml_text import flatten
 from switchtitan.errors import CheckpointError
 
 _ABSENT = "(absent)"
@@ -14,7 +15,7 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
         CheckpointError: names every differing key by its dotted path with both values, and says how to mend
             it.
     """
-    before, now = _flatten(saved), _flatten(current)
+    before, now = flatten(saved), flatten(current)
     keys = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     if not keys:
         return
@@ -25,13 +26,3 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
         f"the checkpoint belongs to another run:\n{differences}\n"
         "set these back to go on with that run, or start a new one in another [job] output_dir"
     )
-
-
-def _flatten(mapping: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

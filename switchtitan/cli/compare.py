@@ -24,7 +24,7 @@ from switchtitan.comparison.plots import write_pictures
 from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner
 from switchtitan.comparison.table import report_gaps, report_rows
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 from switchtitan.errors import ConfigError, UserError, exit_for
 from switchtitan.files import try_lock
 

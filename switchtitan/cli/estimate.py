@@ -14,7 +14,7 @@ from switchtitan.benchmark.estimate import ASSUMPTIONS, estimate_step
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.benchmark.tables import communication_table, estimate_record, flops_table, memory_table
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
 from switchtitan.observability.environment import describe_environment
 

@@ -8,24 +8,28 @@ cores. A stopped preparation goes on where it was when the same command is given
 """
 
 import logging
-import os
 from collections.abc import Sequence
 
-from switchtitan.config.help import print_help
-from switchtitan.config.load import load_sections
-from switchtitan.config.overrides import split_arguments
+from switchtitan.config.command_line import print_help, split_arguments
+from switchtitan.config.load import load_config
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
 from switchtitan.data import Corpus, DataConfig, open_corpus
 from switchtitan.data.corpus_files import verify_files
-from switchtitan.errors import ConfigError, UserError, exit_for
-from switchtitan.job.config import section_types
+from switchtitan.errors import UserError, exit_for
+from switchtitan.job.config import JobConfig
 
 INTRODUCTION = """\
 Tokenises a corpus into memory-mapped shards. --config FILE takes the [data]
 section of a training configuration; the keys below go over it, and the
 defaults shown are what it says.
 """
+
+
+class DataJobConfig(Section):
+    """What there is to configure without a file."""
+
+    data: DataConfig
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,22 +52,18 @@ def read_data_config(argv: Sequence[str]) -> DataConfig | None:
     Raises:
         ConfigError: with all mistakes in one message.
     """
-    arguments = split_arguments(argv)
     # A key may be written as in training, `--data.path`, or without its section, `--path`.
-    arguments.overrides = {
-        path if path[0] == "data" else ("data", *path): words for path, words in arguments.overrides.items()
-    }
-    file = find_config(arguments.config_file or os.devnull)
-    types = section_types() if arguments.config_file else {"data": DataConfig}
-    try:
-        section: Section = load_sections(arguments, file, types)["data"]
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--data.", "--")) from error
-    assert isinstance(section, DataConfig)
+    arguments = split_arguments(argv, section="data")
+    config: JobConfig | DataJobConfig
+    if arguments.config_file is None:
+        config = load_config(arguments, None, DataJobConfig)
+    else:
+        config = load_config(arguments, find_config(arguments.config_file), JobConfig)
     if arguments.wants_help:
-        print_help(section, "switchtitan prepare [--config FILE]", INTRODUCTION)
+        usage = "switchtitan prepare [--config FILE]"
+        print_help({"data": config.data}, usage, INTRODUCTION, has_prefixes=False)
         return None
-    return section
+    return config.data
 
 
 def summary(corpus: Corpus) -> str:

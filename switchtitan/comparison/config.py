@@ -1,25 +1,22 @@
 """The file that declares a comparison: which rows, at which learning rates, over which seeds."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from switchtitan.config.load import read_toml
+from switchtitan.config.load import load_table, read_toml
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
-from switchtitan.config.toml_text import toml_value
 from switchtitan.errors import ConfigError
-
-_MESSAGES = {"missing": "missing", "extra_forbidden": "unknown key"}
-"""What pydantic says more learnedly, by its kind of error."""
 
 
 class RowConfig(Section):
     """One row of the table: a method with its keys."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     """What the row is called, also in file names; letters, digits, `.`, `_` and `-`."""
     label: str | None = None
     """What tables and pictures call it; its name unless set."""
@@ -33,6 +30,13 @@ class RowConfig(Section):
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("expected letters, digits, '.', '_' and '-', with a letter or digit first")
+        return name
 
     @model_validator(mode="after")
     def _check_rates(self) -> "RowConfig":
@@ -136,21 +140,10 @@ def load_comparison(file: Path) -> ComparisonConfig:
     file = find_config(file)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file; expected the TOML file that declares a comparison")
-    table = read_toml(file)
-    if "rows" not in table:
+    if "rows" not in read_toml(file):
         raise ConfigError(
             f"{file}: it declares no comparison, which takes [[rows]]; expected a file like those in "
             "train_configs/comparisons/"
         )
-    try:
-        declared = ComparisonConfig.model_validate(table)
-    except ValidationError as error:
-        lines = [f"{file}: {len(error.errors())} mistake(s)"]
-        for detail in error.errors():
-            place = ".".join(map(str, detail["loc"]))
-            message = _MESSAGES.get(detail["type"], detail["msg"].removeprefix("Value error, "))
-            is_plain = not isinstance(detail["input"], dict) and place
-            given = f" = {toml_value(detail['input'])}" if is_plain else ""
-            lines.append(f"  {place}{given}: {message}" if place else f"  {message}")
-        raise ConfigError("\n".join(lines)) from error
+    declared = load_table(file, ComparisonConfig)
     return declared.model_copy(update={"config": file.parent / declared.config})

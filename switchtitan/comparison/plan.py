@@ -58,12 +58,7 @@ class Run:
         return self._parsed([*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks)
 
     def _parsed(self, arguments: Sequence[str], num_ranks: int) -> JobConfig:
-        try:
-            return parse_arguments(arguments, num_ranks)
-        except ConfigError as error:
-            # The row's keys travel as arguments, which its author has not written.
-            text = str(error).replace("on the command line:", "in what the row sets:").replace("  --", "  ")
-            raise ConfigError(f"row {self.row}: {text}") from error
+        return parse_arguments(arguments, num_ranks, overrides_heading=f"in what row {self.row} sets:")
 
 
 def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float, seed: int) -> Run:

@@ -1,23 +1,179 @@
-"""What pydantic found wrong with a section, in words that say how to mend it."""
+"""What is wrong with a configuration, in messages that say where, what was expected, and what to do."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from switchtitan.config.draft import Draft, Path
-from switchtitan.config.fields import accepts, choices, describe, dotted_keys, find_field, is_section_type
-from switchtitan.config.mistakes import Mistake, Source, nearest
-from switchtitan.config.overrides import interpret
+from switchtitan.config.fields import (
+    KeyPath,
+    accepts,
+    choices,
+    describe,
+    dotted_keys,
+    interpret,
+    is_section_type,
+    item_section_type,
+)
 from switchtitan.config.section import Section
 from switchtitan.config.toml_text import toml_value
+from switchtitan.errors import ConfigError
+
+COMMAND_LINE = "on the command line:"
+TOGETHER = "values that do not fit together:"
+
+SectionTypes = Mapping[str, type[Section] | Mapping[str, type[Section]]]
+"""Section -> its class, or the classes by name among which its key `name` chooses."""
 
 
-def explain(draft: Draft, section: str, error: ValidationError) -> None:
-    """Notes one mistake in `draft` for every key of the section that `error` complains of."""
-    seen: set[Path] = set()
+@dataclass(frozen=True)
+class Mistake:
+    """One line of the message, e.g. `[training] steps = "9": expected an integer`."""
+
+    heading: str
+    """Where it was made: a file, the command line, or between keys. The message is grouped by it."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value that the command line gives to a key."""
+
+    option: str
+    """As it was typed, e.g. `--training.steps`."""
+    words: list[str]
+    """What follows it."""
+
+    def __str__(self) -> str:
+        return f"{self.option} {' '.join(self.words)}"
+
+
+@dataclass
+class Draft:
+    """What the files and the command line say, and every mistake found in it so far."""
+
+    config_type: type[Section]
+    section_types: SectionTypes
+    table: dict[str, Any]
+    """Values by key; the command line's have replaced the files'."""
+    chosen: dict[str, type[Section]] = field(default_factory=dict)
+    """The class of each section. A section whose `name` is wrong is left out."""
+    origins: Mapping[KeyPath, str] = field(default_factory=dict)
+    """The file in which a key stands, where it is not `file`."""
+    file: str = ""
+    overrides: Mapping[KeyPath, Override] = field(default_factory=dict)
+    overrides_heading: str | None = None
+    """Where overrides come from that no one typed: they are shown as keys of a file under this heading."""
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    def value(self, path: KeyPath) -> tuple[object, ...]:
+        """The value given at `path` as a tuple of one, or an empty tuple if there is none."""
+        value: Any = self.table
+        for name in path:
+            if isinstance(value, list) and name.isdigit() and int(name) < len(value):
+                value = value[int(name)]
+            elif isinstance(value, dict) and name in value:
+                value = value[name]
+            else:
+                return ()
+        return (value,)
+
+    def type_at(self, path: KeyPath) -> Any:
+        """The type of the section or key at `path`, None if there is none."""
+        annotation: Any = self.config_type
+        for depth, name in enumerate(path):
+            if item_section_type(annotation) is not None and name.isdigit():
+                annotation = item_section_type(annotation)
+            elif is_section_type(annotation) and name in annotation.model_fields:
+                annotation = annotation.model_fields[name].annotation
+            else:
+                return None
+            if depth == 0 and name in self.section_types:
+                annotation = self.chosen.get(name)
+        return annotation
+
+    def field_at(self, path: KeyPath) -> FieldInfo | None:
+        """The field of the key at `path`, None if there is none."""
+        section = self.type_at(path[:-1])
+        return section.model_fields.get(path[-1]) if is_section_type(section) else None
+
+    def refuse(self, path: KeyPath, problem: str) -> None:
+        """Note a mistake at `path`, written as the user wrote it: in TOML or as an option."""
+        override = self.overrides.get(path)
+        if override is not None and self.overrides_heading is None:
+            self.mistakes.append(Mistake(COMMAND_LINE, f"{override}: {problem}"))
+            return
+        given = self.value(path)
+        place = toml_place(path, *(value for value in given if not _is_table(value)))
+        if len(path) == 1 and not given and not is_section_type(self.type_at(path)):
+            place = path[0]
+        self.mistakes.append(Mistake(self._heading(path), f"{place}: {problem}"))
+
+    def _heading(self, path: KeyPath) -> str:
+        """The place where a key stands, or where a missing one should."""
+        if self.overrides_heading is not None:
+            belongs = (
+                path in self.overrides if self.value(path) else path[0] in {key[0] for key in self.overrides}
+            )
+            if belongs:
+                return self.overrides_heading
+        known = (path[:length] for length in range(len(path), 0, -1))
+        return f"in {next((self.origins[prefix] for prefix in known if prefix in self.origins), self.file)}:"
+
+
+def toml_place(path: Sequence[str], *given: object) -> str:
+    """A key as it stands in the file: `[section] key = value`; without a given value, `[section] key`."""
+    *tables, key = path
+    values = "".join(f" = {toml_value(value)}" for value in given)
+    if key.isdigit():
+        return f"[[{'.'.join(tables)}]] number {int(key) + 1}{values}"
+    if tables and tables[-1].isdigit():
+        return f"{toml_place(tables)}, {key}{values}"
+    if not tables and not given:
+        return f"[{key}]"
+    return (f"[{'.'.join(tables)}] " if tables else "") + key + values
+
+
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The choice that `word` most likely meant, None if none is similar enough (0 to 1, see `difflib`)."""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    matches = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=cutoff)
+    return by_lower_case[matches[0]] if matches else None
+
+
+def raise_together(mistakes: Sequence[Mistake]) -> None:
+    """Return if there are no mistakes.
+
+    Raises:
+        ConfigError: with every mistake in one message, grouped by where it was made.
+    """
+    if not mistakes:
+        return
+    lines = [f"invalid configuration ({len(mistakes)} error{'s' if len(mistakes) > 1 else ''})"]
+    headings = dict.fromkeys(mistake.heading for mistake in mistakes)
+    # Files first, then the command line, then what spans both.
+    for heading in sorted(headings, key=lambda heading: (heading == TOGETHER, heading == COMMAND_LINE)):
+        lines.append(heading)
+        lines += [f"  {mistake.text}" for mistake in mistakes if mistake.heading == heading]
+    raise ConfigError("\n".join(lines))
+
+
+def explain(draft: Draft, error: ValidationError, section: KeyPath = ()) -> None:
+    """Note one mistake in `draft` for every key that `error` complains of.
+
+    Args:
+        section: the path of the table that was validated; the whole configuration's is empty.
+    """
+    seen: set[KeyPath] = set()
     for detail in error.errors():
-        path = _key_path(draft.chosen[section], section, detail)
+        if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            _explain_name(draft, section[0])
+            continue
+        path = _key_path(draft, section, detail)
         # A union complains once for each of its types, a list once for each item.
         if path in seen and detail["type"] not in ("value_error", "extra_forbidden"):
             continue
@@ -26,24 +182,53 @@ def explain(draft: Draft, section: str, error: ValidationError) -> None:
             _explain_unknown_key(draft, path)
         elif detail["type"] != "value_error":
             _explain_value(draft, path)
-        elif is_section_type(draft.type_at(path)):
-            text = f"[{'.'.join(path)}] {detail['ctx']['error']}"
-            draft.mistakes.append(Mistake(text, Source.TOGETHER))
-        else:
+        elif path and not (is_section_type(draft.type_at(path)) or path[-1].isdigit()):
             draft.refuse(path, str(detail["ctx"]["error"]))
+        else:
+            place = f"{toml_place(path)} " if path else ""
+            draft.mistakes.append(Mistake(TOGETHER, f"{place}{detail['ctx']['error']}"))
 
 
-def _explain_unknown_key(draft: Draft, path: Path) -> None:
-    """Notes that there is no such key, with the nearest one that there is."""
-    section, *_, key = path
-    keys = draft.type_at(path[:-1]).model_fields  # type: ignore[union-attr]
+def explain_unknown_section(draft: Draft, section: str) -> None:
+    """Note that there is no such section or, for a key above all sections, where it belongs."""
+    options = dotted_keys(draft.chosen)
+    homes = [option for option in options if option.partition(".")[2] == section]
+    near = nearest(section, [*draft.section_types, "base"])
+    if homes:
+        home, _, key = homes[0].partition(".")
+        hint = f"did you mean [{home}] {key}?"
+    elif near:
+        hint = 'did you mean base = "FILE"?' if near == "base" else f"did you mean [{near}]?"
+    else:
+        hint = f"expected one of {', '.join(draft.section_types)}"
+    paths = [path for path in draft.overrides if path[0] == section] or [(section,)]
+    for path in paths:
+        draft.refuse(path, f"unknown section; {hint}")
+
+
+def _explain_name(draft: Draft, section: str) -> None:
+    """Note that a section's `name` is missing or chooses nothing."""
+    names = sorted(draft.section_types[section])  # type: ignore[arg-type]
+    expected = f"expected {'one of ' if len(names) > 1 else ''}{', '.join(map(toml_value, names))}"
+    given = draft.value((section, "name"))
+    if given:
+        draft.refuse((section, "name"), expected + _did_you_mean(given[0], names))
+    else:
+        draft.refuse((section, "name"), f"missing; {expected}")
+
+
+def _explain_unknown_key(draft: Draft, path: KeyPath) -> None:
+    """Note that there is no such key, with the nearest one that there is."""
+    *tables, key = path
+    section = tables[0] if tables else ""
+    keys = draft.type_at(path[:-1]).model_fields
     near = nearest(key, keys)
     others = [other for other in draft.chosen if other != section and key in draft.chosen[other].model_fields]
     owners = _names_with_key(draft, section, key)
     if owners:
         hint = f"it is a key of [{section}] name = {' or '.join(map(toml_value, owners))}"
         if (section, "name") in draft.overrides and path not in draft.overrides:
-            hint += f"; with --{section}.name, take a file that is made for that name, or remove this line"
+            hint += f"; with --{section}.name, choose a file for that name, or remove this line"
     elif near:
         hint = f"did you mean {near}?"
     elif others:
@@ -53,80 +238,60 @@ def _explain_unknown_key(draft: Draft, path: Path) -> None:
     draft.refuse(path, f"unknown key; {hint}")
 
 
-def explain_unknown_section(draft: Draft, section: str) -> None:
-    """Notes that there is no such section or, for a key above all sections, where it belongs."""
-    options = dotted_keys(draft.chosen)
-    homes = [option for option in options if option.partition(".")[2] == section]
-    near = nearest(section, draft.section_types)
-    if homes:
-        home, _, key = homes[0].partition(".")
-        hint = f"did you mean [{home}] {key}?"
-    elif near:
-        hint = f"did you mean [{near}]?"
-    else:
-        hint = f"expected one of {', '.join(draft.section_types)}"
-    paths = [path for path in draft.overrides if path[0] == section] or [(section,)]
-    for path in paths:
-        draft.refuse(path, f"unknown section; {hint}")
-
-
-def explain_name(draft: Draft, section: str, names: Iterable[str]) -> None:
-    """Notes that a section's `name` is missing or chooses nothing."""
-    names = sorted(names)
-    expected = f"expected {'one of ' if len(names) > 1 else ''}{', '.join(map(toml_value, names))}"
-    given = draft.value((section, "name"))
-    if not given:
-        draft.refuse((section, "name"), f"missing; {expected}")
+def _explain_value(draft: Draft, path: KeyPath) -> None:
+    key, given = draft.field_at(path), draft.value(path)
+    if key is None or (given and is_section_type(key.annotation)):
+        below = "" if any(map(str.isdigit, path)) else f": [{'.'.join(path)}] and its keys below it"
+        draft.refuse(path, f"expected a table{below}")
         return
-    draft.refuse((section, "name"), expected + _did_you_mean(given[0], names))
+    if not given:
+        draft.refuse(path, f"missing; expected {describe(key)}")
+        return
+    value, hint = given[0], ""
+    override = draft.overrides.get(path)
+    words = override.words if override else []
+    if len(words) > 1 and accepts(key, " ".join(words)):
+        hint = f", got {len(words)} arguments; quote values that contain spaces"
+    elif isinstance(value, str) and not override:
+        reading = interpret(key, [value])
+        if not isinstance(reading, str) and accepts(key, reading):
+            hint = f"; write {toml_value(reading)}"
+    elif isinstance(value, float) and value.is_integer() and accepts(key, int(value)):
+        hint = f"; write {int(value)}"
+    elif not isinstance(value, (list, dict)) and accepts(key, [value]):
+        hint = f"; write {toml_value([value])}"
+    elif not isinstance(value, str) and accepts(key, str(value)):
+        hint = f"; write {toml_value(str(value))}"
+    draft.refuse(path, f"expected {describe(key)}" + (hint or _did_you_mean(value, choices(key))))
 
 
-def _key_path(section_type: type[Section], section: str, detail: ErrorDetails) -> Path:
-    """The way to the key that a complaint is about, without the items and union branches below it."""
-    path: Path = (section,)
-    current: object = section_type
-    for step in detail["loc"]:
-        if not is_section_type(current):
+def _key_path(draft: Draft, section: KeyPath, detail: ErrorDetails) -> KeyPath:
+    """The path of the key that a complaint is about, without the items and union branches below it."""
+    path, steps = section, detail["loc"]
+    if section and isinstance(draft.section_types[section[0]], Mapping):
+        # A discriminated union puts its branch first.
+        steps = steps[1:]
+    for step in steps:
+        below = draft.type_at(path)
+        if not is_section_type(below) and item_section_type(below) is None:
             break
         path = (*path, str(step))
-        field = current.model_fields.get(str(step))  # type: ignore[attr-defined]
-        current = field.annotation if field else None
     return path
 
 
 def _names_with_key(draft: Draft, section: str, key: str) -> list[str]:
-    types = draft.section_types[section]
+    types = draft.section_types.get(section)
     if not isinstance(types, Mapping):
         return []
     return [name for name, section_type in types.items() if key in section_type.model_fields]
 
 
-def _explain_value(draft: Draft, path: Path) -> None:
-    field = find_field(draft.chosen[path[0]], path[1:])
-    given = draft.value(path)
-    if field is None:
-        draft.refuse(path, f"expected a table: [{'.'.join(path)}] and its keys below it")
-        return
-    if not given:
-        draft.refuse(path, f"missing; expected {describe(field)}")
-        return
-    value, hint = given[0], ""
-    words = draft.overrides.get(path, [])
-    if len(words) > 1 and accepts(field, " ".join(words)):
-        hint = f", got {len(words)} words; quote what has blanks in it"
-    elif isinstance(value, str) and path not in draft.overrides:
-        reading = interpret(field, [value])
-        if not isinstance(reading, str) and accepts(field, reading):
-            hint = f"; write {toml_value(reading)}"
-    elif isinstance(value, float) and value.is_integer() and accepts(field, int(value)):
-        hint = f"; write {int(value)}"
-    elif not isinstance(value, (list, dict)) and accepts(field, [value]):
-        hint = f"; write {toml_value([value])}"
-    elif not isinstance(value, str) and accepts(field, str(value)):
-        hint = f"; write {toml_value(str(value))}"
-    draft.refuse(path, f"expected {describe(field)}" + (hint or _did_you_mean(value, choices(field))))
-
-
 def _did_you_mean(value: object, names: Iterable[str]) -> str:
     near = nearest(value, names) if isinstance(value, str) else None
     return f"; did you mean {toml_value(near)}?" if near else ""
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    )

@@ -1,4 +1,4 @@
-"""What a field of a section accepts: by test, and in words."""
+"""What a field of a section accepts: by test, from words of the command line, and in words."""
 
 import json
 import types
@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
+import tomli
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from switchtitan.config.section import Section
-from switchtitan.config.toml_text import toml_value
+from switchtitan.config.toml_text import NONE_TEXT, toml_value
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+KeyPath = tuple[str, ...]
+"""The way to a key, e.g. ("training", "steps"); an item of a list of tables is called by its index."""
+
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
 _BOUNDS = {
     annotated_types.Gt: ("gt", "> {}"),
     annotated_types.Ge: ("ge", ">= {}"),
@@ -25,21 +29,15 @@ _BOUNDS = {
 }
 
 
-def find_field(config_type: type[Section], path: Sequence[str]) -> FieldInfo | None:
-    """The field at a path of section names and a key, or None if there is none."""
-    section: object = config_type
-    field = None
-    for name in path:
-        if not is_section_type(section) or name not in section.model_fields:  # type: ignore[attr-defined]
-            return None
-        field = section.model_fields[name]  # type: ignore[attr-defined]
-        section = field.annotation
-    return field
-
-
 def is_section_type(annotation: object) -> bool:
     """Whether a field of this type is a table of its own."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def item_section_type(annotation: object) -> type[Section] | None:
+    """The class of the tables in a list of tables, None for a field of another type."""
+    items = get_args(annotation) if get_origin(annotation) in (tuple, list) else ()
+    return items[0] if items and is_section_type(items[0]) else None
 
 
 def dotted_keys(sections: Mapping[str, type[Section]]) -> list[str]:
@@ -65,8 +63,27 @@ def accepts(field: FieldInfo, value: object) -> bool:
     return True
 
 
+def interpret(key: FieldInfo | None, words: Sequence[str]) -> object:
+    """The value that the words of an override mean for a key of the given type.
+
+    A word is read as TOML (`8`, `true`, `["a", "b"]`), as a bare string, and as items between commas; the first reading that
+    the key accepts is taken. If it accepts none, the plainest one is returned, which validation then refuses.
+    """
+    if len(words) > 1:
+        readings: list[object] = [[_literal(word) for word in words], list(words)]
+    else:
+        word = words[0]
+        items = [item.strip() for item in word.strip("[]").split(",")]
+        readings = [_literal(word), word, [_literal(item) for item in items], items]
+    if key is None:
+        return readings[0]
+    if " ".join(words).lower() == NONE_TEXT and admits_none(key) and NONE_TEXT not in choices(key):
+        return None
+    return next((reading for reading in readings if accepts(key, reading)), readings[0])
+
+
 def choices(field: FieldInfo) -> list[str]:
-    """The texts among a field's allowed literal values."""
+    """The strings among a field's allowed literal values."""
     return [choice for choice in _literals(field.annotation) if isinstance(choice, str)]
 
 
@@ -76,7 +93,7 @@ def admits_none(field: FieldInfo) -> bool:
 
 
 def describe(field: FieldInfo) -> str:
-    """What the field accepts in words, e.g. `a whole number >= 1, or "none"`."""
+    """What the field accepts in words, e.g. `an integer >= 1, or "none"`."""
     return _describe(field.annotation, field.metadata)
 
 
@@ -101,6 +118,20 @@ def _describe(annotation: object, metadata: Sequence[object]) -> str:
     if is_section_type(annotation):
         return "a table"
     return _NAMES.get(annotation, str(annotation)) + bounds  # type: ignore[call-overload]
+
+
+def _literal(word: str) -> object:
+    """A word as TOML or Python would read it; itself where neither can."""
+    if word in ("True", "False"):
+        return word == "True"
+    try:
+        return tomli.loads(f"value = {word}")["value"] if "\n" not in word else word
+    except tomli.TOMLDecodeError:
+        pass
+    try:
+        return float(word)  # `.5` and `1.` are no TOML
+    except ValueError:
+        return word
 
 
 def _alternatives(annotation: object) -> list[object]:

@@ -1,72 +1,161 @@
-"""From a TOML file and command-line overrides to validated sections, every mistake reported at once."""
+"""From TOML files and command-line overrides to a validated configuration, every mistake reported at once."""
 
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import tomli
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from switchtitan.config.draft import Draft, SectionTypes
-from switchtitan.config.explain import explain, explain_name, explain_unknown_section
-from switchtitan.config.fields import admits_none, choices, dotted_keys, find_field, is_section_type
-from switchtitan.config.mistakes import Mistake, Source, nearest, raise_together
-from switchtitan.config.overrides import Arguments, interpret
+from switchtitan.config.command_line import Arguments
+from switchtitan.config.explain import (
+    TOGETHER,
+    Draft,
+    Mistake,
+    SectionTypes,
+    explain,
+    explain_unknown_section,
+    nearest,
+    raise_together,
+)
+from switchtitan.config.fields import (
+    KeyPath,
+    admits_none,
+    choices,
+    dotted_keys,
+    interpret,
+    is_section_type,
+)
 from switchtitan.config.section import Section
-from switchtitan.config.toml_text import NONE_TEXT
+from switchtitan.config.toml_text import NONE_TEXT, toml_value
 from switchtitan.errors import ConfigError
+from switchtitan.registry import Registry
+
+ConfigT = TypeVar("ConfigT", bound=Section)
 
 Check = Callable[..., list[str]]
-"""A test of how sections fit together; its parameters are called like the sections that it looks at."""
+"""A test of how sections fit together; its parameters are named after the sections that it looks at."""
 
 
-def load_sections(
-    arguments: Arguments, file: Path, section_types: SectionTypes, checks: Sequence[Check] = ()
-) -> dict[str, Section]:
-    """Reads, overrides and validates every section.
+def load_config(
+    arguments: Arguments,
+    file: Path | None,
+    config_type: type[ConfigT],
+    checks: Sequence[Check] = (),
+    overrides_heading: str | None = None,
+) -> ConfigT:
+    """Read, override and validate a configuration whose fields are all sections.
 
     Args:
-        arguments: the command line, taken apart.
-        file: the TOML file.
-        section_types: what each section is validated by.
-        checks: each runs when the sections that its parameters name are valid by themselves.
+        arguments: the command line, split.
+        file: the TOML file, if there is one.
+        checks: each runs when the sections that its parameters name are valid.
+        overrides_heading: where the overrides come from if no one typed them; messages show it.
 
     Raises:
         ConfigError: with all mistakes in one message.
     """
+    types = section_types(config_type)
+    given = TomlFile() if file is None else read_with_bases(file, types)
     draft = Draft(
-        read_toml(file), section_types, overrides=arguments.overrides, mistakes=list(arguments.mistakes)
+        config_type,
+        types,
+        given.table,
+        origins=given.origins,
+        file=str(file),
+        overrides=arguments.overrides,
+        overrides_heading=overrides_heading,
+        mistakes=list(arguments.mistakes),
     )
-    _choose_types(draft)
+    _choose_classes(draft)
     _apply_overrides(draft)
-    for section in draft.table.keys() - section_types.keys():
+    for section in draft.table.keys() - types.keys():
         explain_unknown_section(draft, section)
-    sections: dict[str, Section] = {}
-    for section, section_type in draft.chosen.items():
-        given = draft.table.get(section, {})
-        if not isinstance(given, dict):
-            draft.refuse((section,), f"expected a table: [{section}] and its keys below it")
-            continue
-        _read_none(given, section_type)
-        try:
-            sections[section] = section_type.model_validate_json(
-                json.dumps(given, default=_no_json), strict=True
-            )
-        except ValidationError as error:
-            explain(draft, section, error)
+    sections = {name: section for name in types for section in _validated(draft, name)}
     for check in checks:
-        wanted = [name for name in inspect.signature(check).parameters if name in section_types]
+        wanted = [name for name in inspect.signature(check).parameters if name in types]
         if all(name in sections for name in wanted):
             found = check(**{name: sections[name] for name in wanted})
-            draft.mistakes += [Mistake(text, Source.TOGETHER) for text in found]
-    raise_together(draft.mistakes, str(file))
-    return sections
+            draft.mistakes += [Mistake(TOGETHER, text) for text in found]
+    raise_together(draft.mistakes)
+    return config_type(**sections)
+
+
+def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
+    """Read and validate a file whose keys stand above all sections.
+
+    Raises:
+        ConfigError: with all mistakes in one message.
+    """
+    draft = Draft(config_type, {}, read_toml(file), file=str(file))
+    try:
+        return config_type.model_validate_json(_json(draft.table), strict=True)
+    except ValidationError as error:
+        explain(draft, error)
+    raise_together(draft.mistakes)
+    raise AssertionError("a validation error without a mistake")
+
+
+def section_types(config_type: type[Section]) -> SectionTypes:
+    """Every section's class or, if a registry's row is chosen by its key `name`, the classes by name."""
+    types: dict[str, Any] = {}
+    for name, section in config_type.model_fields.items():
+        registries = [entry for entry in section.metadata if isinstance(entry, Registry)]
+        types[name] = registries[0].config_types() if registries else section.annotation
+    return types
+
+
+@dataclass
+class TomlFile:
+    """What a TOML file says, merged with the files that it is based on."""
+
+    table: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    """The file in which each key and table stands; the last one where several do."""
+
+
+def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
+    """Read a TOML file and, if it has the key `base`, what it does not say from the file named there.
+
+    `base` is a path relative to the file in which it stands; a base may have a base. Tables are merged key by key. Where the
+    `name` of `[model]`, `[method]` or `[optimizer]` differs from the base's, none of the base's keys of that section are kept.
+
+    Raises:
+        ConfigError: if a file cannot be read, or is based on itself.
+    """
+    chain: dict[Path, tuple[Path, dict[str, Any]]] = {}
+    at: Path | None = file
+    while at is not None:
+        table = read_toml(at)
+        chain[at.resolve()] = (at, table)
+        base = table.pop("base", None)
+        if base is None:
+            break
+        place = f"{at}: base = {toml_value(base)}"
+        if not isinstance(base, str) or not base:
+            raise ConfigError(f"{place}: expected the path of a TOML file, relative to this one")
+        at = at.parent / base
+        if not at.is_file():
+            raise ConfigError(f"{place}: there is no such file{_neighbour_hint(at)}")
+        if at.resolve() in chain:
+            cycle = " -> ".join(str(path) for path, _ in chain.values())
+            raise ConfigError(f"{place}: a file cannot be based on itself: {cycle} -> {at}; remove this line")
+    merged = TomlFile()
+    for path, table in reversed(chain.values()):
+        for section in types:
+            if isinstance(types[section], Mapping) and _has_other_name(
+                table.get(section), merged.table.get(section)
+            ):
+                del merged.table[section]
+        _merge(merged, table, (), str(path))
+    return merged
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Reads a TOML file.
+    """Read a TOML file.
 
     Raises:
         ConfigError: if it is missing, cannot be read, or is no TOML.
@@ -82,40 +171,59 @@ def read_toml(file: Path) -> dict[str, Any]:
     except tomli.TOMLDecodeError as error:
         raise ConfigError(
             f"{file}: not valid TOML: {error}\n"
-            "A text stands in quotes, a list in [brackets], and a key once under its [section]."
+            "A string stands in quotes, a list in [brackets], and a key once under its [section]."
         ) from error
 
 
-def _choose_types(draft: Draft) -> None:
-    """Finds each section's class, by its `name` where it has several."""
+def _has_other_name(above: object, below: object) -> bool:
+    if not isinstance(above, dict) or not isinstance(below, dict):
+        return False
+    return "name" in above and above["name"] != below.get("name", above["name"])
+
+
+def _merge(into: TomlFile, table: Mapping[str, Any], path: KeyPath, file: str) -> None:
+    """Put the keys of `table`, which stands at `path` in `file`, over those of `into`."""
+    target = into.table
+    for name in path:
+        target = target[name]
+    for key, value in table.items():
+        place = (*path, key)
+        into.origins[place] = file
+        if isinstance(value, dict):
+            if not isinstance(target.get(key), dict):
+                target[key] = {}
+            _merge(into, value, place, file)
+        else:
+            target[key] = value
+
+
+def _choose_classes(draft: Draft) -> None:
+    """Find each section's class, by its `name` where it has several. A wrong name is left for the validation."""
     for section, types in draft.section_types.items():
         if not isinstance(types, Mapping):
             draft.chosen[section] = types
             continue
-        words = draft.overrides.get((section, "name"))
-        if words is not None and isinstance(draft.table.setdefault(section, {}), dict):
-            draft.table[section]["name"] = words[0]
+        override = draft.overrides.get((section, "name"))
+        if override is not None and isinstance(draft.table.setdefault(section, {}), dict):
+            draft.table[section]["name"] = override.words[0]
         name = draft.value((section, "name"))
         if name and isinstance(name[0], str) and name[0] in types:
             draft.chosen[section] = types[name[0]]
-        else:
-            explain_name(draft, section, types)
 
 
 def _apply_overrides(draft: Draft) -> None:
-    """Puts the command line's values over the file's; keys that exist nowhere are left for the validation."""
-    for path, words in draft.overrides.items():
+    """Put the command line's values over the files'; unknown keys are left for the validation."""
+    for path, override in draft.overrides.items():
         if len(path) == 1:
             _refuse_undotted(draft, path[0])
             continue
-        section = draft.chosen.get(path[0])
         target = draft.table
         for name in path[:-1]:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
                 break  # the file's mistake, which the validation reports
         else:
-            target[path[-1]] = interpret(find_field(section, path[1:]) if section else None, words)
+            target[path[-1]] = interpret(draft.field_at(path), override.words)
 
 
 def _refuse_undotted(draft: Draft, option: str) -> None:
@@ -127,21 +235,41 @@ def _refuse_undotted(draft: Draft, option: str) -> None:
     draft.refuse((option,), f"unknown option; expected --section.key value{hint}")
 
 
+def _validated(draft: Draft, name: str) -> list[Section]:
+    """The section `name`, or an empty list after noting its mistakes."""
+    given = draft.table.get(name, {})
+    if not isinstance(given, dict):
+        draft.refuse((name,), f"expected a table: [{name}] and its keys below it")
+        return []
+    if name in draft.chosen:
+        _read_none(given, draft.chosen[name])
+    section = draft.config_type.model_fields[name]
+    annotation: Any = section.annotation
+    for entry in section.metadata:
+        annotation = Annotated[annotation, entry]
+    try:
+        # Built now, so that a union holds the rows that its registry has by now.
+        return [TypeAdapter(annotation).validate_json(_json(given), strict=True)]
+    except ValidationError as error:
+        explain(draft, error, (name,))
+        return []
+
+
 def _read_none(given: dict[str, Any], section_type: type[Section]) -> None:
-    """Replaces the text that stands for None, where a key may be None."""
+    """Replace the string that stands for None, where a key may be None."""
     for key, value in given.items():
-        field = section_type.model_fields.get(key)
-        if field is None:
+        key_field = section_type.model_fields.get(key)
+        if key_field is None:
             continue
-        if isinstance(value, dict) and is_section_type(field.annotation):
-            _read_none(value, field.annotation)  # type: ignore[arg-type]
-        elif value == NONE_TEXT and admits_none(field) and NONE_TEXT not in choices(field):
+        if isinstance(value, dict) and is_section_type(key_field.annotation):
+            _read_none(value, key_field.annotation)  # type: ignore[arg-type]
+        elif value == NONE_TEXT and admits_none(key_field) and NONE_TEXT not in choices(key_field):
             given[key] = None
 
 
-def _no_json(value: object) -> dict[str, str]:
-    """A TOML date or time, which no key takes, as something that no key takes either."""
-    return {"date or time": str(value)}
+def _json(table: Mapping[str, Any]) -> str:
+    # A TOML date or time, which no key takes, becomes something that no key takes either.
+    return json.dumps(table, default=lambda value: {"date or time": str(value)})
 
 
 def _neighbour_hint(file: Path) -> str:

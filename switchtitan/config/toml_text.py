@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from switchtitan.config.section import Section
 
 NONE_TEXT = "none"
-"""TOML has no null: this text stands for None, in files and on the command line, where a key may be None."""
+"""TOML has no null: this string stands for None, in files and on the command line, where a key may be None."""
 
 
 def resolved_toml(config: Section) -> str:
@@ -37,6 +37,17 @@ def toml_value(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
     return str(value)
+
+
+def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """A nested table's values by dotted key, e.g. `training.steps`; tuples become lists."""
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def _table_lines(config: Section, path: tuple[str, ...]) -> list[str]:

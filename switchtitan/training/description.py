@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import switchtitan
-from switchtitan.config.toml_text import resolved_toml, toml_value
+from switchtitan.config.toml_text import flatten, resolved_toml, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
@@ -88,7 +88,7 @@ def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
 
     Names and folders are left out, and keys that only one of the two has.
     """
-    before, now = (_dotted(tomli.loads(text)) for text in (saved_toml, resolved_toml(config)))
+    before, now = (flatten(tomli.loads(text)) for text in (saved_toml, resolved_toml(config)))
     return [
         f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
         for key in now
@@ -96,13 +96,6 @@ def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
         and before[key] != now[key]
         and key not in ("job.name", "job.output_dir", "data.cache_dir")
     ]
-
-
-def _dotted(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    keys: dict[str, object] = {}
-    for key, value in table.items():
-        keys |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return keys
 
 
 def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:

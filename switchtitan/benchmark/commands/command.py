@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 
 Overrides = dict[str, list[str]]
 """`--section.key value ...` of the command line: dotted key -> words of its value."""

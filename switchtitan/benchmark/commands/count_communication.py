@@ -8,7 +8,7 @@ from switchtitan.benchmark.commands.command import Command, Measurement, Overrid
 from switchtitan.benchmark.estimate import communication_of_a_step
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import communication_record, communication_table
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from switchtitan.benchmark.timing import in_order_of_round
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.load import CheckpointTensors
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import world_for_a_while
 from switchtitan.training.stepper import Stepper

@@ -11,7 +11,7 @@ from switchtitan.benchmark.commands.command import Command, Measurement, Overrid
 from switchtitan.benchmark.side_by_side import time_steps_side_by_side
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import aligned
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 from switchtitan.data import build_train_batches, open_corpus
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.console import format_count

@@ -14,7 +14,7 @@ from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.step_times import ratio_of_rounds
 from switchtitan.benchmark.tables import aligned, call_record, milliseconds, ratio_cells
 from switchtitan.benchmark.timing import WARM_UP_CALLS, time_calls_in_turns
-from switchtitan.config.arguments import positive_int
+from switchtitan.config.command_line import positive_int
 from switchtitan.distributed.world import device_type
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
 

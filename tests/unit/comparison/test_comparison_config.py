@@ -63,7 +63,7 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
         ("[1e-2, 2e-2, 4e-2]", "[4e-2, 2e-2, 1e-2]", "expected at least three, above 0 and rising"),
         ('baseline = "dense"', 'baseline = "dens"', "baseline = 'dens': expected one of dense, thin"),
         ('name = "thin"', 'name = "dense"', "two are called 'dense'"),
-        ('name = "thin"', 'name = "th/in"', r"rows\.1\.name = \"th/in\": String should match"),
+        ('name = "thin"', 'name = "th/in"', r"\[\[rows\]\] number 2, name = \"th/in\": expected letters"),
         ('learning_rate_of = "thin"', "", "give either learning_rates or learning_rate_of"),
         ('learning_rate_of = "thin"', 'learning_rate_of = "thin-balanced"', "expected one of dense, thin$"),
         ('rows = ["thin-balanced"]', 'rows = ["fat"]', r"gaps\.rows = 'fat': expected one of dense, thin"),

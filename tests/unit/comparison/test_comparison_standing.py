@@ -281,7 +281,7 @@ def test_bytes_are_counted_in_as_few_micro_batches_as_fit(tmp_path):
 def test_a_wrong_key_of_a_row_is_told_as_the_rows(tmp_path):
     grid = GRID.replace("rank = 4 }}", "rnk = 4 }}", 1)
     with pytest.raises(
-        ConfigError, match=r"(?s)row thin: .*in what the row sets:.*method.rnk 4: unknown key"
+        ConfigError, match=r"(?s)in what row thin sets:.*\[method\] rnk = 4: unknown key"
     ) as error:
         check_plan(declare(tmp_path, grid=grid))
     assert "command line" not in str(error.value)

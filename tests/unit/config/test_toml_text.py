@@ -8,10 +8,10 @@ import tomli
 from pydantic import model_validator
 from typing_extensions import Self
 
-from switchtitan.config.load import load_sections
-from switchtitan.config.overrides import split_arguments
+from switchtitan.config.command_line import split_arguments
+from switchtitan.config.load import load_config
 from switchtitan.config.section import Section
-from switchtitan.config.toml_text import resolved_toml, toml_value
+from switchtitan.config.toml_text import flatten, resolved_toml, toml_value
 
 
 class Inner(Section):
@@ -72,5 +72,9 @@ def test_nan_reads_back() -> None:
 def test_a_resolved_configuration_reads_back_equal(whole: Whole, tmp_path: Path) -> None:
     file = tmp_path / "resolved.toml"
     file.write_text(resolved_toml(whole))
-    sections = load_sections(split_arguments([]), file, {"part": Part, "picky": Picky})
-    assert Whole(**sections) == whole
+    assert load_config(split_arguments([]), file, Whole) == whole
+
+
+def test_flatten_names_values_by_dotted_keys() -> None:
+    table = {"a": {"b": {"c": 1}, "d": (2, 3)}, "e": "x"}
+    assert flatten(table) == {"a.b.c": 1, "a.d": [2, 3], "e": "x"}

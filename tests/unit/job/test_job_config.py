@@ -4,12 +4,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
+from pydantic import Field
 
 from switchtitan.config.shipped import QUICKSTART
 from switchtitan.config.toml_text import resolved_toml
+from switchtitan.contracts import MethodConfig, ModelConfig
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import check_frozen_weights, missing_toolchain
@@ -17,6 +19,8 @@ from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import LoraConfig
+from switchtitan.models import MODELS
+from switchtitan.registry import Component
 
 TRAIN_CONFIGS = sorted(QUICKSTART.parent.glob("*.toml"))
 LADDER = ("60m", "130m", "350m", "1b")
@@ -181,7 +185,7 @@ def test_mistakes_of_all_kinds_come_together(parse: Callable[..., JobConfig]) ->
             "1",
         )
     message = str(caught.value)
-    assert message.startswith("4 mistakes")
+    assert message.startswith("invalid configuration (4 errors)")
     for part in (
         "--optimizer.lr fast: expected a number > 0",
         "--model.sise 9m: unknown key; did you mean size?",
@@ -243,6 +247,8 @@ def test_help_shows_every_key_in_80_columns(
         for key in type(getattr(config, section)).model_fields:
             assert f"--{section}.{key} " in text
     assert "(default: 16)" in text
+    assert 'One of "apollo", "full_rank",' in text
+    assert "An integer >= 1. Number of vectors in each factor" in text
 
 
 def test_every_key_has_a_sentence(parse: Callable[..., JobConfig]) -> None:
@@ -262,7 +268,7 @@ def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "error: a mistake in the configuration",
+        "error: invalid configuration (1 error)",
         "on the command line:",
         "  --training.step 3: unknown key; did you mean steps?",
     ]
@@ -279,3 +285,41 @@ def test_a_method_that_says_that_it_freezes_no_weights_is_believed():
     (problem,) = check_frozen_weights(Thawed(rank=2), *sections)
     assert "has no effect" in problem
     assert check_frozen_weights(LoraConfig(rank=2), *sections) == []
+
+
+class ToyMethodConfig(MethodConfig):
+    name: Literal["toy"] = "toy"
+    strength: float = Field(default=1.0, gt=0)
+
+    def check_length(self, num_steps: int) -> list[str]:
+        return [] if num_steps > 10 else [f"[method] strength: {num_steps} steps are too few"]
+
+
+class ToyModelConfig(ModelConfig):
+    name: Literal["toy"] = "toy"
+    width: int = 3
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        return {"only": (self.width, self.width)}
+
+
+def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(tmp_path: Path) -> None:
+    file = tmp_path / "toy.toml"
+    file.write_text(
+        '[job]\nname = "toy"\noutput_dir = "out"\n[model]\nname = "toy"\nvocab_size = 5000\n[method]\nname = "toy"\n'
+        'strength = 0.5\n[optimizer]\nname = "adamw"\nlr = 0.1\n[training]\nsteps = 40\nglobal_batch_size = 2\n'
+        "local_batch_size = 2\n"
+    )
+    with (
+        METHODS.registered("toy", Component(ToyMethodConfig, object)),
+        MODELS.registered("toy", Component(ToyModelConfig, object)),
+    ):
+        config = parse_arguments(["--config", str(file)], 1)
+        assert config.method == ToyMethodConfig(strength=0.5)
+        assert config.model == ToyModelConfig(vocab_size=5000)
+        (tmp_path / "resolved.toml").write_text(resolved_toml(config))
+        assert parse_arguments(["--config", str(tmp_path / "resolved.toml")], 1) == config
+        with pytest.raises(ConfigError, match="7 steps are too few"):
+            parse_arguments(["--config", str(file), "--training.steps", "7"], 1)
+    with pytest.raises(ConfigError, match=r'\[method\] name = "toy": expected one of "apollo"'):
+        parse_arguments(["--config", str(file)], 1)

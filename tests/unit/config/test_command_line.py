@@ -6,7 +6,8 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from switchtitan.config.overrides import interpret, split_arguments
+from switchtitan.config.command_line import split_arguments
+from switchtitan.config.fields import interpret
 from switchtitan.config.section import Section
 
 
@@ -75,18 +76,19 @@ def test_arguments_are_taken_apart() -> None:
     )
     assert arguments.config_file == "my file.toml"
     assert arguments.wants_help
-    assert arguments.overrides == {("a", "x"): ["-1"], ("a", "y"): ["--odd"], ("b", "local_key"): ["1", "2"]}
+    words = {path: override.words for path, override in arguments.overrides.items()}
+    assert words == {("a", "x"): ["-1"], ("a", "y"): ["--odd"], ("b", "local_key"): ["1", "2"]}
     assert arguments.mistakes == []
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--a.x"], "--a.x: expected a value: --a.x VALUE"),
-        (["--config"], "--config: expected a value: --config FILE"),
+        (["--a.x"], "--a.x: expected a value; write --a.x VALUE"),
+        (["--config"], "--config: expected a value; write --config FILE"),
         (["--hlep"], "--hlep: unknown option; did you mean --help?"),
         (["--confg", "a.toml"], "--confg: unknown option; did you mean --config?"),
-        (["--steps"], "--steps: expected a value: --steps VALUE"),
+        (["--steps"], "--steps: expected a value; write --steps VALUE"),
         (["--config", "a", "b"], "--config a b: expected one file, given once"),
         (["--config=a", "--config=b"], "--config b: expected one file, given once"),
         (["--a.x", "1", "--a.x=2"], "--a.x 2: given twice; keep one"),
@@ -96,3 +98,13 @@ def test_arguments_are_taken_apart() -> None:
 )
 def test_malformed_arguments_are_noted(argv: list[str], expected: str) -> None:
     assert [mistake.text for mistake in split_arguments(argv).mistakes] == [expected]
+
+
+def test_a_section_may_be_left_out_where_it_is_the_only_one() -> None:
+    arguments = split_arguments(["--path", "a", "--data.seq-len", "8"], section="data")
+    assert {path: str(given) for path, given in arguments.overrides.items()} == {
+        ("data", "path"): "--path a",
+        ("data", "seq_len"): "--data.seq-len 8",
+    }
+    twice = split_arguments(["--path", "a", "--data.path", "b"], section="data")
+    assert [mistake.text for mistake in twice.mistakes] == ["--data.path b: given twice; keep one"]
