@@ -1,4 +1,5 @@
-"""The composition root: from a configuration to a `Trainer`, or to a `Stepper` alone, one short function for each part."""
+"""The composition root: from a configuration to a `Trainer`, or to a `Stepper` alone, one short
+function for each part."""
 
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -77,7 +78,8 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     """Everything that a run needs, its state restored if it resumes from a checkpoint.
 
     Raises:
-        UserError: before anything is written, if configuration, corpus and checkpoints do not fit together.
+        UserError: before anything is written, if configuration, corpus and checkpoints do not fit
+            together.
     """
     configure_logging(is_main=world.is_main, rank=world.rank)
     check_output_dir(config.job.output_dir)
@@ -133,11 +135,13 @@ def build_stepper(
     initial_weights: Mapping[str, Tensor] | None = None,
     on_part: OnPart = ignore_part,
 ) -> Stepper:
-    """What takes the steps of a run, and nothing that evaluates, saves or reports; also under a `FakeTensorMode`.
+    """What takes the steps of a run, and nothing that evaluates, saves or reports; also under a
+    `FakeTensorMode`.
 
     Args:
         batches: see `build_batches`.
-        state: of the run; by default a new run's. Restoring model and optimizer is left to the caller.
+        state: of the run; by default a new run's. Restoring model and optimizer is left to the
+            caller.
         loss: by default the configuration's.
         initial_weights: the plain model's weights by name; by default they are drawn.
     """
@@ -192,7 +196,8 @@ def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[Tra
 
 
 def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
-    """The state of a new run, which remembers where its weights come from, and the weights; None if they are drawn.
+    """The state of a new run, which remembers where its weights come from, and the weights; None if
+    they are drawn.
 
     Raises:
         CheckpointError: if they cannot be read, or are another model's.
@@ -223,7 +228,8 @@ def prepare_model(
     world: World,
     initial_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """From a plain model on the meta device to a sharded one on this rank's device, with its initial values."""
+    """From a plain model on the meta device to a sharded one on this rank's device, with its
+    initial values."""
     method.prepare_model(model)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.activation_checkpoint.offload:
@@ -252,7 +258,8 @@ def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: 
 def build_batches(
     config: JobConfig, corpus: Corpus, world: World, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """This rank's training batches, from where `state` stands; `close` ends the processes that read them."""
+    """This rank's training batches, from where `state` stands; `close` ends the processes that read
+    them."""
     return build_train_batches(
         corpus.split("train", config.data.seq_len),
         seed=config.job.seed,

@@ -1,2 +1,2 @@
-"""What a training step costs: times of several configurations side by side, and, without the hardware, bytes sent between
-ranks, memory and arithmetic."""
+"""What a training step costs: times of several configurations side by side, and, without the
+hardware, bytes sent between ranks, memory and arithmetic."""

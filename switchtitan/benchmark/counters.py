@@ -11,10 +11,11 @@ from switchtitan.distributed.counting_mode import CountingMode
 
 
 class CountOperations(CountingMode):
-    """A context that counts torch's operations on this rank's tensors, but for views and bare allocations, which run nothing.
+    """A context that counts torch's operations on this rank's tensors, but for views and bare
+    allocations, which run nothing.
 
-    An operation on a list of tensors counts once, though a device may take several kernels for it: CUDA takes one for every
-    entry if they are not contiguous. So this is no count of kernels.
+    An operation on a list of tensors counts once, though a device may take several kernels for it:
+    CUDA takes one for every entry if they are not contiguous. So this is no count of kernels.
     """
 
     def __init__(self) -> None:
@@ -26,11 +27,13 @@ class CountOperations(CountingMode):
 
 
 class CountFlops(CountingMode):
-    """A context that counts this rank's floating-point operations, those of backward passes included.
+    """A context that counts this rank's floating-point operations, those of backward passes
+    included.
 
-    A product of [m, k] and [k, n] is 2 m k n. Attention counts as in PaLM (arXiv 2204.02311, appendix B): two products forward
-    and four backward, all scores of a causal mask, and nothing for what a fused kernel computes twice. Activations that are
-    checkpointed do count twice. Element-wise operations, look-ups, and decompositions of matrices count nothing.
+    A product of [m, k] and [k, n] is 2 m k n. Attention counts as in PaLM (arXiv 2204.02311,
+    appendix B): two products forward and four backward, all scores of a causal mask, and nothing
+    for what a fused kernel computes twice. Activations that are checkpointed do count twice.
+    Element-wise operations, look-ups, and decompositions of matrices count nothing.
 
     Attributes:
         num_flops: of all that has happened inside so far.

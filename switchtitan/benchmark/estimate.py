@@ -1,4 +1,5 @@
-"""What a training step needs on any number of ranks, found without them: memory, communication, arithmetic."""
+"""What a training step needs on any number of ranks, found without them: memory, communication,
+arithmetic."""
 
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ class StepEstimate:
 
 
 def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
-    """Runs the second step on tensors without values, see `fake_stepper`; the figures rest on `ASSUMPTIONS`.
+    """Runs the second step on tensors without values, see `fake_stepper`; the figures rest on
+    `ASSUMPTIONS`.
 
     The optimizer's state may be made in the first step.
 
@@ -52,13 +54,15 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
 
 
 def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) -> CommunicationCounts:
-    """Counts what one rank of `num_ranks` sends in a training step; see `CountCommunication` for what a byte is.
+    """Counts what one rank of `num_ranks` sends in a training step; see `CountCommunication` for
+    what a byte is.
 
     The step is that of training, uncompiled; see `fake_stepper` for what it does not take.
 
     Args:
-        step: which step of the run, from 1; those before it are run too. By default not the first, in which a method may have
-            work to do that does not come again. Of work that grows rarer during a run, an early step's is the upper end.
+        step: which step of the run, from 1; those before it are run too. By default not the first,
+            in which a method may have work to do that does not come again. Of work that grows rarer
+            during a run, an early step's is the upper end.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.

@@ -22,18 +22,19 @@ from switchtitan.distributed.shards import local
 from switchtitan.training.stepper import Stepper
 
 TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "buffers", "optimizer", "host"
-GRADIENTS, WHOLE_GRADIENTS = "gradients", "whole gradients"
+GRADIENTS, UNREDUCED_GRADIENTS = "gradients", "unreduced gradients"
 GATHERED, ACTIVATIONS, TEMPORARY = "gathered", "activations", "temporary"
 KINDS = {
-    TRAINED: "shards of the weights that train",
-    FROZEN: "frozen weights: shards, or whole where every rank keeps them so",
+    TRAINED: "local shards of parameters that train",
+    FROZEN: "frozen parameters: local shards, or full ones if every rank keeps them",
     BUFFERS: "buffers of the model: tensors that are no parameters",
     OPTIMIZER: "the optimizer's state",
-    GRADIENTS: "reduced gradients of this rank's shards",
-    WHOLE_GRADIENTS: "gradients of whole weights, before they are reduced; with several micro-batches those of all weights",
-    GATHERED: "whole weights in the compute type",
+    GRADIENTS: "reduced gradients of the local shards",
+    UNREDUCED_GRADIENTS: "full gradients before they are reduced; with several micro-batches of all weights",
+    GATHERED: "full weights in the compute dtype",
     ACTIVATIONS: "what a forward pass leaves behind for its backward pass",
-    TEMPORARY: "the rest: what operations and collectives need for a while, but in forward passes up to the loss",
+    TEMPORARY: "the rest: what operations and collectives need for a while, but not in forward passes "
+    "up to the loss",
     HOST: "what waits in host memory: buffers, block inputs; in no sum",
 }
 """What memory may hold -> what that is."""
@@ -64,11 +65,12 @@ class MemoryUse:
 
 
 class TrackMemory(CountingMode):
-    """A context that follows the tensors of a step, with or without values, from allocation to release.
+    """A context that follows the tensors of a step, with or without values, from allocation to
+    release.
 
-    Counted are the bytes that tensors ask for. What allocators round up or hold back is not, nor are workspaces of kernels,
-    buffers of communication libraries, batches, and this program itself. Begin between two steps, with the optimizer's state
-    in place.
+    Counted are the bytes that tensors ask for. What allocators round up or hold back is not, nor
+    are workspaces of kernels, buffers of communication libraries, batches, and this program itself.
+    Begin between two steps, with the optimizer's state in place.
     """
 
     def __init__(self, stepper: Stepper) -> None:
@@ -122,7 +124,8 @@ class TrackMemory(CountingMode):
         self._measure()
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
-        """Counts a tensor's storage as `kind`, unless it has been found to be another kind before."""
+        """Counts a tensor's storage as `kind`, unless it has been found to be another kind
+        before."""
         storage = local(tensor).untyped_storage()
         key = id(storage)
         held = self._held.get(key)
@@ -180,22 +183,24 @@ class TrackMemory(CountingMode):
         self._hold_on_host()
         if module is self._stepper.model:
             # Nothing but gradients outlasts a micro-batch.
-            self._move_rest(_BATCH if self._is_before_first_batch else WHOLE_GRADIENTS)
+            self._move_rest(_BATCH if self._is_before_first_batch else UNREDUCED_GRADIENTS)
             self._is_before_first_batch, self._is_forward = False, True
             self._ignore_batch(*(arg for arg in args if isinstance(arg, Tensor)))
         self._hold_gathered(module)
 
     def _hold_gathered(self, module: nn.Module) -> None:
-        """Counts what the module's own parameters are now, if they are whole."""
+        """Counts the module's own parameters, if they are gathered now."""
         for parameter in module.parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 continue
             self._hold(parameter, GATHERED)
-            # FSDP keeps the same whole parameters throughout and only resizes them.
+            # FSDP keeps the same full parameters and only resizes them.
             if parameter.requires_grad and id(parameter) not in self._with_hook:
                 self._with_hook.add(id(parameter))
                 self._remove_at_exit(
-                    parameter.register_post_accumulate_grad_hook(partial(self._hold_grad, WHOLE_GRADIENTS))
+                    parameter.register_post_accumulate_grad_hook(
+                        partial(self._hold_grad, UNREDUCED_GRADIENTS)
+                    )
                 )
 
     def _loss(
@@ -245,7 +250,8 @@ class _Held:
 
 
 def _tensors_within(part: object) -> Iterator[Tensor]:
-    """The tensors that an object of ours holds, or objects that it holds, modules left out.
+    """The tensors that an object of ours, or an optimizer of torch's, holds, also in objects that
+    it holds, but for modules.
 
     `state_dict` will not do: it may look at values, and some of what it gives is made for it.
     """
@@ -257,6 +263,8 @@ def _tensors_within(part: object) -> Iterator[Tensor]:
         children = part.values()
     elif isinstance(part, list | tuple | set):
         children = part
+    elif isinstance(part, torch.optim.Optimizer):
+        children = (part.state, part.param_groups)
     elif type(part).__module__.startswith(f"{switchtitan.__name__}.") and not isinstance(part, nn.Module):
         children = vars(part).values()
     for child in children:

@@ -8,9 +8,11 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that the device's allocator has handed out at a time since `call` began; what it returns is dropped.
+    """The most bytes that the device's allocator has handed out at a time since `call` began; what
+    it returns is dropped.
 
-    What allocators round up or hold back does not count on the CPU, nor do workspaces of libraries there.
+    What allocators round up or hold back does not count on the CPU, nor do workspaces of libraries
+    there.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

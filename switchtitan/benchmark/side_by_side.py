@@ -19,22 +19,23 @@ from switchtitan.training.stepper import Stepper
 WARM_UP_STEPS = 3
 """Steps of each configuration before the timed ones: they compile, allocate, and fill caches."""
 _RECOMPILE_LIMIT = 256
-"""Graphs that torch.compile may keep for one function; the default, 8, is meant for one model, and here several share their
-functions."""
+"""Graphs that torch.compile may keep for one function; the default, 8, is meant for one model, and
+here several share their functions."""
 
 Update = Callable[[TrainingOptimizer, Callable[[], None]], None]
-"""What updates the weights with an optimizer, and calls the function that it is given at each mark, equally often in every
-step."""
+"""What updates the weights with an optimizer, and calls the function that it is given at each mark,
+equally often in every step."""
 
 
 def time_steps_side_by_side(
     configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
 ) -> dict[str, StepTimes]:
-    """Times training steps of several configurations: in each round, `steps_per_round` steps of each in turn.
+    """Times training steps of several configurations: in each round, `steps_per_round` steps of
+    each in turn.
 
-    Every second round goes through them in reverse, since what runs first may be slower or faster for being first. All models
-    are in memory at once. The data are the configurations' own; nothing is evaluated, saved or reported. Every rank of a run
-    on several ranks calls it alike.
+    Every second round goes through them in reverse, since what runs first may be slower or faster
+    for being first. All models are in memory at once. The data are the configurations' own; nothing
+    is evaluated, saved or reported. Every rank of a run on several ranks calls it alike.
 
     Args:
         configs: by a name of the caller's choice.
@@ -45,7 +46,8 @@ def time_steps_side_by_side(
     Raises:
         ConfigError: if a configuration's run is shorter than what is to be timed.
         UserError: if a stepper cannot be built, or skips an update.
-        torch._dynamo.exc.RecompileError: if a timed step had to compile, so that its time would say nothing.
+        torch._dynamo.exc.RecompileError: if a timed step had to compile, so that its time would say
+            nothing.
     """
     sides = {name: (config, _update) for name, config in configs.items()}
     parts = mark_steps_side_by_side(sides, rounds, steps_per_round)
@@ -70,8 +72,8 @@ def mark_steps_side_by_side(
         sides: a configuration, and what updates its weights with marks.
 
     Returns:
-        Seconds of each stretch by the same names, [rounds, steps, stretches]: from a step's beginning to its first mark, and so
-        on to its end.
+        Seconds of each stretch by the same names, [rounds, steps, stretches]: from a step's
+        beginning to its first mark, and so on to its end.
     """
     assert rounds >= 1
     assert steps_per_round >= 1
@@ -124,9 +126,11 @@ class Bench:
 
 def _time(benches: Mapping[str, Bench], rounds: int, steps_per_round: int) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in benches}
-    # As in training, nothing is collected in the middle of a step; here it is between turns, which is not timed.
+    # As in training, nothing is collected in the middle of a step; here it is between turns, which
+    # is not timed.
     with GarbageCollection() as garbage:
-        # In turns too: what one configuration compiles may make torch look for the graphs of another one again.
+        # In turns too: what one configuration compiles may make torch look for the graphs of
+        # another one again.
         for _ in range(WARM_UP_STEPS):
             for bench in benches.values():
                 bench.run(1)

@@ -23,7 +23,8 @@ class Side:
 
 
 def read_side(text: str) -> Side:
-    """Takes apart `FILE` or `FILE:section.key=value,section.key=value`. A comma within a value stays in it."""
+    """Takes apart `FILE` or `FILE:section.key=value,section.key=value`. A comma within a value
+    stays in it."""
     match = _SIDE.fullmatch(text)
     assert match is not None, "an empty text is no file"
     pairs = [pair.partition("=") for pair in _BETWEEN_OVERRIDES.split(match["overrides"] or "") if pair]
@@ -31,10 +32,12 @@ def read_side(text: str) -> Side:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Separates `--section.key value ...` and `--section.key=value` from the words that belong to a program itself.
+    """Separates `--section.key value ...` and `--section.key=value` from the words that belong to a
+    program itself.
 
     Returns:
-        The other words in order, and dotted key -> words of its value, which end at the next option.
+        The other words in order, and dotted key -> words of its value, which end at the next
+        option.
 
     Raises:
         ConfigError: if a key is given twice.
@@ -65,7 +68,8 @@ def load_sides(
     """The configurations of all sides, by what was given for them.
 
     Args:
-        texts: each `FILE[:section.key=value,...]`. The same one twice gets a number: both should measure the same.
+        texts: each `FILE[:section.key=value,...]`. The same one twice gets a number: both should
+            measure the same.
         overrides: for all sides, dotted key -> words of its value; a side's own go over them.
         num_ranks: that the configurations must fit; by default those that the launcher started.
 

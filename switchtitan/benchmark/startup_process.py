@@ -1,8 +1,10 @@
-"""A process that starts a run up to its second step and says how long each part took; started by `benchmark.py startup`.
+"""A process that starts a run up to its second step and says how long each part took; started by
+`switchtitan benchmark startup`.
 
-    python -m switchtitan.benchmark.startup_process STARTED_AT --config FILE [--section.key value ...]
+    python -m switchtitan.benchmark.startup_process STARTED_AT [--config FILE] [--KEY VALUE ...]
 
-STARTED_AT is the system's monotonic clock when the process was asked for. Prints one line of JSON: seconds by part.
+STARTED_AT is the system's monotonic clock when the process was asked for. Prints one line of JSON:
+seconds by part.
 """
 
 import json
@@ -51,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _without_output(config: JobConfig, folder: Path) -> JobConfig:
-    """The same run from scratch, with its files in `folder`, without TensorBoard, progress bar and trace."""
+    """The same run from scratch, with its files in `folder`, without TensorBoard, progress bar and
+    trace."""
     checkpoint = {"resume": RESUME_NEVER, "initial_weights": None}
     return config.model_copy(
         update={

@@ -10,10 +10,11 @@ _NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class StepTimes:
-    """How long the training steps of one configuration took on this rank, in seconds; all arrays [rounds, steps]."""
+    """How long the training steps of one configuration took on this rank, in seconds; all arrays
+    [rounds, steps]."""
 
     step_s: NDArray[np.float64]
-    """Whole steps, fetching the batch included."""
+    """Steps, reading the batch included."""
     forward_backward_s: NDArray[np.float64]
     """From the beginning of the step to its update: batch, forward, backward and clipping."""
     optimizer_s: NDArray[np.float64]
@@ -49,21 +50,23 @@ class Ratio:
 
 
 def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
-    """`ratio_of_rounds` of whole steps."""
+    """`ratio_of_rounds` of training steps."""
     return ratio_of_rounds(times.step_s, reference.step_s)
 
 
 def ratio_of_rounds(times_s: NDArray[np.float64], reference_s: NDArray[np.float64]) -> Ratio:
-    """The median over rounds of (median of `times_s`) / (median of `reference_s`) in the same round; [rounds, times] each.
+    """The median over rounds of (median of `times_s`) / (median of `reference_s`) in the same
+    round; [rounds, times] each.
 
-    Rounds are compared pairwise, so that what slows the machine down for longer than a round slows both alike. The interval is
-    the percentile bootstrap over rounds (Efron 1979), from 2000 resamples by a fixed seed; with few rounds it is rough.
+    Rounds are compared pairwise, so that what slows the machine down for longer than a round slows
+    both alike. The interval is the percentile bootstrap over rounds (Efron 1979), from 2000
+    resamples by a fixed seed; with few rounds it is rough.
 
     Raises:
         ValueError: if the two were not timed in the same number of rounds.
     """
     if len(times_s) != len(reference_s):
-        raise ValueError(f"{len(times_s)} rounds beside {len(reference_s)}: not timed side by side")
+        raise ValueError(f"{len(times_s)} rounds and {len(reference_s)} rounds: not timed side by side")
     ratios = np.median(times_s, axis=1) / np.median(reference_s, axis=1)
     draws = np.random.default_rng(0).integers(len(ratios), size=(_NUM_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])

@@ -1,4 +1,5 @@
-"""Steppers to measure: on real ranks and data, or on tensors without values for any number of ranks."""
+"""Steppers to measure: on real ranks and data, or on tensors without values for any number of
+ranks."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -34,10 +35,11 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 @contextmanager
 def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
-    """The stepper of the first of `num_ranks` ranks, uncompiled, on the CPU, good for steps inside the context.
+    """The stepper of the first of `num_ranks` ranks, uncompiled, on the CPU, good for steps inside
+    the context.
 
-    Its tensors have shapes but no values, and the collectives of its process group do nothing: it takes no ranks, no memory
-    for the model and no corpus.
+    Its tensors have shapes but no values, and the collectives of its process group do nothing: it
+    takes no ranks, no memory for the model and no corpus.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
@@ -57,7 +59,8 @@ def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
 
 
 def _without_values(config: JobConfig) -> JobConfig:
-    """What does not depend on values, uncompiled: collectives lie between compiled regions, so compilation changes none."""
+    """What does not depend on values, uncompiled: collectives lie between compiled regions, so
+    compilation changes none."""
     training = config.training.model_copy(update={"on_nonfinite": "stop"})
     return config.model_copy(update={"training": training, "compile": CompileConfig()})
 

@@ -26,14 +26,15 @@ class SwitchCosts:
     """What switching costs on this rank; arrays [rounds, steps], in seconds."""
 
     step_s: NDArray[np.float64]
-    """Whole training steps."""
+    """Full training steps."""
     switch_s: NDArray[np.float64]
     """The switches in them, what is done ahead for the next step's included."""
     step_without_s: NDArray[np.float64]
-    """Whole steps of the same run in which nothing is due to be switched: planning, the exchange of no rows (a collective where
-    there are several ranks) and looking ahead are in them as well."""
+    """Full steps of the same run without anything to switch: planning, the exchange of no rows (a
+    collective on several ranks) and looking ahead are in them as well."""
     num_vectors: float
-    """Vectors switched on both sides of all layers in the step that the next two are of, the last of warm-up."""
+    """Vectors switched on both sides of all layers in the step that the next two are of, the last
+    of warm-up."""
     num_operations: int
     """Operations that the step's switches consist of; see `CountOperations`."""
     num_collectives: int
@@ -67,11 +68,12 @@ class SwitchCosts:
 def time_switches_side_by_side(
     configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
 ) -> dict[str, SwitchCosts]:
-    """Times the switches of several configurations inside their training steps, and the same runs with nothing to switch, all
-    in turns; see `time_steps_side_by_side`.
+    """Times the switches of several configurations inside their training steps, and the same runs
+    with nothing to switch, all in turns; see `time_steps_side_by_side`.
 
     Raises:
-        ConfigError: if a configuration's method switches nothing, or its run is shorter than what is to be timed.
+        ConfigError: if a configuration's method switches nothing, or its run is shorter than what
+            is to be timed.
         UserError: if a trainer cannot be built, or skips an update.
     """
     updates: dict[str, _MarkedSwitches] = {}
@@ -99,12 +101,13 @@ def time_switches_side_by_side(
 
 
 _SWITCH = 1
-"""The stretch between marks that is the switch: the first ends where the optimizer's step begins."""
+"""The stretch between marks that is the switch: the first ends where the optimizer's step
+begins."""
 
 
 class _MarkedSwitches:
-    """Updates weights, marks where a step's switches begin and end, and counts what they consist of in the last step of
-    warm-up.
+    """Updates weights, marks where a step's switches begin and end, and counts what they consist of
+    in the last step of warm-up.
 
     Attributes:
         num_vectors: switched in that step.

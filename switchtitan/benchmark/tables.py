@@ -40,7 +40,8 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
 
 
 def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
-    """By configuration: medians and quartiles over all steps, the median of each round, and the ratio to the first one."""
+    """By configuration: medians and quartiles over all steps, the median of each round, and the
+    ratio to the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
     for name, of_side in times.items():
@@ -73,7 +74,8 @@ def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
 
 
 def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue]:
-    """By function: median and quartiles over all calls, the median of each round, and the ratio to the first one."""
+    """By function: median and quartiles over all calls, the median of each round, and the ratio to
+    the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
     for name, of_side in times.items():
@@ -89,7 +91,8 @@ def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue
 
 
 def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
-    """For each configuration, what each rank sends in a step, by collective, in MiB, and the number of collectives."""
+    """For each configuration, what each rank sends in a step, by collective, in MiB, and the number
+    of collectives."""
     happened = [
         kind for kind in next(iter(counts.values())) if any(c[kind].num_calls for c in counts.values())
     ]
@@ -102,7 +105,8 @@ def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
 
 
 def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str, JsonValue]:
-    """By configuration and collective: number of calls, and bytes that each rank sends in a ring."""
+    """By configuration and collective: number of calls, and bytes that each rank sends in a
+    ring."""
     return {
         name: {
             kind: {"num_calls": count.num_calls, "bytes_sent": count.bytes_sent}
@@ -113,8 +117,8 @@ def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str,
 
 
 def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """For each configuration, in GiB: the sum of the state, and two lines: what the peak consists of, and the most of each kind
-    at any time."""
+    """For each configuration, in GiB: the sum of the state, and two lines: what the peak consists
+    of, and the most of each kind at any time."""
     rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
     for name, of_side in estimates.items():
         memory = of_side.memory
@@ -126,7 +130,8 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
 
 
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """For each configuration, floating-point operations of one rank's step in 10^12, and the ratio to full rank."""
+    """For each configuration, floating-point operations of one rank's step in 10^12, and the ratio
+    to full rank."""
     rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
     for name, of_side in estimates.items():
         flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops

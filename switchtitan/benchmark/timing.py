@@ -1,5 +1,5 @@
-"""A stopwatch that does not make the host wait for the device, and calls timed in alternation, so that what slows the machine
-down slows all of them."""
+"""A stopwatch that does not make the host wait for the device, and calls timed in alternation, so
+that what slows the machine down slows all of them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +18,8 @@ WARM_UP_CALLS = 3
 class Stopwatch:
     """Takes the time at marks; on a CUDA device the time at which the device gets there.
 
-    There, events in the device's stream are timed, not the host: waiting for the device at each mark would keep the host from
-    running ahead, and so slow down what is measured.
+    There, events in the device's stream are timed, not the host: waiting for the device at each
+    mark would keep the host from running ahead, and so slow down what is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,24 +49,28 @@ class Stopwatch:
 
 
 def in_order_of_round(sides: Sequence[Side], index: int) -> Sequence[Side]:
-    """`sides`, in every second round in reverse, since what runs first may be slower or faster for being first."""
+    """`sides`, in every second round in reverse, since what runs first may be slower or faster for
+    being first."""
     return sides[::-1] if index % 2 else sides
 
 
 def time_calls_in_turns(
     sides: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, calls_per_round: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Times functions: in each round, `calls_per_round` calls of each in turn, every second round in reverse.
+    """Times functions: in each round, `calls_per_round` calls of each in turn, every second round
+    in reverse.
 
     Args:
-        sides: what to call, by a name of the caller's choice; a call may return anything, which is dropped.
+        sides: what to call, by a name of the caller's choice; a call may return anything, which is
+            dropped.
         device: on which the functions work.
 
     Returns:
         Seconds of every call by the same names, [rounds, calls].
 
     Raises:
-        torch._dynamo.exc.RecompileError: if a timed call had to compile, so that its time would say nothing.
+        torch._dynamo.exc.RecompileError: if a timed call had to compile, so that its time would say
+            nothing.
     """
     assert rounds >= 1
     assert calls_per_round >= 1

@@ -1,4 +1,5 @@
-"""What is measured of methods rather than of runs: step times side by side, and bytes that a step communicates."""
+"""What is measured of methods rather than of runs: step times side by side, and bytes that a step
+communicates."""
 
 import hashlib
 import json
@@ -36,23 +37,25 @@ class Measurements:
     """Figures of one row, of steps early in a run."""
 
     step_s: float
-    """The median step, seconds, timed beside the baseline's on the same machine."""
+    """The median step, seconds, timed in alternation with the baseline's on the same machine."""
     step_ratio: float
     """To the baseline's, the median over rounds."""
     step_ratio_low: float
     """With `step_ratio_high`, its 95 % interval."""
     step_ratio_high: float
     bytes_per_step: float
-    """That each rank sends, see `distributed.communication`."""
+    """That each rank sends; see `distributed.count_collectives`."""
     fingerprint: str
-    """Of what was measured: the row's configuration, the baseline's, and the numbers of ranks and rounds."""
+    """Of what was measured: the row's configuration, the baseline's, and the numbers of ranks and
+    rounds."""
 
 
 def measure(comparison: ComparisonConfig, folder: Path) -> None:
     """Measures every row that has not been measured in `folder` as it is declared now.
 
-    A row is timed beside the baseline only; both trade places every few steps, so that a noisy machine slows both alike. A row
-    that cannot be measured is left out, with a warning: runs that took hours are reported without it.
+    A row is timed together with the baseline alone; both take turns every few steps, so that a
+    noisy machine slows both alike. A row that cannot be measured is left out, with a warning: runs
+    that took hours are reported without it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for row in comparison.rows:
@@ -104,7 +107,7 @@ def _measure_row(comparison: ComparisonConfig, run: Run) -> Measurements:
 
 
 def _time_steps(run: Run, baseline: Run) -> tuple[float, ...]:
-    # What the two runs say of themselves is no news.
+    # Both runs would log what they are; it is known.
     logging.disable(logging.WARNING)
     torch.set_num_threads(num_threads(1))
     configs = {"row": run.config(), "baseline": baseline.config()}
@@ -128,7 +131,7 @@ def _in_own_process(function: Callable[..., tuple[float, ...]], *arguments: obje
     sender.close()
     try:
         figures = receiver.recv()
-        # It clears up behind itself; what follows is for one that was interrupted.
+        # It ends by itself; what follows is for a process that was interrupted.
         process.join(_TERMINATION_S)
     except EOFError:
         process.join()

@@ -13,8 +13,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from switchtitan.distributed.counting_mode import CountingMode
 
 _PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "gather": 1, "scatter": 1}
-"""How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009,
-"Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
+"""How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather
+(Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,20 @@ class CollectiveCount:
 
 
 CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter"; with zeros for those that did not
-happen."""
+"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter"; with
+zeros for those that did not happen."""
 
 
 class CountCommunication(CountingMode):
-    """A context that counts this rank's collectives, those of backward passes and of DTensors included.
+    """A context that counts this rank's collectives, those of backward passes and of DTensors
+    included.
 
-    Bytes are those that each rank sends if collectives are carried out in a ring, which moves the fewest bytes possible. For a
-    whole (unsharded) tensor of S bytes and n ranks: all_gather and reduce_scatter (n-1)/n S, all_reduce 2 (n-1)/n S, broadcast
-    (n-1)/n S in the mean over ranks. Gather and scatter send shards straight from or to one rank: (n-1)/n of a shard in the
-    mean. S includes the rows with which FSDP2 pads uneven shards, since they travel too. Other algorithms of NCCL, such as
-    trees, and protocol overheads are left out.
+    Bytes are those that each rank sends if collectives are carried out in a ring, which moves the
+    fewest bytes possible. For a whole (unsharded) tensor of S bytes and n ranks: all_gather and
+    reduce_scatter (n-1)/n S, all_reduce 2 (n-1)/n S, broadcast (n-1)/n S in the mean over ranks.
+    Gather and scatter send shards straight from or to one rank: (n-1)/n of a shard in the mean. S
+    includes the rows with which FSDP2 pads uneven shards, since they travel too. Other algorithms
+    of NCCL, such as trees, and protocol overheads are left out.
     """
 
     def __init__(self) -> None:
@@ -92,7 +94,8 @@ def _num_bytes(tensors: object) -> int:
 
 
 def _group_size(args: tuple) -> int:
-    """The number of ranks that take part: c10d's operations carry the group, functional ones its name."""
+    """The number of ranks that take part: c10d's operations carry the group, functional ones its
+    name."""
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             return dist.ProcessGroup.unbox(argument).size()
@@ -140,4 +143,5 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     "all_reduce_coalesced_": ("all_reduce", _first),
     "broadcast": ("broadcast", _first),
 }
-"""Operation -> its kind, and what gives its tensors from (arguments, result): whole ones, but a shard of gather and scatter."""
+"""Operation -> its kind, and what gives its tensors from (arguments, result): whole ones, but a
+shard of gather and scatter."""

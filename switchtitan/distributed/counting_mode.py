@@ -9,9 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountingMode(TorchDispatchMode, ABC):
-    """A context that calls `count` after every operation on plain tensors, those of backward passes included.
+    """A context that calls `count` after every operation on plain tensors, those of backward passes
+    included.
 
-    Operations on DTensors are seen as the operations on local shards and the collectives that they consist of.
+    Operations on DTensors are seen as the operations on local shards and the collectives that they
+    consist of.
     """
 
     @abstractmethod

@@ -14,10 +14,11 @@ COUNTED_STEP = 3
 
 
 class StepCommunication:
-    """Counts the collectives of one step, and reports what they send; see `CountCommunication` for what a byte is.
+    """Counts the collectives of one step, and reports what they send; see `CountCommunication` for
+    what a byte is.
 
-    A `training.hooks.Hook`. One step is enough: what is gathered and reduced is the same in all. Of what grows rarer during a
-    run, such as switches, an early step's is the upper end.
+    A `training.hooks.Hook`. One step is enough: what is gathered and reduced is the same in all. Of
+    what grows rarer during a run, such as switches, an early step's is the upper end.
 
     Args:
         start_step: steps done before this run.

@@ -1,4 +1,5 @@
-"""What a run is: for people, for programs that read its results, and for runs that resume from its checkpoints."""
+"""What a run is: for people, for programs that read its results, and for runs that resume from its
+checkpoints."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ _FORMER_FROZEN_DTYPE = "float32"
 
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
-    """What a run must share with a checkpoint to resume from it: what the tensors and the data mean."""
+    """What a run must share with a checkpoint to resume from it: what the tensors and the data
+    mean."""
     return {
         "model": MODELS.comparable(config.model.model_dump(mode="json")),
         "method": METHODS.comparable(config.method.model_dump(mode="json")),
@@ -39,8 +41,9 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
 def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
     """A checkpoint's identity as `run_identity` would make it today.
 
-    Keys added since the checkpoint was saved get their defaults; keys that are no longer part of an identity are left out.
-    A key that the classes no longer have stays, and differs from today's identity.
+    Keys added since the checkpoint was saved get their defaults; keys that are no longer part of an
+    identity are left out. A key that the classes no longer have stays, and differs from today's
+    identity.
     """
     comparable = dict(saved)
     for section, registry in (("model", MODELS), ("method", METHODS)):
@@ -61,13 +64,10 @@ def describe_run(
     checkpoint: Path | None,
     changes: list[str],
 ) -> None:
-    """Logs the model, the corpus, the devices, where the run starts from, and what has changed since the checkpoint."""
-    counts = count_parameters(model)
-    logger.info(
-        "%s: %s",
-        config.job.name,
-        ", ".join(f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items()),
-    )
+    """Logs the model, the corpus, the devices, where the run starts from, and what has changed
+    since the checkpoint."""
+    counts = [f"{number / 1e6:.2f} M {kind}" for kind, number in count_parameters(model).items() if number]
+    logger.info("%s: %s", config.job.name, ", ".join(counts))
     logger.info("corpus %s: %s", corpus.name, corpus.description)
     replicate, shard = world.mesh.shape
     logger.info(
@@ -84,7 +84,8 @@ def describe_run(
 
 
 def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
-    """The keys whose values differ between a checkpoint's configuration and the resuming run's, as `key: old -> new`.
+    """The keys whose values differ between a checkpoint's configuration and the resuming run's, as
+    `key: old -> new`.
 
     Names and folders are left out, and keys that only one of the two has.
     """
@@ -99,7 +100,8 @@ def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
 
 
 def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
-    """What `results.json` keeps next to the figures: configuration, hardware, versions, corpus, sizes."""
+    """What `results.json` keeps next to the figures: configuration, hardware, versions, corpus,
+    sizes."""
     return {
         "method": config.method.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json"),
@@ -115,7 +117,8 @@ def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of values over all ranks: of parameters that train, of frozen ones, and of buffers."""
+    """Numbers of values over all ranks: of parameters that train, of frozen ones, and of
+    buffers."""
     parameters = list(model.parameters())
     return {
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),

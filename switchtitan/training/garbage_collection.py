@@ -14,8 +14,8 @@ _YOUNG, _ALL = 1, 2
 class GarbageCollection:
     """A context in which, from the end of the first step on, garbage is collected in `step` alone.
 
-    Python's collector fires inside a step, at different steps on different ranks, and ranks wait for each other. After
-    torch.compile, which leaves many objects, it stalls a step for about 0.25 s.
+    Python's collector fires inside a step, at different steps on different ranks, and ranks wait
+    for each other. After torch.compile, which leaves many objects, it stalls a step for a quarter of a second.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,8 @@ class GarbageCollection:
         """Counts a step, and collects if it is time."""
         self._num_steps += 1
         if self._num_steps == 1:
-            # Not before: the first step starts the processes that read data, which keep their own collector.
+            # Not before: the first step starts the processes that read data, which keep their own
+            # collector.
             self._was_enabled = gc.isenabled()
             gc.disable()
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:

@@ -10,13 +10,15 @@ from switchtitan.observability import Reporter
 
 
 class Hook(Protocol):
-    """Something that a run does around some of its steps, of which the trainer knows no more than this.
+    """Something that a run does around some of its steps, of which the trainer knows no more than
+    this.
 
     All ranks call all methods alike.
     """
 
     def around(self, step: int) -> AbstractContextManager[None]:
-        """A context in which step `step`, counted from 1, is taken; taken again if its update was skipped."""
+        """A context in which step `step`, counted from 1, is taken; taken again if its update was
+        skipped."""
         ...
 
     def is_due(self, step: int) -> bool:
@@ -24,7 +26,8 @@ class Hook(Protocol):
         ...
 
     def after(self, step: int) -> None:
-        """Does its work. The time does not count for the speed of training; gradients have been finite so far."""
+        """Does its work. The time does not count for the speed of training; gradients have been
+        finite so far."""
         ...
 
     def results(self) -> dict[str, float | None]:
@@ -36,7 +39,8 @@ class InspectWeights:
     """A hook that looks at the weights in every `interval`-th step and after the last one.
 
     Args:
-        inspect: reports what it finds in the weights, given the model, the step and where to report.
+        inspect: reports what it finds in the weights, given the model, the step and where to
+            report.
         num_steps: at which training ends.
     """
 

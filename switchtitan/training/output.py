@@ -30,7 +30,8 @@ def check_output_dir(output_dir: Path) -> None:
 
 
 def start_output(config: JobConfig, world: World, state: TrainState) -> None:
-    """Opens the run's log file and writes its configuration; a resumed run's goes next to the first one's."""
+    """Opens the run's log file and writes its configuration; a resumed run's goes next to the first
+    one's."""
     if not world.is_main:
         return
     output_dir = config.job.output_dir

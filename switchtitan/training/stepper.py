@@ -1,4 +1,5 @@
-"""One optimizer step: batch, forward, backward, clipping, update. Knows no method, no model and no schedule of a run."""
+"""One optimizer step: batch, forward, backward, clipping, update. Knows no method, no model and no
+schedule of a run."""
 
 import logging
 from collections.abc import Callable, Generator
@@ -27,14 +28,15 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     """0-dim: the gradient's norm over all ranks, before clipping."""
     is_skipped: bool
-    """Whether there is no update, because the gradient is not finite and such updates are skipped."""
+    """Whether there is no update, because the gradient is not finite and such updates are
+    skipped."""
 
 
 class Stepper:
     """Takes optimizer steps.
 
-    `step` is one step. Benchmarks that measure the parts of a step call the parts as `step` does: `compute_gradients`, the
-    optimizer's `step`, `finish_step`.
+    `step` is one step. Benchmarks that measure the parts of a step call the parts as `step` does:
+    `compute_gradients`, the optimizer's `step`, `finish_step`.
 
     Args:
         loss: the training loss from the model's last hidden states.
@@ -42,8 +44,8 @@ class Stepper:
         batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
         seed: of the job; dropout follows from it.
         max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
-        on_nonfinite: whether a step with a gradient that is not finite updates the model ("stop": the caller stops the run)
-            or not ("skip": reads the norm back in every step).
+        on_nonfinite: whether a step with a gradient that is not finite updates the model ("stop":
+            the caller stops the run) or not ("skip": reads the norm back in every step).
         state: changed in place by every step.
     """
 
@@ -91,7 +93,8 @@ class Stepper:
         return StepResult(loss, grad_norm, is_skipped)
 
     def forward_backward(self, micro_batches: list[Batch]) -> Tensor:
-        """Leaves the mean gradient over all ranks on every rank's shards; returns this rank's mean loss, 0-dim."""
+        """Leaves the mean gradient over all ranks on every rank's shards; returns this rank's mean
+        loss, 0-dim."""
         num_targets = sum(batch.targets.numel() for batch in micro_batches)
         self.state.tokens_seen += num_targets * self.world.size
         loss_sum = torch.zeros((), device=self.world.device)
@@ -105,13 +108,15 @@ class Stepper:
         return loss_sum
 
     def clip_gradients(self) -> Tensor:
-        """Scales the gradients down to `max_grad_norm`; returns their norm before, over all ranks, 0-dim."""
+        """Scales the gradients down to `max_grad_norm`; returns their norm before, over all ranks,
+        0-dim."""
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         norm = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if self.world.num_replicas > 1:
-            # Replicas may have summed in different orders; clipped by different bits, they would drift apart.
+            # Replicas may have summed in different orders; clipped by different bits, they would
+            # drift apart.
             norm = self.world.mean(norm)
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(self._trained, self.max_grad_norm, norm)
@@ -138,7 +143,8 @@ class Stepper:
 class RunningLoss:
     """The mean loss of several steps, and whether all their gradients were finite.
 
-    Both stay on the device until they are asked for: reading them in each step would make the host wait for it.
+    Both stay on the device until they are asked for: reading them in each step would make the host
+    wait for it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""When a run evaluates, saves, reports and stops. Receives its parts and builds none; knows no method and no model."""
+"""When a run evaluates, saves, reports and stops. Receives its parts and builds none; knows no
+method and no model."""
 
 import logging
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ class Trainer:
         """Runs the steps that are left; evaluates, reports and saves when it is time.
 
         Raises:
-            TrainingDivergedError: if a gradient is not finite and such steps are not to be skipped; nothing is saved then.
+            TrainingDivergedError: if a gradient is not finite and such steps are not to be skipped;
+                nothing is saved then.
             RanksDisagreeError: if ranks no longer train one model; nothing is saved then either.
         """
         try:
@@ -134,7 +136,8 @@ class Trainer:
             self._run_steps()
             self.checkpointer.finish()
         except (TrainingDivergedError, RanksDisagreeError, KeyboardInterrupt) as error:
-            # All ranks are alive: a save under way is of a good state, and the run can resume from it.
+            # All ranks are alive: a save under way is of a good state, and the run can resume from
+            # it.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(state.step)
@@ -201,7 +204,8 @@ class Trainer:
         self._running_loss.reset()
 
     def _finalize(self) -> None:
-        """Evaluates on the test split and writes the results; a run that was stopped before them does it when it is resumed."""
+        """Evaluates on the test split and writes the results; a run that was stopped before them
+        does it when it is resumed."""
         state, device = self.stepper.state, self.stepper.world.device
         test_loss = None if self.evaluators.test is None else self.evaluators.test(self.stepper.model)
         if test_loss is not None:
@@ -237,5 +241,6 @@ class Trainer:
 
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:
-    """By TensorBoard tag: the mean loss per token of a split, in nats, and the perplexity that it means."""
+    """By TensorBoard tag: the mean loss per token of a split, in nats, and the perplexity that it
+    means."""
     return {f"loss/{split}": loss, f"perplexity/{split}": perplexity_of(loss)}

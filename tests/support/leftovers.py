@@ -16,13 +16,14 @@ def num_tensors() -> int:
 
 
 def least_growth(counts: list[int]) -> int:
-    """The least difference of two that follow each other: what a process makes once and keeps is no garbage, but what is left
-    in every stretch is."""
+    """The least difference of two that follow each other: what a process makes once and keeps is no
+    garbage, but what is left in every stretch is."""
     return min(after - before for before, after in pairwise(counts))
 
 
 def tensors_left_by_fifteen_steps(trainer: Trainer) -> int:
-    """How many more there are after them, while nothing is collected, in the better of two stretches."""
+    """How many more there are after them, while nothing is collected, in the better of two
+    stretches."""
     train_steps(trainer, 2)
     gc.collect()
     gc.disable()

@@ -1,4 +1,5 @@
-"""A whole training run, small enough for a test: a LLaMA of some ten thousand weights on a slice of the embedded corpus."""
+"""A whole training run, small enough for a test: a LLaMA of some ten thousand weights on a slice of
+the embedded corpus."""
 
 import os
 from pathlib import Path
@@ -77,7 +78,8 @@ tensorboard = false
 
 
 def tiny_config(folder: Path, method: str, *overrides: str, num_ranks: int = 1) -> JobConfig:
-    """The configuration of a tiny run that writes below `folder`; `overrides` as on the command line."""
+    """The configuration of a tiny run that writes below `folder`; `overrides` as on the command
+    line."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{method}-{os.getpid()}.toml"
     name, keys = method.removesuffix(MINI), METHOD_KEYS[method]

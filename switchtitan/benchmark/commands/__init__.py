@@ -1,4 +1,5 @@
-"""The subcommands of `switchtitan benchmark`, one module each; a new one is a module and a row here."""
+"""The subcommands of `switchtitan benchmark`, one module each; a new one is a module and a row
+here."""
 
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
 from switchtitan.benchmark.commands.count_communication import COMMUNICATION

@@ -1,4 +1,4 @@
-"""`benchmark.py communication`: bytes that each rank sends in a training step."""
+"""`switchtitan benchmark communication`: bytes that each rank sends in a training step."""
 
 import argparse
 

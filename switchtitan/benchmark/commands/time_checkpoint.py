@@ -1,4 +1,5 @@
-"""`benchmark.py checkpoint`: how long a save holds training up, in the background and not, and what it takes on disk."""
+"""`switchtitan benchmark checkpoint`: how long a save holds training up, in the background and not,
+and what it takes on disk."""
 
 import argparse
 import tempfile
@@ -32,9 +33,10 @@ class SaveTimes:
     """Seconds, of one entry for each round or step, and bytes."""
 
     synchronous_s: list[float] = field(default_factory=list)
-    """Of a whole save while training waits."""
+    """Of a save that training waits for."""
     stall_s: list[float] = field(default_factory=list)
-    """Of a save in the background: how long training waited in `save`, in all calls of `poll`, and in `finish`."""
+    """Of a save in the background: how long training waited in `save`, in all calls of `poll`, and
+    in `finish`."""
     undisturbed_step_s: list[float] = field(default_factory=list)
     step_while_saving_s: list[float] = field(default_factory=list)
     bytes_on_disk: int = 0
@@ -43,7 +45,8 @@ class SaveTimes:
 
 
 def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
-    """Takes steps with and without a save under way; each round saves once in the background and once not, in turn."""
+    """Takes steps with and without a save under way; each round saves once in the background and
+    once not, in turn."""
     background = _checkpointer(stepper, folder / "background", async_save=True)
     waiting = _checkpointer(stepper, folder / "waiting", async_save=False)
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)

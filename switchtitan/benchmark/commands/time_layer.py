@@ -1,4 +1,5 @@
-"""`benchmark.py layer`: one linear layer, full rank and low rank in every contraction, forward and backward."""
+"""`switchtitan benchmark layer`: one linear layer, full rank and low rank in every contraction,
+forward and backward."""
 
 import argparse
 import itertools
@@ -53,7 +54,8 @@ class Case:
 def time_layer(
     case: Case, dtype: torch.dtype, compiled: bool, rounds: int, calls_per_round: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of forward and backward by name of the way, [rounds, calls]; full rank comes first."""
+    """Seconds of forward and backward by name of the way, [rounds, calls]; full rank comes
+    first."""
     device = torch.device(device_type())
     draw = torch.Generator(device).manual_seed(0)
 
@@ -193,7 +195,7 @@ LAYER = Command(
     summary="time one linear layer, full rank and low rank in every contraction",
     description="Times forward and backward of one linear layer in alternation: full rank, and the contractions of a low-rank "
     "layer. FLOPs is the ratio of floating-point operations to full rank's, which the time cannot go below while products run "
-    "at the same speed. Says which contraction is chosen and what that costs beside the fastest one.",
+    "at the same speed. Says which contraction is chosen and what it costs compared with the fastest one.",
     add_arguments=_add_arguments,
     measure=_measure,
     reads_configs=False,

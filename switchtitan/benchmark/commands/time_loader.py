@@ -1,4 +1,4 @@
-"""`benchmark.py loader`: batches read, beside batches trained on."""
+"""`switchtitan benchmark loader`: batches read, compared with batches trained on."""
 
 import argparse
 import time
@@ -18,9 +18,11 @@ from switchtitan.observability.console import format_count
 
 
 def tokens_read_per_s(config: JobConfig, rounds: int, steps_per_round: int) -> NDArray[np.float64]:
-    """How fast one process gets its batches of all ranks' tokens where nothing else is done with them, [rounds].
+    """How fast one process gets its batches of all ranks' tokens where nothing else is done with
+    them, [rounds].
 
-    The first batches, with which worker processes start and which they have read ahead, are left out.
+    The first batches, with which worker processes start and which they have read ahead, are left
+    out.
     """
     sequences = open_corpus(config.data, is_main=True).split("train", config.data.seq_len)
     training = config.training
@@ -88,7 +90,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 LOADER = Command(
     name="loader",
-    summary="time the data loader alone, beside what training consumes",
+    summary="time the data loader alone, compared with what training consumes",
     description="Reads a configuration's global batches as fast as they come, with its worker processes, and compares the "
     "tokens per second with those that training consumes.",
     add_arguments=_add_arguments,

@@ -1,4 +1,5 @@
-"""`benchmark.py loss`: the training loss of a linear head and its gradients, beside what computes all logits first."""
+"""`switchtitan benchmark loss`: the training loss of a linear head and its gradients, in chunks and
+from all logits."""
 
 import argparse
 from collections.abc import Callable
@@ -24,7 +25,8 @@ _MIB = 2**20
 def loss_sides(
     tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """By name, functions that compute the loss of the same drawn tokens, and the gradients of hidden states and head."""
+    """By name, functions that compute the loss of the same drawn tokens, and the gradients of
+    hidden states and head."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype).requires_grad_()
     head = nn.Linear(hidden_size, vocabulary, bias=False)

@@ -1,4 +1,5 @@
-"""`benchmark.py optimizer`: the update of low-rank factors with a step count for every vector, beside torch's AdamW."""
+"""`switchtitan benchmark optimizer`: the update of low-rank factors with a step count for every
+vector, and torch's AdamW."""
 
 import argparse
 import time
@@ -10,30 +11,29 @@ from switchtitan.benchmark.commands.command import Command, Measurement, Overrid
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import call_record, call_table
 from switchtitan.benchmark.timing import time_calls_in_turns
+from switchtitan.build import build_method, build_plain_model
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig
-from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
-from switchtitan.models import MODELS
 from switchtitan.optim import require_adamw
 
 
 def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLinear]:
-    """The low-rank layers of a configuration's model, with drawn factors and gradients; what else they hold is not filled.
+    """The low-rank layers of a configuration's model, with drawn factors and gradients; what else
+    they hold is not filled.
 
     Raises:
         ConfigError: if the method has none.
     """
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
-    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    model = build_plain_model(config)
+    build_method(config).prepare_model(model)
     layers = low_rank_layers(model)
     if not layers:
         raise ConfigError(
             f"[method] name = {config.method.name!r} has no low-rank layers; "
-            "benchmark.py optimizer measures the update of their factors: choose another method"
+            "switchtitan benchmark optimizer measures the update of their factors: choose another method"
         )
     draw = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 OPTIMIZER = Command(
     name="optimizer",
-    summary="time the update of low-rank factors beside torch's fused AdamW",
+    summary="time the update of low-rank factors and torch's fused AdamW",
     description="Times the update of a configuration's low-rank factors in alternation: torch's fused AdamW, and AdamW with a "
     "step count for every vector, compiled and eager. Nothing is switched.",
     add_arguments=_add_arguments,

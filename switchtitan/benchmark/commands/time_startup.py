@@ -1,4 +1,5 @@
-"""`benchmark.py startup`: from the start of the process to the first step, without and with compiled code at hand."""
+"""`switchtitan benchmark startup`: from the start of the process to the first step, without and
+with compiled code at hand."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`benchmark.py step`: whole training steps of several configurations."""
+"""`switchtitan benchmark step`: training steps of several configurations."""
 
 import argparse
 
@@ -37,8 +37,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 STEP = Command(
     name="step",
-    summary="time whole training steps in alternation",
-    description="Times whole training steps of several configurations in alternation, in one process.",
+    summary="time training steps in alternation",
+    description="Times training steps of several configurations in alternation, in one process.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

@@ -1,4 +1,4 @@
-"""`benchmark.py switch`: what SwitchLoRA's switches cost in a training run."""
+"""`switchtitan benchmark switch`: what SwitchLoRA's switches cost in a training run."""
 
 import argparse
 from collections.abc import Mapping
@@ -38,7 +38,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 
 def _table(costs: Mapping[str, SwitchCosts]) -> list[str]:
-    """One line for each configuration; ratio and interval are to the same run with nothing to switch."""
+    """One line for each configuration; ratio and interval are to the same run with nothing to
+    switch."""
     rows: list[tuple[str, ...]] = [
         (
             "ms/switch", "99 %", "99 %/median", "% of step", "ms/step", "ratio", "95 % interval", "vectors", "operations",
@@ -84,7 +85,7 @@ def _record(costs: SwitchCosts) -> dict[str, JsonValue]:
 SWITCH = Command(
     name="switch",
     summary="time SwitchLoRA's switches inside training steps",
-    description="Times the switches of SwitchLoRA inside training steps, beside the same runs with nothing to switch (what is "
+    description="Times the switches of SwitchLoRA inside training steps, and the same runs with nothing to switch (what is "
     "done in every step whether or not something is due stays in), in alternation and in one process; counts vectors, "
     "operations and collectives of the switches of one step, the last of warm-up.",
     add_arguments=_add_arguments,

@@ -21,8 +21,8 @@ from switchtitan.training.stepper import Stepper
 SEQ_LEN = 16
 WHOLE = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
 NUM_PROFILED_STEPS = 5
-"""In some of them a process group lets go of what it has reduced only when more has been allocated: 4 % of this model's peak.
-The least of all is that of a step in which it did not."""
+"""In some of them a process group lets go of what it has reduced only when more has been allocated:
+4 % of this model's peak. The least of all is that of a step in which it did not."""
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:
@@ -75,7 +75,8 @@ def check_estimates(
             # A real process group lets go of what it has reduced when it gets to it.
             lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
             assert lasting.items() <= estimate.memory.most.items(), method
-            # What belongs to no checkpoint: a learning rate in fp32, a flag, and a number for each factor.
+            # What belongs to no checkpoint: a learning rate in fp32, a flag, and a number for each
+            # factor.
             num_factors = sum("lora_" in name for name, _ in stepper.model.named_parameters())
             counted["optimizer"] += 4 + 1 + 8 * num_factors if counted["buffers"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
@@ -85,9 +86,11 @@ def check_estimates(
         if rank == 0:
             lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
             expected_bytes = estimate.memory.peak - sum(estimate.memory.most[kind] for kind in lasting_kinds)
-            # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate leaves out.
+            # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate
+            # leaves out.
             batches = config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
-            # Besides scalars: 1 %. A CPU's products in bf16 take memory of their own, which an estimate leaves out.
+            # Besides scalars: 1 %. A CPU's products in bf16 take memory of their own, which an
+            # estimate leaves out.
             tolerance = 0.05 if config.training.dtype == "bfloat16" else 0.01
             assert allocated == pytest.approx(expected_bytes + batches, rel=tolerance), method
         stepper.close()
@@ -144,6 +147,12 @@ def test_low_rank_layers_take_the_operations_of_their_contraction(
     assert estimate.forward_backward_flops == expected
     assert estimate.update_flops == 0
     assert estimate.flops_ratio == expected / estimate.full_rank_flops
+
+
+def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
+    memory = estimate_step(tiny_config(tmp_path, "full_rank", "--optimizer.name", "sgd"), 1).memory
+    # One momentum for each weight.
+    assert memory.most["optimizer"] == memory.most["trained"]
 
 
 def test_activation_checkpointing_trades_memory_for_operations(tmp_path: Path) -> None:

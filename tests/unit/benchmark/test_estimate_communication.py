@@ -1,4 +1,5 @@
-"""A step's communication follows from the parameters, without ranks; real ranks communicate the same."""
+"""A step's communication follows from the parameters, without ranks; real ranks communicate the
+same."""
 
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> Non
     with_switch = communication_of_a_step(switchlora, num_ranks, step)
     widths = [sum(shape) for unit in units(switchlora) for shape in shapes_of_adapted(unit)]
     requested = SwitchSchedule(switchlora.method, switchlora.training.steps, len(widths)).requested(step - 1)
-    # Of both factors, vectors out and in, and the counterparts of the other's; each rank's checksum.
+    # Of both factors, vectors out and in, and the counterparts of the other's; each rank's
+    # checksum.
     num_words = num_ranks + sum(3 * count * width for count, width in zip(requested, widths, strict=True))
     assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1
     assert_sent_with_padding(
@@ -140,7 +142,8 @@ def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
     counts = communication_of_a_step(config, 4)
     num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
     assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 1, num_bytes / 2)
-    # Shards of half the size between two replicas, beside the norms for clipping, made the same on all four ranks.
+    # Shards of half the size between two replicas, beside the norms for clipping, made the same on
+    # all four ranks.
     norms = 4 * sum(map(len, units(config))) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
 

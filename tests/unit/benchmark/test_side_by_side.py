@@ -1,4 +1,5 @@
-"""Steps of several configurations are timed in alternation, without compiling, and leave nothing behind."""
+"""Steps of several configurations are timed in alternation, without compiling, and leave nothing
+behind."""
 
 import gc
 from collections.abc import Iterator
@@ -98,8 +99,9 @@ def test_a_timed_step_that_is_skipped_is_refused(corpora: Path, monkeypatch: pyt
 def test_alternating_compiled_models_compiles_nothing_anew(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks and batches differ, so each configuration has graphs of its own for the functions that both share: five shapes of
-    factors each, more than torch.compile keeps of a function by default."""
+    """Ranks and batches differ, so each configuration has graphs of its own for the functions that
+    both share: five shapes of factors each, more than torch.compile keeps of a function by
+    default."""
     folder = corpora / "alternated"
     configs = {
         f"rank {rank}, batch {batch}": tiny_config(

@@ -41,12 +41,12 @@ def test_the_interval_holds_the_true_ratio_nearly_always() -> None:
     assert hits / num_trials >= 0.89
 
 
-def test_a_configuration_beside_itself_takes_once_as_long() -> None:
+def test_a_configuration_compared_with_itself_takes_once_as_long() -> None:
     times = times_of(np.random.default_rng(1).random((4, 3)) + 1)
     ratio = ratio_of_steps(times, times)
     assert (ratio.value, ratio.low, ratio.high) == (1.0, 1.0, 1.0)
 
 
 def test_times_that_were_not_taken_side_by_side_have_no_ratio() -> None:
-    with pytest.raises(ValueError, match="4 rounds beside 5: not timed side by side"):
+    with pytest.raises(ValueError, match="4 rounds and 5 rounds: not timed side by side"):
         ratio_of_steps(times_of(np.ones((4, 2))), times_of(np.ones((5, 2))))

@@ -1,4 +1,5 @@
-"""What switches cost is counted and timed inside training steps, and does not grow with the number of vectors."""
+"""What switches cost is counted and timed inside training steps, and does not grow with the number
+of vectors."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_a_switch_of_more_vectors_takes_no_more_operations() -> None:
 
 
 class RecordListLayouts(TorchDispatchMode):
-    """Notes for each operation on lists whether all tensors are contiguous, and the dtypes of each argument."""
+    """Notes for each operation on lists whether all tensors are contiguous, and the dtypes of each
+    argument."""
 
     def __init__(self) -> None:
         super().__init__()

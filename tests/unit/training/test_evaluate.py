@@ -20,7 +20,8 @@ def leave_world() -> Iterator[None]:
 
 @pytest.mark.parametrize("local_batch_size", ["1", "4", "8"])
 def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, local_batch_size):
-    """160 tokens are 10 sequences: batches of 4 and of 8 are filled up with sequences that do not count."""
+    """160 tokens are 10 sequences: batches of 4 and of 8 are filled up with sequences that do not
+    count."""
     folder = corpora / f"validation-{local_batch_size}"
     overrides = ("--training.local_batch_size", local_batch_size)
     trainer = tiny_trainer(folder, "full_rank", *overrides)

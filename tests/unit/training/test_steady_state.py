@@ -1,5 +1,5 @@
-"""After the first step nothing is compiled any more, however often vectors are switched; a step asks for no values, and leaves
-no tensors to the garbage collection."""
+"""After the first step nothing is compiled any more, however often vectors are switched; a step
+asks for no values, and leaves no tensors to the garbage collection."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,7 +63,8 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
 
 @pytest.mark.parametrize("method", ["relora", "galore", "apollo", "apollo_mini"])
 def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
-    """Through a reset of ReLoRA, and bases of GaLore's and APOLLO's that are drawn anew; SwitchLoRA has its own test above."""
+    """Through a reset of ReLoRA, and bases of GaLore's and APOLLO's that are drawn anew; SwitchLoRA
+    has its own test above."""
     losses = []
     for overrides in ((), COMPILED):
         trainer = tiny_trainer(corpora / "compiled-methods", method, *overrides)
@@ -129,7 +130,8 @@ def _picks_by_mask(func: Any, args: tuple) -> bool:
 
 
 def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:
-    """Two projections of GaLore and APOLLO and a reset of ReLoRA among them, and ten times the switches of a step."""
+    """Two projections of GaLore and APOLLO and a reset of ReLoRA among them, and ten times the
+    switches of a step."""
     trainer = tiny_trainer(folder, method, *overrides)
     train_steps(trainer, 1)
     # The loader's own work is the host's.

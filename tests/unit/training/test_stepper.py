@@ -1,4 +1,5 @@
-"""A step adds nothing to a plain loop, and skips updates with gradients that are not finite if it is told to."""
+"""A step adds nothing to a plain loop, and skips updates with gradients that are not finite if it
+is told to."""
 
 import math
 from collections.abc import Iterator
@@ -121,7 +122,8 @@ def test_accumulated_micro_batches_equal_one_big_batch(corpora, method):
         )
     for accumulated in gradients[1:]:
         for one, other in zip(gradients[0], accumulated, strict=True):
-            # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest term.
+            # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest
+            # term.
             torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-6 * one.abs().max().item() + 1e-9)
 
 

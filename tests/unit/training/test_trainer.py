@@ -1,4 +1,5 @@
-"""A run evaluates, saves and stops when it should, also after gradients that are not finite and ranks that disagree."""
+"""A run evaluates, saves and stops when it should, also after gradients that are not finite and
+ranks that disagree."""
 
 import gc
 import json
