@@ -7,45 +7,41 @@
     switchtitan benchmark switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
 
 CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
-over all of them. Prints a table, and last one line of JSON. The subcommands are those of `switchtitan.benchmark.commands`.
+over all of them. Prints a table, and the same as JSON: as the last line, or to --json FILE. The subcommands are those of `switchtitan.benchmark.commands`.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 
-from switchtitan.benchmark.commands import COMMANDS, Command, Measurement
+from switchtitan.benchmark.commands import COMMANDS, Command, Measurement, Overrides
 from switchtitan.benchmark.sides import split_overrides
+from switchtitan.cli.record import add_json_option, check_json_option, put_record
 from switchtitan.errors import ConfigError, UserError, exit_for
-from switchtitan.observability.environment import describe_environment
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures what the command line asks for."""
     try:
-        measurement = measure(argv)
+        own, overrides = split_overrides(argv)
+        options = read_options(own)
+        measurement = measure(options, overrides)
     except UserError as error:
         exit_for(error)
     # Of several ranks that a launcher started, the first one speaks.
     if os.environ.get("RANK", "0") != "0":
         return
-    command = " ".join(["switchtitan benchmark", *argv])
     print("\n".join(measurement.table), flush=True)
-    print(
-        json.dumps({"command": command, "environment": describe_environment()} | measurement.record),
-        flush=True,
-    )
+    put_record(" ".join(["switchtitan benchmark", *argv]), measurement.record, options.json)
 
 
-def measure(argv: Sequence[str]) -> Measurement:
-    """What the subcommand finds; argparse ends the program with status 2 where its words are wrong.
+def measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
+    """What the subcommand finds.
 
     Raises:
         UserError: if a configuration is wrong, or keys of one are given where none is read.
     """
-    own, overrides = split_overrides(argv)
-    options = read_options(own)
+    check_json_option(options.json)
     command: Command = options.command
     if overrides and not command.reads_configs:
         keys = ", ".join(f"--{key}" for key in overrides)
@@ -71,5 +67,6 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
             command.name, help=command.summary, description=command.description, allow_abbrev=False
         )
         command.add_arguments(subparser)
+        add_json_option(subparser)
         subparser.set_defaults(command=command)
     return parser.parse_args(argv)

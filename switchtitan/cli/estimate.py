@@ -3,20 +3,19 @@
     switchtitan estimate CONFIG ... --world-size N [--section.key value ...]
 
 CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
-over all of them. Prints tables, and last one line of JSON.
+over all of them. Prints tables, and the same as JSON: as the last line, or to --json FILE.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from switchtitan.benchmark.estimate import ASSUMPTIONS, estimate_step
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.benchmark.tables import communication_table, estimate_record, flops_table, memory_table
+from switchtitan.cli.record import add_json_option, check_json_option, put_record
 from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
-from switchtitan.observability.environment import describe_environment
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         own, overrides = split_overrides(argv)
         options = read_options(own)
+        check_json_option(options.json)
         configs = load_sides(options.configs, overrides, options.world_size)
         estimates = {name: estimate_step(config, options.world_size) for name, config in configs.items()}
     except UserError as error:
@@ -42,13 +42,11 @@ def main(argv: Sequence[str]) -> None:
     ]
     print("\n".join(lines), flush=True)
     record = {
-        "command": " ".join(["switchtitan estimate", *argv]),
-        "environment": describe_environment(),
         "world_size": options.world_size,
         "assumptions": list(ASSUMPTIONS),
         "estimates": estimate_record(estimates),
     }
-    print(json.dumps(record), flush=True)
+    put_record(" ".join(["switchtitan estimate", *argv]), record, options.json)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,4 +61,5 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "configs", nargs="+", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
     )
     parser.add_argument("--world-size", type=positive_int, required=True, help="ranks of the run")
+    add_json_option(parser)
     return parser.parse_args(argv)
