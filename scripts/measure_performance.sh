@@ -132,7 +132,7 @@ fi
 mkdir -p docs/measurements
 for name in "$@"; do
     declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"
-    say "measuring $name"
+    echo "measuring $name" >&2
     "measure_$name" "docs/measurements/$name.json"
 done
 "$PYTHON" scripts/generate_docs.py

@@ -7,7 +7,8 @@
     switchtitan benchmark switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
 
 CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
-over all of them. Prints a table, and the same as JSON: as the last line, or to --json FILE. The subcommands are those of `switchtitan.benchmark.commands`.
+over all of them. Prints a table, and the same as JSON: as the last line, or to --json FILE. The subcommands are those of
+`switchtitan.benchmark.commands`.
 """
 
 import argparse

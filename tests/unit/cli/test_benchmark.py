@@ -72,6 +72,23 @@ def test_communication_is_counted_in_a_table_and_a_record(
     assert counts["broadcast"] == {"num_calls": 0, "bytes_sent": 0}
 
 
+def test_the_record_goes_to_a_file_if_one_is_given(script, file, tmp_path, capsys):
+    argv = ["communication", file, "--num-ranks", "4", "--json", str(tmp_path / "counts.json")]
+    script.main(argv)
+    assert "{" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "counts.json").read_text())
+    assert record["command"] == "switchtitan benchmark " + " ".join(argv)
+    assert record["communication"].keys() == {file}
+
+
+def test_a_missing_folder_for_the_record_is_refused_before_anything_is_measured(
+    script, file, tmp_path, capsys
+):
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["step", file, "--json", str(tmp_path / "missing" / "step.json")])
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_layers_are_timed_in_every_contraction(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +207,7 @@ def test_losses_are_compared_in_time_and_memory(
         (["step", "FILE", "--training.steps", "9"], "expected at least 53"),
         (["step", "no-such.toml"], "there is no such file"),
         (["layer", "--shape", "8x6", "--rank", "6"], "less than the smaller dimension of [8, 6]"),
-        (["layer", "--model.size", "9m"], "--model.size: benchmark.py layer reads no configuration"),
+        (["layer", "--model.size", "9m"], "--model.size: switchtitan benchmark layer reads no configuration"),
         (["optimizer", str(ROOT / "train_configs" / "llama_60m_full_rank.toml")], "has no low-rank layers"),
         ([], "step | communication | layer"),
     ],

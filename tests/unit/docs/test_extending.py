@@ -54,8 +54,8 @@ def add_row(file: Path, shown: str) -> None:
     row = [line for line in lines if line and not line.startswith("from ")]
     text = file.read_text()
     text = text.replace("\nfrom ", "\n" + "\n".join(imports) + "\nfrom ", 1)
-    table = text.index("{")
-    file.write_text(text[: table + 1] + "\n" + "\n".join(row) + "\n" + text[table + 1 :].lstrip("\n"))
+    table = text.index("{") + 1
+    file.write_text(text[:table] + "\n" + "\n".join(row) + "\n" + text[table:].lstrip("\n"))
 
 
 @pytest.fixture(scope="module")
