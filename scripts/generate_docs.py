@@ -75,7 +75,11 @@ def configuration_page() -> str:
 
 
 def _describe_section(title: str, config_type: type[Section]) -> str:
-    lines = [f"## {title}", "", *_wrapped(config_type.__doc__ or ""), ""]
+    # The heading has the section's name already.
+    sentence = re.sub(r"^`\[[^`]*`[:.]\s*", "", " ".join((config_type.__doc__ or "").split()))
+    lines = [f"## {title}", ""]
+    if sentence:
+        lines += [*_wrapped(sentence[0].upper() + sentence[1:]), ""]
     fields = config_type.model_fields
     for key in sorted(fields, key=lambda key: key != "name"):
         field = fields[key]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from switchtitan.cli.main import COMMANDS
 from switchtitan.config.fields import dotted_keys
-from switchtitan.job.config import section_types
+from switchtitan.config.load import section_types
+from switchtitan.job.config import JobConfig
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +21,7 @@ def named(pattern):
 
 def all_keys():
     keys = set()
-    for section, chosen in section_types().items():
+    for section, chosen in section_types(JobConfig).items():
         for config_type in chosen.values() if isinstance(chosen, dict) else [chosen]:
             keys |= set(dotted_keys({section: config_type}))
     return keys
