@@ -204,11 +204,7 @@ def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | 
     """
     if config.checkpoint.initial_weights is None:
         return TrainState(), None
-    source, weights = read_initial_weights(
-        Path(config.checkpoint.initial_weights),
-        build_plain_model(config),
-        config.model.model_dump(mode="json"),
-    )
+    source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
     logger.info("initial weights come from %s", source)
     return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,23 @@ class ModelConfig(NamedSection):
 
     vocab_size: int = Field(gt=0)
     """Number of token ids that the embedding and the head know."""
+
+    def architecture(self) -> dict[str, object]:
+        """The keys that the weights belong to, as plain values: a model takes the weights of one with equal ones. By default
+        all keys."""
+        return self.model_dump(mode="json")
+
+    def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
+        """The `config.json` with which transformers loads the weights under the same names; None if no class of theirs does.
+
+        Args:
+            seq_len: tokens per sequence in training.
+        """
+        return None
+
+    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
+        """Return what a `config.json` next to the weights says that does not fit this model; nothing by default."""
+        return []
 
     @abstractmethod
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

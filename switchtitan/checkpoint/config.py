@@ -26,7 +26,8 @@ class CheckpointConfig(Section):
     save on."""
 
     initial_weights: str | None = None
-    """Dense weights that a new run starts from: a Hugging Face folder, a safetensors file or a checkpoint."""
+    """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors files, a safetensors file, a
+    folder `model_<step>` of SwitchLoRA's original implementation, or a checkpoint or run of any method."""
 
     @model_validator(mode="after")
     def _initial_weights_must_matter(self) -> "CheckpointConfig":

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import tomli
 import torch
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, CheckpointMetadata
 from switchtitan.data.corpus_files import TOKENIZER_FILE, CorpusIndex, read_index
-from switchtitan.errors import CheckpointError, CorpusError, UserError, exit_for
+from switchtitan.errors import CorpusError, UserError, exit_for
 from switchtitan.hub.huggingface import export_dense
-from switchtitan.hub.initial_weights import read_dense_checkpoint
-from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
+from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,16 +72,15 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
     """Writes `checkpoint` to `folder`; returns a summary in a few lines.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or not of a LLaMA, or `folder` is not empty.
+        CheckpointError: if the checkpoint is corrupted or its model has no class in transformers, or `folder` is not empty.
         CorpusError: if the run's corpus is there but is damaged or another one.
     """
     metadata = read_metadata(checkpoint)
-    dims = model_dimensions(checkpoint, metadata)
     corpus_folder = find_corpus(metadata)
     index = trained_corpus(corpus_folder, metadata)
     export_dense(
         read_dense_checkpoint(checkpoint),
-        dims,
+        saved_model_config(checkpoint),
         folder,
         dtype,
         seq_len=int(str(_entry(metadata.identity, "data", "seq_len"))),
@@ -98,20 +96,6 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
             f"tokenizer   {tokenizer}",
         ]
     )
-
-
-def model_dimensions(checkpoint: Path, metadata: CheckpointMetadata) -> LlamaDimensions:
-    """The dimensions of the model that the checkpoint's metadata describes.
-
-    Raises:
-        CheckpointError: if it is not a LLaMA that this version knows.
-    """
-    try:
-        return LlamaConfig.model_validate(metadata.identity["model"]).dimensions()
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: expected a LLaMA that this version of switchtitan knows in its metadata ({error})"
-        ) from error
 
 
 def find_corpus(metadata: CheckpointMetadata) -> Path:

@@ -1,4 +1,4 @@
-"""Dense LLaMA weights to and from folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+"""Dense weights to and from folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
 Names and values are the same on both sides: reading and writing change neither.
 """
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.hub.weight_files import check_shapes, find_weight_files
-from switchtitan.models.llama.config import LlamaDimensions
+from switchtitan.models import MODELS
 
 WEIGHTS_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -25,7 +26,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 def export_dense(
     state: dict[str, Tensor],
-    dims: LlamaDimensions,
+    config: ModelConfig,
     folder: Path,
     dtype: torch.dtype,
     *,
@@ -34,7 +35,7 @@ def export_dense(
     eos_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that Hugging Face's LlamaForCausalLM loads: config, weights and a tokenizer if given.
+    """Writes a folder that `transformers.AutoModelForCausalLM` loads: config, weights and a tokenizer if given.
 
     The folder is written beside its place and renamed at the end, so it is never there half-written.
 
@@ -48,10 +49,14 @@ def export_dense(
         max_shard_bytes: a weights file is closed before it grows beyond this.
 
     Raises:
-        CheckpointError: if the folder is not empty, or names or shapes do not fit `dims`.
+        CheckpointError: if the folder is not empty, or names or shapes do not fit the model, or
+            transformers has no class for it.
         CorpusError: if the tokenizer cannot be read or does not know `eos_id`.
     """
-    check_shapes(state, dims.parameter_shapes(), "the model to export", "Export the merged, dense weights.")
+    huggingface_config = config.huggingface_config(seq_len)
+    if huggingface_config is None:
+        raise CheckpointError(f"[model] name = {config.name!r}: transformers has no class for this model")
+    check_shapes(state, parameter_shapes(config), "the model to export", "Export the merged, dense weights.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; choose another folder or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +64,7 @@ def export_dense(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        _write_json(partial / "config.json", _huggingface_config(dims, dtype, seq_len, eos_id))
+        _write_json(partial / "config.json", {**huggingface_config, **_stored_as(dtype, eos_id)})
         if tokenizer_file is not None:
             _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
         _write_weights(state, partial, dtype, max_shard_bytes)
@@ -87,85 +92,46 @@ def read_dense(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_dense(tensors: dict[str, Tensor], dims: LlamaDimensions, path: Path) -> None:
+def check_dense(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
     """Makes sure that weights fit the model: names, shapes and what a config.json beside them says.
 
     Args:
         tensors: weights by name.
-        dims: of the model that they are meant for.
+        config: of the model that they are meant for.
         path: the file or folder that they were read from.
 
     Raises:
         CheckpointError: names the weights, or the keys of config.json, that differ.
     """
     hint = "Choose the [model] size and overrides that these weights were trained with."
-    check_shapes(tensors, dims.parameter_shapes(), path, hint)
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if config.is_file():
-        _check_config(config, dims)
+    check_shapes(tensors, parameter_shapes(config), path, hint)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if file.is_file():
+        _check_config(file, config)
 
 
-def _check_config(file: Path, dims: LlamaDimensions) -> None:
-    """What shapes do not show: heads, norm epsilon, activation, rotary positions."""
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of the plain model by name."""
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_config(file: Path, config: ModelConfig) -> None:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        found = {
-            "num_attention_heads": config["num_attention_heads"],
-            "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-            "hidden_act": config.get("hidden_act", "silu"),
-            **_read_rope(config),
-        }
+        differing = config.check_huggingface_config(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}); expected a LlamaConfig") from error
-    expected = {
-        "num_attention_heads": dims.num_heads,
-        "num_key_value_heads": dims.num_kv_heads,
-        "rms_norm_eps": dims.norm_eps,
-        "hidden_act": "silu",
-        "rope_theta": dims.rope_theta,
-        "rope_type": "default",
-    }
-    differing = [
-        f"{key} = {found[key]!r}, the model has {value!r}"
-        for key, value in expected.items()
-        if found[key] != value
-    ]
+        raise CheckpointError(
+            f"{file} is corrupted ({error!r}); expected the config.json of a {config.name} model"
+        ) from error
     if differing:
         raise CheckpointError(f"{file} describes another model: {'; '.join(differing)}. Adapt [model].")
 
 
-def _read_rope(config: dict) -> dict[str, object]:
-    """Since version 5 transformers writes one table, rope_parameters; before, rope_theta and rope_scaling."""
-    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = table.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_type": table.get("rope_type", table.get("type", "default"))}
-
-
-def _huggingface_config(
-    dims: LlamaDimensions, dtype: torch.dtype, seq_len: int, eos_id: int | None
-) -> dict[str, object]:
+def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
+    """The keys of config.json that do not depend on the model."""
     dtype_name = str(dtype).removeprefix("torch.")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": dims.hidden_size,
-        "intermediate_size": dims.intermediate_size,
-        "num_hidden_layers": dims.num_layers,
-        "num_attention_heads": dims.num_heads,
-        "num_key_value_heads": dims.num_kv_heads,
-        "head_dim": dims.head_dim,
-        "vocab_size": dims.vocab_size,
-        "rms_norm_eps": dims.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "initializer_range": dims.init_std,
-        "max_position_embeddings": seq_len,
-        # Both spellings, of transformers 4 and 5.
-        "rope_theta": dims.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_theta},
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
         "bos_token_id": None,

@@ -2,18 +2,19 @@
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
 from switchtitan.checkpoint.layout import METADATA_FILE, file_record
-from switchtitan.contracts import Method
+from switchtitan.contracts import Method, ModelConfig
 from switchtitan.errors import CheckpointError, ConfigError
-from switchtitan.hub.huggingface import check_dense, read_dense
+from switchtitan.hub.huggingface import check_dense, parameter_shapes, read_dense
+from switchtitan.hub.original import SCALE_FILE, is_original, read_original_dense
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.models.llama.model import Llama
+from switchtitan.registry import ConfigT, Registry
 
 
 class InitialWeights(NamedTuple):
@@ -25,29 +26,26 @@ class InitialWeights(NamedTuple):
     """By the plain model's names."""
 
 
-def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> InitialWeights:
-    """The plain model's weights from a safetensors file, a folder in Hugging Face's layout, or a checkpoint of any method,
-    whose factors are merged.
+def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
+    """The plain model's weights from a safetensors file, a folder in Hugging Face's layout, a folder `model_<step>` of the
+    original implementation, or a checkpoint of any method.
 
     Args:
-        model: the plain model, for its names and shapes.
-        model_section: the configuration that it was built from, as plain values.
+        config: of the plain model that they are for.
 
     Raises:
-        CheckpointError: if there is none at `path`, or it is of another model; names the first few tensors.
+        CheckpointError: if there are none at `path`, or they are of another model; names the first few tensors.
     """
-    source = path
-    if _is_safetensors(path):
-        weights = read_dense(path)
-    else:
-        # What shapes do not show, e.g. the number of heads. How attention is computed is free.
-        source = find_given(path)
-        saved_section = MODELS.completed(read_metadata(source).identity["model"])  # type: ignore[arg-type]
-        check_same_run(
-            {"model": saved_section | {"attention": None}}, {"model": model_section | {"attention": None}}
-        )
+    is_checkpoint = not _is_safetensors(path) and not is_original(path)
+    source = find_given(path) if is_checkpoint else path
+    if is_checkpoint:
+        # What shapes do not show, e.g. the number of heads.
+        saved = saved_model_config(source)
+        check_same_run({"model": saved.architecture()}, {"model": config.architecture()})
         weights = read_dense_checkpoint(source)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    else:
+        weights = read_original_dense(path) if is_original(path) else read_dense(path)
+    expected = parameter_shapes(config)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
         name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
@@ -61,8 +59,8 @@ def read_initial_weights(path: Path, model: nn.Module, model_section: dict) -> I
             f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} of the weights do not fit the model ({examples}); "
             "choose the [model] that they belong to"
         )
-    if _is_safetensors(path) and isinstance(model, Llama):
-        check_dense(weights, model.dims, path)
+    if not is_checkpoint:
+        check_dense(weights, config, path)
     return InitialWeights(source.absolute(), weights)
 
 
@@ -71,6 +69,7 @@ def fingerprint(source: Path) -> str:
     if source.is_dir():
         metadata = source / METADATA_FILE
         files = [metadata] if metadata.is_file() else sorted(source.glob("*.safetensors"))
+        files = files or sorted([*source.glob("*.bin"), *source.glob(SCALE_FILE)])
     else:
         files = [source]
     return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
@@ -87,18 +86,32 @@ def read_dense_checkpoint(path: Path) -> dict[str, Tensor]:
     return _saved_method(checkpoint).dense_weights(read_tensors(checkpoint, prefix="model."))
 
 
+def saved_model_config(checkpoint: Path) -> ModelConfig:
+    """The section `[model]` of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: if its metadata describe no model that this version knows.
+    """
+    return _restore(checkpoint, MODELS)
+
+
 def _saved_method(checkpoint: Path) -> Method:
     metadata = read_metadata(checkpoint)
-    section, job = metadata.identity["method"], metadata.identity["job"]
-    assert isinstance(section, dict)
+    job = metadata.identity["job"]
     assert isinstance(job, dict)
+    return METHODS.build(_restore(checkpoint, METHODS), metadata.step, int(str(job["seed"])))
+
+
+def _restore(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:
+    section = read_metadata(checkpoint).identity.get(registry.kind)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{checkpoint}: its metadata describe no {registry.kind}")
     try:
-        config = METHODS.restore(section)
+        return registry.restore(section)
     except ConfigError as error:
         raise CheckpointError(
-            f"{checkpoint}: expected a method that this version of switchtitan knows ({error})"
+            f"{checkpoint}: expected a {registry.kind} that this version of switchtitan knows ({error})"
         ) from error
-    return METHODS.build(config, metadata.step, int(str(job["seed"])))
 
 
 def _is_safetensors(path: Path) -> bool:

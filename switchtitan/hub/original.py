@@ -1,30 +1,25 @@
-"""Checkpoints of SwitchLoRA's original implementation, read into our names.
+"""Dense weights from checkpoints of SwitchLoRA's original implementation.
 
-The layout was read from github.com/asfsdsf/SwitchLoRA at commit 393e214, in the functions that write it:
-`save_model` in llama/training_utils.py, `SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer` in
+The layout was read from github.com/asfsdsf/SwitchLoRA at commit 393e214, in the functions that write
+it: `save_model` in llama/training_utils.py, `SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer` in
 switchlora/switch_lora.py. Tests build files after that description; none of theirs was at hand.
 What is relied on:
 
-- A folder `model_<step>` with `pytorch_model.bin`, or several files and `pytorch_model.bin.index.json`, whose
-  names are those of Hugging Face's LLaMA. Low-rank runs add `switch_lora_config.json` with `lora_alpha`.
-- An adapted layer has `weight` [out, in], which does not contain the factors' product (checkpoints are saved
-  in training mode), `lora_A` [rank, in], `lora_B` [out, rank], which is ours transposed, `candidates_A` [c, in] and
-  `candidates_B` [c, out], c = min(out, in). The scale is lora_alpha / rank.
-- `candidate_{A,B}_index_param` is the next vector to be switched, `selected_{A,B}_indices_param` the slot
-  that each vector came from. Both follow from the number of switches so far, which is found from them.
-- Further bookkeeping (`*_len_param`, `*_weight_param`, `fixed_*_steps_param`, `deltaW`, ...) holds no weights
-  and is left out, as are rotary frequencies that old versions of transformers stored.
-
-An earlier publication (github.com/oddForPapergweiowio/SwitchLoRA at 5d9d65c) numbers its candidates
-(`candidates_A.0`, ...) and draws them at random, which our ring cannot go on from: its weights can be read
-merged, not as factors.
+- A folder `model_<step>` holds `pytorch_model.bin`, or several files and
+  `pytorch_model.bin.index.json`. Names are those of Hugging Face's LLaMA. Low-rank runs add
+  `switch_lora_config.json` with `lora_alpha`.
+- An adapted layer has `weight` [out, in], which does not contain the product of the factors
+  (checkpoints are saved in training mode), `lora_A` [rank, in] and `lora_B` [out, rank]. The scale is
+  lora_alpha / rank.
+- Candidates, and bookkeeping such as `candidate_A_index_param` or `fixed_B_steps_param`, are no part
+  of the dense weights and are left out, as are rotary frequencies that old versions of transformers
+  stored. So the earlier publication (github.com/oddForPapergweiowio/SwitchLoRA at 5d9d65c), which
+  numbers its candidates, can be read too.
 """
 
 import json
-import math
 import pickle
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,99 +28,54 @@ from torch import Tensor
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.hub.weight_files import find_weight_files
 
-_OUR_NAME = {
-    "weight": "weight",
-    "lora_A": "lora_a",
-    "lora_B": "lora_b",
-    "candidates_A": "candidates_a",
-    "candidates_B": "candidates_b",
-}
+WEIGHTS_FILE = "pytorch_model.bin"
+SCALE_FILE = "switch_lora_config.json"
+
+_FACTORS = ("lora_A", "lora_B")
 _LEFT_OUT = re.compile(
     r"\.("
-    r"candidate_[AB]_index_param|selected_[AB]_indices_param(\.\d+)?|fixed_[AB]_steps_param(\.\d+)?"
-    r"|candidates_[AB]_len_param|candidates_[AB]_weight_param(\.\d+)?|candidates_[AB]\.\d+"
+    r"candidates_[AB](\.\d+)?|candidates_[AB]_len_param|candidates_[AB]_weight_param(\.\d+)?"
+    r"|candidate_[AB]_index_param|selected_[AB]_indices_param(\.\d+)?|fixed_[AB]_steps_param(\.\d+)?"
     r"|Wx|Ax|BAx|BA|deltaA|deltaB|deltaW|rotary_emb\.inv_freq"
     r")$"
 )
 
 
-@dataclass(frozen=True)
-class OriginalCheckpoint:
-    """A low-rank run of the original implementation in our names, types as stored."""
-
-    tensors: dict[str, Tensor]
-    """All weights; adapted layers have weight, lora_a, lora_b [rank, out], candidates_a and candidates_b [c, out]."""
-    rank: int
-    alpha: float
-    """Scale times rank."""
-    num_switched: dict[str, int]
-    """Per adapted layer, the vectors switched so far on each side, modulo the least common multiple of rank
-    and c: the ring has no other state."""
+def is_original(path: Path) -> bool:
+    """Whether `path` is a folder in this layout."""
+    return any((path / name).is_file() for name in (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json"))
 
 
-def read_original(path: Path, alpha: float | None = None) -> OriginalCheckpoint:
-    """Reads a low-rank checkpoint with its factors and candidates.
+def read_original_dense(path: Path) -> dict[str, Tensor]:
+    """Read a checkpoint, full-rank or low-rank, as the plain model's weights, merged in fp32.
 
     Args:
-        path: the folder `model_<step>`, or its `pytorch_model.bin` alone.
-        alpha: lora_alpha of the run; needed where switch_lora_config.json is not there.
+        path: the folder `model_<step>`.
 
     Raises:
-        CheckpointError: if files are missing or damaged, or the layout is not the one described above.
+        CheckpointError: if files are missing or corrupted, or the layout is not the one described above.
     """
     stored = _read_stored(path)
-    tensors = _translate(stored, path)
-    layers = _adapted_layers(tensors, path)
-    if not layers:
+    dense = {name: tensor.float() for name, tensor in stored.items() if name.endswith(".weight")}
+    unknown = [name for name in stored if name not in dense and not name.endswith(_FACTORS)]
+    if unknown or not dense:
         raise CheckpointError(
-            f"{path} holds no lora_A: it is a full-rank checkpoint; read it as dense weights"
+            f"{path} is not a LLaMA checkpoint of the original implementation; "
+            f"unknown names: {abbreviate(unknown) or 'none, but no weight either'}"
         )
+    layers = sorted({name.rpartition(".")[0] for name in stored if name.endswith(_FACTORS)})
+    alpha = _read_alpha(path) if layers else 0.0
     for layer in layers:
-        out, into = tensors[f"{layer}.weight"].shape
-        num_candidates = min(out, into)
-        shapes = {"candidates_a": (num_candidates, into), "candidates_b": (num_candidates, out)}
-        for name, shape in shapes.items():
-            candidates = tensors.get(f"{layer}.{name}")
-            if candidates is None or candidates.shape != shape:
-                raise CheckpointError(
-                    f"{path}: {layer} has no {name} {list(shape)}, which switching goes on from; "
-                    "import the merged weights instead"
-                )
-    rank = tensors[f"{layers[0]}.lora_a"].shape[0]
-    return OriginalCheckpoint(
-        tensors,
-        rank,
-        _find_alpha(path, alpha),
-        {layer: _count_switches(stored, layer, path) for layer in layers},
-    )
-
-
-def read_original_dense(path: Path, alpha: float | None = None) -> dict[str, Tensor]:
-    """Reads any checkpoint, full-rank or low-rank, as the plain model's weights; merged and kept in fp32.
-
-    Args:
-        path: the folder `model_<step>`, or its `pytorch_model.bin` alone.
-        alpha: lora_alpha of a low-rank run; needed where switch_lora_config.json is not there.
-
-    Raises:
-        CheckpointError: if files are missing or damaged, or the layout is not the one described above.
-    """
-    tensors = _translate(_read_stored(path), path)
-    layers = _adapted_layers(tensors, path)
-    dense = {name: value.float() for name, value in tensors.items() if name.endswith("weight")}
-    if layers:
-        alpha = _find_alpha(path, alpha)
-    for layer in layers:
-        lora_a, lora_b = tensors[f"{layer}.lora_a"].float(), tensors[f"{layer}.lora_b"].float()
-        assert alpha is not None
-        dense[f"{layer}.weight"] = dense[f"{layer}.weight"] + (alpha / lora_a.shape[0]) * (lora_b.T @ lora_a)
+        weight, lora_a, lora_b = _adapted_layer(stored, layer, path)
+        product = lora_b.float() @ lora_a.float()
+        dense[f"{layer}.weight"] = weight.float() + (alpha / lora_a.shape[0]) * product
     return dense
 
 
 def _read_stored(path: Path) -> dict[str, Tensor]:
-    """All tensors by stored name. Pickles are read with weights_only: nothing in them can run code."""
+    """Weights and factors by stored name. Files are read with weights_only: nothing in them can run code."""
     stored: dict[str, Tensor] = {}
-    for file in find_weight_files(path, "pytorch_model.bin"):
+    for file in find_weight_files(path, WEIGHTS_FILE):
         try:
             part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
@@ -134,98 +84,41 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
                 "save the state dict alone"
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}); fetch it again") from error
+            raise CheckpointError(f"{file} is corrupted ({error}); fetch it again") from error
         if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
             raise CheckpointError(f"{file} is not a state dict; expected tensors by name")
-        stored.update(part)
+        stored.update({name: value for name, value in part.items() if not _LEFT_OUT.search(name)})
     return stored
 
 
-def _translate(stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Weights, factors and candidates under our names; bookkeeping left out."""
-    tensors: dict[str, Tensor] = {}
-    unknown = []
-    for name, value in stored.items():
-        layer, _, local = name.rpartition(".")
-        if local in _OUR_NAME:
-            tensors[f"{layer}.{_OUR_NAME[local]}"] = (
-                value.T.contiguous() if local == "lora_B" and value.ndim == 2 else value
-            )
-        elif not _LEFT_OUT.search(name):
-            unknown.append(name)
-    if unknown or not any(name.endswith(".weight") for name in tensors):
+def _adapted_layer(stored: dict[str, Tensor], layer: str, path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """`weight`, `lora_A` and `lora_B` of a layer, if their shapes fit."""
+    parts = [stored.get(f"{layer}.{name}") for name in ("weight", *_FACTORS)]
+    weight, lora_a, lora_b = parts
+    if (
+        weight is None
+        or lora_a is None
+        or lora_b is None
+        or [part.ndim for part in (weight, lora_a, lora_b)] != [2, 2, 2]
+        or weight.shape != (lora_b.shape[0], lora_a.shape[1])
+        or lora_a.shape[0] != lora_b.shape[1]
+    ):
+        found = [None if part is None else list(part.shape) for part in parts]
         raise CheckpointError(
-            f"{path} is not a LLaMA checkpoint of the original implementation; "
-            f"unknown names: {abbreviate(unknown) or 'none, but no weight either'}"
+            f"{path}: {layer} has weight, lora_A, lora_B of shapes {found}; expected [out, in], "
+            "[rank, in], [out, rank]. Quantized layers cannot be read."
         )
-    return tensors
+    return weight, lora_a, lora_b
 
 
-def _adapted_layers(tensors: dict[str, Tensor], path: Path) -> list[str]:
-    """Layers with low-rank factors, whose shapes are checked against their weight's."""
-    layers = sorted({name.rpartition(".")[0] for name in tensors if name.endswith((".lora_a", ".lora_b"))})
-    for layer in layers:
-        parts = [tensors.get(f"{layer}.{name}") for name in ("weight", "lora_a", "lora_b")]
-        weight, lora_a, lora_b = parts
-        if (
-            weight is None
-            or lora_a is None
-            or lora_b is None
-            or [part.ndim for part in (weight, lora_a, lora_b)] != [2, 2, 2]
-            or weight.shape != (lora_b.shape[1], lora_a.shape[1])
-            or lora_a.shape[0] != lora_b.shape[0]
-        ):
-            found = [None if part is None else list(part.shape) for part in parts]
-            raise CheckpointError(
-                f"{path}: {layer} has weight, lora_A, lora_B (transposed) of shapes {found}; expected [out, in], "
-                "[rank, in], [rank, out]. Quantised layers cannot be read."
-            )
-    return layers
-
-
-def _find_alpha(path: Path, alpha: float | None) -> float:
-    file = (path if path.is_dir() else path.parent) / "switch_lora_config.json"
+def _read_alpha(path: Path) -> float:
+    file = path / SCALE_FILE
     if not file.is_file():
-        if alpha is None:
-            raise CheckpointError(
-                f"{file} is missing; give the run's lora_alpha as alpha (its default was 1)"
-            )
-        return alpha
+        raise CheckpointError(
+            f'{file} is missing; write {{"lora_alpha": NUMBER}} there, with the lora_alpha of the run '
+            "(its default was 1)"
+        )
     try:
-        stored = float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
+        return float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error!r}); expected lora_alpha = a number") from error
-    if alpha is not None and alpha != stored:
-        raise CheckpointError(f"alpha = {alpha} was given, but {file} says {stored}; leave alpha out")
-    return stored
-
-
-def _count_switches(stored: dict[str, Tensor], layer: str, path: Path) -> int:
-    """The number p of switches on each side, from where the ring stands.
-
-    After p switches A's next row is p mod rank, and its vectors, from the last one switched backwards, came
-    from slots p - 1, p - 2, ... mod c; B's are the same, shifted by rank // 2 columns.
-    """
-    rank = stored[f"{layer}.lora_A"].shape[0]
-    num_candidates = stored[f"{layer}.candidates_A"].shape[0]
-    try:
-        next_a = int(stored[f"{layer}.candidate_A_index_param"])
-        next_b = int(stored[f"{layer}.candidate_B_index_param"])
-        slots_a = stored[f"{layer}.selected_A_indices_param"].tolist()
-        slots_b = stored[f"{layer}.selected_B_indices_param"].tolist()
-        next_slot = (slots_a[next_a - 1] + 1) % num_candidates
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {layer} does not say where its ring stands ({error!r})") from error
-    for switches in range(next_slot, math.lcm(rank, num_candidates), num_candidates):
-        if switches % rank == next_a and (rank // 2 + switches) % rank == next_b:
-            ring = {
-                (switches - back) % rank: (switches - back) % num_candidates for back in range(1, rank + 1)
-            }
-            expected_a = [ring[row] for row in range(rank)]
-            expected_b = [ring[(column - rank // 2) % rank] for column in range(rank)]
-            if (slots_a, slots_b) == (expected_a, expected_b):
-                return switches
-    raise CheckpointError(
-        f"{path}: the candidates of {layer} were not switched in order (option discontinuous_switch); "
-        "import the merged weights instead"
-    )
+        raise CheckpointError(f"{file} is corrupted ({error!r}); expected lora_alpha = a number") from error

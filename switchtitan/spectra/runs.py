@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import find_given, read_metadata
+from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
-from switchtitan.models import MODELS
+from switchtitan.hub.initial_weights import saved_model_config
 from switchtitan.spectra.spectra_files import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.spectrum import (
     RankSummary,
@@ -28,7 +29,7 @@ class RunSpectra:
     checkpoint: Path
     step: int
     """Of the checkpoint."""
-    model_section: Mapping[str, object]
+    model: ModelConfig
     spectra: Mapping[str, Tensor]
     """Of the checkpoint, by layer."""
     course: Mapping[int, float]
@@ -80,15 +81,13 @@ def read_run_spectra(run: Path, patterns: Sequence[str] = ("*",)) -> RunSpectra:
     """
     checkpoint = find_given(run)
     metadata = read_metadata(checkpoint)
-    model_section = metadata.identity["model"]
-    assert isinstance(model_section, dict)
     measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
     course = {
         step: summarize({name: spectra[name] for name in select_layers(spectra, patterns)}).effective
         for step, spectra in measured.items()
     }
     spectra = checkpoint_spectra(checkpoint, patterns)
-    return RunSpectra(checkpoint, metadata.step, MODELS.completed(model_section), spectra, course)
+    return RunSpectra(checkpoint, metadata.step, saved_model_config(checkpoint), spectra, course)
 
 
 def check_same_model(runs: Sequence[RunSpectra]) -> None:
@@ -99,11 +98,11 @@ def check_same_model(runs: Sequence[RunSpectra]) -> None:
     """
     first = runs[0]
     for other in runs[1:]:
-        keys = first.model_section.keys() | other.model_section.keys()
+        one, another = first.model.architecture(), other.model.architecture()
         differing = [
-            f"{key} = {first.model_section.get(key)} and {other.model_section.get(key)}"
-            for key in sorted(keys - {"attention"})
-            if first.model_section.get(key) != other.model_section.get(key)
+            f"{key} = {one.get(key)} and {another.get(key)}"
+            for key in sorted(one.keys() | another.keys())
+            if one.get(key) != another.get(key)
         ]
         if differing:
             raise ConfigError(

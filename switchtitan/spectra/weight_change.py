@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
 from switchtitan.checkpoint import read_metadata
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.errors import CheckpointError, UserError
-from switchtitan.hub.initial_weights import fingerprint, read_dense_checkpoint, read_initial_weights
+from switchtitan.errors import CheckpointError
+from switchtitan.hub.initial_weights import (
+    fingerprint,
+    read_dense_checkpoint,
+    read_initial_weights,
+    saved_model_config,
+)
 from switchtitan.models import MODELS
 from switchtitan.spectra.spectrum import select_layers, singular_values
 
@@ -25,7 +29,7 @@ InitialValue = Callable[[str, torch.Size], Tensor]
 class Origin:
     """Where a run's dense weights came from at step 0."""
 
-    model_section: ModelConfig
+    model_config: ModelConfig
     seed: int
     """Of the job."""
     initial_weights: str | None
@@ -54,12 +58,12 @@ class Origin:
                 f"{'has changed since' if source.exists() else 'is gone'}; put it back as it was, or measure no change "
                 "([spectrum] interval = none)"
             )
-        weights = read_initial_weights(source, model, self.model_section.model_dump(mode="json")).tensors
+        weights = read_initial_weights(source, self.model_config).tensors
         return lambda name, shape: weights[name].to(torch.float32)
 
     def _plain_model(self) -> LanguageModel:
         with torch.device("meta"):
-            return MODELS.build(self.model_section)
+            return MODELS.build(self.model_config)
 
 
 def linear_layers(merged: Mapping[str, Tensor], origin: Origin) -> list[str]:
@@ -124,17 +128,12 @@ def checkpoint_origin(checkpoint: Path) -> Origin:
         CheckpointError: if its metadata tells of no model that this version knows.
     """
     metadata = read_metadata(checkpoint)
-    section, job = metadata.identity["model"], metadata.identity["job"]
-    assert isinstance(section, dict)
+    job = metadata.identity["job"]
     assert isinstance(job, dict)
-    try:
-        model_section = MODELS[str(section["name"])].config_type.model_validate(section)
-    except (KeyError, UserError, ValidationError) as error:
-        raise CheckpointError(f"{checkpoint}: expected a model that this version knows ({error})") from error
     path, fingerprint = (metadata.train_state.get(key) for key in ("initial_weights", "initial_fingerprint"))
     return Origin(
-        model_section=model_section,
-        seed=int(job["seed"]),  # type: ignore[arg-type]
+        model_config=saved_model_config(checkpoint),
+        seed=int(str(job["seed"])),
         initial_weights=None if path is None else str(path),
         fingerprint=None if fingerprint is None else str(fingerprint),
     )

@@ -1,7 +1,8 @@
 """The `[model]` section for LLaMA: the table of sizes, its overrides, and what follows from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -145,6 +146,55 @@ class LlamaConfig(ModelConfig):
             rope_theta=self.rope_theta,
             init_std=self.init_std,
         )
+
+    def architecture(self) -> dict[str, object]:
+        """All keys but the attention back-end, which has no weights."""
+        return self.model_dump(mode="json", exclude={"attention"})
+
+    def huggingface_config(self, seq_len: int) -> dict[str, object]:
+        """The config.json of transformers' LlamaForCausalLM."""
+        dims = self.dimensions()
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": dims.hidden_size,
+            "intermediate_size": dims.intermediate_size,
+            "num_hidden_layers": dims.num_layers,
+            "num_attention_heads": dims.num_heads,
+            "num_key_value_heads": dims.num_kv_heads,
+            "head_dim": dims.head_dim,
+            "vocab_size": dims.vocab_size,
+            "rms_norm_eps": dims.norm_eps,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "initializer_range": dims.init_std,
+            "max_position_embeddings": seq_len,
+            # Both spellings, of transformers 4 and 5.
+            "rope_theta": dims.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_theta},
+        }
+
+    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
+        """Return how heads, norm epsilon, activation or rotary positions differ; shapes do not show these."""
+        dims = self.dimensions()
+        # Since version 5 transformers writes one table, rope_parameters; before, rope_theta and rope_scaling.
+        rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+        num_heads = found["num_attention_heads"]
+        compared = {
+            "num_attention_heads": (num_heads, dims.num_heads),
+            "num_key_value_heads": (found.get("num_key_value_heads") or num_heads, dims.num_kv_heads),
+            "rms_norm_eps": (found.get("rms_norm_eps", 1e-6), dims.norm_eps),
+            "hidden_act": (found.get("hidden_act", "silu"), "silu"),
+            "rope_theta": (rope.get("rope_theta", found.get("rope_theta", 10000.0)), dims.rope_theta),
+            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        }
+        return [
+            f"{key} = {theirs!r}, the model has {ours!r}"
+            for key, (theirs, ours) in compared.items()
+            if theirs != ours
+        ]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear layer, the head included, by its module's name; builds nothing."""

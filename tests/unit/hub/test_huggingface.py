@@ -41,7 +41,7 @@ def state() -> dict[str, Tensor]:
 def test_transformers_computes_our_logits_from_the_exported_folder(
     state: dict[str, Tensor], tmp_path: Path, max_shard_bytes: int
 ) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.float32, seq_len=64, max_shard_bytes=max_shard_bytes)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32, seq_len=64, max_shard_bytes=max_shard_bytes)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = MODELS.build(CONFIG)
     ours.load_state_dict(state)
@@ -56,9 +56,9 @@ def test_transformers_computes_our_logits_from_the_exported_folder(
 def test_export_and_read_change_neither_names_nor_values(
     state: dict[str, Tensor], tmp_path: Path, max_shard_bytes: int
 ) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.float32, max_shard_bytes=max_shard_bytes)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=max_shard_bytes)
     back = read_dense(tmp_path / "out")
-    check_dense(back, DIMS, tmp_path / "out")
+    check_dense(back, CONFIG, tmp_path / "out")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
@@ -66,12 +66,12 @@ def test_export_and_read_change_neither_names_nor_values(
 def test_what_transformers_saves_is_read_under_the_same_names(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.float32)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     back = read_dense(tmp_path / "theirs")
-    check_dense(back, DIMS, tmp_path / "theirs")
+    check_dense(back, CONFIG, tmp_path / "theirs")
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
@@ -79,7 +79,7 @@ def test_shards_stay_below_the_limit_and_hold_each_weight_once(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     limit = 20_000
-    export_dense(state, DIMS, tmp_path / "out", torch.bfloat16, max_shard_bytes=limit)
+    export_dense(state, CONFIG, tmp_path / "out", torch.bfloat16, max_shard_bytes=limit)
     names: list[str] = []
     files = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
     assert len(files) > 1
@@ -94,7 +94,7 @@ def test_shards_stay_below_the_limit_and_hold_each_weight_once(
 
 
 def test_bf16_export_rounds_each_value_once(state: dict[str, Tensor], tmp_path: Path) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.bfloat16)
+    export_dense(state, CONFIG, tmp_path / "out", torch.bfloat16)
     back = read_dense(tmp_path / "out")
     assert all(torch.equal(back[name], value.bfloat16()) for name, value in state.items())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
@@ -104,7 +104,7 @@ def test_exported_tokenizer_splits_text_as_the_given_one(state: dict[str, Tensor
     tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "given.json"))
     export_dense(
-        state, DIMS, tmp_path / "out", torch.float32, tokenizer_file=tmp_path / "given.json", eos_id=0
+        state, CONFIG, tmp_path / "out", torch.float32, tokenizer_file=tmp_path / "given.json", eos_id=0
     )
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded("b")["input_ids"] == tokenizer.encode("b").ids == [2]
@@ -116,13 +116,13 @@ def test_a_full_folder_is_left_alone(state: dict[str, Tensor], tmp_path: Path) -
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     with pytest.raises(CheckpointError, match=r"out exists and is not empty; choose another"):
-        export_dense(state, DIMS, tmp_path / "out", torch.float32)
+        export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_an_empty_folder_is_filled(state: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    export_dense(state, DIMS, tmp_path / "out", torch.float32)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     assert read_dense(tmp_path / "out").keys() == state.keys()
 
 
@@ -130,7 +130,7 @@ def test_a_failed_export_leaves_nothing_behind(state: dict[str, Tensor], tmp_pat
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"broken\.json is not a tokenizer"):
         export_dense(
-            state, DIMS, tmp_path / "out", torch.float32, tokenizer_file=tmp_path / "broken.json", eos_id=0
+            state, CONFIG, tmp_path / "out", torch.float32, tokenizer_file=tmp_path / "broken.json", eos_id=0
         )
     assert [file.name for file in tmp_path.iterdir()] == ["broken.json"]
 
@@ -142,7 +142,7 @@ def test_export_names_missing_unexpected_and_misshapen_weights(
     state["model.layers.0.self_attn.q_proj.lora_a"] = torch.zeros(2, 36)
     state["model.norm.weight"] = torch.zeros(35)
     with pytest.raises(CheckpointError) as caught:
-        export_dense(state, DIMS, tmp_path / "out", torch.float32)
+        export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     caught.match(r"missing: lm_head\.weight")
     caught.match(r"unexpected: model\.layers\.0\.self_attn\.q_proj\.lora_a")
     caught.match(r"model\.norm\.weight \[35\] instead of \[36\]")
@@ -156,27 +156,27 @@ def test_export_names_missing_unexpected_and_misshapen_weights(
         ({"rope_theta": 10000.0}, r"rope_theta = 700\.0, the model has 10000\.0"),
         ({"norm_eps": 1e-5}, r"rms_norm_eps = 1e-06, the model has 1e-05"),
         ({"vocab_size": 54}, r"lm_head\.weight \[53, 36\] instead of \[54, 36\]"),
-        ({"num_layers": 3}, r"missing: model\.layers\.2\.self_attn.* and 5 more"),
+        ({"num_layers": 3}, r"missing: model\.layers\.2\..* and 5 more"),
     ],
 )
 def test_weights_of_another_model_are_refused(
     state: dict[str, Tensor], tmp_path: Path, override: dict, words: str
 ) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.float32)
-    other = LlamaConfig(**{**CONFIG.model_dump(), **override}).dimensions()
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+    other = LlamaConfig(**{**CONFIG.model_dump(), **override})
     with pytest.raises(CheckpointError, match=words):
         check_dense(read_dense(tmp_path / "out"), other, tmp_path / "out")
 
 
 def test_scaled_rotary_positions_are_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.float32)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     del config["rope_parameters"]
     config["rope_scaling"] = {"type": "linear", "factor": 2.0}
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"rope_type = 'linear'"):
-        check_dense(state, DIMS, tmp_path / "out")
+        check_dense(state, CONFIG, tmp_path / "out")
 
 
 def test_a_single_file_is_read_without_a_folder(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_damaged_and_missing_files_are_named(state: dict[str, Tensor], tmp_path:
         read_dense(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
         read_dense(tmp_path)
-    export_dense(state, DIMS, tmp_path / "out", torch.float32, max_shard_bytes=20_000)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=20_000)
     shard = sorted((tmp_path / "out").glob("model-*"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=rf"{shard.name} is not a whole safetensors file"):
@@ -229,7 +229,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_dimensions_stand_for_the_exported_config(state: dict[str, Tensor], tmp_path: Path) -> None:
-    export_dense(state, DIMS, tmp_path / "out", torch.float32)
+    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (
         LlamaDimensions(
