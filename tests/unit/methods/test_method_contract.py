@@ -1,17 +1,19 @@
-"""What every method must offer: it trains, goes on from a checkpoint bit by bit, and comes out as a plain model."""
+"""What every method must offer: it trains, resumes from a checkpoint bitwise, and its dense weights are a plain model's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from support.tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
 
-from switchtitan.contracts import Batch
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import stop_world
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
+from switchtitan.training.state import TrainState
 from switchtitan.training.trainer import Trainer
 
 
@@ -21,17 +23,71 @@ def leave_world() -> Iterator[None]:
     stop_world()
 
 
-def save(trainer: Trainer) -> Path:
+NUM_STEPS, SAVED_STEP = 40, 20
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run of `NUM_STEPS` steps left: some of it from when it was saved, after `SAVED_STEP`."""
+
+    checkpoint: Path
+    saved_logits: torch.Tensor
+    saved_parameters: Weights
+    saved_optimizer: Weights
+    metric_names: set[str]
+    losses: list[float]
+    tensors: Weights
+    state: TrainState
+
+
+@pytest.fixture(scope="module")
+def trained(corpora: Path) -> Callable[[str], TrainedRun]:
+    """The run of a method; each is trained once."""
+    return cache(lambda method: train_and_save(corpora / f"contract-{method}", method))
+
+
+def train_and_save(folder: Path, method: str) -> TrainedRun:
+    trainer = tiny_trainer(folder, method)
+    stepper = trainer.stepper
+    losses = train_steps(trainer, SAVED_STEP)
     trainer.save()
     trainer.checkpointer.finish()
-    trainer.stepper.close()
     assert trainer.checkpointer.latest is not None
-    return trainer.checkpointer.latest
+    saved_logits = logits(stepper.model)
+    saved_parameters = copies(gather_on_main(stepper.model.named_parameters(), is_main=True))
+    saved_optimizer = copies(stepper.optimizer.state_dict())
+    losses += train_steps(trainer, NUM_STEPS - SAVED_STEP)
+    stepper.close()
+    return TrainedRun(
+        checkpoint=trainer.checkpointer.latest,
+        saved_logits=saved_logits,
+        saved_parameters=saved_parameters,
+        saved_optimizer=saved_optimizer,
+        metric_names=set(stepper.optimizer.metrics()),
+        losses=losses,
+        tensors=whole_tensors(trainer),
+        state=stepper.state,
+    )
+
+
+def copies(tensors: Mapping[str, torch.Tensor]) -> Weights:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def warm_started(folder: Path, method: str, checkpoint: Path) -> Trainer:
+    trainer = tiny_trainer(folder, method, "--checkpoint.initial_weights", str(checkpoint))
+    trainer.stepper.close()
+    assert trainer.stepper.state.step == 0
+    return trainer
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    return model(batch.tokens, batch.document_ids).clone()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Of two sequences that are the same in all tests, of two documents each."""
+    tokens = torch.randint(0, 271, (2, 16), generator=torch.Generator().manual_seed(0))
+    document_ids = (torch.arange(16) >= 7).long().expand(2, 16)
+    return model(tokens, document_ids).clone()
 
 
 def test_every_method_is_held_to_the_contract():
@@ -49,93 +105,70 @@ def test_a_section_tells_whether_its_method_freezes_weights(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_resuming_equals_a_straight_run_bitwise(corpora, method):
-    straight = tiny_trainer(corpora / f"contract-straight-{method}", method)
-    losses = train_steps(straight, 40)
-    straight.stepper.close()
-    assert losses[-1] < losses[0]
+def test_a_run_without_a_save_has_the_same_losses(corpora, trained, method):
+    run = trained(method)
+    assert run.losses[-1] < run.losses[0]
+    unsaved = tiny_trainer(corpora / f"contract-unsaved-{method}", method)
+    assert train_steps(unsaved, SAVED_STEP + 2) == run.losses[: SAVED_STEP + 2]
+    unsaved.stepper.close()
 
-    folder = corpora / f"contract-resumed-{method}"
-    first_half = tiny_trainer(folder, method)
-    assert train_steps(first_half, 20) == losses[:20]
-    save(first_half)
-    resumed = tiny_trainer(folder, method)
-    assert resumed.stepper.state.step == 20
-    assert train_steps(resumed, 20) == losses[20:]
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_resuming_equals_a_straight_run_bitwise(corpora, trained, method):
+    straight = trained(method)
+    resumed = tiny_trainer(corpora / f"contract-{method}", method)
+    assert resumed.stepper.state.step == SAVED_STEP
+    assert train_steps(resumed, NUM_STEPS - SAVED_STEP) == straight.losses[SAVED_STEP:]
     resumed.stepper.close()
-    assert resumed.stepper.state == straight.stepper.state
+    assert resumed.stepper.state == straight.state
     tensors = whole_tensors(resumed)
     assert any(name.startswith("optimizer.") for name in tensors)
-    for name, tensor in whole_tensors(straight).items():
+    for name, tensor in straight.tensors.items():
         assert torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, method):
-    trained = tiny_trainer(corpora / f"contract-state-{method}", method)
-    train_steps(trained, 7)
-    trained.stepper.close()
+def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, trained, method):
+    saved = trained(method).saved_optimizer
     fresh = tiny_trainer(corpora / f"contract-fresh-{method}", method)
     fresh.stepper.close()
-    saved = {name: tensor.clone() for name, tensor in trained.stepper.optimizer.state_dict().items()}
-    assert any(
-        not torch.equal(tensor, saved[name]) for name, tensor in fresh.stepper.optimizer.state_dict().items()
-    )
-    fresh.stepper.optimizer.load_state_dict(saved)
-    loaded = fresh.stepper.optimizer.state_dict()
+    optimizer = fresh.stepper.optimizer
+    assert any(not torch.equal(tensor, saved[name]) for name, tensor in optimizer.state_dict().items())
+    optimizer.load_state_dict(saved)
+    loaded = optimizer.state_dict()
     assert loaded.keys() == saved.keys()
     for name, tensor in saved.items():
         assert torch.equal(loaded[name], tensor), name
-    assert fresh.stepper.optimizer.metrics().keys() == trained.stepper.optimizer.metrics().keys()
+    assert set(optimizer.metrics()) == trained(method).metric_names
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_dense_weights_in_the_plain_model_compute_the_same_logits(corpora, method):
-    folder = corpora / f"contract-merged-{method}"
-    trainer, config = tiny_trainer(folder, method), tiny_config(folder, method)
-    train_steps(trainer, 12)
-    batch = next(trainer.stepper.batches)[0]
-    trainer.stepper.close()
-    expected = logits(trainer.stepper.model, batch)
+def test_dense_weights_in_the_plain_model_compute_the_same_logits(tmp_path, trained, method):
+    run, config = trained(method), tiny_config(tmp_path, method)
     plain = MODELS.build(config.model)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
-    merged = built.dense_weights(gather_on_main(trainer.stepper.model.named_parameters(), is_main=True))
-    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in merged.values())
-    untrained = logits(plain, batch)
-    plain.load_state_dict(merged, strict=True)
+    dense = built.dense_weights(run.saved_parameters)
+    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in dense.values())
+    untrained = logits(plain)
+    plain.load_state_dict(dense, strict=True)
     # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.
-    torch.testing.assert_close(logits(plain, batch), expected, rtol=1e-5, atol=1e-5)
-    assert (untrained - expected).abs().max() > 0.1
+    torch.testing.assert_close(logits(plain), run.saved_logits, rtol=1e-5, atol=1e-5)
+    assert (untrained - run.saved_logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_warm_start_computes_what_the_full_rank_checkpoint_does(corpora, method):
-    dense = tiny_trainer(corpora / f"contract-dense-{method}", "full_rank")
-    train_steps(dense, 10)
-    batch = next(dense.stepper.batches)[0]
-    expected = logits(dense.stepper.model, batch)
-    checkpoint = save(dense)
-    warm = tiny_trainer(
-        corpora / f"contract-warm-{method}", method, "--checkpoint.initial_weights", str(checkpoint)
-    )
-    warm.stepper.close()
-    assert warm.stepper.state.step == 0
+def test_warm_start_computes_what_the_full_rank_checkpoint_does(corpora, trained, method):
+    dense = trained("full_rank")
+    warm = warm_started(corpora / f"contract-warm-{method}", method, dense.checkpoint)
     # W - s B A + s B A: as above.
-    torch.testing.assert_close(logits(warm.stepper.model, batch), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(warm.stepper.model), dense.saved_logits, rtol=1e-5, atol=1e-5)
     cold = tiny_trainer(corpora / f"contract-cold-{method}", method)
     cold.stepper.close()
-    assert (logits(cold.stepper.model, batch) - expected).abs().max() > 0.1
+    assert (logits(cold.stepper.model) - dense.saved_logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_a_checkpoint_of_any_method_starts_a_full_rank_run(corpora, method):
-    trained = tiny_trainer(corpora / f"contract-source-{method}", method)
-    train_steps(trained, 10)
-    batch = next(trained.stepper.batches)[0]
-    expected = logits(trained.stepper.model, batch)
-    checkpoint = save(trained)
-    dense = tiny_trainer(
-        corpora / f"contract-target-{method}", "full_rank", "--checkpoint.initial_weights", str(checkpoint)
-    )
-    dense.stepper.close()
-    torch.testing.assert_close(logits(dense.stepper.model, batch), expected, rtol=1e-5, atol=1e-5)
+def test_a_checkpoint_of_any_method_starts_a_full_rank_run(corpora, trained, method):
+    run = trained(method)
+    dense = warm_started(corpora / f"contract-target-{method}", "full_rank", run.checkpoint)
+    torch.testing.assert_close(logits(dense.stepper.model), run.saved_logits, rtol=1e-5, atol=1e-5)
