@@ -36,6 +36,7 @@ def num_graph_breaks() -> int:
     return sum(counters["graph_break"].values())
 
 
+@pytest.mark.slow
 def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora):
     trainer = tiny_trainer(
         corpora / "steady",
@@ -61,6 +62,7 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
     assert num_compilations() == num_compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["relora", "galore", "apollo", "apollo_mini"])
 def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
     """Through a reset of ReLoRA, and bases of GaLore's and APOLLO's that are drawn anew; SwitchLoRA
@@ -75,9 +77,10 @@ def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
     assert num_graph_breaks() == 0
 
 
+@pytest.mark.slow
 def test_the_count_sees_a_batch_of_another_shape(corpora):
     """Shows that the check above can fail."""
-    trainer = tiny_trainer(corpora / "unsteady", "switchlora", *COMPILED)
+    trainer = tiny_trainer(corpora / "unsteady", "full_rank", *COMPILED)
     train_steps(trainer, 1)
     num_compiled = num_compilations()
     shorter = [type(batch)(*(part[:, :-3] for part in batch)) for batch in next(trainer.stepper.batches)]
@@ -156,11 +159,19 @@ def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
     assert len(found) >= 10
 
 
-@pytest.mark.parametrize("method", METHOD_KEYS)
-def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method):
+CHECKPOINTED = ("--activation_checkpoint.mode", "full")
+# Methods differ in their layers and updates. The compiler and checkpointing see an adapted layer or a plain one.
+STEPS_TO_WATCH = [
+    *((method, ()) for method in METHOD_KEYS),
+    *((method, CHECKPOINTED) for method in ("full_rank", "switchlora")),
+    *(pytest.param(method, COMPILED, marks=pytest.mark.slow) for method in ("galore", "switchlora")),
+]
+
+
+@pytest.mark.parametrize(("method", "overrides"), STEPS_TO_WATCH)
+def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method, overrides):
     """They would take memory until it runs, which it does not in every step."""
-    for overrides in ((), COMPILED, ("--activation_checkpoint.mode", "full")):
-        assert tensors_left_by_fifteen_steps(tiny_trainer(corpora / "garbage", method, *overrides)) <= 0
+    assert tensors_left_by_fifteen_steps(tiny_trainer(corpora / "garbage", method, *overrides)) <= 0
 
 
 def test_the_count_sees_tensors_that_hold_each_other(corpora):
