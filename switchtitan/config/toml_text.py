@@ -67,12 +67,22 @@ def _table_lines(config: Section, path: tuple[str, ...]) -> list[str]:
 
 
 def _keys_to_set(config: Section, values: Mapping[str, object]) -> set[str]:
-    """All keys; but the given ones only where it would be refused to set the others, as having no effect."""
+    """All keys, without those that it would be refused to set to their default, as having no effect."""
+    active = dict(values)
+    if not _is_valid(config, active):
+        active = {key: values[key] for key in values if key in config.model_fields_set}
+        for key in values:
+            if _is_valid(config, {**active, key: values[key]}):
+                active[key] = values[key]
+    return set(active)
+
+
+def _is_valid(config: Section, values: Mapping[str, object]) -> bool:
     try:
         type(config).model_validate(values)
     except ValidationError:
-        return config.model_fields_set
-    return set(values)
+        return False
+    return True
 
 
 def _float_text(value: float) -> str:

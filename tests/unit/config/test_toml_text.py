@@ -30,6 +30,7 @@ class Part(Section):
 class Picky(Section):
     mode: str = "plain"
     speed: float = 1.0
+    colour: str = "red"
 
     @model_validator(mode="after")
     def _check_speed(self) -> Self:
@@ -73,6 +74,11 @@ def test_a_resolved_configuration_reads_back_equal(whole: Whole, tmp_path: Path)
     file = tmp_path / "resolved.toml"
     file.write_text(resolved_toml(whole))
     assert load_config(split_arguments([]), file, Whole) == whole
+
+
+def test_only_a_default_that_may_not_be_set_becomes_a_comment() -> None:
+    text = resolved_toml(Whole(picky=Picky(mode="still")))
+    assert '[picky]\nmode = "still"\n# speed = 1.0\ncolour = "red"\n' in text
 
 
 def test_flatten_names_values_by_dotted_keys() -> None:

@@ -22,7 +22,9 @@ from switchtitan.methods.lora import LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
 
-TRAIN_CONFIGS = sorted(QUICKSTART.parent.glob("*.toml"))
+FILES = sorted(QUICKSTART.parent.glob("*.toml"))
+BASES = [file for file in FILES if file.read_text().startswith("# Base of ")]
+TRAIN_CONFIGS = [file for file in FILES if file not in BASES]
 LADDER = ("60m", "130m", "350m", "1b")
 OTHER_SIZES = ("250m", "3b", "7b")
 FIRST_METHODS = ("full_rank", "lora", "switchlora")
@@ -76,6 +78,17 @@ def test_the_ladder_of_sizes_ships_with_every_method() -> None:
     assert {f"llama_{size}_{method}" for size in LADDER for method in (*METHODS, "apollo_mini")} < names
     assert {f"llama_{size}_{method}" for size in OTHER_SIZES for method in FIRST_METHODS} < names
     assert QUICKSTART.stem in names
+
+
+@pytest.mark.parametrize("file", BASES, ids=lambda file: file.stem)
+def test_a_base_says_that_it_is_one_and_lacks_only_what_its_users_add(file: Path) -> None:
+    users = [other for other in FILES if f'base = "{file.name}"' in other.read_text()]
+    assert len(users) >= 3
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(["--config", str(file)], 1)
+    missing = {line.split(":")[0].strip() for line in str(caught.value).splitlines() if "missing" in line}
+    assert {"[job] name", "[job] output_dir", "[method] name"} <= missing
+    assert missing <= {"[job] name", "[job] output_dir", "[method] name", "[optimizer] lr"}
 
 
 def test_without_config_the_quickstart_is_read() -> None:
