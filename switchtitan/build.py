@@ -4,6 +4,7 @@ function for each part."""
 import logging
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,13 +27,10 @@ from switchtitan.data import (
     build_validation_batches,
     open_corpus,
 )
-from switchtitan.distributed.activation_checkpoint import checkpoint_activations
-from switchtitan.distributed.activation_offload import CallWithInputOnHost
-from switchtitan.distributed.compile import compile_blocks
+from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations, compile_blocks
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.world import World, device_name
-from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
@@ -41,15 +39,11 @@ from switchtitan.observability import (
     TENSORBOARD_FOLDER,
     Profiler,
     Reporter,
-    StepCommunication,
     Throughput,
     configure_logging,
     peak_flops_per_s,
 )
 from switchtitan.optim import build_lr_schedule
-from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
-from switchtitan.spectra.telemetry import RankTelemetry
-from switchtitan.spectra.weight_change import Origin
 from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
@@ -63,6 +57,10 @@ from switchtitan.training.output import check_output_dir, start_output
 from switchtitan.training.state import TrainState
 from switchtitan.training.stepper import Stepper
 from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
+
+# `hub`, `spectra` and the counter of communication are imported by the functions that need them: most runs need none.
+if TYPE_CHECKING:
+    from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +202,8 @@ def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | 
     """
     if config.checkpoint.initial_weights is None:
         return TrainState(), None
+    from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
+
     source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
     logger.info("initial weights come from %s", source)
     return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
@@ -298,7 +298,7 @@ def build_evaluator(
     return Evaluator(batches, loss, world)
 
 
-def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> RankTelemetry | None:
+def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> "RankTelemetry | None":
     """None where it is off.
 
     Raises:
@@ -306,6 +306,10 @@ def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> 
     """
     if config.spectrum.interval is None:
         return None
+    from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
+    from switchtitan.spectra.telemetry import RankTelemetry
+    from switchtitan.spectra.weight_change import Origin
+
     origin = Origin(config.model, config.job.seed, state.initial_weights, state.initial_fingerprint)
     if state.step > 0:
         origin.open()
@@ -364,11 +368,13 @@ def build_hooks(
     world: World,
     stepper: Stepper,
     reporter: Reporter,
-    rank_telemetry: RankTelemetry | None,
+    rank_telemetry: "RankTelemetry | None",
 ) -> list[Hook]:
     """What the run does around its steps besides training, evaluating and saving."""
     hooks: list[Hook] = []
     if config.metrics.communication:
+        from switchtitan.observability.communication_report import StepCommunication
+
         hooks.append(StepCommunication(reporter, stepper.state.step))
     if rank_telemetry is not None and config.spectrum.interval is not None:
         hooks.append(

@@ -5,7 +5,7 @@ import torch
 from support.ranks import run_on_ranks
 from support.tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
 
-from switchtitan.distributed.activation_offload import CallWithInputOnHost
+from switchtitan.distributed.blocks import CallWithInputOnHost
 
 NUM_STEPS = 30
 # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
