@@ -117,9 +117,9 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=reporter,
-        throughput=build_throughput(config, world, state),
+        throughput=build_throughput(config, stepper),
         profiler=build_profiler(config, world, state),
-        hooks=build_hooks(config, world, stepper, reporter, rank_telemetry),
+        hooks=build_hooks(config, stepper, reporter, rank_telemetry),
     )
 
 
@@ -176,8 +176,7 @@ def build_method(config: JobConfig) -> Method:
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     """The corpus, prepared if it is not yet; its tokens fit the model."""
     corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
-    model = build_plain_model(config)
-    corpus.check_vocabulary(model.vocab_size)
+    corpus.check_vocabulary(config.model.vocab_size)
     return corpus
 
 
@@ -340,17 +339,17 @@ def build_reporter(
     )
 
 
-def build_throughput(config: JobConfig, world: World, state: TrainState) -> Throughput:
-    model = build_plain_model(config)
+def build_throughput(config: JobConfig, stepper: Stepper) -> Throughput:
+    world = stepper.world
     # The known peaks are those of bf16.
     peak = peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
     return Throughput(
         tokens_per_step=config.training.global_batch_size * config.data.seq_len,
-        flops_per_token=model.num_flops_per_token(config.data.seq_len),
+        flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),
         num_devices=world.size,
         peak_flops_per_s=peak,
         num_steps=config.training.steps,
-        start_step=state.step,
+        start_step=stepper.state.step,
     )
 
 
@@ -365,7 +364,6 @@ def build_profiler(config: JobConfig, world: World, state: TrainState) -> Profil
 
 def build_hooks(
     config: JobConfig,
-    world: World,
     stepper: Stepper,
     reporter: Reporter,
     rank_telemetry: "RankTelemetry | None",
