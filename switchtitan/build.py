@@ -86,11 +86,12 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     corpus = open_checked_corpus(config, world)
     on_part("corpus")
     identity = run_identity(config, corpus)
-    checkpointer = build_checkpointer(config, world, identity, corpus)
+    resolved = resolved_toml(config)
+    checkpointer = build_checkpointer(config, world, identity, corpus, resolved)
     checkpoint = checkpointer.checkpoint_to_resume()
     state, changes = TrainState(), list[str]()
     if checkpoint is not None:
-        state, changes = read_state(checkpoint, identity, config)
+        state, changes = read_state(checkpoint, identity, resolved)
     # Before any work, since a corpus that is too small for the configuration is refused here.
     batches = build_batches(config, corpus, world, state)
     loss = CrossEntropy(config.compile.loss)
@@ -107,9 +108,10 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     if checkpoint is not None:
         tensors.restore(checkpoint)
 
-    start_output(config, world, state)
+    start_output(config, resolved, world, state)
     describe_run(config, world, stepper.model, corpus, checkpoint, changes)
-    reporter = build_reporter(config, world, state, run_facts(config, world, stepper.model, corpus))
+    facts = run_facts(config, world, stepper.model, corpus)
+    reporter = build_reporter(config, resolved, world, state, facts)
     return Trainer(
         stepper,
         schedule=build_schedule(config),
@@ -180,8 +182,11 @@ def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     return corpus
 
 
-def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[TrainState, list[str]]:
+def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainState, list[str]]:
     """Where the run of a checkpoint stands, and which keys have changed since.
+
+    Args:
+        resolved: the run's configuration, see `resolved_toml`.
 
     Raises:
         CheckpointError: if it is another run's.
@@ -189,7 +194,7 @@ def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[Tra
     metadata = read_metadata(checkpoint)
     check_same_run(comparable_identity(metadata.identity), identity)
     state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
-    return state, changed_keys(str(metadata.run["config"]), config)
+    return state, changed_keys(str(metadata.run["config"]), resolved)
 
 
 def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
@@ -238,12 +243,14 @@ def prepare_model(
     materialize(model, world.device, config.job.seed, initial_weights)
 
 
-def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: Corpus) -> Checkpointer:
+def build_checkpointer(
+    config: JobConfig, world: World, identity: dict, corpus: Corpus, resolved: str
+) -> Checkpointer:
     return Checkpointer(
         config.job.output_dir / CHECKPOINTS_FOLDER,
         config.checkpoint,
         identity=identity,
-        metadata={"config": resolved_toml(config), "corpus": corpus.description, "num_ranks": world.size},
+        metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
         versions={"switchtitan": switchtitan.__version__},
         comparable_identity=comparable_identity,
         is_main=world.is_main,
@@ -324,7 +331,7 @@ def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> 
 
 
 def build_reporter(
-    config: JobConfig, world: World, state: TrainState, facts: Mapping[str, object]
+    config: JobConfig, resolved: str, world: World, state: TrainState, facts: Mapping[str, object]
 ) -> Reporter:
     first_loss = state.first_validation_loss
     return Reporter(
@@ -333,7 +340,7 @@ def build_reporter(
         num_steps=config.training.steps,
         start_step=state.step,
         is_main=world.is_main,
-        description=resolved_toml(config),
+        description=resolved,
         facts=facts,
         first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
     )
