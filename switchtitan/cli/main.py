@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
     "launch": "Start one process per rank with torchrun: `switchtitan launch --nproc_per_node 8 train ...`.",
     "prepare": "Tokenize a corpus once, before the runs that train on it.",
+    "evaluate": "Compute loss and perplexity of a checkpoint, or of other weights, on held-out tokens.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run a declared comparison of methods, or resume it, and report the results.",
     "benchmark": "Measure what training costs: steps, layers, optimizer, loader, checkpoints, start-up.",

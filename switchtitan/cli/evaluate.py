@@ -1,0 +1,162 @@
+"""Evaluates weights on held-out tokens of a prepared corpus.
+
+    switchtitan evaluate outputs/RUN [--split validation|test] [--tokens N] [--json FILE]
+    switchtitan evaluate WEIGHTS --config FILE
+
+A checkpoint of any method is merged into dense weights first and evaluated on the corpus of its run, in the run's dtype. Other
+weights (a folder in Hugging Face's layout, a safetensors file) need the configuration that says model and corpus.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from switchtitan.build import build_plain_model
+from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
+from switchtitan.config.command_line import positive_int
+from switchtitan.data import build_validation_batches, open_corpus
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.fsdp import materialize, shard_model
+from switchtitan.distributed.world import start_world, world_for_a_while
+from switchtitan.errors import CheckpointError, ConfigError, CorpusError, UserError, exit_for
+from switchtitan.files import write_atomically
+from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.models.loss import CrossEntropy
+from switchtitan.observability.console import perplexity_of
+from switchtitan.training.evaluate import Evaluator
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluates what the command line asks for and prints a summary."""
+    options = read_options(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = evaluate(options.weights, options.config, options.split, options.tokens)
+        if options.json is not None:
+            write_atomically(options.json, json.dumps(result, indent=2) + "\n")
+    except UserError as error:
+        exit_for(error)
+    except OSError as error:
+        exit_for(ConfigError(f"--json {options.json}: the file cannot be written: {error.strerror}"))
+    for name in ("weights", "corpus"):
+        print(f"{name:<12}{result[name]}")
+    print(f"{'split':<12}{result['split']}, {result['tokens']:,} tokens")
+    print(f"{'loss':<12}{result['loss']:.4f}")
+    print(f"{'perplexity':<12}{result['perplexity']:.2f}")
+
+
+def read_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; argparse ends the program with status 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="switchtitan evaluate",
+        description="Evaluates weights on held-out tokens of a prepared corpus.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "weights",
+        type=Path,
+        metavar="WEIGHTS",
+        help="a run's output folder, one of its checkpoints, a folder in Hugging Face's layout or a safetensors file",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="model and corpus (default: the configuration saved in the checkpoint)",
+    )
+    parser.add_argument(
+        "--split", choices=["validation", "test"], default="validation", help="default: validation"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive_int,
+        metavar="N",
+        help="held-out tokens to use, from the start of the split (default: as in the configuration)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result as well")
+    return parser.parse_args(argv)
+
+
+def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int | None) -> dict:
+    """The loss of `weights`, in nats per token, its perplexity, and what they were computed on.
+
+    Raises:
+        UserError: if weights, model and corpus do not fit together, or one of them cannot be read.
+    """
+    metadata = None
+    if config_file is None:
+        weights, metadata = _find_checkpoint(weights)
+        config = saved_config(metadata)
+    else:
+        config = parse_arguments(["--config", config_file], num_ranks=1)
+    seq_len = config.data.seq_len
+    if num_tokens is None:
+        num_tokens = (config.evaluation.test_tokens if split == "test" else None) or config.evaluation.tokens
+    if num_tokens < seq_len:
+        raise ConfigError(
+            f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
+        )
+    tensors = read_initial_weights(weights, config.model).tensors
+    with world_for_a_while():
+        world = start_world(ParallelismConfig())
+        corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
+        model = build_plain_model(config)
+        corpus.check_vocabulary(model.vocab_size)
+        if metadata is not None:
+            _check_corpus(corpus.fingerprint, metadata, corpus.folder)
+        shard_model(
+            model, world.shard_mesh, getattr(torch, config.training.dtype), reshard_after_forward=True
+        )
+        materialize(model, world.device, config.job.seed, tensors)
+        batches = build_validation_batches(
+            corpus.split("test" if split == "test" else "validation", seq_len),
+            num_sequences=num_tokens // seq_len,
+            local_batch_size=config.training.local_batch_size,
+            rank=world.rank,
+            num_ranks=world.size,
+        )
+        loss = Evaluator(batches, CrossEntropy(compile_regions=False), world)(model)
+    return {
+        "weights": str(weights),
+        "corpus": corpus.description,
+        "fingerprint": corpus.fingerprint,
+        "split": split,
+        "tokens": batches.num_sequences * seq_len,
+        "loss": loss,
+        "perplexity": perplexity_of(loss),
+    }
+
+
+def saved_config(metadata: CheckpointMetadata) -> JobConfig:
+    """The configuration of the run that saved a checkpoint.
+
+    Raises:
+        ConfigError: if this version does not accept it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        file.write_text(str(metadata.run["config"]), encoding="utf-8")
+        return parse_arguments(["--config", str(file)], int(str(metadata.run["num_ranks"])))
+
+
+def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:
+    try:
+        checkpoint = find_given(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; other weights than a checkpoint need --config FILE") from error
+    return checkpoint, read_metadata(checkpoint)
+
+
+def _check_corpus(fingerprint: str, metadata: CheckpointMetadata, folder: Path) -> None:
+    corpus = metadata.identity["corpus"]
+    expected = corpus["fingerprint"] if isinstance(corpus, dict) else None
+    if fingerprint != expected:
+        raise CorpusError(
+            f"{folder}: its fingerprint is {fingerprint}, but the run trained on {expected}; give --config FILE with the "
+            "[data] to evaluate on"
+        )

@@ -1,0 +1,64 @@
+"""The loss that `switchtitan evaluate` prints is the run's own, for every method, and that of an export."""
+
+import json
+
+import pytest
+from support.tiny import METHOD_KEYS, tiny_trainer, train_steps
+
+from switchtitan.cli import evaluate, export
+
+
+def saved_run(folder, method):
+    """Trains a tiny run, saves it, and returns its own validation loss."""
+    trainer = tiny_trainer(folder, method)
+    train_steps(trainer, 7)
+    trainer.save()
+    trainer.checkpointer.finish()
+    loss = trainer.evaluators.validation(trainer.stepper.model)
+    trainer.stepper.close()
+    trainer.reporter.close()
+    return loss
+
+
+@pytest.mark.parametrize("method", METHOD_KEYS)
+def test_the_loss_of_a_checkpoint_is_that_of_its_run(corpora, tmp_path, method, capsys):
+    folder = corpora / f"evaluate-{method}"
+    own = saved_run(folder, method)
+    evaluate.main([str(folder / "run"), "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    # Merging rounds each weight once; a loss of 160 tokens in float32 differs by less.
+    assert result["loss"] == pytest.approx(own, rel=1e-5)
+    assert (result["split"], result["tokens"]) == ("validation", 160)
+    assert f"loss        {own:.4f}" in capsys.readouterr().out
+
+
+def test_an_export_has_the_loss_of_its_checkpoint_and_tokens_are_counted(corpora, tmp_path, capsys):
+    folder = corpora / "evaluate-export"
+    own = saved_run(folder, "switchlora")
+    export.main(["--checkpoint", str(folder / "run"), "--folder", str(tmp_path / "exported")])
+    (config,) = folder.glob("*.toml")
+    arguments = [str(tmp_path / "exported"), "--config", str(config)]
+    capsys.readouterr()
+    evaluate.main(arguments)
+    assert f"loss        {own:.4f}" in capsys.readouterr().out
+    evaluate.main([*arguments, "--tokens", "70"])  # four sequences of 16
+    assert "validation, 64 tokens" in capsys.readouterr().out
+    for wrong, message in (
+        (["--tokens", "15"], "--tokens 15: expected at least one sequence"),
+        (["--split", "test"], "has no test split"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main([*arguments, *wrong])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["no/such/run"], "other weights than a checkpoint need --config FILE"), ([], "required: WEIGHTS")],
+)
+def test_mistakes_end_with_status_2_and_one_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
