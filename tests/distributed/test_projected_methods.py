@@ -1,4 +1,4 @@
-"""GaLore and APOLLO on several ranks equal one rank, with few collectives, and go on from a checkpoint of other ranks."""
+"""GaLore and APOLLO on several ranks equal one rank, with few collectives."""
 
 from math import sqrt
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
 from support.ranks import run_on_ranks
-from support.tiny import tiny_trainer, train_steps, whole_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -70,45 +69,3 @@ def compare_with_one_rank(rank: int, num_ranks: int) -> None:
 def test_any_number_of_ranks_updates_alike_with_two_collectives_between_refreshes(num_ranks):
     """On four ranks, five rows leave one rank without any, and so does a rank of three."""
     run_on_ranks(num_ranks, compare_with_one_rank, num_ranks)
-
-
-METHODS_IN_TRAINING = ("galore", "apollo")
-
-
-def save_and_go_on(rank, folder):
-    for method in METHODS_IN_TRAINING:
-        trainer = tiny_trainer(folder / method, method, "--evaluation.interval", "100", num_ranks=2)
-        train_steps(trainer, 20)
-        trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.stepper.state))
-        trainer.checkpointer.finish()
-        record(rank, trainer, folder / f"{method}-straight.pt")
-
-
-def resume(rank, folder, num_ranks):
-    for method in METHODS_IN_TRAINING:
-        trainer = tiny_trainer(folder / method, method, num_ranks=num_ranks)
-        assert trainer.stepper.state.step == 20
-        record(rank, trainer, folder / f"{method}-{num_ranks}.pt")
-
-
-def record(rank, trainer, result_file):
-    losses, tensors = train_steps(trainer, 20), whole_tensors(trainer)
-    trainer.stepper.close()
-    if rank == 0:
-        torch.save({"losses": losses, "tensors": tensors}, result_file)
-
-
-@pytest.mark.distributed
-def test_resume_on_the_same_ranks_is_bitwise_and_on_one_equal_to_rounding(corpora):
-    folder = corpora / "projected"
-    folder.mkdir()
-    run_on_ranks(2, save_and_go_on, folder)
-    for num_ranks in (2, 1):
-        run_on_ranks(num_ranks, resume, folder, num_ranks)
-    for method in METHODS_IN_TRAINING:
-        straight, same, one = (torch.load(folder / f"{method}-{name}.pt") for name in ("straight", "2", "1"))
-        assert same["losses"] == straight["losses"]
-        for key, tensor in straight["tensors"].items():
-            assert torch.equal(same["tensors"][key], tensor), key
-        # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
-        assert one["losses"] == pytest.approx(straight["losses"], rel=1e-5), method

@@ -1,127 +1,172 @@
-"""A run gives the same on 1, 2 and 4 ranks, sharded or replicated, and goes on from a checkpoint on any number of ranks."""
+"""A run gives the same on 1, 2 and 4 ranks, sharded or replicated, and resumes from a checkpoint on any number of ranks."""
+
+import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.ranks import run_on_ranks
 from support.tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
 
 from switchtitan.distributed.blocks import CallWithInputOnHost
 
-NUM_STEPS = 30
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+# ReLoRA resets after 9 and 18 steps and is saved while its learning rate rises again. GaLore and APOLLO draw bases after 7
+# and 14.
+NUM_STEPS, SAVED_STEP, NUM_STILL_STEPS = 20, 10, 12
 # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
 RELATIVE_LOSS_TOLERANCE = 1e-5
+# In this order. The first one's checkpoints are those that all resume from.
 LAYOUTS = {
-    "one": (1, []),
-    "two": (2, []),
-    "four": (4, []),
-    "two_by_two": (4, ["--parallelism.replicate", "2"]),
+    "two": (2, ()),
+    "one": (1, ()),
+    "four": (4, ()),
+    "two_by_two": (4, ("--parallelism.replicate", "2")),
 }
+CONSTANT = ("--method.candidates", "constant")
+ON_HOST = ("--method.candidates_dtype", "bfloat16", "--method.candidates_device", "host")
+VARIANTS = {
+    "constant candidates": ("switchlora", CONSTANT),
+    "candidates on the host": ("switchlora", ON_HOST),
+}
+RUNS = {method: (method, ()) for method in METHOD_KEYS} | VARIANTS
+RESUMED_IN = ("two", "one", "four")
+# Factors hold candidates, up to updates that change no bit.
+STILL = ("--optimizer.lr", "1e-30", "--method.freeze_steps", "0")
+OFFLOAD = ("--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true")
 
 
-def record_runs(rank, folder, methods, overrides, num_ranks, num_steps):
-    for method in methods:
-        record_run(rank, folder / method, folder / f"{method}.pt", method, overrides, num_ranks, num_steps)
-
-
-def record_run(rank, folder, result_file, method, overrides, num_ranks, num_steps):
-    trainer = tiny_trainer(
-        folder, method, "--training.local_batch_size", "2", *overrides, num_ranks=num_ranks
-    )
-    on_host: list[int] = []
-    if isinstance(trainer.stepper.model.call_block, CallWithInputOnHost):
-        trainer.stepper.model.model.norm.register_forward_hook(
-            lambda *_: on_host.append(len(trainer.stepper.model.call_block.tensors_on_host()))
-        )
-    losses = train_steps(trainer, num_steps)
-    trainer.tensors.check_replicas()
-    tensors = whole_tensors(trainer)
-    metrics = trainer.stepper.optimizer.metrics()
-    trainer.stepper.close()
+def train_in_layout(rank, folder, layout):
+    """All runs in the same processes, since those take longest to start."""
+    num_ranks, placement = LAYOUTS[layout]
+    results = {}
+    for name, (method, keys) in RUNS.items():
+        overrides = (*keys, *placement)
+        home = folder / layout / name
+        results[name] = train(home, method, overrides, num_ranks, NUM_STEPS, is_saved=layout == "two")
+        if layout in RESUMED_IN:
+            copy = folder / layout / f"{name} resumed"
+            if rank == 0:
+                shutil.copytree(folder / "two" / name, copy)
+            dist.barrier()
+            results[f"{name} resumed"] = train(copy, method, overrides, num_ranks, NUM_STEPS - SAVED_STEP)
+        if name in VARIANTS:
+            home = folder / layout / f"{name} still"
+            still = train(home, method, (*overrides, *STILL), num_ranks, NUM_STILL_STEPS)
+            results[f"{name} still"] = still
+    if layout == "two":
+        results["offload"] = train(folder / "offload", "switchlora", OFFLOAD, num_ranks, NUM_STEPS)
     if rank == 0:
-        torch.save(
-            {"losses": losses, "tensors": tensors, "metrics": metrics, "on_host": on_host}, result_file
+        torch.save(results, folder / f"{layout}.pt")
+
+
+def train(folder, method, overrides, num_ranks, num_steps, is_saved=False):
+    trainer = tiny_trainer(folder, method, *overrides, num_ranks=num_ranks)
+    stepper, first_step, initial = trainer.stepper, trainer.stepper.state.step, whole_tensors(trainer)
+    on_host: list[int] = []
+    if isinstance(stepper.model.call_block, CallWithInputOnHost):
+        stepper.model.model.norm.register_forward_hook(
+            lambda *_: on_host.append(len(stepper.model.call_block.tensors_on_host()))
         )
+    losses = []
+    if is_saved:
+        losses = train_steps(trainer, SAVED_STEP)
+        trainer.checkpointer.save(SAVED_STEP, trainer.tensors(), vars(stepper.state))
+        trainer.checkpointer.finish()
+    losses += train_steps(trainer, num_steps - len(losses))
+    trainer.tensors.check_replicas()
+    stepper.close()
+    return {
+        "first_step": first_step,
+        "initial": initial,
+        "losses": losses,
+        "final": whole_tensors(trainer),
+        "metrics": stepper.optimizer.metrics(),
+        "on_host": on_host,
+    }
 
 
 @pytest.fixture(scope="module")
 def runs(corpora):
-    """The record of every method in every layout: runs[layout][method]."""
-    for name, (num_ranks, overrides) in LAYOUTS.items():
-        run_on_ranks(num_ranks, record_runs, corpora / name, METHOD_KEYS, overrides, num_ranks, NUM_STEPS)
-    return {
-        name: {method: torch.load(corpora / name / f"{method}.pt") for method in METHOD_KEYS}
-        for name in LAYOUTS
-    }
+    """What was recorded: runs[layout][name]."""
+    folder = corpora / "layouts"
+    folder.mkdir()
+    for layout, (num_ranks, _) in LAYOUTS.items():
+        run_on_ranks(num_ranks, train_in_layout, folder, layout)
+    return {layout: torch.load(folder / f"{layout}.pt") for layout in LAYOUTS}
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("method", METHOD_KEYS)
-def test_any_number_of_ranks_trains_alike(runs, method):
-    one = runs["one"][method]
+@pytest.mark.parametrize("name", RUNS)
+def test_any_number_of_ranks_starts_and_trains_alike(runs, name):
+    one = runs["one"][name]
     assert one["losses"][-1] < one["losses"][0]
-    for name in LAYOUTS:
-        several = runs[name][method]
-        assert several["losses"] == pytest.approx(one["losses"], rel=RELATIVE_LOSS_TOLERANCE), name
-        assert several["tensors"].keys() == one["tensors"].keys()
-        for key, tensor in one["tensors"].items():
+    for layout in LAYOUTS:
+        several = runs[layout][name]
+        assert several["initial"].keys() == one["initial"].keys()
+        for key, tensor in one["initial"].items():
+            assert torch.equal(several["initial"][key], tensor), (layout, key)
+        assert several["losses"] == pytest.approx(one["losses"], rel=RELATIVE_LOSS_TOLERANCE), layout
+        assert several["final"].keys() == one["final"].keys()
+        for key, tensor in one["final"].items():
             if not tensor.is_floating_point() or key.startswith("optimizer.switch."):
-                assert torch.equal(several["tensors"][key], tensor), (name, key)
+                assert torch.equal(several["final"][key], tensor), (layout, key)
 
 
-@pytest.mark.distributed
-def test_every_layer_switched_in_every_layout(runs):
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("layout", RESUMED_IN)
+def test_resuming_is_bitwise_on_the_same_ranks_and_equal_to_rounding_on_others(runs, layout, name):
+    straight, resumed = runs["two"][name], runs[layout][f"{name} resumed"]
+    expected = straight["losses"][SAVED_STEP:]
+    assert resumed["first_step"] == SAVED_STEP
+    assert resumed["losses"] == pytest.approx(expected, rel=RELATIVE_LOSS_TOLERANCE)
+    assert resumed["metrics"].keys() == straight["metrics"].keys()
+    if layout == "two":
+        assert resumed["losses"] == expected
+        assert resumed["metrics"] == straight["metrics"]
+        assert resumed["final"].keys() == straight["final"].keys()
+        for key, tensor in straight["final"].items():
+            assert torch.equal(resumed["final"][key], tensor), key
+
+
+def test_relora_has_reset_before_the_save_and_after_it(runs):
+    for layout in RESUMED_IN:
+        for name in ("relora", "relora resumed"):
+            assert runs[layout][name]["metrics"]["reset/resets_total"] == 2
+
+
+@pytest.mark.parametrize("name", ["switchlora", *VARIANTS])
+def test_every_layer_switched_in_every_layout(runs, name):
     for layout in runs.values():
-        tensors, metrics = layout["switchlora"]["tensors"], layout["switchlora"]["metrics"]
+        tensors, metrics = layout[name]["final"], layout[name]["metrics"]
         assert tensors["optimizer.switch.num_switched"].tolist() == [NUM_STEPS * 6 // 5] * 14
         assert metrics["switch/vectors_switched_total"] == 2 * 14 * NUM_STEPS * 6 // 5
 
 
-@pytest.mark.distributed
-def test_block_inputs_in_host_memory_change_nothing(runs, corpora):
-    folder = corpora / "offload"
-    checkpointing = ["--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true"]
-    run_on_ranks(2, record_runs, folder, ["switchlora"], checkpointing, 2, NUM_STEPS)
-    offloaded, kept = torch.load(folder / "switchlora.pt"), runs["two"]["switchlora"]
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vectors_switched_in_and_out_are_the_same_bits_on_any_number_of_ranks(runs, name):
+    one = runs["one"][f"{name} still"]
+    assert one["final"]["optimizer.switch.num_switched"].min() == 14, "candidates of small layers came back"
+    for layout in LAYOUTS:
+        several, num_changed = runs[layout][f"{name} still"], 0
+        for key, tensor in one["final"].items():
+            if key.startswith("model.") and (".lora_" in key or ".candidates_" in key):
+                assert torch.equal(several["final"][key], tensor), (layout, key)
+                num_changed += ".lora_" in key and not torch.equal(one["initial"][key], tensor)
+        assert num_changed == 28, "every factor of 14 layers took candidates in"
+
+
+def test_candidates_are_stored_as_the_configuration_says(runs):
+    for layout in runs.values():
+        assert not any("candidates" in key for key in layout["constant candidates"]["final"])
+        for key, tensor in layout["candidates on the host"]["final"].items():
+            assert (tensor.dtype == torch.bfloat16) == (".candidates_" in key), key
+
+
+def test_block_inputs_in_host_memory_change_nothing(runs):
+    offloaded, kept = runs["two"]["offload"], runs["two"]["switchlora"]
     # Both blocks' in each of two micro-batches.
     assert offloaded["on_host"] == [2] * 2 * NUM_STEPS
     assert offloaded["losses"] == kept["losses"]
-    for key, tensor in kept["tensors"].items():
-        assert torch.equal(offloaded["tensors"][key], tensor), key
-
-
-def save_run(rank, folder, num_ranks):
-    trainer = tiny_trainer(folder, "switchlora", "--evaluation.interval", "100", num_ranks=num_ranks)
-    for _ in range(20):
-        trainer.stepper.step()
-    trainer.checkpointer.save(20, trainer.tensors(), vars(trainer.stepper.state))
-    trainer.checkpointer.finish()
-    trainer.stepper.close()
-
-
-def resume_run(rank, folder, result_file, num_ranks):
-    trainer = tiny_trainer(folder, "switchlora", num_ranks=num_ranks)
-    assert trainer.stepper.state.step == 20
-    losses = train_steps(trainer, 20)
-    tensors = whole_tensors(trainer)
-    trainer.stepper.close()
-    if rank == 0:
-        torch.save({"losses": losses, "tensors": tensors}, result_file)
-
-
-@pytest.mark.distributed
-def test_resume_on_the_same_ranks_is_bitwise_and_on_others_equal_to_rounding(corpora):
-    straight_file = corpora / "straight.pt"
-    run_on_ranks(2, record_run, corpora / "straight", straight_file, "switchlora", [], 2, 40)
-    straight = torch.load(straight_file)
-
-    run_on_ranks(2, save_run, corpora / "resumed", 2)
-    for num_ranks in (2, 1, 4):
-        result_file = corpora / f"resumed-{num_ranks}.pt"
-        run_on_ranks(num_ranks, resume_run, corpora / "resumed", result_file, num_ranks)
-        resumed = torch.load(result_file)
-        if num_ranks == 2:
-            assert resumed["losses"] == straight["losses"][20:]
-            for key, tensor in straight["tensors"].items():
-                assert torch.equal(resumed["tensors"][key], tensor), key
-        else:
-            assert resumed["losses"] == pytest.approx(straight["losses"][20:], rel=RELATIVE_LOSS_TOLERANCE)
+    for key, tensor in kept["final"].items():
+        assert torch.equal(offloaded["final"][key], tensor), key
