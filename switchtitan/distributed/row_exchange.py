@@ -1,6 +1,5 @@
 """One collective that brings rows of many sharded matrices to all ranks."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,13 +19,24 @@ class RowRequest(NamedTuple):
     spans: Spans
     """Which rows, the same on every rank."""
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(map(len, self.spans)), self.source.width
+
+class _Section(NamedTuple):
+    """The requests of one dtype, which lie together, so that each dtype takes a few copies."""
+
+    dtype: torch.dtype
+    places: list[int]
+    """Of the requests among all requests."""
+    shapes: list[tuple[int, int]]
+    """[wanted, width] of each."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def sizes(self) -> list[int]:
+        return [num_rows * width for num_rows, width in self.shapes]
+
+    @property
+    def num_words(self) -> int:
+        """In 32-bit words, even, so that what follows may hold 64-bit numbers."""
+        return -(-sum(self.sizes) * self.dtype.itemsize // 8) * 2
 
 
 class RowExchange:
@@ -49,11 +59,12 @@ class RowExchange:
         """
         num_ranks = 1 if self._group is None else self._group.size()
         header = num_ranks + num_ranks % 2
-        num_words = header + sum(_num_words(requests, dtype) for dtype in _dtypes(requests))
+        sections = _sections(requests)
+        num_words = header + sum(section.num_words for section in sections)
         if self._group is not None:
             num_words = padded_length(num_words)
         packed = torch.zeros(num_words, dtype=torch.int32, device=self._disagreement.device)
-        rows = _pack_(packed[header:], requests)
+        rows = _pack_(packed[header:], requests, sections)
         if self._group is not None:
             # Not `packed[rank] = checksum`, which copies a number from the host, and makes it wait.
             rank = self._group.rank()
@@ -84,36 +95,31 @@ def padded_length(num_words: int) -> int:
     return -(-num_words // unit) * unit
 
 
-def _pack_(words: Tensor, requests: list[RowRequest]) -> list[Tensor]:
-    """Writes the rows that this rank holds into `words` [num_words] int32; returns the place of each request, [wanted, width].
+def _sections(requests: list[RowRequest]) -> list[_Section]:
+    sections: dict[torch.dtype, _Section] = {}
+    for place, (source, spans) in enumerate(requests):
+        section = sections.setdefault(source.dtype, _Section(source.dtype, [], []))
+        section.places.append(place)
+        section.shapes.append((sum(map(len, spans)), source.width))
+    return list(sections.values())
 
-    Requests of one dtype lie together, so that each dtype takes a few copies.
+
+def _pack_(words: Tensor, requests: list[RowRequest], sections: list[_Section]) -> list[Tensor]:
+    """Writes the rows that this rank holds into `words` [num_words] int32.
+
+    Returns:
+        The place of each request's rows in `words`, [wanted, width].
     """
-    places: dict[int, Tensor] = {}
+    rows: dict[int, Tensor] = {}
     start = 0
-    for dtype in _dtypes(requests):
-        of_dtype = {i: request for i, request in enumerate(requests) if request.dtype == dtype}
-        sizes = [math.prod(request.shape) for request in of_dtype.values()]
-        stop = start + _num_words(requests, dtype)
-        pieces = words[start:stop].view(dtype)[: sum(sizes)].split(sizes)
+    for section in sections:
+        stop = start + section.num_words
+        pieces = words[start:stop].view(section.dtype)[: sum(section.sizes)].split(section.sizes)
         start = stop
-        for (index, request), piece in zip(of_dtype.items(), pieces, strict=True):
-            places[index] = piece.view(request.shape)
-        copy_all_(
-            [
-                (place, held)
-                for index, request in of_dtype.items()
-                for held, place in request.source.paired(request.spans, places[index])
-            ]
-        )
-    return [places[index] for index in range(len(requests))]
-
-
-def _dtypes(requests: list[RowRequest]) -> list[torch.dtype]:
-    return list(dict.fromkeys(request.dtype for request in requests))
-
-
-def _num_words(requests: list[RowRequest], dtype: torch.dtype) -> int:
-    # In 32-bit words, even, so that what follows may hold 64-bit numbers.
-    num_elements = sum(math.prod(request.shape) for request in requests if request.dtype == dtype)
-    return -(-num_elements * dtype.itemsize // 8) * 2
+        pairs = []
+        for place, piece, shape in zip(section.places, pieces, section.shapes, strict=True):
+            source, spans = requests[place]
+            rows[place] = piece.view(shape)
+            pairs += [(into, held) for held, into in source.paired(spans, rows[place])]
+        copy_all_(pairs)
+    return [rows[place] for place in range(len(requests))]

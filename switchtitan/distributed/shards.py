@@ -3,7 +3,7 @@
 Tensors here are plain, or split along dimension 0 over the last dimension of their mesh, as FSDP2 and HSDP split parameters.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -90,33 +90,49 @@ Spans = tuple[range, ...]
 class ShardedRows:
     """A matrix [rows, width], split along dimension 0 or plain, as the rows of it that this rank holds.
 
-    Which rows those are is looked up once, since a mesh takes longer to answer than a slice takes.
+    Which rows those are is looked up once, since a mesh takes longer to answer than a slice takes. For use without autograd.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.width, self.dtype = matrix.shape[1], matrix.dtype
         self.held = row_range(matrix)
+        self._is_sharded = isinstance(matrix, DTensor)
+
+    @property
+    def shard(self) -> Tensor:
+        """The local shard [held, width]."""
+        # Not kept: FSDP exchanges a parameter's shard before the first forward pass if it must be padded. Not `to_local`, which
+        # takes ten times as long.
+        return self.matrix._local_tensor if self._is_sharded else self.matrix  # type: ignore[attr-defined]
 
     def views(self, spans: Spans) -> list[Tensor]:
         """The rows of `spans` that this rank holds, a view for each span that has any."""
-        shard = local(self.matrix)
-        return [shard.narrow(0, first, count) for _, first, count in self._segments(spans)]
+        return [self.shard.narrow(0, first, count) for _, first, count in self._segments(spans)]
 
-    def paired(self, spans: Spans, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def paired(self, spans: Spans, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What this rank holds of `spans`, as views of it and of the same rows of `rows` [wanted, width]."""
-        shard = local(self.matrix)
-        for position, first, count in self._segments(spans):
-            yield shard.narrow(0, first, count), rows.narrow(0, position, count)
+        return [
+            (self.shard.narrow(0, first, count), rows.narrow(0, position, count))
+            for position, first, count in self._segments(spans)
+        ]
 
-    def _segments(self, spans: Spans) -> Iterator[tuple[int, int, int]]:
+    def _segments(self, spans: Spans) -> list[tuple[int, int, int]]:
         """(position among all rows of `spans`, place in the local shard, number of rows)."""
+        first, end = self.held.start, self.held.stop
+        segments = []
         position = 0
         for span in spans:
-            start, stop = max(span.start, self.held.start), min(span.stop, self.held.stop)
-            if start < stop:
-                yield position + start - span.start, start - self.held.start, stop - start
-            position += len(span)
+            start, stop = span.start, span.stop
+            # Most spans lie on other ranks.
+            if start < end and first < stop:
+                held_start, held_stop = max(start, first), min(stop, end)
+                if held_start < held_stop:
+                    segments.append(
+                        (position + held_start - start, held_start - first, held_stop - held_start)
+                    )
+            position += stop - start
+        return segments
 
 
 def write_rows_(targets: list[ShardedRows], spans: list[Spans], rows: list[Tensor]) -> None:

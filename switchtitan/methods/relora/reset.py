@@ -7,6 +7,7 @@ every rank, one tensor at a time, so that memory rises by no more than that. All
 import torch
 from torch import Tensor
 
+from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.init import lora_bound, uniform
@@ -30,7 +31,8 @@ def merge_and_restart_(
     lora_b = full_tensor(layer.lora_b)[:, held.start : held.stop]
     add_product_(local(layer.weight), lora_b.t(), full_tensor(layer.lora_a), layer.scale, rounding)
     shape = layer.rank, layer.in_features
-    copy_from_full_(layer.lora_a, uniform(shape, lora_bound(layer.in_features), generator))
+    new_a = uniform(shape, lora_bound(layer.in_features), generator)
+    copy_from_full_(layer.lora_a, to_device(new_a, layer.lora_a.device))
     local(layer.lora_b).zero_()
 
 
@@ -60,7 +62,7 @@ def prune_by_lot_(
         exp_avg, exp_avg_sq: [rows, width].
         generator: on the CPU; in the same state on every rank.
     """
-    kept = largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio).to(exp_avg.device)
+    kept = to_device(largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio), exp_avg.device)
     for moment in (exp_avg, exp_avg_sq):
         copy_from_full_(moment, torch.where(kept, full_tensor(moment), 0))
 
@@ -74,7 +76,8 @@ def largest(scores: Tensor, prune_ratio: float) -> Tensor:
     # A stable sort, since a threshold would let ties decide how many remain, and ranks must agree on which.
     order = scores.flatten().argsort(descending=True, stable=True)
     kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    kept[order[: scores.numel() - num_pruned(scores.numel(), prune_ratio)]] = True
+    # Not an assignment to `kept[order]`, which copies a number from the host, and makes it wait.
+    kept.index_fill_(0, order[: scores.numel() - num_pruned(scores.numel(), prune_ratio)], True)
     return kept.view(scores.shape)
 
 

@@ -1,6 +1,7 @@
 """The optimizer of SwitchLoRA: switches, resets, freezes, then updates, on each rank's shards."""
 
 import zlib
+from itertools import product
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.row_exchange import RowExchange, RowRequest
-from switchtitan.distributed.shards import ShardedRows, local, shard_group, write_rows_
+from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
@@ -135,7 +136,10 @@ class SwitchLoraOptimizer:
             return
         vectors = gathered[: len(factors)]
         incoming = self._candidates.take(switches, gathered[len(factors) :])
-        outgoing = [rows.chunk(2)[place % 2] for place, rows in enumerate(vectors)]
+        outgoing = [
+            rows.narrow(0, factor * switch.num_vectors, switch.num_vectors)
+            for (switch, factor), rows in zip(product(switches, FACTORS), vectors, strict=True)
+        ]
         self._candidates.put_back_(switches, outgoing)
         # From here on these are no vectors, but how they change.
         torch._foreach_sub_(outgoing, incoming)
@@ -143,7 +147,7 @@ class SwitchLoraOptimizer:
         for place, switch in enumerate(switches):
             weight, vectors_a, vectors_b = self._weights[switch.layer], *vectors[2 * place : 2 * place + 2]
             fold_into_weight_(
-                local(weight.matrix),
+                weight.shard,
                 vectors_a,
                 vectors_b[:, weight.held.start : weight.held.stop],
                 self._layers[switch.layer].scale,
