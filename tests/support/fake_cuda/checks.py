@@ -1,0 +1,76 @@
+"""What the tests ask of steps on fake CUDA tensors; each function runs in a process of its own."""
+
+from pathlib import Path
+
+import torch
+
+from support.fake_cuda import python_api
+from support.fake_cuda.copies import FindBlockingCopies
+from support.fake_cuda.kernels import CountKernels
+from support.fake_cuda.stepper import fake_cuda_stepper
+from support.tiny import tiny_config
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+
+NUM_STEPS = 2
+
+
+def blocking_copies(
+    folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
+) -> dict[str, dict[str, list[str]]]:
+    """What the host waits for in the steps of each case after the first: blocking copies, and other waits.
+
+    Args:
+        cases: by name, the method and settings as on the command line.
+    """
+    results = {}
+    for name, (method, *settings) in cases.items():
+        config = tiny_config(Path(folder), method, *settings, num_ranks=num_ranks)
+        with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+            stepper.step()
+            python_api.host_waits.clear()
+            with FindBlockingCopies() as copies:
+                for _ in range(NUM_STEPS):
+                    stepper.step()
+            results[name] = {"copies": copies.found, "waits": list(python_api.host_waits)}
+    return results
+
+
+def planted_blocking_copies(folder: str) -> dict[str, list[str]]:
+    """What is found if an optimizer's step does what makes the host wait."""
+    plants = {
+        "number": lambda table: table.__setitem__(3, 5),
+        "pageable": lambda table: torch.ones(4, dtype=torch.int32).to(table.device, non_blocking=True),
+        "blocking": lambda table: torch.ones(4, dtype=torch.int32).pin_memory().to(table.device),
+        "indices": lambda table: table[torch.tensor([0, 1])],
+        "number at indices": lambda table: table.__setitem__(table[:2].long(), 5),
+        "back": lambda table: table.cpu(),
+        "fill": lambda table: table[3:4].fill_(5),
+        "page-locked": lambda table: torch.ones(4).pin_memory().to(table.device, non_blocking=True),
+    }
+    config = tiny_config(Path(folder), "full_rank", num_ranks=2)
+    found = {}
+    with fake_cuda_stepper(config, num_ranks=2, rank=1) as stepper:
+        table = torch.zeros(8, dtype=torch.int32, device=stepper.world.device)
+        for name, plant in plants.items():
+            with FindBlockingCopies() as copies:
+                plant(table)
+            found[name] = copies.found
+    return found
+
+
+def kernels_of_switches(
+    folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
+) -> dict[str, dict[str, int]]:
+    """The kernels of a step's switch in each case by operation; of a fold for each layer, "addmm_"."""
+    results = {}
+    for name, settings in cases.items():
+        config = tiny_config(Path(folder), "switchlora", *settings, num_ranks=num_ranks)
+        with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+            optimizer = stepper.optimizer
+            assert isinstance(optimizer, SwitchLoraOptimizer)
+            # The step before fetches this one's candidates, if they are in host memory.
+            optimizer.switch()
+            with CountKernels() as kernels:
+                optimizer.switch()
+        results[name] = dict(kernels.counts)
+    return results

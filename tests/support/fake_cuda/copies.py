@@ -1,0 +1,73 @@
+"""Copies between host and device for which the host waits."""
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import switchtitan
+from support.fake_cuda.python_api import pinned_memory
+from switchtitan.distributed.counting_mode import CountingMode
+
+_PROJECT = Path(switchtitan.__file__).parent
+_COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
+# They take shapes from a tensor, no values.
+_ALLOCATIONS = ("aten::empty_like", "aten::new_empty", "aten::new_empty_strided")
+# These copy even a number of the host's to the device.
+_COPYING_NUMBERS = ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
+
+
+class FindBlockingCopies(CountingMode):
+    """A context that notes every operation between host and device for which the host waits.
+
+    It waits for a copy unless the copy is asked not to block and the host's memory is page-locked, and for a device operation
+    with a tensor of the host, which is copied first. A number of the host's, a tensor without dimensions, is passed to a kernel
+    as an argument.
+
+    Attributes:
+        found: the operation, and the line of the project that calls it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        if kwargs.get("pin_memory") or (func.is_view and any(tensor in pinned_memory for tensor in inputs)):
+            for tensor in outputs:
+                pinned_memory.add(tensor)
+        if {tensor.device.type for tensor in inputs + outputs} == {"cpu", "cuda"} and not _passes(
+            func, args, kwargs, inputs + outputs
+        ):
+            self.found.append(f"{func} at {_line()}")
+
+
+def _passes(func: Any, args: tuple, kwargs: Mapping[str, Any], tensors: list[Tensor]) -> bool:
+    """Whether the host goes on at once."""
+    name = func.name().split(".")[0]
+    if name in _ALLOCATIONS:
+        return True
+    on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    if name in _COPIES:
+        non_blocking = kwargs.get("non_blocking") or True in args[2:]
+        return bool(non_blocking) and all(tensor in pinned_memory for tensor in on_host)
+    return name not in _COPYING_NUMBERS and all(tensor.ndim == 0 for tensor in on_host)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _line() -> str:
+    """The innermost line of the project that is not this context's own."""
+    frames = [
+        f"{Path(frame.filename).relative_to(_PROJECT)}:{frame.lineno}"
+        for frame in traceback.extract_stack()
+        if Path(frame.filename).is_relative_to(_PROJECT) and not frame.filename.endswith("counting_mode.py")
+    ]
+    return frames[-1] if frames else "torch"

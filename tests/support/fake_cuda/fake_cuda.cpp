@@ -1,0 +1,95 @@
+// What torch's CPU build lacks to run fake CUDA tensors: a guard that knows one device, and hooks that own up to it.
+// Neither does anything, since fake tensors have no memory and run no kernels.
+
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
+namespace {
+
+constexpr c10::DeviceType kCuda = c10::DeviceType::CUDA;
+
+c10::Device theDevice() {
+  return c10::Device(kCuda, 0);
+}
+
+c10::Stream theStream() {
+  return c10::Stream(c10::Stream::DEFAULT, theDevice());
+}
+
+// The base class answers "device -1" to questions about the current device and stream, which autograd refuses.
+class OneDeviceGuard final : public c10::impl::NoOpDeviceGuardImpl<kCuda> {
+ public:
+  c10::Device getDevice() const override {
+    return theDevice();
+  }
+  c10::Device exchangeDevice(c10::Device /*device*/) const override {
+    return theDevice();
+  }
+  c10::Stream getStream(c10::Device /*device*/) const noexcept override {
+    return theStream();
+  }
+  c10::Stream getNewStream(c10::Device /*device*/, int /*priority*/) const override {
+    return theStream();
+  }
+  c10::Stream exchangeStream(c10::Stream /*stream*/) const noexcept override {
+    return theStream();
+  }
+  // Autograd orders the streams of its nodes by events; the base class throws.
+  void record(void** /*event*/, const c10::Stream& /*stream*/, c10::DeviceIndex /*index*/, c10::EventFlag /*flag*/)
+      const override {}
+  void block(void* /*event*/, const c10::Stream& /*stream*/) const override {}
+  bool queryEvent(void* /*event*/) const override {
+    return true;
+  }
+};
+
+class OneDeviceHooks final : public at::CUDAHooksInterface {
+ public:
+  explicit OneDeviceHooks(at::CUDAHooksArgs /*args*/) {}
+  void init() const override {}
+  bool hasCUDA() const override {
+    return true;
+  }
+  bool isBuilt() const override {
+    return true;
+  }
+  bool isAvailable() const override {
+    return true;
+  }
+  bool hasPrimaryContext(c10::DeviceIndex /*index*/) const override {
+    return true;
+  }
+  int getNumGPUs() const override {
+    return 1;
+  }
+  c10::DeviceIndex deviceCount() const override {
+    return 1;
+  }
+  c10::DeviceIndex current_device() const override {
+    return 0;
+  }
+  c10::DeviceIndex getCurrentDevice() const override {
+    return 0;
+  }
+  void setCurrentDevice(c10::DeviceIndex /*index*/) const override {}
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex /*index*/) const override {
+    return 0;
+  }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex /*index*/) const override {
+    return 0;
+  }
+  c10::Allocator* getPinnedMemoryAllocator() const override {
+    return c10::GetCPUAllocator();
+  }
+};
+
+} // namespace
+
+namespace c10::impl {
+C10_REGISTER_GUARD_IMPL(CUDA, OneDeviceGuard)
+} // namespace c10::impl
+
+namespace at {
+C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, OneDeviceHooks)
+} // namespace at

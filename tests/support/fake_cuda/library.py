@@ -1,0 +1,51 @@
+"""Builds the library of `fake_cuda.cpp` once and loads it; imports no torch, which must come after it."""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+
+
+def compiler() -> str | None:
+    """The C++ compiler, from $CXX or the path; None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def load() -> None:
+    """Gives the torch that this process will import a CUDA device that does nothing."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    torch_folder = Path(spec.origin).parent
+    library = _build(torch_folder)
+    # Their symbols are visible to the library only if they are loaded globally.
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _build(torch_folder: Path) -> Path:
+    """The library for this source, torch and compiler, in the user's cache folder."""
+    key = hashlib.sha256(_SOURCE.read_bytes() + f"{version('torch')} {compiler()}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchtitan" / "tests"
+    library = cache / f"fake_cuda-{key}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / "fake_cuda.so"
+        command = [
+            *(str(compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", str(_SOURCE), "-o", str(built)),
+            *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"),
+        ]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        # Tests in other processes may build it at the same time.
+        built.replace(library)
+    return library

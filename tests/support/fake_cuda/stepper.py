@@ -1,0 +1,49 @@
+"""A training step on fake CUDA tensors."""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from support.fake_cuda import python_api
+from switchtitan.build import build_stepper
+from switchtitan.contracts import Batch
+from switchtitan.distributed.world import World, mesh_shape, stop_world
+from switchtitan.job.config import JobConfig
+from switchtitan.training.stepper import Stepper
+
+
+@contextmanager
+def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[Stepper]:
+    """The stepper of one of `num_ranks` ranks, each with a CUDA device, good for steps inside the context.
+
+    The process must have loaded the library before torch, and `python_api` must be installed.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    try:
+        shape = mesh_shape(config.parallelism, num_ranks)
+        mesh = init_device_mesh("cuda", shape, mesh_dim_names=("replicate", "shard"))
+        group = dist.group.WORLD
+        assert group is not None
+        world = World(rank, num_ranks, torch.device("cuda", 0), mesh, group)
+        with FakeTensorMode():
+            yield build_stepper(config, world, _batches(config, num_ranks))
+    finally:
+        stop_world()
+
+
+def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
+    """Micro-batches in page-locked memory, as the data loader gives them where there is a GPU."""
+    shape = config.training.local_batch_size, config.data.seq_len
+    num_micro_batches = config.training.global_batch_size // (num_ranks * config.training.local_batch_size)
+    while True:
+        tokens, targets, document_ids = (
+            torch.zeros(shape, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32)
+        )
+        for part in (tokens, targets, document_ids):
+            python_api.pinned_memory.add(part)
+        yield [Batch(tokens, targets, document_ids)] * num_micro_batches
