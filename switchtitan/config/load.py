@@ -30,6 +30,7 @@ from switchtitan.config.fields import (
     is_section_type,
 )
 from switchtitan.config.section import Section
+from switchtitan.config.shipped import FOLDER
 from switchtitan.config.toml_text import NONE_TEXT, toml_value
 from switchtitan.errors import ConfigError
 from switchtitan.registry import Registry
@@ -120,15 +121,16 @@ class TomlFile:
 def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
     """Read a TOML file and, if it has the key `base`, what it does not say from the file named there.
 
-    `base` is a path relative to the file in which it stands; a base may have a base. Tables are merged key by key. Where the
-    `name` of `[model]`, `[method]` or `[optimizer]` differs from the base's, none of the base's keys of that section are kept.
+    `base` is a path relative to the file in which it stands, or the name of a configuration that is installed with
+    switchtitan; a base may have a base. Tables are merged key by key. If the `name` of `[model]`, `[method]` or `[optimizer]`
+    differs from the base's, none of the base's keys of that section are kept.
 
     Raises:
         ConfigError: if a file cannot be read, or is based on itself.
     """
     chain: dict[Path, tuple[Path, dict[str, Any]]] = {}
-    at: Path | None = file
-    while at is not None:
+    at = file
+    while True:
         table = read_toml(at)
         chain[at.resolve()] = (at, table)
         base = table.pop("base", None)
@@ -138,6 +140,8 @@ def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
         if not isinstance(base, str) or not base:
             raise ConfigError(f"{place}: expected the path of a TOML file, relative to this one")
         at = at.parent / base
+        if not at.is_file() and (FOLDER / base).is_file():
+            at = FOLDER / base
         if not at.is_file():
             raise ConfigError(f"{place}: there is no such file{_neighbour_hint(at)}")
         if at.resolve() in chain:

@@ -109,7 +109,7 @@ class LlamaConfig(ModelConfig):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal distribution that embedding, linear layers and head start from."""
     attention: Literal["sdpa", "flex", "flash_attn"] = "sdpa"
-    """Back-end. sdpa, flash_attn: causal over the whole packed sequence; flex: also inside each document."""
+    """Backend. sdpa and flash_attn are causal over the packed sequence; flex attends only within each document."""
 
     @model_validator(mode="after")
     def _check_divisibility(self) -> Self:
@@ -201,11 +201,11 @@ class LlamaConfig(ModelConfig):
         return self.dimensions().linear_shapes()
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
-        """Makes sure that the chosen attention back-end can train there; to be called before any work.
+        """Check that the attention backend can train there.
 
         Args:
             device_type: "cpu" or "cuda".
-            compute_dtype: the type of activations.
+            compute_dtype: dtype of activations.
 
         Raises:
             EnvironmentMismatchError: if it cannot.

@@ -9,8 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from switchtitan.config.command_line import split_arguments
-from switchtitan.config.load import load_config, load_table, read_toml
+from switchtitan.config.load import load_config, load_table, read_toml, read_with_bases
 from switchtitan.config.section import NamedSection, Section
+from switchtitan.config.shipped import FOLDER
 from switchtitan.errors import ConfigError
 from switchtitan.registry import Component, Registry
 
@@ -336,6 +337,15 @@ def test_a_mistake_is_reported_with_the_file_in_which_it_stands(write: Callable[
         "  [training.inner] dpth = 1",
         '  [training] lr = "x"',
     ]
+
+
+def test_a_base_may_be_a_configuration_that_is_installed(write: Callable[..., Path]) -> None:
+    own = write("own.toml", 'base = "llama_350m.toml"\n')
+    given = read_with_bases(own, {})
+    assert given.table["model"]["size"] == "350m"
+    assert given.origins["model", "size"] == str(FOLDER / "llama_350m.toml")
+    write("llama_350m.toml", '[model]\nsize = "own"')
+    assert read_with_bases(own, {}).table == {"model": {"size": "own"}}
 
 
 def test_a_base_that_cannot_be_read_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
