@@ -11,11 +11,14 @@ from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
 
 ASSUMPTIONS = (
-    "memory is that of rank 0, whose shards are the largest, and of tensors alone: no rounding and reserve of an allocator, no "
+    "memory is that of rank 0, whose shards are the largest, and of tensors alone: no rounding and "
+    "reserve of an allocator, no "
     "kernels' workspaces, libraries, or batches; neither evaluation nor saving",
-    "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU gathers a block ahead",
+    "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU "
+    "gathers a block ahead",
     "attention is a fused kernel that keeps no scores, and counts in full where a mask halves it",
-    "FLOPs are those of matrix products and attention; the ratio is to a step that trains all weights and computes nothing "
+    "FLOPs are those of matrix products and attention; the ratio is to a step that trains all "
+    "weights and computes nothing "
     "twice, and is none of times",
 )
 """What figures of a step must be read with."""

@@ -33,7 +33,8 @@ KINDS = {
     UNREDUCED_GRADIENTS: "full gradients before they are reduced; with several micro-batches of all weights",
     GATHERED: "full weights in the compute dtype",
     ACTIVATIONS: "what a forward pass leaves behind for its backward pass",
-    TEMPORARY: "the rest: what operations and collectives need for a while, but not in forward passes "
+    TEMPORARY: "the rest: what operations and collectives need for a while, but not in forward "
+    "passes "
     "up to the loss",
     HOST: "what waits in host memory: buffers, block inputs; in no sum",
 }

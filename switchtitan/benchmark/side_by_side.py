@@ -113,8 +113,10 @@ class Bench:
             result = self.stepper.compute_gradients()
             if result.is_skipped:
                 raise UserError(
-                    f"{self.name}: a step without an update cannot be timed, and step {self.stepper.state.step} was skipped, "
-                    'since its gradients were not finite and [training] on_nonfinite = "skip"; lower [optimizer] lr'
+                    f"{self.name}: a step without an update cannot be timed, and step "
+                    f"{self.stepper.state.step} was skipped, "
+                    'since its gradients were not finite and [training] on_nonfinite = "skip"; '
+                    "lower [optimizer] lr"
                 )
             self._update(self.stepper.optimizer, self._stopwatch.mark)
             self.stepper.finish_step(result)
@@ -156,6 +158,7 @@ def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:
     for name, config in configs.items():
         if config.training.steps < num_steps:
             raise ConfigError(
-                f"{name}: [training] steps = {config.training.steps}: expected at least {num_steps}, the {WARM_UP_STEPS} steps "
+                f"{name}: [training] steps = {config.training.steps}: expected at least "
+                f"{num_steps}, the {WARM_UP_STEPS} steps "
                 "of warm-up and those to be timed; raise it, or time fewer rounds or steps"
             )

@@ -24,7 +24,8 @@ def check_output_dir(output_dir: Path) -> None:
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(
-            f"[job] output_dir = {str(output_dir)!r}: expected a folder that can be made and written, but {nearest} is "
+            f"[job] output_dir = {str(output_dir)!r}: expected a folder that can be made and "
+            f"written, but {nearest} is "
             f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
         )
 

@@ -161,8 +161,10 @@ class Trainer:
                     skipped_in_a_row += 1
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                         raise TrainingDivergedError(
-                            f"the updates of {skipped_in_a_row} batches in a row were skipped at step {state.step}, since "
-                            "their gradients were not finite; lower [optimizer] lr and resume from the newest checkpoint"
+                            f"the updates of {skipped_in_a_row} batches in a row were skipped at "
+                            f"step {state.step}, since "
+                            "their gradients were not finite; lower [optimizer] lr and resume from "
+                            "the newest checkpoint"
                         )
                     continue
                 skipped_in_a_row = 0
@@ -234,8 +236,10 @@ class Trainer:
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
             raise TrainingDivergedError(
-                f"a gradient was not finite in the steps up to {self.stepper.state.step}; the newest checkpoint is from "
-                "before. Lower [optimizer] lr, lengthen [lr_schedule] warmup_steps, or set [training] on_nonfinite = "
+                f"a gradient was not finite in the steps up to {self.stepper.state.step}; the "
+                "newest checkpoint is from "
+                "before. Lower [optimizer] lr, lengthen [lr_schedule] warmup_steps, or set "
+                "[training] on_nonfinite = "
                 '"skip"'
             )
 

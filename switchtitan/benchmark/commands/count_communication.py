@@ -26,7 +26,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         for name, config in configs.items()
     }
     title = (
-        f"sent by each of {options.num_ranks} ranks in step {options.step}, in MiB (number of collectives), if carried out "
+        f"sent by each of {options.num_ranks} ranks in step {options.step}, in MiB (number of "
+        "collectives), if carried out "
         "in a ring"
     )
     record: dict[str, JsonValue] = {
@@ -41,7 +42,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 COMMUNICATION = Command(
     name="communication",
     summary="count the bytes that each rank sends in a training step",
-    description="Counts the bytes that each rank sends in a training step if collectives are carried out in a ring; needs "
+    description="Counts the bytes that each rank sends in a training step if collectives are "
+    "carried out in a ring; needs "
     "neither the ranks nor memory for the model.",
     add_arguments=_add_arguments,
     measure=_measure,

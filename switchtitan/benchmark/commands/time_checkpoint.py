@@ -163,7 +163,8 @@ def _table(times: SaveTimes) -> list[str]:
 CHECKPOINT = Command(
     name="checkpoint",
     summary="time how long a save holds training up, in the background and not",
-    description="Takes training steps, and saves checkpoints in the background and while training waits, in turn. Says how "
+    description="Takes training steps, and saves checkpoints in the background and while training "
+    "waits, in turn. Says how "
     "long training is held up, and how many bytes a checkpoint takes on disk.",
     add_arguments=_add_arguments,
     measure=_measure,

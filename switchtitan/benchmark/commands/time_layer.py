@@ -167,7 +167,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     for rank, shape in itertools.product(ranks, shapes):
         if not 1 <= rank < min(shape):
             raise ConfigError(
-                f"--rank {rank}: expected at least 1 and less than the smaller dimension of [{shape[0]}, {shape[1]}]"
+                f"--rank {rank}: expected at least 1 and less than the smaller dimension of "
+                f"[{shape[0]}, {shape[1]}]"
             )
     return [
         Case(out_features, in_features, rank, num_tokens)
@@ -193,9 +194,12 @@ def _rows(case: Case, times: dict[str, NDArray[np.float64]]) -> list[tuple[str, 
 LAYER = Command(
     name="layer",
     summary="time one linear layer, full rank and low rank in every contraction",
-    description="Times forward and backward of one linear layer in alternation: full rank, and the contractions of a low-rank "
-    "layer. FLOPs is the ratio of floating-point operations to full rank's, which the time cannot go below while products run "
-    "at the same speed. Says which contraction is chosen and what it costs compared with the fastest one.",
+    description="Times forward and backward of one linear layer in alternation: full rank, and the "
+    "contractions of a low-rank "
+    "layer. FLOPs is the ratio of floating-point operations to full rank's, which the time cannot "
+    "go below while products run "
+    "at the same speed. Says which contraction is chosen and what it costs compared with the "
+    "fastest one.",
     add_arguments=_add_arguments,
     measure=_measure,
     reads_configs=False,

@@ -91,7 +91,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 LOADER = Command(
     name="loader",
     summary="time the data loader alone, compared with what training consumes",
-    description="Reads a configuration's global batches as fast as they come, with its worker processes, and compares the "
+    description="Reads a configuration's global batches as fast as they come, with its worker "
+    "processes, and compares the "
     "tokens per second with those that training consumes.",
     add_arguments=_add_arguments,
     measure=_measure,

@@ -110,8 +110,10 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 LOSS = Command(
     name="loss",
     summary="time the loss and its gradients, and find their peak memory, in chunks and from all logits",
-    description="Times the loss of a linear head with the gradients of hidden states and head, in chunks of tokens as in "
-    "training and from all logits, each compiled and not, in alternation; and finds how much memory each takes at its peak.",
+    description="Times the loss of a linear head with the gradients of hidden states and head, in "
+    "chunks of tokens as in "
+    "training and from all logits, each compiled and not, in alternation; and finds how much "
+    "memory each takes at its peak.",
     add_arguments=_add_arguments,
     measure=_measure,
     reads_configs=False,

@@ -33,7 +33,8 @@ def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLi
     if not layers:
         raise ConfigError(
             f"[method] name = {config.method.name!r} has no low-rank layers; "
-            "switchtitan benchmark optimizer measures the update of their factors: choose another method"
+            "switchtitan benchmark optimizer measures the update of their factors: choose another "
+            "method"
         )
     draw = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -77,7 +78,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     times = time_calls_in_turns(sides, device, options.rounds, options.calls_per_round)
     num_elements = sum(factor.numel() for factor in theirs)
     title = (
-        f"update of {len(theirs)} factors, {num_elements / 1e6:.1f} M elements; the first compiled update took "
+        f"update of {len(theirs)} factors, {num_elements / 1e6:.1f} M elements; the first compiled "
+        "update took "
         f"{first_step_s:.1f} s"
     )
     record: dict[str, JsonValue] = {
@@ -94,7 +96,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 OPTIMIZER = Command(
     name="optimizer",
     summary="time the update of low-rank factors and torch's fused AdamW",
-    description="Times the update of a configuration's low-rank factors in alternation: torch's fused AdamW, and AdamW with a "
+    description="Times the update of a configuration's low-rank factors in alternation: torch's "
+    "fused AdamW, and AdamW with a "
     "step count for every vector, compiled and eager. Nothing is switched.",
     add_arguments=_add_arguments,
     measure=_measure,

@@ -73,8 +73,10 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 STARTUP = Command(
     name="startup",
     summary="time a run's way to its first step, with and without compiled code at hand",
-    description="Starts a configuration's run twice in processes of their own, first with an empty cache of compiled code and "
-    "then with what the first has left, and splits the time to the end of the first step into its parts. The corpus "
+    description="Starts a configuration's run twice in processes of their own, first with an empty "
+    "cache of compiled code and "
+    "then with what the first has left, and splits the time to the end of the first step into its "
+    "parts. The corpus "
     "is prepared before.",
     add_arguments=add_config,
     measure=_measure,

@@ -85,8 +85,10 @@ def _record(costs: SwitchCosts) -> dict[str, JsonValue]:
 SWITCH = Command(
     name="switch",
     summary="time SwitchLoRA's switches inside training steps",
-    description="Times the switches of SwitchLoRA inside training steps, and the same runs with nothing to switch (what is "
-    "done in every step whether or not something is due stays in), in alternation and in one process; counts vectors, "
+    description="Times the switches of SwitchLoRA inside training steps, and the same runs with "
+    "nothing to switch (what is "
+    "done in every step whether or not something is due stays in), in alternation and in one "
+    "process; counts vectors, "
     "operations and collectives of the switches of one step, the last of warm-up.",
     add_arguments=_add_arguments,
     measure=_measure,
