@@ -1,5 +1,6 @@
 """The keys that all low-rank methods share."""
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -57,12 +58,7 @@ class LowRankConfig(MethodConfig):
 
 def check_rank(rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
     """What is wrong between the keys `rank` and `targets` and a model's linear layers, qualified name -> (out, in)."""
-    names = {name.rpartition(".")[2] for name in linear_shapes}
-    problems = [
-        f"[method] targets: the model has no linear layer called {target!r}; it has {', '.join(sorted(names))}"
-        for target in targets
-        if target not in names
-    ]
+    problems = check_targets(targets, linear_shapes)
     adapted = {
         name: min(shape) for name, shape in linear_shapes.items() if name.rpartition(".")[2] in targets
     }
@@ -74,3 +70,16 @@ def check_rank(rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tup
             f"[{out_features}, {in_features}], so use a rank of at most {adapted[name] - 1}"
         )
     return problems
+
+
+def check_targets(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
+    """An error message if a target is not the local name of one of these linear layers, given by qualified name."""
+    targets = list(targets)
+    local_names = {name.rpartition(".")[2] for name in linears}
+    unknown = [target for target in targets if target not in local_names]
+    if not unknown:
+        return []
+    return [
+        f"[method] targets = {targets}: the model has no linear layer called {', '.join(map(repr, unknown))}; "
+        f"it has {', '.join(sorted(local_names))}"
+    ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.errors import ConfigError
-from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.lowrank.config import LowRankConfig, check_targets
 from switchtitan.methods.lowrank.contraction import BY_NAME, Contraction, cheapest_contraction, frozen_linear
 
 
@@ -138,13 +138,8 @@ def replace_linears(
     """
     targets = tuple(targets)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    local_names = {name.rpartition(".")[2] for name in linears}
-    unknown = [target for target in targets if target not in local_names]
-    if unknown:
-        raise ConfigError(
-            f"[method] targets = {list(targets)}: the model has no linear layer called {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(local_names))}"
-        )
+    if problems := check_targets(targets, linears):
+        raise ConfigError(problems[0])
     replaced: dict[str, LowRankLinear] = {}
     for name, linear in linears.items():
         parent_name, _, local_name = name.rpartition(".")

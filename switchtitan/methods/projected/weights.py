@@ -11,14 +11,35 @@ it. On the left each rank has a summand of R and its rows of Q.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
+from switchtitan.contracts import MethodConfig
 from switchtitan.distributed.shards import local
 from switchtitan.errors import ConfigError
+from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank, check_targets
+
+
+class ProjectedConfig(MethodConfig):
+    """Which gradients are projected, onto how many dimensions, and for how long."""
+
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
+    rank: int = Field(ge=1)
+    """Dimensions that gradients are projected onto, at least 1 and below the smaller dimension of every projected weight."""
+    update_interval: int = Field(default=200, ge=1)
+    """Steps for which a projection is kept before the next one; at least 1."""
+    targets: Targets = ADAPTED_LINEARS
+    """Local names of the linear layers whose weights' gradients are projected; by default all of attention and MLP. The other
+    parameters train with plain AdamW."""
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """What is wrong between this section and a model's linear layers, qualified name -> (out, in)."""
+        return check_rank(self.rank, self.targets, linear_shapes)
 
 
 @dataclass(frozen=True)
@@ -78,14 +99,9 @@ def targeted_weights(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.P
         ConfigError: if a target names no linear layer of the model.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    local_names = {name.rpartition(".")[2] for name in linears}
     targets = tuple(targets)
-    unknown = [target for target in targets if target not in local_names]
-    if unknown:
-        raise ConfigError(
-            f"[method] targets = {list(targets)}: the model has no linear layer called {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(local_names))}"
-        )
+    if problems := check_targets(targets, linears):
+        raise ConfigError(problems[0])
     wanted = {f"{name}.weight" for name in linears if name.rpartition(".")[2] in targets}
     return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
 

@@ -135,7 +135,7 @@ def test_a_gradient_that_is_not_finite_is_left_for_the_trainer_to_report():
 def test_a_target_without_a_layer_and_a_rank_without_room_are_refused():
     config = GaloreConfig(rank=RANK, targets=("q_proj", "k_proj"))
     with pytest.raises(
-        ConfigError, match=r"targets = .*no linear layer called k_proj; it has down_proj, lm_head"
+        ConfigError, match=r"targets = .*no linear layer called 'k_proj'; it has down_proj, lm_head"
     ):
         Galore(config, NUM_STEPS, seed=1).build_optimizer(draw_model(), ADAM, False)
     shapes = {"layers.0.q_proj": (5, 5), "layers.0.down_proj": (5, 9)}

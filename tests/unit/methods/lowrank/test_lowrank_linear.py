@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.contracts import Reparametrized
 from switchtitan.errors import ConfigError
+from switchtitan.methods.lora import LoraConfig
 from switchtitan.methods.lowrank import (
     LayerBuffer,
     LowRankLinear,
@@ -16,7 +17,6 @@ from switchtitan.methods.lowrank import (
     low_rank_layers,
     replace_linears,
 )
-from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contraction, num_flops
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
@@ -87,7 +87,7 @@ def build_model(device: str) -> nn.Module:
         return nn.ModuleDict({"first": inner, "norm": nn.LayerNorm(IN), "head": nn.Linear(IN, 2)})
 
 
-def replacement(linear: nn.Linear) -> LowRankLinear:
+def replacement(name, linear: nn.Linear) -> LowRankLinear:
     return LowRankLinear(
         linear.in_features, linear.out_features, RANK, SCALE, lora_init, bias=linear.bias is not None
     )
@@ -111,7 +111,7 @@ def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device
 
 def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
     model = build_model("cpu")
-    with pytest.raises(ConfigError, match=r"no linear layer called norm, upp; it has down, head, up"):
+    with pytest.raises(ConfigError, match=r"no linear layer called 'norm', 'upp'; it has down, head, up"):
         replace_linears(model, ("up", "norm", "upp"), replacement)
     assert not low_rank_layers(model)
 
@@ -120,7 +120,7 @@ def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
 def test_the_contraction_is_the_one_that_the_configuration_names(name: str):
     num_tokens, rank = 64, 12
     layer = low_rank_layer_for(
-        nn.Linear(40, 30, bias=False), LowRankConfig(rank=rank, contraction=name), lora_init
+        nn.Linear(40, 30, bias=False), LoraConfig(rank=rank, contraction=name), 0.5, lora_init
     )
     chosen = cheapest_contraction(30, 40, rank, num_tokens) if name == "cheapest" else BY_NAME[name]
     x = torch.randn(num_tokens, 40, requires_grad=True)
@@ -133,4 +133,4 @@ def test_a_contraction_without_effect_is_an_error():
     with pytest.raises(
         ValueError, match=r"has no effect on training with dropout = 0\.1, which is always factored"
     ):
-        LowRankConfig(rank=4, dropout=0.1, contraction="merged")
+        LoraConfig(rank=4, dropout=0.1, contraction="merged")
