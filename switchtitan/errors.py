@@ -13,7 +13,7 @@ _NUM_NAMED = 4
 _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 """The variable by which torchrun tells a rank where to leave the reason of its failure."""
 EXIT_STATUS_KEY = "exit_status"
-"""What marks a user's mistake there, beside torchrun's own keys."""
+"""The key that marks a user's mistake there, next to torchrun's own keys."""
 
 
 class UserError(Exception):
@@ -39,7 +39,7 @@ class EnvironmentMismatchError(UserError):
 
 
 class RanksDisagreeError(UserError):
-    """Ranks no longer train one model. What was saved before is sound, and the run goes on from it."""
+    """Ranks no longer train one model. What was saved before is valid, and the run can resume from it."""
 
     exit_status = 4
     """Tells programs that run training that the configuration was sound."""

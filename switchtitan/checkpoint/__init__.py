@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: saving, finding, verifying, loading on any number of ranks,
+"""Checkpoints that are complete or absent: saving, finding, verifying, loading on any number of ranks,
 pruning."""
 
 from switchtitan.checkpoint.checkpointer import Checkpointer

@@ -42,7 +42,7 @@ def run_together(function: Callable[[], Result], group: dist.ProcessGroup | None
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether a user can mend `error`: a full disk, a damaged file, another model's checkpoint."""
+    """Whether a user can fix `error`: a full disk, a corrupted file, another model's checkpoint."""
     if isinstance(error, CheckpointException):
         return all(is_expected(cause) for cause, _ in error.failures.values())
     return isinstance(error, OSError | CheckpointError)

@@ -1,4 +1,4 @@
-"""Writing checkpoints: beside, verified, renamed; in the background where wanted."""
+"""Writing checkpoints: to a partial folder, verified, renamed; in the background if configured."""
 
 import json
 import logging
@@ -53,12 +53,12 @@ class _Save:
 
 
 class Checkpointer:
-    """Saves a run's state to `folder` and finds what to go on from. Every rank calls every method alike.
+    """Saves a run's state to `folder` and finds the checkpoint to resume from. Every rank calls every method alike.
 
     Args:
         folder: `<output_dir>/checkpoints`, on a file system that all ranks see; made when first needed.
         identity: what a resumed run must share with the run that saved (see `check_same_run`).
-        metadata: what else is worth knowing beside the weights: the configuration, the corpus.
+        metadata: what else is worth knowing: the configuration, the corpus.
         versions: of the code, by name.
         comparable_identity: an older checkpoint's identity as `identity` would have been saved today.
         is_main: true on rank 0 alone, which renames, prunes and logs.
@@ -102,7 +102,7 @@ class Checkpointer:
         return self._latest or self._resumed
 
     def checkpoint_to_resume(self) -> Path | None:
-        """Returns what the configuration says to go on from, the same on every rank; None means a new run.
+        """Returns the checkpoint that the configuration says to resume from, the same on every rank; None for a new run.
 
         Raises:
             CheckpointError: on every rank, if it is damaged or missing, or the folder holds what a new run
@@ -291,17 +291,17 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
 
 
 def _set_aside(path: Path) -> None:
-    """Renames a folder that stands where a checkpoint shall go, unless it is whole.
+    """Renames a folder that is in the place of a new checkpoint, unless it is a complete checkpoint.
 
     Raises:
-        CheckpointError: if it is whole.
+        CheckpointError: if it is complete.
     """
     try:
-        # As thorough as the search for what to go on from: what that skipped must not be in the way here.
+        # As thorough as the search for a checkpoint to resume from: what that skipped must not be in the way here.
         check_contents(path)
     except CheckpointError as error:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        logger.warning("Renaming %s to %s, since it is not whole: %s", path, aside.name, error)
+        logger.warning("renaming %s to %s, because it is not complete: %s", path, aside.name, error)
         path.rename(aside)
         return
     raise CheckpointError(f"{path} exists already; nothing is overwritten")

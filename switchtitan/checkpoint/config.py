@@ -18,8 +18,8 @@ class CheckpointConfig(Section):
     """How many of this run's newest checkpoints to keep; 0 keeps them all."""
 
     resume: str = Field(default=RESUME_AUTO, min_length=1)
-    """What to go on from. "auto": the newest whole checkpoint in the output folder, if there is one. "never":
-    start anew, and refuse an output folder that holds checkpoints. Else the path of a checkpoint or a run."""
+    """What to resume from. "auto": the newest complete checkpoint in the output folder, if there is one. "never":
+    start from scratch, and refuse an output folder that holds checkpoints. Else the path of a checkpoint or a run."""
 
     async_save: bool = True
     """Write in the background while training goes on; costs one more copy of the state in host memory, from the first

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Returns the newest whole checkpoint in `folder`, or None; logs which it is and why newer ones were
+    """Returns the newest complete checkpoint in `folder`, or None; logs which it is and why newer ones were
     skipped.
 
     Reads the candidates' files to compare checksums.
@@ -33,9 +33,9 @@ def find_latest(folder: Path) -> Path | None:
         try:
             check_contents(path)
         except CheckpointError as error:
-            logger.warning("Skipping a checkpoint that is not whole: %s", error)
+            logger.warning("skipping a checkpoint that is not complete: %s", error)
             continue
-        logger.info("The newest whole checkpoint is %s", path)
+        logger.info("the newest complete checkpoint is %s", path)
         return path
     return None
 
@@ -47,8 +47,8 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         folder: where the run keeps its own checkpoints.
 
     Raises:
-        CheckpointError: if `resume` is a path without a whole checkpoint, or "auto" and there are only
-            damaged ones.
+        CheckpointError: if `resume` is a path without a complete checkpoint, or "auto" and there are only
+            corrupted ones.
     """
     if resume == RESUME_NEVER:
         return None
@@ -57,14 +57,14 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         if latest is None and (damaged := list_step_folders(folder)):
             raise CheckpointError(
                 f"[checkpoint] resume = {resume!r}: none of the {len(damaged)} checkpoints in {folder} "
-                "is whole (the warnings above say why); move that folder away to start anew"
+                "is complete (the warnings above say why); move that folder away to start from scratch"
             )
         return latest
     return find_given(Path(resume))
 
 
 def find_given(path: Path) -> Path:
-    """Returns the whole checkpoint that a user's path means: itself, or the newest of the run or folder at
+    """Returns the complete checkpoint that a user's path means: itself, or the newest of the run or folder at
     `path`.
 
     Raises:
@@ -77,7 +77,7 @@ def find_given(path: Path) -> Path:
         if latest := find_latest(folder):
             return latest
     raise CheckpointError(
-        f"no whole checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE} in it, "
+        f"no complete checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE} in it, "
         "a folder of such folders, or a run's output folder"
     )
 
@@ -117,11 +117,11 @@ def check_output_folder(folder: Path, resume: str) -> None:
     if not present or resume == RESUME_AUTO:
         return
     newest = present[0]
-    mend = f"use another [job] output_dir, or move {folder} away"
+    fix = f"use another [job] output_dir, or move {folder} away"
     if resume == RESUME_NEVER:
         raise CheckpointError(
             f"[checkpoint] resume = {resume!r}: {folder} already holds {len(present)} checkpoints, "
-            f'the newest is {newest.name}; {mend}, or set resume = "auto" to go on from there'
+            f'the newest is {newest.name}; {fix}, or set resume = "auto" to resume from there'
         )
     given = Path(resume).resolve()
     if given in (folder.resolve(), folder.resolve().parent):
@@ -129,26 +129,26 @@ def check_output_folder(folder: Path, resume: str) -> None:
     if given.parent != folder.resolve():
         raise CheckpointError(
             f"[checkpoint] resume = {resume!r} lies elsewhere, but {folder} already holds "
-            f'{len(present)} checkpoints; set resume = "auto" to go on from the newest of them, {mend}'
+            f'{len(present)} checkpoints; set resume = "auto" to resume from the newest of them, {fix}'
         )
     step, newest_step = step_of(given), step_of(newest)
     if step is not None and newest_step is not None and newest_step > step:
         raise CheckpointError(
             f"[checkpoint] resume = {resume!r}: {folder} holds {newest.name}, which is newer and would "
-            f"be mixed up with the new run's; {mend}, or move the newer ones away"
+            f"be mixed up with the new run's; {fix}, or move the newer ones away"
         )
 
 
 def prune(
     folder: Path, newest: Path, keep_latest: int, is_own_identity: Callable[[Mapping[str, object]], bool]
 ) -> list[Path]:
-    """Deletes this run's whole checkpoints older than `newest` but the last `keep_latest`; returns them.
+    """Deletes this run's complete checkpoints older than `newest` but the last `keep_latest`; returns them.
 
     Damaged ones, other runs', and those that hold files which saving does not write stay where they are and
     do not count.
 
     Args:
-        newest: a whole checkpoint in `folder`; it counts as kept.
+        newest: a complete checkpoint in `folder`; it counts as kept.
         keep_latest: 0 keeps all.
         is_own_identity: whether a checkpoint with such an identity is this run's.
     """
@@ -180,7 +180,7 @@ def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool])
     try:
         metadata = check_files(path)
     except CheckpointError as error:
-        logger.warning("Not deleting a checkpoint that is not whole: %s", error)
+        logger.warning("not deleting a checkpoint that is not complete: %s", error)
         return False
     if foreign := foreign_files(path):
         logger.warning(

@@ -103,7 +103,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """A file of the checkpoint beside `metadata.json`."""
+    """A file of the checkpoint next to `metadata.json`."""
 
     num_bytes: int = Field(ge=0)
     sha256: str
@@ -116,7 +116,7 @@ class CheckpointMetadata(_Record):
     step: int = Field(ge=0)
     """Optimizer steps done."""
     train_state: dict[str, JsonValue]
-    """What the trainer goes on from, e.g. the number of tokens seen."""
+    """What the trainer resumes with, e.g. the number of tokens seen."""
     identity: dict[str, JsonValue]
     """What may not change when a run is resumed: model, method, corpus."""
     run: dict[str, JsonValue]
@@ -235,7 +235,7 @@ def check_files(path: Path) -> CheckpointMetadata:
 
 
 def check_contents(path: Path) -> CheckpointMetadata:
-    """As `check_files`, and compares every file's checksum, for which it reads the whole checkpoint once.
+    """As `check_files`, and compares every file's checksum, for which it reads the full checkpoint once.
 
     Raises:
         CheckpointError: names the first thing that is wrong.
@@ -246,7 +246,7 @@ def check_contents(path: Path) -> CheckpointMetadata:
         for (name, expected), found in zip(metadata.files.items(), records, strict=True):
             if found != expected:
                 raise CheckpointError(
-                    f"{path}: {name} is damaged: its checksum is not the one it was saved with"
+                    f"{path}: {name} is corrupted: its checksum is not the one it was saved with"
                 )
     return metadata
 

@@ -26,7 +26,7 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
             meta.
 
     Raises:
-        CheckpointError: on every rank, before anything is changed, if the checkpoint is not whole or names,
+        CheckpointError: on every rank, before anything is changed, if the checkpoint is not complete or names,
             shapes or dtypes differ; names the first few.
     """
 
@@ -39,11 +39,11 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Returns the tensors whose names start with `prefix`, without it, whole and on the CPU. Needs no process
+    """Returns the tensors whose names start with `prefix`, without it, as full tensors on the CPU. Needs no process
     group.
 
     Raises:
-        CheckpointError: if the checkpoint is not whole or has no such tensor.
+        CheckpointError: if the checkpoint is not complete or has no such tensor.
     """
     check_files(path)
     records = {name: t for name, t in read_tensors_index(path).tensors.items() if name.startswith(prefix)}

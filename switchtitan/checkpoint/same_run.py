@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that wants to go on from it."""
+"""Whether a checkpoint belongs to the run that wants to resume from it."""
 
 from collections.abc import Mapping
 
@@ -24,5 +24,5 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
     )
     raise CheckpointError(
         f"the checkpoint belongs to another run:\n{differences}\n"
-        "set these back to go on with that run, or start a new one in another [job] output_dir"
+        "set these back to resume that run, or start a new one in another [job] output_dir"
     )

@@ -1,9 +1,9 @@
-"""Runs a declared comparison of methods, or goes on with it, and reports what is finished.
+"""Runs a declared comparison of methods, or resumes it, and reports what is finished.
 
 switchtitan compare train_configs/comparisons/rank_16.toml --jobs 2
 
 The report lies in `<output_dir>/reports/<name of the file>`: report.md, results.json, runs.csv and pictures. It is brought up
-to date after every run. A comparison that was stopped, in whatever way, goes on with the same command.
+to date after every run. The same command resumes a comparison that was stopped in any way.
 """
 
 import argparse

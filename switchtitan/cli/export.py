@@ -57,13 +57,13 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="type of the stored weights (default: float32)",
+        help="dtype of the stored weights (default: float32)",
     )
     return parser.parse_args(argv)
 
 
 def export_folder(checkpoint: Path) -> Path:
-    """Where an export goes unless told: `exports/step-000001000`, beside the run's `checkpoints/`."""
+    """The default folder of an export: `exports/step-000001000`, next to the run's `checkpoints/`."""
     home = checkpoint.resolve().parent
     return (home.parent if home.name == CHECKPOINTS_FOLDER else home) / "exports" / checkpoint.resolve().name
 

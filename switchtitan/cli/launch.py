@@ -68,7 +68,7 @@ def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
     """The first failure in time. One of a rank that torchrun ended because another had failed is no cause, unless that rank had
     met a user's mistake by itself."""
     causes = [failure for failure in failures if failure.exitcode != -signal.SIGTERM or is_mistake(failure)]
-    # Seconds are whole: of several in one, a mistake is the reason rather than a crash.
+    # Timestamps are in full seconds: of several in one second, a mistake is the cause rather than a crash.
     return min(causes or failures, key=lambda failure: (failure.timestamp, not is_mistake(failure)))
 
 

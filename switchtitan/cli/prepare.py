@@ -4,7 +4,7 @@
     switchtitan prepare --dataset text --path books/ --vocab_size 8192
 
 Training does the same on first use; a large corpus is better prepared beforehand, on a machine with many
-cores. A stopped preparation goes on where it was when the same command is given again.
+cores. The same command resumes a preparation that was stopped.
 """
 
 import logging

@@ -161,7 +161,7 @@ def _open(config: DataConfig, show_progress: bool) -> Corpus:
     plan = plan_corpus(config)
     if plan.stands_in_for is not None:
         logger.warning(
-            "TRAINING ON ANOTHER CORPUS THAN ASKED FOR: %s, in place of %s",
+            "REQUESTED CORPUS UNAVAILABLE, FALLING BACK: training on %s, in place of %s",
             plan.source.description,
             plan.stands_in_for,
         )

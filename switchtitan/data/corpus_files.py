@@ -36,7 +36,7 @@ class ShardRecord(_Record):
 
 
 class TokenizerRecord(_Record):
-    """The tokenizer whose ids the shards hold; its file lies beside them."""
+    """The tokenizer whose ids the shards hold; its file lies next to them."""
 
     sha256: str
     vocab_size: int
@@ -86,7 +86,7 @@ def read_index(folder: Path) -> CorpusIndex:
     """Reads the index of a prepared corpus.
 
     Raises:
-        CorpusError: if it is missing, damaged or of another format; names the file and the mend.
+        CorpusError: if it is missing, corrupted or of another format; names the file and the fix.
     """
     file = folder / INDEX_FILE
     try:
@@ -119,7 +119,9 @@ def verify_files(folder: Path, index: CorpusIndex) -> None:
 
 def damage(file: Path, what: str) -> CorpusError:
     """The error for a damaged file of a prepared corpus."""
-    return CorpusError(f"{file}: {what}; delete the folder {file.parent} and run again to prepare it anew")
+    return CorpusError(
+        f"{file}: {what}; delete the folder {file.parent} and run again to prepare it from scratch"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -153,7 +155,7 @@ class TokenSequences(Dataset[TokenSequence]):
         eos_id: the token that ends a document.
 
     Raises:
-        CorpusError: if the shards do not hold one whole sequence and its last target, or a file has the wrong
+        CorpusError: if the shards do not hold one full sequence and its last target, or a file has the wrong
             size.
     """
 
@@ -228,11 +230,11 @@ def _map_tokens(file: Path, num_tokens: int, dtype: str) -> NDArray[np.unsignedi
     except OSError as error:
         raise CorpusError(
             f"{file}: the token shard cannot be read ({error.strerror}); "
-            f"delete the folder {file.parent} and run again to prepare it anew"
+            f"delete the folder {file.parent} and run again to prepare it from scratch"
         ) from error
     if size != num_tokens * stored.itemsize:
         raise CorpusError(
             f"{file}: the token shard has {size:,} bytes, expected {num_tokens * stored.itemsize:,}; "
-            f"delete the folder {file.parent} and run again to prepare it anew"
+            f"delete the folder {file.parent} and run again to prepare it from scratch"
         )
     return np.memmap(file, dtype=stored, mode="r")

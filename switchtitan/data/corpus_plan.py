@@ -34,7 +34,7 @@ class CorpusPlan:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the folder is there, which it is only when it was whole."""
+        """Whether the folder is there, which it is only once it is complete."""
         return self.folder.is_dir()
 
 

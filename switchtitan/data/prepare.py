@@ -56,10 +56,10 @@ _IN_WORDS = {2: "two, of which one is held out", 3: "three, of which two are hel
 def prepare_corpus(
     config: DataConfig, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS
 ) -> Path:
-    """Prepares the corpus that `config` means, unless it lies there whole, and returns its folder.
+    """Prepares the corpus that `config` means, unless it is there already, and returns its folder.
 
-    The work is done in a folder beside it, `<folder>.partial`, which is renamed when all is written; a run
-    that was stopped goes on after the last finished segment.
+    The work is done in a folder next to it, `<folder>.partial`, which is renamed when all is written; a run
+    that was stopped resumes after the last finished segment.
 
     Raises:
         CorpusError: if the source or the tokenizer cannot be read, or there is nothing to train on.
@@ -95,7 +95,7 @@ def is_held_out(document: int, period: int, first: int = 0) -> bool:
     """Whether a document is held out: the one numbered `first`, and one that a hash of `first` chooses out of each later
     `period`.
 
-    So the held-out share is exact, spread over the whole corpus, and never empty, however few documents there
+    So the held-out share is exact, spread over the full corpus, and never empty, however few documents there
     are.
     """
     run, place = divmod(document, period)
@@ -107,7 +107,7 @@ def is_held_out(document: int, period: int, first: int = 0) -> bool:
 
 
 class _Preparation:
-    """One preparation of one corpus, begun or gone on with."""
+    """One preparation of one corpus, new or resumed."""
 
     def __init__(self, plan: CorpusPlan, show_progress: bool, segment_tokens: int) -> None:
         self._plan = plan
@@ -239,11 +239,11 @@ class _Preparation:
                     (self._partial / shard.file).stat()
         except (OSError, ValidationError) as error:
             if self._partial.exists():
-                logger.info("%s cannot be gone on with (%s): preparing it anew", self._partial, error)
+                logger.info("cannot resume %s (%s); starting over", self._partial, error)
                 shutil.rmtree(self._partial)
             return Progress()
         logger.info(
-            "going on after %d finished segment(s) of an earlier preparation that was stopped",
+            "resuming after %d finished segment(s) of a preparation that was stopped",
             progress.segments,
         )
         return progress

@@ -1,5 +1,5 @@
-"""Turning a stream of documents into token shards, one segment after the other, each a point to go on from
-after a stop."""
+"""Turning a stream of documents into token shards, one segment after the other; a stopped preparation
+resumes after the last one."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ _BATCH_DOCUMENTS = 4096
 
 
 class Progress(BaseModel):
-    """How far the preparation of a corpus has come: everything that is needed to go on with it."""
+    """The progress of a preparation: everything that is needed to resume it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

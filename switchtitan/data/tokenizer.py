@@ -68,7 +68,7 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
 
     Args:
         path: the file or the folder.
-        eos_token: the token that ends a document; None takes `eos_token` of the settings beside the file, or
+        eos_token: the token that ends a document; None takes `eos_token` of the settings next to the file, or
             else the first of the usual ones that the vocabulary has.
 
     Raises:
@@ -143,7 +143,7 @@ def _document_tokenizer(tokenizer: Tokenizer, where: str, eos_token: str | None)
             return DocumentTokenizer(tokenizer, token)
     raise CorpusError(
         f"{where}: the tokenizer has no token that ends a document; expected one of "
-        f"{', '.join(_EOS_TOKENS)}, or eos_token in a tokenizer_config.json beside it"
+        f"{', '.join(_EOS_TOKENS)}, or eos_token in a tokenizer_config.json next to it"
     )
 
 

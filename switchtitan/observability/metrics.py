@@ -53,7 +53,7 @@ class Reporter:
         num_steps: at which training ends.
         start_step: steps done before this run.
         description: of the run, e.g. its configuration; shown under TensorBoard's texts.
-        facts: of hardware, versions and sizes, that `results.json` keeps beside the figures.
+        facts: of hardware, versions and sizes, that `results.json` keeps next to the figures.
         first_validation: a resumed run's first validation metrics, for the summary to count from.
     """
 
@@ -140,7 +140,7 @@ class Reporter:
         """Prints the closing block: what was reached, how fast, and where everything lies; writes `results.json`.
 
         Args:
-            values: of the whole run, by tag, for `results.json`; those that the run cannot tell are None.
+            values: of the whole run, by tag, for `results.json`; those that are unknown are None.
         """
         if not self._is_main:
             return

@@ -20,7 +20,7 @@ class ProfilerConfig(Section):
     """Which steps are traced."""
 
     enabled: bool = False
-    """Trace some steps of the main rank, once per run; the trace is written beside TensorBoard's scalars."""
+    """Trace some steps of the main rank, once per run; the trace is written next to TensorBoard's scalars."""
 
     start_step: int = Field(default=10, ge=2)
     """First step to trace, counted from 1; at least 2, since the step before it warms the profiler up."""

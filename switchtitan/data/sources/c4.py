@@ -35,7 +35,7 @@ class C4Stream:
         except Exception as error:  # The hub's clients raise the errors of whichever transport they use.
             raise CorpusError(
                 f"{self._where}: reading C4 stopped ({type(error).__name__}: {error}); run the same command "
-                f"again to go on from the last finished shard"
+                f"again to resume after the last finished shard"
             ) from error
 
     def position(self) -> Position:

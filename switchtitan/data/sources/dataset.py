@@ -19,7 +19,7 @@ class DocumentStream(Protocol):
         ...
 
     def position(self) -> Position:
-        """Where the next document begins; opening the source there goes on with it."""
+        """Where the next document begins; opening the source there continues with it."""
         ...
 
 

@@ -50,7 +50,7 @@ class FileStream:
                 text = next(self._documents, None)
             except OSError as error:
                 raise CorpusError(
-                    f"{self._files[self._file]}: cannot be read ({error.strerror}); mend it or take it out"
+                    f"{self._files[self._file]}: cannot be read ({error.strerror}); fix or remove it"
                 ) from error
             if text is not None:
                 self._document += 1
@@ -211,9 +211,9 @@ def _text_of_line(line: bytes, column: str, where: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise CorpusError(f"{where}: expected one JSON object a line ({error}); mend the file") from error
+        raise CorpusError(f"{where}: expected one JSON object a line ({error}); fix the file") from error
     if not isinstance(record, dict):
-        raise CorpusError(f"{where}: expected a JSON object, got {type(record).__name__}; mend the file")
+        raise CorpusError(f"{where}: expected a JSON object, got {type(record).__name__}; fix the file")
     if not isinstance(record.get(column), str):
         raise CorpusError(
             f'{where}: expected a string under the key "{column}", found the keys '

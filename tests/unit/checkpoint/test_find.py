@@ -52,14 +52,14 @@ def test_damaged_ones_are_skipped_with_the_reason(saved, damage, caplog):
     else:
         (newest / "metadata.json").write_text('{"format_version": 1')
     assert find_latest(saved).name == "step-000000002"
-    assert "not whole" in caplog.text
+    assert "not complete" in caplog.text
     assert "step-000000010" in caplog.text
 
 
 def test_only_damaged_ones_do_not_start_a_new_run(saved):
     for path in saved.iterdir():
         (path / "tensors.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints .* is complete"):
         find_checkpoint(saved, "auto")
 
 
@@ -67,7 +67,7 @@ def test_path_means_a_checkpoint_a_folder_or_a_run(saved):
     assert find_given(saved / "step-000000002").name == "step-000000002"
     assert find_given(saved).name == "step-000000010"
     assert find_given(saved.parent).name == "step-000000010"
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint at .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint at .*nowhere"):
         find_given(saved / "nowhere")
 
 

@@ -80,7 +80,7 @@ def test_an_export_without_the_corpus_has_no_tokenizer_and_says_so(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "no/such/run"], "no whole checkpoint at no/such/run: expected"),
+        (["--checkpoint", "no/such/run"], "no complete checkpoint at no/such/run: expected"),
         ([], "the following arguments are required: --checkpoint"),
         (["--checkpoint", "x", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
     ],

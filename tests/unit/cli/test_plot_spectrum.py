@@ -108,7 +108,7 @@ def test_the_course_has_a_panel_only_where_a_run_measured_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such/run"], "no whole checkpoint at no/such/run: expected"),
+        (["no/such/run"], "no complete checkpoint at no/such/run: expected"),
         (["{full}", "{wider}"], "hold different models ([model] hidden_size = 20 and 24)"),
         (["{full}", "--label", "run={lora-1}"], "two of the runs have the same label"),
         (["{full}", "--layers", "c_proj"], "--layers c_proj: fits no layer; expected one of q_proj, k_proj"),

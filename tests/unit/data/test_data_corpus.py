@@ -115,7 +115,7 @@ def test_the_offline_corpus_stands_in_loudly(
     config = DataConfig(dataset="c4", tokenizer="t5-base", offline_dataset="pystdlib", cache_dir=tmp_path)
     corpus = open_corpus(config, show_progress=False)
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "ANOTHER CORPUS THAN ASKED FOR" in warning.getMessage()
+    assert "REQUESTED CORPUS UNAVAILABLE" in warning.getMessage()
     assert 'in place of dataset "c4" with tokenizer "t5-base"' in corpus.description
     assert corpus.fingerprint == open_corpus(DataConfig(cache_dir=tmp_path)).fingerprint
     assert corpus.folder != plan_as_named(config).folder
