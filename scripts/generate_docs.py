@@ -132,7 +132,7 @@ def measurement_table(name: str, record: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
     environment = record["environment"]
     source = (
-        f"{environment['device']}, {environment['num_threads']} threads, torch {environment['torch']}, "
+        f"{environment['device']}, {environment['num_threads']} thread(s), torch {environment['torch']}, "
         f"commit {environment['commit']}: [{name}.json](measurements/{name}.json)"
     )
     return "\n".join([*lines, "", source, ""])
@@ -204,14 +204,14 @@ def _loss(record: dict[str, Any]) -> list[Row]:
 
 def _optimizer(record: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("", "ms/call", "ratio", "95 % interval")]
-    for place, (name, side) in enumerate(record["calls"].items()):
+    for place, (name, side) in enumerate(record["updates"].items()):
         rows.append((name, _milliseconds(side["call_s"]), *_ratio(side, "ratio", place)))
     return rows
 
 
 def _layers(record: dict[str, Any]) -> list[Row]:
     ways = ("factored", "merged", "dense_gradient")
-    rows: list[Row] = [("", *(f"{way}: time (operations)" for way in ways), "chosen", "fastest")]
+    rows: list[Row] = [("", *ways, "chosen", "fastest")]
     for name, case in record["layers"].items():
         full = next(iter(case["flops"].values()))
         cells = [f"{case['calls'][way]['ratio']:.2f} ({case['flops'][way] / full:.2f})" for way in ways]
@@ -221,7 +221,7 @@ def _layers(record: dict[str, Any]) -> list[Row]:
 
 def _loader(record: dict[str, Any]) -> list[Row]:
     read, trained = record["tokens_read_per_s"], record["training_tokens_per_s"]
-    workers = f"read by {record['num_workers']} workers"
+    workers = f"read by {record['num_workers']} worker(s)"
     return [("", "tokens/s"), (workers, f"{read:.0f}"), ("trained on", f"{trained:.0f}")]
 
 
@@ -249,7 +249,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "switches": _switches,
     "estimates": _estimates,
     "memory": _loss,
-    "calls": _optimizer,
+    "updates": _optimizer,
     "layers": _layers,
     "tokens_read_per_s": _loader,
     "synchronous_s": _checkpoint,

@@ -3,7 +3,8 @@
 #
 #   scripts/measure_performance.sh [NAME ...]      all measurements, or the named ones
 #
-# Each writes docs/measurements/NAME.json; then the tables are generated. Start it on a machine that does nothing else.
+# Writes docs/measurements/NAME.json for each at the end, then generates the tables. Start it on a machine that does nothing
+# else, and from a clean checkout: the files say which commit was measured.
 set -euo pipefail
 
 # shellcheck source=scripts/setup_env.sh
@@ -129,10 +130,18 @@ if [ $# = 0 ]; then
     set -- step switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
         state one_gpu ranks_350m ranks_1b ranks_7b micro_batches offload
 fi
-mkdir -p docs/measurements
 for name in "$@"; do
     declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"
-    echo "measuring $name" >&2
-    "measure_$name" "docs/measurements/$name.json"
 done
+# Not into the checkout: the commit of the next measurement would be called dirty.
+results="$(mktemp -d)"
+trap 'mkdir -p docs/measurements; cp "$results"/*.json docs/measurements/; rm -r "$results"' EXIT
+for name in "$@"; do
+    echo "measuring $name" >&2
+    "measure_$name" "$results/$name.json"
+done
+trap - EXIT
+mkdir -p docs/measurements
+cp "$results"/*.json docs/measurements/
+rm -r "$results"
 "$PYTHON" scripts/generate_docs.py

@@ -4,6 +4,7 @@ function for each part."""
 import logging
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,13 +27,10 @@ from switchtitan.data import (
     build_validation_batches,
     open_corpus,
 )
-from switchtitan.distributed.activation_checkpoint import checkpoint_activations
-from switchtitan.distributed.activation_offload import CallWithInputOnHost
-from switchtitan.distributed.compile import compile_blocks
+from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations, compile_blocks
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.world import World, device_name
-from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
@@ -41,15 +39,11 @@ from switchtitan.observability import (
     TENSORBOARD_FOLDER,
     Profiler,
     Reporter,
-    StepCommunication,
     Throughput,
     configure_logging,
     peak_flops_per_s,
 )
 from switchtitan.optim import build_lr_schedule
-from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
-from switchtitan.spectra.telemetry import RankTelemetry
-from switchtitan.spectra.weight_change import Origin
 from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
@@ -63,6 +57,10 @@ from switchtitan.training.output import check_output_dir, start_output
 from switchtitan.training.state import TrainState
 from switchtitan.training.stepper import Stepper
 from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
+
+# `hub`, `spectra` and the counter of communication are imported by the functions that need them: most runs need none.
+if TYPE_CHECKING:
+    from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +86,12 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     corpus = open_checked_corpus(config, world)
     on_part("corpus")
     identity = run_identity(config, corpus)
-    checkpointer = build_checkpointer(config, world, identity, corpus)
+    resolved = resolved_toml(config)
+    checkpointer = build_checkpointer(config, world, identity, corpus, resolved)
     checkpoint = checkpointer.checkpoint_to_resume()
     state, changes = TrainState(), list[str]()
     if checkpoint is not None:
-        state, changes = read_state(checkpoint, identity, config)
+        state, changes = read_state(checkpoint, identity, resolved)
     # Before any work, since a corpus that is too small for the configuration is refused here.
     batches = build_batches(config, corpus, world, state)
     loss = CrossEntropy(config.compile.loss)
@@ -109,9 +108,10 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     if checkpoint is not None:
         tensors.restore(checkpoint)
 
-    start_output(config, world, state)
+    start_output(config, resolved, world, state)
     describe_run(config, world, stepper.model, corpus, checkpoint, changes)
-    reporter = build_reporter(config, world, state, run_facts(config, world, stepper.model, corpus))
+    facts = run_facts(config, world, stepper.model, corpus)
+    reporter = build_reporter(config, resolved, world, state, facts)
     return Trainer(
         stepper,
         schedule=build_schedule(config),
@@ -119,9 +119,9 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=reporter,
-        throughput=build_throughput(config, world, state),
+        throughput=build_throughput(config, stepper),
         profiler=build_profiler(config, world, state),
-        hooks=build_hooks(config, world, stepper, reporter, rank_telemetry),
+        hooks=build_hooks(config, stepper, reporter, rank_telemetry),
     )
 
 
@@ -178,13 +178,15 @@ def build_method(config: JobConfig) -> Method:
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     """The corpus, prepared if it is not yet; its tokens fit the model."""
     corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
-    model = build_plain_model(config)
-    corpus.check_vocabulary(model.vocab_size)
+    corpus.check_vocabulary(config.model.vocab_size)
     return corpus
 
 
-def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[TrainState, list[str]]:
+def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainState, list[str]]:
     """Where the run of a checkpoint stands, and which keys have changed since.
+
+    Args:
+        resolved: the run's configuration, see `resolved_toml`.
 
     Raises:
         CheckpointError: if it is another run's.
@@ -192,7 +194,7 @@ def read_state(checkpoint: Path, identity: dict, config: JobConfig) -> tuple[Tra
     metadata = read_metadata(checkpoint)
     check_same_run(comparable_identity(metadata.identity), identity)
     state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
-    return state, changed_keys(str(metadata.run["config"]), config)
+    return state, changed_keys(str(metadata.run["config"]), resolved)
 
 
 def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
@@ -204,6 +206,8 @@ def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | 
     """
     if config.checkpoint.initial_weights is None:
         return TrainState(), None
+    from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
+
     source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
     logger.info("initial weights come from %s", source)
     return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
@@ -239,12 +243,14 @@ def prepare_model(
     materialize(model, world.device, config.job.seed, initial_weights)
 
 
-def build_checkpointer(config: JobConfig, world: World, identity: dict, corpus: Corpus) -> Checkpointer:
+def build_checkpointer(
+    config: JobConfig, world: World, identity: dict, corpus: Corpus, resolved: str
+) -> Checkpointer:
     return Checkpointer(
         config.job.output_dir / CHECKPOINTS_FOLDER,
         config.checkpoint,
         identity=identity,
-        metadata={"config": resolved_toml(config), "corpus": corpus.description, "num_ranks": world.size},
+        metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
         versions={"switchtitan": switchtitan.__version__},
         comparable_identity=comparable_identity,
         is_main=world.is_main,
@@ -298,7 +304,7 @@ def build_evaluator(
     return Evaluator(batches, loss, world)
 
 
-def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> RankTelemetry | None:
+def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> "RankTelemetry | None":
     """None where it is off.
 
     Raises:
@@ -306,6 +312,10 @@ def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> 
     """
     if config.spectrum.interval is None:
         return None
+    from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
+    from switchtitan.spectra.telemetry import RankTelemetry
+    from switchtitan.spectra.weight_change import Origin
+
     origin = Origin(config.model, config.job.seed, state.initial_weights, state.initial_fingerprint)
     if state.step > 0:
         origin.open()
@@ -321,7 +331,7 @@ def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> 
 
 
 def build_reporter(
-    config: JobConfig, world: World, state: TrainState, facts: Mapping[str, object]
+    config: JobConfig, resolved: str, world: World, state: TrainState, facts: Mapping[str, object]
 ) -> Reporter:
     first_loss = state.first_validation_loss
     return Reporter(
@@ -330,23 +340,23 @@ def build_reporter(
         num_steps=config.training.steps,
         start_step=state.step,
         is_main=world.is_main,
-        description=resolved_toml(config),
+        description=resolved,
         facts=facts,
         first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
     )
 
 
-def build_throughput(config: JobConfig, world: World, state: TrainState) -> Throughput:
-    model = build_plain_model(config)
+def build_throughput(config: JobConfig, stepper: Stepper) -> Throughput:
+    world = stepper.world
     # The known peaks are those of bf16.
     peak = peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
     return Throughput(
         tokens_per_step=config.training.global_batch_size * config.data.seq_len,
-        flops_per_token=model.num_flops_per_token(config.data.seq_len),
+        flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),
         num_devices=world.size,
         peak_flops_per_s=peak,
         num_steps=config.training.steps,
-        start_step=state.step,
+        start_step=stepper.state.step,
     )
 
 
@@ -361,14 +371,15 @@ def build_profiler(config: JobConfig, world: World, state: TrainState) -> Profil
 
 def build_hooks(
     config: JobConfig,
-    world: World,
     stepper: Stepper,
     reporter: Reporter,
-    rank_telemetry: RankTelemetry | None,
+    rank_telemetry: "RankTelemetry | None",
 ) -> list[Hook]:
     """What the run does around its steps besides training, evaluating and saving."""
     hooks: list[Hook] = []
     if config.metrics.communication:
+        from switchtitan.observability.communication_report import StepCommunication
+
         hooks.append(StepCommunication(reporter, stepper.state.step))
     if rank_telemetry is not None and config.spectrum.interval is not None:
         hooks.append(

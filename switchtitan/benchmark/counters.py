@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from switchtitan.distributed.counting_mode import CountingMode
+from switchtitan.distributed.count_collectives import CountingMode
 
 
 class CountOperations(CountingMode):

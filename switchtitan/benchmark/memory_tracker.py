@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from switchtitan.contracts import SummedLoss
-from switchtitan.distributed.activation_offload import CallWithInputOnHost
-from switchtitan.distributed.counting_mode import CountingMode
+from switchtitan.distributed.blocks import CallWithInputOnHost
+from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
 from switchtitan.training.stepper import Stepper

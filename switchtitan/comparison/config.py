@@ -1,4 +1,4 @@
-"""The file that declares a comparison: which rows, at which learning rates, over which seeds."""
+"""The file that declares a comparison: its rows, their learning rates, and the seeds."""
 
 import re
 from itertools import pairwise
@@ -17,15 +17,15 @@ class RowConfig(Section):
     """One row of the table: a method with its keys."""
 
     name: str
-    """What the row is called, also in file names; letters, digits, `.`, `_` and `-`."""
+    """Name of the row, also in file names: letters, digits, `.`, `_` and `-`."""
     label: str | None = None
-    """What tables and pictures call it; its name unless set."""
+    """Name in tables and plots; `name` unless set."""
     learning_rates: tuple[float, ...] = ()
-    """Peak learning rates to choose from, rising; as many as every other row has, at least three."""
+    """Peak learning rates to choose from, increasing; at least three, and as many as every other row has."""
     learning_rate_of: str | None = None
-    """The row whose chosen rate this one takes, instead of choosing: for ablations, which change one key of it."""
+    """Use the rate chosen for this row instead: for ablations, which change one of its keys."""
     set: dict[str, dict[str, Any]]
-    """Keys that differ from the common configuration, by section."""
+    """Keys that differ from `config`, by section."""
 
     @property
     def title(self) -> str:
@@ -45,42 +45,42 @@ class RowConfig(Section):
         rates = self.learning_rates
         if rates and (len(rates) < 3 or rates[0] <= 0 or any(high <= low for low, high in pairwise(rates))):
             raise ValueError(
-                f"learning_rates = {list(rates)}: expected at least three, above 0 and rising, so that the best can lie "
+                f"learning_rates = {list(rates)}: expected at least three, above 0 and increasing, so that the best can lie "
                 "between two others"
             )
         return self
 
 
 class GapConfig(Section):
-    """A question to the table: how much of the way from one row's loss to another's do the others go?"""
+    """A question to the table: what share of the difference between two rows' losses do other rows close?"""
 
     from_row: str
     """The row whose loss counts as 0 %."""
     to_row: str
     """The row whose loss counts as 100 %."""
     rows: tuple[str, ...] = Field(min_length=1)
-    """The rows that are asked."""
+    """The rows whose share is reported."""
 
 
 class ComparisonConfig(Section):
-    """A comparison: every row trains on the same tokens in the same order and is evaluated on the same text."""
+    """A comparison: all rows train on the same tokens in the same order and are evaluated on the same text."""
 
     name: str = Field(min_length=1)
     """The title of the report."""
     config: Path
     """The training configuration that all rows share, relative to this file; with a test split."""
     output_dir: Path
-    """Folder for runs and reports, relative to where the comparison is started."""
+    """Folder for runs and reports, relative to the working directory."""
     selection_seed: int = Field(ge=0)
-    """Seed of the runs among which each row's learning rate is chosen, by their validation loss."""
+    """Seed of the runs that choose each row's learning rate by validation loss."""
     report_seeds: tuple[int, ...] = Field(min_length=1)
-    """Seeds of the runs that are reported, by their loss on the test split; not the selection's."""
+    """Seeds of the runs whose loss on the test split is reported; not the selection's."""
     baseline: str
     """The row to which the others' losses and step times are compared."""
     max_widenings: int = Field(default=2, ge=0)
-    """How often every row gets one more rate, as long as some row's best rate is its lowest or highest."""
+    """How many times every row may get one more rate because some row's best rate is its lowest or highest."""
     communication_ranks: int = Field(default=8, ge=2)
-    """Number of ranks for which the bytes that a step communicates are counted."""
+    """Number of ranks for which the communicated bytes of a step are counted."""
     rows: tuple[RowConfig, ...]
     """The table's rows."""
     gaps: tuple[GapConfig, ...] = ()
@@ -100,7 +100,7 @@ class ComparisonConfig(Section):
                 f"selection_seed = {self.selection_seed} is among report_seeds: rates chosen on a seed fit it, so report others"
             )
         if len(self.rows) < 2:
-            raise ValueError("rows: expected two [[rows]] at least")
+            raise ValueError("rows: expected at least two [[rows]]")
         names = [row.name for row in self.rows]
         mistakes = [
             f"rows: two are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})

@@ -11,7 +11,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 
 MIN_STEPS = 8
-"""Below it there is nothing to time: three steps warm up, five are a round."""
+"""Steps needed for timing: three warm up, five are timed."""
 _OF_THE_COMPARISON = ("optimizer.lr", "job.seed", "job.name", "job.output_dir")
 
 
@@ -31,7 +31,7 @@ class Run:
         return f"{self.row} lr {self.learning_rate:g} seed {self.seed}"
 
     def config(self) -> JobConfig:
-        """The configuration that it trains with.
+        """The configuration of the run.
 
         Raises:
             ConfigError: if the row's keys do not fit.
@@ -39,10 +39,10 @@ class Run:
         return self._parsed(self.arguments, 1)
 
     def config_on(self, num_ranks: int) -> JobConfig:
-        """The same on several ranks, with the largest micro-batch up to its own that their number allows.
+        """The same on several ranks, with the largest micro-batch that divides the batch, up to its own.
 
         Raises:
-            ConfigError: if no whole number of sequences falls to each rank.
+            ConfigError: if the batch is not a multiple of the number of ranks.
         """
         training = self.config().training
         fitting = [
@@ -52,8 +52,8 @@ class Run:
         ]
         if not fitting:
             raise ConfigError(
-                f"communication_ranks = {num_ranks}: [training] global_batch_size = {training.global_batch_size} is no "
-                "multiple of it; lower it, or change the batch"
+                f"communication_ranks = {num_ranks}: [training] global_batch_size = {training.global_batch_size} is "
+                "not a multiple of it; change either"
             )
         return self._parsed([*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks)
 

@@ -1,5 +1,6 @@
 """How many bytes ranks send each other: counts of the collectives that happen inside a context."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -9,8 +10,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.distributed.counting_mode import CountingMode
+
+class CountingMode(TorchDispatchMode, ABC):
+    """A context that calls `count` after every operation on plain tensors, those of backward passes
+    included.
+
+    Operations on DTensors are seen as the operations on local shards and the collectives that they
+    consist of.
+    """
+
+    @abstractmethod
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        """Counts `result = func(*args, **kwargs)`, an operation of torch's dispatcher."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # DTensor turns its operations into those of local tensors, which come here next.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        self.count(func, args, kwargs or {}, result)
+        return result
+
 
 _PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "gather": 1, "scatter": 1}
 """How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather

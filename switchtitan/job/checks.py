@@ -1,4 +1,4 @@
-"""What must hold between sections: each check gets valid sections and returns the mistakes in sentences."""
+"""Checks that span sections. Each one receives valid sections and returns error messages."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
 
 
 def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
-    """Every rank must get the same number of whole micro-batches."""
+    """Every rank must get the same number of full micro-batches."""
     size, unit = training.global_batch_size, num_ranks * training.local_batch_size
     if size % unit == 0:
         return []
@@ -59,7 +59,7 @@ def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
 
 
 def check_model_device(model: ModelConfig, training: TrainingConfig, device: str) -> list[str]:
-    """The model's attention back-end must be able to train on this machine."""
+    """The model must be able to train on this device, e.g. with its attention backend."""
     try:
         model.check_device(device, getattr(torch, training.dtype))
     except EnvironmentMismatchError as error:
@@ -68,13 +68,13 @@ def check_model_device(model: ModelConfig, training: TrainingConfig, device: str
 
 
 def check_compiler(compile: CompileConfig, device: str) -> list[str]:
-    """torch.compile writes C++ for a CPU, which this machine must be able to build."""
+    """torch.compile generates C++ on a CPU, which needs a working compiler."""
     chosen = [key for key, is_on in compile if is_on]
-    obstacle = missing_toolchain() if chosen and device == "cpu" else None
-    if obstacle is None:
+    missing = missing_toolchain() if chosen and device == "cpu" else None
+    if missing is None:
         return []
     options = " ".join(f"--compile.{key} false" for key in chosen)
-    return [f"[compile] {chosen[0]} = true: {obstacle}, or give {options}"]
+    return [f"[compile] {chosen[0]} = true: {missing}, or pass {options}"]
 
 
 def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
@@ -83,7 +83,7 @@ def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
 
 
 def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[str]:
-    """What the method does every so many steps must come up before the run ends."""
+    """What the method does at intervals must happen at least once in the run."""
     return method.check_length(training.steps)
 
 
@@ -121,7 +121,7 @@ def check_optimizer(
 def check_frozen_weights(
     method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> list[str]:
-    """What is asked for frozen weights must have some to act on."""
+    """Keys for frozen weights need a method that freezes weights."""
     if method.freezes_weights:
         return []
     asked = []
@@ -137,7 +137,7 @@ def check_frozen_weights(
 
 
 def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str]:
-    """An evaluation must see at least one sequence, and the split that it is of must be there."""
+    """An evaluation needs at least one sequence, and its split must exist."""
     limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
     problems = [
         f"[evaluation] {key} = {tokens}: {limit}"
@@ -146,8 +146,8 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
     ]
     if evaluation.test_tokens is not None and data.test_fraction is None:
         problems.append(
-            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; set [data] test_fraction, or leave "
-            "test_tokens out"
+            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; set [data] test_fraction, or "
+            "remove test_tokens"
         )
     return problems
 
@@ -168,7 +168,7 @@ def check_communication(metrics: MetricsConfig, training: TrainingConfig, num_ra
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
-    """A tokenizer that will be trained, perhaps only offline, must not know more tokens than the model."""
+    """A tokenizer that is trained here, perhaps only offline, must not have more tokens than the model."""
     if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
         return []
     vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
@@ -176,21 +176,21 @@ def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
         return []
     return [
         f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = {model.vocab_size}; "
-        "lower the one or raise the other"
+        "lower [data] vocab_size or increase [model] vocab_size"
     ]
 
 
 def missing_toolchain() -> str | None:
-    """Why Inductor's C++ cannot be built here, and what to do about it; None if it can."""
+    """What is missing to build Inductor's C++ code, and what to install; None if nothing is."""
     # The one that Inductor calls.
     if not shutil.which(os.environ.get("CXX", "g++")):
-        return "a CPU needs a C++ compiler for it; install g++"
+        return "on a CPU it needs a C++ compiler; install g++"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "a CPU needs Python's header files for it; install python3-dev"
+        return "on a CPU it needs Python's header files; install python3-dev"
     folder = Path(torch.__file__).parent
     # Inductor does not quote the paths on its linker's command line.
     if " " in str(folder):
         return (
-            f"on a CPU the linker needs torch in a path without blanks, not {folder}; use another environment"
+            f"on a CPU the linker needs torch in a path without spaces, not {folder}; use another environment"
         )
     return None

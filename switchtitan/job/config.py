@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, and how it is read from the command line."""
+"""The configuration of a training run, and how it is read from the command line."""
 
 from collections.abc import Sequence
 from typing import Annotated

@@ -1,8 +1,13 @@
 """What a user sees of a run: log lines, a progress bar, TensorBoard, speed, memory, traces."""
 
-from switchtitan.observability.communication_report import COUNTED_STEP, StepCommunication
 from switchtitan.observability.log import configure_logging
-from switchtitan.observability.metrics import RESULTS_FILE, TENSORBOARD_FOLDER, MetricsConfig, Reporter
+from switchtitan.observability.metrics import (
+    COUNTED_STEP,
+    RESULTS_FILE,
+    TENSORBOARD_FOLDER,
+    MetricsConfig,
+    Reporter,
+)
 from switchtitan.observability.profiler import Profiler, ProfilerConfig
 from switchtitan.observability.throughput import Throughput, peak_flops_per_s, peak_memory_gib
 
@@ -14,7 +19,6 @@ __all__ = [
     "Profiler",
     "ProfilerConfig",
     "Reporter",
-    "StepCommunication",
     "Throughput",
     "configure_logging",
     "peak_flops_per_s",

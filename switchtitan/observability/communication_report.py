@@ -5,12 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from switchtitan.distributed.count_collectives import CountCommunication
-from switchtitan.observability.metrics import Reporter
+from switchtitan.observability.metrics import COUNTED_STEP, Reporter
 
 logger = logging.getLogger(__name__)
-
-COUNTED_STEP = 3
-"""Which step of a run, or of a resumed run, is counted; before it everything is compiled."""
 
 
 class StepCommunication:

@@ -23,6 +23,8 @@ from switchtitan.observability.console import (
 logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
+COUNTED_STEP = 3
+"""Which step of a run, or of a resumed run, is counted; before it everything is compiled."""
 RESULTS_FILE = "results.json"
 """What a finished run leaves for programs to read: final losses, speed, memory, and what they were measured with."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import switchtitan
-from switchtitan.config.toml_text import flatten, resolved_toml, toml_value
+from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
@@ -83,13 +83,13 @@ def describe_run(
         logger.info("compiling on first use: up to a minute, cached for later runs")
 
 
-def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
+def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
     """The keys whose values differ between a checkpoint's configuration and the resuming run's, as
     `key: old -> new`.
 
     Names and folders are left out, and keys that only one of the two has.
     """
-    before, now = (flatten(tomli.loads(text)) for text in (saved_toml, resolved_toml(config)))
+    before, now = (flatten(tomli.loads(text)) for text in (saved_toml, current_toml))
     return [
         f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
         for key in now

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from switchtitan.config.toml_text import resolved_toml
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
@@ -30,7 +29,7 @@ def check_output_dir(output_dir: Path) -> None:
         )
 
 
-def start_output(config: JobConfig, world: World, state: TrainState) -> None:
+def start_output(config: JobConfig, resolved: str, world: World, state: TrainState) -> None:
     """Opens the run's log file and writes its configuration; a resumed run's goes next to the first
     one's."""
     if not world.is_main:
@@ -40,4 +39,4 @@ def start_output(config: JobConfig, world: World, state: TrainState) -> None:
     if state.step >= config.training.steps:
         return
     name = f"config-from-step-{state.step}.toml" if state.step else CONFIG_FILE
-    write_atomically(output_dir / name, resolved_toml(config))
+    write_atomically(output_dir / name, resolved)

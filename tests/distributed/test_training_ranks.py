@@ -8,7 +8,7 @@ import torch.distributed as dist
 from support.ranks import run_on_ranks
 from support.tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
 
-from switchtitan.distributed.activation_offload import CallWithInputOnHost
+from switchtitan.distributed.blocks import CallWithInputOnHost
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

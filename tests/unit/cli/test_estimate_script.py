@@ -47,7 +47,7 @@ def test_needs_of_a_step_are_in_tables_and_a_record(
     ("argv", "message"),
     [
         (["FILE"], "--world-size"),
-        (["FILE", "--world-size", "0"], "expected a whole number of at least 1"),
+        (["FILE", "--world-size", "0"], "expected an integer >= 1"),
         (["FILE:method.rnk=3", "--world-size", "2"], "did you mean rank?"),
         (["FILE", "--world-size", "3"], "global_batch_size"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from switchtitan.cli.main import COMMANDS, main
 from switchtitan.cli.plot import PICTURES
 
-NUM_IMPORTED_TO_TRAIN = 140
+NUM_IMPORTED_TO_TRAIN = 124
 """Files of switchtitan that `switchtitan train` may import, at most."""
 
 
@@ -71,7 +71,7 @@ def test_help_imports_no_torch():
 
 
 def test_training_imports_few_files():
-    code = "import sys; from switchtitan.cli import train; train.parse_arguments([]); "
+    code = "import sys; from switchtitan.cli import train; "
     code += "print(*(name for name in sys.modules if name.partition('.')[0] == 'switchtitan'))"
     modules = run_python(code).split()
     assert len(modules) <= NUM_IMPORTED_TO_TRAIN

@@ -59,8 +59,8 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
             r"report_seeds = \[2, 2\]: expected different seeds",
         ),
         ("[1e-2, 2e-2, 4e-2]", "[1e-2, 2e-2, 4e-2, 8e-2]", "dense has 3, thin has 4"),
-        ("[1e-2, 2e-2, 4e-2]", "[1e-2, 2e-2]", "expected at least three, above 0 and rising"),
-        ("[1e-2, 2e-2, 4e-2]", "[4e-2, 2e-2, 1e-2]", "expected at least three, above 0 and rising"),
+        ("[1e-2, 2e-2, 4e-2]", "[1e-2, 2e-2]", "expected at least three, above 0 and increasing"),
+        ("[1e-2, 2e-2, 4e-2]", "[4e-2, 2e-2, 1e-2]", "expected at least three, above 0 and increasing"),
         ('baseline = "dense"', 'baseline = "dens"', "baseline = 'dens': expected one of dense, thin"),
         ('name = "thin"', 'name = "dense"', "two are called 'dense'"),
         ('name = "thin"', 'name = "th/in"', r"\[\[rows\]\] number 2, name = \"th/in\": expected letters"),
@@ -96,5 +96,5 @@ def test_a_missing_or_short_file_is_told(tmp_path):
     ):
         load_comparison(training)
     second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)
-    with pytest.raises(ConfigError, match=r"expected two \[\[rows\]\] at least"):
+    with pytest.raises(ConfigError, match=r"expected at least two \[\[rows\]\]"):
         load(tmp_path, GRID[:second_row])

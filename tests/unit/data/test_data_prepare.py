@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.tiny_documents import write_json_lines
+from support.word_tokenizer import save_tokenizer
 
 from switchtitan.data import Corpus, DataConfig, open_corpus, open_prepared, plan_corpus, prepare_corpus
 from switchtitan.data import segments as segments_module
@@ -228,8 +229,6 @@ def _num_documents(config: DataConfig) -> int:
 
 
 def test_a_vocabulary_above_65536_needs_four_bytes_a_token(tmp_path: Path, jsonl_config: DataConfig) -> None:
-    from test_data_tokenizer import save_tokenizer
-
     file = save_tokenizer(tmp_path / "big" / "tokenizer.json", "</s>", ids_from=70_000)
     settings = {"cache_dir": tmp_path, "tokenizer": str(file), "vocab_size": None}
     corpus = open_corpus(jsonl_config.model_copy(update=settings), show_progress=False)

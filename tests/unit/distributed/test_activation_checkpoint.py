@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.distributed.activation_checkpoint import checkpoint_activations
+from switchtitan.distributed.blocks import checkpoint_activations
 from switchtitan.distributed.config import ActivationCheckpointConfig
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.methods import METHODS

@@ -10,8 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from switchtitan.contracts import call_plainly
-from switchtitan.distributed.activation_checkpoint import checkpoint_activations
-from switchtitan.distributed.activation_offload import CallWithInputOnHost
+from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations
 from switchtitan.distributed.config import ActivationCheckpointConfig
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCopies

@@ -56,7 +56,7 @@ def test_a_table_is_made_from_its_measurement(generate_docs, tmp_path):
     written = generate_docs.with_tables(text, tmp_path)
     assert "| a | 2000 | 500 | 8 | 1 |  |" in written
     assert "| b, rank=4, alpha=2 | 1000 | 250 | 16 | 0.500 | 0.400 to 0.600 |" in written
-    assert "a CPU, 2 threads, torch 2.13, commit abc" in written
+    assert "a CPU, 2 thread(s), torch 2.13, commit abc" in written
     assert "old" not in written
     assert "Not measured yet: `scripts/measure_performance.sh other`" in written
     assert generate_docs.with_tables(written, tmp_path) == written

@@ -223,7 +223,7 @@ def test_compilation_on_a_cpu_without_a_compiler_is_refused(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not parse().compile.blocks
-    with pytest.raises(ConfigError, match=r"install g\+\+, or give --compile\.blocks false"):
+    with pytest.raises(ConfigError, match=r"install g\+\+, or pass --compile\.blocks false"):
         parse("--compile.blocks", "true")
 
 

@@ -145,11 +145,11 @@ def test_keys_that_changed_since_a_checkpoint_are_told(tmp_path: Path):
     now = tiny_config(
         tmp_path, "lora", "--optimizer.lr", "5e-3", "--training.steps", "50", "--job.name", "other"
     )
-    assert changed_keys(resolved_toml(before), now) == [
+    assert changed_keys(resolved_toml(before), resolved_toml(now)) == [
         "optimizer.lr: 0.01 -> 0.005",
         "training.steps: 40 -> 50",
     ]
-    assert changed_keys(resolved_toml(before), before) == []
+    assert changed_keys(resolved_toml(before), resolved_toml(before)) == []
 
 
 def test_a_resumed_run_warns_of_changed_keys_and_one_that_trains_nothing_keeps_no_configuration(

@@ -14,6 +14,7 @@ from torch import nn
 from switchtitan.distributed.world import stop_world
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
+from switchtitan.training.stepper import RunningLoss, StepResult
 from switchtitan.training.trainer import Trainer
 
 SKIP = ("--training.on_nonfinite", "skip")
@@ -156,6 +157,20 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
         name for name, tensor in whole_tensors(trainer).items() if not torch.equal(tensor, before[name])
     ]
     assert changed
+
+
+def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_what_is_not_finite():
+    running = RunningLoss(torch.device("cpu"))
+    for loss in (1.0, 2.0, 6.0):
+        running.add(StepResult(torch.tensor(loss), torch.tensor(0.5), is_skipped=False))
+    assert running.mean() == 3
+    assert running.all_finite
+    running.reset()
+    running.add(StepResult(torch.tensor(5.0), torch.tensor(math.inf), is_skipped=False))
+    running.reset()
+    running.add(StepResult(torch.tensor(4.0), torch.tensor(0.5), is_skipped=False))
+    assert running.mean() == 4
+    assert not running.all_finite
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -183,6 +184,40 @@ def test_python_collects_garbage_again_after_training_that_diverged(corpora):
     with pytest.raises(TrainingDivergedError):
         trainer.train()
     assert gc.isenabled()
+
+
+class NoteCalls:
+    """A hook that is due after every second step."""
+
+    def __init__(self) -> None:
+        self.around_steps: list[int] = []
+        self.after_steps: list[int] = []
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        self.around_steps.append(step)
+        yield
+
+    def is_due(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def after(self, step: int) -> None:
+        self.after_steps.append(step)
+
+    def results(self) -> dict[str, float | None]:
+        return {"noted": float(len(self.after_steps))}
+
+
+def test_a_hook_is_called_around_every_step_and_after_those_it_is_due(corpora):
+    folder, hook = corpora / "hooks", NoteCalls()
+    trainer = tiny_trainer(folder, "full_rank", *SKIP, "--training.steps", "5")
+    trainer.hooks = [hook]
+    spoil_next_gradient(trainer.stepper)
+    trainer.train()
+    # The update of the first batch is skipped.
+    assert hook.around_steps == [1, 1, 2, 3, 4, 5]
+    assert hook.after_steps == [2, 4]
+    assert json.loads((folder / "run" / "results.json").read_text())["noted"] == 2
 
 
 EVERY_FIVE_STEPS = [

@@ -1,0 +1,77 @@
+"""What every optimizer must offer a run: the loss falls, a run resumes bitwise; what cannot be is refused before any work."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+
+from switchtitan.distributed.world import stop_world
+from switchtitan.errors import ConfigError
+from switchtitan.optim import OPTIMIZERS
+
+KEYS = {
+    "adafactor": ("--optimizer.lr", "0.1"),
+    "adamw": ("--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.01"),
+    "muon": ("--optimizer.lr", "2e-2"),
+    "sgd": ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
+}
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+
+
+def overrides(optimizer: str) -> tuple[str, ...]:
+    return ("--optimizer.name", optimizer, *KEYS[optimizer])
+
+
+def test_every_optimizer_is_held_to_the_contract():
+    assert set(KEYS) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora"])
+@pytest.mark.parametrize("optimizer", KEYS)
+def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, optimizer, method):
+    keys = overrides(optimizer)
+    if method == "lora":
+        keys = (*keys, "--optimizer.other_lr", str(float(KEYS[optimizer][1]) / 2))
+    straight = tiny_trainer(corpora / f"optimizer-straight-{optimizer}-{method}", method, *keys)
+    losses = train_steps(straight, 24)
+    straight.stepper.close()
+    assert losses[-1] < losses[0] - 0.1
+
+    folder = corpora / f"optimizer-resumed-{optimizer}-{method}"
+    first = tiny_trainer(folder, method, *keys)
+    assert train_steps(first, 12) == losses[:12]
+    first.save()
+    first.checkpointer.finish()
+    first.stepper.close()
+    resumed = tiny_trainer(folder, method, *keys)
+    assert train_steps(resumed, 12) == losses[12:]
+    resumed.stepper.close()
+    tensors = whole_tensors(resumed)
+    assert any(name.startswith("optimizer.") for name in tensors)
+    for name, tensor in whole_tensors(straight).items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "num_ranks", "words"),
+    [
+        ("galore", overrides("sgd"), 1, r"galore.* cannot train with it; choose adamw, or .*full_rank, lora"),
+        ("apollo", overrides("muon"), 1, r"apollo.* cannot train with it"),
+        ("relora", overrides("adafactor"), 1, r"relora.* cannot train with it"),
+        ("switchlora", overrides("sgd"), 1, r"switchlora.* cannot train with it"),
+        ("full_rank", overrides("muon"), 2, r"muon.*: trains on at most 1 rank\(s\), not on 2"),
+        ("full_rank", (*overrides("adafactor"), "--compile.optimizer", "true"), 1, r"cannot be compiled"),
+        ("full_rank", ("--optimizer.other_lr", "1e-3"), 1, r"other_lr = 0.001 has no effect: .*full_rank"),
+        ("lora", ("--optimizer.decay_norms", "true"), 1, r"decay_norms has no effect"),
+        ("lora", (*overrides("sgd"), "--optimizer.momentum", "0"), 1, r"nesterov has no effect"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(tmp_path, method, keys, num_ranks, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny_config(tmp_path, method, *keys, num_ranks=num_ranks)
