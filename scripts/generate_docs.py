@@ -190,7 +190,8 @@ def _estimates(record: dict[str, Any]) -> list[Row]:
                 f"{side['flops']['ratio']:.3f}",
             )
         )
-    return rows
+    # One rank sends nothing.
+    return rows if first_sent else [(*row[:4], row[6]) for row in rows]
 
 
 def _loss(record: dict[str, Any]) -> list[Row]:

@@ -1,9 +1,12 @@
 """Commands, keys and files that the README and docs/ name exist."""
 
 import re
+import shutil
 from pathlib import Path
 
 from switchtitan.cli.main import COMMANDS
+from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.plan import check_plan
 from switchtitan.config.fields import dotted_keys
 from switchtitan.config.load import section_types
 from switchtitan.job.config import JobConfig
@@ -44,6 +47,16 @@ def test_commands_exist():
     found |= named(r"`switchtitan (\w+)")
     assert {command for _, command in found} >= {"train", "export", "compare", "benchmark", "plot"}
     assert not {(page, command) for page, command in found if command not in COMMANDS}
+
+
+def test_the_comparison_shown_is_valid(tmp_path):
+    (shown,) = re.findall(r"(?ms)^```toml\n(.*?)^```", (ROOT / "docs" / "COMPARISONS.md").read_text())
+    file = tmp_path / "shown.toml"
+    file.write_text(shown)
+    shutil.copy(ROOT / "train_configs" / "comparisons" / "llama_1m_pystdlib.toml", tmp_path / "base.toml")
+    comparison = load_comparison(file)
+    check_plan(comparison)
+    assert [row.name for row in comparison.rows] == ["full_rank", "lora-r16", "lora-r16-balanced"]
 
 
 def test_files_named_exist():
