@@ -61,7 +61,7 @@ def test_a_wrong_configuration_starts_no_rank(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "error: a mistake in the configuration",
+        "error: invalid configuration (1 error)",
         "values that do not fit together:",
         "  [training] global_batch_size = 6: expected a multiple of ranks x local_batch_size "
         "= 2 x 2 = 4; write 4 or 8",

@@ -175,7 +175,7 @@ MISTAKES = {
         ["--method.decay", "sigmoidal"],
         ["--method.decay sigmoidal", 'did you mean "sigmoid"'],
     ),
-    "a wrong type": (["--training.steps", "many"], ["--training.steps many: expected a whole number"]),
+    "a wrong type": (["--training.steps", "many"], ["--training.steps many: expected an integer"]),
     "a rank as large as a layer": (["--method.rank", "10"], ["[method] rank = 10", "a rank of at most 9"]),
     "rank 1": (["--method.rank", "1"], ["[method]", "rank = 1 never switches", "at least 2"]),
     "an interval within the freeze": (["--method.interval", "3"], ["interval = 3", "2 * freeze_steps = 4"]),
@@ -289,7 +289,7 @@ def test_the_script_answers_a_misspelt_key_with_status_2(
     )
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
-        "error: a mistake in the configuration",
+        "error: invalid configuration (1 error)",
         "on the command line:",
         "  --training.step 9: unknown key; did you mean steps?",
     ]
