@@ -96,6 +96,7 @@ def check_estimates(
         stepper.close()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "sides"), [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *WHOLE)])]

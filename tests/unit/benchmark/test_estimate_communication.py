@@ -169,6 +169,7 @@ def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -
     assert communication.mib_per_step == pytest.approx(sent_mib, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_compiled_run_counts_its_third_step_and_compiles_nothing_for_it(corpora: Path) -> None:
     expected = communication_of_a_step(tiny_config(corpora / "fake", "switchlora", num_ranks=2), 2, step=3)

@@ -96,6 +96,7 @@ def test_a_timed_step_that_is_skipped_is_refused(corpora: Path, monkeypatch: pyt
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_alternating_compiled_models_compiles_nothing_anew(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_saves_are_timed_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_start_is_split_into_its_parts(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,7 +173,7 @@ def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_what_is_not_
     assert not running.all_finite
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_activation_checkpointing_changes_no_loss(corpora, compiled):
     losses = {}
     for mode in ("none", "full", "selective"):

@@ -158,6 +158,7 @@ def relative_error(kept: Tensor, exact: Tensor) -> float:
     return ((kept.double() - exact).mean() / exact.mean()).item()
 
 
+@pytest.mark.slow
 def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses() -> None:
     """The promise for what is folded into a weight: 1e-7 of it for each change, and 1e-5 after 500, in the mean."""
     num_changes, out_features, in_features, num_draws = 500, 512, 1024, 16

@@ -191,6 +191,7 @@ def test_whole_model_follows_the_rules_written_out_vector_by_vector(keys):
     check_whole_run(SwitchLoraConfig(rank=RANK, **keys), compile_step=False)
 
 
+@pytest.mark.slow
 def test_compiled_updates_follow_them_too():
     torch._dynamo.reset()
     check_whole_run(SwitchLoraConfig(rank=RANK, **BALANCED), compile_step=True)
