@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from switchtitan.distributed.counting_mode import CountingMode
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from support.fake_cuda.python_api import pinned_memory
-from switchtitan.distributed.counting_mode import CountingMode
 
 _PROJECT = Path(switchtitan.__file__).parent
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
