@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from switchtitan.distributed.counting_mode import CountingMode
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from support.fake_cuda.python_api import pinned_memory
+from switchtitan.distributed.count_collectives import CountingMode
 
 _PROJECT = Path(switchtitan.__file__).parent
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
@@ -68,6 +68,7 @@ def _line() -> str:
     frames = [
         f"{Path(frame.filename).relative_to(_PROJECT)}:{frame.lineno}"
         for frame in traceback.extract_stack()
-        if Path(frame.filename).is_relative_to(_PROJECT) and not frame.filename.endswith("counting_mode.py")
+        if Path(frame.filename).is_relative_to(_PROJECT)
+        and not frame.filename.endswith("count_collectives.py")
     ]
     return frames[-1] if frames else "torch"

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from switchtitan.distributed.counting_mode import CountingMode
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from switchtitan.distributed.count_collectives import CountingMode
 
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by the number of lists.
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
