@@ -47,13 +47,17 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with status 1 if `--check` finds a file that is not current.
     """
     parser = argparse.ArgumentParser(prog="scripts/generate_docs.py", allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not current")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a file is not current"
+    )
     options = parser.parse_args(argv)
     texts = {
         CONFIGURATION: configuration_page(),
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
     }
-    outdated = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    outdated = [
+        path for path, text in texts.items() if not path.exists() or path.read_text() != text
+    ]
     if options.check and outdated:
         names = ", ".join(path.relative_to(ROOT).as_posix() for path in outdated)
         print(f"not current: {names}; run python scripts/generate_docs.py", file=sys.stderr)
@@ -172,7 +176,15 @@ def _switches(record: dict[str, Any]) -> list[Row]:
 
 def _estimates(record: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [
-        ("", "state, GiB", "of first row's", "peak, GiB", "sent, MiB", "of first row's", "operations")
+        (
+            "",
+            "state, GiB",
+            "of first row's",
+            "peak, GiB",
+            "sent, MiB",
+            "of first row's",
+            "operations",
+        )
     ]
     first_state = first_sent = 0.0
     for name, side in record["estimates"].items():
@@ -215,7 +227,9 @@ def _layers(record: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("", *ways, "chosen", "fastest")]
     for name, case in record["layers"].items():
         full = next(iter(case["flops"].values()))
-        cells = [f"{case['calls'][way]['ratio']:.2f} ({case['flops'][way] / full:.2f})" for way in ways]
+        cells = [
+            f"{case['calls'][way]['ratio']:.2f} ({case['flops'][way] / full:.2f})" for way in ways
+        ]
         rows.append((name, *cells, case["chosen"], case["fastest"]))
     return rows
 

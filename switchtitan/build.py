@@ -27,7 +27,11 @@ from switchtitan.data import (
     build_validation_batches,
     open_corpus,
 )
-from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations, compile_blocks
+from switchtitan.distributed.blocks import (
+    CallWithInputOnHost,
+    checkpoint_activations,
+    compile_blocks,
+)
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.world import World, device_name
@@ -102,7 +106,13 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     rank_telemetry = build_rank_telemetry(config, world, state)
 
     stepper = build_stepper(
-        config, world, batches, state=state, loss=loss, initial_weights=initial_weights, on_part=on_part
+        config,
+        world,
+        batches,
+        state=state,
+        loss=loss,
+        initial_weights=initial_weights,
+        on_part=on_part,
     )
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
@@ -239,7 +249,13 @@ def prepare_model(
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
     dtype = getattr(torch, config.training.dtype)
     parallelism = config.parallelism
-    shard_model(model, world.shard_mesh, dtype, parallelism.reshard_after_forward, parallelism.frozen_weights)
+    shard_model(
+        model,
+        world.shard_mesh,
+        dtype,
+        parallelism.reshard_after_forward,
+        parallelism.frozen_weights,
+    )
     materialize(model, world.device, config.job.seed, initial_weights)
 
 
@@ -275,12 +291,16 @@ def build_batches(
     )
 
 
-def build_evaluators(config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World) -> Evaluators:
+def build_evaluators(
+    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
+) -> Evaluators:
     validation = corpus.split("validation", config.data.seq_len)
     test_tokens = config.evaluation.test_tokens
     test = None
     if test_tokens is not None:
-        test = build_evaluator(config, corpus.split("test", config.data.seq_len), test_tokens, loss, world)
+        test = build_evaluator(
+            config, corpus.split("test", config.data.seq_len), test_tokens, loss, world
+        )
     return Evaluators(
         build_evaluator(config, validation, config.evaluation.tokens, loss, world),
         test,
@@ -304,7 +324,9 @@ def build_evaluator(
     return Evaluator(batches, loss, world)
 
 
-def build_rank_telemetry(config: JobConfig, world: World, state: TrainState) -> "RankTelemetry | None":
+def build_rank_telemetry(
+    config: JobConfig, world: World, state: TrainState
+) -> "RankTelemetry | None":
     """None where it is off.
 
     Raises:
@@ -349,7 +371,9 @@ def build_reporter(
 def build_throughput(config: JobConfig, stepper: Stepper) -> Throughput:
     world = stepper.world
     # The known peaks are those of bf16.
-    peak = peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
+    peak = (
+        peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
+    )
     return Throughput(
         tokens_per_step=config.training.global_batch_size * config.data.seq_len,
         flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),

@@ -140,7 +140,9 @@ def call_plainly(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
 class SummedLoss(Protocol):
     """The training loss from a model's last hidden states."""
 
-    def __call__(self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1
+    ) -> Tensor:
         """The sum over targets [batch, seq], but `IGNORED_TARGET`, divided by `divisor`; 0-dim. The rest as in `ApplyHead`."""
         ...
 
@@ -171,7 +173,9 @@ class LanguageModel(nn.Module, ABC):
         """Floating-point operations of forward and backward per token with all weights trained at full rank."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head
+    ) -> Tensor:
         """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq].
 
         Args:

@@ -57,7 +57,9 @@ def exit_for(error: UserError) -> NoReturn:
 
     Prints the message; or, in one of several ranks, leaves it for the launcher, which prints the first one.
     """
-    from switchtitan.files import write_atomically  # here, because `files` raises errors of this module
+    from switchtitan.files import (
+        write_atomically,
+    )  # here, because `files` raises errors of this module
 
     launcher_file = os.environ.get(_LAUNCHER_FILE)
     if launcher_file:

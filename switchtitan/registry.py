@@ -120,13 +120,19 @@ class Registry(Generic[ConfigT, Part]):
         """As `completed`, without `resumable_keys`."""
         component = self._components.get(str(section.get("name")))
         resumable_keys = frozenset() if component is None else component.config_type.resumable_keys
-        return {key: value for key, value in self.completed(section).items() if key not in resumable_keys}
+        return {
+            key: value
+            for key, value in self.completed(section).items()
+            if key not in resumable_keys
+        }
 
     def build(self, config: ConfigT, *args: object, **kwargs: object) -> Part:
         """Call the factory that `config.name` chooses with `config` and the given run-time values."""
         return self[config.name].factory(config, *args, **kwargs)
 
-    def __get_pydantic_core_schema__(self, source: type[Any], handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         # JSON is what a file holds. In Python the value is a section already, perhaps of a row that came after this schema.
         rows = {name: handler.generate_schema(row) for name, row in self.config_types().items()}
         return core_schema.json_or_python_schema(

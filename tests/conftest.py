@@ -31,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _place(items: list[pytest.Item]) -> int:
     names = {mark.name for item in items for mark in item.iter_markers()}
-    return next((place for place, name in enumerate(_LONG_FIRST) if name in names), len(_LONG_FIRST))
+    return next(
+        (place for place, name in enumerate(_LONG_FIRST) if name in names), len(_LONG_FIRST)
+    )
 
 
 @pytest.fixture(scope="session")

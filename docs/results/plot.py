@@ -62,7 +62,9 @@ def draw_ablations(losses: Losses) -> Figure:
     for place, row in enumerate(ABLATIONS):
         differences = [losses[row][seed] - published[seed] for seed in published]
         deviation = statistics.stdev(differences)
-        axes.errorbar(statistics.mean(differences), place, xerr=deviation, fmt="o", color="C0", capsize=3)
+        axes.errorbar(
+            statistics.mean(differences), place, xerr=deviation, fmt="o", color="C0", capsize=3
+        )
     axes.axvline(0.0, color="gray", linewidth=1)
     axes.set_yticks(range(len(ABLATIONS)), list(ABLATIONS.values()))
     axes.invert_yaxis()

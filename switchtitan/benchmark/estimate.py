@@ -56,7 +56,9 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
         return measure_step(stepper, config.data.seq_len)
 
 
-def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) -> CommunicationCounts:
+def communication_of_a_step(
+    config: JobConfig, num_ranks: int, step: int = 2
+) -> CommunicationCounts:
     """Counts what one rank of `num_ranks` sends in a training step; see `CountCommunication` for
     what a byte is.
 
@@ -81,7 +83,11 @@ def communication_of_a_step(config: JobConfig, num_ranks: int, step: int = 2) ->
 def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
     """Takes a step, with or without values, uncompiled, under all counters."""
     tokens_seen_before = stepper.state.tokens_seen
-    with TrackMemory(stepper) as memory, CountCommunication() as communication, CountFlops() as flops:
+    with (
+        TrackMemory(stepper) as memory,
+        CountCommunication() as communication,
+        CountFlops() as flops,
+    ):
         result = stepper.compute_gradients()
         forward_backward_flops = flops.num_flops
         stepper.optimizer.step()
@@ -92,5 +98,7 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
         communication.counts,
         forward_backward_flops=forward_backward_flops,
         update_flops=flops.num_flops - forward_backward_flops,
-        full_rank_flops=stepper.model.num_flops_per_token(seq_len) * num_tokens // stepper.world.size,
+        full_rank_flops=stepper.model.num_flops_per_token(seq_len)
+        * num_tokens
+        // stepper.world.size,
     )

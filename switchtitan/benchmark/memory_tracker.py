@@ -98,7 +98,9 @@ class TrackMemory(CountingMode):
             if parameter.requires_grad:
                 # FSDP calls it once the shard's gradient is there.
                 self._remove_at_exit(
-                    parameter.register_post_accumulate_grad_hook(partial(self._hold_grad, GRADIENTS))
+                    parameter.register_post_accumulate_grad_hook(
+                        partial(self._hold_grad, GRADIENTS)
+                    )
                 )
         for buffer in host_buffers(model).values():
             self._hold(buffer, HOST)
@@ -205,7 +207,12 @@ class TrackMemory(CountingMode):
                 )
 
     def _loss(
-        self, summed_loss: SummedLoss, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int
+        self,
+        summed_loss: SummedLoss,
+        hidden: Tensor,
+        head: nn.Module,
+        targets: Tensor,
+        divisor: int,
     ) -> Tensor:
         self._ignore_batch(targets)
         # What the blocks do not keep is gone; the loss itself may be what takes most.
@@ -266,7 +273,9 @@ def _tensors_within(part: object) -> Iterator[Tensor]:
         children = part
     elif isinstance(part, torch.optim.Optimizer):
         children = (part.state, part.param_groups)
-    elif type(part).__module__.startswith(f"{switchtitan.__name__}.") and not isinstance(part, nn.Module):
+    elif type(part).__module__.startswith(f"{switchtitan.__name__}.") and not isinstance(
+        part, nn.Module
+    ):
         children = vars(part).values()
     for child in children:
         yield from _tensors_within(child)

@@ -78,7 +78,8 @@ def mark_steps_side_by_side(
     assert rounds >= 1
     assert steps_per_round >= 1
     _check_lengths(
-        {name: config for name, (config, _) in sides.items()}, WARM_UP_STEPS + rounds * steps_per_round
+        {name: config for name, (config, _) in sides.items()},
+        WARM_UP_STEPS + rounds * steps_per_round,
     )
     with (
         world_for_a_while(),

@@ -27,7 +27,9 @@ def read_side(text: str) -> Side:
     stays in it."""
     match = _SIDE.fullmatch(text)
     assert match is not None, "an empty text is no file"
-    pairs = [pair.partition("=") for pair in _BETWEEN_OVERRIDES.split(match["overrides"] or "") if pair]
+    pairs = [
+        pair.partition("=") for pair in _BETWEEN_OVERRIDES.split(match["overrides"] or "") if pair
+    ]
     return Side(match["file"], {key: [value] for key, _, value in pairs})
 
 

@@ -21,7 +21,16 @@ from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import UserError, exit_for
 from switchtitan.job.config import JobConfig, parse_arguments
 
-PARTS = ("imports", "configuration", "corpus", "model", "optimizer", "rest", "first step", "second step")
+PARTS = (
+    "imports",
+    "configuration",
+    "corpus",
+    "model",
+    "optimizer",
+    "rest",
+    "first step",
+    "second step",
+)
 """In order. The model is built, sharded and filled; the rest is what follows the optimizer."""
 
 
@@ -60,7 +69,9 @@ def _without_output(config: JobConfig, folder: Path) -> JobConfig:
         update={
             "job": config.job.model_copy(update={"output_dir": folder}),
             "checkpoint": config.checkpoint.model_copy(update=checkpoint),
-            "metrics": config.metrics.model_copy(update={"tensorboard": False, "progress_bar": False}),
+            "metrics": config.metrics.model_copy(
+                update={"tensorboard": False, "progress_bar": False}
+            ),
             "profiler": config.profiler.model_copy(update={"enabled": False}),
         }
     )

@@ -66,7 +66,9 @@ def ratio_of_rounds(times_s: NDArray[np.float64], reference_s: NDArray[np.float6
         ValueError: if the two were not timed in the same number of rounds.
     """
     if len(times_s) != len(reference_s):
-        raise ValueError(f"{len(times_s)} rounds and {len(reference_s)} rounds: not timed side by side")
+        raise ValueError(
+            f"{len(times_s)} rounds and {len(reference_s)} rounds: not timed side by side"
+        )
     ratios = np.median(times_s, axis=1) / np.median(reference_s, axis=1)
     draws = np.random.default_rng(0).integers(len(ratios), size=(_NUM_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])

@@ -53,7 +53,9 @@ def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
         assert group is not None
         world = World(0, num_ranks, torch.device("cpu"), mesh, group)
         with FakeTensorMode():
-            yield build_stepper(_without_values(config), world, _batches_without_values(config, num_ranks))
+            yield build_stepper(
+                _without_values(config), world, _batches_without_values(config, num_ranks)
+            )
     finally:
         stop_world()
 
@@ -65,10 +67,14 @@ def _without_values(config: JobConfig) -> JobConfig:
     return config.model_copy(update={"training": training, "compile": CompileConfig()})
 
 
-def _batches_without_values(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
+def _batches_without_values(
+    config: JobConfig, num_ranks: int
+) -> Generator[list[Batch], None, None]:
     """Micro-batches of the right shapes, one list for each step."""
     shape = config.training.local_batch_size, config.data.seq_len
-    num_micro_batches = config.training.global_batch_size // (num_ranks * config.training.local_batch_size)
+    num_micro_batches = config.training.global_batch_size // (
+        num_ranks * config.training.local_batch_size
+    )
     tokens = torch.zeros(shape, dtype=torch.int64)
     batch = Batch(tokens, targets=tokens, document_ids=tokens.int())
     while True:

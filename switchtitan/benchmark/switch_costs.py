@@ -81,7 +81,9 @@ def time_switches_side_by_side(
     for name, config in configs.items():
         method = config.method
         if not isinstance(method, SwitchLoraConfig):
-            raise ConfigError(f'{name}: [method] name = "{method.name}": expected switchlora, which switches')
+            raise ConfigError(
+                f'{name}: [method] name = "{method.name}": expected switchlora, which switches'
+            )
         never = config.model_copy(update={"method": method.model_copy(update={"interval": _NEVER})})
         updates[name] = _MarkedSwitches()
         sides[name] = config, updates[name]

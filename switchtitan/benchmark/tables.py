@@ -17,7 +17,9 @@ _MIB, _GIB = 2**20, 2**30
 
 def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     """One line for each configuration; the first is what ratios refer to."""
-    rows = [("ms/step", "quartiles", "to update", "update", "tokens/s", "ratio", "95 % interval", "")]
+    rows = [
+        ("ms/step", "quartiles", "to update", "update", "tokens/s", "ratio", "95 % interval", "")
+    ]
     reference = next(iter(times.values()))
     for name, of_side in times.items():
         low, high = of_side.quartiles_s
@@ -94,12 +96,17 @@ def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
     """For each configuration, what each rank sends in a step, by collective, in MiB, and the number
     of collectives."""
     happened = [
-        kind for kind in next(iter(counts.values())) if any(c[kind].num_calls for c in counts.values())
+        kind
+        for kind in next(iter(counts.values()))
+        if any(c[kind].num_calls for c in counts.values())
     ]
     rows = [("MiB/step", *happened, "")]
     for name, of_side in counts.items():
         total = sum(count.bytes_sent for count in of_side.values())
-        cells = [f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})" for kind in happened]
+        cells = [
+            f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})"
+            for kind in happened
+        ]
         rows.append((f"{total / _MIB:.2f}", *cells, name))
     return aligned(rows)
 
@@ -125,7 +132,9 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
         at_peak = (memory.at_peak[kind] for kind in KINDS)
         state_at_peak = sum(memory.at_peak[kind] for kind in STATE)
         rows.append(("peak", *map(_gib, (memory.peak, state_at_peak, *at_peak)), name))
-        rows.append(("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), ""))
+        rows.append(
+            ("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), "")
+        )
     return aligned(rows)
 
 
@@ -136,7 +145,9 @@ def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     for name, of_side in estimates.items():
         flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops
         total = f"{sum(flops[:2]) / 1e12:.4g}"
-        rows.append((total, *(f"{n / 1e12:.4g}" for n in flops), f"{of_side.flops_ratio:.3f}", name))
+        rows.append(
+            (total, *(f"{n / 1e12:.4g}" for n in flops), f"{of_side.flops_ratio:.3f}", name)
+        )
     return aligned(rows)
 
 

@@ -43,7 +43,9 @@ class Stopwatch:
             pairs = zip(self._events[:-1], self._events[1:], strict=True)
             intervals = [start.elapsed_time(end) / 1e3 for start, end in pairs]
         else:
-            intervals = [end - start for start, end in zip(self._host_s[:-1], self._host_s[1:], strict=True)]
+            intervals = [
+                end - start for start, end in zip(self._host_s[:-1], self._host_s[1:], strict=True)
+            ]
         self._host_s, self._events = [], []
         return intervals
 
@@ -55,7 +57,10 @@ def in_order_of_round(sides: Sequence[Side], index: int) -> Sequence[Side]:
 
 
 def time_calls_in_turns(
-    sides: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, calls_per_round: int
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    calls_per_round: int,
 ) -> dict[str, NDArray[np.float64]]:
     """Times functions: in each round, `calls_per_round` calls of each in turn, every second round
     in reverse.

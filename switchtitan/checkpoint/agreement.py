@@ -29,7 +29,9 @@ def run_together(function: Callable[[], Result], group: dist.ProcessGroup | None
         result = function()
     except (Exception, CheckpointException) as caught:  # DCP's derives from BaseException
         error = caught
-    outcomes = _gather((result, error and _reason(error), error is None or is_expected(error)), group)
+    outcomes = _gather(
+        (result, error and _reason(error), error is None or is_expected(error)), group
+    )
     failures = {rank: reason for rank, (_, reason, _) in enumerate(outcomes) if reason is not None}
     if not failures:
         return [outcome for outcome, _, _ in outcomes]
@@ -58,13 +60,16 @@ def describe_failures(failures: dict[int, str], num_ranks: int) -> str:
     if len(failures) == num_ranks and len(ranks_by_reason) == 1:
         return next(iter(ranks_by_reason))
     return "; ".join(
-        f"on rank {', '.join(map(str, ranks))}: {reason}" for reason, ranks in ranks_by_reason.items()
+        f"on rank {', '.join(map(str, ranks))}: {reason}"
+        for reason, ranks in ranks_by_reason.items()
     )
 
 
 def ignore_warning_about_single_process() -> None:
     """Silences DCP's remark that there is no process group, where that is what the caller wants."""
-    warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable).*single process")
+    warnings.filterwarnings(
+        "ignore", message="torch.distributed is (disabled|unavailable).*single process"
+    )
 
 
 def _reason(error: BaseException) -> str:

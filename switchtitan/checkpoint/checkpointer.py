@@ -19,7 +19,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.find import check_output_folder, complete_deletions, find_checkpoint, prune
+from switchtitan.checkpoint.find import (
+    check_output_folder,
+    complete_deletions,
+    find_checkpoint,
+    prune,
+)
 from switchtitan.checkpoint.layout import (
     FORMAT_VERSION,
     METADATA_FILE,
@@ -116,7 +121,9 @@ class Checkpointer:
         self._resumed = self._on_main(find)
         return self._resumed
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
+    ) -> None:
         """Writes `<folder>/step-<step>`; waits for an earlier save that is still under way.
 
         With `async_save` it returns once `tensors` are copied, and they may change from then on; `poll` or
@@ -142,7 +149,9 @@ class Checkpointer:
         if self._config.async_save:
             # dcp.async_save does these two as well, but would leave the others waiting if a rank cannot copy.
             staged: dict[str, Tensor] = {}
-            run_together(lambda: staged.update(_copy_to_host(tensors, self._host_copies)), self._group)
+            run_together(
+                lambda: staged.update(_copy_to_host(tensors, self._host_copies)), self._group
+            )
             self._in_flight = _in_background(lambda: self._complete(save, staged))
         else:
             self._latest = self._complete(save, tensors)
@@ -202,15 +211,24 @@ class Checkpointer:
         group = self._background_group
 
         def write_and_read_back() -> dict[str, FileRecord]:
-            dcp.save(dict(tensors), storage_writer=save.writer, process_group=group, no_dist=group is None)
+            dcp.save(
+                dict(tensors),
+                storage_writer=save.writer,
+                process_group=group,
+                no_dist=group is None,
+            )
             for name, record in save.writer.written.items():
                 if file_record(partial / name) != record:
-                    raise CheckpointError(f"{partial / name} reads back otherwise than it was written")
+                    raise CheckpointError(
+                        f"{partial / name} reads back otherwise than it was written"
+                    )
             return save.writer.written
 
         def seal() -> None:
             if self._is_main:
-                self._seal(save, {name: record for files in written for name, record in files.items()})
+                self._seal(
+                    save, {name: record for files in written for name, record in files.items()}
+                )
 
         try:
             written = run_together(write_and_read_back, group)

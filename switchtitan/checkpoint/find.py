@@ -140,7 +140,10 @@ def check_output_folder(folder: Path, resume: str) -> None:
 
 
 def prune(
-    folder: Path, newest: Path, keep_latest: int, is_own_identity: Callable[[Mapping[str, object]], bool]
+    folder: Path,
+    newest: Path,
+    keep_latest: int,
+    is_own_identity: Callable[[Mapping[str, object]], bool],
 ) -> list[Path]:
     """Deletes this run's complete checkpoints older than `newest` but the last `keep_latest`; returns them.
 
@@ -184,7 +187,9 @@ def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool])
         return False
     if foreign := foreign_files(path):
         logger.warning(
-            "Not deleting %s: it holds files that saving does not write: %s", path, ", ".join(foreign)
+            "Not deleting %s: it holds files that saving does not write: %s",
+            path,
+            ", ".join(foreign),
         )
         return False
     return is_own_identity(metadata.identity)

@@ -69,7 +69,9 @@ def list_step_folders(folder: Path) -> list[Path]:
 def foreign_files(folder: Path) -> list[str]:
     """Names in a checkpoint's folder that saving does not write."""
     return sorted(
-        path.name for path in folder.iterdir() if not _OWN_FILE.fullmatch(path.name) or not path.is_file()
+        path.name
+        for path in folder.iterdir()
+        if not _OWN_FILE.fullmatch(path.name) or not path.is_file()
     )
 
 
@@ -200,7 +202,9 @@ def _read(path: Path, kind: type[_File]) -> _File:
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path.parent}: cannot read {path.name}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{path.parent}: cannot read {path.name}: {error.strerror or error}"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -221,13 +225,17 @@ def check_files(path: Path) -> CheckpointMetadata:
     metadata = read_metadata(path)
     for name, expected in metadata.files.items():
         if Path(name).name != name:
-            raise CheckpointError(f"{path}: metadata.json lists {name!r}, which is not a plain file name")
+            raise CheckpointError(
+                f"{path}: metadata.json lists {name!r}, which is not a plain file name"
+            )
         try:
             num_bytes = (path / name).stat().st_size
         except OSError as error:
             raise CheckpointError(f"{path}: {name} is missing") from error
         if num_bytes != expected.num_bytes:
-            raise CheckpointError(f"{path}: {name} has {num_bytes} bytes, expected {expected.num_bytes}")
+            raise CheckpointError(
+                f"{path}: {name} has {num_bytes} bytes, expected {expected.num_bytes}"
+            )
     if TENSORS_FILE not in metadata.files:
         raise CheckpointError(f"{path}: metadata.json does not list {TENSORS_FILE}")
     _check_index(path, read_tensors_index(path), metadata)
@@ -254,11 +262,15 @@ def check_contents(path: Path) -> CheckpointMetadata:
 def _check_index(path: Path, index: TensorsIndex, metadata: CheckpointMetadata) -> None:
     for name, tensor in index.tensors.items():
         if not _is_covered(tensor):
-            raise CheckpointError(f"{path}: the pieces of {name} do not cover its shape {list(tensor.shape)}")
+            raise CheckpointError(
+                f"{path}: the pieces of {name} do not cover its shape {list(tensor.shape)}"
+            )
         for piece in tensor.pieces:
             file = metadata.files.get(piece.file)
             if file is None or piece.start + piece.num_bytes > file.num_bytes:
-                raise CheckpointError(f"{path}: a piece of {name} lies outside the files of the checkpoint")
+                raise CheckpointError(
+                    f"{path}: a piece of {name} lies outside the files of the checkpoint"
+                )
 
 
 def _is_covered(tensor: TensorRecord) -> bool:

@@ -46,16 +46,22 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
         CheckpointError: if the checkpoint is not complete or has no such tensor.
     """
     check_files(path)
-    records = {name: t for name, t in read_tensors_index(path).tensors.items() if name.startswith(prefix)}
+    records = {
+        name: t for name, t in read_tensors_index(path).tensors.items() if name.startswith(prefix)
+    }
     if not records:
         raise CheckpointError(f"{path}: holds no tensor whose name starts with {prefix!r}")
-    tensors = {name: torch.empty(t.shape, dtype=dtype_named(t.dtype)) for name, t in records.items()}
+    tensors = {
+        name: torch.empty(t.shape, dtype=dtype_named(t.dtype)) for name, t in records.items()
+    }
     _read_into_(path, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _read_into_(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    assert not any(tensor.is_meta for tensor in tensors.values()), "meta tensors cannot be loaded in place"
+    assert not any(tensor.is_meta for tensor in tensors.values()), (
+        "meta tensors cannot be loaded in place"
+    )
     with warnings.catch_warnings():
         ignore_warning_about_single_process()
         # Each rank reads what it needs; there is nothing to plan together.
@@ -68,12 +74,15 @@ def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor
     if missing := sorted(tensors.keys() - saved.keys()):
         problems.append(f"lacks {abbreviate(missing)}")
     if unexpected := sorted(saved.keys() - tensors.keys()):
-        problems.append(f"holds {abbreviate(unexpected)}, which the model or its optimizer does not have")
+        problems.append(
+            f"holds {abbreviate(unexpected)}, which the model or its optimizer does not have"
+        )
     differing = [
         f"{name} ({saved[name].dtype} {list(saved[name].shape)}, "
         f"expected {_dtype(tensor)} {list(tensor.shape)})"
         for name, tensor in sorted(tensors.items())
-        if name in saved and (saved[name].dtype, saved[name].shape) != (_dtype(tensor), tuple(tensor.shape))
+        if name in saved
+        and (saved[name].dtype, saved[name].shape) != (_dtype(tensor), tuple(tensor.shape))
     ]
     if differing:
         problems.append(f"has other shapes or dtypes in {abbreviate(differing)}")
@@ -100,7 +109,8 @@ class CheckpointTensors:
     def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
         self._optimizer = optimizer
         self._of_model = {
-            f"{_MODEL}{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()
+            f"{_MODEL}{name}": tensor.detach()
+            for name, tensor in model.state_dict(keep_vars=True).items()
         }
 
     def __call__(self) -> dict[str, Tensor]:

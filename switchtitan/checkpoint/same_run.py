@@ -20,7 +20,8 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
     if not keys:
         return
     differences = "\n".join(
-        f"  {key}: saved with {before.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}" for key in keys
+        f"  {key}: saved with {before.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}"
+        for key in keys
     )
     raise CheckpointError(
         f"the checkpoint belongs to another run:\n{differences}\n"

@@ -43,7 +43,11 @@ class ChecksummingWriter(FileSystemWriter):
         # What is saved in the background lies in host memory. Beside CUDA, copying ahead would all the same wait for the
         # stream of device 0, on which training runs, or put a CUDA context there from every rank.
         super().__init__(
-            folder, single_file_per_rank=True, sync_files=True, overwrite=False, per_thread_copy_ahead=0
+            folder,
+            single_file_per_rank=True,
+            sync_files=True,
+            overwrite=False,
+            per_thread_copy_ahead=0,
         )
         self.written: dict[str, FileRecord] = {}
         self.fs = _ChecksummingFiles(self.written)
@@ -54,7 +58,9 @@ class ChecksummingWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        self.written[TENSORS_FILE] = write_json(Path(self.path) / TENSORS_FILE, _index_from_dcp(metadata))
+        self.written[TENSORS_FILE] = write_json(
+            Path(self.path) / TENSORS_FILE, _index_from_dcp(metadata)
+        )
 
 
 class JsonIndexReader(FileSystemReader):

@@ -94,7 +94,9 @@ def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> No
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="switchtitan compare", description="Runs a declared comparison of methods.", allow_abbrev=False
+        prog="switchtitan compare",
+        description="Runs a declared comparison of methods.",
+        allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the TOML file that declares it")
     parser.add_argument(
@@ -103,5 +105,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         default=1,
         help="runs at a time; each on a GPU of its own, or on its share of the cores",
     )
-    parser.add_argument("--report-only", action="store_true", help="train nothing; report what is finished")
+    parser.add_argument(
+        "--report-only", action="store_true", help="train nothing; report what is finished"
+    )
     return parser.parse_args(argv)

@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from switchtitan.benchmark.estimate import ASSUMPTIONS, estimate_step
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides, split_overrides
-from switchtitan.benchmark.tables import communication_table, estimate_record, flops_table, memory_table
+from switchtitan.benchmark.tables import (
+    communication_table,
+    estimate_record,
+    flops_table,
+    memory_table,
+)
 from switchtitan.cli.record import add_json_option, check_json_option, put_record
 from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
@@ -25,7 +30,9 @@ def main(argv: Sequence[str]) -> None:
         options = read_options(own)
         check_json_option(options.json)
         configs = load_sides(options.configs, overrides, options.world_size)
-        estimates = {name: estimate_step(config, options.world_size) for name, config in configs.items()}
+        estimates = {
+            name: estimate_step(config, options.world_size) for name, config in configs.items()
+        }
     except UserError as error:
         exit_for(error)
     communication = {name: estimate.communication for name, estimate in estimates.items()}
@@ -58,7 +65,10 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "configs", nargs="+", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
+        "configs",
+        nargs="+",
+        metavar="CONFIG",
+        help="FILE or FILE:section.key=value,section.key=value",
     )
     parser.add_argument("--world-size", type=positive_int, required=True, help="ranks of the run")
     add_json_option(parser)

@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         exit_for(error)
     except OSError as error:
-        exit_for(ConfigError(f"--json {options.json}: the file cannot be written: {error.strerror}"))
+        exit_for(
+            ConfigError(f"--json {options.json}: the file cannot be written: {error.strerror}")
+        )
     for name in ("weights", "corpus"):
         print(f"{name:<12}{result[name]}")
     print(f"{'split':<12}{result['split']}, {result['tokens']:,} tokens")
@@ -78,7 +80,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="held-out tokens to use, from the start of the split (default: as in the configuration)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result as well")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to write the result as well"
+    )
     return parser.parse_args(argv)
 
 
@@ -96,7 +100,9 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
         config = parse_arguments(["--config", config_file], num_ranks=1)
     seq_len = config.data.seq_len
     if num_tokens is None:
-        num_tokens = (config.evaluation.test_tokens if split == "test" else None) or config.evaluation.tokens
+        num_tokens = (
+            config.evaluation.test_tokens if split == "test" else None
+        ) or config.evaluation.tokens
     if num_tokens < seq_len:
         raise ConfigError(
             f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
@@ -110,7 +116,10 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
         if metadata is not None:
             _check_corpus(corpus.fingerprint, metadata, corpus.folder)
         shard_model(
-            model, world.shard_mesh, getattr(torch, config.training.dtype), reshard_after_forward=True
+            model,
+            world.shard_mesh,
+            getattr(torch, config.training.dtype),
+            reshard_after_forward=True,
         )
         materialize(model, world.device, config.job.seed, tensors)
         batches = build_validation_batches(
@@ -148,7 +157,9 @@ def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:
     try:
         checkpoint = find_given(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; other weights than a checkpoint need --config FILE") from error
+        raise CheckpointError(
+            f"{error}; other weights than a checkpoint need --config FILE"
+        ) from error
     return checkpoint, read_metadata(checkpoint)
 
 

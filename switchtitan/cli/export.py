@@ -65,7 +65,11 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 def export_folder(checkpoint: Path) -> Path:
     """The default folder of an export: `exports/step-000001000`, next to the run's `checkpoints/`."""
     home = checkpoint.resolve().parent
-    return (home.parent if home.name == CHECKPOINTS_FOLDER else home) / "exports" / checkpoint.resolve().name
+    return (
+        (home.parent if home.name == CHECKPOINTS_FOLDER else home)
+        / "exports"
+        / checkpoint.resolve().name
+    )
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
@@ -87,7 +91,9 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
         tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
         eos_id=index.tokenizer.eos_id if index else None,
     )
-    tokenizer = f"that of {corpus_folder}" if index else f"none: the run's corpus is not at {corpus_folder}"
+    tokenizer = (
+        f"that of {corpus_folder}" if index else f"none: the run's corpus is not at {corpus_folder}"
+    )
     return "\n".join(
         [
             f"checkpoint  {checkpoint}",

@@ -57,9 +57,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """torchrun's options; argparse ends the program with status 2 where they are wrong."""
     parser = get_args_parser()
     parser.prog = "switchtitan launch"
-    parser.description = (
-        "Starts one process per rank. The options are those of torchrun; training_script is `train`,"
-    )
+    parser.description = "Starts one process per rank. The options are those of torchrun; training_script is `train`,"
     parser.description += " `benchmark`, or a script of yours."
     return parser.parse_args(argv)
 
@@ -67,7 +65,11 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
     """The first failure in time. One of a rank that torchrun ended because another had failed is no cause, unless that rank had
     met a user's mistake by itself."""
-    causes = [failure for failure in failures if failure.exitcode != -signal.SIGTERM or is_mistake(failure)]
+    causes = [
+        failure
+        for failure in failures
+        if failure.exitcode != -signal.SIGTERM or is_mistake(failure)
+    ]
     # Timestamps are in full seconds: of several in one second, a mistake is the cause rather than a crash.
     return min(causes or failures, key=lambda failure: (failure.timestamp, not is_mistake(failure)))
 

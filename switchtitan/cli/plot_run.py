@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> None:
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="switchtitan plot run", description="Draws the curves of one or more runs.", allow_abbrev=False
+        prog="switchtitan plot run",
+        description="Draws the curves of one or more runs.",
+        allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
     parser.add_argument(
@@ -49,7 +51,10 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 def labelled(runs: Sequence[Path]) -> dict[str, Path]:
     """Runs by the shortest name that tells them apart: the folder's, or else the path as given."""
     names = [run.resolve().name for run in runs]
-    return {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}
+    return {
+        name if names.count(name) == 1 else str(run): run
+        for name, run in zip(names, runs, strict=True)
+    }
 
 
 def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
@@ -93,7 +98,10 @@ def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[st
     for label, curves in runs.items():
         if TRAIN_LOSS in curves:
             axes.plot(
-                *curves[TRAIN_LOSS], color=colours[label], alpha=0.55, label=prefix.format(label) + "training"
+                *curves[TRAIN_LOSS],
+                color=colours[label],
+                alpha=0.55,
+                label=prefix.format(label) + "training",
             )
         if VALIDATION_LOSS in curves:
             axes.plot(

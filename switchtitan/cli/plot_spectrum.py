@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         labels = labelled(options.runs, options.label)
         spectra = {
-            label: [read_run_spectra(run, options.layers) for run in runs] for label, runs in labels.items()
+            label: [read_run_spectra(run, options.layers) for run in runs]
+            for label, runs in labels.items()
         }
         check_same_model([run for runs in spectra.values() for run in runs])
         groups = {label: average(runs) for label, runs in spectra.items()}
@@ -52,7 +53,11 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "runs", type=Path, nargs="*", metavar="RUN", help="a run's output folder, or one of its checkpoints"
+        "runs",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="a run's output folder, or one of its checkpoints",
     )
     parser.add_argument(
         "--label",
@@ -75,14 +80,18 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         required=True,
         help="the picture; its ending chooses the format (png, svg, pdf)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers as well")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where to write the numbers as well"
+    )
     options = parser.parse_args(argv)
     if not options.runs and not options.label:
         parser.error("give at least one RUN, or --label NAME=RUN")
     return options
 
 
-def labelled(runs: Sequence[Path], labels: Sequence[tuple[str, list[Path]]]) -> dict[str, list[Path]]:
+def labelled(
+    runs: Sequence[Path], labels: Sequence[tuple[str, list[Path]]]
+) -> dict[str, list[Path]]:
     """All runs by label; a run without one goes by its folder's name, or else by the path as given.
 
     Raises:
@@ -90,12 +99,15 @@ def labelled(runs: Sequence[Path], labels: Sequence[tuple[str, list[Path]]]) -> 
     """
     names = [run.resolve().name for run in runs]
     groups = [
-        (name if names.count(name) == 1 else str(run), [run]) for name, run in zip(names, runs, strict=True)
+        (name if names.count(name) == 1 else str(run), [run])
+        for name, run in zip(names, runs, strict=True)
     ]
     groups += labels
     result = dict(groups)
     if len(result) < len(groups):
-        raise ConfigError("two of the runs have the same label; name them apart with --label NAME=RUN")
+        raise ConfigError(
+            "two of the runs have the same label; name them apart with --label NAME=RUN"
+        )
     return result
 
 

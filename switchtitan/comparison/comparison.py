@@ -60,7 +60,9 @@ class Comparison:
             at_edge = [name for name in losses if not is_interior(losses[name])]
             if not at_edge or widening == config.max_widenings:
                 break
-            standing.rates = {name: widened(rates, losses[name]) for name, rates in standing.rates.items()}
+            standing.rates = {
+                name: widened(rates, losses[name]) for name, rates in standing.rates.items()
+            }
         standing.chosen = {name: best_rate(standing.losses(name)) for name in standing.rates}
         standing.report = self._finished(report_runs(config, standing.chosen))
         return standing

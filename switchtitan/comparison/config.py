@@ -35,7 +35,9 @@ class RowConfig(Section):
     @classmethod
     def _check_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("expected letters, digits, '.', '_' and '-', with a letter or digit first")
+            raise ValueError(
+                "expected letters, digits, '.', '_' and '-', with a letter or digit first"
+            )
         return name
 
     @model_validator(mode="after")
@@ -43,7 +45,9 @@ class RowConfig(Section):
         if (self.learning_rate_of is None) != bool(self.learning_rates):
             raise ValueError("give either learning_rates or learning_rate_of")
         rates = self.learning_rates
-        if rates and (len(rates) < 3 or rates[0] <= 0 or any(high <= low for low, high in pairwise(rates))):
+        if rates and (
+            len(rates) < 3 or rates[0] <= 0 or any(high <= low for low, high in pairwise(rates))
+        ):
             raise ValueError(
                 f"learning_rates = {list(rates)}: expected at least three, above 0 and increasing, so that the best can lie "
                 "between two others"
@@ -103,7 +107,8 @@ class ComparisonConfig(Section):
             raise ValueError("rows: expected at least two [[rows]]")
         names = [row.name for row in self.rows]
         mistakes = [
-            f"rows: two are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
+            f"rows: two are called {name!r}"
+            for name in sorted({n for n in names if names.count(n) > 1})
         ]
         choosing = {row.name: row.learning_rates for row in self.rows if row.learning_rates}
         if len({len(rates) for rates in choosing.values()}) > 1:
@@ -139,7 +144,9 @@ def load_comparison(file: Path) -> ComparisonConfig:
     """
     file = find_config(file)
     if not file.is_file():
-        raise ConfigError(f"{file}: there is no such file; expected the TOML file that declares a comparison")
+        raise ConfigError(
+            f"{file}: there is no such file; expected the TOML file that declares a comparison"
+        )
     if "rows" not in read_toml(file):
         raise ConfigError(
             f"{file}: it declares no comparison, which takes [[rows]]; expected a file like those in "

@@ -122,7 +122,9 @@ def _count_bytes(run: Run, num_ranks: int) -> tuple[float, ...]:
     return (sum(count.bytes_sent for count in counts.values()),)
 
 
-def _in_own_process(function: Callable[..., tuple[float, ...]], *arguments: object) -> tuple[float, ...]:
+def _in_own_process(
+    function: Callable[..., tuple[float, ...]], *arguments: object
+) -> tuple[float, ...]:
     """Both measurements make process groups of their own, which this process must not be in."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -55,10 +55,14 @@ class Run:
                 f"communication_ranks = {num_ranks}: [training] global_batch_size = {training.global_batch_size} is "
                 "not a multiple of it; change either"
             )
-        return self._parsed([*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks)
+        return self._parsed(
+            [*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks
+        )
 
     def _parsed(self, arguments: Sequence[str], num_ranks: int) -> JobConfig:
-        return parse_arguments(arguments, num_ranks, overrides_heading=f"in what row {self.row} sets:")
+        return parse_arguments(
+            arguments, num_ranks, overrides_heading=f"in what row {self.row} sets:"
+        )
 
 
 def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float, seed: int) -> Run:
@@ -69,7 +73,9 @@ def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float,
     """
     folder = comparison.output_dir / "runs" / row.name / f"lr-{learning_rate:g}-seed-{seed}"
     keys: dict[str, object] = {
-        f"{section}.{key}": value for section, keys in row.set.items() for key, value in keys.items()
+        f"{section}.{key}": value
+        for section, keys in row.set.items()
+        for key, value in keys.items()
     }
     for key in _OF_THE_COMPARISON:
         if key in keys:
@@ -93,9 +99,16 @@ def selection_runs(comparison: ComparisonConfig, rates: Mapping[str, Sequence[fl
     runs = []
     for place in range(max(map(len, rates.values()), default=0)):
         for name, of_row in rates.items():
-            from_the_middle = sorted(of_row, key=lambda rate: abs(of_row.index(rate) - (len(of_row) - 1) / 2))
+            from_the_middle = sorted(
+                of_row, key=lambda rate: abs(of_row.index(rate) - (len(of_row) - 1) / 2)
+            )
             runs.append(
-                plan_run(comparison, comparison.row(name), from_the_middle[place], comparison.selection_seed)
+                plan_run(
+                    comparison,
+                    comparison.row(name),
+                    from_the_middle[place],
+                    comparison.selection_seed,
+                )
             )
     return runs
 
@@ -162,9 +175,13 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
             f"{config.training.steps}, since rates are chosen by the validation loss at the end"
         )
     if not config.metrics.tensorboard:
-        problems.append("[metrics] tensorboard = false: loss curves are read from there; set it to true")
+        problems.append(
+            "[metrics] tensorboard = false: loss curves are read from there; set it to true"
+        )
     if config.training.steps < MIN_STEPS:
-        problems.append(f"[training] steps = {config.training.steps}: expected at least {MIN_STEPS}")
+        problems.append(
+            f"[training] steps = {config.training.steps}: expected at least {MIN_STEPS}"
+        )
     if problems:
         raise ConfigError("\n".join(f"{comparison.config}: {problem}" for problem in problems))
 

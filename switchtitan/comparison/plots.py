@@ -47,7 +47,9 @@ def draw_curves(standing: Standing) -> Figure:
     last = []
     for place, row in enumerate(standing.config.rows):
         runs = [
-            result for result in standing.report if result.run.row == row.name and not result.has_diverged
+            result
+            for result in standing.report
+            if result.run.row == row.name and not result.has_diverged
         ]
         if not runs:
             continue
@@ -58,10 +60,17 @@ def draw_curves(standing: Standing) -> Figure:
         if len(runs) > 1:
             deviation = losses.std(axis=0, ddof=1)
             axes.fill_between(
-                tokens, mean - deviation, mean + deviation, color=f"C{place % _NUM_COLOURS}", alpha=0.2, lw=0
+                tokens,
+                mean - deviation,
+                mean + deviation,
+                color=f"C{place % _NUM_COLOURS}",
+                alpha=0.2,
+                lw=0,
             )
         last.append(mean)
-    axes.set(title=standing.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
+    axes.set(
+        title=standing.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)"
+    )
     if last:
         # The untrained models' loss would leave no room for what differs.
         axes.set_ylim(min(map(np.min, last)) * 0.98, max(curve[1:].max() for curve in last) * 1.02)
@@ -70,16 +79,25 @@ def draw_curves(standing: Standing) -> Figure:
     return figure
 
 
-def draw_against(rows: Sequence[RowReport], place: Callable[[RowReport], float], title: str) -> Figure:
+def draw_against(
+    rows: Sequence[RowReport], place: Callable[[RowReport], float], title: str
+) -> Figure:
     """Test loss of each row, with its standard deviation, against a cost."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for index, row in enumerate(rows):
         assert row.loss is not None
         axes.errorbar(
-            place(row), row.loss.mean, yerr=row.loss.std, fmt="o", capsize=3, color=f"C{index % _NUM_COLOURS}"
+            place(row),
+            row.loss.mean,
+            yerr=row.loss.std,
+            fmt="o",
+            capsize=3,
+            color=f"C{index % _NUM_COLOURS}",
         )
-        axes.annotate(row.title, (place(row), row.loss.mean), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(
+            row.title, (place(row), row.loss.mean), xytext=(6, 4), textcoords="offset points"
+        )
     axes.set(xlabel=title, ylabel="test loss (nats per token)")
     axes.margins(x=0.25, y=0.15)
     _finish(axes)
@@ -93,7 +111,9 @@ def _validation_curves(runs: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarra
     tables = [dict(zip(*curve, strict=True)) for curve in curves]
     figures = runs[0].figures
     tokens_per_step = figures["tokens_seen"] / figures["step"] / 1e6
-    return np.array(steps) * tokens_per_step, np.array([[table[step] for step in steps] for table in tables])
+    return np.array(steps) * tokens_per_step, np.array(
+        [[table[step] for step in steps] for table in tables]
+    )
 
 
 def _finish(axes: Axes) -> None:

@@ -46,7 +46,9 @@ def read_result(run: Run) -> RunResult | None:
         return RunResult(run, math.inf, math.inf, figures)
     if figures["step"] != config.training.steps:
         return None
-    return RunResult(run, _or_inf(figures["loss/validation"]), _or_inf(figures["loss/test"]), figures)
+    return RunResult(
+        run, _or_inf(figures["loss/validation"]), _or_inf(figures["loss/test"]), figures
+    )
 
 
 def _or_inf(loss: float) -> float:

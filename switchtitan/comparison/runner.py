@@ -93,7 +93,9 @@ class Runner:
             with try_lock(run.folder / "lock") as lock:
                 if lock is None:
                     if run not in self._waited_for:
-                        logger.info("%s is being trained by another process: waiting for it", run.name)
+                        logger.info(
+                            "%s is being trained by another process: waiting for it", run.name
+                        )
                         self._waited_for.add(run)
                     waiting.append(run)
                 elif is_finished(run):

@@ -24,7 +24,9 @@ def widened(rates: Sequence[float], losses: Losses) -> list[float]:
     rates = sorted(rates)
     place = rates.index(best_rate(losses))
     from_low, from_high = place, len(rates) - 1 - place
-    goes_up = from_high < from_low or (from_high == from_low and losses[rates[-1]] < losses[rates[0]])
+    goes_up = from_high < from_low or (
+        from_high == from_low and losses[rates[-1]] < losses[rates[0]]
+    )
     if goes_up:
         return [*rates, _rounded(rates[-1] * rates[-1] / rates[-2])]
     return [_rounded(rates[0] * rates[0] / rates[1]), *rates]

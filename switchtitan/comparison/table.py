@@ -65,14 +65,18 @@ class GapReport:
 def report_rows(standing: Standing, measured: Mapping[str, Measurements]) -> list[RowReport]:
     """One report for each row of the comparison, in its order."""
     baseline = losses_by_seed(standing, standing.config.baseline)
-    return [_report_row(standing, row, baseline, measured.get(row.name)) for row in standing.config.rows]
+    return [
+        _report_row(standing, row, baseline, measured.get(row.name)) for row in standing.config.rows
+    ]
 
 
 def report_gaps(standing: Standing) -> list[GapReport]:
     """The answers to the comparison's questions for gaps."""
     reports = []
     for question in standing.config.gaps:
-        start, end = (losses_by_seed(standing, name) for name in (question.from_row, question.to_row))
+        start, end = (
+            losses_by_seed(standing, name) for name in (question.from_row, question.to_row)
+        )
         gap = difference(start, end)
         is_open = gap is not None and gap.mean > 0 and not gap.is_tie
         for row in question.rows:
@@ -83,7 +87,9 @@ def report_gaps(standing: Standing) -> list[GapReport]:
 
 def losses_by_seed(standing: Standing, row: str) -> BySeed:
     """Test losses of a row's reported runs."""
-    return {result.run.seed: result.test_loss for result in standing.report if result.run.row == row}
+    return {
+        result.run.seed: result.test_loss for result in standing.report if result.run.row == row
+    }
 
 
 def _report_row(
@@ -101,7 +107,9 @@ def _report_row(
         selection=selection,
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
-        perplexity=summarize([loss_metrics("test", loss)["perplexity/test"] for loss in losses.values()])
+        perplexity=summarize(
+            [loss_metrics("test", loss)["perplexity/test"] for loss in losses.values()]
+        )
         if losses
         else None,
         difference=None if row.name == standing.config.baseline else difference(losses, baseline),
@@ -109,7 +117,11 @@ def _report_row(
         num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,
         peak_gib=max(
-            (result.figures["memory/peak_gib"] for result in finished if result.figures["device"] != "CPU"),
+            (
+                result.figures["memory/peak_gib"]
+                for result in finished
+                if result.figures["device"] != "CPU"
+            ),
             default=None,
         ),
         tokens_per_s=_median_speed(finished),
@@ -119,7 +131,9 @@ def _report_row(
 
 def _median_speed(finished: list[RunResult]) -> float | None:
     speeds = [
-        speed for result in finished if (speed := result.figures["throughput/tokens_per_s"]) is not None
+        speed
+        for result in finished
+        if (speed := result.figures["throughput/tokens_per_s"]) is not None
     ]
     return median(speeds) if speeds else None
 

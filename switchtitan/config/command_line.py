@@ -77,9 +77,13 @@ def print_help(
         has_prefixes: keys are written with their section, e.g. `--data.path` rather than `--path`.
     """
     columns = max(40, min(100, shutil.get_terminal_size((80, 24)).columns))
-    print(f"usage: {usage} [--{'section.' if has_prefixes else ''}key value ...]\n\n{introduction.strip()}")
+    print(
+        f"usage: {usage} [--{'section.' if has_prefixes else ''}key value ...]\n\n{introduction.strip()}"
+    )
     for name, section in sections.items():
-        lines = _section_help(section, (name,) if has_prefixes else (), columns, (names or {}).get(name, ()))
+        lines = _section_help(
+            section, (name,) if has_prefixes else (), columns, (names or {}).get(name, ())
+        )
         print("\n".join(["", f"[{name}]", *lines]))
 
 
@@ -111,7 +115,11 @@ def _capitalized(text: str) -> str:
 def _shown(value: object) -> str:
     # As it would be typed.
     return (
-        "none" if value is None else str(value) if isinstance(value, (str, PurePath)) else toml_value(value)
+        "none"
+        if value is None
+        else str(value)
+        if isinstance(value, (str, PurePath))
+        else toml_value(value)
     )
 
 
@@ -132,7 +140,9 @@ def _add_option(arguments: Arguments, given: Override, section: str | None) -> N
         arguments.mistakes.append(_mistake(given.option, f"unknown option; did you mean {near}?"))
     elif not given.words:
         example = "FILE" if path == ("config",) else "VALUE"
-        arguments.mistakes.append(_mistake(given.option, f"expected a value; write {given.option} {example}"))
+        arguments.mistakes.append(
+            _mistake(given.option, f"expected a value; write {given.option} {example}")
+        )
     elif path == ("config",):
         if len(given.words) > 1 or arguments.config_file is not None:
             arguments.mistakes.append(_mistake(str(given), "expected one file, given once"))

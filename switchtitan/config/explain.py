@@ -117,7 +117,9 @@ class Draft:
         """The place where a key stands, or where a missing one should."""
         if self.overrides_heading is not None:
             belongs = (
-                path in self.overrides if self.value(path) else path[0] in {key[0] for key in self.overrides}
+                path in self.overrides
+                if self.value(path)
+                else path[0] in {key[0] for key in self.overrides}
             )
             if belongs:
                 return self.overrides_heading
@@ -156,7 +158,9 @@ def raise_together(mistakes: Sequence[Mistake]) -> None:
     lines = [f"invalid configuration ({len(mistakes)} error{'s' if len(mistakes) > 1 else ''})"]
     headings = dict.fromkeys(mistake.heading for mistake in mistakes)
     # Files first, then the command line, then what spans both.
-    for heading in sorted(headings, key=lambda heading: (heading == TOGETHER, heading == COMMAND_LINE)):
+    for heading in sorted(
+        headings, key=lambda heading: (heading == TOGETHER, heading == COMMAND_LINE)
+    ):
         lines.append(heading)
         lines += [f"  {mistake.text}" for mistake in mistakes if mistake.heading == heading]
     raise ConfigError("\n".join(lines))
@@ -223,7 +227,11 @@ def _explain_unknown_key(draft: Draft, path: KeyPath) -> None:
     section = tables[0] if tables else ""
     keys = draft.type_at(path[:-1]).model_fields
     near = nearest(key, keys)
-    others = [other for other in draft.chosen if other != section and key in draft.chosen[other].model_fields]
+    others = [
+        other
+        for other in draft.chosen
+        if other != section and key in draft.chosen[other].model_fields
+    ]
     owners = _names_with_key(draft, section, key)
     if owners:
         hint = f"it is a key of [{section}] name = {' or '.join(map(toml_value, owners))}"

@@ -17,7 +17,13 @@ from switchtitan.config.toml_text import NONE_TEXT, toml_value
 KeyPath = tuple[str, ...]
 """The way to a key, e.g. ("training", "steps"); an item of a list of tables is called by its index."""
 
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
+_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    Path: "a path",
+}
 _BOUNDS = {
     annotated_types.Gt: ("gt", "> {}"),
     annotated_types.Ge: ("ge", ">= {}"),
@@ -149,7 +155,9 @@ def _literals(annotation: object) -> list[object]:
 
 def _flattened(metadata: Sequence[object]) -> list[object]:
     return [
-        item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
+        item
+        for entry in metadata
+        for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
     ]
 
 

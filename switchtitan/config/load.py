@@ -146,7 +146,9 @@ def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
             raise ConfigError(f"{place}: there is no such file{_neighbour_hint(at)}")
         if at.resolve() in chain:
             cycle = " -> ".join(str(path) for path, _ in chain.values())
-            raise ConfigError(f"{place}: a file cannot be based on itself: {cycle} -> {at}; remove this line")
+            raise ConfigError(
+                f"{place}: a file cannot be based on itself: {cycle} -> {at}; remove this line"
+            )
     merged = TomlFile()
     for path, table in reversed(chain.values()):
         for section in types:
@@ -277,6 +279,8 @@ def _json(table: Mapping[str, Any]) -> str:
 
 
 def _neighbour_hint(file: Path) -> str:
-    siblings = [sibling.stem for sibling in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+    siblings = (
+        [sibling.stem for sibling in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+    )
     near = nearest(file.stem, siblings)
     return f"; did you mean {file.parent / near}.toml?" if near else ""

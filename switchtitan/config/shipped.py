@@ -22,6 +22,8 @@ def find_config(given: str | Path) -> Path:
     for shipped in (FOLDER / path, FOLDER.parent / path):
         if shipped.suffix == ".toml" and shipped.is_file():
             if "RANK" not in os.environ:
-                print(f"{path}: using {shipped}, which is installed with switchtitan", file=sys.stderr)
+                print(
+                    f"{path}: using {shipped}, which is installed with switchtitan", file=sys.stderr
+                )
             return shipped
     return path

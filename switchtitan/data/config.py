@@ -110,12 +110,18 @@ class DataConfig(Section):
                 f'= "text"'
             )
         if self.text_column is not None and not row.has_text_column:
-            with_columns = ", ".join(f'"{name}"' for name, row in DATASETS.items() if row.has_text_column)
+            with_columns = ", ".join(
+                f'"{name}"' for name, row in DATASETS.items() if row.has_text_column
+            )
             mistakes.append(
                 f'text_column = "{self.text_column}" has an effect with dataset = {with_columns} '
                 f"only; leave it out"
             )
-        if row.has_own_splits and self.validation_fraction is not None and self.offline_dataset is None:
+        if (
+            row.has_own_splits
+            and self.validation_fraction is not None
+            and self.offline_dataset is None
+        ):
             mistakes.append(
                 f'validation_fraction has no effect with dataset = "{self.dataset}", which has its own split; leave it out'
             )

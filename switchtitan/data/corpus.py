@@ -136,7 +136,10 @@ def open_corpus(
         except UserError as error:
             _share(broadcast, {"error": str(error)})
             raise
-        _share(broadcast, {"stands_in_for": corpus.stands_in_for or "", "fingerprint": corpus.fingerprint})
+        _share(
+            broadcast,
+            {"stands_in_for": corpus.stands_in_for or "", "fingerprint": corpus.fingerprint},
+        )
         return corpus
     outcome = _share(broadcast, {})
     if "error" in outcome:

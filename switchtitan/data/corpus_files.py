@@ -77,7 +77,9 @@ def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[Sha
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer_sha256,
         "dtype": dtype,
-        "splits": {split: [[shard.tokens, shard.sha256] for shard in splits[split]] for split in splits},
+        "splits": {
+            split: [[shard.tokens, shard.sha256] for shard in splits[split]] for split in splits
+        },
     }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -94,7 +96,9 @@ def read_index(folder: Path) -> CorpusIndex:
     except (OSError, ValidationError) as error:
         raise damage(file, f"the index cannot be read ({_first_line(error)})") from error
     if index.format_version != FORMAT_VERSION:
-        raise damage(file, f"the index has format {index.format_version}, expected {FORMAT_VERSION}")
+        raise damage(
+            file, f"the index has format {index.format_version}, expected {FORMAT_VERSION}"
+        )
     if index.fingerprint != index.expected_fingerprint():
         raise damage(file, "the index does not match its own fingerprint")
     return index
@@ -160,7 +164,13 @@ class TokenSequences(Dataset[TokenSequence]):
     """
 
     def __init__(
-        self, files: Sequence[Path], token_counts: Sequence[int], *, dtype: str, seq_len: int, eos_id: int
+        self,
+        files: Sequence[Path],
+        token_counts: Sequence[int],
+        *,
+        dtype: str,
+        seq_len: int,
+        eos_id: int,
     ) -> None:
         self.files = tuple(files)
         self.token_counts = tuple(token_counts)

@@ -88,7 +88,12 @@ def build_train_batches(
 
 
 def build_validation_batches(
-    sequences: TokenSequences, *, num_sequences: int, local_batch_size: int, rank: int, num_ranks: int
+    sequences: TokenSequences,
+    *,
+    num_sequences: int,
+    local_batch_size: int,
+    rank: int,
+    num_ranks: int,
 ) -> "ValidationBatches":
     """The first `num_sequences` of the held-out split, dealt to the ranks, readable again and again.
 
@@ -102,7 +107,9 @@ def build_validation_batches(
             num_sequences,
             len(sequences),
         )
-    return ValidationBatches(sequences, min(num_sequences, len(sequences)), local_batch_size, rank, num_ranks)
+    return ValidationBatches(
+        sequences, min(num_sequences, len(sequences)), local_batch_size, rank, num_ranks
+    )
 
 
 class ValidationBatches:
@@ -129,7 +136,9 @@ class ValidationBatches:
         for batch in range(len(self)):
             first = (batch * self._num_ranks + self._rank) * self._local_batch_size
             indices = range(first, first + self._local_batch_size)
-            batch_of = collate([self._sequences[min(index, self.num_sequences - 1)] for index in indices])
+            batch_of = collate(
+                [self._sequences[min(index, self.num_sequences - 1)] for index in indices]
+            )
             is_filling = torch.tensor([index >= self.num_sequences for index in indices])
             batch_of.targets[is_filling] = IGNORED_TARGET
             yield batch_of
@@ -170,7 +179,9 @@ class _RankOrder(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
         while True:
-            for micro_batch in range(self.global_batch_size // (self.num_ranks * self.local_batch_size)):
+            for micro_batch in range(
+                self.global_batch_size // (self.num_ranks * self.local_batch_size)
+            ):
                 positions = rank_positions(
                     step,
                     micro_batch,
@@ -183,7 +194,9 @@ class _RankOrder(Sampler[list[int]]):
             step += 1
 
 
-def _steps(loader: StatefulDataLoader[Batch], micro_batches: int) -> Generator[list[Batch], None, None]:
+def _steps(
+    loader: StatefulDataLoader[Batch], micro_batches: int
+) -> Generator[list[Batch], None, None]:
     batches = iter(loader)
     while True:
         yield [next(batches) for _ in range(micro_batches)]

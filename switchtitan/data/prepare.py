@@ -69,7 +69,9 @@ def prepare_corpus(
     return plan.folder
 
 
-def carry_out(plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS) -> None:
+def carry_out(
+    plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS
+) -> None:
     """Prepares a planned corpus; see `prepare_corpus`."""
     if plan.is_prepared:
         return
@@ -142,7 +144,9 @@ class _Preparation:
     ) -> Progress:
         split = self._streams[progress.stream]
         stream = self._source.open(split, progress.position)
-        batches = read_ahead(text_batches(stream, self._limits, progress.documents, progress.bytes_of_text))
+        batches = read_ahead(
+            text_batches(stream, self._limits, progress.documents, progress.bytes_of_text)
+        )
 
         def advance(batch: TextBatch) -> None:
             in_bytes = self._config.max_documents is None
@@ -170,7 +174,12 @@ class _Preparation:
                 progress.bytes_of_text / 1e6,
             )
         progress = progress.model_copy(
-            update={"stream": progress.stream + 1, "position": None, "documents": 0, "bytes_of_text": 0}
+            update={
+                "stream": progress.stream + 1,
+                "position": None,
+                "documents": 0,
+                "bytes_of_text": 0,
+            }
         )
         self._write_progress(progress)
         return progress
@@ -217,7 +226,11 @@ class _Preparation:
         total: int | None = self._config.max_documents
         initial, unit = progress.documents, "documents"
         if total is None:
-            sizes = [size for size in (self._config.max_bytes, self._source.num_bytes) if size is not None]
+            sizes = [
+                size
+                for size in (self._config.max_bytes, self._source.num_bytes)
+                if size is not None
+            ]
             total, initial, unit = min(sizes, default=None), progress.bytes_of_text, "B"
         return tqdm(
             desc=f"tokenising {self._streams[progress.stream] or ''}".rstrip(),

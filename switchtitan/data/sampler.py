@@ -52,7 +52,13 @@ def permute(offsets: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> 
 
 
 def rank_positions(
-    step: int, micro_batch: int, *, global_batch_size: int, local_batch_size: int, rank: int, num_ranks: int
+    step: int,
+    micro_batch: int,
+    *,
+    global_batch_size: int,
+    local_batch_size: int,
+    rank: int,
+    num_ranks: int,
 ) -> NDArray[np.int64]:
     """Global positions [local_batch_size] of one micro-batch on one rank.
 
@@ -68,7 +74,9 @@ def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
-def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(
+    values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for key in keys:

@@ -90,7 +90,11 @@ def text_batches(
         data = text.encode("utf-8", "replace")
         texts.append(data.decode("utf-8"))
         sizes.append(len(data))
-        documents, num_bytes, batch_bytes = documents + 1, num_bytes + len(data), batch_bytes + len(data)
+        documents, num_bytes, batch_bytes = (
+            documents + 1,
+            num_bytes + len(data),
+            batch_bytes + len(data),
+        )
         if batch_bytes >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
             yield TextBatch(texts, sizes, stream.position())
             texts, sizes, batch_bytes = [], [], 0
@@ -178,7 +182,9 @@ def write_segment(
             for token_ids, size in zip(encoded, batch.num_bytes, strict=True):
                 split = split_of(documents)
                 if split not in writers:
-                    writers[split] = ShardWriter(folder / f"{split}-{progress.segments:05d}.bin", dtype)
+                    writers[split] = ShardWriter(
+                        folder / f"{split}-{progress.segments:05d}.bin", dtype
+                    )
                 num_tokens += writers[split].write(token_ids, tokenizer.eos_id, size)
                 documents, num_bytes = documents + 1, num_bytes + size
             position = batch.position

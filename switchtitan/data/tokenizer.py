@@ -83,7 +83,9 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # The library raises bare Exception.
-        raise CorpusError(f"{file}: not a tokenizer that the tokenizers library reads ({error})") from error
+        raise CorpusError(
+            f"{file}: not a tokenizer that the tokenizers library reads ({error})"
+        ) from error
     return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
 
 
@@ -95,9 +97,7 @@ def fetch_tokenizer(name: str) -> DocumentTokenizer:
     """
     try:
         tokenizer = Tokenizer.from_pretrained(name)
-    except (
-        Exception
-    ) as error:  # The library raises bare Exception; the hub's client raises its transport's errors.
+    except Exception as error:  # The library raises bare Exception; the hub's client raises its transport's errors.
         raise CorpusError(
             f'[data] tokenizer = "{name}": the Hugging Face hub does not give {name}/tokenizer.json '
             f"({error}); expected the "
@@ -133,7 +133,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokeni
     return _document_tokenizer(tokenizer, "the trained tokenizer", TRAINED_EOS)
 
 
-def _document_tokenizer(tokenizer: Tokenizer, where: str, eos_token: str | None) -> DocumentTokenizer:
+def _document_tokenizer(
+    tokenizer: Tokenizer, where: str, eos_token: str | None
+) -> DocumentTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # A document that spells out "</s>" must not end there.

@@ -27,7 +27,11 @@ class CountingMode(TorchDispatchMode, ABC):
         """Counts `result = func(*args, **kwargs)`, an operation of torch's dispatcher."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         # DTensor turns its operations into those of local tensors, which come here next.
         if any(issubclass(kind, DTensor) for kind in types):
@@ -37,7 +41,14 @@ class CountingMode(TorchDispatchMode, ABC):
         return result
 
 
-_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "gather": 1, "scatter": 1}
+_PASSES = {
+    "all_gather": 1,
+    "reduce_scatter": 1,
+    "all_reduce": 2,
+    "broadcast": 1,
+    "gather": 1,
+    "scatter": 1,
+}
 """How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather
 (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
 
@@ -87,8 +98,12 @@ class CountCommunication(CountingMode):
             NotImplementedError: if a collective of another kind was among it.
         """
         if self._unknown:
-            raise NotImplementedError(f"no rule for counting the bytes of {', '.join(sorted(self._unknown))}")
-        return {kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _PASSES}
+            raise NotImplementedError(
+                f"no rule for counting the bytes of {', '.join(sorted(self._unknown))}"
+            )
+        return {
+            kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _PASSES
+        }
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES:

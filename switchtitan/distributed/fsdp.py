@@ -59,12 +59,17 @@ def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 setattr(
-                    module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False)
+                    module,
+                    name,
+                    nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False),
                 )
 
 
 def materialize(
-    model: LanguageModel, device: torch.device, seed: int, initial_weights: Mapping[str, Tensor] | None = None
+    model: LanguageModel,
+    device: torch.device,
+    seed: int,
+    initial_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
@@ -83,11 +88,19 @@ def materialize(
 
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
-        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        plain = [name for name in own if not isinstance(module, Reparametrized) or name in ("weight", "bias")]
+        own = dict(module.named_parameters(recurse=False)) | dict(
+            module.named_buffers(recurse=False)
+        )
+        plain = [
+            name
+            for name in own
+            if not isinstance(module, Reparametrized) or name in ("weight", "bias")
+        ]
         values = {name: plain_value(prefix + name, own[name].shape) for name in plain}
         if isinstance(module, Reparametrized):
-            values |= module.initial_tensors(values["weight"], partial(_generator_for_local, seed, prefix))
+            values |= module.initial_tensors(
+                values["weight"], partial(_generator_for_local, seed, prefix)
+            )
         for name, tensor in own.items():
             copy_from_full_(tensor, values[name])
 
@@ -125,7 +138,11 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         setattr(module, name, None)
     model.to_empty(device=device)
     for module, name, parameter in whole:
-        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+        setattr(
+            module,
+            name,
+            nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False),
+        )
     for name, owner in owners.items():
         setattr(owner, name.rpartition(".")[2], empty_on_host_like(on_host[name]))
 

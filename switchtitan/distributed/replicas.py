@@ -38,7 +38,9 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
     extremes[:, torch.tensor(own_places, device=device)] = torch.stack([values, ~values])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     differ = (extremes[0] != ~extremes[1]).tolist()
-    differing = list(dict.fromkeys(name for name, differs in zip(names, differ, strict=True) if differs))
+    differing = list(
+        dict.fromkeys(name for name, differs in zip(names, differ, strict=True) if differs)
+    )
     if differing:
         raise RanksDisagreeError(
             f"ranks no longer hold the same weights ({abbreviate(differing)}), so what they train is "
@@ -50,7 +52,9 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """A 0-dim int64 that a change of any one value changes, and in all likelihood any other change, of places too."""
-    bits = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(_INTEGERS[tensor.element_size()])
+    bits = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(
+        _INTEGERS[tensor.element_size()]
+    )
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
     # Together each value has an odd factor, of which no bit of the value is lost; products and sums wrap around.
     row_factors = (2 * torch.arange(len(rows), device=rows.device) + 1) * _MULTIPLIERS[0]

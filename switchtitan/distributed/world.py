@@ -57,7 +57,9 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """The main rank's `value`, a picklable object, on all ranks, however long it takes until the main rank has it."""
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.patient_group, device=torch.device("cpu"))
+        dist.broadcast_object_list(
+            values, src=0, group=self.patient_group, device=torch.device("cpu")
+        )
         return values[0]
 
     def synchronize(self) -> None:

@@ -55,10 +55,16 @@ def export_dense(
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
-        raise CheckpointError(f"[model] name = {config.name!r}: transformers has no class for this model")
-    check_shapes(state, parameter_shapes(config), "the model to export", "Export the merged, dense weights.")
+        raise CheckpointError(
+            f"[model] name = {config.name!r}: transformers has no class for this model"
+        )
+    check_shapes(
+        state, parameter_shapes(config), "the model to export", "Export the merged, dense weights."
+    )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; choose another folder or remove it first")
+        raise CheckpointError(
+            f"{folder} exists and is not empty; choose another folder or remove it first"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -125,7 +131,9 @@ def _check_config(file: Path, config: ModelConfig) -> None:
             f"{file} is corrupted ({error!r}); expected the config.json of a {config.name} model"
         ) from error
     if differing:
-        raise CheckpointError(f"{file} describes another model: {'; '.join(differing)}. Adapt [model].")
+        raise CheckpointError(
+            f"{file} describes another model: {'; '.join(differing)}. Adapt [model]."
+        )
 
 
 def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
@@ -153,13 +161,17 @@ def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: i
     if eos_id is not None:
         eos_token = tokenizer.id_to_token(eos_id)
         if eos_token is None:
-            raise CorpusError(f"{tokenizer_file} has no token {eos_id}, given as the end of a document")
+            raise CorpusError(
+                f"{tokenizer_file} has no token {eos_id}, given as the end of a document"
+            )
         settings["eos_token"] = eos_token
     shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(
+    state: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
     shards = _split_into_shards(state, dtype.itemsize, max_shard_bytes)
     file_of: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -177,7 +189,9 @@ def _write_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype, m
         _write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
 
 
-def _split_into_shards(state: dict[str, Tensor], itemsize: int, max_shard_bytes: int) -> list[list[str]]:
+def _split_into_shards(
+    state: dict[str, Tensor], itemsize: int, max_shard_bytes: int
+) -> list[list[str]]:
     """Names in order, cut before a shard exceeds the limit; a tensor above the limit stands alone."""
     shards: list[list[str]] = [[]]
     filled = 0

@@ -85,13 +85,17 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} is corrupted ({error}); fetch it again") from error
-        if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
+        if not isinstance(part, dict) or not all(
+            isinstance(value, Tensor) for value in part.values()
+        ):
             raise CheckpointError(f"{file} is not a state dict; expected tensors by name")
         stored.update({name: value for name, value in part.items() if not _LEFT_OUT.search(name)})
     return stored
 
 
-def _adapted_layer(stored: dict[str, Tensor], layer: str, path: Path) -> tuple[Tensor, Tensor, Tensor]:
+def _adapted_layer(
+    stored: dict[str, Tensor], layer: str, path: Path
+) -> tuple[Tensor, Tensor, Tensor]:
     """`weight`, `lora_A` and `lora_B` of a layer, if their shapes fit."""
     parts = [stored.get(f"{layer}.{name}") for name in ("weight", *_FACTORS)]
     weight, lora_a, lora_b = parts
@@ -121,4 +125,6 @@ def _read_alpha(path: Path) -> float:
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is corrupted ({error!r}); expected lora_alpha = a number") from error
+        raise CheckpointError(
+            f"{file} is corrupted ({error!r}); expected lora_alpha = a number"
+        ) from error

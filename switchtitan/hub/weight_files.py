@@ -47,7 +47,9 @@ def _read_shard_names(index: Path) -> list[str]:
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"expected plain file names, got {names}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}); expected weight_map: name -> file") from error
+        raise CheckpointError(
+            f"{index} is damaged ({error!r}); expected weight_map: name -> file"
+        ) from error
     return names
 
 

@@ -42,7 +42,9 @@ def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
     size, unit = training.global_batch_size, num_ranks * training.local_batch_size
     if size % unit == 0:
         return []
-    multiples = [multiple for multiple in (size // unit * unit, (size // unit + 1) * unit) if multiple]
+    multiples = [
+        multiple for multiple in (size // unit * unit, (size // unit + 1) * unit) if multiple
+    ]
     return [
         f"[training] global_batch_size = {size}: expected a multiple of ranks x local_batch_size "
         f"= {num_ranks} x {training.local_batch_size} = {unit}; write {' or '.join(map(str, multiples))}"
@@ -152,7 +154,9 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
     return problems
 
 
-def check_communication(metrics: MetricsConfig, training: TrainingConfig, num_ranks: int) -> list[str]:
+def check_communication(
+    metrics: MetricsConfig, training: TrainingConfig, num_ranks: int
+) -> list[str]:
     """Bytes can only be counted if there is a step to count and a rank to send them to."""
     if not metrics.communication:
         return []
@@ -190,7 +194,5 @@ def missing_toolchain() -> str | None:
     folder = Path(torch.__file__).parent
     # Inductor does not quote the paths on its linker's command line.
     if " " in str(folder):
-        return (
-            f"on a CPU the linker needs torch in a path without spaces, not {folder}; use another environment"
-        )
+        return f"on a CPU the linker needs torch in a path without spaces, not {folder}; use another environment"
     return None

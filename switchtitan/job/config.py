@@ -10,7 +10,11 @@ from switchtitan.config.section import Section
 from switchtitan.config.shipped import QUICKSTART, find_config
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DataConfig
-from switchtitan.distributed.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from switchtitan.distributed.config import (
+    ActivationCheckpointConfig,
+    CompileConfig,
+    ParallelismConfig,
+)
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
 from switchtitan.job.checks import checks_between_sections
 from switchtitan.job.sections import EvaluationConfig, RunConfig, TrainingConfig

@@ -47,7 +47,9 @@ class Apollo(Method[ApolloConfig]):
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         adamw = require_adamw(config)
-        build_rule = partial(ApolloRule, self.config, adamw, seed=self.seed, compile_step=compile_step)
+        build_rule = partial(
+            ApolloRule, self.config, adamw, seed=self.seed, compile_step=compile_step
+        )
         return build_projected_optimizer(model, self.config, adamw, build_rule)
 
 
@@ -121,7 +123,9 @@ class ApolloRule:
             return
         for weight in self._weights:
             generator = generator_for(self._seed, f"{weight.name}.basis.{number}")
-            values = torch.randn(weight.basis.shape, generator=generator) / weight.basis.shape[1] ** 0.5
+            values = (
+                torch.randn(weight.basis.shape, generator=generator) / weight.basis.shape[1] ** 0.5
+            )
             copy_from_full_(weight.basis, values)
         self._drawn = number
 
@@ -143,7 +147,8 @@ class ApolloRule:
             self._group,
         )
         return [
-            (own[index][0], total) if index in own else _factors(total) for index, total in enumerate(summed)
+            (own[index][0], total) if index in own else _factors(total)
+            for index, total in enumerate(summed)
         ]
 
     def _measure_(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
@@ -192,7 +197,9 @@ def advance_and_measure_(
     exp_avg.lerp_(low_rank_grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(low_rank_grad, low_rank_grad, value=1 - beta2)
     direction = exp_avg / (exp_avg_sq.sqrt() + eps)
-    return torch.stack([matrix.square().sum(dims).reshape(-1) for matrix in (direction, low_rank_grad, grad)])
+    return torch.stack(
+        [matrix.square().sum(dims).reshape(-1) for matrix in (direction, low_rank_grad, grad)]
+    )
 
 
 def _factors(squares: Tensor) -> tuple[Tensor, Tensor]:

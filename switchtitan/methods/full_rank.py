@@ -2,7 +2,13 @@
 
 from typing import ClassVar, Literal
 
-from switchtitan.contracts import LanguageModel, Method, MethodConfig, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import (
+    LanguageModel,
+    Method,
+    MethodConfig,
+    OptimizerConfig,
+    TrainingOptimizer,
+)
 from switchtitan.optim import OPTIMIZERS, trained_parameters
 
 
@@ -20,4 +26,6 @@ class FullRank(Method[FullRankConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, trained_parameters(model, blocks=model.blocks()), compile_step)
+        return OPTIMIZERS.build(
+            config, trained_parameters(model, blocks=model.blocks()), compile_step
+        )

@@ -78,12 +78,18 @@ class GaloreRule:
         coefficient = -step_size * self._config.scale
         if self._left:
             sums = self._rows.sum_and_scatter([project(weight) for weight in self._left])
-            parts = [self._advance_(weight, low) for weight, low in zip(self._left, sums, strict=True)]
+            parts = [
+                self._advance_(weight, low) for weight, low in zip(self._left, sums, strict=True)
+            ]
             for weight, direction in zip(self._left, self._rows.gather(parts), strict=True):
-                local(weight.parameter).addmm_(local(weight.basis), direction, beta=kept, alpha=coefficient)
+                local(weight.parameter).addmm_(
+                    local(weight.basis), direction, beta=kept, alpha=coefficient
+                )
         for weight in self._right:
             direction = self._advance_(weight, project(weight))
-            local(weight.parameter).addmm_(direction, weight.basis.t(), beta=kept, alpha=coefficient)
+            local(weight.parameter).addmm_(
+                direction, weight.basis.t(), beta=kept, alpha=coefficient
+            )
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -127,7 +133,10 @@ def refresh_bases_(weights: list[ProjectedWeight]) -> None:
     queue = iter(weights)
     while round_ := list(islice(queue, num_ranks)):
         if group is None:
-            bases = [leading_singular_vectors(weight.local_grad, weight.basis.shape[1]) for weight in round_]
+            bases = [
+                leading_singular_vectors(weight.local_grad, weight.basis.shape[1])
+                for weight in round_
+            ]
         else:
             bases = _decompose_on_own_ranks(round_, group)
         for weight, basis in zip(round_, bases, strict=True):
@@ -148,7 +157,9 @@ def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
     return vectors * largest.sign()
 
 
-def _decompose_on_own_ranks(weights: list[ProjectedWeight], group: dist.ProcessGroup) -> list[Tensor]:
+def _decompose_on_own_ranks(
+    weights: list[ProjectedWeight], group: dist.ProcessGroup
+) -> list[Tensor]:
     """The whole bases of at most as many weights as there are ranks; the i-th rank decomposes the i-th."""
     own_rank = group.rank()
     gathered = [_gather_rows(weight, owner, group) for owner, weight in enumerate(weights)]
@@ -159,7 +170,9 @@ def _decompose_on_own_ranks(weights: list[ProjectedWeight], group: dist.ProcessG
             bases.append(leading_singular_vectors(grad, weight.basis.shape[1]).contiguous())
         else:
             bases.append(
-                torch.empty(weight.basis.shape, dtype=weight.basis.dtype, device=weight.basis.device)
+                torch.empty(
+                    weight.basis.shape, dtype=weight.basis.dtype, device=weight.basis.device
+                )
             )
     for owner, basis in enumerate(bases):
         dist.broadcast(basis, group=group, group_src=owner)
@@ -172,6 +185,8 @@ def _gather_rows(weight: ProjectedWeight, owner: int, group: dist.ProcessGroup) 
     grad = weight.local_grad
     padded = grad.new_zeros(rows_per_rank(num_rows, group.size()), width)
     padded[: grad.shape[0]] = grad
-    parts = [torch.empty_like(padded) for _ in range(group.size())] if group.rank() == owner else None
+    parts = (
+        [torch.empty_like(padded) for _ in range(group.size())] if group.rank() == owner else None
+    )
     dist.gather(padded, parts, group=group, group_dst=owner)
     return None if parts is None else torch.cat(parts)[:num_rows]

@@ -86,7 +86,9 @@ def loss_of_chunk_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return ((total.log() - at_target) * weights[:, None]).sum()
 
 
-def loss_and_gradient_of_chunk_(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_of_chunk_(
+    logits: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """Like `loss_of_chunk_`, and turns `logits` into the loss' gradient with respect to them, but at the targets.
 
     Returns:
@@ -100,7 +102,9 @@ def loss_and_gradient_of_chunk_(logits: Tensor, targets: Tensor, weights: Tensor
     return ((total.log() - at_target) * weights).sum(), gradient_at_target[:, 0].to(logits.dtype)
 
 
-def _exponentials_(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _exponentials_(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """exp(logit - largest logit) [tokens, vocabulary], their sum, and the exponent at the target, [tokens, 1] each."""
     wide = logits.to(dtype)
     largest = wide.amax(dim=1, keepdim=True)
@@ -161,7 +165,9 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    for rows, left_rows in zip(total.split(_ROWS_PER_PRODUCT), left.split(_ROWS_PER_PRODUCT), strict=True):
+    for rows, left_rows in zip(
+        total.split(_ROWS_PER_PRODUCT), left.split(_ROWS_PER_PRODUCT), strict=True
+    ):
         rows.add_(left_rows @ right)
 
 

@@ -36,7 +36,9 @@ class CrossEntropy:
         self._of_chunk: ChunkLoss = fuse(loss_of_chunk_)
         self._of_chunk_with_gradient: ChunkLossAndGradient = fuse(loss_and_gradient_of_chunk_)
 
-    def __call__(self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1
+    ) -> Tensor:
         """The sum divided by `divisor`, 0-dim.
 
         Args:
@@ -65,7 +67,10 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         targets: [batch, seq]; `IGNORED_TARGET` does not count.
     """
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
+        logits.flatten(0, 1).float(),
+        targets.flatten(),
+        ignore_index=IGNORED_TARGET,
+        reduction="sum",
     )
 
 

@@ -52,12 +52,16 @@ class StepCommunication:
             return
         mib = {kind: count.bytes_sent / 2**20 for kind, count in sent.items()}
         self.mib_per_step = sum(mib.values())
-        self._reporter.report(step, {f"communication/{kind}_mib": value for kind, value in mib.items()})
+        self._reporter.report(
+            step, {f"communication/{kind}_mib": value for kind, value in mib.items()}
+        )
         logger.info(
             "each rank sent %.2f MiB in step %d (ring algorithm): %s",
             self.mib_per_step,
             step,
-            ", ".join(f"{kind} {mib[kind]:.2f} MiB in {count.num_calls}" for kind, count in sent.items()),
+            ", ".join(
+                f"{kind} {mib[kind]:.2f} MiB in {count.num_calls}" for kind, count in sent.items()
+            ),
         )
 
     def results(self) -> dict[str, float | None]:

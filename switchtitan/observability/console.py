@@ -93,11 +93,15 @@ class ConsoleTable:
         """The lines to print for `values` at `step`, by tag; tags without a column are left out."""
         progress = f"{step}/{self._num_steps}".rjust(max(2 * len(str(self._num_steps)) + 1, 4))
         lines = []
-        columns = tuple(column for column in _COLUMNS if column.is_always_shown or column.tag in values)
+        columns = tuple(
+            column for column in _COLUMNS if column.is_always_shown or column.tag in values
+        )
         if "loss/train" in values:
             if columns != self._columns or self._rows_since_header >= self._header_interval:
                 self._columns, self._rows_since_header = columns, 0
-                lines.append(_join("step".rjust(len(progress)), [c.title.rjust(c.width) for c in columns]))
+                lines.append(
+                    _join("step".rjust(len(progress)), [c.title.rjust(c.width) for c in columns])
+                )
             cells = [c.text(values.get(c.tag, math.nan)).rjust(c.width) for c in columns]
             lines.append(_join(progress, cells))
             self._rows_since_header += 1

@@ -35,6 +35,9 @@ def read_curves(run: Path) -> dict[str, Curve]:
             "[metrics] tensorboard = true"
         )
     return {
-        tag: ([event.step for event in events.Scalars(tag)], [event.value for event in events.Scalars(tag)])
+        tag: (
+            [event.step for event in events.Scalars(tag)],
+            [event.value for event in events.Scalars(tag)],
+        )
         for tag in tags
     }

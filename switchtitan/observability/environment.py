@@ -37,7 +37,16 @@ def cpu_name() -> str:
 def commit() -> str | None:
     """The commit of the code that runs, followed by "-dirty" if files differ from it; None outside a git checkout."""
     folder = Path(switchtitan.__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(folder),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

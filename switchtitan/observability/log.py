@@ -43,7 +43,9 @@ class _ConsoleHandler(logging.Handler):
             # Clears a progress bar, if there is one, and draws it again below the line.
             tqdm.write(f"{self._prefix}{severity}{self.format(record)}", file=sys.stdout)
             sys.stdout.flush()
-        except Exception:  # logging's own rule: a record that cannot be written must not end the program
+        except (
+            Exception
+        ):  # logging's own rule: a record that cannot be written must not end the program
             self.handleError(record)
 
 

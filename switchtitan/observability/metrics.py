@@ -79,7 +79,9 @@ class Reporter:
         self._folder = output_dir / TENSORBOARD_FOLDER
         self._results = output_dir / RESULTS_FILE
         self._facts = facts or {}
-        self._writer = TensorBoardWriter(self._folder, start_step) if is_main and config.tensorboard else None
+        self._writer = (
+            TensorBoardWriter(self._folder, start_step) if is_main and config.tensorboard else None
+        )
         if self._writer is not None and description:
             self._writer.write_text("configuration", description, start_step)
         is_drawn = is_main and config.progress_bar and sys.stderr.isatty()
@@ -137,7 +139,11 @@ class Reporter:
             return False
 
     def summary(
-        self, values: Mapping[str, float | None], *, checkpoint: Path | None = None, trace: Path | None = None
+        self,
+        values: Mapping[str, float | None],
+        *,
+        checkpoint: Path | None = None,
+        trace: Path | None = None,
     ) -> None:
         """Prints the closing block: what was reached, how fast, and where everything lies; writes `results.json`.
 
@@ -154,7 +160,10 @@ class Reporter:
         test_loss = values.get("loss/test")
         if test_loss is not None:
             rows.append(("test loss", f"{test_loss:.4f}"))
-        speed, wall_time_s = values.get("throughput/tokens_per_s"), values.get("throughput/wall_time_s")
+        speed, wall_time_s = (
+            values.get("throughput/tokens_per_s"),
+            values.get("throughput/wall_time_s"),
+        )
         since = f" since step {self._start_step}" if self._start_step > 0 else ""
         if speed is not None:
             rows.append(("tokens/s", format_count(speed) + since))
@@ -179,7 +188,9 @@ class Reporter:
 
     def _write_results(self, values: Mapping[str, float | None]) -> None:
         self._results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._results, json.dumps(dict(values) | dict(self._facts), indent=2) + "\n")
+        write_atomically(
+            self._results, json.dumps(dict(values) | dict(self._facts), indent=2) + "\n"
+        )
 
     def close(self) -> None:
         """Releases the files and the terminal."""

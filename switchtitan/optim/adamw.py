@@ -12,7 +12,12 @@ from torch.optim.adamw import adamw
 from switchtitan.contracts import OptimizerConfig
 from switchtitan.distributed.shards import local
 from switchtitan.errors import ConfigError
-from switchtitan.optim.parameters import ParameterGroup, TrainedParameter, lr_metrics, parameter_groups
+from switchtitan.optim.parameters import (
+    ParameterGroup,
+    TrainedParameter,
+    lr_metrics,
+    parameter_groups,
+)
 
 
 class AdamKeys(OptimizerConfig):
@@ -70,17 +75,27 @@ class AdamW:
         self._config, self._lr_factor = config, 1.0
         self._groups = parameter_groups(config, parameters)
         self._parameters = {
-            name: parameter for group in self._groups for name, parameter in group.parameters.items()
+            name: parameter
+            for group in self._groups
+            for name, parameter in group.parameters.items()
         }
-        self._exp_avg = {name: _zeros_like(parameter) for name, parameter in self._parameters.items()}
-        self._exp_avg_sq = {name: _zeros_like(parameter) for name, parameter in self._parameters.items()}
+        self._exp_avg = {
+            name: _zeros_like(parameter) for name, parameter in self._parameters.items()
+        }
+        self._exp_avg_sq = {
+            name: _zeros_like(parameter) for name, parameter in self._parameters.items()
+        }
         self._num_steps = {
-            name: torch.zeros((), device=parameter.device) for name, parameter in self._parameters.items()
+            name: torch.zeros((), device=parameter.device)
+            for name, parameter in self._parameters.items()
         }
-        device = next((parameter.device for parameter in self._parameters.values()), torch.device("cpu"))
+        device = next(
+            (parameter.device for parameter in self._parameters.values()), torch.device("cpu")
+        )
         # Tensors: a compiled update would be compiled again for every Python number.
         self._lrs: list[Tensor | float] = [
-            torch.tensor(group.lr, device=device) if compile_step else group.lr for group in self._groups
+            torch.tensor(group.lr, device=device) if compile_step else group.lr
+            for group in self._groups
         ]
         self._update = _build_update(config, compile_step)
 
@@ -123,9 +138,15 @@ class AdamW:
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` (like the parameter) and `<parameter>.step` (0-dim)."""
-        moments = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "step": self._num_steps}
+        moments = {
+            "exp_avg": self._exp_avg,
+            "exp_avg_sq": self._exp_avg_sq,
+            "step": self._num_steps,
+        }
         return {
-            f"{name}.{key}": tensors[name] for name in self._parameters for key, tensors in moments.items()
+            f"{name}.{key}": tensors[name]
+            for name in self._parameters
+            for key, tensors in moments.items()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -38,7 +38,9 @@ def build_lr_schedule(config: LRScheduleConfig, num_steps: int) -> Callable[[int
         if config.decay == "constant":
             return 1.0
         progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
-        remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        remaining = (
+            1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        )
         return config.min_factor + (1 - config.min_factor) * remaining
 
     return lr_factor

@@ -50,7 +50,9 @@ def trained_parameters(
     ]
 
 
-def parameter_groups(config: OptimizerConfig, parameters: Iterable[TrainedParameter]) -> list[ParameterGroup]:
+def parameter_groups(
+    config: OptimizerConfig, parameters: Iterable[TrainedParameter]
+) -> list[ParameterGroup]:
     """Group parameters by learning rate and weight decay, in the order in which groups first occur."""
     groups: dict[tuple[float, float], ParameterGroup] = {}
     for name, parameter, is_other, _ in parameters:

@@ -27,7 +27,9 @@ class SGDConfig(OptimizerConfig):
     @model_validator(mode="after")
     def _check_nesterov(self) -> "SGDConfig":
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov has no effect with momentum = 0; remove it or increase momentum")
+            raise ValueError(
+                "nesterov has no effect with momentum = 0; remove it or increase momentum"
+            )
         return self
 
 

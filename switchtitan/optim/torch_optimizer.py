@@ -116,7 +116,10 @@ class TorchOptimizer:
         if self._has_started or self._initial_state is not None:
             return
         initial_state = {
-            held: {key: value.clone() if isinstance(value, Tensor) else value for key, value in own.items()}
+            held: {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in own.items()
+            }
             for held, own in self._optimizer.state.items()
         }
         grads = {name: parameter.grad for name, parameter in self._parameters.items()}

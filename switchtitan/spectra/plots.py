@@ -29,7 +29,9 @@ def draw(groups: Mapping[str, GroupSpectra]) -> Figure:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     lines, labels = axes["spectrum"].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
+    figure.legend(
+        lines, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False
+    )
     return figure
 
 

@@ -83,7 +83,9 @@ def read_run_spectra(run: Path, patterns: Sequence[str] = ("*",)) -> RunSpectra:
     metadata = read_metadata(checkpoint)
     measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
     course = {
-        step: summarize({name: spectra[name] for name in select_layers(spectra, patterns)}).effective
+        step: summarize(
+            {name: spectra[name] for name in select_layers(spectra, patterns)}
+        ).effective
         for step, spectra in measured.items()
     }
     spectra = checkpoint_spectra(checkpoint, patterns)

@@ -42,7 +42,9 @@ def drop_spectra_after(folder: Path, step: int) -> None:
 
 def _measurements(folder: Path) -> list[tuple[int, Path]]:
     files = folder.iterdir() if folder.is_dir() else []
-    return sorted((int(match.group(1)), file) for file in files if (match := _FILE.fullmatch(file.name)))
+    return sorted(
+        (int(match.group(1)), file) for file in files if (match := _FILE.fullmatch(file.name))
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -82,7 +82,9 @@ def rank_metrics(spectra: Spectra) -> dict[str, float]:
     """Ranks by TensorBoard tag: means over all layers and over those of each kind, and each layer's own."""
     summary = summarize(spectra)
     of_kinds = {f"rank/effective/{kind}": rank for kind, rank in summary.effective_by_kind.items()}
-    of_layers = {f"rank/effective_by_layer/{name}": rank for name, rank in summary.effective_by_layer.items()}
+    of_layers = {
+        f"rank/effective_by_layer/{name}": rank for name, rank in summary.effective_by_layer.items()
+    }
     means = {"rank/effective_mean": summary.effective, "rank/numerical_mean": summary.numerical}
     return means | of_kinds | of_layers
 

@@ -50,7 +50,9 @@ class Origin:
         """
         model = self._plain_model()
         if self.initial_weights is None:
-            return lambda name, shape: model.initial_value(name, shape, generator_for(self.seed, name))
+            return lambda name, shape: model.initial_value(
+                name, shape, generator_for(self.seed, name)
+            )
         source = Path(self.initial_weights)
         if not source.exists() or fingerprint(source) != self.fingerprint:
             raise CheckpointError(
@@ -130,7 +132,9 @@ def checkpoint_origin(checkpoint: Path) -> Origin:
     metadata = read_metadata(checkpoint)
     job = metadata.identity["job"]
     assert isinstance(job, dict)
-    path, fingerprint = (metadata.train_state.get(key) for key in ("initial_weights", "initial_fingerprint"))
+    path, fingerprint = (
+        metadata.train_state.get(key) for key in ("initial_weights", "initial_fingerprint")
+    )
     return Origin(
         model_config=saved_model_config(checkpoint),
         seed=int(str(job["seed"])),

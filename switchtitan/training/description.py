@@ -33,7 +33,9 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
         "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "data": {"seq_len": config.data.seq_len},
-        "training": config.training.model_dump(mode="json", include={"global_batch_size", "frozen_dtype"}),
+        "training": config.training.model_dump(
+            mode="json", include={"global_batch_size", "frozen_dtype"}
+        ),
         "job": {"seed": config.job.seed},
     }
 
@@ -66,12 +68,18 @@ def describe_run(
 ) -> None:
     """Logs the model, the corpus, the devices, where the run starts from, and what has changed
     since the checkpoint."""
-    counts = [f"{number / 1e6:.2f} M {kind}" for kind, number in count_parameters(model).items() if number]
+    counts = [
+        f"{number / 1e6:.2f} M {kind}" for kind, number in count_parameters(model).items() if number
+    ]
     logger.info("%s: %s", config.job.name, ", ".join(counts))
     logger.info("corpus %s: %s", corpus.name, corpus.description)
     replicate, shard = world.mesh.shape
     logger.info(
-        "%d rank(s) on %s: replicate %d x shard %d", world.size, device_name(world.device), replicate, shard
+        "%d rank(s) on %s: replicate %d x shard %d",
+        world.size,
+        device_name(world.device),
+        replicate,
+        shard,
     )
     if checkpoint is None:
         logger.info("starting a new run in %s", config.job.output_dir)
@@ -99,7 +107,9 @@ def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
     ]
 
 
-def run_facts(config: JobConfig, world: World, model: nn.Module, corpus: Corpus) -> dict[str, object]:
+def run_facts(
+    config: JobConfig, world: World, model: nn.Module, corpus: Corpus
+) -> dict[str, object]:
     """What `results.json` keeps next to the figures: configuration, hardware, versions, corpus,
     sizes."""
     return {

@@ -100,7 +100,9 @@ class Stepper:
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             accumulate_gradients(self.model, is_last_micro_batch=index == len(micro_batches) - 1)
-            tokens, targets, document_ids = (part.to(self.world.device, non_blocking=True) for part in batch)
+            tokens, targets, document_ids = (
+                part.to(self.world.device, non_blocking=True) for part in batch
+            )
             apply_head = partial(self.loss, targets=targets, divisor=num_targets)
             loss = self.model(tokens, document_ids, apply_head)
             loss.backward()

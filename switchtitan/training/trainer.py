@@ -180,7 +180,9 @@ class Trainer:
         self.reporter.advance(step)
         if self.reporter.is_due(step):
             self._report(result.grad_norm)
-        if step % schedule.evaluate_interval == 0 or (is_last and step > schedule.evaluate_interval):
+        if step % schedule.evaluate_interval == 0 or (
+            is_last and step > schedule.evaluate_interval
+        ):
             self.evaluate()
         for hook in self.hooks:
             if hook.is_due(step):
@@ -209,7 +211,9 @@ class Trainer:
         """Evaluates on the test split and writes the results; a run that was stopped before them
         does it when it is resumed."""
         state, device = self.stepper.state, self.stepper.world.device
-        test_loss = None if self.evaluators.test is None else self.evaluators.test(self.stepper.model)
+        test_loss = (
+            None if self.evaluators.test is None else self.evaluators.test(self.stepper.model)
+        )
         if test_loss is not None:
             self.reporter.report(state.step, loss_metrics("test", test_loss))
         values = {
@@ -224,12 +228,17 @@ class Trainer:
         }
         for hook in self.hooks:
             values |= hook.results()
-        self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=self.profiler.trace)
+        self.reporter.summary(
+            values, checkpoint=self.checkpointer.latest, trace=self.profiler.trace
+        )
 
     def _log_resume_hint(self) -> None:
         step, checkpoint = self.stepper.state.step, self.checkpointer.resume_point
         if checkpoint is None:
-            logger.info("stopped at step %d before the first checkpoint; rerunning starts from scratch", step)
+            logger.info(
+                "stopped at step %d before the first checkpoint; rerunning starts from scratch",
+                step,
+            )
         else:
             logger.info("stopped at step %d; the same command resumes from %s", step, checkpoint)
 

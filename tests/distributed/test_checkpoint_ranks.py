@@ -57,7 +57,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def make_checkpointer(folder: str, rank: int, **config: object) -> Checkpointer:
     return Checkpointer(
-        Path(folder), CheckpointConfig(**config), identity={"model": "tiny"}, metadata={}, is_main=rank == 0
+        Path(folder),
+        CheckpointConfig(**config),
+        identity={"model": "tiny"},
+        metadata={},
+        is_main=rank == 0,
     )
 
 
@@ -157,7 +161,10 @@ def save_beside_training(rank: int, folder: str) -> None:
         checkpointer.poll()
     checkpointer.finish()
     if rank == 0:
-        assert sorted(path.name for path in Path(folder).iterdir()) == ["step-000000025", "step-000000030"]
+        assert sorted(path.name for path in Path(folder).iterdir()) == [
+            "step-000000025",
+            "step-000000030",
+        ]
 
 
 def test_training_collectives_and_background_saves_do_not_mix(tmp_path):
@@ -166,7 +173,9 @@ def test_training_collectives_and_background_saves_do_not_mix(tmp_path):
 
 def save_and_refuse(rank: int, folder: str) -> None:
     save_and_change(rank, folder, "split")
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in shard(whole_values(), "split").items()}
+    tensors = {
+        name: torch.zeros_like(tensor) for name, tensor in shard(whole_values(), "split").items()
+    }
     tensors["new"] = tensors.pop("even")
     with pytest.raises(CheckpointError, match="lacks new; it holds even"):
         load_tensors_(Path(folder) / "step-000000003", tensors)

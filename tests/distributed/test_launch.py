@@ -47,7 +47,17 @@ def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess
         "localhost:0",
     ]
     return subprocess.run(
-        [sys.executable, "-m", "switchtitan", "launch", *options, "ranks.py", "--config", "job.toml", *argv],
+        [
+            sys.executable,
+            "-m",
+            "switchtitan",
+            "launch",
+            *options,
+            "ranks.py",
+            "--config",
+            "job.toml",
+            *argv,
+        ],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -111,7 +121,8 @@ def test_ranks_that_succeed_succeed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_nodes", "num_processes", "expected"), [("2", "4", 8), ("1:4", "4", None), ("1", "gpu", None)]
+    ("num_nodes", "num_processes", "expected"),
+    [("2", "4", 8), ("1:4", "4", None), ("1", "gpu", None)],
 )
 def test_ranks_are_counted_where_they_can_be(
     num_nodes: str, num_processes: str, expected: int | None

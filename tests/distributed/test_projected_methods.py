@@ -61,7 +61,9 @@ def compare_with_one_rank(rank: int, num_ranks: int) -> None:
             for key, tensor in split_optimizer.state_dict().items()
         }
         for key, tensor in optimizer.state_dict().items():
-            torch.testing.assert_close(whole[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                whole[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}"
+            )
 
 
 @pytest.mark.distributed

@@ -33,7 +33,8 @@ def reset_and_prune(rank, result_file, num_ranks):
     for name, moment in moments.items():
         # Rounded: equal values, of which ranks must keep the same.
         copy_from_full_(
-            moment, torch.randn(moment.shape, generator=generator_for(1, name)).mul_(4).round_().abs_()
+            moment,
+            torch.randn(moment.shape, generator=generator_for(1, name)).mul_(4).round_().abs_(),
         )
     merge_and_restart_(layer, generator_for(2, "lora_a"))
     for name in ("a", "b"):

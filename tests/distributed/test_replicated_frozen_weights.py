@@ -45,7 +45,11 @@ STRAIGHT = {
     4: {"switchlora": ("switchlora", (*WHOLE, *TWO_BY_TWO)), "rounded": ("switchlora", BF16)},
 }
 # How the frozen weights of a resumed run lie, by number of ranks and how those of the run that saved lay.
-RESUMED = {2: {"shard": WHOLE, "whole": WHOLE}, 1: {"whole": ()}, 4: {"shard": WHOLE, "whole": TWO_BY_TWO}}
+RESUMED = {
+    2: {"shard": WHOLE, "whole": WHOLE},
+    1: {"whole": ()},
+    4: {"shard": WHOLE, "whole": TWO_BY_TWO},
+}
 
 
 def build(folder, method, overrides, num_ranks):
@@ -143,12 +147,15 @@ def runs(corpora):
     folder.mkdir()
     for num_ranks in STRAIGHT:
         run_on_ranks(num_ranks, run_all, folder, num_ranks)
-    return {num_ranks: torch.load(folder / f"{num_ranks}.pt") for num_ranks in STRAIGHT} | {"folder": folder}
+    return {num_ranks: torch.load(folder / f"{num_ranks}.pt") for num_ranks in STRAIGHT} | {
+        "folder": folder
+    }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("num_ranks", "name"), [(n, name) for n in STRAIGHT for name in STRAIGHT[n] if (n, name) != (1, "whole")]
+    ("num_ranks", "name"),
+    [(n, name) for n in STRAIGHT for name in STRAIGHT[n] if (n, name) != (1, "whole")],
 )
 def test_whole_frozen_weights_train_as_shards_on_one_rank_do(runs, num_ranks, name):
     one, several = runs[1][name], runs[num_ranks][name]
@@ -172,7 +179,9 @@ def test_on_one_rank_keeping_weights_whole_changes_no_bit(runs):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "saved"), [(n, saved) for n in RESUMED for saved in RESUMED[n]])
+@pytest.mark.parametrize(
+    ("num_ranks", "saved"), [(n, saved) for n in RESUMED for saved in RESUMED[n]]
+)
 def test_a_run_goes_on_however_the_one_that_saved_kept_its_frozen_weights(runs, num_ranks, saved):
     straight = runs[2]["switchlora"]["losses"][SAVED_STEP:]
     resumed = runs[num_ranks][f"resumed-{saved}"]["losses"]

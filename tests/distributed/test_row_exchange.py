@@ -40,12 +40,16 @@ SHAPES = [(11, 3), (6, 5), (3, 7), (1, 2)]
 
 def bits(tensor: Tensor) -> Tensor:
     """The bit patterns: nan equals itself, and -0.0 differs from 0.0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.contiguous().view(
+        {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
 
 
 def draw(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]), dtype=dtype)
-    values.view(-1)[min(2, values.numel() - 1)] = torch.finfo(dtype).smallest_normal / 3  # a denormal
+    values.view(-1)[min(2, values.numel() - 1)] = (
+        torch.finfo(dtype).smallest_normal / 3
+    )  # a denormal
     values[0, 0] = -0.0
     values[-1, -1] = math.nan
     values[shape[0] // 2, 1] = -math.inf
@@ -80,14 +84,16 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
     spans = [spans_of(len(value)) for value in wholes]
     exchange = RowExchange(shard_group(tensors[0]), torch.device("cpu"))
     requests = [
-        RowRequest(ShardedRows(tensor), wanted) for tensor, wanted in zip(tensors, spans, strict=True)
+        RowRequest(ShardedRows(tensor), wanted)
+        for tensor, wanted in zip(tensors, spans, strict=True)
     ]
     with CountCommunication() as communication:
         gathered = exchange.gather(requests, checksum=0x7FFFFFFF)
     assert sum(count.num_calls for count in communication.counts.values()) == 1, "for all types"
     exchange.check()
     expected = [
-        value[[row for span in wanted for row in span]] for value, wanted in zip(wholes, spans, strict=True)
+        value[[row for span in wanted for row in span]]
+        for value, wanted in zip(wholes, spans, strict=True)
     ]
     for rows, wanted in zip(gathered, expected, strict=True):
         assert rows.dtype == wanted.dtype
@@ -98,7 +104,9 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
         for value, tensor in zip(wholes, tensors, strict=True)
     ]
     for rows, value in zip(exchange.gather(parts, checksum=2), wholes, strict=True):
-        assert torch.equal(bits(rows), bits(value)), "of plain tensors, each rank fills in what it holds"
+        assert torch.equal(bits(rows), bits(value)), (
+            "of plain tensors, each rank fills in what it holds"
+        )
 
     new = [-2 * rows - 1 for rows in gathered]
     for dtype in dtypes:
@@ -110,7 +118,9 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
         )
     for value, tensor, wanted, rows in zip(wholes, tensors, spans, new, strict=True):
         value[[row for span in wanted for row in span]] = rows
-        again = exchange.gather([RowRequest(ShardedRows(tensor), (range(len(value)),))], checksum=1)[0]
+        again = exchange.gather(
+            [RowRequest(ShardedRows(tensor), (range(len(value)),))], checksum=1
+        )[0]
         assert torch.equal(bits(again), bits(value))
 
 
@@ -120,7 +130,9 @@ def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
     exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
     exchange.check()
     # One rank is a step ahead, and asks for more rows.
-    exchange.gather([RowRequest(ShardedRows(tensor), (range(2 + (rank == 2)),))], checksum=7 + (rank == 2))
+    exchange.gather(
+        [RowRequest(ShardedRows(tensor), (range(2 + (rank == 2)),))], checksum=7 + (rank == 2)
+    )
     exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
     with pytest.raises(RanksDisagreeError, match="ranks disagree"):
         exchange.check()
@@ -151,7 +163,9 @@ def check_evaluation(trainer: Trainer, alone: nn.Module, config: JobConfig) -> N
         logits = alone(tokens[:, :-1], documents).double()
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     # fp32 logits of other batches: roundings of 6e-8 in each of some ten operations.
-    assert trainer.evaluators.validation(trainer.stepper.model) == pytest.approx(expected.item(), rel=1e-6)
+    assert trainer.evaluators.validation(trainer.stepper.model) == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 def count_collectives(part: Callable[[], object]) -> Counter[str]:

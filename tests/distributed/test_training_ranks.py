@@ -44,13 +44,17 @@ def train_in_layout(rank, folder, layout):
     for name, (method, keys) in RUNS.items():
         overrides = (*keys, *placement)
         home = folder / layout / name
-        results[name] = train(home, method, overrides, num_ranks, NUM_STEPS, is_saved=layout == "two")
+        results[name] = train(
+            home, method, overrides, num_ranks, NUM_STEPS, is_saved=layout == "two"
+        )
         if layout in RESUMED_IN:
             copy = folder / layout / f"{name} resumed"
             if rank == 0:
                 shutil.copytree(folder / "two" / name, copy)
             dist.barrier()
-            results[f"{name} resumed"] = train(copy, method, overrides, num_ranks, NUM_STEPS - SAVED_STEP)
+            results[f"{name} resumed"] = train(
+                copy, method, overrides, num_ranks, NUM_STEPS - SAVED_STEP
+            )
         if name in VARIANTS:
             home = folder / layout / f"{name} still"
             still = train(home, method, (*overrides, *STILL), num_ranks, NUM_STILL_STEPS)
@@ -63,7 +67,11 @@ def train_in_layout(rank, folder, layout):
 
 def train(folder, method, overrides, num_ranks, num_steps, is_saved=False):
     trainer = tiny_trainer(folder, method, *overrides, num_ranks=num_ranks)
-    stepper, first_step, initial = trainer.stepper, trainer.stepper.state.step, whole_tensors(trainer)
+    stepper, first_step, initial = (
+        trainer.stepper,
+        trainer.stepper.state.step,
+        whole_tensors(trainer),
+    )
     on_host: list[int] = []
     if isinstance(stepper.model.call_block, CallWithInputOnHost):
         stepper.model.model.norm.register_forward_hook(
@@ -106,7 +114,9 @@ def test_any_number_of_ranks_starts_and_trains_alike(runs, name):
         assert several["initial"].keys() == one["initial"].keys()
         for key, tensor in one["initial"].items():
             assert torch.equal(several["initial"][key], tensor), (layout, key)
-        assert several["losses"] == pytest.approx(one["losses"], rel=RELATIVE_LOSS_TOLERANCE), layout
+        assert several["losses"] == pytest.approx(one["losses"], rel=RELATIVE_LOSS_TOLERANCE), (
+            layout
+        )
         assert several["final"].keys() == one["final"].keys()
         for key, tensor in one["final"].items():
             if not tensor.is_floating_point() or key.startswith("optimizer.switch."):
@@ -146,7 +156,9 @@ def test_every_layer_switched_in_every_layout(runs, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_vectors_switched_in_and_out_are_the_same_bits_on_any_number_of_ranks(runs, name):
     one = runs["one"][f"{name} still"]
-    assert one["final"]["optimizer.switch.num_switched"].min() == 14, "candidates of small layers came back"
+    assert one["final"]["optimizer.switch.num_switched"].min() == 14, (
+        "candidates of small layers came back"
+    )
     for layout in LAYOUTS:
         several, num_changed = runs[layout][f"{name} still"], 0
         for key, tensor in one["final"].items():

@@ -144,16 +144,24 @@ def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_othe
     report = tmp_path / "out" / "reports" / "grid"
     with (report / "runs.csv").open() as lines:
         runs = list(csv.DictReader(lines))
-    assert len(runs) == len({run["row"] + run["learning_rate"] + run["seed"] for run in runs}) == NUM_RUNS
+    assert (
+        len(runs)
+        == len({run["row"] + run["learning_rate"] + run["seed"] for run in runs})
+        == NUM_RUNS
+    )
     assert [run for run in runs if run["diverged"] == "True"] == [
         run for run in runs if run["row"] == "thin" and run["learning_rate"] == "1e+30"
     ]
     results = json.loads((report / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert results["num_runs_finished"] == results["num_runs"] == NUM_RUNS
-    chosen = min((run for run in runs if run["row"] == "thin" and run["seed"] == "1"), key=validation_loss)
+    chosen = min(
+        (run for run in runs if run["row"] == "thin" and run["seed"] == "1"), key=validation_loss
+    )
     assert {row["rate"] for row in rows.values()} == {float(chosen["learning_rate"])}
-    of_thin = [float(run["test_loss"]) for run in runs if run["row"] == "thin" and run["stage"] == "report"]
+    of_thin = [
+        float(run["test_loss"]) for run in runs if run["row"] == "thin" and run["stage"] == "report"
+    ]
     assert rows["thin"]["loss"]["mean"] == pytest.approx(sum(of_thin) / 2)
     measured = rows["full_rank"]["measured"]
     assert measured["step_ratio_low"] <= measured["step_ratio"] <= measured["step_ratio_high"]

@@ -39,7 +39,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     with (REPOSITORY / "pyproject.toml").open("rb") as project:
-        checksum = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True, check=True).stdout
+        checksum = subprocess.run(
+            ["cksum"], stdin=project, capture_output=True, text=True, check=True
+        ).stdout
     (folder / ".switchtitan-installed-plain").write_text(f"{checksum.strip()} {REPOSITORY}\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return {**inherited, "VIRTUAL_ENV": str(folder), "OMP_NUM_THREADS": "1", "NGPU": "1"}
@@ -84,7 +86,14 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
 ) -> None:
     folder = corpora / "a user's folder"
     config = write_config(folder)
-    watch = ["--metrics.tensorboard", "true", "--profiler.enabled", "true", "--profiler.start_step", "3"]
+    watch = [
+        "--metrics.tensorboard",
+        "true",
+        "--profiler.enabled",
+        "true",
+        "--profiler.start_step",
+        "3",
+    ]
     output = folder / "run"
 
     first = run_train(environment, folder, "--config", str(config), *watch)
@@ -161,7 +170,9 @@ def finished(corpora: Path) -> Path:
     """The configuration of a run that is done; bad input must leave its folder as it is."""
     config = write_config(corpora / "finished")
     train.main(["--config", str(config)])
-    configure_logging(is_main=True)  # closes the run's log file, which the end of the process would do
+    configure_logging(
+        is_main=True
+    )  # closes the run's log file, which the end of the process would do
     return config
 
 
@@ -169,16 +180,28 @@ ELSEWHERE = ["--job.output_dir", "another/run"]
 NO_CORPUS_YET = ["--data.cache_dir", "no_corpora"]
 
 MISTAKES = {
-    "a misspelt key": (["--training.step", "9"], ["--training.step 9: unknown key; did you mean steps?"]),
-    "a misspelt section": (["--trainning.steps", "9"], ["--trainning.steps 9", "did you mean", "training"]),
+    "a misspelt key": (
+        ["--training.step", "9"],
+        ["--training.step 9: unknown key; did you mean steps?"],
+    ),
+    "a misspelt section": (
+        ["--trainning.steps", "9"],
+        ["--trainning.steps 9", "did you mean", "training"],
+    ),
     "a misspelt choice": (
         ["--method.decay", "sigmoidal"],
         ["--method.decay sigmoidal", 'did you mean "sigmoid"'],
     ),
     "a wrong type": (["--training.steps", "many"], ["--training.steps many: expected an integer"]),
-    "a rank as large as a layer": (["--method.rank", "10"], ["[method] rank = 10", "a rank of at most 9"]),
+    "a rank as large as a layer": (
+        ["--method.rank", "10"],
+        ["[method] rank = 10", "a rank of at most 9"],
+    ),
     "rank 1": (["--method.rank", "1"], ["[method]", "rank = 1 never switches", "at least 2"]),
-    "an interval within the freeze": (["--method.interval", "3"], ["interval = 3", "2 * freeze_steps = 4"]),
+    "an interval within the freeze": (
+        ["--method.interval", "3"],
+        ["interval = 3", "2 * freeze_steps = 4"],
+    ),
     "a batch that does not divide": (
         ["--training.global_batch_size", "7"],
         ["[training] global_batch_size = 7", "write 6 or 8"],
@@ -206,10 +229,17 @@ MISTAKES = {
     ),
     "another model's checkpoint": (
         ["--model.intermediate_size", "30"],
-        ["belongs to another run", "model.intermediate_size: saved with 28, now 30", "[job] output_dir"],
+        [
+            "belongs to another run",
+            "model.intermediate_size: saved with 28, now 30",
+            "[job] output_dir",
+        ],
     ),
     "another rank's checkpoint": (["--method.rank", "5"], ["method.rank: saved with 6, now 5"]),
-    "another corpus's checkpoint": (["--data.max_bytes", "150000"], ["corpus.name: saved with 'pystdlib-"]),
+    "another corpus's checkpoint": (
+        ["--data.max_bytes", "150000"],
+        ["corpus.name: saved with 'pystdlib-"],
+    ),
     "flash_attn on a CPU": (
         ["--model.attention", "flash_attn"],
         ["[model] attention = 'flash_attn'", "CUDA"],
@@ -254,7 +284,9 @@ def test_a_mistake_gets_one_message_and_changes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_another_methods_checkpoint_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_methods_checkpoint_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(finished.parent, "lora")
     before = contents(finished.parent)
     with pytest.raises(SystemExit) as stopped:
@@ -285,7 +317,13 @@ def test_the_script_answers_a_misspelt_key_with_status_2(
 ) -> None:
     before = contents(finished.parent)
     done = run_train(
-        environment, finished.parent, "--config", str(finished), "--training.step", "9", NGPU=num_ranks
+        environment,
+        finished.parent,
+        "--config",
+        str(finished),
+        "--training.step",
+        "9",
+        NGPU=num_ranks,
     )
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
@@ -314,7 +352,9 @@ def test_an_unreachable_hub_is_an_error_unless_an_offline_corpus_is_named(
     arguments = ["--config", str(finished), "--data.dataset", "c4", "--data.tokenizer", "t5-base"]
     arguments += ["--data.vocab_size", "none", "--model.vocab_size", "32100"]
     arguments += ["--job.output_dir", "outputs/c4", "--data.cache_dir", "corpora"]
-    done = run_train(environment, tmp_path, *arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
+    done = run_train(
+        environment, tmp_path, *arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub")
+    )
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout
     assert '[data] dataset "c4" with tokenizer "t5-base": the Hugging Face hub' in done.stdout

@@ -34,13 +34,21 @@ class Machine:
         self.path = folder / "bin"
         self.path.mkdir()
         for tool in ("bash", "sh", "cksum", "cp", "dirname", "flock", "mkdir", "sleep"):
-            (self.path / tool).symlink_to(shutil.which(tool) or pytest.skip(f"no {tool} on this machine"))
+            (self.path / tool).symlink_to(
+                shutil.which(tool) or pytest.skip(f"no {tool} on this machine")
+            )
         self.environment = {}
 
     def add_python(self, file="python3", **answers):
         file = self.path / file
         file.parent.mkdir(parents=True, exist_ok=True)
-        defaults = {"version": "3.12.1", "is_too_old": 0, "lacks_venv": 0, "pip_s": 0, "pip_status": 0}
+        defaults = {
+            "version": "3.12.1",
+            "is_too_old": 0,
+            "lacks_venv": 0,
+            "pip_s": 0,
+            "pip_status": 0,
+        }
         file.write_text(FAKE_PYTHON.format(log=self.log, **(defaults | answers)))
         file.chmod(0o755)
 
@@ -90,7 +98,9 @@ def test_what_the_tests_need_includes_what_a_run_needs_and_not_the_reverse(machi
         str(machine.project / "scripts/setup_env.sh"),
     ]
     for extra, num_installations in (("", 1), ("dev", 2), ("", 2)):
-        subprocess.run([*command, extra], env={"PATH": str(machine.path)}, check=True, capture_output=True)
+        subprocess.run(
+            [*command, extra], env={"PATH": str(machine.path)}, check=True, capture_output=True
+        )
         assert len(machine.calls("-m pip install")) == num_installations
     assert machine.calls("-m pip install")[-1].endswith(f"{machine.project}[dev]")
 
@@ -128,7 +138,10 @@ def test_a_newer_python_is_found_next_to_an_old_one(machine):
     [
         ({"is_too_old": 1}, "error: no Python 3.10 or newer found; install one, or set PYTHON="),
         ({"lacks_venv": 1}, "error: python3 has no venv module; install it"),
-        ({"pip_status": 1}, "error: the installation failed (see above); fix the cause and run this again"),
+        (
+            {"pip_status": 1},
+            "error: the installation failed (see above); fix the cause and run this again",
+        ),
     ],
 )
 def test_what_cannot_be_set_up_is_said_and_tried_again_the_next_time(machine, answers, message):
@@ -170,7 +183,10 @@ def test_run_train_refuses_a_bad_environment(machine, environment, expected):
     [
         ({"NGPU": "1"}, "-m switchtitan train --config my file.toml"),
         ({"NGPU": "2"}, "-m switchtitan launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
-        ({"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"}, "--node_rank 1 "),
+        (
+            {"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"},
+            "--node_rank 1 ",
+        ),
     ],
 )
 def test_run_train_starts_the_right_command(machine, environment, command):
@@ -187,6 +203,8 @@ def test_a_python_that_the_user_names_makes_the_environment(machine, tmp_path):
     assert os.access(machine.project / ".venv/bin/python", os.X_OK)
 
 
-@pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"]
+)
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", script], cwd=REPOSITORY, check=True)

@@ -31,7 +31,10 @@ def folder(tmp_path_factory):
         shutil.copy(REPOSITORY / name, source)
     for name in ("switchtitan", "train_configs"):
         shutil.copytree(
-            REPOSITORY / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            REPOSITORY / name,
+            source / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
@@ -46,9 +49,13 @@ def folder(tmp_path_factory):
         text=True,
         check=True,
     )
-    (Path(found.stdout.strip()) / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    (Path(found.stdout.strip()) / "dependencies.pth").write_text(
+        "\n".join(site.getsitepackages()) + "\n"
+    )
     (file,) = folder.glob("*.whl")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", file], check=True)
+    subprocess.run(
+        [*pip, "--python", python, "install", "--no-deps", "--no-index", file], check=True
+    )
     return folder
 
 

@@ -33,7 +33,9 @@ def draw_model(dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = Non
     return model
 
 
-def draw_gradients(num_steps: int, dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Tensor]]:
+def draw_gradients(
+    num_steps: int, dtype: torch.dtype = torch.float32
+) -> Iterator[dict[str, Tensor]]:
     """Gradients of every parameter for each step: a part that lasts and noise, of sizes that rise and fall tenfold.
 
     What lasts has singular values that lie 30 % apart, so that singular vectors are well-determined.
@@ -55,7 +57,9 @@ def draw_gradients(num_steps: int, dtype: torch.dtype = torch.float32) -> Iterat
         yield {name: (value + 0.1 * draw(*value.shape)) * size for name, value in lasting.items()}
 
 
-def give_gradients(model: nn.Module, gradients: dict[str, Tensor], mesh: DeviceMesh | None = None) -> None:
+def give_gradients(
+    model: nn.Module, gradients: dict[str, Tensor], mesh: DeviceMesh | None = None
+) -> None:
     for name, parameter in model.named_parameters():
         parameter.grad = _placed(gradients[name].clone(), mesh)
 

@@ -54,7 +54,9 @@ def run_on_ranks(
         errors = sorted(Path(folder).glob("error-*"))
         assert not errors, "\n".join(path.read_text() for path in errors)
         codes = [process.exitcode for process in ranks]
-        assert codes == [0] * num_ranks, f"exit codes {codes}: a rank hung for {timeout_s} s or died"
+        assert codes == [0] * num_ranks, (
+            f"exit codes {codes}: a rank hung for {timeout_s} s or died"
+        )
 
 
 def _join(ranks: list, timeout_s: float) -> None:

@@ -24,11 +24,13 @@ def build_layer(
         scale,
         balanced_candidates_init,
         buffers={
-            name: LayerBuffer(shape) for name, shape in candidate_shapes(out_features, in_features).items()
+            name: LayerBuffer(shape)
+            for name, shape in candidate_shapes(out_features, in_features).items()
         },
     )
     weight = (
-        torch.randn(out_features, in_features, generator=generator_for(seed, "weight")) / in_features**0.5
+        torch.randn(out_features, in_features, generator=generator_for(seed, "weight"))
+        / in_features**0.5
     )
     values = layer.initial_tensors(weight, partial(generator_for, seed))
     layer.load_state_dict(values)

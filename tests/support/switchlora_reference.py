@@ -21,7 +21,9 @@ class ReferenceLayer(nn.Module):
         resets: whose moments a switch resets: "counterpart", "both" or "none"; or "momentum", the counterpart's first alone.
     """
 
-    def __init__(self, weight, candidates_a, candidates_b, rank, scale, puts_back=True, resets="counterpart"):
+    def __init__(
+        self, weight, candidates_a, candidates_b, rank, scale, puts_back=True, resets="counterpart"
+    ):
         super().__init__()
         self.puts_back, self.resets = puts_back, resets
         self.rank, self.scale, self.num_candidates = rank, scale, min(weight.shape)
@@ -96,7 +98,13 @@ class ReferenceLayer(nn.Module):
         """AdamW on each vector by itself, then a step of its rest is over."""
         for i in range(self.rank):
             for vector, gradient, moments, steps, rest in (
-                (self.A[i], self.A.grad[i], [m[i] for m in self.moments_a], self.steps_a, self.rest_a),
+                (
+                    self.A[i],
+                    self.A.grad[i],
+                    [m[i] for m in self.moments_a],
+                    self.steps_a,
+                    self.rest_a,
+                ),
                 (
                     self.B[:, i],
                     self.B.grad[:, i],
@@ -122,8 +130,15 @@ class ReferenceLayer(nn.Module):
 class ReferenceSwitchLora:
     """One step for all layers; the rest is trained by torch's AdamW."""
 
-    def __init__(self, layers, others, *, rates, interval, freeze_steps, lr, betas, eps, weight_decay):
-        self.layers, self.rates, self.interval, self.freeze_steps = layers, rates, interval, freeze_steps
+    def __init__(
+        self, layers, others, *, rates, interval, freeze_steps, lr, betas, eps, weight_decay
+    ):
+        self.layers, self.rates, self.interval, self.freeze_steps = (
+            layers,
+            rates,
+            interval,
+            freeze_steps,
+        )
         self.hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.dense = torch.optim.AdamW(others, foreach=False, **self.hyper)
         self.step_number = 0
@@ -135,12 +150,15 @@ class ReferenceSwitchLora:
         for index, layer in enumerate(self.layers):
             phase = (index + 0.5) / GOLDEN_RATIO % 1
             before, after = (
-                layer.rank / self.interval * math.fsum(self.rates[:end]) + phase for end in (t, t + 1)
+                layer.rank / self.interval * math.fsum(self.rates[:end]) + phase
+                for end in (t, t + 1)
             )
             self.num_switched[index] += layer.switch(
                 math.floor(after) - math.floor(before), self.freeze_steps
             )
-        self.last_resting = sum(rest > 0 for layer in self.layers for rest in layer.rest_a + layer.rest_b)
+        self.last_resting = sum(
+            rest > 0 for layer in self.layers for rest in layer.rest_a + layer.rest_b
+        )
         for layer in self.layers:
             layer.update(**self.hyper)
         self.dense.step()
@@ -166,4 +184,6 @@ def constant_candidates(seed, name, num_candidates, width, bound):
         [((output >> 40) ^ 2**23) - 2**23 for output in splitmix64_outputs(slot_key, width)]
         for slot_key in splitmix64_outputs(key, num_candidates)
     ]
-    return torch.tensor(rows, dtype=torch.float32) * (torch.tensor(bound, dtype=torch.float32) / 2**23)
+    return torch.tensor(rows, dtype=torch.float32) * (
+        torch.tensor(bound, dtype=torch.float32) / 2**23
+    )

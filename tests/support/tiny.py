@@ -104,7 +104,9 @@ def tiny_stepper(config: JobConfig) -> Stepper:
 
 def train_steps(trainer: Trainer, num_steps: int) -> list[float]:
     """Runs `num_steps` steps; returns the mean loss over all ranks of each."""
-    return [trainer.stepper.world.mean(trainer.stepper.step().loss).item() for _ in range(num_steps)]
+    return [
+        trainer.stepper.world.mean(trainer.stepper.step().loss).item() for _ in range(num_steps)
+    ]
 
 
 def whole_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:

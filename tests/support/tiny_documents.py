@@ -5,13 +5,28 @@ import json
 import random
 from pathlib import Path
 
-WORDS = ["alpha", "beta", "gamma", "épsilon", "ζeta", "日本", "naïve", "🙂", "if", "the", "of\tand\r\nnext"]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "épsilon",
+    "ζeta",
+    "日本",
+    "naïve",
+    "🙂",
+    "if",
+    "the",
+    "of\tand\r\nnext",
+]
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
     """Documents of 5 to 40 words, some of them not ASCII, with line ends of both kinds."""
     draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(5, 40))) + f" #{number}\n" for number in range(count)]
+    return [
+        " ".join(draw.choices(WORDS, k=draw.randint(5, 40))) + f" #{number}\n"
+        for number in range(count)
+    ]
 
 
 def write_json_lines(file: Path, documents: list[str], key: str = "text") -> None:

@@ -41,17 +41,27 @@ class Command:
 def add_configs(parser: argparse.ArgumentParser) -> None:
     """The configurations to put side by side, for `sides.load_sides`."""
     parser.add_argument(
-        "configs", nargs="+", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
+        "configs",
+        nargs="+",
+        metavar="CONFIG",
+        help="FILE or FILE:section.key=value,section.key=value",
     )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The one configuration to measure, for `sides.load_sides`."""
-    parser.add_argument("config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
+    )
 
 
 def add_rounds(
-    parser: argparse.ArgumentParser, *, rounds: int, per_round: int, unit: str, meaning: str | None = None
+    parser: argparse.ArgumentParser,
+    *,
+    rounds: int,
+    per_round: int,
+    unit: str,
+    meaning: str | None = None,
 ) -> None:
     """How long to measure: `--rounds` and `--<unit>-per-round`.
 

@@ -63,7 +63,9 @@ def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: i
         times.stall_s.append(stall_s + _seconds(background.finish))
 
     def save_waiting() -> None:
-        times.synchronous_s.append(_seconds(lambda: waiting.save(stepper.state.step, tensors(), {})))
+        times.synchronous_s.append(
+            _seconds(lambda: waiting.save(stepper.state.step, tensors(), {}))
+        )
 
     for _ in range(_WARM_UP_STEPS):
         stepper.step()
@@ -110,7 +112,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="saves of each kind; an even number is fair (default: 4)",
     )
     parser.add_argument(
-        "--steps", type=positive_int, default=5, help="steps without a save before each save (default: 5)"
+        "--steps",
+        type=positive_int,
+        default=5,
+        help="steps without a save before each save (default: 5)",
     )
 
 

@@ -40,15 +40,21 @@ class Case:
         """Floating-point operations of forward and backward, that of x included."""
         if name == _FULL_RANK:
             return 6 * self.out_features * self.in_features * self.num_tokens
-        return num_flops(BY_NAME[name], self.out_features, self.in_features, self.rank, self.num_tokens)
+        return num_flops(
+            BY_NAME[name], self.out_features, self.in_features, self.rank, self.num_tokens
+        )
 
     @property
     def chosen(self) -> str:
         """The contraction that the layer takes."""
-        return cheapest_contraction(self.out_features, self.in_features, self.rank, self.num_tokens).__name__
+        return cheapest_contraction(
+            self.out_features, self.in_features, self.rank, self.num_tokens
+        ).__name__
 
     def __str__(self) -> str:
-        return f"[{self.out_features}, {self.in_features}] rank {self.rank}, {self.num_tokens} tokens"
+        return (
+            f"[{self.out_features}, {self.in_features}] rank {self.rank}, {self.num_tokens} tokens"
+        )
 
 
 def time_layer(
@@ -69,12 +75,16 @@ def time_layer(
     frozen = weight.detach()
 
     def forward_backward(
-        layer: Callable[..., Tensor], arguments: tuple[Tensor | float, ...], trained: tuple[Tensor, ...]
+        layer: Callable[..., Tensor],
+        arguments: tuple[Tensor | float, ...],
+        trained: tuple[Tensor, ...],
     ) -> None:
         torch.autograd.grad(layer(*arguments), trained, grad)
 
     def side(
-        function: Callable[..., Tensor], arguments: tuple[Tensor | float, ...], trained: tuple[Tensor, ...]
+        function: Callable[..., Tensor],
+        arguments: tuple[Tensor | float, ...],
+        trained: tuple[Tensor, ...],
     ) -> Callable[[], None]:
         layer = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
         return lambda: forward_backward(layer, arguments, trained)
@@ -95,10 +105,18 @@ def excess_of_choice(case: Case, times: dict[str, NDArray[np.float64]]) -> tuple
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = parser.add_mutually_exclusive_group()
     shapes.add_argument(
-        "--model-size", choices=tuple(SIZES), default="60m", help="whose adapted layers (default: 60m)"
+        "--model-size",
+        choices=tuple(SIZES),
+        default="60m",
+        help="whose adapted layers (default: 60m)",
     )
     shapes.add_argument(
-        "--shape", dest="shapes", nargs="+", type=_shape, metavar="OUTxIN", help="instead of a model's"
+        "--shape",
+        dest="shapes",
+        nargs="+",
+        type=_shape,
+        metavar="OUTxIN",
+        help="instead of a model's",
     )
     parser.add_argument(
         "--rank",
@@ -150,7 +168,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
             "excess_of_choice_interval_95": [excess.low, excess.high],
         }
     return Measurement(
-        [*aligned(table), *cost], {"dtype": options.dtype, "compiled": options.compile, "layers": record}
+        [*aligned(table), *cost],
+        {"dtype": options.dtype, "compiled": options.compile, "layers": record},
     )
 
 
@@ -172,7 +191,9 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             )
     return [
         Case(out_features, in_features, rank, num_tokens)
-        for (out_features, in_features), rank, num_tokens in itertools.product(shapes, ranks, options.tokens)
+        for (out_features, in_features), rank, num_tokens in itertools.product(
+            shapes, ranks, options.tokens
+        )
     ]
 
 
@@ -181,12 +202,21 @@ def _rows(case: Case, times: dict[str, NDArray[np.float64]]) -> list[tuple[str, 
     rows: list[tuple[str, ...]] = []
     for name, of_way in times.items():
         median_s = float(np.median(of_way))
-        ratio, interval = ("1", "") if name == _FULL_RANK else ratio_cells(ratio_of_rounds(of_way, reference))
+        ratio, interval = (
+            ("1", "") if name == _FULL_RANK else ratio_cells(ratio_of_rounds(of_way, reference))
+        )
         flops_ratio = f"{case.flops(name) / case.flops(_FULL_RANK):.3f}"
         gflop_per_s = f"{case.flops(name) / median_s / 1e9:.4g}"
         mark = " (chosen)" if name == case.chosen else ""
         rows.append(
-            (milliseconds(median_s), ratio, interval, flops_ratio, gflop_per_s, f"{case}: {name}{mark}")
+            (
+                milliseconds(median_s),
+                ratio,
+                interval,
+                flops_ratio,
+                gflop_per_s,
+                f"{case}: {name}{mark}",
+            )
         )
     return rows
 

@@ -7,7 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config, add_rounds
+from switchtitan.benchmark.commands.command import (
+    Command,
+    Measurement,
+    Overrides,
+    add_config,
+    add_rounds,
+)
 from switchtitan.benchmark.side_by_side import time_steps_side_by_side
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import aligned
@@ -65,7 +71,9 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     read = tokens_read_per_s(config, options.rounds, options.calls_per_round)
     consumed = options.training_tokens_per_s
     if consumed is None:
-        consumed = time_steps_side_by_side({name: config}, rounds=2, steps_per_round=3)[name].tokens_per_s
+        consumed = time_steps_side_by_side({name: config}, rounds=2, steps_per_round=3)[
+            name
+        ].tokens_per_s
     median = float(np.median(read))
     rows = [
         ("tokens/s", "lowest-highest", "ratio", ""),

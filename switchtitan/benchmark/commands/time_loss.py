@@ -28,7 +28,9 @@ def loss_sides(
     """By name, functions that compute the loss of the same drawn tokens, and the gradients of
     hidden states and head."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype).requires_grad_()
+    hidden = (
+        torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype).requires_grad_()
+    )
     head = nn.Linear(hidden_size, vocabulary, bias=False)
     nn.init.normal_(head.weight, std=0.02, generator=generator)
     head.to(device, dtype)
@@ -47,21 +49,34 @@ def loss_sides(
         "chunks": partial(in_chunks, CrossEntropy(compile_regions=False)),
         "chunks, compiled": partial(in_chunks, CrossEntropy(compile_regions=True)),
     }
-    return {name: partial(_loss_and_gradients, loss, (hidden, head.weight)) for name, loss in losses.items()}
+    return {
+        name: partial(_loss_and_gradients, loss, (hidden, head.weight))
+        for name, loss in losses.items()
+    }
 
 
-def _loss_and_gradients(loss: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _loss_and_gradients(
+    loss: Callable[[], Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     value = loss()
     return value.detach(), *torch.autograd.grad(value, inputs)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=positive_int, default=4096, help="of a micro-batch (default: 4096)")
     parser.add_argument(
-        "--hidden", type=positive_int, default=512, help="dimension of the hidden states (default: 512)"
+        "--tokens", type=positive_int, default=4096, help="of a micro-batch (default: 4096)"
     )
     parser.add_argument(
-        "--vocabulary", type=positive_int, default=32100, help="tokens that there are (default: 32100)"
+        "--hidden",
+        type=positive_int,
+        default=512,
+        help="dimension of the hidden states (default: 512)",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=positive_int,
+        default=32100,
+        help="tokens that there are (default: 32100)",
     )
     parser.add_argument(
         "--dtype",
@@ -87,12 +102,15 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     rows = [("ms/call", "ratio", "95 % interval", "peak MiB", "ratio", "")]
     for name, of_side in times.items():
         time_cells = (
-            ("1", "") if name == reference else ratio_cells(ratio_of_rounds(of_side, times[reference]))
+            ("1", "")
+            if name == reference
+            else ratio_cells(ratio_of_rounds(of_side, times[reference]))
         )
         peak_cells = f"{peaks[name] / _MIB:.1f}", f"{peaks[name] / peaks[reference]:.3f}"
         rows.append((milliseconds(float(np.median(of_side))), *time_cells, *peak_cells, name))
     memory: dict[str, JsonValue] = {
-        name: {"peak_extra_bytes": peak, "ratio": peak / peaks[reference]} for name, peak in peaks.items()
+        name: {"peak_extra_bytes": peak, "ratio": peak / peaks[reference]}
+        for name, peak in peaks.items()
     }
     record: dict[str, JsonValue] = {
         "tokens": options.tokens,

@@ -62,7 +62,12 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     adamw, device = require_adamw(config.optimizer), torch.device(device_type())
     theirs = factors_of(build_layers(config, device))
     fused = torch.optim.AdamW(
-        theirs, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, fused=True
+        theirs,
+        lr=adamw.lr,
+        betas=adamw.betas,
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+        fused=True,
     )
     compiled = VectorAdamW(adamw, build_layers(config, device), compile_step=True)
     eager = VectorAdamW(adamw, build_layers(config, device), compile_step=False)

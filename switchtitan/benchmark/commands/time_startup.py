@@ -52,17 +52,26 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     # Once and for all; preparing it is no part of starting.
     open_corpus(config.data, is_main=True)
     side = read_side(options.config)
-    words = [word for key, values in (overrides | side.overrides).items() for word in (f"--{key}", *values)]
+    words = [
+        word
+        for key, values in (overrides | side.overrides).items()
+        for word in (f"--{key}", *values)
+    ]
     arguments = ["--config", side.file, *words]
     with tempfile.TemporaryDirectory() as compile_cache:
         starts = {
-            name: seconds_by_part(arguments, Path(compile_cache)) for name in ("cold cache", "warm cache")
+            name: seconds_by_part(arguments, Path(compile_cache))
+            for name in ("cold cache", "warm cache")
         }
     rows: list[tuple[str, ...]] = [("s", *starts, "")]
-    rows += [("", *(f"{of_start[part]:.2f}" for of_start in starts.values()), part) for part in PARTS]
+    rows += [
+        ("", *(f"{of_start[part]:.2f}" for of_start in starts.values()), part) for part in PARTS
+    ]
     first_step = PARTS[: PARTS.index("first step") + 1]
     totals = {name: sum(of_start[part] for part in first_step) for name, of_start in starts.items()}
-    rows.append(("", *(f"{total:.2f}" for total in totals.values()), "to the end of the first step"))
+    rows.append(
+        ("", *(f"{total:.2f}" for total in totals.values()), "to the end of the first step")
+    )
     record: dict[str, JsonValue] = {
         name: {"parts_s": dict(of_start), "to_first_step_s": totals[name]}
         for name, of_start in starts.items()

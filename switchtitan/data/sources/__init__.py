@@ -2,7 +2,12 @@
 
 from switchtitan.data.sources.c4 import c4_source
 from switchtitan.data.sources.dataset import Dataset, DocumentStream, Position, Source
-from switchtitan.data.sources.files import gzipped_json_source, jsonl_source, parquet_source, text_source
+from switchtitan.data.sources.files import (
+    gzipped_json_source,
+    jsonl_source,
+    parquet_source,
+    text_source,
+)
 from switchtitan.data.sources.pystdlib import pystdlib_source
 
 DATASETS = {

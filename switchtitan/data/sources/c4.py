@@ -32,7 +32,9 @@ class C4Stream:
             return str(next(self._rows)["text"])
         except StopIteration:
             raise
-        except Exception as error:  # The hub's clients raise the errors of whichever transport they use.
+        except (
+            Exception
+        ) as error:  # The hub's clients raise the errors of whichever transport they use.
             raise CorpusError(
                 f"{self._where}: reading C4 stopped ({type(error).__name__}: {error}); run the same command "
                 f"again to resume after the last finished shard"

@@ -79,7 +79,12 @@ class FileSource:
     splits: tuple[str, ...] = ()
 
     def __init__(
-        self, kind: str, path: Path, patterns: Sequence[str], read: Reader, text_column: str | None = None
+        self,
+        kind: str,
+        path: Path,
+        patterns: Sequence[str],
+        read: Reader,
+        text_column: str | None = None,
     ) -> None:
         self._kind = kind
         self._path = path
@@ -120,7 +125,11 @@ def jsonl_source(path: Path | None, text_column: str | None) -> FileSource:
     """Files of JSON objects, one a line (`*.jsonl`, `*.json`)."""
     column = text_column or "text"
     return FileSource(
-        "jsonl", _given(path), ("*.jsonl", "*.json"), lambda file: _read_json_lines(file, column), column
+        "jsonl",
+        _given(path),
+        ("*.jsonl", "*.json"),
+        lambda file: _read_json_lines(file, column),
+        column,
     )
 
 
@@ -129,7 +138,11 @@ def gzipped_json_source(path: Path | None, text_column: str | None) -> FileSourc
     column = text_column or "text"
     patterns = ("*.json.gz", "*.jsonl.gz")
     return FileSource(
-        "json.gz", _given(path), patterns, lambda file: _read_gzipped_json_lines(file, column), column
+        "json.gz",
+        _given(path),
+        patterns,
+        lambda file: _read_gzipped_json_lines(file, column),
+        column,
     )
 
 
@@ -211,9 +224,13 @@ def _text_of_line(line: bytes, column: str, where: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise CorpusError(f"{where}: expected one JSON object a line ({error}); fix the file") from error
+        raise CorpusError(
+            f"{where}: expected one JSON object a line ({error}); fix the file"
+        ) from error
     if not isinstance(record, dict):
-        raise CorpusError(f"{where}: expected a JSON object, got {type(record).__name__}; fix the file")
+        raise CorpusError(
+            f"{where}: expected a JSON object, got {type(record).__name__}; fix the file"
+        )
     if not isinstance(record.get(column), str):
         raise CorpusError(
             f'{where}: expected a string under the key "{column}", found the keys '
@@ -240,4 +257,6 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
                         )
                     yield text
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"{file}: damaged Parquet file ({error}); fetch or write it again") from error
+        raise CorpusError(
+            f"{file}: damaged Parquet file ({error}); fetch or write it again"
+        ) from error

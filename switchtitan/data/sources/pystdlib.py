@@ -20,7 +20,9 @@ class StandardLibrarySource:
     splits: tuple[str, ...] = ()
 
     def __init__(self, root: Path) -> None:
-        self._files = sorted(_library_files(root), key=lambda file: file.relative_to(root).as_posix())
+        self._files = sorted(
+            _library_files(root), key=lambda file: file.relative_to(root).as_posix()
+        )
         if not self._files:
             raise CorpusError(
                 f'[data] dataset = "pystdlib": there are no .py files in {root}; install the standard '

@@ -56,11 +56,15 @@ class LowRankConfig(MethodConfig):
         return check_rank(self.rank, self.targets, linear_shapes)
 
 
-def check_rank(rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+def check_rank(
+    rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]
+) -> list[str]:
     """What is wrong between the keys `rank` and `targets` and a model's linear layers, qualified name -> (out, in)."""
     problems = check_targets(targets, linear_shapes)
     adapted = {
-        name: min(shape) for name, shape in linear_shapes.items() if name.rpartition(".")[2] in targets
+        name: min(shape)
+        for name, shape in linear_shapes.items()
+        if name.rpartition(".")[2] in targets
     }
     if adapted and rank >= min(adapted.values()):
         name = min(adapted, key=adapted.__getitem__)

@@ -38,7 +38,9 @@ def merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: flo
     return _Merged.apply(x, weight, lora_a, lora_b, scale)
 
 
-def dense_gradient(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def dense_gradient(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
     """As `merged`; the gradients of A and B are projections of the dense weight's gradient G = g^T x."""
     return _DenseGradient.apply(x, weight, lora_a, lora_b, scale)
 
@@ -59,7 +61,9 @@ def num_flops(
     return 6 * dense * num_tokens + 8 * dense * rank
 
 
-def cheapest_contraction(out_features: int, in_features: int, rank: int, num_tokens: int) -> Contraction:
+def cheapest_contraction(
+    out_features: int, in_features: int, rank: int, num_tokens: int
+) -> Contraction:
     """The contraction with the fewest operations; ties go to the one that comes first in the table."""
     # The choice is made where a block is traced, and the compiler cannot take the minimum of a dictionary's values.
     return min(
@@ -74,7 +78,9 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tens
 
 def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     # Merged anew: kept from the forward pass, it would be [out, in] for every layer.
-    return grad @ _merge(_cast_in_backward(weight, grad), lora_a, _copy_in_backward(lora_b, grad), scale)
+    return grad @ _merge(
+        _cast_in_backward(weight, grad), lora_a, _copy_in_backward(lora_b, grad), scale
+    )
 
 
 def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
@@ -122,15 +128,21 @@ class _FrozenLinear(torch.autograd.Function):
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_a, lora_b)
         ctx.scale = scale
         return F.linear(x, _merge(weight, lora_a, lora_b, scale))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
-        grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
+        )
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
         grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x if ctx.needs_input_grad[2] else None
         grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad if ctx.needs_input_grad[3] else None
@@ -139,15 +151,21 @@ class _Merged(torch.autograd.Function):
 
 class _DenseGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_a, lora_b)
         ctx.scale = scale
         return F.linear(x, _merge(weight, lora_a, lora_b, scale))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
-        grad_x = _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
+        )
         grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)) * ctx.scale
         grad_a = lora_b @ grad_weight if ctx.needs_input_grad[2] else None
         grad_b = lora_a @ grad_weight.t() if ctx.needs_input_grad[3] else None

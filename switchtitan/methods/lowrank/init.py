@@ -43,7 +43,11 @@ def balanced_init(
     bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
     lora_a = uniform((rank, in_features), bound_a, generator_for("lora_a"))
     lora_b = uniform((out_features, rank), bound_b, generator_for("lora_b")).t()
-    return {"weight": without_update(weight, lora_a, lora_b, scale), "lora_a": lora_a, "lora_b": lora_b}
+    return {
+        "weight": without_update(weight, lora_a, lora_b, scale),
+        "lora_a": lora_a,
+        "lora_b": lora_b,
+    }
 
 
 def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[float, float]:

@@ -9,14 +9,23 @@ from torch import Tensor, nn
 
 from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank.config import LowRankConfig, check_targets
-from switchtitan.methods.lowrank.contraction import BY_NAME, Contraction, cheapest_contraction, frozen_linear
+from switchtitan.methods.lowrank.contraction import (
+    BY_NAME,
+    Contraction,
+    cheapest_contraction,
+    frozen_linear,
+)
 
 
 class InitialFactors(Protocol):
     """How a low-rank layer starts."""
 
     def __call__(
-        self, weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
+        self,
+        weight: Tensor,
+        rank: int,
+        scale: float,
+        generator_for: Callable[[str], torch.Generator],
     ) -> dict[str, Tensor]:
         """All of a layer's tensors by local name, such that the layer computes what the plain `weight` [out, in] does."""
         ...
@@ -137,7 +146,9 @@ def replace_linears(
         ConfigError: if a target names no linear layer of the model.
     """
     targets = tuple(targets)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     if problems := check_targets(targets, linears):
         raise ConfigError(problems[0])
     replaced: dict[str, LowRankLinear] = {}
@@ -153,4 +164,6 @@ def replace_linears(
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The low-rank layers of a model by qualified name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)
+    }

@@ -52,7 +52,9 @@ class StochasticRounding:
             keys = [generator_for(seed, f"{name}.rounding").initial_seed() >> 32 for name in layers]
             self._keys = torch.tensor(keys, dtype=torch.int32, device=first.lora_a.device)
         self._add_ = (
-            torch.compile(add_rounded_, fullgraph=True, dynamic=False) if compile_step else add_rounded_
+            torch.compile(add_rounded_, fullgraph=True, dynamic=False)
+            if compile_step
+            else add_rounded_
         )
 
     def of_event(self, number: int) -> list[Rounding | None]:
@@ -89,7 +91,9 @@ def add_product_(
         rounding.add_(weight, left @ right, rounding.key, first_row=rounding.first_row, scale=scale)
 
 
-def add_rounded_(weight: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float) -> None:
+def add_rounded_(
+    weight: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float
+) -> None:
     """weight += scale * update, summed in fp32 and rounded by `random_bits`.
 
     Args:

@@ -118,7 +118,9 @@ def build_projected_optimizer(
 ) -> ProjectedOptimizer:
     """An optimizer whose rule has the weights of the targeted layers, and whose dense part has all other parameters."""
     targeted = targeted_weights(model, method.targets)
-    weights = [build_projected_weight(name, parameter, method.rank) for name, parameter in targeted.items()]
+    weights = [
+        build_projected_weight(name, parameter, method.rank) for name, parameter in targeted.items()
+    ]
     others = [p for p in trained_parameters(model, targeted) if p.is_other]
     # Not compiled: torch's fused kernel takes these few tensors in one pass already.
     dense = AdamW(config, others)

@@ -98,7 +98,9 @@ def targeted_weights(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.P
     Raises:
         ConfigError: if a target names no linear layer of the model.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     targets = tuple(targets)
     if problems := check_targets(targets, linears):
         raise ConfigError(problems[0])

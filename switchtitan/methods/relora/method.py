@@ -28,7 +28,9 @@ class Relora(LowRankMethod[ReloraConfig]):
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         inner = OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
-        return ReloraOptimizer(self.config, low_rank_layers(model), inner, self.num_steps, self.seed)
+        return ReloraOptimizer(
+            self.config, low_rank_layers(model), inner, self.num_steps, self.seed
+        )
 
 
 class ReloraOptimizer:
@@ -50,7 +52,9 @@ class ReloraOptimizer:
         seed: int,
     ) -> None:
         self._config, self._layers, self._inner, self._seed = config, layers, inner, seed
-        self._schedule = ResetSchedule(config.reset_interval, config.restart_warmup_steps, num_steps)
+        self._schedule = ResetSchedule(
+            config.reset_interval, config.restart_warmup_steps, num_steps
+        )
         # Resets are rare: a compiler would work longer than it saves.
         self._rounding = StochasticRounding(layers, seed, compile_step=False)
         self._lr_factor = 1.0
@@ -84,7 +88,11 @@ class ReloraOptimizer:
         self._inner.load_state_dict(state)
         prefix = "reset."
         self._schedule.load_state_dict(
-            {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+            {
+                key.removeprefix(prefix): tensor
+                for key, tensor in state.items()
+                if key.startswith(prefix)
+            }
         )
 
     def _reset_(self) -> None:
@@ -92,11 +100,15 @@ class ReloraOptimizer:
         state = self._inner.state_dict()
         roundings = self._rounding.of_event(number)
         for (layer_name, layer), rounding in zip(self._layers.items(), roundings, strict=True):
-            merge_and_restart_(layer, generator_for(self._seed, f"{layer_name}.lora_a:{number}"), rounding)
+            merge_and_restart_(
+                layer, generator_for(self._seed, f"{layer_name}.lora_a:{number}"), rounding
+            )
             for factor_name in (f"{layer_name}.lora_a", f"{layer_name}.lora_b"):
                 self._prune_moments_(state, factor_name, number)
         logger.info(
-            "Reset %d: the factors of %d layers were merged and start anew", number, len(self._layers)
+            "Reset %d: the factors of %d layers were merged and start anew",
+            number,
+            len(self._layers),
         )
 
     def _prune_moments_(self, state: dict[str, Tensor], factor_name: str, number: int) -> None:

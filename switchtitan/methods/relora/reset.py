@@ -116,7 +116,9 @@ def prune_by_lot_(
         exp_avg, exp_avg_sq: [rows, width].
         generator: on the CPU; in the same state on every rank.
     """
-    kept = to_device(largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio), exp_avg.device)
+    kept = to_device(
+        largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio), exp_avg.device
+    )
     for moment in (exp_avg, exp_avg_sq):
         copy_from_full_(moment, torch.where(kept, full_tensor(moment), 0))
 

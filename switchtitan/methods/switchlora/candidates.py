@@ -102,7 +102,9 @@ class DrawnCandidates:
         seed: the job's, which the layers' initial factors were drawn with.
     """
 
-    def __init__(self, config: SwitchLoraConfig, layers: dict[str, LowRankLinear], seed: int) -> None:
+    def __init__(
+        self, config: SwitchLoraConfig, layers: dict[str, LowRankLinear], seed: int
+    ) -> None:
         first = next(iter(layers.values())).lora_a
         self._dtype, self._device = first.dtype, first.device
         # [layers, 2] each.
@@ -132,12 +134,16 @@ class DrawnCandidates:
         places_by_width: defaultdict[int, list[int]] = defaultdict(list)
         for place, switch in enumerate(switches):
             for factor in FACTORS:
-                places_by_width[self._widths[switch.layer][factor]].append(len(FACTORS) * place + factor)
+                places_by_width[self._widths[switch.layer][factor]].append(
+                    len(FACTORS) * place + factor
+                )
         drawn: dict[int, Tensor] = {}
         for width, places in places_by_width.items():
             wanted = [(switches[place // len(FACTORS)], place % len(FACTORS)) for place in places]
             counts = [switch.num_vectors for switch, _ in wanted]
-            owners = np.repeat([[switch.layer, factor] for switch, factor in wanted], counts, axis=0)
+            owners = np.repeat(
+                [[switch.layer, factor] for switch, factor in wanted], counts, axis=0
+            )
             slots = np.concatenate([_indices(switch.slots_in) for switch, _ in wanted])
             of_vector = tuple(torch.from_numpy(owners.T))
             keys = splitmix64(self._keys[of_vector], torch.from_numpy(slots))
@@ -165,7 +171,8 @@ class DrawnCandidates:
 def candidate_rows(layers: list[LowRankLinear]) -> list[list[ShardedRows]]:
     """The buffers of candidates for A and for B of each layer, [layers][2]."""
     return [
-        [ShardedRows(layer.get_buffer(name)) for name in ("candidates_a", "candidates_b")] for layer in layers
+        [ShardedRows(layer.get_buffer(name)) for name in ("candidates_a", "candidates_b")]
+        for layer in layers
     ]
 
 

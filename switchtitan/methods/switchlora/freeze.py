@@ -15,7 +15,9 @@ class FreezeTimers:
 
     def __init__(self, num_layers: int, rank: int, freeze_steps: int, device: torch.device) -> None:
         self._freeze_steps = freeze_steps
-        self.steps_left = torch.zeros(len(FACTORS), num_layers, rank, dtype=torch.int32, device=device)
+        self.steps_left = torch.zeros(
+            len(FACTORS), num_layers, rank, dtype=torch.int32, device=device
+        )
 
     def start(self, spans: list[VectorSpan]) -> None:
         """Freezes these vectors in this step and the next `freeze_steps` - 1."""

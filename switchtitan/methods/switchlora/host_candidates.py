@@ -73,8 +73,12 @@ class HostCandidates:
             for pair in buffer.paired(wanted, rows)
         ]
         places, rows_held = [place for place, _ in pairs], [rows for _, rows in pairs]
-        packed = torch.empty(sum(map(Tensor.numel, places)), dtype=self._dtype_on_host, device=self._device)
-        copy_all_(list(zip(_cut(packed, [rows.shape for rows in rows_held]), rows_held, strict=True)))
+        packed = torch.empty(
+            sum(map(Tensor.numel, places)), dtype=self._dtype_on_host, device=self._device
+        )
+        copy_all_(
+            list(zip(_cut(packed, [rows.shape for rows in rows_held]), rows_held, strict=True))
+        )
         self._returning.append(_Returning(switches, places, self._copies.to_host(packed)))
 
     def prefetch(self, switches: list[LayerSwitch]) -> None:
@@ -101,7 +105,9 @@ class HostCandidates:
     def _fetch(self, switches: list[LayerSwitch]) -> _Fetched:
         while any(_takes_what_comes(switches, returning.switches) for returning in self._returning):
             self._write_back()
-        buffers = [(buffer, switch) for switch in switches for buffer in self._buffers[switch.layer]]
+        buffers = [
+            (buffer, switch) for switch in switches for buffer in self._buffers[switch.layer]
+        ]
         shapes = [(switch.num_vectors, buffer.width) for buffer, switch in buffers]
         # Zeros stay in place of rows that other ranks hold: the exchange adds them up.
         packed = self._copies.zeros_on_host(sum(map(prod, shapes)), self._dtype_on_host)

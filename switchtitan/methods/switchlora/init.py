@@ -100,7 +100,11 @@ def drawn_candidates_init(
     slots_a, slots_b = initial_slots(rank, num_candidates(out_features, in_features))
     lora_a = _draw(generator_for("candidates_a"), slots_a, bound_a, in_features).to(weight.dtype)
     lora_b = _draw(generator_for("candidates_b"), slots_b, bound_b, out_features).to(weight.dtype)
-    return {"weight": without_update(weight, lora_a, lora_b, scale), "lora_a": lora_a, "lora_b": lora_b}
+    return {
+        "weight": without_update(weight, lora_a, lora_b, scale),
+        "lora_a": lora_a,
+        "lora_b": lora_b,
+    }
 
 
 def candidates_key(generator: torch.Generator) -> int:

@@ -55,7 +55,9 @@ class SwitchLoraOptimizer:
     ) -> None:
         self._config = config
         self._layers = list(layers.values())
-        self._factors = [(ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in self._layers]
+        self._factors = [
+            (ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in self._layers
+        ]
         self._weights = [ShardedRows(layer.weight) for layer in self._layers]
         self._dense = dense
         self._vectors = VectorAdamW(adamw, layers, compile_step)
@@ -127,10 +129,13 @@ class SwitchLoraOptimizer:
         factors = [rows for switch in switches for rows in self._factors[switch.layer]]
         # Of both factors, the vectors I that A gives up, then the vectors J that B gives up.
         involved = [
-            switch.vectors[FACTOR_A] + switch.vectors[FACTOR_B] for switch in switches for _ in FACTORS
+            switch.vectors[FACTOR_A] + switch.vectors[FACTOR_B]
+            for switch in switches
+            for _ in FACTORS
         ]
         gathered = self._exchange.gather(
-            [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)], checksum
+            [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)],
+            checksum,
         )
         if not switches:
             return
@@ -145,7 +150,10 @@ class SwitchLoraOptimizer:
         torch._foreach_sub_(outgoing, incoming)
         roundings = self._rounding.of_event(self._counts.step)
         for place, switch in enumerate(switches):
-            weight, vectors_a, vectors_b = self._weights[switch.layer], *vectors[2 * place : 2 * place + 2]
+            weight, vectors_a, vectors_b = (
+                self._weights[switch.layer],
+                *vectors[2 * place : 2 * place + 2],
+            )
             fold_into_weight_(
                 weight.shard,
                 vectors_a,
@@ -161,7 +169,9 @@ class SwitchLoraOptimizer:
         elif self._config.reset_moments == "momentum":
             self._vectors.reset_first_moments(counterparts)
         elif self._config.reset_moments == "both":
-            self._vectors.reset(counterparts + [span for switch in switches for span in switch.switched()])
+            self._vectors.reset(
+                counterparts + [span for switch in switches for span in switch.switched()]
+            )
 
     def zero_grad(self) -> None:
         self._vectors.zero_grad()

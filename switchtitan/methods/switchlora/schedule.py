@@ -99,12 +99,18 @@ class LayerSwitch:
 
     def switched(self) -> list[VectorSpan]:
         """The vectors that are exchanged."""
-        return [VectorSpan(factor, self.layer, span) for factor in FACTORS for span in self.vectors[factor]]
+        return [
+            VectorSpan(factor, self.layer, span)
+            for factor in FACTORS
+            for span in self.vectors[factor]
+        ]
 
     def counterparts(self) -> list[VectorSpan]:
         """Their counterparts in the other factor."""
         return [
-            VectorSpan(1 - factor, self.layer, span) for factor in FACTORS for span in self.vectors[factor]
+            VectorSpan(1 - factor, self.layer, span)
+            for factor in FACTORS
+            for span in self.vectors[factor]
         ]
 
 

@@ -6,7 +6,11 @@ from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 
 
 def fold_into_weight_(
-    weight: Tensor, vectors_a: Tensor, vectors_b: Tensor, scale: float, rounding: Rounding | None = None
+    weight: Tensor,
+    vectors_a: Tensor,
+    vectors_b: Tensor,
+    scale: float,
+    rounding: Rounding | None = None,
 ) -> None:
     """Moves what a switch takes from B A into the frozen weight, so that the layer's output does not change.
 

@@ -40,7 +40,9 @@ class VectorAdamW:
         num_steps: [2, layers, rank] fp32, updates that each vector has seen, frozen ones included; the same on every rank.
     """
 
-    def __init__(self, config: AdamWConfig, layers: dict[str, LowRankLinear], compile_step: bool) -> None:
+    def __init__(
+        self, config: AdamWConfig, layers: dict[str, LowRankLinear], compile_step: bool
+    ) -> None:
         self._config = config
         keys = ("lora_a", "lora_b")
         self._names = [f"{name}.{key}" for key in keys for name in layers]
@@ -49,14 +51,18 @@ class VectorAdamW:
         self._exp_avg = [ShardedRows(torch.zeros_like(p, requires_grad=False)) for p in factors]
         self._exp_avg_sq = [ShardedRows(torch.zeros_like(p, requires_grad=False)) for p in factors]
         self._held = row_range(factors[0])
-        self.num_steps = torch.zeros(len(FACTORS), len(layers), factors[0].shape[0], device=factors[0].device)
+        self.num_steps = torch.zeros(
+            len(FACTORS), len(layers), factors[0].shape[0], device=factors[0].device
+        )
         # A tensor: a compiled update would be compiled again for every Python number.
         self._lr = torch.tensor(config.lr, dtype=factors[0].dtype, device=factors[0].device)
         self._chunks = self._same_shaped_chunks()
         in_order = [factor for chunk in self._chunks for factor in chunk.factors]
         self._order = torch.tensor(in_order, device=factors[0].device, dtype=torch.int64)
         self._update: Update = (
-            torch.compile(update_vectors_, fullgraph=True, dynamic=False) if compile_step else update_vectors_
+            torch.compile(update_vectors_, fullgraph=True, dynamic=False)
+            if compile_step
+            else update_vectors_
         )
 
     def set_lr(self, lr_factor: float) -> None:
@@ -186,7 +192,9 @@ def update_vectors_(
         grad = grad * mask
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        parameter.mul_(decay_factors).addcdiv_(exp_avg * step_sizes, exp_avg_sq.sqrt().add_(eps), value=-1)
+        parameter.mul_(decay_factors).addcdiv_(
+            exp_avg * step_sizes, exp_avg_sq.sqrt().add_(eps), value=-1
+        )
 
 
 def _largest_divisor(number: int, limit: int) -> int:

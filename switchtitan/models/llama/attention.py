@@ -26,9 +26,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
 query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head_dim].
 """
 
-_HOW_TO_INSTALL_FLASH = (
-    "the package flash-attn is not installed; `pip install 'switchtitan[flash]'`, or attention = \"sdpa\""
-)
+_HOW_TO_INSTALL_FLASH = "the package flash-attn is not installed; `pip install 'switchtitan[flash]'`, or attention = \"sdpa\""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,9 @@ def _build_document_mask(document_ids: Tensor) -> BlockMask:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
     batch_size, seq_len = document_ids.shape
-    return _compiled_create_block_mask()(sees, batch_size, None, seq_len, seq_len, device=document_ids.device)
+    return _compiled_create_block_mask()(
+        sees, batch_size, None, seq_len, seq_len, device=document_ids.device
+    )
 
 
 def _load_flex() -> Attend:
@@ -94,7 +94,9 @@ def _load_flex() -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
         is_grouped = query.shape[1] != key.shape[1]
-        attended: Tensor = compiled_flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
+        attended: Tensor = compiled_flex_attention(
+            query, key, value, block_mask=mask, enable_gqa=is_grouped
+        )
         return attended
 
     return attend
@@ -102,9 +104,7 @@ def _load_flex() -> Attend:
 
 def _find_flex_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
     if device_type == "cpu":
-        return (
-            'torch has no backward of flex attention on a CPU; use attention = "sdpa" here, or train on a GPU'
-        )
+        return 'torch has no backward of flex attention on a CPU; use attention = "sdpa" here, or train on a GPU'
     if head_dim < 16:
         return f"needs heads of at least 16 features on a GPU, got {head_dim}; lower num_heads or use sdpa"
     return None

@@ -184,10 +184,16 @@ class LlamaConfig(ModelConfig):
         num_heads = found["num_attention_heads"]
         compared = {
             "num_attention_heads": (num_heads, dims.num_heads),
-            "num_key_value_heads": (found.get("num_key_value_heads") or num_heads, dims.num_kv_heads),
+            "num_key_value_heads": (
+                found.get("num_key_value_heads") or num_heads,
+                dims.num_kv_heads,
+            ),
             "rms_norm_eps": (found.get("rms_norm_eps", 1e-6), dims.norm_eps),
             "hidden_act": (found.get("hidden_act", "silu"), "silu"),
-            "rope_theta": (rope.get("rope_theta", found.get("rope_theta", 10000.0)), dims.rope_theta),
+            "rope_theta": (
+                rope.get("rope_theta", found.get("rope_theta", 10000.0)),
+                dims.rope_theta,
+            ),
             "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         }
         return [

@@ -92,7 +92,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(dims, backend) for _ in range(dims.num_layers))
         self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
 
-    def forward(self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = call_plainly) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = call_plainly
+    ) -> Tensor:
         cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
         positions = Positions(cos, sin, self.build_mask(document_ids))
         hidden = self.embed_tokens(tokens)
@@ -110,7 +112,9 @@ class Llama(LanguageModel):
         self.model = Decoder(dims, backend)
         self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head
+    ) -> Tensor:
         """Logits of the next token, or what else `apply_head` makes of them.
 
         Args:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    seq_len: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of position times theta^(-2i/head_dim), each [seq, head_dim/2] in fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)

@@ -39,7 +39,9 @@ def planted_blocking_copies(folder: str) -> dict[str, list[str]]:
     """What is found if an optimizer's step does what makes the host wait."""
     plants = {
         "number": lambda table: table.__setitem__(3, 5),
-        "pageable": lambda table: torch.ones(4, dtype=torch.int32).to(table.device, non_blocking=True),
+        "pageable": lambda table: torch.ones(4, dtype=torch.int32).to(
+            table.device, non_blocking=True
+        ),
         "blocking": lambda table: torch.ones(4, dtype=torch.int32).pin_memory().to(table.device),
         "indices": lambda table: table[torch.tensor([0, 1])],
         "number at indices": lambda table: table.__setitem__(table[:2].long(), 5),

@@ -38,7 +38,9 @@ class FindBlockingCopies(CountingMode):
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        if kwargs.get("pin_memory") or (func.is_view and any(tensor in pinned_memory for tensor in inputs)):
+        if kwargs.get("pin_memory") or (
+            func.is_view and any(tensor in pinned_memory for tensor in inputs)
+        ):
             for tensor in outputs:
                 pinned_memory.add(tensor)
         if {tensor.device.type for tensor in inputs + outputs} == {"cpu", "cuda"} and not _passes(

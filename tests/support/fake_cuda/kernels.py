@@ -44,7 +44,9 @@ class CountKernels(CountingMode):
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if not any(
-            tensor.is_cuda for tensor in tree_leaves((args, kwargs, result)) if isinstance(tensor, Tensor)
+            tensor.is_cuda
+            for tensor in tree_leaves((args, kwargs, result))
+            if isinstance(tensor, Tensor)
         ):
             return
         namespace, _, name = func.name().split(".")[0].partition("::")
@@ -60,7 +62,11 @@ class CountKernels(CountingMode):
 
 
 def _is_list_of_tensors(argument: object) -> bool:
-    return isinstance(argument, (list, tuple)) and bool(argument) and isinstance(argument[0], torch.Tensor)
+    return (
+        isinstance(argument, (list, tuple))
+        and bool(argument)
+        and isinstance(argument[0], torch.Tensor)
+    )
 
 
 def _takes_fast_path(lists: list[list[Tensor]]) -> bool:

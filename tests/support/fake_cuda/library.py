@@ -33,8 +33,12 @@ def load() -> None:
 
 def _build(torch_folder: Path) -> Path:
     """The library for this source, torch and compiler, in the user's cache folder."""
-    key = hashlib.sha256(_SOURCE.read_bytes() + f"{version('torch')} {compiler()}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchtitan" / "tests"
+    key = hashlib.sha256(
+        _SOURCE.read_bytes() + f"{version('torch')} {compiler()}".encode()
+    ).hexdigest()[:16]
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchtitan" / "tests"
+    )
     library = cache / f"fake_cuda-{key}.so"
     if library.exists():
         return library
@@ -42,7 +46,16 @@ def _build(torch_folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / "fake_cuda.so"
         command = [
-            *(str(compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", str(_SOURCE), "-o", str(built)),
+            *(
+                str(compiler()),
+                "-std=c++20",
+                "-O0",
+                "-shared",
+                "-fPIC",
+                str(_SOURCE),
+                "-o",
+                str(built),
+            ),
             *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"),
         ]
         subprocess.run(command, check=True, capture_output=True, text=True)

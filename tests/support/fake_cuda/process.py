@@ -27,9 +27,18 @@ def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 300
     Raises:
         AssertionError: with its output, if the process fails.
     """
-    command = [sys.executable, "-m", __name__, check.__module__, check.__qualname__, json.dumps(arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        __name__,
+        check.__module__,
+        check.__qualname__,
+        json.dumps(arguments),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -39,7 +39,9 @@ def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[
 def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
     """Micro-batches in page-locked memory, as the data loader gives them where there is a GPU."""
     shape = config.training.local_batch_size, config.data.seq_len
-    num_micro_batches = config.training.global_batch_size // (num_ranks * config.training.local_batch_size)
+    num_micro_batches = config.training.global_batch_size // (
+        num_ranks * config.training.local_batch_size
+    )
     while True:
         tokens, targets, document_ids = (
             torch.zeros(shape, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32)

@@ -14,7 +14,12 @@ from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPOR
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local
-from switchtitan.methods.lowrank.contraction import cheapest_contraction, factored, merged, num_flops
+from switchtitan.methods.lowrank.contraction import (
+    cheapest_contraction,
+    factored,
+    merged,
+    num_flops,
+)
 from switchtitan.models import MODELS
 from switchtitan.training.stepper import Stepper
 
@@ -61,7 +66,9 @@ def check_estimates(
 ) -> None:
     for index, (side, estimate) in enumerate(expected.items()):
         method, *overrides = side
-        config = tiny_config(folder / f"real-{num_ranks}-{index}", method, *overrides, num_ranks=num_ranks)
+        config = tiny_config(
+            folder / f"real-{num_ranks}-{index}", method, *overrides, num_ranks=num_ranks
+        )
         stepper = tiny_stepper(config)
         stepper.step()
         measured = measure_step(stepper, SEQ_LEN)
@@ -85,7 +92,9 @@ def check_estimates(
         )
         if rank == 0:
             lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
-            expected_bytes = estimate.memory.peak - sum(estimate.memory.most[kind] for kind in lasting_kinds)
+            expected_bytes = estimate.memory.peak - sum(
+                estimate.memory.most[kind] for kind in lasting_kinds
+            )
             # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate
             # leaves out.
             batches = config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
@@ -99,7 +108,8 @@ def check_estimates(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("num_ranks", "sides"), [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *WHOLE)])]
+    ("num_ranks", "sides"),
+    [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *WHOLE)])],
 )
 def test_real_ranks_hold_send_and_compute_what_was_estimated(
     corpora: Path, num_ranks: int, sides: list[tuple[str, ...]]
@@ -186,7 +196,9 @@ def test_block_inputs_in_host_memory_are_in_no_sum(tmp_path: Path) -> None:
     assert kept.most["host"] == 0
     assert offloaded.most["host"] == num_bytes
     # The last block's is there as well, since it is needed at once.
-    assert kept.most["activations"] - offloaded.most["activations"] == num_bytes - num_bytes_of_block
+    assert (
+        kept.most["activations"] - offloaded.most["activations"] == num_bytes - num_bytes_of_block
+    )
     assert offloaded.state == kept.state
     # In each block's backward pass, its own input and the one before it are there.
     assert kept.peak - num_bytes < offloaded.peak <= kept.peak - num_bytes_of_block

@@ -30,12 +30,17 @@ def units(config: JobConfig) -> list[list[nn.Parameter]]:
     METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
     blocks = [list(block.parameters()) for block in model.blocks().values()]
     in_blocks = {id(parameter) for block in blocks for parameter in block}
-    return [*blocks, [parameter for parameter in model.parameters() if id(parameter) not in in_blocks]]
+    return [
+        *blocks,
+        [parameter for parameter in model.parameters() if id(parameter) not in in_blocks],
+    ]
 
 
 def padded_numel(parameters: list[nn.Parameter], num_ranks: int) -> int:
     """Values that travel: dimension 0 is filled up to equal shards."""
-    return sum(-(-p.shape[0] // num_ranks) * num_ranks * (p.numel() // p.shape[0]) for p in parameters)
+    return sum(
+        -(-p.shape[0] // num_ranks) * num_ranks * (p.numel() // p.shape[0]) for p in parameters
+    )
 
 
 @pytest.mark.parametrize("method", ["full_rank", "lora"])
@@ -65,7 +70,9 @@ def test_gathers_and_reductions_follow_from_the_parameters(
     gathers_of_block = 2 if reshard == "true" else 1
     gathered = gathers_of_block * sum(padded_numel(block, num_ranks) for block in blocks)
     gathered += padded_numel(rest, num_ranks)
-    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in (*blocks, rest)]
+    trained = [
+        [parameter for parameter in unit if parameter.requires_grad] for unit in (*blocks, rest)
+    ]
     share = (num_ranks - 1) / num_ranks
     counts = communication_of_a_step(config, num_ranks)
     assert counts["all_gather"] == CollectiveCount(
@@ -74,7 +81,8 @@ def test_gathers_and_reductions_follow_from_the_parameters(
     )
     # In fp32, once per step however many micro-batches there are.
     assert counts["reduce_scatter"] == CollectiveCount(
-        NUM_LAYERS + 1, pytest.approx(4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share)
+        NUM_LAYERS + 1,
+        pytest.approx(4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share),
     )
     # Clipping: one norm of each trained tensor, summed over ranks at once.
     norms = CollectiveCount(1, pytest.approx(2 * share * 4 * sum(map(len, trained))))
@@ -89,13 +97,19 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> Non
     without = communication_of_a_step(lora, num_ranks, step)
     with_switch = communication_of_a_step(switchlora, num_ranks, step)
     widths = [sum(shape) for unit in units(switchlora) for shape in shapes_of_adapted(unit)]
-    requested = SwitchSchedule(switchlora.method, switchlora.training.steps, len(widths)).requested(step - 1)
+    requested = SwitchSchedule(switchlora.method, switchlora.training.steps, len(widths)).requested(
+        step - 1
+    )
     # Of both factors, vectors out and in, and the counterparts of the other's; each rank's
     # checksum.
-    num_words = num_ranks + sum(3 * count * width for count, width in zip(requested, widths, strict=True))
+    num_words = num_ranks + sum(
+        3 * count * width for count, width in zip(requested, widths, strict=True)
+    )
     assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1
     assert_sent_with_padding(
-        with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent, 2 * 3 / 4, num_words
+        with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent,
+        2 * 3 / 4,
+        num_words,
     )
     for kind in ("all_gather", "reduce_scatter", "broadcast"):
         assert with_switch[kind] == without[kind]
@@ -103,7 +117,9 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> Non
 
 def assert_sent_with_padding(num_bytes: float, passes: float, num_words: int) -> None:
     """What travels is filled up by an eighth at most, or by 1024 words where it is short."""
-    assert passes * 4 * num_words <= num_bytes <= passes * 4 * (num_words + max(num_words / 8, 1024))
+    assert (
+        passes * 4 * num_words <= num_bytes <= passes * 4 * (num_words + max(num_words / 8, 1024))
+    )
 
 
 def shapes_of_adapted(unit: list[nn.Parameter]) -> list[torch.Size]:
@@ -114,7 +130,12 @@ def shapes_of_adapted(unit: list[nn.Parameter]) -> list[torch.Size]:
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_replicated_frozen_weights_are_not_sent(tmp_path: Path, num_micro_batches: int) -> None:
     num_ranks, step = 4, 2
-    batches = "--training.local_batch_size", "1", "--training.global_batch_size", str(4 * num_micro_batches)
+    batches = (
+        "--training.local_batch_size",
+        "1",
+        "--training.global_batch_size",
+        str(4 * num_micro_batches),
+    )
     sharded, whole = (
         tiny_config(
             tmp_path,
@@ -128,13 +149,23 @@ def test_replicated_frozen_weights_are_not_sent(tmp_path: Path, num_micro_batche
     *blocks, _ = units(whole)
     frozen = [[parameter for parameter in block if not parameter.requires_grad] for block in blocks]
     share = (num_ranks - 1) / num_ranks
-    before, after = (communication_of_a_step(config, num_ranks, step) for config in (sharded, whole))
+    before, after = (
+        communication_of_a_step(config, num_ranks, step) for config in (sharded, whole)
+    )
     for kind in ("reduce_scatter", "all_reduce", "broadcast"):
         assert after[kind] == before[kind]
     # In bf16, in the forward and in the backward pass.
-    saved = num_micro_batches * 2 * 2 * share * sum(padded_numel(weights, num_ranks) for weights in frozen)
+    saved = (
+        num_micro_batches
+        * 2
+        * 2
+        * share
+        * sum(padded_numel(weights, num_ranks) for weights in frozen)
+    )
     assert after["all_gather"].num_calls == before["all_gather"].num_calls
-    assert after["all_gather"].bytes_sent == pytest.approx(before["all_gather"].bytes_sent - saved, rel=1e-9)
+    assert after["all_gather"].bytes_sent == pytest.approx(
+        before["all_gather"].bytes_sent - saved, rel=1e-9
+    )
 
 
 def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
@@ -172,7 +203,9 @@ def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_compiled_run_counts_its_third_step_and_compiles_nothing_for_it(corpora: Path) -> None:
-    expected = communication_of_a_step(tiny_config(corpora / "fake", "switchlora", num_ranks=2), 2, step=3)
+    expected = communication_of_a_step(
+        tiny_config(corpora / "fake", "switchlora", num_ranks=2), 2, step=3
+    )
     run_on_ranks(2, check_compiled_run, corpora, expected)
 
 

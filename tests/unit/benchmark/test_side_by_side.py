@@ -31,7 +31,9 @@ def num_compilations() -> int:
 
 def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
     folder = corpora / "timed"
-    configs = {method: tiny_config(folder, method) for method in ("full_rank", "lora", "switchlora")}
+    configs = {
+        method: tiny_config(folder, method) for method in ("full_rank", "lora", "switchlora")
+    }
     times = time_steps_side_by_side(configs, rounds=3, steps_per_round=2)
     assert list(times) == list(configs)
     for of_method in times.values():
@@ -46,7 +48,9 @@ def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_python_collects_no_garbage_in_a_timed_step(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_collects_no_garbage_in_a_timed_step(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     may_collect: list[bool] = []
     compute_gradients = Stepper.compute_gradients
 
@@ -55,14 +59,21 @@ def test_python_collects_no_garbage_in_a_timed_step(corpora: Path, monkeypatch: 
         return compute_gradients(stepper)
 
     monkeypatch.setattr(Stepper, "compute_gradients", noting)
-    time_steps_side_by_side({"": tiny_config(corpora / "garbage", "lora")}, rounds=2, steps_per_round=2)
+    time_steps_side_by_side(
+        {"": tiny_config(corpora / "garbage", "lora")}, rounds=2, steps_per_round=2
+    )
     assert may_collect == [True] * side_by_side.WARM_UP_STEPS + [False] * 4
     assert gc.isenabled()
 
 
-def test_turns_change_places_from_round_to_round(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_change_places_from_round_to_round(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = corpora / "places"
-    configs = {f"rank {rank}": tiny_config(folder, "lora", "--method.rank", str(rank)) for rank in (3, 4, 5)}
+    configs = {
+        f"rank {rank}": tiny_config(folder, "lora", "--method.rank", str(rank))
+        for rank in (3, 4, 5)
+    }
     turns: list[str] = []
     run = side_by_side.Bench.run
 
@@ -78,7 +89,9 @@ def test_turns_change_places_from_round_to_round(corpora: Path, monkeypatch: pyt
     assert all(of_side.step_s.shape == (3, 1) for of_side in times.values())
 
 
-def test_a_timed_step_that_is_skipped_is_refused(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timed_step_that_is_skipped_is_refused(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config(corpora / "skipping", "lora", "--training.on_nonfinite", "skip")
     run = side_by_side.Bench.run
 
@@ -132,5 +145,7 @@ def test_alternating_compiled_models_compiles_nothing_anew(
 
 def test_a_run_shorter_than_what_is_timed_is_refused(corpora: Path) -> None:
     config = tiny_config(corpora / "short", "lora", "--training.steps", "22")
-    with pytest.raises(ConfigError, match=r"tiny one: \[training\] steps = 22: expected at least 23"):
+    with pytest.raises(
+        ConfigError, match=r"tiny one: \[training\] steps = 22: expected at least 23"
+    ):
         time_steps_side_by_side({"tiny one": config}, rounds=5, steps_per_round=4)

@@ -33,7 +33,9 @@ def test_the_interval_holds_the_true_ratio_nearly_always() -> None:
     rng = np.random.default_rng(8)
     num_trials, hits = 200, 0
     for _ in range(num_trials):
-        reference, other = (times_of(mean * np.exp(0.1 * rng.normal(size=(15, 4)))) for mean in (1.0, 1.2))
+        reference, other = (
+            times_of(mean * np.exp(0.1 * rng.normal(size=(15, 4)))) for mean in (1.0, 1.2)
+        )
         ratio = ratio_of_steps(other, reference)
         assert ratio.low <= ratio.value <= ratio.high
         hits += ratio.low <= 1.2 <= ratio.high

@@ -74,7 +74,11 @@ class RecordListLayouts(TorchDispatchMode):
         self.layouts: list[tuple[bool, list[set[torch.dtype]]]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if "_foreach" in str(func):
             lists = [argument for argument in args if isinstance(argument, list)]

@@ -32,7 +32,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_checkpointer(folder: Path) -> MakeCheckpointer:
     def make(
-        comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict, **config: object
+        comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
+        **config: object,
     ) -> Checkpointer:
         return Checkpointer(
             folder,

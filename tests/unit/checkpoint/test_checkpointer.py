@@ -93,7 +93,10 @@ def test_a_save_uses_the_memory_of_the_one_before_once_that_is_written(
         return write_data(writer, plan, planner)
 
     monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_told)
-    expected = {1: copies(tensors), 2: {name: torch.full_like(t, 99) for name, t in tensors.items()}}
+    expected = {
+        1: copies(tensors),
+        2: {name: torch.full_like(t, 99) for name, t in tensors.items()},
+    }
     checkpointer.save(1, tensors, {})
     for tensor in tensors.values():
         tensor.fill_(99)
@@ -110,7 +113,9 @@ def test_a_save_uses_the_memory_of_the_one_before_once_that_is_written(
         load_tensors_(folder / f"step-{step:09d}", found)
         assert_same(found, values)
     assert places[0] == places[1]
-    assert not {tensor.data_ptr() for tensor in tensors.values() if tensor.numel()} & set(places[0].values())
+    assert not {tensor.data_ptr() for tensor in tensors.values() if tensor.numel()} & set(
+        places[0].values()
+    )
 
 
 def test_torch_reads_the_checkpoint_with_its_own_tool(make_checkpointer, tensors, tmp_path):
@@ -133,7 +138,9 @@ def test_full_disk_is_a_clear_error_and_leaves_older_checkpoints(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ChecksummingWriter, "write_data", no_space)
-    with pytest.raises(CheckpointError, match=r"saving step 2 .* failed: .*No space left on device"):
+    with pytest.raises(
+        CheckpointError, match=r"saving step 2 .* failed: .*No space left on device"
+    ):
         save_and_finish(checkpointer, 2, tensors)
     assert checkpointer.latest.name == "step-000000001"
     assert not (folder / "step-000000002").exists()
@@ -151,7 +158,9 @@ def test_too_little_space_is_refused_before_writing(make_checkpointer, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_damage_between_writing_and_reading_back_is_found(make_checkpointer, tensors, folder, monkeypatch):
+def test_damage_between_writing_and_reading_back_is_found(
+    make_checkpointer, tensors, folder, monkeypatch
+):
     write_data = ChecksummingWriter.write_data
 
     def damage(writer, plan, planner):

@@ -35,7 +35,9 @@ def test_partial_and_foreign_folders_are_no_checkpoints(saved):
     assert find_latest(saved).name == "step-000000010"
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "short file", "no file", "no metadata", "bad metadata"])
+@pytest.mark.parametrize(
+    "damage", ["flipped byte", "short file", "no file", "no metadata", "bad metadata"]
+)
 def test_damaged_ones_are_skipped_with_the_reason(saved, damage, caplog):
     newest = saved / "step-000000010"
     data = newest / "__0_0.distcp"
@@ -92,7 +94,9 @@ def test_other_format_version_is_an_error(saved, version):
 
 
 def test_new_run_may_not_mix_with_checkpoints(saved, folder):
-    with pytest.raises(CheckpointError, match=r"already holds 3 checkpoints.*output_dir.*move.*auto"):
+    with pytest.raises(
+        CheckpointError, match=r"already holds 3 checkpoints.*output_dir.*move.*auto"
+    ):
         check_output_folder(saved, "never")
 
 

@@ -95,7 +95,9 @@ def test_malicious_index_pickle_is_never_opened(saved, tensors, tmp_path):
 def test_malicious_tensor_pickle_is_refused(saved, tensors, tmp_path):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("archive/data.pkl", pickle.dumps(Malicious(tmp_path / "executed"), protocol=2))
+        file.writestr(
+            "archive/data.pkl", pickle.dumps(Malicious(tmp_path / "executed"), protocol=2)
+        )
         file.writestr("archive/version", "3\n")
     index = json.loads((saved / "tensors.json").read_text())
     (saved / "__0_0.distcp").write_bytes(archive.getvalue())

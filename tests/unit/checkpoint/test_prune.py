@@ -73,7 +73,9 @@ def test_another_runs_checkpoint_stays(make_checkpointer, tensors, folder):
 
 def test_an_identity_is_compared_as_it_would_be_saved_today(make_checkpointer, tensors, folder):
     checkpointer = make_checkpointer(
-        async_save=False, keep_latest=1, comparable_identity=lambda saved: {"model": {"size": "9m"}, **saved}
+        async_save=False,
+        keep_latest=1,
+        comparable_identity=lambda saved: {"model": {"size": "9m"}, **saved},
     )
     save_steps(checkpointer, tensors, 1)
     file = folder / "step-000000001" / "metadata.json"

@@ -6,7 +6,8 @@ from switchtitan.errors import CheckpointError
 
 def test_equal_identities_pass_whatever_the_kind_of_sequence():
     check_same_run(
-        {"model": {"size": "9m", "betas": [0.9, 0.99]}}, {"model": {"betas": (0.9, 0.99), "size": "9m"}}
+        {"model": {"size": "9m", "betas": [0.9, 0.99]}},
+        {"model": {"betas": (0.9, 0.99), "size": "9m"}},
     )
 
 
@@ -16,7 +17,11 @@ def test_every_difference_is_named_with_both_values():
         "method": {"name": "switchlora", "rank": 3},
         "corpus": "abc",
     }
-    current = {"model": {"size": "20m", "heads": 4}, "method": {"name": "full_rank"}, "corpus": "abd"}
+    current = {
+        "model": {"size": "20m", "heads": 4},
+        "method": {"name": "full_rank"},
+        "corpus": "abd",
+    }
     with pytest.raises(CheckpointError) as raised:
         check_same_run(saved, current)
     message = str(raised.value)

@@ -23,7 +23,9 @@ def file(corpora: Path) -> str:
     folder = corpora / "benchmark"
     folder.mkdir(exist_ok=True)
     path = folder / "tiny.toml"
-    path.write_text(TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"]))
+    path.write_text(
+        TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
+    )
     return str(path)
 
 
@@ -94,7 +96,19 @@ def test_layers_are_timed_in_every_contraction(
 ) -> None:
     script.main(
         [
-            *("layer", "--shape", "24x16", "8x16", "--rank", "2", "7", "--tokens", "5", "--rounds", "2"),
+            *(
+                "layer",
+                "--shape",
+                "24x16",
+                "8x16",
+                "--rank",
+                "2",
+                "7",
+                "--tokens",
+                "5",
+                "--rounds",
+                "2",
+            ),
             *("--calls-per-round", "1", "--dtype", "float32"),
         ]
     )
@@ -106,7 +120,11 @@ def test_layers_are_timed_in_every_contraction(
     assert of_layer["calls"]["full rank"]["ratio"] == 1
     assert of_layer["flops"]["full rank"] == 6 * 24 * 16 * 5
     # Few tokens: building W + s B A would cost more than it spares.
-    assert of_layer["chosen"] == "factored" == min(of_layer["flops"], key=of_layer["flops"].__getitem__)
+    assert (
+        of_layer["chosen"]
+        == "factored"
+        == min(of_layer["flops"], key=of_layer["flops"].__getitem__)
+    )
     assert of_layer["excess_of_choice"] > 0
     assert sum("(chosen)" in text for text in lines) == 4
     assert lines[-1].startswith("[8, 16] rank 7, 5 tokens: ")
@@ -116,7 +134,17 @@ def test_the_update_of_factors_is_timed_beside_torchs(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(
-        ["optimizer", file, "--model.num_layers", "1", "--rounds", "2", "--calls-per-round", "2", *FEW_SHAPES]
+        [
+            "optimizer",
+            file,
+            "--model.num_layers",
+            "1",
+            "--rounds",
+            "2",
+            "--calls-per-round",
+            "2",
+            *FEW_SHAPES,
+        ]
     )
     title, header, first, *_, line = capsys.readouterr().out.splitlines()
     assert title.startswith("update of 2 factors, 0.0 M elements")
@@ -131,7 +159,9 @@ def test_the_update_of_factors_is_timed_beside_torchs(
 def test_reading_is_compared_with_training(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script.main(["loader", file, "--training-tokens-per-s", "10", "--rounds", "2", "--calls-per-round", "2"])
+    script.main(
+        ["loader", file, "--training-tokens-per-s", "10", "--rounds", "2", "--calls-per-round", "2"]
+    )
     header, read, trained, line = capsys.readouterr().out.splitlines()
     assert header.split()[0] == "tokens/s"
     assert read.endswith("  read by 0 workers")
@@ -208,8 +238,14 @@ def test_losses_are_compared_in_time_and_memory(
         (["step", "FILE", "--training.steps", "9"], "expected at least 53"),
         (["step", "no-such.toml"], "there is no such file"),
         (["layer", "--shape", "8x6", "--rank", "6"], "less than the smaller dimension of [8, 6]"),
-        (["layer", "--model.size", "9m"], "--model.size: switchtitan benchmark layer reads no configuration"),
-        (["optimizer", str(ROOT / "train_configs" / "llama_60m_full_rank.toml")], "has no low-rank layers"),
+        (
+            ["layer", "--model.size", "9m"],
+            "--model.size: switchtitan benchmark layer reads no configuration",
+        ),
+        (
+            ["optimizer", str(ROOT / "train_configs" / "llama_60m_full_rank.toml")],
+            "has no low-rank layers",
+        ),
         ([], "step | communication | layer"),
     ],
 )

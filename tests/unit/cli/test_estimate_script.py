@@ -19,7 +19,9 @@ def script() -> ModuleType:
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path, method="switchlora", method_keys=METHOD_KEYS["switchlora"]))
+    path.write_text(
+        TINY.format(folder=tmp_path, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
+    )
     return str(path)
 
 
@@ -30,7 +32,11 @@ def test_needs_of_a_step_are_in_tables_and_a_record(
     script.main(argv)
     *text, line = capsys.readouterr().out.splitlines()
     assert "each of 4 ranks" in text[0]
-    tables = [row.split()[0] for row in text if row.startswith(("peak", "most", " GiB", "MiB/step", "TFLOP"))]
+    tables = [
+        row.split()[0]
+        for row in text
+        if row.startswith(("peak", "most", " GiB", "MiB/step", "TFLOP"))
+    ]
     assert tables == ["GiB", "peak", "most", "peak", "most", "MiB/step", "TFLOP/step"]
     record = json.loads(line)
     assert record["command"] == "switchtitan estimate " + " ".join(argv)

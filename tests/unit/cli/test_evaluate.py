@@ -55,7 +55,10 @@ def test_an_export_has_the_loss_of_its_checkpoint_and_tokens_are_counted(corpora
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["no/such/run"], "other weights than a checkpoint need --config FILE"), ([], "required: WEIGHTS")],
+    [
+        (["no/such/run"], "other weights than a checkpoint need --config FILE"),
+        ([], "required: WEIGHTS"),
+    ],
 )
 def test_mistakes_end_with_status_2_and_one_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:

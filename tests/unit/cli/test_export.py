@@ -54,7 +54,14 @@ def test_weights_are_stored_in_the_type_asked_for(
 ) -> None:
     logits_of_a_saved_run(corpora / "export-bfloat16", "switchlora")
     checkpoint = corpora / "export-bfloat16" / "run" / "checkpoints" / "step-000000007"
-    arguments = ["--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--folder",
+        str(tmp_path / "out"),
+        "--dtype",
+        "bfloat16",
+    ]
     script.main(arguments)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -74,7 +81,10 @@ def test_an_export_without_the_corpus_has_no_tokenizer_and_says_so(
     file.write_text(moved)
     script.main(["--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out")])
     assert "none: the run's corpus is not at elsewhere/pystdlib-" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,10 @@ def test_an_export_without_the_corpus_has_no_tokenizer_and_says_so(
     [
         (["--checkpoint", "no/such/run"], "no complete checkpoint at no/such/run: expected"),
         ([], "the following arguments are required: --checkpoint"),
-        (["--checkpoint", "x", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (
+            ["--checkpoint", "x", "--dtype", "float16"],
+            "argument --dtype: invalid choice: 'float16'",
+        ),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(

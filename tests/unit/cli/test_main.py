@@ -51,8 +51,14 @@ def test_every_picture_has_a_help(picture, capsys):
     ("argv", "message"),
     [
         (["trian"], "error: switchtitan trian: unknown command; did you mean 'train'?\n"),
-        (["xyz"], f"error: switchtitan xyz: unknown command; expected one of {', '.join(COMMANDS)}\n"),
-        (["plot", "spectra"], "error: switchtitan plot spectra: unknown command; did you mean 'spectrum'?\n"),
+        (
+            ["xyz"],
+            f"error: switchtitan xyz: unknown command; expected one of {', '.join(COMMANDS)}\n",
+        ),
+        (
+            ["plot", "spectra"],
+            "error: switchtitan plot spectra: unknown command; did you mean 'spectrum'?\n",
+        ),
     ],
 )
 def test_an_unknown_command_names_the_nearest_one(argv, message, capsys):

@@ -22,7 +22,11 @@ def write_run(folder: Path, *, switches: bool) -> Path:
         writer.write(step, {"loss/train": 5.0 / step, "optimizer/lr": 0.5 * step})
         if switches:
             writer.write(
-                step, {"switch/vectors_switched_total": 3.0 * step, "switch/candidate_coverage": 0.25 * step}
+                step,
+                {
+                    "switch/vectors_switched_total": 3.0 * step,
+                    "switch/candidate_coverage": 0.25 * step,
+                },
             )
     writer.close()
     return folder
@@ -38,12 +42,17 @@ def test_curves_are_what_the_run_wrote(script: ModuleType, tmp_path: Path) -> No
 def test_what_no_run_did_gets_no_panel(
     script: ModuleType, tmp_path: Path, switches: bool, titles: int
 ) -> None:
-    figure = script.draw({"run": script.read_curves(write_run(tmp_path / "run", switches=switches))})
+    figure = script.draw(
+        {"run": script.read_curves(write_run(tmp_path / "run", switches=switches))}
+    )
     assert sum(bool(axes.get_title()) for axes in figure.axes) == titles
 
 
 def test_runs_are_drawn_into_one_picture(script: ModuleType, tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "one/run", switches=True), write_run(tmp_path / "two/run", switches=False)]
+    runs = [
+        write_run(tmp_path / "one/run", switches=True),
+        write_run(tmp_path / "two/run", switches=False),
+    ]
     script.main([*map(str, runs), "--output", str(tmp_path / "new folder/curves.png")])
     assert (tmp_path / "new folder/curves.png").read_bytes().startswith(b"\x89PNG")
     assert set(script.labelled(runs)) == {str(run) for run in runs}
@@ -57,7 +66,9 @@ def test_a_run_without_losses_yet_has_its_picture(script: ModuleType) -> None:
 
 def test_no_curve_runs_through_the_legend(script: ModuleType, tmp_path: Path) -> None:
     for names in (["one"], ["one", "two", "three", "four", "five", "six"]):
-        curves = {name: script.read_curves(write_run(tmp_path / name, switches=True)) for name in names}
+        curves = {
+            name: script.read_curves(write_run(tmp_path / name, switches=True)) for name in names
+        }
         figure = script.draw(curves)
         figure.draw_without_rendering()
         (legend,) = figure.legends

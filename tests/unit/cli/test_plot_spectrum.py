@@ -42,12 +42,16 @@ def runs(corpora: Path) -> dict[str, Path]:
         )
         trainer.train()
     stop_world()
-    return {name: corpora / f"spectrum-{name}" / "run" for name in ("lora-1", "lora-2", "full", "wider")}
+    return {
+        name: corpora / f"spectrum-{name}" / "run" for name in ("lora-1", "lora-2", "full", "wider")
+    }
 
 
 def measured_rank(run: Path, step: int, kind: str = "") -> float:
     spectra = read_spectra(run / "spectra")[step]
-    return summarize({name: values for name, values in spectra.items() if name.endswith(kind)}).effective
+    return summarize(
+        {name: values for name, values in spectra.items() if name.endswith(kind)}
+    ).effective
 
 
 def test_numbers_are_those_that_the_runs_measured(
@@ -57,7 +61,12 @@ def test_numbers_are_those_that_the_runs_measured(
         [
             str(runs["full"]),
             *("--label", f"lora={runs['lora-1']},{runs['lora-2']}"),
-            *("--output", str(tmp_path / "new/spectra.png"), "--json", str(tmp_path / "numbers.json")),
+            *(
+                "--output",
+                str(tmp_path / "new/spectra.png"),
+                "--json",
+                str(tmp_path / "numbers.json"),
+            ),
         ]
     )
     assert (tmp_path / "new/spectra.png").read_bytes().startswith(b"\x89PNG")
@@ -90,10 +99,21 @@ def test_numbers_are_those_that_the_runs_measured(
 
 
 def test_layers_can_be_chosen(script: ModuleType, runs: dict[str, Path], tmp_path: Path) -> None:
-    arguments = [str(runs["lora-1"]), "--output", str(tmp_path / "x.svg"), "--json", str(tmp_path / "x.json")]
+    arguments = [
+        str(runs["lora-1"]),
+        "--output",
+        str(tmp_path / "x.svg"),
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
     script.main([*arguments, "--layers", "q_proj", "*.1.mlp.*"])
     (numbers,) = json.loads((tmp_path / "x.json").read_text()).values()
-    assert list(numbers["effective_rank_by_kind"]) == ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    assert list(numbers["effective_rank_by_kind"]) == [
+        "q_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     assert len(numbers["runs"][0]["effective_rank_by_layer"]) == 2 + 3
 
 
@@ -111,7 +131,10 @@ def test_the_course_has_a_panel_only_where_a_run_measured_it(
         (["no/such/run"], "no complete checkpoint at no/such/run: expected"),
         (["{full}", "{wider}"], "hold different models ([model] hidden_size = 20 and 24)"),
         (["{full}", "--label", "run={lora-1}"], "two of the runs have the same label"),
-        (["{full}", "--layers", "c_proj"], "--layers c_proj: fits no layer; expected one of q_proj, k_proj"),
+        (
+            ["{full}", "--layers", "c_proj"],
+            "--layers c_proj: fits no layer; expected one of q_proj, k_proj",
+        ),
         (["--label", "{full}"], "expected NAME=RUN[,RUN...]"),
         ([], "give at least one RUN"),
         (["{full}", "--output", "{full}/x.gmp"], "x.gmp: the picture cannot be written"),

@@ -23,7 +23,14 @@ def write_text(folder: Path) -> Path:
 
 
 def test_a_corpus_is_prepared_and_summed_up(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--dataset", "text", "--path", str(write_text(tmp_path))]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--dataset",
+        "text",
+        "--path",
+        str(write_text(tmp_path)),
+    ]
     command += ["--vocab_size", "270", "--cache_dir", str(tmp_path / "corpora")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
@@ -59,7 +66,9 @@ def test_the_data_section_of_a_training_file_is_taken(script: ModuleType, tmp_pa
     quickstart = ROOT / "train_configs" / "llama_quickstart_switchlora.toml"
     file.write_text(quickstart.read_text())
     plain = script.read_data_config(["--config", str(file)])
-    changed = script.read_data_config(["--config", str(file), "--seq_len", "99", "--data.max_bytes", "7"])
+    changed = script.read_data_config(
+        ["--config", str(file), "--seq_len", "99", "--data.max_bytes", "7"]
+    )
     assert changed == plain.model_copy(update={"seq_len": 99, "max_bytes": 7})
 
 

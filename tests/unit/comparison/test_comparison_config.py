@@ -52,7 +52,11 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "changed", "message"),
     [
-        ("report_seeds = [2, 3]", "report_seeds = [1, 2]", "selection_seed = 1 is among report_seeds"),
+        (
+            "report_seeds = [2, 3]",
+            "report_seeds = [1, 2]",
+            "selection_seed = 1 is among report_seeds",
+        ),
         (
             "report_seeds = [2, 3]",
             "report_seeds = [2, 2]",
@@ -60,13 +64,33 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
         ),
         ("[1e-2, 2e-2, 4e-2]", "[1e-2, 2e-2, 4e-2, 8e-2]", "dense has 3, thin has 4"),
         ("[1e-2, 2e-2, 4e-2]", "[1e-2, 2e-2]", "expected at least three, above 0 and increasing"),
-        ("[1e-2, 2e-2, 4e-2]", "[4e-2, 2e-2, 1e-2]", "expected at least three, above 0 and increasing"),
-        ('baseline = "dense"', 'baseline = "dens"', "baseline = 'dens': expected one of dense, thin"),
+        (
+            "[1e-2, 2e-2, 4e-2]",
+            "[4e-2, 2e-2, 1e-2]",
+            "expected at least three, above 0 and increasing",
+        ),
+        (
+            'baseline = "dense"',
+            'baseline = "dens"',
+            "baseline = 'dens': expected one of dense, thin",
+        ),
         ('name = "thin"', 'name = "dense"', "two are called 'dense'"),
-        ('name = "thin"', 'name = "th/in"', r"\[\[rows\]\] number 2, name = \"th/in\": expected letters"),
+        (
+            'name = "thin"',
+            'name = "th/in"',
+            r"\[\[rows\]\] number 2, name = \"th/in\": expected letters",
+        ),
         ('learning_rate_of = "thin"', "", "give either learning_rates or learning_rate_of"),
-        ('learning_rate_of = "thin"', 'learning_rate_of = "thin-balanced"', "expected one of dense, thin$"),
-        ('rows = ["thin-balanced"]', 'rows = ["fat"]', r"gaps\.rows = 'fat': expected one of dense, thin"),
+        (
+            'learning_rate_of = "thin"',
+            'learning_rate_of = "thin-balanced"',
+            "expected one of dense, thin$",
+        ),
+        (
+            'rows = ["thin-balanced"]',
+            'rows = ["fat"]',
+            r"gaps\.rows = 'fat': expected one of dense, thin",
+        ),
         ('baseline = "dense"', 'baseline = "dense"\nseeds = 3', "seeds = 3: unknown key"),
     ],
 )
@@ -77,7 +101,9 @@ def test_a_grid_that_is_not_fair_or_not_sound_is_refused(tmp_path, given, change
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in DECLARED if "[[rows]]" in file.read_text()], ids=lambda file: file.stem
+    "file",
+    [file for file in DECLARED if "[[rows]]" in file.read_text()],
+    ids=lambda file: file.stem,
 )
 def test_the_comparisons_that_ship_are_sound(file):
     comparison = load_comparison(file)
@@ -92,7 +118,8 @@ def test_a_missing_or_short_file_is_told(tmp_path):
         load_comparison(tmp_path / "grid.toml")
     training = REPOSITORY / "train_configs" / "llama_60m_lora.toml"
     with pytest.raises(
-        ConfigError, match=r"llama_60m_lora.toml: it declares no comparison, which takes \[\[rows\]\]"
+        ConfigError,
+        match=r"llama_60m_lora.toml: it declares no comparison, which takes \[\[rows\]\]",
     ):
         load_comparison(training)
     second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)

@@ -49,7 +49,9 @@ def comparison(tmp_path: Path) -> ComparisonConfig:
     return declare(tmp_path)
 
 
-def declare(folder: Path, changes: dict[str, str] | None = None, grid: str = GRID) -> ComparisonConfig:
+def declare(
+    folder: Path, changes: dict[str, str] | None = None, grid: str = GRID
+) -> ComparisonConfig:
     base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
     fitting = {
         "[evaluation]": "[evaluation]\ntest_tokens = 160",
@@ -86,7 +88,9 @@ def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: ob
     (run.folder / "results.json").write_text(json.dumps(results | other))
 
 
-def finish_all(comparison: ComparisonConfig, loss_of: Callable[[Run], float], **other: object) -> list[Run]:
+def finish_all(
+    comparison: ComparisonConfig, loss_of: Callable[[Run], float], **other: object
+) -> list[Run]:
     runs = Comparison(comparison).due()
     for run in runs:
         finish(run, loss_of(run), loss_of(run) + 1, **other)
@@ -170,7 +174,9 @@ def test_the_report_tells_losses_differences_and_shares(comparison):
     assert gaps[0].share.mean == pytest.approx(0.5)
     text = markdown(standing, rows, gaps)
     assert "| thin | 0.02 | 3.1025 ± 0.0007 |" in text
-    assert "thin-balanced, from thin to dense: closes 50 ± 0 % of the gap of 1.0000 ± 0.0000." in text
+    assert (
+        "thin-balanced, from thin to dense: closes 50 ± 0 % of the gap of 1.0000 ± 0.0000." in text
+    )
     assert "commit abc" in text
     assert json.loads(json_text(standing, rows, gaps))["num_runs_finished"] == 12
     assert len(runs_csv(standing).splitlines()) == 13
@@ -270,11 +276,21 @@ def test_rows_differ_in_their_methods_alone(tmp_path, keys, message):
 def test_bytes_are_counted_in_as_few_micro_batches_as_fit(tmp_path):
     comparison = declare(
         tmp_path,
-        {"global_batch_size = 8": "global_batch_size = 12", "local_batch_size = 2": "local_batch_size = 12"},
+        {
+            "global_batch_size = 8": "global_batch_size = 12",
+            "local_batch_size = 2": "local_batch_size = 12",
+        },
     )
     run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
-    assert [run.config_on(num_ranks).training.local_batch_size for num_ranks in (1, 2, 3, 4)] == [12, 6, 4, 3]
-    with pytest.raises(ConfigError, match=r"communication_ranks = 5: \[training\] global_batch_size = 12"):
+    assert [run.config_on(num_ranks).training.local_batch_size for num_ranks in (1, 2, 3, 4)] == [
+        12,
+        6,
+        4,
+        3,
+    ]
+    with pytest.raises(
+        ConfigError, match=r"communication_ranks = 5: \[training\] global_batch_size = 12"
+    ):
         run.config_on(5)
 
 

@@ -25,7 +25,9 @@ def test_a_difference_is_taken_seed_by_seed():
     assert difference({1: 1.0}, {2: 1.0}) is None
 
 
-@pytest.mark.parametrize(("change", "is_tie"), [([0.1, -0.1, 0.05], True), ([0.1, 0.3, 0.2], False)])
+@pytest.mark.parametrize(
+    ("change", "is_tie"), [([0.1, -0.1, 0.05], True), ([0.1, 0.3, 0.2], False)]
+)
 def test_a_difference_inside_its_deviation_is_a_tie(change, is_tie):
     assert difference(dict(enumerate(change)), dict.fromkeys(range(3), 0.0)).is_tie is is_tie
 

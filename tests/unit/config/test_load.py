@@ -59,7 +59,9 @@ class Switch(NamedSection):
         return self
 
 
-METHODS: Registry = Registry("method", {"lora": Component(Lora, str), "switch": Component(Switch, str)})
+METHODS: Registry = Registry(
+    "method", {"lora": Component(Lora, str), "switch": Component(Switch, str)}
+)
 
 
 class Job(Section):
@@ -131,7 +133,10 @@ def test_sections_are_frozen(load: Load) -> None:
         ('steps = 1\nlr = "1e-3"', '[training] lr = "1e-3": expected a number; write 0.001'),
         ("steps = 1\nlr = false", "[training] lr = false: expected a number"),
         ("steps = 1\nclip = 0", '[training] clip = 0: expected a number > 0, or "none"'),
-        ("steps = 1\nbetas = [0.9]", "[training] betas = [0.9]: expected a list of 2 items, each a number"),
+        (
+            "steps = 1\nbetas = [0.9]",
+            "[training] betas = [0.9]: expected a list of 2 items, each a number",
+        ),
         (
             'steps = 1\nbetas = ["x", "y"]',
             '[training] betas = ["x", "y"]: expected a list of 2 items, each a number',
@@ -185,7 +190,9 @@ def test_a_mistake_in_a_value_says_what_was_expected(load: Load, line: str, expe
         ),
     ],
 )
-def test_a_mistake_in_a_section_says_what_was_expected(load: Load, text: str, expected: str) -> None:
+def test_a_mistake_in_a_section_says_what_was_expected(
+    load: Load, text: str, expected: str
+) -> None:
     assert message_of(load, text).splitlines()[2:] == [f"  {expected}"]
 
 
@@ -217,7 +224,10 @@ def test_a_mistake_in_a_section_says_what_was_expected(load: Load, text: str, ex
 def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed(
     load: Load, argv: list[str], expected: str
 ) -> None:
-    assert message_of(load, GOOD, *argv).splitlines()[1:] == ["on the command line:", f"  {expected}"]
+    assert message_of(load, GOOD, *argv).splitlines()[1:] == [
+        "on the command line:",
+        f"  {expected}",
+    ]
 
 
 def test_a_key_that_another_name_leaves_no_place_for_says_what_to_do(load: Load) -> None:
@@ -244,7 +254,10 @@ def test_all_mistakes_come_in_one_message_grouped_by_source(load: Load) -> None:
     assert lines[2].startswith("  [training] steps = 0")
     assert lines[3].startswith('  [training] lr = "x"')
     assert lines[4] == "on the command line:"
-    assert {line.split(":")[0].strip() for line in lines[5:7]} == {"--training.betas 1", "--foo.bar 2"}
+    assert {line.split(":")[0].strip() for line in lines[5:7]} == {
+        "--training.betas 1",
+        "--foo.bar 2",
+    }
     assert lines[7:] == ["values that do not fit together:", "  rank = 4 does not fit"]
 
 
@@ -301,14 +314,21 @@ def test_a_base_says_what_the_file_does_not(write: Callable[..., Path]) -> None:
         "bases/lowest.toml",
         '[training]\nsteps = 1\nlr = 2.0\n[training.inner]\ndepth = 3\n[method]\nname = "lora"',
     )
-    write("bases/middle.toml", 'base = "lowest.toml"\n[training]\nsteps = 2\ntag = "mid"\n[method]\nrank = 7')
+    write(
+        "bases/middle.toml",
+        'base = "lowest.toml"\n[training]\nsteps = 2\ntag = "mid"\n[method]\nrank = 7',
+    )
     top = write("top.toml", 'base = "bases/middle.toml"\n[training]\nsteps = 3\n')
-    expected = Job(training=Training(steps=3, lr=2.0, tag="mid", inner=Inner(depth=3)), method=Lora(rank=7))
+    expected = Job(
+        training=Training(steps=3, lr=2.0, tag="mid", inner=Inner(depth=3)), method=Lora(rank=7)
+    )
     assert load_file(top) == expected
     assert load_file(top, "--training.tag", "line").training.tag == "line"
 
 
-def test_another_name_keeps_none_of_the_bases_keys_of_that_section(write: Callable[..., Path]) -> None:
+def test_another_name_keeps_none_of_the_bases_keys_of_that_section(
+    write: Callable[..., Path],
+) -> None:
     write("base.toml", '[training]\nsteps = 1\n[method]\nname = "switch"\ninterval = 90\nrank = 7')
     other = write("other.toml", 'base = "base.toml"\n[method]\nname = "lora"')
     assert load_file(other).method == Lora()
@@ -320,7 +340,9 @@ def test_another_name_keeps_none_of_the_bases_keys_of_that_section(write: Callab
 
 
 def test_a_mistake_is_reported_with_the_file_in_which_it_stands(write: Callable[..., Path]) -> None:
-    base = write("base.toml", '[training]\nsteps = 0\nstesp = 1\n[traning]\n[method]\nname = "lora"')
+    base = write(
+        "base.toml", '[training]\nsteps = 0\nstesp = 1\n[traning]\n[method]\nname = "lora"'
+    )
     top = write("top.toml", 'base = "base.toml"\n[training]\nlr = "x"\n[training.inner]\ndpth = 1')
     with pytest.raises(ConfigError) as caught:
         load_file(top)
@@ -352,7 +374,8 @@ def test_a_base_that_cannot_be_read_is_refused(write: Callable[..., Path], tmp_p
     write("llama_350m.toml", 'base = "top.toml"')
     top = write("top.toml", 'base = "llama_35m.toml"')
     with pytest.raises(
-        ConfigError, match=r'top\.toml: base = "llama_35m\.toml": there is no such file; did you mean .*350m'
+        ConfigError,
+        match=r'top\.toml: base = "llama_35m\.toml": there is no such file; did you mean .*350m',
     ):
         load_file(top)
     top = write("top.toml", 'base = "llama_350m.toml"')
@@ -378,7 +401,9 @@ def test_a_row_registered_later_can_be_chosen(load: Load) -> None:
     text = GOOD.replace("switch", "toy") + "size = 5\n"
     with METHODS.registered("toy", Component(Toy, str)):
         assert load(text).method == Toy(size=5)
-        assert "[method] size = 0: expected an integer >= 1" in message_of(load, text.replace("5", "0"))
+        assert "[method] size = 0: expected an integer >= 1" in message_of(
+            load, text.replace("5", "0")
+        )
         assert METHODS.build(Toy(size=3)) == "name='toy' size=3"
     message = message_of(load, text)
     assert '[method] name = "toy": expected one of "lora", "switch"' in message
@@ -398,7 +423,8 @@ class Shelf(Section):
 
 def test_mistakes_in_a_list_of_tables_name_the_table(write: Callable[..., Path]) -> None:
     file = write(
-        "shelf.toml", "titel = 1\n[[books]]\nsteps = 1\n[[books]]\nsteps = 0\nstesp = 2\ninner = 3\n"
+        "shelf.toml",
+        "titel = 1\n[[books]]\nsteps = 1\n[[books]]\nsteps = 0\nstesp = 2\ninner = 3\n",
     )
     with pytest.raises(ConfigError) as caught:
         load_table(file, Shelf)

@@ -8,11 +8,16 @@ def test_the_quickstart_ships():
 
 
 @pytest.mark.parametrize("given", [QUICKSTART.name, f"train_configs/{QUICKSTART.name}"])
-def test_a_shipped_configuration_is_found_from_anywhere_and_said(given, tmp_path, monkeypatch, capsys):
+def test_a_shipped_configuration_is_found_from_anywhere_and_said(
+    given, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     assert find_config(given) == FOLDER / QUICKSTART.name
-    assert capsys.readouterr().err == f"{given}: using {QUICKSTART}, which is installed with switchtitan\n"
+    assert (
+        capsys.readouterr().err
+        == f"{given}: using {QUICKSTART}, which is installed with switchtitan\n"
+    )
 
 
 def test_a_file_of_the_users_comes_first_and_nothing_is_said(tmp_path, monkeypatch, capsys):

@@ -45,13 +45,16 @@ class Whole(Section):
 
 
 @pytest.mark.parametrize(
-    "value", ['quote " and \\ back', "line\nbreak", "tab\tbell\x07", "\x7f", "ünïcode ☃", "", "none so far"]
+    "value",
+    ['quote " and \\ back', "line\nbreak", "tab\tbell\x07", "\x7f", "ünïcode ☃", "", "none so far"],
 )
 def test_any_text_reads_back(value: str) -> None:
     assert tomli.loads(f"key = {toml_value(value)}") == {"key": value}
 
 
-@pytest.mark.parametrize("value", [1, -3, True, 0.1, 1e-8, 1e300, math.inf, -math.inf, ["a", 1.5], []])
+@pytest.mark.parametrize(
+    "value", [1, -3, True, 0.1, 1e-8, 1e300, math.inf, -math.inf, ["a", 1.5], []]
+)
 def test_any_value_reads_back(value: object) -> None:
     assert tomli.loads(f"key = {toml_value(value)}") == {"key": value}
 
@@ -65,7 +68,14 @@ def test_nan_reads_back() -> None:
     [
         Whole(),
         Whole(
-            part=Part(text='say "no"', ratio=3, maybe=None, place=Path("a b"), names=(), inner=Inner(depth=4))
+            part=Part(
+                text='say "no"',
+                ratio=3,
+                maybe=None,
+                place=Path("a b"),
+                names=(),
+                inner=Inner(depth=4),
+            )
         ),
         Whole(picky=Picky(mode="still")),
     ],

@@ -22,8 +22,12 @@ def write_shards(folder: Path, tokens: np.ndarray, cuts: list[int], dtype: str) 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("cuts", [[], [10, 11, 30], [1, 2, 3, 4, 5, 6]])
-def test_sequences_are_slices_of_the_shards_end_to_end(tmp_path: Path, dtype: str, cuts: list[int]) -> None:
-    tokens = np.random.default_rng(0).integers(0, 65_000 if dtype == "uint16" else 4_000_000_000, 50)
+def test_sequences_are_slices_of_the_shards_end_to_end(
+    tmp_path: Path, dtype: str, cuts: list[int]
+) -> None:
+    tokens = np.random.default_rng(0).integers(
+        0, 65_000 if dtype == "uint16" else 4_000_000_000, 50
+    )
     sequences = write_shards(tmp_path, tokens, cuts, dtype)
     assert len(sequences) == 7  # (50 - 1) // 7
     for index in range(7):
@@ -57,7 +61,11 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path: Path) -> None:
     sequences = write_shards(tmp_path, np.arange(50), [20], "uint16")
     (tmp_path / "1.bin").write_bytes(b"\0" * 10)
     with pytest.raises(CorpusError, match=r"1\.bin: .* 10 bytes, expected 60; delete the folder"):
-        TokenSequences(sequences.files, sequences.token_counts, dtype="uint16", seq_len=7, eos_id=EOS)
+        TokenSequences(
+            sequences.files, sequences.token_counts, dtype="uint16", seq_len=7, eos_id=EOS
+        )
     (tmp_path / "1.bin").unlink()
     with pytest.raises(CorpusError, match=r"1\.bin: .*cannot be read"):
-        TokenSequences(sequences.files, sequences.token_counts, dtype="uint16", seq_len=7, eos_id=EOS)
+        TokenSequences(
+            sequences.files, sequences.token_counts, dtype="uint16", seq_len=7, eos_id=EOS
+        )

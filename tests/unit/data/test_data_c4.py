@@ -43,7 +43,9 @@ def test_the_prepared_corpus_keeps_the_splits(c4_copy: Path, tmp_path: Path) -> 
     assert corpus.index.num_documents("train") == 30
     assert corpus.index.num_documents("validation") == 11
     tokenizer = corpus.tokenizer().tokenizer
-    tokens = [int(token) for sequence in corpus.split("validation", 1) for token in sequence.tokens[:1]]
+    tokens = [
+        int(token) for sequence in corpus.split("validation", 1) for token in sequence.tokens[:1]
+    ]
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     assert text.split("<|endoftext|>")[:10] == VALIDATION[:10]
 

@@ -23,7 +23,9 @@ def small_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     root = tmp_path / "library"
     root.mkdir()
     for number in range(6):
-        (root / f"module_{number}.py").write_text(f"def function_{number}():\n    return {number}\n" * 9)
+        (root / f"module_{number}.py").write_text(
+            f"def function_{number}():\n    return {number}\n" * 9
+        )
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(root)})
     return root
 
@@ -40,7 +42,9 @@ def test_a_copy_has_the_same_fingerprint(corpus: Corpus, copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.bin", "tokenizer.json"])
 @pytest.mark.parametrize("harm", [flip_a_byte, Path.unlink, lambda file: file.write_bytes(b"")])
-def test_a_damaged_file_is_named_with_the_mend(copy: Path, name: str, harm: Callable[[Path], object]) -> None:
+def test_a_damaged_file_is_named_with_the_mend(
+    copy: Path, name: str, harm: Callable[[Path], object]
+) -> None:
     harm(copy / name)
     with pytest.raises(CorpusError, match=f"{name}: .*; delete the folder {copy} and run again"):
         open_prepared(copy)
@@ -76,13 +80,17 @@ def test_damage_is_noticed_when_a_configuration_opens_the_corpus(
 
 
 def test_a_split_shorter_than_a_sequence_is_refused(corpus: Corpus) -> None:
-    with pytest.raises(CorpusError, match=r"= 9999: the validation split .* raise validation_fraction"):
+    with pytest.raises(
+        CorpusError, match=r"= 9999: the validation split .* raise validation_fraction"
+    ):
         corpus.split("validation", 9999)
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(corpus: Corpus) -> None:
     corpus.check_vocabulary(corpus.vocab_size)
-    with pytest.raises(CorpusError, match=rf"has {corpus.vocab_size} tokens; raise \[model\] vocab_size"):
+    with pytest.raises(
+        CorpusError, match=rf"has {corpus.vocab_size} tokens; raise \[model\] vocab_size"
+    ):
         corpus.check_vocabulary(corpus.vocab_size - 1)
 
 
@@ -112,7 +120,9 @@ def test_the_offline_corpus_stands_in_loudly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = DataConfig(dataset="c4", tokenizer="t5-base", offline_dataset="pystdlib", cache_dir=tmp_path)
+    config = DataConfig(
+        dataset="c4", tokenizer="t5-base", offline_dataset="pystdlib", cache_dir=tmp_path
+    )
     corpus = open_corpus(config, show_progress=False)
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "REQUESTED CORPUS UNAVAILABLE" in warning.getMessage()
@@ -195,7 +205,9 @@ def test_a_rank_with_another_corpus_stops(jsonl_config: DataConfig, corpus: Corp
         open_corpus(jsonl_config, is_main=False, broadcast=lambda _: outcome)
 
 
-def test_a_folder_that_may_not_be_written_is_named(jsonl_config: DataConfig, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_named(
+    jsonl_config: DataConfig, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("in the way")
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path / "file" / "corpora"})
     with pytest.raises(CorpusError, match=r'cache_dir = ".*corpora"'):

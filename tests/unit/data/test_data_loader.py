@@ -15,7 +15,12 @@ def sequences(corpus: Corpus) -> TokenSequences:
 
 
 def steps(
-    sequences: TokenSequences, count: int, rank: int = 0, num_ranks: int = 1, local: int = 2, **settings: int
+    sequences: TokenSequences,
+    count: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    local: int = 2,
+    **settings: int,
 ) -> list[list[Batch]]:
     batches = build_train_batches(
         sequences,
@@ -47,14 +52,20 @@ def global_batches(sequences: TokenSequences, num_ranks: int, local: int) -> tor
     return torch.stack(
         [
             torch.cat(
-                [ranks[rank][step][m].tokens for m in range(len(ranks[0][0])) for rank in range(num_ranks)]
+                [
+                    ranks[rank][step][m].tokens
+                    for m in range(len(ranks[0][0]))
+                    for rank in range(num_ranks)
+                ]
             )
             for step in range(5)
         ]
     )
 
 
-def test_targets_are_the_next_tokens_and_ids_fit_them(sequences: TokenSequences, corpus: Corpus) -> None:
+def test_targets_are_the_next_tokens_and_ids_fit_them(
+    sequences: TokenSequences, corpus: Corpus
+) -> None:
     batch = steps(sequences, 1)[0][0]
     assert batch.tokens.shape == batch.targets.shape == batch.document_ids.shape == (2, 13)
     assert (batch.tokens.dtype, batch.document_ids.dtype) == (torch.int64, torch.int32)
@@ -84,7 +95,9 @@ def test_a_run_goes_on_over_the_end_of_an_epoch(sequences: TokenSequences) -> No
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing_and_are_gone_when_closed(sequences: TokenSequences, num_workers: int) -> None:
+def test_workers_change_nothing_and_are_gone_when_closed(
+    sequences: TokenSequences, num_workers: int
+) -> None:
     before = len(multiprocessing.active_children())
     state = torch.random.get_rng_state()
     assert equal(steps(sequences, 7, num_workers=num_workers), steps(sequences, 7))
@@ -92,7 +105,9 @@ def test_workers_change_nothing_and_are_gone_when_closed(sequences: TokenSequenc
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_global_batch_that_cannot_be_dealt_or_filled_is_refused(sequences: TokenSequences) -> None:
+def test_a_global_batch_that_cannot_be_dealt_or_filled_is_refused(
+    sequences: TokenSequences,
+) -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size = 8: .* multiple of .* 2 x 3 = 6"):
         steps(sequences, 1, num_ranks=2, local=3)
     with pytest.raises(CorpusError, match="fewer than one global batch"):

@@ -7,7 +7,14 @@ import pytest
 from support.tiny_documents import write_json_lines
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.data import Corpus, DataConfig, open_corpus, open_prepared, plan_corpus, prepare_corpus
+from switchtitan.data import (
+    Corpus,
+    DataConfig,
+    open_corpus,
+    open_prepared,
+    plan_corpus,
+    prepare_corpus,
+)
 from switchtitan.data import segments as segments_module
 from switchtitan.data.prepare import is_held_out
 from switchtitan.data.tokenizer import DocumentTokenizer
@@ -88,7 +95,11 @@ def test_a_test_split_is_a_third_part_of_the_documents(
     assert corpus.folder != plan_corpus(jsonl_config).folder
     numbers = range(len(documents))
     validation = [number for number in numbers if is_held_out(number, 10)]
-    test = [number for number in numbers if is_held_out(number, 20, first=1) and number not in validation]
+    test = [
+        number
+        for number in numbers
+        if is_held_out(number, 20, first=1) and number not in validation
+    ]
     # One document in 20, less the few that validation took.
     assert 4 <= len(test) <= 6
     assert read_split(corpus, "validation") == [documents[number] for number in validation]
@@ -99,7 +110,9 @@ def test_a_test_split_is_a_third_part_of_the_documents(
 
 
 def test_a_corpus_without_a_test_split_says_so(corpus: Corpus) -> None:
-    with pytest.raises(CorpusError, match=r"no test split, only train, validation.*\[data\] test_fraction"):
+    with pytest.raises(
+        CorpusError, match=r"no test split, only train, validation.*\[data\] test_fraction"
+    ):
         corpus.split("test", 16)
 
 
@@ -166,7 +179,11 @@ def test_progress_without_its_files_is_not_trusted(
 @pytest.mark.parametrize("lost", ["progress.json", "tokenizer.json", "train-00001.bin"])
 @pytest.mark.usefixtures("small_batches")
 def test_a_stop_before_the_rename_leaves_nothing_that_looks_whole(
-    jsonl_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, corpus: Corpus
+    jsonl_config: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+    corpus: Corpus,
 ) -> None:
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path})
     monkeypatch.setattr("switchtitan.data.prepare.os.rename", _stop)
@@ -219,7 +236,9 @@ def test_caps_stop_after_so_many_documents_or_bytes(
     fewer = jsonl_config.model_copy(update={"cache_dir": tmp_path, "max_documents": 31})
     assert _num_documents(fewer) == 31
     sizes = [len(document.encode()) for document in documents]
-    smaller = jsonl_config.model_copy(update={"cache_dir": tmp_path, "max_bytes": sum(sizes[:40]) + 1})
+    smaller = jsonl_config.model_copy(
+        update={"cache_dir": tmp_path, "max_bytes": sum(sizes[:40]) + 1}
+    )
     assert _num_documents(smaller) == 41
 
 
@@ -228,7 +247,9 @@ def _num_documents(config: DataConfig) -> int:
     return sum(index.num_documents(split) for split in index.splits)
 
 
-def test_a_vocabulary_above_65536_needs_four_bytes_a_token(tmp_path: Path, jsonl_config: DataConfig) -> None:
+def test_a_vocabulary_above_65536_needs_four_bytes_a_token(
+    tmp_path: Path, jsonl_config: DataConfig
+) -> None:
     file = save_tokenizer(tmp_path / "big" / "tokenizer.json", "</s>", ids_from=70_000)
     settings = {"cache_dir": tmp_path, "tokenizer": str(file), "vocab_size": None}
     corpus = open_corpus(jsonl_config.model_copy(update=settings), show_progress=False)
@@ -238,7 +259,9 @@ def test_a_vocabulary_above_65536_needs_four_bytes_a_token(tmp_path: Path, jsonl
 
 def test_empty_documents_and_lone_surrogates_do_no_harm(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "", "t\ud800wo", "three", ""])
-    config = DataConfig(dataset="jsonl", path=tmp_path / "in", vocab_size=257, cache_dir=tmp_path / "out")
+    config = DataConfig(
+        dataset="jsonl", path=tmp_path / "in", vocab_size=257, cache_dir=tmp_path / "out"
+    )
     corpus = open_corpus(config, show_progress=False)
     assert read_split(corpus, "validation") == ["one"]
     assert read_split(corpus, "train") == ["t?wo", "three"]
@@ -247,7 +270,9 @@ def test_empty_documents_and_lone_surrogates_do_no_harm(tmp_path: Path) -> None:
 def test_a_corpus_of_one_document_is_refused(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", ["the only one"])
     config = DataConfig(dataset="jsonl", path=tmp_path, vocab_size=257, cache_dir=tmp_path / "out")
-    with pytest.raises(CorpusError, match="no document for the train split; a corpus needs at least two"):
+    with pytest.raises(
+        CorpusError, match="no document for the train split; a corpus needs at least two"
+    ):
         prepare_corpus(config, show_progress=False)
 
 

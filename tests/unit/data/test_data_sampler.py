@@ -41,8 +41,12 @@ def test_neighbours_are_torn_apart() -> None:
     assert abs(correlation) < 0.05  # standard deviation 1 / sqrt(10 007) = 0.01
 
 
-@pytest.mark.parametrize(("num_ranks", "local_batch_size"), [(1, 12), (1, 4), (2, 3), (4, 1), (3, 2)])
-def test_ranks_and_micro_batches_hold_the_global_batch_once(num_ranks: int, local_batch_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "local_batch_size"), [(1, 12), (1, 4), (2, 3), (4, 1), (3, 2)]
+)
+def test_ranks_and_micro_batches_hold_the_global_batch_once(
+    num_ranks: int, local_batch_size: int
+) -> None:
     micro_batches = 12 // (num_ranks * local_batch_size)
     positions = [
         rank_positions(

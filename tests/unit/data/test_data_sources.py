@@ -78,7 +78,12 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path: Path) -> None:
     ("dataset", "name", "contents", "message"),
     [
         ("text", "a.txt", b"\xff\xfe", "expected UTF-8"),
-        ("jsonl", "a.jsonl", b'{"text": "a"}\n{"text"', r"a\.jsonl, line 2: expected one JSON object"),
+        (
+            "jsonl",
+            "a.jsonl",
+            b'{"text": "a"}\n{"text"',
+            r"a\.jsonl, line 2: expected one JSON object",
+        ),
         ("jsonl", "a.jsonl", b"[1]\n", "expected a JSON object, got list"),
         ("json.gz", "a.json.gz", b"no gzip", "damaged or truncated gzip"),
         ("parquet", "a.parquet", b"no parquet", "damaged Parquet"),
@@ -103,7 +108,9 @@ def test_a_truncated_gzip_file_is_an_error_and_no_shorter_corpus(tmp_path: Path)
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="there is no such file or folder"):
         make_source("text", tmp_path / "missing")
-    with pytest.raises(CorpusError, match=r"no parquet file there; expected files named \*\.parquet"):
+    with pytest.raises(
+        CorpusError, match=r"no parquet file there; expected files named \*\.parquet"
+    ):
         make_source("parquet", tmp_path)
 
 
@@ -142,7 +149,9 @@ def test_a_standard_library_without_sources_is_refused(tmp_path: Path) -> None:
         StandardLibrarySource(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_corpus("text", tmp_path)
     source = make_source("text", tmp_path)
     (tmp_path / "03.txt").unlink()

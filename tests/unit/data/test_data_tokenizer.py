@@ -112,7 +112,11 @@ def test_a_tokenizer_is_fetched_from_a_hub_and_then_cached(tmp_path: Path) -> No
         "HF_HUB_OFFLINE": "0",
     }
     result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     server.shutdown()
     server.server_close()

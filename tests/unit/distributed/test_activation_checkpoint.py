@@ -18,7 +18,13 @@ from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 
 MODEL = LlamaConfig(
-    size="9m", hidden_size=20, intermediate_size=28, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=31
+    size="9m",
+    hidden_size=20,
+    intermediate_size=28,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    vocab_size=31,
 )
 NUM_TOKENS = 7 * 16
 WEIGHT_SHAPES = {(20, 20), (10, 20), (28, 20), (20, 28)}
@@ -43,14 +49,18 @@ class LiveResults(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for result in results if isinstance(results, (tuple, list)) else [results]:
             if isinstance(result, Tensor):
-                self._results.append((tuple(result.shape), StorageWeakRef(result.untyped_storage())))
+                self._results.append(
+                    (tuple(result.shape), StorageWeakRef(result.untyped_storage()))
+                )
         return results
 
     def shapes(self, apart_from: nn.Module) -> set[tuple[int, ...]]:
         """Of the results that are alive, but those that share memory with a module's tensors."""
         gc.collect()
         held = {StorageWeakRef(p.untyped_storage()).cdata for p in apart_from.parameters()}
-        return {shape for shape, ref in self._results if not ref.expired() and ref.cdata not in held}
+        return {
+            shape for shape, ref in self._results if not ref.expired() and ref.cdata not in held
+        }
 
 
 def build_model(mode: str, compiled: bool) -> nn.Module:

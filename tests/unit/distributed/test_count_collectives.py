@@ -38,12 +38,20 @@ def shard() -> torch.Tensor:
         (lambda: dist.all_gather_into_tensor(whole(), shard()), "all_gather", WHOLE * 4 / 5),
         (lambda: dist.all_gather(list(whole().split(1)), shard()), "all_gather", WHOLE * 4 / 5),
         (lambda: dist.reduce_scatter_tensor(shard(), whole()), "reduce_scatter", WHOLE * 4 / 5),
-        (lambda: dist.reduce_scatter(shard(), list(whole().split(1))), "reduce_scatter", WHOLE * 4 / 5),
+        (
+            lambda: dist.reduce_scatter(shard(), list(whole().split(1))),
+            "reduce_scatter",
+            WHOLE * 4 / 5,
+        ),
         (lambda: dist.all_reduce(whole()), "all_reduce", 2 * WHOLE * 4 / 5),
         (lambda: dist.all_reduce(whole().bfloat16()), "all_reduce", WHOLE * 4 / 5),
         (lambda: dist.broadcast(whole(), src=2), "broadcast", WHOLE * 4 / 5),
         (lambda: dist.gather(shard(), list(whole().split(1)), dst=2), "gather", WHOLE / 5 * 4 / 5),
-        (lambda: dist.scatter(shard(), list(whole().split(1)), src=2), "scatter", WHOLE / 5 * 4 / 5),
+        (
+            lambda: dist.scatter(shard(), list(whole().split(1)), src=2),
+            "scatter",
+            WHOLE / 5 * 4 / 5,
+        ),
     ],
 )
 def test_bytes_are_those_of_a_ring(collective, kind, bytes_sent) -> None:
@@ -97,5 +105,7 @@ def test_waiting_moves_nothing_and_an_unknown_collective_is_no_silence() -> None
         dist.barrier()
         assert set(counter.counts.values()) == {CollectiveCount(0, 0.0)}
         dist.all_to_all_single(whole(), whole())
-    with pytest.raises(NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall"):
+    with pytest.raises(
+        NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall"
+    ):
         counter.counts  # noqa: B018

@@ -14,12 +14,20 @@ from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 
 MODEL = LlamaConfig(
-    size="9m", hidden_size=12, intermediate_size=18, num_layers=2, num_heads=3, num_kv_heads=1, vocab_size=31
+    size="9m",
+    hidden_size=12,
+    intermediate_size=18,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    vocab_size=31,
 )
 CONFIGS = [FullRankConfig(), LoraConfig(rank=3, init="balanced"), SwitchLoraConfig(rank=3)]
 
 
-def values(config, seed: int, initial_weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def values(
+    config, seed: int, initial_weights: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = MODELS.build(MODEL)
     METHODS.build(config, 10, seed=0).prepare_model(model)
@@ -51,7 +59,9 @@ def test_full_rank_values_are_the_model_s_own():
     drawn = values(FullRankConfig(), 5)
     model = MODELS.build(MODEL)
     for name, value in drawn.items():
-        assert torch.equal(value, model.initial_value(name, value.shape, generator_for(5, name))), name
+        assert torch.equal(value, model.initial_value(name, value.shape, generator_for(5, name))), (
+            name
+        )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)

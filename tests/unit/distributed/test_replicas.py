@@ -8,7 +8,9 @@ from switchtitan.distributed.replicas import check_replicas, fingerprint
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(7, 5), (1, 9), (11,)])
-def test_a_fingerprint_sees_every_value_and_its_place(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_a_fingerprint_sees_every_value_and_its_place(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     own = fingerprint(tensor)
     assert own.shape == ()

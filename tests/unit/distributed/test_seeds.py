@@ -41,7 +41,9 @@ def test_dropout_differs_between_seeds_batches_and_ranks_and_not_otherwise():
     assert all(draw(*place) == values for place, values in drawn.items())
 
 
-def losses_with_dropout(folder: Path, num_steps: int, dropout: tuple[str, str] = DROPOUT) -> list[float]:
+def losses_with_dropout(
+    folder: Path, num_steps: int, dropout: tuple[str, str] = DROPOUT
+) -> list[float]:
     # What the process drew before must not matter.
     torch.seed()
     trainer = tiny_trainer(folder, "switchlora", *dropout)

@@ -43,17 +43,23 @@ def test_keys_named_with_their_section_exist():
 
 
 def test_commands_exist():
-    found = {(page, words) for page, words in named(r"(?m)^switchtitan (\w+)") if words != "pretrains"}
+    found = {
+        (page, words) for page, words in named(r"(?m)^switchtitan (\w+)") if words != "pretrains"
+    }
     found |= named(r"`switchtitan (\w+)")
     assert {command for _, command in found} >= {"train", "export", "compare", "benchmark", "plot"}
     assert not {(page, command) for page, command in found if command not in COMMANDS}
 
 
 def test_the_comparison_shown_is_valid(tmp_path):
-    (shown,) = re.findall(r"(?ms)^```toml\n(.*?)^```", (ROOT / "docs" / "COMPARISONS.md").read_text())
+    (shown,) = re.findall(
+        r"(?ms)^```toml\n(.*?)^```", (ROOT / "docs" / "COMPARISONS.md").read_text()
+    )
     file = tmp_path / "shown.toml"
     file.write_text(shown)
-    shutil.copy(ROOT / "train_configs" / "comparisons" / "llama_1m_pystdlib.toml", tmp_path / "base.toml")
+    shutil.copy(
+        ROOT / "train_configs" / "comparisons" / "llama_1m_pystdlib.toml", tmp_path / "base.toml"
+    )
     comparison = load_comparison(file)
     check_plan(comparison)
     assert [row.name for row in comparison.rows] == ["full_rank", "lora-r16", "lora-r16-balanced"]
@@ -65,5 +71,7 @@ def test_files_named_exist():
         (ROOT / "docs/EXTENDING.md").read_text()
     )
     added = {line.removeprefix("# ") for line in shown}
-    missing = {(page, file) for page, file in found if not (ROOT / file).exists() and file not in added}
+    missing = {
+        (page, file) for page, file in found if not (ROOT / file).exists() and file not in added
+    }
     assert not missing

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "EXTENDING.md"
-CODE = re.compile(r"^```python\n# (in )?(switchtitan/\S+\.py)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+CODE = re.compile(
+    r"^```python\n# (in )?(switchtitan/\S+\.py)\n(.*?)^```$", re.DOTALL | re.MULTILINE
+)
 TOML = re.compile(r"^```toml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 REST = """
@@ -77,7 +79,9 @@ def extended(tmp_path_factory):
             file.write_text(code)
     texts = folder / "texts"
     texts.mkdir()
-    rows = [f'{n},"document {n} says, again and again, that {n % 7} is a number"' for n in range(600)]
+    rows = [
+        f'{n},"document {n} says, again and again, that {n % 7} is a number"' for n in range(600)
+    ]
     (texts / "a.csv").write_text("id,body\n" + "\n".join(rows) + "\n")
     data, others = (
         "".join(toml for toml in TOML.findall(page) if ("[data]" in toml) == is_data)

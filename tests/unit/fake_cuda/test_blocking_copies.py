@@ -48,4 +48,6 @@ def test_what_blocks_is_found(tmp_path: Path) -> None:
         "indices",
         "back",
     }
-    assert found.keys() - {"fill", "page-locked"} == {name for name, copies in found.items() if copies}
+    assert found.keys() - {"fill", "page-locked"} == {
+        name for name, copies in found.items() if copies
+    }

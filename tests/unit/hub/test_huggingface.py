@@ -33,7 +33,8 @@ DIMS = CONFIG.dimensions()
 def state() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: 0.1 * torch.randn(shape, generator=generator) for name, shape in DIMS.parameter_shapes().items()
+        name: 0.1 * torch.randn(shape, generator=generator)
+        for name, shape in DIMS.parameter_shapes().items()
     }
 
 
@@ -41,7 +42,9 @@ def state() -> dict[str, Tensor]:
 def test_transformers_computes_our_logits_from_the_exported_folder(
     state: dict[str, Tensor], tmp_path: Path, max_shard_bytes: int
 ) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32, seq_len=64, max_shard_bytes=max_shard_bytes)
+    export_dense(
+        state, CONFIG, tmp_path / "out", torch.float32, seq_len=64, max_shard_bytes=max_shard_bytes
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = MODELS.build(CONFIG)
     ours.load_state_dict(state)
@@ -97,14 +100,25 @@ def test_bf16_export_rounds_each_value_once(state: dict[str, Tensor], tmp_path: 
     export_dense(state, CONFIG, tmp_path / "out", torch.bfloat16)
     back = read_dense(tmp_path / "out")
     assert all(torch.equal(back[name], value.bfloat16()) for name, value in state.items())
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    )
 
 
-def test_exported_tokenizer_splits_text_as_the_given_one(state: dict[str, Tensor], tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>"))
+def test_exported_tokenizer_splits_text_as_the_given_one(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(
+        models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>")
+    )
     tokenizer.save(str(tmp_path / "given.json"))
     export_dense(
-        state, CONFIG, tmp_path / "out", torch.float32, tokenizer_file=tmp_path / "given.json", eos_id=0
+        state,
+        CONFIG,
+        tmp_path / "out",
+        torch.float32,
+        tokenizer_file=tmp_path / "given.json",
+        eos_id=0,
     )
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded("b")["input_ids"] == tokenizer.encode("b").ids == [2]
@@ -130,7 +144,12 @@ def test_a_failed_export_leaves_nothing_behind(state: dict[str, Tensor], tmp_pat
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"broken\.json is not a tokenizer"):
         export_dense(
-            state, CONFIG, tmp_path / "out", torch.float32, tokenizer_file=tmp_path / "broken.json", eos_id=0
+            state,
+            CONFIG,
+            tmp_path / "out",
+            torch.float32,
+            tokenizer_file=tmp_path / "broken.json",
+            eos_id=0,
         )
     assert [file.name for file in tmp_path.iterdir()] == ["broken.json"]
 
@@ -181,7 +200,9 @@ def test_scaled_rotary_positions_are_refused(state: dict[str, Tensor], tmp_path:
 
 def test_a_single_file_is_read_without_a_folder(tmp_path: Path) -> None:
     save_file({"a.weight": torch.arange(6.0).view(2, 3)}, tmp_path / "weights.safetensors")
-    assert torch.equal(read_dense(tmp_path / "weights.safetensors")["a.weight"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(
+        read_dense(tmp_path / "weights.safetensors")["a.weight"], torch.arange(6.0).view(2, 3)
+    )
 
 
 def test_reading_maps_the_file_and_does_not_copy_it(tmp_path: Path) -> None:

@@ -57,11 +57,15 @@ def write(folder: Path, stored: dict[str, Tensor], alpha: float | None = ALPHA) 
     folder.mkdir(exist_ok=True)
     torch.save(stored, folder / "pytorch_model.bin")
     if alpha is not None:
-        (folder / "switch_lora_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": alpha}))
+        (folder / "switch_lora_config.json").write_text(
+            json.dumps({"r": RANK, "lora_alpha": alpha})
+        )
     return folder
 
 
-def test_dense_weights_are_merged_with_the_runs_scale(stored: dict[str, Tensor], tmp_path: Path) -> None:
+def test_dense_weights_are_merged_with_the_runs_scale(
+    stored: dict[str, Tensor], tmp_path: Path
+) -> None:
     dense = read_original_dense(write(tmp_path, stored))
     for layer in SHAPES:
         weight, lora_a, lora_b = (
@@ -78,9 +82,13 @@ def test_dense_weights_are_merged_with_the_runs_scale(stored: dict[str, Tensor],
 
 def test_bf16_checkpoints_are_merged_in_fp32(stored: dict[str, Tensor], tmp_path: Path) -> None:
     in_bf16 = {
-        name: value.bfloat16() if value.is_floating_point() else value for name, value in stored.items()
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in stored.items()
     }
-    in_fp32 = {name: value.float() if value.is_floating_point() else value for name, value in in_bf16.items()}
+    in_fp32 = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in in_bf16.items()
+    }
     merged = read_original_dense(write(tmp_path / "bf16", in_bf16))
     expected = read_original_dense(write(tmp_path / "fp32", in_fp32))
     assert all(torch.equal(merged[name], value) for name, value in expected.items())
@@ -100,7 +108,9 @@ def test_sharded_checkpoints_are_read_whole(stored: dict[str, Tensor], tmp_path:
     (folder / "pytorch_model.bin").unlink()
     file_of = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(stored)}
     for file in set(file_of.values()):
-        torch.save({name: value for name, value in stored.items() if file_of[name] == file}, folder / file)
+        torch.save(
+            {name: value for name, value in stored.items() if file_of[name] == file}, folder / file
+        )
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": file_of}))
     dense = read_original_dense(folder)
     assert all(torch.equal(dense[name], value) for name, value in whole.items())
@@ -110,7 +120,9 @@ def test_a_low_rank_checkpoint_without_its_alpha_is_refused(
     stored: dict[str, Tensor], tmp_path: Path
 ) -> None:
     bare = write(tmp_path / "bare", stored, alpha=None)
-    with pytest.raises(CheckpointError, match=r"switch_lora_config\.json is missing; write .*lora_alpha"):
+    with pytest.raises(
+        CheckpointError, match=r"switch_lora_config\.json is missing; write .*lora_alpha"
+    ):
         read_original_dense(bare)
     (bare / "switch_lora_config.json").write_text('{"lora_alpha": "one"}')
     with pytest.raises(CheckpointError, match=r"switch_lora_config\.json is corrupted"):
@@ -136,9 +148,21 @@ def test_the_earlier_layout_with_numbered_candidates_is_read(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("model.layers.0.self_attn.q_proj.weight.absmax", torch.ones(2), r"unknown names: .*weight\.absmax"),
-        (f"{LAYER}.lora_B", torch.ones(8, RANK), r"shapes \[\[7, 9\], \[4, 9\], \[8, 4\]\]; expected"),
-        (f"{LAYER}.weight", torch.ones(63, 1, dtype=torch.uint8), r"Quantized layers cannot be read"),
+        (
+            "model.layers.0.self_attn.q_proj.weight.absmax",
+            torch.ones(2),
+            r"unknown names: .*weight\.absmax",
+        ),
+        (
+            f"{LAYER}.lora_B",
+            torch.ones(8, RANK),
+            r"shapes \[\[7, 9\], \[4, 9\], \[8, 4\]\]; expected",
+        ),
+        (
+            f"{LAYER}.weight",
+            torch.ones(63, 1, dtype=torch.uint8),
+            r"Quantized layers cannot be read",
+        ),
     ],
 )
 def test_an_unknown_layout_is_refused_by_name(
@@ -165,7 +189,9 @@ def test_a_pickle_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_damaged_missing_and_foreign_files_are_named(stored: dict[str, Tensor], tmp_path: Path) -> None:
+def test_damaged_missing_and_foreign_files_are_named(
+    stored: dict[str, Tensor], tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=r"holds neither pytorch_model\.bin nor"):
         read_original_dense(tmp_path)
     file = write(tmp_path, stored) / "pytorch_model.bin"
@@ -233,6 +259,8 @@ def test_the_originals_weights_of_another_model_are_refused(corpora: Path) -> No
     stored = as_the_original_stores(tiny_weights(home))
     del stored["model.norm.weight"]
     folder = write(home / "model_500", stored)
-    with pytest.raises(CheckpointError, match=r"initial_weights = .*model\.norm\.weight is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"initial_weights = .*model\.norm\.weight is missing"
+    ):
         tiny_trainer(home, "switchlora", "--checkpoint.initial_weights", str(folder))
     stop_world()

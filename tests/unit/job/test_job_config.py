@@ -64,7 +64,9 @@ def parse(tmp_path: Path) -> Callable[..., JobConfig]:
 
 @pytest.mark.parametrize("file", TRAIN_CONFIGS, ids=lambda file: file.stem)
 @pytest.mark.parametrize("num_ranks", [1, 8])
-def test_every_shipped_config_parses_and_reads_back_equal(file: Path, num_ranks: int, tmp_path: Path) -> None:
+def test_every_shipped_config_parses_and_reads_back_equal(
+    file: Path, num_ranks: int, tmp_path: Path
+) -> None:
     config = parse_arguments(["--config", str(file)], num_ranks)
     assert config.job.name == file.stem
     assert config.job.output_dir == Path("outputs") / file.stem
@@ -75,7 +77,9 @@ def test_every_shipped_config_parses_and_reads_back_equal(file: Path, num_ranks:
 
 def test_the_ladder_of_sizes_ships_with_every_method() -> None:
     names = {file.stem for file in TRAIN_CONFIGS}
-    assert {f"llama_{size}_{method}" for size in LADDER for method in (*METHODS, "apollo_mini")} < names
+    assert {
+        f"llama_{size}_{method}" for size in LADDER for method in (*METHODS, "apollo_mini")
+    } < names
     assert {f"llama_{size}_{method}" for size in OTHER_SIZES for method in FIRST_METHODS} < names
     assert QUICKSTART.stem in names
 
@@ -86,7 +90,9 @@ def test_a_base_says_that_it_is_one_and_lacks_only_what_its_users_add(file: Path
     assert len(users) >= 3
     with pytest.raises(ConfigError) as caught:
         parse_arguments(["--config", str(file)], 1)
-    missing = {line.split(":")[0].strip() for line in str(caught.value).splitlines() if "missing" in line}
+    missing = {
+        line.split(":")[0].strip() for line in str(caught.value).splitlines() if "missing" in line
+    }
     assert {"[job] name", "[job] output_dir", "[method] name"} <= missing
     assert missing <= {"[job] name", "[job] output_dir", "[method] name", "[optimizer] lr"}
 
@@ -95,7 +101,9 @@ def test_without_config_the_quickstart_is_read() -> None:
     assert parse_arguments([], 1).job.name == QUICKSTART.stem
 
 
-def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConfig], tmp_path: Path) -> None:
+def test_a_key_that_may_not_be_set_reads_back_unset(
+    parse: Callable[..., JobConfig], tmp_path: Path
+) -> None:
     config = parse("--method.decay", "constant", "--training.max_grad_norm", "none")
     text = resolved_toml(config)
     assert "\n# decay_ratio = 0.1\n" in text
@@ -174,7 +182,11 @@ def test_a_key_that_may_not_be_set_reads_back_unset(parse: Callable[..., JobConf
             2,
             "the bytes of step 3 are counted, and [training] steps = 2",
         ),
-        (["--model.num_heads", "3"], 1, "[model] hidden_size = 128 is not a multiple of num_heads = 3"),
+        (
+            ["--model.num_heads", "3"],
+            1,
+            "[model] hidden_size = 128 is not a multiple of num_heads = 3",
+        ),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(
@@ -231,7 +243,11 @@ def test_compilation_on_a_cpu_without_a_compiler_is_refused(
     ("target", "value", "expected"),
     [
         ("sysconfig.get_path", lambda name: "/nowhere", "install python3-dev"),
-        ("torch.__file__", "/with blank/torch/__init__.py", "not /with blank/torch; use another environment"),
+        (
+            "torch.__file__",
+            "/with blank/torch/__init__.py",
+            "not /with blank/torch; use another environment",
+        ),
     ],
 )
 def test_compilation_on_a_cpu_that_cannot_build_is_refused(
@@ -247,7 +263,9 @@ def test_compilation_on_a_cpu_that_cannot_build_is_refused(
 
 
 def test_help_shows_every_key_in_80_columns(
-    parse: Callable[..., JobConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    parse: Callable[..., JobConfig],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
@@ -316,7 +334,9 @@ class ToyModelConfig(ModelConfig):
         return {"only": (self.width, self.width)}
 
 
-def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(tmp_path: Path) -> None:
+def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "toy.toml"
     file.write_text(
         '[job]\nname = "toy"\noutput_dir = "out"\n[model]\nname = "toy"\nvocab_size = 5000\n[method]\nname = "toy"\n'

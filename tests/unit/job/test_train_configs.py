@@ -13,7 +13,9 @@ from switchtitan.models import MODELS
 from switchtitan.training.description import count_parameters
 
 TRAIN_CONFIGS = [
-    file for file in sorted(QUICKSTART.parent.glob("*.toml")) if not file.read_text().startswith("# Base of ")
+    file
+    for file in sorted(QUICKSTART.parent.glob("*.toml"))
+    if not file.read_text().startswith("# Base of ")
 ]
 
 PUBLISHED_SIZES = {
@@ -67,7 +69,8 @@ def test_a_shipped_config_builds_with_the_counts_that_its_sizes_imply(file: Path
 
 
 @pytest.mark.parametrize(
-    ("size", "rank", "trainable", "full_rank"), [("350m", 256, 185.4, 368.2), ("1b", 512, 609.7, 1339.5)]
+    ("size", "rank", "trainable", "full_rank"),
+    [("350m", 256, 185.4, 368.2), ("1b", 512, 609.7, 1339.5)],
 )
 def test_switchlora_trains_the_published_number_of_parameters(
     size: str, rank: int, trainable: float, full_rank: float

@@ -4,7 +4,14 @@ from math import sqrt
 
 import pytest
 import torch
-from support.projected_models import RANK, TARGETS, OddModel, draw_gradients, draw_model, give_gradients
+from support.projected_models import (
+    RANK,
+    TARGETS,
+    OddModel,
+    draw_gradients,
+    draw_model,
+    give_gradients,
+)
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
@@ -12,7 +19,9 @@ from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods.apollo import Apollo, ApolloConfig
 from switchtitan.optim import AdamWConfig
 
-CHANNEL = ApolloConfig(rank=RANK, update_interval=4, targets=TARGETS, scale=0.6, max_norm_growth=1.3)
+CHANNEL = ApolloConfig(
+    rank=RANK, update_interval=4, targets=TARGETS, scale=0.6, max_norm_growth=1.3
+)
 MINI = ApolloConfig(rank=1, update_interval=4, targets=TARGETS, scaling="tensor", scale=sqrt(7))
 CONFIGS = pytest.mark.parametrize("config", [CHANNEL, MINI], ids=["channel", "mini"])
 # An eps that matters, so that where it is added shows.
@@ -47,7 +56,9 @@ class Reference:
         is_turned = grad.shape[0] >= grad.shape[1]
         wide = grad.T if is_turned else grad
         if self.num_steps % config.update_interval == 0:
-            generator = generator_for(SEED, f"{self.name}.basis.{self.num_steps // config.update_interval}")
+            generator = generator_for(
+                SEED, f"{self.name}.basis.{self.num_steps // config.update_interval}"
+            )
             self.projection = torch.randn(wide.shape[0], config.rank, generator=generator).T / sqrt(
                 config.rank
             )
@@ -62,7 +73,9 @@ class Reference:
         else:
             scaled = wide * (normalized.norm() / (projected.norm() + 1e-8))
         norm = scaled.norm()
-        self.was_limited = self.last_norm is not None and bool(norm > config.max_norm_growth * self.last_norm)
+        self.was_limited = self.last_norm is not None and bool(
+            norm > config.max_norm_growth * self.last_norm
+        )
         if self.was_limited:
             scaled = scaled * config.max_norm_growth * self.last_norm / norm
         self.last_norm = scaled.norm()
@@ -78,9 +91,12 @@ def test_every_orientation_equals_the_reference_in_every_step(config, compile_st
     model, plain = draw_model(), draw_model()
     optimizer = build(model, config, compile_step)
     references = [
-        Reference(f"{name}.weight", model.get_parameter(f"{name}.weight"), config) for name in TARGETS
+        Reference(f"{name}.weight", model.get_parameter(f"{name}.weight"), config)
+        for name in TARGETS
     ]
-    others = [name for name, _ in plain.named_parameters() if name.removesuffix(".weight") not in TARGETS]
+    others = [
+        name for name, _ in plain.named_parameters() if name.removesuffix(".weight") not in TARGETS
+    ]
     adamw = torch.optim.AdamW(
         [plain.get_parameter(name) for name in others],
         betas=ADAM.betas,
@@ -108,7 +124,9 @@ def test_every_orientation_equals_the_reference_in_every_step(config, compile_st
         for name in others:
             assert torch.equal(model.get_parameter(name), plain.get_parameter(name)), name
         now_limited = sum(reference.was_limited for reference in references)
-        assert optimizer.metrics()["projection/limited_share"] == pytest.approx(now_limited / len(TARGETS))
+        assert optimizer.metrics()["projection/limited_share"] == pytest.approx(
+            now_limited / len(TARGETS)
+        )
         num_limited += now_limited
     # The limiter was at work, and not always.
     assert 0.1 < num_limited / (NUM_STEPS * len(TARGETS)) < 0.9
@@ -144,7 +162,9 @@ def test_updates_are_gradients_scaled_along_the_larger_dimension_or_as_a_whole(c
         give_gradients(model, gradients)
         optimizer.step()
         for name in TARGETS:
-            ratio = (before[name] - model.get_parameter(f"{name}.weight")) / gradients[f"{name}.weight"]
+            ratio = (before[name] - model.get_parameter(f"{name}.weight")) / gradients[
+                f"{name}.weight"
+            ]
             assert (ratio > 0).all()
             num_rows, num_columns = ratio.shape
             along = ratio if num_rows >= num_columns else ratio.T
@@ -165,7 +185,9 @@ def test_bases_are_drawn_anew_and_not_saved():
         optimizer.step()
     resumed_model.load_state_dict(model.state_dict())
     resumed = build(resumed_model, CHANNEL)
-    resumed.load_state_dict({name: tensor.clone() for name, tensor in optimizer.state_dict().items()})
+    resumed.load_state_dict(
+        {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    )
     for one, other in ((model, optimizer), (resumed_model, resumed)):
         give_gradients(one, steps[6])
         other.step()

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from support.projected_models import RANK, TARGETS, OddModel, draw_gradients, draw_model, give_gradients
+from support.projected_models import (
+    RANK,
+    TARGETS,
+    OddModel,
+    draw_gradients,
+    draw_model,
+    give_gradients,
+)
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
@@ -58,7 +65,9 @@ def test_every_orientation_equals_the_reference_in_every_step(compile_step):
     model, plain = draw_model(), draw_model()
     optimizer = build(model, compile_step)
     references = {name: Reference(model.get_parameter(f"{name}.weight")) for name in TARGETS}
-    others = [name for name, _ in plain.named_parameters() if name.removesuffix(".weight") not in TARGETS]
+    others = [
+        name for name, _ in plain.named_parameters() if name.removesuffix(".weight") not in TARGETS
+    ]
     adamw = torch.optim.AdamW(
         [plain.get_parameter(name) for name in others],
         betas=ADAM.betas,

@@ -133,7 +133,9 @@ def test_optimizer_state_moves_to_a_fresh_optimizer(corpora, trained, method):
     fresh = tiny_trainer(corpora / f"contract-fresh-{method}", method)
     fresh.stepper.close()
     optimizer = fresh.stepper.optimizer
-    assert any(not torch.equal(tensor, saved[name]) for name, tensor in optimizer.state_dict().items())
+    assert any(
+        not torch.equal(tensor, saved[name]) for name, tensor in optimizer.state_dict().items()
+    )
     optimizer.load_state_dict(saved)
     loaded = optimizer.state_dict()
     assert loaded.keys() == saved.keys()
@@ -148,7 +150,9 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(tmp_path, trai
     plain = MODELS.build(config.model)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
     dense = built.dense_weights(run.saved_parameters)
-    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in dense.values())
+    assert all(
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in dense.values()
+    )
     untrained = logits(plain)
     plain.load_state_dict(dense, strict=True)
     # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.

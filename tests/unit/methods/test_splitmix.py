@@ -23,7 +23,9 @@ def test_generator_gives_the_published_outputs() -> None:
         16408922859458223821,
     ]
     ours = splitmix64(torch.tensor(1234567), torch.arange(5))
-    assert [output % 2**64 for output in ours.tolist()] == published == splitmix64_outputs(1234567, 5)
+    assert (
+        [output % 2**64 for output in ours.tolist()] == published == splitmix64_outputs(1234567, 5)
+    )
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
@@ -37,6 +39,8 @@ def test_the_32_bit_generator_ends_as_murmurhash3_does(index: int) -> None:
     # Published hashes of the empty string under the seeds 0, 1 and 2^32 - 1 are the finalizer alone.
     published = {0: 0, 1: 0x514E28B7, 2**32 - 1: 0x81F16F39}
     seeds = [as_int32(state - (index + 1) * INCREMENT_32) for state in published]
-    ours = splitmix32(torch.tensor(seeds, dtype=torch.int32), torch.tensor(index, dtype=torch.int32))
+    ours = splitmix32(
+        torch.tensor(seeds, dtype=torch.int32), torch.tensor(index, dtype=torch.int32)
+    )
     assert ours.dtype == torch.int32
     assert [output % 2**32 for output in ours.tolist()] == list(published.values())

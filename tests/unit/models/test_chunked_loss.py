@@ -33,7 +33,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def draw(dtype: torch.dtype, shape: tuple[int, int] = (3, 5)) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+def draw(
+    dtype: torch.dtype, shape: tuple[int, int] = (3, 5)
+) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
     """Hidden states, head and targets, some of which are ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(*shape, DIM, generator=generator)
@@ -51,7 +53,10 @@ def of_all_logits(
     hidden = hidden.detach().double().requires_grad_()
     weight = head.weight.detach().double().requires_grad_()
     logits = F.linear(hidden, weight).flatten(0, 1)
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum") / DIVISOR
+    loss = (
+        F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+        / DIVISOR
+    )
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -106,11 +111,15 @@ def test_bfloat16_gradients_are_about_as_good_as_those_of_all_logits() -> None:
     errors = []
     for loss in (
         EAGER(hidden, head, targets, DIVISOR),
-        F.cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum") / DIVISOR,
+        F.cross_entropy(head(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum")
+        / DIVISOR,
     ):
         grads = torch.autograd.grad(loss, (hidden, head.weight))
         errors.append(
-            [((grad - true).norm() / true.norm()).item() for grad, true in zip(grads, exact, strict=True)]
+            [
+                ((grad - true).norm() / true.norm()).item()
+                for grad, true in zip(grads, exact, strict=True)
+            ]
         )
     (ours_hidden, ours_weight), (plain_hidden, plain_weight) = errors
     assert ours_hidden < 1.01 * plain_hidden
@@ -181,7 +190,9 @@ def test_the_peak_holds_a_fraction_of_the_logits() -> None:
     hidden, head, targets = draw(torch.float32, (4, 240))
     ours = peak_extra_bytes(lambda: EAGER(hidden, head, targets).backward(), CPU)
     plain = peak_extra_bytes(
-        lambda: F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction="sum").backward(),
+        lambda: F.cross_entropy(
+            head(hidden).flatten(0, 1), targets.flatten(), reduction="sum"
+        ).backward(),
         CPU,
     )
     assert plain > 2 * 4 * 960 * VOCABULARY

@@ -90,7 +90,9 @@ def test_flash_attention_gets_positions_before_heads(
     """A stand-in with the package's documented signature: [batch, seq, heads, head_dim], fewer key heads."""
 
     def flash_attn_func(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
-        visible = torch.ones(SEQ, SEQ, dtype=torch.bool).tril() if causal else torch.ones(SEQ, SEQ).bool()
+        visible = (
+            torch.ones(SEQ, SEQ, dtype=torch.bool).tril() if causal else torch.ones(SEQ, SEQ).bool()
+        )
         by_head = (part.transpose(1, 2) for part in (query, key, value))
         return plain_attention(*by_head, visible.expand(BATCH, SEQ, SEQ)).transpose(1, 2)
 
@@ -123,7 +125,12 @@ def test_gpu_back_ends_have_the_gradients_of_sdpa(name: str) -> None:
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
     generator = torch.Generator("cuda").manual_seed(0)
-    options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator, "requires_grad": True}
+    options = {
+        "device": "cuda",
+        "dtype": torch.bfloat16,
+        "generator": generator,
+        "requires_grad": True,
+    }
     query = torch.randn(2, 6, 256, 32, **options)
     key, value = (torch.randn(2, 3, 256, 32, **options) for _ in range(2))
     ids = torch.zeros(2, 256, dtype=torch.int32, device="cuda")
@@ -133,4 +140,6 @@ def test_gpu_back_ends_have_the_gradients_of_sdpa(name: str) -> None:
         attended = backend.load()(query, key, value, backend.build_mask(ids))
         gradients[each] = torch.autograd.grad(attended.float().square().sum(), (query, key, value))
     for actual, expected in zip(gradients[name], gradients["sdpa"], strict=True):
-        torch.testing.assert_close(actual, expected, atol=5e-2, rtol=5e-2)  # bf16 sums in another order
+        torch.testing.assert_close(
+            actual, expected, atol=5e-2, rtol=5e-2
+        )  # bf16 sums in another order

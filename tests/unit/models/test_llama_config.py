@@ -24,7 +24,9 @@ def test_every_size_has_the_parameters_of_the_formula(size: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "millions"), [("350m", 368.2), ("1b", 1339.5)])
-def test_published_sizes_have_the_published_number_of_parameters(size: str, millions: float) -> None:
+def test_published_sizes_have_the_published_number_of_parameters(
+    size: str, millions: float
+) -> None:
     shapes = LlamaConfig(size=size).dimensions().parameter_shapes().values()
     assert sum(map(prod, shapes)) / 1e6 == pytest.approx(millions, abs=0.05)
 

@@ -21,7 +21,13 @@ from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.models.llama.model import Llama, Positions
 from switchtitan.models.llama.rope import rotary_tables
 
-MULTI_HEAD = {"hidden_size": 30, "num_heads": 5, "intermediate_size": 41, "num_layers": 3, "vocab_size": 67}
+MULTI_HEAD = {
+    "hidden_size": 30,
+    "num_heads": 5,
+    "intermediate_size": 41,
+    "num_layers": 3,
+    "vocab_size": 67,
+}
 GROUPED = {**MULTI_HEAD, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 2, "rope_theta": 700.0}
 
 
@@ -191,13 +197,17 @@ def test_norm_computes_in_fp32_and_rounds_once() -> None:
     ).bfloat16()
     exact = features.double() / (features.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     exact = (exact * norm.weight.double()).float().bfloat16()
-    assert (norm(features) != exact).float().mean() < 0.02  # a tie of fp32 roundings may fall either way
+    assert (
+        norm(features) != exact
+    ).float().mean() < 0.02  # a tie of fp32 roundings may fall either way
 
 
 def test_initial_values_have_the_configured_distribution() -> None:
     model = build(init_std=0.05)
     generator = torch.Generator().manual_seed(7)
-    drawn = model.initial_value("model.layers.1.mlp.up_proj.weight", torch.Size([301, 203]), generator)
+    drawn = model.initial_value(
+        "model.layers.1.mlp.up_proj.weight", torch.Size([301, 203]), generator
+    )
     assert drawn.dtype == torch.float32
     assert drawn.device.type == "cpu"
     count = drawn.numel()

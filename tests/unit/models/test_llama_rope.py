@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 
 def test_rotation_equals_multiplication_by_a_complex_unit() -> None:
     head_dim, theta = 6, 500.0
-    features = torch.randn(1, 1, 5, head_dim, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(
+        1, 1, 5, head_dim, dtype=torch.float32, generator=torch.Generator().manual_seed(0)
+    )
     turned = rotate(features, *rotary_tables(5, head_dim, theta, CPU))
     for position in range(5):
         for pair in range(head_dim // 2):
@@ -32,7 +34,9 @@ def test_scores_depend_on_the_distance_of_positions_alone() -> None:
     scores = queries @ keys.T
     for distance in range(-5, 6):
         along = scores.diagonal(distance)
-        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=0)  # fp32, |score| ~ 5
+        torch.testing.assert_close(
+            along, along[:1].expand_as(along), atol=1e-5, rtol=0
+        )  # fp32, |score| ~ 5
 
 
 def test_rotation_computes_in_fp32_and_keeps_the_type() -> None:

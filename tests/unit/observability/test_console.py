@@ -38,7 +38,12 @@ def test_every_line_fits_the_console_and_columns_line_up(num_steps):
 def test_row_shows_what_was_reported():
     header, row = ConsoleTable(40_000).lines(
         1000,
-        {"loss/train": 3.14159, "optimizer/lr": 0.02, "throughput/mfu": 0.4123, "throughput/eta_s": 11_220.0},
+        {
+            "loss/train": 3.14159,
+            "optimizer/lr": 0.02,
+            "throughput/mfu": 0.4123,
+            "throughput/eta_s": 11_220.0,
+        },
     )
     assert header.split() == ["step", "loss", "lr", "MFU", "ETA"]
     assert row.split() == ["1000/40000", "3.1416", "2.00e-02", "41.2%", "3h07m"]
@@ -57,7 +62,9 @@ def test_a_row_without_a_time_left_has_the_columns_of_the_next():
 
 
 def test_validation_stands_on_a_line_of_its_own():
-    lines = ConsoleTable(300).lines(20, {"loss/validation": math.log(20), "perplexity/validation": 20.0})
+    lines = ConsoleTable(300).lines(
+        20, {"loss/validation": math.log(20), "perplexity/validation": 20.0}
+    )
     assert lines == [" 20/300 validation loss 2.9957, perplexity 20.00"]
 
 
@@ -93,7 +100,13 @@ def test_counts_have_three_digits_and_a_unit(value, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (7500, "2h05m"), (4 * 86400 + 11 * 3600, "4d11h")],
+    [
+        (0.4, "0s"),
+        (59.6, "1m00s"),
+        (187, "3m07s"),
+        (7500, "2h05m"),
+        (4 * 86400 + 11 * 3600, "4d11h"),
+    ],
 )
 def test_durations_have_two_units(seconds, text):
     assert format_duration(seconds) == text

@@ -36,7 +36,10 @@ def test_main_rank_prints_facts_and_warnings(capsys):
 def test_other_ranks_print_warnings_with_their_rank(capsys):
     configure_logging(is_main=False, rank=3)
     log_everything()
-    assert capsys.readouterr().out == "[rank 3] warning: a doubt\n[rank 3] warning: a stranger's doubt\n"
+    assert (
+        capsys.readouterr().out
+        == "[rank 3] warning: a doubt\n[rank 3] warning: a stranger's doubt\n"
+    )
 
 
 def test_configuring_twice_prints_once(capsys):

@@ -12,7 +12,8 @@ def read_scalars(folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
     }
 
 
@@ -118,7 +119,9 @@ def test_other_ranks_print_nothing(tmp_path, caplog):
 
 
 def test_reports_are_due_each_interval_and_at_both_ends(tmp_path):
-    reporter = Reporter(MetricsConfig(interval=10), tmp_path, num_steps=25, start_step=3, is_main=False)
+    reporter = Reporter(
+        MetricsConfig(interval=10), tmp_path, num_steps=25, start_step=3, is_main=False
+    )
     assert [step for step in range(4, 26) if reporter.is_due(step)] == [4, 10, 20, 25]
 
 
@@ -136,7 +139,11 @@ def test_summary_says_what_was_reached_and_where_everything_lies(tmp_path, caplo
     with caplog.at_level(logging.INFO):
         caplog.clear()
         reporter.summary(
-            {"throughput/tokens_per_s": 12345.0, "throughput/wall_time_s": 187.0, "loss/test": 3.25},
+            {
+                "throughput/tokens_per_s": 12345.0,
+                "throughput/wall_time_s": 187.0,
+                "loss/test": 3.25,
+            },
             checkpoint=tmp_path / "step",
             trace=tmp_path / "trace.json",
         )

@@ -19,7 +19,9 @@ def work(steps: int, profiler: Profiler) -> None:
 
 def traced_steps(path) -> list[str]:
     events = json.loads(path.read_text())["traceEvents"]
-    return sorted(event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#"))
+    return sorted(
+        event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")
+    )
 
 
 @pytest.mark.parametrize("start_step", [2, 4])
@@ -40,7 +42,9 @@ def test_trace_of_the_chosen_number_of_steps_is_written_once(tmp_path, start_ste
 
 
 def test_profile_plugin_reads_the_trace(tmp_path):
-    config = ProfilerConfig(enabled=True, start_step=2, num_steps=3, with_stack=True, record_shapes=True)
+    config = ProfilerConfig(
+        enabled=True, start_step=2, num_steps=3, with_stack=True, record_shapes=True
+    )
     with Profiler(config, tmp_path, worker="rank0") as profiler:
         work(9, profiler)
     data = RunProfileData.parse("rank0", None, str(profiler.trace), str(tmp_path))
@@ -89,7 +93,9 @@ def test_profiling_recompiles_nothing(tmp_path):
     x = torch.ones(5, 7)
     compiled(x)
     assert counter.frame_count == 1
-    config = ProfilerConfig(enabled=True, start_step=3, num_steps=2, with_stack=True, record_shapes=True)
+    config = ProfilerConfig(
+        enabled=True, start_step=3, num_steps=2, with_stack=True, record_shapes=True
+    )
     with Profiler(config, tmp_path, worker="rank0") as profiler:
         for _ in range(10):
             compiled(x)

@@ -44,7 +44,9 @@ def train_both(
         lr_factor = (step + 1) / num_steps
         optimizer.set_lr(lr_factor)
         torch_optimizer.param_groups[0]["lr"] = CONFIG.lr * lr_factor
-        for one, other, gradient in zip(named.values(), reference.values(), draw(step), strict=True):
+        for one, other, gradient in zip(
+            named.values(), reference.values(), draw(step), strict=True
+        ):
             one.grad, other.grad = gradient, gradient.clone()
         if step % 3 == 1:
             # A parameter without a gradient waits, and keeps its own count of steps.
@@ -78,7 +80,9 @@ def test_state_goes_into_a_fresh_optimizer_in_place(compile_step: bool):
     optimizer = ours(named, compile_step)
     train_both(optimizer, named, num_steps=4)
     saved = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
-    assert saved.keys() == {f"{name}.{key}" for name in SHAPES for key in ("exp_avg", "exp_avg_sq", "step")}
+    assert saved.keys() == {
+        f"{name}.{key}" for name in SHAPES for key in ("exp_avg", "exp_avg_sq", "step")
+    }
     assert saved["a.weight.step"] == 4
     assert saved["b.weight.step"] == 3
     copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}

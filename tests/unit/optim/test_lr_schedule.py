@@ -16,7 +16,9 @@ TOLERANCE = 1e-12
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup_steps", [0, 1, WARMUP, NUM_STEPS])
 def test_warmup_rises_in_a_line_from_its_first_share_to_the_peak(decay: str, warmup_steps: int):
-    lr_factor = build_lr_schedule(LRScheduleConfig(warmup_steps=warmup_steps, decay=decay), NUM_STEPS)
+    lr_factor = build_lr_schedule(
+        LRScheduleConfig(warmup_steps=warmup_steps, decay=decay), NUM_STEPS
+    )
     for step in range(warmup_steps):
         assert lr_factor(step) == pytest.approx((step + 1) / warmup_steps, abs=TOLERANCE)
     assert lr_factor(warmup_steps if warmup_steps < NUM_STEPS else NUM_STEPS - 1) == 1.0
@@ -33,11 +35,15 @@ def test_decay_falls_steadily_to_the_minimum(decay: str, min_factor: float):
     # Both fall by half of the way in the middle.
     middle = (NUM_STEPS - WARMUP) // 2
     assert factors[middle] == pytest.approx((1 + min_factor) / 2, abs=TOLERANCE)
-    assert build_lr_schedule(config, NUM_STEPS)(NUM_STEPS + 9) == pytest.approx(min_factor, abs=TOLERANCE)
+    assert build_lr_schedule(config, NUM_STEPS)(NUM_STEPS + 9) == pytest.approx(
+        min_factor, abs=TOLERANCE
+    )
 
 
 def test_constant_stays_at_the_peak():
-    lr_factor = build_lr_schedule(LRScheduleConfig(warmup_steps=WARMUP, decay="constant"), NUM_STEPS)
+    lr_factor = build_lr_schedule(
+        LRScheduleConfig(warmup_steps=WARMUP, decay="constant"), NUM_STEPS
+    )
     assert {lr_factor(step) for step in range(WARMUP, NUM_STEPS)} == {1.0}
 
 

@@ -61,13 +61,28 @@ def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, opti
 @pytest.mark.parametrize(
     ("method", "keys", "num_ranks", "words"),
     [
-        ("galore", overrides("sgd"), 1, r"galore.* cannot train with it; choose adamw, or .*full_rank, lora"),
+        (
+            "galore",
+            overrides("sgd"),
+            1,
+            r"galore.* cannot train with it; choose adamw, or .*full_rank, lora",
+        ),
         ("apollo", overrides("muon"), 1, r"apollo.* cannot train with it"),
         ("relora", overrides("adafactor"), 1, r"relora.* cannot train with it"),
         ("switchlora", overrides("sgd"), 1, r"switchlora.* cannot train with it"),
         ("full_rank", overrides("muon"), 2, r"muon.*: trains on at most 1 rank\(s\), not on 2"),
-        ("full_rank", (*overrides("adafactor"), "--compile.optimizer", "true"), 1, r"cannot be compiled"),
-        ("full_rank", ("--optimizer.other_lr", "1e-3"), 1, r"other_lr = 0.001 has no effect: .*full_rank"),
+        (
+            "full_rank",
+            (*overrides("adafactor"), "--compile.optimizer", "true"),
+            1,
+            r"cannot be compiled",
+        ),
+        (
+            "full_rank",
+            ("--optimizer.other_lr", "1e-3"),
+            1,
+            r"other_lr = 0.001 has no effect: .*full_rank",
+        ),
         ("lora", ("--optimizer.decay_norms", "true"), 1, r"decay_norms has no effect"),
         ("lora", (*overrides("sgd"), "--optimizer.momentum", "0"), 1, r"nesterov has no effect"),
     ],

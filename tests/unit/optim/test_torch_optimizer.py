@@ -52,7 +52,10 @@ def ours(
 ) -> TrainingOptimizer:
     trained = [
         TrainedParameter(
-            name, parameter, is_other=name not in METHOD_TREATS, is_in_block=name.startswith("layers.")
+            name,
+            parameter,
+            is_other=name not in METHOD_TREATS,
+            is_in_block=name.startswith("layers."),
         )
         for name, parameter in named.items()
     ]

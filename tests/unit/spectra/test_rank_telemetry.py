@@ -30,7 +30,9 @@ def leave_world() -> Iterator[None]:
     stop_world()
 
 
-def train(folder: Path, method: str, *overrides: str) -> tuple[Trainer, dict[int, dict[str, float]]]:
+def train(
+    folder: Path, method: str, *overrides: str
+) -> tuple[Trainer, dict[int, dict[str, float]]]:
     """A whole run, and what it reported of ranks by step."""
     trainer = tiny_trainer(folder, method, *overrides)
     reported = {}
@@ -50,7 +52,9 @@ def train(folder: Path, method: str, *overrides: str) -> tuple[Trainer, dict[int
 def merged_weights(folder: Path, method: str, trainer: Trainer) -> dict[str, torch.Tensor]:
     config = tiny_config(folder, method)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
-    return built.dense_weights(gather_on_main(trainer.stepper.model.named_parameters(), is_main=True))
+    return built.dense_weights(
+        gather_on_main(trainer.stepper.model.named_parameters(), is_main=True)
+    )
 
 
 def drawn_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +107,9 @@ def test_measured_ranks_are_those_of_merged_minus_initial_weights(corpora, metho
 
 def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
     folder = corpora / "rank-tensorboard"
-    train(folder, "switchlora", *EVERY_10, "--training.steps", "14", "--metrics.tensorboard", "true")
+    train(
+        folder, "switchlora", *EVERY_10, "--training.steps", "14", "--metrics.tensorboard", "true"
+    )
     measured = read_spectra(folder / "run" / "spectra")
     events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
@@ -122,7 +128,9 @@ def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
         points = events.Histograms(f"rank/spectrum/{kind}")
         assert [point.step for point in points] == [10, 14]
         for point in points:
-            of_kind = [values for name, values in measured[point.step].items() if name.endswith(kind)]
+            of_kind = [
+                values for name, values in measured[point.step].items() if name.endswith(kind)
+            ]
             shares = torch.cat([values / values[0] for values in of_kind])
             histogram = point.histogram_value
             assert (histogram.num, histogram.max) == (len(shares), 1)
@@ -137,7 +145,9 @@ def test_plain_lora_stays_within_its_rank_and_the_others_leave_it(corpora):
         folder = corpora / f"beyond-{method}"
         train(folder, method, *EVERY_10)
         spectra = read_spectra(folder / "run" / "spectra")[40]
-        beyond[method] = [(values[6] / values[0]).item() for values in spectra.values() if len(values) > 6]
+        beyond[method] = [
+            (values[6] / values[0]).item() for values in spectra.values() if len(values) > 6
+        ]
     assert len(beyond["lora"]) == NUM_LAYERS
     # W + s B A is rounded to fp32: 6e-8 of weights of 0.02, against changes of 1e-2 and more.
     assert max(beyond["lora"]) < 1e-5
@@ -161,7 +171,10 @@ def test_measuring_changes_no_bit_of_the_run(corpora):
     for name, overrides in (("rank-with", EVERY_10), ("rank-without", EVERY_10[2:])):
         trainer, _ = train(corpora / name, "switchlora", *overrides, "--training.steps", "25")
         tensors.append(
-            {key: tensor.full_tensor() for key, tensor in trainer.stepper.model.state_dict().items()}
+            {
+                key: tensor.full_tensor()
+                for key, tensor in trainer.stepper.model.state_dict().items()
+            }
         )
     for key, tensor in tensors[0].items():
         assert torch.equal(tensors[1][key], tensor), key
@@ -207,8 +220,12 @@ def test_a_warm_start_counts_from_its_weights_after_a_resume_too(corpora):
     assert reported[40]["rank/effective_mean"] < 6
 
 
-@pytest.mark.parametrize(("spoil", "message"), [("change", "has changed since"), ("remove", "is gone")])
-def test_a_resume_without_the_weights_of_its_warm_start_is_refused_before_it_trains(corpora, spoil, message):
+@pytest.mark.parametrize(
+    ("spoil", "message"), [("change", "has changed since"), ("remove", "is gone")]
+)
+def test_a_resume_without_the_weights_of_its_warm_start_is_refused_before_it_trains(
+    corpora, spoil, message
+):
     start = safetensors_start(corpora / f"rank-start-{spoil}")
     folder = corpora / f"rank-warm-{spoil}"
     train(folder, "lora", "--checkpoint.initial_weights", str(start), "--training.steps", "20")
@@ -217,7 +234,9 @@ def test_a_resume_without_the_weights_of_its_warm_start_is_refused_before_it_tra
     else:
         start.unlink()
     config = tiny_config(folder, "lora", *EVERY_10)
-    with pytest.raises(CheckpointError, match=f"start.safetensors {message}; put it back as it was"):
+    with pytest.raises(
+        CheckpointError, match=f"start.safetensors {message}; put it back as it was"
+    ):
         build_trainer(config, start_world(config.parallelism))
     _, reported = train(folder, "lora")
     assert reported == {}
@@ -227,7 +246,12 @@ def test_a_warm_start_from_a_run_counts_from_the_checkpoint_that_was_its_newest(
     source, folder = corpora / "rank-source", corpora / "rank-from-run"
     train(source, "full_rank", "--training.steps", "20")
     trainer, _ = train(
-        folder, "full_rank", "--checkpoint.initial_weights", str(source / "run"), "--training.steps", "20"
+        folder,
+        "full_rank",
+        "--checkpoint.initial_weights",
+        str(source / "run"),
+        "--training.steps",
+        "20",
     )
     train(source, "full_rank")
     origin = source / "run" / "checkpoints" / "step-000000020"

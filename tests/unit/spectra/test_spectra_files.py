@@ -10,7 +10,9 @@ from switchtitan.spectra.spectra_files import drop_spectra_after, read_spectra, 
 def test_what_was_written_is_read_by_step_in_order(tmp_path: Path) -> None:
     for step in (20, 3):
         write_spectra(
-            tmp_path / "spectra", step, {"a": torch.tensor([2.0, 1.0]), "b": torch.tensor([step / 1])}
+            tmp_path / "spectra",
+            step,
+            {"a": torch.tensor([2.0, 1.0]), "b": torch.tensor([step / 1])},
         )
     write_spectra(tmp_path / "spectra", 3, {"a": torch.tensor([4.0])})
     measured = read_spectra(tmp_path / "spectra")
@@ -38,5 +40,7 @@ def test_later_measurements_are_dropped_and_nothing_else(tmp_path: Path) -> None
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file = write_spectra(tmp_path, 10, {"a": torch.ones(9)})
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=r"step-000000010.safetensors is damaged .*; delete it"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000000010.safetensors is damaged .*; delete it"
+    ):
         read_spectra(tmp_path)

@@ -34,7 +34,9 @@ def test_singular_values_are_those_of_a_decomposition(shape: tuple[int, int]) ->
     values = singular_values(matrix)
     assert values.shape == (min(shape),)
     # fp64, then one rounding to fp32.
-    torch.testing.assert_close(values, torch.linalg.svdvals(matrix.double()).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        values, torch.linalg.svdvals(matrix.double()).float(), rtol=1e-6, atol=0
+    )
 
 
 def test_effective_rank_of_the_identity_is_its_size() -> None:
@@ -81,9 +83,16 @@ def test_summary_averages_over_layers_and_kinds() -> None:
 
 
 def test_mean_spectrum_counts_shorter_and_unchanged_layers_as_zero() -> None:
-    spectra = {"a": torch.tensor([4.0, 2.0, 1.0]), "b": torch.tensor([3.0, 3.0]), "c": torch.zeros(3)}
+    spectra = {
+        "a": torch.tensor([4.0, 2.0, 1.0]),
+        "b": torch.tensor([3.0, 3.0]),
+        "c": torch.zeros(3),
+    }
     torch.testing.assert_close(
-        mean_normalized_spectrum(spectra), torch.tensor([2 / 3, 1.5 / 3, 0.25 / 3]), rtol=1e-6, atol=0
+        mean_normalized_spectrum(spectra),
+        torch.tensor([2 / 3, 1.5 / 3, 0.25 / 3]),
+        rtol=1e-6,
+        atol=0,
     )
 
 

@@ -32,9 +32,15 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     config = tiny_config(folder, "full_rank", *overrides)
     plain = MODELS.build(config.model)
     plain.load_state_dict(
-        {name[6:]: tensor for name, tensor in whole_tensors(trainer).items() if name.startswith("model.")}
+        {
+            name[6:]: tensor
+            for name, tensor in whole_tensors(trainer).items()
+            if name.startswith("model.")
+        }
     )
-    sequences = open_corpus(config.data, is_main=True, broadcast=lambda value: value).split("validation", 16)
+    sequences = open_corpus(config.data, is_main=True, broadcast=lambda value: value).split(
+        "validation", 16
+    )
     losses = []
     for index in range(10):
         tokens, documents = sequences[index].tokens, sequences[index].document_ids

@@ -39,7 +39,10 @@ def without(section: dict, *keys: str) -> dict:
 @pytest.mark.parametrize("decay", ["constant", "exponential"])
 def test_an_identity_from_before_its_keys_existed_is_the_same(tmp_path: Path, decay: str):
     now = identity(tmp_path, "switchlora", "--method.decay", decay)
-    old = now | {"method": without(now["method"], *NEW_KEYS), "model": without(now["model"], "rope_theta")}
+    old = now | {
+        "method": without(now["method"], *NEW_KEYS),
+        "model": without(now["model"], "rope_theta"),
+    }
     with pytest.raises(CheckpointError):
         check_same_run(old, now)
     check_same_run(comparable_identity(old), now)
@@ -53,7 +56,9 @@ def test_an_identity_from_before_its_keys_existed_is_the_same(tmp_path: Path, de
 def test_what_a_new_key_changes_is_refused(tmp_path: Path, key: str, value: str, default: str):
     now = identity(tmp_path, "switchlora", f"--method.{key}", value)
     old = now | {"method": without(now["method"], *NEW_KEYS)}
-    with pytest.raises(CheckpointError, match=f"method.{key}: saved with '{default}', now '{value}'"):
+    with pytest.raises(
+        CheckpointError, match=f"method.{key}: saved with '{default}', now '{value}'"
+    ):
         check_same_run(comparable_identity(old), now)
 
 

@@ -56,7 +56,10 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
         losses = train_steps(trainer, NUM_STEPS)
     trainer.stepper.close()
     assert losses[-1] < losses[0]
-    assert trainer.stepper.optimizer.metrics()["switch/vectors_switched_total"] - switched_before >= 100
+    assert (
+        trainer.stepper.optimizer.metrics()["switch/vectors_switched_total"] - switched_before
+        >= 100
+    )
     assert num_graph_breaks() == 0
     assert counters["stats"]["unique_graphs"] == num_graphs
     assert num_compilations() == num_compiled
@@ -83,7 +86,9 @@ def test_the_count_sees_a_batch_of_another_shape(corpora):
     trainer = tiny_trainer(corpora / "unsteady", "full_rank", *COMPILED)
     train_steps(trainer, 1)
     num_compiled = num_compilations()
-    shorter = [type(batch)(*(part[:, :-3] for part in batch)) for batch in next(trainer.stepper.batches)]
+    shorter = [
+        type(batch)(*(part[:, :-3] for part in batch)) for batch in next(trainer.stepper.batches)
+    ]
     trainer.stepper.close()
     trainer.stepper.forward_backward(shorter)
     assert num_compilations() > num_compiled
@@ -119,7 +124,11 @@ class RecordReadsBack(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.overloadpacket in READS_BACK or _picks_by_mask(func, args):
             self.found.append(str(func))
@@ -155,7 +164,9 @@ def test_a_step_reads_nothing_back_from_the_device(corpora, method):
 
 def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
     """Shows that the check above can fail."""
-    found = reads_back_in_ten_steps(corpora / "sync", "full_rank", "--training.on_nonfinite", "skip")
+    found = reads_back_in_ten_steps(
+        corpora / "sync", "full_rank", "--training.on_nonfinite", "skip"
+    )
     assert len(found) >= 10
 
 
@@ -164,7 +175,10 @@ CHECKPOINTED = ("--activation_checkpoint.mode", "full")
 STEPS_TO_WATCH = [
     *((method, ()) for method in METHOD_KEYS),
     *((method, CHECKPOINTED) for method in ("full_rank", "switchlora")),
-    *(pytest.param(method, COMPILED, marks=pytest.mark.slow) for method in ("galore", "switchlora")),
+    *(
+        pytest.param(method, COMPILED, marks=pytest.mark.slow)
+        for method in ("galore", "switchlora")
+    ),
 ]
 
 

@@ -28,7 +28,9 @@ def leave_world() -> Iterator[None]:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     prefix = "model."
-    return {k.removeprefix(prefix): v for k, v in whole_tensors(trainer).items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v for k, v in whole_tensors(trainer).items() if k.startswith(prefix)
+    }
 
 
 def plain_learning_rate(step: int) -> float:
@@ -56,7 +58,9 @@ def test_full_rank_training_equals_a_plain_loop_bitwise(corpora):
         for batch in micro_batches:
             hidden = model.model(batch.tokens, batch.document_ids)
             # It rounds otherwise than torch's, which the next test compares it with.
-            loss = CrossEntropy(compile_regions=False)(hidden, model.lm_head, batch.targets, num_targets)
+            loss = CrossEntropy(compile_regions=False)(
+                hidden, model.lm_head, batch.targets, num_targets
+            )
             loss.backward()
             loss_plain += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -67,7 +71,9 @@ def test_full_rank_training_equals_a_plain_loop_bitwise(corpora):
         assert torch.equal(weight, model.state_dict()[name]), name
 
 
-def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_finds_in_one(corpora):
+def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_finds_in_one(
+    corpora,
+):
     trainer = tiny_trainer(corpora / "torch-loss", "full_rank")
     model = MODELS.build(tiny_config(corpora / "torch-loss", "full_rank").model)
     model.load_state_dict(weights(trainer))
@@ -87,7 +93,9 @@ def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_f
     )
     for name, parameter in trainer.stepper.model.named_parameters():
         atol = 2e-6 * gradients[name].abs().max().item()
-        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-5, atol=atol)
+        torch.testing.assert_close(
+            parameter.grad.full_tensor(), gradients[name], rtol=1e-5, atol=atol
+        )
     trainer.stepper.optimizer.zero_grad()
     trainer.stepper.batches = iter([micro_batches])
     result = trainer.stepper.step()
@@ -119,20 +127,32 @@ def test_accumulated_micro_batches_equal_one_big_batch(corpora, method):
         loss = trainer.stepper.forward_backward(micro_batches)
         trainer.stepper.close()
         gradients.append(
-            [loss, *(p.grad.full_tensor() for p in trainer.stepper.model.parameters() if p.requires_grad)]
+            [
+                loss,
+                *(
+                    p.grad.full_tensor()
+                    for p in trainer.stepper.model.parameters()
+                    if p.requires_grad
+                ),
+            ]
         )
     for accumulated in gradients[1:]:
         for one, other in zip(gradients[0], accumulated, strict=True):
             # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest
             # term.
-            torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-6 * one.abs().max().item() + 1e-9)
+            torch.testing.assert_close(
+                other, one, rtol=1e-5, atol=2e-6 * one.abs().max().item() + 1e-9
+            )
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
 def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora, method):
     trainer = tiny_trainer(corpora / "skipped", method, *SKIP)
     train_steps(trainer, 4)
-    before, lr_factor = whole_tensors(trainer), trainer.stepper.lr_schedule(trainer.stepper.state.step)
+    before, lr_factor = (
+        whole_tensors(trainer),
+        trainer.stepper.lr_schedule(trainer.stepper.state.step),
+    )
     spoil_next_gradient(trainer.stepper)
     assert not trainer.stepper.step().grad_norm.isfinite()
     after = whole_tensors(trainer)
@@ -154,7 +174,9 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
     assert loss.isfinite()
     assert trainer.stepper.state.step == 5
     changed = [
-        name for name, tensor in whole_tensors(trainer).items() if not torch.equal(tensor, before[name])
+        name
+        for name, tensor in whole_tensors(trainer).items()
+        if not torch.equal(tensor, before[name])
     ]
     assert changed
 

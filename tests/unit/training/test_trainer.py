@@ -95,7 +95,10 @@ def test_a_run_with_a_skipped_step_does_all_its_steps_and_reports_finite_losses(
     spoil_next_gradient(trainer.stepper)
     reported = {}
     report = trainer.reporter.report
-    trainer.reporter.report = lambda step, values: (reported.update({step: values}), report(step, values))
+    trainer.reporter.report = lambda step, values: (
+        reported.update({step: values}),
+        report(step, values),
+    )
     trainer.train()
     assert trainer.stepper.state.step == 4
     assert trainer.stepper.state.num_skipped == 1
@@ -123,7 +126,14 @@ def test_evaluation_changes_no_bit_and_repeats_itself(corpora, method):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-TEST_SPLIT = ("--data.test_fraction", "0.1", "--evaluation.test_tokens", "320", "--training.steps", "4")
+TEST_SPLIT = (
+    "--data.test_fraction",
+    "0.1",
+    "--evaluation.test_tokens",
+    "320",
+    "--training.steps",
+    "4",
+)
 
 
 def test_the_trained_model_is_judged_once_on_the_test_split(corpora):
@@ -242,7 +252,9 @@ def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collec
 ):
     """Nothing is collected here between the first step and the thirtieth."""
     folder = corpora / f"leftovers-{request.node.callspec.id}"
-    trainer = tiny_trainer(folder, "switchlora", "--training.steps", "30", *EVERY_FIVE_STEPS, *overrides)
+    trainer = tiny_trainer(
+        folder, "switchlora", "--training.steps", "30", *EVERY_FIVE_STEPS, *overrides
+    )
     counts = note_at_steps(trainer, num_tensors)
     trainer.train()
     # Each stretch has two of each.

@@ -102,6 +102,8 @@ def test_a_contraction_compiles_whole_forward_and_backward(contraction: Contract
 def test_only_the_inputs_are_kept_for_the_backward_pass(contraction: Contraction):
     tensors = inputs(6)
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         contraction(*tensors, SCALE)
     assert set(kept) <= {tensor.data_ptr() for tensor in tensors}

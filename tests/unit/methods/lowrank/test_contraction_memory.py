@@ -54,14 +54,18 @@ def kept_beside_inputs(function: Callable[..., Tensor], inputs: Inputs) -> list[
     # Sums of some 10 products of order 1 to 100 in fp64, in another order.
     torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
     held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    shapes = [tuple(tensor.shape) for tensor in kept if tensor.untyped_storage().data_ptr() not in held]
+    shapes = [
+        tuple(tensor.shape) for tensor in kept if tensor.untyped_storage().data_ptr() not in held
+    ]
     assert len(shapes) < len(kept), "the hooks saw nothing, not even x"
     return shapes
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Traced, joined and cut as for Inductor, whose code generation changes nothing of what is kept."""
-    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    return torch.compile(
+        function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition"
+    )
 
 
 @pytest.mark.parametrize("contraction", [merged, dense_gradient])

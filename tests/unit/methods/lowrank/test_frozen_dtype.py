@@ -63,7 +63,9 @@ def check_what_others_make_of(trainer, method, folder):
     trainer.stepper.close()
     expected = trainer.stepper.model(batch.tokens, batch.document_ids)
     built = METHODS.build(config.method, config.training.steps, config.job.seed)
-    merged = built.dense_weights(gather_on_main(trainer.stepper.model.named_parameters(), is_main=True))
+    merged = built.dense_weights(
+        gather_on_main(trainer.stepper.model.named_parameters(), is_main=True)
+    )
     assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
     checkpoint = trainer.checkpointer.latest
     for name, tensor in read_dense_checkpoint(checkpoint).items():
@@ -71,7 +73,9 @@ def check_what_others_make_of(trainer, method, folder):
     plain = MODELS.build(config.model)
     plain.load_state_dict(merged)
     # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.
-    torch.testing.assert_close(plain(batch.tokens, batch.document_ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        plain(batch.tokens, batch.document_ids), expected, rtol=1e-5, atol=1e-5
+    )
     spectra = checkpoint_spectra(checkpoint)
     assert len(spectra) == 14
     assert all(values.isfinite().all() and values[0] > 0 for values in spectra.values())
@@ -81,7 +85,9 @@ def check_what_others_make_of(trainer, method, folder):
     ("method", "settings", "warns"),
     [("switchlora", BF16, True), ("switchlora", (), False), ("relora", BF16, False)],
 )
-def test_a_method_that_rounds_frozen_weights_again_and_again_warns(corpora, caplog, method, settings, warns):
+def test_a_method_that_rounds_frozen_weights_again_and_again_warns(
+    corpora, caplog, method, settings, warns
+):
     tiny_trainer(corpora / f"warns-{method}-{bool(settings)}", method, *settings).stepper.close()
     assert ("frozen_dtype" in caplog.text) == warns
 

@@ -15,7 +15,9 @@ SCALE = 0.37
 OUT, IN, RANK = 90, 70, 30
 
 
-def initial_tensors(init, shape: tuple[int, int] = (OUT, IN), rank: int = RANK) -> tuple[Tensor, dict]:
+def initial_tensors(
+    init, shape: tuple[int, int] = (OUT, IN), rank: int = RANK
+) -> tuple[Tensor, dict]:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return weight, init(weight.clone(), rank, SCALE, lambda name: generator_for(3, name))
 
@@ -70,14 +72,18 @@ def test_factors_depend_on_their_generators_alone(init):
     [("lora", "lora"), ("lora", "balanced"), ("switchlora", "switchlora"), ("switchlora", "lora")],
 )
 def test_every_init_of_every_method_keeps_the_plain_function(method: str, init: str):
-    config = METHODS[method].config_type(name=method, rank=3, alpha=2.0, init=init, targets=("proj",))
+    config = METHODS[method].config_type(
+        name=method, rank=3, alpha=2.0, init=init, targets=("proj",)
+    )
     model = torch.nn.ModuleDict({"proj": torch.nn.Linear(5, 7, bias=False)})
     weight = model["proj"].weight.detach().clone()
     METHODS.build(config, 10, seed=0).prepare_model(model)
     layer = model["proj"]
     assert isinstance(layer, Reparametrized)
     tensors = layer.initial_tensors(weight, lambda name: generator_for(1, name))
-    assert tensors.keys() == {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
+    assert tensors.keys() == {
+        name for name, _ in (*layer.named_parameters(), *layer.named_buffers())
+    }
     layer.load_state_dict(tensors)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(6))
     # fp32, terms of order 1.

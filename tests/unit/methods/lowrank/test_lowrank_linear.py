@@ -32,7 +32,9 @@ def build_layer(**settings: object) -> LowRankLinear:
 
 
 def draw_x(*leading: int) -> torch.Tensor:
-    return torch.randn(*leading, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.randn(
+        *leading, IN, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -57,7 +59,9 @@ def test_dropout_acts_in_training_on_the_way_into_the_factors_alone(bias: bool):
     torch.manual_seed(5)
     masked = F.dropout(x, dropout)
     assert (masked == 0).any()
-    expected = F.linear(x, layer.weight, layer.bias) + SCALE * masked @ layer.lora_a.T @ layer.lora_b
+    expected = (
+        F.linear(x, layer.weight, layer.bias) + SCALE * masked @ layer.lora_a.T @ layer.lora_b
+    )
     torch.testing.assert_close(dropped, expected, rtol=1e-12, atol=1e-12)
     layer.eval()
     whole = F.linear(x, layer.weight + SCALE * layer.lora_b.T @ layer.lora_a, layer.bias)
@@ -89,7 +93,12 @@ def build_model(device: str) -> nn.Module:
 
 def replacement(name, linear: nn.Linear) -> LowRankLinear:
     return LowRankLinear(
-        linear.in_features, linear.out_features, RANK, SCALE, lora_init, bias=linear.bias is not None
+        linear.in_features,
+        linear.out_features,
+        RANK,
+        SCALE,
+        lora_init,
+        bias=linear.bias is not None,
     )
 
 
@@ -111,7 +120,9 @@ def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device
 
 def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
     model = build_model("cpu")
-    with pytest.raises(ConfigError, match=r"no linear layer called 'norm', 'upp'; it has down, head, up"):
+    with pytest.raises(
+        ConfigError, match=r"no linear layer called 'norm', 'upp'; it has down, head, up"
+    ):
         replace_linears(model, ("up", "norm", "upp"), replacement)
     assert not low_rank_layers(model)
 

@@ -28,7 +28,9 @@ def key(number: int) -> Tensor:
     return torch.tensor(number, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("value", [1.0 + 2**-9, -0.3, 1e-3, -7.7e5, 3.1e38, 2.0**-129 + 2.0**-140, 0.0, -2.5])
+@pytest.mark.parametrize(
+    "value", [1.0 + 2**-9, -0.3, 1e-3, -7.7e5, 3.1e38, 2.0**-129 + 2.0**-140, 0.0, -2.5]
+)
 def test_over_all_bits_the_mean_is_exact_and_only_neighbours_come_up(value: float) -> None:
     values = torch.full((2**16,), value)
     rounded = round_to_bf16(values, ALL_BITS)
@@ -47,7 +49,11 @@ def test_over_all_bits_the_mean_is_exact_and_only_neighbours_come_up(value: floa
 def not_finite() -> Tensor:
     """Both infinities; then nan as CUDA makes it, with its sign set, and as the CPU makes it."""
     patterns = [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000]
-    return torch.tensor([pattern - (pattern >> 31 << 32) for pattern in patterns]).int().view(torch.float32)
+    return (
+        torch.tensor([pattern - (pattern >> 31 << 32) for pattern in patterns])
+        .int()
+        .view(torch.float32)
+    )
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2**15, 2**16 - 1])
@@ -131,7 +137,10 @@ def test_compiled_once_it_gives_the_same_bits_for_every_weight_event_and_width()
         layer.weight.copy_(torch.randn(7, 5, generator=generator))
         compiled_model[name].weight.copy_(layer.weight)
     start = model["second"].weight.clone()
-    eager, compiled = StochasticRounding(model, 0, False), StochasticRounding(compiled_model, 0, True)
+    eager, compiled = (
+        StochasticRounding(model, 0, False),
+        StochasticRounding(compiled_model, 0, True),
+    )
     for number in range(4):
         left = torch.randn(7, 1 + number, generator=generator)
         right = 1e-3 * torch.randn(1 + number, 5, generator=generator)

@@ -8,7 +8,9 @@ from switchtitan.methods.relora import ReloraConfig
 
 def test_a_warmup_as_long_as_the_interval_is_refused():
     ReloraConfig(rank=4, reset_interval=8, restart_warmup_steps=7)
-    with pytest.raises(ValidationError, match="restart_warmup_steps = 8 is not below reset_interval = 8"):
+    with pytest.raises(
+        ValidationError, match="restart_warmup_steps = 8 is not below reset_interval = 8"
+    ):
         ReloraConfig(rank=4, reset_interval=8, restart_warmup_steps=8)
 
 
@@ -28,5 +30,7 @@ def test_an_interval_that_no_reset_would_come_within_is_refused():
     config = ReloraConfig(rank=4, reset_interval=200)
     assert config.check_length(201) == []
     (problem,) = config.check_length(200)
-    assert problem.startswith("[method] reset_interval = 200: expected less than [training] steps = 200")
+    assert problem.startswith(
+        "[method] reset_interval = 200: expected less than [training] steps = 200"
+    )
     assert 'name = "lora"' in problem

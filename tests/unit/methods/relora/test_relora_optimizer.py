@@ -39,7 +39,9 @@ def _float64():
 
 
 def relora(num_steps=NUM_STEPS, seed=SEED, **keys):
-    config = ReloraConfig(rank=5, alpha=2.5, reset_interval=INTERVAL, restart_warmup_steps=WARMUP, **keys)
+    config = ReloraConfig(
+        rank=5, alpha=2.5, reset_interval=INTERVAL, restart_warmup_steps=WARMUP, **keys
+    )
     return Relora(config, num_steps, seed)
 
 
@@ -53,10 +55,14 @@ def draw_model(method):
     method.prepare_model(plain)
     with torch.no_grad():
         for prefix, module in plain.named_modules():
-            own = {name: values.get(f"{prefix}.{name}") for name, _ in module.named_parameters(recurse=False)}
+            own = {
+                name: values.get(f"{prefix}.{name}")
+                for name, _ in module.named_parameters(recurse=False)
+            }
             if isinstance(module, Reparametrized):
                 own = module.initial_tensors(
-                    own["weight"], lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}")
+                    own["weight"],
+                    lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}"),
                 )
             for name, value in own.items():
                 module.get_parameter(name).copy_(value)
@@ -85,7 +91,9 @@ class Reference:
     def __init__(self, method_keys):
         self.keys = method_keys
         self.model = draw_model(relora(**method_keys))
-        self.layers = {name: ReferenceLayer(layer) for name, layer in low_rank_layers(self.model).items()}
+        self.layers = {
+            name: ReferenceLayer(layer) for name, layer in low_rank_layers(self.model).items()
+        }
         for name, layer in self.layers.items():
             parent, _, local_name = name.rpartition(".")
             setattr(self.model.get_submodule(parent), local_name, layer)
@@ -113,7 +121,9 @@ class Reference:
         for name, layer in self.layers.items():
             layer.W += layer.scale * layer.B.T @ layer.A
             bound = 1 / math.sqrt(layer.A.shape[1])
-            layer.A.uniform_(-bound, bound, generator=generator_for(SEED, f"{name}.lora_a:{number}"))
+            layer.A.uniform_(
+                -bound, bound, generator=generator_for(SEED, f"{name}.lora_a:{number}")
+            )
             layer.B.zero_()
             for factor, factor_name in ((layer.A, "lora_a"), (layer.B, "lora_b")):
                 self.prune(factor, f"{name}.{factor_name}", number)
@@ -144,7 +154,12 @@ def loss_and_gradients(model, step):
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"prune_ratio": 0.5}, {"reset_moments": "random", "prune_ratio": 0.8}, {"reset_moments": "zero"}],
+    [
+        {},
+        {"prune_ratio": 0.5},
+        {"reset_moments": "random", "prune_ratio": 0.8},
+        {"reset_moments": "zero"},
+    ],
     ids=["magnitude", "magnitude-half", "random", "zero"],
 )
 def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
@@ -166,7 +181,11 @@ def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
     assert optimizer.metrics()["reset/resets_total"] == 3
     for name, layer in low_rank_layers(model).items():
         theirs = reference.layers[name]
-        for ours, other in ((layer.weight, theirs.W), (layer.lora_a, theirs.A), (layer.lora_b, theirs.B)):
+        for ours, other in (
+            (layer.weight, theirs.W),
+            (layer.lora_a, theirs.A),
+            (layer.lora_b, theirs.B),
+        ):
             torch.testing.assert_close(ours.detach(), other.detach(), rtol=0, atol=TOLERANCE)
         assert layer.lora_b.any(), "the last step is followed by no reset"
 
@@ -233,7 +252,9 @@ def test_only_the_factors_moments_are_pruned():
         is_factor = name.endswith(("lora_a", "lora_b"))
         num_kept = num_values - round(0.9 * num_values) if is_factor else num_values
         seen = state[f"{name}.exp_avg_sq"]
-        if name.endswith("embed_tokens.weight"):  # tokens that have not come up have moments of zero anyway
+        if name.endswith(
+            "embed_tokens.weight"
+        ):  # tokens that have not come up have moments of zero anyway
             assert seen.count_nonzero() > num_values / 2
         else:
             assert seen.count_nonzero() == num_kept, name

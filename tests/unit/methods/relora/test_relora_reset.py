@@ -78,7 +78,9 @@ def test_of_equal_values_the_first_are_kept():
 
 
 def test_pruning_by_lot_keeps_the_same_places_in_both_moments():
-    moments = [torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in ("first", "second")]
+    moments = [
+        torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in ("first", "second")
+    ]
     before = [moment.clone() for moment in moments]
     prune_by_lot_(*moments, 0.9, generator_for(4, "lot"))
     kept = moments[0] != 0

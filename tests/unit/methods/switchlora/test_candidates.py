@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.switchlora_layers import build_optimizer, effective_weight, relative_change, set_gradients
+from support.switchlora_layers import (
+    build_optimizer,
+    effective_weight,
+    relative_change,
+    set_gradients,
+)
 from support.switchlora_reference import constant_candidates
 from support.tiny import tiny_trainer, train_steps, whole_tensors
 
@@ -122,7 +127,10 @@ def test_nothing_is_stored_for_the_candidates(corpora):
     for trainer in trainers.values():
         trainer.stepper.close()
     assert list(trainers["constant"].stepper.model.buffers()) == []
-    counts = {candidates: count_parameters(trainer.stepper.model) for candidates, trainer in trainers.items()}
+    counts = {
+        candidates: count_parameters(trainer.stepper.model)
+        for candidates, trainer in trainers.items()
+    }
     assert counts["constant"]["buffers"] == 0
     assert counts["swap"]["buffers"] > 0
     assert counts["constant"]["trainable"] == counts["swap"]["trainable"]
@@ -145,8 +153,16 @@ def test_switch_plan_is_that_of_stored_candidates(corpora):
             train_steps(trainer, 1)
             state = trainer.stepper.optimizer.state_dict()
             states[candidates].append(
-                {name: tensor.clone() for name, tensor in state.items() if name.startswith("switch.")}
-                | {"metrics": torch.tensor([trainer.stepper.optimizer.metrics()[key] for key in METRICS])}
+                {
+                    name: tensor.clone()
+                    for name, tensor in state.items()
+                    if name.startswith("switch.")
+                }
+                | {
+                    "metrics": torch.tensor(
+                        [trainer.stepper.optimizer.metrics()[key] for key in METRICS]
+                    )
+                }
             )
         trainer.stepper.close()
     assert states["swap"][-1]["switch.num_switched"].min() > 10
@@ -156,7 +172,9 @@ def test_switch_plan_is_that_of_stored_candidates(corpora):
             assert torch.equal(constant[name], tensor), name
 
 
-def run(folder: Path, num_steps: int, *overrides: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def run(
+    folder: Path, num_steps: int, *overrides: str
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     trainer = tiny_trainer(folder, "switchlora", *CONSTANT, *overrides)
     losses = train_steps(trainer, num_steps)
     tensors = whole_tensors(trainer)
@@ -181,7 +199,9 @@ def test_resuming_equals_a_straight_run_bitwise(corpora):
 
 def initial_factors_of(seed: int) -> dict[str, torch.Tensor]:
     config = SwitchLoraConfig(rank=3, candidates="constant", targets=("first", "second"))
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(7, 5, bias=False) for name in ("first", "second")})
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(7, 5, bias=False) for name in ("first", "second")}
+    )
     SwitchLora(config, 10, seed).prepare_model(model)
     return {
         f"{name}.{factor}": tensor

@@ -41,7 +41,9 @@ def test_values_are_uniform_within_the_bound():
     assert values.square().mean().item() == pytest.approx(1 / 3, abs=5 * (4 / 45 / count) ** 0.5)
     counts = torch.histc(values, bins=64, min=-1, max=1)
     chi_square = ((counts - count / 64) ** 2 / (count / 64)).sum().item()
-    assert abs(chi_square - 63) < 5 * (2 * 63) ** 0.5  # mean and standard deviation of chi^2 with 63 degrees
+    assert (
+        abs(chi_square - 63) < 5 * (2 * 63) ** 0.5
+    )  # mean and standard deviation of chi^2 with 63 degrees
 
 
 def test_every_bit_is_set_half_the_time():

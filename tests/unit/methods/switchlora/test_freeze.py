@@ -26,13 +26,17 @@ def record_run(freeze_steps, weight_decay=0.0, gradient=0.7, num_steps=40):
     layer = build_layer(9, 14, RANK, 0.5, torch.float64)
     # A vector is next switched or reset after RANK // 2 switches, 13 steps or more, when it has long moved again.
     config = SwitchLoraConfig(rank=RANK, interval=27, freeze_steps=freeze_steps, decay="constant")
-    optimizer = build_optimizer(config, AdamWConfig(lr=LR, weight_decay=weight_decay), [layer], num_steps)
+    optimizer = build_optimizer(
+        config, AdamWConfig(lr=LR, weight_decay=weight_decay), [layer], num_steps
+    )
     record = []
     for _ in range(num_steps):
         before, switched = vectors(layer), int(optimizer.state_dict()["switch.num_switched"])
         set_gradients([layer], gradient)
         optimizer.step()
-        record.append((before, vectors(layer), switched, int(optimizer.state_dict()["switch.num_switched"])))
+        record.append(
+            (before, vectors(layer), switched, int(optimizer.state_dict()["switch.num_switched"]))
+        )
     return record
 
 
@@ -53,7 +57,9 @@ def test_exactly_the_counterparts_of_the_last_steps_stand_still(freeze_steps, we
     for step, (before, after, *switched) in enumerate(record):
         reset_at |= dict.fromkeys(counterparts(*switched), step)
         still = {vector for vector in before if torch.equal(before[vector], after[vector])}
-        assert still == {vector for vector, start in reset_at.items() if step < start + freeze_steps}
+        assert still == {
+            vector for vector, start in reset_at.items() if step < start + freeze_steps
+        }
         num_still += len(still)
     assert len(reset_at) >= 8, "too few switches to test anything"
     assert (num_still > 0) == (freeze_steps > 0)
@@ -69,7 +75,9 @@ def test_first_update_after_the_rest_is_about_half_the_learning_rate():
         for vector in counterparts(*switched):
             before, after = record[step + 5][:2]
             # eps 1e-8 beside a gradient of 0.7
-            torch.testing.assert_close(after[vector], before[vector] - expected, rtol=0, atol=1e-7 * LR)
+            torch.testing.assert_close(
+                after[vector], before[vector] - expected, rtol=0, atol=1e-7 * LR
+            )
             num_first_updates += 1
     assert num_first_updates >= 8
 
@@ -133,7 +141,9 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         state, after = optimizer.state_dict(), vectors(layer)
         switched = {(FACTOR_A, p % RANK), (FACTOR_B, (RANK // 2 + p) % RANK)}
         counterpart = {(FACTOR_B, p % RANK), (FACTOR_A, (RANK // 2 + p) % RANK)}
-        expected = {"counterpart": counterpart, "both": counterpart | switched}.get(reset_moments, set())
+        expected = {"counterpart": counterpart, "both": counterpart | switched}.get(
+            reset_moments, set()
+        )
         first_steps = {
             (factor, vector)
             for factor in (FACTOR_A, FACTOR_B)
@@ -150,8 +160,12 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         for factor, vector in switched:
             if reset_moments == "both":  # the moments of one step with a gradient of one
                 moments = moments_of(state, factor, vector)[0]
-                expected_moments = torch.tensor([[0.1], [0.001]], dtype=torch.float64).expand_as(moments)
-                torch.testing.assert_close(moments, expected_moments, rtol=0, atol=1e-15)  # rounding
+                expected_moments = torch.tensor([[0.1], [0.001]], dtype=torch.float64).expand_as(
+                    moments
+                )
+                torch.testing.assert_close(
+                    moments, expected_moments, rtol=0, atol=1e-15
+                )  # rounding
 
 
 def test_timer_started_again_counts_from_the_start():

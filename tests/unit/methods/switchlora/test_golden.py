@@ -45,7 +45,9 @@ def build(golden, compile_step):
     config = SwitchLoraConfig(rank=RANK, interval=10, decay="constant", freeze_steps=FREEZE_STEPS)
     adamw = AdamWConfig(lr=hyper["lr"])
     dense = AdamW(adamw, [])
-    optimizer = SwitchLoraOptimizer(config, adamw, {"mlp": layer}, dense, NUM_STEPS, 0, compile_step)
+    optimizer = SwitchLoraOptimizer(
+        config, adamw, {"mlp": layer}, dense, NUM_STEPS, 0, compile_step
+    )
     return layer, optimizer
 
 
@@ -98,8 +100,14 @@ def test_golden_trajectory_is_reproduced(golden, compile_step):
     resting_a = np.setdiff1d(np.arange(23), slots_a)
     resting_b = np.setdiff1d(np.arange(23), slots_b)
     np.testing.assert_allclose(
-        layer.candidates_a.numpy()[resting_a], golden["mlp.final.poolA"][resting_a], rtol=0, atol=TOLERANCE
+        layer.candidates_a.numpy()[resting_a],
+        golden["mlp.final.poolA"][resting_a],
+        rtol=0,
+        atol=TOLERANCE,
     )
     np.testing.assert_allclose(
-        layer.candidates_b.numpy()[resting_b], golden["mlp.final.poolB"][resting_b], rtol=0, atol=TOLERANCE
+        layer.candidates_b.numpy()[resting_b],
+        golden["mlp.final.poolB"][resting_b],
+        rtol=0,
+        atol=TOLERANCE,
     )

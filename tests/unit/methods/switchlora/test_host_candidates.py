@@ -5,7 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from support.switchlora_layers import build_optimizer, effective_weight, relative_change, set_gradients
+from support.switchlora_layers import (
+    build_optimizer,
+    effective_weight,
+    relative_change,
+    set_gradients,
+)
 from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -60,7 +65,9 @@ def build(
         layer.to(device)
         for name in layer.host_buffers():
             setattr(layer, name, layer.get_buffer(name).cpu())
-    candidates = (HostCandidates if config.candidates_device == "host" else StoredCandidates)(layers)
+    candidates = (HostCandidates if config.candidates_device == "host" else StoredCandidates)(
+        layers
+    )
     optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers, 500, candidates)
     optimizer.set_lr(0.0)
     set_gradients(layers, 0.0)
@@ -104,7 +111,9 @@ def test_waiting_on_the_host_gives_the_same_bits(dtype, device):
     # Layers of one rank: of the first, spare candidates come back at once; of the others, they do not.
     shapes = [(7, 6, 5), (6, 13, 5), (23, 17, 5)]
     here, optimizer_here = build(shapes, device=device, candidates_dtype=dtype)
-    there, optimizer_there = build(shapes, device=device, candidates_dtype=dtype, candidates_device="host")
+    there, optimizer_there = build(
+        shapes, device=device, candidates_dtype=dtype, candidates_device="host"
+    )
     assert {one.lora_a.device.type for one in here + there} == {device}
     assert {buffer.device.type for layer in there for buffer in layer.buffers()} == {"cpu"}
     generator = torch.Generator().manual_seed(3)
@@ -113,8 +122,13 @@ def test_waiting_on_the_host_gives_the_same_bits(dtype, device):
             optimizer.set_lr(0.3)
         for one, other in zip(here, there, strict=True):
             for name in ("lora_a", "lora_b"):
-                gradient = torch.randn(one.get_parameter(name).shape, generator=generator).to(device)
-                one.get_parameter(name).grad, other.get_parameter(name).grad = gradient, gradient.clone()
+                gradient = torch.randn(one.get_parameter(name).shape, generator=generator).to(
+                    device
+                )
+                one.get_parameter(name).grad, other.get_parameter(name).grad = (
+                    gradient,
+                    gradient.clone(),
+                )
         optimizer_here.step()
         optimizer_there.step()
         if step % 7 == 0:  # between them, vectors are on their way
@@ -122,7 +136,9 @@ def test_waiting_on_the_host_gives_the_same_bits(dtype, device):
             for one, other in zip(here, there, strict=True):
                 for name, tensor in one.state_dict().items():
                     assert torch.equal(other.state_dict()[name].to(device), tensor), (step, name)
-    assert optimizer_here.metrics()["switch/vectors_switched_total"] > 3 * 2 * 17, "all have come back"
+    assert optimizer_here.metrics()["switch/vectors_switched_total"] > 3 * 2 * 17, (
+        "all have come back"
+    )
 
 
 def test_vectors_on_their_way_are_back_when_the_state_is_asked_for():
@@ -207,7 +223,9 @@ def test_estimates_count_candidates_on_the_host_apart(tmp_path):
     fetched = memory["host"].most["optimizer"] - memory["device"].most["optimizer"]
     assert 0 < fetched <= 14 * 2 * 2 * 28 * 4
     assert memory["device"].state - memory["host"].state == candidates - fetched
-    assert memory["host"].peak == sum(n for kind, n in memory["host"].at_peak.items() if kind != "host")
+    assert memory["host"].peak == sum(
+        n for kind, n in memory["host"].at_peak.items() if kind != "host"
+    )
 
 
 def test_a_part_in_host_memory_belongs_to_a_mesh_of_gpus():
@@ -232,5 +250,7 @@ def test_a_part_in_host_memory_belongs_to_a_mesh_of_gpus():
     ],
 )
 def test_constant_candidates_are_stored_nowhere_in_no_type(key, value):
-    with pytest.raises(ValueError, match=f'{key} = "{value}" has no effect with candidates = "constant"'):
+    with pytest.raises(
+        ValueError, match=f'{key} = "{value}" has no effect with candidates = "constant"'
+    ):
         SwitchLoraConfig(rank=4, candidates="constant", **{key: value})

@@ -51,11 +51,14 @@ def draw_model(method=None):
         method.prepare_model(model)
     with torch.no_grad():
         for prefix, module in model.named_modules():
-            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            own = dict(module.named_parameters(recurse=False)) | dict(
+                module.named_buffers(recurse=False)
+            )
             values = {name: plain.get(f"{prefix}.{name}") for name in own}
             if isinstance(module, Reparametrized):
                 values = module.initial_tensors(
-                    values["weight"], lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}")
+                    values["weight"],
+                    lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}"),
                 )
             for name, tensor in own.items():
                 tensor.copy_(values[name])
@@ -75,10 +78,16 @@ def initial_candidates(config, name, layer):
     out_features, in_features = layer.weight.shape
     std_a = (RANK * out_features**0.5 / in_features**1.5) ** 0.25 * 3**-0.25
     std_b = (RANK / (out_features * in_features) ** 0.5) ** 0.25 * 3**-0.25
-    bounds = (3**0.5 * std_a, 3**0.5 * std_b) if config.init == "switchlora" else (in_features**-0.5, 0.0)
+    bounds = (
+        (3**0.5 * std_a, 3**0.5 * std_b)
+        if config.init == "switchlora"
+        else (in_features**-0.5, 0.0)
+    )
     count = min(layer.weight.shape)
     candidates_a = constant_candidates(SEED, f"{name}.candidates_a", count, in_features, bounds[0])
-    candidates_b = constant_candidates(SEED, f"{name}.candidates_b", count, out_features, bounds[1]).T
+    candidates_b = constant_candidates(
+        SEED, f"{name}.candidates_b", count, out_features, bounds[1]
+    ).T
     return candidates_a.double(), candidates_b.double()
 
 
@@ -152,20 +161,50 @@ def reference_rates(config):
     return [rate(t) for t in range(NUM_STEPS)]
 
 
-BALANCED = {"decay": "exponential", "decay_ratio": 0.9, "interval": 4.3, "freeze_steps": 2, "alpha": 2.5}
+BALANCED = {
+    "decay": "exponential",
+    "decay_ratio": 0.9,
+    "interval": 4.3,
+    "freeze_steps": 2,
+    "alpha": 2.5,
+}
 
 
 @pytest.mark.parametrize(
     "keys",
     [
         BALANCED,
-        {"decay": "exponential", "decay_ratio": 0.5, "interval": 10.7, "freeze_steps": 5, "init": "lora"},
+        {
+            "decay": "exponential",
+            "decay_ratio": 0.5,
+            "interval": 10.7,
+            "freeze_steps": 5,
+            "init": "lora",
+        },
         # k_proj and v_proj go round their six candidates several times.
-        {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "none", "alpha": 2.5},
-        {"decay": "sigmoid", "decay_ratio": 0.6, "interval": 6.1, "freeze_steps": 3, "reset_moments": "both"},
+        {
+            "decay": "constant",
+            "interval": 6.1,
+            "freeze_steps": 0,
+            "reset_moments": "none",
+            "alpha": 2.5,
+        },
+        {
+            "decay": "sigmoid",
+            "decay_ratio": 0.6,
+            "interval": 6.1,
+            "freeze_steps": 3,
+            "reset_moments": "both",
+        },
         {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "momentum"},
         {"decay": "constant", "interval": 6.1, "freeze_steps": 2, "reset_moments": "momentum"},
-        {"candidates": "constant", "decay": "constant", "interval": 4.3, "freeze_steps": 2, "alpha": 2.5},
+        {
+            "candidates": "constant",
+            "decay": "constant",
+            "interval": 4.3,
+            "freeze_steps": 2,
+            "alpha": 2.5,
+        },
         {
             "candidates": "constant",
             "decay": "sigmoid",
@@ -210,9 +249,14 @@ def check_whole_run(config, compile_step):
         assert state["switch.num_switched"].tolist() == reference.num_switched
         for index, (name, layer) in enumerate(low_rank_layers(ours).items()):
             other = their_layers[name]
-            assert state["switch.freeze_steps_left"][:, index].tolist() == [other.rest_a, other.rest_b]
+            assert state["switch.freeze_steps_left"][:, index].tolist() == [
+                other.rest_a,
+                other.rest_b,
+            ]
             assert state["switch.vector_steps"][:, index].tolist() == [other.steps_a, other.steps_b]
-            pairs = {key: (getattr(layer, key), value) for key, value in reference_tensors(other).items()}
+            pairs = {
+                key: (getattr(layer, key), value) for key, value in reference_tensors(other).items()
+            }
             for factor, moments in (
                 ("lora_a", other.moments_a),
                 ("lora_b", [moment.T for moment in other.moments_b]),
@@ -247,7 +291,9 @@ def check_metrics(optimizer, reference):
 
 
 def test_metric_of_the_last_step_is_the_growth_of_the_total():
-    model, optimizer = build_ours(SwitchLoraConfig(rank=RANK, interval=6, freeze_steps=2, decay="constant"))
+    model, optimizer = build_ours(
+        SwitchLoraConfig(rank=RANK, interval=6, freeze_steps=2, decay="constant")
+    )
     totals = [0.0]
     for step in range(9):
         run_step(model, optimizer, step)
@@ -268,7 +314,9 @@ def test_run_goes_on_bit_for_bit_from_its_state(candidates):
         run_step(model, optimizer, step)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
-    assert state["switch.freeze_steps_left"].any(), "nothing is frozen: that part of the state is not tested"
+    assert state["switch.freeze_steps_left"].any(), (
+        "nothing is frozen: that part of the state is not tested"
+    )
 
     other, resumed = build_ours(config)
     other.load_state_dict(weights)
@@ -298,4 +346,6 @@ def test_model_starts_as_the_plain_model(candidates):
     documents = torch.zeros_like(tokens, dtype=torch.int32)
     model, _ = build_ours(SwitchLoraConfig(rank=RANK, alpha=3, candidates=candidates))
     # float64 rounding through two blocks
-    torch.testing.assert_close(model(tokens, documents), draw_model()(tokens, documents), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model(tokens, documents), draw_model()(tokens, documents), rtol=0, atol=1e-12
+    )

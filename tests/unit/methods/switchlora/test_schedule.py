@@ -20,7 +20,9 @@ DECAYS = ("exponential", "sigmoid", "constant")
 
 def config_with(decay, rank=7, interval=33.3, decay_ratio=0.3, freeze_steps=3):
     keys = {} if decay == "constant" else {"decay_ratio": decay_ratio}
-    return SwitchLoraConfig(rank=rank, interval=interval, decay=decay, freeze_steps=freeze_steps, **keys)
+    return SwitchLoraConfig(
+        rank=rank, interval=interval, decay=decay, freeze_steps=freeze_steps, **keys
+    )
 
 
 def expected_rate(config, step, num_steps):
@@ -51,7 +53,9 @@ def test_rates_follow_the_formulas(decay):
 def test_counts_never_stray_from_their_expectation_by_one(decay):
     config, num_steps = config_with(decay), 1511
     requests = all_requests(config, num_steps, 23)
-    expected = np.cumsum([7 * expected_rate(config, step, num_steps) / 33.3 for step in range(num_steps)])
+    expected = np.cumsum(
+        [7 * expected_rate(config, step, num_steps) / 33.3 for step in range(num_steps)]
+    )
     assert expected[-1] > 10
     assert np.abs(requests.cumsum(0) - expected[:, None]).max() < 1
     assert requests.min() == 0
@@ -61,7 +65,9 @@ def test_counts_never_stray_from_their_expectation_by_one(decay):
 @pytest.mark.parametrize("rank", [7, 11, 20, 128])
 def test_whole_numbers_are_met_in_every_step(rank, num_per_step):
     # 7 / (7 / 3) and the like are not whole in floating point
-    config = SwitchLoraConfig(rank=rank, interval=rank / num_per_step, decay="constant", freeze_steps=0)
+    config = SwitchLoraConfig(
+        rank=rank, interval=rank / num_per_step, decay="constant", freeze_steps=0
+    )
     assert (all_requests(config, 700, 31) == num_per_step).all()
 
 
@@ -71,7 +77,9 @@ def test_layers_take_turns(decay, num_layers):
     """All layers together switch nearly evenly; independent draws would stray by 3 sqrt(layers) / 2, 5.6 and 11."""
     config, num_steps = config_with(decay, rank=24, interval=40), 1000
     requests = all_requests(config, num_steps, num_layers)
-    mean = [num_layers * 24 * expected_rate(config, step, num_steps) / 40 for step in range(num_steps)]
+    mean = [
+        num_layers * 24 * expected_rate(config, step, num_steps) / 40 for step in range(num_steps)
+    ]
     # Twice the discrepancy of the golden-ratio sequence, which grows like log(layers): 1.9 and 2.2 measured.
     assert np.abs(requests.sum(1) - mean).max() < 2.5
 
@@ -103,7 +111,9 @@ def test_vector_is_switched_as_often_as_the_closed_form_says(interval):
     per_vector = requests.sum(0) / rank
     expected = 0.0831 * num_steps / interval
     # One vector of 16 by error diffusion, half a step in interval, 0.0831 for 0.08306 (1 - 0.3^10).
-    np.testing.assert_allclose(per_vector, expected, rtol=0, atol=1 / rank + 1 / interval + 1e-3 * expected)
+    np.testing.assert_allclose(
+        per_vector, expected, rtol=0, atol=1 / rank + 1 / interval + 1e-3 * expected
+    )
 
 
 @pytest.mark.parametrize("freeze_steps", [0, 1, 3, 5])
@@ -117,7 +127,9 @@ def test_limits_hold_whatever_is_asked_for(freeze_steps):
         requested = generator.integers(0, 9, 5)
         switched = counts.limited(requested, rank, num_candidates)
         counts.advance(switched)
-        frozen = sum(history[-(freeze_steps - 1) :], np.zeros(5, dtype=int)) if freeze_steps > 1 else 0
+        frozen = (
+            sum(history[-(freeze_steps - 1) :], np.zeros(5, dtype=int)) if freeze_steps > 1 else 0
+        )
         room, spare = rank // 2 - frozen, num_candidates - rank
         np.testing.assert_array_equal(switched, np.minimum(np.minimum(requested, room), spare))
         bound_by_freeze += np.sum((room < requested) & (room < spare))
@@ -161,7 +173,9 @@ def flat(spans):
     ("rank", "num_candidates", "freeze_steps", "most_asked"),
     [(2, 3, 1, 2), (5, 6, 2, 3), (6, 13, 0, 4), (7, 40, 3, 3), (8, 17, 5, 2), (13, 19, 4, 5)],
 )
-def test_ring_pointers_agree_with_a_queue_of_candidates(rank, num_candidates, freeze_steps, most_asked):
+def test_ring_pointers_agree_with_a_queue_of_candidates(
+    rank, num_candidates, freeze_steps, most_asked
+):
     generator = np.random.default_rng(rank)
     counts = SwitchCounts(1, freeze_steps)
     side_a, side_b = Ring(rank, num_candidates, 0), Ring(rank, num_candidates, rank // 2)
@@ -183,7 +197,9 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(rank, num_candidates, fr
         assert not any(side_a.rest[vector] for vector in of_a), "a frozen vector of A is switched"
         assert not any(side_b.rest[vector] for vector in of_b), "a frozen vector of B is switched"
         for resting, counterparts in ((side_a, of_b), (side_b, of_a)):
-            assert not any(resting.rest[vector] for vector in counterparts), "frozen again while frozen"
+            assert not any(resting.rest[vector] for vector in counterparts), (
+                "frozen again while frozen"
+            )
             for vector in counterparts:
                 resting.rest[vector] = freeze_steps
             resting.rest = [max(0, left - 1) for left in resting.rest]

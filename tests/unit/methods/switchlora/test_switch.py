@@ -26,7 +26,9 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
     """A layer whose optimizer only switches: learning rate 0 and gradients of zero."""
     out_features, in_features, rank = shape
     layer = build_layer(out_features, in_features, rank, alpha / rank, dtype, seed)
-    config = SwitchLoraConfig(rank=rank, interval=rank / num_per_step, freeze_steps=0, decay="constant")
+    config = SwitchLoraConfig(
+        rank=rank, interval=rank / num_per_step, freeze_steps=0, decay="constant"
+    )
     optimizer = build_optimizer(config, ADAMW, [layer], num_steps)
     optimizer.set_lr(0.0)
     set_gradients([layer], 0.0)
@@ -74,17 +76,24 @@ def towards_zero(values, bits):
     return (values.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
 
 
-@pytest.mark.parametrize(("replaced", "is_biased"), [(None, False), (to_nearest, True), (towards_zero, True)])
+@pytest.mark.parametrize(
+    ("replaced", "is_biased"), [(None, False), (to_nearest, True), (towards_zero, True)]
+)
 def test_a_weight_in_bf16_keeps_the_effective_weight_in_the_mean(monkeypatch, replaced, is_biased):
     """Right with the direction of what is folded in, which rounding to nearest loses, and with that of W."""
     if replaced is not None:
         monkeypatch.setattr(rounding, "round_to_bf16", replaced)
     layer, optimizer = switching_layer((64, 48, 13), torch.float32, seed=3, alpha=0.01)
     # In [1, 2) and (-2, -1], where all values are 2^-7 apart.
-    start = layer.weight.sign() * (1 + torch.rand(64, 48, generator=torch.Generator().manual_seed(0)))
+    start = layer.weight.sign() * (
+        1 + torch.rand(64, 48, generator=torch.Generator().manual_seed(0))
+    )
     layer.weight.data = start.bfloat16()
     optimizer = build_optimizer(
-        SwitchLoraConfig(rank=13, interval=13, freeze_steps=0, decay="constant"), ADAMW, [layer], 500
+        SwitchLoraConfig(rank=13, interval=13, freeze_steps=0, decay="constant"),
+        ADAMW,
+        [layer],
+        500,
     )
     optimizer.set_lr(0.0)
     set_gradients([layer], 0.0)
@@ -123,7 +132,9 @@ def test_whole_turn_of_the_ring_brings_all_vectors_back():
         optimizer.step()
     for name in ("lora_a", "lora_b", "candidates_a", "candidates_b"):
         assert torch.equal(layer.state_dict()[name], start[name]), name
-    torch.testing.assert_close(layer.weight, start["weight"], rtol=0, atol=1e-14)  # float64 rounding
+    torch.testing.assert_close(
+        layer.weight, start["weight"], rtol=0, atol=1e-14
+    )  # float64 rounding
 
 
 def test_fold_equals_the_change_of_the_product_element_by_element():
@@ -136,7 +147,10 @@ def test_fold_equals_the_change_of_the_product_element_by_element():
             for k in range(3):
                 expected[o, i] += scale * counterparts_b[o, k] * change_a[k, i]
                 expected[o, i] += scale * change_b[o, k] * counterparts_a[k, i]
-    vectors_a, vectors_b = torch.cat([change_a, counterparts_a]), torch.cat([counterparts_b.T, change_b.T])
+    vectors_a, vectors_b = (
+        torch.cat([change_a, counterparts_a]),
+        torch.cat([counterparts_b.T, change_b.T]),
+    )
     fold_into_weight_(weight, vectors_a, vectors_b, scale)
     torch.testing.assert_close(weight, expected, rtol=0, atol=2e-6)  # six sums of size one in fp32
 
@@ -152,8 +166,12 @@ def trained(corpora):
 
 def unsharded(layer):
     """A plain layer of the same values, one rank holding all."""
-    plain = LowRankLinear(layer.in_features, layer.out_features, layer.rank, layer.scale, lambda *_: {})
-    plain.load_state_dict({name: local(getattr(layer, name)) for name in ("weight", "lora_a", "lora_b")})
+    plain = LowRankLinear(
+        layer.in_features, layer.out_features, layer.rank, layer.scale, lambda *_: {}
+    )
+    plain.load_state_dict(
+        {name: local(getattr(layer, name)) for name in ("weight", "lora_a", "lora_b")}
+    )
     return plain
 
 
@@ -184,4 +202,6 @@ def test_switch_of_a_trained_model_keeps_its_weights_and_logits(trained):
     assert num_switching >= len(layers) / 2
     assert optimizer.metrics()["switch/vectors_switched"] >= 2 * num_switching
     # Relative to logits of size one and more, the rounding of fp32 through two blocks.
-    torch.testing.assert_close(logits_after, logits, rtol=1e-6, atol=1e-6 * logits.abs().max().item())
+    torch.testing.assert_close(
+        logits_after, logits, rtol=1e-6, atol=1e-6 * logits.abs().max().item()
+    )

@@ -15,7 +15,9 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
 
 def build_layers(dtype):
     torch.manual_seed(0)
-    layers = {name: LowRankLinear(i, o, RANK, 0.5, lora_init).to(dtype) for name, (o, i) in SHAPES.items()}
+    layers = {
+        name: LowRankLinear(i, o, RANK, 0.5, lora_init).to(dtype) for name, (o, i) in SHAPES.items()
+    }
     for layer in layers.values():
         for factor in (layer.lora_a, layer.lora_b):
             torch.nn.init.normal_(factor)
@@ -47,7 +49,9 @@ def test_equals_torch_adamw_when_nothing_is_switched(dtype, weight_decay, compil
         del layers["second"]  # every shape is compiled by itself, for seconds
     optimizer = VectorAdamW(config, layers, compile_step)
     theirs = [factor.detach().clone().requires_grad_() for factor in factors_of(layers)]
-    reference = torch.optim.AdamW(theirs, lr=0.05, betas=(0.8, 0.97), eps=1e-6, weight_decay=weight_decay)
+    reference = torch.optim.AdamW(
+        theirs, lr=0.05, betas=(0.8, 0.97), eps=1e-6, weight_decay=weight_decay
+    )
     for step in range(NUM_STEPS):
         lr_factor = (step + 1) / NUM_STEPS
         optimizer.set_lr(lr_factor)
@@ -103,7 +107,9 @@ def test_zero_grad_forgets_gradients():
 @pytest.mark.parametrize("num_layers", [1, 8, 11, 12, 20])
 def test_chunks_hold_every_factor_once_and_those_of_one_shape_are_equally_many(num_layers):
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, lora_init) for index in range(num_layers)}
-    layers["other"] = LowRankLinear(11, 5, RANK, 0.5, lora_init)  # its B has the shape of the others' A
+    layers["other"] = LowRankLinear(
+        11, 5, RANK, 0.5, lora_init
+    )  # its B has the shape of the others' A
     chunks = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)._chunks
     held = [factor for chunk in chunks for factor in chunk.factors]
     assert sorted(held) == list(range(2 * (num_layers + 1)))
