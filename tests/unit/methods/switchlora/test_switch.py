@@ -160,7 +160,7 @@ def trained(corpora):
     """A tiny model after thirty steps of training, in which every layer switched in nearly every step."""
     trainer = tiny_trainer(corpora / "switch", "switchlora")
     train_steps(trainer, 30)
-    yield trainer
+    yield trainer.stepper
     trainer.stepper.close()
 
 
