@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_on_ranks
-from support.tiny import tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_trainer, train_steps
 
 pytestmark = pytest.mark.distributed
 
@@ -43,7 +43,7 @@ def run_all(rank, folder, num_ranks):
         assert resumed.stepper.state.step == SAVED_STEP
         after = train_steps(resumed, NUM_STEPS - SAVED_STEP)
         resumed.stepper.close()
-        results[optimizer] = {"losses": losses, "resumed": after, "tensors": whole_tensors(resumed)}
+        results[optimizer] = {"losses": losses, "resumed": after, "tensors": full_tensors(resumed)}
     if rank == 0:
         torch.save(results, folder / f"{num_ranks}.pt")
 

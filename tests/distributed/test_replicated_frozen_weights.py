@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_on_ranks
-from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from torch.distributed.tensor import DTensor
 
 from switchtitan.checkpoint.layout import read_tensors_index
@@ -93,7 +93,7 @@ def run_straight(home, method, overrides, num_ranks):
         "merged": merged,
         "frozen": {
             name: tensor
-            for name, tensor in whole_tensors(trainer).items()
+            for name, tensor in full_tensors(trainer).items()
             if name.endswith("proj.weight") and name.startswith("model.")
         },
     }

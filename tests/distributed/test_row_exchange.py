@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.ranks import run_on_ranks
-from support.tiny import tiny_config, tiny_trainer, whole_tensors
+from support.tiny import full_tensors, tiny_config, tiny_trainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
@@ -146,7 +146,7 @@ def check_initial_values(folder: Path, overrides: list[str]) -> Trainer:
         alone = MODELS.build(config.model)
     METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(alone)
     materialize(alone, torch.device("cpu"), config.job.seed)
-    tensors = whole_tensors(trainer)
+    tensors = full_tensors(trainer)
     for name, value in alone.state_dict().items():
         assert torch.equal(bits(tensors[f"model.{name}"]), bits(value)), name
     check_evaluation(trainer, alone, config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_on_ranks
-from support.tiny import METHOD_KEYS, tiny_trainer, train_steps, whole_tensors
+from support.tiny import METHOD_KEYS, full_tensors, tiny_trainer, train_steps
 
 from switchtitan.distributed.blocks import CallWithInputOnHost
 
@@ -70,7 +70,7 @@ def train(folder, method, overrides, num_ranks, num_steps, is_saved=False):
     stepper, first_step, initial = (
         trainer.stepper,
         trainer.stepper.state.step,
-        whole_tensors(trainer),
+        full_tensors(trainer),
     )
     on_host: list[int] = []
     if isinstance(stepper.model.call_block, CallWithInputOnHost):
@@ -89,7 +89,7 @@ def train(folder, method, overrides, num_ranks, num_steps, is_saved=False):
         "first_step": first_step,
         "initial": initial,
         "losses": losses,
-        "final": whole_tensors(trainer),
+        "final": full_tensors(trainer),
         "metrics": stepper.optimizer.metrics(),
         "on_host": on_host,
     }

@@ -109,7 +109,7 @@ def train_steps(trainer: Trainer, num_steps: int) -> list[float]:
     ]
 
 
-def whole_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+def full_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, unsharded copies; all ranks must call."""
     return {
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()

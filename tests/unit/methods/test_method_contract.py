@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import stop_world
@@ -66,7 +66,7 @@ def train_and_save(folder: Path, method: str) -> TrainedRun:
         saved_optimizer=saved_optimizer,
         metric_names=set(stepper.optimizer.metrics()),
         losses=losses,
-        tensors=whole_tensors(trainer),
+        tensors=full_tensors(trainer),
         state=stepper.state,
     )
 
@@ -121,7 +121,7 @@ def test_resuming_equals_a_straight_run_bitwise(corpora, trained, method):
     assert train_steps(resumed, NUM_STEPS - SAVED_STEP) == straight.losses[SAVED_STEP:]
     resumed.stepper.close()
     assert resumed.stepper.state == straight.state
-    tensors = whole_tensors(resumed)
+    tensors = full_tensors(resumed)
     assert any(name.startswith("optimizer.") for name in tensors)
     for name, tensor in straight.tensors.items():
         assert torch.equal(tensors[name], tensor), name

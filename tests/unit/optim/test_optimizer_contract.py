@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
@@ -52,9 +52,9 @@ def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, opti
     resumed = tiny_trainer(folder, method, *keys)
     assert train_steps(resumed, 12) == losses[12:]
     resumed.stepper.close()
-    tensors = whole_tensors(resumed)
+    tensors = full_tensors(resumed)
     assert any(name.startswith("optimizer.") for name in tensors)
-    for name, tensor in whole_tensors(straight).items():
+    for name, tensor in full_tensors(straight).items():
         assert torch.equal(tensors[name], tensor), name
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.data import open_corpus
 from switchtitan.distributed.world import stop_world
@@ -34,7 +34,7 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     plain.load_state_dict(
         {
             name[6:]: tensor
-            for name, tensor in whole_tensors(trainer).items()
+            for name, tensor in full_tensors(trainer).items()
             if name.startswith("model.")
         }
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.spoiled import spoil_next_gradient
-from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import METHOD_KEYS, full_tensors, tiny_config, tiny_trainer, train_steps
 from torch import nn
 
 from switchtitan.distributed.world import stop_world
@@ -29,7 +29,7 @@ def leave_world() -> Iterator[None]:
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     prefix = "model."
     return {
-        k.removeprefix(prefix): v for k, v in whole_tensors(trainer).items() if k.startswith(prefix)
+        k.removeprefix(prefix): v for k, v in full_tensors(trainer).items() if k.startswith(prefix)
     }
 
 
@@ -150,12 +150,12 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
     trainer = tiny_trainer(corpora / "skipped", method, *SKIP)
     train_steps(trainer, 4)
     before, lr_factor = (
-        whole_tensors(trainer),
+        full_tensors(trainer),
         trainer.stepper.lr_schedule(trainer.stepper.state.step),
     )
     spoil_next_gradient(trainer.stepper)
     assert not trainer.stepper.step().grad_norm.isfinite()
-    after = whole_tensors(trainer)
+    after = full_tensors(trainer)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
@@ -175,7 +175,7 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
     assert trainer.stepper.state.step == 5
     changed = [
         name
-        for name, tensor in whole_tensors(trainer).items()
+        for name, tensor in full_tensors(trainer).items()
         if not torch.equal(tensor, before[name])
     ]
     assert changed

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.leftovers import least_growth, num_tensors
 from support.spoiled import spoil_next_gradient
-from support.tiny import METHOD_KEYS, MINI, tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.distributed.world import stop_world
@@ -113,12 +113,12 @@ def test_evaluation_changes_no_bit_and_repeats_itself(corpora, method):
     extra = ("--method.dropout", "0.3") if has_dropout else ()
     trainer = tiny_trainer(corpora / "evaluated", method, *extra)
     train_steps(trainer, 2)
-    before = whole_tensors(trainer)
+    before = full_tensors(trainer)
     first, second = (
         trainer.evaluators.validation(trainer.stepper.model),
         trainer.evaluators.validation(trainer.stepper.model),
     )
-    after = whole_tensors(trainer)
+    after = full_tensors(trainer)
     trainer.stepper.close()
     # Dropout is off, so the same weights give the same loss.
     assert first == second

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.distributed.shards import gather_on_main, local
 from switchtitan.distributed.world import stop_world
@@ -46,8 +46,8 @@ def test_a_run_goes_on_bitwise_and_refuses_another_type(corpora, method):
     assert resumed.stepper.state.step == 14
     assert train_steps(resumed, 14) == losses[14:]
     resumed.stepper.close()
-    tensors = whole_tensors(resumed)
-    for name, tensor in whole_tensors(straight).items():
+    tensors = full_tensors(resumed)
+    for name, tensor in full_tensors(straight).items():
         assert torch.equal(tensors[name], tensor), name
     with pytest.raises(
         CheckpointError, match=r"training\.frozen_dtype: saved with 'bfloat16', now 'float32'"

@@ -12,7 +12,7 @@ from support.switchlora_layers import (
     set_gradients,
 )
 from support.switchlora_reference import constant_candidates
-from support.tiny import tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_trainer, train_steps
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
@@ -177,7 +177,7 @@ def run(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     trainer = tiny_trainer(folder, "switchlora", *CONSTANT, *overrides)
     losses = train_steps(trainer, num_steps)
-    tensors = whole_tensors(trainer)
+    tensors = full_tensors(trainer)
     if num_steps == 20 and trainer.stepper.state.step == 20:
         trainer.save()
         trainer.checkpointer.finish()

@@ -11,7 +11,7 @@ from support.switchlora_layers import (
     relative_change,
     set_gradients,
 )
-from support.tiny import tiny_config, tiny_trainer, train_steps, whole_tensors
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -167,7 +167,7 @@ def test_loading_a_state_drops_what_was_fetched_for_another():
 def run(folder, num_steps: int, *overrides: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     trainer = tiny_trainer(folder, "switchlora", *overrides)
     losses = train_steps(trainer, num_steps)
-    tensors = whole_tensors(trainer)
+    tensors = full_tensors(trainer)
     if trainer.stepper.state.step == 10:
         trainer.save()
         trainer.checkpointer.finish()
