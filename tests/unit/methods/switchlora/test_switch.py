@@ -176,7 +176,7 @@ def unsharded(layer):
 
 
 def test_switch_of_a_trained_model_keeps_its_weights_and_logits(trained):
-    model, optimizer = trained.model, trained.optimizer
+    model, optimizer = trained.stepper.model, trained.stepper.optimizer
     tokens = torch.randint(270, (3, 16), generator=torch.Generator().manual_seed(0))
     documents = torch.zeros(3, 16, dtype=torch.int32)
 
@@ -187,8 +187,9 @@ def test_switch_of_a_trained_model_keeps_its_weights_and_logits(trained):
         return logits, layers
 
     logits, layers = observe()
-    for parameter in trained._trained:
-        parameter.grad = torch.zeros_like(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.set_lr(0.0)
     optimizer.step()
     optimizer.zero_grad()
