@@ -117,7 +117,7 @@ ApplyHead = Callable[[Tensor, nn.Module], Tensor]
 [..., vocabulary] of hidden states [..., dim]."""
 
 
-def logits_of_head(hidden: Tensor, head: nn.Module) -> Tensor:
+def default_apply_head(hidden: Tensor, head: nn.Module) -> Tensor:
     """An `ApplyHead`: logits [batch, seq, vocabulary]."""
     logits: Tensor = head(hidden)
     return logits
@@ -131,7 +131,7 @@ class CallBlock(Protocol):
         ...
 
 
-def call_plainly(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
+def default_call_block(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
     """A `CallBlock` that does nothing else."""
     output: Tensor = block(hidden, *args)
     return output
@@ -152,7 +152,7 @@ class LanguageModel(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.call_block: CallBlock = call_plainly
+        self.call_block: CallBlock = default_call_block
         """How `forward` calls each block; activation offloading puts its own function here."""
 
     @property
@@ -174,7 +174,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head
+        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
     ) -> Tensor:
         """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq].
 

@@ -67,9 +67,9 @@ def train(comparison: Comparison, runner: Runner, folder: Path, config: Comparis
     with tqdm(unit="run", dynamic_ncols=True) as bar:
 
         def show() -> None:
-            standing = comparison.standing()
-            bar.total = standing.num_runs
-            bar.update(len(standing.selection) + len(standing.report) - bar.n)
+            state = comparison.state()
+            bar.total = state.num_runs
+            bar.update(len(state.selection) + len(state.report) - bar.n)
 
         def note(run: Run) -> None:
             show()
@@ -80,15 +80,15 @@ def train(comparison: Comparison, runner: Runner, folder: Path, config: Comparis
         # Speeds and times left are those of this call's runs.
         bar.unpause()
         bar.initial = bar.n
-        comparison.carry_out(lambda runs: runner.run_all(runs, comparison.is_finished, note))
+        comparison.run(lambda runs: runner.run_all(runs, comparison.is_finished, note))
 
 
 def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> None:
     """Writes tables and pictures of what is finished."""
-    standing = comparison.standing()
-    rows = report_rows(standing, read_measurements(config, folder))
-    write_report(folder, standing, rows, report_gaps(standing))
-    write_pictures(folder, standing, rows)
+    state = comparison.state()
+    rows = report_rows(state, read_measurements(config, folder))
+    write_report(folder, state, rows, report_gaps(state))
+    write_pictures(folder, state, rows)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:

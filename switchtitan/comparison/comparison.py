@@ -16,7 +16,7 @@ TrainAll = Callable[[list[Run]], None]
 
 
 @dataclass
-class Standing:
+class ComparisonState:
     """Where a comparison stands."""
 
     config: ComparisonConfig
@@ -45,35 +45,35 @@ class Comparison:
         self._config = config
         self._results: dict[Run, RunResult] = {}
 
-    def standing(self) -> Standing:
+    def state(self) -> ComparisonState:
         """What is finished, and what follows from it."""
         config = self._config
         choosing = [row for row in config.rows if row.learning_rates]
-        standing = Standing(config, {row.name: list(row.learning_rates) for row in choosing})
+        state = ComparisonState(config, {row.name: list(row.learning_rates) for row in choosing})
         for widening in range(config.max_widenings + 1):
-            runs = selection_runs(config, standing.rates)
-            standing.selection = self._finished(runs)
-            standing.num_runs = len(runs) + len(config.rows) * len(config.report_seeds)
-            if len(standing.selection) < len(runs):
-                return standing
-            losses = {name: standing.losses(name) for name in standing.rates}
+            runs = selection_runs(config, state.rates)
+            state.selection = self._finished(runs)
+            state.num_runs = len(runs) + len(config.rows) * len(config.report_seeds)
+            if len(state.selection) < len(runs):
+                return state
+            losses = {name: state.losses(name) for name in state.rates}
             at_edge = [name for name in losses if not is_interior(losses[name])]
             if not at_edge or widening == config.max_widenings:
                 break
-            standing.rates = {
-                name: widened(rates, losses[name]) for name, rates in standing.rates.items()
+            state.rates = {
+                name: widened(rates, losses[name]) for name, rates in state.rates.items()
             }
-        standing.chosen = {name: best_rate(standing.losses(name)) for name in standing.rates}
-        standing.report = self._finished(report_runs(config, standing.chosen))
-        return standing
+        state.chosen = {name: best_rate(state.losses(name)) for name in state.rates}
+        state.report = self._finished(report_runs(config, state.chosen))
+        return state
 
     def due(self) -> list[Run]:
         """The runs that can be trained now; empty when all are finished."""
-        standing = self.standing()
+        state = self.state()
         runs = (
-            report_runs(self._config, standing.chosen)
-            if standing.chosen
-            else selection_runs(self._config, standing.rates)
+            report_runs(self._config, state.chosen)
+            if state.chosen
+            else selection_runs(self._config, state.rates)
         )
         return [run for run in runs if not self.is_finished(run)]
 
@@ -81,10 +81,10 @@ class Comparison:
         """Whether a run has left its result."""
         return self._result(run) is not None
 
-    def carry_out(self, train_all: TrainAll) -> None:
+    def run(self, train_all: TrainAll) -> None:
         """Trains all that is left."""
         while runs := self.due():
-            stage = "reported" if self.standing().chosen else "to choose learning rates"
+            stage = "reported" if self.state().chosen else "to choose learning rates"
             logger.info("%d run(s) %s", len(runs), stage)
             train_all(runs)
 

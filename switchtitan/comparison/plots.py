@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchtitan.comparison.comparison import Standing
+from switchtitan.comparison.comparison import ComparisonState
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.table import RowReport
 from switchtitan.observability.curves import read_curves
@@ -16,15 +16,15 @@ from switchtitan.observability.pictures import write_picture
 _NUM_COLOURS = 10
 
 
-def write_pictures(folder: Path, standing: Standing, rows: Sequence[RowReport]) -> list[Path]:
+def write_pictures(folder: Path, state: ComparisonState, rows: Sequence[RowReport]) -> list[Path]:
     """Writes `loss.png`, and, of what is known, `loss_against_time.png` and `loss_against_memory.png`; returns their paths."""
-    pictures = {"loss.png": draw_curves(standing)}
+    pictures = {"loss.png": draw_curves(state)}
     timed = [row for row in rows if row.loss is not None and row.measured is not None]
     if timed:
         pictures["loss_against_time.png"] = draw_against(
             timed,
             lambda row: row.measured.step_ratio,  # type: ignore[union-attr]
-            f"time of a step / {standing.config.baseline}'s",
+            f"time of a step / {state.config.baseline}'s",
         )
     finished = [row for row in rows if row.loss is not None and row.state_gib is not None]
     if finished:
@@ -40,15 +40,15 @@ def write_pictures(folder: Path, standing: Standing, rows: Sequence[RowReport]) 
     return paths
 
 
-def draw_curves(standing: Standing) -> Figure:
+def draw_curves(state: ComparisonState) -> Figure:
     """Validation loss over training: the mean over reported seeds, with a band of one standard deviation."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     last = []
-    for place, row in enumerate(standing.config.rows):
+    for place, row in enumerate(state.config.rows):
         runs = [
             result
-            for result in standing.report
+            for result in state.report
             if result.run.row == row.name and not result.has_diverged
         ]
         if not runs:
@@ -68,9 +68,7 @@ def draw_curves(standing: Standing) -> Figure:
                 lw=0,
             )
         last.append(mean)
-    axes.set(
-        title=standing.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)"
-    )
+    axes.set(title=state.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
     if last:
         # The untrained models' loss would leave no room for what differs.
         axes.set_ylim(min(map(np.min, last)) * 0.98, max(curve[1:].max() for curve in last) * 1.02)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from switchtitan.comparison.comparison import Standing
+from switchtitan.comparison.comparison import ComparisonState
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.statistics import Summary
 from switchtitan.comparison.table import GapReport, RowReport
@@ -27,20 +27,20 @@ _LEGEND = (
 
 
 def write_report(
-    folder: Path, standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapReport]
+    folder: Path, state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]
 ) -> None:
     """Writes `report.md`, `results.json` and `runs.csv` to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.md", markdown(standing, rows, gaps))
-    write_atomically(folder / "results.json", json_text(standing, rows, gaps))
-    write_atomically(folder / "runs.csv", runs_csv(standing))
+    write_atomically(folder / "report.md", markdown(state, rows, gaps))
+    write_atomically(folder / "results.json", json_text(state, rows, gaps))
+    write_atomically(folder / "runs.csv", runs_csv(state))
 
 
-def markdown(standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
+def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
     """The tables, for people."""
-    config, done = standing.config, len(standing.selection) + len(standing.report)
-    parts = [f"# {config.name}", f"{done} of {standing.num_runs} runs are finished."]
-    facts = _facts(standing)
+    config, done = state.config, len(state.selection) + len(state.report)
+    parts = [f"# {config.name}", f"{done} of {state.num_runs} runs are finished."]
+    facts = _facts(state)
     if facts:
         parts.append(facts)
     seeds = ", ".join(map(str, config.report_seeds))
@@ -66,20 +66,20 @@ def markdown(standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapRe
     return "\n\n".join(parts) + "\n"
 
 
-def json_text(standing: Standing, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
+def json_text(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
     """Everything, for programs; a number that is not finite is null."""
     contents = {
-        "comparison": resolved_toml(standing.config),
-        "num_runs_finished": len(standing.selection) + len(standing.report),
-        "num_runs": standing.num_runs,
+        "comparison": resolved_toml(state.config),
+        "num_runs_finished": len(state.selection) + len(state.report),
+        "num_runs": state.num_runs,
         "rows": [_with_text_keys(asdict(row)) for row in rows],
         "gaps": [asdict(gap) for gap in gaps],
-        "runs": [_run_record(stage, result) for stage, result in _staged(standing)],
+        "runs": [_run_record(stage, result) for stage, result in _staged(state)],
     }
     return json.dumps(_finite(contents), indent=2) + "\n"
 
 
-def runs_csv(standing: Standing) -> str:
+def runs_csv(state: ComparisonState) -> str:
     """One line for every finished run."""
     text = io.StringIO()
     columns = (
@@ -88,13 +88,13 @@ def runs_csv(standing: Standing) -> str:
     )  # fmt: skip
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_run_record(stage, result) for stage, result in _staged(standing))
+    writer.writerows(_run_record(stage, result) for stage, result in _staged(state))
     return text.getvalue()
 
 
-def _staged(standing: Standing) -> list[tuple[str, RunResult]]:
-    return [("selection", result) for result in standing.selection] + [
-        ("report", result) for result in standing.report
+def _staged(state: ComparisonState) -> list[tuple[str, RunResult]]:
+    return [("selection", result) for result in state.selection] + [
+        ("report", result) for result in state.report
     ]
 
 
@@ -117,9 +117,9 @@ def _run_record(stage: str, result: RunResult) -> dict[str, object]:
     }
 
 
-def _facts(standing: Standing) -> str:
+def _facts(state: ComparisonState) -> str:
     """What all finished runs were made with."""
-    figures = [result.figures for _, result in _staged(standing) if result.figures]
+    figures = [result.figures for _, result in _staged(state) if result.figures]
     if not figures:
         return ""
 

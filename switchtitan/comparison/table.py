@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder_name
-from switchtitan.comparison.comparison import Standing
+from switchtitan.comparison.comparison import ComparisonState
 from switchtitan.comparison.config import RowConfig
 from switchtitan.comparison.measure import Measurements
 from switchtitan.comparison.results import RunResult
@@ -62,48 +62,42 @@ class GapReport:
     """None where the gap is a tie or runs the other way."""
 
 
-def report_rows(standing: Standing, measured: Mapping[str, Measurements]) -> list[RowReport]:
+def report_rows(state: ComparisonState, measured: Mapping[str, Measurements]) -> list[RowReport]:
     """One report for each row of the comparison, in its order."""
-    baseline = losses_by_seed(standing, standing.config.baseline)
-    return [
-        _report_row(standing, row, baseline, measured.get(row.name)) for row in standing.config.rows
-    ]
+    baseline = losses_by_seed(state, state.config.baseline)
+    return [_report_row(state, row, baseline, measured.get(row.name)) for row in state.config.rows]
 
 
-def report_gaps(standing: Standing) -> list[GapReport]:
+def report_gaps(state: ComparisonState) -> list[GapReport]:
     """The answers to the comparison's questions for gaps."""
     reports = []
-    for question in standing.config.gaps:
-        start, end = (
-            losses_by_seed(standing, name) for name in (question.from_row, question.to_row)
-        )
+    for question in state.config.gaps:
+        start, end = (losses_by_seed(state, name) for name in (question.from_row, question.to_row))
         gap = difference(start, end)
         is_open = gap is not None and gap.mean > 0 and not gap.is_tie
         for row in question.rows:
-            share = share_of_gap(losses_by_seed(standing, row), start, end) if is_open else None
+            share = share_of_gap(losses_by_seed(state, row), start, end) if is_open else None
             reports.append(GapReport(row, question.from_row, question.to_row, gap, share))
     return reports
 
 
-def losses_by_seed(standing: Standing, row: str) -> BySeed:
+def losses_by_seed(state: ComparisonState, row: str) -> BySeed:
     """Test losses of a row's reported runs."""
-    return {
-        result.run.seed: result.test_loss for result in standing.report if result.run.row == row
-    }
+    return {result.run.seed: result.test_loss for result in state.report if result.run.row == row}
 
 
 def _report_row(
-    standing: Standing, row: RowConfig, baseline: BySeed, measured: Measurements | None
+    state: ComparisonState, row: RowConfig, baseline: BySeed, measured: Measurements | None
 ) -> RowReport:
-    results = [result for result in standing.report if result.run.row == row.name]
+    results = [result for result in state.report if result.run.row == row.name]
     finished = [result for result in results if not result.has_diverged]
-    losses = losses_by_seed(standing, row.name)
-    selection = standing.losses(row.name)
+    losses = losses_by_seed(state, row.name)
+    selection = state.losses(row.name)
     return RowReport(
         name=row.name,
         title=row.title,
-        rate=standing.chosen.get(row.learning_rate_of or row.name),
-        is_interior=is_interior(selection) if row.name in standing.chosen else None,
+        rate=state.chosen.get(row.learning_rate_of or row.name),
+        is_interior=is_interior(selection) if row.name in state.chosen else None,
         selection=selection,
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
@@ -112,7 +106,7 @@ def _report_row(
         )
         if losses
         else None,
-        difference=None if row.name == standing.config.baseline else difference(losses, baseline),
+        difference=None if row.name == state.config.baseline else difference(losses, baseline),
         effective_rank=summarize(ranks) if (ranks := _effective_ranks(finished)) else None,
         num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,

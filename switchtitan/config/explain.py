@@ -101,7 +101,7 @@ class Draft:
         section = self.type_at(path[:-1])
         return section.model_fields.get(path[-1]) if is_section_type(section) else None
 
-    def refuse(self, path: KeyPath, problem: str) -> None:
+    def add_error(self, path: KeyPath, problem: str) -> None:
         """Note a mistake at `path`, written as the user wrote it: in TOML or as an option."""
         override = self.overrides.get(path)
         if override is not None and self.overrides_heading is None:
@@ -187,7 +187,7 @@ def explain(draft: Draft, error: ValidationError, section: KeyPath = ()) -> None
         elif detail["type"] != "value_error":
             _explain_value(draft, path)
         elif path and not (is_section_type(draft.type_at(path)) or path[-1].isdigit()):
-            draft.refuse(path, str(detail["ctx"]["error"]))
+            draft.add_error(path, str(detail["ctx"]["error"]))
         else:
             place = f"{toml_place(path)} " if path else ""
             draft.mistakes.append(Mistake(TOGETHER, f"{place}{detail['ctx']['error']}"))
@@ -207,7 +207,7 @@ def explain_unknown_section(draft: Draft, section: str) -> None:
         hint = f"expected one of {', '.join(draft.section_types)}"
     paths = [path for path in draft.overrides if path[0] == section] or [(section,)]
     for path in paths:
-        draft.refuse(path, f"unknown section; {hint}")
+        draft.add_error(path, f"unknown section; {hint}")
 
 
 def _explain_name(draft: Draft, section: str) -> None:
@@ -216,9 +216,9 @@ def _explain_name(draft: Draft, section: str) -> None:
     expected = f"expected {'one of ' if len(names) > 1 else ''}{', '.join(map(toml_value, names))}"
     given = draft.value((section, "name"))
     if given:
-        draft.refuse((section, "name"), expected + _did_you_mean(given[0], names))
+        draft.add_error((section, "name"), expected + _did_you_mean(given[0], names))
     else:
-        draft.refuse((section, "name"), f"missing; {expected}")
+        draft.add_error((section, "name"), f"missing; {expected}")
 
 
 def _explain_unknown_key(draft: Draft, path: KeyPath) -> None:
@@ -243,17 +243,17 @@ def _explain_unknown_key(draft: Draft, path: KeyPath) -> None:
         hint = f"did you mean [{others[0]}] {key}?"
     else:
         hint = f"expected one of {', '.join(keys)}"
-    draft.refuse(path, f"unknown key; {hint}")
+    draft.add_error(path, f"unknown key; {hint}")
 
 
 def _explain_value(draft: Draft, path: KeyPath) -> None:
     key, given = draft.field_at(path), draft.value(path)
     if key is None or (given and is_section_type(key.annotation)):
         below = "" if any(map(str.isdigit, path)) else f": [{'.'.join(path)}] and its keys below it"
-        draft.refuse(path, f"expected a table{below}")
+        draft.add_error(path, f"expected a table{below}")
         return
     if not given:
-        draft.refuse(path, f"missing; expected {describe(key)}")
+        draft.add_error(path, f"missing; expected {describe(key)}")
         return
     value, hint = given[0], ""
     override = draft.overrides.get(path)
@@ -270,7 +270,9 @@ def _explain_value(draft: Draft, path: KeyPath) -> None:
         hint = f"; write {toml_value([value])}"
     elif not isinstance(value, str) and accepts(key, str(value)):
         hint = f"; write {toml_value(str(value))}"
-    draft.refuse(path, f"expected {describe(key)}" + (hint or _did_you_mean(value, choices(key))))
+    draft.add_error(
+        path, f"expected {describe(key)}" + (hint or _did_you_mean(value, choices(key)))
+    )
 
 
 def _key_path(draft: Draft, section: KeyPath, detail: ErrorDetails) -> KeyPath:

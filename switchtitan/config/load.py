@@ -221,7 +221,7 @@ def _apply_overrides(draft: Draft) -> None:
     """Put the command line's values over the files'; unknown keys are left for the validation."""
     for path, override in draft.overrides.items():
         if len(path) == 1:
-            _refuse_undotted(draft, path[0])
+            _add_undotted_error(draft, path[0])
             continue
         target = draft.table
         for name in path[:-1]:
@@ -232,20 +232,20 @@ def _apply_overrides(draft: Draft) -> None:
             target[path[-1]] = interpret(draft.field_at(path), override.words)
 
 
-def _refuse_undotted(draft: Draft, option: str) -> None:
+def _add_undotted_error(draft: Draft, option: str) -> None:
     options = dotted_keys(draft.chosen)
     home = next((key for key in options if key.rpartition(".")[2] == option), None) or nearest(
         option, options
     )
     hint = f"; did you mean --{home}?" if home else ""
-    draft.refuse((option,), f"unknown option; expected --section.key value{hint}")
+    draft.add_error((option,), f"unknown option; expected --section.key value{hint}")
 
 
 def _validated(draft: Draft, name: str) -> list[Section]:
     """The section `name`, or an empty list after noting its mistakes."""
     given = draft.table.get(name, {})
     if not isinstance(given, dict):
-        draft.refuse((name,), f"expected a table: [{name}] and its keys below it")
+        draft.add_error((name,), f"expected a table: [{name}] and its keys below it")
         return []
     if name in draft.chosen:
         _read_none(given, draft.chosen[name])

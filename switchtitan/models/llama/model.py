@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import ApplyHead, CallBlock, LanguageModel, call_plainly, logits_of_head
+from switchtitan.contracts import (
+    ApplyHead,
+    CallBlock,
+    LanguageModel,
+    default_apply_head,
+    default_call_block,
+)
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
 from switchtitan.models.llama.rope import rotary_tables, rotate
@@ -93,7 +99,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
 
     def forward(
-        self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = call_plainly
+        self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = default_call_block
     ) -> Tensor:
         cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
         positions = Positions(cos, sin, self.build_mask(document_ids))
@@ -113,7 +119,7 @@ class Llama(LanguageModel):
         self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
 
     def forward(
-        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = logits_of_head
+        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
     ) -> Tensor:
         """Logits of the next token, or what else `apply_head` makes of them.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from switchtitan.contracts import call_plainly
+from switchtitan.contracts import default_call_block
 from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations
 from switchtitan.distributed.config import ActivationCheckpointConfig
 from switchtitan.distributed.fsdp import materialize
@@ -109,7 +109,7 @@ def test_block_inputs_are_gone_until_they_are_needed(backend):
     def num_alive() -> int:
         return sum(not storage.expired() for storage in on_device)
 
-    model.call_block = lambda *args: remember(call_plainly, *args)
+    model.call_block = lambda *args: remember(default_call_block, *args)
     loss = loss_of(model)
     assert num_alive() == NUM_BLOCKS, "the test could not see them"
     del loss

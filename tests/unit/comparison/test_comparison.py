@@ -122,7 +122,7 @@ def test_middle_rates_are_tried_first_and_nothing_is_reported_before_all_are(com
     for run in runs[:-1]:
         finish(run, 1.0)
     assert Comparison(comparison).due() == runs[-1:]
-    assert Comparison(comparison).standing().chosen == {}
+    assert Comparison(comparison).state().chosen == {}
 
 
 def test_bracketed_rates_are_reported_on_the_other_seeds(comparison):
@@ -132,9 +132,9 @@ def test_bracketed_rates_are_reported_on_the_other_seeds(comparison):
         (seed, row) for seed in (2, 3) for row in ("dense", "thin", "thin-balanced")
     ]
     assert set(rates(runs, "thin-balanced")) == {2e-2}
-    standing = Comparison(comparison).standing()
-    assert standing.chosen == {"dense": 2e-3, "thin": 2e-2}
-    assert standing.num_runs == len(standing.selection) + len(standing.report) == 12
+    state = Comparison(comparison).state()
+    assert state.chosen == {"dense": 2e-3, "thin": 2e-2}
+    assert state.num_runs == len(state.selection) + len(state.report) == 12
     assert Comparison(comparison).due() == []
 
 
@@ -145,22 +145,22 @@ def test_a_best_rate_at_the_edge_widens_the_grid_of_every_row(comparison):
     assert rates(widening, "dense") == [8e-3]
     # In the middle: 1e-2 and 4e-2 are equally good, so the lower end, by which both ends are as near.
     assert rates(widening, "thin") == [5e-3]
-    standing = Comparison(comparison).standing()
+    state = Comparison(comparison).state()
     # Once only: the best is the highest still, and that is told.
-    assert standing.chosen == {"dense": 8e-3, "thin": 2e-2}
-    rows = {row.name: row for row in report_rows(standing, {})}
+    assert state.chosen == {"dense": 8e-3, "thin": 2e-2}
+    rows = {row.name: row for row in report_rows(state, {})}
     assert rows["dense"].is_interior is False
     assert rows["thin"].is_interior is True
     assert rows["thin-balanced"].is_interior is None
-    assert "0.008 (edge)" in markdown(standing, list(rows.values()), [])
+    assert "0.008 (edge)" in markdown(state, list(rows.values()), [])
 
 
 def test_the_report_tells_losses_differences_and_shares(comparison):
     loss = distance_to(2e-3, 2e-2)
     finish_all(comparison, loss)
     finish_all(comparison, loss)
-    standing = Comparison(comparison).standing()
-    rows, gaps = report_rows(standing, {}), report_gaps(standing)
+    state = Comparison(comparison).state()
+    rows, gaps = report_rows(state, {}), report_gaps(state)
     by_name = {row.name: row for row in rows}
     # Test losses are 1 more than validation losses: 2.1 for the dense row and a bit for the seed.
     assert by_name["dense"].loss.mean == pytest.approx(2.1 + 0.0025)
@@ -172,25 +172,25 @@ def test_the_report_tells_losses_differences_and_shares(comparison):
     assert by_name["thin"].selection == pytest.approx({1e-2: 2.201, 2e-2: 2.101, 4e-2: 2.201})
     assert by_name["thin"].peak_gib is None
     assert gaps[0].share.mean == pytest.approx(0.5)
-    text = markdown(standing, rows, gaps)
+    text = markdown(state, rows, gaps)
     assert "| thin | 0.02 | 3.1025 ± 0.0007 |" in text
     assert (
         "thin-balanced, from thin to dense: closes 50 ± 0 % of the gap of 1.0000 ± 0.0000." in text
     )
     assert "commit abc" in text
-    assert json.loads(json_text(standing, rows, gaps))["num_runs_finished"] == 12
-    assert len(runs_csv(standing).splitlines()) == 13
+    assert json.loads(json_text(state, rows, gaps))["num_runs_finished"] == 12
+    assert len(runs_csv(state).splitlines()) == 13
 
 
 def test_no_share_is_told_of_a_gap_that_is_a_tie(comparison):
     finish_all(comparison, distance_to(2e-3, 2e-2))
     for run, loss in zip(Comparison(comparison).due(), (3.0, 3.1, 3.0, 3.2, 3.1, 3.0), strict=True):
         finish(run, 1.0, loss)
-    gaps = report_gaps(Comparison(comparison).standing())
+    gaps = report_gaps(Comparison(comparison).state())
     # dense - thin is -0.1 at one seed and +0.1 at the other.
     assert gaps[0].gap.is_tie
     assert gaps[0].share is None
-    assert "is a tie; no share" in markdown(Comparison(comparison).standing(), [], gaps)
+    assert "is a tie; no share" in markdown(Comparison(comparison).state(), [], gaps)
 
 
 def test_a_share_of_a_row_without_runs_is_not_known(comparison):
@@ -198,19 +198,19 @@ def test_a_share_of_a_row_without_runs_is_not_known(comparison):
     for run in Comparison(comparison).due():
         if run.row != "thin-balanced":
             finish(run, 1.0, {"dense": 2.0, "thin": 3.0}[run.row] + 0.1 * run.seed)
-    standing = Comparison(comparison).standing()
+    state = Comparison(comparison).state()
     assert "thin-balanced, from thin to dense: not known yet." in markdown(
-        standing, [], report_gaps(standing)
+        state, [], report_gaps(state)
     )
 
 
 def test_a_diverged_run_is_never_chosen_and_stands_in_the_table(comparison):
     for run in Comparison(comparison).due():
         finish(run, 1.0, **({"diverged": True} if run.learning_rate in (2e-3, 4e-2) else {}))
-    standing = Comparison(comparison).standing()
-    assert standing.losses("dense")[2e-3] == float("inf")
-    assert "0.002: diverged" in markdown(standing, report_rows(standing, {}), [])
-    assert "selection,thin,0.04,1,True" in runs_csv(standing)
+    state = Comparison(comparison).state()
+    assert state.losses("dense")[2e-3] == float("inf")
+    assert "0.002: diverged" in markdown(state, report_rows(state, {}), [])
+    assert "selection,thin,0.04,1,True" in runs_csv(state)
 
 
 def test_only_a_run_of_the_whole_length_counts(comparison):
