@@ -1,4 +1,4 @@
-"""`python -m switchtitan` is the console script `switchtitan`."""
+"""Makes `python -m switchtitan` run the console script `switchtitan`."""
 
 from switchtitan.cli.main import main
 

@@ -1,5 +1,4 @@
-"""The composition root: from a configuration to a `Trainer`, or to a `Stepper` alone, one short
-function for each part."""
+"""Builds a `Trainer`, or a `Stepper` alone, from a configuration: one short function per part."""
 
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -62,14 +61,15 @@ from switchtitan.training.state import TrainState
 from switchtitan.training.stepper import Stepper
 from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
 
-# `hub`, `spectra` and the counter of communication are imported by the functions that need them: most runs need none.
+# `hub`, `spectra` and the communication counter are imported where they are used: most runs use
+# none of them.
 if TYPE_CHECKING:
     from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
 
 OnPart = Callable[[str], None]
-"""Called with the name of a part of the start when it is done: "corpus", "model", "optimizer"."""
+"""Called with "corpus", "model" or "optimizer" when that part is built."""
 
 
 def ignore_part(part: str) -> None:
@@ -77,15 +77,15 @@ def ignore_part(part: str) -> None:
 
 
 def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part) -> Trainer:
-    """Everything that a run needs, its state restored if it resumes from a checkpoint.
+    """Build everything that a run needs; restore its state if it resumes from a checkpoint.
 
     Raises:
-        UserError: before anything is written, if configuration, corpus and checkpoints do not fit
-            together.
+        UserError: if configuration, corpus and checkpoints do not fit together. Raised before
+            anything is written.
     """
     configure_logging(is_main=world.is_main, rank=world.rank)
     check_output_dir(config.job.output_dir)
-    # Preparing a corpus can take hours.
+    # Checked before the corpus, whose preparation can take hours.
     check_given_paths(config.job.output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
     corpus = open_checked_corpus(config, world)
     on_part("corpus")
@@ -96,7 +96,7 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     state, changes = TrainState(), list[str]()
     if checkpoint is not None:
         state, changes = read_state(checkpoint, identity, resolved)
-    # Before any work, since a corpus that is too small for the configuration is refused here.
+    # Built before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
     loss = CrossEntropy(config.compile.loss)
     evaluators = build_evaluators(config, corpus, loss, world)
@@ -145,15 +145,15 @@ def build_stepper(
     initial_weights: Mapping[str, Tensor] | None = None,
     on_part: OnPart = ignore_part,
 ) -> Stepper:
-    """What takes the steps of a run, and nothing that evaluates, saves or reports; also under a
-    `FakeTensorMode`.
+    """Build what takes the steps of a run, without evaluation, saving and reports.
+
+    Works under a `FakeTensorMode` too.
 
     Args:
         batches: see `build_batches`.
-        state: of the run; by default a new run's. Restoring model and optimizer is left to the
-            caller.
+        state: the run's state, by default a new run's. The caller restores model and optimizer.
         loss: by default the configuration's.
-        initial_weights: the plain model's weights by name; by default they are drawn.
+        initial_weights: the plain model's weights by name; by default they are random.
     """
     model = build_plain_model(config)
     method = build_method(config)
@@ -176,7 +176,7 @@ def build_stepper(
 
 
 def build_plain_model(config: JobConfig) -> LanguageModel:
-    """The model before the method has changed it, on the meta device."""
+    """Build the model without the method's changes, on the meta device."""
     with torch.device("meta"):
         return MODELS.build(config.model)
 
@@ -186,20 +186,20 @@ def build_method(config: JobConfig) -> Method:
 
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
-    """The corpus, prepared if it is not yet; its tokens fit the model."""
+    """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
     corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
     corpus.check_vocabulary(config.model.vocab_size)
     return corpus
 
 
 def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainState, list[str]]:
-    """Where the run of a checkpoint stands, and which keys have changed since.
+    """Read a checkpoint's training state, and list the keys that have changed since.
 
     Args:
-        resolved: the run's configuration, see `resolved_toml`.
+        resolved: this run's configuration, see `resolved_toml`.
 
     Raises:
-        CheckpointError: if it is another run's.
+        CheckpointError: if the checkpoint belongs to another run.
     """
     metadata = read_metadata(checkpoint)
     check_same_run(comparable_identity(metadata.identity), identity)
@@ -208,18 +208,19 @@ def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainSt
 
 
 def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
-    """The state of a new run, which remembers where its weights come from, and the weights; None if
-    they are drawn.
+    """Return the state of a new run, and its initial weights; None for random weights.
+
+    The state records which weights were read.
 
     Raises:
-        CheckpointError: if they cannot be read, or are another model's.
+        CheckpointError: if the weights cannot be read, or belong to another model.
     """
     if config.checkpoint.initial_weights is None:
         return TrainState(), None
     from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 
     source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
-    logger.info("initial weights come from %s", source)
+    logger.info("initial weights: %s", source)
     return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
 
 
@@ -238,8 +239,8 @@ def prepare_model(
     world: World,
     initial_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """From a plain model on the meta device to a sharded one on this rank's device, with its
-    initial values."""
+    """Convert a plain model on the meta device to a sharded, initialized one on this rank's
+    device."""
     method.prepare_model(model)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.activation_checkpoint.offload:
@@ -276,8 +277,10 @@ def build_checkpointer(
 def build_batches(
     config: JobConfig, corpus: Corpus, world: World, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """This rank's training batches, from where `state` stands; `close` ends the processes that read
-    them."""
+    """Build this rank's training batches, starting at `state.num_batches`.
+
+    Their `close` ends the processes that read them.
+    """
     return build_train_batches(
         corpus.split("train", config.data.seq_len),
         seed=config.job.seed,
@@ -327,10 +330,10 @@ def build_evaluator(
 def build_rank_telemetry(
     config: JobConfig, world: World, state: TrainState
 ) -> "RankTelemetry | None":
-    """None where it is off.
+    """Build the rank telemetry, None if it is off.
 
     Raises:
-        CheckpointError: if the weights that a resumed run started from are no longer at hand.
+        CheckpointError: if the initial weights of a resumed run are missing.
     """
     if config.spectrum.interval is None:
         return None
@@ -370,7 +373,7 @@ def build_reporter(
 
 def build_throughput(config: JobConfig, stepper: Stepper) -> Throughput:
     world = stepper.world
-    # The known peaks are those of bf16.
+    # Only the bf16 peaks are known.
     peak = (
         peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
     )
@@ -399,7 +402,7 @@ def build_hooks(
     reporter: Reporter,
     rank_telemetry: "RankTelemetry | None",
 ) -> list[Hook]:
-    """What the run does around its steps besides training, evaluating and saving."""
+    """Build what the run does around its steps besides training, evaluating and saving."""
     hooks: list[Hook] = []
     if config.metrics.communication:
         from switchtitan.observability.communication_report import StepCommunication

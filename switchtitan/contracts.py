@@ -1,4 +1,4 @@
-"""The contracts between packages: what a model, a method, an optimizer and their sections must offer to the rest."""
+"""The contracts between packages: interfaces of models, methods, optimizers and their sections."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -22,22 +22,26 @@ class Batch(NamedTuple):
     targets: Tensor
     """[batch, seq] int64: the next token, or `IGNORED_TARGET`."""
     document_ids: Tensor
-    """[batch, seq] int32: equal for tokens of the same document, rising along a sequence."""
+    """[batch, seq] int32: the same for all tokens of a document, increasing along a sequence."""
 
 
 class ModelConfig(NamedSection):
     """The base class of every `[model]` section."""
 
     vocab_size: int = Field(gt=0)
-    """Number of token ids that the embedding and the head know."""
+    """Number of token ids of the embedding and the head."""
 
     def architecture(self) -> dict[str, object]:
-        """The keys that the weights belong to, as plain values: a model takes the weights of one with equal ones. By default
-        all keys."""
+        """Return the keys that determine the weights, as plain values.
+
+        Models with equal values can load each other's weights. Default: all keys.
+        """
         return self.model_dump(mode="json")
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """The `config.json` with which transformers loads the weights under the same names; None if no class of theirs does.
+        """Return the `config.json` with which transformers loads the weights under the same names.
+
+        Default: None, for a model that transformers does not have.
 
         Args:
             seq_len: tokens per sequence in training.
@@ -45,22 +49,25 @@ class ModelConfig(NamedSection):
         return None
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Return what a `config.json` next to the weights says that does not fit this model; nothing by default."""
+        """Return error messages for a `config.json` that does not fit this model; none by default."""
         return []
 
     @abstractmethod
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear layer, the head included, by qualified name. Builds no model."""
+        """Return (out, in) of every linear layer, including the head, by qualified name.
+
+        Does not build the model.
+        """
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
-        """Check that the model can train on such a device.
+        """Check that the model can train on a device type.
 
         Args:
             device_type: "cpu" or "cuda".
             compute_dtype: dtype of activations.
 
         Raises:
-            EnvironmentMismatchError: if it cannot. The default raises nothing.
+            EnvironmentMismatchError: if it cannot. Never raised by default.
         """
 
 
@@ -73,7 +80,7 @@ class MethodConfig(NamedSection):
     optimizers: ClassVar[frozenset[str] | None] = None
     """Names of the optimizers that the method can train with; None for all."""
     treats_all_parameters: ClassVar[bool] = False
-    """Whether no parameter is left for `[optimizer] other_lr`."""
+    """Whether the method trains all parameters alike, so that `[optimizer] other_lr` has no effect."""
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """Return error messages for a model with linear layers [out, in] of these names; none by default."""
@@ -94,16 +101,17 @@ class OptimizerConfig(NamedSection):
     can_compile: ClassVar[bool] = True
     """Whether `[compile] optimizer` can be set."""
     max_ranks: ClassVar[int | None] = None
-    """The most ranks that it can train on; None for any number."""
+    """Largest number of ranks that it supports; None for no limit."""
     lr: float = Field(gt=0)
     """Peak learning rate, above 0."""
     other_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate, above 0, of the parameters that the method leaves as they are: embedding, norms, head, biases and
-    layers not among its targets. Unset: lr. Has no effect with full_rank."""
+    """Peak learning rate, above 0, of parameters that the method does not change: embedding, norms,
+    head, biases, and layers that are not targets. Default: lr. Has no effect with full_rank."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""
     decay_norms: bool = False
-    """Whether weight decay applies to norms and other parameters of one dimension too. Has no effect without weight decay."""
+    """Whether weight decay also applies to norms and other 1-dim parameters. Has no effect without
+    weight decay."""
 
     @model_validator(mode="after")
     def _check_decay_norms(self) -> "OptimizerConfig":
@@ -113,12 +121,13 @@ class OptimizerConfig(NamedSection):
 
 
 ApplyHead = Callable[[Tensor, nn.Module], Tensor]
-"""What a model's last hidden states [batch, seq, dim] and its head are to yield; the head is a module that makes logits
-[..., vocabulary] of hidden states [..., dim]."""
+"""Maps a model's last hidden states [batch, seq, dim] and its head to logits or to a loss.
+
+The head is a module that maps hidden states [..., dim] to logits [..., vocabulary]."""
 
 
 def default_apply_head(hidden: Tensor, head: nn.Module) -> Tensor:
-    """An `ApplyHead`: logits [batch, seq, vocabulary]."""
+    """An `ApplyHead` that returns logits [batch, seq, vocabulary]."""
     logits: Tensor = head(hidden)
     return logits
 
@@ -127,12 +136,12 @@ class CallBlock(Protocol):
     """How a model calls its blocks."""
 
     def __call__(self, block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
-        """`block(hidden, *args)`, with hidden states [batch, seq, dim] as argument and result."""
+        """Return `block(hidden, *args)`: hidden states [batch, seq, dim], like `hidden`."""
         ...
 
 
 def default_call_block(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
-    """A `CallBlock` that does nothing else."""
+    """A `CallBlock` that only calls the block."""
     output: Tensor = block(hidden, *args)
     return output
 
@@ -143,7 +152,12 @@ class SummedLoss(Protocol):
     def __call__(
         self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1
     ) -> Tensor:
-        """The sum over targets [batch, seq], but `IGNORED_TARGET`, divided by `divisor`; 0-dim. The rest as in `ApplyHead`."""
+        """Return the sum of the losses divided by `divisor`, 0-dim.
+
+        Args:
+            hidden, head: as in `ApplyHead`.
+            targets: [batch, seq]; `IGNORED_TARGET` does not count.
+        """
         ...
 
 
@@ -153,7 +167,7 @@ class LanguageModel(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.call_block: CallBlock = default_call_block
-        """How `forward` calls each block; activation offloading puts its own function here."""
+        """How `forward` calls each block. Activation offloading replaces it."""
 
     @property
     @abstractmethod
@@ -162,69 +176,75 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
-        """The repeated blocks by qualified name, in order: the units of sharding, checkpointing and compilation."""
+        """Return the repeated blocks by qualified name, in order.
+
+        They are the units of sharding, activation checkpointing and compilation.
+        """
 
     @abstractmethod
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The initial value, fp32 on the CPU, of the plain model's parameter `name`."""
+        """Return the initial value of the plain model's parameter `name`, in fp32 on the CPU."""
 
     @abstractmethod
     def num_flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of forward and backward per token with all weights trained at full rank."""
+        """Return FLOPs per token of forward and backward when all weights train at full rank."""
 
     @abstractmethod
     def forward(
         self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
     ) -> Tensor:
-        """Logits [batch, seq, vocabulary] for tokens [batch, seq] and document ids [batch, seq].
+        """Return what `apply_head` computes, by default logits [batch, seq, vocabulary].
 
         Args:
-            apply_head: computes something else from the hidden states and the head, such as a loss in chunks. A sharded
-                head is usable only inside this call.
+            tokens, document_ids: [batch, seq].
+            apply_head: e.g. a loss in chunks. A sharded head is usable only inside this call.
         """
 
 
 @runtime_checkable
 class Reparametrized(Protocol):
-    """A module that stands in for a plain layer and derives its own tensors from that layer's initial weight."""
+    """A module that replaces a plain layer and initializes its tensors from that layer's weight."""
 
     def initial_tensors(
         self, weight: Tensor, generator_for: Callable[[str], torch.Generator]
     ) -> dict[str, Tensor]:
-        """Whole (unsharded) fp32 values of all own parameters and buffers, by local name.
+        """Return full (unsharded) fp32 values of its parameters and buffers, by local name.
 
         Args:
-            weight: [out, in], with which the plain layer would start.
-            generator_for: the generator that belongs to a local name, the same on every rank.
+            weight: [out, in], the plain layer's initial weight.
+            generator_for: local name -> generator, the same on every rank.
         """
         ...
 
     def sharded_buffers(self) -> tuple[str, ...]:
-        """Local names of the buffers that are split over ranks along dimension 0, as parameters are."""
+        """Return local names of the buffers that are sharded over dimension 0, like parameters."""
         ...
 
     def host_buffers(self) -> tuple[str, ...]:
-        """Local names of those among them that stay in host memory, whatever device the module is on."""
+        """Return local names of the sharded buffers that stay in host memory on every device."""
         ...
 
 
 class TrainingOptimizer(Protocol):
-    """What the training step uses; not a torch Optimizer."""
+    """The optimizer of a training step. Not a `torch.optim.Optimizer`."""
 
     def step(self) -> None: ...
 
     def zero_grad(self) -> None: ...
 
     def set_lr(self, lr_factor: float) -> None:
-        """Sets every learning rate to its configured value times `lr_factor`."""
+        """Set every learning rate to its configured value times `lr_factor`."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Scalars of the last step, by TensorBoard tag; may wait for the device."""
+        """Return scalars of the last step by TensorBoard tag. May wait for the device."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors (DTensors where sharded); loading into them in place and `load_state_dict` restores them."""
+        """Return the state as flat tensors, DTensors where sharded.
+
+        To restore a state, load into these tensors in place, then call `load_state_dict`.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
@@ -234,38 +254,37 @@ class Method(ABC, Generic[MethodConfigT]):
     """A way to parametrize and train a model's weights, e.g. full rank or LoRA.
 
     Args:
-        config: the method's own section.
+        config: the method's section.
         num_steps: length of the run in optimizer steps.
-        seed: of the job. All that a method draws follows from it with
-            `distributed.seeds.generator_for`, equal on every rank.
+        seed: the job's seed. A method draws all random values with
+            `distributed.seeds.generator_for`, so that they are equal on every rank.
     """
 
     def __init__(self, config: MethodConfigT, num_steps: int, seed: int) -> None:
         self.config, self.num_steps, self.seed = config, num_steps, seed
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Replaces layers; called once, on the meta device, before any wrapping. Default: none."""
+        """Replace layers. Called once, on the meta device, before any wrapping. Default: none."""
 
     @abstractmethod
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        """The optimizer of the sharded model.
+        """Build the optimizer of the sharded model.
 
         Args:
             config: the section `[optimizer]`.
-            compile_step: compile the update.
+            compile_step: whether to compile the update.
         """
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of the plain model that computes what a model of this method does.
+        """Convert the prepared model's tensors to the weights of an equivalent plain model.
 
-        The only way from a method's tensors to a dense model: telemetry, export, warm starts and
-        spectra of checkpoints call it. Default: the tensors themselves.
+        Telemetry, export, warm starts and spectra of checkpoints all use it. Default: the identity.
 
         Args:
-            tensors: full (unsharded) tensors by their names in the prepared model. All parameters
-                are there; buffers may be there and must not matter.
+            tensors: full (unsharded) tensors by their names in the prepared model. Contains all
+                parameters. May contain buffers, which must not affect the result.
 
         Returns:
             fp32 tensors by the plain model's names.

@@ -1,4 +1,4 @@
-"""Files: replaced atomically, locked by one process at a time, identified by a checksum."""
+"""Atomic writes, locks and checksums of files."""
 
 import fcntl
 import hashlib
@@ -13,10 +13,10 @@ _READ_BYTES = 1 << 22
 
 
 def write_atomically(file: Path, contents: str | bytes) -> None:
-    """Writes a file durably, so that readers see either the old or the new contents, and never a part of them.
+    """Write a file durably. Readers see either the old or the new contents, never a part of them.
 
     Args:
-        contents: text is encoded as UTF-8.
+        contents: a string is encoded as UTF-8.
     """
     partial = file.with_name(file.name + ".new")
     with partial.open("wb") as stream:
@@ -27,7 +27,7 @@ def write_atomically(file: Path, contents: str | bytes) -> None:
 
 
 def sha256_of_file(file: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -37,10 +37,11 @@ def sha256_of_file(file: Path) -> str:
 
 @contextmanager
 def try_lock(file: Path) -> Iterator[int | None]:
-    """Holds an exclusive lock on `file`, which is created; yields None, without a lock, if another process holds it.
+    """Hold an exclusive lock on `file`, which is created if missing.
 
-    The lock belongs to the open file. The system releases it when this process, and every process that inherited the
-    yielded descriptor, has closed the file or died; the file itself stays.
+    Yields the file's descriptor, or None if another process holds the lock. The system releases the
+    lock when this process and every process that inherited the descriptor have closed the file or
+    exited. The file is not deleted.
 
     Raises:
         EnvironmentMismatchError: if the file system has no locks.
@@ -51,7 +52,9 @@ def try_lock(file: Path) -> Iterator[int | None]:
 
 @contextmanager
 def lock(file: Path, on_wait: Callable[[], object]) -> Iterator[None]:
-    """Holds an exclusive lock on `file`, as `try_lock` does; calls `on_wait` and waits if another process holds it.
+    """Hold an exclusive lock on `file`, as `try_lock` does.
+
+    If another process holds it, calls `on_wait` and waits.
 
     Raises:
         EnvironmentMismatchError: if the file system has no locks.
@@ -80,7 +83,7 @@ def _lock(descriptor: int, file: Path, operation: int) -> bool:
         return False
     except OSError as error:
         raise EnvironmentMismatchError(
-            f"{file}: the file system has no file locks (flock: {error.strerror}); use a folder on a local disk, or "
-            "mount the file system with locks (Lustre: -o flock)"
+            f"{file}: the file system has no file locks (flock: {error.strerror}); use a folder on "
+            "a local disk, or mount the file system with locks (Lustre: -o flock)"
         ) from error
     return True

@@ -1,4 +1,4 @@
-"""Named components: what a name in the configuration builds, and the class of the section that configures it."""
+"""Named components: a name in the configuration -> its factory and its section's class."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Component(Generic[ConfigT, Part]):
-    """One row of a registry: the section's class and the factory that receives an instance of it first."""
+    """One row of a registry: a section's class, and a factory whose first argument is a section."""
 
     config_type: type[ConfigT]
     factory: Callable[..., Part]
@@ -27,11 +27,11 @@ class Component(Generic[ConfigT, Part]):
 class Registry(Generic[ConfigT, Part]):
     """A table from names to components of one kind.
 
-    As an annotation, `Annotated[MethodConfig, METHODS]`, it makes a field of the configuration the union of its rows' section
-    classes, discriminated by `name`.
+    As an annotation, `Annotated[MethodConfig, METHODS]`, it makes a field of the configuration the
+    union of its rows' section classes, discriminated by `name`.
 
     Args:
-        kind: the section that chooses from this table, e.g. "method"; error messages name it.
+        kind: the section that chooses from this table, e.g. "method". Error messages name it.
         components: the rows.
     """
 
@@ -48,7 +48,7 @@ class Registry(Generic[ConfigT, Part]):
         """Return the component called `name`.
 
         Raises:
-            ConfigError: if there is none; names the nearest one.
+            ConfigError: if there is none.
         """
         component = self._components.get(name)
         if component is None:
@@ -60,7 +60,7 @@ class Registry(Generic[ConfigT, Part]):
         return component
 
     def register(self, name: str, component: Component[Any, Part]) -> None:
-        """Add a row. Configurations parsed from now on may choose it.
+        """Add a row, for configurations parsed later.
 
         Raises:
             ValueError: if the name is taken, or is not the default of the section's key `name`.
@@ -84,14 +84,14 @@ class Registry(Generic[ConfigT, Part]):
             del self._components[name]
 
     def config_types(self) -> dict[str, type[ConfigT]]:
-        """The section's class of every row, by name."""
+        """Return every row's section class, by name."""
         return {name: component.config_type for name, component in self._components.items()}
 
     def completed(self, section: Mapping[str, object]) -> dict[str, object]:
         """Fill in defaults for keys added since the section was saved.
 
-        Nothing is validated: a value that equals its default may be one that must not be given. A section with an unknown
-        `name` is returned unchanged.
+        Does not validate: some keys must not be set even to their defaults. A section with an
+        unknown `name` is returned unchanged.
         """
         name = str(section.get("name"))
         if name not in self._components:
@@ -100,7 +100,9 @@ class Registry(Generic[ConfigT, Part]):
         return {**defaults.model_dump(mode="json"), **section}
 
     def restore(self, section: Mapping[str, object]) -> ConfigT:
-        """The section that plain values were saved from, perhaps before its class had all of today's keys.
+        """Build the section from its saved plain values.
+
+        Keys added since it was saved get their defaults.
 
         Raises:
             ConfigError: if this version of the class does not accept the values.
@@ -108,7 +110,7 @@ class Registry(Generic[ConfigT, Part]):
         name = str(section.get("name"))
         config_type = self[name].config_type
         defaults = config_type.model_construct(name=name).model_dump(mode="json")
-        # A saved section names all keys, and some may not be given at all next to others.
+        # A saved section contains all keys. Some must not be set, even to their defaults.
         given = {key: value for key, value in section.items() if defaults.get(key, value) != value}
         given |= {key: value for key, value in section.items() if key not in defaults}
         try:
@@ -117,7 +119,7 @@ class Registry(Generic[ConfigT, Part]):
             raise ConfigError(f"[{self.kind}] {name!r}: {error}") from error
 
     def comparable(self, section: Mapping[str, object]) -> dict[str, object]:
-        """As `completed`, without `resumable_keys`."""
+        """Return `completed(section)` without `resumable_keys`."""
         component = self._components.get(str(section.get("name")))
         resumable_keys = frozenset() if component is None else component.config_type.resumable_keys
         return {
@@ -127,13 +129,14 @@ class Registry(Generic[ConfigT, Part]):
         }
 
     def build(self, config: ConfigT, *args: object, **kwargs: object) -> Part:
-        """Call the factory that `config.name` chooses with `config` and the given run-time values."""
+        """Call the factory of `config.name` with `config` and the given run-time values."""
         return self[config.name].factory(config, *args, **kwargs)
 
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        # JSON is what a file holds. In Python the value is a section already, perhaps of a row that came after this schema.
+        # A file is validated as JSON. A Python value already is a section, perhaps of a row that
+        # was registered after this schema was built.
         rows = {name: handler.generate_schema(row) for name, row in self.config_types().items()}
         return core_schema.json_or_python_schema(
             json_schema=core_schema.tagged_union_schema(rows, discriminator="name"),
