@@ -176,7 +176,7 @@ def unsharded(layer):
 
 
 def test_switch_of_a_trained_model_keeps_its_weights_and_logits(trained):
-    model, optimizer = trained.stepper.model, trained.stepper.optimizer
+    model, optimizer = trained.model, trained.optimizer
     tokens = torch.randint(270, (3, 16), generator=torch.Generator().manual_seed(0))
     documents = torch.zeros(3, 16, dtype=torch.int32)
 
