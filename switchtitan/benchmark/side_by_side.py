@@ -10,7 +10,7 @@ from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.benchmark.timing import Stopwatch, in_order_of_round
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.world import world_for_a_while
+from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
 from switchtitan.training.garbage_collection import GarbageCollection
@@ -82,7 +82,7 @@ def mark_steps_side_by_side(
         WARM_UP_STEPS + rounds * steps_per_round,
     )
     with (
-        world_for_a_while(),
+        temporary_world(),
         ExitStack() as contexts,
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
     ):

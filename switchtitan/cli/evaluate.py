@@ -22,7 +22,7 @@ from switchtitan.config.command_line import positive_int
 from switchtitan.data import build_validation_batches, open_corpus
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import materialize, shard_model
-from switchtitan.distributed.world import start_world, world_for_a_while
+from switchtitan.distributed.world import start_world, temporary_world
 from switchtitan.errors import CheckpointError, ConfigError, CorpusError, UserError, exit_for
 from switchtitan.files import write_atomically
 from switchtitan.hub.initial_weights import read_initial_weights
@@ -108,7 +108,7 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
             f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
         )
     tensors = read_initial_weights(weights, config.model).tensors
-    with world_for_a_while():
+    with temporary_world():
         world = start_world(ParallelismConfig())
         corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
         model = build_plain_model(config)

@@ -8,7 +8,7 @@ from switchtitan.distributed.world import (
     num_ranks_from_launcher,
     start_world,
     stop_world,
-    stop_world_if_alone,
+    stop_world_if_single,
 )
 from switchtitan.errors import UserError, exit_for
 from switchtitan.job.config import parse_arguments
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
         # its traceback would never be printed.
         stop_world()
     except UserError as error:
-        stop_world_if_alone()
+        stop_world_if_single()
         exit_for(error)
     except KeyboardInterrupt as stop:
-        stop_world_if_alone()
+        stop_world_if_single()
         exit_for_interrupt(stop, "interrupted")

@@ -1,1 +1,1 @@
-"""Ranks, shards, activation checkpointing and compilation: everything that acts on a model from outside."""
+"""Ranks, shards, activation checkpointing and compilation, all applied to a model from outside."""

@@ -1,4 +1,4 @@
-"""What is applied to each block of a model from outside: compilation, recomputation and offload of its activations."""
+"""Compilation, recomputation and activation offload, applied to each block of a model."""
 
 import weakref
 
@@ -17,8 +17,10 @@ from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCo
 
 
 def compile_blocks(model: LanguageModel) -> None:
-    """Compiles every block in place, as one graph with static shapes. Equal blocks share it: compile time does not grow with
-    depth. Call after activation checkpointing and before sharding.
+    """Compiles every block in place, as one graph with static shapes.
+
+    Equal blocks share the graph, so compile time does not grow with depth. Call after activation
+    checkpointing and before sharding.
     """
     for block in model.blocks().values():
         block.compile(fullgraph=True, dynamic=False)
@@ -37,9 +39,10 @@ _EXPENSIVE_OPERATIONS = {
 
 
 def checkpoint_activations(model: LanguageModel, config: ActivationCheckpointConfig) -> None:
-    """Makes each block keep fewer activations. The forward method is replaced, not the module: names stay as they are.
+    """Makes each block keep fewer activations.
 
-    Call before compilation and sharding.
+    Replaces the block's forward method, not the module, so parameter names do not change. Call
+    before compilation and sharding.
     """
     if config.mode == "none":
         return
@@ -51,7 +54,7 @@ def checkpoint_activations(model: LanguageModel, config: ActivationCheckpointCon
 def _checkpoint_block(block: nn.Module, contexts: dict) -> None:
     forward = block.forward
 
-    # A frame of ours, since the compiler starts no graph in a frame of torch's own.
+    # A frame of our own: torch.compile starts no graph in a frame inside torch.
     def checkpointed_forward(*args: object) -> Tensor:
         return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
@@ -70,31 +73,32 @@ def _keep_matrix_products(
 
 
 def _builds_a_weight(operation: object, args: tuple[object, ...]) -> bool:
-    """Whether a product is added to a whole matrix: that merges weights, while a linear layer adds its bias, a vector."""
+    """Whether a product is added to a matrix, which merges weights, and not to a bias."""
     return operation is _aten.addmm.default and isinstance(args[0], Tensor) and args[0].dim() == 2
 
 
 class CallWithInputOnHost:
-    """A `contracts.CallBlock` that keeps a block's first argument in host memory until the backward pass comes to that block.
+    """A `contracts.CallBlock` that keeps a block's first argument in host memory until backward.
 
-    Copies go in a stream of their own, to and from page-locked memory, and the host waits for none. An input leaves while its
-    block runs, or, where blocks are compiled, while the next one does, since a compiled block saves it at its end. Its memory
-    is free when the next input leaves. It comes back while the block after it goes through its backward pass; the last
-    block's is still there when it is needed. What else a block saves stays where it is, its weights above all, which torch's
-    own `save_on_cpu` would copy each time.
+    Copies use a separate stream and page-locked memory, and the host never waits for them. An
+    eager block's input is copied out while the block runs. A compiled block saves its input at its
+    end, so the copy overlaps the next block. The device memory is free when the next copy out
+    starts. An input is copied back during the backward pass of the block after it; the last block's
+    input is still on the device then. Other saved tensors stay on the device, in particular the
+    weights, which torch's `save_on_cpu` would copy each time.
     """
 
     def __init__(self, copies: HostCopies) -> None:
         self._copies = copies
-        # The graph owns them: those of a forward pass that no backward pass follows go with it.
+        # The graph owns the inputs: without a backward pass they are freed with the graph.
         self._waiting: list[weakref.ref[_Input]] = []
         self._storage: torch.UntypedStorage | None = None
         self._leaving: CopyToHost | None = None
         self._coming: CopyToDevice | None = None
 
     def __call__(self, block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
-        """`block(hidden, *args)`; hidden must not be changed in place before the backward pass."""
-        # Not in a closure: the graph keeps the hooks, and would keep the storage with them.
+        """Returns `block(hidden, *args)`; do not change `hidden` before the backward pass."""
+        # Not in a closure: the graph keeps the hooks alive, and with them the storage.
         self._storage = hidden.untyped_storage()
         try:
             with saved_tensors_hooks(self._offload, self._fetch):
@@ -104,13 +108,13 @@ class CallWithInputOnHost:
         return output
 
     def tensors_on_host(self) -> list[Tensor]:
-        """What the backward pass has not come to."""
+        """Returns the inputs that the backward pass has not used yet."""
         kept = (reference() for reference in self._waiting)
         return [entry.on_host.destination for entry in kept if entry is not None]
 
     def _offload(self, saved: Tensor) -> "Tensor | _Input":
         if saved.untyped_storage() is not self._storage:
-            # No cycle: a checkpointed block saves what it is given, never a result.
+            # No reference cycle: a checkpointed block saves its arguments, never a result.
             return saved
         if self._leaving is not None:
             self._leaving.join()
@@ -130,7 +134,7 @@ class CallWithInputOnHost:
         while self._waiting and self._waiting[-1]() in (packed, None):
             self._waiting.pop()
         if self._coming is not None:
-            # If it was another's, whose graph is gone: its memory must outlive the copy.
+            # It may belong to another graph, already freed: its memory must outlive the copy.
             self._coming.wait()
         needed_next = self._waiting[-1]() if self._waiting else None
         self._coming = None if needed_next is None else self._start(needed_next)
@@ -143,7 +147,7 @@ class CallWithInputOnHost:
 
 
 class _Input:
-    """A tensor in host memory, and its copy on the way back once that has been started."""
+    """A tensor in host memory, and its copy back to the device once that has started."""
 
     def __init__(self, on_host: CopyToHost) -> None:
         self.on_host = on_host

@@ -1,4 +1,4 @@
-"""How many bytes ranks send each other: counts of the collectives that happen inside a context."""
+"""Contexts that count collectives and the bytes that ranks send each other."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountingMode(TorchDispatchMode, ABC):
-    """A context that calls `count` after every operation on plain tensors, those of backward passes
-    included.
+    """A context that calls `count` after every operation on plain tensors.
 
-    Operations on DTensors are seen as the operations on local shards and the collectives that they
-    consist of.
+    Operations of backward passes are included. An operation on DTensors is counted as its
+    operations on local shards and its collectives.
     """
 
     @abstractmethod
@@ -33,7 +32,7 @@ class CountingMode(TorchDispatchMode, ABC):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # DTensor turns its operations into those of local tensors, which come here next.
+        # DTensor dispatches to operations on local tensors, which are counted next.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
@@ -49,7 +48,7 @@ _PASSES = {
     "gather": 1,
     "scatter": 1,
 }
-"""How often tensors go round the ring. An all_reduce is a reduce_scatter and an all_gather
+"""Number of passes round the ring. An all_reduce is a reduce_scatter and an all_gather
 (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
 
 
@@ -59,24 +58,23 @@ class CollectiveCount:
 
     num_calls: int
     bytes_sent: float
-    """What each rank sends to its neighbour in a ring."""
+    """Bytes that each rank sends to its neighbour in a ring."""
 
 
 CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter"; with
-zeros for those that did not happen."""
+"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter". Kinds
+that did not occur have zeros."""
 
 
 class CountCommunication(CountingMode):
-    """A context that counts this rank's collectives, those of backward passes and of DTensors
-    included.
+    """A context that counts this rank's collectives, also in backward passes and of DTensors.
 
-    Bytes are those that each rank sends if collectives are carried out in a ring, which moves the
-    fewest bytes possible. For a whole (unsharded) tensor of S bytes and n ranks: all_gather and
-    reduce_scatter (n-1)/n S, all_reduce 2 (n-1)/n S, broadcast (n-1)/n S in the mean over ranks.
-    Gather and scatter send shards straight from or to one rank: (n-1)/n of a shard in the mean. S
-    includes the rows with which FSDP2 pads uneven shards, since they travel too. Other algorithms
-    of NCCL, such as trees, and protocol overheads are left out.
+    Bytes are those that each rank sends with ring algorithms, which send the fewest bytes possible.
+    For a full (unsharded) tensor of S bytes and n ranks: all_gather and reduce_scatter (n-1)/n S,
+    all_reduce 2 (n-1)/n S, broadcast (n-1)/n S averaged over ranks. Gather and scatter send shards
+    directly to or from one rank: (n-1)/n of a shard on average. S includes the rows with which
+    FSDP2 pads uneven shards. Other NCCL algorithms, such as trees, and protocol overhead are not
+    modeled.
     """
 
     def __init__(self) -> None:
@@ -87,15 +85,15 @@ class CountCommunication(CountingMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled regions, which hold no collectives, stay compiled inside the context."""
+        """Keeps compiled regions, which contain no collectives, compiled inside the context."""
         return True
 
     @property
     def counts(self) -> CommunicationCounts:
-        """Of all that has happened inside so far.
+        """Counts of all collectives so far.
 
         Raises:
-            NotImplementedError: if a collective of another kind was among it.
+            NotImplementedError: if one of them is of an unknown kind.
         """
         if self._unknown:
             raise NotImplementedError(
@@ -114,7 +112,7 @@ class CountCommunication(CountingMode):
         if name in _NOT_COUNTED:
             return
         if name not in _COLLECTIVES:
-            # Raised by `counts`, so that what is counted is not stopped.
+            # `counts` raises, so that the counted code is not interrupted.
             self._unknown.add(str(func))
             return
         kind, tensors = _COLLECTIVES[name]
@@ -126,7 +124,7 @@ class CountCommunication(CountingMode):
 
 
 def _num_bytes(tensors: object) -> int:
-    """Of a tensor, or of all tensors in nested lists."""
+    """Bytes of a tensor, or of all tensors in nested lists."""
     if isinstance(tensors, Tensor):
         return prod(tensors.shape) * tensors.element_size()
     assert isinstance(tensors, Sequence), f"no tensors: {tensors!r}"
@@ -134,8 +132,7 @@ def _num_bytes(tensors: object) -> int:
 
 
 def _group_size(args: tuple) -> int:
-    """The number of ranks that take part: c10d's operations carry the group, functional ones its
-    name."""
+    """Number of ranks in the group: c10d operations carry the group, functional ones its name."""
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             return dist.ProcessGroup.unbox(argument).size()
@@ -156,7 +153,7 @@ def _result(args: tuple, result: object) -> object:
 
 _NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
 _NOT_COUNTED = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
-"""What moves no tensors."""
+"""Operations that send no tensors."""
 _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     # c10d, in place.
     "_allgather_base_": ("all_gather", _first),
@@ -183,5 +180,5 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     "all_reduce_coalesced_": ("all_reduce", _first),
     "broadcast": ("broadcast", _first),
 }
-"""Operation -> its kind, and what gives its tensors from (arguments, result): whole ones, but a
-shard of gather and scatter."""
+"""Operation -> its kind, and a function that returns the tensors that count, given (arguments,
+result): full tensors, but for gather and scatter a shard."""

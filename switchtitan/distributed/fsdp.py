@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP over a model's blocks, mixed precision, and the materialization of a sharded model."""
+"""FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -22,30 +22,31 @@ def shard_model(
     reshard_after_forward: bool,
     frozen_weights: Literal["shard", "replicate"] = "shard",
 ) -> None:
-    """Splits every parameter, and the buffers that modules declare, over the ranks of `mesh` along dimension 0.
+    """Shards every parameter, and the buffers that modules declare, over `mesh` along dimension 0.
 
-    Masters keep their type; weights are gathered in `compute_dtype`, gradients are reduced in fp32. One block is one unit of
-    communication; embedding, last norm and head form another. Call on the meta device, after compilation.
+    Master weights keep their dtype. Weights are gathered in `compute_dtype`; gradients are reduced
+    in fp32. Each block is one FSDP unit; embedding, last norm and head form another. Call on the
+    meta device, after compilation.
 
     Args:
-        frozen_weights: "replicate" leaves parameters that do not train whole, plain tensors on every rank, in their own type:
-            who uses or changes them must see to that every rank does the same.
+        frozen_weights: "replicate" keeps frozen parameters as full plain tensors on every rank, in
+            their own dtype. Callers must apply identical updates on every rank.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
-        # Rotary tables come in fp32 and stay so.
+        # Rotary tables stay in fp32.
         cast_forward_inputs=False,
     )
-    whole = (
+    replicated = (
         {parameter for parameter in model.parameters() if not parameter.requires_grad}
         if frozen_weights == "replicate"
         else None
     )
-    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=replicated)
     for block in model.blocks().values():
         shard(block, reshard_after_forward=reshard_after_forward)
-    # The root's weights are needed again at once by its backward pass.
+    # The backward pass needs the root's weights first.
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, Reparametrized):
@@ -54,7 +55,7 @@ def shard_model(
 
 
 def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes parameters that do not train be of `dtype`; call on the meta device, before sharding."""
+    """Changes frozen parameters to `dtype`; call on the meta device, before sharding."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -73,11 +74,11 @@ def materialize(
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
-    Each value is drawn whole from (seed, parameter name) and cut, so it does not depend on the number of ranks. It is in fp32,
-    and is rounded to nearest for a parameter of another type.
+    Every rank draws the full fp32 value from (seed, parameter name) and keeps its rows, so values
+    do not depend on the number of ranks. Parameters of another dtype round to nearest.
 
     Args:
-        initial_weights: values of the plain model's parameters, instead of drawn ones: a warm start.
+        initial_weights: the plain model's parameters, used instead of drawn values (a warm start).
     """
     _allocate(model, device)
 
@@ -106,7 +107,7 @@ def materialize(
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that modules declare to stay in host memory, by qualified name."""
+    """Returns the buffers that modules keep in host memory, by qualified name."""
     return {
         f"{module_name}.{name}" if module_name else name: getattr(module, name)
         for module_name, module in model.named_modules()
@@ -116,28 +117,28 @@ def host_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of this rank's parts of `tensors` that lie in the memory of `device`; of a CPU, that is the host's."""
+    """Returns the bytes of this rank's local shards of `tensors` that are on `device`."""
     return sum(part.nbytes for part in map(local, tensors) if part.device.type == device.type)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives a meta model memory on `device`, but for buffers that stay in host memory."""
+    """Allocates a meta model on `device`, except for buffers that stay in host memory."""
     on_host = host_buffers(model)
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in on_host}
-    whole = [
+    replicated = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if not parameter.requires_grad and not isinstance(parameter, DTensor)
     ]
     for name, owner in owners.items():
-        # Else the device would have to hold it for a moment.
+        # Otherwise `to_empty` would allocate it on the device.
         setattr(owner, name.rpartition(".")[2], None)
-    for module, name, _ in whole:
-        # `to_empty` exchanges tensors, which plain ones without values may refuse.
+    for module, name, _ in replicated:
+        # `to_empty` swaps tensors, which may fail for plain meta tensors.
         setattr(module, name, None)
     model.to_empty(device=device)
-    for module, name, parameter in whole:
+    for module, name, parameter in replicated:
         setattr(
             module,
             name,
@@ -152,14 +153,14 @@ def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Gener
 
 
 def accumulate_gradients(model: nn.Module, is_last_micro_batch: bool) -> None:
-    """Says whether the coming backward pass ends a step: gradients are reduced over the ranks once per step, then."""
+    """Makes the next backward pass reduce gradients only if it is the last one of the step."""
     assert isinstance(model, FSDPModule)
     model.set_is_last_backward(is_last_micro_batch)
     model.set_requires_gradient_sync(is_last_micro_batch)
 
 
 def free_gathered_weights(model: nn.Module) -> None:
-    """Goes back to shards alone, after forward passes that no backward pass follows."""
+    """Frees gathered weights after forward passes without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

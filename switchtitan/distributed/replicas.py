@@ -1,4 +1,4 @@
-"""Tensors that several ranks keep, and change each by itself in the same way: whether they are still the same."""
+"""Checks that tensors which several ranks hold and update independently are still equal."""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +13,13 @@ from switchtitan.errors import RanksDisagreeError, abbreviate
 
 
 def check_replicas(tensors: Mapping[str, Tensor]) -> None:
-    """Compares fingerprints of what ranks hold alike, by name: of plain tensors over all ranks, of the parts of DTensors over
-    the replicas of their mesh. Ranks that hold different parts are not compared. All must call; waits for the device.
+    """Compares fingerprints of replicated tensors.
+
+    Compares plain tensors over all ranks, and shards of DTensors over the replicas of their mesh.
+    Collective over all ranks; waits for the device.
+
+    Args:
+        tensors: by name.
 
     Raises:
         RanksDisagreeError: on every rank, if a tensor differs; names the first few.
@@ -26,14 +31,14 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
         return
     own = [fingerprint(local(tensor)) for tensor in held_alike.values()]
     device = own[0].device
-    # A place for each part of each tensor, so that one collective tells all ranks.
+    # One element for each shard of each tensor, so that one collective informs all ranks.
     names, own_places = list[str](), list[int]()
     for name, tensor in held_alike.items():
         part, num_parts = _part(tensor)
         own_places.append(len(names) + part)
         names += [name] * num_parts
     values = torch.stack([value.to(device) for value in own])
-    # The largest, and the complement of the smallest.
+    # The maximum, and the complement of the minimum.
     extremes = torch.full((2, len(names)), torch.iinfo(torch.int64).min, device=device)
     extremes[:, torch.tensor(own_places, device=device)] = torch.stack([values, ~values])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
@@ -43,32 +48,35 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
     )
     if differing:
         raise RanksDisagreeError(
-            f"ranks no longer hold the same weights ({abbreviate(differing)}), so what they train is "
-            "not one model; nothing more is saved. "
-            "Resume all ranks from the newest checkpoint, on devices of one kind, or set [parallelism] "
+            f"ranks no longer hold the same weights ({abbreviate(differing)}), so they no longer "
+            "train one model, and nothing more is saved; resume all ranks from the newest "
+            "checkpoint, on devices of one kind, or set [parallelism] "
             'frozen_weights = "shard" and replicate = 1'
         )
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A 0-dim int64 that a change of any one value changes, and in all likelihood any other change, of places too."""
+    """Returns a 0-dim int64 that any change of one value changes.
+
+    Almost surely so does any other change, such as a permutation.
+    """
     bits = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(
         _INTEGERS[tensor.element_size()]
     )
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
-    # Together each value has an odd factor, of which no bit of the value is lost; products and sums wrap around.
+    # Each value gets an odd factor, so no bit of it is lost; products and sums wrap around.
     row_factors = (2 * torch.arange(len(rows), device=rows.device) + 1) * _MULTIPLIERS[0]
     column_factors = 2 * torch.arange(len(columns), device=columns.device) * _MULTIPLIERS[1]
     return (rows * row_factors).sum() + (columns * column_factors).sum()
 
 
 def _num_replicas(tensor: Tensor) -> int:
-    """The number of ranks that hold what this rank holds of `tensor`."""
+    """Number of ranks that hold the same shard of `tensor` as this rank."""
     return dist.get_world_size() // _part(tensor)[1]
 
 
 def _part(tensor: Tensor) -> tuple[int, int]:
-    """Which part of `tensor` this rank holds, and of how many."""
+    """Returns (index of this rank's shard of `tensor`, number of shards)."""
     if not isinstance(tensor, DTensor):
         return 0, 1
     mesh = tensor.device_mesh

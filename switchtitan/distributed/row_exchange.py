@@ -1,4 +1,4 @@
-"""One collective that brings rows of many sharded matrices to all ranks."""
+"""One collective that gathers rows of many sharded matrices on all ranks."""
 
 from typing import NamedTuple
 
@@ -14,18 +14,18 @@ class RowRequest(NamedTuple):
     """Rows of one matrix that every rank needs."""
 
     source: ShardedRows
-    """Split along dimension 0; or plain, which counts as the sum of all ranks' bit patterns, so that a rank may fill in what
-    it has, and zeros for the rest."""
+    """Sharded along dimension 0; or a plain tensor, whose value is the sum of all ranks' bit
+    patterns: each rank fills in what it has, and zeros for the rest."""
     spans: Spans
-    """Which rows, the same on every rank."""
+    """Row indices, equal on every rank."""
 
 
 class _Section(NamedTuple):
-    """The requests of one dtype, which lie together, so that each dtype takes a few copies."""
+    """The requests of one dtype, stored next to each other, so that each dtype takes few copies."""
 
     dtype: torch.dtype
     places: list[int]
-    """Of the requests among all requests."""
+    """Indices into the list of all requests."""
     shapes: list[tuple[int, int]]
     """[wanted, width] of each."""
 
@@ -35,16 +35,16 @@ class _Section(NamedTuple):
 
     @property
     def num_words(self) -> int:
-        """In 32-bit words, even, so that what follows may hold 64-bit numbers."""
+        """Size in 32-bit words, even, so that the next section may hold 64-bit numbers."""
         return -(-sum(self.sizes) * self.dtype.itemsize // 8) * 2
 
 
 class RowExchange:
     """Gathers rows of many sharded matrices on all ranks that share them, in one collective.
 
-    Every rank fills in the rows that it holds and zeros for the rest; a sum over the bit patterns brings all rows to all ranks
-    exactly. A checksum of what each rank asks for travels with them: if two ranks disagree, `check` raises. The flag stays on
-    the device until then, so that gathering does not make the host wait.
+    Every rank fills in the rows that it holds and zeros for the rest; summing the bit patterns is
+    exact. A checksum of each rank's requests is sent along: if two ranks disagree, `check` raises.
+    The flag stays on the device until then, so that `gather` does not make the host wait.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -52,10 +52,10 @@ class RowExchange:
         self._disagreement = torch.zeros((), dtype=torch.bool, device=device)
 
     def gather(self, requests: list[RowRequest], checksum: int) -> list[Tensor]:
-        """Copies of the rows of each request, [wanted, width].
+        """Returns copies of the rows of each request, [wanted, width].
 
         Args:
-            checksum: any 31-bit number that ranks which agree have in common.
+            checksum: any 31-bit number, equal on ranks with equal requests.
         """
         num_ranks = 1 if self._group is None else self._group.size()
         header = num_ranks + num_ranks % 2
@@ -66,7 +66,7 @@ class RowExchange:
         packed = torch.zeros(num_words, dtype=torch.int32, device=self._disagreement.device)
         rows = _pack_(packed[header:], requests, sections)
         if self._group is not None:
-            # Not `packed[rank] = checksum`, which copies a number from the host, and makes it wait.
+            # Not `packed[rank] = checksum`: that copies from the host, which then waits.
             rank = self._group.rank()
             packed[rank : rank + 1].fill_(checksum)
             dist.all_reduce(packed, group=self._group)
@@ -74,22 +74,23 @@ class RowExchange:
         return rows
 
     def check(self) -> None:
-        """Raises if ranks have disagreed since the start; waits for the device.
+        """Checks that ranks have agreed since the start; waits for the device.
 
         Raises:
-            RanksDisagreeError: if so; the ranks' weights are no longer those of one model.
+            RanksDisagreeError: if not; the ranks' weights are no longer those of one model.
         """
         if bool(self._disagreement):
             raise RanksDisagreeError(
-                "ranks disagree on what to exchange: they are at different steps or run different configurations; "
-                "stop, and resume all ranks from one checkpoint"
+                "ranks disagree on what to exchange: they are at different steps or run different "
+                "configurations; stop, and resume all ranks from one checkpoint"
             )
 
 
 def padded_length(num_words: int) -> int:
-    """The length at which so many words travel: up to an eighth more.
+    """Returns `num_words` rounded up by at most an eighth.
 
-    Ranks whose plans differ a little in length still meet in one collective, nearly always, and are found out.
+    Ranks whose requests differ slightly in length then almost always run the same collective, and
+    the checksum reveals them.
     """
     unit = 1 << max(10, (num_words - 1).bit_length() - 4)
     return -(-num_words // unit) * unit
@@ -108,7 +109,7 @@ def _pack_(words: Tensor, requests: list[RowRequest], sections: list[_Section]) 
     """Writes the rows that this rank holds into `words` [num_words] int32.
 
     Returns:
-        The place of each request's rows in `words`, [wanted, width].
+        A view of `words` for each request's rows, [wanted, width].
     """
     rows: dict[int, Tensor] = {}
     start = 0

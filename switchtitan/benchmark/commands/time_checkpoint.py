@@ -21,7 +21,7 @@ from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.command_line import positive_int
 from switchtitan.distributed.shards import local
-from switchtitan.distributed.world import world_for_a_while
+from switchtitan.distributed.world import temporary_world
 from switchtitan.training.stepper import Stepper
 
 _WARM_UP_STEPS = 3
@@ -122,7 +122,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     (config,) = load_sides([options.config], overrides, num_ranks=1).values()
     with (
-        world_for_a_while(),
+        temporary_world(),
         tempfile.TemporaryDirectory(dir=options.folder) as folder,
         real_stepper(config) as stepper,
     ):
