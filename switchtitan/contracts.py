@@ -39,7 +39,7 @@ class ModelConfig(NamedSection):
         return self.model_dump(mode="json")
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """Return the `config.json` with which transformers loads the weights under the same names.
+        """Return the `config.json` with which transformers loads the weights by the same names.
 
         Default: None, for a model that transformers does not have.
 
@@ -49,7 +49,7 @@ class ModelConfig(NamedSection):
         return None
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Return error messages for a `config.json` that does not fit this model; none by default."""
+        """Return error messages if a `config.json` does not fit this model; none by default."""
         return []
 
     @abstractmethod
@@ -80,10 +80,10 @@ class MethodConfig(NamedSection):
     optimizers: ClassVar[frozenset[str] | None] = None
     """Names of the optimizers that the method can train with; None for all."""
     treats_all_parameters: ClassVar[bool] = False
-    """Whether the method trains all parameters alike, so that `[optimizer] other_lr` has no effect."""
+    """Whether the method trains all parameters alike: `[optimizer] other_lr` has no effect."""
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """Return error messages for a model with linear layers [out, in] of these names; none by default."""
+        """Return error messages for linear layers of these (out, in), by name; none by default."""
         return []
 
     def check_length(self, num_steps: int) -> list[str]:

@@ -1,1 +1,1 @@
-"""One training run: the step, when to evaluate, report and save, and the folder that it writes."""
+"""A training run: its steps, evaluations, reports and saves, and its output folder."""

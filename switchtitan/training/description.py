@@ -1,5 +1,4 @@
-"""What a run is: for people, for programs that read its results, and for runs that resume from its
-checkpoints."""
+"""Describes a run: in its log, in its results, and in its checkpoints for runs that resume."""
 
 import logging
 from collections.abc import Mapping
@@ -20,13 +19,15 @@ from switchtitan.observability.environment import commit
 
 logger = logging.getLogger(__name__)
 
-_FORMER_FROZEN_DTYPE = "float32"
-"""The dtype of frozen weights before there was a choice, and the default."""
+_OLD_FROZEN_DTYPE = "float32"
+"""dtype of frozen weights in checkpoints that do not state it."""
 
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
-    """What a run must share with a checkpoint to resume from it: what the tensors and the data
-    mean."""
+    """Returns what must be equal in a run and a checkpoint that it resumes from.
+
+    It determines the meaning of the tensors and of the position in the data.
+    """
     return {
         "model": MODELS.comparable(config.model.model_dump(mode="json")),
         "method": METHODS.comparable(config.method.model_dump(mode="json")),
@@ -41,11 +42,10 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
 
 
 def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
-    """A checkpoint's identity as `run_identity` would make it today.
+    """Converts a checkpoint's identity to the current form of `run_identity`.
 
-    Keys added since the checkpoint was saved get their defaults; keys that are no longer part of an
-    identity are left out. A key that the classes no longer have stays, and differs from today's
-    identity.
+    Keys added since the checkpoint was saved get their defaults. Keys that are no longer part of an
+    identity are left out. Keys that the classes no longer have are kept, so the identities differ.
     """
     comparable = dict(saved)
     for section, registry in (("model", MODELS), ("method", METHODS)):
@@ -54,7 +54,7 @@ def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
             comparable[section] = registry.comparable(values)
     training = saved.get("training")
     if isinstance(training, Mapping):
-        comparable["training"] = {"frozen_dtype": _FORMER_FROZEN_DTYPE, **training}
+        comparable["training"] = {"frozen_dtype": _OLD_FROZEN_DTYPE, **training}
     return comparable
 
 
@@ -66,8 +66,7 @@ def describe_run(
     checkpoint: Path | None,
     changes: list[str],
 ) -> None:
-    """Logs the model, the corpus, the devices, where the run starts from, and what has changed
-    since the checkpoint."""
+    """Logs the model, corpus, devices, starting point, and changes since the checkpoint."""
     counts = [
         f"{number / 1e6:.2f} M {kind}" for kind, number in count_parameters(model).items() if number
     ]
@@ -92,10 +91,9 @@ def describe_run(
 
 
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
-    """The keys whose values differ between a checkpoint's configuration and the resuming run's, as
-    `key: old -> new`.
+    """Returns the keys whose values differ in two configurations, as `key: old -> new`.
 
-    Names and folders are left out, and keys that only one of the two has.
+    Leaves out names and folders, and keys that only one of the two has.
     """
     before, now = (flatten(tomli.loads(text)) for text in (saved_toml, current_toml))
     return [
@@ -110,8 +108,7 @@ def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
 def run_facts(
     config: JobConfig, world: World, model: nn.Module, corpus: Corpus
 ) -> dict[str, object]:
-    """What `results.json` keeps next to the figures: configuration, hardware, versions, corpus,
-    sizes."""
+    """Returns the facts in `results.json`: configuration, hardware, versions, corpus and sizes."""
     return {
         "method": config.method.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json"),
@@ -127,8 +124,7 @@ def run_facts(
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of values over all ranks: of parameters that train, of frozen ones, and of
-    buffers."""
+    """Counts the values of trainable parameters, frozen parameters and buffers over all ranks."""
     parameters = list(model.parameters())
     return {
         "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),

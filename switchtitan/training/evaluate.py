@@ -1,4 +1,4 @@
-"""Validation loss over held-out batches. Never touches a weight."""
+"""Loss over held-out batches. Changes no weight."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -13,10 +13,11 @@ from switchtitan.distributed.world import World
 
 
 class Evaluator:
-    """Computes a model's loss on the same held-out tokens whenever it is called.
+    """Computes a model's loss on the same held-out tokens in every call.
 
     Args:
-        batches: this rank's, equally many of one shape on every rank; read once per evaluation.
+        batches: this rank's batches, read once per evaluation. All ranks have the same number, of
+            the same shape.
     """
 
     def __init__(self, batches: Iterable[Batch], summed_loss: SummedLoss, world: World) -> None:
@@ -26,9 +27,9 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
-        """The mean loss per held-out token over all ranks, in nats."""
+        """Returns the mean loss per held-out token over all ranks, in nats."""
         device = self._world.device
-        # [sum of losses, number of targets]; fp64, for long sums of fp32 numbers.
+        # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         was_training = model.training
         model.eval()
@@ -43,8 +44,8 @@ class Evaluator:
 
 
 class Evaluators(NamedTuple):
-    """By split."""
+    """The evaluators by split."""
 
     validation: Evaluator
     test: Evaluator | None
-    """For the one evaluation of the trained model, if it is wanted."""
+    """Evaluates the trained model once; None without a test split."""

@@ -1,21 +1,21 @@
-"""Collects Python's garbage between training steps, not inside one."""
+"""Runs Python's garbage collection between training steps instead of inside them."""
 
 import gc
 
 YOUNG_INTERVAL = 50
-"""Steps between two collections of the young generations, which take milliseconds."""
+"""Steps between collections of the young generations, which take milliseconds."""
 FULL_INTERVAL = 1000
-"""Steps between two collections of all generations."""
+"""Steps between collections of all generations."""
 
 _YOUNG, _ALL = 1, 2
-"""The oldest generation that is collected."""
+"""Arguments of `gc.collect`: the oldest generation to collect."""
 
 
 class GarbageCollection:
-    """A context in which, from the end of the first step on, garbage is collected in `step` alone.
+    """A context in which, after the first step, only `step` collects garbage.
 
-    Python's collector fires inside a step, at different steps on different ranks, and ranks wait
-    for each other. After torch.compile, which leaves many objects, it stalls a step for a quarter of a second.
+    Python's collector runs inside a step, at different steps on different ranks, and ranks wait for
+    each other. After torch.compile, which leaves many objects, it stalls a step by about 0.25 s.
     """
 
     def __init__(self) -> None:
@@ -26,11 +26,11 @@ class GarbageCollection:
         return self
 
     def step(self) -> None:
-        """Counts a step, and collects if it is time."""
+        """Counts a step, and collects if a collection is due."""
         self._num_steps += 1
         if self._num_steps == 1:
-            # Not before: the first step starts the processes that read data, which keep their own
-            # collector.
+            # Disabled after the first step, which starts the data workers: they inherit this
+            # setting and need their collector.
             self._was_enabled = gc.isenabled()
             gc.disable()
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:

@@ -10,38 +10,36 @@ from switchtitan.observability import Reporter
 
 
 class Hook(Protocol):
-    """Something that a run does around some of its steps, of which the trainer knows no more than
-    this.
-
-    All ranks call all methods alike.
-    """
+    """Something that a run does around its steps. All ranks call all methods in the same order."""
 
     def around(self, step: int) -> AbstractContextManager[None]:
-        """A context in which step `step`, counted from 1, is taken; taken again if its update was
+        """Returns a context for step `step`, counted from 1. Called again if the update was
         skipped."""
         ...
 
     def is_due(self, step: int) -> bool:
-        """Whether `after` is to be called, when `step` steps are done."""
+        """Whether to call `after` when `step` steps are done."""
         ...
 
     def after(self, step: int) -> None:
-        """Does its work. The time does not count for the speed of training; gradients have been
-        finite so far."""
+        """Does the hook's work after step `step`.
+
+        All gradients have been finite so far. Throughput does not include the time.
+        """
         ...
 
     def results(self) -> dict[str, float | None]:
-        """What `results.json` keeps of it, by tag."""
+        """Returns the hook's values in `results.json`, by tag."""
         ...
 
 
 class InspectWeights:
-    """A hook that looks at the weights in every `interval`-th step and after the last one.
+    """A hook that inspects the weights after every `interval`-th step and after the last one.
 
     Args:
-        inspect: reports what it finds in the weights, given the model, the step and where to
-            report.
-        num_steps: at which training ends.
+        inspect: (model, step, reporter) -> None; reports on the weights.
+        interval: in steps.
+        num_steps: length of the run.
     """
 
     def __init__(

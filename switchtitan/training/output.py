@@ -1,4 +1,4 @@
-"""The folder that a run writes to."""
+"""The output folder of a run."""
 
 import os
 from pathlib import Path
@@ -11,27 +11,28 @@ from switchtitan.observability import configure_logging
 from switchtitan.training.state import TrainState
 
 CONFIG_FILE = "config.toml"
-"""The configuration that a run started with, in its folder."""
+"""File in the output folder with the configuration that the run started with."""
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Checks that the folder exists or can be made, without making it.
+    """Checks that the folder can be created and written. Does not create it.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if it cannot.
     """
     nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(
-            f"[job] output_dir = {str(output_dir)!r}: expected a folder that can be made and "
-            f"written, but {nearest} is "
+            f"[job] output_dir = {str(output_dir)!r}: expected a writable folder, but {nearest} is "
             f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
         )
 
 
 def start_output(config: JobConfig, resolved: str, world: World, state: TrainState) -> None:
-    """Opens the run's log file and writes its configuration; a resumed run's goes next to the first
-    one's."""
+    """Opens the run's log file and writes its configuration.
+
+    A resumed run writes its configuration next to the first one.
+    """
     if not world.is_main:
         return
     output_dir = config.job.output_dir

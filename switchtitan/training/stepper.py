@@ -1,5 +1,4 @@
-"""One optimizer step: batch, forward, backward, clipping, update. Knows no method, no model and no
-schedule of a run."""
+"""One optimizer step: batch, forward, backward, clipping and update, for any model and method."""
 
 import logging
 from collections.abc import Callable, Generator
@@ -21,31 +20,30 @@ logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """What a step computes; tensors stay on the device."""
+    """The result of a step. Tensors stay on the device."""
 
     loss: Tensor
     """0-dim: this rank's mean loss per token."""
     grad_norm: Tensor
     """0-dim: the gradient's norm over all ranks, before clipping."""
     is_skipped: bool
-    """Whether there is no update, because the gradient is not finite and such updates are
-    skipped."""
+    """Whether the update is skipped because the gradient is not finite."""
 
 
 class Stepper:
     """Takes optimizer steps.
 
-    `step` is one step. Benchmarks that measure the parts of a step call the parts as `step` does:
+    `step` takes one step. Benchmarks that measure the parts of a step call the same parts:
     `compute_gradients`, the optimizer's `step`, `finish_step`.
 
     Args:
         loss: the training loss from the model's last hidden states.
         lr_schedule: step -> factor on the peak learning rate.
-        batches: this rank's micro-batches, one list for each step, from `state.num_batches` on.
-        seed: of the job; dropout follows from it.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
-        on_nonfinite: whether a step with a gradient that is not finite updates the model ("stop":
-            the caller stops the run) or not ("skip": reads the norm back in every step).
+        batches: this rank's micro-batches, one list per step, starting at `state.num_batches`.
+        seed: the job's seed; determines dropout.
+        max_grad_norm: gradients are clipped to this norm; None does not clip.
+        on_nonfinite: what to do if the gradient is not finite. "stop": update the model; the caller
+            stops the run. "skip": skip the update; copies the norm to the host in every step.
         state: changed in place by every step.
     """
 
@@ -76,7 +74,7 @@ class Stepper:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step(self) -> StepResult:
-        """Takes one step on all ranks: a global batch, an update."""
+        """Takes one step on one global batch; all ranks must call."""
         result = self.compute_gradients()
         if not result.is_skipped:
             self.optimizer.step()
@@ -84,7 +82,7 @@ class Stepper:
         return result
 
     def compute_gradients(self) -> StepResult:
-        """Reads the next batch and leaves its clipped gradient on every rank's shards."""
+        """Computes the clipped gradient of the next batch, in `grad` of every rank's shards."""
         self.optimizer.set_lr(self.lr_schedule(self.state.step))
         seed_dropout(self.seed, self.state.num_batches, self.world.rank)
         loss = self.forward_backward(next(self.batches))
@@ -93,8 +91,7 @@ class Stepper:
         return StepResult(loss, grad_norm, is_skipped)
 
     def forward_backward(self, micro_batches: list[Batch]) -> Tensor:
-        """Leaves the mean gradient over all ranks on every rank's shards; returns this rank's mean
-        loss, 0-dim."""
+        """Computes the mean gradient over all ranks; returns this rank's mean loss, 0-dim."""
         num_targets = sum(batch.targets.numel() for batch in micro_batches)
         self.state.tokens_seen += num_targets * self.world.size
         loss_sum = torch.zeros((), device=self.world.device)
@@ -110,26 +107,26 @@ class Stepper:
         return loss_sum
 
     def clip_gradients(self) -> Tensor:
-        """Scales the gradients down to `max_grad_norm`; returns their norm before, over all ranks,
-        0-dim."""
+        """Clips the gradients to `max_grad_norm`; returns their norm before clipping, over all
+        ranks, 0-dim."""
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         norm = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if self.world.num_replicas > 1:
-            # Replicas may have summed in different orders; clipped by different bits, they would
-            # drift apart.
+            # Replicas may sum in different orders. Clipping by different norms would let their
+            # weights diverge.
             norm = self.world.mean(norm)
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(self._trained, self.max_grad_norm, norm)
         return norm
 
     def finish_step(self, result: StepResult) -> None:
-        """Drops the gradients, and counts the step or the skipped batch."""
+        """Resets the gradients, and counts the step or the skipped batch."""
         self.optimizer.zero_grad()
         if result.is_skipped:
             logger.warning(
-                "skipped an update at step %d: the gradient's norm is %s",
+                "skipped an update at step %d: the gradient norm is %s",
                 self.state.step,
                 float(result.grad_norm),
             )
@@ -145,8 +142,7 @@ class Stepper:
 class RunningLoss:
     """The mean loss of several steps, and whether all their gradients were finite.
 
-    Both stay on the device until they are asked for: reading them in each step would make the host
-    wait for it.
+    Both stay on the device: reading them in every step would make the host wait for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -162,7 +158,7 @@ class RunningLoss:
 
     @property
     def all_finite(self) -> bool:
-        """Whether all gradients since the beginning were finite; waits for the device."""
+        """Whether all gradients so far were finite, also before a `reset`. Waits for the device."""
         return bool(self._all_finite)
 
     def mean(self) -> Tensor:

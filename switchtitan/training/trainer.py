@@ -1,5 +1,4 @@
-"""When a run evaluates, saves, reports and stops. Receives its parts and builds none; knows no
-method and no model."""
+"""Decides when a run evaluates, saves, reports and stops, for any model and method."""
 
 import logging
 from collections.abc import Sequence
@@ -23,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 MAX_SKIPPED_IN_A_ROW = 100
-"""After so many skipped updates in a row, weights are beyond saving and the run stops."""
+"""The run stops after this many skipped updates in a row: its weights will not recover."""
 
 
 class TrainingDivergedError(UserError):
-    """Gradients are no longer finite numbers."""
+    """Gradients are no longer finite."""
 
     exit_status = 3
-    """Tells programs that run training that the configuration was sound."""
+    """Tells calling programs that the configuration was valid."""
 
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """How long a run is, and how often it evaluates and saves, in optimizer steps."""
+    """Length of a run and intervals of evaluations and saves, in optimizer steps."""
 
     num_steps: int
     evaluate_interval: int
@@ -47,8 +46,8 @@ class Trainer:
 
     Args:
         stepper: takes the steps.
-        tensors: of the run's checkpoints.
-        hooks: what else is done around steps, in order; after evaluations, before saves.
+        tensors: the tensors of the run's checkpoints.
+        hooks: what else to do around steps, in order: after evaluations, before saves.
     """
 
     def __init__(
@@ -76,12 +75,12 @@ class Trainer:
         self._running_loss = RunningLoss(stepper.world.device)
 
     def train(self) -> None:
-        """Runs the steps that are left; evaluates, reports and saves when it is time.
+        """Takes the remaining steps; evaluates, reports and saves when due.
 
         Raises:
-            TrainingDivergedError: if a gradient is not finite and such steps are not to be skipped;
-                nothing is saved then.
-            RanksDisagreeError: if ranks no longer train one model; nothing is saved then either.
+            TrainingDivergedError: if a gradient is not finite and such updates are not skipped, or
+                too many were skipped in a row. Nothing more is saved.
+            RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
         """
         try:
             self._run()
@@ -89,7 +88,7 @@ class Trainer:
             self.close()
 
     def close(self) -> None:
-        """Ends the processes that read batches, and closes the files of the reporter."""
+        """Ends the processes that read batches, and closes the reporter's files."""
         self.stepper.close()
         self.reporter.close()
 
@@ -106,7 +105,7 @@ class Trainer:
         self.reporter.report(state.step, loss_metrics("validation", loss))
 
     def save(self) -> None:
-        """Saves a checkpoint, in the background if the configuration says so."""
+        """Saves a checkpoint, in the background if configured so."""
         self._stop_if_diverged()
         state = self.stepper.state
         with self.throughput.excluded():
@@ -136,8 +135,7 @@ class Trainer:
             self._run_steps()
             self.checkpointer.finish()
         except (TrainingDivergedError, RanksDisagreeError, KeyboardInterrupt) as error:
-            # All ranks are alive: a save under way is of a good state, and the run can resume from
-            # it.
+            # All ranks are alive, and a save in progress has a valid state to resume from.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(state.step)
@@ -157,13 +155,12 @@ class Trainer:
                     result = self.stepper.step()
                 garbage.step()
                 if result.is_skipped:
-                    # Nothing is due now that was not done when this step was reached.
+                    # All that is due at this step was done when it was reached.
                     skipped_in_a_row += 1
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                         raise TrainingDivergedError(
-                            f"the updates of {skipped_in_a_row} batches in a row were skipped at "
-                            f"step {state.step}, since "
-                            "their gradients were not finite; lower [optimizer] lr and resume from "
+                            f"skipped {skipped_in_a_row} updates in a row at step {state.step}: "
+                            "the gradients were not finite; lower [optimizer] lr and resume from "
                             "the newest checkpoint"
                         )
                     continue
@@ -208,8 +205,10 @@ class Trainer:
         self._running_loss.reset()
 
     def _finalize(self) -> None:
-        """Evaluates on the test split and writes the results; a run that was stopped before them
-        does it when it is resumed."""
+        """Evaluates on the test split and writes the results.
+
+        A run that was stopped before this does it when it is resumed.
+        """
         state, device = self.stepper.state, self.stepper.world.device
         test_loss = (
             None if self.evaluators.test is None else self.evaluators.test(self.stepper.model)
@@ -245,15 +244,12 @@ class Trainer:
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
             raise TrainingDivergedError(
-                f"a gradient was not finite in the steps up to {self.stepper.state.step}; the "
-                "newest checkpoint is from "
-                "before. Lower [optimizer] lr, lengthen [lr_schedule] warmup_steps, or set "
-                "[training] on_nonfinite = "
-                '"skip"'
+                f"a gradient was not finite by step {self.stepper.state.step}; the newest "
+                "checkpoint is from before. Lower [optimizer] lr, increase [lr_schedule] "
+                'warmup_steps, or set [training] on_nonfinite = "skip"'
             )
 
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:
-    """By TensorBoard tag: the mean loss per token of a split, in nats, and the perplexity that it
-    means."""
+    """Returns a split's mean loss per token, in nats, and its perplexity, by TensorBoard tag."""
     return {f"loss/{split}": loss, f"perplexity/{split}": perplexity_of(loss)}

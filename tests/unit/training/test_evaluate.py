@@ -1,4 +1,4 @@
-"""The validation loss is the mean over held-out tokens, however they are dealt."""
+"""The validation loss is the mean over held-out tokens, for every batch size."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ def leave_world() -> Iterator[None]:
 
 @pytest.mark.parametrize("local_batch_size", ["1", "4", "8"])
 def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, local_batch_size):
-    """160 tokens are 10 sequences: batches of 4 and of 8 are filled up with sequences that do not
+    """160 tokens are 10 sequences: batches of 4 and 8 are padded with sequences that do not
     count."""
     folder = corpora / f"validation-{local_batch_size}"
     overrides = ("--training.local_batch_size", local_batch_size)
@@ -47,5 +47,5 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
         with torch.no_grad():
             logits = plain(tokens[None, :-1], documents[None])
         losses.append(F.cross_entropy(logits[0].double(), tokens[1:]).item())
-    # fp32 logits of other batches: roundings of 6e-8 in each of some ten operations.
+    # fp32 logits of batches of other shapes: about ten operations with rounding errors of 6e-8.
     assert ours == pytest.approx(sum(losses) / 10, rel=1e-6)

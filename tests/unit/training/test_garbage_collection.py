@@ -8,14 +8,14 @@ from switchtitan.training.garbage_collection import FULL_INTERVAL, YOUNG_INTERVA
 
 
 class Node:
-    """Garbage that only a collection finds: it holds itself."""
+    """Garbage that only a collection frees: it references itself."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def enable_collection() -> Iterator[None]:
     yield
     gc.enable()
 
@@ -26,7 +26,7 @@ def take_steps(garbage: GarbageCollection, first: int, last: int) -> None:
 
 
 def old_node() -> Callable[[], Node | None]:
-    """A node that is no longer young, and then let go."""
+    """A weak reference to garbage of the old generation."""
     node = Node()
     gc.collect()
     return weakref.ref(node)
@@ -34,15 +34,15 @@ def old_node() -> Callable[[], Node | None]:
 
 def test_python_collects_nothing_by_itself():
     with GarbageCollection() as garbage:
-        assert gc.isenabled()  # processes that the first step starts inherit this
+        assert gc.isenabled()  # the data workers that the first step starts inherit this
         garbage.step()
         node = weakref.ref(Node())
-        many = [[] for _ in range(100_000)]  # enough for Python to collect what is young otherwise
+        many = [[] for _ in range(100_000)]  # enough to trigger Python's collector if it is enabled
         assert node() is not None
         assert len(many) == 100_000
 
 
-def test_young_garbage_goes_every_few_steps_and_all_of_it_now_and_then():
+def test_young_garbage_is_collected_often_and_all_garbage_rarely():
     with GarbageCollection() as garbage:
         garbage.step()
         old = old_node()
@@ -57,8 +57,8 @@ def test_young_garbage_goes_every_few_steps_and_all_of_it_now_and_then():
         assert old() is None
 
 
-def test_what_the_first_step_left_is_old_afterwards():
-    """So that collections of what is young do not look through it."""
+def test_objects_of_the_first_step_are_in_the_old_generation_afterwards():
+    """So collections of young generations skip them."""
     with GarbageCollection() as garbage:
         kept = Node()
         assert not any(entry is kept for entry in gc.get_objects(generation=2))
@@ -68,7 +68,7 @@ def test_what_the_first_step_left_is_old_afterwards():
 
 @pytest.mark.parametrize("was_enabled", [True, False])
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
-def test_python_collects_as_before_when_the_context_is_left(was_enabled, num_steps):
+def test_leaving_the_context_restores_the_collector(was_enabled, num_steps):
     if not was_enabled:
         gc.disable()
     with pytest.raises(KeyboardInterrupt):

@@ -1,5 +1,5 @@
-"""After the first step nothing is compiled any more, however often vectors are switched; a step
-asks for no values, and leaves no tensors to the garbage collection."""
+"""Steps after the first one compile nothing, although vectors are switched. A step reads no values
+back from the device, and leaves no tensors to the garbage collection."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def num_compilations() -> int:
-    """Frames that the compiler has worked on so far, successfully or not."""
+    """Number of frames that the compiler has processed so far, successfully or not."""
     return len(compilation_time_metrics.get("_compile.compile_inner", []))
 
 
@@ -68,20 +68,20 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["relora", "galore", "apollo", "apollo_mini"])
 def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
-    """Through a reset of ReLoRA, and bases of GaLore's and APOLLO's that are drawn anew; SwitchLoRA
-    has its own test above."""
+    """The steps include a reset of ReLoRA and new projections of GaLore and APOLLO. The test above
+    covers SwitchLoRA."""
     losses = []
     for overrides in ((), COMPILED):
         trainer = tiny_trainer(corpora / "compiled-methods", method, *overrides)
         losses.append(train_steps(trainer, 10))
         trainer.stepper.close()
-    # Other fusions round otherwise; Adam amplifies that where gradients are near zero.
+    # Fused kernels round differently; Adam amplifies it where gradients are near zero.
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert num_graph_breaks() == 0
 
 
 @pytest.mark.slow
-def test_the_count_sees_a_batch_of_another_shape(corpora):
+def test_the_count_includes_the_compilation_for_a_batch_of_another_shape(corpora):
     """Shows that the check above can fail."""
     trainer = tiny_trainer(corpora / "unsteady", "full_rank", *COMPILED)
     train_steps(trainer, 1)
@@ -102,11 +102,11 @@ def test_the_count_sees_a_batch_of_another_shape(corpora):
 
 
 READS_BACK = {
-    # What `item()`, `float()` and `bool()` of a tensor come to.
+    # `item()`, `float()` and `bool()` call this.
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.is_nonzero,
     torch.ops.aten.equal,
-    # How long their results are depends on values.
+    # The lengths of their results depend on values.
     torch.ops.aten.nonzero,
     torch.ops.aten.masked_select,
     torch.ops.aten._unique2,
@@ -114,9 +114,9 @@ READS_BACK = {
 
 
 class RecordReadsBack(TorchDispatchMode):
-    """Records operations for which the host would wait if their tensors lay on a GPU.
+    """Records operations for which the host would wait if their tensors were on a GPU.
 
-    On a CPU `tolist`, `numpy` and `cpu` are no operations, and are not seen.
+    Does not see `tolist`, `numpy` and `cpu`, which are not operations on a CPU.
     """
 
     def __init__(self) -> None:
@@ -142,11 +142,11 @@ def _picks_by_mask(func: Any, args: tuple) -> bool:
 
 
 def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:
-    """Two projections of GaLore and APOLLO and a reset of ReLoRA among them, and ten times the
-    switches of a step."""
+    """The steps include two projections of GaLore and APOLLO, a reset of ReLoRA, and switches in
+    every step of SwitchLoRA."""
     trainer = tiny_trainer(folder, method, *overrides)
     train_steps(trainer, 1)
-    # The loader's own work is the host's.
+    # Batches are read before, because the loader's operations are the host's.
     ready = [next(trainer.stepper.batches) for _ in range(10)]
     trainer.stepper.close()
     trainer.stepper.batches = (micro_batches for micro_batches in ready)
@@ -162,7 +162,7 @@ def test_a_step_reads_nothing_back_from_the_device(corpora, method):
     assert reads_back_in_ten_steps(corpora / "no-sync", method) == []
 
 
-def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
+def test_the_record_sees_the_values_that_skipping_updates_reads(corpora):
     """Shows that the check above can fail."""
     found = reads_back_in_ten_steps(
         corpora / "sync", "full_rank", "--training.on_nonfinite", "skip"
@@ -171,7 +171,8 @@ def test_the_record_sees_what_skipping_updates_has_to_read(corpora):
 
 
 CHECKPOINTED = ("--activation_checkpoint.mode", "full")
-# Methods differ in their layers and updates. The compiler and checkpointing see an adapted layer or a plain one.
+# Methods differ in their layers and updates. For compilation and activation checkpointing there are
+# only two kinds of layers: adapted and plain ones.
 STEPS_TO_WATCH = [
     *((method, ()) for method in METHOD_KEYS),
     *((method, CHECKPOINTED) for method in ("full_rank", "switchlora")),
@@ -184,11 +185,11 @@ STEPS_TO_WATCH = [
 
 @pytest.mark.parametrize(("method", "overrides"), STEPS_TO_WATCH)
 def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method, overrides):
-    """They would take memory until it runs, which it does not in every step."""
+    """Such tensors would occupy memory until the next collection, many steps later."""
     assert tensors_left_by_fifteen_steps(tiny_trainer(corpora / "garbage", method, *overrides)) <= 0
 
 
-def test_the_count_sees_tensors_that_hold_each_other(corpora):
+def test_the_count_includes_tensors_in_reference_cycles(corpora):
     """Shows that the check above can fail."""
     trainer = tiny_trainer(corpora / "garbage", "full_rank")
     forward_backward = trainer.stepper.forward_backward

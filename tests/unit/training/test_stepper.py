@@ -1,5 +1,5 @@
-"""A step adds nothing to a plain loop, and skips updates with gradients that are not finite if it
-is told to."""
+"""A step equals that of a plain loop, and skips updates with gradients that are not finite if
+configured so."""
 
 import math
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def plain_learning_rate(step: int) -> float:
-    """Warm-up over 3 steps, then half a cosine from 1e-2 to its tenth at step 40."""
+    """Warm-up over 3 steps, then half a cosine from 1e-2 to 1e-3 at step 40."""
     if step < 3:
         return 1e-2 * ((step + 1) / 3)
     return 1e-2 * (0.1 + (1 - 0.1) * (0.5 * (1 + math.cos(math.pi * ((step - 3) / (40 - 3))))))
@@ -57,7 +57,7 @@ def test_full_rank_training_equals_a_plain_loop_bitwise(corpora):
         loss_plain = torch.zeros(())
         for batch in micro_batches:
             hidden = model.model(batch.tokens, batch.document_ids)
-            # It rounds otherwise than torch's, which the next test compares it with.
+            # It rounds differently from torch's loss, with which the next test compares it.
             loss = CrossEntropy(compile_regions=False)(
                 hidden, model.lm_head, batch.targets, num_targets
             )
@@ -71,7 +71,7 @@ def test_full_rank_training_equals_a_plain_loop_bitwise(corpora):
         assert torch.equal(weight, model.state_dict()[name]), name
 
 
-def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_finds_in_one(
+def test_loss_and_gradients_of_several_micro_batches_equal_those_of_one_batch_in_plain_torch(
     corpora,
 ):
     trainer = tiny_trainer(corpora / "torch-loss", "full_rank")
@@ -87,7 +87,8 @@ def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_f
     expected = F.cross_entropy(model(tokens, documents).flatten(0, 1), targets.flatten())
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest term.
+    # fp32 sums over 128 tokens in another order: about 10 rounding errors of 6e-8 of the largest
+    # term.
     torch.testing.assert_close(
         trainer.stepper.forward_backward(micro_batches), expected.detach(), rtol=1e-5, atol=0
     )
@@ -104,8 +105,8 @@ def test_a_step_of_several_micro_batches_has_the_loss_and_gradients_that_torch_f
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
 
 
-def test_clipping_matters_in_the_plain_loop_s_run(corpora):
-    """So that the equality above covers it."""
+def test_gradients_of_the_plain_loop_are_clipped(corpora):
+    """So the equality above covers clipping."""
     trainer = tiny_trainer(corpora / "clipped", "full_rank")
     norms = [trainer.stepper.step().grad_norm.item() for _ in range(20)]
     trainer.stepper.close()
@@ -138,8 +139,8 @@ def test_accumulated_micro_batches_equal_one_big_batch(corpora, method):
         )
     for accumulated in gradients[1:]:
         for one, other in zip(gradients[0], accumulated, strict=True):
-            # fp32 sums over 128 tokens in another order: some 10 roundings of 6e-8 of the largest
-            # term.
+            # fp32 sums over 128 tokens in another order: about 10 rounding errors of 6e-8 of the
+            # largest term.
             torch.testing.assert_close(
                 other, one, rtol=1e-5, atol=2e-6 * one.abs().max().item() + 1e-9
             )
@@ -181,7 +182,7 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
     assert changed
 
 
-def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_what_is_not_finite():
+def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_gradients_not_finite():
     running = RunningLoss(torch.device("cpu"))
     for loss in (1.0, 2.0, 6.0):
         running.add(StepResult(torch.tensor(loss), torch.tensor(0.5), is_skipped=False))
@@ -214,5 +215,5 @@ def test_activation_checkpointing_changes_no_loss(corpora, compiled):
         if compiled == "false":
             assert losses[mode] == losses["none"], mode
         else:
-            # Other fusions round otherwise; Adam amplifies that where gradients are near zero.
+            # Fused kernels round differently; Adam amplifies it where gradients are near zero.
             assert losses[mode] == pytest.approx(losses["none"], rel=1e-5), mode

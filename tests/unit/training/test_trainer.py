@@ -1,5 +1,4 @@
-"""A run evaluates, saves and stops when it should, also after gradients that are not finite and
-ranks that disagree."""
+"""A run evaluates, saves and stops when due, also if gradients are not finite or ranks disagree."""
 
 import gc
 import json
@@ -55,7 +54,7 @@ def weights_differ(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("spoil", [rows_differ, weights_differ])
-def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, spoil):
+def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch, spoil):
     intervals = (
         "--checkpoint.interval",
         "2",
@@ -67,11 +66,11 @@ def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, 
     trainer = tiny_trainer(corpora / f"disagree-{spoil.__name__}", "switchlora", *intervals)
     may_write, write_data = threading.Event(), ChecksummingWriter.write_data
 
-    def write_when_told(*args: Any) -> Any:
+    def write_when_allowed(*args: Any) -> Any:
         assert may_write.wait(60)
         return write_data(*args)
 
-    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_told)
+    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_allowed)
     step = trainer.stepper.step
 
     def step_then_spoil() -> StepResult:
@@ -79,7 +78,7 @@ def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, 
         if trainer.stepper.state.step == 3:
             assert trainer.checkpointer.latest is None
             spoil(trainer)
-            # The save is still under way when the error comes.
+            # The save is still in progress when the error is raised.
             threading.Timer(0.5, may_write.set).start()
         return result
 
@@ -90,7 +89,7 @@ def test_a_save_under_way_is_finished_when_ranks_disagree(corpora, monkeypatch, 
     assert trainer.checkpointer.latest.name == "step-000000002"
 
 
-def test_a_run_with_a_skipped_step_does_all_its_steps_and_reports_finite_losses(corpora):
+def test_a_run_with_a_skipped_update_takes_all_its_steps_and_reports_finite_losses(corpora):
     trainer = tiny_trainer(corpora / "skip-run", "switchlora", *SKIP, "--training.steps", "4")
     spoil_next_gradient(trainer.stepper)
     reported = {}
@@ -108,7 +107,7 @@ def test_a_run_with_a_skipped_step_does_all_its_steps_and_reports_finite_losses(
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_evaluation_changes_no_bit_and_repeats_itself(corpora, method):
+def test_evaluation_changes_no_tensor_and_is_deterministic(corpora, method):
     has_dropout = "dropout" in METHODS[method.removesuffix(MINI)].config_type.model_fields
     extra = ("--method.dropout", "0.3") if has_dropout else ()
     trainer = tiny_trainer(corpora / "evaluated", method, *extra)
@@ -136,7 +135,7 @@ TEST_SPLIT = (
 )
 
 
-def test_the_trained_model_is_judged_once_on_the_test_split(corpora):
+def test_the_trained_model_is_evaluated_once_on_the_test_split(corpora):
     trainer = tiny_trainer(corpora / "test-split", "full_rank", *TEST_SPLIT)
     trainer.train()
     results = json.loads((corpora / "test-split" / "run" / "results.json").read_text())
@@ -152,7 +151,7 @@ def test_the_trained_model_is_judged_once_on_the_test_split(corpora):
     assert results["memory/state_gib"] * 2**30 == 4 * (3 * num_trained + num_tensors)
 
 
-def test_a_run_stopped_before_its_results_makes_up_for_them(corpora):
+def test_a_run_stopped_before_its_results_writes_them_when_resumed(corpora):
     folder, file = corpora / "late-results", corpora / "late-results" / "run" / "results.json"
     tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
     results = json.loads(file.read_text())
@@ -168,7 +167,7 @@ def test_a_run_stopped_before_its_results_makes_up_for_them(corpora):
 
 
 def note_at_steps(trainer: Trainer, note: Callable[[], int]) -> list[int]:
-    """What `note` gives at the beginning of each step, once they are taken."""
+    """A list that the run fills with what `note` returns at the beginning of each step."""
     noted: list[int] = []
     step = trainer.stepper.step
 
@@ -180,7 +179,7 @@ def note_at_steps(trainer: Trainer, note: Callable[[], int]) -> list[int]:
     return noted
 
 
-def test_python_collects_no_garbage_by_itself_while_training(corpora):
+def test_python_s_collector_is_disabled_while_training(corpora):
     trainer = tiny_trainer(corpora / "collects", "full_rank", "--training.steps", "4")
     may_collect = note_at_steps(trainer, gc.isenabled)
     trainer.train()
@@ -188,7 +187,7 @@ def test_python_collects_no_garbage_by_itself_while_training(corpora):
     assert gc.isenabled()
 
 
-def test_python_collects_garbage_again_after_training_that_diverged(corpora):
+def test_python_s_collector_is_enabled_after_training_that_diverged(corpora):
     trainer = tiny_trainer(corpora / "collects-diverged", "full_rank")
     spoil_next_gradient(trainer.stepper)
     with pytest.raises(TrainingDivergedError):
@@ -218,7 +217,7 @@ class NoteCalls:
         return {"noted": float(len(self.after_steps))}
 
 
-def test_a_hook_is_called_around_every_step_and_after_those_it_is_due(corpora):
+def test_a_hook_is_called_around_every_step_and_after_the_steps_when_it_is_due(corpora):
     folder, hook = corpora / "hooks", NoteCalls()
     trainer = tiny_trainer(folder, "full_rank", *SKIP, "--training.steps", "5")
     trainer.hooks = [hook]
@@ -250,12 +249,12 @@ EVERY_FIVE_STEPS = [
 def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collection(
     corpora, overrides, request
 ):
-    """Nothing is collected here between the first step and the thirtieth."""
+    """Python collects no garbage between the first step and the thirtieth."""
     folder = corpora / f"leftovers-{request.node.callspec.id}"
     trainer = tiny_trainer(
         folder, "switchlora", "--training.steps", "30", *EVERY_FIVE_STEPS, *overrides
     )
     counts = note_at_steps(trainer, num_tensors)
     trainer.train()
-    # Each stretch has two of each.
+    # Each ten steps have two evaluations, two saves and two inspections.
     assert least_growth(counts[9::10]) <= 0

@@ -1,4 +1,4 @@
-"""Checkpoints from before a key existed are of the same run as long as the key has its default."""
+"""A run resumes from a checkpoint saved before a key existed if the key has its default."""
 
 import json
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ def without(section: dict, *keys: str) -> dict:
     return {key: value for key, value in section.items() if key not in keys}
 
 
-# With a decay that is constant, the saved default of decay_ratio is a value that nobody may give.
+# With a constant decay, the saved default of decay_ratio is a value that must not be set.
 @pytest.mark.parametrize("decay", ["constant", "exponential"])
-def test_an_identity_from_before_its_keys_existed_is_the_same(tmp_path: Path, decay: str):
+def test_an_identity_saved_before_its_keys_existed_is_equal(tmp_path: Path, decay: str):
     now = identity(tmp_path, "switchlora", "--method.decay", decay)
     old = now | {
         "method": without(now["method"], *NEW_KEYS),
@@ -53,7 +53,9 @@ def test_an_identity_from_before_its_keys_existed_is_the_same(tmp_path: Path, de
     ("key", "value", "default"),
     [("candidates", "constant", "swap"), ("reset_moments", "both", "counterpart")],
 )
-def test_what_a_new_key_changes_is_refused(tmp_path: Path, key: str, value: str, default: str):
+def test_a_new_key_with_another_value_is_refused(
+    tmp_path: Path, key: str, value: str, default: str
+):
     now = identity(tmp_path, "switchlora", f"--method.{key}", value)
     old = now | {"method": without(now["method"], *NEW_KEYS)}
     with pytest.raises(
@@ -62,22 +64,22 @@ def test_what_a_new_key_changes_is_refused(tmp_path: Path, key: str, value: str,
         check_same_run(comparable_identity(old), now)
 
 
-def test_a_checkpoint_that_tells_keys_which_may_change_is_of_the_same_run(tmp_path: Path):
-    """As they were saved before those had no part in the identity."""
+def test_resumable_keys_in_a_saved_identity_are_ignored(tmp_path: Path):
+    """Older checkpoints contain them."""
     now = identity(tmp_path, "switchlora")
     assert not {"contraction", "candidates_device"} & now["method"].keys()
     old = now | {"method": now["method"] | {"contraction": "merged", "candidates_device": "host"}}
     with pytest.raises(CheckpointError):
         check_same_run(old, now)
     check_same_run(comparable_identity(old), now)
-    # In another method the key would have a meaning that is not known here.
+    # In another method the key is unknown.
     lora = identity(tmp_path, "lora")
     old = comparable_identity(lora | {"method": lora["method"] | {"candidates_device": "host"}})
     with pytest.raises(CheckpointError, match="candidates_device"):
         check_same_run(old, lora)
 
 
-def test_a_run_goes_on_with_candidates_elsewhere_and_another_contraction(corpora: Path):
+def test_a_run_resumes_with_another_candidates_device_and_contraction(corpora: Path):
     straight = tiny_trainer(corpora / "stays", "switchlora")
     expected = train_steps(straight, 12)
     straight.stepper.close()
@@ -89,11 +91,11 @@ def test_a_run_goes_on_with_candidates_elsewhere_and_another_contraction(corpora
         losses += train_steps(trainer, 4)
         trainer.save()
         trainer.stepper.close()
-    # Contractions agree to rounding; Adam amplifies that where gradients are near zero.
+    # Contractions agree up to rounding; Adam amplifies it where gradients are near zero.
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_older_checkpoint_of_the_same_run_is_deleted_when_newer_ones_replace_it(corpora: Path):
+def test_a_checkpoint_without_newer_keys_is_pruned(corpora: Path):
     folder = corpora / "pruned"
     keys = ("--checkpoint.keep_latest", "1")
     older = tiny_trainer(folder, "switchlora", *keys)
@@ -132,7 +134,7 @@ def test_a_missing_key_without_a_default_is_refused(tmp_path: Path):
         check_same_run(comparable_identity(old), now)
 
 
-def test_a_run_goes_on_from_a_checkpoint_from_before_its_keys_existed(corpora: Path):
+def test_a_run_resumes_from_a_checkpoint_saved_before_its_keys_existed(corpora: Path):
     folder = corpora / "older"
     short = ("--evaluation.interval", "100", "--checkpoint.interval", "2")
     tiny_trainer(folder, "switchlora", *short, "--training.steps", "2").train()
@@ -145,7 +147,7 @@ def test_a_run_goes_on_from_a_checkpoint_from_before_its_keys_existed(corpora: P
     resumed.stepper.close()
 
 
-def test_keys_that_changed_since_a_checkpoint_are_told(tmp_path: Path):
+def test_keys_that_changed_since_a_checkpoint_are_listed(tmp_path: Path):
     before = tiny_config(tmp_path, "lora")
     now = tiny_config(
         tmp_path, "lora", "--optimizer.lr", "5e-3", "--training.steps", "50", "--job.name", "other"
@@ -157,7 +159,7 @@ def test_keys_that_changed_since_a_checkpoint_are_told(tmp_path: Path):
     assert changed_keys(resolved_toml(before), resolved_toml(before)) == []
 
 
-def test_a_resumed_run_warns_of_changed_keys_and_one_that_trains_nothing_keeps_no_configuration(
+def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_configuration(
     corpora, caplog
 ):
     folder = corpora / "changed-keys"
