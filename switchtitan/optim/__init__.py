@@ -1,10 +1,15 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import AdamW, AdamWConfig, require_adamw
+from switchtitan.optim.adamw import (
+    AdamW,
+    AdamWConfig,
+    TrainedParameter,
+    require_adamw,
+    trained_parameters,
+)
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
-from switchtitan.optim.parameters import TrainedParameter, trained_parameters
-from switchtitan.optim.torch_classes import (
+from switchtitan.optim.torch_optimizer import (
     AdafactorConfig,
     MuonConfig,
     SGDConfig,

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
-from switchtitan.optim.torch_classes import AdafactorConfig, MuonConfig, SGDConfig
-from switchtitan.optim.torch_optimizer import TorchOptimizer
+from switchtitan.optim.torch_optimizer import AdafactorConfig, MuonConfig, SGDConfig, TorchOptimizer
 
 LR, OTHER_LR, DECAY = 0.03, 0.007, 0.2
 SHAPES = {
