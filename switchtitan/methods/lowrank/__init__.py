@@ -1,11 +1,12 @@
 """The low-rank layer that LoRA-like methods share: its parameters, initial values and contractions."""
 
 from switchtitan.methods.lowrank.config import LowRankConfig
-from switchtitan.methods.lowrank.init import balanced_init, lora_init
 from switchtitan.methods.lowrank.linear import (
     InitialFactors,
     LayerBuffer,
     LowRankLinear,
+    balanced_init,
+    lora_init,
     low_rank_layer_for,
     low_rank_layers,
     replace_linears,

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.methods.lowrank.config import LowRankConfig
-from switchtitan.methods.lowrank.init import lora_init
 from switchtitan.methods.lowrank.linear import (
     InitialFactors,
     LayerBuffer,
     LowRankLinear,
+    lora_init,
     low_rank_layer_for,
     low_rank_layers,
     replace_linears,

@@ -10,7 +10,7 @@ from torch import Tensor
 from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.init import lora_bound, uniform
+from switchtitan.methods.lowrank.linear import lora_bound, uniform
 from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 
 

@@ -1,5 +1,7 @@
-"""SwitchLoRA (arXiv 2406.06564): decide (`schedule`), compute (`draws`, `switch`, `freeze`, `adamw`), apply (`candidates`,
-`optimizer`)."""
+"""SwitchLoRA (arXiv 2406.06564).
+
+`schedule` decides; `init`, `switch` and `vector_adamw` compute; `candidates` and `optimizer` apply.
+"""
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLora

@@ -14,10 +14,8 @@ from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_, write_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.splitmix import splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.draws import draw_vectors
-from switchtitan.methods.switchlora.init import candidate_bounds, candidates_key
-from switchtitan.methods.switchlora.schedule import LayerSwitch
-from switchtitan.methods.switchlora.vectors import FACTORS
+from switchtitan.methods.switchlora.init import candidate_bounds, candidates_key, draw_vectors
+from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch
 
 
 class Candidates(Protocol):

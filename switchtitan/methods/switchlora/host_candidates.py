@@ -13,8 +13,7 @@ from switchtitan.distributed.row_exchange import RowRequest
 from switchtitan.distributed.shards import ShardedRows, copy_all_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.candidates import candidate_rows, cast_all
-from switchtitan.methods.switchlora.schedule import LayerSwitch
-from switchtitan.methods.switchlora.vectors import FACTORS
+from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch
 
 
 @dataclass(frozen=True)

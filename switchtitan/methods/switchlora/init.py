@@ -8,12 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.methods.lowrank.init import balanced_bounds, lora_bound, uniform, without_update
-from switchtitan.methods.lowrank.linear import InitialFactors, LayerBuffer
+from switchtitan.methods.lowrank.linear import (
+    InitialFactors,
+    LayerBuffer,
+    balanced_bounds,
+    lora_bound,
+    uniform,
+    without_update,
+)
 from switchtitan.methods.splitmix import splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.draws import draw_vectors
 from switchtitan.methods.switchlora.schedule import initial_slots
+
+_NUM_BITS = 24
+"""Random bits in a value: as many as fp32 holds exactly."""
 
 
 def num_candidates(out_features: int, in_features: int) -> int:
@@ -110,6 +118,23 @@ def drawn_candidates_init(
 def candidates_key(generator: torch.Generator) -> int:
     """The key of a factor's drawn candidates, from the generator that belongs to their name."""
     return generator.initial_seed()
+
+
+def draw_vectors(keys: Tensor, bounds: Tensor, elements: range) -> Tensor:
+    """Vectors whose elements are uniform on [-bound, bound), the same bits on every device; a few kernels in all.
+
+    Args:
+        keys: [vectors] int64, a vector's identity.
+        bounds: [vectors] fp32.
+        elements: those wanted of each vector.
+
+    Returns:
+        [vectors, elements] fp32.
+    """
+    indices = torch.arange(elements.start, elements.stop, device=keys.device)
+    # The sign comes along: whole numbers in [-2^23, 2^23).
+    values = splitmix64(keys.unsqueeze(1), indices) >> (64 - _NUM_BITS)
+    return values.to(torch.float32) * (bounds * 2.0 ** (1 - _NUM_BITS)).unsqueeze(1)
 
 
 def _draw(generator: torch.Generator, slots: np.ndarray, bound: float, width: int) -> Tensor:

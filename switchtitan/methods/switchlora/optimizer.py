@@ -14,17 +14,19 @@ from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.freeze import FreezeTimers
 from switchtitan.methods.switchlora.init import num_candidates
 from switchtitan.methods.switchlora.schedule import (
+    FACTOR_A,
+    FACTOR_B,
+    FACTORS,
     LayerSwitch,
     SwitchCounts,
     SwitchSchedule,
+    VectorSpan,
     plan_layer_switch,
 )
-from switchtitan.methods.switchlora.switch import fold_into_weight_
+from switchtitan.methods.switchlora.switch import FreezeTimers, fold_into_weight_
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
-from switchtitan.methods.switchlora.vectors import FACTOR_A, FACTOR_B, FACTORS, VectorSpan
 from switchtitan.optim import AdamWConfig
 
 

@@ -1,14 +1,25 @@
 """When vectors are switched and which: integers only, a pure function of step and layer."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.vectors import FACTORS, VectorSpan
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
+
+FACTOR_A, FACTOR_B = FACTORS = 0, 1
+"""Places of A and of B in tables [2, layers, rank]; vector i of one is the counterpart of vector i of the other."""
+
+
+class VectorSpan(NamedTuple):
+    """Neighbouring vectors of one factor of one layer."""
+
+    factor: int
+    layer: int
+    vectors: range
 
 
 def switch_rate(config: SwitchLoraConfig, num_steps: int) -> np.ndarray:

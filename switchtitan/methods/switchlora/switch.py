@@ -1,8 +1,12 @@
 """The arithmetic of a switch, on plain tensors or one rank's shards of them."""
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from switchtitan.distributed.host_copies import to_device
 from switchtitan.methods.lowrank.rounding import Rounding, add_product_
+from switchtitan.methods.switchlora.schedule import FACTORS, VectorSpan
 
 
 def fold_into_weight_(
@@ -24,3 +28,38 @@ def fold_into_weight_(
         rounding: for a weight in bf16; the layer's output is then unchanged on average.
     """
     add_product_(weight, vectors_b.t(), vectors_a, scale, rounding)
+
+
+class FreezeTimers:
+    """Steps for which each vector is still frozen.
+
+    Attributes:
+        steps_left: [2, layers, rank] int32, on the device; the same on every rank.
+    """
+
+    def __init__(self, num_layers: int, rank: int, freeze_steps: int, device: torch.device) -> None:
+        self._freeze_steps = freeze_steps
+        self.steps_left = torch.zeros(
+            len(FACTORS), num_layers, rank, dtype=torch.int32, device=device
+        )
+
+    def start(self, spans: list[VectorSpan]) -> None:
+        """Freezes these vectors in this step and the next `freeze_steps` - 1."""
+        fill_vectors_(self.steps_left, spans, self._freeze_steps)
+
+    def update_mask(self) -> Tensor:
+        """[2, layers, rank] bool: true for vectors that are updated in this step."""
+        return self.steps_left == 0
+
+    def advance(self) -> None:
+        """Ends a step."""
+        self.steps_left.sub_(1).clamp_(min=0)
+
+
+def fill_vectors_(table: Tensor, spans: list[VectorSpan], value: int) -> None:
+    """Sets the entries of these vectors in a table [2, layers, rank]; one copy and one kernel, however many they are."""
+    if spans:
+        mask = np.zeros(table.shape, dtype=np.bool_)
+        for factor, layer, vectors in spans:
+            mask[factor, layer, vectors.start : vectors.stop] = True
+        table.masked_fill_(to_device(torch.from_numpy(mask), table.device), value)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from switchtitan.distributed.shards import ShardedRows, local, row_range
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.switchlora.vectors import FACTORS, VectorSpan, fill_vectors_
+from switchtitan.methods.switchlora.schedule import FACTORS, VectorSpan
+from switchtitan.methods.switchlora.switch import fill_vectors_
 from switchtitan.optim import AdamWConfig
 
 Update = Callable[..., None]

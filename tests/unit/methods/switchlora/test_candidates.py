@@ -17,7 +17,7 @@ from support.tiny import full_tensors, tiny_trainer, train_steps
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
-from switchtitan.methods.lowrank.init import balanced_bounds
+from switchtitan.methods.lowrank.linear import balanced_bounds
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.methods.switchlora.candidates import DrawnCandidates
 from switchtitan.methods.switchlora.init import initial_factors

@@ -8,7 +8,7 @@ from support.switchlora_reference import constant_candidates
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods.splitmix import splitmix64
-from switchtitan.methods.switchlora.draws import draw_vectors
+from switchtitan.methods.switchlora.init import draw_vectors
 
 NUM_SLOTS, WIDTH = 200, 500
 
