@@ -16,7 +16,6 @@ from switchtitan.methods.lowrank import (
 )
 from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.host_candidates import HostCandidates
 from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.optim import AdamW, require_adamw
@@ -68,5 +67,8 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         if self.config.candidates == "constant":
             return DrawnCandidates(self.config, layers, self.seed)
         if self.config.candidates_device == "host":
+            # Imported here: most runs keep their candidates on the device and do not need the module.
+            from switchtitan.methods.switchlora.host_candidates import HostCandidates
+
             return HostCandidates(list(layers.values()))
         return StoredCandidates(list(layers.values()))
