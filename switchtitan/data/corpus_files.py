@@ -1,4 +1,4 @@
-"""The files of a prepared corpus: `index.json` and the memory-mapped token files, cut into sequences."""
+"""The files of a prepared corpus: `index.json` and the memory-mapped token files."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class ShardRecord(_Record):
 
 
 class TokenizerRecord(_Record):
-    """The tokenizer whose ids the shards hold; its file lies next to them."""
+    """The tokenizer whose ids the shards hold; its file is next to them."""
 
     sha256: str
     vocab_size: int
@@ -50,9 +50,9 @@ class CorpusIndex(_Record):
     format_version: int
     name: str
     source: str
-    """What the documents are, for people."""
+    """The documents, for people."""
     identity: dict[str, object]
-    """What determines documents and tokens; the folder's name carries its hash."""
+    """Everything that determines documents and tokens; its hash is in the folder's name."""
     tokenizer: TokenizerRecord
     dtype: str
     """"uint16" or "uint32", little-endian."""
@@ -71,8 +71,7 @@ class CorpusIndex(_Record):
 
 
 def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[ShardRecord]]) -> str:
-    """32 hexadecimal digits that two corpora share only if they hold the same tokens of the same
-    tokenizer."""
+    """32 hexadecimal digits, equal for two corpora only if tokens and tokenizer are the same."""
     contents = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer_sha256,
@@ -88,7 +87,7 @@ def read_index(folder: Path) -> CorpusIndex:
     """Reads the index of a prepared corpus.
 
     Raises:
-        CorpusError: if it is missing, corrupted or of another format; names the file and the fix.
+        CorpusError: if it is missing, corrupted or of another format.
     """
     file = folder / INDEX_FILE
     try:
@@ -105,10 +104,10 @@ def read_index(folder: Path) -> CorpusIndex:
 
 
 def verify_files(folder: Path, index: CorpusIndex) -> None:
-    """Reads every file of a corpus and compares it with its checksum.
+    """Compares every file of a corpus with its checksum.
 
     Raises:
-        CorpusError: at the first that is missing or differs.
+        CorpusError: for the first file that is missing or differs.
     """
     expected = {TOKENIZER_FILE: index.tokenizer.sha256}
     expected |= {shard.file: shard.sha256 for shards in index.splits.values() for shard in shards}
@@ -139,28 +138,28 @@ class TokenSequence(NamedTuple):
     """One sequence of a split."""
 
     tokens: Tensor
-    """[seq + 1] int64: the inputs and, one place on, the targets."""
+    """[seq + 1] int64: the inputs and, shifted by one, the targets."""
     document_ids: Tensor
     """[seq] int32: 0 at the start, one more after each end of a document."""
 
 
 class TokenSequences(Dataset[TokenSequence]):
-    """The sequences of one split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len] of its shards end
-    to end.
+    """The sequences of one split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len] of the
+    joined shards.
 
-    Neighbours share one token, the last target of one and the first input of the next, so each token is a
-    target once.
+    Consecutive sequences share one token, the last target of one and the first input of the next,
+    so each token is a target once.
 
     Args:
         files: token files in order.
         token_counts: tokens in each file.
         dtype: "uint16" or "uint32", stored little-endian.
-        seq_len: tokens in a sequence.
+        seq_len: tokens per sequence.
         eos_id: the token that ends a document.
 
     Raises:
-        CorpusError: if the shards do not hold one full sequence and its last target, or a file has the wrong
-            size.
+        CorpusError: if the shards are shorter than one sequence and its last target, or a file has
+            the wrong size.
     """
 
     def __init__(
@@ -181,8 +180,9 @@ class TokenSequences(Dataset[TokenSequence]):
         if self.num_tokens < seq_len + 1:
             where = self.files[0].parent if self.files else "an empty split"
             raise CorpusError(
-                f"[data] seq_len = {seq_len}: the corpus in {where} has {self.num_tokens:,} tokens here, and "
-                f"one sequence needs {seq_len + 1:,}; shorten seq_len or prepare a larger corpus"
+                f"[data] seq_len = {seq_len}: the corpus in {where} has {self.num_tokens:,} "
+                f"tokens, but one sequence needs {seq_len + 1:,}; lower seq_len or prepare a "
+                "larger corpus"
             )
         self._ends = np.cumsum(np.asarray(token_counts, dtype=np.int64))
         self._shards = [
@@ -190,7 +190,7 @@ class TokenSequences(Dataset[TokenSequence]):
         ]
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A memory map would be pickled as all of its tokens; a worker process maps the files again instead.
+        # Pickling a memory map copies all tokens; a worker process maps the files again instead.
         return (_reopen, (self.files, self.token_counts, self.dtype, self.seq_len, self.eos_id))
 
     def __len__(self) -> int:
@@ -209,7 +209,7 @@ class TokenSequences(Dataset[TokenSequence]):
         return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
 
     def _read(self, first: int, end: int) -> NDArray[np.int64]:
-        """Tokens [first, end) of all shards end to end, as int64."""
+        """Tokens [first, end) of the joined shards, as int64."""
         pieces = []
         shard = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:
@@ -221,8 +221,9 @@ class TokenSequences(Dataset[TokenSequence]):
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
-    """Ids [seq] int32 for tokens [seq]: the number of `eos_id` before each, so an EOS belongs to the document
-    it ends."""
+    """Document ids [seq] int32 of tokens [seq]: the number of `eos_id` before each token.
+
+    An EOS belongs to the document that it ends."""
     ends = (tokens == eos_id).to(torch.int32)
     return torch.cumsum(ends, dim=0, dtype=torch.int32) - ends
 
@@ -244,7 +245,8 @@ def _map_tokens(file: Path, num_tokens: int, dtype: str) -> NDArray[np.unsignedi
         ) from error
     if size != num_tokens * stored.itemsize:
         raise CorpusError(
-            f"{file}: the token shard has {size:,} bytes, expected {num_tokens * stored.itemsize:,}; "
-            f"delete the folder {file.parent} and run again to prepare it from scratch"
+            f"{file}: the token shard has {size:,} bytes, expected "
+            f"{num_tokens * stored.itemsize:,}; delete the folder {file.parent} and run again to "
+            "prepare it from scratch"
         )
     return np.memmap(file, dtype=stored, mode="r")

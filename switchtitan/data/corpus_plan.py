@@ -1,4 +1,4 @@
-"""Which corpus a configuration means on this machine, and where it lies once prepared."""
+"""Choose the corpus that a configuration means on this machine, and its folder."""
 
 import hashlib
 import json
@@ -23,53 +23,53 @@ from switchtitan.errors import CorpusError
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """What is to be prepared, and where; made without reading a document."""
+    """The corpus to prepare and its folder, planned without reading a document."""
 
     config: DataConfig
     source: Source
     identity: dict[str, object]
     folder: Path
-    stands_in_for: str | None
-    """Why this is the offline corpus and in place of what; None where it is the corpus asked for."""
+    fallback_for: str | None
+    """The requested corpus and why it was unavailable; None if this is the requested corpus."""
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the folder is there, which it is only once it is complete."""
+        """Whether the folder exists; it gets its name only when it is complete."""
         return self.folder.is_dir()
 
 
 def plan_corpus(config: DataConfig) -> CorpusPlan:
-    """Decides which corpus `config` means here: the one it names, or the offline one if the hub is out of
-    reach.
+    """Plans the corpus that `config` names, or the offline one if the hub cannot be reached.
 
-    What lies prepared is used without asking the hub.
+    A corpus that is already prepared is used without contacting the hub.
 
     Raises:
-        CorpusError: if a file is missing, or the hub is needed, cannot be reached and nothing stands in.
+        CorpusError: if a file is missing, or the hub is needed and cannot be reached and there is
+            no fallback.
     """
-    plan = plan_as_named(config)
+    plan = plan_from_name(config)
     needs_hub = config.needs_hub_dataset or (
         config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)
     )
     if plan.is_prepared or not needs_hub:
         return plan
-    reason = why_hub_is_unreachable()
+    reason = hub_error()
     if reason is None:
         return plan
-    wanted = f'dataset "{config.dataset}" with tokenizer "{config.tokenizer}"'
+    wanted = f"dataset = {config.dataset!r}, tokenizer = {config.tokenizer!r}"
     if config.offline_dataset is None:
         raise CorpusError(
-            f"[data] {wanted}: the Hugging Face hub cannot be reached ({reason}); check the connection, "
-            f"prepare the corpus where there is one (switchtitan prepare) and copy {plan.folder}, "
-            f'give a local path, or set offline_dataset = "pystdlib"'
+            f"[data] {wanted}: the Hugging Face hub cannot be reached ({reason}); check the "
+            "connection, prepare the corpus on a connected machine (switchtitan prepare) and copy "
+            f"{plan.folder}, set a local path, or set offline_dataset = 'pystdlib'"
         )
-    return plan_as_named(
-        config.offline_stand_in(), stands_in_for=f"{wanted}: the hub cannot be reached ({reason})"
+    return plan_from_name(
+        config.fallback_config(), fallback_for=f"{wanted}: the hub cannot be reached ({reason})"
     )
 
 
-def plan_as_named(config: DataConfig, stands_in_for: str | None = None) -> CorpusPlan:
-    """The corpus that `config` names, wherever its parts are.
+def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> CorpusPlan:
+    """Plans the corpus that `config` names, without checking whether the hub can be reached.
 
     Raises:
         CorpusError: if a file is missing.
@@ -85,21 +85,22 @@ def plan_as_named(config: DataConfig, stands_in_for: str | None = None) -> Corpu
         "max_bytes": config.max_bytes,
     }
     if config.test_fraction is not None and not source.splits:
-        # Only where it is set: corpora without a test split keep the names that they always had.
+        # Only if set, so that corpora without a test split keep their folder names.
         identity["test_fraction"] = config.test_fraction
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
-    return CorpusPlan(config, source, identity, folder, stands_in_for)
+    return CorpusPlan(config, source, identity, folder, fallback_for)
 
 
 def validation_fraction(config: DataConfig) -> float:
-    """The share of documents held out, where the corpus has no split of its own."""
+    """The fraction of documents held out if the corpus does not have its own splits."""
     return config.validation_fraction or DEFAULT_VALIDATION_FRACTION
 
 
 def _tokenizer_identity(config: DataConfig) -> str:
     if config.tokenizer == TRAINED_TOKENIZER:
-        return f"byte-level BPE of {config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE} trained on the corpus"
+        vocab_size = config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+        return f"byte-level BPE of {vocab_size} trained on the corpus"
     if config.tokenizer_path is not None:
         tokenizer = read_tokenizer(config.tokenizer_path)
         return f"sha256 {tokenizer.sha256}, documents end with {tokenizer.eos_token}"
@@ -109,13 +110,11 @@ def _tokenizer_identity(config: DataConfig) -> str:
 PROBE_TIMEOUT_S = 10.0
 
 
-def why_hub_is_unreachable() -> str | None:
-    """Asks the hub for a sign of life: None if there is one, else the reason in a few words.
+def hub_error() -> str | None:
+    """Returns why the hub cannot be reached, or None if it answers one request.
 
-    The hub's own clients retry an unreachable host for 25 seconds and more per file, with a line each time;
-    this asks once. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and the usual proxy variables count as they do for those
-    clients.
-    """
+    The hub's clients retry an unreachable host for 25 seconds or more per file and log each retry.
+    Like them, this obeys `HF_HUB_OFFLINE`, `HF_ENDPOINT` and the usual proxy variables."""
     for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         if os.environ.get(switch, "").upper() in {"1", "ON", "YES", "TRUE"}:
             return f"{switch} is set"
@@ -125,7 +124,7 @@ def why_hub_is_unreachable() -> str | None:
         with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
             return None
     except urllib.error.HTTPError:
-        return None  # It answered; whether it gives the file is for the client to find out.
+        return None  # It answered; the client finds out whether the file is available.
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             return None  # The clients may know other certificates.

@@ -1,4 +1,4 @@
-"""Batches for the training step and for validation, the same global batches for any number of ranks and
+"""Training and validation batches; global batches do not depend on the number of ranks or
 workers."""
 
 import logging
@@ -29,26 +29,26 @@ def build_train_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
-    """An endless iterator over optimizer steps: each item is the list of this rank's micro-batches of one
-    step.
+    """Returns an endless iterator over optimizer steps; an item is the list of this rank's
+    micro-batches.
 
-    Sequence i of the global batch of step t is a function of (seed, t, i) alone, so the step is all that a
-    resume needs, on any number of ranks. Worker processes start with the first item and end with `close()` on
-    the iterator.
+    Sequence i of the global batch of step t is a function of (seed, t, i), so resuming needs only
+    the step, on any number of ranks. Worker processes start with the first item; `close()` on the
+    iterator ends them.
 
     Args:
         sequences: the training split.
         seed: the job's seed.
-        global_batch_size: sequences in an optimizer step over all ranks; a multiple of `num_ranks *
+        global_batch_size: sequences per optimizer step over all ranks; a multiple of `num_ranks *
             local_batch_size`.
-        local_batch_size: sequences in a micro-batch on one rank.
-        rank, num_ranks: of the ranks that read different data.
+        local_batch_size: sequences per micro-batch on one rank.
+        rank, num_ranks: among the ranks that read different data.
         start_step: the first step to yield.
-        num_workers: processes that read ahead; 0 reads in the calling process.
-        pin_memory: whether batches come in page-locked memory, for copies to a CUDA device.
+        num_workers: processes that prefetch; 0 reads in the calling process.
+        pin_memory: whether batches are in pinned memory, for copies to a CUDA device.
 
     Raises:
-        ConfigError: if the global batch cannot be divided so.
+        ConfigError: if the global batch size is not such a multiple.
         CorpusError: if the split has fewer sequences than a global batch.
     """
     per_micro_step = num_ranks * local_batch_size
@@ -59,9 +59,9 @@ def build_train_batches(
         )
     if len(sequences) < global_batch_size:
         raise CorpusError(
-            f"[training] global_batch_size = {global_batch_size}: the training split has {len(sequences):,} "
-            f"sequences of {sequences.seq_len} tokens, fewer than one global batch; lower it, shorten [data] "
-            f"seq_len or use a larger corpus"
+            f"[training] global_batch_size = {global_batch_size}: the training split has "
+            f"{len(sequences):,} sequences of {sequences.seq_len} tokens, fewer than one global "
+            "batch; lower it, lower [data] seq_len or use a larger corpus"
         )
     order = _RankOrder(
         seed=seed,
@@ -73,7 +73,7 @@ def build_train_batches(
         start_step=start_step,
     )
     with warnings.catch_warnings():
-        # torchdata calls a function of torch that torch has deprecated.
+        # torchdata calls a deprecated function of torch.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         loader = StatefulDataLoader(
             sequences,
@@ -81,7 +81,7 @@ def build_train_batches(
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
-            # Else the loader draws its workers' seed from the global generator and disturbs other draws.
+            # Otherwise the loader draws its workers' seed from the global generator.
             generator=torch.Generator(),
         )
     return _steps(loader, global_batch_size // per_micro_step)
@@ -95,15 +95,16 @@ def build_validation_batches(
     rank: int,
     num_ranks: int,
 ) -> "ValidationBatches":
-    """The first `num_sequences` of the held-out split, dealt to the ranks, readable again and again.
+    """Returns the first `num_sequences` of the held-out split, distributed over the ranks,
+    re-iterable.
 
-    Every rank gets the same number of batches of the same shape; what is missing at the end is filled with
-    sequences whose targets are all `IGNORED_TARGET`, so sums over targets and their counts do not depend on
-    the number of ranks. (A batch may be all filling: divide by the count of all ranks, not by a batch's own.)
-    """
+    Every rank gets the same number of batches of the same shape. Padding sequences at the end have
+    only `IGNORED_TARGET` targets, so sums over targets and their counts do not depend on the number
+    of ranks. A batch may be all padding: divide by the count over all ranks, not by the batch's
+    own."""
     if num_sequences > len(sequences):
         logger.warning(
-            "validation asks for %d sequences; the held-out split has %d, all of which are used",
+            "requested %d validation sequences; using all %d of the held-out split",
             num_sequences,
             len(sequences),
         )
@@ -136,16 +137,16 @@ class ValidationBatches:
         for batch in range(len(self)):
             first = (batch * self._num_ranks + self._rank) * self._local_batch_size
             indices = range(first, first + self._local_batch_size)
-            batch_of = collate(
+            stacked = collate(
                 [self._sequences[min(index, self.num_sequences - 1)] for index in indices]
             )
-            is_filling = torch.tensor([index >= self.num_sequences for index in indices])
-            batch_of.targets[is_filling] = IGNORED_TARGET
-            yield batch_of
+            is_padding = torch.tensor([index >= self.num_sequences for index in indices])
+            stacked.targets[is_padding] = IGNORED_TARGET
+            yield stacked
 
 
 def collate(samples: list[TokenSequence]) -> Batch:
-    """Stacks sequences into a batch whose targets are the tokens one place on."""
+    """Stacks sequences into a batch; targets are the tokens shifted by one."""
     tokens = torch.stack([sample.tokens for sample in samples])
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
@@ -155,7 +156,7 @@ def collate(samples: list[TokenSequence]) -> Batch:
 
 
 class _RankOrder(Sampler[list[int]]):
-    """The sequences of this rank's micro-batches, from a given step on, without end."""
+    """The sequence indices of this rank's micro-batches, from `start_step` on, without end."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Tokenising a corpus once into memory-mapped shards: restartable, atomic, one process at a time."""
+"""Tokenise a corpus once into memory-mapped shards: resumable, atomic, one process at a time."""
 
 import hashlib
 import logging
@@ -50,26 +50,23 @@ TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
 
 
-_IN_WORDS = {2: "two, of which one is held out", 3: "three, of which two are held out"}
-
-
 def prepare_corpus(
     config: DataConfig, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS
 ) -> Path:
-    """Prepares the corpus that `config` means, unless it is there already, and returns its folder.
+    """Prepares the corpus of `config` unless it exists, and returns its folder.
 
-    The work is done in a folder next to it, `<folder>.partial`, which is renamed when all is written; a run
-    that was stopped resumes after the last finished segment.
+    Writes to `<folder>.partial` and renames it when it is complete. A stopped preparation resumes
+    after the last finished segment.
 
     Raises:
-        CorpusError: if the source or the tokenizer cannot be read, or there is nothing to train on.
+        CorpusError: if the source or the tokenizer cannot be read, or there are too few documents.
     """
     plan = plan_corpus(config)
-    carry_out(plan, show_progress=show_progress, segment_tokens=segment_tokens)
+    prepare_planned_corpus(plan, show_progress=show_progress, segment_tokens=segment_tokens)
     return plan.folder
 
 
-def carry_out(
+def prepare_planned_corpus(
     plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS
 ) -> None:
     """Prepares a planned corpus; see `prepare_corpus`."""
@@ -81,12 +78,14 @@ def carry_out(
         lock_file.touch()
     except OSError as error:
         raise CorpusError(
-            f'[data] cache_dir = "{plan.config.cache_dir}": expected a folder that can be made and written '
-            f"({error.strerror}); choose another"
+            f"[data] cache_dir = {str(plan.config.cache_dir)!r}: the folder cannot be created or "
+            f"written ({error.strerror}); choose another"
         ) from error
 
     def on_wait() -> None:
-        logger.info("waiting for another process that prepares this corpus (lock %s)", lock_file)
+        logger.info(
+            "waiting for another process that is preparing this corpus (lock %s)", lock_file
+        )
 
     with lock(lock_file, on_wait):
         if not plan.is_prepared:
@@ -94,17 +93,16 @@ def carry_out(
 
 
 def is_held_out(document: int, period: int, first: int = 0) -> bool:
-    """Whether a document is held out: the one numbered `first`, and one that a hash of `first` chooses out of each later
-    `period`.
+    """Whether a document is held out: number `first` of the first `period` documents, and one of
+    each later period.
 
-    So the held-out share is exact, spread over the full corpus, and never empty, however few documents there
-    are.
-    """
-    run, place = divmod(document, period)
-    if run == 0:
+    A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, spread over
+    the full corpus, and never empty."""
+    block, place = divmod(document, period)
+    if block == 0:
         return place == first
     salt = first.to_bytes(8, "little")
-    chosen = hashlib.blake2b(run.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
+    chosen = hashlib.blake2b(block.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
     return place == int.from_bytes(chosen, "little") % period
 
 
@@ -125,7 +123,7 @@ class _Preparation:
         self._test_period = None if test_fraction is None else round(1 / test_fraction)
 
     def run(self) -> None:
-        logger.info("preparing the corpus: %s -> %s", self._source.description, self._plan.folder)
+        logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
         progress = self._read_progress()
         self._partial.mkdir(parents=True, exist_ok=True)
         tokenizer = self._tokenizer(progress)
@@ -168,7 +166,7 @@ class _Preparation:
             progress = after
             self._write_progress(progress)
             logger.info(
-                "segment %d is finished: %d documents, %.1f MB of text so far",
+                "finished segment %d: %d documents, %.1f MB of text so far",
                 progress.segments,
                 progress.documents,
                 progress.bytes_of_text / 1e6,
@@ -197,7 +195,7 @@ class _Preparation:
         return "train"
 
     def _tokenizer(self, progress: Progress) -> DocumentTokenizer:
-        """The tokenizer that an earlier start of this preparation saved, or a new one."""
+        """The tokenizer saved by the preparation being resumed, or a new one."""
         if progress.eos_token is not None:
             return read_tokenizer(self._partial / TOKENIZER_FILE, progress.eos_token)
         if self._config.tokenizer_path is not None:
@@ -222,7 +220,8 @@ class _Preparation:
                 document += 1
 
     def _bar(self, progress: Progress) -> "tqdm[NoReturn]":
-        """A bar for one stream: over documents where they are capped, else over bytes of text."""
+        """A progress bar for one stream, over documents if they are capped, otherwise over
+        bytes."""
         total: int | None = self._config.max_documents
         initial, unit = progress.documents, "documents"
         if total is None:
@@ -256,7 +255,7 @@ class _Preparation:
                 shutil.rmtree(self._partial)
             return Progress()
         logger.info(
-            "resuming after %d finished segment(s) of a preparation that was stopped",
+            "resuming a stopped preparation after %d finished segments",
             progress.segments,
         )
         return progress
@@ -271,8 +270,9 @@ class _Preparation:
         for split, shards in splits.items():
             if not shards:
                 raise CorpusError(
-                    f"{self._source.description}: there is no document for the {split} split; a corpus needs "
-                    f"at least {_IN_WORDS[len(names)]}; give it more text"
+                    f"{self._source.description}: no document for the {split} split; a corpus "
+                    f"needs at least {len(names)} documents, {len(names) - 1} of them held out; "
+                    "add text"
                 )
         tokenizer_sha256 = sha256_of_file(self._partial / TOKENIZER_FILE)
         index = CorpusIndex(

@@ -1,5 +1,4 @@
-"""The order of sequences: a pointwise permutation for each epoch, so that a position alone says what to
-read."""
+"""The order of sequences: each epoch is a permutation that can be evaluated at any position."""
 
 import hashlib
 
@@ -7,15 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
-"""Four rounds make a Feistel network a strong pseudo-random permutation (Luby and Rackoff 1988) where the
-halves are wide; small corpora have narrow halves, hence more."""
+"""Four rounds make a Feistel network with wide halves a strong pseudo-random permutation (Luby and
+Rackoff 1988). Small corpora have narrow halves, which need more rounds."""
 
 
 def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -> NDArray[np.int64]:
-    """The sequences that stand at the given positions of the endless global order.
+    """Returns the sequences at the given positions of the endless global order.
 
-    Epoch e holds positions [e * num_sequences, (e + 1) * num_sequences) and visits every sequence once, in
-    its own order.
+    Epoch e covers positions [e * num_sequences, (e + 1) * num_sequences) and visits every sequence
+    once, in its own order.
 
     Args:
         seed: the job's seed.
@@ -36,11 +35,10 @@ def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -
 def permute(offsets: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Maps offsets [...] in [0, size) through a bijection of [0, size) that (seed, epoch) chooses.
 
-    A balanced Feistel network permutes [0, 2^(2h)), the smallest such range that holds `size`; a value that
-    falls outside [0, size) is sent through again until it falls inside (cycle walking: Black and Rogaway
-    2002, "Ciphers with arbitrary finite domains", section 3), which keeps it a bijection. The range is below
-    4 * size, so few values go round often.
-    """
+    A balanced Feistel network permutes [0, 2^(2h)), the smallest such range that holds `size`. A
+    value outside [0, size) is permuted again until it is inside, which keeps the map a bijection
+    (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 3). The
+    range is below 4 * size, so few values need many passes."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
     values = offsets.astype(np.uint64).reshape(-1)
@@ -60,11 +58,10 @@ def rank_positions(
     rank: int,
     num_ranks: int,
 ) -> NDArray[np.int64]:
-    """Global positions [local_batch_size] of one micro-batch on one rank.
+    """Returns the global positions [local_batch_size] of one micro-batch on one rank.
 
-    Sample i of step t stands at t * global_batch_size + i, whatever the number of ranks; micro-batch m of
-    rank r holds i = m * num_ranks * local + r * local + b for b in [0, local).
-    """
+    Sample i of step t has position t * global_batch_size + i on any number of ranks; micro-batch m
+    of rank r holds i = m * num_ranks * local + r * local + b for b in [0, local)."""
     first = step * global_batch_size + (micro_batch * num_ranks + rank) * local_batch_size
     return np.arange(first, first + local_batch_size, dtype=np.int64)
 
@@ -85,7 +82,7 @@ def _feistel(
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
     generators")."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

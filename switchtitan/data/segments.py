@@ -1,5 +1,5 @@
-"""Turning a stream of documents into token shards, one segment after the other; a stopped preparation
-resumes after the last one."""
+"""Write a stream of documents as token shards, segment by segment; a segment is the unit of
+resuming."""
 
 import errno
 import hashlib
@@ -18,37 +18,36 @@ from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 
 SEGMENT_TOKENS = 1 << 26
-"""Tokens after which a segment is closed: at most this much tokenising is repeated after a stop (about a
-minute on 2 cores)."""
+"""Tokens in a segment: the most that is tokenised again after a stop, about a minute on 2 cores."""
 
 _BATCH_BYTES = 1 << 21
 _BATCH_DOCUMENTS = 4096
 
 
 class Progress(BaseModel):
-    """The progress of a preparation: everything that is needed to resume it."""
+    """The progress of a preparation: all that resuming needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     eos_token: str | None = None
-    """The end-of-document token of the tokenizer that is saved; None before one is."""
+    """The end-of-document token of the saved tokenizer; None before it is saved."""
     stream: int = 0
     """The stream being read, in the order of the source's splits."""
     position: dict[str, object] | None = None
-    """Where to open that stream; None at its start."""
+    """The position at which to open that stream; None at its start."""
     documents: int = 0
-    """Documents read from that stream, the empty ones not counted."""
+    """Non-empty documents read from that stream."""
     bytes_of_text: int = 0
     """Bytes of those documents."""
     segments: int = 0
-    """Segments finished, of all streams."""
+    """Finished segments of all streams."""
     splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
-    """The shards finished, by split."""
+    """Finished shards by split."""
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Documents that are tokenised together, and the stream's position after them."""
+    """Documents to tokenise together, and the stream's position after them."""
 
     documents: list[str]
     num_bytes: list[int]
@@ -57,13 +56,13 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps on what is taken from one stream; None takes everything."""
+    """Caps per stream; None means no cap."""
 
     max_documents: int | None
     max_bytes: int | None
 
     def allow(self, documents: int, num_bytes: int) -> bool:
-        """Whether one more document may be taken after so many documents and bytes."""
+        """Whether another document may follow `documents` documents of `num_bytes` bytes in all."""
         return (self.max_documents is None or documents < self.max_documents) and (
             self.max_bytes is None or num_bytes < self.max_bytes
         )
@@ -72,10 +71,10 @@ class Limits:
 def text_batches(
     stream: DocumentStream, limits: Limits, documents: int, num_bytes: int
 ) -> Iterator[TextBatch]:
-    """Cuts a stream into batches, empty documents left out, and ends it at the limits.
+    """Yields the non-empty documents of a stream in batches, up to the limits.
 
     Args:
-        stream: opened where `documents` and `num_bytes` have been taken already.
+        stream: positioned after `documents` documents of `num_bytes` bytes in all.
     """
     texts: list[str] = []
     sizes: list[int] = []
@@ -86,7 +85,7 @@ def text_batches(
             break
         if not text:
             continue
-        # JSON can hold lone surrogates, which have no UTF-8 form: the tokenizer would refuse them.
+        # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
         data = text.encode("utf-8", "replace")
         texts.append(data.decode("utf-8"))
         sizes.append(len(data))
@@ -103,7 +102,7 @@ def text_batches(
 
 
 def read_ahead(batches: Iterator[TextBatch]) -> Iterator[TextBatch]:
-    """Yields the same batches, reading the next one in a thread while the caller works on this one."""
+    """Yields the same batches and reads the next one in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         pending = reader.submit(next, batches, None)
         while (batch := pending.result()) is not None:
@@ -112,7 +111,7 @@ def read_ahead(batches: Iterator[TextBatch]) -> Iterator[TextBatch]:
 
 
 class ShardWriter:
-    """Writes the token file of one split in one segment, and its checksum along with it."""
+    """Writes the token file of one split in one segment and computes its checksum."""
 
     def __init__(self, file: Path, dtype: str) -> None:
         self._file = file
@@ -124,7 +123,7 @@ class ShardWriter:
         self._bytes_of_text = 0
 
     def write(self, token_ids: list[int], eos_id: int, bytes_of_text: int) -> int:
-        """Appends one document and its end token; returns how many tokens that were."""
+        """Appends one document and its end token; returns the number of tokens written."""
         data = np.asarray([*token_ids, eos_id], dtype=self._dtype).tobytes()
         self._stream.write(data)
         self._digest.update(data)
@@ -134,7 +133,7 @@ class ShardWriter:
         return len(token_ids) + 1
 
     def finish(self) -> ShardRecord:
-        """Makes the file durable and returns its record."""
+        """Flushes the file to disk and returns its record."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
@@ -147,7 +146,7 @@ class ShardWriter:
         )
 
     def close(self) -> None:
-        """Gives up the file as it is."""
+        """Closes the file without finishing it."""
         self._stream.close()
 
 
@@ -162,14 +161,14 @@ def write_segment(
     on_batch: Callable[[TextBatch], None],
     segment_tokens: int,
 ) -> Progress | None:
-    """Tokenises batches until the segment is full or the stream ends.
+    """Tokenises and writes batches until the segment is full or the stream ends.
 
     Args:
-        split_of: the split of the document with a given number in its stream.
-        on_batch: called with each batch when it is written.
+        split_of: maps a document's number in its stream to its split.
+        on_batch: called after each batch is written.
 
     Returns:
-        the progress after the segment, or None where the stream had no document left.
+        the progress after the segment, or None if the stream was exhausted.
 
     Raises:
         CorpusError: if the disk is full.
@@ -196,8 +195,8 @@ def write_segment(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CorpusError(
-            f"{folder}: the disk is full; make room, or set [data] cache_dir to another disk or cap the "
-            f"corpus with max_bytes, and run again"
+            f"{folder}: the disk is full; free space, set [data] cache_dir to another disk, or cap "
+            "the corpus with [data] max_bytes, and run again"
         ) from error
     finally:
         for writer in writers.values():

@@ -1,4 +1,5 @@
-"""Tokenizers: read from a file or the hub, or trained on the corpus; and the token that ends a document."""
+"""Tokenizers, read from a file or the hub or trained on the corpus, and their end-of-document
+token."""
 
 import hashlib
 import json
@@ -30,7 +31,7 @@ _EOS_TOKENS = (
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer ready to turn whole documents into ids, each closed by `eos_id`."""
+    """A tokenizer and the token that ends a document."""
 
     tokenizer: Tokenizer
     eos_token: str
@@ -43,12 +44,12 @@ class DocumentTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: what a model's embedding must hold at least."""
+        """The largest id plus one: the smallest embedding that fits."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def serialized(self) -> str:
-        """The contents of its `tokenizer.json`."""
+        """The contents of `tokenizer.json`."""
         return self.tokenizer.to_str()
 
     @cached_property
@@ -56,8 +57,8 @@ class DocumentTokenizer:
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
-        """Token ids of each document, without its end token; on all cores."""
-        # Read by the tokenizers library: unless set, it warns in every process that is forked later.
+        """Returns the token ids of each document, without end token; uses all cores."""
+        # Unless this is set, the tokenizers library warns in every process forked later.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -68,57 +69,55 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
 
     Args:
         path: the file or the folder.
-        eos_token: the token that ends a document; None takes `eos_token` of the settings next to the file, or
-            else the first of the usual ones that the vocabulary has.
+        eos_token: the token that ends a document; None means `eos_token` of the settings next to
+            the file, or otherwise the first common one in the vocabulary.
 
     Raises:
-        CorpusError: if there is none, it cannot be parsed, or it has no token that ends a document.
+        CorpusError: if the file is missing, cannot be parsed, or has no end-of-document token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise CorpusError(
-            f'[data] tokenizer = "{path}": there is no file {file}; expected a tokenizer.json, a folder with '
-            f'one, a name on the Hugging Face hub, or "train"'
+            f"[data] tokenizer = {str(path)!r}: no file {file}; expected a tokenizer.json, a "
+            "folder with one, a name on the Hugging Face hub, or 'train'"
         )
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # The library raises bare Exception.
-        raise CorpusError(
-            f"{file}: not a tokenizer that the tokenizers library reads ({error})"
-        ) from error
+        raise CorpusError(f"{file}: the tokenizers library cannot read it ({error})") from error
     return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
 
 
 def fetch_tokenizer(name: str) -> DocumentTokenizer:
-    """Fetches a tokenizer by its name on the Hugging Face hub, from the local cache where it is there.
+    """Loads a tokenizer by its name on the Hugging Face hub, from the local cache if it is there.
 
     Raises:
-        CorpusError: if the hub does not give it, or it has no token that ends a document.
+        CorpusError: if it cannot be downloaded, or has no end-of-document token.
     """
     try:
         tokenizer = Tokenizer.from_pretrained(name)
-    except Exception as error:  # The library raises bare Exception; the hub's client raises its transport's errors.
+    # The library raises bare Exception, the hub's client its transport's errors.
+    except Exception as error:
         raise CorpusError(
-            f'[data] tokenizer = "{name}": the Hugging Face hub does not give {name}/tokenizer.json '
-            f"({error}); expected the "
-            f"name of a repository that has one, or a local path"
+            f"[data] tokenizer = {name!r}: cannot download {name}/tokenizer.json from the Hugging "
+            f"Face hub ({error}); expected the name of a repository that has one, or a local path"
         ) from error
     return _document_tokenizer(tokenizer, name, None)
 
 
 def is_cached(name: str) -> bool:
-    """Whether a hub tokenizer lies in the local cache, so that the hub is not needed."""
+    """Whether a hub tokenizer is in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
-    """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) whose first token ends a document.
+    """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) whose first token ends a
+    document.
 
-    Every text can be encoded and comes back exactly, since the 256 bytes are in the vocabulary. It is smaller
-    than `vocab_size` where the documents do not have that many pairs to merge.
-    """
+    Any string can be encoded and decoded exactly, since the 256 bytes are in the vocabulary. The
+    vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # See encode_documents.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,19 +137,20 @@ def _document_tokenizer(
 ) -> DocumentTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # A document that spells out "</s>" must not end there.
+    # The string "</s>" within a document must not end it.
     tokenizer.encode_special_tokens = True
     for token in (eos_token, *_EOS_TOKENS):
         if token is not None and tokenizer.token_to_id(token) is not None:
             return DocumentTokenizer(tokenizer, token)
     raise CorpusError(
-        f"{where}: the tokenizer has no token that ends a document; expected one of "
+        f"{where}: the tokenizer has no end-of-document token; expected one of "
         f"{', '.join(_EOS_TOKENS)}, or eos_token in a tokenizer_config.json next to it"
     )
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """`eos_token` of a Hugging Face tokenizer folder: a string, or an object with its content."""
+    """Returns `eos_token` of a Hugging Face tokenizer folder, a string or an object with
+    `content`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Corpus sources: where documents come from."""
+"""Sources of documents."""
 
 from switchtitan.data.sources.c4 import c4_source
 from switchtitan.data.sources.dataset import Dataset, DocumentStream, Position, Source

@@ -1,5 +1,5 @@
-"""English C4 (Raffel et al. 2020, arXiv 1910.10683) from the Hugging Face hub, streamed, or from a local copy
-of its files."""
+"""English C4 (Raffel et al. 2020, arXiv 1910.10683), streamed from the Hugging Face hub or a local
+copy."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ DATA_FILES = {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.
 
 
 class C4Stream:
-    """One split of C4; its position is the streaming dataset's own state, which skips whole files on a
+    """One split of C4; its position is the streaming dataset's state, which skips read files on
     resume."""
 
     def __init__(self, dataset: "IterableDataset", where: str) -> None:
@@ -32,12 +32,10 @@ class C4Stream:
             return str(next(self._rows)["text"])
         except StopIteration:
             raise
-        except (
-            Exception
-        ) as error:  # The hub's clients raise the errors of whichever transport they use.
+        except Exception as error:  # The hub's clients raise the errors of their transports.
             raise CorpusError(
-                f"{self._where}: reading C4 stopped ({type(error).__name__}: {error}); run the same command "
-                f"again to resume after the last finished shard"
+                f"{self._where}: reading C4 failed ({type(error).__name__}: {error}); run the same "
+                "command again to resume after the last finished segment"
             ) from error
 
     def position(self) -> Position:
@@ -51,7 +49,7 @@ class C4Source:
         path: a local copy of the hub's folder; None streams from the hub.
 
     Raises:
-        CorpusError: if the local copy is not there.
+        CorpusError: if the local copy lacks files.
     """
 
     splits: tuple[str, ...] = ("train", "validation")
@@ -63,8 +61,8 @@ class C4Source:
             for pattern in DATA_FILES.values():
                 if not any(path.glob(pattern)):
                     raise CorpusError(
-                        f'[data] path = "{path}": no {pattern} there; expected a copy of the files of '
-                        f"{HUB_NAME}"
+                        f"[data] path = {str(path)!r}: no files {pattern}; expected a copy of the "
+                        f"files of {HUB_NAME}"
                     )
 
     @property
@@ -82,7 +80,7 @@ class C4Source:
 
     def open(self, split: str | None, position: Position | None = None) -> C4Stream:
         assert split is not None
-        # Imported here because it takes a second or two, which every training process would pay for.
+        # The import takes a second or two; only preparation needs it.
         from datasets import load_dataset
 
         where = str(self._path or HUB_NAME)
@@ -94,11 +92,11 @@ class C4Source:
             return C4Stream(dataset, where)
         except Exception as error:  # See __next__.
             raise CorpusError(
-                f"{where}: C4 cannot be opened ({type(error).__name__}: {error}); check the connection, or "
-                f"give [data] path a local copy"
+                f"{where}: C4 cannot be opened ({type(error).__name__}: {error}); check the "
+                "connection, or set [data] path to a local copy"
             ) from error
 
 
 def c4_source(path: Path | None, text_column: str | None) -> C4Source:
-    """C4 from the hub, or from the local copy at `path`."""
+    """C4 from the hub, or from a local copy at `path`."""
     return C4Source(path)

@@ -13,8 +13,8 @@ from switchtitan.data.sources.dataset import Position
 from switchtitan.errors import CorpusError
 
 TEXT_DOCUMENT_BYTES = 64 * 1024
-"""A text file is one document up to this size; a longer one is cut at line ends into documents of about this
-size, so that a corpus in a single file has documents to hold out."""
+"""A text file up to this size is one document. A longer one is split at line ends into documents of
+about this size, so that a corpus in a single file has documents to hold out."""
 
 _PARQUET_ROWS = 256
 
@@ -22,12 +22,12 @@ Reader = Callable[[Path], Iterator[str]]
 
 
 class FileStream:
-    """The documents of files that are read one after the other.
+    """The documents of files, read in order.
 
     Args:
         files: in the order to read them.
         read: yields the documents of one file.
-        position: where to begin.
+        position: the position to start at.
     """
 
     def __init__(self, files: Sequence[Path], read: Reader, position: Position | None) -> None:
@@ -50,7 +50,8 @@ class FileStream:
                 text = next(self._documents, None)
             except OSError as error:
                 raise CorpusError(
-                    f"{self._files[self._file]}: cannot be read ({error.strerror}); fix or remove it"
+                    f"{self._files[self._file]}: cannot be read ({error.strerror}); fix or remove "
+                    "it"
                 ) from error
             if text is not None:
                 self._document += 1
@@ -63,14 +64,14 @@ class FileStream:
 
 
 class FileSource:
-    """All files of one kind in a folder, or a single file; documents are dealt to the splits by us.
+    """All files of one kind in a folder, or a single file, without its own splits.
 
     Args:
-        kind: what the files are, for messages.
+        kind: the kind of files, for messages.
         path: a folder, read recursively in the order of names, or one file.
-        patterns: file name patterns that count in a folder.
+        patterns: names of the files to read in a folder.
         read: yields the documents of one file.
-        text_column: what `read` takes out of each record, where there are records.
+        text_column: the column that `read` reads, if documents are records.
 
     Raises:
         CorpusError: if the path does not exist or holds no such file.
@@ -122,7 +123,7 @@ def text_source(path: Path | None, text_column: str | None) -> FileSource:
 
 
 def jsonl_source(path: Path | None, text_column: str | None) -> FileSource:
-    """Files of JSON objects, one a line (`*.jsonl`, `*.json`)."""
+    """Files with one JSON object per line (`*.jsonl`, `*.json`)."""
     column = text_column or "text"
     return FileSource(
         "jsonl",
@@ -134,7 +135,7 @@ def jsonl_source(path: Path | None, text_column: str | None) -> FileSource:
 
 
 def gzipped_json_source(path: Path | None, text_column: str | None) -> FileSource:
-    """Gzipped files of JSON objects, one a line (`*.json.gz`, `*.jsonl.gz`)."""
+    """Gzipped files with one JSON object per line (`*.json.gz`, `*.jsonl.gz`)."""
     column = text_column or "text"
     patterns = ("*.json.gz", "*.jsonl.gz")
     return FileSource(
@@ -155,7 +156,7 @@ def parquet_source(path: Path | None, text_column: str | None) -> FileSource:
 
 
 def read_text(file: Path) -> Iterator[str]:
-    """Yields a UTF-8 file as one document, or in pieces that end at line ends where it is long.
+    """Yields a UTF-8 file as one document, or a long one in pieces that end at line ends.
 
     Raises:
         CorpusError: if it is not UTF-8.
@@ -179,7 +180,7 @@ def read_text(file: Path) -> Iterator[str]:
 
 
 def _given(path: Path | None) -> Path:
-    assert path is not None, "the section checks that there is a path"
+    assert path is not None, "DataConfig requires path"
     return path
 
 
@@ -188,7 +189,7 @@ def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
         return [path]
     if not path.exists():
         raise CorpusError(
-            f'[data] path = "{path}": there is no such file or folder; expected one with {kind} files'
+            f"[data] path = {str(path)!r}: no such file or folder; expected {kind} files"
         )
     files = sorted(
         {file for pattern in patterns for file in path.rglob(pattern) if file.is_file()},
@@ -196,7 +197,7 @@ def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
     )
     if not files:
         raise CorpusError(
-            f'[data] path = "{path}": no {kind} file there; expected files named {", ".join(patterns)}'
+            f"[data] path = {str(path)!r}: no {kind} files; expected names {', '.join(patterns)}"
         )
     return files
 
@@ -216,7 +217,7 @@ def _read_gzipped_json_lines(file: Path, column: str) -> Iterator[str]:
                     yield _text_of_line(line, column, f"{file}, line {number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(
-            f"{file}: damaged or truncated gzip file ({error}); fetch or write it again"
+            f"{file}: damaged or truncated gzip file ({error}); replace it"
         ) from error
 
 
@@ -225,7 +226,7 @@ def _text_of_line(line: bytes, column: str, where: str) -> str:
         record = json.loads(line)
     except ValueError as error:
         raise CorpusError(
-            f"{where}: expected one JSON object a line ({error}); fix the file"
+            f"{where}: expected one JSON object per line ({error}); fix the file"
         ) from error
     if not isinstance(record, dict):
         raise CorpusError(
@@ -233,9 +234,8 @@ def _text_of_line(line: bytes, column: str, where: str) -> str:
         )
     if not isinstance(record.get(column), str):
         raise CorpusError(
-            f'{where}: expected a string under the key "{column}", found the keys '
-            f"{', '.join(sorted(record))}; "
-            f"set [data] text_column"
+            f"{where}: expected a string under the key {column!r}, found the keys "
+            f"{', '.join(sorted(record))}; set [data] text_column"
         )
     return str(record[column])
 
@@ -245,18 +245,16 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(file) as table:
             if column not in table.schema_arrow.names:
                 raise CorpusError(
-                    f'{file}: there is no column "{column}", found {", ".join(table.schema_arrow.names)}; '
-                    f"set [data] text_column"
+                    f"{file}: no column {column!r}, found {', '.join(table.schema_arrow.names)}; "
+                    "set [data] text_column"
                 )
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
                         raise CorpusError(
-                            f'{file}: column "{column}" holds {type(text).__name__}, expected strings; set '
-                            f"[data] text_column"
+                            f"{file}: column {column!r} holds {type(text).__name__}, expected "
+                            "strings; set [data] text_column"
                         )
                     yield text
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise CorpusError(
-            f"{file}: damaged Parquet file ({error}); fetch or write it again"
-        ) from error
+        raise CorpusError(f"{file}: damaged Parquet file ({error}); replace it") from error

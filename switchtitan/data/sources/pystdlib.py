@@ -1,4 +1,4 @@
-"""The embedded default corpus: the running interpreter's standard library, about 30 MB of Python."""
+"""The default corpus: the standard library of the running interpreter, about 30 MB of Python."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ from switchtitan.data.sources.dataset import Position
 from switchtitan.data.sources.files import FileStream
 from switchtitan.errors import CorpusError
 
-_NOT_OF_THE_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
+_EXCLUDED_NAMES = ("site-packages", "dist-packages", "__pycache__")
 
 
 class StandardLibrarySource:
-    """One document per `.py` file, in the order of names; files that are not UTF-8 and build settings are
-    left out."""
+    """One document per `.py` file, in the order of names, without build settings and files not in
+    UTF-8."""
 
     splits: tuple[str, ...] = ()
 
@@ -25,9 +25,8 @@ class StandardLibrarySource:
         )
         if not self._files:
             raise CorpusError(
-                f'[data] dataset = "pystdlib": there are no .py files in {root}; install the standard '
-                f"library's sources or "
-                f"choose another dataset"
+                f"[data] dataset = 'pystdlib': no .py files in {root}; install the standard "
+                "library's sources or choose another dataset"
             )
 
     @property
@@ -47,23 +46,24 @@ class StandardLibrarySource:
 
 
 def pystdlib_source(path: Path | None, text_column: str | None) -> StandardLibrarySource:
-    """The standard library of the interpreter that runs this."""
+    """The standard library of the running interpreter."""
     return StandardLibrarySource(Path(sysconfig.get_paths()["stdlib"]))
 
 
 def _library_files(root: Path) -> Iterator[Path]:
-    """The library's `.py` files. site-packages can hold ten times as many folders, so the walk stays out of it."""
+    """Yields the library's `.py` files, without walking site-packages, which can be ten times as
+    large."""
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = filter(_belongs, subfolders)
+        subfolders[:] = filter(_is_included, subfolders)
         for name in files:
-            if name.endswith(".py") and _belongs(name):
+            if name.endswith(".py") and _is_included(name):
                 yield Path(folder, name)
 
 
-def _belongs(name: str) -> bool:
-    # _sysconfigdata and the config folder hold the build machine's paths: not the same on two machines of one
-    # version.
-    return name not in _NOT_OF_THE_LIBRARY and not name.startswith(("_sysconfigdata", "config-"))
+def _is_included(name: str) -> bool:
+    # _sysconfigdata and the config folder hold the build machine's paths and so differ between
+    # machines.
+    return name not in _EXCLUDED_NAMES and not name.startswith(("_sysconfigdata", "config-"))
 
 
 def _read_module(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A tiny corpus, prepared once for all tests that only read it."""
+"""A tiny corpus, prepared once for all read-only tests."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ def write_shards(folder: Path, tokens: np.ndarray, cuts: list[int], dtype: str) 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("cuts", [[], [10, 11, 30], [1, 2, 3, 4, 5, 6]])
-def test_sequences_are_slices_of_the_shards_end_to_end(
+def test_sequences_are_slices_of_the_joined_shards(
     tmp_path: Path, dtype: str, cuts: list[int]
 ) -> None:
     tokens = np.random.default_rng(0).integers(
@@ -37,7 +37,7 @@ def test_sequences_are_slices_of_the_shards_end_to_end(
         sequences[7]
 
 
-def test_document_ids_count_the_ends_before_a_token() -> None:
+def test_document_ids_count_the_eos_before_a_token() -> None:
     ids = document_ids(torch.tensor([5, EOS, 6, 7, EOS, EOS, 8]), EOS)
     assert ids.dtype == torch.int32
     assert ids.tolist() == [0, 0, 1, 1, 1, 2, 3]
@@ -52,7 +52,7 @@ def test_pickling_reopens_the_files_instead_of_copying_the_tokens(tmp_path: Path
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"seq_len = 7: .* 7 tokens .* needs 8"):
+    with pytest.raises(CorpusError, match=r"seq_len = 7: .* 7 tokens, .* needs 8"):
         write_shards(tmp_path, np.arange(7), [], "uint16")
     assert len(write_shards(tmp_path, np.arange(8), [], "uint16")) == 1
 

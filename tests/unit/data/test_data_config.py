@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from switchtitan.data import DATASETS, DataConfig
 
 
-def test_every_row_is_a_dataset_and_nothing_else_is() -> None:
+def test_datasets_are_exactly_the_registered_ones() -> None:
     for name, row in DATASETS.items():
         path = Path("x") if row.path == "required" else None
         assert DataConfig(dataset=name, path=path).dataset == name
@@ -21,7 +21,7 @@ def test_every_row_is_a_dataset_and_nothing_else_is() -> None:
         ({"dataset": "pystdlib", "path": "x"}, "path = .* has no effect"),
         ({"dataset": "text", "path": "x", "text_column": "body"}, "text_column"),
         ({"dataset": "c4", "validation_fraction": 0.1}, "own split"),
-        ({"dataset": "c4", "test_fraction": 0.1}, "test_fraction has no effect"),
+        ({"dataset": "c4", "test_fraction": 0.1}, "test_fraction = 0.1 has no effect"),
         ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300 has an effect"),
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
         ({"dataset": "c4", "path": "x", "offline_dataset": "pystdlib"}, "offline_dataset"),
@@ -38,7 +38,7 @@ def test_all_mistakes_are_reported_together() -> None:
         DataConfig(path=Path("x"), text_column="y", offline_dataset="pystdlib")
 
 
-def test_a_tokenizer_name_is_local_where_a_file_of_that_name_exists(
+def test_a_tokenizer_name_is_local_if_a_file_of_that_name_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,10 +49,10 @@ def test_a_tokenizer_name_is_local_where_a_file_of_that_name_exists(
     assert DataConfig(tokenizer="train").tokenizer_path is None
 
 
-def test_the_offline_stand_in_needs_no_hub() -> None:
+def test_fallback_config_needs_no_hub() -> None:
     config = DataConfig(dataset="c4", tokenizer="t5-base", offline_dataset="pystdlib", seq_len=77)
-    stand_in = config.offline_stand_in()
+    fallback = config.fallback_config()
     assert config.needs_hub
-    assert not stand_in.needs_hub
-    assert stand_in.seq_len == 77
-    DataConfig.model_validate(stand_in.model_dump())  # it is valid by itself
+    assert not fallback.needs_hub
+    assert fallback.seq_len == 77
+    DataConfig.model_validate(fallback.model_dump())  # it is valid by itself

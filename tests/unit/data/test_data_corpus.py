@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from switchtitan.data import Corpus, DataConfig, open_corpus, open_prepared, plan_corpus
-from switchtitan.data.corpus_plan import plan_as_named, why_hub_is_unreachable
+from switchtitan.data.corpus_plan import hub_error, plan_from_name
 from switchtitan.errors import CorpusError
 
 
@@ -19,7 +19,7 @@ def copy(corpus: Corpus, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Puts a few modules in the place of the standard library, so that it is prepared in no time."""
+    """Replaces the standard library by a few modules, so that it is prepared quickly."""
     root = tmp_path / "library"
     root.mkdir()
     for number in range(6):
@@ -42,7 +42,7 @@ def test_a_copy_has_the_same_fingerprint(corpus: Corpus, copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.bin", "tokenizer.json"])
 @pytest.mark.parametrize("harm", [flip_a_byte, Path.unlink, lambda file: file.write_bytes(b"")])
-def test_a_damaged_file_is_named_with_the_mend(
+def test_a_damaged_file_is_named_with_the_fix(
     copy: Path, name: str, harm: Callable[[Path], object]
 ) -> None:
     harm(copy / name)
@@ -50,7 +50,7 @@ def test_a_damaged_file_is_named_with_the_mend(
         open_prepared(copy)
 
 
-def test_a_damaged_index_is_named_with_the_mend(copy: Path) -> None:
+def test_a_damaged_index_is_named_with_the_fix(copy: Path) -> None:
     file = copy / "index.json"
     whole = json.loads(file.read_text())
     texts = [
@@ -81,7 +81,7 @@ def test_damage_is_noticed_when_a_configuration_opens_the_corpus(
 
 def test_a_split_shorter_than_a_sequence_is_refused(corpus: Corpus) -> None:
     with pytest.raises(
-        CorpusError, match=r"= 9999: the validation split .* raise validation_fraction"
+        CorpusError, match=r"= 9999: the validation split .* increase validation_fraction"
     ):
         corpus.split("validation", 9999)
 
@@ -89,7 +89,7 @@ def test_a_split_shorter_than_a_sequence_is_refused(corpus: Corpus) -> None:
 def test_a_vocabulary_larger_than_the_models_is_refused(corpus: Corpus) -> None:
     corpus.check_vocabulary(corpus.vocab_size)
     with pytest.raises(
-        CorpusError, match=rf"has {corpus.vocab_size} tokens; raise \[model\] vocab_size"
+        CorpusError, match=rf"has {corpus.vocab_size} tokens; increase \[model\] vocab_size"
     ):
         corpus.check_vocabulary(corpus.vocab_size - 1)
 
@@ -116,7 +116,7 @@ def test_an_unreachable_hub_is_noticed_at_once(
 
 
 @pytest.mark.usefixtures("small_library")
-def test_the_offline_corpus_stands_in_loudly(
+def test_falling_back_to_the_offline_corpus_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -126,13 +126,13 @@ def test_the_offline_corpus_stands_in_loudly(
     corpus = open_corpus(config, show_progress=False)
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "REQUESTED CORPUS UNAVAILABLE" in warning.getMessage()
-    assert 'in place of dataset "c4" with tokenizer "t5-base"' in corpus.description
+    assert "fallback for dataset = 'c4', tokenizer = 't5-base'" in corpus.description
     assert corpus.fingerprint == open_corpus(DataConfig(cache_dir=tmp_path)).fingerprint
-    assert corpus.folder != plan_as_named(config).folder
+    assert corpus.folder != plan_from_name(config).folder
 
 
 @pytest.mark.usefixtures("small_library")
-def test_an_unreachable_tokenizer_brings_in_the_offline_corpus_too(
+def test_an_unreachable_tokenizer_also_falls_back_to_the_offline_corpus(
     monkeypatch: pytest.MonkeyPatch, jsonl_config: DataConfig, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -141,16 +141,16 @@ def test_an_unreachable_tokenizer_brings_in_the_offline_corpus_too(
     assert corpus.name.startswith("pystdlib-")
 
 
-def test_what_lies_prepared_needs_no_hub(
+def test_a_prepared_corpus_needs_no_hub(
     monkeypatch: pytest.MonkeyPatch, jsonl_config: DataConfig, corpus: Corpus, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = jsonl_config.model_copy(update={"tokenizer": "some/tokenizer", "cache_dir": tmp_path})
-    shutil.copytree(corpus.folder, plan_as_named(config).folder)
+    shutil.copytree(corpus.folder, plan_from_name(config).folder)
     assert open_corpus(config).fingerprint == corpus.fingerprint
 
 
-def test_an_answer_of_any_kind_means_that_the_hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_answer_means_that_the_hub_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from threading import Thread
 
@@ -166,13 +166,13 @@ def test_an_answer_of_any_kind_means_that_the_hub_is_there(monkeypatch: pytest.M
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    assert why_hub_is_unreachable() is None
+    assert hub_error() is None
     server.shutdown()
     server.server_close()
-    assert why_hub_is_unreachable() is not None
+    assert hub_error() is not None
 
 
-def test_other_ranks_open_what_the_main_rank_hands_out(jsonl_config: DataConfig) -> None:
+def test_other_ranks_open_the_main_ranks_corpus(jsonl_config: DataConfig) -> None:
     handed: list[dict[str, str]] = []
 
     def send(outcome: dict[str, str]) -> dict[str, str]:
@@ -200,15 +200,13 @@ def test_other_ranks_fail_with_the_main_ranks_error(tmp_path: Path) -> None:
 
 
 def test_a_rank_with_another_corpus_stops(jsonl_config: DataConfig, corpus: Corpus) -> None:
-    outcome = {"stands_in_for": "", "fingerprint": "another"}
+    outcome = {"fallback_for": "", "fingerprint": "another"}
     with pytest.raises(CorpusError, match=f"{corpus.fingerprint}, the main rank's another"):
         open_corpus(jsonl_config, is_main=False, broadcast=lambda _: outcome)
 
 
-def test_a_folder_that_may_not_be_written_is_named(
-    jsonl_config: DataConfig, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_written_is_named(jsonl_config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path / "file" / "corpora"})
-    with pytest.raises(CorpusError, match=r'cache_dir = ".*corpora"'):
+    with pytest.raises(CorpusError, match=r"cache_dir = '.*corpora'"):
         open_corpus(config)

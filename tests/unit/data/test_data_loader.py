@@ -47,7 +47,7 @@ def equal(ours: list[list[Batch]], theirs: list[list[Batch]]) -> bool:
 
 
 def global_batches(sequences: TokenSequences, num_ranks: int, local: int) -> torch.Tensor:
-    """Tokens [step, sample, seq] put together from all ranks."""
+    """Returns tokens [step, sample, seq] of all ranks."""
     ranks = [steps(sequences, 5, rank, num_ranks, local) for rank in range(num_ranks)]
     return torch.stack(
         [
@@ -63,7 +63,7 @@ def global_batches(sequences: TokenSequences, num_ranks: int, local: int) -> tor
     )
 
 
-def test_targets_are_the_next_tokens_and_ids_fit_them(
+def test_targets_are_the_next_tokens_and_ids_match(
     sequences: TokenSequences, corpus: Corpus
 ) -> None:
     batch = steps(sequences, 1)[0][0]
@@ -81,12 +81,12 @@ def test_any_number_of_ranks_sees_the_same_global_batches(
     assert torch.equal(global_batches(sequences, num_ranks, local), global_batches(sequences, 1, 8))
 
 
-def test_going_on_at_a_step_equals_the_straight_run(sequences: TokenSequences) -> None:
+def test_resuming_at_a_step_equals_the_uninterrupted_run(sequences: TokenSequences) -> None:
     straight = steps(sequences, 9)
     assert equal(straight[6:], steps(sequences, 3, start_step=6))
 
 
-def test_a_run_goes_on_over_the_end_of_an_epoch(sequences: TokenSequences) -> None:
+def test_a_run_continues_after_the_end_of_an_epoch(sequences: TokenSequences) -> None:
     per_epoch = len(sequences) // 8
     straight = steps(sequences, per_epoch + 3)
     seen = torch.cat([batch.tokens for step in straight[:per_epoch] for batch in step])
@@ -95,7 +95,7 @@ def test_a_run_goes_on_over_the_end_of_an_epoch(sequences: TokenSequences) -> No
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing_and_are_gone_when_closed(
+def test_workers_change_no_batch_and_end_on_close(
     sequences: TokenSequences, num_workers: int
 ) -> None:
     before = len(multiprocessing.active_children())
@@ -105,7 +105,7 @@ def test_workers_change_nothing_and_are_gone_when_closed(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_global_batch_that_cannot_be_dealt_or_filled_is_refused(
+def test_a_global_batch_that_cannot_be_divided_or_filled_is_refused(
     sequences: TokenSequences,
 ) -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size = 8: .* multiple of .* 2 x 3 = 6"):
@@ -137,13 +137,13 @@ def test_validation_counts_each_target_once_on_any_number_of_ranks(
         assert torch.equal(counted.all(dim=1), counted.any(dim=1))
 
 
-def test_validation_can_be_read_again_and_says_when_it_is_short(
+def test_validation_can_be_iterated_again_and_warns_if_short(
     sequences: TokenSequences, caplog: pytest.LogCaptureFixture
 ) -> None:
     batches = build_validation_batches(
         sequences, num_sequences=10_000_000, local_batch_size=5, rank=0, num_ranks=1
     )
-    assert f"has {len(sequences)}" in caplog.text
+    assert f"using all {len(sequences)}" in caplog.text
     assert batches.num_sequences == len(sequences)
     first, again = next(iter(batches)), next(iter(batches))
     assert torch.equal(first.tokens, again.tokens)

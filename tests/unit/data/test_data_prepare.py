@@ -57,7 +57,7 @@ def run_alone(config: DataConfig, stop_after: int = 0) -> "subprocess.Popen[str]
 
 
 def read_split(corpus: Corpus, split: str) -> list[str]:
-    """The documents of a split, decoded from its tokens."""
+    """Decodes the documents of a split."""
     sequences = corpus.split(split, 1)  # type: ignore[arg-type]
     last = sequences[len(sequences) - 1].tokens[1]
     tokens = [int(sequence.tokens[0]) for sequence in sequences] + [int(last)]
@@ -71,7 +71,7 @@ def read_split(corpus: Corpus, split: str) -> list[str]:
     return documents
 
 
-def test_each_document_comes_back_from_one_split(corpus: Corpus, documents: list[str]) -> None:
+def test_each_document_decodes_from_exactly_one_split(corpus: Corpus, documents: list[str]) -> None:
     held_out = [document for number, document in enumerate(documents) if is_held_out(number, 10)]
     assert read_split(corpus, "validation") == held_out
     assert read_split(corpus, "train") == [text for text in documents if text not in held_out]
@@ -79,7 +79,7 @@ def test_each_document_comes_back_from_one_split(corpus: Corpus, documents: list
     assert corpus.index.dtype == "uint16"
 
 
-def test_held_out_documents_are_the_asked_share_spread_over_the_corpus() -> None:
+def test_held_out_documents_are_the_requested_fraction_spread_over_the_corpus() -> None:
     held_out = [number for number in range(1000) if is_held_out(number, 20)]
     assert held_out[0] == 0
     assert len(held_out) == 50
@@ -87,7 +87,7 @@ def test_held_out_documents_are_the_asked_share_spread_over_the_corpus() -> None
     assert len({number % 20 for number in held_out}) > 10
 
 
-def test_a_test_split_is_a_third_part_of_the_documents(
+def test_the_test_split_is_disjoint_from_the_others(
     jsonl_config: DataConfig, documents: list[str]
 ) -> None:
     config = jsonl_config.model_copy(update={"test_fraction": 0.05})
@@ -100,7 +100,7 @@ def test_a_test_split_is_a_third_part_of_the_documents(
         for number in numbers
         if is_held_out(number, 20, first=1) and number not in validation
     ]
-    # One document in 20, less the few that validation took.
+    # One document in 20, less those in the validation split.
     assert 4 <= len(test) <= 6
     assert read_split(corpus, "validation") == [documents[number] for number in validation]
     assert read_split(corpus, "test") == [documents[number] for number in test]
@@ -109,7 +109,7 @@ def test_a_test_split_is_a_third_part_of_the_documents(
     ]
 
 
-def test_a_corpus_without_a_test_split_says_so(corpus: Corpus) -> None:
+def test_a_missing_test_split_is_an_error(corpus: Corpus) -> None:
     with pytest.raises(
         CorpusError, match=r"no test split, only train, validation.*\[data\] test_fraction"
     ):
@@ -128,7 +128,7 @@ def test_segments_change_the_files_but_not_the_tokens(
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_a_killed_preparation_goes_on_after_its_last_segment(
+def test_a_killed_preparation_resumes_after_its_last_segment(
     jsonl_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path / "killed"})
@@ -178,7 +178,7 @@ def test_progress_without_its_files_is_not_trusted(
 
 @pytest.mark.parametrize("lost", ["progress.json", "tokenizer.json", "train-00001.bin"])
 @pytest.mark.usefixtures("small_batches")
-def test_a_stop_before_the_rename_leaves_nothing_that_looks_whole(
+def test_a_stop_before_the_rename_leaves_nothing_that_looks_complete(
     jsonl_config: DataConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,7 +230,7 @@ def test_what_determines_the_tokens_determines_the_folder(
     assert plan_corpus(jsonl_config.model_copy(update=unrelated)).folder == folder
 
 
-def test_caps_stop_after_so_many_documents_or_bytes(
+def test_caps_limit_documents_and_bytes(
     jsonl_config: DataConfig, tmp_path: Path, documents: list[str]
 ) -> None:
     fewer = jsonl_config.model_copy(update={"cache_dir": tmp_path, "max_documents": 31})
@@ -247,7 +247,7 @@ def _num_documents(config: DataConfig) -> int:
     return sum(index.num_documents(split) for split in index.splits)
 
 
-def test_a_vocabulary_above_65536_needs_four_bytes_a_token(
+def test_a_vocabulary_above_65536_needs_four_bytes_per_token(
     tmp_path: Path, jsonl_config: DataConfig
 ) -> None:
     file = save_tokenizer(tmp_path / "big" / "tokenizer.json", "</s>", ids_from=70_000)
@@ -257,7 +257,7 @@ def test_a_vocabulary_above_65536_needs_four_bytes_a_token(
     assert int(corpus.split("train", 9)[0].tokens.max()) >= 70_000
 
 
-def test_empty_documents_and_lone_surrogates_do_no_harm(tmp_path: Path) -> None:
+def test_empty_documents_and_lone_surrogates_are_harmless(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "", "t\ud800wo", "three", ""])
     config = DataConfig(
         dataset="jsonl", path=tmp_path / "in", vocab_size=257, cache_dir=tmp_path / "out"
@@ -271,12 +271,12 @@ def test_a_corpus_of_one_document_is_refused(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", ["the only one"])
     config = DataConfig(dataset="jsonl", path=tmp_path, vocab_size=257, cache_dir=tmp_path / "out")
     with pytest.raises(
-        CorpusError, match="no document for the train split; a corpus needs at least two"
+        CorpusError, match="no document for the train split; a corpus needs at least 2"
     ):
         prepare_corpus(config, show_progress=False)
 
 
-def test_a_full_disk_is_the_users_to_mend(
+def test_a_full_disk_is_a_clear_error(
     jsonl_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_space(*arguments: object) -> None:
@@ -284,7 +284,7 @@ def test_a_full_disk_is_the_users_to_mend(
 
     monkeypatch.setattr(segments_module.ShardWriter, "write", no_space)
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path})
-    with pytest.raises(CorpusError, match="the disk is full; make room"):
+    with pytest.raises(CorpusError, match="the disk is full; free space"):
         prepare_corpus(config, show_progress=False)
 
 

@@ -11,7 +11,7 @@ def test_an_epoch_visits_every_sequence_once(size: int) -> None:
         assert sorted(order.tolist()) == list(range(size))
 
 
-def test_a_position_alone_says_what_to_read() -> None:
+def test_a_position_alone_determines_the_sequence() -> None:
     together = sequence_index(5, np.arange(300), 101)
     one_by_one = [int(sequence_index(5, np.array([position]), 101)[0]) for position in range(300)]
     assert together.tolist() == one_by_one
@@ -21,7 +21,7 @@ def test_epochs_and_seeds_have_different_orders() -> None:
     orders = [sequence_index(seed, np.arange(303), 101).reshape(3, 101) for seed in (1, 2)]
     distinct = {tuple(epoch) for order in orders for epoch in order.tolist()}
     assert len(distinct) == 6
-    # Independent permutations agree in one place on average; the identity never comes out.
+    # Independent permutations agree in one place on average; the identity is never drawn.
     assert all((np.asarray(epoch) == np.arange(101)).sum() < 10 for epoch in distinct)
 
 
@@ -35,7 +35,7 @@ def test_every_sequence_comes_first_about_equally_often(size: int) -> None:
     assert chi_square < size - 1 + 5 * np.sqrt(2 * (size - 1))
 
 
-def test_neighbours_are_torn_apart() -> None:
+def test_neighbours_are_separated() -> None:
     order = permute(np.arange(10_007), 10_007, seed=0, epoch=0)
     correlation = np.corrcoef(order[:-1], order[1:])[0, 1]
     assert abs(correlation) < 0.05  # standard deviation 1 / sqrt(10 007) = 0.01

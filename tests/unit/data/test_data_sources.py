@@ -33,7 +33,7 @@ def write_corpus(dataset: str, folder: Path, key: str = "text") -> None:
 
 
 @pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "parquet"])
-def test_files_give_their_documents_in_order(dataset: str, tmp_path: Path) -> None:
+def test_files_yield_their_documents_in_order(dataset: str, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path)
     (tmp_path / "README").write_text("not part of it")
     assert list(make_source(dataset, tmp_path).open(None)) == DOCUMENTS
@@ -41,7 +41,7 @@ def test_files_give_their_documents_in_order(dataset: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "parquet"])
 @pytest.mark.parametrize("taken", [0, 1, 9, 10, 22, 23])
-def test_a_stream_goes_on_from_where_it_was(dataset: str, taken: int, tmp_path: Path) -> None:
+def test_a_stream_resumes_at_its_position(dataset: str, taken: int, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path)
     source = make_source(dataset, tmp_path)
     stream = source.open(None)
@@ -55,7 +55,7 @@ def test_a_stream_goes_on_from_where_it_was(dataset: str, taken: int, tmp_path: 
 def test_another_column_can_hold_the_text(dataset: str, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path, key="body")
     assert list(make_source(dataset, tmp_path, text_column="body").open(None)) == DOCUMENTS
-    with pytest.raises(CorpusError, match=r'"text", found .*body.*set \[data\] text_column'):
+    with pytest.raises(CorpusError, match=r"'text', found .*body.*set \[data\] text_column"):
         list(make_source(dataset, tmp_path).open(None))
 
 
@@ -97,7 +97,7 @@ def test_damaged_files_are_named(
         list(make_source(dataset, tmp_path).open(None))
 
 
-def test_a_truncated_gzip_file_is_an_error_and_no_shorter_corpus(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_an_error(tmp_path: Path) -> None:
     write_corpus("json.gz", tmp_path)
     file = tmp_path / "sub" / "1.json.gz"
     file.write_bytes(file.read_bytes()[:-20])
@@ -106,11 +106,9 @@ def test_a_truncated_gzip_file_is_an_error_and_no_shorter_corpus(tmp_path: Path)
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="there is no such file or folder"):
+    with pytest.raises(CorpusError, match="no such file or folder"):
         make_source("text", tmp_path / "missing")
-    with pytest.raises(
-        CorpusError, match=r"no parquet file there; expected files named \*\.parquet"
-    ):
+    with pytest.raises(CorpusError, match=r"no parquet files; expected names \*\.parquet"):
         make_source("parquet", tmp_path)
 
 
@@ -123,7 +121,7 @@ def test_a_change_of_a_file_changes_the_identity(tmp_path: Path) -> None:
     assert make_source("text", tmp_path).identity() != before
 
 
-def test_the_standard_library_leaves_out_what_is_not_its_own(tmp_path: Path) -> None:
+def test_the_standard_library_excludes_other_packages(tmp_path: Path) -> None:
     for name in [
         "b.py",
         "a/c.py",

@@ -13,7 +13,7 @@ from switchtitan.data.tokenizer import fetch_tokenizer, read_tokenizer, train_to
 from switchtitan.errors import CorpusError
 
 
-def test_a_trained_tokenizer_gives_every_text_back(documents: list[str]) -> None:
+def test_a_trained_tokenizer_round_trips_any_string(documents: list[str]) -> None:
     tokenizer = train_tokenizer(documents, 300)
     assert 257 <= tokenizer.vocab_size <= 300
     for text in [*documents, "unseen \x00 ★ Ж\r\n\t  end", "<|endoftext|> in a text"]:
@@ -26,7 +26,7 @@ def test_training_twice_gives_the_same_tokenizer(documents: list[str]) -> None:
     assert train_tokenizer(documents, 290).sha256 == train_tokenizer(iter(documents), 290).sha256
 
 
-def test_documents_are_encoded_whole_without_additions(tmp_path: Path) -> None:
+def test_documents_are_encoded_in_full_without_special_tokens(tmp_path: Path) -> None:
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>")
     tokenizer = read_tokenizer(file)
     assert tokenizer.encode_documents(["a b a b", "b"]) == [[1, 2, 1, 2], [2]]
@@ -34,38 +34,38 @@ def test_documents_are_encoded_whole_without_additions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", ["</s>", "<|endoftext|>", "<eos>"])
-def test_the_usual_end_tokens_are_found(tmp_path: Path, token: str) -> None:
+def test_common_end_tokens_are_found(tmp_path: Path, token: str) -> None:
     tokenizer = read_tokenizer(save_tokenizer(tmp_path / "tokenizer.json", "<pad>", token))
     assert (tokenizer.eos_token, tokenizer.eos_id, tokenizer.vocab_size) == (token, 4, 5)
 
 
 @pytest.mark.parametrize("setting", ["<stop>", {"content": "<stop>", "lstrip": False}])
-def test_settings_beside_the_tokenizer_name_the_end_token(tmp_path: Path, setting: object) -> None:
+def test_settings_next_to_the_tokenizer_name_the_end_token(tmp_path: Path, setting: object) -> None:
     save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<stop>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": setting}))
     assert read_tokenizer(tmp_path).eos_token == "<stop>"
 
 
-def test_vocabulary_size_is_the_largest_id_and_one(tmp_path: Path) -> None:
+def test_vocabulary_size_is_the_largest_id_plus_one(tmp_path: Path) -> None:
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", ids_from=70)
     assert read_tokenizer(file).vocab_size == 73
 
 
 def test_a_tokenizer_without_end_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="no token that ends a document; expected one of </s>"):
+    with pytest.raises(CorpusError, match="no end-of-document token; expected one of </s>"):
         read_tokenizer(save_tokenizer(tmp_path / "tokenizer.json", "[SEP]"))
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"there is no file .*tokenizer\.json"):
+    with pytest.raises(CorpusError, match=r"no file .*tokenizer\.json"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CorpusError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(CorpusError, match=r"tokenizer\.json: .*cannot read it"):
         read_tokenizer(tmp_path)
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does for one file of one repository."""
+    """Serves one file of one repository like the hub."""
 
     contents = b""
 
@@ -102,7 +102,7 @@ def test_a_tokenizer_is_fetched_from_a_hub_and_then_cached(tmp_path: Path) -> No
         "print(fetch_tokenizer('some/name').sha256)\n"
         "assert is_cached('some/name')\n"
     )
-    # The hub's client reads its address once, when it is imported.
+    # The hub's client reads its address on import.
     endpoint = f"http://127.0.0.1:{server.server_port}"
     environment = {
         **os.environ,
@@ -123,7 +123,7 @@ def test_a_tokenizer_is_fetched_from_a_hub_and_then_cached(tmp_path: Path) -> No
     assert result.stdout.strip() == read_tokenizer(file).sha256, result.stderr
 
 
-def test_a_name_that_the_hub_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_unknown_to_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CorpusError, match='tokenizer = "no-such/tokenizer": the Hugging Face hub'):
+    with pytest.raises(CorpusError, match="tokenizer = 'no-such/tokenizer': cannot download"):
         fetch_tokenizer("no-such/tokenizer")
