@@ -1,5 +1,4 @@
-"""Checkpoints that are complete or absent: saving, finding, verifying, loading on any number of ranks,
-pruning."""
+"""Atomic checkpoints: save, find, verify, load on any number of ranks, prune."""
 
 from switchtitan.checkpoint.checkpointer import Checkpointer
 from switchtitan.checkpoint.config import CheckpointConfig

@@ -1,4 +1,4 @@
-"""Failing together: what goes wrong on one rank is raised on all of them, so that none waits for ever."""
+"""Raise an error of one rank on all ranks, so that none waits forever."""
 
 import warnings
 from collections.abc import Callable
@@ -13,15 +13,17 @@ Result = TypeVar("Result")
 
 
 def run_together(function: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
-    """Calls `function` on every rank of `group` and returns all ranks' results in the order of the ranks.
+    """Calls `function` on every rank of `group` and returns the results of all ranks in rank order.
 
     Args:
-        group: None means the default group, or this process alone where torch.distributed is not initialised.
+        group: None means the default group, or this process alone if torch.distributed is not
+            initialized.
 
     Raises:
-        CheckpointError: on every rank, if a file operation or a check failed on any; names the ranks and the
-            reasons.
-        RuntimeError: likewise for any other failure; the rank where it happened raises the original instead.
+        CheckpointError: on every rank, if a file operation or a check failed on any; names ranks
+            and reasons.
+        RuntimeError: likewise for any other failure; the rank that failed raises the original
+            error.
     """
     error: BaseException | None = None
     result: Result | None = None
@@ -51,7 +53,7 @@ def is_expected(error: BaseException) -> bool:
 
 
 def describe_failures(failures: dict[int, str], num_ranks: int) -> str:
-    """One message for what failed on which rank; ranks that failed alike are named once."""
+    """Returns one message for all failures; ranks with the same reason share an entry."""
     if num_ranks == 1:
         return failures[0]
     ranks_by_reason: dict[str, list[int]] = {}
@@ -66,7 +68,7 @@ def describe_failures(failures: dict[int, str], num_ranks: int) -> str:
 
 
 def ignore_warning_about_single_process() -> None:
-    """Silences DCP's remark that there is no process group, where that is what the caller wants."""
+    """Silences DCP's warning about a missing process group."""
     warnings.filterwarnings(
         "ignore", message="torch.distributed is (disabled|unavailable).*single process"
     )

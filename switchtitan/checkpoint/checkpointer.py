@@ -1,4 +1,4 @@
-"""Writing checkpoints: to a partial folder, verified, renamed; in the background if configured."""
+"""Write checkpoints: to a partial folder, verified, then renamed; optionally in the background."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Save:
-    """One checkpoint on its way."""
+    """A save in progress."""
 
     step: int
     names: frozenset[str]
@@ -58,15 +58,17 @@ class _Save:
 
 
 class Checkpointer:
-    """Saves a run's state to `folder` and finds the checkpoint to resume from. Every rank calls every method alike.
+    """Saves a run's state to `folder` and finds the checkpoint to resume from. Every method is
+    collective.
 
     Args:
-        folder: `<output_dir>/checkpoints`, on a file system that all ranks see; made when first needed.
-        identity: what a resumed run must share with the run that saved (see `check_same_run`).
-        metadata: what else is worth knowing: the configuration, the corpus.
-        versions: of the code, by name.
-        comparable_identity: an older checkpoint's identity as `identity` would have been saved today.
-        is_main: true on rank 0 alone, which renames, prunes and logs.
+        folder: `<output_dir>/checkpoints`, on a file system that all ranks see; created on first
+            use.
+        identity: the values that may not change on resume (see `check_same_run`).
+        metadata: for the reader: the configuration, the corpus.
+        versions: of libraries and code, by name.
+        comparable_identity: converts an older checkpoint's identity to today's keys.
+        is_main: whether this is rank 0, which renames, prunes and logs.
     """
 
     def __init__(
@@ -87,31 +89,31 @@ class Checkpointer:
         self._versions = {"torch": torch.__version__, **(versions or {})}
         self._comparable_identity = comparable_identity
         self._is_main = is_main
-        # Two groups: writing in the background and the training loop must not share one.
+        # Two groups: the background thread and the training loop must not share one.
         self._group = _new_gloo_group()
         self._background_group = _new_gloo_group()
         self._in_flight: Future[Path] | None = None
         self._latest: Path | None = None
         self._resumed: Path | None = None
-        # Kept, since copying into memory that is at hand takes a quarter of the time.
+        # Reused: copying into memory that is already allocated takes a quarter of the time.
         self._host_copies = _build_stager()
 
     @property
     def latest(self) -> Path | None:
-        """The newest checkpoint that this object has put in place."""
+        """The newest checkpoint that this object completed."""
         return self._latest
 
     @property
     def resume_point(self) -> Path | None:
-        """What the run would resume from if it was stopped now; None if nothing was saved yet."""
+        """The checkpoint to resume from if the run stopped now; None if there is none yet."""
         return self._latest or self._resumed
 
     def checkpoint_to_resume(self) -> Path | None:
-        """Returns the checkpoint that the configuration says to resume from, the same on every rank; None for a new run.
+        """Returns the checkpoint to resume from, the same on every rank; None for a new run.
 
         Raises:
-            CheckpointError: on every rank, if it is damaged or missing, or the folder holds what a new run
-                may not mix with.
+            CheckpointError: on every rank, if it is damaged or missing, or the folder holds another
+                run's checkpoints.
         """
 
         def find() -> Path | None:
@@ -124,10 +126,10 @@ class Checkpointer:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
     ) -> None:
-        """Writes `<folder>/step-<step>`; waits for an earlier save that is still under way.
+        """Writes `<folder>/step-<step>`; waits for an earlier save in progress.
 
-        With `async_save` it returns once `tensors` are copied, and they may change from then on; `poll` or
-        `finish` completes the save. Otherwise the checkpoint is in place on return.
+        With `async_save`, returns once `tensors` are copied and may change; `poll` or `finish`
+        completes the save. Otherwise the checkpoint is complete on return.
 
         Args:
             step: optimizer steps done.
@@ -135,8 +137,8 @@ class Checkpointer:
             train_state: plain JSON values.
 
         Raises:
-            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints stay
-                untouched.
+            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints
+                are untouched.
         """
         self.finish()
         state: dict[str, JsonValue] = json.loads(json.dumps(dict(train_state)))
@@ -147,7 +149,7 @@ class Checkpointer:
         if self._background_group is None:
             ignore_warning_about_single_process()
         if self._config.async_save:
-            # dcp.async_save does these two as well, but would leave the others waiting if a rank cannot copy.
+            # Not dcp.async_save: if one rank cannot copy, the others would hang.
             staged: dict[str, Tensor] = {}
             run_together(
                 lambda: staged.update(_copy_to_host(tensors, self._host_copies)), self._group
@@ -157,8 +159,7 @@ class Checkpointer:
             self._latest = self._complete(save, tensors)
 
     def poll(self) -> None:
-        """Completes a background save that is done on every rank; returns at once otherwise. Call it each
-        step.
+        """Completes a background save if every rank has written it. Call it each step.
 
         Raises:
             CheckpointError: on every rank in the same call, if the save failed.
@@ -169,7 +170,7 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Waits until a background save is in place.
+        """Waits until a background save is complete.
 
         Raises:
             CheckpointError: on every rank, if it failed.
@@ -180,7 +181,7 @@ class Checkpointer:
         try:
             self._latest = in_flight.result()
         finally:
-            # A Ctrl-C ends the wait, not the save.
+            # Ctrl-C ends the wait, not the save.
             if in_flight.done():
                 self._in_flight = None
 
@@ -191,7 +192,7 @@ class Checkpointer:
         final = self._folder / step_folder_name(step)
         partial = self._folder / partial_folder_name(step)
         self._folder.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # of a save that was interrupted
+        if partial.exists():  # left by an interrupted save
             remove_folder(partial)
         complete_deletions(self._folder)
         if final.exists():
@@ -199,13 +200,13 @@ class Checkpointer:
         free = shutil.disk_usage(self._folder).free
         if num_bytes > free:
             raise CheckpointError(
-                f"cannot save step {step} to {self._folder}: it takes {num_bytes / 2**30:.2f} GiB and "
-                f"{free / 2**30:.2f} GiB are free; make room, or set [checkpoint] keep_latest lower"
+                f"cannot save step {step} to {self._folder}: needs {num_bytes / 2**30:.2f} GiB, "
+                f"{free / 2**30:.2f} GiB are free; free space, or lower [checkpoint] keep_latest"
             )
         partial.mkdir()
 
     def _complete(self, save: _Save, tensors: Mapping[str, Tensor]) -> Path:
-        """Writes `tensors` and puts them in place; every rank gets the same result or error."""
+        """Writes, verifies and renames; every rank gets the same result or error."""
         folder = self._folder
         partial = folder / partial_folder_name(save.step)
         group = self._background_group
@@ -220,7 +221,7 @@ class Checkpointer:
             for name, record in save.writer.written.items():
                 if file_record(partial / name) != record:
                     raise CheckpointError(
-                        f"{partial / name} reads back otherwise than it was written"
+                        f"{partial / name} differs from what was written when read back"
                     )
             return save.writer.written
 
@@ -235,8 +236,8 @@ class Checkpointer:
             run_together(seal, group)
         except CheckpointError as error:
             raise CheckpointError(
-                f"saving step {save.step} to {folder} failed: {error}. Older checkpoints are untouched; "
-                f"what was written lies in {partial.name}"
+                f"cannot save step {save.step} to {folder}: {error}. Older checkpoints are "
+                f"untouched; incomplete files are in {partial.name}"
             ) from error
         return folder / step_folder_name(save.step)
 
@@ -246,7 +247,7 @@ class Checkpointer:
         saved_names = read_tensors_index(partial).tensors.keys()
         if saved_names != save.names:
             raise CheckpointError(
-                f"the index differs from what was saved in {sorted(saved_names ^ save.names)[:4]}"
+                f"the index and the saved tensors differ in {sorted(saved_names ^ save.names)[:4]}"
             )
         metadata = CheckpointMetadata(
             format_version=FORMAT_VERSION,
@@ -263,7 +264,7 @@ class Checkpointer:
         partial.rename(final)
         sync_folder(self._folder)
         logger.info(
-            "Saved %s (%.2f GiB in %.1f s)",
+            "saved %s (%.2f GiB in %.1f s)",
             final,
             sum(record.num_bytes for record in files.values()) / 2**30,
             time.monotonic() - save.started_at,
@@ -271,20 +272,21 @@ class Checkpointer:
         try:
             prune(self._folder, final, self._config.keep_latest, self._is_own_identity)
         except OSError as error:
-            logger.warning("Could not delete an older checkpoint: %s", error)
+            logger.warning("could not delete an older checkpoint: %s", error)
 
     def _is_own_identity(self, saved: Mapping[str, object]) -> bool:
         return self._comparable_identity(saved) == self._identity
 
 
 def _new_gloo_group() -> dist.ProcessGroup | None:
-    """All ranks; None if torch.distributed is not initialized, and this process is alone."""
+    """Returns a group of all ranks; None if torch.distributed is not initialized."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def _build_stager() -> DefaultStager:
-    """What copies to pageable host memory, also what lies in host memory already, and keeps that memory for the next
-    copy; a copy is complete on return."""
+    """Returns a stager that copies to pageable host memory, synchronously, and reuses that memory.
+
+    It also copies tensors that are in host memory already."""
     return DefaultStager(
         StagingOptions(
             use_pinned_memory=False,
@@ -309,17 +311,18 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
 
 
 def _set_aside(path: Path) -> None:
-    """Renames a folder that is in the place of a new checkpoint, unless it is a complete checkpoint.
+    """Renames an incomplete folder that has the name of a new checkpoint.
 
     Raises:
         CheckpointError: if it is complete.
     """
     try:
-        # As thorough as the search for a checkpoint to resume from: what that skipped must not be in the way here.
+        # As thorough as the search on resume: a checkpoint skipped there must not block a save
+        # here.
         check_contents(path)
     except CheckpointError as error:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        logger.warning("renaming %s to %s, because it is not complete: %s", path, aside.name, error)
+        logger.warning("renaming %s to %s, since it is not complete: %s", path, aside.name, error)
         path.rename(aside)
         return
-    raise CheckpointError(f"{path} exists already; nothing is overwritten")
+    raise CheckpointError(f"{path} already exists and is complete; it is not overwritten")

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, whether it may write to its folder, and which checkpoints newer ones replace."""
+"""Find the checkpoint to resume from, check the output folder, prune old checkpoints."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -24,16 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint in `folder`, or None; logs which it is and why newer ones were
-    skipped.
+    """Returns the newest complete checkpoint in `folder`, or None. Verifies checksums.
 
-    Reads the candidates' files to compare checksums.
+    Logs its path, and why newer checkpoints were skipped.
     """
     for path in list_step_folders(folder):
         try:
             check_contents(path)
         except CheckpointError as error:
-            logger.warning("skipping a checkpoint that is not complete: %s", error)
+            logger.warning("skipping an incomplete checkpoint: %s", error)
             continue
         logger.info("the newest complete checkpoint is %s", path)
         return path
@@ -41,14 +40,14 @@ def find_latest(folder: Path) -> Path | None:
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """Returns the checkpoint that `resume` (see `CheckpointConfig.resume`) stands for; None means a new run.
+    """Returns the checkpoint for `resume` (see `CheckpointConfig.resume`); None means a new run.
 
     Args:
-        folder: where the run keeps its own checkpoints.
+        folder: the run's own checkpoints.
 
     Raises:
-        CheckpointError: if `resume` is a path without a complete checkpoint, or "auto" and there are only
-            corrupted ones.
+        CheckpointError: if `resume` is a path without a complete checkpoint, or "auto" and all
+            checkpoints are damaged.
     """
     if resume == RESUME_NEVER:
         return None
@@ -56,16 +55,16 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         latest = find_latest(folder)
         if latest is None and (damaged := list_step_folders(folder)):
             raise CheckpointError(
-                f"[checkpoint] resume = {resume!r}: none of the {len(damaged)} checkpoints in {folder} "
-                "is complete (the warnings above say why); move that folder away to start from scratch"
+                f"[checkpoint] resume = {resume!r}: none of the {len(damaged)} checkpoints in "
+                f"{folder} is complete (see the warnings above); move that folder away to start "
+                "from scratch"
             )
         return latest
     return find_given(Path(resume))
 
 
 def find_given(path: Path) -> Path:
-    """Returns the complete checkpoint that a user's path means: itself, or the newest of the run or folder at
-    `path`.
+    """Returns the complete checkpoint at `path`, or the newest one of the run or folder at `path`.
 
     Raises:
         CheckpointError: if there is none.
@@ -77,41 +76,43 @@ def find_given(path: Path) -> Path:
         if latest := find_latest(folder):
             return latest
     raise CheckpointError(
-        f"no complete checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE} in it, "
+        f"no complete checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE}, "
         "a folder of such folders, or a run's output folder"
     )
 
 
 def check_given_paths(folder: Path, config: CheckpointConfig) -> None:
-    """Refuses a path that leads nowhere, at no cost: for a run to call before it does any work.
+    """Checks that the given paths exist; cheap enough to call before any work.
 
     Args:
-        folder: where the run keeps its own checkpoints; if there are some, initial weights are not read.
+        folder: the run's own checkpoints; if there are any, initial weights are not read.
 
     Raises:
-        CheckpointError: if there is nothing at `config.resume` or `config.initial_weights` where one of them will be read.
+        CheckpointError: if `config.resume` or `config.initial_weights` will be read and does not
+            exist.
     """
     resume, weights = config.resume, config.initial_weights
     if resume not in (RESUME_AUTO, RESUME_NEVER) and not Path(resume).exists():
         raise CheckpointError(
-            f"[checkpoint] resume = {resume!r}: no such folder; expected a checkpoint, or the output folder of a run"
+            f"[checkpoint] resume = {resume!r}: no such folder; expected a checkpoint, or the "
+            "output folder of a run"
         )
     if weights is not None and not Path(weights).exists() and not list_step_folders(folder):
         raise CheckpointError(
-            f"[checkpoint] initial_weights = {weights!r}: no such file or folder; expected a safetensors file, a folder in "
-            "Hugging Face's layout or a checkpoint"
+            f"[checkpoint] initial_weights = {weights!r}: no such file or folder; expected a "
+            "safetensors file, a folder in Hugging Face's layout or a checkpoint"
         )
 
 
 def check_output_folder(folder: Path, resume: str) -> None:
-    """Refuses a folder of checkpoints that the run would mix its own into.
+    """Checks that the run would not mix its checkpoints with those of another.
 
     Args:
-        folder: where the run keeps its own checkpoints; need not exist.
+        folder: the run's own checkpoints; need not exist.
         resume: see `CheckpointConfig.resume`.
 
     Raises:
-        CheckpointError: says which checkpoints are in the way and what to do.
+        CheckpointError: names the conflicting checkpoints and the fix.
     """
     present = list_step_folders(folder)
     if not present or resume == RESUME_AUTO:
@@ -121,21 +122,22 @@ def check_output_folder(folder: Path, resume: str) -> None:
     if resume == RESUME_NEVER:
         raise CheckpointError(
             f"[checkpoint] resume = {resume!r}: {folder} already holds {len(present)} checkpoints, "
-            f'the newest is {newest.name}; {fix}, or set resume = "auto" to resume from there'
+            f"the newest is {newest.name}; {fix}, or set resume = 'auto' to resume from it"
         )
     given = Path(resume).resolve()
     if given in (folder.resolve(), folder.resolve().parent):
         return
     if given.parent != folder.resolve():
         raise CheckpointError(
-            f"[checkpoint] resume = {resume!r} lies elsewhere, but {folder} already holds "
-            f'{len(present)} checkpoints; set resume = "auto" to resume from the newest of them, {fix}'
+            f"[checkpoint] resume = {resume!r}: is outside {folder}, which already holds "
+            f"{len(present)} checkpoints; set resume = 'auto' to resume from the newest of them, "
+            f"or {fix}"
         )
     step, newest_step = step_of(given), step_of(newest)
     if step is not None and newest_step is not None and newest_step > step:
         raise CheckpointError(
-            f"[checkpoint] resume = {resume!r}: {folder} holds {newest.name}, which is newer and would "
-            f"be mixed up with the new run's; {fix}, or move the newer ones away"
+            f"[checkpoint] resume = {resume!r}: {folder} holds the newer {newest.name}, which "
+            f"would mix with the new run's checkpoints; {fix}, or move the newer ones away"
         )
 
 
@@ -145,15 +147,16 @@ def prune(
     keep_latest: int,
     is_own_identity: Callable[[Mapping[str, object]], bool],
 ) -> list[Path]:
-    """Deletes this run's complete checkpoints older than `newest` but the last `keep_latest`; returns them.
+    """Deletes all but the newest `keep_latest` of this run's complete checkpoints; returns the
+    deleted ones.
 
-    Damaged ones, other runs', and those that hold files which saving does not write stay where they are and
-    do not count.
+    Only checkpoints older than `newest` are deleted. Damaged ones, those of other runs, and those
+    with foreign files are neither deleted nor counted.
 
     Args:
-        newest: a complete checkpoint in `folder`; it counts as kept.
+        newest: a complete checkpoint in `folder`; it is kept and counted.
         keep_latest: 0 keeps all.
-        is_own_identity: whether a checkpoint with such an identity is this run's.
+        is_own_identity: whether a checkpoint's identity is this run's.
     """
     if keep_latest == 0:
         return []
@@ -163,31 +166,33 @@ def prune(
     removable = [path for path in older if _is_own(path, is_own_identity)]
     pruned = removable[keep_latest - 1 :]
     for path in pruned:
-        # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
+        # Renamed first, so that an interrupted deletion leaves nothing that looks like a
+        # checkpoint.
         remove_folder(path.rename(deleted_folder(path)))
-        logger.debug("Deleted the older checkpoint %s", path)
+        logger.debug("deleted the older checkpoint %s", path)
     sync_folder(folder)
     return pruned
 
 
 def complete_deletions(folder: Path) -> None:
-    """Deletes what is left of checkpoints whose deletion was interrupted; what cannot be deleted stays, with a warning."""
-    for half_deleted in list_deleted_folders(folder):
+    """Finishes interrupted deletions of checkpoints; logs a warning for files that cannot be
+    deleted."""
+    for leftover in list_deleted_folders(folder):
         try:
-            remove_folder(half_deleted)
+            remove_folder(leftover)
         except OSError as error:
-            logger.warning("Could not delete what is left of an older checkpoint: %s", error)
+            logger.warning("could not finish deleting an older checkpoint: %s", error)
 
 
 def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool]) -> bool:
     try:
         metadata = check_files(path)
     except CheckpointError as error:
-        logger.warning("not deleting a checkpoint that is not complete: %s", error)
+        logger.warning("not deleting an incomplete checkpoint: %s", error)
         return False
     if foreign := foreign_files(path):
         logger.warning(
-            "Not deleting %s: it holds files that saving does not write: %s",
+            "not deleting %s, since it holds foreign files: %s",
             path,
             ", ".join(foreign),
         )

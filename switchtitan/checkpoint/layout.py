@@ -1,12 +1,12 @@
-"""A checkpoint's folder: its files, what they say, and whether they are complete.
+"""A checkpoint's folder: its files, their contents, and whether they are complete.
 
     <output_dir>/checkpoints/step-000001000/
-        metadata.json       format, step, run, versions, and every other file with its size and checksum
-        tensors.json        every tensor: dtype, shape, and where its pieces lie
-        __<rank>_0.distcp   the pieces that a rank wrote (torch.distributed.checkpoint)
-        .metadata           tensors.json for torch's own tools; never read by us, since it is a pickle
+        metadata.json       format, step, run, versions; size and checksum of every other file
+        tensors.json        every tensor: dtype, shape, and the location of its pieces
+        __<rank>_0.distcp   the pieces written by a rank (torch.distributed.checkpoint)
+        .metadata           tensors.json for torch's tools; a pickle, so never read here
 
-While it is being written the folder is called `.step-000001000.partial`.
+The folder is named `.step-000001000.partial` until it is complete.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.files import sha256_of_file
 
 CHECKPOINTS_FOLDER = "checkpoints"
-"""In a run's output folder."""
+"""The folder of checkpoints in a run's output folder."""
 METADATA_FILE = "metadata.json"
 TENSORS_FILE = "tensors.json"
 DCP_METADATA_FILE = ".metadata"
@@ -43,7 +43,7 @@ def partial_folder_name(step: int) -> str:
 
 
 def deleted_folder(path: Path) -> Path:
-    """What a checkpoint's folder is called while it is being deleted."""
+    """The name of a checkpoint's folder during deletion."""
     return path.with_name(f".{path.name}.deleting")
 
 
@@ -53,7 +53,8 @@ def list_deleted_folders(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in the name of a finished checkpoint's folder; None if `path` is not named like one."""
+    """The step in the name of a finished checkpoint's folder; None if `path` is not named like
+    one."""
     match = _STEP_FOLDER.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
@@ -67,7 +68,7 @@ def list_step_folders(folder: Path) -> list[Path]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names in a checkpoint's folder that saving does not write."""
+    """Names in a checkpoint's folder that `Checkpointer` does not write."""
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -79,7 +80,7 @@ def remove_folder(folder: Path) -> None:
     """Deletes a folder that holds nothing but a checkpoint's own files.
 
     Raises:
-        OSError: if it holds anything else; that stays.
+        OSError: if it holds other files, which are not deleted.
     """
     for path in folder.iterdir():
         if _OWN_FILE.fullmatch(path.name) and path.is_file():
@@ -88,7 +89,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable; a file's own fsync does not cover its name."""
+    """Flushes the names in `folder` to disk; a file's fsync does not cover its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,7 +98,8 @@ def sync_folder(folder: Path) -> None:
 
 
 FORMAT_VERSION = 2
-"""2: B of low-rank layers, its candidates and its moments are stored vectors first, [rank, out]; 1 had them transposed."""
+"""2: B of low-rank layers, its candidates and its moments are [rank, out]; in 1 they were
+transposed."""
 
 
 class _Record(BaseModel):
@@ -118,19 +120,19 @@ class CheckpointMetadata(_Record):
     step: int = Field(ge=0)
     """Optimizer steps done."""
     train_state: dict[str, JsonValue]
-    """What the trainer resumes with, e.g. the number of tokens seen."""
+    """The trainer's state, e.g. the number of tokens seen."""
     identity: dict[str, JsonValue]
-    """What may not change when a run is resumed: model, method, corpus."""
+    """The values that may not change on resume: model, method, corpus."""
     run: dict[str, JsonValue]
     """For the reader: the configuration, the corpus, the time."""
     versions: dict[str, str]
-    """Of the code that wrote it."""
+    """Versions of the code that wrote it."""
     files: dict[str, FileRecord]
     """Every other file in the folder, by name."""
 
 
 class Piece(_Record):
-    """A rectangular part of a tensor and where its bytes lie."""
+    """A rectangular part of a tensor and the location of its bytes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -158,7 +160,7 @@ _File = TypeVar("_File", CheckpointMetadata, TensorsIndex)
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
-    """Reads `metadata.json` of the checkpoint at `path`; does not look at the other files.
+    """Reads `metadata.json` of the checkpoint at `path` only.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of another format version.
@@ -166,9 +168,10 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     metadata = _read(path / METADATA_FILE, CheckpointMetadata)
     if metadata.format_version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint format {metadata.format_version}, but this version of switchtitan reads format "
-            f"{FORMAT_VERSION}; resume or export it with switchtitan {metadata.versions.get('switchtitan', 'unknown')}, "
-            "which wrote it, or start a new run in another [job] output_dir"
+            f"{path}: checkpoint format {metadata.format_version}, but this version of switchtitan "
+            f"reads format {FORMAT_VERSION}; resume or export it with switchtitan "
+            f"{metadata.versions.get('switchtitan', 'unknown')}, which wrote it, or start a new "
+            "run in another [job] output_dir"
         )
     return metadata
 
@@ -183,7 +186,7 @@ def read_tensors_index(path: Path) -> TensorsIndex:
 
 
 def write_json(path: Path, contents: CheckpointMetadata | TensorsIndex) -> FileRecord:
-    """Writes `contents` durably to the new file `path` and returns its size and checksum."""
+    """Writes `contents` to the new file `path`, flushed to disk; returns size and checksum."""
     indent = 2 if isinstance(contents, CheckpointMetadata) else None
     data = contents.model_dump_json(indent=indent).encode()
     with path.open("xb") as file:
@@ -194,7 +197,7 @@ def write_json(path: Path, contents: CheckpointMetadata | TensorsIndex) -> FileR
 
 
 def file_record(path: Path) -> FileRecord:
-    """Reads the file `path` for its size and checksum."""
+    """Returns the size and the checksum of the file `path`."""
     return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
 
@@ -207,9 +210,9 @@ def _read(path: Path, kind: type[_File]) -> _File:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = " at " + ".".join(map(str, first["loc"])) if first["loc"] else ""
         raise CheckpointError(
-            f"{path.parent}: {path.name} is damaged{f' at {where}' if where else ''}: {first['msg']}"
+            f"{path.parent}: {path.name} is damaged{where}: {first['msg']}"
         ) from error
 
 
@@ -217,10 +220,10 @@ _NUM_READERS = 4
 
 
 def check_files(path: Path) -> CheckpointMetadata:
-    """Checks that every file is there in full length and that the index covers every tensor. Cheap.
+    """Checks the sizes of all files and that the index covers every tensor. Cheap.
 
     Raises:
-        CheckpointError: names the first thing that is wrong.
+        CheckpointError: names the first problem.
     """
     metadata = read_metadata(path)
     for name, expected in metadata.files.items():
@@ -243,18 +246,18 @@ def check_files(path: Path) -> CheckpointMetadata:
 
 
 def check_contents(path: Path) -> CheckpointMetadata:
-    """As `check_files`, and compares every file's checksum, for which it reads the full checkpoint once.
+    """Checks as `check_files`, and verifies all checksums, which reads the full checkpoint once.
 
     Raises:
-        CheckpointError: names the first thing that is wrong.
+        CheckpointError: names the first problem.
     """
     metadata = check_files(path)
-    with ThreadPoolExecutor(_NUM_READERS) as readers:  # hashlib lets other threads run
+    with ThreadPoolExecutor(_NUM_READERS) as readers:  # hashlib releases the GIL
         records = readers.map(lambda name: file_record(path / name), metadata.files)
         for (name, expected), found in zip(metadata.files.items(), records, strict=True):
             if found != expected:
                 raise CheckpointError(
-                    f"{path}: {name} is corrupted: its checksum is not the one it was saved with"
+                    f"{path}: {name} is corrupted: its checksum differs from the saved one"
                 )
     return metadata
 
@@ -274,8 +277,10 @@ def _check_index(path: Path, index: TensorsIndex, metadata: CheckpointMetadata) 
 
 
 def _is_covered(tensor: TensorRecord) -> bool:
-    """Pieces never overlap (DCP checks that when it plans a save), so those inside the shape cover it if they
-    are as many."""
+    """Whether a tensor's pieces cover its shape.
+
+    Pieces do not overlap (DCP checks this when it plans a save), so comparing numbers of elements
+    suffices."""
     inside = all(
         len(piece.offsets) == len(piece.sizes) == len(tensor.shape)
         and all(

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors on any number of ranks, and those of a run by name."""
+"""Load a checkpoint's tensors on any number of ranks."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from switchtitan.errors import CheckpointError, abbreviate
 
 
 def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills `tensors` in place from the checkpoint at `path`, however it was sharded when it was saved.
+    """Fills `tensors` in place from the checkpoint at `path`, which may be sharded differently.
 
-    Every rank must call it with the same names.
+    Collective: every rank passes the same names.
 
     Args:
-        tensors: exactly the names, shapes and dtypes that were saved; DTensors or plain, on any device but
+        tensors: the saved names, shapes and dtypes, all of them; DTensors or plain tensors, not on
             meta.
 
     Raises:
-        CheckpointError: on every rank, before anything is changed, if the checkpoint is not complete or names,
-            shapes or dtypes differ; names the first few.
+        CheckpointError: on every rank, before any tensor changes, if the checkpoint is not complete
+            or names, shapes or dtypes differ.
     """
 
     def check() -> None:
@@ -39,8 +39,9 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Returns the tensors whose names start with `prefix`, without it, as full tensors on the CPU. Needs no process
-    group.
+    """Returns the tensors whose names start with `prefix`, as full tensors on the CPU.
+
+    The prefix is removed from the names. Needs no process group.
 
     Raises:
         CheckpointError: if the checkpoint is not complete or has no such tensor.
@@ -64,7 +65,7 @@ def _read_into_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     )
     with warnings.catch_warnings():
         ignore_warning_about_single_process()
-        # Each rank reads what it needs; there is nothing to plan together.
+        # Each rank reads the pieces that it needs; no joint planning.
         dcp.load(dict(tensors), storage_reader=JsonIndexReader(path), no_dist=True)
 
 
@@ -74,9 +75,7 @@ def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor
     if missing := sorted(tensors.keys() - saved.keys()):
         problems.append(f"lacks {abbreviate(missing)}")
     if unexpected := sorted(saved.keys() - tensors.keys()):
-        problems.append(
-            f"holds {abbreviate(unexpected)}, which the model or its optimizer does not have"
-        )
+        problems.append(f"holds {abbreviate(unexpected)}, which the model and its optimizer lack")
     differing = [
         f"{name} ({saved[name].dtype} {list(saved[name].shape)}, "
         f"expected {_dtype(tensor)} {list(tensor.shape)})"
@@ -88,8 +87,8 @@ def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor
         problems.append(f"has other shapes or dtypes in {abbreviate(differing)}")
     if problems:
         raise CheckpointError(
-            f"{path} does not fit this run: it {'; it '.join(problems)}. "
-            "Use the configuration that it was saved with, or start a new run in another [job] output_dir"
+            f"{path} does not fit this run: it {'; it '.join(problems)}. Use the configuration it "
+            "was saved with, or start a new run in another [job] output_dir"
         )
 
 
@@ -103,7 +102,7 @@ _MODEL, _OPTIMIZER = "model.", "optimizer."
 class CheckpointTensors:
     """All tensors of a run's checkpoint, sharing memory with the model and the optimizer.
 
-    To be made while all parameters are shards: FSDP swaps them in forward passes.
+    Build it while parameters are sharded: FSDP replaces them during forward passes.
     """
 
     def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
@@ -114,13 +113,13 @@ class CheckpointTensors:
         }
 
     def __call__(self) -> dict[str, Tensor]:
-        """By name, with the optimizer's state of the moment."""
+        """Returns all tensors by name, with the current optimizer state."""
         return self._of_model | {
             f"{_OPTIMIZER}{name}": tensor for name, tensor in self._optimizer.state_dict().items()
         }
 
     def restore(self, checkpoint: Path) -> None:
-        """Fills model and optimizer from a checkpoint, whatever number of ranks saved it."""
+        """Loads model and optimizer from a checkpoint saved on any number of ranks."""
         tensors = self()
         load_tensors_(checkpoint, tensors)
         self._optimizer.load_state_dict(
@@ -132,9 +131,9 @@ class CheckpointTensors:
         )
 
     def check_replicas(self) -> None:
-        """Compares what several ranks hold alike of the model. Every rank must call; waits for the device.
+        """Compares the model's replicas across ranks. Collective; synchronizes with the device.
 
         Raises:
-            RanksDisagreeError: on every rank, if ranks no longer hold the same weights.
+            RanksDisagreeError: on every rank, if replicas differ.
         """
         check_replicas(self._of_model)

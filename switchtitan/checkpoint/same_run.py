@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that wants to resume from it."""
+"""Check that a checkpoint belongs to the run that resumes from it."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,7 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
     """Compares two identities, nested mappings of plain values.
 
     Raises:
-        CheckpointError: names every differing key by its dotted path with both values, and says how to mend
-            it.
+        CheckpointError: names every differing key by its dotted path, with both values and the fix.
     """
     before, now = flatten(saved), flatten(current)
     keys = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]

@@ -1,4 +1,4 @@
-"""DCP's file reader and writer with checksums and with an index in JSON instead of a pickle."""
+"""DCP's file reader and writer with checksums, and with an index in JSON instead of a pickle."""
 
 import hashlib
 import os
@@ -34,14 +34,15 @@ from switchtitan.errors import CheckpointError
 
 
 class ChecksummingWriter(FileSystemWriter):
-    """Writes one durable file per rank, and `tensors.json` on the coordinator; knows what it wrote.
+    """Writes one file per rank, flushed to disk, and `tensors.json` on the coordinator.
 
-    `written` holds this rank's files by name, with the size and the checksum of what was meant to be written.
+    `written` holds this rank's files by name, with size and checksum of the data passed to `write`.
     """
 
     def __init__(self, folder: Path) -> None:
-        # What is saved in the background lies in host memory. Beside CUDA, copying ahead would all the same wait for the
-        # stream of device 0, on which training runs, or put a CUDA context there from every rank.
+        # No copy-ahead: a background save holds host memory. On CUDA, copy-ahead would still wait
+        # for the stream of device 0, on which training runs, or create a CUDA context there on
+        # every rank.
         super().__init__(
             folder,
             single_file_per_rank=True,
@@ -53,7 +54,7 @@ class ChecksummingWriter(FileSystemWriter):
         self.fs = _ChecksummingFiles(self.written)
 
     def storage_meta(self) -> StorageMeta:
-        # DCP's own puts the folder in, which is renamed later.
+        # DCP's version contains the folder, which is renamed later.
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -64,7 +65,7 @@ class ChecksummingWriter(FileSystemWriter):
 
 
 class JsonIndexReader(FileSystemReader):
-    """Reads the index from `tensors.json`. The tensors' bytes go through `torch.load(weights_only=True)`."""
+    """Reads the index from `tensors.json`, and tensors with `torch.load(weights_only=True)`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return _index_to_dcp(read_tensors_index(Path(self.path)))
@@ -74,7 +75,8 @@ class JsonIndexReader(FileSystemReader):
             return super().read_data(plan, planner)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{self.path} holds something other than tensors, which was not loaded; do not trust it"
+                f"{self.path} holds objects other than tensors, which were not loaded; do not "
+                "trust it"
             ) from error
 
 
@@ -95,7 +97,7 @@ class _ChecksummingFiles(FileSystem):
 
 
 class _ChecksummingStream:
-    """A write-only stream; DCP appends only, which makes a running checksum possible."""
+    """A write-only stream with a running checksum; DCP only appends."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -162,7 +164,7 @@ def _index_to_dcp(index: TensorsIndex) -> Metadata:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """`torch.<name>`.
+    """Returns `torch.<name>`.
 
     Raises:
         CheckpointError: if torch has no such dtype.
@@ -170,6 +172,6 @@ def dtype_named(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
-            f"the checkpoint holds a tensor of dtype {name!r}, which this torch does not know"
+            f"the checkpoint holds a tensor of dtype {name!r}, which this version of torch lacks"
         )
     return dtype

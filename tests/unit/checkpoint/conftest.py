@@ -1,4 +1,4 @@
-"""A small state on one process without torch.distributed, and ways to damage what was saved of it."""
+"""A small state on one process without torch.distributed, and ways to damage its checkpoint."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

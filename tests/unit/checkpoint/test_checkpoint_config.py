@@ -6,7 +6,7 @@ from switchtitan.checkpoint import CheckpointConfig
 
 def test_initial_weights_without_effect_are_an_error():
     CheckpointConfig(initial_weights="dense", resume="auto")
-    with pytest.raises(ValidationError, match="would have no effect"):
+    with pytest.raises(ValidationError, match="has no effect"):
         CheckpointConfig(initial_weights="dense", resume="runs/a")
 
 

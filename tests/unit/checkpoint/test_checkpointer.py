@@ -80,19 +80,19 @@ def test_second_save_waits_for_the_first(make_checkpointer, tensors):
     assert checkpointer.latest.name == "step-000000002"
 
 
-def test_a_save_uses_the_memory_of_the_one_before_once_that_is_written(
+def test_a_save_reuses_the_memory_of_the_previous_one_once_written(
     make_checkpointer, tensors, folder, monkeypatch
 ):
     checkpointer = make_checkpointer(async_save=True)
     may_write, places = threading.Event(), []
     write_data = ChecksummingWriter.write_data
 
-    def write_when_told(writer, plan, planner):
+    def write_when_allowed(writer, plan, planner):
         places.append({name: tensor.data_ptr() for name, tensor in planner.state_dict.items()})
         assert may_write.wait(60)
         return write_data(writer, plan, planner)
 
-    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_told)
+    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_allowed)
     expected = {
         1: copies(tensors),
         2: {name: torch.full_like(t, 99) for name, t in tensors.items()},
@@ -102,7 +102,7 @@ def test_a_save_uses_the_memory_of_the_one_before_once_that_is_written(
         tensor.fill_(99)
     second = threading.Thread(target=checkpointer.save, args=(2, tensors, {}))
     second.start()
-    # Long enough to copy a few bytes, which must not be done yet.
+    # Long enough to copy a few bytes, which must not have happened yet.
     second.join(timeout=0.5)
     assert second.is_alive()
     may_write.set()
@@ -118,7 +118,7 @@ def test_a_save_uses_the_memory_of_the_one_before_once_that_is_written(
     )
 
 
-def test_torch_reads_the_checkpoint_with_its_own_tool(make_checkpointer, tensors, tmp_path):
+def test_torchs_own_tool_reads_the_checkpoint(make_checkpointer, tensors, tmp_path):
     checkpointer = make_checkpointer(async_save=False)
     checkpointer.save(1, tensors, {})
     dcp_to_torch_save(checkpointer.latest, tmp_path / "state.pt")
@@ -138,9 +138,7 @@ def test_full_disk_is_a_clear_error_and_leaves_older_checkpoints(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ChecksummingWriter, "write_data", no_space)
-    with pytest.raises(
-        CheckpointError, match=r"saving step 2 .* failed: .*No space left on device"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot save step 2 .*No space left on device"):
         save_and_finish(checkpointer, 2, tensors)
     assert checkpointer.latest.name == "step-000000001"
     assert not (folder / "step-000000002").exists()
@@ -153,7 +151,7 @@ def test_full_disk_is_a_clear_error_and_leaves_older_checkpoints(
 
 def test_too_little_space_is_refused_before_writing(make_checkpointer, folder):
     huge = {"weight": torch.empty(1).expand(1 << 50)}
-    with pytest.raises(CheckpointError, match=r"cannot save step 1 .* GiB are free; make room"):
+    with pytest.raises(CheckpointError, match=r"cannot save step 1 .* GiB are free; free space"):
         make_checkpointer().save(1, huge, {})
     assert list(folder.iterdir()) == []
 
@@ -172,7 +170,7 @@ def test_damage_between_writing_and_reading_back_is_found(
         return results
 
     monkeypatch.setattr(ChecksummingWriter, "write_data", damage)
-    with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
+    with pytest.raises(CheckpointError, match="differs from what was written when read back"):
         make_checkpointer(async_save=False).save(1, tensors, {})
     assert [path.name for path in folder.iterdir()] == [".step-000000001.partial"]
 
@@ -187,7 +185,7 @@ def test_leftovers_of_an_interrupted_save_are_replaced(make_checkpointer, tensor
     assert not partial.exists()
 
 
-def test_other_files_in_the_leftovers_are_never_deleted(make_checkpointer, tensors, folder):
+def test_foreign_files_in_the_leftovers_are_never_deleted(make_checkpointer, tensors, folder):
     partial = folder / ".step-000000001.partial"
     partial.mkdir(parents=True)
     (partial / "notes.txt").write_text("mine")
@@ -196,15 +194,17 @@ def test_other_files_in_the_leftovers_are_never_deleted(make_checkpointer, tenso
     assert (partial / "notes.txt").read_text() == "mine"
 
 
-def test_whole_checkpoint_is_never_overwritten(make_checkpointer, tensors):
+def test_complete_checkpoint_is_never_overwritten(make_checkpointer, tensors):
     checkpointer = make_checkpointer(async_save=False)
     checkpointer.save(1, tensors, {"tokens_seen": 1})
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         checkpointer.save(1, tensors, {"tokens_seen": 2})
     assert read_metadata(checkpointer.latest).train_state == {"tokens_seen": 1}
 
 
-def test_damaged_checkpoint_in_the_way_is_set_aside(make_checkpointer, tensors, folder, caplog):
+def test_damaged_checkpoint_of_the_same_step_is_set_aside(
+    make_checkpointer, tensors, folder, caplog
+):
     damaged = folder / "step-000000001"
     damaged.mkdir(parents=True)
     (damaged / "__0_0.distcp").write_bytes(b"half")
@@ -216,7 +216,7 @@ def test_damaged_checkpoint_in_the_way_is_set_aside(make_checkpointer, tensors, 
     assert "not complete" in caplog.text
 
 
-def test_what_resuming_skips_is_set_aside_when_its_step_comes_again(
+def test_a_checkpoint_skipped_on_resume_is_set_aside_when_its_step_is_saved(
     make_checkpointer, tensors, folder, caplog
 ):
     checkpointer = make_checkpointer(async_save=False)
@@ -236,14 +236,14 @@ def test_what_resuming_skips_is_set_aside_when_its_step_comes_again(
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own answer to it: a shell starts what runs in the background with the signal ignored."""
+    """Restores Python's handler: a shell starts background processes with the signal ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_during_the_wait_for_a_save_does_not_give_it_up(
+def test_ctrl_c_while_waiting_for_a_save_does_not_abort_it(
     make_checkpointer, tensors, folder, monkeypatch
 ):
     checkpointer = make_checkpointer(async_save=True)
@@ -281,5 +281,5 @@ def test_resume_finds_the_newest_checkpoint_or_none(make_checkpointer, tensors, 
     checkpointer.save(9, tensors, {})
     checkpointer.save(10, tensors, {})
     assert make_checkpointer().checkpoint_to_resume() == folder / "step-000000010"
-    with pytest.raises(CheckpointError, match='resume = "auto"'):
+    with pytest.raises(CheckpointError, match="resume = 'auto'"):
         make_checkpointer(resume="never").checkpoint_to_resume()

@@ -19,7 +19,7 @@ def saved(make_checkpointer, tensors):
 
 
 class Malicious:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace) -> None:
         self._trace = trace
@@ -28,8 +28,8 @@ class Malicious:
         return (open, (str(self._trace), "w"))
 
 
-def list_files_anew(path) -> None:
-    """What an attacker would do: make sizes and checksums fit."""
+def update_file_records(path) -> None:
+    """Updates sizes and checksums, as an attacker would."""
     metadata = json.loads((path / "metadata.json").read_text())
     metadata["files"] = {name: file_record(path / name).model_dump() for name in metadata["files"]}
     (path / "metadata.json").write_text(json.dumps(metadata))
@@ -85,7 +85,7 @@ def test_tensors_are_read_by_prefix(saved, tensors):
 
 def test_malicious_index_pickle_is_never_opened(saved, tensors, tmp_path):
     (saved / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
-    list_files_anew(saved)
+    update_file_records(saved)
     assert find_latest(saved.parent) == saved
     load_tensors_(saved, tensors)
     read_tensors(saved)
@@ -105,9 +105,9 @@ def test_malicious_tensor_pickle_is_refused(saved, tensors, tmp_path):
         for piece in tensor["pieces"]:
             piece |= {"start": 0, "num_bytes": len(archive.getvalue())}
     (saved / "tensors.json").write_text(json.dumps(index))
-    list_files_anew(saved)
+    update_file_records(saved)
     check_files(saved)
-    with pytest.raises(CheckpointError, match="something other than tensors"):
+    with pytest.raises(CheckpointError, match="objects other than tensors"):
         load_tensors_(saved, tensors)
     assert not (tmp_path / "executed").exists()
 
@@ -127,7 +127,7 @@ def test_index_that_does_not_fit_is_refused(saved, tensors, change, message):
     index = json.loads((saved / "tensors.json").read_text())
     change(index["tensors"]["model.layers.0.weight"])
     (saved / "tensors.json").write_text(json.dumps(index))
-    list_files_anew(saved)
+    update_file_records(saved)
     with pytest.raises(CheckpointError, match=message):
         load_tensors_(saved, tensors)
 
@@ -135,7 +135,7 @@ def test_index_that_does_not_fit_is_refused(saved, tensors, change, message):
 def test_unknown_dtype_is_refused(saved):
     index = (saved / "tensors.json").read_text()
     (saved / "tensors.json").write_text(index.replace('"int64"', '"load"'))
-    list_files_anew(saved)
+    update_file_records(saved)
     with pytest.raises(CheckpointError, match="dtype 'load'"):
         read_tensors(saved)
 
