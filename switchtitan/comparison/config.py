@@ -145,7 +145,7 @@ def load_comparison(file: Path) -> ComparisonConfig:
     file = find_config(file)
     if not file.is_file():
         raise ConfigError(
-            f"{file}: there is no such file; expected the TOML file that declares a comparison"
+            f"{file}: no such file; expected the TOML file that declares a comparison"
         )
     if "rows" not in read_toml(file):
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""Typed, validated, frozen configuration sections, read from TOML and the command line."""
+"""Typed, validated, frozen configuration sections from TOML files and the command line."""

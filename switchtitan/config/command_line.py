@@ -11,14 +11,15 @@ from pathlib import PurePath
 from switchtitan.config.explain import COMMAND_LINE, Mistake, Override, nearest
 from switchtitan.config.fields import KeyPath, describe, is_section_type
 from switchtitan.config.section import Section
-from switchtitan.config.toml_text import toml_value
+from switchtitan.config.toml_text import NONE_STRING, toml_value
 
-_OPTION = re.compile(r"--?[A-Za-z]")  # so that `-1` and `-1e-3` are values
+_OPTION = re.compile(r"--?[A-Za-z]")
+"""Start of an option; does not match the values `-1` and `-1e-3`."""
 
 
 @dataclass
 class Arguments:
-    """The command line, split but not yet interpreted."""
+    """The command line, split but not interpreted."""
 
     config_file: str | None = None
     wants_help: bool = False
@@ -30,7 +31,7 @@ def split_arguments(argv: Sequence[str], section: str | None = None) -> Argument
     """Split `--config FILE`, `--help`, `--section.key value ...` and `--section.key=value`.
 
     Args:
-        section: keys may also be written without this section, e.g. `--path` for `--data.path`.
+        section: keys of this section may be given without it, e.g. `--path` for `--data.path`.
     """
     arguments = Arguments()
     words = list(argv)
@@ -50,14 +51,14 @@ def split_arguments(argv: Sequence[str], section: str | None = None) -> Argument
     return arguments
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+def positive_int(word: str) -> int:
+    """Parse an integer of at least 1, as an argparse type."""
     try:
-        number = int(text)
+        number = int(word)
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1")
+        raise argparse.ArgumentTypeError(f"{word}: expected an integer >= 1")
     return number
 
 
@@ -68,17 +69,18 @@ def print_help(
     names: Mapping[str, Sequence[str]] | None = None,
     has_prefixes: bool = True,
 ) -> None:
-    """Print every key of the sections on standard output, with its type, present value and description.
+    """Print every key of the sections with its type, current value and description, on stdout.
 
     Args:
         usage: the command, e.g. `switchtitan train [--config FILE]`.
-        introduction: what stands above the keys.
-        names: the values that a section's key `name` may have, where a registry has several.
-        has_prefixes: keys are written with their section, e.g. `--data.path` rather than `--path`.
+        introduction: text above the keys.
+        names: section -> allowed values of its key `name`, for sections that a registry chooses.
+        has_prefixes: whether keys include their section, e.g. `--data.path` instead of `--path`.
     """
     columns = max(40, min(100, shutil.get_terminal_size((80, 24)).columns))
     print(
-        f"usage: {usage} [--{'section.' if has_prefixes else ''}key value ...]\n\n{introduction.strip()}"
+        f"usage: {usage} [--{'section.' if has_prefixes else ''}key value ...]\n\n"
+        f"{introduction.strip()}"
     )
     for name, section in sections.items():
         lines = _section_help(
@@ -103,24 +105,20 @@ def _section_help(section: Section, path: KeyPath, columns: int, names: Sequence
 
 
 def _summary(section_type: type[Section]) -> str:
-    """The class's docstring without the section's name in front of it."""
-    text = " ".join((section_type.__doc__ or "").split())
-    return _capitalized(re.sub(r"^`\[[^`]*`[:.]? ?", "", text))
+    """Return the class's docstring without the section's name at its start."""
+    docstring = " ".join((section_type.__doc__ or "").split())
+    return _capitalized(re.sub(r"^`\[[^`]*`[:.]? ?", "", docstring))
 
 
-def _capitalized(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _capitalized(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _shown(value: object) -> str:
-    # As it would be typed.
-    return (
-        "none"
-        if value is None
-        else str(value)
-        if isinstance(value, (str, PurePath))
-        else toml_value(value)
-    )
+    """Return the value as a user types it on the command line."""
+    if value is None:
+        return NONE_STRING
+    return str(value) if isinstance(value, (str, PurePath)) else toml_value(value)
 
 
 def _wrapped(text: str, indent: int, columns: int, hanging: int) -> list[str]:

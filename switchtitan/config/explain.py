@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in messages that say where, what was expected, and what to do."""
+"""Error messages for a configuration: where the error is, what was expected, and what to do."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ COMMAND_LINE = "on the command line:"
 TOGETHER = "values that do not fit together:"
 
 SectionTypes = Mapping[str, type[Section] | Mapping[str, type[Section]]]
-"""Section -> its class, or the classes by name among which its key `name` chooses."""
+"""Section -> its class, or name -> class for a section whose key `name` chooses its class."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Mistake:
     """One line of the message, e.g. `[training] steps = "9": expected an integer`."""
 
     heading: str
-    """Where it was made: a file, the command line, or between keys. The message is grouped by it."""
-    text: str
+    """Group in the message: a file, the command line, or values that do not fit together."""
+    message: str
 
 
 @dataclass(frozen=True)
 class Override:
-    """A value that the command line gives to a key."""
+    """A key's value on the command line."""
 
     option: str
-    """As it was typed, e.g. `--training.steps`."""
+    """As typed, e.g. `--training.steps`."""
     words: list[str]
-    """What follows it."""
+    """The arguments after it."""
 
     def __str__(self) -> str:
         return f"{self.option} {' '.join(self.words)}"
@@ -54,24 +54,24 @@ class Override:
 
 @dataclass
 class Draft:
-    """What the files and the command line say, and every mistake found in it so far."""
+    """The values in the files and on the command line, and all mistakes found so far."""
 
     config_type: type[Section]
     section_types: SectionTypes
     table: dict[str, Any]
-    """Values by key; the command line's have replaced the files'."""
+    """Values by key. Values of the command line replace those of the files."""
     chosen: dict[str, type[Section]] = field(default_factory=dict)
-    """The class of each section. A section whose `name` is wrong is left out."""
+    """The class of each section, without sections whose `name` is wrong."""
     origins: Mapping[KeyPath, str] = field(default_factory=dict)
-    """The file in which a key stands, where it is not `file`."""
+    """The file of each key that is not in `file`."""
     file: str = ""
     overrides: Mapping[KeyPath, Override] = field(default_factory=dict)
     overrides_heading: str | None = None
-    """Where overrides come from that no one typed: they are shown as keys of a file under this heading."""
+    """For overrides that a program made: the heading under which they are shown, as in a file."""
     mistakes: list[Mistake] = field(default_factory=list)
 
     def value(self, path: KeyPath) -> tuple[object, ...]:
-        """The value given at `path` as a tuple of one, or an empty tuple if there is none."""
+        """Return the value at `path` as a tuple of one, or an empty tuple if there is none."""
         value: Any = self.table
         for name in path:
             if isinstance(value, list) and name.isdigit() and int(name) < len(value):
@@ -83,7 +83,7 @@ class Draft:
         return (value,)
 
     def type_at(self, path: KeyPath) -> Any:
-        """The type of the section or key at `path`, None if there is none."""
+        """Return the type of the section or key at `path`, None if there is none."""
         annotation: Any = self.config_type
         for depth, name in enumerate(path):
             if item_section_type(annotation) is not None and name.isdigit():
@@ -97,12 +97,12 @@ class Draft:
         return annotation
 
     def field_at(self, path: KeyPath) -> FieldInfo | None:
-        """The field of the key at `path`, None if there is none."""
+        """Return the field of the key at `path`, None if there is none."""
         section = self.type_at(path[:-1])
         return section.model_fields.get(path[-1]) if is_section_type(section) else None
 
     def add_error(self, path: KeyPath, problem: str) -> None:
-        """Note a mistake at `path`, written as the user wrote it: in TOML or as an option."""
+        """Add a mistake at `path`, written as the user wrote the key: in TOML or as an option."""
         override = self.overrides.get(path)
         if override is not None and self.overrides_heading is None:
             self.mistakes.append(Mistake(COMMAND_LINE, f"{override}: {problem}"))
@@ -114,7 +114,7 @@ class Draft:
         self.mistakes.append(Mistake(self._heading(path), f"{place}: {problem}"))
 
     def _heading(self, path: KeyPath) -> str:
-        """The place where a key stands, or where a missing one should."""
+        """Return the heading for a key, or for the place where it is missing."""
         if self.overrides_heading is not None:
             belongs = (
                 path in self.overrides
@@ -123,12 +123,13 @@ class Draft:
             )
             if belongs:
                 return self.overrides_heading
-        known = (path[:length] for length in range(len(path), 0, -1))
-        return f"in {next((self.origins[prefix] for prefix in known if prefix in self.origins), self.file)}:"
+        prefixes = (path[:length] for length in range(len(path), 0, -1))
+        origins = (self.origins[prefix] for prefix in prefixes if prefix in self.origins)
+        return f"in {next(origins, self.file)}:"
 
 
 def toml_place(path: Sequence[str], *given: object) -> str:
-    """A key as it stands in the file: `[section] key = value`; without a given value, `[section] key`."""
+    """Return a key as in a file: `[section] key = value`, or `[section] key` without a value."""
     *tables, key = path
     values = "".join(f" = {toml_value(value)}" for value in given)
     if key.isdigit():
@@ -141,36 +142,40 @@ def toml_place(path: Sequence[str], *given: object) -> str:
 
 
 def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice that `word` most likely meant, None if none is similar enough (0 to 1, see `difflib`)."""
+    """Return the choice most similar to `word`, None if no similarity reaches `cutoff`.
+
+    Args:
+        cutoff: from 0 to 1, see `difflib.get_close_matches`.
+    """
     by_lower_case = {choice.lower(): choice for choice in choices}
     matches = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=cutoff)
     return by_lower_case[matches[0]] if matches else None
 
 
 def raise_together(mistakes: Sequence[Mistake]) -> None:
-    """Return if there are no mistakes.
+    """Raise one error for all mistakes.
 
     Raises:
-        ConfigError: with every mistake in one message, grouped by where it was made.
+        ConfigError: if there are mistakes; the message has all of them, grouped by heading.
     """
     if not mistakes:
         return
     lines = [f"invalid configuration ({len(mistakes)} error{'s' if len(mistakes) > 1 else ''})"]
     headings = dict.fromkeys(mistake.heading for mistake in mistakes)
-    # Files first, then the command line, then what spans both.
+    # Files first, then the command line, then values that do not fit together.
     for heading in sorted(
         headings, key=lambda heading: (heading == TOGETHER, heading == COMMAND_LINE)
     ):
         lines.append(heading)
-        lines += [f"  {mistake.text}" for mistake in mistakes if mistake.heading == heading]
+        lines += [f"  {mistake.message}" for mistake in mistakes if mistake.heading == heading]
     raise ConfigError("\n".join(lines))
 
 
 def explain(draft: Draft, error: ValidationError, section: KeyPath = ()) -> None:
-    """Note one mistake in `draft` for every key that `error` complains of.
+    """Add one mistake to `draft` for every key in pydantic's `error`.
 
     Args:
-        section: the path of the table that was validated; the whole configuration's is empty.
+        section: the path of the validated table, empty for the full configuration.
     """
     seen: set[KeyPath] = set()
     for detail in error.errors():
@@ -178,7 +183,7 @@ def explain(draft: Draft, error: ValidationError, section: KeyPath = ()) -> None
             _explain_name(draft, section[0])
             continue
         path = _key_path(draft, section, detail)
-        # A union complains once for each of its types, a list once for each item.
+        # pydantic reports one error for each type of a union and for each item of a list.
         if path in seen and detail["type"] not in ("value_error", "extra_forbidden"):
             continue
         seen.add(path)
@@ -194,7 +199,7 @@ def explain(draft: Draft, error: ValidationError, section: KeyPath = ()) -> None
 
 
 def explain_unknown_section(draft: Draft, section: str) -> None:
-    """Note that there is no such section or, for a key above all sections, where it belongs."""
+    """Add a mistake for an unknown section, or for a key outside any section."""
     options = dotted_keys(draft.chosen)
     homes = [option for option in options if option.partition(".")[2] == section]
     near = nearest(section, [*draft.section_types, "base"])
@@ -211,7 +216,7 @@ def explain_unknown_section(draft: Draft, section: str) -> None:
 
 
 def _explain_name(draft: Draft, section: str) -> None:
-    """Note that a section's `name` is missing or chooses nothing."""
+    """Add a mistake for a section's `name` that is missing or unknown."""
     names = sorted(draft.section_types[section])  # type: ignore[arg-type]
     expected = f"expected {'one of ' if len(names) > 1 else ''}{', '.join(map(toml_value, names))}"
     given = draft.value((section, "name"))
@@ -222,7 +227,7 @@ def _explain_name(draft: Draft, section: str) -> None:
 
 
 def _explain_unknown_key(draft: Draft, path: KeyPath) -> None:
-    """Note that there is no such key, with the nearest one that there is."""
+    """Add a mistake for an unknown key, with the nearest known one."""
     *tables, key = path
     section = tables[0] if tables else ""
     keys = draft.type_at(path[:-1]).model_fields
@@ -276,10 +281,10 @@ def _explain_value(draft: Draft, path: KeyPath) -> None:
 
 
 def _key_path(draft: Draft, section: KeyPath, detail: ErrorDetails) -> KeyPath:
-    """The path of the key that a complaint is about, without the items and union branches below it."""
+    """Return the path of the key in a pydantic error, without list items and union branches."""
     path, steps = section, detail["loc"]
     if section and isinstance(draft.section_types[section[0]], Mapping):
-        # A discriminated union puts its branch first.
+        # The first step is the branch of the discriminated union.
         steps = steps[1:]
     for step in steps:
         below = draft.type_at(path)

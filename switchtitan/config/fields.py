@@ -1,4 +1,4 @@
-"""What a field of a section accepts: by test, from words of the command line, and in words."""
+"""The values that a section's field accepts: tests, parsing of arguments, and descriptions."""
 
 import json
 import types
@@ -12,10 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from switchtitan.config.section import Section
-from switchtitan.config.toml_text import NONE_TEXT, toml_value
+from switchtitan.config.toml_text import NONE_STRING, toml_value
 
 KeyPath = tuple[str, ...]
-"""The way to a key, e.g. ("training", "steps"); an item of a list of tables is called by its index."""
+"""Path of a key, e.g. ("training", "steps"); an index stands for an item of a list of tables."""
 
 _NAMES = {
     bool: "true or false",
@@ -36,18 +36,18 @@ _BOUNDS = {
 
 
 def is_section_type(annotation: object) -> bool:
-    """Whether a field of this type is a table of its own."""
+    """Whether a field of this type is a table."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def item_section_type(annotation: object) -> type[Section] | None:
-    """The class of the tables in a list of tables, None for a field of another type."""
+    """Return the class of the tables in a list of tables, None for other types."""
     items = get_args(annotation) if get_origin(annotation) in (tuple, list) else ()
     return items[0] if items and is_section_type(items[0]) else None
 
 
 def dotted_keys(sections: Mapping[str, type[Section]]) -> list[str]:
-    """Every key of the given sections as the command line writes it, e.g. `training.steps`."""
+    """Return all keys of the sections as on the command line, e.g. `training.steps`."""
     keys = []
     for section, section_type in sections.items():
         for name, field in section_type.model_fields.items():
@@ -58,7 +58,7 @@ def dotted_keys(sections: Mapping[str, type[Section]]) -> list[str]:
 
 
 def accepts(field: FieldInfo, value: object) -> bool:
-    """Whether the field's type and bounds admit a value as TOML gives it: nothing is converted."""
+    """Whether a value from TOML fits the field's type and bounds without a conversion."""
     try:
         bounded: Any = field.annotation
         for bound in field.metadata:
@@ -70,10 +70,11 @@ def accepts(field: FieldInfo, value: object) -> bool:
 
 
 def interpret(key: FieldInfo | None, words: Sequence[str]) -> object:
-    """The value that the words of an override mean for a key of the given type.
+    """Parse the arguments of an override for a key.
 
-    A word is read as TOML (`8`, `true`, `["a", "b"]`), as a bare string, and as items between commas; the first reading that
-    the key accepts is taken. If it accepts none, the plainest one is returned, which validation then refuses.
+    An argument is parsed as TOML (`8`, `true`, `["a", "b"]`), as a string without quotes, and as
+    items separated by commas. Returns the first result that the key accepts. If it accepts none,
+    returns the first result, which validation then rejects.
     """
     if len(words) > 1:
         readings: list[object] = [[_literal(word) for word in words], list(words)]
@@ -83,13 +84,17 @@ def interpret(key: FieldInfo | None, words: Sequence[str]) -> object:
         readings = [_literal(word), word, [_literal(item) for item in items], items]
     if key is None:
         return readings[0]
-    if " ".join(words).lower() == NONE_TEXT and admits_none(key) and NONE_TEXT not in choices(key):
+    if (
+        " ".join(words).lower() == NONE_STRING
+        and admits_none(key)
+        and NONE_STRING not in choices(key)
+    ):
         return None
     return next((reading for reading in readings if accepts(key, reading)), readings[0])
 
 
 def choices(field: FieldInfo) -> list[str]:
-    """The strings among a field's allowed literal values."""
+    """Return the strings among a field's allowed literal values."""
     return [choice for choice in _literals(field.annotation) if isinstance(choice, str)]
 
 
@@ -99,7 +104,7 @@ def admits_none(field: FieldInfo) -> bool:
 
 
 def describe(field: FieldInfo) -> str:
-    """What the field accepts in words, e.g. `an integer >= 1, or "none"`."""
+    """Describe what the field accepts, e.g. `an integer >= 1, or "none"`."""
     return _describe(field.annotation, field.metadata)
 
 
@@ -127,7 +132,7 @@ def _describe(annotation: object, metadata: Sequence[object]) -> str:
 
 
 def _literal(word: str) -> object:
-    """A word as TOML or Python would read it; itself where neither can."""
+    """Parse a word as a TOML or Python value; return it unchanged if it is neither."""
     if word in ("True", "False"):
         return word == "True"
     try:
@@ -135,7 +140,7 @@ def _literal(word: str) -> object:
     except tomli.TOMLDecodeError:
         pass
     try:
-        return float(word)  # `.5` and `1.` are no TOML
+        return float(word)  # `.5` and `1.` are not valid TOML
     except ValueError:
         return word
 
@@ -162,10 +167,10 @@ def _flattened(metadata: Sequence[object]) -> list[object]:
 
 
 def _bounds(metadata: Sequence[object]) -> str:
-    texts = [
-        text.format(getattr(entry, attribute))
+    bounds = [
+        template.format(getattr(entry, attribute))
         for entry in metadata
-        for bound_type, (attribute, text) in _BOUNDS.items()
+        for bound_type, (attribute, template) in _BOUNDS.items()
         if isinstance(entry, bound_type)
     ]
-    return f" {' and '.join(texts)}" if texts else ""
+    return f" {' and '.join(bounds)}" if bounds else ""

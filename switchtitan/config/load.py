@@ -1,4 +1,4 @@
-"""From TOML files and command-line overrides to a validated configuration, every mistake reported at once."""
+"""Loads a configuration from TOML files and overrides. Reports all mistakes in one message."""
 
 import inspect
 import json
@@ -31,14 +31,16 @@ from switchtitan.config.fields import (
 )
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import FOLDER
-from switchtitan.config.toml_text import NONE_TEXT, toml_value
+from switchtitan.config.toml_text import NONE_STRING, toml_value
 from switchtitan.errors import ConfigError
 from switchtitan.registry import Registry
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 Check = Callable[..., list[str]]
-"""A test of how sections fit together; its parameters are named after the sections that it looks at."""
+"""Checks that sections fit together; returns error messages.
+
+Its parameters have the names of the sections that it needs."""
 
 
 def load_config(
@@ -48,13 +50,13 @@ def load_config(
     checks: Sequence[Check] = (),
     overrides_heading: str | None = None,
 ) -> ConfigT:
-    """Read, override and validate a configuration whose fields are all sections.
+    """Read, override and validate a configuration that consists of sections.
 
     Args:
-        arguments: the command line, split.
-        file: the TOML file, if there is one.
-        checks: each runs when the sections that its parameters name are valid.
-        overrides_heading: where the overrides come from if no one typed them; messages show it.
+        arguments: the split command line.
+        file: the TOML file; None for an empty one.
+        checks: each runs if all sections that it needs are valid.
+        overrides_heading: for overrides that a program made: their heading in error messages.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -80,13 +82,13 @@ def load_config(
         wanted = [name for name in inspect.signature(check).parameters if name in types]
         if all(name in sections for name in wanted):
             found = check(**{name: sections[name] for name in wanted})
-            draft.mistakes += [Mistake(TOGETHER, text) for text in found]
+            draft.mistakes += [Mistake(TOGETHER, message) for message in found]
     raise_together(draft.mistakes)
     return config_type(**sections)
 
 
 def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read and validate a file whose keys stand above all sections.
+    """Read and validate a file as one section.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -101,7 +103,7 @@ def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
 
 
 def section_types(config_type: type[Section]) -> SectionTypes:
-    """Every section's class or, if a registry's row is chosen by its key `name`, the classes by name."""
+    """Return every section's class, or name -> class if a registry chooses it by `name`."""
     types: dict[str, Any] = {}
     for name, section in config_type.model_fields.items():
         registries = [entry for entry in section.metadata if isinstance(entry, Registry)]
@@ -111,22 +113,22 @@ def section_types(config_type: type[Section]) -> SectionTypes:
 
 @dataclass
 class TomlFile:
-    """What a TOML file says, merged with the files that it is based on."""
+    """The values of a TOML file, merged with those of its bases."""
 
     table: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
-    """The file in which each key and table stands; the last one where several do."""
+    """The file of each key and table; the last one if several have it."""
 
 
 def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
-    """Read a TOML file and, if it has the key `base`, what it does not say from the file named there.
+    """Read a TOML file and add the keys that it lacks from its `base`.
 
-    `base` is a path relative to the file in which it stands, or the name of a configuration that is installed with
-    switchtitan; a base may have a base. Tables are merged key by key. If the `name` of `[model]`, `[method]` or `[optimizer]`
-    differs from the base's, none of the base's keys of that section are kept.
+    `base` is a path relative to the file that has this key, or the name of a configuration that is
+    installed with switchtitan. A base may have a base. Tables are merged key by key. A `[model]`,
+    `[method]` or `[optimizer]` section whose `name` differs from the base's takes no keys from it.
 
     Raises:
-        ConfigError: if a file cannot be read, or is based on itself.
+        ConfigError: if a file cannot be read, or is its own base.
     """
     chain: dict[Path, tuple[Path, dict[str, Any]]] = {}
     at = file
@@ -143,7 +145,7 @@ def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
         if not at.is_file() and (FOLDER / base).is_file():
             at = FOLDER / base
         if not at.is_file():
-            raise ConfigError(f"{place}: there is no such file{_neighbour_hint(at)}")
+            raise ConfigError(f"{place}: no such file{_neighbour_hint(at)}")
         if at.resolve() in chain:
             cycle = " -> ".join(str(path) for path, _ in chain.values())
             raise ConfigError(
@@ -164,12 +166,12 @@ def read_toml(file: Path) -> dict[str, Any]:
     """Read a TOML file.
 
     Raises:
-        ConfigError: if it is missing, cannot be read, or is no TOML.
+        ConfigError: if it is missing, cannot be read, or is not valid TOML.
     """
     try:
         return tomli.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{file}: there is no such file{_neighbour_hint(file)}") from error
+        raise ConfigError(f"{file}: no such file{_neighbour_hint(file)}") from error
     except OSError as error:
         raise ConfigError(f"{file}: expected a readable file: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -177,7 +179,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except tomli.TOMLDecodeError as error:
         raise ConfigError(
             f"{file}: not valid TOML: {error}\n"
-            "A string stands in quotes, a list in [brackets], and a key once under its [section]."
+            "Write strings in quotes, lists in [brackets], and each key once under its [section]."
         ) from error
 
 
@@ -188,7 +190,7 @@ def _has_other_name(above: object, below: object) -> bool:
 
 
 def _merge(into: TomlFile, table: Mapping[str, Any], path: KeyPath, file: str) -> None:
-    """Put the keys of `table`, which stands at `path` in `file`, over those of `into`."""
+    """Merge `table`, found at `path` in `file`, into `into`, replacing values of the same keys."""
     target = into.table
     for name in path:
         target = target[name]
@@ -204,7 +206,10 @@ def _merge(into: TomlFile, table: Mapping[str, Any], path: KeyPath, file: str) -
 
 
 def _choose_classes(draft: Draft) -> None:
-    """Find each section's class, by its `name` where it has several. A wrong name is left for the validation."""
+    """Find each section's class, by its `name` if a registry chooses it.
+
+    Validation reports a wrong name.
+    """
     for section, types in draft.section_types.items():
         if not isinstance(types, Mapping):
             draft.chosen[section] = types
@@ -218,7 +223,10 @@ def _choose_classes(draft: Draft) -> None:
 
 
 def _apply_overrides(draft: Draft) -> None:
-    """Put the command line's values over the files'; unknown keys are left for the validation."""
+    """Replace the files' values with those of the command line.
+
+    Validation reports unknown keys.
+    """
     for path, override in draft.overrides.items():
         if len(path) == 1:
             _add_undotted_error(draft, path[0])
@@ -227,7 +235,7 @@ def _apply_overrides(draft: Draft) -> None:
         for name in path[:-1]:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
-                break  # the file's mistake, which the validation reports
+                break  # validation reports this mistake of the file
         else:
             target[path[-1]] = interpret(draft.field_at(path), override.words)
 
@@ -242,7 +250,7 @@ def _add_undotted_error(draft: Draft, option: str) -> None:
 
 
 def _validated(draft: Draft, name: str) -> list[Section]:
-    """The section `name`, or an empty list after noting its mistakes."""
+    """Return the section `name` in a list, or an empty list after adding its mistakes."""
     given = draft.table.get(name, {})
     if not isinstance(given, dict):
         draft.add_error((name,), f"expected a table: [{name}] and its keys below it")
@@ -254,7 +262,7 @@ def _validated(draft: Draft, name: str) -> list[Section]:
     for entry in section.metadata:
         annotation = Annotated[annotation, entry]
     try:
-        # Built now, so that a union holds the rows that its registry has by now.
+        # Built here, so that a union has all current rows of its registry.
         return [TypeAdapter(annotation).validate_json(_json(given), strict=True)]
     except ValidationError as error:
         explain(draft, error, (name,))
@@ -262,19 +270,23 @@ def _validated(draft: Draft, name: str) -> list[Section]:
 
 
 def _read_none(given: dict[str, Any], section_type: type[Section]) -> None:
-    """Replace the string that stands for None, where a key may be None."""
+    """Replace the string "none" by None for keys that may be None."""
     for key, value in given.items():
         key_field = section_type.model_fields.get(key)
         if key_field is None:
             continue
         if isinstance(value, dict) and is_section_type(key_field.annotation):
             _read_none(value, key_field.annotation)  # type: ignore[arg-type]
-        elif value == NONE_TEXT and admits_none(key_field) and NONE_TEXT not in choices(key_field):
+        elif (
+            value == NONE_STRING
+            and admits_none(key_field)
+            and NONE_STRING not in choices(key_field)
+        ):
             given[key] = None
 
 
 def _json(table: Mapping[str, Any]) -> str:
-    # A TOML date or time, which no key takes, becomes something that no key takes either.
+    # No key accepts a TOML date or time, and none accepts what replaces it.
     return json.dumps(table, default=lambda value: {"date or time": str(value)})
 
 

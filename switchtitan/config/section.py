@@ -6,12 +6,12 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen, strict part of the configuration, e.g. `[training]`.
+    """A frozen, strict section of the configuration, e.g. `[training]`.
 
-    Each field has a docstring with its unit and allowed values; `--help` shows it.
+    Each field has a docstring with its unit and allowed values, which `--help` shows.
     """
 
-    # Defaults are not validated: the strict JSON mode in which sections are read refuses a `Path` there.
+    # Defaults are not validated: sections are read in strict JSON mode, which rejects a `Path`.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     resumable_keys: ClassVar[frozenset[str]] = frozenset()
@@ -20,7 +20,7 @@ class Section(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         for field in cls.model_fields.values():
-            # A docstring's line breaks are the source's; `--help` breaks lines where its columns end.
+            # `--help` wraps lines itself.
             field.description = " ".join(field.description.split()) if field.description else None
 
 
@@ -28,4 +28,4 @@ class NamedSection(Section):
     """A section whose key `name` chooses its class from a registry, e.g. `[method] name = "lora"`."""
 
     name: str
-    """A subclass has one value here, e.g. `name: Literal["lora"] = "lora"`."""
+    """A subclass allows one value, e.g. `name: Literal["lora"] = "lora"`."""

@@ -1,4 +1,4 @@
-"""The configurations that are installed with the package: `train_configs/` of the checkout, linked into the package."""
+"""The configurations that are installed with the package, from the checkout's `train_configs/`."""
 
 import os
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 
 FOLDER = Path(str(resources.files("switchtitan"))) / "train_configs"
 QUICKSTART = FOLDER / "llama_quickstart_switchlora.toml"
-"""What is trained if no configuration is given."""
+"""The configuration that is used if none is given."""
 
 
 def find_config(given: str | Path) -> Path:
-    """The file that a user means: `given`, or if there is no such file, the configuration of that name in `FOLDER`.
+    """Return `given` if it exists, else the configuration of that name in `FOLDER`.
 
-    `llama_350m_switchlora.toml` and `train_configs/llama_350m_switchlora.toml` both name that configuration from anywhere.
-    Says on standard error which file was taken, except in the ranks that a launcher started.
+    `llama_350m_switchlora.toml` and `train_configs/llama_350m_switchlora.toml` work in any working
+    directory. Prints on stderr that a file in `FOLDER` is used, except in a launcher's ranks.
     """
     path = Path(given)
     if path.exists() or path.is_absolute():

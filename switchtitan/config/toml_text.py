@@ -1,4 +1,4 @@
-"""Sections and values as TOML text."""
+"""Converts sections and values to TOML."""
 
 import json
 import math
@@ -9,28 +9,28 @@ from pydantic import ValidationError
 
 from switchtitan.config.section import Section
 
-NONE_TEXT = "none"
-"""TOML has no null: this string stands for None, in files and on the command line, where a key may be None."""
+NONE_STRING = "none"
+"""Stands for None in files and on the command line if the key may be None: TOML has no null."""
 
 
 def resolved_toml(config: Section) -> str:
-    """The whole configuration, defaults included, as TOML that reads back to an equal configuration.
+    """Return the full configuration, including defaults, as TOML that loads as an equal one.
 
-    A default that must not be set, since it has no effect beside the other keys, stands there as a comment.
+    A default that must not be set, because the other keys leave it no effect, becomes a comment.
     """
     return "\n".join(_table_lines(config, ())).strip() + "\n"
 
 
 def toml_value(value: object) -> str:
-    """One value as it would stand in a TOML file; what TOML cannot say is shown as Python would."""
+    """Return a value as in a TOML file, or as in Python if TOML has no such value."""
     if value is None:
-        return f'"{NONE_TEXT}"'
+        return f'"{NONE_STRING}"'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return _float_text(value)
+        return _float_toml(value)
     if isinstance(value, (str, PurePath)):
-        # JSON's string escapes are TOML's, but for DEL, which TOML wants escaped.
+        # TOML's string escapes are those of JSON, except that TOML escapes DEL too.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
@@ -40,7 +40,7 @@ def toml_value(value: object) -> str:
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """A nested table's values by dotted key, e.g. `training.steps`; tuples become lists."""
+    """Return a nested table's values by dotted key, e.g. `training.steps`, with tuples as lists."""
     flat: dict[str, object] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def _table_lines(config: Section, path: tuple[str, ...]) -> list[str]:
 
 
 def _keys_to_set(config: Section, values: Mapping[str, object]) -> set[str]:
-    """All keys, without those that it would be refused to set to their default, as having no effect."""
+    """Return all keys except those that must not be set, even to their defaults."""
     active = dict(values)
     if not _is_valid(config, active):
         active = {key: values[key] for key in values if key in config.model_fields_set}
@@ -85,7 +85,7 @@ def _is_valid(config: Section, values: Mapping[str, object]) -> bool:
     return True
 
 
-def _float_text(value: float) -> str:
+def _float_toml(value: float) -> str:
     if math.isfinite(value):
         return repr(value)
     return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")

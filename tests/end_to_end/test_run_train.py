@@ -214,7 +214,7 @@ MISTAKES = {
         ["--training.global_batch_size", "900000", *ELSEWHERE],
         ["[training] global_batch_size = 900000", "fewer than one global batch"],
     ),
-    "a missing file": (["--config", "missing.toml"], ["missing.toml: there is no such file"]),
+    "a missing file": (["--config", "missing.toml"], ["missing.toml: no such file"]),
     "a missing corpus": (
         ["--data.dataset", "text", "--data.path", "no/such/books"],
         ["[data] path = ", "no/such/books", "no such file or folder"],

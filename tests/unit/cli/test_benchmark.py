@@ -236,7 +236,7 @@ def test_losses_are_compared_in_time_and_memory(
         (["step", "FILE:method.rnk=3"], "did you mean rank?"),
         (["step", "FILE:method.rnk=3"], ":method.rnk=3: invalid configuration"),
         (["step", "FILE", "--training.steps", "9"], "expected at least 53"),
-        (["step", "no-such.toml"], "there is no such file"),
+        (["step", "no-such.toml"], "no such file"),
         (["layer", "--shape", "8x6", "--rank", "6"], "less than the smaller dimension of [8, 6]"),
         (
             ["layer", "--model.size", "9m"],

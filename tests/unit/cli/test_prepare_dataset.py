@@ -47,7 +47,7 @@ def test_a_corpus_is_prepared_and_summed_up(tmp_path: Path) -> None:
         (["--dataset", "textt"], '--dataset textt: expected one of .* did you mean "text"'),
         (["--data.pth", "x"], "--data.pth x: unknown key; did you mean path"),
         (["--dataset", "text", "--path", "/no/such/folder"], "there is no such file or folder"),
-        (["--config", "missing.toml"], "there is no such file"),
+        (["--config", "missing.toml"], "no such file"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(

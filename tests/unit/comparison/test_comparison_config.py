@@ -113,7 +113,7 @@ def test_the_comparisons_that_ship_are_sound(file):
 
 def test_a_missing_or_short_file_is_told(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"grid.toml: there is no such file; expected the TOML file that declares"
+        ConfigError, match=r"grid.toml: no such file; expected the TOML file that declares"
     ):
         load_comparison(tmp_path / "grid.toml")
     training = REPOSITORY / "train_configs" / "llama_60m_lora.toml"

@@ -16,7 +16,7 @@ def run_in(folder: Path, *arguments: str) -> Run:
 def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):
     run = run_in(tmp_path / "run", "--config", "nowhere.toml")
     with pytest.raises(
-        RunFailedError, match=r"(?s)status 2 .*output.txt .*nowhere.toml: there is no such file"
+        RunFailedError, match=r"(?s)status 2 .*output.txt .*nowhere.toml: no such file"
     ):
         Runner(1).run_all([run], lambda run: False, lambda run: None)
     with try_lock(run.folder / "lock") as lock:

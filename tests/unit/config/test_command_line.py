@@ -1,4 +1,4 @@
-"""Command-line words become the values that the key's type admits."""
+"""Command-line arguments are parsed as values that the key accepts."""
 
 from pathlib import Path
 from typing import Literal
@@ -58,19 +58,21 @@ class Everything(Section):
         ("resume", ["7"], 7),
     ],
 )
-def test_words_are_read_as_what_the_key_admits(key: str, words: list[str], value: object) -> None:
+def test_words_are_parsed_as_a_value_that_the_key_accepts(
+    key: str, words: list[str], value: object
+) -> None:
     result = interpret(Everything.model_fields[key], words)
     assert result == value
     assert type(result) is type(value)
 
 
-def test_words_that_the_key_refuses_are_left_for_the_validation() -> None:
+def test_words_that_the_key_does_not_accept_are_returned_for_validation() -> None:
     assert interpret(Everything.model_fields["count"], ["many"]) == "many"
     assert interpret(Everything.model_fields["count"], ["1.0"]) == 1.0
     assert interpret(None, ["1.0"]) == 1.0
 
 
-def test_arguments_are_taken_apart() -> None:
+def test_arguments_are_split() -> None:
     arguments = split_arguments(
         ["--a.x", "-1", "--config", "my file.toml", "--a.y=--odd", "--b.local-key", "1", "2", "-h"]
     )
@@ -96,15 +98,17 @@ def test_arguments_are_taken_apart() -> None:
         (["-x"], "-x: expected --section.key value"),
     ],
 )
-def test_malformed_arguments_are_noted(argv: list[str], expected: str) -> None:
-    assert [mistake.text for mistake in split_arguments(argv).mistakes] == [expected]
+def test_malformed_arguments_become_mistakes(argv: list[str], expected: str) -> None:
+    assert [mistake.message for mistake in split_arguments(argv).mistakes] == [expected]
 
 
-def test_a_section_may_be_left_out_where_it_is_the_only_one() -> None:
+def test_keys_of_a_given_section_may_omit_it() -> None:
     arguments = split_arguments(["--path", "a", "--data.seq-len", "8"], section="data")
     assert {path: str(given) for path, given in arguments.overrides.items()} == {
         ("data", "path"): "--path a",
         ("data", "seq_len"): "--data.seq-len 8",
     }
     twice = split_arguments(["--path", "a", "--data.path", "b"], section="data")
-    assert [mistake.text for mistake in twice.mistakes] == ["--data.path b: given twice; keep one"]
+    assert [mistake.message for mistake in twice.mistakes] == [
+        "--data.path b: given twice; keep one"
+    ]

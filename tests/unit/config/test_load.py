@@ -1,4 +1,4 @@
-"""Files and overrides become sections; every mistake is reported, all in one message."""
+"""Files and overrides become sections. All mistakes are reported in one message."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -89,11 +89,11 @@ def message_of(load: Load, text: str, *argv: str, checks: tuple = ()) -> str:
     return str(caught.value)
 
 
-def test_defaults_stand_where_nothing_is_given(load: Load) -> None:
+def test_missing_keys_get_their_defaults(load: Load) -> None:
     assert load(GOOD) == Job(training=Training(steps=3), method=Switch())
 
 
-def test_overrides_win_over_the_file(load: Load) -> None:
+def test_overrides_replace_values_of_the_file(load: Load) -> None:
     argv = [
         "--training.steps=7",
         "--training.clip",
@@ -107,7 +107,7 @@ def test_overrides_win_over_the_file(load: Load) -> None:
     assert load(GOOD, *argv).training == expected
 
 
-def test_a_file_may_say_none(load: Load) -> None:
+def test_the_string_none_in_a_file_is_none(load: Load) -> None:
     training = load('[training]\nsteps = 3\nclip = "none"\n[method]\nname = "lora"').training
     assert training == Training(steps=3, clip=None)
 
@@ -151,7 +151,8 @@ def test_sections_are_frozen(load: Load) -> None:
         ),
         (
             'steps = 1\ndtype = "bf16"',
-            '[training] dtype = "bf16": expected one of "bfloat16", "float32"; did you mean "bfloat16"?',
+            '[training] dtype = "bf16": expected one of "bfloat16", "float32"; '
+            'did you mean "bfloat16"?',
         ),
         ("steps = 1\nfoldre = 1", "[training] foldre = 1: unknown key; did you mean folder?"),
         ("steps = 1\nrank = 1", "[training] rank = 1: unknown key; did you mean [method] rank?"),
@@ -165,7 +166,9 @@ def test_sections_are_frozen(load: Load) -> None:
         ),
     ],
 )
-def test_a_mistake_in_a_value_says_what_was_expected(load: Load, line: str, expected: str) -> None:
+def test_a_wrong_value_is_reported_with_what_was_expected(
+    load: Load, line: str, expected: str
+) -> None:
     message = message_of(load, f'[method]\nname = "lora"\n[training]\n{line}\n')
     heading, where, *mistakes = message.splitlines()
     assert heading == "invalid configuration (1 error)"
@@ -190,7 +193,7 @@ def test_a_mistake_in_a_value_says_what_was_expected(load: Load, line: str, expe
         ),
     ],
 )
-def test_a_mistake_in_a_section_says_what_was_expected(
+def test_a_wrong_section_is_reported_with_what_was_expected(
     load: Load, text: str, expected: str
 ) -> None:
     assert message_of(load, text).splitlines()[2:] == [f"  {expected}"]
@@ -204,11 +207,13 @@ def test_a_mistake_in_a_section_says_what_was_expected(
         (["--training.stesp", "1"], "--training.stesp 1: unknown key; did you mean steps?"),
         (
             ["--steps", "1"],
-            "--steps 1: unknown option; expected --section.key value; did you mean --training.steps?",
+            "--steps 1: unknown option; expected --section.key value; "
+            "did you mean --training.steps?",
         ),
         (
             ["--training.folder", "a", "b"],
-            "--training.folder a b: expected a path, got 2 arguments; quote values that contain spaces",
+            "--training.folder a b: expected a path, got 2 arguments; "
+            "quote values that contain spaces",
         ),
         (["--traning.steps", "1"], "--traning.steps 1: unknown section; did you mean [training]?"),
         (
@@ -230,15 +235,15 @@ def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed(
     ]
 
 
-def test_a_key_that_another_name_leaves_no_place_for_says_what_to_do(load: Load) -> None:
+def test_a_key_that_the_overriding_name_does_not_have_is_reported_with_a_fix(load: Load) -> None:
     message = message_of(load, GOOD + "interval = 3\n", "--method.name", "lora")
     assert message.splitlines()[2:] == [
-        '  [method] interval = 3: unknown key; it is a key of [method] name = "switch"; with --method.name, choose a file '
-        "for that name, or remove this line"
+        '  [method] interval = 3: unknown key; it is a key of [method] name = "switch"; '
+        "with --method.name, choose a file for that name, or remove this line"
     ]
 
 
-def test_all_mistakes_come_in_one_message_grouped_by_source(load: Load) -> None:
+def test_all_mistakes_are_in_one_message_grouped_by_source(load: Load) -> None:
     def check_rank(method: Switch, training: Training) -> list[str]:
         raise AssertionError("runs only when both sections are valid")
 
@@ -309,7 +314,7 @@ def load_file(file: Path, *argv: str) -> Job:
     return load_config(split_arguments(argv), file, Job)
 
 
-def test_a_base_says_what_the_file_does_not(write: Callable[..., Path]) -> None:
+def test_a_base_adds_the_keys_that_the_file_lacks(write: Callable[..., Path]) -> None:
     write(
         "bases/lowest.toml",
         '[training]\nsteps = 1\nlr = 2.0\n[training.inner]\ndepth = 3\n[method]\nname = "lora"',
@@ -339,7 +344,7 @@ def test_another_name_keeps_none_of_the_bases_keys_of_that_section(
     assert load_file(named).method == Lora(rank=7)
 
 
-def test_a_mistake_is_reported_with_the_file_in_which_it_stands(write: Callable[..., Path]) -> None:
+def test_a_mistake_is_reported_with_its_file(write: Callable[..., Path]) -> None:
     base = write(
         "base.toml", '[training]\nsteps = 0\nstesp = 1\n[traning]\n[method]\nname = "lora"'
     )
@@ -375,7 +380,7 @@ def test_a_base_that_cannot_be_read_is_refused(write: Callable[..., Path], tmp_p
     top = write("top.toml", 'base = "llama_35m.toml"')
     with pytest.raises(
         ConfigError,
-        match=r'top\.toml: base = "llama_35m\.toml": there is no such file; did you mean .*350m',
+        match=r'top\.toml: base = "llama_35m\.toml": no such file; did you mean .*350m',
     ):
         load_file(top)
     top = write("top.toml", 'base = "llama_350m.toml"')
@@ -409,7 +414,7 @@ def test_a_row_registered_later_can_be_chosen(load: Load) -> None:
     assert '[method] name = "toy": expected one of "lora", "switch"' in message
 
 
-def test_a_row_needs_a_name_of_its_own() -> None:
+def test_a_row_needs_a_unique_name_that_is_its_section_s_default() -> None:
     with pytest.raises(ValueError, match="'lora' is registered already"):
         METHODS.register("lora", Component(Lora, str))
     with pytest.raises(ValueError, match="defaults to 'lora'; expected 'other'"):

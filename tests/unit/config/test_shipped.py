@@ -8,7 +8,7 @@ def test_the_quickstart_ships():
 
 
 @pytest.mark.parametrize("given", [QUICKSTART.name, f"train_configs/{QUICKSTART.name}"])
-def test_a_shipped_configuration_is_found_from_anywhere_and_said(
+def test_a_shipped_configuration_is_found_from_any_folder_and_its_path_is_printed(
     given, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -20,7 +20,7 @@ def test_a_shipped_configuration_is_found_from_anywhere_and_said(
     )
 
 
-def test_a_file_of_the_users_comes_first_and_nothing_is_said(tmp_path, monkeypatch, capsys):
+def test_an_existing_file_is_preferred_and_nothing_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / QUICKSTART.name).touch()
     for given in (QUICKSTART.name, "nowhere.toml", str(tmp_path / "nowhere.toml")):

@@ -1,4 +1,4 @@
-"""A configuration written as TOML reads back equal."""
+"""A configuration written as TOML loads as an equal one."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ class Picky(Section):
         return self
 
 
-class Whole(Section):
+class Config(Section):
     part: Part = Part()
     picky: Picky = Picky()
 
@@ -48,7 +48,7 @@ class Whole(Section):
     "value",
     ['quote " and \\ back', "line\nbreak", "tab\tbell\x07", "\x7f", "ünïcode ☃", "", "none so far"],
 )
-def test_any_text_reads_back(value: str) -> None:
+def test_any_string_reads_back(value: str) -> None:
     assert tomli.loads(f"key = {toml_value(value)}") == {"key": value}
 
 
@@ -64,10 +64,10 @@ def test_nan_reads_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "whole",
+    "config",
     [
-        Whole(),
-        Whole(
+        Config(),
+        Config(
             part=Part(
                 text='say "no"',
                 ratio=3,
@@ -77,17 +77,17 @@ def test_nan_reads_back() -> None:
                 inner=Inner(depth=4),
             )
         ),
-        Whole(picky=Picky(mode="still")),
+        Config(picky=Picky(mode="still")),
     ],
 )
-def test_a_resolved_configuration_reads_back_equal(whole: Whole, tmp_path: Path) -> None:
+def test_a_resolved_configuration_loads_as_an_equal_one(config: Config, tmp_path: Path) -> None:
     file = tmp_path / "resolved.toml"
-    file.write_text(resolved_toml(whole))
-    assert load_config(split_arguments([]), file, Whole) == whole
+    file.write_text(resolved_toml(config))
+    assert load_config(split_arguments([]), file, Config) == config
 
 
 def test_only_a_default_that_may_not_be_set_becomes_a_comment() -> None:
-    text = resolved_toml(Whole(picky=Picky(mode="still")))
+    text = resolved_toml(Config(picky=Picky(mode="still")))
     assert '[picky]\nmode = "still"\n# speed = 1.0\ncolour = "red"\n' in text
 
 
