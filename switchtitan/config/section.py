@@ -21,7 +21,8 @@ class Section(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         for field in cls.model_fields.values():
             # `--help` wraps lines itself.
-            field.description = " ".join(field.description.split()) if field.description else None
+            if field.description:
+                field.description = " ".join(field.description.split())
 
 
 class NamedSection(Section):

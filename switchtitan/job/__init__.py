@@ -1,1 +1,1 @@
-"""The configuration of a whole run: its sections put together, and the checks that span them."""
+"""The configuration of a run: all sections, and the checks between them."""

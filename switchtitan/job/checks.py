@@ -1,4 +1,4 @@
-"""Checks that span sections. Each one receives valid sections and returns error messages."""
+"""Checks between sections. Each one receives valid sections and returns error messages."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from switchtitan.observability import COUNTED_STEP, MetricsConfig
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
-    """The checks for a run of `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
+    """Return the checks for `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
     return [
         partial(check_batch_size, num_ranks=num_ranks),
         partial(check_mesh, num_ranks=num_ranks),
@@ -47,12 +47,13 @@ def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
     ]
     return [
         f"[training] global_batch_size = {size}: expected a multiple of ranks x local_batch_size "
-        f"= {num_ranks} x {training.local_batch_size} = {unit}; write {' or '.join(map(str, multiples))}"
+        f"= {num_ranks} x {training.local_batch_size} = {unit}; "
+        f"write {' or '.join(map(str, multiples))}"
     ]
 
 
 def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
-    """The ranks must fill the mesh of replicas and shards."""
+    """The number of ranks must equal replicas x shards."""
     try:
         mesh_shape(parallelism, num_ranks)
     except EnvironmentMismatchError as error:
@@ -85,14 +86,14 @@ def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
 
 
 def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[str]:
-    """What the method does at intervals must happen at least once in the run."""
+    """The method's periodic work must happen at least once in the run."""
     return method.check_length(training.steps)
 
 
 def check_optimizer(
     method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig, num_ranks: int
 ) -> list[str]:
-    """The method, the compiler and the ranks must be able to use the optimizer, and its keys must matter."""
+    """The optimizer must fit the method, the compiler and the ranks, and its keys must matter."""
     name = f"[optimizer] name = {toml_value(optimizer.name)}"
     problems = []
     if method.optimizers is not None and optimizer.name not in method.optimizers:
@@ -103,19 +104,20 @@ def check_optimizer(
         ]
         problems.append(
             f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
-            f"{' or '.join(sorted(method.optimizers))}, or a method that can: {', '.join(sorted(able))}"
+            f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
+            f"{', '.join(sorted(able))}"
         )
     if optimizer.max_ranks is not None and num_ranks > optimizer.max_ranks:
         problems.append(
-            f"{name}: trains on at most {optimizer.max_ranks} rank(s), not on {num_ranks}; start fewer, or choose another "
-            "optimizer"
+            f"{name}: trains on at most {optimizer.max_ranks} rank(s), not on {num_ranks}; "
+            "start fewer, or choose another optimizer"
         )
     if compile.optimizer and not optimizer.can_compile:
         problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
     if optimizer.other_lr is not None and method.treats_all_parameters:
         problems.append(
-            f"[optimizer] other_lr = {optimizer.other_lr:g} has no effect: [method] name = {toml_value(method.name)} trains "
-            "all parameters alike; remove it"
+            f"[optimizer] other_lr = {optimizer.other_lr:g} has no effect: "
+            f"[method] name = {toml_value(method.name)} trains all parameters alike; remove it"
         )
     return problems
 
@@ -148,8 +150,8 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
     ]
     if evaluation.test_tokens is not None and data.test_fraction is None:
         problems.append(
-            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; set [data] test_fraction, or "
-            "remove test_tokens"
+            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; "
+            "set [data] test_fraction, or remove test_tokens"
         )
     return problems
 
@@ -157,7 +159,7 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
 def check_communication(
     metrics: MetricsConfig, training: TrainingConfig, num_ranks: int
 ) -> list[str]:
-    """Bytes can only be counted if there is a step to count and a rank to send them to."""
+    """Counting communication needs several ranks, and the step that is counted."""
     if not metrics.communication:
         return []
     key = "[metrics] communication = true has no effect"
@@ -165,34 +167,37 @@ def check_communication(
         return [f"{key}: one rank sends nothing; remove it, or start several ranks"]
     if training.steps < COUNTED_STEP:
         return [
-            f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = {training.steps}; "
-            "remove it, or train longer"
+            f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = "
+            f"{training.steps}; remove it, or train longer"
         ]
     return []
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
-    """A tokenizer that is trained here, perhaps only offline, must not have more tokens than the model."""
+    """A trained tokenizer, also of the offline dataset, must not have more tokens than the model."""
     if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
         return []
     vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
     if vocab_size <= model.vocab_size:
         return []
     return [
-        f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = {model.vocab_size}; "
-        "lower [data] vocab_size or increase [model] vocab_size"
+        f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = "
+        f"{model.vocab_size}; lower [data] vocab_size or increase [model] vocab_size"
     ]
 
 
 def missing_toolchain() -> str | None:
-    """What is missing to build Inductor's C++ code, and what to install; None if nothing is."""
-    # The one that Inductor calls.
+    """Return what is missing to build Inductor's C++ code, and what to install; None if nothing."""
+    # Inductor calls this compiler.
     if not shutil.which(os.environ.get("CXX", "g++")):
         return "on a CPU it needs a C++ compiler; install g++"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "on a CPU it needs Python's header files; install python3-dev"
     folder = Path(torch.__file__).parent
-    # Inductor does not quote the paths on its linker's command line.
+    # Inductor does not quote paths on the linker's command line.
     if " " in str(folder):
-        return f"on a CPU the linker needs torch in a path without spaces, not {folder}; use another environment"
+        return (
+            f"on a CPU the linker needs torch in a path without spaces, not {folder}; "
+            "use another environment"
+        )
     return None

@@ -1,4 +1,4 @@
-"""The configuration of a training run, and how it is read from the command line."""
+"""The configuration of a training run, and its command line."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -26,14 +26,14 @@ from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 from switchtitan.spectra.config import SpectrumConfig
 
 _INTRODUCTION = """\
-Train the model that a TOML file describes. Without --config, the quickstart.
-Every key of the file is an option as well; `none` stands for no value.
-The defaults shown are those of the file, or else switchtitan's own.
+Train the model that a TOML file describes. The default file is the quickstart.
+Every key of the file is also an option; `none` means no value.
+The defaults shown are the values in the file, or switchtitan's defaults.
 """
 
 
 class JobConfig(Section):
-    """All sections. A registry makes a field the union of its rows' sections, of which the key `name` chooses one."""
+    """All sections. A registry makes a field a union of section classes; `name` chooses one."""
 
     job: RunConfig
     model: Annotated[ModelConfig, MODELS]
@@ -55,16 +55,16 @@ class JobConfig(Section):
 def parse_arguments(
     argv: Sequence[str], num_ranks: int | None = None, overrides_heading: str | None = None
 ) -> JobConfig:
-    """The configuration that a command line asks for: `--config FILE --section.key value ...`, or `--help`.
+    """Load the configuration of a command line: `--config FILE --section.key value ...`.
 
     Args:
-        argv: the command line without the program's name. Without `--config`, the quickstart's file is read.
-        num_ranks: ranks of the run, which some keys must fit; by default those that the launcher started.
-        overrides_heading: where the keys in `argv` come from if no one typed them; error messages show it.
+        argv: the command line without the program's name. The default file is the quickstart.
+        num_ranks: number of ranks, which some keys must fit; by default the launcher's.
+        overrides_heading: for keys in `argv` that a program made: their heading in error messages.
 
     Raises:
         ConfigError: with all mistakes in one message.
-        SystemExit: with status 0, after printing what `--help` asks for.
+        SystemExit: with status 0, after `--help`.
     """
     arguments = split_arguments(argv)
     file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)

@@ -1,4 +1,4 @@
-"""Sections of the run itself: `[job]`, `[training]` and `[evaluation]`."""
+"""The sections `[job]`, `[training]` and `[evaluation]`."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,8 @@ class RunConfig(Section):
     name: str = Field(min_length=1)
     """Name of the run in logs and TensorBoard."""
     output_dir: Path
-    """Folder for checkpoints, logs and traces, relative to the working directory; created if missing."""
+    """Folder for checkpoints, logs and traces, relative to the working directory; created if
+    missing."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Determines initial weights, order of the data and dropout."""
 
@@ -23,19 +24,21 @@ class TrainingConfig(Section):
     """`[training]`: number of steps, batch size and dtypes."""
 
     steps: int = Field(ge=1)
-    """Optimizer steps of the run, counted from its first start."""
+    """Optimizer steps of the run, including those before a resume."""
     global_batch_size: int = Field(ge=1)
     """Sequences per optimizer step over all ranks; a multiple of ranks x local_batch_size."""
     local_batch_size: int = Field(ge=1)
-    """Sequences per rank and micro-step; lower it if memory is short. Gradients are accumulated over micro-steps."""
+    """Sequences per rank and micro-step; lower it if memory is short. Gradients are accumulated
+    over micro-steps."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are clipped to this global norm; "none" does not clip."""
+    """Gradients are clipped to this global norm; "none" disables clipping."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of activations and gradients; trained weights and optimizer state are always float32."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of frozen weights; fixed for the life of a run. bfloat16 uses stochastic rounding when a method changes a frozen
-    weight: unbiased, but its error accumulates (6 % of the norm after 500 changes), so use it with methods that change frozen
-    weights rarely or never. Needs a method that freezes weights."""
+    """dtype of frozen weights; a resumed run cannot change it. With bfloat16, changes of frozen
+    weights are rounded stochastically: unbiased, but the error accumulates (6 % of the norm after
+    500 changes), so use it with methods that rarely or never change them. Needs a method that
+    freezes weights."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if a gradient is inf or nan: stop the run, or skip the update."""
 
@@ -44,10 +47,10 @@ class EvaluationConfig(Section):
     """`[evaluation]`: loss on held-out sequences."""
 
     interval: int = Field(default=1000, ge=1)
-    """Optimizer steps between evaluations. The first and the last step are evaluated too, unless the run is shorter than
-    the interval."""
+    """Optimizer steps between evaluations. The model is also evaluated before the first and after
+    the last step, unless the run is shorter than the interval."""
     tokens: int = Field(default=10_000_000, ge=1)
-    """Held-out tokens per evaluation, rounded down to full sequences; at least data.seq_len."""
+    """Validation tokens per evaluation, rounded down to full sequences; at least data.seq_len."""
     test_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of the test split on which the trained model is evaluated once, after the last step, rounded down to full
-    sequences; at least data.seq_len. Needs data.test_fraction. "none" evaluates no test split."""
+    """Test tokens on which the trained model is evaluated once, after the last step, rounded down
+    to full sequences; at least data.seq_len. Needs data.test_fraction. "none" disables it."""

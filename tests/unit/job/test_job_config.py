@@ -1,4 +1,4 @@
-"""The whole configuration: every shipped file parses, and what does not fit together is refused."""
+"""The full configuration: every shipped file parses, and values that do not fit are refused."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def parse(tmp_path: Path) -> Callable[..., JobConfig]:
 
 @pytest.mark.parametrize("file", TRAIN_CONFIGS, ids=lambda file: file.stem)
 @pytest.mark.parametrize("num_ranks", [1, 8])
-def test_every_shipped_config_parses_and_reads_back_equal(
+def test_every_shipped_config_parses_and_loads_again_as_an_equal_one(
     file: Path, num_ranks: int, tmp_path: Path
 ) -> None:
     config = parse_arguments(["--config", str(file)], num_ranks)
@@ -75,7 +75,7 @@ def test_every_shipped_config_parses_and_reads_back_equal(
     assert parse_arguments(["--config", str(resolved)], num_ranks) == config
 
 
-def test_the_ladder_of_sizes_ships_with_every_method() -> None:
+def test_configurations_of_all_sizes_and_methods_ship() -> None:
     names = {file.stem for file in TRAIN_CONFIGS}
     assert {
         f"llama_{size}_{method}" for size in LADDER for method in (*METHODS, "apollo_mini")
@@ -85,7 +85,7 @@ def test_the_ladder_of_sizes_ships_with_every_method() -> None:
 
 
 @pytest.mark.parametrize("file", BASES, ids=lambda file: file.stem)
-def test_a_base_says_that_it_is_one_and_lacks_only_what_its_users_add(file: Path) -> None:
+def test_a_base_lacks_only_the_keys_that_files_based_on_it_add(file: Path) -> None:
     users = [other for other in FILES if f'base = "{file.name}"' in other.read_text()]
     assert len(users) >= 3
     with pytest.raises(ConfigError) as caught:
@@ -101,7 +101,7 @@ def test_without_config_the_quickstart_is_read() -> None:
     assert parse_arguments([], 1).job.name == QUICKSTART.stem
 
 
-def test_a_key_that_may_not_be_set_reads_back_unset(
+def test_a_key_that_must_not_be_set_is_unset_when_loaded_again(
     parse: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     config = parse("--method.decay", "constant", "--training.max_grad_norm", "none")
@@ -160,12 +160,14 @@ def test_a_key_that_may_not_be_set_reads_back_unset(
         (
             ["--method.name", "galore", "--parallelism.frozen_weights", "replicate"],
             2,
-            '[parallelism] frozen_weights = "replicate" has no effect: [method] name = "galore" trains all weights',
+            '[parallelism] frozen_weights = "replicate" has no effect: [method] name = "galore" '
+            "trains all weights",
         ),
         (
             ["--method.name", "galore", "--training.frozen_dtype", "bfloat16"],
             1,
-            '[training] frozen_dtype = "bfloat16" has no effect: [method] name = "galore" trains all weights',
+            '[training] frozen_dtype = "bfloat16" has no effect: [method] name = "galore" '
+            "trains all weights",
         ),
         (
             ["--data.vocab_size", "5000"],
@@ -197,7 +199,7 @@ def test_values_that_do_not_fit_together_are_refused(
     assert expected in str(caught.value)
 
 
-def test_mistakes_of_all_kinds_come_together(parse: Callable[..., JobConfig]) -> None:
+def test_mistakes_of_all_kinds_are_in_one_message(parse: Callable[..., JobConfig]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(
             "--training.global_batch_size",
@@ -245,8 +247,8 @@ def test_compilation_on_a_cpu_without_a_compiler_is_refused(
         ("sysconfig.get_path", lambda name: "/nowhere", "install python3-dev"),
         (
             "torch.__file__",
-            "/with blank/torch/__init__.py",
-            "not /with blank/torch; use another environment",
+            "/with space/torch/__init__.py",
+            "not /with space/torch; use another environment",
         ),
     ],
 )
@@ -257,9 +259,9 @@ def test_compilation_on_a_cpu_that_cannot_build_is_refused(
     monkeypatch.setattr(target, value)
     if target == "torch.__file__":
         monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
-    obstacle = missing_toolchain()
-    assert obstacle is not None
-    assert obstacle.endswith(expected)
+    missing = missing_toolchain()
+    assert missing is not None
+    assert missing.endswith(expected)
 
 
 def test_help_shows_every_key_in_80_columns(
@@ -282,14 +284,14 @@ def test_help_shows_every_key_in_80_columns(
     assert "An integer >= 1. Number of vectors in each factor" in text
 
 
-def test_every_key_has_a_sentence(parse: Callable[..., JobConfig]) -> None:
+def test_every_key_has_a_docstring(parse: Callable[..., JobConfig]) -> None:
     config = parse()
     for section in type(config).model_fields:
         for key, field in type(getattr(config, section)).model_fields.items():
             assert field.description, f"[{section}] {key} has no docstring"
 
 
-def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
+def test_a_mistake_exits_with_status_2_and_without_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "switchtitan", "train", "--training.step", "3"],
         capture_output=True,
@@ -305,7 +307,7 @@ def test_a_mistake_ends_the_program_with_status_2_and_no_traceback() -> None:
     ]
 
 
-def test_a_method_that_says_that_it_freezes_no_weights_is_believed():
+def test_keys_for_frozen_weights_are_checked_against_the_method_s_freezes_weights():
     class Thawed(LoraConfig):
         freezes_weights: ClassVar[bool] = False
 
@@ -339,9 +341,11 @@ def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(
 ) -> None:
     file = tmp_path / "toy.toml"
     file.write_text(
-        '[job]\nname = "toy"\noutput_dir = "out"\n[model]\nname = "toy"\nvocab_size = 5000\n[method]\nname = "toy"\n'
-        'strength = 0.5\n[optimizer]\nname = "adamw"\nlr = 0.1\n[training]\nsteps = 40\nglobal_batch_size = 2\n'
-        "local_batch_size = 2\n"
+        '[job]\nname = "toy"\noutput_dir = "out"\n'
+        '[model]\nname = "toy"\nvocab_size = 5000\n'
+        '[method]\nname = "toy"\nstrength = 0.5\n'
+        '[optimizer]\nname = "adamw"\nlr = 0.1\n'
+        "[training]\nsteps = 40\nglobal_batch_size = 2\nlocal_batch_size = 2\n"
     )
     with (
         METHODS.registered("toy", Component(ToyMethodConfig, object)),

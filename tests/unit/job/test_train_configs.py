@@ -1,4 +1,4 @@
-"""Every shipped configuration builds, and its model has as many values of each kind as the sizes imply."""
+"""Every shipped configuration builds a model with the expected numbers of values."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ PUBLISHED_SIZES = {
     "3b": (2560, 6848, 32),
     "7b": (4096, 11008, 32),
 }
-"""Hidden size, intermediate size, layers of the published runs (arXiv 2406.06564)."""
+"""Hidden size, intermediate size and layers of the published runs (arXiv 2406.06564)."""
 
 
 def build_on_meta(file: Path) -> tuple[JobConfig, nn.Module]:
@@ -38,7 +38,7 @@ def build_on_meta(file: Path) -> tuple[JobConfig, nn.Module]:
 
 
 def expected_counts(config: JobConfig) -> dict[str, int]:
-    """Numbers of values by hand: embedding and head, 2 L + 1 norms, and seven linear layers in each block."""
+    """Count the values of embedding and head, 2 L + 1 norms, and seven linear layers per block."""
     method = config.method.model_dump()
     if config.model.size in PUBLISHED_SIZES:
         hidden, wide, num_layers = PUBLISHED_SIZES[config.model.size]
@@ -48,10 +48,10 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
         assert dims.num_kv_heads == dims.num_heads
     around = 2 * config.model.vocab_size * hidden + (2 * num_layers + 1) * hidden
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
-    # A method without factors, whether it projects gradients or not, has no alpha.
+    # Only methods with factors have alpha.
     if "alpha" not in method:
         return {"trainable": around + dense, "frozen": 0, "buffers": 0}
-    # out + in over the seven layers of all blocks; min(out, in) is the hidden size for each of them.
+    # Sum of out + in over the seven layers of all blocks. In each, min(out, in) is the hidden size.
     sides = num_layers * (4 * 2 * hidden + 3 * (hidden + wide))
     assert hidden <= wide
     return {
@@ -62,7 +62,7 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("file", TRAIN_CONFIGS, ids=lambda file: file.stem)
-def test_a_shipped_config_builds_with_the_counts_that_its_sizes_imply(file: Path) -> None:
+def test_a_shipped_config_builds_with_the_counts_of_its_sizes(file: Path) -> None:
     config, model = build_on_meta(file)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert count_parameters(model) == expected_counts(config)
