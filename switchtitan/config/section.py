@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class NamedSection(Section):
-    """A section whose key `name` chooses its class from a registry, e.g. `[method] name = "lora"`."""
+    """A section whose key `name` chooses its class, e.g. `[method] name = "lora"`."""
 
     name: str
     """A subclass allows one value, e.g. `name: Literal["lora"] = "lora"`."""

@@ -33,7 +33,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm; "none" disables clipping."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of activations and gradients; trained weights and optimizer state are always float32."""
+    """dtype of activations and gradients. Trained weights and optimizer state are always fp32."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of frozen weights; a resumed run cannot change it. With bfloat16, changes of frozen
     weights are rounded stochastically: unbiased, but the error accumulates (6 % of the norm after
