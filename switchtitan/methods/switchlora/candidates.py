@@ -1,20 +1,22 @@
 """Where the vectors that a switch takes in come from, and whether those it takes out are kept."""
 
-from collections import defaultdict
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.row_exchange import RowRequest
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.splitmix import splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.init import candidate_bounds, candidates_key, draw_vectors
+from switchtitan.methods.switchlora.init import (
+    candidate_bounds,
+    candidates_key,
+    draw_vectors_of_widths,
+)
 from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch
 
 
@@ -122,36 +124,30 @@ class DrawnCandidates:
             ],
             dtype=torch.float32,
         )
-        self._widths = [(layer.in_features, layer.out_features) for layer in layers.values()]
+        self._widths = np.array(
+            [(layer.in_features, layer.out_features) for layer in layers.values()]
+        )
 
     def row_requests(self, switches: list[LayerSwitch]) -> list[RowRequest]:
         return []
 
     def take(self, switches: list[LayerSwitch], gathered: list[Tensor]) -> list[Tensor]:
-        # Vectors of one width are drawn together.
-        places_by_width: defaultdict[int, list[int]] = defaultdict(list)
-        for place, switch in enumerate(switches):
-            for factor in FACTORS:
-                places_by_width[self._widths[switch.layer][factor]].append(
-                    len(FACTORS) * place + factor
-                )
-        drawn: dict[int, Tensor] = {}
-        for width, places in places_by_width.items():
-            wanted = [(switches[place // len(FACTORS)], place % len(FACTORS)) for place in places]
-            counts = [switch.num_vectors for switch, _ in wanted]
-            owners = np.repeat(
-                [[switch.layer, factor] for switch, factor in wanted], counts, axis=0
-            )
-            slots = np.concatenate([_indices(switch.slots_in) for switch, _ in wanted])
-            of_vector = tuple(torch.from_numpy(owners.T))
-            keys = splitmix64(self._keys[of_vector], torch.from_numpy(slots))
-            vectors = draw_vectors(
-                to_device(keys, self._device),
-                to_device(self._bounds[of_vector], self._device),
-                range(width),
-            ).to(self._dtype)
-            drawn |= zip(places, vectors.split(counts), strict=True)
-        return [drawn[place] for place in range(len(drawn))]
+        if not switches:
+            return []
+        pairs = [(switch, factor) for switch in switches for factor in FACTORS]
+        counts = np.array([switch.num_vectors for switch, _ in pairs])
+        owners = np.array([[switch.layer, factor] for switch, factor in pairs])
+        widths = self._widths[tuple(owners.T)]
+        slots = np.concatenate([_indices(switch.slots_in) for switch, _ in pairs])
+        of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
+        vectors = draw_vectors_of_widths(
+            splitmix64(self._keys[of_vector], torch.from_numpy(slots)),
+            self._bounds[of_vector],
+            widths.repeat(counts),
+            self._device,
+        ).to(self._dtype)
+        parts = vectors.split((counts * widths).tolist())
+        return [part.view(-1, width) for part, width in zip(parts, widths.tolist(), strict=True)]
 
     def put_back_(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
         pass

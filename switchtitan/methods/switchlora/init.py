@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchtitan.distributed.host_copies import to_device
 from switchtitan.methods.lowrank.linear import (
     InitialFactors,
     LayerBuffer,
@@ -16,7 +17,7 @@ from switchtitan.methods.lowrank.linear import (
     uniform,
     without_update,
 )
-from switchtitan.methods.splitmix import splitmix64
+from switchtitan.methods.splitmix import advance64, splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.schedule import initial_slots
 
@@ -121,20 +122,49 @@ def candidates_key(generator: torch.Generator) -> int:
 
 
 def draw_vectors(keys: Tensor, bounds: Tensor, elements: range) -> Tensor:
-    """Vectors whose elements are uniform on [-bound, bound), the same bits on every device; a few kernels in all.
+    """Return vectors whose elements are uniform on [-bound, bound), the same bits on every device.
 
     Args:
         keys: [vectors] int64, a vector's identity.
         bounds: [vectors] fp32.
-        elements: those wanted of each vector.
+        elements: the elements to draw of each vector.
 
     Returns:
         [vectors, elements] fp32.
     """
     indices = torch.arange(elements.start, elements.stop, device=keys.device)
-    # The sign comes along: whole numbers in [-2^23, 2^23).
-    values = splitmix64(keys.unsqueeze(1), indices) >> (64 - _NUM_BITS)
-    return values.to(torch.float32) * (bounds * 2.0 ** (1 - _NUM_BITS)).unsqueeze(1)
+    return _draw_elements(keys.unsqueeze(1), bounds.unsqueeze(1), indices)
+
+
+def draw_vectors_of_widths(
+    keys: Tensor, bounds: Tensor, widths: np.ndarray, device: torch.device
+) -> Tensor:
+    """Return the vectors of `draw_vectors` with widths of their own, one after the other.
+
+    The number of kernels depends neither on the number of vectors nor on their widths.
+
+    Args:
+        keys, bounds: [vectors] int64 and fp32, on the CPU.
+        widths: [vectors] int64.
+
+    Returns:
+        [sum of widths] fp32, on `device`.
+    """
+    num_elements = int(widths.sum())
+    starts = widths.cumsum(0) - widths
+    # A vector's element 0 is drawn at the index `start`.
+    keys = advance64(keys, torch.from_numpy(-starts))
+    table = to_device(torch.stack([keys, torch.from_numpy(widths)]), device)
+    of_element = torch.repeat_interleave(table[1], output_size=num_elements)
+    indices = torch.arange(num_elements, device=device)
+    return _draw_elements(table[0][of_element], to_device(bounds, device)[of_element], indices)
+
+
+def _draw_elements(keys: Tensor, bounds: Tensor, indices: Tensor) -> Tensor:
+    """Elements `indices` of vectors `keys`; all arguments broadcast."""
+    # The sign is included: integers in [-2^23, 2^23).
+    values = splitmix64(keys, indices) >> (64 - _NUM_BITS)
+    return values.to(torch.float32) * (bounds * 2.0 ** (1 - _NUM_BITS))
 
 
 def _draw(generator: torch.Generator, slots: np.ndarray, bound: float, width: int) -> Tensor:

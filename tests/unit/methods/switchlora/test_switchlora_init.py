@@ -2,13 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from support.switchlora_reference import constant_candidates
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods.splitmix import splitmix64
-from switchtitan.methods.switchlora.init import draw_vectors
+from switchtitan.methods.switchlora.init import draw_vectors, draw_vectors_of_widths
 
 NUM_SLOTS, WIDTH = 200, 500
 
@@ -29,6 +30,16 @@ def test_any_part_of_a_vector_is_drawn_by_itself():
     whole = draw("a", 9, range(31))
     for start, stop in ((0, 8), (8, 31), (30, 31), (5, 5)):
         assert torch.equal(draw("a", 9, range(start, stop)), whole[:, start:stop])
+
+
+def test_vectors_of_several_widths_are_those_of_each_width():
+    keys = splitmix64(torch.tensor(17), torch.arange(4))
+    bounds, widths = torch.tensor([0.5, 1.0, 0.0, 2.0]), np.array([7, 5, 5, 11])
+    drawn = draw_vectors_of_widths(keys, bounds, widths, torch.device("cpu"))
+    for index, vector in enumerate(drawn.split(widths.tolist())):
+        alone = draw_vectors(keys[index, None], bounds[index, None], range(len(vector)))
+        assert torch.equal(vector, alone[0])
+        assert vector.abs().max() > 0 or bounds[index] == 0
 
 
 def test_values_are_uniform_within_the_bound():
