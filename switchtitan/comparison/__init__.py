@@ -1,1 +1,1 @@
-"""Fair comparisons of methods: a declared grid of runs, its execution, its statistics and its pictures."""
+"""Fair comparisons of methods: a declared grid of runs, their training, statistics and plots."""

@@ -1,4 +1,4 @@
-"""The course of a comparison: choose rates, widen the grid, train what is reported, report."""
+"""The stages of a comparison: choose learning rates, widen the grid, train the reported runs."""
 
 import logging
 from collections.abc import Callable
@@ -12,25 +12,25 @@ from switchtitan.comparison.selection import best_rate, is_interior, widened
 logger = logging.getLogger(__name__)
 
 TrainAll = Callable[[list[Run]], None]
-"""Trains runs and returns when all are finished."""
+"""Trains runs; returns when all are finished."""
 
 
 @dataclass
 class ComparisonState:
-    """Where a comparison stands."""
+    """The finished runs of a comparison, and what follows from them."""
 
     config: ComparisonConfig
     rates: dict[str, list[float]] = field(default_factory=dict)
-    """Of each choosing row, widened as far as it was."""
+    """Learning rates of each row that chooses one, including those added so far."""
     selection: list[RunResult] = field(default_factory=list)
     report: list[RunResult] = field(default_factory=list)
     chosen: dict[str, float] = field(default_factory=dict)
-    """Each choosing row's rate, once all its runs are finished."""
+    """The chosen rate of each such row, when all selection runs are finished."""
     num_runs: int = 0
-    """As far as is known; a wider grid has more."""
+    """Number of known runs. A wider grid adds more."""
 
     def losses(self, row: str) -> dict[float, float]:
-        """Validation losses of a row's finished selection runs, by rate."""
+        """Returns validation losses of a row's finished selection runs, by rate."""
         return {
             result.run.learning_rate: result.validation_loss
             for result in self.selection
@@ -39,14 +39,14 @@ class ComparisonState:
 
 
 class Comparison:
-    """A comparison that goes on where it was stopped: what is done is read from the folders of its runs."""
+    """A resumable comparison: it reads finished runs from their folders."""
 
     def __init__(self, config: ComparisonConfig) -> None:
         self._config = config
         self._results: dict[Run, RunResult] = {}
 
     def state(self) -> ComparisonState:
-        """What is finished, and what follows from it."""
+        """Returns the current state."""
         config = self._config
         choosing = [row for row in config.rows if row.learning_rates]
         state = ComparisonState(config, {row.name: list(row.learning_rates) for row in choosing})
@@ -68,7 +68,7 @@ class Comparison:
         return state
 
     def due(self) -> list[Run]:
-        """The runs that can be trained now; empty when all are finished."""
+        """Returns the unfinished runs of the current stage; empty if the comparison is complete."""
         state = self.state()
         runs = (
             report_runs(self._config, state.chosen)
@@ -78,14 +78,14 @@ class Comparison:
         return [run for run in runs if not self.is_finished(run)]
 
     def is_finished(self, run: Run) -> bool:
-        """Whether a run has left its result."""
+        """Whether a run has a result."""
         return self._result(run) is not None
 
     def run(self, train_all: TrainAll) -> None:
-        """Trains all that is left."""
+        """Trains all remaining runs."""
         while runs := self.due():
-            stage = "reported" if self.state().chosen else "to choose learning rates"
-            logger.info("%d run(s) %s", len(runs), stage)
+            stage = "for the report" if self.state().chosen else "to choose learning rates"
+            logger.info("training %d run(s) %s", len(runs), stage)
             train_all(runs)
 
     def _finished(self, runs: list[Run]) -> list[RunResult]:

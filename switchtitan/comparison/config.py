@@ -14,16 +14,18 @@ from switchtitan.errors import ConfigError
 
 
 class RowConfig(Section):
-    """One row of the table: a method with its keys."""
+    """A row of the table: a method with its keys."""
 
     name: str
     """Name of the row, also in file names: letters, digits, `.`, `_` and `-`."""
     label: str | None = None
-    """Name in tables and plots; `name` unless set."""
+    """Name in tables and plots. Default: `name`."""
     learning_rates: tuple[float, ...] = ()
-    """Peak learning rates to choose from, increasing; at least three, and as many as every other row has."""
+    """Peak learning rates to choose from, increasing. At least three, and the same number as in
+    every other row."""
     learning_rate_of: str | None = None
-    """Use the rate chosen for this row instead: for ablations, which change one of its keys."""
+    """Use the rate chosen for this row instead, e.g. for an ablation that changes one of its
+    keys."""
     set: dict[str, dict[str, Any]]
     """Keys that differ from `config`, by section."""
 
@@ -49,46 +51,47 @@ class RowConfig(Section):
             len(rates) < 3 or rates[0] <= 0 or any(high <= low for low, high in pairwise(rates))
         ):
             raise ValueError(
-                f"learning_rates = {list(rates)}: expected at least three, above 0 and increasing, so that the best can lie "
-                "between two others"
+                f"learning_rates = {list(rates)}: expected at least three, above 0 and increasing, "
+                "so that the best one can be between two others"
             )
         return self
 
 
 class GapConfig(Section):
-    """A question to the table: what share of the difference between two rows' losses do other rows close?"""
+    """The share of the difference between two rows' losses that other rows close."""
 
     from_row: str
     """The row whose loss counts as 0 %."""
     to_row: str
     """The row whose loss counts as 100 %."""
     rows: tuple[str, ...] = Field(min_length=1)
-    """The rows whose share is reported."""
+    """The rows whose shares are reported."""
 
 
 class ComparisonConfig(Section):
-    """A comparison: all rows train on the same tokens in the same order and are evaluated on the same text."""
+    """A comparison whose rows train and evaluate on the same tokens in the same order."""
 
     name: str = Field(min_length=1)
     """The title of the report."""
     config: Path
-    """The training configuration that all rows share, relative to this file; with a test split."""
+    """The training configuration of all rows, with a test split. Relative to this file."""
     output_dir: Path
     """Folder for runs and reports, relative to the working directory."""
     selection_seed: int = Field(ge=0)
     """Seed of the runs that choose each row's learning rate by validation loss."""
     report_seeds: tuple[int, ...] = Field(min_length=1)
-    """Seeds of the runs whose loss on the test split is reported; not the selection's."""
+    """Seeds of the runs whose loss on the test split is reported; without `selection_seed`."""
     baseline: str
-    """The row to which the others' losses and step times are compared."""
+    """The row with which the losses and step times of the others are compared."""
     max_widenings: int = Field(default=2, ge=0)
-    """How many times every row may get one more rate because some row's best rate is its lowest or highest."""
+    """Maximum number of times that every row gets one more rate, because the best rate of some row
+    is its lowest or highest one."""
     communication_ranks: int = Field(default=8, ge=2)
-    """Number of ranks for which the communicated bytes of a step are counted."""
+    """Number of ranks for which the bytes sent in a step are counted."""
     rows: tuple[RowConfig, ...]
-    """The table's rows."""
+    """The rows of the table."""
     gaps: tuple[GapConfig, ...] = ()
-    """Shares of differences to report."""
+    """Differences of losses of which shares are reported."""
 
     @field_validator("report_seeds")
     @classmethod
@@ -101,20 +104,21 @@ class ComparisonConfig(Section):
     def _check_rows(self) -> "ComparisonConfig":
         if self.selection_seed in self.report_seeds:
             raise ValueError(
-                f"selection_seed = {self.selection_seed} is among report_seeds: rates chosen on a seed fit it, so report others"
+                f"selection_seed = {self.selection_seed} is among report_seeds: "
+                "rates chosen on a seed fit that seed; report other seeds"
             )
         if len(self.rows) < 2:
             raise ValueError("rows: expected at least two [[rows]]")
         names = [row.name for row in self.rows]
         mistakes = [
-            f"rows: two are called {name!r}"
+            f"rows: two have the name {name!r}"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
         choosing = {row.name: row.learning_rates for row in self.rows if row.learning_rates}
         if len({len(rates) for rates in choosing.values()}) > 1:
             counts = ", ".join(f"{name} has {len(rates)}" for name, rates in choosing.items())
             mistakes.append(
-                f"every row must choose among equally many learning_rates, for fairness: {counts}"
+                f"every row must have the same number of learning_rates, for fairness: {counts}"
             )
         referred = [("baseline", self.baseline)]
         for row in self.rows:
@@ -132,12 +136,14 @@ class ComparisonConfig(Section):
         return self
 
     def row(self, name: str) -> RowConfig:
-        """The row called `name`."""
+        """Returns the row called `name`."""
         return next(row for row in self.rows if row.name == name)
 
 
 def load_comparison(file: Path) -> ComparisonConfig:
-    """Reads the declaration of a comparison; its `config` comes back relative to where the program runs.
+    """Reads the file that declares a comparison.
+
+    The result's `config` is relative to the working directory.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -149,8 +155,8 @@ def load_comparison(file: Path) -> ComparisonConfig:
         )
     if "rows" not in read_toml(file):
         raise ConfigError(
-            f"{file}: it declares no comparison, which takes [[rows]]; expected a file like those in "
-            "train_configs/comparisons/"
+            f"{file}: declares no comparison, because it has no [[rows]]; "
+            "expected a file like those in train_configs/comparisons/"
         )
     declared = load_table(file, ComparisonConfig)
     return declared.model_copy(update={"config": file.parent / declared.config})

@@ -1,5 +1,4 @@
-"""What is measured of methods rather than of runs: step times side by side, and bytes that a step
-communicates."""
+"""Measures methods outside their runs: step times side by side, and bytes sent in a step."""
 
 import hashlib
 import json
@@ -29,33 +28,34 @@ _TERMINATION_S = 30
 
 
 class MeasurementFailedError(Exception):
-    """A measurement ended without figures."""
+    """A measurement ended without a result."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Figures of one row, of steps early in a run."""
+    """Measurements of one row, from steps early in a run."""
 
     step_s: float
-    """The median step, seconds, timed in alternation with the baseline's on the same machine."""
+    """Median step time, timed alternately with the baseline on the same machine."""
     step_ratio: float
-    """To the baseline's, the median over rounds."""
+    """Step time divided by the baseline's: the median over rounds."""
     step_ratio_low: float
-    """With `step_ratio_high`, its 95 % interval."""
+    """Lower end of the 95 % interval of `step_ratio`."""
     step_ratio_high: float
+    """Upper end of the interval."""
     bytes_per_step: float
-    """That each rank sends; see `distributed.count_collectives`."""
+    """Bytes that each rank sends; see `distributed.count_collectives`."""
     fingerprint: str
-    """Of what was measured: the row's configuration, the baseline's, and the numbers of ranks and
+    """Checksum of the configurations of the row and the baseline, and the numbers of ranks and
     rounds."""
 
 
 def measure(comparison: ComparisonConfig, folder: Path) -> None:
-    """Measures every row that has not been measured in `folder` as it is declared now.
+    """Measures every row that has no measurement of its current configuration in `folder`.
 
-    A row is timed together with the baseline alone; both take turns every few steps, so that a
-    noisy machine slows both alike. A row that cannot be measured is left out, with a warning: runs
-    that took hours are reported without it.
+    Times each row together with the baseline, in turns of a few steps, so that noise slows both
+    alike. Skips a row that cannot be measured, with a warning: an error would lose the report of
+    runs that took hours.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for row in comparison.rows:
@@ -74,7 +74,7 @@ def measure(comparison: ComparisonConfig, folder: Path) -> None:
 
 
 def read_measurements(comparison: ComparisonConfig, folder: Path) -> dict[str, Measurements]:
-    """What `measure` found, by row, as far as it was measured as it is declared now."""
+    """Returns the measurements of rows' current configurations, by row."""
     file = folder / MEASUREMENTS_FILE
     if not file.exists():
         return {}
@@ -90,13 +90,13 @@ def read_measurements(comparison: ComparisonConfig, folder: Path) -> dict[str, M
 
 def _fingerprint(comparison: ComparisonConfig, run: Run) -> str:
     baseline = first_run(comparison, comparison.row(comparison.baseline))
-    circumstances = [
+    contents = [
         resolved_toml(run.config()),
         resolved_toml(baseline.config()),
         comparison.communication_ranks,
         (ROUNDS, STEPS_PER_ROUND),
     ]
-    return hashlib.sha256(repr(circumstances).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
 
 
 def _measure_row(comparison: ComparisonConfig, run: Run) -> Measurements:
@@ -107,7 +107,7 @@ def _measure_row(comparison: ComparisonConfig, run: Run) -> Measurements:
 
 
 def _time_steps(run: Run, baseline: Run) -> tuple[float, ...]:
-    # Both runs would log what they are; it is known.
+    # Both runs would log their descriptions.
     logging.disable(logging.WARNING)
     torch.set_num_threads(num_threads(1))
     configs = {"row": run.config(), "baseline": baseline.config()}
@@ -125,7 +125,7 @@ def _count_bytes(run: Run, num_ranks: int) -> tuple[float, ...]:
 def _in_own_process(
     function: Callable[..., tuple[float, ...]], *arguments: object
 ) -> tuple[float, ...]:
-    """Both measurements make process groups of their own, which this process must not be in."""
+    """Calls `function` in a new process, because it creates process groups."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sender, function, arguments))
@@ -133,11 +133,11 @@ def _in_own_process(
     sender.close()
     try:
         figures = receiver.recv()
-        # It ends by itself; what follows is for a process that was interrupted.
+        # The process exits by itself. `finally` handles an interrupted one.
         process.join(_TERMINATION_S)
     except EOFError:
         process.join()
-        raise MeasurementFailedError(f"its process ended with status {process.exitcode}") from None
+        raise MeasurementFailedError(f"its process exited with {process.exitcode}") from None
     finally:
         if process.is_alive():
             process.terminate()

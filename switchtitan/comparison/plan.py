@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of, and how each is configured."""
+"""The runs of a comparison and their configurations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 
 MIN_STEPS = 8
-"""Steps needed for timing: three warm up, five are timed."""
-_OF_THE_COMPARISON = ("optimizer.lr", "job.seed", "job.name", "job.output_dir")
+"""Steps needed for timing: three for warm-up, five timed."""
+_KEYS_SET_BY_COMPARISON = ("optimizer.lr", "job.seed", "job.name", "job.output_dir")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """A training run."""
 
     row: str
     learning_rate: float
     seed: int
     folder: Path
     arguments: tuple[str, ...]
-    """The command line of the training program."""
+    """The arguments of `switchtitan train`."""
 
     @property
     def name(self) -> str:
         return f"{self.row} lr {self.learning_rate:g} seed {self.seed}"
 
     def config(self) -> JobConfig:
-        """The configuration of the run.
+        """Returns the configuration of the run.
 
         Raises:
             ConfigError: if the row's keys do not fit.
@@ -39,7 +39,9 @@ class Run:
         return self._parsed(self.arguments, 1)
 
     def config_on(self, num_ranks: int) -> JobConfig:
-        """The same on several ranks, with the largest micro-batch that divides the batch, up to its own.
+        """Returns the configuration for several ranks.
+
+        Its micro-batch is the largest one that divides the batch, up to the run's own.
 
         Raises:
             ConfigError: if the batch is not a multiple of the number of ranks.
@@ -52,8 +54,8 @@ class Run:
         ]
         if not fitting:
             raise ConfigError(
-                f"communication_ranks = {num_ranks}: [training] global_batch_size = {training.global_batch_size} is "
-                "not a multiple of it; change either"
+                f"communication_ranks = {num_ranks}: [training] global_batch_size = "
+                f"{training.global_batch_size} is not a multiple of it; change either"
             )
         return self._parsed(
             [*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks
@@ -61,15 +63,15 @@ class Run:
 
     def _parsed(self, arguments: Sequence[str], num_ranks: int) -> JobConfig:
         return parse_arguments(
-            arguments, num_ranks, overrides_heading=f"in what row {self.row} sets:"
+            arguments, num_ranks, overrides_heading=f"in `set` of row {self.row}:"
         )
 
 
 def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float, seed: int) -> Run:
-    """The run of a row at a rate and a seed; its folder is its own.
+    """Returns the run of a row with a learning rate and a seed, in its own folder.
 
     Raises:
-        ConfigError: if the row sets a key that is the comparison's to set.
+        ConfigError: if the row sets a key that the comparison sets.
     """
     folder = comparison.output_dir / "runs" / row.name / f"lr-{learning_rate:g}-seed-{seed}"
     keys: dict[str, object] = {
@@ -77,10 +79,10 @@ def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float,
         for section, keys in row.set.items()
         for key, value in keys.items()
     }
-    for key in _OF_THE_COMPARISON:
+    for key in _KEYS_SET_BY_COMPARISON:
         if key in keys:
             raise ConfigError(
-                f"row {row.name}: set {key} has no effect, since the comparison sets it; remove it"
+                f"row {row.name}: set.{key} has no effect: the comparison sets it; remove it"
             )
     keys |= {
         "optimizer.lr": learning_rate,
@@ -95,7 +97,7 @@ def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float,
 
 
 def selection_runs(comparison: ComparisonConfig, rates: Mapping[str, Sequence[float]]) -> list[Run]:
-    """All runs among which rates are chosen; the middle rates first, so that what is known early is known of all rows."""
+    """Returns all runs that choose rates, middle rates first, for early results of all rows."""
     runs = []
     for place in range(max(map(len, rates.values()), default=0)):
         for name, of_row in rates.items():
@@ -114,10 +116,10 @@ def selection_runs(comparison: ComparisonConfig, rates: Mapping[str, Sequence[fl
 
 
 def report_runs(comparison: ComparisonConfig, chosen: Mapping[str, float]) -> list[Run]:
-    """All runs that are reported, seed by seed.
+    """Returns all runs that are reported, seed by seed.
 
     Args:
-        chosen: each choosing row's rate.
+        chosen: the chosen rate of each row that chooses one.
     """
     return [
         plan_run(comparison, row, chosen[row.learning_rate_of or row.name], seed)
@@ -127,10 +129,10 @@ def report_runs(comparison: ComparisonConfig, chosen: Mapping[str, float]) -> li
 
 
 def check_plan(comparison: ComparisonConfig) -> None:
-    """Makes sure, before any run, that all rows can be run, reported and measured, and that they differ in their methods alone.
+    """Checks before any run that all rows can be trained, reported and measured.
 
     Raises:
-        ConfigError: otherwise.
+        ConfigError: if they cannot, or if rows differ in more than method and learning rate.
     """
     configs = {row.name: first_run(comparison, row).config() for row in comparison.rows}
     baseline = configs[comparison.baseline]
@@ -142,8 +144,9 @@ def check_plan(comparison: ComparisonConfig) -> None:
         ]
         if differing:
             raise ConfigError(
-                f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from {comparison.baseline}'s; rows "
-                f"may differ in [method] and the learning rate alone, so set it for all rows in {comparison.config}"
+                f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from "
+                f"{comparison.baseline}'s; rows may differ only in [method] and the learning rate; "
+                f"set it for all rows in {comparison.config}"
             )
     _check_reportable(comparison, baseline)
     for row in comparison.rows:
@@ -151,10 +154,10 @@ def check_plan(comparison: ComparisonConfig) -> None:
 
 
 def check_corpus(comparison: ComparisonConfig) -> None:
-    """Prepares the corpus if it is not there, and makes sure that it has all splits, before any run waits for it.
+    """Prepares the corpus if it is missing, and checks that it has all splits.
 
     Raises:
-        CorpusError: otherwise.
+        CorpusError: if it has not.
     """
     config = first_run(comparison, comparison.row(comparison.baseline)).config()
     corpus = open_corpus(config.data)
@@ -166,13 +169,13 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
     problems = []
     if config.evaluation.test_tokens is None:
         problems.append(
-            "[evaluation] test_tokens is not set; the report needs a test split, on which nothing was chosen: set it, and "
-            "[data] test_fraction"
+            "[evaluation] test_tokens is not set; the report needs a test split, on which nothing "
+            "was chosen: set it, and [data] test_fraction"
         )
     if config.evaluation.interval > config.training.steps:
         problems.append(
-            f"[evaluation] interval = {config.evaluation.interval}: expected at most [training] steps = "
-            f"{config.training.steps}, since rates are chosen by the validation loss at the end"
+            f"[evaluation] interval = {config.evaluation.interval}: expected at most [training] "
+            f"steps = {config.training.steps}: the final validation loss chooses the rates"
         )
     if not config.metrics.tensorboard:
         problems.append(
@@ -187,7 +190,7 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
 
 
 def first_run(comparison: ComparisonConfig, row: RowConfig) -> Run:
-    """A row's run at its lowest declared rate, for what does not depend on the rate."""
+    """Returns a row's run at its lowest declared rate, for uses that do not depend on the rate."""
     rate = (
         row.learning_rates[0]
         if row.learning_rates

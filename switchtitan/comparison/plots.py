@@ -1,4 +1,4 @@
-"""Pictures of a comparison: losses over training, against time and against memory."""
+"""Plots of a comparison: losses over training, against step time and against memory."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +17,17 @@ _NUM_COLOURS = 10
 
 
 def write_pictures(folder: Path, state: ComparisonState, rows: Sequence[RowReport]) -> list[Path]:
-    """Writes `loss.png`, and, of what is known, `loss_against_time.png` and `loss_against_memory.png`; returns their paths."""
+    """Writes the plots for which there are results; returns their paths.
+
+    The files are `loss.png`, `loss_against_time.png` and `loss_against_memory.png`.
+    """
     pictures = {"loss.png": draw_curves(state)}
     timed = [row for row in rows if row.loss is not None and row.measured is not None]
     if timed:
         pictures["loss_against_time.png"] = draw_against(
             timed,
             lambda row: row.measured.step_ratio,  # type: ignore[union-attr]
-            f"time of a step / {state.config.baseline}'s",
+            f"step time / {state.config.baseline}'s",
         )
     finished = [row for row in rows if row.loss is not None and row.state_gib is not None]
     if finished:
@@ -41,7 +44,7 @@ def write_pictures(folder: Path, state: ComparisonState, rows: Sequence[RowRepor
 
 
 def draw_curves(state: ComparisonState) -> Figure:
-    """Validation loss over training: the mean over reported seeds, with a band of one standard deviation."""
+    """Plots validation loss over training: mean and standard deviation over reported seeds."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     last = []
@@ -70,7 +73,7 @@ def draw_curves(state: ComparisonState) -> Figure:
         last.append(mean)
     axes.set(title=state.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
     if last:
-        # The untrained models' loss would leave no room for what differs.
+        # Without the untrained models' loss, which would hide the differences.
         axes.set_ylim(min(map(np.min, last)) * 0.98, max(curve[1:].max() for curve in last) * 1.02)
         axes.legend(frameon=False, title="mean ± standard deviation")
     _finish(axes)
@@ -80,7 +83,7 @@ def draw_curves(state: ComparisonState) -> Figure:
 def draw_against(
     rows: Sequence[RowReport], place: Callable[[RowReport], float], title: str
 ) -> Figure:
-    """Test loss of each row, with its standard deviation, against a cost."""
+    """Plots each row's test loss, with its standard deviation, against a cost."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for index, row in enumerate(rows):
@@ -103,7 +106,7 @@ def draw_against(
 
 
 def _validation_curves(runs: Sequence[RunResult]) -> tuple[np.ndarray, np.ndarray]:
-    """Millions of tokens [points], and losses [runs, points] where all runs have one."""
+    """Returns M tokens [points] and losses [runs, points] at the steps that all runs have."""
     curves = [read_curves(result.run.folder)["loss/validation"] for result in runs]
     steps = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
     tables = [dict(zip(*curve, strict=True)) for curve in curves]

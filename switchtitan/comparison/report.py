@@ -15,14 +15,17 @@ from switchtitan.comparison.table import GapReport, RowReport
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.files import write_atomically
 
-NOT_KNOWN = "-"
+UNKNOWN = "-"
 _LEGEND = (
-    "(edge): the best of the rates tried was the lowest or the highest. Effective rank is exp of the entropy of the singular "
-    "values' shares of their sum, of each layer's change since step 0, averaged over layers; two factors that both start at "
-    "random change their product by up to twice their rank. State is what a checkpoint holds: weights, optimizer and what else "
-    "the method keeps; peaks are an accelerator's. Tokens/s are the runs' own, with all that a method does now and then, on a "
-    "machine that may have done other work. Step times were taken side by side early in a run, and bytes are those of its "
-    "second step, in as few micro-batches as fit, so neither tells what happens every few hundred steps only."
+    "(edge): the best learning rate is the lowest or the highest one tried. Effective rank: exp of "
+    "the entropy of the normalized singular values of a layer's change since step 0, averaged over "
+    "layers. Two factors that are both random at the start change their product by up to twice "
+    "their rank. State: all that a checkpoint contains, i.e. weights, optimizer state and other "
+    "tensors of the method. Peak: peak GPU memory. Tokens/s: from the runs, including occasional "
+    "work such as resets, on a machine that may have done other work at the same time. Step times "
+    "are measured side by side early in a run. Bytes are those of the second step, in as few "
+    "micro-batches as fit. Step times and bytes do not include work that is done only every few "
+    "hundred steps."
 )
 
 
@@ -37,7 +40,7 @@ def write_report(
 
 
 def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
-    """The tables, for people."""
+    """Returns the report as Markdown."""
     config, done = state.config, len(state.selection) + len(state.report)
     parts = [f"# {config.name}", f"{done} of {state.num_runs} runs are finished."]
     facts = _facts(state)
@@ -45,14 +48,15 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
         parts.append(facts)
     seeds = ", ".join(map(str, config.report_seeds))
     parts.append(
-        f"Learning rates were chosen by the validation loss at seed {config.selection_seed}; losses are those of the test "
-        f"split, mean ± standard deviation over seeds {seeds}. A difference inside its own standard deviation is a tie."
+        f"Learning rates were chosen by the validation loss with seed {config.selection_seed}. "
+        f"Losses are on the test split: mean ± standard deviation over seeds {seeds}. "
+        "A difference smaller than its standard deviation is a tie."
     )
     parts.append(_table(rows, _columns(config.baseline, config.communication_ranks)))
     parts.append(_LEGEND)
     if gaps:
         titles = {row.name: row.title for row in config.rows}
-        parts.append("Shares of gaps in the test loss:")
+        parts.append("Shares of differences in test loss:")
         parts.append(
             "\n".join(
                 f"- {titles[gap.row]}, from {titles[gap.start]} to {titles[gap.end]}: {_share(gap)}"
@@ -60,19 +64,20 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
             )
         )
     parts.append(
-        "## Choice of the learning rate\n\nValidation loss by learning rate; the chosen one is bold."
+        "## Choice of the learning rate\n\n"
+        "Validation loss by learning rate. The chosen rate is bold."
     )
     parts.append("\n".join(_selection_line(row) for row in rows if row.selection))
     return "\n\n".join(parts) + "\n"
 
 
 def json_text(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
-    """Everything, for programs; a number that is not finite is null."""
+    """Returns all results as JSON; a number that is not finite becomes null."""
     contents = {
         "comparison": resolved_toml(state.config),
         "num_runs_finished": len(state.selection) + len(state.report),
         "num_runs": state.num_runs,
-        "rows": [_with_text_keys(asdict(row)) for row in rows],
+        "rows": [_with_string_keys(asdict(row)) for row in rows],
         "gaps": [asdict(gap) for gap in gaps],
         "runs": [_run_record(stage, result) for stage, result in _staged(state)],
     }
@@ -80,16 +85,16 @@ def json_text(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[
 
 
 def runs_csv(state: ComparisonState) -> str:
-    """One line for every finished run."""
-    text = io.StringIO()
+    """Returns one CSV line per finished run."""
+    stream = io.StringIO()
     columns = (
         "stage", "row", "learning_rate", "seed", "diverged", "validation_loss", "test_loss",
         "tokens_per_s", "peak_gib", "state_gib", "num_trainable", "commit",
     )  # fmt: skip
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(_run_record(stage, result) for stage, result in _staged(state))
-    return text.getvalue()
+    return stream.getvalue()
 
 
 def _staged(state: ComparisonState) -> list[tuple[str, RunResult]]:
@@ -118,7 +123,7 @@ def _run_record(stage: str, result: RunResult) -> dict[str, object]:
 
 
 def _facts(state: ComparisonState) -> str:
-    """What all finished runs were made with."""
+    """Returns one sentence about tokens, corpus, versions and hardware of the finished runs."""
     figures = [result.figures for _, result in _staged(state) if result.figures]
     if not figures:
         return ""
@@ -127,10 +132,12 @@ def _facts(state: ComparisonState) -> str:
         return " and ".join(sorted({str(find(of_run)) for of_run in figures}))
 
     return (
-        f"{figures[0]['tokens_seen'] / 1e6:.2f} M tokens per run of corpus {distinct(lambda f: f['corpus']['name'])} "
-        f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), torch {distinct(lambda f: f['versions']['torch'])}, "
-        f"{distinct(lambda f: f['device'])}, {distinct(lambda f: f['num_threads'])} thread(s), commit "
-        f"{distinct(lambda f: f.get('commit'))}."
+        f"{figures[0]['tokens_seen'] / 1e6:.2f} M tokens per run of corpus "
+        f"{distinct(lambda f: f['corpus']['name'])} "
+        f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), "
+        f"torch {distinct(lambda f: f['versions']['torch'])}, {distinct(lambda f: f['device'])}, "
+        f"{distinct(lambda f: f['num_threads'])} thread(s), "
+        f"commit {distinct(lambda f: f.get('commit'))}."
     )
 
 
@@ -171,13 +178,13 @@ def _selection_line(row: RowReport) -> str:
 
 def _rate(row: RowReport) -> str:
     if row.rate is None:
-        return NOT_KNOWN
+        return UNKNOWN
     return f"{row.rate:g}" + (" (edge)" if row.is_interior is False else "")
 
 
 def _plus_minus(summary: Summary | None, digits: int) -> str:
     if summary is None:
-        return NOT_KNOWN
+        return UNKNOWN
     if not math.isfinite(summary.mean):
         return "diverged"
     deviation = f" ± {summary.std:.{digits}f}" if summary.std is not None else ""
@@ -187,7 +194,7 @@ def _plus_minus(summary: Summary | None, digits: int) -> str:
 
 def _difference(summary: Summary | None) -> str:
     if summary is None or not math.isfinite(summary.mean):
-        return NOT_KNOWN
+        return UNKNOWN
     if summary.std is None:
         return f"{summary.mean:+.4f} (one seed)"
     return f"{summary.mean:+.4f} ± {summary.std:.4f}{', tie' if summary.is_tie else ''}"
@@ -195,33 +202,34 @@ def _difference(summary: Summary | None) -> str:
 
 def _share(gap: GapReport) -> str:
     if gap.gap is None or not math.isfinite(gap.gap.mean):
-        return "not known yet."
-    width = f"the gap of {_plus_minus(gap.gap, 4)}"
+        return "not yet known."
+    width = f"the difference of {_plus_minus(gap.gap, 4)}"
     if gap.gap.is_tie or gap.gap.mean <= 0:
-        return f"{width} is {'a tie' if gap.gap.is_tie else 'none, or runs the other way'}; no share of it is told."
+        return f"{width} is {'a tie' if gap.gap.is_tie else 'not positive'}; share not reported."
     if gap.share is None:
-        return "not known yet."
+        return "not yet known."
     deviation = f" ± {100 * gap.share.std:.0f}" if gap.share.std is not None else ""
     return f"closes {100 * gap.share.mean:.0f}{deviation} % of {width}."
 
 
 def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
-    return NOT_KNOWN if value is None else f"{value * factor:.{digits}f}"
+    return UNKNOWN if value is None else f"{value * factor:.{digits}f}"
 
 
 def _ratio(row: RowReport) -> str:
     measured = row.measured
     if measured is None:
-        return NOT_KNOWN
-    return f"{measured.step_ratio:.2f} ({measured.step_ratio_low:.2f} to {measured.step_ratio_high:.2f})"
+        return UNKNOWN
+    low, high = measured.step_ratio_low, measured.step_ratio_high
+    return f"{measured.step_ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _with_text_keys(record: dict) -> dict:
+def _with_string_keys(record: dict) -> dict:
     return record | {"selection": {f"{rate:g}": loss for rate, loss in record["selection"].items()}}
 
 
 def _finite(value: object) -> object:
-    """The same with None for numbers that JSON has not."""
+    """Replaces numbers that are not finite, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

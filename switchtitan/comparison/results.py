@@ -1,4 +1,4 @@
-"""What a finished run left."""
+"""The results of finished runs."""
 
 import json
 import math
@@ -14,25 +14,25 @@ from switchtitan.training.output import CONFIG_FILE
 
 @dataclass(frozen=True)
 class RunResult:
-    """The figures of a run. Losses are inf where it diverged."""
+    """The results of a run. Losses are inf if it diverged."""
 
     run: Run
     validation_loss: float
     test_loss: float
     figures: dict[str, Any]
-    """All of the run's `results.json`."""
+    """The contents of the run's `results.json`."""
 
     @property
     def has_diverged(self) -> bool:
-        """Whether its gradients ceased to be finite, or its loss did."""
+        """Whether its gradients or its loss are not finite."""
         return not math.isfinite(self.test_loss)
 
 
 def read_result(run: Run) -> RunResult | None:
-    """The result of a run, or None if it is not finished.
+    """Returns the result of a run, None if it is not finished.
 
     Raises:
-        ConfigError: if the folder holds a run with another configuration.
+        ConfigError: if the folder contains a run with another configuration.
     """
     if not (run.folder / CONFIG_FILE).exists():
         return None
@@ -52,7 +52,7 @@ def read_result(run: Run) -> RunResult | None:
 
 
 def _or_inf(loss: float) -> float:
-    """A loss that is no number is worse than any."""
+    """Replaces nan by inf, which is worse than any loss."""
     return math.inf if math.isnan(loss) else loss
 
 
@@ -65,6 +65,7 @@ def _check_same(run: Run, wanted: JobConfig) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"{run.folder}: this run was made with another {', '.join(f'[{section}]' for section in differing)} than is "
-            "declared now; choose another output_dir, or delete the folder to run it again"
+            f"{run.folder}: this run has another "
+            f"{', '.join(f'[{section}]' for section in differing)} than the comparison; "
+            "choose another output_dir, or delete the folder to train it again"
         )

@@ -1,4 +1,4 @@
-"""Running training programs, several at a time, each on its share of the machine."""
+"""Runs several training programs at a time, each on its share of the machine."""
 
 import logging
 import os
@@ -17,30 +17,31 @@ from switchtitan.files import try_lock
 logger = logging.getLogger(__name__)
 
 OUTPUT_FILE = "output.txt"
-"""What a run printed, in its folder."""
+"""File in a run's folder with its stdout and stderr."""
 _POLL_S = 0.5
 _TERMINATION_S = 30
 
 
 class RunFailedError(UserError):
-    """A training program ended with an error that is not the method's."""
+    """A training program failed for another reason than divergence."""
 
 
 class Runner:
-    """Trains runs in processes of their own, up to `num_jobs` at a time.
+    """Trains runs in separate processes, up to `num_jobs` at a time.
 
-    A run that was stopped goes on from its newest checkpoint. A lock in its folder, which the training process holds too, keeps
-    a second one out, whoever started the first.
+    A stopped run resumes from its newest checkpoint. A lock in its folder, which its training
+    process also holds, prevents a second process from training it.
 
     Args:
-        num_jobs: on GPUs at most as many as are visible, each job on its own; on a CPU its cores are shared out.
+        num_jobs: on GPUs at most the number of visible ones; each job uses one. On a CPU the jobs
+            share its cores equally.
     """
 
     def __init__(self, num_jobs: int) -> None:
         num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if num_devices and num_jobs > num_devices:
             raise ConfigError(
-                f"--jobs {num_jobs}: expected at most one for each of the {num_devices} visible GPU(s)"
+                f"--jobs {num_jobs}: expected at most {num_devices}, the number of visible GPUs"
             )
         self._slots = list(range(num_jobs))
         self._is_on_gpu = num_devices > 0
@@ -55,14 +56,14 @@ class Runner:
     ) -> None:
         """Trains every run.
 
-        One that another process is training, such as one that a killed comparison left behind, is waited for.
+        Waits for a run that another process is training, e.g. one left by a killed comparison.
 
         Args:
-            is_finished: whether a run needs no training any more; asked before one is started.
-            on_finished: called after each.
+            is_finished: whether a run is finished; called before a run is started.
+            on_finished: called after each run.
 
         Raises:
-            RunFailedError: if one fails; the others that are under way are stopped and can be gone on with.
+            RunFailedError: if a run fails. The active runs are stopped and can be resumed.
         """
         waiting, active = deque(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
         try:
@@ -87,15 +88,13 @@ class Runner:
         is_finished: Callable[[Run], bool],
         on_finished: Callable[[Run], None],
     ) -> None:
-        """Starts the first run that nobody else trains, if there is one; the others go to the end of the queue."""
+        """Starts the first run that no other process trains; moves the others to the end."""
         for _ in range(len(waiting)):
             run = waiting.popleft()
             with try_lock(run.folder / "lock") as lock:
                 if lock is None:
                     if run not in self._waited_for:
-                        logger.info(
-                            "%s is being trained by another process: waiting for it", run.name
-                        )
+                        logger.info("waiting for %s, which another process is training", run.name)
                         self._waited_for.add(run)
                     waiting.append(run)
                 elif is_finished(run):
@@ -118,13 +117,13 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=[lock],
-                # A Ctrl-C is for the comparison, which stops its runs itself.
+                # Ctrl-C must reach only the comparison, which stops its runs itself.
                 start_new_session=True,
             )
 
 
 def num_threads(num_jobs: int) -> int:
-    """CPU threads for each of several jobs: what OMP_NUM_THREADS says, else an equal share of the cores."""
+    """Returns CPU threads per job: OMP_NUM_THREADS if set, else an equal share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else max(1, len(os.sched_getaffinity(0)) // num_jobs)
 
@@ -133,8 +132,8 @@ def _failure(run: Run, status: int) -> str:
     output = run.folder / OUTPUT_FILE
     tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     return (
-        f"{run.name} ended with status {status} and without a result; its output is in {output} and ends with\n"
-        + "\n".join(tail)
+        f"{run.name} exited with status {status} and without a result; its output is in {output} "
+        "and ends with\n" + "\n".join(tail)
     )
 
 

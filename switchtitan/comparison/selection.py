@@ -1,25 +1,26 @@
-"""Choosing each row's learning rate, and widening the grid where the best is at its edge."""
+"""Chooses each row's learning rate, and widens the grid if the best rate is at its edge."""
 
 from collections.abc import Mapping, Sequence
 
 Losses = Mapping[float, float]
-"""Validation loss by learning rate; inf where the run diverged."""
+"""Validation loss by learning rate; inf if the run diverged."""
 
 
 def best_rate(losses: Losses) -> float:
-    """The rate of the lowest loss; the lower rate where two are equal."""
+    """Returns the rate of the lowest loss; of equal losses, the lowest rate."""
     return min(sorted(losses), key=lambda rate: losses[rate])
 
 
 def is_interior(losses: Losses) -> bool:
-    """Whether the best rate lies between two others."""
+    """Whether the best rate is between two others."""
     return min(losses) < best_rate(losses) < max(losses)
 
 
 def widened(rates: Sequence[float], losses: Losses) -> list[float]:
-    """The rates and one more, at the end nearest to the best one, in the ratio of the two rates there.
+    """Returns the rates and one more, at the end nearest to the best rate.
 
-    For a best rate in the middle, the end whose loss is lower counts as nearer.
+    The ratio of the two rates at that end determines the new rate. If the best rate is in the
+    middle, the end with the lower loss counts as nearest.
     """
     rates = sorted(rates)
     place = rates.index(best_rate(losses))
@@ -33,5 +34,5 @@ def widened(rates: Sequence[float], losses: Losses) -> list[float]:
 
 
 def _rounded(rate: float) -> float:
-    """To three digits, so that names stay short."""
+    """Rounds to three digits, which keeps names short."""
     return float(f"{rate:.3g}")

@@ -1,4 +1,4 @@
-"""Means, deviations and differences over seeds."""
+"""Means, standard deviations and differences over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BySeed = Mapping[int, float]
-"""A figure of one row by seed."""
+"""One result of a row, by seed."""
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,17 @@ class Summary:
 
     mean: float
     std: float | None
-    """With Bessel's correction; None where there is one value."""
+    """With Bessel's correction; None for a single value."""
     num: int
 
     @property
     def is_tie(self) -> bool:
-        """Of differences: whether they lie inside their own deviation."""
+        """Of differences: whether the mean is within one standard deviation of zero."""
         return self.std is not None and abs(self.mean) <= self.std
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Mean and standard deviation; inf where a value is."""
+    """Returns mean and standard deviation; the mean is inf if a value is not finite."""
     if not all(map(math.isfinite, values)):
         return Summary(math.inf, None, len(values))
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -34,20 +34,21 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def difference(row: BySeed, baseline: BySeed) -> Summary | None:
-    """Row less baseline, seed by seed, since runs of one seed share data order and initial weights.
+    """Returns row minus baseline, seed by seed; None without a shared seed.
 
-    None without a shared seed.
+    Runs with the same seed share data order and initial weights.
     """
     shared = sorted(row.keys() & baseline.keys())
     return summarize([row[seed] - baseline[seed] for seed in shared]) if shared else None
 
 
 def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Summary | None:
-    """How much of the way from `start` to `end` a row goes, over the seeds that all three share.
+    """Computes the share of the difference from `start` to `end` that a row closes.
 
     Returns:
-        The ratio of the mean differences, and its standard deviation by leaving out one seed at a time (the jackknife),
-        since ratios of single seeds have no mean where a gap may be near zero. None without a shared seed or a gap.
+        The ratio of the mean differences over the seeds that all three share, and its standard
+        deviation by the jackknife (leaving out one seed at a time): ratios of single seeds have no
+        mean if a difference may be near zero. None without a shared seed or a difference.
     """
     shared = sorted(row.keys() & start.keys() & end.keys())
     if not shared:
@@ -63,6 +64,6 @@ def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Summary | None:
     if (gaps_left == 0).any():
         return Summary(float(way.mean() / gap.mean()), None, num)
     left_out = np.array([np.delete(way, i).mean() for i in range(num)]) / gaps_left
-    # The standard error of the mean times sqrt(n): a deviation like those of the other figures.
+    # The standard error of the mean, times sqrt(n): a standard deviation as for the other results.
     error = math.sqrt((num - 1) / num * float(((left_out - left_out.mean()) ** 2).sum()))
     return Summary(float(way.mean() / gap.mean()), error * math.sqrt(num), num)

@@ -1,4 +1,4 @@
-"""The table of a comparison: one report for each row."""
+"""The table of a comparison: one report per row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,69 +20,70 @@ from switchtitan.training.trainer import loss_metrics
 
 @dataclass(frozen=True)
 class RowReport:
-    """What the finished runs of a row say. None stands for what is not known yet."""
+    """Results of a row's finished runs. None means not yet known."""
 
     name: str
     title: str
     rate: float | None
     """The chosen learning rate."""
     is_interior: bool | None
-    """Whether the rate lies between two that were tried; None for a row that takes another's."""
+    """Whether the rate is between two tried ones; None for a row that uses another row's rate."""
     selection: dict[float, float]
-    """Validation loss by learning rate, on the selection's seed."""
+    """Validation loss by learning rate, with the selection seed."""
     num_diverged: int
-    """Of the reported runs."""
+    """Number of reported runs that diverged."""
     loss: Summary | None
-    """On the test split, over the reported seeds."""
+    """Test loss over the reported seeds."""
     perplexity: Summary | None
     difference: Summary | None
-    """Of the loss to the baseline's, seed by seed."""
+    """Test loss minus the baseline's, seed by seed."""
     effective_rank: Summary | None
-    """Of the change of the linear layers' weights since step 0, averaged over layers."""
+    """Effective rank of the linear layers' change since step 0, averaged over layers."""
     num_trainable: int | None
     state_gib: float | None
-    """Weights, optimizer and candidates: all that a checkpoint holds."""
+    """Size of weights, optimizer state and candidates: all that a checkpoint contains."""
     peak_gib: float | None
-    """The largest of the reported runs' peaks on a GPU. A CPU tells the process's only, in which a small model is lost."""
+    """Largest peak of GPU memory in the reported runs. None on a CPU, where only the peak of the
+    whole process is known."""
     tokens_per_s: float | None
-    """The median over reported runs, in the conditions in which each ran."""
+    """Median over the reported runs, on a machine that may have done other work."""
     measured: Measurements | None
 
 
 @dataclass(frozen=True)
 class GapReport:
-    """How much of the way from one row's loss to another's a third goes."""
+    """The share of the difference between two rows' losses that a third row closes."""
 
     row: str
     start: str
     end: str
     gap: Summary | None
-    """The start's loss less the end's, seed by seed."""
+    """Loss of `start` minus loss of `end`, seed by seed."""
     share: Summary | None
-    """None where the gap is a tie or runs the other way."""
+    """None if the gap is a tie or not positive."""
 
 
 def report_rows(state: ComparisonState, measured: Mapping[str, Measurements]) -> list[RowReport]:
-    """One report for each row of the comparison, in its order."""
+    """Returns one report for each row of the comparison, in its order."""
     baseline = losses_by_seed(state, state.config.baseline)
     return [_report_row(state, row, baseline, measured.get(row.name)) for row in state.config.rows]
 
 
 def report_gaps(state: ComparisonState) -> list[GapReport]:
-    """The answers to the comparison's questions for gaps."""
+    """Returns one report for each row of each declared gap."""
     reports = []
-    for question in state.config.gaps:
-        start, end = (losses_by_seed(state, name) for name in (question.from_row, question.to_row))
+    for declared in state.config.gaps:
+        start, end = (losses_by_seed(state, name) for name in (declared.from_row, declared.to_row))
         gap = difference(start, end)
         is_open = gap is not None and gap.mean > 0 and not gap.is_tie
-        for row in question.rows:
+        for row in declared.rows:
             share = share_of_gap(losses_by_seed(state, row), start, end) if is_open else None
-            reports.append(GapReport(row, question.from_row, question.to_row, gap, share))
+            reports.append(GapReport(row, declared.from_row, declared.to_row, gap, share))
     return reports
 
 
 def losses_by_seed(state: ComparisonState, row: str) -> BySeed:
-    """Test losses of a row's reported runs."""
+    """Returns test losses of a row's reported runs, by seed."""
     return {result.run.seed: result.test_loss for result in state.report if result.run.row == row}
 
 
@@ -133,7 +134,7 @@ def _median_speed(finished: list[RunResult]) -> float | None:
 
 
 def _effective_ranks(finished: list[RunResult]) -> list[float]:
-    """Of the runs whose last checkpoint is still there."""
+    """Returns effective ranks of the runs whose last checkpoint still exists."""
     checkpoints = [
         result.run.folder / CHECKPOINTS_FOLDER / step_folder_name(result.figures["step"])
         for result in finished

@@ -174,7 +174,7 @@ def check_communication(
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
-    """A trained tokenizer, even if only for offline use, must not have more tokens than the model."""
+    """A tokenizer trained here, even if only for offline use, must fit the model."""
     if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
         return []
     vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE

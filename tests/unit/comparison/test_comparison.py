@@ -1,4 +1,4 @@
-"""The course of a comparison, over runs whose results are written by hand."""
+"""The stages of a comparison, over runs whose results the tests write."""
 
 import json
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def declare(
 
 
 def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: object) -> None:
-    """Leaves what a finished run leaves, but checkpoints and curves."""
+    """Writes the files of a finished run, without checkpoints and curves."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.toml").write_text(resolved_toml(run.config()))
     results = {
@@ -98,7 +98,8 @@ def finish_all(
 
 
 def distance_to(dense: float, thin: float) -> Callable[[Run], float]:
-    """A loss that grows with the distance to the best rate of each row, and differs a little between seeds."""
+    """A loss that increases with the distance to each row's best rate, and slightly with the
+    seed."""
     best = {"dense": dense, "thin": thin, "thin-balanced": thin}
     height = {"dense": 1.0, "thin": 2.0, "thin-balanced": 1.5}
 
@@ -113,7 +114,7 @@ def rates(runs: list[Run], row: str) -> list[float]:
     return [run.learning_rate for run in runs if run.row == row]
 
 
-def test_middle_rates_are_tried_first_and_nothing_is_reported_before_all_are(comparison):
+def test_middle_rates_are_tried_first_and_no_rate_is_chosen_before_all_are_tried(comparison):
     runs = Comparison(comparison).due()
     assert [(run.row, run.learning_rate) for run in runs[:2]] == [("dense", 2e-3), ("thin", 2e-2)]
     assert {run.seed for run in runs} == {1}
@@ -143,10 +144,10 @@ def test_a_best_rate_at_the_edge_widens_the_grid_of_every_row(comparison):
     finish_all(comparison, loss)
     widening = finish_all(comparison, loss)
     assert rates(widening, "dense") == [8e-3]
-    # In the middle: 1e-2 and 4e-2 are equally good, so the lower end, by which both ends are as near.
+    # The best rate is in the middle, and both ends have the same loss: the lower end is widened.
     assert rates(widening, "thin") == [5e-3]
     state = Comparison(comparison).state()
-    # Once only: the best is the highest still, and that is told.
+    # The grid is widened only once: the best rate is still the highest, which the report states.
     assert state.chosen == {"dense": 8e-3, "thin": 2e-2}
     rows = {row.name: row for row in report_rows(state, {})}
     assert rows["dense"].is_interior is False
@@ -155,18 +156,18 @@ def test_a_best_rate_at_the_edge_widens_the_grid_of_every_row(comparison):
     assert "0.008 (edge)" in markdown(state, list(rows.values()), [])
 
 
-def test_the_report_tells_losses_differences_and_shares(comparison):
+def test_the_report_has_losses_differences_and_shares(comparison):
     loss = distance_to(2e-3, 2e-2)
     finish_all(comparison, loss)
     finish_all(comparison, loss)
     state = Comparison(comparison).state()
     rows, gaps = report_rows(state, {}), report_gaps(state)
     by_name = {row.name: row for row in rows}
-    # Test losses are 1 more than validation losses: 2.1 for the dense row and a bit for the seed.
+    # Test losses are 1 more than validation losses: 2.1 for the dense row, plus 0.001 x seed.
     assert by_name["dense"].loss.mean == pytest.approx(2.1 + 0.0025)
     assert by_name["dense"].loss.std == pytest.approx(0.001 / 2**0.5)
     assert by_name["dense"].difference is None
-    # Seeds shift all rows alike, so differences do not vary.
+    # Seeds shift all rows alike, so the differences are constant.
     assert by_name["thin"].difference.mean == pytest.approx(1.0)
     assert by_name["thin"].difference.std == pytest.approx(0.0, abs=1e-12)
     assert by_name["thin"].selection == pytest.approx({1e-2: 2.201, 2e-2: 2.101, 4e-2: 2.201})
@@ -175,36 +176,37 @@ def test_the_report_tells_losses_differences_and_shares(comparison):
     text = markdown(state, rows, gaps)
     assert "| thin | 0.02 | 3.1025 ± 0.0007 |" in text
     assert (
-        "thin-balanced, from thin to dense: closes 50 ± 0 % of the gap of 1.0000 ± 0.0000." in text
+        "thin-balanced, from thin to dense: closes 50 ± 0 % of the difference of 1.0000 ± 0.0000."
+        in text
     )
     assert "commit abc" in text
     assert json.loads(json_text(state, rows, gaps))["num_runs_finished"] == 12
     assert len(runs_csv(state).splitlines()) == 13
 
 
-def test_no_share_is_told_of_a_gap_that_is_a_tie(comparison):
+def test_no_share_is_reported_of_a_gap_that_is_a_tie(comparison):
     finish_all(comparison, distance_to(2e-3, 2e-2))
     for run, loss in zip(Comparison(comparison).due(), (3.0, 3.1, 3.0, 3.2, 3.1, 3.0), strict=True):
         finish(run, 1.0, loss)
     gaps = report_gaps(Comparison(comparison).state())
-    # dense - thin is -0.1 at one seed and +0.1 at the other.
+    # dense - thin is -0.1 with one seed and +0.1 with the other.
     assert gaps[0].gap.is_tie
     assert gaps[0].share is None
-    assert "is a tie; no share" in markdown(Comparison(comparison).state(), [], gaps)
+    assert "is a tie; share not reported" in markdown(Comparison(comparison).state(), [], gaps)
 
 
-def test_a_share_of_a_row_without_runs_is_not_known(comparison):
+def test_the_share_of_a_row_without_runs_is_not_yet_known(comparison):
     finish_all(comparison, distance_to(2e-3, 2e-2))
     for run in Comparison(comparison).due():
         if run.row != "thin-balanced":
             finish(run, 1.0, {"dense": 2.0, "thin": 3.0}[run.row] + 0.1 * run.seed)
     state = Comparison(comparison).state()
-    assert "thin-balanced, from thin to dense: not known yet." in markdown(
+    assert "thin-balanced, from thin to dense: not yet known." in markdown(
         state, [], report_gaps(state)
     )
 
 
-def test_a_diverged_run_is_never_chosen_and_stands_in_the_table(comparison):
+def test_a_diverged_run_is_never_chosen_and_is_in_the_report(comparison):
     for run in Comparison(comparison).due():
         finish(run, 1.0, **({"diverged": True} if run.learning_rate in (2e-3, 4e-2) else {}))
     state = Comparison(comparison).state()
@@ -213,7 +215,7 @@ def test_a_diverged_run_is_never_chosen_and_stands_in_the_table(comparison):
     assert "selection,thin,0.04,1,True" in runs_csv(state)
 
 
-def test_only_a_run_of_the_whole_length_counts(comparison):
+def test_only_a_run_with_all_its_steps_counts(comparison):
     run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
     assert read_result(run) is None
     finish(run, 1.0, step=20)
@@ -229,7 +231,7 @@ def test_a_run_with_other_settings_is_refused(comparison):
     finish(run, 1.0)
     saved = run.folder / "config.toml"
     saved.write_text(saved.read_text().replace("warmup_steps = 3", "warmup_steps = 4"))
-    with pytest.raises(ConfigError, match=r"made with another \[lr_schedule\]"):
+    with pytest.raises(ConfigError, match=r"this run has another \[lr_schedule\]"):
         read_result(run)
 
 
@@ -252,7 +254,7 @@ EVALUATION = "[evaluation]\ntest_tokens = 160\ninterval = 20"
         ),
     ],
 )
-def test_what_would_fail_after_hours_of_runs_is_refused_before(tmp_path, changes, message):
+def test_a_plan_whose_report_would_fail_is_refused_before_any_run(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         check_plan(declare(tmp_path, changes))
 
@@ -262,11 +264,11 @@ def test_what_would_fail_after_hours_of_runs_is_refused_before(tmp_path, changes
     [
         ("set.model = {{ hidden_size = 24 }}", r"row thin: \[model\] differs from dense's"),
         ("set.optimizer = {{ weight_decay = 0.1 }}", r"row thin: \[optimizer\] differs"),
-        ("set.optimizer = {{ lr = 0.1 }}", r"row thin: set optimizer.lr has no effect"),
-        ("set.job = {{ seed = 3 }}", r"row thin: set job.seed has no effect"),
+        ("set.optimizer = {{ lr = 0.1 }}", r"row thin: set\.optimizer\.lr has no effect"),
+        ("set.job = {{ seed = 3 }}", r"row thin: set\.job\.seed has no effect"),
     ],
 )
-def test_rows_differ_in_their_methods_alone(tmp_path, keys, message):
+def test_rows_that_differ_in_more_than_their_methods_are_refused(tmp_path, keys, message):
     row = 'set.method = {{ name = "lora", rank = 4 }}\n'
     comparison = declare(tmp_path, grid=GRID.replace(row, row + keys + "\n"))
     with pytest.raises(ConfigError, match=message):
@@ -294,10 +296,10 @@ def test_bytes_are_counted_in_as_few_micro_batches_as_fit(tmp_path):
         run.config_on(5)
 
 
-def test_a_wrong_key_of_a_row_is_told_as_the_rows(tmp_path):
+def test_a_wrong_key_of_a_row_is_reported_with_the_row(tmp_path):
     grid = GRID.replace("rank = 4 }}", "rnk = 4 }}", 1)
     with pytest.raises(
-        ConfigError, match=r"(?s)in what row thin sets:.*\[method\] rnk = 4: unknown key"
+        ConfigError, match=r"(?s)in `set` of row thin:.*\[method\] rnk = 4: unknown key"
     ) as error:
         check_plan(declare(tmp_path, grid=grid))
     assert "command line" not in str(error.value)

@@ -42,7 +42,7 @@ def load(folder: Path, text: str):
     return load_comparison(file)
 
 
-def test_the_common_configuration_lies_beside_the_file(tmp_path):
+def test_the_common_configuration_is_relative_to_the_file(tmp_path):
     comparison = load(tmp_path, GRID)
     assert comparison.config == tmp_path / "base.toml"
     assert comparison.row("thin").title == "thin"
@@ -74,7 +74,7 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
             'baseline = "dens"',
             "baseline = 'dens': expected one of dense, thin",
         ),
-        ('name = "thin"', 'name = "dense"', "two are called 'dense'"),
+        ('name = "thin"', 'name = "dense"', "two have the name 'dense'"),
         (
             'name = "thin"',
             'name = "th/in"',
@@ -94,7 +94,7 @@ def test_the_common_configuration_lies_beside_the_file(tmp_path):
         ('baseline = "dense"', 'baseline = "dense"\nseeds = 3', "seeds = 3: unknown key"),
     ],
 )
-def test_a_grid_that_is_not_fair_or_not_sound_is_refused(tmp_path, given, changed, message):
+def test_an_unfair_or_invalid_grid_is_refused(tmp_path, given, changed, message):
     assert GRID.count(given) == 1
     with pytest.raises(ConfigError, match=re.compile(message, re.MULTILINE)):
         load(tmp_path, GRID.replace(given, changed))
@@ -105,13 +105,13 @@ def test_a_grid_that_is_not_fair_or_not_sound_is_refused(tmp_path, given, change
     [file for file in DECLARED if "[[rows]]" in file.read_text()],
     ids=lambda file: file.stem,
 )
-def test_the_comparisons_that_ship_are_sound(file):
+def test_the_shipped_comparisons_are_valid(file):
     comparison = load_comparison(file)
     check_plan(comparison)
     assert len(comparison.report_seeds) >= 3
 
 
-def test_a_missing_or_short_file_is_told(tmp_path):
+def test_a_missing_file_and_one_without_enough_rows_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"grid.toml: no such file; expected the TOML file that declares"
     ):
@@ -119,7 +119,7 @@ def test_a_missing_or_short_file_is_told(tmp_path):
     training = REPOSITORY / "train_configs" / "llama_60m_lora.toml"
     with pytest.raises(
         ConfigError,
-        match=r"llama_60m_lora.toml: it declares no comparison, which takes \[\[rows\]\]",
+        match=r"llama_60m_lora.toml: declares no comparison, because it has no \[\[rows\]\]",
     ):
         load_comparison(training)
     second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)

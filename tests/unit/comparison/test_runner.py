@@ -20,10 +20,10 @@ def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):
     ):
         Runner(1).run_all([run], lambda run: False, lambda run: None)
     with try_lock(run.folder / "lock") as lock:
-        assert lock is not None, "the failed run's process must have let go of it"
+        assert lock is not None, "the failed run's process must have released the lock"
 
 
-def test_a_run_that_another_process_trains_is_waited_for_and_not_trained_again(tmp_path):
+def test_the_runner_waits_for_a_run_that_another_process_trains(tmp_path):
     run, results, finished = run_in(tmp_path / "run"), tmp_path / "results", []
     is_held = threading.Event()
 

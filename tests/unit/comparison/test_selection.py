@@ -15,7 +15,7 @@ from switchtitan.comparison.selection import best_rate, is_interior, widened
         ({1e-3: 2.0, 2e-3: 2.0, 4e-3: 2.5}, 1e-3, False),
     ],
 )
-def test_the_best_rate_and_whether_it_is_bracketed(losses, rate, interior):
+def test_the_best_rate_and_whether_it_is_between_two_others(losses, rate, interior):
     assert best_rate(losses) == rate
     assert is_interior(losses) is interior
 
@@ -23,14 +23,14 @@ def test_the_best_rate_and_whether_it_is_bracketed(losses, rate, interior):
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        # At an edge the grid goes on there, in the same ratio.
+        # The best rate is at an edge: the grid is extended there, with the same ratio.
         ({1e-3: 1.0, 2e-3: 2.0, 6e-3: 2.5}, [5e-4, 1e-3, 2e-3, 6e-3]),
         ({1e-3: 3.0, 2e-3: 2.0, 6e-3: 1.5}, [1e-3, 2e-3, 6e-3, 1.8e-2]),
-        # In the middle, at the end whose loss is lower.
+        # The best rate is in the middle: the end with the lower loss is extended.
         ({1e-3: 3.0, 2e-3: 2.0, 4e-3: 2.5}, [1e-3, 2e-3, 4e-3, 8e-3]),
         ({1e-3: 2.4, 2e-3: 2.0, 4e-3: 2.5}, [5e-4, 1e-3, 2e-3, 4e-3]),
         ({1e-3: 2.4, 2e-3: 2.0, 4e-3: math.inf}, [5e-4, 1e-3, 2e-3, 4e-3]),
-        # Of four, at the nearer end.
+        # Four rates: the nearest end is extended.
         ({1e-3: 2.0, 2e-3: 2.1, 4e-3: 1.9, 8e-3: 3.0}, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]),
     ],
 )

@@ -16,7 +16,7 @@ def test_mean_and_deviation_of_a_sample():
 
 
 def test_a_difference_is_taken_seed_by_seed():
-    # Seeds differ by 1; the rows by 0.1 at each seed, which no pooled deviation would show.
+    # Seeds differ by 1, rows by 0.1 with each seed. A pooled deviation would hide this difference.
     row, baseline = {2: 1.1, 3: 2.1, 4: 3.1, 9: 7.0}, {2: 1.0, 3: 2.0, 4: 3.0}
     summary = difference(row, baseline)
     assert (summary.mean, summary.num) == (pytest.approx(0.1), 3)
@@ -28,7 +28,7 @@ def test_a_difference_is_taken_seed_by_seed():
 @pytest.mark.parametrize(
     ("change", "is_tie"), [([0.1, -0.1, 0.05], True), ([0.1, 0.3, 0.2], False)]
 )
-def test_a_difference_inside_its_deviation_is_a_tie(change, is_tie):
+def test_a_difference_smaller_than_its_deviation_is_a_tie(change, is_tie):
     assert difference(dict(enumerate(change)), dict.fromkeys(range(3), 0.0)).is_tie is is_tie
 
 
@@ -43,8 +43,9 @@ def test_share_of_a_gap_is_the_ratio_of_mean_differences():
     assert share_of_gap({1: math.inf}, {1: 2.0}, {1: 1.0}) is None
 
 
-def test_the_deviation_of_a_share_is_that_of_samples_drawn_anew():
-    # With many seeds and a gap far from zero the jackknife agrees with the deviation of the ratio's first-order change.
+def test_the_deviation_of_a_share_is_that_of_new_samples():
+    # With many seeds and a gap far from zero, the jackknife agrees with the deviation of the
+    # ratio's first-order change.
     draws = np.random.default_rng(0)
     num = 4000
     start = 2.0 + 0.1 * draws.standard_normal(num)
