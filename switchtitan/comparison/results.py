@@ -56,12 +56,12 @@ def _or_inf(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def _check_same(run: Run, wanted: JobConfig) -> None:
+def _check_same(run: Run, expected: JobConfig) -> None:
     found = parse_arguments(["--config", str(run.folder / CONFIG_FILE)], num_ranks=1)
     differing = [
         section
-        for section in type(wanted).model_fields
-        if getattr(wanted, section) != getattr(found, section, None)
+        for section in type(expected).model_fields
+        if getattr(expected, section) != getattr(found, section, None)
     ]
     if differing:
         raise ConfigError(

@@ -43,8 +43,8 @@ class RowReport:
     state_gib: float | None
     """Size of weights, optimizer state and candidates: all that a checkpoint contains."""
     peak_gib: float | None
-    """Largest peak of GPU memory in the reported runs. None on a CPU, where only the peak of the
-    whole process is known."""
+    """Largest peak of GPU memory in the reported runs. None on a CPU, where only the peak of all
+    the process's memory is known."""
     tokens_per_s: float | None
     """Median over the reported runs, on a machine that may have done other work."""
     measured: Measurements | None

@@ -79,9 +79,9 @@ def load_config(
         explain_unknown_section(draft, section)
     sections = {name: section for name in types for section in _validated(draft, name)}
     for check in checks:
-        wanted = [name for name in inspect.signature(check).parameters if name in types]
-        if all(name in sections for name in wanted):
-            found = check(**{name: sections[name] for name in wanted})
+        needed = [name for name in inspect.signature(check).parameters if name in types]
+        if all(name in sections for name in needed):
+            found = check(**{name: sections[name] for name in needed})
             draft.mistakes += [Mistake(TOGETHER, message) for message in found]
     raise_together(draft.mistakes)
     return config_type(**sections)

@@ -128,15 +128,15 @@ def check_frozen_weights(
     """Keys for frozen weights need a method that freezes weights."""
     if method.freezes_weights:
         return []
-    asked = []
+    ineffective = []
     if parallelism.frozen_weights != "shard":
-        asked.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
+        ineffective.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
     if training.frozen_dtype != "float32":
-        asked.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
+        ineffective.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
     return [
         f"{key} has no effect: [method] name = {toml_value(method.name)} trains all weights; "
         "remove it, or choose a method that freezes weights"
-        for key in asked
+        for key in ineffective
     ]
 
 
