@@ -1,4 +1,4 @@
-"""Models by name. A new one is a folder here and a row in `MODELS`."""
+"""Models by name. To add one, add a folder here and a row in `MODELS`."""
 
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.models.llama.config import LlamaConfig

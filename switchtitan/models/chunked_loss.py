@@ -1,7 +1,7 @@
-"""Cross entropy of a linear head, whose logits are there for a chunk of tokens at a time.
+"""Cross entropy of a linear head, with the logits of one chunk of tokens at a time.
 
-The forward pass computes the gradients too, chunk by chunk, since the loss is where the backward pass begins: so logits are
-computed once, and there are three matrix products, as in the plain form.
+The forward pass also computes the gradients, chunk by chunk. So logits are computed once, and there
+are three matrix products, as without chunks.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from torch.autograd.function import once_differentiable
 from switchtitan.contracts import IGNORED_TARGET
 
 CHUNK_BYTES = 64 * 2**20
-"""What the logits of a chunk take in fp32, about, unless there would be more than `MAX_NUM_CHUNKS`."""
+"""Target size of a chunk's logits in fp32; larger where `MAX_NUM_CHUNKS` is the limit."""
 MAX_NUM_CHUNKS = 16
-"""Each chunk reads the head's weight twice, and reads and writes its gradient, which takes its time whatever the chunk's size.
-In so many chunks logits take next to nothing of what they would."""
+"""Each chunk reads the head's weight twice, and reads and writes its gradient: a fixed cost. 16
+chunks already shrink the logits 16 times."""
 _ROWS_PER_PRODUCT = 4096
-"""Of the weight's gradient, so that what is added to them is still in a CPU's cache, and takes little memory."""
+"""Rows of the weight's gradient per product, so that a product fits in a CPU's cache."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""See `loss_of_chunk_`."""
+"""See `chunk_loss_`."""
 ChunkLossAndGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""See `loss_and_gradient_of_chunk_`."""
+"""See `chunk_loss_and_gradient_`."""
 
 
 def chunked_cross_entropy(
@@ -34,34 +34,35 @@ def chunked_cross_entropy(
     targets: Tensor,
     divisor: int,
     *,
-    of_chunk_: ChunkLoss,
-    of_chunk_with_gradient_: ChunkLossAndGradient,
+    loss_fn: ChunkLoss,
+    loss_and_gradient_fn: ChunkLossAndGradient,
 ) -> Tensor:
-    """The sum over all targets of -log softmax(hidden weight^T)[target], in nats, divided by `divisor`; 0-dim, fp32 or wider.
+    """Returns the sum over targets of -log softmax(hidden weight^T)[target], in nats, / `divisor`.
 
-    Can be differentiated once, with respect to `hidden` and `weight`. The weight's gradient is added up over chunks in fp32.
+    The result is 0-dim, fp32 or wider. Can be differentiated once, with respect to `hidden` and
+    `weight`. The weight's gradient is accumulated over chunks in fp32.
 
     Args:
         hidden: [tokens, dim].
-        weight: [vocabulary, dim], of the same type.
-        targets: [tokens] int64; `IGNORED_TARGET` does not count.
-        of_chunk_: `loss_of_chunk_`, or it compiled: always called with the same shapes for the same number of tokens.
-        of_chunk_with_gradient_: `loss_and_gradient_of_chunk_`, likewise.
+        weight: [vocabulary, dim], of the same dtype.
+        targets: [tokens] int64; `IGNORED_TARGET` is ignored.
+        loss_fn: `chunk_loss_`, perhaps compiled; equal shapes for equal numbers of tokens.
+        loss_and_gradient_fn: `chunk_loss_and_gradient_`, likewise.
     """
     num_tokens, vocabulary = len(hidden), len(weight)
     num_chunks = min(MAX_NUM_CHUNKS, -(-4 * num_tokens * vocabulary // CHUNK_BYTES))
     chunk_size = -(-num_tokens // num_chunks)
-    # Equal chunks serve one compiled graph; what fills the last one up does not count.
-    filling = -num_tokens % chunk_size
-    if filling:
-        hidden = F.pad(hidden, (0, 0, 0, filling))
-        targets = F.pad(targets, (0, filling), value=IGNORED_TARGET)
+    # Equal chunks share one compiled graph; padding is ignored.
+    num_padding = -num_tokens % chunk_size
+    if num_padding:
+        hidden = F.pad(hidden, (0, 0, 0, num_padding))
+        targets = F.pad(targets, (0, num_padding), value=IGNORED_TARGET)
     is_counted = targets != IGNORED_TARGET
     weights = is_counted.to(_wide(hidden.dtype)) / divisor
     targets = targets.where(is_counted, 0)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _ChunkedCrossEntropy.apply(
-            hidden, weight, targets, weights, chunk_size, of_chunk_with_gradient_
+            hidden, weight, targets, weights, chunk_size, loss_and_gradient_fn
         )
         return loss
     loss = weights.new_zeros(())
@@ -70,30 +71,30 @@ def chunked_cross_entropy(
         hidden.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True
     ):
         torch.mm(chunk[0], weight.t(), out=logits)
-        loss += of_chunk_(logits, *chunk[1:])
+        loss += loss_fn(logits, *chunk[1:])
     return loss
 
 
-def loss_of_chunk_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The sum over tokens of weight * -log softmax(logits)[target]; 0-dim.
+def chunk_loss_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Returns the sum over tokens of weight * -log softmax(logits)[target]; 0-dim.
 
     Args:
         logits: [tokens, vocabulary]; may be overwritten.
         targets: [tokens] int64, all within the vocabulary.
-        weights: [tokens], fp32 or wider: the type that is computed in.
+        weights: [tokens], fp32 or wider; computes in their dtype.
     """
     _, total, at_target = _exponentials_(logits, targets, weights.dtype)
     return ((total.log() - at_target) * weights[:, None]).sum()
 
 
-def loss_and_gradient_of_chunk_(
+def chunk_loss_and_gradient_(
     logits: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Like `loss_of_chunk_`, and turns `logits` into the loss' gradient with respect to them, but at the targets.
+    """Like `chunk_loss_`, and overwrites `logits` with the loss's gradient, except at the targets.
 
     Returns:
-        The loss, and the gradient at the targets [tokens], in the type of `logits`. It is not put in here, since a compiler
-        would copy all of them for that.
+        The loss, and the gradient at the targets [tokens], in the dtype of `logits`. The caller
+        writes it: torch.compile would copy all logits for that.
     """
     exponentials, total, at_target = _exponentials_(logits, targets, weights.dtype)
     weights = weights[:, None]
@@ -105,7 +106,8 @@ def loss_and_gradient_of_chunk_(
 def _exponentials_(
     logits: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logit - largest logit) [tokens, vocabulary], their sum, and the exponent at the target, [tokens, 1] each."""
+    """Returns exp(logit - max) [tokens, vocabulary], their sum, and logit - max at the target,
+    [tokens, 1] each."""
     wide = logits.to(dtype)
     largest = wide.amax(dim=1, keepdim=True)
     at_target = logits.gather(1, targets[:, None]).to(dtype) - largest
@@ -122,7 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         chunk_size: int,
-        of_chunk_with_gradient_: ChunkLossAndGradient,
+        loss_and_gradient_fn: ChunkLossAndGradient,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -133,10 +135,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], weight.t(), out=logits)
-            loss_of_chunk, gradient_at_target = of_chunk_with_gradient_(
+            chunk_loss, gradient_at_target = loss_and_gradient_fn(
                 logits, targets[chunk], weights[chunk]
             )
-            loss += loss_of_chunk
+            loss += chunk_loss
             logits[rows, targets[chunk]] = gradient_at_target
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
@@ -149,7 +151,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # They are scaled in place, hence good for one backward pass.
+        # The gradients are scaled in place, so they serve one backward pass.
         if ctx.gradients is None:
             raise RuntimeError("this loss can be differentiated only once")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
@@ -161,7 +163,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, for `total` [out, in] of the same type or a wider one."""
+    """total += left right, for `total` [out, in] of the same or a wider dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return

@@ -1,4 +1,4 @@
-"""The training loss, from hidden states and the head, without the logits of all tokens at a time."""
+"""The training loss, from hidden states and the head, without all logits in memory at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,59 +12,59 @@ from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.models.chunked_loss import (
     ChunkLoss,
     ChunkLossAndGradient,
+    chunk_loss_,
+    chunk_loss_and_gradient_,
     chunked_cross_entropy,
-    loss_and_gradient_of_chunk_,
-    loss_of_chunk_,
 )
 
 
 class CrossEntropy:
-    """Computes the sum over all targets of -log p(target), in nats, at least in fp32.
+    """Computes the sum over targets of -log p(target), in nats, in fp32 or wider.
 
-    Where the head is a plain linear layer without a bias, logits and their gradients are there for a chunk of tokens at a
-    time. Any other head, such as an adapted one, computes all logits, in its own way.
+    For a plain linear head without a bias, logits and their gradients exist for one chunk of tokens
+    at a time. Any other head, such as a low-rank one, computes all logits.
 
     Args:
-        compile_regions: whether what is neither a matrix product nor the head is compiled, for fixed shapes.
+        compile_regions: compile everything but matrix products and the head, for static shapes.
     """
 
     def __init__(self, compile_regions: bool) -> None:
         fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = (
             partial(torch.compile, fullgraph=True, dynamic=False) if compile_regions else _as_is
         )
-        self._of_logits: Callable[[Tensor, Tensor], Tensor] = fuse(summed_cross_entropy)
-        self._of_chunk: ChunkLoss = fuse(loss_of_chunk_)
-        self._of_chunk_with_gradient: ChunkLossAndGradient = fuse(loss_and_gradient_of_chunk_)
+        self._logits_loss: Callable[[Tensor, Tensor], Tensor] = fuse(summed_cross_entropy)
+        self._chunk_loss: ChunkLoss = fuse(chunk_loss_)
+        self._chunk_loss_and_gradient: ChunkLossAndGradient = fuse(chunk_loss_and_gradient_)
 
     def __call__(
         self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1
     ) -> Tensor:
-        """The sum divided by `divisor`, 0-dim.
+        """Returns the sum divided by `divisor`, 0-dim.
 
         Args:
             hidden: [batch, seq, dim].
             head: [..., dim] -> logits [..., vocabulary].
-            targets: [batch, seq]; `IGNORED_TARGET` does not count.
-            divisor: given here rather than divided by afterwards, it costs the gradient no second rounding.
+            targets: [batch, seq]; `IGNORED_TARGET` is ignored.
+            divisor: dividing here rather than afterwards avoids rounding the gradient twice.
         """
         if type(head) is not nn.Linear or head.bias is not None:
-            return self._of_logits(head(hidden), targets) / divisor
+            return self._logits_loss(head(hidden), targets) / divisor
         return chunked_cross_entropy(
             hidden.flatten(0, 1),
             head.weight,
             targets.flatten(),
             divisor,
-            of_chunk_=self._of_chunk,
-            of_chunk_with_gradient_=self._of_chunk_with_gradient,
+            loss_fn=self._chunk_loss,
+            loss_and_gradient_fn=self._chunk_loss_and_gradient,
         )
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over all targets of -log p(target), in nats, computed in fp32; 0-dim.
+    """Returns the sum over targets of -log p(target), in nats, computed in fp32; 0-dim.
 
     Args:
         logits: [batch, seq, vocabulary].
-        targets: [batch, seq]; `IGNORED_TARGET` does not count.
+        targets: [batch, seq]; `IGNORED_TARGET` is ignored.
     """
     return F.cross_entropy(
         logits.flatten(0, 1).float(),

@@ -1,4 +1,4 @@
-"""What a user sees of a run: log lines, a progress bar, TensorBoard, speed, memory, traces."""
+"""User-visible output of a run: log lines, progress bar, TensorBoard, speed, memory, traces."""
 
 from switchtitan.observability.log import configure_logging
 from switchtitan.observability.metrics import (

@@ -1,4 +1,4 @@
-"""What each rank sends in a training step, counted once in a run."""
+"""Bytes that each rank sends in a training step, counted once in a run."""
 
 import logging
 from collections.abc import Iterator
@@ -11,11 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class StepCommunication:
-    """Counts the collectives of one step, and reports what they send; see `CountCommunication` for
-    what a byte is.
+    """Counts and reports the collectives of one step; `CountCommunication` defines the bytes.
 
-    A `training.hooks.Hook`. One step is enough: what is gathered and reduced is the same in all. Of
-    what grows rarer during a run, such as switches, an early step's is the upper end.
+    A `training.hooks.Hook`. One step is enough: every step gathers and reduces the same tensors.
+    For events that become rarer during a run, such as switches, an early step is an upper bound.
 
     Args:
         start_step: steps done before this run.
@@ -26,11 +25,11 @@ class StepCommunication:
         self._counted_step = start_step + COUNTED_STEP
         self._counter: CountCommunication | None = None
         self.mib_per_step: float | None = None
-        """What each rank sends; None until it has been counted, and where it cannot be."""
+        """MiB that each rank sends; None before the counted step, or if counting failed."""
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """A context in which step `step`, from 1, is taken; again, if its update was skipped."""
+        """Returns a context for step `step`, from 1; entered again if the update was skipped."""
         if step != self._counted_step:
             yield
             return
@@ -42,7 +41,7 @@ class StepCommunication:
         return step == self._counted_step
 
     def after(self, step: int) -> None:
-        """Reports what was counted."""
+        """Reports the counts."""
         counter, self._counter = self._counter, None
         assert counter is not None
         try:
@@ -65,5 +64,5 @@ class StepCommunication:
         )
 
     def results(self) -> dict[str, float | None]:
-        """For `results.json`."""
+        """Returns the figures for `results.json`."""
         return {"communication/mib_per_step": self.mib_per_step}

@@ -1,4 +1,4 @@
-"""Metrics as lines of text that fit 80 columns."""
+"""Metrics as lines of at most 80 columns."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +12,17 @@ class _Column:
     tag: str
     title: str
     width: int
-    text: Callable[[float], str]
+    format: Callable[[float], str]
     is_always_shown: bool = False
 
 
 def perplexity_of(loss: float) -> float:
-    """exp(loss), at most exp(700), which a float64 can hold."""
+    """Returns exp(loss), capped at exp(700), which fits in float64."""
     return math.exp(min(loss, 700.0))
 
 
 def format_count(value: float) -> str:
-    """Three digits and a unit: 0.05, 7, 123, 1.23k, 45.6M."""
+    """Formats with three digits and a unit: 0.05, 7, 123, 1.23k, 45.6M."""
     if not math.isfinite(value):
         return str(value)
     units = ["", "k", "M", "G", "T"]
@@ -33,7 +33,7 @@ def format_count(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """The two largest units: 45s, 3m07s, 2h05m, 4d11h."""
+    """Formats with the two largest units: 45s, 3m07s, 2h05m, 4d11h."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest_s = divmod(round(seconds), 60)
@@ -75,11 +75,10 @@ _COLUMNS = (
 
 
 class ConsoleTable:
-    """One row per report under a header that is repeated now and then, so that a piece of a log explains
-    itself.
+    """One row per report, under a header that is repeated, so that any part of a log is readable.
 
     Args:
-        num_steps: at which training ends.
+        num_steps: total training steps.
         header_interval: rows between two headers.
     """
 
@@ -90,7 +89,7 @@ class ConsoleTable:
         self._rows_since_header = 0
 
     def lines(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """The lines to print for `values` at `step`, by tag; tags without a column are left out."""
+        """Returns the lines to print for `values` by tag; ignores tags without a column."""
         progress = f"{step}/{self._num_steps}".rjust(max(2 * len(str(self._num_steps)) + 1, 4))
         lines = []
         columns = tuple(
@@ -102,7 +101,7 @@ class ConsoleTable:
                 lines.append(
                     _join("step".rjust(len(progress)), [c.title.rjust(c.width) for c in columns])
                 )
-            cells = [c.text(values.get(c.tag, math.nan)).rjust(c.width) for c in columns]
+            cells = [c.format(values.get(c.tag, math.nan)).rjust(c.width) for c in columns]
             lines.append(_join(progress, cells))
             self._rows_since_header += 1
         for split in ("validation", "test"):
@@ -114,7 +113,7 @@ class ConsoleTable:
 
 
 def format_summary(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """A closing block of names and values between two rules."""
+    """Formats names and values as a block between two rules."""
     width = max(len(name) for name, _ in rows)
     rule = "-" * CONSOLE_WIDTH
     return [rule, *(f"{name.ljust(width)}  {value}" for name, value in rows), rule]

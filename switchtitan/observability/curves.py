@@ -1,4 +1,4 @@
-"""The scalars that a run left for TensorBoard, read back."""
+"""Reads the scalars that a run wrote for TensorBoard."""
 
 import logging
 from pathlib import Path
@@ -9,8 +9,8 @@ from switchtitan.errors import ConfigError
 from switchtitan.observability.metrics import TENSORBOARD_FOLDER
 
 
-def _tells_no_restart(record: logging.LogRecord) -> bool:
-    """TensorBoard warns that it drops what an interrupted run wrote twice, as every run asks of it at its start."""
+def _is_not_about_restart(record: logging.LogRecord) -> bool:
+    """Drops TensorBoard's warning about purged points, which every resumed run causes."""
     return "Detected out of order event.step" not in record.getMessage()
 
 
@@ -19,13 +19,13 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """All scalars that a run left for TensorBoard, by tag.
+    """Returns all scalars that a run wrote for TensorBoard, by tag.
 
     Raises:
         ConfigError: if there are none.
     """
-    # A logger keeps a filter once, however often it is added.
-    logging.getLogger("tensorboard").addFilter(_tells_no_restart)
+    # Adding the same filter twice has no effect.
+    logging.getLogger("tensorboard").addFilter(_is_not_about_restart)
     folder = run / TENSORBOARD_FOLDER
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}) if folder.is_dir() else None
     tags = events.Reload().Tags()[SCALARS] if events else []

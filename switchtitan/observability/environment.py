@@ -1,4 +1,4 @@
-"""What figures of speed must be read with: hardware, versions, threads, and the state of the code."""
+"""The environment of a measurement: hardware, versions, threads and the commit."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from switchtitan.distributed.world import device_name, device_type
 
 
 def describe_environment() -> dict[str, str | int | None]:
-    """Facts about this process and its machine, for JSON."""
+    """Describes this process and its machine, for JSON."""
     device = torch.device(device_type())
     return {
         "device": cpu_name() if device.type == "cpu" else device_name(device),
@@ -25,7 +25,7 @@ def describe_environment() -> dict[str, str | int | None]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself (proc(5), cpuinfo), or its architecture where it does not say."""
+    """Returns the processor's model name (proc(5), cpuinfo), or its architecture if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,7 +35,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, followed by "-dirty" if files differ from it; None outside a git checkout."""
+    """Returns the commit of this code, with "-dirty" for local changes; None outside a checkout."""
     folder = Path(switchtitan.__file__).parent
     command = [
         "git",

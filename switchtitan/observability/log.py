@@ -1,4 +1,4 @@
-"""Where log records go: the console, undisturbed by a progress bar, and a file."""
+"""Log handlers for the console, above a progress bar, and for a file."""
 
 import logging
 import sys
@@ -12,13 +12,14 @@ _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = None) -> None:
-    """Sends this package's records to the standard output and other packages' warnings with them.
+    """Sends this package's records and other packages' warnings to standard output.
 
-    Calling it again replaces what it set up before.
+    Calling it again replaces the earlier handlers.
 
     Args:
-        is_main: whether to print records from INFO on; other ranks print warnings only, with their rank.
-        log_file: on the main rank, also append all records with their time to this file; its folder is made.
+        is_main: print records from INFO up; other ranks print warnings only, with their rank.
+        log_file: the main rank also appends all records with timestamps to this file, and creates
+            its folder.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _OWN_HANDLERS)]:
@@ -40,12 +41,11 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             severity = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-            # Clears a progress bar, if there is one, and draws it again below the line.
+            # Redraws a progress bar below the line.
             tqdm.write(f"{self._prefix}{severity}{self.format(record)}", file=sys.stdout)
             sys.stdout.flush()
-        except (
-            Exception
-        ):  # logging's own rule: a record that cannot be written must not end the program
+        except Exception:
+            # As logging's own handlers: a failed record must not end the program.
             self.handleError(record)
 
 

@@ -1,4 +1,4 @@
-"""The section `[metrics]`, and what shows metrics: log lines, a progress bar, TensorBoard, `results.json`."""
+"""The section `[metrics]`, and outputs: log lines, progress bar, TensorBoard, `results.json`."""
 
 import json
 import logging
@@ -24,39 +24,39 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 COUNTED_STEP = 3
-"""Which step of a run, or of a resumed run, is counted; before it everything is compiled."""
+"""Step of a new or resumed run whose communication is counted; earlier steps compile."""
 RESULTS_FILE = "results.json"
-"""What a finished run leaves for programs to read: final losses, speed, memory, and what they were measured with."""
+"""Machine-readable results of a finished run: final losses, speed, memory and environment."""
 
 
 class MetricsConfig(Section):
-    """What is reported, how often and where."""
+    """Metrics to report, how often and where."""
 
     interval: int = Field(default=10, ge=1)
-    """Optimizer steps between two reports, at least 1; reading the loss makes the host wait for the
+    """Optimizer steps between two reports, at least 1. A report makes the host wait for the
     device."""
 
     tensorboard: bool = True
     """Write scalars and histograms to `<output_dir>/tensorboard`."""
 
     progress_bar: bool = True
-    """Draw a progress bar if the standard error is a terminal."""
+    """Draw a progress bar if standard error is a terminal."""
 
     communication: bool = False
-    """Count the bytes that each rank sends in the third step of the run, which makes that step slower. Takes several ranks
-    and at least three steps."""
+    """Count the bytes that each rank sends in the third step of the run, which makes that step
+    slower. Requires several ranks and at least three steps."""
 
 
 class Reporter:
-    """Shows metrics on the main rank; on the others every method does nothing.
+    """Reports metrics on the main rank; does nothing on other ranks.
 
     Args:
-        output_dir: of the run.
-        num_steps: at which training ends.
+        output_dir: folder of the run.
+        num_steps: total training steps.
         start_step: steps done before this run.
-        description: of the run, e.g. its configuration; shown under TensorBoard's texts.
-        facts: of hardware, versions and sizes, that `results.json` keeps next to the figures.
-        first_validation: a resumed run's first validation metrics, for the summary to count from.
+        description: the run's configuration, shown in TensorBoard's text tab.
+        facts: hardware, versions and sizes, added to `results.json`.
+        first_validation: first validation metrics of a resumed run, shown in the summary.
     """
 
     def __init__(
@@ -97,17 +97,15 @@ class Reporter:
         self._train_loss: float | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether training metrics of `step` should be reported: each `interval` steps, the first and the
-        last."""
+        """Whether to report training metrics of `step`: every `interval` steps, first and last."""
         return step % self._interval == 0 or step in (self._start_step + 1, self._num_steps)
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to `step` steps done; call it each step."""
+        """Moves the progress bar to `step`; call it after each step."""
         self._bar.update(step - self._bar.n)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Prints `values` at `step`, as far as the console has a column for them, and writes all to
-        TensorBoard.
+        """Writes `values` to TensorBoard, and prints those for which the console has a column.
 
         Args:
             values: by TensorBoard tag, e.g. "loss/train"; finite or not.
@@ -123,7 +121,7 @@ class Reporter:
             logger.info("%s", line)
 
     def report_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Writes how the values of each tensor are distributed to TensorBoard alone.
+        """Writes a histogram of each tensor to TensorBoard.
 
         Args:
             values: by TensorBoard tag; finite, of any shape.
@@ -132,7 +130,7 @@ class Reporter:
             self._writer.write_histograms(step, values)
 
     def has_results(self, step: int) -> bool:
-        """Whether a run that ended at `step` left its results."""
+        """Whether the results file of a run that ended at `step` exists."""
         try:
             return json.loads(self._results.read_text(encoding="utf-8"))["step"] == step
         except (OSError, ValueError, KeyError):
@@ -145,10 +143,10 @@ class Reporter:
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Prints the closing block: what was reached, how fast, and where everything lies; writes `results.json`.
+        """Prints the final losses, speed and paths; writes `results.json`.
 
         Args:
-            values: of the whole run, by tag, for `results.json`; those that are unknown are None.
+            values: metrics of the run, by tag, for `results.json`; None if unknown.
         """
         if not self._is_main:
             return
@@ -182,7 +180,7 @@ class Reporter:
             logger.info("%s", line)
 
     def report_divergence(self, step: int) -> None:
-        """Leaves `results.json` of a run that ended since its gradients were no longer finite."""
+        """Writes `results.json` of a run that stopped at non-finite gradients."""
         if self._is_main:
             self._write_results({"step": step, "diverged": True})
 
@@ -215,27 +213,27 @@ class TensorBoardWriter:
     """Appends to the event files in `folder`.
 
     Args:
-        start_step: steps done before this run. What an earlier, interrupted run wrote beyond them TensorBoard
-            drops, so that no step has two points.
+        start_step: steps done before this run. TensorBoard drops later points of an interrupted
+            run, so that no step has two points.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point per tag, readable at once."""
+        """Adds one point per tag, and flushes."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
     def write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Adds one histogram per tag, of all values of its tensor, in bins whose widths grow with the values."""
+        """Adds one histogram per tag, of all values of its tensor, with exponential bins."""
         for tag, tensor in values.items():
             self._writer.add_histogram(tag, tensor, step)
         self._writer.flush()
 
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Shows `text` as it is, in a fixed-width font."""
+        """Shows `text` verbatim, in a fixed-width font."""
         self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
         self._writer.flush()
 

@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Figures saved as files."""
 
 import io
 from pathlib import Path
@@ -10,10 +10,10 @@ from switchtitan.files import write_atomically
 
 
 def write_picture(figure: Figure, file: Path) -> None:
-    """Writes the picture in the format that the file's ending names.
+    """Saves a figure in the format of the file's extension.
 
     Raises:
-        ConfigError: if the ending names no format or the file cannot be written.
+        ConfigError: if the extension is unknown or the file cannot be written.
     """
     try:
         picture = io.BytesIO()
@@ -21,4 +21,4 @@ def write_picture(figure: Figure, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, picture.getvalue())
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{file}: the picture cannot be written: {error}") from error
+        raise ConfigError(f"{file}: cannot write the figure: {error}") from error

@@ -1,5 +1,4 @@
-"""The `[profiler]` section, and a trace of a few training steps for TensorBoard's profile plugin and
-Perfetto."""
+"""The `[profiler]` section, and traces for TensorBoard's profile plugin and Perfetto."""
 
 import logging
 import os
@@ -17,32 +16,31 @@ logger = logging.getLogger(__name__)
 
 
 class ProfilerConfig(Section):
-    """Which steps are traced."""
+    """Steps to trace."""
 
     enabled: bool = False
-    """Trace some steps of the main rank, once per run; the trace is written next to TensorBoard's scalars."""
+    """Trace some steps of the main rank, once per run; written next to TensorBoard's scalars."""
 
     start_step: int = Field(default=10, ge=2)
-    """First step to trace, counted from 1; at least 2, since the step before it warms the profiler up."""
+    """First step to trace, counted from 1; at least 2: the step before it warms up the profiler."""
 
     num_steps: int = Field(default=3, ge=1)
-    """How many steps to trace, at least 1."""
+    """Number of steps to trace, at least 1."""
 
     with_stack: bool = False
-    """Record the Python stack of each operation; makes the traced steps slower and the trace larger."""
+    """Record the Python stack of each operation: slower traced steps and a larger trace."""
 
     record_shapes: bool = False
     """Record the shapes of each operation's inputs."""
 
 
 class Profiler:
-    """A context in which `step` is called after each optimizer step. It costs nothing but in the traced
-    steps.
+    """A context in which `step` is called after each optimizer step. Only traced steps cost time.
 
     Args:
-        folder: where the trace goes, `<output_dir>/tensorboard`.
-        worker: this rank's name in the trace's file name; None for a rank that is not traced.
-        steps_done: before this run.
+        folder: folder of the trace, `<output_dir>/tensorboard`.
+        worker: this rank's name in the trace's file name; None for a rank without a trace.
+        steps_done: steps done before this run.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class Profiler:
 
     @property
     def trace(self) -> Path | None:
-        """The file with the trace, once it is written."""
+        """The trace file; None before it is written."""
         return self._trace
 
     def __enter__(self) -> "Profiler":
@@ -84,7 +82,8 @@ class Profiler:
             self._stop()
         if self._is_ahead and error is None:
             logger.warning(
-                "No trace was written: [profiler] start_step = %d, but training ended after %d steps",
+                "no trace was written: [profiler] start_step = %d, but training ended after %d "
+                "steps",
                 self._config.start_step,
                 self._steps_done,
             )
@@ -93,7 +92,7 @@ class Profiler:
         if not self._is_ahead or self._steps_done != self._config.start_step - 2:
             return
         self._is_ahead = False
-        # Kineto otherwise prints two lines of its own on each start and stop, through the progress bar.
+        # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -113,11 +112,11 @@ class Profiler:
         profile.stop()
 
     def _write_trace(self, profile: profiler.profile) -> None:
-        # The name that the profile plugin looks for, as torch.profiler.tensorboard_trace_handler makes it.
+        # The file name that the profile plugin expects, as of tensorboard_trace_handler.
         path = self._folder / f"{self._worker}.{time.time_ns()}.pt.trace.json"
         self._folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial")
         profile.export_chrome_trace(str(unfinished))
         unfinished.rename(path)
         self._trace = path
-        logger.info("Wrote a trace of %d steps to %s", self._config.num_steps, path)
+        logger.info("wrote a trace of %d steps to %s", self._config.num_steps, path)

@@ -1,4 +1,4 @@
-"""Speed of training, as a share of the device's peak, and peak memory."""
+"""Training speed, MFU and peak memory."""
 
 import re
 import resource
@@ -11,19 +11,19 @@ import torch
 
 
 class Throughput:
-    """Measures tokens per second, model FLOP/s, its share of the device's peak (MFU), and the time left.
+    """Measures tokens per second, model FLOP/s, model FLOP/s utilization (MFU) and the time left.
 
-    MFU counts the operations that the model needs at full rank, whatever the method really computes, so that
-    it compares methods by speed. (PaLM, arXiv 2204.02311, appendix B)
+    MFU counts the FLOPs of full-rank training for every method, so that it compares methods by
+    speed. (PaLM, arXiv 2204.02311, appendix B)
 
     Args:
-        tokens_per_step: of the global batch.
-        flops_per_token: forward and backward.
-        num_devices: that share the batch.
-        peak_flops_per_s: of one device; None if unknown, and then there is no MFU.
-        num_steps: at which training ends.
+        tokens_per_step: tokens of the global batch.
+        flops_per_token: of forward and backward.
+        num_devices: devices that share the batch.
+        peak_flops_per_s: of one device; None if unknown, then MFU is not reported.
+        num_steps: total training steps.
         start_step: steps done before this run.
-        clock: seconds, rising.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -53,8 +53,7 @@ class Throughput:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time spent inside (evaluation, saving, exporting a trace) counts for the time left, not for the
-        speed."""
+        """Excludes the time inside (evaluation, saving) from the speed, not from the time left."""
         began_at = self._clock()
         try:
             yield
@@ -64,8 +63,8 @@ class Throughput:
     def measure(self, step: int) -> dict[str, float]:
         """Returns the metrics since the last call, by TensorBoard tag.
 
-        Call it when the device has finished `step` steps, e.g. after the loss was read. The first call of several gives no time
-        left: compilation is in what it measures.
+        Call it when the device has finished `step` steps, e.g. after reading the loss. The first of
+        several calls returns no time left, since its window includes compilation.
         """
         now = self._clock()
         num_steps = step - self._step
@@ -94,39 +93,37 @@ class Throughput:
 
     @property
     def wall_time_s(self) -> float:
-        """Seconds since this object was made."""
+        """Seconds since this object was created."""
         return self._clock() - self._began_at
 
     @property
     def mean_tokens_per_s(self) -> float:
-        """Over all measured windows but the first, which contains compilation; over that one if it is the
-        only one."""
+        """Mean without the first window, which includes compilation, unless it is the only one."""
         if self._steady_steps == 0:
             return self._tokens_per_s
         return self._steady_steps * self._tokens_per_step / self._steady_s
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used since the process began, in GiB.
+    """Returns the peak memory since the process started, in GiB.
 
-    On an accelerator what torch's allocator handed out there; on a CPU the process's largest resident set.
+    On a GPU: memory allocated by torch. On a CPU: the process's peak resident set size.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    num_bytes = (
-        peak if sys.platform == "darwin" else peak * 1024
-    )  # getrusage(2): KiB on Linux, bytes on macOS
+    # getrusage(2): KiB on Linux, bytes on macOS.
+    num_bytes = peak if sys.platform == "darwin" else peak * 1024
     return num_bytes / 2**30
 
 
-# FLOP/s of dense bf16 matrix operations with fp32 accumulation, per device as torch counts them, by a pattern
-# that the whole of torch.cuda.get_device_name() must match. Rates that a data sheet states with 2:4 sparsity
-# are halved.
+# Dense bf16 FLOP/s with fp32 accumulation, per torch device, by a pattern that must match the full
+# torch.cuda.get_device_name(). Rates that a data sheet states with 2:4 sparsity are halved.
 _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     # NVIDIA A100 Tensor Core GPU, data sheet, 2021: 312 (all variants).
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe|NVIDIA A100-SXM-\d+GB", 312e12),
-    # NVIDIA H100 Tensor Core GPU, data sheet, 2023: SXM 1979 and NVL 1671 with sparsity; 2022: PCIe 1513.
+    # NVIDIA H100 Tensor Core GPU, data sheet, 2023: SXM 1979 and NVL 1671 with sparsity;
+    # 2022: PCIe 1513.
     (r"NVIDIA H100 80GB HBM3", 989.5e12),
     (r"NVIDIA H100 PCIe", 756.5e12),
     (r"NVIDIA H100 NVL", 835.5e12),
@@ -142,7 +139,7 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     # NVIDIA V100, data sheet, 2020: fp16 (it has no bf16 units), SXM2 125, PCIe 112.
     (r"(Tesla|NVIDIA) V100-SXM[23]-\d+GB(-LS)?", 125e12),
     (r"(Tesla|NVIDIA) V100-PCIE-\d+GB", 112e12),
-    # NVIDIA Ampere GA102 architecture white paper, 2021, appendix A: bf16 with fp32 accumulation, 71.
+    # NVIDIA Ampere GA102 architecture white paper, 2021, app. A: bf16 with fp32 accumulation, 71.
     (r"NVIDIA GeForce RTX 3090", 71e12),
     # NVIDIA Ada architecture white paper, 2023, appendix A: bf16 with fp32 accumulation, 165.2.
     (r"NVIDIA GeForce RTX 4090", 165.2e12),
@@ -154,10 +151,9 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops_per_s(device_name: str) -> float | None:
-    """Dense bf16 peak of the device called `device_name` (fp16 where it lacks bf16), in FLOP/s; None if
-    unknown.
+    """Returns the dense bf16 peak in FLOP/s (fp16 if the device lacks bf16); None if unknown.
 
-    Only exact names count: a slice of a GPU, a laptop's or another variant has another peak.
+    Requires the exact name: a MIG slice, a laptop GPU or another variant has another peak.
     """
     for pattern, peak in _PEAK_FLOPS:
         if re.fullmatch(pattern, device_name):

@@ -1,10 +1,10 @@
-"""Attention back-ends by name, and what each needs of the machine.
+"""Attention backends by name, and their requirements.
 
-| name       | attends to                                         | needs                               |
-|------------|----------------------------------------------------|-------------------------------------|
-| sdpa       | all earlier tokens of the packed sequence          | nothing                             |
-| flex       | earlier tokens of the same document (document_ids) | CUDA; on a CPU forward only         |
-| flash_attn | all earlier tokens of the packed sequence          | CUDA, bfloat16, package flash-attn  |
+| name       | attends to                                | requires                           |
+|------------|-------------------------------------------|------------------------------------|
+| sdpa       | all earlier tokens of the packed sequence | nothing                            |
+| flex       | earlier tokens of the same document       | CUDA; on a CPU forward only        |
+| flash_attn | all earlier tokens of the packed sequence | CUDA, bfloat16, package flash-attn |
 """
 
 import functools
@@ -21,12 +21,15 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from switchtitan.errors import EnvironmentMismatchError
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
-"""(query, key, value, mask) -> attended, shaped as the query.
+"""(query, key, value, mask) -> attended, of the query's shape.
 
 query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head_dim].
 """
 
-_HOW_TO_INSTALL_FLASH = "the package flash-attn is not installed; `pip install 'switchtitan[flash]'`, or attention = \"sdpa\""
+_HOW_TO_INSTALL_FLASH = (
+    "the package flash-attn is not installed; run `pip install 'switchtitan[flash]'`, "
+    'or set attention = "sdpa"'
+)
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,22 @@ class AttentionBackend:
     """One way to compute causal attention."""
 
     load: Callable[[], Attend]
-    """Imports what the back-end needs; called once when a model is built.
+    """Imports the backend; called once when a model is built.
 
     Raises:
         EnvironmentMismatchError: if it is not installed.
     """
     build_mask: Callable[[Tensor], BlockMask | None]
-    """document_ids [batch, seq] -> the mask for `attend`; called once per forward, outside the blocks."""
+    """document_ids [batch, seq] -> the mask for `attend`; called once per forward pass."""
     find_obstacle: Callable[[int, str, torch.dtype], str | None]
-    """(head_dim, device type, compute type) -> why it cannot train there and how to mend it, or None."""
+    """(head_dim, device type, compute dtype) -> why it cannot train and how to fix it, or None."""
 
 
 def check_attention(name: str, head_dim: int, device_type: str, compute_dtype: torch.dtype) -> None:
-    """Makes sure that the back-end `name` can train on this machine.
+    """Checks that the backend `name` can train on this machine.
 
     Raises:
-        EnvironmentMismatchError: if it cannot; says what to change.
+        EnvironmentMismatchError: if it cannot.
     """
     obstacle = ATTENTION_BACKENDS[name].find_obstacle(head_dim, device_type, compute_dtype)
     if obstacle is not None:
@@ -71,12 +74,12 @@ def _find_sdpa_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dt
 
 @functools.cache
 def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    # Uncompiled, it holds all seq * seq scores in memory.
+    # Eager, it keeps all seq * seq scores in memory.
     return torch.compile(create_block_mask)
 
 
 def _build_document_mask(document_ids: Tensor) -> BlockMask:
-    """Causal and inside the document. `document_ids`: [batch, seq]."""
+    """Builds a causal mask within documents. `document_ids`: [batch, seq]."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
@@ -88,8 +91,8 @@ def _build_document_mask(document_ids: Tensor) -> BlockMask:
 
 
 def _load_flex() -> Attend:
-    # Uncompiled, it holds all seq * seq scores in memory. Inside a compiled block it is traced with it.
-    # Compiling here, not at import, keeps the compiler out of processes that use another back-end.
+    # Eager, it keeps all seq * seq scores in memory. A compiled block traces through it. Compiled
+    # here, not at import, so that processes with another backend do not load the compiler.
     compiled_flex_attention = torch.compile(flex_attention)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
@@ -104,9 +107,15 @@ def _load_flex() -> Attend:
 
 def _find_flex_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
     if device_type == "cpu":
-        return 'torch has no backward of flex attention on a CPU; use attention = "sdpa" here, or train on a GPU'
+        return (
+            'torch has no backward of flex attention on a CPU; set attention = "sdpa", '
+            "or train on a GPU"
+        )
     if head_dim < 16:
-        return f"needs heads of at least 16 features on a GPU, got {head_dim}; lower num_heads or use sdpa"
+        return (
+            f"requires heads of at least 16 features on a GPU, got {head_dim}; "
+            'lower num_heads, or set attention = "sdpa"'
+        )
     return None
 
 
@@ -128,13 +137,19 @@ def _load_flash() -> Attend:
 
 def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
-        return f'runs on CUDA GPUs only, this is a {device_type}; use attention = "sdpa"'
+        return f'requires a CUDA GPU, got {device_type!r}; set attention = "sdpa"'
     if importlib.util.find_spec("flash_attn") is None:
         return _HOW_TO_INSTALL_FLASH
     if compute_dtype not in (torch.bfloat16, torch.float16):
-        return f"computes in bfloat16 or float16, got {compute_dtype}; compute in bfloat16, or use sdpa"
+        return (
+            f"requires bfloat16 or float16, got {compute_dtype}; "
+            'compute in bfloat16, or set attention = "sdpa"'
+        )
     if head_dim > 256:
-        return f"needs heads of at most 256 features, got {head_dim}; raise num_heads, or use sdpa"
+        return (
+            f"requires heads of at most 256 features, got {head_dim}; "
+            'increase num_heads, or set attention = "sdpa"'
+        )
     return None
 
 

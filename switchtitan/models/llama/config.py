@@ -1,4 +1,4 @@
-"""The `[model]` section for LLaMA: the table of sizes, its overrides, and what follows from them."""
+"""The `[model]` section for LLaMA: the table of sizes, overrides and derived shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
 }
-"""Hidden size, intermediate size, layers, heads, as in the published runs (arXiv 2406.06564)."""
+"""Hidden size, intermediate size, layers and heads of the published runs (arXiv 2406.06564)."""
 
 
 @dataclass(frozen=True)
 class LlamaDimensions:
-    """Everything that determines the shapes and the function of a LLaMA, with the size resolved."""
+    """Everything that determines a LLaMA's shapes and function, with `size` resolved."""
 
     hidden_size: int
     intermediate_size: int
@@ -47,11 +47,11 @@ class LlamaDimensions:
 
     @property
     def kv_size(self) -> int:
-        """Width of all key heads together, which is that of all value heads."""
+        """Width of all key heads together; equals that of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear layer, the head included, by its module's qualified name, in order."""
+        """Returns (out, in) of all linear layers and the head, by qualified name, in order."""
         hidden, wide = self.hidden_size, self.intermediate_size
         of_block = {
             "self_attn.q_proj": (hidden, hidden),
@@ -70,7 +70,7 @@ class LlamaDimensions:
         return {**shapes, "lm_head": (self.vocab_size, hidden)}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters of the plain model by state-dict name."""
+        """Returns the shapes of all parameters of the plain model by state-dict name."""
         norms = [
             f"model.layers.{index}.{norm}.weight"
             for index in range(self.num_layers)
@@ -87,9 +87,9 @@ class LlamaConfig(ModelConfig):
     """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, an untied head."""
 
     name: Literal["llama"] = "llama"
-    """Which model to build."""
+    """Name of the model."""
     size: Literal["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "3b", "7b"]
-    """Row of the table of sizes; it sets hidden_size, intermediate_size, num_layers and num_heads."""
+    """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads."""
     hidden_size: int | None = Field(None, gt=0)
     """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads."""
     intermediate_size: int | None = Field(None, gt=0)
@@ -99,40 +99,44 @@ class LlamaConfig(ModelConfig):
     num_heads: int | None = Field(None, gt=0)
     """Number of query heads; unset: from `size`."""
     num_kv_heads: int | None = Field(None, gt=0)
-    """Number of key and value heads, a divisor of num_heads (grouped-query attention); unset: num_heads."""
+    """Number of key and value heads (grouped-query attention), a divisor of num_heads; unset:
+    num_heads."""
     vocab_size: int = Field(32100, gt=0)
-    """Number of token ids that the embedding and the head know; at least the tokenizer's."""
+    """Number of token ids of the embedding and the head; at least the tokenizer's."""
     norm_eps: float = Field(1e-6, gt=0)
     """Added to the mean square in every RMSNorm."""
     rope_theta: float = Field(10000.0, gt=0)
-    """Base of the rotary embedding's wavelengths."""
+    """Base of the rotary embedding's frequencies."""
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of the normal distribution that embedding, linear layers and head start from."""
+    """Standard deviation of the normal distribution that initializes embedding, linear layers and
+    head."""
     attention: Literal["sdpa", "flex", "flash_attn"] = "sdpa"
-    """Backend. sdpa and flash_attn are causal over the packed sequence; flex attends only within each document."""
+    """Attention backend. sdpa and flash_attn are causal over the packed sequence; flex attends only
+    within each document."""
 
     @model_validator(mode="after")
     def _check_divisibility(self) -> Self:
         dims = self.dimensions()
         if dims.hidden_size % dims.num_heads:
             raise ValueError(
-                f"hidden_size = {dims.hidden_size} is not a multiple of num_heads = {dims.num_heads}; "
-                "choose num_heads among the divisors of hidden_size"
+                f"hidden_size = {dims.hidden_size} is not a multiple of "
+                f"num_heads = {dims.num_heads}; choose num_heads among the divisors of hidden_size"
             )
         if dims.head_dim % 2:
             raise ValueError(
-                f"hidden_size / num_heads = {dims.head_dim} is odd, but rotary positions turn feature pairs; "
-                "choose hidden_size as a multiple of 2 * num_heads"
+                f"hidden_size / num_heads = {dims.head_dim} is odd, but rotary embeddings rotate "
+                "pairs of features; choose hidden_size as a multiple of 2 * num_heads"
             )
         if dims.num_heads % dims.num_kv_heads:
             raise ValueError(
-                f"num_heads = {dims.num_heads} is not a multiple of num_kv_heads = {dims.num_kv_heads}; "
-                "choose num_kv_heads among the divisors of num_heads"
+                f"num_heads = {dims.num_heads} is not a multiple of "
+                f"num_kv_heads = {dims.num_kv_heads}; choose num_kv_heads among the divisors of "
+                "num_heads"
             )
         return self
 
     def dimensions(self) -> LlamaDimensions:
-        """The table's row for `size` with the overrides put in."""
+        """Returns the table's row for `size` with the overrides applied."""
         hidden_size, intermediate_size, num_layers, num_heads = SIZES[self.size]
         num_heads = self.num_heads or num_heads
         return LlamaDimensions(
@@ -148,11 +152,11 @@ class LlamaConfig(ModelConfig):
         )
 
     def architecture(self) -> dict[str, object]:
-        """All keys but the attention back-end, which has no weights."""
+        """Returns all keys but the attention backend, which has no weights."""
         return self.model_dump(mode="json", exclude={"attention"})
 
     def huggingface_config(self, seq_len: int) -> dict[str, object]:
-        """The config.json of transformers' LlamaForCausalLM."""
+        """Returns the config.json of transformers' LlamaForCausalLM."""
         dims = self.dimensions()
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -171,15 +175,15 @@ class LlamaConfig(ModelConfig):
             "tie_word_embeddings": False,
             "initializer_range": dims.init_std,
             "max_position_embeddings": seq_len,
-            # Both spellings, of transformers 4 and 5.
+            # Both spellings: transformers 4 and 5.
             "rope_theta": dims.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_theta},
         }
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Return how heads, norm epsilon, activation or rotary positions differ; shapes do not show these."""
+        """Returns differences that shapes do not show: heads, norm epsilon, activation, rotary."""
         dims = self.dimensions()
-        # Since version 5 transformers writes one table, rope_parameters; before, rope_theta and rope_scaling.
+        # transformers 5 writes rope_parameters; version 4 writes rope_theta and rope_scaling.
         rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
         num_heads = found["num_attention_heads"]
         compared = {
@@ -203,11 +207,11 @@ class LlamaConfig(ModelConfig):
         ]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear layer, the head included, by its module's name; builds nothing."""
+        """Returns (out, in) of every linear layer and the head, by qualified module name."""
         return self.dimensions().linear_shapes()
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
-        """Check that the attention backend can train there.
+        """Checks that the attention backend can train on this device.
 
         Args:
             device_type: "cpu" or "cuda".

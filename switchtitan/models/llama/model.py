@@ -21,10 +21,10 @@ from switchtitan.models.llama.rope import rotary_tables, rotate
 
 @dataclass(frozen=True)
 class Positions:
-    """What all blocks share in one forward.
+    """Inputs that all blocks share in one forward pass.
 
-    The tables are fp32 whatever the compute type is, which would round the cosines to 8 bits. FSDP casts a
-    block's arguments unless its policy says cast_forward_inputs=False.
+    The tables are fp32: bf16 would round the cosines to 8 bits. FSDP casts a block's arguments
+    unless its policy sets cast_forward_inputs=False.
     """
 
     cos: Tensor
@@ -32,7 +32,7 @@ class Positions:
     sin: Tensor
     """[seq, head_dim/2] fp32."""
     mask: BlockMask | None
-    """What the attention back-end made of the document ids."""
+    """The attention backend's mask, from the document ids."""
 
 
 class Attention(nn.Module):
@@ -72,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each fed the normed residual stream and added to it: [batch, seq, dim] -> same."""
+    """Pre-norm attention and MLP with residual connections: [batch, seq, dim] -> same."""
 
     def __init__(self, dims: LlamaDimensions, backend: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm. tokens, document_ids [batch, seq] -> [batch, seq, dim]."""
+    """Embedding, blocks, last norm: tokens, document_ids [batch, seq] -> [batch, seq, dim]."""
 
     def __init__(self, dims: LlamaDimensions, backend: str) -> None:
         super().__init__()
@@ -121,40 +121,41 @@ class Llama(LanguageModel):
     def forward(
         self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
     ) -> Tensor:
-        """Logits of the next token, or what else `apply_head` makes of them.
+        """Returns the logits of the next token, or the result of `apply_head`.
 
         Args:
             tokens: [batch, seq] int64.
-            document_ids: [batch, seq] int32, equal for tokens of one document; only flex heeds them.
-            apply_head: given the hidden states [batch, seq, dim] in the type of the weights, and the head.
+            document_ids: [batch, seq] int32, equal for tokens of one document; only flex uses them.
+            apply_head: receives the hidden states [batch, seq, dim], in the dtype of the weights,
+                and the head.
 
         Returns:
-            [batch, seq, vocabulary] in the type of the weights, or what `apply_head` gives.
+            [batch, seq, vocabulary] in the dtype of the weights, or the result of `apply_head`.
         """
         return apply_head(self.model(tokens, document_ids, self.call_block), self.lm_head)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model can embed."""
+        """Number of token ids of the embedding and the head."""
         return self.dims.vocab_size
 
     def blocks(self) -> dict[str, nn.Module]:
-        """The layers by qualified name, in order."""
+        """Returns the blocks by qualified name, in order."""
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Ones for norms, else normal with mean 0 and deviation init_std; fp32 on the CPU."""
+        """Returns ones for norms, otherwise N(0, init_std^2); fp32 on the CPU."""
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float32, device="cpu")
         value = torch.empty(shape, dtype=torch.float32, device="cpu")
         return value.normal_(0.0, self.dims.init_std, generator=generator)
 
     def num_flops_per_token(self, seq_len: int) -> int:
-        """6 N + 12 L H Q S operations, forward and backward (PaLM, arXiv 2204.02311, appendix B).
+        """Returns 6 N + 12 L H Q S, forward and backward (PaLM, arXiv 2204.02311, appendix B).
 
-        N counts the weights of all linear layers, the head included; the embedding is a look-up and the
-        norms are left out. L layers, H heads of Q features, S = `seq_len`. Attention counts in full, not
-        halved for the causal mask, as in PaLM, so that MFU compares with what others report.
+        N is the number of weights of all linear layers and the head, without embedding and norms;
+        L layers, H heads of Q features, S = `seq_len`. As in PaLM, attention is not halved for the
+        causal mask, so that MFU is comparable with published figures.
         """
         dims = self.dims
         num_weights = sum(out * into for out, into in dims.linear_shapes().values())
@@ -162,5 +163,5 @@ class Llama(LanguageModel):
 
 
 def build_llama(config: LlamaConfig) -> Llama:
-    """Builds the model that `config` describes on the current default device (the caller chooses meta)."""
+    """Builds the model on the current default device (the caller sets meta)."""
     return Llama(config.dimensions(), config.attention)

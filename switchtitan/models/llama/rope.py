@@ -1,8 +1,8 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864, eq. 34) in the half-split layout of Hugging Face's LLaMA.
+"""Rotary embeddings (RoFormer, arXiv 2104.09864, eq. 34) in Hugging Face LLaMA's half-split layout.
 
-Feature i of a head is paired with feature i + head_dim/2, where the paper pairs neighbours. The two differ
-by a fixed permutation of the rows of q_proj and k_proj; with this one weights are interchangeable with
-Hugging Face's.
+Feature i of a head is paired with feature i + head_dim/2; the paper pairs neighbours. The two
+differ by a fixed permutation of the rows of q_proj and k_proj. Weights here are interchangeable
+with Hugging Face's.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 def rotary_tables(
     seq_len: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position times theta^(-2i/head_dim), each [seq, head_dim/2] in fp32."""
+    """Returns cos, sin of position * theta^(-2i/head_dim), each [seq, head_dim/2] in fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / theta**exponents)
@@ -20,12 +20,12 @@ def rotary_tables(
 
 
 def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of features by its position's angle, in fp32 or the features' own type where that is wider.
+    """Rotates each pair of features by its position's angle, in fp32 or wider.
 
     Args:
-        features: [batch, heads, seq, head_dim], any floating type; the result has the same.
+        features: [batch, heads, seq, head_dim], of any floating dtype, which the result keeps.
         cos, sin: [seq, head_dim/2] in fp32.
     """
     first, second = features.to(torch.promote_types(features.dtype, cos.dtype)).chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(features.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(features.dtype)

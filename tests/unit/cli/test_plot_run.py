@@ -92,7 +92,7 @@ def test_mistakes_end_with_status_2_and_one_message(
     run = write_run(tmp_path / "run", switches=True)
     for arguments, message in [
         ([str(tmp_path), "--output", "x.png"], f"{tmp_path}: no TensorBoard scalars"),
-        ([str(run), "--output", str(tmp_path / "x.gmp")], "x.gmp: the picture cannot be written"),
+        ([str(run), "--output", str(tmp_path / "x.gmp")], "x.gmp: cannot write the figure"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             script.main(arguments)

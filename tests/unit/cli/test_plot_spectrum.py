@@ -137,7 +137,7 @@ def test_the_course_has_a_panel_only_where_a_run_measured_it(
         ),
         (["--label", "{full}"], "expected NAME=RUN[,RUN...]"),
         ([], "give at least one RUN"),
-        (["{full}", "--output", "{full}/x.gmp"], "x.gmp: the picture cannot be written"),
+        (["{full}", "--output", "{full}/x.gmp"], "x.gmp: cannot write the figure"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(

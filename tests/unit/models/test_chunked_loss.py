@@ -1,4 +1,4 @@
-"""A loss without all logits at a time is torch's cross entropy of all logits."""
+"""The loss in chunks equals torch's cross entropy of all logits."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ EAGER = CrossEntropy(compile_regions=False)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 tokens of [3, 5] make 4 chunks of 4, so the last one is filled up."""
+    """15 tokens of [3, 5] make 4 chunks of 4, so the last one is padded."""
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 4 * VOCABULARY)
 
 
@@ -49,7 +49,7 @@ def draw(
 def of_all_logits(
     hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Loss and gradients by torch's own operations, in float64."""
+    """Loss and gradients by torch's operations, in float64."""
     hidden = hidden.detach().double().requires_grad_()
     weight = head.weight.detach().double().requires_grad_()
     logits = F.linear(hidden, weight).flatten(0, 1)
@@ -63,16 +63,16 @@ def of_all_logits(
     return loss.item(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("num_tokens_of_a_chunk", [1, 4, 5, 15, 100])
-def test_loss_and_gradients_are_those_of_all_logits(
-    monkeypatch: pytest.MonkeyPatch, num_tokens_of_a_chunk: int
+@pytest.mark.parametrize("tokens_per_chunk", [1, 4, 5, 15, 100])
+def test_loss_and_gradients_equal_those_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch, tokens_per_chunk: int
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * num_tokens_of_a_chunk * VOCABULARY)
-    # 21 tokens in 16 chunks at most: of 2, and 11 suffice.
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * tokens_per_chunk * VOCABULARY)
+    # 21 tokens in at most 16 chunks: 11 chunks of 2.
     hidden, head, targets = draw(torch.float64, (3, 7))
     expected, grad_hidden, grad_weight = of_all_logits(hidden, head, targets)
     loss = EAGER(hidden, head, targets, DIVISOR)
-    # Gradients of 3 times the loss, as whoever uses it may scale it.
+    # Scaled, since callers may scale the loss.
     (3 * loss).backward()
     # float64 rounds some hundred terms by 1e-16 each.
     assert math.isclose(loss.item(), expected, rel_tol=1e-14)
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_all_logits(
         assert EAGER(hidden, head, targets, DIVISOR).item() == loss.item()
 
 
-def test_ignored_targets_get_no_gradient_and_alone_no_loss() -> None:
+def test_ignored_targets_have_no_gradient_and_no_loss() -> None:
     hidden, head, targets = draw(torch.float32)
     EAGER(hidden, head, targets).backward()
     is_ignored = targets == IGNORED_TARGET
@@ -123,12 +123,12 @@ def test_bfloat16_gradients_are_about_as_good_as_those_of_all_logits() -> None:
         )
     (ours_hidden, ours_weight), (plain_hidden, plain_weight) = errors
     assert ours_hidden < 1.01 * plain_hidden
-    # The products of 16 chunks are rounded to bfloat16 before they are added up in fp32, and the sum is again: were both
-    # errors equal and independent, sqrt(2); were it added up in bfloat16, some 4.
+    # The products of 16 chunks are rounded to bfloat16, accumulated in fp32 and rounded again: a
+    # factor of sqrt(2) for equal independent errors. Accumulating in bfloat16 gives about 4.
     assert ours_weight < 1.5 * plain_weight
 
 
-def test_either_gradient_can_be_had_without_the_other() -> None:
+def test_either_gradient_is_computed_without_the_other() -> None:
     hidden, head, targets = draw(torch.float32)
     both = torch.autograd.grad(EAGER(hidden, head, targets), (hidden, head.weight))
     of_weight = torch.autograd.grad(EAGER(hidden.detach(), head, targets), head.weight)
@@ -137,7 +137,7 @@ def test_either_gradient_can_be_had_without_the_other() -> None:
     assert all(map(torch.equal, (*of_hidden, *of_weight), both))
 
 
-def test_gradients_can_be_had_once() -> None:
+def test_the_loss_is_differentiated_once() -> None:
     hidden, head, targets = draw(torch.float32)
     loss = EAGER(hidden, head, targets)
     loss.backward(retain_graph=True)
@@ -146,7 +146,7 @@ def test_gradients_can_be_had_once() -> None:
 
 
 class Doubled(nn.Module):
-    """A head that is no plain linear layer."""
+    """A head that is not a plain linear layer."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -179,14 +179,14 @@ def test_compiled_chunks_share_a_graph_and_compute_the_same(fresh_compiler: None
         results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
     # fp32 sums in another order.
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
-    # One with gradients and one without; the last chunk, which is filled up, needs none of its own.
+    # One with gradients and one without; the padded last chunk shares them.
     assert counters["stats"]["unique_graphs"] == 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(hidden, head, targets).backward()
 
 
 def test_the_peak_holds_a_fraction_of_the_logits() -> None:
-    """16 chunks, at 4 + 4 bytes a logit (the gradient takes the place of the logits), beside 4 + 4 * 3 of all of them."""
+    """16 chunks at 4 + 4 bytes per logit (gradients overwrite logits); 4 + 4 * 3 without chunks."""
     hidden, head, targets = draw(torch.float32, (4, 240))
     ours = peak_extra_bytes(lambda: EAGER(hidden, head, targets).backward(), CPU)
     plain = peak_extra_bytes(

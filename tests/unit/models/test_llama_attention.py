@@ -1,4 +1,4 @@
-"""Attention back-ends agree with plain softmax attention and each heeds what it says it heeds."""
+"""Attention backends agree with plain softmax attention and mask what they document."""
 
 import importlib.util
 import math
@@ -16,7 +16,7 @@ BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 6, 3, 13, 8
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over visible keys, written out. `visible`: [batch, seq, seq]."""
+    """Softmax over visible keys. `visible`: [batch, seq, seq]."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
@@ -61,10 +61,10 @@ def test_flex_is_softmax_attention_inside_each_document(
     torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_flex_takes_the_next_batchs_documents(
+def test_flex_uses_the_documents_of_each_batch(
     inputs: tuple[Tensor, Tensor, Tensor], document_ids: Tensor
 ) -> None:
-    """The mask's function closes over the ids; a compiled one must not keep the first batch's."""
+    """The mask function closes over the ids; compilation must not keep the first batch's ids."""
     backend = ATTENTION_BACKENDS["flex"]
     first = backend.build_mask(document_ids)
     second = backend.build_mask(torch.zeros_like(document_ids))
@@ -75,7 +75,7 @@ def test_flex_takes_the_next_batchs_documents(
     assert not torch.allclose(of_first, sdpa, atol=1e-2)
 
 
-def test_flash_attention_says_how_to_install_it() -> None:
+def test_missing_flash_attention_names_the_install_command() -> None:
     if importlib.util.find_spec("flash_attn") is not None:
         pytest.skip("flash-attn is installed here")
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'switchtitan\[flash\]'"):
@@ -87,7 +87,7 @@ def test_flash_attention_says_how_to_install_it() -> None:
 def test_flash_attention_gets_positions_before_heads(
     inputs: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in with the package's documented signature: [batch, seq, heads, head_dim], fewer key heads."""
+    """A fake with the documented signature: [batch, seq, heads, head_dim], fewer key heads."""
 
     def flash_attn_func(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
         visible = (
@@ -121,7 +121,7 @@ def test_flex_refuses_heads_too_small_for_its_kernels() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["flex", "flash_attn"])
-def test_gpu_back_ends_have_the_gradients_of_sdpa(name: str) -> None:
+def test_gpu_backends_have_the_gradients_of_sdpa(name: str) -> None:
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -140,6 +140,5 @@ def test_gpu_back_ends_have_the_gradients_of_sdpa(name: str) -> None:
         attended = backend.load()(query, key, value, backend.build_mask(ids))
         gradients[each] = torch.autograd.grad(attended.float().square().sum(), (query, key, value))
     for actual, expected in zip(gradients[name], gradients["sdpa"], strict=True):
-        torch.testing.assert_close(
-            actual, expected, atol=5e-2, rtol=5e-2
-        )  # bf16 sums in another order
+        # bf16 sums in another order.
+        torch.testing.assert_close(actual, expected, atol=5e-2, rtol=5e-2)

@@ -31,7 +31,7 @@ def test_published_sizes_have_the_published_number_of_parameters(
     assert sum(map(prod, shapes)) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_shapes_without_building_are_those_of_the_built_model() -> None:
+def test_shapes_equal_those_of_the_built_model() -> None:
     config = LlamaConfig(
         size="9m",
         hidden_size=36,
@@ -54,7 +54,7 @@ def test_shapes_without_building_are_those_of_the_built_model() -> None:
     assert list(config.linear_shapes()) == list(linear)
 
 
-def test_overrides_replace_the_tables_values_and_leave_the_rest() -> None:
+def test_overrides_replace_values_of_the_table() -> None:
     dims = LlamaConfig(size="60m", num_layers=3, num_kv_heads=2).dimensions()
     assert (dims.hidden_size, dims.intermediate_size, dims.num_heads) == (512, 1376, 8)
     assert (dims.num_layers, dims.num_kv_heads) == (3, 2)
@@ -78,14 +78,14 @@ def test_key_and_value_heads_follow_overridden_heads() -> None:
         ({"size": "8m"}, ["size", "9m"]),
     ],
 )
-def test_dimensions_that_do_not_fit_are_refused_by_name(overrides: dict, words: list[str]) -> None:
+def test_invalid_dimensions_are_refused_by_name(overrides: dict, words: list[str]) -> None:
     with pytest.raises(ValidationError) as caught:
         LlamaConfig(**{"size": "9m", **overrides})
     for word in words:
         caught.match(word)
 
 
-def test_flash_attention_on_a_cpu_is_an_error_that_names_the_way_out() -> None:
+def test_flash_attention_on_a_cpu_is_an_error_with_a_hint() -> None:
     config = LlamaConfig(size="9m", attention="flash_attn")
     with pytest.raises(EnvironmentMismatchError, match=r"attention = 'flash_attn'.*CUDA.*sdpa"):
         config.check_device("cpu")
@@ -101,6 +101,6 @@ def test_sdpa_trains_everywhere() -> None:
         LlamaConfig(size="9m").check_device(device_type, torch.float32)
 
 
-def test_registry_names_the_nearest_model() -> None:
+def test_registry_suggests_the_nearest_model() -> None:
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         MODELS["lama"]

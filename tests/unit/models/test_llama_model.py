@@ -1,4 +1,4 @@
-"""The model equals Hugging Face's LLaMA and keeps the promises of `contracts.LanguageModel`."""
+"""The model equals Hugging Face's LLaMA and fulfils `contracts.LanguageModel`."""
 
 import copy
 import re
@@ -32,7 +32,7 @@ GROUPED = {**MULTI_HEAD, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 2, "
 
 
 def build(**overrides: Any) -> Llama:
-    """A tiny model whose norms are not one, so that a lost norm weight shows."""
+    """A tiny model whose norm weights are not one, so that a missing norm is detected."""
     model = MODELS.build(LlamaConfig(size="9m", **{**MULTI_HEAD, **overrides}))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def build(**overrides: Any) -> Llama:
 
 
 def build_huggingface(model: Llama, **settings: Any) -> LlamaForCausalLM:
-    """The same model with the same weights; loading is strict, so the names are the same."""
+    """The same model with the same weights; loading is strict, so names are equal."""
     dims = model.dims
     config = HuggingFaceConfig(
         hidden_size=dims.hidden_size,
@@ -132,7 +132,7 @@ def test_flex_keeps_documents_apart_and_sdpa_does_not() -> None:
 
 
 class Doubled(nn.Module):
-    """Stands in for a linear layer, as methods do."""
+    """Replaces a linear layer, as methods do."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -197,9 +197,8 @@ def test_norm_computes_in_fp32_and_rounds_once() -> None:
     ).bfloat16()
     exact = features.double() / (features.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     exact = (exact * norm.weight.double()).float().bfloat16()
-    assert (
-        norm(features) != exact
-    ).float().mean() < 0.02  # a tie of fp32 roundings may fall either way
+    # An fp32 tie may round either way.
+    assert (norm(features) != exact).float().mean() < 0.02
 
 
 def test_initial_values_have_the_configured_distribution() -> None:
@@ -223,7 +222,7 @@ def test_initial_values_cover_every_parameter_and_are_ones_for_norms() -> None:
         assert bool((value == 1).all()) == bool(re.search("norm", name)), name
 
 
-def test_initial_values_depend_on_their_own_generator_alone() -> None:
+def test_initial_values_depend_only_on_their_generator() -> None:
     with torch.device("meta"):
         model = MODELS.build(LlamaConfig(size="9m", **MULTI_HEAD))
     names = ["lm_head.weight", "model.layers.0.self_attn.q_proj.weight"]
@@ -242,8 +241,8 @@ def test_initial_values_depend_on_their_own_generator_alone() -> None:
     assert not torch.equal(forwards[names[0]], forwards[names[1]])
 
 
-def test_flops_per_token_are_three_times_the_forwards_multiplications() -> None:
-    """torch's own counter on a forward; a backward costs twice a forward."""
+def test_flops_per_token_are_three_times_those_of_a_forward_pass() -> None:
+    """torch's counter on a forward pass; a backward pass costs twice as much."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = build(**GROUPED)

@@ -1,4 +1,4 @@
-"""Rotary positions: what they are for, and agreement with an independent formula."""
+"""Rotary embeddings: relative positions, and an independent formula."""
 
 import cmath
 
@@ -25,7 +25,7 @@ def test_rotation_equals_multiplication_by_a_complex_unit() -> None:
             assert actual == pytest.approx(expected, abs=1e-6)  # fp32 rounding of angles below 5
 
 
-def test_scores_depend_on_the_distance_of_positions_alone() -> None:
+def test_scores_depend_only_on_the_distance_of_positions() -> None:
     generator = torch.Generator().manual_seed(1)
     query, key = torch.randn(2, 8, generator=generator)
     cos, sin = rotary_tables(11, 8, 10000.0, CPU)
@@ -34,12 +34,11 @@ def test_scores_depend_on_the_distance_of_positions_alone() -> None:
     scores = queries @ keys.T
     for distance in range(-5, 6):
         along = scores.diagonal(distance)
-        torch.testing.assert_close(
-            along, along[:1].expand_as(along), atol=1e-5, rtol=0
-        )  # fp32, |score| ~ 5
+        # fp32, |score| ~ 5.
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-5, rtol=0)
 
 
-def test_rotation_computes_in_fp32_and_keeps_the_type() -> None:
+def test_rotation_computes_in_fp32_and_keeps_the_dtype() -> None:
     features = torch.randn(2, 3, 7, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
     tables = rotary_tables(7, 4, 10000.0, CPU)
     turned = rotate(features, *tables)

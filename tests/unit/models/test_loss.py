@@ -1,4 +1,4 @@
-"""The loss against its definition."""
+"""The loss equals its definition."""
 
 import math
 
@@ -25,7 +25,7 @@ def by_hand(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return total
 
 
-def test_it_is_the_sum_of_negative_log_probabilities_in_fp32_even_of_bfloat16_logits():
+def test_loss_is_the_sum_of_negative_log_probabilities_in_fp32():
     for dtype in (torch.float32, torch.bfloat16):
         logits, targets = draw(dtype)
         loss = summed_cross_entropy(logits, targets)
@@ -34,7 +34,7 @@ def test_it_is_the_sum_of_negative_log_probabilities_in_fp32_even_of_bfloat16_lo
         assert abs(loss.item() / by_hand(logits, targets) - 1) < 1e-6
 
 
-def test_ignored_targets_do_not_count_and_get_no_gradient():
+def test_ignored_targets_have_no_loss_and_no_gradient():
     logits, targets = draw(torch.float32)
     logits.requires_grad_()
     targets[0, 2] = targets[2] = IGNORED_TARGET

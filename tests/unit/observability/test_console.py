@@ -35,7 +35,7 @@ def test_every_line_fits_the_console_and_columns_line_up(num_steps):
     assert len(header) == len(row) == len(table.lines(1, LARGE)[0])
 
 
-def test_row_shows_what_was_reported():
+def test_row_shows_the_reported_values():
     header, row = ConsoleTable(40_000).lines(
         1000,
         {
@@ -49,7 +49,7 @@ def test_row_shows_what_was_reported():
     assert row.split() == ["1000/40000", "3.1416", "2.00e-02", "41.2%", "3h07m"]
 
 
-def test_a_row_without_a_time_left_has_the_columns_of_the_next():
+def test_a_row_without_a_time_left_has_the_same_columns():
     table = ConsoleTable(100)
     lines = table.lines(1, {"loss/train": 8.0}) + table.lines(
         10, {"loss/train": 7.0, "throughput/eta_s": 90.0}
@@ -61,21 +61,21 @@ def test_a_row_without_a_time_left_has_the_columns_of_the_next():
     ]
 
 
-def test_validation_stands_on_a_line_of_its_own():
+def test_validation_has_a_separate_line():
     lines = ConsoleTable(300).lines(
         20, {"loss/validation": math.log(20), "perplexity/validation": 20.0}
     )
     assert lines == [" 20/300 validation loss 2.9957, perplexity 20.00"]
 
 
-def test_header_comes_back_after_some_rows_and_when_columns_change():
+def test_header_repeats_after_some_rows_and_when_columns_change():
     table = ConsoleTable(100, header_interval=3)
     values = {"loss/train": 1.0}
     assert [len(table.lines(step, values)) for step in range(1, 8)] == [2, 1, 1, 2, 1, 1, 2]
     assert len(table.lines(8, values | {"memory/peak_gib": 1.0})) == 2
 
 
-def test_values_that_are_not_finite_are_shown():
+def test_non_finite_values_are_shown():
     _, row = ConsoleTable(100).lines(
         1, {"loss/train": math.nan, "optimizer/grad_norm": math.inf, "throughput/eta_s": math.inf}
     )

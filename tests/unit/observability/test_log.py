@@ -20,26 +20,23 @@ def _restore_logging():
 
 def log_everything() -> None:
     logger = logging.getLogger("switchtitan.some.part")
-    logger.debug("a detail")
-    logger.info("a fact of %d", 3)
-    logger.warning("a doubt")
-    logging.getLogger("other").info("a stranger's fact")
-    logging.getLogger("other").warning("a stranger's doubt")
+    logger.debug("debug")
+    logger.info("info %d", 3)
+    logger.warning("careful")
+    logging.getLogger("other").info("other info")
+    logging.getLogger("other").warning("other warning")
 
 
-def test_main_rank_prints_facts_and_warnings(capsys):
+def test_main_rank_prints_info_and_warnings(capsys):
     configure_logging(is_main=True)
     log_everything()
-    assert capsys.readouterr().out == "a fact of 3\nwarning: a doubt\nwarning: a stranger's doubt\n"
+    assert capsys.readouterr().out == "info 3\nwarning: careful\nwarning: other warning\n"
 
 
 def test_other_ranks_print_warnings_with_their_rank(capsys):
     configure_logging(is_main=False, rank=3)
     log_everything()
-    assert (
-        capsys.readouterr().out
-        == "[rank 3] warning: a doubt\n[rank 3] warning: a stranger's doubt\n"
-    )
+    assert capsys.readouterr().out == "[rank 3] warning: careful\n[rank 3] warning: other warning\n"
 
 
 def test_configuring_twice_prints_once(capsys):
@@ -49,16 +46,16 @@ def test_configuring_twice_prints_once(capsys):
     assert capsys.readouterr().out == "once\n"
 
 
-def test_log_file_is_appended_to_with_time_and_origin(tmp_path, capsys):
+def test_log_file_is_appended_with_time_and_logger(tmp_path, capsys):
     path = tmp_path / "new" / "train.log"
     for _ in range(2):
         configure_logging(is_main=True, log_file=path)
-        logging.getLogger("switchtitan.part").info("a fact")
+        logging.getLogger("switchtitan.part").info("info")
     configure_logging(is_main=False, rank=1, log_file=path)
-    logging.getLogger("switchtitan.part").warning("of another rank")
+    logging.getLogger("switchtitan.part").warning("other rank")
     lines = path.read_text().splitlines()
     assert len(lines) == 2
-    assert lines[0].endswith("INFO switchtitan.part: a fact")
+    assert lines[0].endswith("INFO switchtitan.part: info")
 
 
 def test_lines_do_not_break_a_progress_bar(monkeypatch):
@@ -68,7 +65,7 @@ def test_lines_do_not_break_a_progress_bar(monkeypatch):
     configure_logging(is_main=True)
     with tqdm(total=10, file=terminal, ncols=40) as bar:
         bar.update(3)
-        logging.getLogger("switchtitan").info("a fact")
-    # What a terminal shows of a line is what follows the last carriage return.
+        logging.getLogger("switchtitan").info("info")
+    # A terminal shows the part of a line after the last carriage return.
     shown = [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
-    assert "a fact" in shown
+    assert "info" in shown

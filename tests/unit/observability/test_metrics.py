@@ -25,7 +25,7 @@ def run(output_dir, steps, **arguments) -> None:
     reporter.close()
 
 
-def test_all_values_reach_tensorboard_by_their_tags(tmp_path):
+def test_all_values_are_written_to_tensorboard_by_tag(tmp_path):
     run(tmp_path, [1, 10])
     assert read_scalars(tmp_path / "tensorboard") == {
         "loss/train": [(1, 0.5), (10, 5.0)],
@@ -33,7 +33,7 @@ def test_all_values_reach_tensorboard_by_their_tags(tmp_path):
     }
 
 
-def test_histograms_reach_tensorboard_and_nothing_else(tmp_path, caplog):
+def test_histograms_are_written_only_to_tensorboard(tmp_path, caplog):
     values = torch.tensor([[0.0, 0.25, 1.0], [1e-7, 0.5, 0.5]])
     reporter = Reporter(MetricsConfig(), tmp_path, num_steps=100, is_main=True)
     with caplog.at_level(logging.INFO):
@@ -65,7 +65,7 @@ def test_run_that_starts_over_has_one_point_per_step(tmp_path):
     assert [step for step, _ in read_scalars(tmp_path / "tensorboard")["loss/train"]] == [1, 10]
 
 
-def test_description_is_shown_as_it_is(tmp_path):
+def test_description_is_shown_verbatim(tmp_path):
     run(tmp_path, [1], description='[model]\nname = "llama"')
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -76,7 +76,7 @@ def test_description_is_shown_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("is_main", "config"), [(False, MetricsConfig()), (True, MetricsConfig(tensorboard=False))]
 )
-def test_nothing_is_written_where_it_should_not(tmp_path, is_main, config):
+def test_other_ranks_and_disabled_tensorboard_write_nothing(tmp_path, is_main, config):
     reporter = Reporter(config, tmp_path, num_steps=3, is_main=is_main, description="x")
     reporter.report(1, {"loss/train": 1.0})
     reporter.report_histograms(1, {"rank/spectrum/q_proj": torch.ones(3)})
@@ -84,7 +84,7 @@ def test_nothing_is_written_where_it_should_not(tmp_path, is_main, config):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_summary_of_a_resumed_run_counts_from_its_first_validation(tmp_path, caplog):
+def test_summary_of_a_resumed_run_starts_at_its_first_validation(tmp_path, caplog):
     first = {"loss/validation": 6.0, "perplexity/validation": math.exp(6.0)}
     reporter = Reporter(
         MetricsConfig(), tmp_path, num_steps=40, start_step=20, is_main=True, first_validation=first
@@ -98,7 +98,7 @@ def test_summary_of_a_resumed_run_counts_from_its_first_validation(tmp_path, cap
     assert "3m07s since step 20" in caplog.text
 
 
-def test_a_single_validation_is_no_progress(tmp_path, caplog):
+def test_a_single_validation_is_shown_without_an_arrow(tmp_path, caplog):
     reporter = Reporter(MetricsConfig(), tmp_path, num_steps=40, is_main=True)
     reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
     with caplog.at_level(logging.INFO):
@@ -125,14 +125,14 @@ def test_reports_are_due_each_interval_and_at_both_ends(tmp_path):
     assert [step for step in range(4, 26) if reporter.is_due(step)] == [4, 10, 20, 25]
 
 
-def test_no_progress_bar_where_there_is_no_terminal(tmp_path, capsys):
+def test_no_progress_bar_without_a_terminal(tmp_path, capsys):
     run(tmp_path, range(1, 101))
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "\r" not in captured.out
 
 
-def test_summary_says_what_was_reached_and_where_everything_lies(tmp_path, caplog):
+def test_summary_shows_results_and_paths(tmp_path, caplog):
     reporter = Reporter(MetricsConfig(), tmp_path, num_steps=40, is_main=True)
     for step, loss in ((0, 6.0), (20, 4.0), (40, 3.0)):
         reporter.report(step, {"loss/validation": loss, "perplexity/validation": math.exp(loss)})

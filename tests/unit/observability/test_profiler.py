@@ -55,7 +55,7 @@ def test_profile_plugin_reads_the_trace(tmp_path):
 
 
 @pytest.mark.parametrize(("enabled", "worker"), [(False, "rank0"), (True, None)])
-def test_nothing_happens_where_it_is_off(tmp_path, enabled, worker):
+def test_nothing_is_written_when_disabled(tmp_path, enabled, worker):
     config = ProfilerConfig(enabled=enabled, start_step=2, num_steps=1)
     with Profiler(config, tmp_path, worker=worker) as profiler:
         work(5, profiler)
@@ -71,14 +71,14 @@ def test_run_resumed_beyond_the_chosen_steps_is_not_traced(tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_run_that_ends_too_early_says_so(tmp_path, caplog):
+def test_run_that_ends_too_early_warns(tmp_path, caplog):
     config = ProfilerConfig(enabled=True, start_step=40)
     with caplog.at_level(logging.WARNING), Profiler(config, tmp_path, worker="rank0") as profiler:
         work(5, profiler)
     assert "start_step = 40, but training ended after 5 steps" in caplog.text
 
 
-def test_steps_traced_so_far_are_written_when_training_ends_within_them(tmp_path):
+def test_partial_trace_is_written_when_training_ends(tmp_path):
     config = ProfilerConfig(enabled=True, start_step=2, num_steps=30)
     with Profiler(config, tmp_path, worker="rank0") as profiler:
         work(4, profiler)

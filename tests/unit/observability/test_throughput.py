@@ -23,7 +23,7 @@ def make(clock: Clock, **arguments) -> Throughput:
     return Throughput(**{**defaults, **arguments}, clock=clock)
 
 
-def test_speed_follows_from_tokens_and_time():
+def test_speed_is_tokens_over_time():
     clock = Clock()
     throughput = make(clock)
     clock.now += 20
@@ -37,7 +37,7 @@ def test_speed_follows_from_tokens_and_time():
     )
 
 
-def test_unknown_peak_gives_no_mfu():
+def test_no_mfu_for_an_unknown_peak():
     clock = Clock()
     throughput = make(clock, peak_flops_per_s=None)
     clock.now += 1
