@@ -46,7 +46,7 @@ def test_a_corpus_is_prepared_and_summed_up(tmp_path: Path) -> None:
     [
         (["--dataset", "textt"], '--dataset textt: expected one of .* did you mean "text"'),
         (["--data.pth", "x"], "--data.pth x: unknown key; did you mean path"),
-        (["--dataset", "text", "--path", "/no/such/folder"], "there is no such file or folder"),
+        (["--dataset", "text", "--path", "/no/such/folder"], "no such file or folder"),
         (["--config", "missing.toml"], "no such file"),
     ],
 )
