@@ -1,4 +1,4 @@
-"""The low-rank layer that LoRA-like methods share: its parameters, initial values and contractions."""
+"""The low-rank layer of LoRA-like methods: parameters, initial values and contractions."""
 
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.linear import (

@@ -1,4 +1,4 @@
-"""The keys that all low-rank methods share."""
+"""The configuration keys that all low-rank methods share."""
 
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
@@ -26,16 +26,19 @@ class LowRankConfig(MethodConfig):
     freezes_weights: ClassVar[bool] = True
     resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
     rank: int = Field(ge=1)
-    """Number of vectors in each factor, at least 1 and below the smaller dimension of every adapted layer."""
+    """Number of vectors in each factor: at least 1, and below the smaller dimension of every
+    adapted layer."""
     alpha: float = Field(default=1.0, gt=0)
-    """The update is scaled by alpha / rank; above 0."""
+    """The low-rank update is scaled by alpha / rank; above 0."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability, in [0, 1), that an element of the input is dropped on its way into the low-rank update."""
+    """Dropout probability, in [0, 1), for the input of the low-rank update."""
     targets: Targets = ADAPTED_LINEARS
-    """Local names of the linear layers to adapt; by default all of attention and MLP. The rest trains at full rank."""
+    """Local names of the linear layers to adapt; by default all of attention and MLP. All other
+    parameters train at full rank."""
     contraction: Literal["cheapest", "factored", "merged", "dense_gradient"] = "cheapest"
-    """How a layer is computed; all agree to rounding. `cheapest` takes the one with the fewest operations for each layer's
-    shape, rank and number of tokens; another fixes it, for measurements. With dropout, training is always factored."""
+    """How a layer is computed; all agree to rounding. `cheapest` chooses the one with the fewest
+    operations for each layer's shape, rank and number of tokens. With dropout, training is always
+    factored."""
 
     @property
     def scale(self) -> float:
@@ -46,20 +49,24 @@ class LowRankConfig(MethodConfig):
     def _check_contraction(self) -> "LowRankConfig":
         if self.dropout and self.contraction != "cheapest":
             raise ValueError(
-                f'contraction = "{self.contraction}" has no effect on training with dropout = {self.dropout:g}, which is '
-                "always factored; remove one of the two"
+                f"contraction = {self.contraction!r} has no effect on training with "
+                f"dropout = {self.dropout:g}, which is always factored; remove one of the two"
             )
         return self
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """What is wrong between this section and a model's linear layers, qualified name -> (out, in)."""
+        """See `contracts.MethodConfig`."""
         return check_rank(self.rank, self.targets, linear_shapes)
 
 
 def check_rank(
     rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]
 ) -> list[str]:
-    """What is wrong between the keys `rank` and `targets` and a model's linear layers, qualified name -> (out, in)."""
+    """Returns the errors in `rank` and `targets` for a model's linear layers.
+
+    Args:
+        linear_shapes: qualified name -> (out, in).
+    """
     problems = check_targets(targets, linear_shapes)
     adapted = {
         name: min(shape)
@@ -70,20 +77,26 @@ def check_rank(
         name = min(adapted, key=adapted.__getitem__)
         out_features, in_features = linear_shapes[name]
         problems.append(
-            f"[method] rank = {rank}: expected less than the smaller dimension of every adapted layer; {name} is "
-            f"[{out_features}, {in_features}], so use a rank of at most {adapted[name] - 1}"
+            f"[method] rank = {rank}: expected less than the smaller dimension of every adapted "
+            f"layer; {name} is [{out_features}, {in_features}], so use a rank of at most "
+            f"{adapted[name] - 1}"
         )
     return problems
 
 
 def check_targets(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
-    """An error message if a target is not the local name of one of these linear layers, given by qualified name."""
+    """Returns an error if a target is not the local name of a linear layer.
+
+    Args:
+        linears: qualified names of the model's linear layers.
+    """
     targets = list(targets)
     local_names = {name.rpartition(".")[2] for name in linears}
     unknown = [target for target in targets if target not in local_names]
     if not unknown:
         return []
     return [
-        f"[method] targets = {targets}: the model has no linear layer called {', '.join(map(repr, unknown))}; "
+        f"[method] targets = {targets}: the model has no linear layer called "
+        f"{', '.join(map(repr, unknown))}; "
         f"it has {', '.join(sorted(local_names))}"
     ]

@@ -1,15 +1,15 @@
-"""Three ways to compute y = x (W + s B A)^T with gradients for x, A and B, and the choice of the cheapest.
+"""Three ways to compute y = x (W + s B A)^T with gradients for x, A and B.
 
-B is stored transposed, [rank, out]; where a product needs B itself it takes a view.
-
-All agree to rounding; they differ in floating-point operations. For T tokens, forward and backward:
+B is stored transposed, [rank, out]; a product that needs B takes a view. All agree to rounding and
+differ in floating-point operations. For T tokens, forward and backward:
 
     factored        4 out in T + 6 rank (out + in) T
     merged          4 out in T + 4 rank (out + in) T + 4 out in rank
     dense gradient  6 out in T + 8 out in rank
 
-`merged` and `dense_gradient` keep nothing but their inputs for the backward pass, compiled or not; `factored` keeps x A^T too.
-`weight` gets no gradient. If it is of another dtype than x and the factors, each pass casts it, and the copy is not kept.
+`merged` and `dense_gradient` save only their inputs for the backward pass, compiled or not;
+`factored` also saves x A^T. `weight` gets no gradient. If its dtype is not that of x and the
+factors, each pass casts it, and the copy is not saved.
 """
 
 from collections.abc import Callable
@@ -24,24 +24,24 @@ Contraction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def factored(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """x W^T + s (x A^T) B^T, the textbook form."""
+    """Computes x W^T + s (x A^T) B^T."""
     return frozen_linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b.t()) * scale
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in the dtype of x, whatever the dtype of W [out, in]; keeps nothing but W for the backward pass."""
+    """Computes x W^T in the dtype of x; saves only W [out, in] for the backward pass."""
     return _FrozenLinear.apply(x, weight)
 
 
 def merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """Multiplies x by W + s B A, built once per call; the gradients of A and B go through rank-wide products."""
+    """Multiplies x by W + s B A; the gradients of A and B are products of width rank."""
     return _Merged.apply(x, weight, lora_a, lora_b, scale)
 
 
 def dense_gradient(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
-    """As `merged`; the gradients of A and B are projections of the dense weight's gradient G = g^T x."""
+    """Multiplies x by W + s B A; the gradients of A and B are projections of G = g^T x."""
     return _DenseGradient.apply(x, weight, lora_a, lora_b, scale)
 
 
@@ -52,7 +52,7 @@ BY_NAME: dict[str, Contraction] = {contraction.__name__: contraction for contrac
 def num_flops(
     contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> int:
-    """Floating-point operations of forward and backward by the table above."""
+    """Returns the floating-point operations of forward and backward, by the table above."""
     dense, factors = out_features * in_features, rank * (out_features + in_features)
     if contraction is factored:
         return 4 * dense * num_tokens + 6 * factors * num_tokens
@@ -64,8 +64,8 @@ def num_flops(
 def cheapest_contraction(
     out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> Contraction:
-    """The contraction with the fewest operations; ties go to the one that comes first in the table."""
-    # The choice is made where a block is traced, and the compiler cannot take the minimum of a dictionary's values.
+    """Returns the contraction with the fewest operations; of equal ones, the first in the table."""
+    # Traced by torch.compile, which cannot take the minimum of a dictionary's values.
     return min(
         _ALL,
         key=lambda contraction: num_flops(contraction, out_features, in_features, rank, num_tokens),
@@ -77,23 +77,23 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tens
 
 
 def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    # Merged anew: kept from the forward pass, it would be [out, in] for every layer.
+    # Merged again: saving it in the forward pass would take [out, in] for every layer.
     return grad @ _merge(
         _cast_in_backward(weight, grad), lora_a, _copy_in_backward(lora_b, grad), scale
     )
 
 
 def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """`weight` in the dtype of `grad`; a copy is made in the backward pass, compiled or not."""
+    """Casts `weight` to the dtype of `grad`, in the backward pass, compiled or not."""
     return weight if weight.dtype == grad.dtype else _cast_copy_in_backward(weight, grad)
 
 
 @torch.library.custom_op("switchtitan::copy_in_backward", mutates_args=())
 def _copy_in_backward(factor: Tensor, grad: Tensor) -> Tensor:
-    """A copy of `factor` that a compiler cannot make before `grad` exists.
+    """Copies `factor` in an opaque operation that depends on `grad`.
 
-    Without it, torch.compile sees that the merge in the backward pass needs nothing but parameters, merges once, in the
-    forward pass, and keeps the result until the backward pass. An operation that it cannot look into ties the merge to `grad`.
+    Otherwise torch.compile moves the merge of the backward pass, which depends on parameters alone,
+    to the forward pass and saves the result.
     """
     return factor.clone()
 
@@ -105,7 +105,7 @@ def _(factor: Tensor, grad: Tensor) -> Tensor:
 
 @torch.library.custom_op("switchtitan::cast_copy_in_backward", mutates_args=())
 def _cast_copy_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """A copy of `weight` in the dtype of `grad`, for the same reason."""
+    """Casts a copy of `weight` to the dtype of `grad`, for the same reason."""
     return weight.to(grad.dtype, copy=True)
 
 

@@ -1,4 +1,4 @@
-"""The low-rank layer: a frozen dense weight plus the trained product of two thin factors."""
+"""The low-rank layer: a frozen dense weight plus the product of two trained factors."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,11 +18,12 @@ from switchtitan.methods.lowrank.contraction import (
 )
 
 GAIN = 1 / math.sqrt(3)
-"""The gain of a leaky ReLU with slope sqrt(5), as in Kaiming-uniform initialization of linear layers."""
+"""The gain of a leaky ReLU with slope sqrt(5), as in Kaiming-uniform initialization of linear
+layers."""
 
 
 class InitialFactors(Protocol):
-    """How a low-rank layer starts."""
+    """A function that computes a low-rank layer's initial tensors."""
 
     def __call__(
         self,
@@ -31,34 +32,35 @@ class InitialFactors(Protocol):
         scale: float,
         generator_for: Callable[[str], torch.Generator],
     ) -> dict[str, Tensor]:
-        """All of a layer's tensors by local name, such that the layer computes what the plain `weight` [out, in] does."""
+        """Returns all of a layer's tensors by local name, with W + s B A = `weight` [out, in]."""
         ...
 
 
 class LayerBuffer(NamedTuple):
-    """A tensor that belongs to a layer in addition to its parameters, split over ranks along dimension 0, as they are."""
+    """A buffer of a layer, sharded along dimension 0 like the parameters."""
 
     shape: tuple[int, int]
     dtype: torch.dtype | None = None
-    """By default that of the parameters."""
+    """By default the dtype of the parameters."""
     is_on_host: bool = False
     """Whether it stays in host memory."""
 
 
 class LowRankLinear(nn.Module):
-    """y = x (W + s B A)^T (+ bias), with W frozen, in the dtype of x and of the factors; W may be of another.
+    """y = x (W + s B A)^T (+ bias) with W frozen.
+
+    Computes in the dtype of x and the factors; W may have another dtype. Shapes: `weight` [out,
+    in], `lora_a` [rank, in], `lora_b` [rank, out]. B is stored transposed, so that the vectors of
+    both factors are rows.
 
     Args:
-        in_features, out_features: of the plain layer that it stands in for.
+        in_features, out_features: of the linear layer that it replaces.
         rank: number of vectors in each factor.
         scale: s.
         initial_factors: see `InitialFactors`.
-        dropout: probability that an element of x is zeroed on its way into A.
-        buffers: further tensors that belong to the layer, by local name.
-        contraction: how to compute it where nothing is dropped; by default the cheapest for x.
-
-    Shapes: `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out]: B is stored transposed, so that each vector of
-    either factor is a row.
+        dropout: dropout probability for the input of A.
+        buffers: buffers of the layer by local name.
+        contraction: how to compute the layer without dropout; by default the cheapest for x.
     """
 
     def __init__(
@@ -114,7 +116,10 @@ class LowRankLinear(nn.Module):
         return tuple(name for name, buffer in self._layer_buffers.items() if buffer.is_on_host)
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, scale={self.scale:g}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, "
+            f"rank={self.rank}, scale={self.scale:g}"
+        )
 
 
 def low_rank_layer_for(
@@ -124,7 +129,7 @@ def low_rank_layer_for(
     initial_factors: InitialFactors,
     buffers: dict[str, LayerBuffer] | None = None,
 ) -> LowRankLinear:
-    """The low-rank layer that stands in for `linear`, with rank, dropout and contraction from `config`."""
+    """Builds the layer that replaces `linear`, with rank, dropout and contraction of `config`."""
     return LowRankLinear(
         linear.in_features,
         linear.out_features,
@@ -141,7 +146,9 @@ def low_rank_layer_for(
 def replace_linears(
     model: nn.Module, targets: Iterable[str], build: Callable[[str, nn.Linear], LowRankLinear]
 ) -> dict[str, LowRankLinear]:
-    """Replaces every `nn.Linear` whose local name is among `targets` by `build(name, linear)`, on the same device.
+    """Replaces every `nn.Linear` whose local name is in `targets` by `build(name, linear)`.
+
+    New layers are on the same device.
 
     Returns:
         The new layers by qualified name, in the model's order.
@@ -159,7 +166,7 @@ def replace_linears(
     for name, linear in linears.items():
         parent_name, _, local_name = name.rpartition(".")
         if local_name in targets:
-            # A model on the meta device must stay there: whole layers may not fit this rank's memory.
+            # A model on the meta device must stay there: its full layers may not fit in memory.
             with linear.weight.device:
                 replaced[name] = build(name, linear)
             setattr(model.get_submodule(parent_name), local_name, replaced[name])
@@ -167,7 +174,7 @@ def replace_linears(
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The low-rank layers of a model by qualified name, in the model's order."""
+    """Returns the low-rank layers of a model by qualified name, in the model's order."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)
     }
@@ -176,10 +183,12 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 def lora_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
-    """A uniform on +-1/sqrt(in), B zero, W untouched (LoRA, arXiv 2106.09685, with Kaiming-uniform A, a = sqrt 5).
+    """Draws A uniformly within 1/sqrt(in), and sets B to zero. W is unchanged.
+
+    (LoRA, arXiv 2106.09685, with Kaiming-uniform A, a = sqrt 5.)
 
     Args:
-        weight: [out, in], the plain layer's initial weight.
+        weight: [out, in], the linear layer's initial weight.
 
     Returns:
         `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out].
@@ -190,17 +199,17 @@ def lora_init(
 
 
 def lora_bound(in_features: int) -> float:
-    """Bound of the uniform distribution of LoRA's A: sqrt(6 / ((1 + a^2) in)) with a = sqrt 5, which is 1/sqrt(in)."""
+    """Returns the bound of LoRA's A: sqrt(6 / ((1 + a^2) in)) with a = sqrt 5, or 1/sqrt(in)."""
     return 1 / math.sqrt(in_features)
 
 
 def balanced_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
-    """Both factors random with `balanced_bounds`, and W := weight - s B A, so that the layer computes what `weight` does.
+    """Draws both factors within `balanced_bounds`, and sets W := weight - s B A.
 
     Returns:
-        As `lora_init`.
+        See `lora_init`.
     """
     out_features, in_features = weight.shape
     bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
@@ -214,10 +223,11 @@ def balanced_init(
 
 
 def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[float, float]:
-    """Bounds of the uniform distributions for A and B that give both factors gradients of like size (SwitchLoRA, arXiv
-    2406.06564, initialization): sqrt(3) times
+    """Returns the bounds of A and B that balance the gradients of both factors.
 
-    std_A = (rank sqrt(out) / in^(3/2))^(1/4) sqrt(gain), std_B = (rank / sqrt(out in))^(1/4) sqrt(gain).
+    sqrt(3) times the standard deviations of SwitchLoRA's initialization (arXiv 2406.06564):
+    std_A = (rank sqrt(out) / in^(3/2))^(1/4) sqrt(gain)
+    std_B = (rank / sqrt(out in))^(1/4) sqrt(gain)
     """
     std_a = (rank * math.sqrt(out_features) / in_features**1.5) ** 0.25 * math.sqrt(GAIN)
     std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * math.sqrt(GAIN)
@@ -225,10 +235,10 @@ def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[flo
 
 
 def without_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W such that W + s B A is `weight` [out, in], with `lora_a` [rank, in] and `lora_b` [rank, out]."""
+    """Returns `weight` - s B A, with `lora_a` [rank, in] and `lora_b` [rank, out]."""
     return torch.addmm(weight, lora_b.t(), lora_a, alpha=-scale)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """fp32 values drawn uniformly from [-bound, bound)."""
+    """Draws fp32 values uniformly from [-bound, bound)."""
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

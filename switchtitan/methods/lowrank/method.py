@@ -1,4 +1,4 @@
-"""What methods share that train low-rank factors beside frozen weights."""
+"""The base class of methods that train low-rank factors and freeze the weights."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -23,22 +23,25 @@ FACTORS = ("lora_a", "lora_b")
 """Local names of the parameters A and B of a `LowRankLinear`."""
 
 LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
-"""The class of a low-rank method's section."""
+"""The configuration class of a low-rank method."""
 
 
 class LowRankMethod(Method[LowRankSection]):
     """Linear layers become `LowRankLinear`: W frozen, A and B trained."""
 
     def scale_of(self, layer_name: str) -> float:
-        """The scale s of a layer, by its qualified name: W + s B A. Both the layer and its dense weight use it."""
+        """Returns the scale s of a layer, W + s B A, by its qualified name.
+
+        Both the layer and its dense weight use it.
+        """
         return self.config.scale
 
     def initial_factors(self) -> InitialFactors:
-        """How the layers start; by default as in LoRA."""
+        """Returns the initialization of the layers; by default that of LoRA."""
         return lora_init
 
     def layer_buffers(self, out_features: int, in_features: int) -> dict[str, LayerBuffer]:
-        """What a layer keeps besides its parameters, by local name; by default nothing."""
+        """Returns a layer's buffers by local name; by default none."""
         return {}
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -46,7 +49,7 @@ class LowRankMethod(Method[LowRankSection]):
         replace_linears(model, self.config.targets, self._build_layer)
 
     def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
-        """All that trains: the factors, and the parameters that are no part of a low-rank layer."""
+        """Returns the factors and the parameters outside of low-rank layers."""
         layers = low_rank_layers(model)
         factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
         return trained_parameters(model, factors, model.blocks())
@@ -54,11 +57,11 @@ class LowRankMethod(Method[LowRankSection]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        """By default one optimizer for all that trains."""
+        """Builds one optimizer for all trained parameters."""
         return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """W + s B A in fp32 for layers with factors; all other tensors as they are."""
+        """Returns W + s B A for layers with factors, and all other tensors, in fp32."""
         dense = {}
         for name, tensor in super().dense_weights(tensors).items():
             layer_name, _, local_name = name.rpartition(".")

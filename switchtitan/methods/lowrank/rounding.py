@@ -1,7 +1,7 @@
-"""Adding products to frozen weights that may be kept in fewer bits than what is added.
+"""Adding products to frozen weights, with stochastic rounding for weights in bf16.
 
-A bf16 weight is rounded at random, up or down, so that the mean is the exact sum. To nearest, all that is smaller than half a
-unit in the last place would be lost, change after change.
+Stochastic rounding is unbiased. Rounding to nearest would lose every change below half a unit in
+the last place.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,30 +16,30 @@ from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.splitmix import splitmix32
 
 _NUM_DROPPED_BITS = 16
-"""Bits that fp32 has and bf16 has not."""
+"""Bits of fp32 that bf16 lacks."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How one weight is rounded in one event."""
+    """The stochastic rounding of one weight in one event."""
 
     key: Tensor
     """0-dim int32."""
     first_row: int
-    """The place in the whole weight of the first row that this rank holds."""
+    """Index of the local shard's first row in the full weight."""
     add_: Callable[..., None]
-    """`add_rounded_`, perhaps compiled."""
+    """`add_rounded_`, compiled or not."""
 
 
 class StochasticRounding:
-    """The random bits by which weights in bf16 are rounded.
+    """The random bits that round weights in bf16.
 
-    They are a pure function of the seed, the weight's name, the event and the element's place in the whole weight: nothing is
-    stored, and any number of ranks rounds alike.
+    A pure function of the seed, the weight's name, the event, and the element's place in the full
+    weight: nothing is stored, and the result does not depend on the number of ranks.
 
     Args:
-        layers: by qualified name; their weights are all of one dtype.
-        seed: the job's.
+        layers: by qualified name; their weights have one dtype.
+        seed: the job's seed.
         compile_step: fuse an update into one kernel.
     """
 
@@ -48,7 +48,7 @@ class StochasticRounding:
         first = next(iter(layers.values()))
         self._keys: Tensor | None = None
         if first.weight.dtype != first.lora_a.dtype:
-            # As many bits of the generator's own seed as a positive int32 holds.
+            # The upper 31 bits of the generator's seed, a positive int32.
             keys = [generator_for(seed, f"{name}.rounding").initial_seed() >> 32 for name in layers]
             self._keys = torch.tensor(keys, dtype=torch.int32, device=first.lora_a.device)
         self._add_ = (
@@ -58,14 +58,14 @@ class StochasticRounding:
         )
 
     def of_event(self, number: int) -> list[Rounding | None]:
-        """For each weight; None for weights of their factors' dtype, which need no rounding.
+        """Returns the rounding for each weight; None for weights of the factors' dtype.
 
         Args:
-            number: of the event, below 2^31; no other may change these weights under the same one.
+            number: of the event, below 2^31; two events must not share a number.
         """
         if self._keys is None:
             return [None] * len(self._first_rows)
-        # Filled on the device: a copy of a number of the host's would make it wait.
+        # Filled on the device: a copy from the host would synchronize.
         event = torch.full((), number, dtype=torch.int32, device=self._keys.device)
         keys = splitmix32(self._keys, event)
         return [
@@ -77,7 +77,7 @@ class StochasticRounding:
 def add_product_(
     weight: Tensor, left: Tensor, right: Tensor, scale: float, rounding: Rounding | None
 ) -> None:
-    """weight += scale * left right.
+    """Adds scale * left right to a weight.
 
     Args:
         weight: [out, in], changed in place. A shard [out/ranks, in] works the same.
@@ -94,7 +94,7 @@ def add_product_(
 def add_rounded_(
     weight: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float
 ) -> None:
-    """weight += scale * update, summed in fp32 and rounded by `random_bits`.
+    """Adds scale * update to a weight, summed in fp32 and rounded by `random_bits`.
 
     Args:
         weight: [rows, in] bf16, changed in place.
@@ -105,24 +105,29 @@ def add_rounded_(
 
 
 def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Rounds fp32 up in magnitude in as many of 2^16 cases as there are 2^-16ths of the way to the next bf16, else down.
+    """Rounds fp32 values to bf16 stochastically.
 
-    Over all `bits` in [0, 2^16) the mean is exactly `values`; what bf16 holds exactly stays as it is, inf and nan too.
+    A value that is k / 2^16 of the way to the next bf16 in magnitude is rounded up for k of the
+    2^16 values of `bits`, else down. The mean is exact. Values that bf16 represents, inf and nan
+    are kept.
 
     Args:
-        bits: int32, of the same shape.
+        bits: int32 in [0, 2^16), of the same shape.
     """
     rounded = (values.view(torch.int32) + bits) & -(1 << _NUM_DROPPED_BITS)
-    # The sum may carry out of the bits of a nan: CUDA's, 0x7fffffff, would come out as -0.
-    kept = torch.where(values.isfinite(), rounded.view(torch.float32), values)
-    return kept.to(torch.bfloat16)
+    # The sum may overflow the bits of a nan: CUDA's 0x7fffffff would become -0.
+    result = torch.where(values.isfinite(), rounded.view(torch.float32), values)
+    return result.to(torch.bfloat16)
 
 
 def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
-    """Whole numbers in [0, 2^16) for the elements of rows `first_row`, ... of a matrix, [num_rows, num_columns] int32.
+    """Returns integers in [0, 2^16) for `num_rows` rows of a matrix from `first_row` on.
 
     Args:
         key: 0-dim int32.
+
+    Returns:
+        [num_rows, num_columns] int32.
     """
     rows = torch.arange(first_row, first_row + num_rows, dtype=torch.int32, device=key.device)
     columns = torch.arange(num_columns, dtype=torch.int32, device=key.device)
