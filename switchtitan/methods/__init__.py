@@ -1,4 +1,4 @@
-"""Ways to parametrize and train a model: one row for each."""
+"""The registry of training methods."""
 
 from switchtitan.contracts import Method, MethodConfig
 from switchtitan.methods.apollo import Apollo, ApolloConfig

@@ -1,4 +1,4 @@
-"""Training every weight directly: the baseline."""
+"""Full-rank training, the baseline."""
 
 from typing import ClassVar, Literal
 
@@ -21,7 +21,7 @@ class FullRankConfig(MethodConfig):
 
 
 class FullRank(Method[FullRankConfig]):
-    """All parameters of the plain model train."""
+    """Trains all parameters of the model."""
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool

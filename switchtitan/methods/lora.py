@@ -1,4 +1,4 @@
-"""LoRA from scratch: fixed low-rank factors beside frozen random weights (arXiv 2106.09685)."""
+"""LoRA from scratch: low-rank factors next to frozen random weights (arXiv 2106.09685)."""
 
 from typing import Literal
 
@@ -12,17 +12,18 @@ from switchtitan.methods.lowrank import (
 
 
 class LoraConfig(LowRankConfig):
-    """`[method] name = "lora"`: LoRA (arXiv 2106.09685); embeddings, norms and head train at full rank."""
+    """`[method] name = "lora"`: LoRA (arXiv 2106.09685). Embeddings, norms and head train at full
+    rank."""
 
     name: Literal["lora"] = "lora"
     """The method."""
     init: Literal["lora", "balanced"] = "lora"
-    """How factors start: `lora` A small and random, B zero; `balanced` both random so that their gradients are of like size,
-    the initialization of SwitchLoRA without its switching."""
+    """Initial values of the factors: `lora` draws A at random and sets B to zero; `balanced` draws
+    both, so that their gradients have similar size, as in SwitchLoRA."""
 
 
 class Lora(LowRankMethod[LoraConfig]):
-    """Low-rank factors, trained; their weights, frozen."""
+    """Trains low-rank factors and freezes their weights."""
 
     def initial_factors(self) -> InitialFactors:
         return lora_init if self.config.init == "lora" else balanced_init

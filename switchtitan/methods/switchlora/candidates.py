@@ -1,4 +1,4 @@
-"""Where the vectors that a switch takes in come from, and whether those it takes out are kept."""
+"""Sources of candidates: stored in buffers, or drawn when needed."""
 
 from typing import Protocol
 
@@ -23,42 +23,43 @@ from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch
 class Candidates(Protocol):
     """The candidates of all layers.
 
-    Lists of vectors hold one tensor for A and one for B of each switch, in this order: [k, in], [k, out], [k, in], ...
+    Lists of vectors hold two tensors for each switch, A's then B's: [k, in], [k, out], [k, in], ...
     """
 
     def row_requests(self, switches: list[LayerSwitch]) -> list[RowRequest]:
-        """Rows that must be gathered from all ranks before `take`."""
+        """Returns the rows to gather from all ranks before `take`."""
         ...
 
     def take(self, switches: list[LayerSwitch], gathered: list[Tensor]) -> list[Tensor]:
-        """The candidates in `slots_in` of each switch: full vectors on every rank, in the factors' dtype.
+        """Returns the candidates in `slots_in` of each switch, unsharded, in the factors' dtype.
 
         Args:
-            gathered: what `row_requests` asked for.
+            gathered: the rows that `row_requests` listed.
         """
         ...
 
     def put_back_(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
-        """Keeps the vectors that left in each switch, full on every rank, in `slots_out`; copies them."""
+        """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`."""
         ...
 
     def prefetch(self, switches: list[LayerSwitch]) -> None:
-        """Starts fetching what the next step will take, unless `discard` comes before it."""
+        """Starts to fetch the candidates of the next step."""
         ...
 
     def flush(self) -> None:
-        """Returns when all that was put back is in the buffers that a checkpoint saves."""
+        """Waits until all vectors put back are in the buffers that a checkpoint saves."""
         ...
 
     def discard(self) -> None:
-        """Drops what was prefetched or is on its way back, since a checkpoint has been loaded into the buffers."""
+        """Drops copies in flight after a checkpoint was loaded into the buffers."""
         ...
 
 
 class StoredCandidates:
-    """Candidates in the layers' buffers `candidates_a` [c, in] and `candidates_b` [c, out], which vectors go back to.
+    """Candidates in the layers' buffers `candidates_a` [c, in] and `candidates_b` [c, out].
 
-    They come back with what they had learnt (SwitchLoRA, arXiv 2406.06564, Algorithm 1).
+    A vector that is switched out is stored and returns as trained (SwitchLoRA, arXiv 2406.06564,
+    Algorithm 1).
     """
 
     def __init__(self, layers: list[LowRankLinear]) -> None:
@@ -93,13 +94,13 @@ class StoredCandidates:
 
 
 class DrawnCandidates:
-    """Candidates that never change: each is drawn when it is needed, always the same, and vectors that leave are dropped.
+    """Constant candidates, drawn again whenever they are needed. Outgoing vectors are dropped.
 
     Every rank draws full vectors, so nothing is stored or sent.
 
     Args:
         layers: by qualified name, all of one rank.
-        seed: the job's, which the layers' initial factors were drawn with.
+        seed: the job's seed, from which the layers' initial factors were drawn.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class DrawnCandidates:
 
 
 def candidate_rows(layers: list[LowRankLinear]) -> list[list[ShardedRows]]:
-    """The buffers of candidates for A and for B of each layer, [layers][2]."""
+    """Returns the candidate buffers for A and B of each layer, [layers][2]."""
     return [
         [ShardedRows(layer.get_buffer(name)) for name in ("candidates_a", "candidates_b")]
         for layer in layers
@@ -171,7 +172,7 @@ def candidate_rows(layers: list[LowRankLinear]) -> list[list[ShardedRows]]:
 
 
 def cast_all(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of one dtype in another, in few operations; the same tensors if they are in it already."""
+    """Casts tensors of one dtype in few operations; returns `tensors` if no cast is needed."""
     if not tensors or tensors[0].dtype == dtype:
         return tensors
     sizes = [tensor.numel() for tensor in tensors]

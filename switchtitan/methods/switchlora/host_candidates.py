@@ -1,4 +1,4 @@
-"""Candidates in host memory, on their way to and from the device while it works on something else."""
+"""Candidates in host memory, copied to and from the device while it computes."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch
 
 @dataclass(frozen=True)
 class _Fetched:
-    """Candidates that a step will take, in one piece."""
+    """Candidates that a step will take, packed into one tensor."""
 
     switches: list[LayerSwitch]
     shapes: list[tuple[int, int]]
@@ -28,21 +28,22 @@ class _Fetched:
 
 @dataclass(frozen=True)
 class _Returning:
-    """Vectors that a step has put back, in one piece."""
+    """Vectors that a step has put back, packed into one tensor."""
 
     switches: list[LayerSwitch]
     places: list[Tensor]
-    """Where they belong, views of the layers' buffers."""
+    """Their destinations: views of the layers' buffers."""
     copy: CopyToHost
 
 
 class HostCandidates:
-    """As `StoredCandidates`, in buffers that stay in host memory.
+    """Like `StoredCandidates`, with buffers in host memory.
 
-    The ring says a step ahead which candidates are taken, so they are fetched before that step; vectors that leave are copied
-    back while the device works on. Either is one copy for all layers, from and to page-locked memory if the device is a GPU.
-    The host waits for vectors of the step before the last, which have left the device long since, and for those of the last
-    step only if the ring is so short that they are taken again at once.
+    The plan of the next step is known one step ahead, so its candidates are prefetched. Outgoing
+    vectors are copied back while the device computes. Each direction takes one copy for all layers,
+    with pinned memory if the device is a GPU. The host waits for the vectors of the second-to-last
+    step, whose copy has finished by then. It waits for those of the last step only if the next step
+    takes some of them.
     """
 
     def __init__(self, layers: list[LowRankLinear]) -> None:
@@ -81,7 +82,7 @@ class HostCandidates:
         self._returning.append(_Returning(switches, places, self._copies.to_host(packed)))
 
     def prefetch(self, switches: list[LayerSwitch]) -> None:
-        # Each holds page-locked memory.
+        # Each holds pinned memory.
         while len(self._returning) > 1:
             self._write_back()
         self._fetched = self._fetch(switches)
@@ -96,19 +97,19 @@ class HostCandidates:
             self._returning.popleft().copy.wait()
 
     def _fetched_for(self, switches: list[LayerSwitch]) -> list[Tensor]:
-        """Candidates for these switches, on the device, as `_Fetched.shapes` says; fetched now unless they were before."""
+        """Returns these switches' candidates on the device, fetching them if not prefetched."""
         if self._fetched is None or self._fetched.switches != switches:
             self._fetched = self._fetch(switches)
         return _cut(self._fetched.copy.wait(), self._fetched.shapes)
 
     def _fetch(self, switches: list[LayerSwitch]) -> _Fetched:
-        while any(_takes_what_comes(switches, returning.switches) for returning in self._returning):
+        while any(_takes_returning(switches, returning.switches) for returning in self._returning):
             self._write_back()
         buffers = [
             (buffer, switch) for switch in switches for buffer in self._buffers[switch.layer]
         ]
         shapes = [(switch.num_vectors, buffer.width) for buffer, switch in buffers]
-        # Zeros stay in place of rows that other ranks hold: the exchange adds them up.
+        # Rows of other ranks are zeros: the exchange sums over ranks.
         packed = self._copies.zeros_on_host(sum(map(prod, shapes)), self._dtype_on_host)
         copy_all_(
             [
@@ -120,25 +121,27 @@ class HostCandidates:
         return _Fetched(switches, shapes, self._copies.to_device(packed))
 
     def _write_back(self) -> None:
-        """Writes the vectors that have been longest on their way to where they belong."""
+        """Writes the oldest vectors in flight to their buffers."""
         returning = self._returning.popleft()
         vectors = _cut(returning.copy.wait(), [place.shape for place in returning.places])
         copy_all_(list(zip(returning.places, vectors, strict=True)))
 
 
 def _cut(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """The pieces that a flat tensor consists of, as views of these shapes."""
+    """Splits a flat tensor into views of these shapes."""
     pieces = packed.split([prod(shape) for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _takes_what_comes(taking: list[LayerSwitch], returning: list[LayerSwitch]) -> bool:
-    """Whether some layer takes in a candidate that is on its way back."""
-    coming = {switch.layer: switch for switch in returning}
-    return any(_meet(switch, coming[switch.layer]) for switch in taking if switch.layer in coming)
+def _takes_returning(taking: list[LayerSwitch], returning: list[LayerSwitch]) -> bool:
+    """Whether a layer takes a candidate that is still being copied back."""
+    by_layer = {switch.layer: switch for switch in returning}
+    return any(
+        _overlap(switch, by_layer[switch.layer]) for switch in taking if switch.layer in by_layer
+    )
 
 
-def _meet(taking: LayerSwitch, returning: LayerSwitch) -> bool:
+def _overlap(taking: LayerSwitch, returning: LayerSwitch) -> bool:
     return any(
         into.start < out.stop and out.start < into.stop
         for into in taking.slots_in

@@ -1,4 +1,4 @@
-"""How a SwitchLoRA layer starts: all candidates are drawn, and the factors are copies of some of them."""
+"""Initial values of a SwitchLoRA layer: candidates are drawn, and factors are copies of some."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,29 +22,29 @@ from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.schedule import initial_slots
 
 _NUM_BITS = 24
-"""Random bits in a value: as many as fp32 holds exactly."""
+"""Random bits in a value: the significand bits of fp32."""
 
 
 def num_candidates(out_features: int, in_features: int) -> int:
-    """Candidates for each factor of a layer: as many as its weight has singular values."""
+    """Returns the number of candidates for each factor: the smaller dimension of the weight."""
     return min(out_features, in_features)
 
 
 def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
-    """`candidates_a` [c, in], `candidates_b` [c, out]."""
+    """Returns the shapes of `candidates_a` [c, in] and `candidates_b` [c, out]."""
     count = num_candidates(out_features, in_features)
     return {"candidates_a": (count, in_features), "candidates_b": (count, out_features)}
 
 
 def is_candidates(name: str) -> bool:
-    """Whether a tensor of a model or a checkpoint, by qualified name, holds candidates."""
+    """Whether the tensor of this qualified name holds candidates."""
     return name.endswith((".candidates_a", ".candidates_b"))
 
 
 def candidate_buffers(
     config: SwitchLoraConfig, out_features: int, in_features: int
 ) -> dict[str, LayerBuffer]:
-    """The buffers for a layer's stored candidates; none where candidates are constant."""
+    """Returns the buffers for a layer's stored candidates; none if candidates are constant."""
     if config.candidates == "constant":
         return {}
     dtype = torch.bfloat16 if config.candidates_dtype == "bfloat16" else None
@@ -56,14 +56,14 @@ def candidate_buffers(
 def candidate_bounds(
     init: Literal["switchlora", "lora"], out_features: int, in_features: int, rank: int
 ) -> tuple[float, float]:
-    """Bounds of the uniform distributions of A's and B's candidates: `balanced_bounds`, or `lora_bound` and 0."""
+    """Returns the bounds of the uniform distributions of A's and B's candidates."""
     if init == "switchlora":
         return balanced_bounds(out_features, in_features, rank)
     return lora_bound(in_features), 0.0
 
 
 def initial_factors(config: SwitchLoraConfig) -> InitialFactors:
-    """What gives a layer its initial tensors."""
+    """Returns the function that computes a layer's initial tensors."""
     if config.candidates == "swap":
         return balanced_candidates_init if config.init == "switchlora" else lora_candidates_init
     return partial(drawn_candidates_init, config.init)
@@ -72,9 +72,9 @@ def initial_factors(config: SwitchLoraConfig) -> InitialFactors:
 def balanced_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
-    """Candidates of both factors random with `balanced_bounds`, and W := weight - s B A.
+    """Draws the candidates of both factors within `balanced_bounds`, and sets W := weight - s B A.
 
-    All are fp32: buffers of a shorter dtype round them, while the factors, and so W, start as they were drawn.
+    All are fp32. Candidates in bf16 buffers are rounded; factors and W are not.
 
     Args:
         weight: [out, in], the plain layer's initial weight.
@@ -88,7 +88,11 @@ def balanced_candidates_init(
 def lora_candidates_init(
     weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
-    """A's candidates uniform within `lora_bound`, B's zero, W untouched. Returns as `balanced_candidates_init`."""
+    """Draws A's candidates within `lora_bound`; B's are zero, and W is unchanged.
+
+    Returns:
+        See `balanced_candidates_init`.
+    """
     return _from_stored_candidates("lora", weight, rank, scale, generator_for)
 
 
@@ -99,7 +103,7 @@ def drawn_candidates_init(
     scale: float,
     generator_for: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The same distributions, for candidates that are drawn when needed: no more than the factors' own are drawn here.
+    """Draws the initial factors alone, for candidates that are drawn when needed.
 
     Returns:
         `weight`, `lora_a`, `lora_b`.
@@ -117,17 +121,19 @@ def drawn_candidates_init(
 
 
 def candidates_key(generator: torch.Generator) -> int:
-    """The key of a factor's drawn candidates, from the generator that belongs to their name."""
+    """Returns the key of a factor's drawn candidates, from the generator for their name."""
     return generator.initial_seed()
 
 
 def draw_vectors(keys: Tensor, bounds: Tensor, elements: range) -> Tensor:
-    """Return vectors whose elements are uniform on [-bound, bound), the same bits on every device.
+    """Draws vectors uniformly from [-bound, bound), with the same bits on every device.
+
+    A vector is a pure function of its key: nothing is stored, and any part can be drawn alone.
 
     Args:
-        keys: [vectors] int64, a vector's identity.
+        keys: [vectors] int64, one key per vector.
         bounds: [vectors] fp32.
-        elements: the elements to draw of each vector.
+        elements: which elements of each vector to draw.
 
     Returns:
         [vectors, elements] fp32.
@@ -139,7 +145,7 @@ def draw_vectors(keys: Tensor, bounds: Tensor, elements: range) -> Tensor:
 def draw_vectors_of_widths(
     keys: Tensor, bounds: Tensor, widths: np.ndarray, device: torch.device
 ) -> Tensor:
-    """Return the vectors of `draw_vectors` with widths of their own, one after the other.
+    """Draws vectors of different widths, one after the other; see `draw_vectors`.
 
     The number of kernels depends neither on the number of vectors nor on their widths.
 
@@ -152,7 +158,7 @@ def draw_vectors_of_widths(
     """
     num_elements = int(widths.sum())
     starts = widths.cumsum(0) - widths
-    # A vector's element 0 is drawn at the index `start`.
+    # Advanced so that the index `start` draws a vector's element 0.
     keys = advance64(keys, torch.from_numpy(-starts))
     table = to_device(torch.stack([keys, torch.from_numpy(widths)]), device)
     of_element = torch.repeat_interleave(table[1], output_size=num_elements)
@@ -161,14 +167,14 @@ def draw_vectors_of_widths(
 
 
 def _draw_elements(keys: Tensor, bounds: Tensor, indices: Tensor) -> Tensor:
-    """Elements `indices` of vectors `keys`; all arguments broadcast."""
-    # The sign is included: integers in [-2^23, 2^23).
+    """Draws elements `indices` of vectors `keys`; all arguments broadcast."""
+    # An arithmetic shift keeps the sign: integers in [-2^23, 2^23).
     values = splitmix64(keys, indices) >> (64 - _NUM_BITS)
     return values.to(torch.float32) * (bounds * 2.0 ** (1 - _NUM_BITS))
 
 
 def _draw(generator: torch.Generator, slots: np.ndarray, bound: float, width: int) -> Tensor:
-    """Candidates in `slots` [k], [k, width]."""
+    """Draws the candidates in `slots` [k]; returns [k, width]."""
     keys = splitmix64(torch.tensor(candidates_key(generator)), torch.from_numpy(slots))
     return draw_vectors(keys, torch.full(keys.shape, bound, dtype=torch.float32), range(width))
 

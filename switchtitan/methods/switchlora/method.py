@@ -1,4 +1,4 @@
-"""SwitchLoRA as a component."""
+"""The method SwitchLoRA."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class SwitchLora(LowRankMethod[SwitchLoraConfig]):
-    """Low-rank factors whose vectors are exchanged with candidates all through training."""
+    """Low-rank factors whose vectors are exchanged with candidates throughout training."""
 
     def initial_factors(self) -> InitialFactors:
         return initial_factors(self.config)
@@ -38,13 +38,13 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         adamw = require_adamw(config)
         layers = low_rank_layers(model)
         others = [p for p in self.trained_parameters(model) if p.is_other]
-        # Not compiled: torch's fused kernel takes these few tensors in one pass already.
+        # Not compiled: torch's fused kernel already updates these few tensors in one pass.
         dense = AdamW(adamw, others)
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
-                "Frozen weights are bfloat16, and every switch rounds them anew: right in the mean, but each value walks at "
-                "random; 500 steps that switch moved a layer by 6 % of its norm (docs/PERFORMANCE.md). [training] frozen_dtype "
-                '= "float32" does not.'
+                "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "
+                "accumulates as a random walk (6 % of a layer's norm after 500 switching steps, "
+                'see docs/PERFORMANCE.md); [training] frozen_dtype = "float32" avoids it'
             )
         return SwitchLoraOptimizer(
             self.config,
@@ -58,7 +58,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         )
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As for other low-rank methods; candidates are no part of a dense model."""
+        """See `LowRankMethod.dense_weights`; candidates are left out."""
         return super().dense_weights(
             {name: tensor for name, tensor in tensors.items() if not is_candidates(name)}
         )
@@ -67,7 +67,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         if self.config.candidates == "constant":
             return DrawnCandidates(self.config, layers, self.seed)
         if self.config.candidates_device == "host":
-            # Imported here: most runs keep their candidates on the device and do not need the module.
+            # Imported here: most runs store candidates on the device and never need it.
             from switchtitan.methods.switchlora.host_candidates import HostCandidates
 
             return HostCandidates(list(layers.values()))

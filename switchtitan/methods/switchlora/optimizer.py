@@ -1,4 +1,4 @@
-"""The optimizer of SwitchLoRA: switches, resets, freezes, then updates, on each rank's shards."""
+"""The optimizer of SwitchLoRA: switches, resets, freezes, then updates, on local shards."""
 
 import zlib
 from itertools import product
@@ -31,17 +31,17 @@ from switchtitan.optim import AdamWConfig
 
 
 class SwitchLoraOptimizer:
-    """One step of SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers; a `contracts.TrainingOptimizer`.
+    """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers; a `contracts.TrainingOptimizer`.
 
-    Not a torch optimizer, and no hook of one: torch's checkpointing steps optimizers by itself to create their state, and a
-    switch must not happen then.
+    Neither a torch optimizer nor a hook of one: torch's checkpointing steps an optimizer to create
+    its state, and a switch must not happen then.
 
     Args:
-        layers: those that switch, by qualified name.
-        dense: trains everything else.
-        num_steps: length of the run, which the switching schedule is stretched over.
-        seed: of the job; how weights in bf16 are rounded follows from it.
-        candidates: of `layers`; by default those in their buffers.
+        layers: the low-rank layers, by qualified name.
+        dense: trains all other parameters.
+        num_steps: length of the run, which sets the switching schedule.
+        seed: the job's seed, from which the rounding of bf16 weights follows.
+        candidates: of `layers`; by default the ones in their buffers.
     """
 
     def __init__(
@@ -78,13 +78,16 @@ class SwitchLoraOptimizer:
         self._last_frozen = np.zeros(len(layers), dtype=np.int64)
 
     def step(self) -> None:
-        """Switches what is due, then updates all parameters from their gradients."""
+        """Switches vectors, then updates all parameters from their gradients."""
         self.switch()
         self.update()
 
     @torch.no_grad()
     def switch(self) -> None:
-        """The first half of a step, all that switching costs: exchanges vectors, resets and freezes, and looks ahead."""
+        """Exchanges vectors, resets and freezes counterparts, and plans the next switch.
+
+        The first half of a step, with all the cost of switching.
+        """
         counts, switches = self._plan() if self._next is None else self._next
         checksum = _checksum(self._counts.step, self._counts.num_switched, counts)
         still_frozen = self._counts.recent.sum(0)
@@ -100,14 +103,17 @@ class SwitchLoraOptimizer:
 
     @torch.no_grad()
     def update(self) -> None:
-        """The second half: updates all parameters that are not frozen from their gradients."""
+        """Updates all parameters that are not frozen. The second half of a step."""
         self._vectors.step(self._timers.update_mask())
         self._timers.advance()
         self._dense.step()
 
     def _plan(self) -> tuple[np.ndarray, list[LayerSwitch]]:
-        """What the next step switches, a pure function of what has been switched so far: the number of vectors for each layer,
-        [layers], and which ones for layers with any."""
+        """Plans the next step's switches, as a pure function of the counts so far.
+
+        Returns:
+            The number of vectors for each layer, [layers], and the switches of layers with any.
+        """
         counts = self._counts.limited(
             self._schedule.requested(self._counts.step), self._config.rank, self._num_candidates
         )
@@ -125,11 +131,11 @@ class SwitchLoraOptimizer:
     def _exchange_vectors(self, switches: list[LayerSwitch], checksum: int) -> None:
         """Exchanges vectors for candidates.
 
-        How many operations that takes does not depend on how many vectors are switched: a fold into each layer's weight, and a
-        few on lists for all the rest.
+        The number of operations does not depend on the number of vectors: one fold into each
+        layer's weight, and a few list operations for the rest.
         """
         factors = [rows for switch in switches for rows in self._factors[switch.layer]]
-        # Of both factors, the vectors I that A gives up, then the vectors J that B gives up.
+        # For both factors: the rows I switched in A, then the rows J switched in B.
         involved = [
             switch.vectors[FACTOR_A] + switch.vectors[FACTOR_B]
             for switch in switches
@@ -148,7 +154,7 @@ class SwitchLoraOptimizer:
             for (switch, factor), rows in zip(product(switches, FACTORS), vectors, strict=True)
         ]
         self._candidates.put_back_(switches, outgoing)
-        # From here on these are no vectors, but how they change.
+        # In place: `outgoing` are views of `vectors` and now hold old - new.
         torch._foreach_sub_(outgoing, incoming)
         roundings = self._rounding.of_event(self._counts.step)
         for place, switch in enumerate(switches):
@@ -184,8 +190,11 @@ class SwitchLoraOptimizer:
         self._dense.set_lr(lr_factor)
 
     def metrics(self) -> dict[str, float]:
-        """Vectors switched in the last step and so far, the share of vectors that were frozen, and the share of candidates that
-        have been in use; both factors, all layers."""
+        """Returns the dense optimizer's metrics, and those of switching over all layers.
+
+        Vectors switched in the last step and in total, the fraction of vectors that were frozen,
+        and the fraction of candidates used so far. All count both factors.
+        """
         self._exchange.check()
         counts, rank = self._counts, self._config.rank
         seen = np.minimum(rank + counts.num_switched, self._num_candidates)
@@ -197,9 +206,9 @@ class SwitchLoraOptimizer:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The dense optimizer's, the factors' moments, and `switch.*`: the counts that switching and freezing follow from.
+        """Returns the dense optimizer's state, the factors' moments, and the counts `switch.*`.
 
-        The model's candidates are as up to date as these.
+        Candidates still in flight are first written to the model's buffers.
         """
         self._exchange.check()
         self._candidates.flush()

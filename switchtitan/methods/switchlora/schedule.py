@@ -1,4 +1,4 @@
-"""When vectors are switched and which: integers only, a pure function of step and layer."""
+"""Which vectors are switched at which step: integers only, a pure function of step and layer."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from switchtitan.methods.switchlora.config import SwitchLoraConfig
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
 FACTOR_A, FACTOR_B = FACTORS = 0, 1
-"""Places of A and of B in tables [2, layers, rank]; vector i of one is the counterpart of vector i of the other."""
+"""Indices of A and B in tables [2, layers, rank]. Vectors i of A and of B are counterparts."""
 
 
 class VectorSpan(NamedTuple):
-    """Neighbouring vectors of one factor of one layer."""
+    """Consecutive vectors of one factor of one layer."""
 
     factor: int
     layer: int
@@ -23,9 +23,11 @@ class VectorSpan(NamedTuple):
 
 
 def switch_rate(config: SwitchLoraConfig, num_steps: int) -> np.ndarray:
-    """The factor on the switching frequency at every step, [num_steps].
+    """Returns the factor on the switching frequency at every step, [num_steps].
 
-    "exponential" 0.3^((t+1) / (decay_ratio T)), "constant" 1, "sigmoid" 1 - 1/(1 + exp(-10 (t / (decay_ratio T) - 1))).
+    "exponential": 0.3^((t+1) / (decay_ratio T))
+    "sigmoid": 1 - 1/(1 + exp(-10 (t / (decay_ratio T) - 1)))
+    "constant": 1
     """
     t = np.arange(num_steps, dtype=np.float64)
     horizon = config.decay_ratio * num_steps
@@ -37,22 +39,23 @@ def switch_rate(config: SwitchLoraConfig, num_steps: int) -> np.ndarray:
 
 
 class SwitchSchedule:
-    """How many vectors of each factor each layer asks to switch at a step.
+    """The number of vectors of each factor that each layer requests to switch at a step.
 
-    The expectation rank * rate(t) / interval is met by error diffusion: k(t) = floor(Q(t) + phase) - floor(Q(t-1) + phase), Q
-    its running sum and the phase a low-discrepancy sequence over layers, so that layers take turns. (The original draws the
-    fraction from each rank's global generator; the expectation is the same, the variance is not.)
+    Error diffusion meets the expectation rank * rate(t) / interval, with Q its running sum:
+    k(t) = floor(Q(t) + phase) - floor(Q(t-1) + phase). The phase is a low-discrepancy sequence over
+    layers, so that layers switch at different steps. (The original implementation draws the
+    fraction from each rank's global generator: the same expectation with more variance.)
     """
 
     def __init__(self, config: SwitchLoraConfig, num_steps: int, num_layers: int) -> None:
         # rank * (sum of rates) / interval, in this order: exact where the quotient is an integer.
         running_sum = config.rank * np.cumsum(switch_rate(config, num_steps)) / config.interval
         self._running_sum = np.concatenate([[0.0], running_sum])
-        # Odd halves: never near 0 or 1, where a sum that rounding leaves just below an integer would switch a step late.
+        # i + 0.5 keeps phases away from 0 and 1, where rounding of the sum could delay a switch.
         self._phase = (np.arange(num_layers) + 0.5) / _GOLDEN_RATIO % 1.0
 
     def requested(self, step: int) -> np.ndarray:
-        """Vectors asked for at `step` 0, 1, ..., [layers]; none after the last step of the schedule."""
+        """Returns the request at `step` 0, 1, ..., [layers]; zeros after the last step."""
         if step + 1 >= len(self._running_sum):
             return np.zeros(len(self._phase), dtype=np.int64)
         before, after = self._running_sum[step : step + 2]
@@ -60,12 +63,13 @@ class SwitchSchedule:
 
 
 class SwitchCounts:
-    """Vectors switched so far, and in the steps whose counterparts are still frozen, for all layers.
+    """Counts of switched vectors for all layers.
 
     Attributes:
         step: optimizer steps done.
-        num_switched: [layers], of each factor.
-        recent: [freeze_steps - 1, layers], newest first.
+        num_switched: [layers], vectors of each factor so far.
+        recent: [freeze_steps - 1, layers], the same by step, newest first: counterparts still
+            frozen.
     """
 
     def __init__(self, num_layers: int, freeze_steps: int) -> None:
@@ -74,16 +78,16 @@ class SwitchCounts:
         self.recent = np.zeros((max(freeze_steps - 1, 0), num_layers), dtype=np.int64)
 
     def limited(self, requested: np.ndarray, rank: int, num_candidates: np.ndarray) -> np.ndarray:
-        """How much of a request may be switched now, of each factor, [layers].
+        """Limits a request to the vectors of each factor that may be switched now, [layers].
 
-        A vector may not be switched while it is frozen, nor a candidate be taken in and put back at once:
+        No vector is switched while it is frozen, and no candidate is taken and overwritten at once:
         k <= floor(rank / 2) - (frozen vectors of one factor) and k <= candidates - rank.
         """
         allowed = np.minimum(rank // 2 - self.recent.sum(0), num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
 
     def advance(self, counts: np.ndarray) -> None:
-        """Counts vectors as switched, [layers], and ends the step."""
+        """Adds the switched vectors, [layers], and ends the step."""
         self.num_switched += counts
         if len(self.recent):
             self.recent = np.concatenate([counts[None], self.recent[:-1]])
@@ -92,24 +96,24 @@ class SwitchCounts:
 
 @dataclass(frozen=True)
 class LayerSwitch:
-    """What one layer switches in one step: as many vectors of A as of B."""
+    """The switch of one layer in one step: equally many vectors of A and of B."""
 
     layer: int
-    """Its place among all layers."""
+    """Index among all layers."""
     vectors: tuple[Spans, Spans]
-    """Rows of A, rows of B: those that are exchanged for candidates. They have no place in common."""
+    """Rows of A and rows of B to exchange. They are disjoint."""
     slots_in: Spans
-    """Candidates taken in, of either factor."""
+    """Candidates taken, for each factor."""
     slots_out: Spans
-    """Candidates overwritten by the vectors that leave, of either factor."""
+    """Candidates overwritten by the outgoing vectors, for each factor."""
 
     @property
     def num_vectors(self) -> int:
-        """Of each factor."""
+        """Number of switched vectors of each factor."""
         return sum(map(len, self.slots_in))
 
     def switched(self) -> list[VectorSpan]:
-        """The vectors that are exchanged."""
+        """Returns the vectors that are exchanged."""
         return [
             VectorSpan(factor, self.layer, span)
             for factor in FACTORS
@@ -117,7 +121,7 @@ class LayerSwitch:
         ]
 
     def counterparts(self) -> list[VectorSpan]:
-        """Their counterparts in the other factor."""
+        """Returns their counterparts in the other factor."""
         return [
             VectorSpan(1 - factor, self.layer, span)
             for factor in FACTORS
@@ -128,7 +132,10 @@ class LayerSwitch:
 def plan_layer_switch(
     layer: int, num_switched: int, count: int, rank: int, num_candidates: int
 ) -> LayerSwitch:
-    """The next `count` vectors in ring order, after `num_switched` (SwitchLoRA's pointers, all derived from that number)."""
+    """Plans a switch of the next `count` vectors in ring order.
+
+    All of SwitchLoRA's pointers follow from `num_switched`.
+    """
     return LayerSwitch(
         layer=layer,
         vectors=(
@@ -141,7 +148,7 @@ def plan_layer_switch(
 
 
 def ring_spans(start: int, count: int, size: int) -> Spans:
-    """`count` neighbours from `start` on a ring of `size` places, as one span or two; `count` <= `size`."""
+    """Returns `count` <= `size` consecutive places from `start` on a ring, as one or two spans."""
     start %= size
     stop = start + count
     if stop <= size:
@@ -150,7 +157,9 @@ def ring_spans(start: int, count: int, size: int) -> Spans:
 
 
 def initial_slots(rank: int, num_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates with which the vectors of A and of B start, [rank] each: the last ones of the ring, B's rotated by half a
-    rank."""
+    """Returns the candidates that the initial vectors of A and B are copies of, [rank] each.
+
+    The last `rank` of the ring, with B's rotated by half a rank.
+    """
     slots = num_candidates - rank + np.arange(rank)
     return slots, np.roll(slots, rank // 2)

@@ -1,4 +1,4 @@
-"""The arithmetic of a switch, on plain tensors or one rank's shards of them."""
+"""Computations of a switch, on plain tensors or local shards: the fold and the freeze."""
 
 import numpy as np
 import torch
@@ -16,22 +16,24 @@ def fold_into_weight_(
     scale: float,
     rounding: Rounding | None = None,
 ) -> None:
-    """Moves what a switch takes from B A into the frozen weight, so that the layer's output does not change.
+    """Folds a switch into the frozen weight, so that the layer's output does not change.
 
-    Keeps W + s B A constant: W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]), one update of rank 2k for
-    vectors I of A and J of B, which are disjoint (SwitchLoRA, arXiv 2406.06564, Algorithm 1).
+    Keeps W + s B A constant: W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]), one
+    update of rank 2k for vectors I of A and J of B, which are disjoint (SwitchLoRA, arXiv
+    2406.06564, Algorithm 1).
 
     Args:
         weight: [out, in], changed in place. A shard [out/ranks, in] works the same.
         vectors_a: [2k, in], full rows on every rank: A_old - A_new in rows I, then A's rows J.
-        vectors_b: [2k, out], or the columns that belong to the shard's rows: B's rows I, then B_old - B_new in rows J.
-        rounding: for a weight in bf16; the layer's output is then unchanged on average.
+        vectors_b: [2k, out], or the columns of the shard's rows: B's rows I, then B_old - B_new in
+            rows J.
+        rounding: for a weight in bf16; the layer's output is then unchanged in expectation.
     """
     add_product_(weight, vectors_b.t(), vectors_a, scale, rounding)
 
 
 class FreezeTimers:
-    """Steps for which each vector is still frozen.
+    """Counters of the steps for which each vector is still frozen.
 
     Attributes:
         steps_left: [2, layers, rank] int32, on the device; the same on every rank.
@@ -48,7 +50,7 @@ class FreezeTimers:
         fill_vectors_(self.steps_left, spans, self._freeze_steps)
 
     def update_mask(self) -> Tensor:
-        """[2, layers, rank] bool: true for vectors that are updated in this step."""
+        """Returns [2, layers, rank] bool: true for vectors that are updated in this step."""
         return self.steps_left == 0
 
     def advance(self) -> None:
@@ -57,7 +59,7 @@ class FreezeTimers:
 
 
 def fill_vectors_(table: Tensor, spans: list[VectorSpan], value: int) -> None:
-    """Sets the entries of these vectors in a table [2, layers, rank]; one copy and one kernel, however many they are."""
+    """Sets these vectors' entries in a table [2, layers, rank], with one copy and one kernel."""
     if spans:
         mask = np.zeros(table.shape, dtype=np.bool_)
         for factor, layer, vectors in spans:

@@ -1,4 +1,4 @@
-"""AdamW with a step count of its own for every vector of the factors."""
+"""AdamW with one step count for each vector of the factors."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from switchtitan.optim import AdamWConfig
 Update = Callable[..., None]
 
 _CHUNK_SIZE = 8
-"""The most factors that one call updates. Calling a compiled function takes some 40 us, as long as the update of a small factor
-itself; compiling takes longer the more factors there are in a call."""
+"""The most factors that one call updates. A call of a compiled function takes about 40 us, as long
+as the update of a small factor; compile time grows with the factors in a call."""
 
 
 class _Chunk(NamedTuple):
-    """Factors of one shape, updated in one call, by their places among all factors; this rank's shards of their moments."""
+    """Factors of one shape, updated in one call: indices, and local shards of their moments."""
 
     factors: list[int]
     exp_avg: list[Tensor]
@@ -28,17 +28,19 @@ class _Chunk(NamedTuple):
 
 
 class VectorAdamW:
-    """AdamW on A and B of all layers; bias corrections count each vector's own steps (SwitchLoRA, arXiv 2406.06564, sec. 3).
+    """AdamW on A and B of all layers, with bias corrections from each vector's own step count.
 
-    Equals torch's AdamW as long as no vector is reset or frozen. A factor's place among all factors is that of its row in
-    tables [2, layers, rank] with the first two dimensions in one: A of all layers, then B of all layers.
+    (SwitchLoRA, arXiv 2406.06564, sec. 3.) Equals torch's AdamW as long as no vector is reset or
+    frozen. Factors are indexed as the flattened first two dimensions of tables [2, layers, rank]: A
+    of all layers, then B of all layers.
 
     Args:
         layers: by qualified name, all of one rank.
         compile_step: fuse the update of a factor into one kernel, several factors in a call.
 
     Attributes:
-        num_steps: [2, layers, rank] fp32, updates that each vector has seen, frozen ones included; the same on every rank.
+        num_steps: [2, layers, rank] fp32, the updates of each vector, including those while it was
+            frozen; the same on every rank.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class VectorAdamW:
         self.num_steps = torch.zeros(
             len(FACTORS), len(layers), factors[0].shape[0], device=factors[0].device
         )
-        # A tensor: a compiled update would be compiled again for every Python number.
+        # A tensor: torch.compile would recompile for every new Python number.
         self._lr = torch.tensor(config.lr, dtype=factors[0].dtype, device=factors[0].device)
         self._chunks = self._same_shaped_chunks()
         in_order = [factor for chunk in self._chunks for factor in chunk.factors]
@@ -77,7 +79,7 @@ class VectorAdamW:
 
     @torch.no_grad()
     def reset_first_moments(self, spans: list[VectorSpan]) -> None:
-        """Zeroes these vectors' first moments, and nothing else."""
+        """Zeroes only these vectors' first moments."""
         _zero_all_(self._views(self._exp_avg, spans))
 
     @torch.no_grad()
@@ -85,8 +87,8 @@ class VectorAdamW:
         """Updates every vector.
 
         Args:
-            update_mask: [2, layers, rank] bool; a vector for which it is false gets a gradient of zero and does not change at
-                all, not even by weight decay, while its step count goes on.
+            update_mask: [2, layers, rank] bool; a vector for which it is false gets a gradient of
+                zero and does not change, not even by weight decay. Its step count still increases.
         """
         beta1, beta2 = self._config.betas
         self.num_steps += 1
@@ -107,11 +109,11 @@ class VectorAdamW:
             position = stop
 
     def _coefficients(self, update_mask: Tensor) -> Tensor:
-        """What each vector's update takes, [4, 2, layers, rank].
+        """Returns the coefficients of each vector's update, [4, 2, layers, rank].
 
-        With n the vector's steps: 1 if it is updated, else 0; lr sqrt(1 - beta2^n) / (1 - beta1^n), 0 if frozen;
-        eps sqrt(1 - beta2^n); 1 - lr * weight_decay, 1 if frozen. Both bias corrections are in the step's size, which saves
-        a division of every element.
+        With n the vector's steps: 1 if it is updated, else 0; lr sqrt(1 - beta2^n) / (1 - beta1^n),
+        0 if frozen; eps sqrt(1 - beta2^n); 1 - lr * weight_decay, 1 if frozen. Both bias
+        corrections are in the step size, which saves a division per element.
         """
         beta1, beta2 = self._config.betas
         num_steps = self.num_steps.to(self._lr.dtype)
@@ -128,7 +130,10 @@ class VectorAdamW:
         )
 
     def _same_shaped_chunks(self) -> list[_Chunk]:
-        """All factors that this rank holds rows of; chunks of one shape have one size, so that they share a graph."""
+        """Returns chunks of all factors with local rows.
+
+        Chunks of one shape have one size, so that they share a graph.
+        """
         factors_of: dict[torch.Size, list[int]] = {}
         for factor, parameter in enumerate(self._factors):
             if local(parameter).numel() > 0:
@@ -149,7 +154,7 @@ class VectorAdamW:
         return grad
 
     def _views(self, moments: list[ShardedRows], spans: list[VectorSpan]) -> list[Tensor]:
-        """The rows of these vectors that this rank holds."""
+        """Returns this rank's rows of these vectors."""
         num_layers = self.num_steps.shape[1]
         return [
             view
@@ -162,7 +167,7 @@ class VectorAdamW:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<layer>.lora_a.exp_avg` and so on, like the factors."""
+        """Returns `<layer>.lora_a.exp_avg` and so on, sharded like the factors."""
         return {
             f"{name}.{key}": rows.matrix
             for key, moments in (("exp_avg", self._exp_avg), ("exp_avg_sq", self._exp_avg_sq))
@@ -180,7 +185,7 @@ def update_vectors_(
     beta1: float,
     beta2: float,
 ) -> None:
-    """One AdamW update (arXiv 1711.05101, Algorithm 2) of factors of one shape, with coefficients for each vector.
+    """Updates factors of one shape by AdamW (arXiv 1711.05101, Algorithm 2), vector by vector.
 
     Args:
         parameters, exp_avgs, exp_avg_sqs: [rank, width], or shards; changed in place.

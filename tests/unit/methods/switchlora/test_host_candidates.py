@@ -251,6 +251,6 @@ def test_a_part_in_host_memory_belongs_to_a_mesh_of_gpus():
 )
 def test_constant_candidates_are_stored_nowhere_in_no_type(key, value):
     with pytest.raises(
-        ValueError, match=f'{key} = "{value}" has no effect with candidates = "constant"'
+        ValueError, match=f'{key} = {value!r} has no effect with candidates = "constant"'
     ):
         SwitchLoraConfig(rank=4, candidates="constant", **{key: value})
