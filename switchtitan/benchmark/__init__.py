@@ -1,2 +1,2 @@
-"""What a training step costs: times of several configurations side by side, and, without the
-hardware, bytes sent between ranks, memory and arithmetic."""
+"""Costs of a training step: times of several configurations side by side, and estimates of
+communication, memory and FLOPs without the hardware."""

@@ -1,4 +1,4 @@
-"""Contexts that count what happens inside: floating-point operations, and operations of torch."""
+"""Contexts that count FLOPs and torch operations."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +11,10 @@ from switchtitan.distributed.count_collectives import CountingMode
 
 
 class CountOperations(CountingMode):
-    """A context that counts torch's operations on this rank's tensors, but for views and bare
-    allocations, which run nothing.
+    """A context that counts torch operations on this rank's tensors, without views and allocations.
 
-    An operation on a list of tensors counts once, though a device may take several kernels for it:
-    CUDA takes one for every entry if they are not contiguous. So this is no count of kernels.
+    An operation on a list of tensors counts once, although it may launch several kernels: CUDA
+    launches one per entry if they are not contiguous. So this does not count kernels.
     """
 
     def __init__(self) -> None:
@@ -27,16 +26,15 @@ class CountOperations(CountingMode):
 
 
 class CountFlops(CountingMode):
-    """A context that counts this rank's floating-point operations, those of backward passes
-    included.
+    """A context that counts this rank's FLOPs, including backward passes.
 
-    A product of [m, k] and [k, n] is 2 m k n. Attention counts as in PaLM (arXiv 2204.02311,
-    appendix B): two products forward and four backward, all scores of a causal mask, and nothing
-    for what a fused kernel computes twice. Activations that are checkpointed do count twice.
-    Element-wise operations, look-ups, and decompositions of matrices count nothing.
+    A product of [m, k] and [k, n] is 2 m k n. Attention is counted as in PaLM (arXiv 2204.02311,
+    appendix B): two products forward and four backward, without reduction for a causal mask or
+    recomputation inside a fused kernel. Recomputation of checkpointed activations is counted.
+    Element-wise operations, look-ups and matrix decompositions are not counted.
 
     Attributes:
-        num_flops: of all that has happened inside so far.
+        num_flops: FLOPs so far.
     """
 
     def __init__(self) -> None:
@@ -53,7 +51,7 @@ class CountFlops(CountingMode):
 
 
 def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
-    """[batch, heads, seq, head_dim] each: scores, and values weighted by them."""
+    """[batch, heads, seq, head_dim] each: scores, and the weighted sum of values."""
     return (
         2 * query.numel() * key.shape[-2]
         + 2 * query.numel() // query.shape[-1] * value.shape[-1] * key.shape[-2]
@@ -76,5 +74,5 @@ _ATTENTION: dict[object, Callable[..., int]] = {
     _aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
 }
 _IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
-"""What counts as its counterpart, which torch has a formula for."""
+"""In-place operation -> its counterpart, for which torch has a formula."""
 _ALLOCATIONS = (_aten.empty, _aten.new_empty, _aten.empty_like)

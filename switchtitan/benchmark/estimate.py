@@ -1,5 +1,4 @@
-"""What a training step needs on any number of ranks, found without them: memory, communication,
-arithmetic."""
+"""Estimates a training step on any number of ranks without them: memory, communication, FLOPs."""
 
 from dataclasses import dataclass
 
@@ -11,42 +10,39 @@ from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
 
 ASSUMPTIONS = (
-    "memory is that of rank 0, whose shards are the largest, and of tensors alone: no rounding and "
-    "reserve of an allocator, no "
-    "kernels' workspaces, libraries, or batches; neither evaluation nor saving",
+    "memory is that of tensors on rank 0, whose shards are the largest, without allocator "
+    "overhead, kernel workspaces, libraries and batches; evaluation and saving are not included",
     "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU "
-    "gathers a block ahead",
-    "attention is a fused kernel that keeps no scores, and counts in full where a mask halves it",
-    "FLOPs are those of matrix products and attention; the ratio is to a step that trains all "
-    "weights and computes nothing "
-    "twice, and is none of times",
+    "gathers one block ahead",
+    "attention is a fused kernel that keeps no scores, and is not halved for the causal mask",
+    "FLOPs are those of matrix products and attention; the ratio compares FLOPs, not times, with "
+    "full-rank training without recomputation",
 )
-"""What figures of a step must be read with."""
+"""Assumptions of the estimates."""
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Of one rank's training step."""
+    """Memory, communication and FLOPs of one rank's training step."""
 
     memory: MemoryUse
     communication: CommunicationCounts
     forward_backward_flops: int
     update_flops: int
-    """Of matrix products in the optimizer's update."""
+    """FLOPs of matrix products in the optimizer's update."""
     full_rank_flops: int
-    """Forward and backward, if all of the plain model's weights trained."""
+    """Forward and backward of the plain model with all weights trained."""
 
     @property
     def flops_ratio(self) -> float:
-        """This step's floating-point operations over full rank's."""
+        """This step's FLOPs divided by those of full rank."""
         return (self.forward_backward_flops + self.update_flops) / self.full_rank_flops
 
 
 def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
-    """Runs the second step on tensors without values, see `fake_stepper`; the figures rest on
-    `ASSUMPTIONS`.
+    """Estimates a step, under `ASSUMPTIONS`, by running it on fake tensors; see `fake_stepper`.
 
-    The optimizer's state may be made in the first step.
+    Measures the second step, since the first may allocate the optimizer's state.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
@@ -59,15 +55,14 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
 def communication_of_a_step(
     config: JobConfig, num_ranks: int, step: int = 2
 ) -> CommunicationCounts:
-    """Counts what one rank of `num_ranks` sends in a training step; see `CountCommunication` for
-    what a byte is.
+    """Counts what one of `num_ranks` ranks sends in a step; `CountCommunication` defines the bytes.
 
-    The step is that of training, uncompiled; see `fake_stepper` for what it does not take.
+    Runs uncompiled training steps on fake tensors; see `fake_stepper`.
 
     Args:
-        step: which step of the run, from 1; those before it are run too. By default not the first,
-            in which a method may have work to do that does not come again. Of work that grows rarer
-            during a run, an early step's is the upper end.
+        step: step of the run, from 1; earlier steps run too. Not the first by default, since a
+            method may do work only then. For events that become rarer during a run, an early step
+            is an upper bound.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
@@ -81,7 +76,7 @@ def communication_of_a_step(
 
 
 def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
-    """Takes a step, with or without values, uncompiled, under all counters."""
+    """Runs an uncompiled step, on real or fake tensors, under all counters."""
     tokens_seen_before = stepper.state.tokens_seen
     with (
         TrackMemory(stepper) as memory,

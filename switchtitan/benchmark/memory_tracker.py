@@ -1,4 +1,4 @@
-"""What a training step's memory holds on this rank, at its peak and at any time."""
+"""Memory of a training step on this rank by kind, at the peak and the maximum of each."""
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,22 +27,22 @@ GATHERED, ACTIVATIONS, TEMPORARY = "gathered", "activations", "temporary"
 KINDS = {
     TRAINED: "local shards of parameters that train",
     FROZEN: "frozen parameters: local shards, or full ones if every rank keeps them",
-    BUFFERS: "buffers of the model: tensors that are no parameters",
+    BUFFERS: "buffers of the model",
     OPTIMIZER: "the optimizer's state",
     GRADIENTS: "reduced gradients of the local shards",
-    UNREDUCED_GRADIENTS: "full gradients before they are reduced; with several micro-batches of all weights",
+    UNREDUCED_GRADIENTS: "full gradients before reduction; of all weights if there are several "
+    "micro-batches",
     GATHERED: "full weights in the compute dtype",
-    ACTIVATIONS: "what a forward pass leaves behind for its backward pass",
-    TEMPORARY: "the rest: what operations and collectives need for a while, but not in forward "
-    "passes "
-    "up to the loss",
-    HOST: "what waits in host memory: buffers, block inputs; in no sum",
+    ACTIVATIONS: "tensors that a forward pass saves for the backward pass",
+    TEMPORARY: "other tensors of operations and collectives, except in forward passes before the "
+    "loss",
+    HOST: "buffers and block inputs in host memory; not in the sums",
 }
-"""What memory may hold -> what that is."""
+"""Kind of memory -> its description."""
 _BATCH = "batch"
-"""What is not counted: it lies elsewhere before it is used, and is small."""
+"""Not counted: allocated outside the step, and small."""
 STATE = (TRAINED, FROZEN, BUFFERS, OPTIMIZER, GRADIENTS)
-"""What there is of a model and its optimizer whatever the batch is."""
+"""Kinds that do not depend on the batch."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,27 @@ class MemoryUse:
     """Bytes by kind; see `KINDS`."""
 
     at_peak: Mapping[str, int]
-    """When the sum over all kinds but those in host memory was largest."""
+    """At the maximum of the sum over all kinds but host memory."""
     most: Mapping[str, int]
-    """The most of each kind at any time; they need not have come together."""
+    """Maximum of each kind, perhaps at different times."""
 
     @property
     def peak(self) -> int:
-        """The most bytes in use at a time."""
+        """Maximum number of bytes in use."""
         return _on_device(self.at_peak)
 
     @property
     def state(self) -> int:
-        """Weights, buffers, the optimizer's state and the gradients of shards, together."""
+        """Sum of weights, buffers, optimizer state and sharded gradients."""
         return sum(self.most[kind] for kind in STATE)
 
 
 class TrackMemory(CountingMode):
-    """A context that follows the tensors of a step, with or without values, from allocation to
-    release.
+    """A context that tracks the tensors of a step, real or fake, from allocation to release.
 
-    Counted are the bytes that tensors ask for. What allocators round up or hold back is not, nor
-    are workspaces of kernels, buffers of communication libraries, batches, and this program itself.
-    Begin between two steps, with the optimizer's state in place.
+    Counts the bytes that tensors request. Does not count allocator overhead, kernel workspaces,
+    buffers of communication libraries, batches and the program itself. Enter it between two steps,
+    when the optimizer's state is allocated.
     """
 
     def __init__(self, stepper: Stepper) -> None:
@@ -87,7 +86,7 @@ class TrackMemory(CountingMode):
 
     @property
     def use(self) -> MemoryUse:
-        """Of all that has happened inside so far."""
+        """Memory use so far."""
         at_peak, most = ({kind: use[kind] for kind in KINDS} for use in (self._at_peak, self._most))
         return MemoryUse(at_peak, most)
 
@@ -96,7 +95,7 @@ class TrackMemory(CountingMode):
         for parameter in model.parameters():
             self._hold(parameter, TRAINED if parameter.requires_grad else FROZEN)
             if parameter.requires_grad:
-                # FSDP calls it once the shard's gradient is there.
+                # FSDP calls it when the shard's gradient is set.
                 self._remove_at_exit(
                     parameter.register_post_accumulate_grad_hook(
                         partial(self._hold_grad, GRADIENTS)
@@ -108,7 +107,7 @@ class TrackMemory(CountingMode):
             self._hold(buffer, BUFFERS)
         for tensor in _tensors_within(optimizer):
             self._hold(tensor, OPTIMIZER)
-        # Called before a module's own hooks, but after those of the block around it, which gather.
+        # Called before the module's own hooks, but after those of its block, which gather.
         self._remove_at_exit(register_module_forward_pre_hook(self._before_module))
         loss = self._stepper.loss
         self._clean_up.callback(setattr, self._stepper, "loss", loss)
@@ -127,8 +126,7 @@ class TrackMemory(CountingMode):
         self._measure()
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
-        """Counts a tensor's storage as `kind`, unless it has been found to be another kind
-        before."""
+        """Counts a tensor's storage as `kind`, unless it already has another kind."""
         storage = local(tensor).untyped_storage()
         key = id(storage)
         held = self._held.get(key)
@@ -156,7 +154,7 @@ class TrackMemory(CountingMode):
         self._now[kind] += held.num_bytes
 
     def _move_rest(self, kind: str) -> None:
-        """Finds all that is temporary to be of this kind."""
+        """Changes all temporary storages to this kind."""
         for held in list(self._held.values()):
             if held.kind == TEMPORARY:
                 self._move(held, kind)
@@ -169,14 +167,14 @@ class TrackMemory(CountingMode):
 
     def _measure(self) -> None:
         now, most = self._now, self._most
-        # FSDP frees and allocates these by resizing their storage, which is no operation.
+        # FSDP frees and allocates these by resizing their storage, which is not dispatched.
         for held in self._gathered:
             storage = held.storage()
             if storage is not None and (num_bytes := storage.nbytes()) != held.num_bytes:
                 now[GATHERED] += num_bytes - held.num_bytes
                 held.num_bytes = num_bytes
         for kind, num_bytes in now.items():
-            # Until the loss it is not known what a forward pass will keep.
+            # Before the loss it is unknown what a forward pass saves.
             if num_bytes > most[kind] and not (kind == TEMPORARY and self._is_forward):
                 most[kind] = num_bytes
         if _on_device(now) > _on_device(self._at_peak):
@@ -185,19 +183,19 @@ class TrackMemory(CountingMode):
     def _before_module(self, module: nn.Module, args: tuple) -> None:
         self._hold_on_host()
         if module is self._stepper.model:
-            # Nothing but gradients outlasts a micro-batch.
+            # Only gradients outlive a micro-batch.
             self._move_rest(_BATCH if self._is_before_first_batch else UNREDUCED_GRADIENTS)
             self._is_before_first_batch, self._is_forward = False, True
             self._ignore_batch(*(arg for arg in args if isinstance(arg, Tensor)))
         self._hold_gathered(module)
 
     def _hold_gathered(self, module: nn.Module) -> None:
-        """Counts the module's own parameters, if they are gathered now."""
+        """Counts the module's own parameters if they are gathered."""
         for parameter in module.parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 continue
             self._hold(parameter, GATHERED)
-            # FSDP keeps the same full parameters and only resizes them.
+            # FSDP reuses the full parameters and only resizes them.
             if parameter.requires_grad and id(parameter) not in self._with_hook:
                 self._with_hook.add(id(parameter))
                 self._remove_at_exit(
@@ -215,17 +213,17 @@ class TrackMemory(CountingMode):
         divisor: int,
     ) -> Tensor:
         self._ignore_batch(targets)
-        # What the blocks do not keep is gone; the loss itself may be what takes most.
+        # Tensors that blocks do not save are freed; the peak may be in the loss.
         self._end_forward()
-        # It may be used without being called.
+        # The loss may use the head without calling it.
         self._hold_gathered(head)
         loss = summed_loss(hidden, head, targets, divisor)
-        # By then what the loss does not keep is gone too.
+        # By then the tensors that the loss does not save are freed too.
         loss.register_hook(lambda grad: self._end_forward())
         return loss
 
     def _hold_on_host(self) -> None:
-        """Counts block inputs that wait in host memory as that."""
+        """Counts offloaded block inputs as host memory."""
         call_block = self._stepper.model.call_block
         if isinstance(call_block, CallWithInputOnHost):
             for tensor in call_block.tensors_on_host():
@@ -250,7 +248,7 @@ def _on_device(use: Mapping[str, int]) -> int:
 
 @dataclass
 class _Held:
-    """A storage that is in memory."""
+    """A storage in memory."""
 
     storage: "weakref.ref[torch.UntypedStorage]"
     kind: str
@@ -258,10 +256,9 @@ class _Held:
 
 
 def _tensors_within(part: object) -> Iterator[Tensor]:
-    """The tensors that an object of ours, or an optimizer of torch's, holds, also in objects that
-    it holds, but for modules.
+    """Yields the tensors in an object of this package or a torch optimizer, without modules.
 
-    `state_dict` will not do: it may look at values, and some of what it gives is made for it.
+    Searches nested objects. `state_dict` may read values and create new tensors, so it is not used.
     """
     if isinstance(part, Tensor):
         yield part

@@ -1,4 +1,4 @@
-"""How much more memory than before a call needs at a time."""
+"""Peak memory of a call."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -8,11 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that the device's allocator has handed out at a time since `call` began; what
-    it returns is dropped.
+    """Returns the peak of allocated bytes during `call`, above those before; drops its result.
 
-    What allocators round up or hold back does not count on the CPU, nor do workspaces of libraries
-    there.
+    On a CPU, allocator overhead and library workspaces are not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

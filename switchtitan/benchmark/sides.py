@@ -1,4 +1,4 @@
-"""Command lines that name several configurations to put side by side."""
+"""Command lines that name several configurations to compare."""
 
 import re
 from collections.abc import Sequence
@@ -15,18 +15,17 @@ _OVERRIDE = re.compile(rf"--({_KEY})(?:=.*)?", re.DOTALL)
 
 @dataclass(frozen=True)
 class Side:
-    """`FILE[:section.key=value,...]`: a configuration file, and what is different on this side."""
+    """`FILE[:section.key=value,...]`: a configuration file with overrides for this side."""
 
     file: str
     overrides: dict[str, list[str]]
-    """Dotted key -> the words of its value."""
+    """Dotted key -> arguments of its value."""
 
 
-def read_side(text: str) -> Side:
-    """Takes apart `FILE` or `FILE:section.key=value,section.key=value`. A comma within a value
-    stays in it."""
-    match = _SIDE.fullmatch(text)
-    assert match is not None, "an empty text is no file"
+def read_side(argument: str) -> Side:
+    """Parses `FILE` or `FILE:section.key=value,section.key=value`; values may contain commas."""
+    match = _SIDE.fullmatch(argument)
+    assert match is not None, "an empty string names no file"
     pairs = [
         pair.partition("=") for pair in _BETWEEN_OVERRIDES.split(match["overrides"] or "") if pair
     ]
@@ -34,12 +33,11 @@ def read_side(text: str) -> Side:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Separates `--section.key value ...` and `--section.key=value` from the words that belong to a
-    program itself.
+    """Separates `--section.key value ...` and `--section.key=value` from a program's own arguments.
 
     Returns:
-        The other words in order, and dotted key -> words of its value, which end at the next
-        option.
+        The program's own arguments in order, and dotted key -> arguments of its value, which end at
+        the next option.
 
     Raises:
         ConfigError: if a key is given twice.
@@ -65,27 +63,26 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]
 
 
 def load_sides(
-    texts: Sequence[str], overrides: dict[str, list[str]], num_ranks: int | None = None
+    arguments: Sequence[str], overrides: dict[str, list[str]], num_ranks: int | None = None
 ) -> dict[str, JobConfig]:
-    """The configurations of all sides, by what was given for them.
+    """Returns the configurations of all sides, by argument.
 
     Args:
-        texts: each `FILE[:section.key=value,...]`. The same one twice gets a number: both should
-            measure the same.
-        overrides: for all sides, dotted key -> words of its value; a side's own go over them.
-        num_ranks: that the configurations must fit; by default those that the launcher started.
+        arguments: each `FILE[:section.key=value,...]`; a repeated one gets a number.
+        overrides: for all sides, dotted key -> arguments of its value; a side's own come first.
+        num_ranks: number of ranks to validate against; by default those that the launcher started.
 
     Raises:
-        ConfigError: with all mistakes of a side in one message.
+        ConfigError: with all errors of a side in one message.
     """
     configs: dict[str, JobConfig] = {}
-    for index, text in enumerate(texts):
-        side = read_side(text)
+    for index, argument in enumerate(arguments):
+        side = read_side(argument)
         merged = overrides | side.overrides
         options = [word for key, words in merged.items() for word in (f"--{key}", *words)]
-        name = f"{text} ({index + 1})" if text in configs else text
+        name = f"{argument} ({index + 1})" if argument in configs else argument
         try:
             configs[name] = parse_arguments(["--config", side.file, *options], num_ranks)
         except ConfigError as error:
-            raise (ConfigError(f"{text}: {error}") if side.overrides else error) from error
+            raise (ConfigError(f"{argument}: {error}") if side.overrides else error) from error
     return configs

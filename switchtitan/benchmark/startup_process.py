@@ -1,9 +1,10 @@
-"""A process that starts a run up to its second step and says how long each part took; started by
-`switchtitan benchmark startup`.
+"""A process that runs two training steps and prints the time of each part of the start.
+
+`switchtitan benchmark startup` starts it:
 
     python -m switchtitan.benchmark.startup_process STARTED_AT [--config FILE] [--KEY VALUE ...]
 
-STARTED_AT is the system's monotonic clock when the process was asked for. Prints one line of JSON:
+STARTED_AT is the system's monotonic clock before the process starts. Prints one line of JSON:
 seconds by part.
 """
 
@@ -31,11 +32,11 @@ PARTS = (
     "first step",
     "second step",
 )
-"""In order. The model is built, sharded and filled; the rest is what follows the optimizer."""
+"""In order. "model" includes sharding and initial values; "rest" follows the optimizer."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Starts the run that a command line asks for."""
+    """Runs two steps of the configuration on the command line."""
     marks = [("start", float(argv[0])), ("imports", time.monotonic())]
 
     def mark(part: str) -> None:
@@ -62,8 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _without_output(config: JobConfig, folder: Path) -> JobConfig:
-    """The same run from scratch, with its files in `folder`, without TensorBoard, progress bar and
-    trace."""
+    """Starts from scratch in `folder`, without TensorBoard, progress bar and trace."""
     checkpoint = {"resume": RESUME_NEVER, "initial_weights": None}
     return config.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""What the times of alternated steps say: medians, and ratios with their uncertainty."""
+"""Statistics of alternated steps: medians, and ratios with confidence intervals."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,16 @@ _NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class StepTimes:
-    """How long the training steps of one configuration took on this rank, in seconds; all arrays
-    [rounds, steps]."""
+    """Seconds of one configuration's training steps on this rank; all arrays [rounds, steps]."""
 
     step_s: NDArray[np.float64]
-    """Steps, reading the batch included."""
+    """Full steps, including reading the batch."""
     forward_backward_s: NDArray[np.float64]
-    """From the beginning of the step to its update: batch, forward, backward and clipping."""
+    """From the start of the step to its update: batch, forward, backward and clipping."""
     optimizer_s: NDArray[np.float64]
-    """The optimizer's update, with what a method does in it, such as switches."""
+    """The optimizer's update, including the method's work in it, such as switches."""
     tokens_per_step: int
-    """In the global batch, over all ranks."""
+    """Tokens of the global batch, over all ranks."""
 
     @property
     def median_s(self) -> float:
@@ -35,17 +34,17 @@ class StepTimes:
 
     @property
     def tokens_per_s(self) -> float:
-        """At the median step's speed."""
+        """Tokens per second of the median step."""
         return self.tokens_per_step / self.median_s
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long as another side takes."""
+    """Ratio of the times of two sides."""
 
     value: float
     low: float
-    """With `high`, the 95 % bootstrap interval."""
+    """Lower end of the 95 % bootstrap interval; `high` is the upper end."""
     high: float
 
 
@@ -55,15 +54,17 @@ def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
 
 
 def ratio_of_rounds(times_s: NDArray[np.float64], reference_s: NDArray[np.float64]) -> Ratio:
-    """The median over rounds of (median of `times_s`) / (median of `reference_s`) in the same
-    round; [rounds, times] each.
+    """Returns the median over rounds of (median of `times_s`) / (median of `reference_s`).
 
-    Rounds are compared pairwise, so that what slows the machine down for longer than a round slows
-    both alike. The interval is the percentile bootstrap over rounds (Efron 1979), from 2000
-    resamples by a fixed seed; with few rounds it is rough.
+    Rounds are compared pairwise, so that a slowdown longer than a round affects both. The interval
+    is the percentile bootstrap over rounds (Efron 1979), from 2000 resamples with a fixed seed; it
+    is rough for few rounds.
+
+    Args:
+        times_s, reference_s: [rounds, times] each.
 
     Raises:
-        ValueError: if the two were not timed in the same number of rounds.
+        ValueError: if the numbers of rounds differ.
     """
     if len(times_s) != len(reference_s):
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Steppers to measure: on real ranks and data, or on tensors without values for any number of
-ranks."""
+"""Steppers to measure: on real ranks and data, or on fake tensors for any number of ranks."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from switchtitan.training.stepper import Stepper
 
 @contextmanager
 def real_stepper(config: JobConfig) -> Iterator[Stepper]:
-    """The stepper of a new run, closed at the end; writes no files but the corpus."""
+    """Yields the stepper of a new run and closes it; writes no files but the corpus."""
     world = start_world(config.parallelism)
     configure_logging(is_main=world.is_main, rank=world.rank)
     batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
@@ -35,16 +34,15 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 @contextmanager
 def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
-    """The stepper of the first of `num_ranks` ranks, uncompiled, on the CPU, good for steps inside
-    the context.
+    """Yields an uncompiled CPU stepper of the first of `num_ranks` ranks.
 
-    Its tensors have shapes but no values, and the collectives of its process group do nothing: it
-    takes no ranks, no memory for the model and no corpus.
+    Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
+    ranks, no memory for the model and no corpus. Run steps inside the context.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    assert not dist.is_initialized(), "this process has ranks already"
+    assert not dist.is_initialized(), "this process already has a process group"
     shape = mesh_shape(config.parallelism, num_ranks)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
@@ -61,8 +59,7 @@ def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
 
 
 def _without_values(config: JobConfig) -> JobConfig:
-    """What does not depend on values, uncompiled: collectives lie between compiled regions, so
-    compilation changes none."""
+    """Removes settings that read values, and compilation, which does not change collectives."""
     training = config.training.model_copy(update={"on_nonfinite": "stop"})
     return config.model_copy(update={"training": training, "compile": CompileConfig()})
 
@@ -70,7 +67,7 @@ def _without_values(config: JobConfig) -> JobConfig:
 def _batches_without_values(
     config: JobConfig, num_ranks: int
 ) -> Generator[list[Batch], None, None]:
-    """Micro-batches of the right shapes, one list for each step."""
+    """Yields the micro-batches of each step."""
     shape = config.training.local_batch_size, config.data.seq_len
     num_micro_batches = config.training.global_batch_size // (
         num_ranks * config.training.local_batch_size

@@ -1,4 +1,4 @@
-"""What SwitchLoRA's switches cost in a training run."""
+"""Costs of SwitchLoRA's switches in a training run."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -18,26 +18,26 @@ from switchtitan.methods.switchlora import SwitchLoraConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 
 _NEVER = 1e18
-"""A switching interval that no run is long enough for."""
+"""A switching interval longer than any run."""
 
 
 @dataclass(frozen=True)
 class SwitchCosts:
-    """What switching costs on this rank; arrays [rounds, steps], in seconds."""
+    """Costs of switches on this rank; arrays [rounds, steps], in seconds."""
 
     step_s: NDArray[np.float64]
     """Full training steps."""
     switch_s: NDArray[np.float64]
-    """The switches in them, what is done ahead for the next step's included."""
+    """The switches in them, including preparation of the next step's switches."""
     step_without_s: NDArray[np.float64]
-    """Full steps of the same run without anything to switch: planning, the exchange of no rows (a
-    collective on several ranks) and looking ahead are in them as well."""
+    """Full steps of the same run without switches. They still include planning, an exchange of no
+    rows (a collective on several ranks) and preparation."""
     num_vectors: float
-    """Vectors switched on both sides of all layers in the step that the next two are of, the last
-    of warm-up."""
+    """Vectors of A and B switched in all layers in the last warm-up step."""
     num_operations: int
-    """Operations that the step's switches consist of; see `CountOperations`."""
+    """Operations of the switches in that step; see `CountOperations`."""
     num_collectives: int
+    """Collectives of the switches in that step."""
 
     @property
     def median_s(self) -> float:
@@ -56,25 +56,26 @@ class SwitchCosts:
 
     @property
     def share(self) -> float:
-        """The median over steps of the share of a step that its switch takes."""
+        """The median over steps of the switch's share of the step."""
         return float(np.median(self.switch_s / self.step_s))
 
     @property
     def ratio_to_without(self) -> Ratio:
-        """How many times as long steps take as those of `step_without_s`."""
+        """The ratio of `step_s` to `step_without_s`."""
         return ratio_of_rounds(self.step_s, self.step_without_s)
 
 
 def time_switches_side_by_side(
     configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
 ) -> dict[str, SwitchCosts]:
-    """Times the switches of several configurations inside their training steps, and the same runs
-    with nothing to switch, all in turns; see `time_steps_side_by_side`.
+    """Times switches inside training steps, and the same runs without switches, in alternation.
+
+    See `time_steps_side_by_side`.
 
     Raises:
-        ConfigError: if a configuration's method switches nothing, or its run is shorter than what
-            is to be timed.
-        UserError: if a trainer cannot be built, or skips an update.
+        ConfigError: if a configuration's method is not SwitchLoRA, or it has fewer steps than are
+            timed.
+        UserError: if a stepper cannot be built, or skips an update.
     """
     updates: dict[str, _MarkedSwitches] = {}
     sides: dict[str, tuple[JobConfig, Update]] = {}
@@ -82,7 +83,7 @@ def time_switches_side_by_side(
         method = config.method
         if not isinstance(method, SwitchLoraConfig):
             raise ConfigError(
-                f'{name}: [method] name = "{method.name}": expected switchlora, which switches'
+                f"{name}: [method] name = {method.name!r}: has no switches; set it to 'switchlora'"
             )
         never = config.model_copy(update={"method": method.model_copy(update={"interval": _NEVER})})
         updates[name] = _MarkedSwitches()
@@ -103,16 +104,14 @@ def time_switches_side_by_side(
 
 
 _SWITCH = 1
-"""The stretch between marks that is the switch: the first ends where the optimizer's step
-begins."""
+"""Index of the switch among the intervals between marks; interval 0 is forward and backward."""
 
 
 class _MarkedSwitches:
-    """Updates weights, marks where a step's switches begin and end, and counts what they consist of
-    in the last step of warm-up.
+    """Updates weights, marks start and end of switches, and counts those of the last warm-up step.
 
     Attributes:
-        num_vectors: switched in that step.
+        num_vectors: vectors switched in that step.
     """
 
     def __init__(self) -> None:

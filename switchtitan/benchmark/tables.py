@@ -1,4 +1,4 @@
-"""Measurements as tables for people and as records for programs."""
+"""Measurements as tables and as JSON records."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ _MIB, _GIB = 2**20, 2**30
 
 
 def step_table(times: Mapping[str, StepTimes]) -> list[str]:
-    """One line for each configuration; the first is what ratios refer to."""
+    """Formats one line per configuration; ratios are to the first."""
     rows = [
         ("ms/step", "quartiles", "to update", "update", "tokens/s", "ratio", "95 % interval", "")
     ]
@@ -42,8 +42,8 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
 
 
 def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
-    """By configuration: medians and quartiles over all steps, the median of each round, and the
-    ratio to the first one."""
+    """Returns by configuration: medians and quartiles over all steps, the median of each round, and
+    the ratio to the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
     for name, of_side in times.items():
@@ -62,7 +62,7 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
 
 
 def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
-    """One line for each function timed, [rounds, calls] s; the first is what ratios refer to."""
+    """Formats one line per function from seconds [rounds, calls]; ratios are to the first."""
     rows = [("ms/call", "quartiles", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
     for name, of_side in times.items():
@@ -76,8 +76,8 @@ def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
 
 
 def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue]:
-    """By function: median and quartiles over all calls, the median of each round, and the ratio to
-    the first one."""
+    """Returns by function: median and quartiles over all calls, the median of each round, and the
+    ratio to the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
     for name, of_side in times.items():
@@ -93,27 +93,24 @@ def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue
 
 
 def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
-    """For each configuration, what each rank sends in a step, by collective, in MiB, and the number
-    of collectives."""
-    happened = [
+    """Formats MiB that each rank sends in a step, and number of calls, by collective."""
+    used = [
         kind
         for kind in next(iter(counts.values()))
         if any(c[kind].num_calls for c in counts.values())
     ]
-    rows = [("MiB/step", *happened, "")]
+    rows = [("MiB/step", *used, "")]
     for name, of_side in counts.items():
         total = sum(count.bytes_sent for count in of_side.values())
         cells = [
-            f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})"
-            for kind in happened
+            f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})" for kind in used
         ]
         rows.append((f"{total / _MIB:.2f}", *cells, name))
     return aligned(rows)
 
 
 def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str, JsonValue]:
-    """By configuration and collective: number of calls, and bytes that each rank sends in a
-    ring."""
+    """Returns number of calls and bytes that each rank sends, by configuration and collective."""
     return {
         name: {
             kind: {"num_calls": count.num_calls, "bytes_sent": count.bytes_sent}
@@ -124,8 +121,7 @@ def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str,
 
 
 def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """For each configuration, in GiB: the sum of the state, and two lines: what the peak consists
-    of, and the most of each kind at any time."""
+    """Formats two lines per configuration, in GiB: each kind at the peak, and its maximum."""
     rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
     for name, of_side in estimates.items():
         memory = of_side.memory
@@ -139,8 +135,7 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
 
 
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """For each configuration, floating-point operations of one rank's step in 10^12, and the ratio
-    to full rank."""
+    """Formats TFLOPs of one rank's step per configuration, and the ratio to full rank."""
     rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
     for name, of_side in estimates.items():
         flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops
@@ -152,7 +147,7 @@ def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
 
 
 def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValue]:
-    """By configuration: all figures of the tables, in bytes and operations."""
+    """Returns all figures of the tables by configuration, in bytes and FLOPs."""
     communication = communication_record({name: e.communication for name, e in estimates.items()})
     return {
         name: {
@@ -179,17 +174,17 @@ def _gib(num_bytes: int) -> str:
 
 
 def ratio_cells(ratio: Ratio) -> tuple[str, str]:
-    """The ratio, and its 95 % interval."""
+    """Formats the ratio and its 95 % interval."""
     return f"{ratio.value:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Four digits, without the unit."""
+    """Formats seconds as milliseconds with four digits, without the unit."""
     return f"{1e3 * seconds:.4g}"
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns flush right, but the last, which may be long, flush left."""
+    """Aligns columns right, but the last one left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

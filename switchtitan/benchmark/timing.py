@@ -1,5 +1,5 @@
-"""A stopwatch that does not make the host wait for the device, and calls timed in alternation, so
-that what slows the machine down slows all of them."""
+"""A stopwatch that does not make the host wait for the device, and functions timed in alternation,
+so that a slowdown of the machine affects all of them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 Side = TypeVar("Side")
 
 WARM_UP_CALLS = 3
-"""Calls of each function before the timed ones: they compile, allocate, and fill caches."""
+"""Untimed calls of each function: they compile, allocate and fill caches."""
 
 
 class Stopwatch:
-    """Takes the time at marks; on a CUDA device the time at which the device gets there.
+    """Records times at marks; on CUDA, the times at which the device reaches them.
 
-    There, events in the device's stream are timed, not the host: waiting for the device at each
-    mark would keep the host from running ahead, and so slow down what is measured.
+    On CUDA it records events: waiting for the device at each mark would keep the host from running
+    ahead, and slow down the measured code.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Stopwatch:
         self._events: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
-        """Takes the time of all work given to the device so far."""
+        """Marks the end of all work queued so far."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -37,7 +37,7 @@ class Stopwatch:
             self._host_s.append(time.perf_counter())
 
     def intervals_s(self) -> list[float]:
-        """Seconds between neighbouring marks; waits for the device, and forgets the marks."""
+        """Returns seconds between consecutive marks; waits for the device and clears the marks."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             pairs = zip(self._events[:-1], self._events[1:], strict=True)
@@ -50,9 +50,8 @@ class Stopwatch:
         return intervals
 
 
-def in_order_of_round(sides: Sequence[Side], index: int) -> Sequence[Side]:
-    """`sides`, in every second round in reverse, since what runs first may be slower or faster for
-    being first."""
+def alternate(sides: Sequence[Side], index: int) -> Sequence[Side]:
+    """Returns `sides`, reversed in every second round: the first may be slower or faster."""
     return sides[::-1] if index % 2 else sides
 
 
@@ -62,20 +61,17 @@ def time_calls_in_turns(
     rounds: int,
     calls_per_round: int,
 ) -> dict[str, NDArray[np.float64]]:
-    """Times functions: in each round, `calls_per_round` calls of each in turn, every second round
-    in reverse.
+    """Times functions: each round makes `calls_per_round` calls of each, in alternating order.
 
     Args:
-        sides: what to call, by a name of the caller's choice; a call may return anything, which is
-            dropped.
-        device: on which the functions work.
+        sides: functions by any name; results are dropped.
+        device: device of the functions.
 
     Returns:
         Seconds of every call by the same names, [rounds, calls].
 
     Raises:
-        torch._dynamo.exc.RecompileError: if a timed call had to compile, so that its time would say
-            nothing.
+        torch._dynamo.exc.RecompileError: if a timed call compiles, which invalidates its time.
     """
     assert rounds >= 1
     assert calls_per_round >= 1
@@ -86,11 +82,11 @@ def time_calls_in_turns(
     parts: dict[str, list[list[float]]] = {name: [] for name in sides}
     with torch._dynamo.config.patch(error_on_recompile=True):
         for index in range(rounds):
-            for name in in_order_of_round(list(sides), index):
+            for name in alternate(list(sides), index):
                 stopwatch.intervals_s()
                 stopwatch.mark()
                 for _ in range(calls_per_round):
                     sides[name]()
                     stopwatch.mark()
                 parts[name].append(stopwatch.intervals_s())
-    return {name: np.array(of_side) for name, of_side in parts.items()}
+    return {name: np.array(rounds_of_one) for name, rounds_of_one in parts.items()}

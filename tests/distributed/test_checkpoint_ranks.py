@@ -1,5 +1,4 @@
-"""Checkpoints on several ranks: whatever the sharding at saving and at loading, the same values, the same
-errors."""
+"""Checkpoints on several ranks: the same values and errors for any sharding at save and load."""
 
 import errno
 import time
@@ -22,7 +21,7 @@ from switchtitan.errors import CheckpointError
 pytestmark = pytest.mark.distributed
 
 
-def whole_values() -> dict[str, Tensor]:
+def full_values() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
         "even": torch.randn(8, 3, generator=generator),
@@ -36,8 +35,7 @@ def whole_values() -> dict[str, Tensor]:
 
 
 def shard(values: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Distributes all but the plain ones over the ranks: split, or replicated in one dimension of the
-    mesh."""
+    """Distributes all but plain tensors: sharded, or also replicated over one mesh dimension."""
     num_ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (2, num_ranks // 2) if layout == "hybrid" else (num_ranks,))
 
@@ -67,7 +65,7 @@ def make_checkpointer(folder: str, rank: int, **config: object) -> Checkpointer:
 
 def save_and_change(rank: int, folder: str, layout: str) -> None:
     checkpointer = make_checkpointer(folder, rank, async_save=True)
-    tensors = shard(whole_values(), layout)
+    tensors = shard(full_values(), layout)
     checkpointer.save(3, tensors, {"tokens_seen": 9})
     for tensor in tensors.values():
         local(tensor).fill_(-1)
@@ -79,7 +77,7 @@ def save_and_change(rank: int, folder: str, layout: str) -> None:
 def load_and_compare(rank: int, folder: str, layout: str) -> None:
     path = make_checkpointer(folder, rank).checkpoint_to_resume()
     assert path is not None
-    expected = shard(whole_values(), layout)
+    expected = shard(full_values(), layout)
     found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     addresses = {name: local(tensor).data_ptr() for name, tensor in found.items()}
     load_tensors_(path, found)
@@ -102,7 +100,7 @@ def test_state_saved_on_two_ranks_loads_on_one_and_four(tmp_path):
     run_on_ranks(2, save_and_change, str(tmp_path), "split")
     check_contents(tmp_path / "step-000000003")
     found = read_tensors(tmp_path / "step-000000003")
-    for name, value in whole_values().items():
+    for name, value in full_values().items():
         assert torch.equal(found[name], value), name
     run_on_ranks(1, load_and_compare, str(tmp_path), "split")
     run_on_ranks(4, load_in_both_layouts, str(tmp_path))
@@ -116,7 +114,7 @@ def test_replicated_shards_are_saved_once_and_load_in_another_layout(tmp_path):
 
 def fail_on_last_rank(rank: int, folder: str, async_save: bool) -> None:
     checkpointer = make_checkpointer(folder, rank, async_save=async_save)
-    tensors = shard(whole_values(), "split")
+    tensors = shard(full_values(), "split")
     checkpointer.save(1, tensors, {})
     checkpointer.finish()
     if rank == dist.get_world_size() - 1:
@@ -136,9 +134,9 @@ def fail_on_last_rank(rank: int, folder: str, async_save: bool) -> None:
         assert "on rank 1: OSError: [Errno 28] No space left on device" in str(error)  # noqa: PT017
         steps = [0] * dist.get_world_size()
         dist.all_gather_object(steps, step)
-        assert len(set(steps)) == 1, f"raised in other steps: {steps}"
+        assert len(set(steps)) == 1, f"raised in different steps: {steps}"
     else:
-        raise AssertionError("the failed save went unnoticed")
+        raise AssertionError("the failed save raised nothing")
     assert checkpointer.latest.name == "step-000000001"
     assert not (Path(folder) / "step-000000002").exists()
 
@@ -151,7 +149,7 @@ def test_failure_on_one_rank_is_raised_on_all_in_the_same_step(tmp_path, async_s
 def save_beside_training(rank: int, folder: str) -> None:
     """Collectives of the training loop run while checkpoints are written."""
     checkpointer = make_checkpointer(folder, rank, keep_latest=2)
-    tensors = shard(whole_values(), "split")
+    tensors = shard(full_values(), "split")
     for step in range(1, 31):
         total = torch.ones(5)
         dist.all_reduce(total)
@@ -167,14 +165,14 @@ def save_beside_training(rank: int, folder: str) -> None:
         ]
 
 
-def test_training_collectives_and_background_saves_do_not_mix(tmp_path):
+def test_training_collectives_and_asynchronous_saves_do_not_mix(tmp_path):
     run_on_ranks(2, save_beside_training, str(tmp_path))
 
 
 def save_and_refuse(rank: int, folder: str) -> None:
     save_and_change(rank, folder, "split")
     tensors = {
-        name: torch.zeros_like(tensor) for name, tensor in shard(whole_values(), "split").items()
+        name: torch.zeros_like(tensor) for name, tensor in shard(full_values(), "split").items()
     }
     tensors["new"] = tensors.pop("even")
     with pytest.raises(CheckpointError, match="lacks new; it holds even"):
@@ -184,7 +182,7 @@ def save_and_refuse(rank: int, folder: str) -> None:
         make_checkpointer(folder, rank, resume="never").checkpoint_to_resume()
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(tmp_path):
+def test_mismatched_tensors_are_refused_on_every_rank(tmp_path):
     run_on_ranks(2, save_and_refuse, str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Sharding leaves no tensors to the garbage collection either."""
+"""Sharded training leaves no tensors to the garbage collector."""
 
 import pytest
 from support.leftovers import tensors_left_by_fifteen_steps
@@ -15,12 +15,12 @@ STEPS_TO_WATCH = [
 
 def count_leftovers(rank, folder):
     for method, overrides in STEPS_TO_WATCH:
-        # Steps of several micro-batches, so that gradients are kept between them.
+        # Several micro-batches per step, so that gradients accumulate.
         batch = "--training.local_batch_size", "2"
         trainer = tiny_trainer(folder / method, method, *batch, *overrides, num_ranks=2)
         assert tensors_left_by_fifteen_steps(trainer) <= 0, (method, overrides)
 
 
 @pytest.mark.distributed
-def test_steps_on_two_ranks_leave_no_tensors_to_the_garbage_collection(corpora):
+def test_steps_on_two_ranks_leave_no_tensors_to_the_garbage_collector(corpora):
     run_on_ranks(2, count_leftovers, corpora / "leftovers-ranks")

@@ -1,4 +1,4 @@
-"""How mistakes and crashes of several ranks end: once, readable, with the right status."""
+"""Errors and crashes of several ranks are reported once, with the right exit status."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess
     )
 
 
-def test_a_wrong_configuration_starts_no_rank(tmp_path: Path) -> None:
+def test_an_invalid_configuration_starts_no_rank(tmp_path: Path) -> None:
     done = launch(tmp_path, "print('started')", "--training.global_batch_size", "6")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -78,15 +78,18 @@ def test_a_wrong_configuration_starts_no_rank(tmp_path: Path) -> None:
     ]
 
 
-def test_a_mistake_found_by_all_ranks_is_said_once(tmp_path: Path) -> None:
-    script = "from switchtitan.errors import CorpusError, exit_for\nexit_for(CorpusError('no such corpus'))\n"
+def test_an_error_on_all_ranks_is_printed_once(tmp_path: Path) -> None:
+    script = (
+        "from switchtitan.errors import CorpusError, exit_for\n"
+        "exit_for(CorpusError('no such corpus'))\n"
+    )
     done = launch(tmp_path, script)
     assert done.returncode == 2
     assert done.stderr == "error: no such corpus\n"
 
 
-def test_a_mistake_is_told_from_what_torchrun_did_about_it(tmp_path: Path) -> None:
-    """A rank that torchrun ends may end before the one whose mistake was the reason, or after it has said the same."""
+def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path: Path) -> None:
+    """A rank that torchrun terminates may end before the failed one, or after the same message."""
     file = tmp_path / "error.json"
     file.write_text(json.dumps({"message": "no such corpus", "timestamp": 2, "exit_status": 2}))
     ended = ProcessFailure(0, 11, -signal.SIGTERM, "none")
@@ -112,9 +115,12 @@ def test_status_2_without_a_message_is_a_crash(tmp_path: Path) -> None:
     assert launch(tmp_path, "raise SystemExit(2)\n").returncode == 1
 
 
-def test_ranks_that_succeed_succeed(tmp_path: Path) -> None:
-    # A file for each rank: what two processes print at once may mingle.
-    script = "import os\nopen(f'rank {os.environ[\"RANK\"]} of {os.environ[\"WORLD_SIZE\"]}', 'w').close()\n"
+def test_successful_ranks_exit_with_status_0(tmp_path: Path) -> None:
+    # A file for each rank, since concurrent output may interleave.
+    script = (
+        "import os\n"
+        "open(f'rank {os.environ[\"RANK\"]} of {os.environ[\"WORLD_SIZE\"]}', 'w').close()\n"
+    )
     done = launch(tmp_path, script)
     assert done.returncode == 0
     assert sorted(file.name for file in tmp_path.glob("rank *")) == ["rank 0 of 2", "rank 1 of 2"]
@@ -124,7 +130,7 @@ def test_ranks_that_succeed_succeed(tmp_path: Path) -> None:
     ("num_nodes", "num_processes", "expected"),
     [("2", "4", 8), ("1:4", "4", None), ("1", "gpu", None)],
 )
-def test_ranks_are_counted_where_they_can_be(
+def test_ranks_are_counted_if_known(
     num_nodes: str, num_processes: str, expected: int | None
 ) -> None:
     assert num_ranks_of(num_nodes, num_processes) == expected

@@ -1,4 +1,4 @@
-"""Optimizers of torch on several ranks: they train as one rank does, and their state loads on another number of ranks."""
+"""torch optimizers on several ranks train as on one, and resume on another number of ranks."""
 
 import shutil
 
@@ -15,7 +15,7 @@ KEYS = {
     "adafactor": ("--optimizer.lr", "0.1"),
     "sgd": ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }
-# Sums over ranks are taken in another order.
+# Sums over ranks have another order.
 RELATIVE_LOSS_TOLERANCE = 1e-5
 
 
@@ -49,7 +49,7 @@ def run_all(rank, folder, num_ranks):
 
 
 def check_that_ranks_agree(trainer):
-    """Unsharded state is the same on every rank, bit by bit."""
+    """Unsharded state is bitwise equal on every rank."""
     for name, tensor in trainer.stepper.optimizer.state_dict().items():
         if not hasattr(tensor, "full_tensor"):
             first = tensor.clone()
@@ -74,7 +74,7 @@ def test_two_ranks_train_as_one(runs, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", KEYS)
-def test_what_two_ranks_saved_resumes_on_two_bitwise_and_on_one(runs, optimizer):
+def test_a_save_on_two_ranks_resumes_bitwise_on_two_and_also_on_one(runs, optimizer):
     straight = runs[2][optimizer]["losses"][SAVED_STEP:]
     assert runs[2][optimizer]["resumed"] == straight
     assert runs[1][optimizer]["resumed"] == pytest.approx(straight, rel=RELATIVE_LOSS_TOLERANCE)

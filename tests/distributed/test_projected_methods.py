@@ -48,7 +48,7 @@ def compare_with_one_rank(rank: int, num_ranks: int) -> None:
             if step % INTERVAL:
                 assert together.get_total_counts() == COLLECTIVES_BETWEEN_REFRESHES[name], name
             for key, parameter in split_model.named_parameters():
-                # Bases are equal, since gradients are; sums over ranks are taken in another order, at 6e-8 a step.
+                # Equal gradients give equal bases; sums over ranks have another order: 6e-8 a step.
                 torch.testing.assert_close(
                     parameter.full_tensor(),
                     model.get_parameter(key),
@@ -56,18 +56,16 @@ def compare_with_one_rank(rank: int, num_ranks: int) -> None:
                     atol=2e-6,
                     msg=f"{name} {key} {step}",
                 )
-        whole = {
+        full = {
             key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             for key, tensor in split_optimizer.state_dict().items()
         }
         for key, tensor in optimizer.state_dict().items():
-            torch.testing.assert_close(
-                whole[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}"
-            )
+            torch.testing.assert_close(full[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_any_number_of_ranks_updates_alike_with_two_collectives_between_refreshes(num_ranks):
-    """On four ranks, five rows leave one rank without any, and so does a rank of three."""
+def test_updates_are_equal_on_any_number_of_ranks_with_two_collectives(num_ranks):
+    """On four ranks, one rank holds no row of five, and none of a rank of three."""
     run_on_ranks(num_ranks, compare_with_one_rank, num_ranks)

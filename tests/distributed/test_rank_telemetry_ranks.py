@@ -1,4 +1,4 @@
-"""Two ranks measure what one does, and all of them get it."""
+"""Two ranks measure the same as one, and all ranks receive the result."""
 
 import json
 
@@ -29,7 +29,7 @@ def record_run(rank, folder, num_ranks):
 
 
 @pytest.mark.distributed
-def test_two_ranks_measure_what_one_does(corpora):
+def test_two_ranks_measure_the_same_as_one(corpora):
     reported = {}
     for num_ranks in (1, 2):
         folder = corpora / f"ranks-of-{num_ranks}"
@@ -48,8 +48,8 @@ def test_two_ranks_measure_what_one_does(corpora):
     for step, ranks in one.items():
         assert first[step].keys() == ranks.keys()
         for tag, value in ranks.items():
-            # Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero. A layer's own rank
-            # shows more of it than means do, as its singular values below.
+            # Sums over ranks have another order; Adam amplifies that for gradients near zero. A
+            # single layer's rank and singular values differ more than means.
             bound = 1e-2 if tag.startswith("rank/effective_by_layer/") else 1e-3
             assert first[step][tag] == pytest.approx(value, rel=bound), (step, tag)
     spectra = {n: read_spectra(corpora / f"ranks-of-{n}" / "run" / "spectra") for n in (1, 2)}

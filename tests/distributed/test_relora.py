@@ -11,11 +11,8 @@ from switchtitan.distributed.shards import copy_from_full_, full_tensor
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
 from switchtitan.methods.relora.reset import merge_and_restart_, prune_by_lot_, prune_by_magnitude_
 
-OUT, IN, RANK = (
-    11,
-    5,
-    3,
-)  # 11 rows of W, 3 of A and B: uneven over 2 ranks, and one of 4 holds none of A and B
+# 11 rows of W, 3 of A and B: uneven over 2 ranks; one of 4 ranks holds none of A and B.
+OUT, IN, RANK = 11, 5, 3
 
 
 def reset_and_prune(rank, result_file, num_ranks):
@@ -31,7 +28,7 @@ def reset_and_prune(rank, result_file, num_ranks):
         for key in ("exp_avg", "exp_avg_sq")
     }
     for name, moment in moments.items():
-        # Rounded: equal values, of which ranks must keep the same.
+        # Rounded, so that there are ties, which ranks must break equally.
         copy_from_full_(
             moment,
             torch.randn(moment.shape, generator=generator_for(1, name)).mul_(4).round_().abs_(),
@@ -51,7 +48,7 @@ def reset_and_prune(rank, result_file, num_ranks):
 
 
 @pytest.mark.distributed
-def test_a_reset_of_shards_equals_that_of_whole_tensors(tmp_path):
+def test_a_reset_of_shards_equals_that_of_full_tensors(tmp_path):
     reset_and_prune(0, tmp_path / "1.pt", 1)
     one = torch.load(tmp_path / "1.pt")
     assert one["magnitude.b.exp_avg"].any()
@@ -59,7 +56,7 @@ def test_a_reset_of_shards_equals_that_of_whole_tensors(tmp_path):
     for num_ranks in (2, 4):
         run_on_ranks(num_ranks, reset_and_prune, tmp_path / f"{num_ranks}.pt", num_ranks)
         several = torch.load(tmp_path / f"{num_ranks}.pt")
-        # The product of fewer rows may be summed in another order: roundings of 6e-8 of values of order 1.
+        # A product of fewer rows may sum in another order: roundings of 6e-8 of values of order 1.
         torch.testing.assert_close(several.pop("weight"), one["weight"], rtol=0, atol=1e-6)
         for name, tensor in several.items():
             assert torch.equal(tensor, one[name]), (num_ranks, name)

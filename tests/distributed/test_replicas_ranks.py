@@ -1,4 +1,4 @@
-"""Ranks that no longer hold the same are found out, however tensors lie, and all of them learn of it."""
+"""Differing replicas are detected in every layout and raised on all ranks."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from switchtitan.errors import RanksDisagreeError
 
 
 def change(tensor: Tensor) -> None:
-    """One bit."""
+    """Changes one bit."""
     flat = local(tensor).view(-1)
     flat[0] = -flat[0]
 
@@ -23,16 +23,16 @@ def check_two_by_two(rank: int) -> None:
     values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     placements = [Replicate(), Shard(0)]
     tensors = {
-        "whole": values.clone(),
+        "full": values.clone(),
         "split": distribute_tensor(values, mesh, placements),
         "vector": distribute_tensor(values[:, 0].contiguous(), mesh, placements),
-        # Of which the second part has no row.
+        # The second shard has no row.
         "short": distribute_tensor(values[:1].to(torch.bfloat16), mesh, placements),
     }
     check_replicas(tensors)
     for name, changed_ranks in (
-        ("whole", [1]),
-        ("whole", [0, 2]),
+        ("full", [1]),
+        ("full", [0, 2]),
         ("split", [2]),
         ("vector", [3]),
         ("short", [0]),
@@ -44,7 +44,7 @@ def check_two_by_two(rank: int) -> None:
         if rank in changed_ranks:
             change(tensors[name])
         check_replicas(tensors)
-    # The same on both replicas.
+    # Equal on both replicas.
     if rank in (1, 3):
         change(tensors["split"])
     check_replicas(tensors)
@@ -63,5 +63,5 @@ def check_all(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_ranks_that_no_longer_hold_the_same_are_found_out():
+def test_differing_replicas_are_detected():
     run_on_ranks(4, check_all)

@@ -1,4 +1,4 @@
-"""Rows of shards reach every rank bit by bit, and a step communicates no more than it must."""
+"""Rows of shards reach every rank bitwise, and a step needs the expected collectives."""
 
 import math
 from collections import Counter
@@ -63,7 +63,7 @@ def sharded(value: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def masked(value: Tensor, tensor: Tensor) -> Tensor:
-    """The whole value, but zeros where this rank does not hold it."""
+    """The full value, with zeros in rows that this rank does not hold."""
     held = row_range(tensor)
     rest = torch.zeros_like(value)
     rest[held.start : held.stop] = value[held.start : held.stop]
@@ -71,7 +71,7 @@ def masked(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 def spans_of(num_rows: int) -> tuple[range, ...]:
-    """The end of a ring and its beginning."""
+    """The last and the first rows, as at the end of a ring."""
     if num_rows < 3:
         return (range(num_rows),)
     return range(num_rows - 2, num_rows), range(num_rows // 2)
@@ -79,9 +79,9 @@ def spans_of(num_rows: int) -> tuple[range, ...]:
 
 def check_gather_and_write(mesh: DeviceMesh) -> None:
     dtypes = torch.float32, torch.float64, torch.bfloat16
-    wholes = [draw(shape, dtype) for shape in SHAPES for dtype in dtypes]
-    tensors = [sharded(value, mesh) for value in wholes]
-    spans = [spans_of(len(value)) for value in wholes]
+    full_values = [draw(shape, dtype) for shape in SHAPES for dtype in dtypes]
+    tensors = [sharded(value, mesh) for value in full_values]
+    spans = [spans_of(len(value)) for value in full_values]
     exchange = RowExchange(shard_group(tensors[0]), torch.device("cpu"))
     requests = [
         RowRequest(ShardedRows(tensor), wanted)
@@ -89,11 +89,11 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
     ]
     with CountCommunication() as communication:
         gathered = exchange.gather(requests, checksum=0x7FFFFFFF)
-    assert sum(count.num_calls for count in communication.counts.values()) == 1, "for all types"
+    assert sum(count.num_calls for count in communication.counts.values()) == 1, "for all dtypes"
     exchange.check()
     expected = [
         value[[row for span in wanted for row in span]]
-        for value, wanted in zip(wholes, spans, strict=True)
+        for value, wanted in zip(full_values, spans, strict=True)
     ]
     for rows, wanted in zip(gathered, expected, strict=True):
         assert rows.dtype == wanted.dtype
@@ -101,22 +101,20 @@ def check_gather_and_write(mesh: DeviceMesh) -> None:
 
     parts = [
         RowRequest(ShardedRows(masked(value, tensor)), (range(len(value)),))
-        for value, tensor in zip(wholes, tensors, strict=True)
+        for value, tensor in zip(full_values, tensors, strict=True)
     ]
-    for rows, value in zip(exchange.gather(parts, checksum=2), wholes, strict=True):
-        assert torch.equal(bits(rows), bits(value)), (
-            "of plain tensors, each rank fills in what it holds"
-        )
+    for rows, value in zip(exchange.gather(parts, checksum=2), full_values, strict=True):
+        assert torch.equal(bits(rows), bits(value)), "each rank fills in its rows of a plain tensor"
 
     new = [-2 * rows - 1 for rows in gathered]
     for dtype in dtypes:
-        places = [place for place, value in enumerate(wholes) if value.dtype == dtype]
+        places = [place for place, value in enumerate(full_values) if value.dtype == dtype]
         write_rows_(
             [ShardedRows(tensors[place]) for place in places],
             [spans[place] for place in places],
             [new[place] for place in places],
         )
-    for value, tensor, wanted, rows in zip(wholes, tensors, spans, new, strict=True):
+    for value, tensor, wanted, rows in zip(full_values, tensors, spans, new, strict=True):
         value[[row for span in wanted for row in span]] = rows
         again = exchange.gather(
             [RowRequest(ShardedRows(tensor), (range(len(value)),))], checksum=1
@@ -129,7 +127,7 @@ def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
     exchange = RowExchange(shard_group(tensor), torch.device("cpu"))
     exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
     exchange.check()
-    # One rank is a step ahead, and asks for more rows.
+    # One rank is a step ahead, and requests more rows.
     exchange.gather(
         [RowRequest(ShardedRows(tensor), (range(2 + (rank == 2)),))], checksum=7 + (rank == 2)
     )
@@ -139,7 +137,7 @@ def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
 
 
 def check_initial_values(folder: Path, overrides: list[str]) -> Trainer:
-    """A model materialized on one rank alone, unsharded, holds the same bits; returns the sharded one's trainer."""
+    """Compares with an unsharded model bitwise; returns the trainer of the sharded one."""
     trainer = tiny_trainer(folder, "switchlora", *overrides, num_ranks=NUM_RANKS)
     config = tiny_config(folder, "switchlora", *overrides, num_ranks=NUM_RANKS)
     with torch.device("meta"):
@@ -162,14 +160,14 @@ def check_evaluation(trainer: Trainer, alone: nn.Module, config: JobConfig) -> N
     with torch.no_grad():
         logits = alone(tokens[:, :-1], documents).double()
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    # fp32 logits of other batches: roundings of 6e-8 in each of some ten operations.
+    # fp32 logits of other batches: roundings of 6e-8 in about ten operations.
     assert trainer.evaluators.validation(trainer.stepper.model) == pytest.approx(
         expected.item(), rel=1e-6
     )
 
 
 def count_collectives(part: Callable[[], object]) -> Counter[str]:
-    """How often `part` calls each collective, by the name of torch's operation."""
+    """Number of calls of each collective in `part`, by torch's name."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         part()
     return Counter(event.name for event in recorded.events() if event.name.startswith("c10d::"))
@@ -180,7 +178,7 @@ def num_of_kind(counts: Counter[str], kind: str) -> int:
 
 
 def check_collectives(trainer: Trainer, num_micro_batches: int, num_in_update: int) -> None:
-    """Whatever the number of micro-batches: a reduction for each of two blocks and the rest, and the update's own."""
+    """One reduction for each of two blocks and the rest, for any number of micro-batches."""
     micro_batches = next(trainer.stepper.batches)
     assert len(micro_batches) == num_micro_batches
     of_gradients = count_collectives(lambda: trainer.stepper.forward_backward(micro_batches))
@@ -206,8 +204,8 @@ def check_all(rank: int, folder: Path) -> None:
     one_sequence = ["--training.local_batch_size", "1"]
     accumulating = tiny_trainer(folder / "micro", "switchlora", *one_sequence, num_ranks=NUM_RANKS)
     check_collectives(accumulating, num_micro_batches=2, num_in_update=1)
-    whole = ["--parallelism.frozen_weights", "replicate"]
-    replicated = tiny_trainer(folder / "whole", "switchlora", *whole, num_ranks=NUM_RANKS)
+    replicate = ["--parallelism.frozen_weights", "replicate"]
+    replicated = tiny_trainer(folder / "replicated", "switchlora", *replicate, num_ranks=NUM_RANKS)
     check_collectives(replicated, num_micro_batches=1, num_in_update=1)
     dense = tiny_trainer(folder / "dense", "full_rank", num_ranks=NUM_RANKS)
     check_collectives(dense, num_micro_batches=1, num_in_update=0)
@@ -215,5 +213,5 @@ def check_all(rank: int, folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_rows_initial_values_and_collectives_on_four_ranks(corpora):
-    """One start of four ranks for all that the functions above check."""
+    """One start of four ranks for all checks above."""
     run_on_ranks(NUM_RANKS, check_all, corpora)

@@ -1,4 +1,4 @@
-"""A run gives the same on 1, 2 and 4 ranks, sharded or replicated, and resumes from a checkpoint on any number of ranks."""
+"""A run is equal on 1, 2 and 4 ranks, sharded or replicated, and resumes on any number of ranks."""
 
 import shutil
 
@@ -12,12 +12,12 @@ from switchtitan.distributed.blocks import CallWithInputOnHost
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
-# ReLoRA resets after 9 and 18 steps and is saved while its learning rate rises again. GaLore and APOLLO draw bases after 7
-# and 14.
+# ReLoRA resets after 9 and 18 steps, and is saved during its restart warmup. GaLore and APOLLO
+# update bases after 7 and 14 steps.
 NUM_STEPS, SAVED_STEP, NUM_STILL_STEPS = 20, 10, 12
-# Sums over ranks are taken in another order; Adam amplifies that where gradients are near zero.
+# Sums over ranks have another order; Adam amplifies that for gradients near zero.
 RELATIVE_LOSS_TOLERANCE = 1e-5
-# In this order. The first one's checkpoints are those that all resume from.
+# In running order. All resume from the checkpoints of the first.
 LAYOUTS = {
     "two": (2, ()),
     "one": (1, ()),
@@ -32,13 +32,13 @@ VARIANTS = {
 }
 RUNS = {method: (method, ()) for method in METHOD_KEYS} | VARIANTS
 RESUMED_IN = ("two", "one", "four")
-# Factors hold candidates, up to updates that change no bit.
+# Updates change no bit, so factors equal candidates.
 STILL = ("--optimizer.lr", "1e-30", "--method.freeze_steps", "0")
 OFFLOAD = ("--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true")
 
 
 def train_in_layout(rank, folder, layout):
-    """All runs in the same processes, since those take longest to start."""
+    """All runs in the same processes, which are slow to start."""
     num_ranks, placement = LAYOUTS[layout]
     results = {}
     for name, (method, keys) in RUNS.items():
@@ -97,7 +97,7 @@ def train(folder, method, overrides, num_ranks, num_steps, is_saved=False):
 
 @pytest.fixture(scope="module")
 def runs(corpora):
-    """What was recorded: runs[layout][name]."""
+    """Recorded runs[layout][name]."""
     folder = corpora / "layouts"
     folder.mkdir()
     for layout, (num_ranks, _) in LAYOUTS.items():
@@ -106,7 +106,7 @@ def runs(corpora):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_any_number_of_ranks_starts_and_trains_alike(runs, name):
+def test_initial_values_and_losses_are_equal_on_any_number_of_ranks(runs, name):
     one = runs["one"][name]
     assert one["losses"][-1] < one["losses"][0]
     for layout in LAYOUTS:
@@ -139,7 +139,7 @@ def test_resuming_is_bitwise_on_the_same_ranks_and_equal_to_rounding_on_others(r
             assert torch.equal(resumed["final"][key], tensor), key
 
 
-def test_relora_has_reset_before_the_save_and_after_it(runs):
+def test_relora_resets_before_and_after_the_save(runs):
     for layout in RESUMED_IN:
         for name in ("relora", "relora resumed"):
             assert runs[layout][name]["metrics"]["reset/resets_total"] == 2
@@ -154,10 +154,10 @@ def test_every_layer_switched_in_every_layout(runs, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_vectors_switched_in_and_out_are_the_same_bits_on_any_number_of_ranks(runs, name):
+def test_switched_vectors_are_bitwise_equal_on_any_number_of_ranks(runs, name):
     one = runs["one"][f"{name} still"]
     assert one["final"]["optimizer.switch.num_switched"].min() == 14, (
-        "candidates of small layers came back"
+        "candidates of small layers are reused"
     )
     for layout in LAYOUTS:
         several, num_changed = runs[layout][f"{name} still"], 0
@@ -165,10 +165,10 @@ def test_vectors_switched_in_and_out_are_the_same_bits_on_any_number_of_ranks(ru
             if key.startswith("model.") and (".lora_" in key or ".candidates_" in key):
                 assert torch.equal(several["final"][key], tensor), (layout, key)
                 num_changed += ".lora_" in key and not torch.equal(one["initial"][key], tensor)
-        assert num_changed == 28, "every factor of 14 layers took candidates in"
+        assert num_changed == 28, "every factor of 14 layers must change"
 
 
-def test_candidates_are_stored_as_the_configuration_says(runs):
+def test_candidates_are_stored_as_configured(runs):
     for layout in runs.values():
         assert not any("candidates" in key for key in layout["constant candidates"]["final"])
         for key, tensor in layout["candidates on the host"]["final"].items():
@@ -177,7 +177,7 @@ def test_candidates_are_stored_as_the_configuration_says(runs):
 
 def test_block_inputs_in_host_memory_change_nothing(runs):
     offloaded, kept = runs["two"]["offload"], runs["two"]["switchlora"]
-    # Both blocks' in each of two micro-batches.
+    # Inputs of both blocks in each of two micro-batches.
     assert offloaded["on_host"] == [2] * 2 * NUM_STEPS
     assert offloaded["losses"] == kept["losses"]
     for key, tensor in kept["final"].items():

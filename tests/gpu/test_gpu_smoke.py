@@ -1,4 +1,4 @@
-"""A tiny run as it would be on a GPU: bfloat16, compiled whole."""
+"""A tiny run on a GPU: bfloat16, all regions compiled."""
 
 from collections.abc import Iterator
 
@@ -19,17 +19,17 @@ def leave_world() -> Iterator[None]:
 ON_HOST = ("--method.candidates_device", "host")
 SHORT = ("--method.candidates_dtype", "bfloat16")
 FROZEN_IN_BF16 = ("--training.frozen_dtype", "bfloat16")
-FROZEN_WHOLE = ("--parallelism.frozen_weights", "replicate")
+FROZEN_REPLICATED = ("--parallelism.frozen_weights", "replicate")
 RUNS = [
     *((method, ()) for method in METHOD_KEYS),
     ("switchlora", ("--method.candidates", "constant")),
     ("switchlora", ON_HOST),
     ("switchlora", (*ON_HOST, *SHORT)),
     ("switchlora", FROZEN_IN_BF16),
-    ("switchlora", FROZEN_WHOLE),
-    ("switchlora", (*ON_HOST, *SHORT, *FROZEN_IN_BF16, *FROZEN_WHOLE)),
+    ("switchlora", FROZEN_REPLICATED),
+    ("switchlora", (*ON_HOST, *SHORT, *FROZEN_IN_BF16, *FROZEN_REPLICATED)),
     ("relora", FROZEN_IN_BF16),
-    ("relora", FROZEN_WHOLE),
+    ("relora", FROZEN_REPLICATED),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What steps of training leave to the garbage collection."""
+"""Counts tensors that training steps leave to the garbage collector."""
 
 import gc
 from itertools import pairwise
@@ -10,20 +10,18 @@ from switchtitan.training.trainer import Trainer
 
 
 def num_tensors() -> int:
-    """Tensors that Python knows of, garbage included."""
-    # Not isinstance, which asks weak proxies for the class of what they stood for.
+    """Number of tensors that Python tracks, including garbage."""
+    # Not isinstance, which asks weak proxies for the class of their referent.
     return sum(issubclass(type(entry), torch.Tensor) for entry in gc.get_objects())
 
 
 def least_growth(counts: list[int]) -> int:
-    """The least difference of two that follow each other: what a process makes once and keeps is no
-    garbage, but what is left in every stretch is."""
+    """Least difference of consecutive counts: tensors created once and kept are not garbage."""
     return min(after - before for before, after in pairwise(counts))
 
 
 def tensors_left_by_fifteen_steps(trainer: Trainer) -> int:
-    """How many more there are after them, while nothing is collected, in the better of two
-    stretches."""
+    """Number of tensors left by 15 steps without garbage collection: the minimum of two runs."""
     train_steps(trainer, 2)
     gc.collect()
     gc.disable()

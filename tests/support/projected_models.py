@@ -1,4 +1,4 @@
-"""A model with weights of every orientation and gradients to train it on, whole or split over ranks."""
+"""A model with weights of every orientation, and gradients, full or sharded."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ RANK = 3
 
 
 class OddModel(nn.Module):
-    """A square weight, one with more outputs, one with more inputs, and parameters that are not projected."""
+    """A square weight, a tall one, a wide one, and parameters that are not projected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class OddModel(nn.Module):
 
 
 def draw_model(dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None) -> OddModel:
-    """The model with values that depend on nothing else; on a mesh, split along dimension 0."""
+    """The model with fixed random values; sharded along dimension 0 on a mesh."""
     model = OddModel().to(dtype)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in list(model.named_parameters()):
@@ -36,25 +36,25 @@ def draw_model(dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = Non
 def draw_gradients(
     num_steps: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[dict[str, Tensor]]:
-    """Gradients of every parameter for each step: a part that lasts and noise, of sizes that rise and fall tenfold.
+    """Gradients of every parameter for each step: a constant part and noise, scaled by 1 to 10.
 
-    What lasts has singular values that lie 30 % apart, so that singular vectors are well-determined.
+    Singular values of the constant part are 30 % apart, so singular vectors are well-determined.
     """
     generator = torch.Generator().manual_seed(6)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype)
 
-    lasting = {}
+    constant = {}
     for name, parameter in OddModel().named_parameters():
         if parameter.dim() == 1:
-            lasting[name] = draw(*parameter.shape)
+            constant[name] = draw(*parameter.shape)
         else:
             left, _, right = torch.linalg.svd(draw(*parameter.shape), full_matrices=False)
-            lasting[name] = left * 0.7 ** torch.arange(left.shape[1]) @ right
+            constant[name] = left * 0.7 ** torch.arange(left.shape[1]) @ right
     for _ in range(num_steps):
         size = 10 ** torch.rand((), generator=generator, dtype=dtype)
-        yield {name: (value + 0.1 * draw(*value.shape)) * size for name, value in lasting.items()}
+        yield {name: (value + 0.1 * draw(*value.shape)) * size for name, value in constant.items()}
 
 
 def give_gradients(

@@ -1,4 +1,4 @@
-"""Runs a test's function on several gloo ranks, each a process of its own."""
+"""Runs a test's function on several gloo ranks, one process each."""
 
 import os
 import tempfile
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a process that has imported these and done nothing else: the imports take longer than most tests.
+# Ranks are forked from a process that has imported these: imports take longer than most tests.
 _PRELOADED = [
     "pytest",
     "switchtitan.cli.train",
@@ -26,7 +26,7 @@ _PRELOADED = [
 def run_on_ranks(
     num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 600
 ) -> None:
-    """Calls `function(rank, *args)` on `num_ranks` new processes and fails if any of them does.
+    """Calls `function(rank, *args)` in `num_ranks` new processes; fails if any of them fails.
 
     Args:
         function: importable from its module; exceptions in it carry the rank's traceback.
@@ -62,7 +62,7 @@ def run_on_ranks(
 def _join(ranks: list, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-        # The others wait in a collective for the one that failed.
+        # The others wait in a collective for the failed one.
         if any(process.exitcode not in (None, 0) for process in ranks):
             time.sleep(1.0)
             return
@@ -78,13 +78,13 @@ def _run_rank(
     args: tuple,
 ) -> None:
     torch.set_num_threads(1)
-    # Else all ranks would draw the same without being seeded, which ranks of their own programs do not.
+    # Forked ranks would otherwise share numpy's random state.
     np.random.seed()
-    # The server that this process was forked from has the environment of its own start.
+    # The fork server has the environment of its start.
     os.environ.clear()
     os.environ.update(
         environ,
-        # gloo's ranks must not find devices: they would train on them.
+        # Ranks with gloo must not use GPUs.
         CUDA_VISIBLE_DEVICES="",
         OMP_NUM_THREADS="1",
         RANK=str(rank),

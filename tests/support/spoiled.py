@@ -1,4 +1,4 @@
-"""Gradients that are not finite."""
+"""Non-finite gradients."""
 
 import math
 from typing import Any
@@ -9,8 +9,7 @@ from switchtitan.training.stepper import Stepper
 
 
 def spoil_next_gradient(stepper: Stepper) -> None:
-    """Makes the loss of the next micro-batch inf, as an overflow would, and those after it as they
-    are."""
+    """Makes only the next micro-batch's loss inf, like an overflow."""
     loss = stepper.loss
 
     def overflowing(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A few SwitchLoRA layers with an optimizer, without a model around them."""
+"""SwitchLoRA layers with an optimizer, without a model."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from switchtitan.optim import AdamW, AdamWConfig
 def build_layer(
     out_features: int, in_features: int, rank: int, scale: float, dtype: torch.dtype, seed: int = 0
 ) -> LowRankLinear:
-    """A layer that starts from a weight of unit singular values' size, balanced."""
+    """A layer with balanced initial candidates and a random weight of variance 1 / in."""
     layer = LowRankLinear(
         in_features,
         out_features,
@@ -45,7 +45,7 @@ def build_optimizer(
     candidates: Candidates | None = None,
     seed: int = 0,
 ) -> SwitchLoraOptimizer:
-    """Of these layers alone, called layer0, layer1, ...; nothing trains at full rank."""
+    """An optimizer of these layers only, named layer0, layer1, ...; no full-rank parameters."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
     dense = AdamW(adamw, [])
     return SwitchLoraOptimizer(config, adamw, named, dense, num_steps, seed, False, candidates)
@@ -59,7 +59,7 @@ def set_gradients(layers: list[LowRankLinear], value: float) -> None:
 
 
 def effective_weight(layer: LowRankLinear) -> torch.Tensor:
-    """W + s B A in float64, from the values as they are stored."""
+    """W + s B A in float64."""
     weight, lora_a, lora_b = (
         tensor.detach().to(torch.float64) for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )

@@ -1,4 +1,4 @@
-"""SwitchLoRA once more, as its rules are written: vector by vector in Python, every pointer, slot and timer kept on its own."""
+"""A reference SwitchLoRA: vector by vector in Python, with explicit pointers, slots and timers."""
 
 import hashlib
 import math
@@ -11,14 +11,15 @@ GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 class ReferenceLayer(nn.Module):
-    """x W^T + s (x A^T) B^T with candidates; W [out, in] is what the plain layer starts with.
+    """x W^T + s (x A^T) B^T with candidates; W [out, in] is the plain layer's initial weight.
 
-    `slot_a[i]`, `slot_b[i]` are the candidates that row i of A and column i of B hold; `rest_a[i]`, `rest_b[i]` the steps for
-    which they must still stand still.
+    `slot_a[i]`, `slot_b[i]` are the candidates in row i of A and column i of B; `rest_a[i]`,
+    `rest_b[i]` are the steps for which they remain frozen.
 
     Args:
-        puts_back: whether vectors that leave become candidates; otherwise they are dropped.
-        resets: whose moments a switch resets: "counterpart", "both" or "none"; or "momentum", the counterpart's first alone.
+        puts_back: whether switched-out vectors become candidates; otherwise they are dropped.
+        resets: moments that a switch resets: "counterpart", "both" or "none"; "momentum": only the
+            counterpart's first moment.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ReferenceLayer(nn.Module):
 
     @torch.no_grad()
     def switch(self, asked, freeze_steps):
-        """Switches as many of the vectors asked for on each side as may be; returns how many."""
+        """Switches at most `asked` vectors of each factor; returns the number."""
         num_resting = sum(rest > 0 for rest in self.rest_a)
         count = max(0, min(asked, self.rank // 2 - num_resting, self.num_candidates - self.rank))
         first_candidate = self.next_candidate
@@ -95,7 +96,7 @@ class ReferenceLayer(nn.Module):
 
     @torch.no_grad()
     def update(self, lr, betas, eps, weight_decay):
-        """AdamW on each vector by itself, then a step of its rest is over."""
+        """AdamW on each vector, then decrements the freeze timers."""
         for i in range(self.rank):
             for vector, gradient, moments, steps, rest in (
                 (
@@ -128,7 +129,7 @@ class ReferenceLayer(nn.Module):
 
 
 class ReferenceSwitchLora:
-    """One step for all layers; the rest is trained by torch's AdamW."""
+    """One step of all layers; torch's AdamW trains the other parameters."""
 
     def __init__(
         self, layers, others, *, rates, interval, freeze_steps, lr, betas, eps, weight_decay
@@ -166,7 +167,7 @@ class ReferenceSwitchLora:
 
 
 def splitmix64_outputs(seed, count):
-    """The generator as it is published, in whole numbers of Python: a state that grows, and a mix of it."""
+    """The published generator, with Python integers: an incremented state, and a mix of it."""
     outputs = []
     for _ in range(count):
         seed = (seed + 0x9E3779B97F4A7C15) % 2**64
@@ -177,7 +178,7 @@ def splitmix64_outputs(seed, count):
 
 
 def constant_candidates(seed, name, num_candidates, width, bound):
-    """[num_candidates, width] fp32: a generator for the candidates `name` seeds one for each slot, which gives the elements."""
+    """[num_candidates, width] fp32: a generator seeds one per slot, which draws the elements."""
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
     # The upper 24 bits as a signed number, over 2^23.
     rows = [

@@ -1,5 +1,4 @@
-"""A whole training run, small enough for a test: a LLaMA of some ten thousand weights on a slice of
-the embedded corpus."""
+"""A small training run: a LLaMA of about ten thousand weights on a slice of the embedded corpus."""
 
 import os
 from pathlib import Path
@@ -16,15 +15,15 @@ from switchtitan.training.trainer import Trainer
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 MINI = "_mini"
 METHOD_KEYS = {
-    # 20 steps are in the midst of a basis' life.
+    # 20 steps are between two updates of the basis.
     "apollo": "rank = 6\nupdate_interval = 7",
     "apollo_mini": 'rank = 1\nupdate_interval = 7\nscaling = "tensor"',
     "full_rank": "",
     "galore": "rank = 6\nupdate_interval = 7",
     "lora": "rank = 6",
-    # Resets after 9, 18, 27 and 36 steps; at 20 the learning rate is still on its way back.
+    # Resets after 9, 18, 27 and 36 steps; step 20 is inside a learning rate warmup.
     "relora": "rank = 6\nreset_interval = 9\nrestart_warmup_steps = 4",
-    # Every layer switches 6 / 5 vectors a step on each side.
+    # Every layer switches 6 / 5 vectors of each factor per step.
     "switchlora": 'rank = 6\ninterval = 5\nfreeze_steps = 2\ndecay = "constant"',
 }
 
@@ -78,8 +77,7 @@ tensorboard = false
 
 
 def tiny_config(folder: Path, method: str, *overrides: str, num_ranks: int = 1) -> JobConfig:
-    """The configuration of a tiny run that writes below `folder`; `overrides` as on the command
-    line."""
+    """The configuration of a tiny run in `folder`; `overrides` as on the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{method}-{os.getpid()}.toml"
     name, keys = method.removesuffix(MINI), METHOD_KEYS[method]
@@ -95,7 +93,7 @@ def tiny_trainer(folder: Path, method: str, *overrides: str, num_ranks: int = 1)
 
 
 def tiny_stepper(config: JobConfig) -> Stepper:
-    """What takes the steps of a run, on the ranks of this process group; close it."""
+    """A tiny run's stepper on the ranks of this process group; the caller closes it."""
     torch.set_num_threads(1)
     world = start_world(config.parallelism)
     batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
@@ -110,7 +108,7 @@ def train_steps(trainer: Trainer, num_steps: int) -> list[float]:
 
 
 def full_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, unsharded copies; all ranks must call."""
+    """Copies of all tensors of a checkpoint, as full tensors; collective."""
     return {
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
         for name, tensor in trainer.tensors().items()

@@ -1,4 +1,4 @@
-"""Small documents and files of them for the tests of corpora."""
+"""Small documents and their files, for tests of corpora."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ WORDS = [
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Documents of 5 to 40 words, some of them not ASCII, with line ends of both kinds."""
+    """Documents of 5 to 40 words, partly non-ASCII, with both kinds of line ends."""
     draw = random.Random(seed)
     return [
         " ".join(draw.choices(WORDS, k=draw.randint(5, 40))) + f" #{number}\n"

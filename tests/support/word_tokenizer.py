@@ -1,4 +1,4 @@
-"""A tokenizer file whose every setting would disturb a corpus."""
+"""A tokenizer file with settings that a corpus must ignore."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 
 def save_tokenizer(file: Path, *special_tokens: str, ids_from: int = 0) -> Path:
-    """A word-level tokenizer that truncates, pads and puts a token in front unless told not to."""
+    """A word-level tokenizer that truncates, pads and prepends a token by default."""
     vocabulary = {"[UNK]": ids_from, "a": ids_from + 1, "b": ids_from + 2}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

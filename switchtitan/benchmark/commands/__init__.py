@@ -1,5 +1,4 @@
-"""The subcommands of `switchtitan benchmark`, one module each; a new one is a module and a row
-here."""
+"""The subcommands of `switchtitan benchmark`. To add one, add a module and a row here."""
 
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
 from switchtitan.benchmark.commands.count_communication import COMMUNICATION
@@ -23,6 +22,6 @@ COMMANDS: tuple[Command, ...] = (
     STARTUP,
     SWITCH,
 )
-"""In the order of the program's help."""
+"""In the order of `--help`."""
 
 __all__ = ["COMMANDS", "Command", "Measurement", "Overrides"]

@@ -1,4 +1,4 @@
-"""What a subcommand of `switchtitan benchmark` consists of."""
+"""The interface of a subcommand of `switchtitan benchmark`."""
 
 import argparse
 from collections.abc import Callable
@@ -9,37 +9,37 @@ from pydantic import JsonValue
 from switchtitan.config.command_line import positive_int
 
 Overrides = dict[str, list[str]]
-"""`--section.key value ...` of the command line: dotted key -> words of its value."""
+"""`--section.key value ...` of the command line: dotted key -> arguments of its value."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a subcommand has found."""
+    """The result of a subcommand."""
 
     table: list[str]
-    """Lines for people."""
+    """Lines to print."""
     record: dict[str, JsonValue]
-    """The same for programs; hardware, versions and command are added to it."""
+    """The same for JSON; the caller adds hardware, versions and command."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, its arguments and what it does."""
+    """A subcommand: name, help, arguments and function."""
 
     name: str
     summary: str
     """One line for the list of subcommands."""
     description: str
-    """What the subcommand's own help begins with."""
+    """First paragraph of the subcommand's help."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[argparse.Namespace, Overrides], Measurement]
-    """May raise `UserError`; every rank that a launcher started calls it alike."""
+    """May raise `UserError`; collective over the launcher's ranks."""
     reads_configs: bool = True
-    """Whether `--section.key value` has an effect; where it has none, it is an error."""
+    """Whether `--section.key value` has an effect; if not, it is an error."""
 
 
 def add_configs(parser: argparse.ArgumentParser) -> None:
-    """The configurations to put side by side, for `sides.load_sides`."""
+    """Adds the configurations to compare, for `sides.load_sides`."""
     parser.add_argument(
         "configs",
         nargs="+",
@@ -49,7 +49,7 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The one configuration to measure, for `sides.load_sides`."""
+    """Adds one configuration to measure, for `sides.load_sides`."""
     parser.add_argument(
         "config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
     )
@@ -63,22 +63,22 @@ def add_rounds(
     unit: str,
     meaning: str | None = None,
 ) -> None:
-    """How long to measure: `--rounds` and `--<unit>-per-round`.
+    """Adds `--rounds` and `--<unit>-per-round`.
 
     Args:
         rounds, per_round: defaults.
-        unit: what is timed, in the plural: "calls" or "steps".
-        meaning: what one of them does, in the plural, where `unit` does not say it.
+        unit: timed unit in the plural: "calls" or "steps".
+        meaning: plural noun for the help, if `unit` is unclear.
     """
     parser.add_argument(
         "--rounds",
         type=positive_int,
         default=rounds,
-        help=f"how often each side has its turn; an even number is fair to all (default: {rounds})",
+        help=f"turns of each side; an even number is fair (default: {rounds})",
     )
     parser.add_argument(
         f"--{unit}-per-round",
         type=positive_int,
         default=per_round,
-        help=f"{meaning or unit} that a turn consists of (default: {per_round})",
+        help=f"{meaning or unit} per turn (default: {per_round})",
     )

@@ -15,7 +15,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configs(parser)
     parser.add_argument("--num-ranks", type=positive_int, required=True, help="ranks of the run")
     parser.add_argument(
-        "--step", type=positive_int, default=2, help="which step of the run, from 1 (default: 2)"
+        "--step", type=positive_int, default=2, help="step of the run, from 1 (default: 2)"
     )
 
 
@@ -27,13 +27,12 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     }
     title = (
         f"sent by each of {options.num_ranks} ranks in step {options.step}, in MiB (number of "
-        "collectives), if carried out "
-        "in a ring"
+        "collectives), with ring algorithms"
     )
     record: dict[str, JsonValue] = {
         "num_ranks": options.num_ranks,
         "step": options.step,
-        "bytes": "sent by each rank, collectives carried out in a ring",
+        "bytes": "sent by each rank with ring algorithms",
         "communication": communication_record(counts),
     }
     return Measurement([title, *communication_table(counts)], record)
@@ -42,9 +41,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 COMMUNICATION = Command(
     name="communication",
     summary="count the bytes that each rank sends in a training step",
-    description="Counts the bytes that each rank sends in a training step if collectives are "
-    "carried out in a ring; needs "
-    "neither the ranks nor memory for the model.",
+    description="Counts the bytes that each rank sends in a training step with ring algorithms. "
+    "Requires neither the ranks nor memory for the model.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

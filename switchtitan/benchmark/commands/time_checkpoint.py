@@ -1,5 +1,5 @@
-"""`switchtitan benchmark checkpoint`: how long a save holds training up, in the background and not,
-and what it takes on disk."""
+"""`switchtitan benchmark checkpoint`: training time lost to synchronous and asynchronous saves, and
+their size on disk."""
 
 import argparse
 import tempfile
@@ -15,7 +15,7 @@ from switchtitan.benchmark.commands.command import Command, Measurement, Overrid
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.benchmark.tables import aligned
-from switchtitan.benchmark.timing import in_order_of_round
+from switchtitan.benchmark.timing import alternate
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.load import CheckpointTensors
@@ -25,55 +25,56 @@ from switchtitan.distributed.world import temporary_world
 from switchtitan.training.stepper import Stepper
 
 _WARM_UP_STEPS = 3
-_MAX_STEPS_OF_A_SAVE = 1000
+_MAX_STEPS_PER_SAVE = 1000
 
 
 @dataclass
 class SaveTimes:
-    """Seconds, of one entry for each round or step, and bytes."""
+    """Seconds, one entry for each round or step, and bytes."""
 
     synchronous_s: list[float] = field(default_factory=list)
-    """Of a save that training waits for."""
+    """Time of a synchronous save."""
     stall_s: list[float] = field(default_factory=list)
-    """Of a save in the background: how long training waited in `save`, in all calls of `poll`, and
-    in `finish`."""
+    """Training time lost to an asynchronous save: in `save`, all calls of `poll`, and `finish`."""
     undisturbed_step_s: list[float] = field(default_factory=list)
     step_while_saving_s: list[float] = field(default_factory=list)
     bytes_on_disk: int = 0
     state_bytes: int = 0
-    """Of this rank's tensors."""
+    """Bytes of this rank's tensors."""
 
 
 def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
-    """Takes steps with and without a save under way; each round saves once in the background and
-    once not, in turn."""
-    background = _checkpointer(stepper, folder / "background", async_save=True)
-    waiting = _checkpointer(stepper, folder / "waiting", async_save=False)
+    """Runs steps with and without a save in progress.
+
+    Each round saves once asynchronously and once synchronously, in alternating order.
+    """
+    asynchronous = _checkpointer(stepper, folder / "async", async_save=True)
+    synchronous = _checkpointer(stepper, folder / "sync", async_save=False)
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     times = SaveTimes(state_bytes=sum(local(tensor).nbytes for tensor in tensors().values()))
 
-    def save_in_background() -> None:
-        before = background.latest
-        stall_s = _seconds(lambda: background.save(stepper.state.step, tensors(), {}))
-        for _ in range(_MAX_STEPS_OF_A_SAVE):
+    def save_async() -> None:
+        before = asynchronous.latest
+        stall_s = _seconds(lambda: asynchronous.save(stepper.state.step, tensors(), {}))
+        for _ in range(_MAX_STEPS_PER_SAVE):
             times.step_while_saving_s.append(_step_seconds(stepper))
-            stall_s += _seconds(background.poll)
-            if background.latest != before:
+            stall_s += _seconds(asynchronous.poll)
+            if asynchronous.latest != before:
                 break
-        times.stall_s.append(stall_s + _seconds(background.finish))
+        times.stall_s.append(stall_s + _seconds(asynchronous.finish))
 
-    def save_waiting() -> None:
+    def save_sync() -> None:
         times.synchronous_s.append(
-            _seconds(lambda: waiting.save(stepper.state.step, tensors(), {}))
+            _seconds(lambda: synchronous.save(stepper.state.step, tensors(), {}))
         )
 
     for _ in range(_WARM_UP_STEPS):
         stepper.step()
     for index in range(rounds):
-        for save in in_order_of_round([save_in_background, save_waiting], index):
+        for save in alternate([save_async, save_sync], index):
             times.undisturbed_step_s += [_step_seconds(stepper) for _ in range(undisturbed_steps)]
             save()
-    latest = waiting.latest
+    latest = synchronous.latest
     assert latest is not None
     times.bytes_on_disk = sum(file.stat().st_size for file in latest.iterdir())
     return times
@@ -103,7 +104,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where to save to and delete again, on the file system to measure (default: a temporary folder)",
+        help="folder on the file system to measure, for temporary files (default: the system's)",
     )
     parser.add_argument(
         "--rounds",
@@ -143,17 +144,17 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 def _table(times: SaveTimes) -> list[str]:
     rows: list[tuple[str, ...]] = [("s", "lowest-highest", "ratio", "")]
-    for name, of_kind, reference in (
-        ("a save that training waits for", times.synchronous_s, times.synchronous_s),
-        ("training held up by a save in the background", times.stall_s, times.synchronous_s),
-        ("a step", times.undisturbed_step_s, times.undisturbed_step_s),
-        ("a step while a save is under way", times.step_while_saving_s, times.undisturbed_step_s),
+    for name, seconds, reference in (
+        ("synchronous save", times.synchronous_s, times.synchronous_s),
+        ("training time lost to an asynchronous save", times.stall_s, times.synchronous_s),
+        ("step", times.undisturbed_step_s, times.undisturbed_step_s),
+        ("step during an asynchronous save", times.step_while_saving_s, times.undisturbed_step_s),
     ):
-        median = np.median(of_kind)
+        median = np.median(seconds)
         rows.append(
             (
                 f"{median:.4g}",
-                f"{min(of_kind):.4g}-{max(of_kind):.4g}",
+                f"{min(seconds):.4g}-{max(seconds):.4g}",
                 f"{median / np.median(reference):.3f}",
                 name,
             )
@@ -161,16 +162,16 @@ def _table(times: SaveTimes) -> list[str]:
     on_disk, state = times.bytes_on_disk, times.state_bytes
     return [
         *aligned(rows),
-        f"{on_disk / 2**20:.1f} MiB on disk for {state / 2**20:.1f} MiB of state: {on_disk / state:.4f}",
+        f"{on_disk / 2**20:.1f} MiB on disk for {state / 2**20:.1f} MiB of state: "
+        f"{on_disk / state:.4f}",
     ]
 
 
 CHECKPOINT = Command(
     name="checkpoint",
-    summary="time how long a save holds training up, in the background and not",
-    description="Takes training steps, and saves checkpoints in the background and while training "
-    "waits, in turn. Says how "
-    "long training is held up, and how many bytes a checkpoint takes on disk.",
+    summary="time synchronous and asynchronous saves",
+    description="Runs training steps, and saves checkpoints synchronously and asynchronously in "
+    "alternation. Prints the training time lost and the size of a checkpoint on disk.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

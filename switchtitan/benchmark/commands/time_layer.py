@@ -1,5 +1,5 @@
-"""`switchtitan benchmark layer`: one linear layer, full rank and low rank in every contraction,
-forward and backward."""
+"""`switchtitan benchmark layer`: forward and backward of one linear layer, full rank and low rank
+with every contraction."""
 
 import argparse
 import itertools
@@ -29,7 +29,7 @@ _SCALE = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """What one layer is measured at."""
+    """Shape, rank and number of tokens of one layer."""
 
     out_features: int
     in_features: int
@@ -37,7 +37,7 @@ class Case:
     num_tokens: int
 
     def flops(self, name: str) -> int:
-        """Floating-point operations of forward and backward, that of x included."""
+        """FLOPs of forward and backward, including the gradient of x."""
         if name == _FULL_RANK:
             return 6 * self.out_features * self.in_features * self.num_tokens
         return num_flops(
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def chosen(self) -> str:
-        """The contraction that the layer takes."""
+        """Name of the contraction that the layer chooses."""
         return cheapest_contraction(
             self.out_features, self.in_features, self.rank, self.num_tokens
         ).__name__
@@ -60,8 +60,7 @@ class Case:
 def time_layer(
     case: Case, dtype: torch.dtype, compiled: bool, rounds: int, calls_per_round: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of forward and backward by name of the way, [rounds, calls]; full rank comes
-    first."""
+    """Returns seconds of forward and backward by name, [rounds, calls]; full rank is first."""
     device = torch.device(device_type())
     draw = torch.Generator(device).manual_seed(0)
 
@@ -97,7 +96,7 @@ def time_layer(
 
 
 def excess_of_choice(case: Case, times: dict[str, NDArray[np.float64]]) -> tuple[str, Ratio]:
-    """The fastest contraction by its median, and how many times as long the chosen one takes."""
+    """Returns the fastest contraction by median, and the chosen one's time relative to it."""
     fastest = min(BY_NAME, key=lambda name: float(np.median(times[name])))
     return fastest, ratio_of_rounds(times[case.chosen], times[fastest])
 
@@ -108,7 +107,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-size",
         choices=tuple(SIZES),
         default="60m",
-        help="whose adapted layers (default: 60m)",
+        help="model whose adapted layers are timed (default: 60m)",
     )
     shapes.add_argument(
         "--shape",
@@ -116,7 +115,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_shape,
         metavar="OUTxIN",
-        help="instead of a model's",
+        help="shapes of layers, instead of a model's",
     )
     parser.add_argument(
         "--rank",
@@ -124,22 +123,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=positive_int,
         metavar="RANK",
-        help="default: hidden size / 4",
+        help="ranks (default: hidden size / 4)",
     )
     parser.add_argument(
         "--tokens",
         nargs="+",
         type=positive_int,
         default=[256, 2048],
-        help="in a micro-batch (default: 256 2048)",
+        help="tokens in a micro-batch (default: 256 2048)",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compile every way")
+    parser.add_argument("--compile", action="store_true", help="compile all functions")
     add_rounds(parser, rounds=10, per_round=3, unit="calls")
 
 
-def _shape(text: str) -> tuple[int, int]:
-    out_features, _, in_features = text.partition("x")
+def _shape(argument: str) -> tuple[int, int]:
+    out_features, _, in_features = argument.partition("x")
     return positive_int(out_features), positive_int(in_features)
 
 
@@ -149,7 +148,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     cost: list[str] = []
     record: dict[str, JsonValue] = {}
     for case in cases:
-        # A compiler keeps only so many graphs for one function.
+        # torch.compile limits the number of graphs per function.
         torch.compiler.reset()
         dtype = getattr(torch, options.dtype)
         times = time_layer(case, dtype, options.compile, options.rounds, options.calls_per_round)
@@ -157,7 +156,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         fastest, excess = excess_of_choice(case, times)
         value, interval = ratio_cells(excess)
         cost.append(
-            f"{case}: {case.chosen} is chosen, {fastest} was fastest; the choice takes {value} ({interval})"
+            f"{case}: {case.chosen} is chosen, {fastest} is fastest; ratio {value} ({interval})"
         )
         record[str(case)] = {
             "calls": call_record(times),
@@ -174,7 +173,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    """All combinations of shapes, ranks and numbers of tokens.
+    """Returns all combinations of shapes, ranks and numbers of tokens.
 
     Raises:
         ConfigError: if a rank does not fit a shape.
@@ -200,10 +199,10 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 def _rows(case: Case, times: dict[str, NDArray[np.float64]]) -> list[tuple[str, ...]]:
     reference = times[_FULL_RANK]
     rows: list[tuple[str, ...]] = []
-    for name, of_way in times.items():
-        median_s = float(np.median(of_way))
+    for name, seconds in times.items():
+        median_s = float(np.median(seconds))
         ratio, interval = (
-            ("1", "") if name == _FULL_RANK else ratio_cells(ratio_of_rounds(of_way, reference))
+            ("1", "") if name == _FULL_RANK else ratio_cells(ratio_of_rounds(seconds, reference))
         )
         flops_ratio = f"{case.flops(name) / case.flops(_FULL_RANK):.3f}"
         gflop_per_s = f"{case.flops(name) / median_s / 1e9:.4g}"
@@ -225,11 +224,9 @@ LAYER = Command(
     name="layer",
     summary="time one linear layer, full rank and low rank in every contraction",
     description="Times forward and backward of one linear layer in alternation: full rank, and the "
-    "contractions of a low-rank "
-    "layer. FLOPs is the ratio of floating-point operations to full rank's, which the time cannot "
-    "go below while products run "
-    "at the same speed. Says which contraction is chosen and what it costs compared with the "
-    "fastest one.",
+    "contractions of a low-rank layer. FLOPs is the ratio of FLOPs to full rank, a lower bound on "
+    "the ratio of times at equal speed of the products. Prints the chosen contraction and its cost "
+    "compared with the fastest one.",
     add_arguments=_add_arguments,
     measure=_measure,
     reads_configs=False,

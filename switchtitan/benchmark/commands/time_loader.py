@@ -1,4 +1,4 @@
-"""`switchtitan benchmark loader`: batches read, compared with batches trained on."""
+"""`switchtitan benchmark loader`: speed of reading batches, compared with training."""
 
 import argparse
 import time
@@ -24,11 +24,9 @@ from switchtitan.observability.console import format_count
 
 
 def tokens_read_per_s(config: JobConfig, rounds: int, steps_per_round: int) -> NDArray[np.float64]:
-    """How fast one process gets its batches of all ranks' tokens where nothing else is done with
-    them, [rounds].
+    """Returns tokens per second that one process reads of the global batch, [rounds].
 
-    The first batches, with which worker processes start and which they have read ahead, are left
-    out.
+    Skips the first batches, during which worker processes start, and those that they prefetch.
     """
     sequences = open_corpus(config.data, is_main=True).split("train", config.data.seq_len)
     training = config.training
@@ -61,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training-tokens-per-s",
         type=positive_int,
-        help="what training consumes (default: it is measured, in two rounds of three steps)",
+        help="speed of training (default: measured in two rounds of three steps)",
     )
     add_rounds(parser, rounds=5, per_round=20, unit="calls", meaning="global batches")
 
@@ -98,10 +96,9 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 LOADER = Command(
     name="loader",
-    summary="time the data loader alone, compared with what training consumes",
-    description="Reads a configuration's global batches as fast as they come, with its worker "
-    "processes, and compares the "
-    "tokens per second with those that training consumes.",
+    summary="time the data loader alone, compared with training",
+    description="Reads a configuration's global batches with its worker processes and without "
+    "training, and compares the tokens per second with those of training.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

@@ -1,5 +1,4 @@
-"""`switchtitan benchmark loss`: the training loss of a linear head and its gradients, in chunks and
-from all logits."""
+"""`switchtitan benchmark loss`: loss of a linear head, in chunks and from all logits."""
 
 import argparse
 from collections.abc import Callable
@@ -25,8 +24,10 @@ _MIB = 2**20
 def loss_sides(
     tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """By name, functions that compute the loss of the same drawn tokens, and the gradients of
-    hidden states and head."""
+    """Returns functions by name that compute the loss and the gradients of hidden states and head.
+
+    All use the same random tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = (
         torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype).requires_grad_()
@@ -37,15 +38,15 @@ def loss_sides(
     targets = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
     compiled = torch.compile(summed_cross_entropy, fullgraph=True, dynamic=False)
 
-    def of_all_logits(of_logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return of_logits(head(hidden), targets) / tokens
+    def from_all_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return loss(head(hidden), targets) / tokens
 
     def in_chunks(loss: CrossEntropy) -> Tensor:
         return loss(hidden, head, targets, tokens)
 
     losses: dict[str, Callable[[], Tensor]] = {
-        "all logits": partial(of_all_logits, summed_cross_entropy),
-        "all logits, compiled": partial(of_all_logits, compiled),
+        "all logits": partial(from_all_logits, summed_cross_entropy),
+        "all logits, compiled": partial(from_all_logits, compiled),
         "chunks": partial(in_chunks, CrossEntropy(compile_regions=False)),
         "chunks, compiled": partial(in_chunks, CrossEntropy(compile_regions=True)),
     }
@@ -64,7 +65,7 @@ def _loss_and_gradients(
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokens", type=positive_int, default=4096, help="of a micro-batch (default: 4096)"
+        "--tokens", type=positive_int, default=4096, help="tokens of a micro-batch (default: 4096)"
     )
     parser.add_argument(
         "--hidden",
@@ -76,19 +77,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocabulary",
         type=positive_int,
         default=32100,
-        help="tokens that there are (default: 32100)",
+        help="size of the vocabulary (default: 32100)",
     )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
-        help="of hidden states and head (default: bfloat16)",
+        help="dtype of hidden states and head (default: bfloat16)",
     )
     parser.add_argument(
         "--rounds",
         type=positive_int,
         default=4,
-        help="how often each way has its turn; an even number is fair to all (default: 4)",
+        help="turns of each function; an even number is fair (default: 4)",
     )
 
 
@@ -127,11 +128,10 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 LOSS = Command(
     name="loss",
-    summary="time the loss and its gradients, and find their peak memory, in chunks and from all logits",
+    summary="time the loss and its gradients in chunks and from all logits, and their peak memory",
     description="Times the loss of a linear head with the gradients of hidden states and head, in "
-    "chunks of tokens as in "
-    "training and from all logits, each compiled and not, in alternation; and finds how much "
-    "memory each takes at its peak.",
+    "chunks of tokens as in training and from all logits, compiled and eager, in alternation. "
+    "Prints the peak memory of each.",
     add_arguments=_add_arguments,
     measure=_measure,
     reads_configs=False,

@@ -1,5 +1,4 @@
-"""`switchtitan benchmark optimizer`: the update of low-rank factors with a step count for every
-vector, and torch's AdamW."""
+"""`switchtitan benchmark optimizer`: AdamW with a step count per vector, and torch's AdamW."""
 
 import argparse
 import time
@@ -21,20 +20,20 @@ from switchtitan.optim import require_adamw
 
 
 def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLinear]:
-    """The low-rank layers of a configuration's model, with drawn factors and gradients; what else
-    they hold is not filled.
+    """Returns the low-rank layers of a configuration's model, with random factors and gradients.
+
+    Other tensors are uninitialized.
 
     Raises:
-        ConfigError: if the method has none.
+        ConfigError: if the method has no low-rank layers.
     """
     model = build_plain_model(config)
     build_method(config).prepare_model(model)
     layers = low_rank_layers(model)
     if not layers:
         raise ConfigError(
-            f"[method] name = {config.method.name!r} has no low-rank layers; "
-            "switchtitan benchmark optimizer measures the update of their factors: choose another "
-            "method"
+            f"[method] name = {config.method.name!r}: has no low-rank layers, whose update this "
+            "benchmark times; choose another method"
         )
     draw = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -52,7 +51,7 @@ def factors_of(layers: dict[str, LowRankLinear]) -> list[torch.nn.Parameter]:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", metavar="CONFIG", help="FILE or FILE:section.key=value,...: a low-rank method's"
+        "config", metavar="CONFIG", help="FILE or FILE:section.key=value,... with a low-rank method"
     )
     add_rounds(parser, rounds=10, per_round=5, unit="calls", meaning="updates")
 
@@ -71,21 +70,20 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     )
     compiled = VectorAdamW(adamw, build_layers(config, device), compile_step=True)
     eager = VectorAdamW(adamw, build_layers(config, device), compile_step=False)
-    moving = torch.ones_like(eager.num_steps, dtype=torch.bool)
+    update_mask = torch.ones_like(eager.num_steps, dtype=torch.bool)
     began_at = time.perf_counter()
-    compiled.step(moving)
+    compiled.step(update_mask)
     first_step_s = time.perf_counter() - began_at
     sides = {
         "torch.optim.AdamW, fused": fused.step,
-        "per vector, compiled": lambda: compiled.step(moving),
-        "per vector, eager": lambda: eager.step(moving),
+        "per vector, compiled": lambda: compiled.step(update_mask),
+        "per vector, eager": lambda: eager.step(update_mask),
     }
     times = time_calls_in_turns(sides, device, options.rounds, options.calls_per_round)
     num_elements = sum(factor.numel() for factor in theirs)
     title = (
         f"update of {len(theirs)} factors, {num_elements / 1e6:.1f} M elements; the first compiled "
-        "update took "
-        f"{first_step_s:.1f} s"
+        f"update took {first_step_s:.1f} s"
     )
     record: dict[str, JsonValue] = {
         "num_factors": len(theirs),
@@ -102,8 +100,7 @@ OPTIMIZER = Command(
     name="optimizer",
     summary="time the update of low-rank factors and torch's fused AdamW",
     description="Times the update of a configuration's low-rank factors in alternation: torch's "
-    "fused AdamW, and AdamW with a "
-    "step count for every vector, compiled and eager. Nothing is switched.",
+    "fused AdamW, and AdamW with a step count per vector, compiled and eager. Switches nothing.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

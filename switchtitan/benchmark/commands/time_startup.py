@@ -1,5 +1,5 @@
-"""`switchtitan benchmark startup`: from the start of the process to the first step, without and
-with compiled code at hand."""
+"""`switchtitan benchmark startup`: from process start to the first step, with a cold and a warm
+compile cache."""
 
 import argparse
 import json
@@ -21,14 +21,14 @@ from switchtitan.errors import EnvironmentMismatchError
 
 
 def seconds_by_part(arguments: list[str], compile_cache: Path) -> dict[str, float]:
-    """Starts a process of its own for a run; see `switchtitan.benchmark.startup_process`.
+    """Starts a run in a new process; see `switchtitan.benchmark.startup_process`.
 
     Args:
-        arguments: as of training.
-        compile_cache: the folder where torch.compile leaves and finds compiled code.
+        arguments: arguments of training.
+        compile_cache: cache folder of torch.compile.
 
     Raises:
-        EnvironmentMismatchError: if the process fails, with what it said.
+        EnvironmentMismatchError: if the process fails, with its error output.
     """
     command = [
         sys.executable,
@@ -41,7 +41,7 @@ def seconds_by_part(arguments: list[str], compile_cache: Path) -> dict[str, floa
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if result.returncode != 0:
         raise EnvironmentMismatchError(
-            f"a run of its own process ended with status {result.returncode}: {result.stderr}"
+            f"the run's process exited with status {result.returncode}: {result.stderr}"
         )
     durations: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return durations
@@ -49,7 +49,7 @@ def seconds_by_part(arguments: list[str], compile_cache: Path) -> dict[str, floa
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     (config,) = load_sides([options.config], overrides, num_ranks=1).values()
-    # Once and for all; preparing it is no part of starting.
+    # Prepared here, so that the measured start does not include it.
     open_corpus(config.data, is_main=True)
     side = read_side(options.config)
     words = [
@@ -64,29 +64,25 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
             for name in ("cold cache", "warm cache")
         }
     rows: list[tuple[str, ...]] = [("s", *starts, "")]
-    rows += [
-        ("", *(f"{of_start[part]:.2f}" for of_start in starts.values()), part) for part in PARTS
-    ]
+    rows += [("", *(f"{seconds[part]:.2f}" for seconds in starts.values()), part) for part in PARTS]
     first_step = PARTS[: PARTS.index("first step") + 1]
-    totals = {name: sum(of_start[part] for part in first_step) for name, of_start in starts.items()}
+    totals = {name: sum(seconds[part] for part in first_step) for name, seconds in starts.items()}
     rows.append(
         ("", *(f"{total:.2f}" for total in totals.values()), "to the end of the first step")
     )
     record: dict[str, JsonValue] = {
-        name: {"parts_s": dict(of_start), "to_first_step_s": totals[name]}
-        for name, of_start in starts.items()
+        name: {"parts_s": dict(seconds), "to_first_step_s": totals[name]}
+        for name, seconds in starts.items()
     }
     return Measurement(aligned(rows), {"startup": record})
 
 
 STARTUP = Command(
     name="startup",
-    summary="time a run's way to its first step, with and without compiled code at hand",
-    description="Starts a configuration's run twice in processes of their own, first with an empty "
-    "cache of compiled code and "
-    "then with what the first has left, and splits the time to the end of the first step into its "
-    "parts. The corpus "
-    "is prepared before.",
+    summary="time a run's start up to its first step, with a cold and a warm compile cache",
+    description="Starts a configuration's run in two new processes, first with a cold and then "
+    "with a warm compile cache, and prints the time of each part up to the first step. Prepares "
+    "the corpus before.",
     add_arguments=add_config,
     measure=_measure,
 )

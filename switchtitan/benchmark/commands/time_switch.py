@@ -1,4 +1,4 @@
-"""`switchtitan benchmark switch`: what SwitchLoRA's switches cost in a training run."""
+"""`switchtitan benchmark switch`: costs of SwitchLoRA's switches in a training run."""
 
 import argparse
 from collections.abc import Mapping
@@ -38,12 +38,11 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
 
 
 def _table(costs: Mapping[str, SwitchCosts]) -> list[str]:
-    """One line for each configuration; ratio and interval are to the same run with nothing to
-    switch."""
+    """Formats one line per configuration; ratios are to the same run without switches."""
     rows: list[tuple[str, ...]] = [
         (
-            "ms/switch", "99 %", "99 %/median", "% of step", "ms/step", "ratio", "95 % interval", "vectors", "operations",
-            "collectives", "",
+            "ms/switch", "99 %", "99 %/median", "% of step", "ms/step", "ratio", "95 % interval",
+            "vectors", "operations", "collectives", "",
         )
     ]  # fmt: skip
     for name, of_side in costs.items():
@@ -85,11 +84,9 @@ def _record(costs: SwitchCosts) -> dict[str, JsonValue]:
 SWITCH = Command(
     name="switch",
     summary="time SwitchLoRA's switches inside training steps",
-    description="Times the switches of SwitchLoRA inside training steps, and the same runs with "
-    "nothing to switch (what is "
-    "done in every step whether or not something is due stays in), in alternation and in one "
-    "process; counts vectors, "
-    "operations and collectives of the switches of one step, the last of warm-up.",
+    description="Times SwitchLoRA's switches inside training steps, and the same runs without "
+    "switches (the fixed work of each step remains), in alternation in one process. Counts "
+    "vectors, operations and collectives of the switches in the last warm-up step.",
     add_arguments=_add_arguments,
     measure=_measure,
 )

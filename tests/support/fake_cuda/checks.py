@@ -1,4 +1,4 @@
-"""What the tests ask of steps on fake CUDA tensors; each function runs in a process of its own."""
+"""Checks of steps on fake CUDA tensors; each function runs in a new process."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ NUM_STEPS = 2
 def blocking_copies(
     folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
 ) -> dict[str, dict[str, list[str]]]:
-    """What the host waits for in the steps of each case after the first: blocking copies, and other waits.
+    """Returns blocking copies and other waits in the steps of each case after the first.
 
     Args:
-        cases: by name, the method and settings as on the command line.
+        cases: by name, the method and overrides as on the command line.
     """
     results = {}
     for name, (method, *settings) in cases.items():
@@ -36,7 +36,7 @@ def blocking_copies(
 
 
 def planted_blocking_copies(folder: str) -> dict[str, list[str]]:
-    """What is found if an optimizer's step does what makes the host wait."""
+    """Returns the blocking copies found for operations known to block or not."""
     plants = {
         "number": lambda table: table.__setitem__(3, 5),
         "pageable": lambda table: torch.ones(4, dtype=torch.int32).to(
@@ -63,14 +63,14 @@ def planted_blocking_copies(folder: str) -> dict[str, list[str]]:
 def kernels_of_switches(
     folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
 ) -> dict[str, dict[str, int]]:
-    """The kernels of a step's switch in each case by operation; of a fold for each layer, "addmm_"."""
+    """Returns the kernels of a step's switch by case and operation; "addmm_" is a layer's fold."""
     results = {}
     for name, settings in cases.items():
         config = tiny_config(Path(folder), "switchlora", *settings, num_ranks=num_ranks)
         with fake_cuda_stepper(config, num_ranks, rank) as stepper:
             optimizer = stepper.optimizer
             assert isinstance(optimizer, SwitchLoraOptimizer)
-            # The step before fetches this one's candidates, if they are in host memory.
+            # The previous step prefetches this step's candidates if they are in host memory.
             optimizer.switch()
             with CountKernels() as kernels:
                 optimizer.switch()

@@ -15,21 +15,21 @@ from switchtitan.distributed.count_collectives import CountingMode
 
 _PROJECT = Path(switchtitan.__file__).parent
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
-# They take shapes from a tensor, no values.
+# They read a tensor's shape, not its values.
 _ALLOCATIONS = ("aten::empty_like", "aten::new_empty", "aten::new_empty_strided")
-# These copy even a number of the host's to the device.
+# These copy even a host scalar to the device.
 _COPYING_NUMBERS = ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
 
 
 class FindBlockingCopies(CountingMode):
-    """A context that notes every operation between host and device for which the host waits.
+    """A context that records every operation between host and device for which the host waits.
 
-    It waits for a copy unless the copy is asked not to block and the host's memory is page-locked, and for a device operation
-    with a tensor of the host, which is copied first. A number of the host's, a tensor without dimensions, is passed to a kernel
-    as an argument.
+    The host waits for a copy unless it is non-blocking with page-locked host memory, and for a
+    device operation with a host tensor, which is copied first. A host scalar (a 0-dim tensor) is a
+    kernel argument.
 
     Attributes:
-        found: the operation, and the line of the project that calls it.
+        found: each operation, and the project's line that calls it.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class FindBlockingCopies(CountingMode):
 
 
 def _passes(func: Any, args: tuple, kwargs: Mapping[str, Any], tensors: list[Tensor]) -> bool:
-    """Whether the host goes on at once."""
+    """Whether the host does not wait."""
     name = func.name().split(".")[0]
     if name in _ALLOCATIONS:
         return True
@@ -66,7 +66,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _line() -> str:
-    """The innermost line of the project that is not this context's own."""
+    """The innermost line of the project outside this context."""
     frames = [
         f"{Path(frame.filename).relative_to(_PROJECT)}:{frame.lineno}"
         for frame in traceback.extract_stack()

@@ -1,5 +1,5 @@
-// What torch's CPU build lacks to run fake CUDA tensors: a guard that knows one device, and hooks that own up to it.
-// Neither does anything, since fake tensors have no memory and run no kernels.
+// Parts that torch's CPU build lacks for fake CUDA tensors: a guard for one device, and hooks that
+// report it. They do nothing, since fake tensors have no memory and run no kernels.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -17,7 +17,7 @@ c10::Stream theStream() {
   return c10::Stream(c10::Stream::DEFAULT, theDevice());
 }
 
-// The base class answers "device -1" to questions about the current device and stream, which autograd refuses.
+// The base class returns "device -1" as current device and stream, which autograd refuses.
 class OneDeviceGuard final : public c10::impl::NoOpDeviceGuardImpl<kCuda> {
  public:
   c10::Device getDevice() const override {

@@ -1,4 +1,4 @@
-"""How many kernels torch launches on CUDA for what it is asked."""
+"""Counts the kernels that torch would launch on CUDA."""
 
 import math
 from collections import Counter
@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from switchtitan.distributed.count_collectives import CountingMode
 
-# Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by the number of lists.
+# Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
+# lists.
 _TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _BLOCKS_PER_LAUNCH = 320
 _ELEMENTS_PER_BLOCK = 65536
@@ -29,10 +30,10 @@ _NO_KERNEL = {
 
 
 class CountKernels(CountingMode):
-    """A context that counts the kernels that operations would launch on CUDA, collectives and copies among them.
+    """A context that counts kernels that would launch on CUDA, including collectives and copies.
 
-    One for each operation that is no view and no bare allocation; an operation on lists of tensors takes a few, or one for each
-    entry where torch's fast path does not apply.
+    Counts one for each operation except views and allocations. An operation on lists of tensors
+    launches a few, or one per entry if torch's fast path does not apply.
 
     Attributes:
         counts: by the name of the operation; lists also say "fast" or "slow".
@@ -70,7 +71,10 @@ def _is_list_of_tensors(argument: object) -> bool:
 
 
 def _takes_fast_path(lists: list[list[Tensor]]) -> bool:
-    """Each list of one dtype, all tensors dense, and entries of one place alike (aten/src/ATen/native/ForeachUtils.h)."""
+    """Whether each list has one dtype, all tensors are dense, and entries of a position match.
+
+    (aten/src/ATen/native/ForeachUtils.h)
+    """
     return (
         all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
         and all(tensor.is_contiguous() for tensors in lists for tensor in tensors)
@@ -88,7 +92,7 @@ def _num_launches(lists: list[list[Tensor]]) -> int:
         for _ in range(math.ceil(tensor.numel() / _ELEMENTS_PER_BLOCK)):
             num_blocks += 1
             if num_blocks == _BLOCKS_PER_LAUNCH:
-                # The tensor that is cut here goes into the next launch too.
+                # The tensor that is split here is also in the next launch.
                 num_launches, num_tensors, num_blocks = num_launches + 1, 1, 0
         if num_tensors == _TENSORS_PER_LAUNCH[len(lists)]:
             num_launches, num_tensors, num_blocks = num_launches + 1, 0, 0

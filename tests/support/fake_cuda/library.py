@@ -1,4 +1,4 @@
-"""Builds the library of `fake_cuda.cpp` once and loads it; imports no torch, which must come after it."""
+"""Builds the library of `fake_cuda.cpp` once and loads it, before torch is imported."""
 
 import ctypes
 import hashlib
@@ -14,18 +14,18 @@ _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
 
 def compiler() -> str | None:
-    """The C++ compiler, from $CXX or the path; None if there is none."""
+    """The C++ compiler, from $CXX or $PATH; None if not found."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def load() -> None:
-    """Gives the torch that this process will import a CUDA device that does nothing."""
+    """Adds a CUDA device that does nothing to the torch that this process imports later."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
     torch_folder = Path(spec.origin).parent
     library = _build(torch_folder)
-    # Their symbols are visible to the library only if they are loaded globally.
+    # Loaded globally, since the library needs their symbols.
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -14,15 +14,15 @@ from support.fake_cuda import library
 
 needs_compiler = pytest.mark.skipif(
     library.compiler() is None or sys.platform != "linux",
-    reason="fake CUDA needs Linux and a C++ compiler (g++, or what $CXX names): neither builds torch's device guard",
+    reason="fake CUDA requires Linux and a C++ compiler (g++ or $CXX)",
 )
 
 
 def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> Any:
-    """What `check(*arguments)` returns, called in a new process; arguments and result go as JSON.
+    """Returns `check(*arguments)`, called in a new process; arguments and result are JSON.
 
     Args:
-        check: a function of a module that can be imported by its name.
+        check: a function of an importable module.
 
     Raises:
         AssertionError: with its output, if the process fails.
@@ -45,7 +45,7 @@ def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 300
 
 def _main() -> None:
     library.load()
-    # Only now torch.
+    # Imports torch, after the library.
     from support.fake_cuda import python_api
 
     python_api.install()

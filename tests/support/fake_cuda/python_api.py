@@ -1,4 +1,4 @@
-"""The functions of `torch.cuda` that training calls, for one device that does nothing."""
+"""Functions of `torch.cuda` that training calls, for one device that does nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class PinnedMemory:
-    """Which host tensors are page-locked: fake tensors cannot say so themselves."""
+    """The page-locked host tensors: fake tensors do not have this flag."""
 
     def __init__(self) -> None:
         self._tensors: WeakSet[Tensor] = WeakSet()
@@ -24,7 +24,7 @@ class PinnedMemory:
 
 pinned_memory = PinnedMemory()
 host_waits: list[str] = []
-"""Calls for which the host waits for the device, since it was last cleared."""
+"""Calls for which the host waits for the device, since the last clear."""
 
 
 class FakeEvent:
@@ -86,7 +86,7 @@ def _pin_memory(tensor: Tensor, device: object = None) -> Tensor:
 
 
 def install() -> None:
-    """Puts the functions into `torch.cuda`, for the rest of this process."""
+    """Replaces the functions of `torch.cuda` for the rest of this process."""
     functions = {
         "Stream": FakeStream,
         "Event": FakeEvent,

@@ -19,9 +19,9 @@ from switchtitan.training.stepper import Stepper
 
 @contextmanager
 def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[Stepper]:
-    """The stepper of one of `num_ranks` ranks, each with a CUDA device, good for steps inside the context.
+    """Yields the stepper of one of `num_ranks` ranks with a CUDA device each.
 
-    The process must have loaded the library before torch, and `python_api` must be installed.
+    Load the library before torch, and install `python_api`. Run steps inside the context.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
@@ -37,7 +37,7 @@ def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[
 
 
 def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
-    """Micro-batches in page-locked memory, as the data loader gives them where there is a GPU."""
+    """Yields micro-batches in page-locked memory, as the data loader does with a GPU."""
     shape = config.training.local_batch_size, config.data.seq_len
     num_micro_batches = config.training.global_batch_size // (
         num_ranks * config.training.local_batch_size

@@ -1,4 +1,4 @@
-"""What is estimated without hardware is what real ranks use, and what formulas say."""
+"""Estimates without hardware equal measurements on real ranks, and formulas."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +24,10 @@ from switchtitan.models import MODELS
 from switchtitan.training.stepper import Stepper
 
 SEQ_LEN = 16
-WHOLE = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
+REPLICATED = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
 NUM_PROFILED_STEPS = 5
-"""In some of them a process group lets go of what it has reduced only when more has been allocated:
-4 % of this model's peak. The least of all is that of a step in which it did not."""
+"""In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
+minimum is that of a step in which it does not."""
 
 
 def num_bytes(tensors: Sequence[Tensor]) -> int:
@@ -35,7 +35,7 @@ def num_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def kept_state(optimizer: TrainingOptimizer) -> list[Tensor]:
-    """What an optimizer's state_dict gives without making it for the occasion."""
+    """Tensors of an optimizer's state_dict that it does not create for the call."""
     first, second = optimizer.state_dict(), optimizer.state_dict()
     return [
         tensor
@@ -45,7 +45,7 @@ def kept_state(optimizer: TrainingOptimizer) -> list[Tensor]:
 
 
 def count_state(stepper: Stepper) -> dict[str, int]:
-    """Bytes of what a real stepper holds, by kind, from its tensors; takes a step."""
+    """Bytes of a real stepper's tensors by kind; runs a step."""
     parameters = list(stepper.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     counted = {
@@ -77,13 +77,12 @@ def check_estimates(
         counted = count_state(stepper)
         # Other ranks' shards may be smaller.
         if rank == 0:
-            # Where and when tensors come and go does not depend on their values.
+            # Allocation and release do not depend on values.
             assert measured.memory.at_peak == estimate.memory.at_peak, method
-            # A real process group lets go of what it has reduced when it gets to it.
+            # A real process group frees reduced tensors asynchronously.
             lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
             assert lasting.items() <= estimate.memory.most.items(), method
-            # What belongs to no checkpoint: a learning rate in fp32, a flag, and a number for each
-            # factor.
+            # Not in a checkpoint: a learning rate in fp32, a flag, and a number for each factor.
             num_factors = sum("lora_" in name for name, _ in stepper.model.named_parameters())
             counted["optimizer"] += 4 + 1 + 8 * num_factors if counted["buffers"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
@@ -95,11 +94,9 @@ def check_estimates(
             expected_bytes = estimate.memory.peak - sum(
                 estimate.memory.most[kind] for kind in lasting_kinds
             )
-            # Two numbers of 8 bytes and one of 4 for each token of a batch, which an estimate
-            # leaves out.
+            # Two numbers of 8 bytes and one of 4 for each token of a batch, not in an estimate.
             batches = config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
-            # Besides scalars: 1 %. A CPU's products in bf16 take memory of their own, which an
-            # estimate leaves out.
+            # 1 % for scalars. A CPU's products in bf16 allocate workspaces, not in an estimate.
             tolerance = 0.05 if config.training.dtype == "bfloat16" else 0.01
             assert allocated == pytest.approx(expected_bytes + batches, rel=tolerance), method
         stepper.close()
@@ -109,12 +106,12 @@ def check_estimates(
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "sides"),
-    [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *WHOLE)])],
+    [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *REPLICATED)])],
 )
-def test_real_ranks_hold_send_and_compute_what_was_estimated(
+def test_real_ranks_hold_send_and_compute_the_estimates(
     corpora: Path, num_ranks: int, sides: list[tuple[str, ...]]
 ) -> None:
-    """Each side is a method and settings."""
+    """Each side is a method with overrides."""
     expected = {
         side: estimate_step(tiny_config(corpora / "fake", *side, num_ranks=num_ranks), num_ranks)
         for side in sides
@@ -122,14 +119,14 @@ def test_real_ranks_hold_send_and_compute_what_was_estimated(
     run_on_ranks(num_ranks, check_estimates, corpora, num_ranks, expected)
 
 
-def test_full_rank_takes_the_operations_of_the_formula(tmp_path: Path) -> None:
+def test_full_rank_flops_equal_the_formula(tmp_path: Path) -> None:
     estimate = estimate_step(tiny_config(tmp_path, "full_rank", num_ranks=2), 2)
     assert estimate.forward_backward_flops == estimate.full_rank_flops
     assert estimate.flops_ratio == 1
 
 
 @pytest.mark.parametrize(("local_batch_size", "contraction"), [(1, factored), (2, merged)])
-def test_low_rank_layers_take_the_operations_of_their_contraction(
+def test_low_rank_flops_equal_those_of_the_contraction(
     tmp_path: Path, local_batch_size: int, contraction: object
 ) -> None:
     num_micro_batches, rank = 2, 6
@@ -147,7 +144,7 @@ def test_low_rank_layers_take_the_operations_of_their_contraction(
         for name, module in plain.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
-    # At least the square layers: of the three contractions, the cheapest for so many tokens.
+    # The square layers at least: the cheapest of the three contractions for this many tokens.
     assert cheapest_contraction(20, 20, rank, num_tokens) is contraction
     extra = sum(
         num_flops(cheapest_contraction(*shape, rank, num_tokens), *shape, rank, num_tokens)
@@ -166,7 +163,7 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
     assert memory.most["optimizer"] == memory.most["trained"]
 
 
-def test_activation_checkpointing_trades_memory_for_operations(tmp_path: Path) -> None:
+def test_activation_checkpointing_trades_memory_for_flops(tmp_path: Path) -> None:
     plain, checkpointed = (
         estimate_step(tiny_config(tmp_path, "full_rank", "--activation_checkpoint.mode", mode), 1)
         for mode in ("none", "full")
@@ -176,7 +173,7 @@ def test_activation_checkpointing_trades_memory_for_operations(tmp_path: Path) -
     assert checkpointed.flops_ratio > plain.flops_ratio
 
 
-def test_block_inputs_in_host_memory_are_in_no_sum(tmp_path: Path) -> None:
+def test_block_inputs_in_host_memory_are_not_in_the_sums(tmp_path: Path) -> None:
     kept, offloaded = (
         estimate_step(
             tiny_config(
@@ -195,16 +192,16 @@ def test_block_inputs_in_host_memory_are_in_no_sum(tmp_path: Path) -> None:
     num_bytes = 4 * num_bytes_of_block
     assert kept.most["host"] == 0
     assert offloaded.most["host"] == num_bytes
-    # The last block's is there as well, since it is needed at once.
+    # The last block's input stays on the device, since backward starts with it.
     assert (
         kept.most["activations"] - offloaded.most["activations"] == num_bytes - num_bytes_of_block
     )
     assert offloaded.state == kept.state
-    # In each block's backward pass, its own input and the one before it are there.
+    # During a block's backward pass, its own input and the one before it are on the device.
     assert kept.peak - num_bytes < offloaded.peak <= kept.peak - num_bytes_of_block
 
 
-def test_the_peak_is_no_more_than_the_most_of_each_kind(tmp_path: Path) -> None:
+def test_the_peak_is_at_most_the_sum_of_the_maxima(tmp_path: Path) -> None:
     memory = estimate_step(tiny_config(tmp_path, "switchlora"), 1).memory
     assert all(memory.at_peak[kind] <= memory.most[kind] for kind in memory.most)
     assert memory.state < memory.peak <= sum(memory.most.values())

@@ -1,5 +1,4 @@
-"""A step's communication follows from the parameters, without ranks; real ranks communicate the
-same."""
+"""A step's communication follows from the parameters, and equals that of real ranks."""
 
 from pathlib import Path
 
@@ -24,7 +23,7 @@ NUM_LAYERS = 2
 
 
 def units(config: JobConfig) -> list[list[nn.Parameter]]:
-    """The parameters that FSDP2 gathers together: those of each block, and the rest last."""
+    """Parameters of each FSDP2 unit: one list per block, and the rest last."""
     with torch.device("meta"):
         model = MODELS.build(config.model)
     METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
@@ -37,7 +36,7 @@ def units(config: JobConfig) -> list[list[nn.Parameter]]:
 
 
 def padded_numel(parameters: list[nn.Parameter], num_ranks: int) -> int:
-    """Values that travel: dimension 0 is filled up to equal shards."""
+    """Number of values sent: dimension 0 is padded to equal shards."""
     return sum(
         -(-p.shape[0] // num_ranks) * num_ranks * (p.numel() // p.shape[0]) for p in parameters
     )
@@ -79,7 +78,7 @@ def test_gathers_and_reductions_follow_from_the_parameters(
         num_micro_batches * (gathers_of_block * NUM_LAYERS + 1),
         pytest.approx(num_micro_batches * gathered * bytes_per_value * share),
     )
-    # In fp32, once per step however many micro-batches there are.
+    # In fp32, once per step for any number of micro-batches.
     assert counts["reduce_scatter"] == CollectiveCount(
         NUM_LAYERS + 1,
         pytest.approx(4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share),
@@ -100,8 +99,7 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> Non
     requested = SwitchSchedule(switchlora.method, switchlora.training.steps, len(widths)).requested(
         step - 1
     )
-    # Of both factors, vectors out and in, and the counterparts of the other's; each rank's
-    # checksum.
+    # For both factors: vectors out, vectors in and counterparts; and each rank's checksum.
     num_words = num_ranks + sum(
         3 * count * width for count, width in zip(requested, widths, strict=True)
     )
@@ -116,7 +114,7 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path: Path) -> Non
 
 
 def assert_sent_with_padding(num_bytes: float, passes: float, num_words: int) -> None:
-    """What travels is filled up by an eighth at most, or by 1024 words where it is short."""
+    """Padding is at most an eighth, or 1024 words for short buffers."""
     assert (
         passes * 4 * num_words <= num_bytes <= passes * 4 * (num_words + max(num_words / 8, 1024))
     )
@@ -136,7 +134,7 @@ def test_replicated_frozen_weights_are_not_sent(tmp_path: Path, num_micro_batche
         "--training.global_batch_size",
         str(4 * num_micro_batches),
     )
-    sharded, whole = (
+    sharded, replicated = (
         tiny_config(
             tmp_path,
             "switchlora",
@@ -146,11 +144,11 @@ def test_replicated_frozen_weights_are_not_sent(tmp_path: Path, num_micro_batche
         )
         for frozen_weights in ("shard", "replicate")
     )
-    *blocks, _ = units(whole)
+    *blocks, _ = units(replicated)
     frozen = [[parameter for parameter in block if not parameter.requires_grad] for block in blocks]
     share = (num_ranks - 1) / num_ranks
     before, after = (
-        communication_of_a_step(config, num_ranks, step) for config in (sharded, whole)
+        communication_of_a_step(config, num_ranks, step) for config in (sharded, replicated)
     )
     for kind in ("reduce_scatter", "all_reduce", "broadcast"):
         assert after[kind] == before[kind]
@@ -173,8 +171,7 @@ def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
     counts = communication_of_a_step(config, 4)
     num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
     assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 1, num_bytes / 2)
-    # Shards of half the size between two replicas, beside the norms for clipping, made the same on
-    # all four ranks.
+    # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
     norms = 4 * sum(map(len, units(config))) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
 
@@ -202,7 +199,7 @@ def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_compiled_run_counts_its_third_step_and_compiles_nothing_for_it(corpora: Path) -> None:
+def test_a_compiled_run_counts_its_third_step_without_recompilation(corpora: Path) -> None:
     expected = communication_of_a_step(
         tiny_config(corpora / "fake", "switchlora", num_ranks=2), 2, step=3
     )

@@ -1,5 +1,4 @@
-"""Steps of several configurations are timed in alternation, without compiling, and leave nothing
-behind."""
+"""Steps of several configurations are timed in alternation, without compiling or leaving files."""
 
 import gc
 from collections.abc import Iterator
@@ -29,21 +28,21 @@ def num_compilations() -> int:
     return len(compilation_time_metrics.get("_compile.compile_inner", []))
 
 
-def test_every_step_is_timed_and_its_parts_fit_into_it(corpora: Path) -> None:
+def test_every_step_is_timed_and_is_longer_than_its_parts(corpora: Path) -> None:
     folder = corpora / "timed"
     configs = {
         method: tiny_config(folder, method) for method in ("full_rank", "lora", "switchlora")
     }
     times = time_steps_side_by_side(configs, rounds=3, steps_per_round=2)
     assert list(times) == list(configs)
-    for of_method in times.values():
-        assert of_method.step_s.shape == (3, 2)
-        assert of_method.tokens_per_step == 8 * 16
-        assert (of_method.forward_backward_s > 0).all()
-        assert (of_method.optimizer_s > 0).all()
-        parts = of_method.forward_backward_s + of_method.optimizer_s
-        # What is left is the step's end: gradients are freed.
-        assert (of_method.step_s > parts).all()
+    for measured in times.values():
+        assert measured.step_s.shape == (3, 2)
+        assert measured.tokens_per_step == 8 * 16
+        assert (measured.forward_backward_s > 0).all()
+        assert (measured.optimizer_s > 0).all()
+        parts = measured.forward_backward_s + measured.optimizer_s
+        # The rest is the end of the step, which frees gradients.
+        assert (measured.step_s > parts).all()
     assert not (folder / "run").exists()
     assert not dist.is_initialized()
 
@@ -66,7 +65,7 @@ def test_python_collects_no_garbage_in_a_timed_step(
     assert gc.isenabled()
 
 
-def test_turns_change_places_from_round_to_round(
+def test_the_order_alternates_from_round_to_round(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = corpora / "places"
@@ -86,7 +85,7 @@ def test_turns_change_places_from_round_to_round(
     names = list(configs)
     assert turns[side_by_side.WARM_UP_STEPS * len(names) :] == [*names, *reversed(names), *names]
     assert list(times) == names
-    assert all(of_side.step_s.shape == (3, 1) for of_side in times.values())
+    assert all(of_one.step_s.shape == (3, 1) for of_one in times.values())
 
 
 def test_a_timed_step_that_is_skipped_is_refused(
@@ -103,19 +102,20 @@ def test_a_timed_step_that_is_skipped_is_refused(
 
     monkeypatch.setattr(side_by_side.Bench, "run", spoiled_run)
     with pytest.raises(
-        UserError, match=r"tiny one: a step without an update cannot be timed, and step 3 was"
+        UserError, match=r"tiny one: step 3 cannot be timed: its update was skipped"
     ):
         time_steps_side_by_side({"tiny one": config}, rounds=2, steps_per_round=2)
     assert not dist.is_initialized()
 
 
 @pytest.mark.slow
-def test_alternating_compiled_models_compiles_nothing_anew(
+def test_alternating_compiled_models_recompiles_nothing(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks and batches differ, so each configuration has graphs of its own for the functions that
-    both share: five shapes of factors each, more than torch.compile keeps of a function by
-    default."""
+    """Ranks and batches differ, so shared functions have separate graphs for each configuration.
+
+    Each has five shapes of factors: more graphs than torch.compile keeps per function by default.
+    """
     folder = corpora / "alternated"
     configs = {
         f"rank {rank}, batch {batch}": tiny_config(
@@ -143,7 +143,7 @@ def test_alternating_compiled_models_compiles_nothing_anew(
     assert len(times) == 2
 
 
-def test_a_run_shorter_than_what_is_timed_is_refused(corpora: Path) -> None:
+def test_a_run_shorter_than_the_timed_steps_is_refused(corpora: Path) -> None:
     config = tiny_config(corpora / "short", "lora", "--training.steps", "22")
     with pytest.raises(
         ConfigError, match=r"tiny one: \[training\] steps = 22: expected at least 23"

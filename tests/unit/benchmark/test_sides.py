@@ -1,4 +1,4 @@
-"""A command line names several configurations, and what is different on each side."""
+"""A command line names several configurations, with overrides for each side."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from switchtitan.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("text", "side"),
+    ("argument", "side"),
     [
         ("a.toml", Side("a.toml", {})),
         ("a.toml:method.rank=64", Side("a.toml", {"method.rank": ["64"]})),
@@ -21,12 +21,15 @@ from switchtitan.errors import ConfigError
         ("odd:name.toml:job.name=a=b", Side("odd:name.toml", {"job.name": ["a=b"]})),
     ],
 )
-def test_a_side_is_a_file_and_what_differs(text: str, side: Side) -> None:
-    assert read_side(text) == side
+def test_a_side_is_a_file_with_overrides(argument: str, side: Side) -> None:
+    assert read_side(argument) == side
 
 
-def test_keys_are_told_from_the_programs_own_words() -> None:
-    argv = "step a b --rounds 3 --training.steps 9 --optimizer.betas 0.9 0.95 --data.seq_len=8 c --steps-per-round 2"
+def test_overrides_are_separated_from_the_programs_arguments() -> None:
+    argv = (
+        "step a b --rounds 3 --training.steps 9 --optimizer.betas 0.9 0.95 --data.seq_len=8 c "
+        "--steps-per-round 2"
+    )
     own, overrides = split_overrides(argv.split())
     assert own == ["step", "a", "b", "--rounds", "3", "c", "--steps-per-round", "2"]
     assert overrides == {
@@ -45,7 +48,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_sides_own_keys_go_over_those_of_all(file: str) -> None:
+def test_a_sides_own_keys_take_precedence(file: str) -> None:
     overrides = {"method.rank": ["3"], "optimizer.betas": ["0.8", "0.9"]}
     sides = load_sides([file, f"{file}:method.rank=5", file], overrides)
     assert list(sides) == [file, f"{file}:method.rank=5", f"{file} (3)"]
@@ -53,6 +56,6 @@ def test_a_sides_own_keys_go_over_those_of_all(file: str) -> None:
     assert {config.optimizer.betas for config in sides.values()} == {(0.8, 0.9)}
 
 
-def test_a_side_that_does_not_fit_its_ranks_is_refused(file: str) -> None:
+def test_a_side_that_does_not_match_the_ranks_is_refused(file: str) -> None:
     with pytest.raises(ConfigError, match="global_batch_size = 8"):
         load_sides([f"{file}:training.local_batch_size=4"], {}, num_ranks=3)

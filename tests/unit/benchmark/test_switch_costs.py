@@ -1,5 +1,4 @@
-"""What switches cost is counted and timed inside training steps, and does not grow with the number
-of vectors."""
+"""Switches are counted and timed inside training steps; costs do not grow with their number."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ def leave_world() -> Iterator[None]:
     stop_world()
 
 
-def test_operations_that_run_nothing_are_not_counted() -> None:
+def test_views_and_allocations_are_not_counted() -> None:
     with CountOperations() as counter:
         matrix = torch.empty(3, 4)
         matrix.zero_()
@@ -50,7 +49,7 @@ def switching_optimizer(
 
 
 def operations_of_switches(num_layers: int, num_per_step: int) -> int:
-    """Of a step in which no ring is at its end."""
+    """Operations of a step in which no ring wraps around."""
     optimizer = switching_optimizer(num_layers, num_per_step)
     with CountOperations() as counter:
         optimizer.switch()
@@ -58,16 +57,15 @@ def operations_of_switches(num_layers: int, num_per_step: int) -> int:
     return counter.num_operations
 
 
-def test_a_switch_of_more_vectors_takes_no_more_operations() -> None:
+def test_switching_more_vectors_needs_no_more_operations() -> None:
     one = operations_of_switches(num_layers=3, num_per_step=1)
     assert operations_of_switches(num_layers=3, num_per_step=8) == one
-    # Of each further layer, the fold into its weight.
+    # One fold into the weight for each further layer.
     assert operations_of_switches(num_layers=5, num_per_step=1) == one + 2
 
 
 class RecordListLayouts(TorchDispatchMode):
-    """Notes for each operation on lists whether all tensors are contiguous, and the dtypes of each
-    argument."""
+    """Records for each foreach operation whether tensors are contiguous, and each list's dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +96,8 @@ def test_lists_of_a_switch_are_contiguous_and_of_one_dtype_each(dtype: torch.dty
     assert recorded.layouts
 
 
-def test_switches_are_timed_within_their_steps_and_beside_steps_without(corpora: Path) -> None:
-    # Later steps than the counted one switch far less.
+def test_switches_are_timed_within_their_steps_and_compared_with_none(corpora: Path) -> None:
+    # Steps after the counted one switch far fewer vectors.
     keys = ("--method.decay", "exponential", "--method.decay_ratio", "0.1")
     config = tiny_config(corpora / "switch-costs", "switchlora", *keys)
     costs = time_switches_side_by_side({"tiny": config}, rounds=2, steps_per_round=3)["tiny"]
@@ -115,12 +113,12 @@ def test_switches_are_timed_within_their_steps_and_beside_steps_without(corpora:
     ]
     trainer.stepper.close()
     assert costs.num_vectors == vectors[WARM_UP_STEPS - 1] > vectors[-1]
-    # One rank alone gathers nothing.
+    # A single rank gathers nothing.
     assert costs.num_collectives == 0
     assert costs.num_operations > 14
 
 
-def test_a_method_that_switches_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_method_without_switches_is_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "lora")
-    with pytest.raises(ConfigError, match=r'\[method\] name = "lora": expected switchlora'):
+    with pytest.raises(ConfigError, match=r"\[method\] name = 'lora': has no switches"):
         time_switches_side_by_side({"tiny": config}, rounds=1, steps_per_round=1)

@@ -1,4 +1,4 @@
-"""Functions are called in turns, and their times come out by name."""
+"""Functions are called in alternation, and timed by name."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from switchtitan.benchmark.timing import WARM_UP_CALLS, time_calls_in_turns
 CPU = torch.device("cpu")
 
 
-def test_turns_change_places_from_round_to_round() -> None:
+def test_the_order_alternates_from_round_to_round() -> None:
     calls: list[str] = []
     sides = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     times = time_calls_in_turns(sides, CPU, rounds=3, calls_per_round=2)
     assert "".join(calls) == "abc" * WARM_UP_CALLS + "aabbcc" + "ccbbaa" + "aabbcc"
     assert list(times) == ["a", "b", "c"]
-    assert all(of_side.shape == (3, 2) and (of_side > 0).all() for of_side in times.values())
+    assert all(seconds.shape == (3, 2) and (seconds > 0).all() for seconds in times.values())
 
 
 def test_a_timed_call_that_compiles_is_refused() -> None:

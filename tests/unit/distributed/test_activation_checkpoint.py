@@ -1,4 +1,4 @@
-"""What blocks keep from the forward to the backward pass under each mode of activation checkpointing."""
+"""Tensors that blocks save for the backward pass in each mode of activation checkpointing."""
 
 import gc
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 class LiveResults(TorchDispatchMode):
-    """Remembers every result of every operation, without keeping it alive."""
+    """Records the results of all operations without keeping them alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class LiveResults(TorchDispatchMode):
         return results
 
     def shapes(self, apart_from: nn.Module) -> set[tuple[int, ...]]:
-        """Of the results that are alive, but those that share memory with a module's tensors."""
+        """Shapes of live results that share no memory with a module's parameters."""
         gc.collect()
         held = {StorageWeakRef(p.untyped_storage()).cdata for p in apart_from.parameters()}
         return {
@@ -77,12 +77,12 @@ def build_model(mode: str, compiled: bool) -> nn.Module:
 
 
 def run(mode: str, compiled: bool) -> tuple[set[tuple[int, ...]], list[Tensor]]:
-    """Shapes that are kept between the passes beside the model's own tensors, and the gradients."""
+    """Shapes saved for the backward pass, without the model's tensors; and the gradients."""
     model = build_model(mode, compiled)
     tokens = torch.randint(31, (7, 16), generator=torch.Generator().manual_seed(0))
     documents = torch.zeros(7, 16, dtype=torch.int32)
     if compiled:
-        # What selective checkpointing keeps is a compiled block's to save; nothing is hidden in a cache.
+        # A compiled block saves the tensors that selective checkpointing keeps.
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             loss = model(tokens, documents).square().sum()
@@ -97,17 +97,17 @@ def run(mode: str, compiled: bool) -> tuple[set[tuple[int, ...]], list[Tensor]]:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_modes_keep_what_they_say_and_give_equal_gradients(compiled):
+def test_modes_save_the_documented_tensors_and_have_equal_gradients(compiled):
     alive, gradients = {}, {}
     for mode in MODES:
         alive[mode], gradients[mode] = run(mode, compiled)
     widest = {(NUM_TOKENS, 28), (7, 16, 28)}
     assert widest & alive["none"]
-    assert widest & alive["selective"], "the MLP's matrix products are to be kept"
+    assert widest & alive["selective"], "the MLP's matrix products must be saved"
     assert not widest & alive["full"]
     for mode in MODES:
-        assert not WEIGHT_SHAPES & alive[mode], "a merged weight is kept"
+        assert not WEIGHT_SHAPES & alive[mode], "a merged weight is saved"
     for mode in ("selective", "full"):
         for ours, plain in zip(gradients[mode], gradients["none"], strict=True):
-            # The same operations; where they are fused otherwise, a few roundings of fp32.
+            # The same operations; other fusions round differently in fp32.
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())

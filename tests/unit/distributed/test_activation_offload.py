@@ -1,4 +1,4 @@
-"""Block inputs wait in host memory from the forward to the backward pass, and nothing else does."""
+"""Only block inputs are in host memory between the forward and the backward pass."""
 
 from collections.abc import Iterator
 
@@ -32,7 +32,7 @@ MODEL = LlamaConfig(
 
 
 class RecordedCopies(HostCopies):
-    """Remembers what is copied, in order: ("out" or "back", the number of the tensor)."""
+    """Records copies in order: ("out" or "back", index of the tensor)."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -82,7 +82,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_are_the_same_and_nothing_is_compiled_again(compiled):
+def test_gradients_are_the_same_without_recompilation(compiled):
     # Partitions as for Inductor, without generating code.
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     model = build_model(counter if compiled else None)
@@ -93,12 +93,12 @@ def test_gradients_are_the_same_and_nothing_is_compiled_again(compiled):
     for _ in range(2):
         for ours, expected in zip(gradients_of(model), kept, strict=True):
             assert torch.equal(ours, expected)
-    assert copies.shapes == [SHAPE] * 2 * NUM_BLOCKS, "more than block inputs, or less"
+    assert copies.shapes == [SHAPE] * 2 * NUM_BLOCKS, "must offload exactly the block inputs"
     assert counter.frame_count == compiled
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
-def test_block_inputs_are_gone_until_they_are_needed(backend):
+def test_block_inputs_are_freed_until_they_are_needed(backend):
     model = build_model(backend)
     on_device: list[StorageWeakRef] = []
 
@@ -111,13 +111,13 @@ def test_block_inputs_are_gone_until_they_are_needed(backend):
 
     model.call_block = lambda *args: remember(default_call_block, *args)
     loss = loss_of(model)
-    assert num_alive() == NUM_BLOCKS, "the test could not see them"
+    assert num_alive() == NUM_BLOCKS, "the test must see the inputs"
     del loss
     on_device.clear()
     offload = CallWithInputOnHost(HostCopies(torch.device("cpu")))
     model.call_block = lambda *args: remember(offload, *args)
     loss = loss_of(model)
-    assert num_alive() == 1, "the last block's, which is needed at once"
+    assert num_alive() == 1, "the last block's input, which backward needs first"
     assert not on_device[-1].expired()
     assert [tuple(tensor.shape) for tensor in offload.tensors_on_host()] == [SHAPE] * NUM_BLOCKS
     loss.backward()
@@ -125,7 +125,7 @@ def test_block_inputs_are_gone_until_they_are_needed(backend):
     assert offload.tensors_on_host() == []
 
 
-def test_each_but_the_last_comes_back_one_block_ahead():
+def test_each_input_but_the_last_is_fetched_one_block_ahead():
     copies = RecordedCopies()
     model = build_model()
     offload = CallWithInputOnHost(copies)
@@ -148,7 +148,7 @@ def test_each_but_the_last_comes_back_one_block_ahead():
     ]
 
 
-def test_a_forward_pass_without_a_backward_pass_leaves_nothing():
+def test_a_forward_pass_without_a_backward_pass_frees_its_inputs():
     model = build_model()
     expected = gradients_of(model)
     model.call_block = CallWithInputOnHost(HostCopies(torch.device("cpu")))
@@ -164,7 +164,7 @@ def test_a_forward_pass_without_a_backward_pass_leaves_nothing():
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
-def test_it_takes_full_checkpointing(tmp_path, mode):
+def test_offload_requires_full_checkpointing(tmp_path, mode):
     with pytest.raises(ConfigError, match=f"offload = true requires mode = 'full', got {mode!r}"):
         tiny_config(
             tmp_path,

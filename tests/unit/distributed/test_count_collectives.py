@@ -1,4 +1,4 @@
-"""Collectives are counted with the bytes that a ring would send."""
+"""Collectives are counted with the bytes of ring algorithms."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from switchtitan.distributed.count_collectives import CollectiveCount, CountCommunication
 
 NUM_RANKS = 5
-WHOLE = 5 * 3 * 4
+FULL = 5 * 3 * 4
 """Bytes of [5, 3] in fp32."""
 
 
@@ -24,7 +24,7 @@ def ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def whole() -> torch.Tensor:
+def full() -> torch.Tensor:
     return torch.zeros(NUM_RANKS, 3)
 
 
@@ -35,22 +35,22 @@ def shard() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("collective", "kind", "bytes_sent"),
     [
-        (lambda: dist.all_gather_into_tensor(whole(), shard()), "all_gather", WHOLE * 4 / 5),
-        (lambda: dist.all_gather(list(whole().split(1)), shard()), "all_gather", WHOLE * 4 / 5),
-        (lambda: dist.reduce_scatter_tensor(shard(), whole()), "reduce_scatter", WHOLE * 4 / 5),
+        (lambda: dist.all_gather_into_tensor(full(), shard()), "all_gather", FULL * 4 / 5),
+        (lambda: dist.all_gather(list(full().split(1)), shard()), "all_gather", FULL * 4 / 5),
+        (lambda: dist.reduce_scatter_tensor(shard(), full()), "reduce_scatter", FULL * 4 / 5),
         (
-            lambda: dist.reduce_scatter(shard(), list(whole().split(1))),
+            lambda: dist.reduce_scatter(shard(), list(full().split(1))),
             "reduce_scatter",
-            WHOLE * 4 / 5,
+            FULL * 4 / 5,
         ),
-        (lambda: dist.all_reduce(whole()), "all_reduce", 2 * WHOLE * 4 / 5),
-        (lambda: dist.all_reduce(whole().bfloat16()), "all_reduce", WHOLE * 4 / 5),
-        (lambda: dist.broadcast(whole(), src=2), "broadcast", WHOLE * 4 / 5),
-        (lambda: dist.gather(shard(), list(whole().split(1)), dst=2), "gather", WHOLE / 5 * 4 / 5),
+        (lambda: dist.all_reduce(full()), "all_reduce", 2 * FULL * 4 / 5),
+        (lambda: dist.all_reduce(full().bfloat16()), "all_reduce", FULL * 4 / 5),
+        (lambda: dist.broadcast(full(), src=2), "broadcast", FULL * 4 / 5),
+        (lambda: dist.gather(shard(), list(full().split(1)), dst=2), "gather", FULL / 5 * 4 / 5),
         (
-            lambda: dist.scatter(shard(), list(whole().split(1)), src=2),
+            lambda: dist.scatter(shard(), list(full().split(1)), src=2),
             "scatter",
-            WHOLE / 5 * 4 / 5,
+            FULL / 5 * 4 / 5,
         ),
     ],
 )
@@ -65,34 +65,34 @@ def test_bytes_are_those_of_a_ring(collective, kind, bytes_sent) -> None:
 def test_a_smaller_group_sends_less() -> None:
     group = dist.new_group([1, 2])
     with CountCommunication() as counter:
-        dist.all_reduce(whole(), group=group)
-    assert counter.counts["all_reduce"] == CollectiveCount(1, WHOLE)
+        dist.all_reduce(full(), group=group)
+    assert counter.counts["all_reduce"] == CollectiveCount(1, FULL)
 
 
-def test_what_tensors_over_ranks_do_by_themselves_is_counted() -> None:
+def test_collectives_of_dtensors_are_counted() -> None:
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
     sharded = DTensor.from_local(shard(), mesh, [Shard(0)])
-    partial = DTensor.from_local(whole(), mesh, [Partial()])
+    partial = DTensor.from_local(full(), mesh, [Partial()])
     with CountCommunication() as counter:
         sharded.full_tensor()
         partial.redistribute(placements=[Shard(0)]).to_local()
         partial.redistribute(placements=[Replicate()]).to_local()
     sent = {kind: count.bytes_sent for kind, count in counter.counts.items()}
-    once = pytest.approx(WHOLE * 4 / 5)
+    once = pytest.approx(FULL * 4 / 5)
     assert sent == {
         "all_gather": once,
         "reduce_scatter": once,
-        "all_reduce": pytest.approx(2 * WHOLE * 4 / 5),
+        "all_reduce": pytest.approx(2 * FULL * 4 / 5),
         "broadcast": 0,
         "gather": 0,
         "scatter": 0,
     }
 
 
-def test_a_backward_pass_is_counted_and_what_is_outside_is_not() -> None:
+def test_only_collectives_inside_are_counted_also_in_backward() -> None:
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
     sharded = DTensor.from_local(shard().requires_grad_(), mesh, [Shard(0)])
-    dist.all_reduce(whole())
+    dist.all_reduce(full())
     loss = sharded.full_tensor(grad_placements=[Partial()]).sum()
     with CountCommunication() as counter:
         loss.backward()
@@ -100,11 +100,11 @@ def test_a_backward_pass_is_counted_and_what_is_outside_is_not() -> None:
     assert counter.counts["all_gather"].num_calls == counter.counts["all_reduce"].num_calls == 0
 
 
-def test_waiting_moves_nothing_and_an_unknown_collective_is_no_silence() -> None:
+def test_barriers_send_nothing_and_unknown_collectives_raise() -> None:
     with CountCommunication() as counter:
         dist.barrier()
         assert set(counter.counts.values()) == {CollectiveCount(0, 0.0)}
-        dist.all_to_all_single(whole(), whole())
+        dist.all_to_all_single(full(), full())
     with pytest.raises(
         NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall"
     ):

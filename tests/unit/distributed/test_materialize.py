@@ -1,4 +1,4 @@
-"""Initial values: each from its own name and the seed, or from given weights."""
+"""Initial values: drawn from the seed and the name, or given."""
 
 import pytest
 import torch
@@ -41,21 +41,21 @@ def test_no_two_tensors_share_their_random_numbers(config):
     assert len(drawn) >= 16
     beginnings = {}
     for name, value in drawn.items():
-        # Bounds differ from layer to layer: compared after scaling. Factors begin as copies of their candidates.
+        # Compared after scaling, since bounds differ by layer. Factors copy candidates.
         if not name.endswith((".lora_a", ".lora_b")):
             beginnings[tuple((value[:20] / value[0]).round(decimals=3).tolist())] = name
     assert len(beginnings) == sum(not name.endswith((".lora_a", ".lora_b")) for name in drawn)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_another_seed_gives_other_values_and_the_same_seed_the_same(config):
+def test_values_depend_on_the_seed(config):
     first, again, other = (values(config, seed) for seed in (1, 1, 2))
     for name, value in first.items():
         assert torch.equal(again[name], value), name
         assert torch.equal(other[name], value) == (value.std() == 0), name
 
 
-def test_full_rank_values_are_the_model_s_own():
+def test_full_rank_values_are_those_of_the_model():
     drawn = values(FullRankConfig(), 5)
     model = MODELS.build(MODEL)
     for name, value in drawn.items():
@@ -65,7 +65,7 @@ def test_full_rank_values_are_the_model_s_own():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_given_weights_are_what_the_model_starts_as(config):
+def test_given_weights_are_the_initial_weights(config):
     given = values(FullRankConfig(), 7)
     with torch.device("meta"):
         model = MODELS.build(MODEL)

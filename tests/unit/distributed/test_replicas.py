@@ -1,4 +1,4 @@
-"""Whether ranks still hold the same bits is seen from a number for each tensor."""
+"""A fingerprint of each tensor shows whether ranks hold the same bits."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from switchtitan.distributed.replicas import check_replicas, fingerprint
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(7, 5), (1, 9), (11,)])
-def test_a_fingerprint_sees_every_value_and_its_place(
+def test_a_fingerprint_depends_on_every_value_and_its_position(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -28,5 +28,5 @@ def test_a_fingerprint_sees_every_value_and_its_place(
             assert fingerprint(swapped.view(shape)) != own or flat[first] == flat[second]
 
 
-def test_a_process_alone_has_nothing_to_compare() -> None:
+def test_a_single_process_has_nothing_to_compare() -> None:
     check_replicas({"weight": torch.zeros(2, 3)})

@@ -1,4 +1,4 @@
-"""What is drawn depends on the seed and the place alone."""
+"""Random numbers depend only on the seed and the name or step."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def leave_world() -> Iterator[None]:
     stop_world()
 
 
-def test_a_generator_is_its_seed_and_name_whatever_was_drawn_before():
+def test_a_generator_depends_only_on_seed_and_name():
     def draw(seed: int, name: str) -> list[float]:
         return torch.rand(3, generator=generator_for(seed, name)).tolist()
 
@@ -30,7 +30,7 @@ def test_a_generator_is_its_seed_and_name_whatever_was_drawn_before():
     assert len({tuple(draw(seed, name)) for seed in (1, 2) for name in ("a", "b", "1:a")}) == 6
 
 
-def test_dropout_differs_between_seeds_batches_and_ranks_and_not_otherwise():
+def test_dropout_depends_only_on_seed_batch_and_rank():
     def draw(*place: int) -> tuple[float, ...]:
         seed_dropout(*place)
         return tuple(torch.rand(3).tolist())
@@ -44,7 +44,7 @@ def test_dropout_differs_between_seeds_batches_and_ranks_and_not_otherwise():
 def losses_with_dropout(
     folder: Path, num_steps: int, dropout: tuple[str, str] = DROPOUT
 ) -> list[float]:
-    # What the process drew before must not matter.
+    # Earlier draws of the process must not matter.
     torch.seed()
     trainer = tiny_trainer(folder, "switchlora", *dropout)
     losses = train_steps(trainer, num_steps)
@@ -55,15 +55,15 @@ def losses_with_dropout(
     return losses
 
 
-def test_a_run_with_dropout_goes_on_from_a_checkpoint_bitwise(corpora):
+def test_a_run_with_dropout_resumes_bitwise(corpora):
     straight = losses_with_dropout(corpora / "dropout", 9)
     first = losses_with_dropout(corpora / "dropout-resumed", 4)
     assert first + losses_with_dropout(corpora / "dropout-resumed", 5) == straight
     without = losses_with_dropout(corpora / "dropout-none", 1, NO_DROPOUT)
-    assert without != straight[:1], "dropout did nothing"
+    assert without != straight[:1], "dropout has no effect"
 
 
-def test_an_evaluation_in_between_changes_nothing_of_training(corpora):
+def test_an_evaluation_does_not_change_training(corpora):
     losses = []
     for name, evaluated in (("quiet", False), ("evaluated", True)):
         torch.seed()

@@ -1,4 +1,4 @@
-"""No step of any method makes the host wait for a CUDA device: a step on fake CUDA tensors copies nothing that blocks."""
+"""No method's step makes the host wait: fake CUDA tensors show no blocking copy."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ pytestmark = needs_compiler
 
 ON_HOST = ("--method.candidates_device", "host")
 REPLICATED = ("--parallelism.frozen_weights", "replicate")
-# A reset, or a new basis, in every other step.
+# A reset, or a new basis, every second step.
 RESETS = ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1")
 CASES = {method: [method] for method in METHOD_KEYS} | {
     "bf16 candidates": ["switchlora", "--method.candidates_dtype", "bfloat16"],
@@ -31,14 +31,14 @@ CASES = {method: [method] for method in METHOD_KEYS} | {
 def test_no_step_of_any_method_makes_the_host_wait(tmp_path: Path, rank: int) -> None:
     found = run_check(checks.blocking_copies, str(tmp_path), CASES, 4, rank)
     assert found.keys() == CASES.keys()
-    # Vectors of the step before the last, which have left the device long since, are written to their buffers.
+    # Writes vectors of the step before the last, already copied to the host, to their buffers.
     waits = found["candidates on the host"].pop("waits")
     assert set(waits) == {"Event.synchronize"}
     assert len(waits) <= checks.NUM_STEPS
     assert {name: case for name, case in found.items() if any(case.values())} == {}
 
 
-def test_what_blocks_is_found(tmp_path: Path) -> None:
+def test_blocking_copies_are_found(tmp_path: Path) -> None:
     found = run_check(checks.planted_blocking_copies, str(tmp_path))
     assert {name for name, copies in found.items() if copies} == {
         "number",

@@ -1,4 +1,4 @@
-"""On CUDA a switch launches a fold for each layer and a few kernels for all the rest."""
+"""On CUDA a switch launches one fold per layer and a few other kernels."""
 
 from pathlib import Path
 
@@ -37,6 +37,7 @@ def test_only_folds_grow_with_the_number_of_layers(tmp_path: Path) -> None:
             assert not any("slow" in operation for operation in counts), counts
             others.append(sum(counts.values()) - counts["addmm_"])
         shallow, deep = others
-        # A launch takes 64 pairs of tensors or 110 tensors, and a layer adds 12 pairs and 4 tensors at most.
+        # A launch takes 64 pairs of tensors or 110 tensors; a layer adds at most 12 pairs and 4
+        # tensors.
         assert 0 <= deep - shallow <= 2 * LINEARS_PER_BLOCK / 4, variant
         assert deep <= MOST_OTHER_KERNELS, (variant, counts)
