@@ -21,18 +21,20 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
         ("ms/step", "quartiles", "to update", "update", "tokens/s", "ratio", "95 % interval", "")
     ]
     reference = next(iter(times.values()))
-    for name, of_side in times.items():
-        low, high = of_side.quartiles_s
+    for name, side_times in times.items():
+        low, high = side_times.quartiles_s
         ratio, interval = (
-            ("1", "") if of_side is reference else ratio_cells(ratio_of_steps(of_side, reference))
+            ("1", "")
+            if side_times is reference
+            else ratio_cells(ratio_of_steps(side_times, reference))
         )
         rows.append(
             (
-                milliseconds(of_side.median_s),
+                milliseconds(side_times.median_s),
                 f"{milliseconds(low)}-{milliseconds(high)}",
-                milliseconds(float(np.median(of_side.forward_backward_s))),
-                milliseconds(float(np.median(of_side.optimizer_s))),
-                format_count(of_side.tokens_per_s),
+                milliseconds(float(np.median(side_times.forward_backward_s))),
+                milliseconds(float(np.median(side_times.optimizer_s))),
+                format_count(side_times.tokens_per_s),
                 ratio,
                 interval,
                 name,
@@ -46,15 +48,15 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
     the ratio to the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
-    for name, of_side in times.items():
-        ratio = ratio_of_steps(of_side, reference)
+    for name, side_times in times.items():
+        ratio = ratio_of_steps(side_times, reference)
         record[name] = {
-            "step_s": of_side.median_s,
-            "step_quartiles_s": list(of_side.quartiles_s),
-            "forward_backward_s": float(np.median(of_side.forward_backward_s)),
-            "optimizer_s": float(np.median(of_side.optimizer_s)),
-            "tokens_per_s": of_side.tokens_per_s,
-            "round_medians_s": np.median(of_side.step_s, axis=1).tolist(),
+            "step_s": side_times.median_s,
+            "step_quartiles_s": list(side_times.quartiles_s),
+            "forward_backward_s": float(np.median(side_times.forward_backward_s)),
+            "optimizer_s": float(np.median(side_times.optimizer_s)),
+            "tokens_per_s": side_times.tokens_per_s,
+            "round_medians_s": np.median(side_times.step_s, axis=1).tolist(),
             "ratio": ratio.value,
             "ratio_interval_95": [ratio.low, ratio.high],
         }
@@ -65,13 +67,15 @@ def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
     """Formats one line per function from seconds [rounds, calls]; ratios are to the first."""
     rows = [("ms/call", "quartiles", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
-    for name, of_side in times.items():
-        low, high = np.quantile(of_side, [0.25, 0.75])
+    for name, side_times in times.items():
+        low, high = np.quantile(side_times, [0.25, 0.75])
         ratio, interval = (
-            ("1", "") if of_side is reference else ratio_cells(ratio_of_rounds(of_side, reference))
+            ("1", "")
+            if side_times is reference
+            else ratio_cells(ratio_of_rounds(side_times, reference))
         )
         quartiles = f"{milliseconds(float(low))}-{milliseconds(float(high))}"
-        rows.append((milliseconds(float(np.median(of_side))), quartiles, ratio, interval, name))
+        rows.append((milliseconds(float(np.median(side_times))), quartiles, ratio, interval, name))
     return aligned(rows)
 
 
@@ -80,12 +84,12 @@ def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue
     ratio to the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
-    for name, of_side in times.items():
-        ratio = ratio_of_rounds(of_side, reference)
+    for name, side_times in times.items():
+        ratio = ratio_of_rounds(side_times, reference)
         record[name] = {
-            "call_s": float(np.median(of_side)),
-            "call_quartiles_s": np.quantile(of_side, [0.25, 0.75]).tolist(),
-            "round_medians_s": np.median(of_side, axis=1).tolist(),
+            "call_s": float(np.median(side_times)),
+            "call_quartiles_s": np.quantile(side_times, [0.25, 0.75]).tolist(),
+            "round_medians_s": np.median(side_times, axis=1).tolist(),
             "ratio": ratio.value,
             "ratio_interval_95": [ratio.low, ratio.high],
         }
@@ -100,10 +104,10 @@ def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
         if any(c[kind].num_calls for c in counts.values())
     ]
     rows = [("MiB/step", *used, "")]
-    for name, of_side in counts.items():
-        total = sum(count.bytes_sent for count in of_side.values())
+    for name, by_kind in counts.items():
+        total = sum(count.bytes_sent for count in by_kind.values())
         cells = [
-            f"{of_side[kind].bytes_sent / _MIB:.2f} ({of_side[kind].num_calls})" for kind in used
+            f"{by_kind[kind].bytes_sent / _MIB:.2f} ({by_kind[kind].num_calls})" for kind in used
         ]
         rows.append((f"{total / _MIB:.2f}", *cells, name))
     return aligned(rows)
@@ -114,17 +118,17 @@ def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str,
     return {
         name: {
             kind: {"num_calls": count.num_calls, "bytes_sent": count.bytes_sent}
-            for kind, count in of_side.items()
+            for kind, count in by_kind.items()
         }
-        for name, of_side in counts.items()
+        for name, by_kind in counts.items()
     }
 
 
 def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     """Formats two lines per configuration, in GiB: each kind at the peak, and its maximum."""
     rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
-    for name, of_side in estimates.items():
-        memory = of_side.memory
+    for name, estimate in estimates.items():
+        memory = estimate.memory
         at_peak = (memory.at_peak[kind] for kind in KINDS)
         state_at_peak = sum(memory.at_peak[kind] for kind in STATE)
         rows.append(("peak", *map(_gib, (memory.peak, state_at_peak, *at_peak)), name))
@@ -137,11 +141,11 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     """Formats TFLOPs of one rank's step per configuration, and the ratio to full rank."""
     rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
-    for name, of_side in estimates.items():
-        flops = of_side.forward_backward_flops, of_side.update_flops, of_side.full_rank_flops
+    for name, estimate in estimates.items():
+        flops = estimate.forward_backward_flops, estimate.update_flops, estimate.full_rank_flops
         total = f"{sum(flops[:2]) / 1e12:.4g}"
         rows.append(
-            (total, *(f"{n / 1e12:.4g}" for n in flops), f"{of_side.flops_ratio:.3f}", name)
+            (total, *(f"{n / 1e12:.4g}" for n in flops), f"{estimate.flops_ratio:.3f}", name)
         )
     return aligned(rows)
 

@@ -101,14 +101,14 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     peaks = {name: peak_extra_bytes(call, device) for name, call in sides.items()}
     reference, *_ = sides
     rows = [("ms/call", "ratio", "95 % interval", "peak MiB", "ratio", "")]
-    for name, of_side in times.items():
+    for name, seconds in times.items():
         time_cells = (
             ("1", "")
             if name == reference
-            else ratio_cells(ratio_of_rounds(of_side, times[reference]))
+            else ratio_cells(ratio_of_rounds(seconds, times[reference]))
         )
         peak_cells = f"{peaks[name] / _MIB:.1f}", f"{peaks[name] / peaks[reference]:.3f}"
-        rows.append((milliseconds(float(np.median(of_side))), *time_cells, *peak_cells, name))
+        rows.append((milliseconds(float(np.median(seconds))), *time_cells, *peak_cells, name))
     memory: dict[str, JsonValue] = {
         name: {"peak_extra_bytes": peak, "ratio": peak / peaks[reference]}
         for name, peak in peaks.items()

@@ -32,7 +32,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
         "warm_up_steps": WARM_UP_STEPS,
-        "switches": {name: _record(of_side) for name, of_side in costs.items()},
+        "switches": {name: _record(side_costs) for name, side_costs in costs.items()},
     }
     return Measurement(_table(costs), record)
 
@@ -45,20 +45,20 @@ def _table(costs: Mapping[str, SwitchCosts]) -> list[str]:
             "vectors", "operations", "collectives", "",
         )
     ]  # fmt: skip
-    for name, of_side in costs.items():
-        ratio, interval = ratio_cells(of_side.ratio_to_without)
+    for name, side_costs in costs.items():
+        ratio, interval = ratio_cells(side_costs.ratio_to_without)
         rows.append(
             (
-                milliseconds(of_side.median_s),
-                milliseconds(of_side.percentile_99_s),
-                f"{of_side.percentile_99_s / of_side.median_s:.2f}",
-                f"{100 * of_side.share:.3f}",
-                milliseconds(of_side.median_step_s),
+                milliseconds(side_costs.median_s),
+                milliseconds(side_costs.percentile_99_s),
+                f"{side_costs.percentile_99_s / side_costs.median_s:.2f}",
+                f"{100 * side_costs.share:.3f}",
+                milliseconds(side_costs.median_step_s),
                 ratio,
                 interval,
-                f"{of_side.num_vectors:.0f}",
-                f"{of_side.num_operations}",
-                f"{of_side.num_collectives}",
+                f"{side_costs.num_vectors:.0f}",
+                f"{side_costs.num_operations}",
+                f"{side_costs.num_collectives}",
                 name,
             )
         )
