@@ -1,1 +1,1 @@
-"""Rank telemetry: singular values of what training changed, while training and from checkpoints."""
+"""Rank telemetry: singular values of the weights' change, during training and from checkpoints."""

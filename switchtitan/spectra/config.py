@@ -1,4 +1,4 @@
-"""The section `[spectrum]`."""
+"""The `[spectrum]` section."""
 
 from pydantic import Field
 
@@ -6,8 +6,9 @@ from switchtitan.config.section import Section
 
 
 class SpectrumConfig(Section):
-    """How often the rank of what training has added to the linear layers' weights is measured."""
+    """How often to measure the rank of the change of the linear layers' weights since step 0."""
 
     interval: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two measurements, at least 1; the last step is measured too. Each gathers the dense weights on
-    the main rank and takes time in the order of out * in * min(out, in) per layer. No measurement unless set."""
+    """Optimizer steps between two measurements, at least 1; the last step is also measured.
+    Default: no measurement. Each gathers the dense weights on the main rank and takes O(out * in *
+    min(out, in)) time per layer."""

@@ -1,4 +1,4 @@
-"""Pictures and tables of spectra, for runs side by side."""
+"""Draw and tabulate spectra of runs side by side."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,11 +9,11 @@ from switchtitan.spectra.runs import Band, GroupSpectra
 from switchtitan.spectra.spectrum import NUMERICAL_RANK_THRESHOLD
 
 SPECTRUM_FLOOR = 1e-5
-"""Smaller shares of the largest singular value are not drawn: near the roundings of fp32 weights."""
+"""Lower limit of the axis, as a share of the largest singular value; below is fp32 noise."""
 
 
 def draw(groups: Mapping[str, GroupSpectra]) -> Figure:
-    """Mean spectrum, effective rank by kind of layer and, if any run measured it, the course over training."""
+    """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
     panels = ["spectrum", "kinds"] + (
         ["course"] if any(group.course_steps for group in groups.values()) else []
     )
@@ -36,7 +36,7 @@ def draw(groups: Mapping[str, GroupSpectra]) -> Figure:
 
 
 def table(groups: Mapping[str, GroupSpectra]) -> str:
-    """A line for each label: mean ranks over layers and runs, and what full rank would be."""
+    """Returns a table with mean ranks over layers and runs, and the full rank, for each label."""
     rows = [("", "runs", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of")]
     for label, group in groups.items():
         steps = sorted({run.step for run in group.runs})
@@ -45,8 +45,8 @@ def table(groups: Mapping[str, GroupSpectra]) -> str:
                 label,
                 str(len(group.runs)),
                 str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
-                _text(group.effective_rank),
-                _text(group.numerical_rank),
+                _format(group.effective_rank),
+                _format(group.numerical_rank),
                 str(len(group.spectrum.mean)),
             )
         )
@@ -126,15 +126,15 @@ def _draw_course(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
 
 
 def _draw_band(axes: Axes, positions: Sequence[int], band: Band, colour: str) -> None:
-    """Least to largest over the runs; nothing to see for a single one."""
+    """Draws the range over the runs."""
     axes.fill_between(positions, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _full_rank(groups: Mapping[str, GroupSpectra]) -> int:
-    """Of the largest layer drawn."""
+    """Returns the full rank of the largest layer drawn."""
     return max(len(group.spectrum.mean) for group in groups.values())
 
 
-def _text(band: Band) -> str:
+def _format(band: Band) -> str:
     (mean,), (low,), (high,) = band
     return f"{mean:.1f}" if low == high else f"{mean:.1f} ({low:.1f}-{high:.1f})"

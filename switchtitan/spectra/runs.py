@@ -1,4 +1,4 @@
-"""The singular spectra of runs, read from what they left; averaged over seeds, and checked to be comparable."""
+"""Read the spectra of runs, check that they are comparable, average them over seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,60 +24,59 @@ from switchtitan.spectra.weight_change import checkpoint_spectra
 
 @dataclass(frozen=True)
 class RunSpectra:
-    """What a run's newest checkpoint, and its measurements on the way, tell of its weights' change since step 0."""
+    """Spectra of a run's weight change since step 0, from a checkpoint and from measurements."""
 
     checkpoint: Path
     step: int
-    """Of the checkpoint."""
+    """The checkpoint's step."""
     model: ModelConfig
     spectra: Mapping[str, Tensor]
-    """Of the checkpoint, by layer."""
+    """The checkpoint's singular values by layer."""
     course: Mapping[int, float]
-    """Mean effective rank by step, where the run measured it."""
+    """Measured mean effective rank by step."""
 
     @property
     def ranks(self) -> RankSummary:
-        """Of the checkpoint."""
+        """The checkpoint's ranks."""
         return summarize(self.spectra)
 
 
 class Band(NamedTuple):
-    """Numbers of several runs side by side."""
+    """Mean and range of numbers over several runs."""
 
     mean: list[float]
     low: list[float]
-    """The least over the runs."""
     high: list[float]
 
 
 @dataclass(frozen=True)
 class GroupSpectra:
-    """Runs that differ in their seed alone, averaged."""
+    """The averages over runs that differ only in their seed."""
 
     runs: tuple[RunSpectra, ...]
     effective_rank: Band
-    """One number."""
+    """[1]."""
     numerical_rank: Band
-    """One number."""
+    """[1]."""
     effective_rank_by_kind: Mapping[str, Band]
-    """One number each."""
+    """[1] each."""
     spectrum: Band
-    """Mean over layers of the singular values as shares of the largest, [largest min(out, in)]."""
+    """[largest min(out, in)]: singular values as shares of the largest, averaged over layers."""
     course_steps: list[int]
-    """At which all runs that measured did; empty where none did."""
+    """Steps measured by every run that measured; empty if none did."""
     course: Band
-    """Mean effective rank at these steps."""
+    """[course_steps]: mean effective rank at these steps."""
 
 
 def read_run_spectra(run: Path, patterns: Sequence[str] = ("*",)) -> RunSpectra:
-    """Reads a run's newest whole checkpoint, or the given one, and computes its spectra.
+    """Reads a run's newest complete checkpoint, or the given one, and computes its spectra.
 
     Args:
-        patterns: which layers, see `select_layers`.
+        patterns: the layers, see `select_layers`.
 
     Raises:
-        CheckpointError: if there is none, or the weights that the run started from are no longer at hand.
-        ConfigError: if a pattern fits no layer.
+        CheckpointError: if there is none, or the run's initial weights are no longer available.
+        ConfigError: if a pattern matches no layer.
     """
     checkpoint = find_given(run)
     metadata = read_metadata(checkpoint)
@@ -93,23 +92,24 @@ def read_run_spectra(run: Path, patterns: Sequence[str] = ("*",)) -> RunSpectra:
 
 
 def check_same_model(runs: Sequence[RunSpectra]) -> None:
-    """Makes sure that all runs train the same model; how they compute attention is free.
+    """Checks that all runs train the same model; the attention kernel may differ.
 
     Raises:
-        ConfigError: naming the first two that do not and the keys in which they differ.
+        ConfigError: names the first two runs that differ, and the keys.
     """
     first = runs[0]
     for other in runs[1:]:
         one, another = first.model.architecture(), other.model.architecture()
         differing = [
-            f"{key} = {one.get(key)} and {another.get(key)}"
+            f"{key} = {one.get(key)!r} and {another.get(key)!r}"
             for key in sorted(one.keys() | another.keys())
             if one.get(key) != another.get(key)
         ]
         if differing:
             raise ConfigError(
-                f"{first.checkpoint} and {other.checkpoint} hold different models ([model] {'; '.join(differing)}); "
-                "ranks compare between runs of one model, so draw them in pictures of their own"
+                f"{first.checkpoint} and {other.checkpoint} hold different models ([model] "
+                f"{'; '.join(differing)}); ranks are comparable only within one model; draw "
+                "separate pictures"
             )
 
 
@@ -135,7 +135,7 @@ def average(runs: Sequence[RunSpectra]) -> GroupSpectra:
 
 
 def as_json(groups: Mapping[str, GroupSpectra]) -> dict[str, object]:
-    """All numbers by label, as plain values."""
+    """Returns all numbers by label, as plain values."""
     return {
         label: {
             "runs": [
@@ -161,7 +161,7 @@ def as_json(groups: Mapping[str, GroupSpectra]) -> dict[str, object]:
 
 
 def _band(rows: Sequence[Sequence[float]]) -> Band:
-    """Over rows [runs, numbers]."""
+    """Returns mean and range over the rows of [runs, numbers]."""
     numbers = torch.tensor(rows, dtype=torch.float64)
     return Band(numbers.mean(0).tolist(), numbers.amin(0).tolist(), numbers.amax(0).tolist())
 

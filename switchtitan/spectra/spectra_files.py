@@ -1,4 +1,4 @@
-"""Measured spectra on disk, one file each: the singular values of every layer by its name."""
+"""Measured spectra on disk: one file per measurement, with the singular values by layer."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 def write_spectra(folder: Path, step: int, spectra: Mapping[str, Tensor]) -> Path:
-    """Writes one measurement, so that its file is whole whenever it is there; replaces an earlier one of the same step."""
+    """Writes one measurement atomically; replaces an earlier one of the same step."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{step:09d}.safetensors"
     write_atomically(file, save(dict(spectra), metadata={"step": str(step)}))
@@ -25,7 +25,7 @@ def write_spectra(folder: Path, step: int, spectra: Mapping[str, Tensor]) -> Pat
 
 
 def read_spectra(folder: Path) -> dict[int, dict[str, Tensor]]:
-    """All measurements in `folder` by step, in order; none if there is no such folder.
+    """Returns all measurements in `folder` by step, in order; none if there is no such folder.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -34,7 +34,7 @@ def read_spectra(folder: Path) -> dict[int, dict[str, Tensor]]:
 
 
 def drop_spectra_after(folder: Path, step: int) -> None:
-    """Deletes the measurements of later steps, which a run left that was stopped and goes on from `step`."""
+    """Deletes the measurements after `step`, left by a run that now resumes from `step`."""
     for measured, file in _measurements(folder):
         if measured > step:
             file.unlink()

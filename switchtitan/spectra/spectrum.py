@@ -1,4 +1,4 @@
-"""The rank of matrices as their singular values tell it. Works on plain tensors."""
+"""Compute ranks of matrices from their singular values, on plain tensors."""
 
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ from torch import Tensor
 from switchtitan.errors import ConfigError
 
 NUMERICAL_RANK_THRESHOLD = 0.01
-"""A singular value counts in the numerical rank if it is larger than this share of the largest one."""
+"""The numerical rank counts singular values above this share of the largest one."""
 
 Spectra = Mapping[str, Tensor]
 """Singular values [min(out, in)] by the layer's qualified name, largest first."""
@@ -24,16 +24,16 @@ class RankSummary(NamedTuple):
     effective_by_kind: dict[str, float]
     """By the layers' local name, e.g. "q_proj"."""
     effective_by_layer: dict[str, float]
-    """Each layer's own, by its qualified name."""
+    """By the layer's qualified name."""
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All singular values of a matrix [rows, columns], largest first: [min(rows, columns)] fp32 on the CPU.
+    """Returns the singular values of a matrix [rows, columns], largest first, in fp32 on the CPU.
 
-    They are the roots of the smaller Gram matrix's eigenvalues in fp64, which take a third of the time of a singular value
-    decomposition (1024 x 2736 on one CPU thread: 0.24 s against 0.74 s). The square costs half the digits: what is below 1e-8
-    of the largest is noise. The fp32 weights themselves are known to 6e-8 only.
-    """
+    Computes square roots of the eigenvalues of the smaller Gram matrix in fp64, which takes a third
+    of the time of an SVD (1024 x 2736 on one CPU thread: 0.24 s instead of 0.74 s). Squaring loses
+    half the digits: values below 1e-8 of the largest are noise. The fp32 weights have a relative
+    precision of 6e-8."""
     wide = matrix.double()
     if wide.shape[0] > wide.shape[1]:
         wide = wide.T
@@ -42,8 +42,10 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli 2007, "The effective rank: a
-    measure of effective dimensionality", definition 1): r for r equal values, 1 for a single one; 0 for a zero matrix.
+    """Returns exp of the entropy of the singular values, normalized to sum 1; 0 for a zero matrix.
+
+    For r equal values it is r. (Roy and Vetterli 2007, "The effective rank: a measure of effective
+    dimensionality", definition 1)
 
     Args:
         values: [n] singular values.
@@ -55,17 +57,17 @@ def effective_rank(values: Tensor) -> float:
 
 
 def numerical_rank(values: Tensor) -> int:
-    """The number of singular values [n] above `NUMERICAL_RANK_THRESHOLD` of the largest one."""
+    """Returns the number of singular values [n] above `NUMERICAL_RANK_THRESHOLD` of the largest."""
     return int((values > NUMERICAL_RANK_THRESHOLD * values.max()).sum())
 
 
 def layer_kind(name: str) -> str:
-    """A layer's local name, which it shares with its like in other blocks: "model.layers.0.mlp.up_proj" -> "up_proj"."""
+    """Returns a layer's local name: "model.layers.0.mlp.up_proj" -> "up_proj"."""
     return name.rpartition(".")[2]
 
 
 def layers_by_kind(names: Collection[str]) -> dict[str, list[str]]:
-    """Layers by their kind, in the order in which kinds first come."""
+    """Groups layers by kind, in order of first occurrence."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(layer_kind(name), []).append(name)
@@ -73,26 +75,28 @@ def layers_by_kind(names: Collection[str]) -> dict[str, list[str]]:
 
 
 def select_layers(names: Collection[str], patterns: Sequence[str]) -> list[str]:
-    """The layers whose kind or qualified name fits any of the shell patterns, e.g. "q_proj", "model.layers.3.*".
+    """Returns the layers with a kind ("q_proj") or name ("model.layers.3.*") that matches a
+    pattern.
 
     Raises:
-        ConfigError: if a pattern fits none.
+        ConfigError: if a pattern matches none.
     """
 
-    def fits(name: str, pattern: str) -> bool:
+    def matches(name: str, pattern: str) -> bool:
         return fnmatchcase(name, pattern) or fnmatchcase(layer_kind(name), pattern)
 
     for pattern in patterns:
-        if not any(fits(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ConfigError(
-                f"--layers {pattern}: fits no layer; expected one of {', '.join(layers_by_kind(names))}, or a pattern for "
-                f"names like {next(iter(names))}"
+                f"--layers {pattern}: matches no layer; expected one of "
+                f"{', '.join(layers_by_kind(names))}, or a pattern for names like "
+                f"{next(iter(names))}"
             )
-    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
 
 def summarize(spectra: Spectra) -> RankSummary:
-    """Mean ranks over all layers and over the layers of each kind."""
+    """Averages ranks over all layers and over the layers of each kind."""
     effective = {name: effective_rank(values) for name, values in spectra.items()}
     return RankSummary(
         effective=_mean(effective.values()),
@@ -106,12 +110,12 @@ def summarize(spectra: Spectra) -> RankSummary:
 
 
 def shares_of_largest(values: Tensor) -> Tensor:
-    """Singular values [n] as shares of the largest one; zeros stay zero."""
+    """Divides singular values [n] by the largest one; zeros stay zero."""
     return values / values.max().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def normalized_by_kind(spectra: Spectra) -> dict[str, Tensor]:
-    """The singular values of all layers of a kind as shares of each layer's largest one, one after another, by kind."""
+    """Concatenates, by kind, its layers' singular values as shares of each layer's largest."""
     return {
         kind: torch.cat([shares_of_largest(spectra[name]) for name in names])
         for kind, names in layers_by_kind(spectra).items()
@@ -119,10 +123,10 @@ def normalized_by_kind(spectra: Spectra) -> dict[str, Tensor]:
 
 
 def mean_normalized_spectrum(spectra: Spectra) -> Tensor:
-    """The mean over layers of the singular values as shares of each layer's largest one, [largest min(out, in)].
+    """Averages, over layers, singular values as shares of each layer's largest: [max min(out, in)].
 
-    A layer with fewer values counts as zero beyond its last one, as it would inside a larger matrix; so does an unchanged one.
-    """
+    Layers with fewer values are padded with zeros, as inside a larger matrix. An unchanged layer
+    counts as zero."""
     rows = [shares_of_largest(values) for values in spectra.values()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).mean(dim=0)
 

@@ -1,4 +1,4 @@
-"""Measures, while a run trains, the rank of what training has added to each linear layer's weight."""
+"""Measure the rank of each linear layer's weight change during training."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class RankTelemetry:
-    """Singular values of W + s B A - W_init, or W - W_init, whenever it is called; holds no weights in between.
+    """Measures singular values of W + s B A - W_init, or W - W_init. Keeps no weights.
 
     Args:
-        dense_weights: of the run's method, see `contracts.Method`.
-        origin: of the run's weights.
-        folder: for one file of singular values per measurement.
-        start_step: steps done before this run.
-        device: on which the main rank computes.
-        broadcast: the main rank's value on all ranks, however long it takes.
+        dense_weights: `Method.dense_weights` of the run's method.
+        origin: the origin of the run's weights.
+        folder: the folder for measurements, one file each.
+        start_step: the step that the run resumes from.
+        device: the device on which the main rank computes.
+        broadcast: sends the main rank's value to all ranks, without a timeout.
     """
 
     def __init__(
@@ -48,14 +48,15 @@ class RankTelemetry:
         self._broadcast = broadcast
 
     def __call__(self, model: nn.Module, step: int, reporter: Reporter) -> None:
-        """Writes the singular values of this step's change, and reports ranks and spectra. Every rank must call.
+        """Measures, writes and reports the change at this step. Collective.
 
         Raises:
-            CheckpointError: on the main rank, if the weights that the run started from are no longer at hand.
+            CheckpointError: on the main rank, if the run's initial weights are no longer available.
         """
         tensors = gather_on_main(model.named_parameters(), self._is_main)
         spectra = self._measure(self._dense_weights(tensors), step) if self._is_main else {}
-        # The others wait here, for which a collective of the training step might not have the patience.
+        # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
+        # collectives.
         values = self._broadcast(rank_metrics(spectra) if self._is_main else {})
         reporter.report(step, values)
         reporter.report_histograms(step, spectrum_histograms(spectra))
@@ -71,7 +72,7 @@ class RankTelemetry:
     def _measure(self, dense: dict[str, Tensor], step: int) -> Spectra:
         changes = weight_changes(dense, self._origin, linear_layers(dense, self._origin))
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
-        # What lies between was left by a run that was stopped, and went on from before it.
+        # Measurements in between are left by a stopped run that resumed from an earlier checkpoint.
         drop_spectra_after(self._folder, self._last_step)
         self._last_step = step
         write_spectra(self._folder, step, spectra)
@@ -79,16 +80,16 @@ class RankTelemetry:
 
 
 def rank_metrics(spectra: Spectra) -> dict[str, float]:
-    """Ranks by TensorBoard tag: means over all layers and over those of each kind, and each layer's own."""
+    """Returns ranks by TensorBoard tag: means over all layers, means by kind, and by layer."""
     summary = summarize(spectra)
-    of_kinds = {f"rank/effective/{kind}": rank for kind, rank in summary.effective_by_kind.items()}
-    of_layers = {
+    by_kind = {f"rank/effective/{kind}": rank for kind, rank in summary.effective_by_kind.items()}
+    by_layer = {
         f"rank/effective_by_layer/{name}": rank for name, rank in summary.effective_by_layer.items()
     }
     means = {"rank/effective_mean": summary.effective, "rank/numerical_mean": summary.numerical}
-    return means | of_kinds | of_layers
+    return means | by_kind | by_layer
 
 
 def spectrum_histograms(spectra: Spectra) -> dict[str, Tensor]:
-    """By TensorBoard tag: for each kind of layer, singular values as shares of the largest one of their layer."""
+    """Returns, by TensorBoard tag and kind, singular values as shares of their layer's largest."""
     return {f"rank/spectrum/{kind}": shares for kind, shares in normalized_by_kind(spectra).items()}

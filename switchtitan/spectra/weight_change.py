@@ -1,4 +1,4 @@
-"""What training has added to a model's linear layers: dense weights minus those of step 0, which no run keeps a copy of."""
+"""Compute the change of linear layers since step 0. Initial weights are drawn or read again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,31 +22,31 @@ from switchtitan.models import MODELS
 from switchtitan.spectra.spectrum import select_layers, singular_values
 
 InitialValue = Callable[[str, torch.Size], Tensor]
-"""(name of a plain model's parameter, its shape) -> the fp32 value on the CPU that it had at step 0."""
+"""(name of a plain model's parameter, its shape) -> its fp32 value at step 0, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run's dense weights came from at step 0."""
+    """The origin of a run's dense weights at step 0."""
 
     model_config: ModelConfig
     seed: int
-    """Of the job."""
+    """`[job] seed`."""
     initial_weights: str | None
-    """What a warm start read; None where all weights were drawn from the seed."""
+    """The path that initial weights were read from; None if all were drawn from the seed."""
     fingerprint: str | None
-    """Of what a warm start read, see `initial_weights.fingerprint`."""
+    """The checksum of these weights, see `initial_weights.fingerprint`."""
 
     def block_names(self) -> list[str]:
-        """Qualified names of the model's blocks, in order."""
+        """Returns the qualified names of the model's blocks, in order."""
         model = self._plain_model()
         return list(model.blocks())
 
     def open(self) -> InitialValue:
-        """Returns what gives the initial values again, drawn one by one or, after a warm start, read now.
+        """Returns a function for initial values: drawn again, or from the weights read at step 0.
 
         Raises:
-            CheckpointError: if the weights of a warm start are no longer there, or are others now.
+            CheckpointError: if the weights that were read have moved or changed.
         """
         model = self._plain_model()
         if self.initial_weights is None:
@@ -56,9 +56,9 @@ class Origin:
         source = Path(self.initial_weights)
         if not source.exists() or fingerprint(source) != self.fingerprint:
             raise CheckpointError(
-                f"the change of the weights counts from those that the run started from, but {source} "
-                f"{'has changed since' if source.exists() else 'is gone'}; put it back as it was, or measure no change "
-                "([spectrum] interval = none)"
+                f"cannot measure the weights' change since step 0: the initial weights {source} "
+                f"{'have changed' if source.exists() else 'are missing'}; restore them, or set "
+                "[spectrum] interval = none"
             )
         weights = read_initial_weights(source, self.model_config).tensors
         return lambda name, shape: weights[name].to(torch.float32)
@@ -69,7 +69,7 @@ class Origin:
 
 
 def linear_layers(merged: Mapping[str, Tensor], origin: Origin) -> list[str]:
-    """The linear layers inside the blocks by qualified name; embedding and head are not among them.
+    """Returns the qualified names of the linear layers in the blocks, without embedding and head.
 
     Args:
         merged: the dense weights, by the plain model's names.
@@ -85,10 +85,10 @@ def linear_layers(merged: Mapping[str, Tensor], origin: Origin) -> list[str]:
 def weight_changes(
     merged: Mapping[str, Tensor], origin: Origin, layers: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The change [out, in] of each of the layers since step 0, by its name.
+    """Yields name and change [out, in] since step 0 of each layer.
 
     Args:
-        merged: the dense weights of now, fp32 on the CPU.
+        merged: the current dense weights, fp32 on the CPU.
 
     Raises:
         CheckpointError: see `Origin.open`.
@@ -100,14 +100,15 @@ def weight_changes(
 
 
 def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> dict[str, Tensor]:
-    """Singular values of the change of linear layers since the run's step 0, by the layer's name.
+    """Returns the singular values of the linear layers' change since step 0, by name.
 
     Args:
-        patterns: which layers, see `select_layers`.
+        patterns: the layers, see `select_layers`.
 
     Raises:
-        CheckpointError: if there is no whole checkpoint, or the weights that its run started from are no longer at hand.
-        ConfigError: if a pattern fits no layer.
+        CheckpointError: if there is no complete checkpoint, or the run's initial weights are no
+            longer available.
+        ConfigError: if a pattern matches no layer.
     """
     origin, merged = checkpoint_origin(checkpoint), read_dense_checkpoint(checkpoint)
     layers = select_layers(linear_layers(merged, origin), patterns)
@@ -117,17 +118,17 @@ def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> di
         total=len(layers),
         unit="layer",
         leave=False,
-        # Where the standard error is no terminal.
+        # None: no bar unless standard error is a terminal.
         disable=None,
     )
     return {layer: singular_values(change) for layer, change in changes}
 
 
 def checkpoint_origin(checkpoint: Path) -> Origin:
-    """Where the weights of the run that wrote the checkpoint came from.
+    """Returns the origin of the weights of the run that saved a checkpoint.
 
     Raises:
-        CheckpointError: if its metadata tells of no model that this version knows.
+        CheckpointError: if this version does not know its model.
     """
     metadata = read_metadata(checkpoint)
     job = metadata.identity["job"]

@@ -1,4 +1,5 @@
-"""What is measured in a run is the rank of its weights' change since step 0; without the setting nothing is."""
+"""Rank telemetry measures the weights' change since step 0; without [spectrum] interval,
+nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def leave_world() -> Iterator[None]:
 def train(
     folder: Path, method: str, *overrides: str
 ) -> tuple[Trainer, dict[int, dict[str, float]]]:
-    """A whole run, and what it reported of ranks by step."""
+    """Trains a complete run and returns its reported ranks by step."""
     trainer = tiny_trainer(folder, method, *overrides)
     reported = {}
     report = trainer.reporter.report
@@ -84,13 +85,13 @@ def expected_mean(spectra) -> float:
 def assert_spectra_are(measured, expected) -> None:
     assert len(measured) == NUM_LAYERS
     for name, values in measured.items():
-        # The root of a Gram matrix's fp64 eigenvalues: half the digits, relative to the largest value.
+        # Roots of a Gram matrix's fp64 eigenvalues: half the digits, relative to the largest.
         bound = 1e-7 * expected[name][0].item()
         torch.testing.assert_close(values.double(), expected[name], rtol=1e-6, atol=bound)
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_measured_ranks_are_those_of_merged_minus_initial_weights(corpora, method):
+def test_measured_ranks_equal_those_of_merged_minus_initial_weights(corpora, method):
     folder = corpora / f"rank-{method}"
     trainer, reported = train(folder, method, *EVERY_10, "--training.steps", "25")
     measured = read_spectra(folder / "run" / "spectra")
@@ -139,7 +140,7 @@ def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
 
 
 @pytest.mark.slow
-def test_plain_lora_stays_within_its_rank_and_the_others_leave_it(corpora):
+def test_plain_lora_stays_within_its_rank_and_the_others_exceed_it(corpora):
     beyond = {}
     for method in ("full_rank", "lora", "switchlora"):
         folder = corpora / f"beyond-{method}"
@@ -166,7 +167,7 @@ def test_without_the_setting_nothing_is_gathered_or_written(corpora, monkeypatch
     assert not (corpora / "rank-off" / "run" / "spectra").exists()
 
 
-def test_measuring_changes_no_bit_of_the_run(corpora):
+def test_measuring_does_not_change_the_run(corpora):
     tensors = []
     for name, overrides in (("rank-with", EVERY_10), ("rank-without", EVERY_10[2:])):
         trainer, _ = train(corpora / name, "switchlora", *overrides, "--training.steps", "25")
@@ -180,7 +181,7 @@ def test_measuring_changes_no_bit_of_the_run(corpora):
         assert torch.equal(tensors[1][key], tensor), key
 
 
-def test_a_resumed_run_counts_from_step_0_and_drops_what_a_stopped_one_measured_beyond(corpora):
+def test_a_resumed_run_measures_from_step_0_and_drops_later_measurements(corpora):
     _, straight = train(corpora / "rank-straight", "switchlora", *EVERY_10)
     folder = corpora / "rank-resumed"
     stopped = tiny_trainer(folder, "switchlora", *EVERY_10[2:], "--spectrum.interval", "7")
@@ -205,12 +206,12 @@ def safetensors_start(folder: Path) -> Path:
     return folder / "start.safetensors"
 
 
-def test_a_warm_start_counts_from_its_weights_after_a_resume_too(corpora):
+def test_a_warm_start_measures_from_its_weights_also_after_a_resume(corpora):
     start = safetensors_start(corpora / "rank-start")
     folder = corpora / "rank-warm"
     warm = ("--checkpoint.initial_weights", str(start))
     train(folder, "lora", *EVERY_10, *warm, "--training.steps", "20")
-    # The key may be left out when the run goes on: what it started from is in its checkpoint.
+    # The key may be omitted on resume: the checkpoint stores the initial weights' path.
     trainer, reported = train(folder, "lora", *EVERY_10)
     expected = expected_spectra(merged_weights(folder, "lora", trainer), load_file(start))
     measured = read_spectra(folder / "run" / "spectra")
@@ -221,7 +222,7 @@ def test_a_warm_start_counts_from_its_weights_after_a_resume_too(corpora):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), [("change", "has changed since"), ("remove", "is gone")]
+    ("spoil", "message"), [("change", "have changed"), ("remove", "are missing")]
 )
 def test_a_resume_without_the_weights_of_its_warm_start_is_refused_before_it_trains(
     corpora, spoil, message
@@ -234,15 +235,13 @@ def test_a_resume_without_the_weights_of_its_warm_start_is_refused_before_it_tra
     else:
         start.unlink()
     config = tiny_config(folder, "lora", *EVERY_10)
-    with pytest.raises(
-        CheckpointError, match=f"start.safetensors {message}; put it back as it was"
-    ):
+    with pytest.raises(CheckpointError, match=f"start.safetensors {message}; restore them"):
         build_trainer(config, start_world(config.parallelism))
     _, reported = train(folder, "lora")
     assert reported == {}
 
 
-def test_a_warm_start_from_a_run_counts_from_the_checkpoint_that_was_its_newest(corpora):
+def test_a_warm_start_from_a_run_measures_from_the_checkpoint_it_read(corpora):
     source, folder = corpora / "rank-source", corpora / "rank-from-run"
     train(source, "full_rank", "--training.steps", "20")
     trainer, _ = train(

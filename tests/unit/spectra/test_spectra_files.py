@@ -7,7 +7,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.spectra.spectra_files import drop_spectra_after, read_spectra, write_spectra
 
 
-def test_what_was_written_is_read_by_step_in_order(tmp_path: Path) -> None:
+def test_measurements_are_read_by_step_in_order(tmp_path: Path) -> None:
     for step in (20, 3):
         write_spectra(
             tmp_path / "spectra",
@@ -22,13 +22,13 @@ def test_what_was_written_is_read_by_step_in_order(tmp_path: Path) -> None:
     assert len(list((tmp_path / "spectra").iterdir())) == 2
 
 
-def test_no_folder_holds_no_measurement(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_measurements(tmp_path: Path) -> None:
     assert read_spectra(tmp_path / "spectra") == {}
     drop_spectra_after(tmp_path / "spectra", 0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_later_measurements_are_dropped_and_nothing_else(tmp_path: Path) -> None:
+def test_only_later_measurements_are_dropped(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write_spectra(tmp_path, step, {"a": torch.ones(1)})
     (tmp_path / "notes.txt").write_text("mine")

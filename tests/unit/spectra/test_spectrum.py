@@ -1,4 +1,4 @@
-"""The rank of matrices whose spectrum is known."""
+"""Ranks of matrices with a known spectrum."""
 
 import math
 
@@ -19,7 +19,7 @@ from switchtitan.spectra.spectrum import (
 
 
 def matrix_with(values: list[float], num_rows: int, num_columns: int) -> torch.Tensor:
-    """A matrix with these singular values, and zeros for the rest, between random orthonormal bases."""
+    """Returns a matrix with these singular values, zeros otherwise, in random orthonormal bases."""
     generator = torch.Generator().manual_seed(3)
     left, right = (
         torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64))[0]
@@ -29,7 +29,7 @@ def matrix_with(values: list[float], num_rows: int, num_columns: int) -> torch.T
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (11, 6), (8, 8)])
-def test_singular_values_are_those_of_a_decomposition(shape: tuple[int, int]) -> None:
+def test_singular_values_equal_those_of_svd(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     values = singular_values(matrix)
     assert values.shape == (min(shape),)
@@ -47,12 +47,12 @@ def test_effective_rank_of_the_identity_is_its_size() -> None:
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_effective_rank_of_equal_singular_values_is_their_number(rank: int) -> None:
     values = singular_values(matrix_with([2.5] * rank, 13, 7))
-    # The values that should be zero are those of fp32 roundings in the matrix, about 1e-7, in the entropy times their log.
+    # The zeros are fp32 roundings of about 1e-7 in the matrix, in the entropy times their log.
     assert effective_rank(values) == pytest.approx(rank, rel=2e-5)
     assert numerical_rank(values) == rank
 
 
-def test_effective_rank_of_unequal_singular_values_is_by_hand() -> None:
+def test_effective_rank_of_unequal_singular_values_matches_a_hand_calculation() -> None:
     # Shares 1/2, 1/4, 1/4: the entropy is 1.5 log 2.
     assert effective_rank(torch.tensor([2.0, 1.0, 1.0, 0.0])) == pytest.approx(2**1.5)
     assert effective_rank(torch.tensor([200.0, 100.0, 100.0, 0.0])) == pytest.approx(2**1.5)
@@ -64,7 +64,7 @@ def test_an_unchanged_weight_has_rank_zero() -> None:
     assert numerical_rank(values) == 0
 
 
-def test_numerical_rank_counts_what_is_above_a_hundredth_of_the_largest() -> None:
+def test_numerical_rank_counts_values_above_one_percent_of_the_largest() -> None:
     assert numerical_rank(torch.tensor([3.0, 0.5, 0.031, 0.029, 0.0])) == 3
 
 
@@ -103,7 +103,7 @@ def test_layers_of_a_kind_are_normalized_one_by_one() -> None:
         "1.q": torch.tensor([0.5, 0.25, 0.0]),
     }
     by_kind = normalized_by_kind(spectra)
-    # Powers of two, without rounding.
+    # Powers of two: no rounding.
     assert {kind: shares.tolist() for kind, shares in by_kind.items()} == {
         "q": [1, 0.5, 0.25, 1, 0.5, 0],
         "up": [0, 0],
@@ -115,7 +115,9 @@ def test_layers_are_selected_by_kind_or_name() -> None:
     assert select_layers(names, ["*"]) == names
     assert select_layers(names, ["up"]) == ["model.layers.0.mlp.up", "model.layers.1.mlp.up"]
     assert select_layers(names, ["*.1.*"]) == ["model.layers.1.mlp.up", "model.layers.1.mlp.down"]
-    with pytest.raises(ConfigError, match="--layers side: fits no layer; expected one of up, down"):
+    with pytest.raises(
+        ConfigError, match="--layers side: matches no layer; expected one of up, down"
+    ):
         select_layers(names, ["up", "side"])
 
 
