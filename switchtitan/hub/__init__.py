@@ -1,1 +1,1 @@
-"""Weights from and to other projects: Hugging Face's layout and the original implementation's checkpoints."""
+"""Import and export weights: Hugging Face's layout, the original implementation's checkpoints."""

@@ -1,6 +1,6 @@
-"""Dense weights to and from folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+"""Read and write folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-Names and values are the same on both sides: reading and writing change neither.
+Reading and writing change neither names nor values.
 """
 
 import json
@@ -21,7 +21,7 @@ from switchtitan.models import MODELS
 
 WEIGHTS_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
-"""Above this the weights are split over several files."""
+"""Larger weights are split over several files."""
 
 
 def export_dense(
@@ -35,23 +35,23 @@ def export_dense(
     eos_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that `transformers.AutoModelForCausalLM` loads: config, weights and a tokenizer if given.
+    """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    The folder is written beside its place and renamed at the end, so it is never there half-written.
+    Writes to a partial folder and renames it when it is complete.
 
     Args:
-        state: all weights of the plain model by name, any device and floating type.
-        folder: where to; must not exist or be empty.
-        dtype: the type in which weights are stored.
-        seq_len: tokens per sequence in training; goes into the config as max_position_embeddings.
-        tokenizer_file: a tokenizer.json to put beside the weights.
+        state: all weights of the plain model by name, on any device, in any floating-point dtype.
+        folder: the folder to write, absent or empty.
+        dtype: the dtype of the stored weights.
+        seq_len: tokens per sequence in training; max_position_embeddings in the config.
+        tokenizer_file: a tokenizer.json to copy next to the weights.
         eos_id: the token that ends a document.
-        max_shard_bytes: a weights file is closed before it grows beyond this.
+        max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
 
     Raises:
-        CheckpointError: if the folder is not empty, or names or shapes do not fit the model, or
+        CheckpointError: if the folder is not empty, names or shapes do not match the model, or
             transformers has no class for it.
-        CorpusError: if the tokenizer cannot be read or does not know `eos_id`.
+        CorpusError: if the tokenizer cannot be read or has no token `eos_id`.
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
@@ -81,7 +81,7 @@ def export_dense(
 
 
 def read_dense(path: Path) -> dict[str, Tensor]:
-    """All weights by name from a safetensors file or a folder in Hugging Face's layout, memory-mapped.
+    """Memory-maps all weights, by name, of a safetensors file or a folder in Hugging Face's layout.
 
     Raises:
         CheckpointError: if a file is missing or damaged.
@@ -93,23 +93,23 @@ def read_dense(path: Path) -> dict[str, Tensor]:
                 tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file} is not a whole safetensors file ({error}); fetch it again"
+                f"{file} is a corrupted or truncated safetensors file ({error}); replace it"
             ) from error
     return tensors
 
 
 def check_dense(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
-    """Makes sure that weights fit the model: names, shapes and what a config.json beside them says.
+    """Checks that names, shapes and a config.json next to the weights match the model.
 
     Args:
         tensors: weights by name.
-        config: of the model that they are meant for.
-        path: the file or folder that they were read from.
+        config: the model's section.
+        path: the file or folder that the weights were read from.
 
     Raises:
         CheckpointError: names the weights, or the keys of config.json, that differ.
     """
-    hint = "Choose the [model] size and overrides that these weights were trained with."
+    hint = "Use the [model] size and overrides that these weights were trained with."
     check_shapes(tensors, parameter_shapes(config), path, hint)
     file = (path if path.is_dir() else path.parent) / "config.json"
     if file.is_file():
@@ -117,7 +117,7 @@ def check_dense(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> 
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of the plain model by name."""
+    """Returns the shapes of all parameters of the plain model by name."""
     with torch.device("meta"):
         model = MODELS.build(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -132,12 +132,12 @@ def _check_config(file: Path, config: ModelConfig) -> None:
         ) from error
     if differing:
         raise CheckpointError(
-            f"{file} describes another model: {'; '.join(differing)}. Adapt [model]."
+            f"{file} describes another model: {'; '.join(differing)}. Change [model] to match."
         )
 
 
 def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
-    """The keys of config.json that do not depend on the model."""
+    """Returns the keys of config.json that do not depend on the model."""
     dtype_name = str(dtype).removeprefix("torch.")
     return {
         "torch_dtype": dtype_name,
@@ -154,16 +154,14 @@ def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: i
     except Exception as error:  # tokenizers raises bare Exceptions
         raise CorpusError(f"{tokenizer_file} is not a tokenizer.json ({error})") from error
     settings: dict[str, object] = {
-        # The class that takes everything from tokenizer.json; LLaMA's own would rebuild its pre-tokenizer.
+        # This class uses tokenizer.json unchanged; LlamaTokenizer would rebuild the pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
     }
     if eos_id is not None:
         eos_token = tokenizer.id_to_token(eos_id)
         if eos_token is None:
-            raise CorpusError(
-                f"{tokenizer_file} has no token {eos_id}, given as the end of a document"
-            )
+            raise CorpusError(f"{tokenizer_file} has no token {eos_id}, the end-of-document token")
         settings["eos_token"] = eos_token
     shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     _write_json(folder / "tokenizer_config.json", settings)
@@ -180,7 +178,7 @@ def _write_weights(
             file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         converted = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(converted, folder / file_name, metadata={"format": "pt"})
-        # Else only its owner may read it.
+        # safetensors creates files that only their owner can read.
         shutil.copymode(folder / "config.json", folder / file_name)
         file_of.update(dict.fromkeys(names, file_name))
     if len(shards) > 1:
@@ -192,7 +190,7 @@ def _write_weights(
 def _split_into_shards(
     state: dict[str, Tensor], itemsize: int, max_shard_bytes: int
 ) -> list[list[str]]:
-    """Names in order, cut before a shard exceeds the limit; a tensor above the limit stands alone."""
+    """Returns the names by shard, in order; a tensor above the limit has its own shard."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, value in state.items():

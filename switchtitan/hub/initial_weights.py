@@ -1,4 +1,4 @@
-"""Dense weights from elsewhere that a new run starts from."""
+"""Read the dense weights that a new run starts from."""
 
 import hashlib
 from pathlib import Path
@@ -18,28 +18,30 @@ from switchtitan.registry import ConfigT, Registry
 
 
 class InitialWeights(NamedTuple):
-    """Weights that a run starts from, and where they lie."""
+    """Weights that a run starts from, and their source."""
 
     source: Path
-    """The file or folder that was read, absolute: of a run, the checkpoint that was its newest."""
+    """The absolute path that was read; for a run's folder, that of its newest checkpoint."""
     tensors: dict[str, Tensor]
     """By the plain model's names."""
 
 
 def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
-    """The plain model's weights from a safetensors file, a folder in Hugging Face's layout, a folder `model_<step>` of the
-    original implementation, or a checkpoint of any method.
+    """Reads the plain model's weights.
+
+    `path` is a safetensors file, a folder in Hugging Face's layout, a folder `model_<step>` of the
+    original implementation, or a checkpoint or run of any method.
 
     Args:
-        config: of the plain model that they are for.
+        config: the plain model's section.
 
     Raises:
-        CheckpointError: if there are none at `path`, or they are of another model; names the first few tensors.
+        CheckpointError: if there are no weights at `path`, or they do not match the model.
     """
     is_checkpoint = not _is_safetensors(path) and not is_original(path)
     source = find_given(path) if is_checkpoint else path
     if is_checkpoint:
-        # What shapes do not show, e.g. the number of heads.
+        # Compares what shapes do not show, e.g. the number of heads.
         saved = saved_model_config(source)
         check_same_run({"model": saved.architecture()}, {"model": config.architecture()})
         weights = read_dense_checkpoint(source)
@@ -56,8 +58,8 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
             for name in differing[:4]
         )
         raise CheckpointError(
-            f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} of the weights do not fit the model ({examples}); "
-            "choose the [model] that they belong to"
+            f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} weights do not match "
+            f"the model ({examples}); use the [model] that they belong to"
         )
     if not is_checkpoint:
         check_dense(weights, config, path)
@@ -65,7 +67,7 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
 
 
 def fingerprint(source: Path) -> str:
-    """A checksum of what `InitialWeights.source` names: of weight files, or of a checkpoint's metadata, which has theirs."""
+    """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata."""
     if source.is_dir():
         metadata = source / METADATA_FILE
         files = [metadata] if metadata.is_file() else sorted(source.glob("*.safetensors"))
@@ -76,21 +78,21 @@ def fingerprint(source: Path) -> str:
 
 
 def read_dense_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The dense fp32 weights of a checkpoint of any method, by the plain model's names.
+    """Returns the dense fp32 weights of a checkpoint of any method, by the plain model's names.
 
     Raises:
-        CheckpointError: if there is no complete checkpoint at `path`, or its method is not one that
-            this version knows.
+        CheckpointError: if there is no complete checkpoint at `path`, or this version does not know
+            its method.
     """
     checkpoint = find_given(path)
     return _saved_method(checkpoint).dense_weights(read_tensors(checkpoint, prefix="model."))
 
 
 def saved_model_config(checkpoint: Path) -> ModelConfig:
-    """The section `[model]` of the run that wrote a checkpoint.
+    """Returns the section `[model]` of the run that saved a checkpoint.
 
     Raises:
-        CheckpointError: if its metadata describe no model that this version knows.
+        CheckpointError: if this version does not know its model.
     """
     return _restore(checkpoint, MODELS)
 
@@ -105,12 +107,12 @@ def _saved_method(checkpoint: Path) -> Method:
 def _restore(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:
     section = read_metadata(checkpoint).identity.get(registry.kind)
     if not isinstance(section, dict):
-        raise CheckpointError(f"{checkpoint}: its metadata describe no {registry.kind}")
+        raise CheckpointError(f"{checkpoint}: metadata.json has no section for the {registry.kind}")
     try:
         return registry.restore(section)
     except ConfigError as error:
         raise CheckpointError(
-            f"{checkpoint}: expected a {registry.kind} that this version of switchtitan knows ({error})"
+            f"{checkpoint}: this version of switchtitan does not know its {registry.kind} ({error})"
         ) from error
 
 

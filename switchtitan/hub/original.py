@@ -1,20 +1,20 @@
 """Dense weights from checkpoints of SwitchLoRA's original implementation.
 
-The layout was read from github.com/asfsdsf/SwitchLoRA at commit 393e214, in the functions that write
-it: `save_model` in llama/training_utils.py, `SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer` in
-switchlora/switch_lora.py. Tests build files after that description; none of theirs was at hand.
-What is relied on:
+The layout follows the functions that write it in github.com/asfsdsf/SwitchLoRA at commit 393e214:
+`save_model` in llama/training_utils.py, `SwitchLoRAModel.save_pretrained` and `SwitchLoraLayer` in
+switchlora/switch_lora.py. Tests build files from this description, since no original checkpoint was
+available. The assumptions:
 
 - A folder `model_<step>` holds `pytorch_model.bin`, or several files and
   `pytorch_model.bin.index.json`. Names are those of Hugging Face's LLaMA. Low-rank runs add
   `switch_lora_config.json` with `lora_alpha`.
 - An adapted layer has `weight` [out, in], which does not contain the product of the factors
-  (checkpoints are saved in training mode), `lora_A` [rank, in] and `lora_B` [out, rank]. The scale is
-  lora_alpha / rank.
-- Candidates, and bookkeeping such as `candidate_A_index_param` or `fixed_B_steps_param`, are no part
-  of the dense weights and are left out, as are rotary frequencies that old versions of transformers
-  stored. So the earlier publication (github.com/oddForPapergweiowio/SwitchLoRA at 5d9d65c), which
-  numbers its candidates, can be read too.
+  (checkpoints are saved in training mode), `lora_A` [rank, in] and `lora_B` [out, rank]. The scale
+  is lora_alpha / rank.
+- Candidates, and bookkeeping such as `candidate_A_index_param` or `fixed_B_steps_param`, are not
+  part of the dense weights and are ignored, as are the rotary frequencies of old versions of
+  transformers. So the earlier publication (github.com/oddForPapergweiowio/SwitchLoRA at 5d9d65c),
+  which numbers its candidates, can be read too.
 """
 
 import json
@@ -32,7 +32,7 @@ WEIGHTS_FILE = "pytorch_model.bin"
 SCALE_FILE = "switch_lora_config.json"
 
 _FACTORS = ("lora_A", "lora_B")
-_LEFT_OUT = re.compile(
+_IGNORED = re.compile(
     r"\.("
     r"candidates_[AB](\.\d+)?|candidates_[AB]_len_param|candidates_[AB]_weight_param(\.\d+)?"
     r"|candidate_[AB]_index_param|selected_[AB]_indices_param(\.\d+)?|fixed_[AB]_steps_param(\.\d+)?"
@@ -47,13 +47,13 @@ def is_original(path: Path) -> bool:
 
 
 def read_original_dense(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint, full-rank or low-rank, as the plain model's weights, merged in fp32.
+    """Returns the plain model's weights of a full-rank or low-rank checkpoint, merged in fp32.
 
     Args:
         path: the folder `model_<step>`.
 
     Raises:
-        CheckpointError: if files are missing or corrupted, or the layout is not the one described above.
+        CheckpointError: if files are missing or corrupted, or have another layout.
     """
     stored = _read_stored(path)
     dense = {name: tensor.float() for name, tensor in stored.items() if name.endswith(".weight")}
@@ -61,7 +61,7 @@ def read_original_dense(path: Path) -> dict[str, Tensor]:
     if unknown or not dense:
         raise CheckpointError(
             f"{path} is not a LLaMA checkpoint of the original implementation; "
-            f"unknown names: {abbreviate(unknown) or 'none, but no weight either'}"
+            f"unknown names: {abbreviate(unknown) or 'none, and no weights'}"
         )
     layers = sorted({name.rpartition(".")[0] for name in stored if name.endswith(_FACTORS)})
     alpha = _read_alpha(path) if layers else 0.0
@@ -73,30 +73,30 @@ def read_original_dense(path: Path) -> dict[str, Tensor]:
 
 
 def _read_stored(path: Path) -> dict[str, Tensor]:
-    """Weights and factors by stored name. Files are read with weights_only: nothing in them can run code."""
+    """Reads weights and factors by stored name, with weights_only, so that no code in them runs."""
     stored: dict[str, Tensor] = {}
     for file in find_weight_files(path, WEIGHTS_FILE):
         try:
             part = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file} holds other things than tensors, which could run code, and is not opened; "
-                "save the state dict alone"
+                f"{file} holds objects other than tensors, which could run code, and is not "
+                "loaded; save only the state dict"
             ) from error
         except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is corrupted ({error}); fetch it again") from error
+            raise CheckpointError(f"{file} is corrupted ({error}); replace it") from error
         if not isinstance(part, dict) or not all(
             isinstance(value, Tensor) for value in part.values()
         ):
             raise CheckpointError(f"{file} is not a state dict; expected tensors by name")
-        stored.update({name: value for name, value in part.items() if not _LEFT_OUT.search(name)})
+        stored.update({name: value for name, value in part.items() if not _IGNORED.search(name)})
     return stored
 
 
 def _adapted_layer(
     stored: dict[str, Tensor], layer: str, path: Path
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`weight`, `lora_A` and `lora_B` of a layer, if their shapes fit."""
+    """Returns `weight`, `lora_A` and `lora_B` of a layer after checking their shapes."""
     parts = [stored.get(f"{layer}.{name}") for name in ("weight", *_FACTORS)]
     weight, lora_a, lora_b = parts
     if (
@@ -110,7 +110,7 @@ def _adapted_layer(
         found = [None if part is None else list(part.shape) for part in parts]
         raise CheckpointError(
             f"{path}: {layer} has weight, lora_A, lora_B of shapes {found}; expected [out, in], "
-            "[rank, in], [out, rank]. Quantized layers cannot be read."
+            "[rank, in], [out, rank]. Quantized layers are not supported."
         )
     return weight, lora_a, lora_b
 
@@ -119,8 +119,8 @@ def _read_alpha(path: Path) -> float:
     file = path / SCALE_FILE
     if not file.is_file():
         raise CheckpointError(
-            f'{file} is missing; write {{"lora_alpha": NUMBER}} there, with the lora_alpha of the run '
-            "(its default was 1)"
+            f'{file} is missing; write {{"lora_alpha": NUMBER}} there, with the lora_alpha of the '
+            "run (its default was 1)"
         )
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])

@@ -1,4 +1,4 @@
-"""Where a folder in Hugging Face's layout keeps its weights: one file, or several and an index."""
+"""Find the weights in a folder in Hugging Face's layout: one file, or several and an index."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,15 @@ from switchtitan.errors import CheckpointError, abbreviate
 
 
 def find_weight_files(path: Path, single_name: str) -> list[Path]:
-    """The files that together hold all weights.
+    """Returns the files that hold the weights.
 
     Args:
-        path: a weights file, or a folder with `single_name` or with the index `single_name` + ".index.json".
+        path: a weights file, or a folder with `single_name` or its index, `single_name` +
+            ".index.json".
         single_name: e.g. "model.safetensors".
 
     Raises:
-        CheckpointError: if there are none, or if the index is damaged or names a file that is not there.
+        CheckpointError: if there are none, or the index is damaged or names a missing file.
     """
     if path.is_file():
         return [path]
@@ -29,19 +30,19 @@ def find_weight_files(path: Path, single_name: str) -> list[Path]:
     index = path / f"{single_name}.index.json"
     if not index.is_file():
         raise CheckpointError(
-            f"{path} holds neither {single_name} nor {index.name}; point to a folder that does"
+            f"{path} holds neither {single_name} nor {index.name}; use a folder that does"
         )
     files = [path / name for name in _read_shard_names(index)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{index} names {', '.join(missing)}, which {path} does not hold; copy the whole folder"
+            f"{index} names {', '.join(missing)}, which {path} lacks; copy all files of the folder"
         )
     return files
 
 
 def _read_shard_names(index: Path) -> list[str]:
-    """The index's files, sorted. A name with a directory in it could lead out of the folder: refused."""
+    """Returns the index's files, sorted. Refuses paths, which could leave the folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
@@ -56,14 +57,14 @@ def _read_shard_names(index: Path) -> list[str]:
 def check_shapes(
     tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: Path | str, hint: str
 ) -> None:
-    """Makes sure that exactly the expected names are there, each with the expected shape.
+    """Checks names and shapes.
 
     Args:
-        source: what the tensors were read from, for the message.
-        hint: how to mend it, for the message.
+        source: where the tensors were read from, for the message.
+        hint: the fix, for the message.
 
     Raises:
-        CheckpointError: names the keys that are missing, unexpected or of another shape.
+        CheckpointError: names the tensors that are missing, unexpected or of another shape.
     """
     wrong_shapes = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
@@ -80,4 +81,4 @@ def check_shapes(
         if names
     ]
     if problems:
-        raise CheckpointError(f"{source} does not fit the model; {'; '.join(problems)}. {hint}")
+        raise CheckpointError(f"{source} does not match the model; {'; '.join(problems)}. {hint}")

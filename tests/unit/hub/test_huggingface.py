@@ -1,4 +1,4 @@
-"""Weights that leave in Hugging Face's layout load there, and come back as they went."""
+"""transformers loads exported weights, and reading them back changes no value."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_export_and_read_change_neither_names_nor_values(
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
-def test_what_transformers_saves_is_read_under_the_same_names(
+def test_weights_saved_by_transformers_are_read_under_the_same_names(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
     export_dense(state, CONFIG, tmp_path / "out", torch.float32)
@@ -105,9 +105,7 @@ def test_bf16_export_rounds_each_value_once(state: dict[str, Tensor], tmp_path: 
     )
 
 
-def test_exported_tokenizer_splits_text_as_the_given_one(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_exported_tokenizer_equals_the_given_one(state: dict[str, Tensor], tmp_path: Path) -> None:
     tokenizer = Tokenizer(
         models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>")
     )
@@ -126,7 +124,7 @@ def test_exported_tokenizer_splits_text_as_the_given_one(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == 0
 
 
-def test_a_full_folder_is_left_alone(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     with pytest.raises(CheckpointError, match=r"out exists and is not empty; choose another"):
@@ -134,7 +132,7 @@ def test_a_full_folder_is_left_alone(state: dict[str, Tensor], tmp_path: Path) -
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_an_empty_folder_is_filled(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted(state: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     assert read_dense(tmp_path / "out").keys() == state.keys()
@@ -226,7 +224,9 @@ def test_damaged_and_missing_files_are_named(state: dict[str, Tensor], tmp_path:
     export_dense(state, CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=20_000)
     shard = sorted((tmp_path / "out").glob("model-*"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=rf"{shard.name} is not a whole safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=rf"{shard.name} is a corrupted or truncated safetensors file"
+    ):
         read_dense(tmp_path / "out")
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"names {shard.name}, which"):
@@ -249,7 +249,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
         read_dense(tmp_path)
 
 
-def test_dimensions_stand_for_the_exported_config(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_dimensions_reach_the_exported_config(state: dict[str, Tensor], tmp_path: Path) -> None:
     export_dense(state, CONFIG, tmp_path / "out", torch.float32)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (

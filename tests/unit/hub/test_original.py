@@ -1,4 +1,4 @@
-"""Checkpoints laid out as the original implementation writes them."""
+"""Checkpoints in the layout of the original implementation."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_full_rank_checkpoints_are_read_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(dense[name], value) for name, value in stored.items())
 
 
-def test_sharded_checkpoints_are_read_whole(stored: dict[str, Tensor], tmp_path: Path) -> None:
+def test_sharded_checkpoints_are_read_in_full(stored: dict[str, Tensor], tmp_path: Path) -> None:
     whole = read_original_dense(write(tmp_path / "whole", stored))
     folder = write(tmp_path / "sharded", {})
     (folder / "pytorch_model.bin").unlink()
@@ -161,11 +161,11 @@ def test_the_earlier_layout_with_numbered_candidates_is_read(
         (
             f"{LAYER}.weight",
             torch.ones(63, 1, dtype=torch.uint8),
-            r"Quantized layers cannot be read",
+            r"Quantized layers are not supported",
         ),
     ],
 )
-def test_an_unknown_layout_is_refused_by_name(
+def test_an_unknown_layout_is_refused_with_the_names(
     stored: dict[str, Tensor], tmp_path: Path, name: str, value: Tensor, words: str
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
@@ -173,7 +173,7 @@ def test_an_unknown_layout_is_refused_by_name(
 
 
 class Attack:
-    """What a hostile pickle looks like: loading it would call os.mkdir."""
+    """A hostile pickle: loading it would call os.mkdir."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -182,9 +182,9 @@ class Attack:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickle_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     torch.save({"model.norm.weight": Attack(tmp_path / "owned")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="could run code, and is not opened"):
+    with pytest.raises(CheckpointError, match="could run code, and is not loaded"):
         read_original_dense(tmp_path)
     assert not (tmp_path / "owned").exists()
 
@@ -213,7 +213,7 @@ def tiny_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def as_the_original_stores(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layers in the blocks as a frozen weight and factors, whose product adds up to the weights."""
+    """Splits the layers in blocks into a frozen weight and factors that add up to the weights."""
     generator = torch.Generator().manual_seed(9)
     stored = {}
     for name, weight in weights.items():
@@ -242,7 +242,7 @@ def test_a_run_starts_from_the_original_implementations_folder(corpora: Path) ->
     assert trainer.stepper.state.initial_weights == str(folder)
     with torch.no_grad():
         live = trainer.stepper.model(tokens, documents)
-        # Weights of 0.05 next to products of 3, merged in fp32 and split again.
+        # Weights of 0.05 and products of 3, merged in fp32 and split again.
         torch.testing.assert_close(live, plain(tokens, documents), rtol=1e-3, atol=1e-4)
     before = fingerprint(folder)
     write(folder, as_the_original_stores(weights), alpha=2 * ALPHA)
