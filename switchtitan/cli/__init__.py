@@ -1,1 +1,1 @@
-"""The commands of the console script `switchtitan`, one module each; `main.py` finds them."""
+"""The commands of the console script `switchtitan`, one module each."""

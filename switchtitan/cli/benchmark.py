@@ -1,15 +1,16 @@
-"""Measures what training costs, several configurations or ways side by side.
+"""Measures the cost of training, for several configurations side by side.
 
-    switchtitan benchmark step CONFIG CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
-    switchtitan benchmark communication CONFIG ... --num-ranks N [--step S] [--section.key value ...]
-    switchtitan benchmark layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...] [--tokens T ...] [--compile]
-    switchtitan benchmark optimizer | loader | checkpoint | startup CONFIG [--section.key value ...]
-    switchtitan benchmark switch CONFIG ... [--rounds N] [--steps-per-round K] [--section.key value ...]
+    switchtitan benchmark step CONFIG ... [--rounds N] [--steps-per-round K] [--KEY VALUE ...]
+    switchtitan benchmark communication CONFIG ... --num-ranks N [--step S] [--KEY VALUE ...]
+    switchtitan benchmark layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...]
+        [--tokens T ...] [--compile]
+    switchtitan benchmark optimizer | loader | checkpoint | startup CONFIG [--KEY VALUE ...]
+    switchtitan benchmark switch CONFIG ... [--rounds N] [--steps-per-round K] [--KEY VALUE ...]
 
-CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
-over all of them. Prints a table, and the same as JSON: as the last line, or to --json FILE. The subcommands are those of
-`switchtitan.benchmark.commands`.
-"""
+CONFIG is a file, or a file with overrides for this side:
+`FILE:section.key=value,section.key=value`. KEY is a `section.key` and overrides all sides. Prints a
+table, and the same as JSON: as the last line, or to --json FILE. `switchtitan.benchmark.commands`
+lists the subcommands."""
 
 import argparse
 import os
@@ -22,14 +23,14 @@ from switchtitan.errors import ConfigError, UserError, exit_for
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures what the command line asks for."""
+    """Runs the chosen benchmark."""
     try:
         own, overrides = split_overrides(argv)
         options = read_options(own)
         measurement = measure(options, overrides)
     except UserError as error:
         exit_for(error)
-    # Of several ranks that a launcher started, the first one speaks.
+    # Print on rank 0 only.
     if os.environ.get("RANK", "0") != "0":
         return
     print("\n".join(measurement.table), flush=True)
@@ -37,27 +38,28 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
-    """What the subcommand finds.
+    """Returns the subcommand's measurement.
 
     Raises:
-        UserError: if a configuration is wrong, or keys of one are given where none is read.
+        UserError: if a configuration is invalid, or keys are given to a subcommand that reads none.
     """
     check_json_option(options.json)
     command: Command = options.command
     if overrides and not command.reads_configs:
         keys = ", ".join(f"--{key}" for key in overrides)
         raise ConfigError(
-            f"{keys}: switchtitan benchmark {command.name} reads no configuration; leave it out"
+            f"{keys}: switchtitan benchmark {command.name} reads no configuration; remove these "
+            "keys"
         )
     return command.measure(options, overrides)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The program's own words, and as `command` the subcommand."""
+    """Parses the options; `command` is the subcommand."""
     parser = argparse.ArgumentParser(
         prog="switchtitan benchmark",
-        description="Measures what training costs, several configurations or ways side by side.",
-        epilog="--section.key value overrides a key of all configurations, as in training.",
+        description="Measures the cost of training, for several configurations side by side.",
+        epilog="--section.key value overrides a key in all configurations.",
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(

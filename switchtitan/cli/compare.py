@@ -1,10 +1,9 @@
-"""Runs a declared comparison of methods, or resumes it, and reports what is finished.
+"""Runs or resumes a declared comparison of methods and reports the finished runs.
 
 switchtitan compare train_configs/comparisons/rank_16.toml --jobs 2
 
-The report lies in `<output_dir>/reports/<name of the file>`: report.md, results.json, runs.csv and pictures. It is brought up
-to date after every run. The same command resumes a comparison that was stopped in any way.
-"""
+Writes report.md, results.json, runs.csv and pictures to `<output_dir>/reports/<name of the file>`,
+and updates them after every run. The same command resumes a stopped or killed comparison."""
 
 import argparse
 import logging
@@ -30,13 +29,13 @@ from switchtitan.files import try_lock
 
 
 def main(argv: Sequence[str]) -> None:
-    """Carries out what the command line asks for."""
+    """Runs the comparison that the command line names."""
     options = read_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Which event file it reads next is no part of the story.
+    # Otherwise tensorboard logs every event file that it reads.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     interrupt_on_sigterm()
-    # Decompositions for a report must not take the cores of the runs.
+    # Spectra for a report must not compete with the runs for cores.
     torch.set_num_threads(1)
     try:
         config = load_comparison(options.file)
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         with try_lock(folder / "lock") as lock:
             if lock is None:
                 raise ConfigError(
-                    f"{folder}: another process carries out this comparison; wait for it, or end it"
+                    f"{folder}: another process is running this comparison; wait for it, or stop it"
                 )
             comparison = Comparison(config)
             if not options.report_only:
@@ -58,12 +57,12 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt as stop:
-        exit_for_interrupt(stop, "interrupted; the same command resumes it")
+        exit_for_interrupt(stop, "interrupted; run the same command to resume")
     print(folder / "report.md")
 
 
 def train(comparison: Comparison, runner: Runner, folder: Path, config: ComparisonConfig) -> None:
-    """Trains all that is left, under a progress bar."""
+    """Trains the remaining runs, with a progress bar."""
     with tqdm(unit="run", dynamic_ncols=True) as bar:
 
         def show() -> None:
@@ -77,14 +76,14 @@ def train(comparison: Comparison, runner: Runner, folder: Path, config: Comparis
             report(comparison, folder, config)
 
         show()
-        # Speeds and times left are those of this call's runs.
+        # Speed and remaining time count only the runs of this call.
         bar.unpause()
         bar.initial = bar.n
         comparison.run(lambda runs: runner.run_all(runs, comparison.is_finished, note))
 
 
 def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> None:
-    """Writes tables and pictures of what is finished."""
+    """Writes tables and pictures of the finished runs."""
     state = comparison.state()
     rows = report_rows(state, read_measurements(config, folder))
     write_report(folder, state, rows, report_gaps(state))
@@ -92,20 +91,22 @@ def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> No
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the program with status 2 where it is wrong."""
+    """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan compare",
         description="Runs a declared comparison of methods.",
         allow_abbrev=False,
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the TOML file that declares it")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="the TOML file that declares the comparison"
+    )
     parser.add_argument(
         "--jobs",
         type=positive_int,
         default=1,
-        help="runs at a time; each on a GPU of its own, or on its share of the cores",
+        help="concurrent runs, each on its own GPU or on an equal share of the cores; default: 1",
     )
     parser.add_argument(
-        "--report-only", action="store_true", help="train nothing; report what is finished"
+        "--report-only", action="store_true", help="do not train; report the finished runs"
     )
     return parser.parse_args(argv)

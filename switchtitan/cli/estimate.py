@@ -1,10 +1,10 @@
-"""Says what a training step needs on any number of ranks, without them: memory, bytes sent, floating-point operations.
+"""Estimates memory, communication and operations of a training step on any number of ranks.
 
     switchtitan estimate CONFIG ... --world-size N [--section.key value ...]
 
-CONFIG is a file, or a file and what is different on this side: `FILE:section.key=value,section.key=value`. Further keys go
-over all of them. Prints tables, and the same as JSON: as the last line, or to --json FILE.
-"""
+CONFIG is a file, or a file with overrides for this side:
+`FILE:section.key=value,section.key=value`. Further keys override all sides. Prints tables, and the
+same as JSON: as the last line, or to --json FILE. Needs one process only."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from switchtitan.errors import UserError, exit_for
 
 
 def main(argv: Sequence[str]) -> None:
-    """Estimates what the command line asks for."""
+    """Estimates a step of each given configuration."""
     try:
         own, overrides = split_overrides(argv)
         options = read_options(own)
@@ -37,14 +37,15 @@ def main(argv: Sequence[str]) -> None:
         exit_for(error)
     communication = {name: estimate.communication for name, estimate in estimates.items()}
     lines = [
-        f"memory of each of {options.world_size} ranks in a step, at its peak and the most of each kind at any time",
+        f"memory of each of {options.world_size} ranks in a step: the peak, and the maximum of "
+        "each kind",
         *memory_table(estimates),
         *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
-        "sent by each rank in a step, in MiB (number of collectives), if carried out in a ring",
+        "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
         *communication_table(communication),
         "floating-point operations of each rank in a step",
         *flops_table(estimates),
-        "assumed:",
+        "assumptions:",
         *(f"- {assumption}" for assumption in ASSUMPTIONS),
     ]
     print("\n".join(lines), flush=True)
@@ -57,11 +58,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The program's own words; argparse ends the program with status 2 where they are wrong."""
+    """Parses the options; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan estimate",
-        description="Says what a training step needs on any number of ranks, without them.",
-        epilog="--section.key value overrides a key of all configurations, as in training.",
+        description="Estimates memory, communication and operations of a training step.",
+        epilog="--section.key value overrides a key in all configurations.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -70,6 +71,6 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         metavar="CONFIG",
         help="FILE or FILE:section.key=value,section.key=value",
     )
-    parser.add_argument("--world-size", type=positive_int, required=True, help="ranks of the run")
+    parser.add_argument("--world-size", type=positive_int, required=True, help="number of ranks")
     add_json_option(parser)
     return parser.parse_args(argv)

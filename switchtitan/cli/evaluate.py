@@ -3,9 +3,9 @@
     switchtitan evaluate outputs/RUN [--split validation|test] [--tokens N] [--json FILE]
     switchtitan evaluate WEIGHTS --config FILE
 
-A checkpoint of any method is merged into dense weights first and evaluated on the corpus of its run, in the run's dtype. Other
-weights (a folder in Hugging Face's layout, a safetensors file) need the configuration that says model and corpus.
-"""
+A checkpoint of any method is merged into dense weights and evaluated on its run's corpus, in the
+run's dtype. Other weights (a folder in Hugging Face's layout, a safetensors file) need --config for
+model and corpus."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ from switchtitan.training.evaluate import Evaluator
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluates what the command line asks for and prints a summary."""
+    """Evaluates the given weights and prints a summary."""
     options = read_options(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the program with status 2 where it is wrong."""
+    """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan evaluate",
         description="Evaluates weights on held-out tokens of a prepared corpus.",
@@ -64,7 +64,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "weights",
         type=Path,
         metavar="WEIGHTS",
-        help="a run's output folder, one of its checkpoints, a folder in Hugging Face's layout or a safetensors file",
+        help="a run's folder, a checkpoint, a Hugging Face folder or a safetensors file",
     )
     parser.add_argument(
         "--config",
@@ -78,19 +78,17 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "--tokens",
         type=positive_int,
         metavar="N",
-        help="held-out tokens to use, from the start of the split (default: as in the configuration)",
+        help="number of tokens, from the start of the split (default: as in the configuration)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where to write the result as well"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
     return parser.parse_args(argv)
 
 
 def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int | None) -> dict:
-    """The loss of `weights`, in nats per token, its perplexity, and what they were computed on.
+    """Returns loss (nats per token) and perplexity of `weights`, and the data used.
 
     Raises:
-        UserError: if weights, model and corpus do not fit together, or one of them cannot be read.
+        UserError: if weights, model and corpus do not match, or one of them cannot be read.
     """
     metadata = None
     if config_file is None:
@@ -142,7 +140,7 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
 
 
 def saved_config(metadata: CheckpointMetadata) -> JobConfig:
-    """The configuration of the run that saved a checkpoint.
+    """Returns the configuration of the run that saved a checkpoint.
 
     Raises:
         ConfigError: if this version does not accept it.
@@ -158,7 +156,7 @@ def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:
         checkpoint = find_given(path)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; other weights than a checkpoint need --config FILE"
+            f"{error}; for weights other than a checkpoint, pass --config FILE"
         ) from error
     return checkpoint, read_metadata(checkpoint)
 
@@ -168,6 +166,6 @@ def _check_corpus(fingerprint: str, metadata: CheckpointMetadata, folder: Path) 
     expected = corpus["fingerprint"] if isinstance(corpus, dict) else None
     if fingerprint != expected:
         raise CorpusError(
-            f"{folder}: its fingerprint is {fingerprint}, but the run trained on {expected}; give --config FILE with the "
-            "[data] to evaluate on"
+            f"{folder}: its fingerprint is {fingerprint}, but the run trained on {expected}; pass "
+            "--config FILE with the [data] to evaluate on"
         )

@@ -2,9 +2,8 @@
 
     switchtitan export --checkpoint outputs/RUN [--folder OUT] [--dtype float32|bfloat16]
 
-The low-rank factors of any method are merged into dense weights in float32 first. The run's tokenizer goes
-along if the corpus that the run trained on lies where its [data] cache_dir says, seen from here.
-"""
+The low-rank factors of any method are merged into dense weights in float32. The run's tokenizer is
+exported too if the run's corpus is in its [data] cache_dir, relative to the current folder."""
 
 import argparse
 import logging
@@ -24,7 +23,7 @@ from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_c
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exports what the command line asks for and says what lies where."""
+    """Exports the given checkpoint and prints a summary."""
     options = read_options(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the program with status 2 where it is wrong."""
+    """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan export",
         description="Writes a checkpoint as a folder that transformers loads.",
@@ -46,12 +45,12 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         required=True,
-        help="a folder step-000001000, or a run's output folder for its newest one",
+        help="a folder step-000001000, or a run's output folder, which means its newest checkpoint",
     )
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where to write; must not exist or be empty (default: exports/STEP in the run's output folder)",
+        help="folder to write, absent or empty (default: exports/STEP in the run's output folder)",
     )
     parser.add_argument(
         "--dtype",
@@ -63,21 +62,22 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def export_folder(checkpoint: Path) -> Path:
-    """The default folder of an export: `exports/step-000001000`, next to the run's `checkpoints/`."""
-    home = checkpoint.resolve().parent
+    """Returns the default folder: `exports/step-000001000`, next to the run's `checkpoints/`."""
+    parent = checkpoint.resolve().parent
     return (
-        (home.parent if home.name == CHECKPOINTS_FOLDER else home)
+        (parent.parent if parent.name == CHECKPOINTS_FOLDER else parent)
         / "exports"
         / checkpoint.resolve().name
     )
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
-    """Writes `checkpoint` to `folder`; returns a summary in a few lines.
+    """Writes `checkpoint` to `folder` and returns a summary.
 
     Raises:
-        CheckpointError: if the checkpoint is corrupted or its model has no class in transformers, or `folder` is not empty.
-        CorpusError: if the run's corpus is there but is damaged or another one.
+        CheckpointError: if the checkpoint is corrupted, transformers has no class for its model, or
+            `folder` is not empty.
+        CorpusError: if the corpus folder exists but is damaged or holds another corpus.
     """
     metadata = read_metadata(checkpoint)
     corpus_folder = find_corpus(metadata)
@@ -105,16 +105,16 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
 
 
 def find_corpus(metadata: CheckpointMetadata) -> Path:
-    """The folder in which the run's corpus lay, which need not be there."""
+    """Returns the folder of the run's corpus, which need not exist."""
     cache_dir = tomli.loads(str(metadata.run["config"]))["data"]["cache_dir"]
     return Path(cache_dir) / str(_entry(metadata.identity, "corpus", "name"))
 
 
 def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:
-    """The index of the corpus in `folder`; None if there is none.
+    """Returns the index of the corpus in `folder`, or None if there is no such folder.
 
     Raises:
-        CorpusError: if it is damaged, or not the one that the run trained on.
+        CorpusError: if it is damaged, or not the corpus of the run.
     """
     if not folder.is_dir():
         return None
@@ -122,8 +122,8 @@ def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | 
     expected = _entry(metadata.identity, "corpus", "fingerprint")
     if index.fingerprint != expected:
         raise CorpusError(
-            f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; move that "
-            "folder away to export without a tokenizer"
+            f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "
+            "move that folder away to export without a tokenizer"
         )
     return index
 

@@ -1,4 +1,4 @@
-"""How SIGTERM and Ctrl-C end a command: by KeyboardInterrupt, and with status 128 + n after signal n."""
+"""End a command on SIGTERM or Ctrl-C: KeyboardInterrupt, then status 128 + n after signal n."""
 
 import signal
 import sys
@@ -6,18 +6,18 @@ from typing import NoReturn
 
 
 def interrupt_on_sigterm() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
 def exit_for_interrupt(stop: KeyboardInterrupt, message: str) -> NoReturn:
-    """Prints `message` on standard error and ends the program with the signal's status."""
+    """Prints `message` on standard error and exits with the signal's status."""
     print(message, file=sys.stderr)
     raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    # A signal to the process group also ends the data loader's workers, which torch would report by an error of its own
-    # in the middle of a save.
+    # A signal to the process group also ends the data loader's workers. torch's SIGCHLD handler
+    # would raise for them in the middle of a save.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)

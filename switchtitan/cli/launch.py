@@ -1,9 +1,8 @@
-"""Starts several ranks: `switchtitan launch TORCHRUN_OPTIONS train [--config FILE] [--section.key value ...]`.
+"""Starts several ranks: `switchtitan launch TORCHRUN_OPTIONS train TRAIN_OPTIONS`.
 
-In the place of `train`, `benchmark` and whatever torchrun runs (a script, `-m MODULE`) can be launched too. What this adds
-to torchrun is how a mistake ends: the configuration is checked before any rank starts, and a `UserError` of a rank is
-printed once, with its status, without tracebacks and without torchrun's report.
-"""
+It can also launch `benchmark`, a script, or `-m MODULE`. Unlike torchrun, it checks the
+configuration before any rank starts. It prints a `UserError` of a rank once, without tracebacks and
+torchrun's report, and exits with its status."""
 
 import argparse
 import logging
@@ -19,14 +18,14 @@ from switchtitan.errors import EXIT_STATUS_KEY, UserError, exit_for
 from switchtitan.job.config import parse_arguments
 
 OWN_COMMANDS = ("train", "benchmark")
-"""Commands of `switchtitan` that run on several ranks."""
+"""The commands of `switchtitan` that run on several ranks."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Checks the configuration, then runs torchrun with `argv`.
 
     Raises:
-        SystemExit: with status 2 for a user's mistake, 1 where a rank crashed, 128 + n after signal n.
+        SystemExit: with status 2 for a user's mistake, 1 if a rank crashed, 128 + n after signal n.
     """
     options = read_options(argv)
     num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     if options.training_script in OWN_COMMANDS:
         options.training_script_args.insert(0, options.training_script)
         options.module, options.training_script = True, "switchtitan"
-    # A rank that fails says so itself on standard error; the agent would repeat it on every node.
+    # A failing rank prints its own error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(options)
@@ -54,33 +53,38 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """torchrun's options; argparse ends the program with status 2 where they are wrong."""
+    """Parses torchrun's options; argparse exits with status 2 on an error."""
     parser = get_args_parser()
     parser.prog = "switchtitan launch"
-    parser.description = "Starts one process per rank. The options are those of torchrun; training_script is `train`,"
-    parser.description += " `benchmark`, or a script of yours."
+    parser.description = (
+        "Starts one process per rank. The options are those of torchrun; training_script is "
+        "`train`, `benchmark`, or your script."
+    )
     return parser.parse_args(argv)
 
 
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
-    """The first failure in time. One of a rank that torchrun ended because another had failed is no cause, unless that rank had
-    met a user's mistake by itself."""
+    """Returns the earliest failure that is not a consequence of another.
+
+    torchrun sends SIGTERM to the other ranks after a failure; those count only if they found a
+    user's mistake."""
     causes = [
         failure
         for failure in failures
         if failure.exitcode != -signal.SIGTERM or is_mistake(failure)
     ]
-    # Timestamps are in full seconds: of several in one second, a mistake is the cause rather than a crash.
+    # Timestamps have a resolution of one second; within one, prefer a mistake to a crash.
     return min(causes or failures, key=lambda failure: (failure.timestamp, not is_mistake(failure)))
 
 
 def is_mistake(failure: ProcessFailure) -> bool:
-    """Whether a rank met a user's mistake: it leaves its message and the status. One that crashes leaves a traceback alone."""
+    """Whether a rank ended with a `UserError`, which records an exit status, unlike a crash."""
     return EXIT_STATUS_KEY in failure.error_file_data
 
 
 def num_ranks_of(num_nodes: str, num_processes: str) -> int | None:
-    """Ranks of the run, or None where only torchrun can tell ("1:4" nodes, "gpu" processes)."""
+    """Returns the number of ranks, or None if only torchrun knows it ("1:4" nodes, "gpu"
+    processes)."""
     if num_nodes.isdecimal() and num_processes.isdecimal():
         return int(num_nodes) * int(num_processes)
     return None

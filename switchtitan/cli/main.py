@@ -1,4 +1,4 @@
-"""The console script `switchtitan`. A command's module, and with it torch, is imported only when it is chosen."""
+"""The console script `switchtitan`. Imports only the module of the chosen command."""
 
 import difflib
 import importlib
@@ -9,23 +9,23 @@ from switchtitan import __version__
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
-    "launch": "Start one process per rank with torchrun: `switchtitan launch --nproc_per_node 8 train ...`.",
-    "prepare": "Tokenize a corpus once, before the runs that train on it.",
-    "evaluate": "Compute loss and perplexity of a checkpoint, or of other weights, on held-out tokens.",
+    "launch": "Start one process per rank: `switchtitan launch --nproc_per_node 8 train ...`.",
+    "prepare": "Tokenize a corpus before training on it.",
+    "evaluate": "Compute loss and perplexity of a checkpoint or other weights on held-out tokens.",
     "export": "Write a checkpoint as a folder that transformers loads.",
-    "compare": "Run a declared comparison of methods, or resume it, and report the results.",
-    "benchmark": "Measure what training costs: steps, layers, optimizer, loader, checkpoints, start-up.",
+    "compare": "Run or resume a declared comparison of methods and report the results.",
+    "benchmark": "Measure the cost of steps, layers, optimizer, loader, checkpoints or start-up.",
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
-    "plot": "Draw the curves of runs (`plot run`) or the rank of what they learned (`plot spectrum`).",
+    "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
 }
-"""Command -> its line in `switchtitan --help`. The module `switchtitan.cli.<command>` has its `main(argv)`."""
+"""Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command.
 
     Args:
-        argv: the command and its arguments; by default those of the process.
+        argv: the command and its arguments; default: `sys.argv[1:]`.
 
     Raises:
         SystemExit: as the command does; with status 2 for an unknown command.
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_command(
     program: str, command: str, commands: dict[str, str], arguments: Sequence[str], modules: str
 ) -> None:
-    """Imports the module of `command`, which `modules` names, and calls its `main`.
+    """Imports the module of `command`, named by the pattern `modules`, and calls its `main`.
 
     Raises:
         SystemExit: with status 2 if there is no such command.
@@ -56,7 +56,7 @@ def run_command(
 
 
 def help_text(program: str, commands: dict[str, str]) -> str:
-    """What `--help` prints for a program that consists of commands."""
+    """Returns the `--help` of a program with commands."""
     width = max(len(command) for command in commands)
     return "\n".join(
         [
@@ -64,6 +64,6 @@ def help_text(program: str, commands: dict[str, str]) -> str:
             "",
             *(f"  {command:<{width}}  {sentence}" for command, sentence in commands.items()),
             "",
-            f"{program} COMMAND --help lists the arguments of one.",
+            f"`{program} COMMAND --help` lists the arguments of a command.",
         ]
     )

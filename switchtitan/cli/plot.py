@@ -1,4 +1,4 @@
-"""Draws runs: `switchtitan plot run RUN ... --output FILE`, `switchtitan plot spectrum RUN ... --output FILE`."""
+"""Draws runs: `switchtitan plot run | spectrum RUN ... --output FILE`."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,14 @@ from switchtitan.cli.main import help_text, run_command
 
 PICTURES = {
     "run": "Losses, learning rate and switches of one or more runs.",
-    "spectrum": "The rank of the change of the weights since step 0, for runs next to each other.",
+    "spectrum": "The rank of the weights' change since step 0, for one or more runs.",
 }
-"""Picture -> its line in `switchtitan plot --help`. The module `switchtitan.cli.plot_<picture>` has its `main(argv)`."""
+"""Picture -> its line in `switchtitan plot --help`. Its module is
+`switchtitan.cli.plot_<picture>`."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws what the command line asks for."""
+    """Draws the chosen picture."""
     picture, *arguments = argv or ["--help"]
     if picture in ("-h", "--help"):
         print(help_text("switchtitan plot", PICTURES))

@@ -1,4 +1,4 @@
-"""Draws the curves of one or more runs: losses, learning rate, and what was switched.
+"""Draws the curves of one or more runs: losses, learning rate and switches.
 
 switchtitan plot run outputs/RUN [outputs/RUN ...] --output curves.png
 """
@@ -21,7 +21,7 @@ NUM_SWITCHED, COVERAGE = "switch/vectors_switched_total", "switch/candidate_cove
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws what the command line asks for."""
+    """Draws the given runs."""
     options = read_options(argv)
     try:
         runs = {label: read_curves(run) for label, run in labelled(options.runs).items()}
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the program with status 2 where it is wrong."""
+    """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan plot run",
         description="Draws the curves of one or more runs.",
@@ -43,13 +43,13 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "--output",
         type=Path,
         required=True,
-        help="the picture; its ending chooses the format (png, svg, pdf)",
+        help="the picture; the extension selects the format (png, svg, pdf)",
     )
     return parser.parse_args(argv)
 
 
 def labelled(runs: Sequence[Path]) -> dict[str, Path]:
-    """Runs by the shortest name that tells them apart: the folder's, or else the path as given."""
+    """Returns runs by label: the folder's name if it is unique, otherwise the path as given."""
     names = [run.resolve().name for run in runs]
     return {
         name if names.count(name) == 1 else str(run): run
@@ -58,7 +58,7 @@ def labelled(runs: Sequence[Path]) -> dict[str, Path]:
 
 
 def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
-    """Losses on the left; on the right the learning rate and, if any run switched, the switches below it."""
+    """Draws losses on the left; learning rate and, if any run switched, switches on the right."""
     figure = Figure(layout="constrained")
     switching = {label: curves for label, curves in runs.items() if NUM_SWITCHED in curves}
     if switching:
@@ -84,9 +84,9 @@ def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
 
 
 def _draw_legend(figure: Figure, panels: Iterable[Axes], num_columns: int) -> int:
-    """Names all curves below the panels, where none runs through it, row by row; returns the number of rows."""
+    """Draws one legend below all panels, filled row by row; returns the number of rows."""
     keys = [key for panel in panels for key in zip(*panel.get_legend_handles_labels(), strict=True)]
-    # A legend fills its columns one by one.
+    # matplotlib fills a legend column by column.
     keys = [key for column in range(num_columns) for key in keys[column::num_columns]]
     lines, labels = [line for line, _ in keys], [label for _, label in keys]
     figure.legend(lines, labels, loc="outside lower center", ncols=num_columns, frameon=False)
@@ -114,7 +114,7 @@ def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[st
 
 
 def _draw_switches(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[str, str]) -> None:
-    """Vectors switched so far on the left scale, the share of candidates ever in use on the right one."""
+    """Draws vectors switched so far (left axis) and percent of candidates ever used (right)."""
     right = axes.twinx()
     for label, curves in runs.items():
         axes.plot(*curves[NUM_SWITCHED], color=colours[label])

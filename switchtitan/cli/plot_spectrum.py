@@ -1,12 +1,11 @@
-"""Draws, for runs side by side, the rank of what training has added to each linear layer's weight.
+"""Draws the rank of the change of each linear layer's weight since step 0, for runs side by side.
 
     switchtitan plot spectrum outputs/RUN [outputs/RUN ...] --output spectra.png
-    switchtitan plot spectrum --label lora=outputs/A,outputs/B --label full=outputs/C --output spectra.png
+    switchtitan plot spectrum --label lora=outputs/A,outputs/B --label full=outputs/C --output FILE
 
-It compares each run's newest checkpoint with the weights that the run started from, which follow from its
-seed, or were read by its warm start; the run needs no telemetry. Where runs did measure on the way
-([spectrum] interval), the course over training is drawn too.
-"""
+It compares each run's newest checkpoint with the run's initial weights, drawn again from the seed
+or read from [checkpoint] initial_weights; the run needs no telemetry. For runs with [spectrum]
+interval, it also draws the rank over training."""
 
 import argparse
 import json
@@ -26,7 +25,7 @@ from switchtitan.spectra.runs import (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws what the command line asks for and prints a table."""
+    """Draws the given runs and prints a table."""
     options = read_options(argv)
     try:
         labels = labelled(options.runs, options.label)
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; argparse ends the program with status 2 where it is wrong."""
+    """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan plot spectrum",
         description="Draws the rank of the weights' change since step 0, for runs side by side.",
@@ -65,34 +64,32 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=RUN[,RUN...]",
-        help="runs that differ in their seed alone, averaged under one name; may be given several times",
+        help="runs that differ only in their seed, averaged under one name; can be repeated",
     )
     parser.add_argument(
         "--layers",
         nargs="+",
         default=["*"],
         metavar="PATTERN",
-        help="kinds of layers (q_proj) or patterns for their names ('model.layers.3.*'); default: all in the blocks",
+        help="kinds of layers (q_proj) or name patterns ('model.layers.3.*'); default: all",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
-        help="the picture; its ending chooses the format (png, svg, pdf)",
+        help="the picture; the extension selects the format (png, svg, pdf)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where to write the numbers as well"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args(argv)
     if not options.runs and not options.label:
-        parser.error("give at least one RUN, or --label NAME=RUN")
+        parser.error("expected at least one RUN or --label NAME=RUN")
     return options
 
 
 def labelled(
     runs: Sequence[Path], labels: Sequence[tuple[str, list[Path]]]
 ) -> dict[str, list[Path]]:
-    """All runs by label; a run without one goes by its folder's name, or else by the path as given.
+    """Returns all runs by label; default: the folder's name if unique, otherwise the given path.
 
     Raises:
         ConfigError: if two labels are the same.
@@ -105,9 +102,7 @@ def labelled(
     groups += labels
     result = dict(groups)
     if len(result) < len(groups):
-        raise ConfigError(
-            "two of the runs have the same label; name them apart with --label NAME=RUN"
-        )
+        raise ConfigError("two runs have the same label; use --label NAME=RUN")
     return result
 
 
@@ -121,7 +116,7 @@ def write_json(groups: Mapping[str, GroupSpectra], file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(as_json(groups), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--json {file}: the numbers cannot be written: {error}") from error
+        raise ConfigError(f"--json {file}: the file cannot be written: {error}") from error
 
 
 def _labelled_runs(text: str) -> tuple[str, list[Path]]:

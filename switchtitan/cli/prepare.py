@@ -1,11 +1,10 @@
-"""Tokenises a corpus into memory-mapped shards, once, before the runs that train on it.
+"""Tokenizes a corpus into memory-mapped shards, once, before training.
 
     switchtitan prepare --config train_configs/llama_350m_switchlora.toml
     switchtitan prepare --dataset text --path books/ --vocab_size 8192
 
-Training does the same on first use; a large corpus is better prepared beforehand, on a machine with many
-cores. The same command resumes a preparation that was stopped.
-"""
+Training does the same on first use. Prepare a large corpus in advance, on a machine with many
+cores. The same command resumes a stopped preparation."""
 
 import logging
 from collections.abc import Sequence
@@ -20,20 +19,20 @@ from switchtitan.errors import UserError, exit_for
 from switchtitan.job.config import JobConfig
 
 INTRODUCTION = """\
-Tokenises a corpus into memory-mapped shards. --config FILE takes the [data]
-section of a training configuration; the keys below go over it, and the
-defaults shown are what it says.
+Tokenizes a corpus into memory-mapped shards. --config FILE uses the [data]
+section of a training configuration. The keys below override it; the defaults
+shown are its values.
 """
 
 
 class DataJobConfig(Section):
-    """What there is to configure without a file."""
+    """The configuration without --config."""
 
     data: DataConfig
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepares what the command line asks for and prints a summary."""
+    """Prepares the given corpus and prints a summary."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = read_data_config(argv)
@@ -47,12 +46,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_data_config(argv: Sequence[str]) -> DataConfig | None:
-    """The section that a command line describes; None where it asked for help, which is then printed.
+    """Returns the section that a command line describes, or None after printing help.
 
     Raises:
         ConfigError: with all mistakes in one message.
     """
-    # A key may be written as in training, `--data.path`, or without its section, `--path`.
+    # Keys may have their section, `--data.path`, or not, `--path`.
     arguments = split_arguments(argv, section="data")
     config: JobConfig | DataJobConfig
     if arguments.config_file is None:
@@ -67,18 +66,18 @@ def read_data_config(argv: Sequence[str]) -> DataConfig | None:
 
 
 def summary(corpus: Corpus) -> str:
-    """What lies where, in lines of at most 80 columns where names allow it."""
+    """Returns a summary of the corpus."""
     index = corpus.index
     lines = [
         f"folder       {corpus.folder}",
         f"source       {corpus.description}",
-        f"tokenizer    {corpus.vocab_size:,} tokens, documents end with {index.tokenizer.eos_token}",
+        f"tokenizer    {corpus.vocab_size:,} tokens, documents end in {index.tokenizer.eos_token}",
     ]
     for split, shards in index.splits.items():
         num_bytes = sum(shard.bytes_of_text for shard in shards)
         lines.append(
-            f"{split:<12} {index.num_tokens(split):,} tokens of {index.num_documents(split):,} documents, "
-            f"{num_bytes / 1e6:,.1f} MB of text"
+            f"{split:<12} {index.num_tokens(split):,} tokens, {index.num_documents(split):,} "
+            f"documents, {num_bytes / 1e6:,.1f} MB of text"
         )
-    lines.append(f"fingerprint  {corpus.fingerprint} (all checksums agree)")
+    lines.append(f"fingerprint  {corpus.fingerprint} (all checksums match)")
     return "\n".join(lines)

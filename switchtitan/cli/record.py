@@ -1,4 +1,4 @@
-"""What a measurement found, as JSON."""
+"""Write a measurement as JSON."""
 
 import argparse
 import json
@@ -11,28 +11,28 @@ from switchtitan.observability.environment import describe_environment
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """The option `--json FILE`, for `put_record`."""
+    """Adds the option `--json FILE`, for `put_record`."""
     parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="write the JSON there instead of printing it as the last line",
+        help="write the JSON to FILE instead of printing it as the last line",
     )
 
 
 def check_json_option(file: Path | None) -> None:
-    """Check, before hours of measuring, that `--json FILE` can be written.
+    """Checks that the folder of `--json FILE` exists, before hours of measuring.
 
     Raises:
         ConfigError: if its folder does not exist.
     """
     if file is not None and not file.absolute().parent.is_dir():
-        raise ConfigError(f"--json {file}: there is no folder {file.absolute().parent}; create it")
+        raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
 
 
-def put_record(command: str, found: Mapping[str, object], file: Path | None) -> None:
-    """Write command, environment and what was found to `file`, or print them as one line of JSON."""
-    record = {"command": command, "environment": describe_environment(), **found}
+def put_record(command: str, results: Mapping[str, object], file: Path | None) -> None:
+    """Writes command, environment and results to `file`, or prints them as one line of JSON."""
+    record = {"command": command, "environment": describe_environment(), **results}
     if file is None:
         print(json.dumps(record), flush=True)
     else:

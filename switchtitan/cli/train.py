@@ -1,4 +1,4 @@
-"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`. This process is one rank."""
+"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process."""
 
 from collections.abc import Sequence
 
@@ -15,21 +15,21 @@ from switchtitan.job.config import parse_arguments
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains as the command line asks.
+    """Trains the configured run.
 
     Raises:
-        SystemExit: with status 2, after a message, for a mistake that the user can fix; 128 + n after signal n.
+        SystemExit: with status 2 for a user's mistake, 128 + n after signal n.
     """
     if num_ranks_from_launcher() == 1:
-        # Treat SIGTERM like Ctrl-C, so that an in-flight save completes. Not on several ranks: torchrun also sends SIGTERM to
-        # the survivors of a crash, whose save would hang.
+        # Treat SIGTERM like Ctrl-C, so that an in-flight save completes. Not on several ranks:
+        # torchrun also sends SIGTERM to the survivors of a crash, whose save would hang.
         interrupt_on_sigterm()
     try:
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
         build_trainer(config, world).train()
-        # Not after other errors: leaving the process group waits for the other ranks, which may be waiting for this one, and
-        # its traceback would never be printed.
+        # Not after other errors: leaving the process group waits for the other ranks. If they wait
+        # for this one, its traceback would never be printed.
         stop_world()
     except UserError as error:
         stop_world_if_single()

@@ -1,4 +1,4 @@
-"""switchtitan benchmark prints a table and a line of JSON, and writes nothing."""
+"""`switchtitan benchmark` prints a table and a line of JSON, and writes no files."""
 
 import importlib
 import json
@@ -83,12 +83,12 @@ def test_the_record_goes_to_a_file_if_one_is_given(script, file, tmp_path, capsy
     assert record["communication"].keys() == {file}
 
 
-def test_a_missing_folder_for_the_record_is_refused_before_anything_is_measured(
+def test_a_missing_folder_for_the_record_is_refused_before_measuring(
     script, file, tmp_path, capsys
 ):
     with pytest.raises(SystemExit, match="2"):
         script.main(["step", file, "--json", str(tmp_path / "missing" / "step.json")])
-    assert "there is no folder" in capsys.readouterr().err
+    assert "no folder" in capsys.readouterr().err
 
 
 def test_layers_are_timed_in_every_contraction(
@@ -119,7 +119,7 @@ def test_layers_are_timed_in_every_contraction(
     assert list(of_layer["calls"]) == ["full rank", "factored", "merged", "dense_gradient"]
     assert of_layer["calls"]["full rank"]["ratio"] == 1
     assert of_layer["flops"]["full rank"] == 6 * 24 * 16 * 5
-    # Few tokens: building W + s B A would cost more than it spares.
+    # Few tokens: building W + s B A would cost more than it saves.
     assert (
         of_layer["chosen"]
         == "factored"
@@ -130,7 +130,7 @@ def test_layers_are_timed_in_every_contraction(
     assert lines[-1].startswith("[8, 16] rank 7, 5 tokens: ")
 
 
-def test_the_update_of_factors_is_timed_beside_torchs(
+def test_the_update_of_factors_is_timed_next_to_torchs(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(
@@ -156,7 +156,7 @@ def test_the_update_of_factors_is_timed_beside_torchs(
     assert len(record["updates"]) == 3
 
 
-def test_reading_is_compared_with_training(
+def test_loading_is_compared_with_training(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(
@@ -172,7 +172,7 @@ def test_reading_is_compared_with_training(
     assert not record["training_was_measured"]
 
 
-def test_saves_are_timed_and_leave_nothing(
+def test_saves_are_timed_and_leave_no_files(
     script: ModuleType, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(["checkpoint", file, "--folder", str(tmp_path), "--rounds", "2", "--steps", "1"])
@@ -185,7 +185,7 @@ def test_saves_are_timed_and_leave_nothing(
 
 
 @pytest.mark.slow
-def test_a_start_is_split_into_its_parts(
+def test_startup_is_split_into_its_parts(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(["startup", file])
@@ -222,7 +222,7 @@ def test_losses_are_compared_in_time_and_memory(
     assert all(row.endswith(f"  {name}") for row, name in zip(rows, names, strict=True))
     record = json.loads(line)
     assert len(record["calls"]["chunks"]["round_medians_s"]) == 2
-    # One chunk: the logits and their gradient take one place instead of several.
+    # One chunk: one buffer for logits and gradient instead of several.
     assert record["memory"]["chunks"]["ratio"] < 0.5
     assert record["memory"]["all logits"]["peak_extra_bytes"] > 2 * 4 * 40 * 70
 

@@ -1,4 +1,4 @@
-"""switchtitan estimate prints tables and a line of JSON, and writes nothing."""
+"""`switchtitan estimate` prints tables and a line of JSON, and writes no files."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_needs_of_a_step_are_in_tables_and_a_record(
+def test_estimates_are_in_tables_and_a_record(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [file, f"{file}:method.rank=3", "--world-size", "4", "--job.seed", "1"]

@@ -1,4 +1,4 @@
-"""The loss that `switchtitan evaluate` prints is the run's own, for every method, and that of an export."""
+"""`switchtitan evaluate` prints the loss of the run, for every method, and of its export."""
 
 import json
 
@@ -21,7 +21,7 @@ def saved_run(folder, method):
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)
-def test_the_loss_of_a_checkpoint_is_that_of_its_run(corpora, tmp_path, method, capsys):
+def test_the_loss_of_a_checkpoint_equals_its_runs(corpora, tmp_path, method, capsys):
     folder = corpora / f"evaluate-{method}"
     own = saved_run(folder, method)
     evaluate.main([str(folder / "run"), "--json", str(tmp_path / "result.json")])
@@ -56,7 +56,7 @@ def test_an_export_has_the_loss_of_its_checkpoint_and_tokens_are_counted(corpora
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such/run"], "other weights than a checkpoint need --config FILE"),
+        (["no/such/run"], "for weights other than a checkpoint, pass --config FILE"),
         ([], "required: WEIGHTS"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face's layout computes what our model computed."""
+"""transformers computes the same logits from an exported checkpoint."""
 
 import importlib
 import re
@@ -42,14 +42,15 @@ def test_transformers_computes_the_same_logits_from_an_export(
     exported = folder / "run" / "exports" / "step-000000007"
     assert str(exported) in capsys.readouterr().out
     theirs = AutoModelForCausalLM.from_pretrained(exported)
-    # Merging rounds each weight once, about 1e-7 relative; 1e-5 is what two LLaMAs in float32 differ by.
+    # Merging rounds each weight once, about 1e-7 relative; 1e-5 is what two LLaMAs in float32
+    # differ by.
     torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=1e-5, atol=1e-5)
     text = "def sorted(values):\n    return values\n"
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_weights_are_stored_in_the_type_asked_for(
+def test_weights_are_stored_in_the_requested_dtype(
     script: ModuleType, corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logits_of_a_saved_run(corpora / "export-bfloat16", "switchlora")
@@ -71,7 +72,7 @@ def test_weights_are_stored_in_the_type_asked_for(
     assert "exists and is not empty" in capsys.readouterr().err
 
 
-def test_an_export_without_the_corpus_has_no_tokenizer_and_says_so(
+def test_an_export_without_the_corpus_reports_no_tokenizer(
     script: ModuleType, corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logits_of_a_saved_run(corpora / "export-alone", "full_rank")

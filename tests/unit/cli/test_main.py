@@ -1,4 +1,4 @@
-"""The console script finds commands, explains itself without torch, and answers a misspelt command."""
+"""The console script: commands, help without torch, misspelt commands."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from switchtitan.cli.main import COMMANDS, main
 from switchtitan.cli.plot import PICTURES
 
 NUM_IMPORTED_TO_TRAIN = 124
-"""Files of switchtitan that `switchtitan train` may import, at most."""
+"""The maximum number of files of switchtitan that `switchtitan train` imports."""
 
 
 def run_python(code, *arguments):

@@ -32,14 +32,14 @@ def write_run(folder: Path, *, switches: bool) -> Path:
     return folder
 
 
-def test_curves_are_what_the_run_wrote(script: ModuleType, tmp_path: Path) -> None:
+def test_curves_equal_the_runs_scalars(script: ModuleType, tmp_path: Path) -> None:
     curves = script.read_curves(write_run(tmp_path / "run", switches=True))
     assert curves["optimizer/lr"] == ([1, 2, 3], [0.5, 1.0, 1.5])
     assert curves["loss/validation"] == ([0], [5.5])
 
 
 @pytest.mark.parametrize(("switches", "titles"), [(True, 3), (False, 2)])
-def test_what_no_run_did_gets_no_panel(
+def test_panels_without_data_are_not_drawn(
     script: ModuleType, tmp_path: Path, switches: bool, titles: int
 ) -> None:
     figure = script.draw(
@@ -58,7 +58,7 @@ def test_runs_are_drawn_into_one_picture(script: ModuleType, tmp_path: Path) -> 
     assert set(script.labelled(runs)) == {str(run) for run in runs}
 
 
-def test_a_run_without_losses_yet_has_its_picture(script: ModuleType) -> None:
+def test_a_run_without_losses_can_be_drawn(script: ModuleType) -> None:
     figure = script.draw({"run": {"optimizer/lr": ([1, 2], [0.5, 1.0])}})
     figure.draw_without_rendering()
     assert [list(line.get_ydata()) for axes in figure.axes for line in axes.lines] == [[0.5, 1.0]]
@@ -76,7 +76,7 @@ def test_no_curve_runs_through_the_legend(script: ModuleType, tmp_path: Path) ->
         assert below.y0 >= 0
         for axes in figure.axes:
             assert axes.get_tightbbox().y0 >= below.y1
-            # A panel stays a panel, however many runs there are.
+            # The panels keep their size, however many runs there are.
             assert axes.get_window_extent().height >= 100
         labels = [text.get_text() for text in legend.get_texts()]
         assert len(labels) == 2 * len(names) + 2

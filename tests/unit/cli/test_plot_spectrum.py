@@ -1,4 +1,4 @@
-"""Ranks of runs side by side: the numbers are those of the runs, the picture is there, mistakes are named."""
+"""`switchtitan plot spectrum`: the numbers, the picture, mistakes."""
 
 import importlib
 import json
@@ -23,7 +23,8 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def runs(corpora: Path) -> dict[str, Path]:
-    """Short runs: two of LoRA that measured on the way, with a seed each, one of full rank that did not, and a wider model."""
+    """Short runs: two of LoRA with different seeds that measured, one of full rank that did not,
+    and a wider model."""
     measured = ("--spectrum.interval", "5")
     for name, method, overrides in (
         ("lora-1", "lora", (*measured, "--job.seed", "1")),
@@ -54,7 +55,7 @@ def measured_rank(run: Path, step: int, kind: str = "") -> float:
     ).effective
 
 
-def test_numbers_are_those_that_the_runs_measured(
+def test_numbers_equal_the_runs_measurements(
     script: ModuleType, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(
@@ -74,7 +75,7 @@ def test_numbers_are_those_that_the_runs_measured(
     assert list(numbers) == ["run", "lora"]
     lora = numbers["lora"]
     ranks = [measured_rank(runs[name], 15) for name in ("lora-1", "lora-2")]
-    # The weights of a checkpoint merged anew: the roundings of a product in fp32.
+    # The checkpoint's weights are merged again: roundings of an fp32 product.
     assert lora["effective_rank"]["mean"] == pytest.approx(sum(ranks) / 2, rel=1e-4)
     assert lora["effective_rank"]["low"] == pytest.approx(min(ranks), rel=1e-4)
     assert [run["effective_rank"] for run in lora["runs"]] == pytest.approx(ranks, rel=1e-4)
@@ -117,7 +118,7 @@ def test_layers_can_be_chosen(script: ModuleType, runs: dict[str, Path], tmp_pat
     assert len(numbers["runs"][0]["effective_rank_by_layer"]) == 2 + 3
 
 
-def test_the_course_has_a_panel_only_where_a_run_measured_it(
+def test_the_course_has_a_panel_only_if_a_run_measured_it(
     script: ModuleType, runs: dict[str, Path]
 ) -> None:
     for names, num_panels in ((["full"], 2), (["full", "lora-1"], 3)):
@@ -130,13 +131,13 @@ def test_the_course_has_a_panel_only_where_a_run_measured_it(
     [
         (["no/such/run"], "no complete checkpoint at no/such/run: expected"),
         (["{full}", "{wider}"], "hold different models ([model] hidden_size = 20 and 24)"),
-        (["{full}", "--label", "run={lora-1}"], "two of the runs have the same label"),
+        (["{full}", "--label", "run={lora-1}"], "two runs have the same label"),
         (
             ["{full}", "--layers", "c_proj"],
-            "--layers c_proj: fits no layer; expected one of q_proj, k_proj",
+            "--layers c_proj: matches no layer; expected one of q_proj, k_proj",
         ),
         (["--label", "{full}"], "expected NAME=RUN[,RUN...]"),
-        ([], "give at least one RUN"),
+        ([], "expected at least one RUN"),
         (["{full}", "--output", "{full}/x.gmp"], "x.gmp: cannot write the figure"),
     ],
 )

@@ -22,7 +22,7 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def test_a_corpus_is_prepared_and_summed_up(tmp_path: Path) -> None:
+def test_a_corpus_is_prepared_and_summarized(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(SCRIPT),
@@ -61,7 +61,7 @@ def test_mistakes_end_with_status_2_and_one_message(
     assert re.search(message, errors)
 
 
-def test_the_data_section_of_a_training_file_is_taken(script: ModuleType, tmp_path: Path) -> None:
+def test_the_data_section_of_a_training_file_is_used(script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     quickstart = ROOT / "train_configs" / "llama_quickstart_switchlora.toml"
     file.write_text(quickstart.read_text())
