@@ -20,8 +20,7 @@ DEFAULT_VALIDATION_FRACTION = 0.02
 
 
 class DataConfig(Section):
-    """What to train on. A corpus is tokenised once into `cache_dir` and memory-mapped from
-    there."""
+    """The corpus to train on: tokenized once into `cache_dir`, then memory-mapped."""
 
     dataset: DatasetName = "pystdlib"
     """The corpus. "pystdlib": the standard library of the running interpreter, about 30 MB that

@@ -1,5 +1,4 @@
-"""Training and validation batches; global batches do not depend on the number of ranks or
-workers."""
+"""Training and validation batches, independent of the numbers of ranks and workers."""
 
 import logging
 import warnings
@@ -29,8 +28,7 @@ def build_train_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
-    """Returns an endless iterator over optimizer steps; an item is the list of this rank's
-    micro-batches.
+    """Iterates endlessly over optimizer steps; an item is the list of this rank's micro-batches.
 
     Sequence i of the global batch of step t is a function of (seed, t, i), so resuming needs only
     the step, on any number of ranks. Worker processes start with the first item; `close()` on the
@@ -95,8 +93,7 @@ def build_validation_batches(
     rank: int,
     num_ranks: int,
 ) -> "ValidationBatches":
-    """Returns the first `num_sequences` of the held-out split, distributed over the ranks,
-    re-iterable.
+    """Returns batches of the first `num_sequences` held-out sequences, distributed over the ranks.
 
     Every rank gets the same number of batches of the same shape. Padding sequences at the end have
     only `IGNORED_TARGET` targets, so sums over targets and their counts do not depend on the number

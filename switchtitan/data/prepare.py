@@ -1,4 +1,4 @@
-"""Tokenise a corpus once into memory-mapped shards: resumable, atomic, one process at a time."""
+"""Tokenize a corpus once into memory-mapped shards: resumable, atomic, one process at a time."""
 
 import hashlib
 import logging
@@ -93,8 +93,7 @@ def prepare_planned_corpus(
 
 
 def is_held_out(document: int, period: int, first: int = 0) -> bool:
-    """Whether a document is held out: number `first` of the first `period` documents, and one of
-    each later period.
+    """Whether a document is held out: number `first`, and one of each later `period` documents.
 
     A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, spread over
     the full corpus, and never empty."""
@@ -220,8 +219,7 @@ class _Preparation:
                 document += 1
 
     def _bar(self, progress: Progress) -> "tqdm[NoReturn]":
-        """A progress bar for one stream, over documents if they are capped, otherwise over
-        bytes."""
+        """A progress bar for one stream: over documents if capped, otherwise over bytes."""
         total: int | None = self._config.max_documents
         initial, unit = progress.documents, "documents"
         if total is None:
@@ -232,7 +230,7 @@ class _Preparation:
             ]
             total, initial, unit = min(sizes, default=None), progress.bytes_of_text, "B"
         return tqdm(
-            desc=f"tokenising {self._streams[progress.stream] or ''}".rstrip(),
+            desc=f"tokenizing {self._streams[progress.stream] or ''}".rstrip(),
             total=total,
             initial=initial,
             unit=unit,

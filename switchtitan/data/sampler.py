@@ -82,7 +82,7 @@ def _feistel(
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
     generators")."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

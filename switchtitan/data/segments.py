@@ -1,5 +1,4 @@
-"""Write a stream of documents as token shards, segment by segment; a segment is the unit of
-resuming."""
+"""Write a stream of documents as token shards in segments, the units of resuming."""
 
 import errno
 import hashlib
@@ -18,7 +17,7 @@ from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 
 SEGMENT_TOKENS = 1 << 26
-"""Tokens in a segment: the most that is tokenised again after a stop, about a minute on 2 cores."""
+"""Tokens in a segment: the most that is tokenized again after a stop, about a minute on 2 cores."""
 
 _BATCH_BYTES = 1 << 21
 _BATCH_DOCUMENTS = 4096
@@ -47,7 +46,7 @@ class Progress(BaseModel):
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Documents to tokenise together, and the stream's position after them."""
+    """Documents to tokenize together, and the stream's position after them."""
 
     documents: list[str]
     num_bytes: list[int]
@@ -161,7 +160,7 @@ def write_segment(
     on_batch: Callable[[TextBatch], None],
     segment_tokens: int,
 ) -> Progress | None:
-    """Tokenises and writes batches until the segment is full or the stream ends.
+    """Tokenizes and writes batches until the segment is full or the stream ends.
 
     Args:
         split_of: maps a document's number in its stream to its split.

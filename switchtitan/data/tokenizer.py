@@ -1,5 +1,4 @@
-"""Tokenizers, read from a file or the hub or trained on the corpus, and their end-of-document
-token."""
+"""Tokenizers from a file, the hub or trained on the corpus, and their end-of-document token."""
 
 import hashlib
 import json
@@ -113,8 +112,7 @@ def is_cached(name: str) -> bool:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
-    """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) whose first token ends a
-    document.
+    """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2); token 0 ends a document.
 
     Any string can be encoded and decoded exactly, since the 256 bytes are in the vocabulary. The
     vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge."""

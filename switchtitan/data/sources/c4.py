@@ -1,5 +1,4 @@
-"""English C4 (Raffel et al. 2020, arXiv 1910.10683), streamed from the Hugging Face hub or a local
-copy."""
+"""English C4 (Raffel et al. 2020, arXiv 1910.10683), from the Hugging Face hub or a local copy."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,8 +15,8 @@ DATA_FILES = {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.
 
 
 class C4Stream:
-    """One split of C4; its position is the streaming dataset's state, which skips read files on
-    resume."""
+    """One split of C4. Its position is the streaming dataset's state, which skips files already
+    read."""
 
     def __init__(self, dataset: "IterableDataset", where: str) -> None:
         self._dataset = dataset
