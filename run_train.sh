@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Trains: ./run_train.sh [--config FILE] [--section.key VALUE ...]     (--help lists every key)
 #
-# Sets up what it needs by itself. Environment:
-#   NGPU            processes on this machine; default: one per visible GPU, or 1 on a CPU
-#   NNODES          machines; default 1. Start the same command on each of them
-#   NODE_RANK       number of this machine, from 0; optional
-#   RDZV_ENDPOINT   HOST:PORT where the machines meet; needed for NNODES > 1
-#   OMP_NUM_THREADS threads of each process on a CPU; default: the machine's cores divided among the processes
+# Sets up the environment first. Variables:
+#   NGPU            processes on this machine; default: one per visible GPU, 1 on a CPU
+#   NNODES          machines; default: 1. Start the same command on each
+#   NODE_RANK       index of this machine, from 0; optional
+#   RDZV_ENDPOINT   HOST:PORT of the rendezvous; required for NNODES > 1
+#   OMP_NUM_THREADS threads per process; default for several processes: cores / processes
 set -euo pipefail
 
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/scripts/setup_env.sh"
 
 count_gpus() {
-    # Without a driver there is nothing to count, and importing torch for it takes seconds.
+    # Without a driver, skip the import of torch, which takes seconds.
     if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then
         "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
     else
@@ -35,7 +35,8 @@ num_processes="${NGPU:-$(count_gpus)}"
 require_count NGPU "$num_processes"
 require_count NNODES "$num_nodes"
 [ "$num_nodes" = 1 ] || [ -n "${RDZV_ENDPOINT:-}" ] ||
-    fail "NNODES=$num_nodes needs RDZV_ENDPOINT=HOST:PORT, the same on every machine, where one of them is HOST"
+    fail "NNODES=$num_nodes: needs RDZV_ENDPOINT=HOST:PORT, the same on every machine;" \
+        "HOST is one of them"
 
 if [ "$num_nodes" = 1 ] && [ "$num_processes" = 1 ]; then
     exec "$PYTHON" -m switchtitan train "$@"
@@ -47,5 +48,6 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 exec "$PYTHON" -m switchtitan launch \
     --nnodes "$num_nodes" --nproc_per_node "$num_processes" ${NODE_RANK:+--node_rank "$NODE_RANK"} \
-    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-switchtitan}" \
+    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
+    --rdzv_id "${RDZV_ID:-switchtitan}" \
     train "$@"

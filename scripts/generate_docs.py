@@ -1,11 +1,10 @@
-"""Generates docs/CONFIGURATION.md from the sections, and the tables of docs/PERFORMANCE.md from docs/measurements.
+"""Generates docs/CONFIGURATION.md and the tables of docs/PERFORMANCE.md.
 
     python scripts/generate_docs.py [--check]
 
---check writes nothing and ends with status 1 if a file is not current. A table of docs/PERFORMANCE.md stands between
-`<!-- table NAME -->` and `<!-- end -->` and is made from docs/measurements/NAME.json, which `switchtitan benchmark` or
-`switchtitan estimate` wrote.
-"""
+--check writes nothing and exits with status 1 if a file is outdated. CONFIGURATION.md is generated
+from the sections. The table between `<!-- table NAME -->` and `<!-- end -->` is generated from
+docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`."""
 
 import argparse
 import json
@@ -41,14 +40,14 @@ Row = Sequence[str]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes both files, or checks that they are current.
+    """Writes both files, or checks that they are up to date.
 
     Raises:
-        SystemExit: with status 1 if `--check` finds a file that is not current.
+        SystemExit: with status 1 if `--check` finds an outdated file.
     """
     parser = argparse.ArgumentParser(prog="scripts/generate_docs.py", allow_abbrev=False)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if a file is not current"
+        "--check", action="store_true", help="write nothing; fail if a file is outdated"
     )
     options = parser.parse_args(argv)
     texts = {
@@ -60,14 +59,15 @@ def main(argv: Sequence[str]) -> None:
     ]
     if options.check and outdated:
         names = ", ".join(path.relative_to(ROOT).as_posix() for path in outdated)
-        print(f"not current: {names}; run python scripts/generate_docs.py", file=sys.stderr)
+        print(f"outdated: {names}; run python scripts/generate_docs.py", file=sys.stderr)
         raise SystemExit(1)
     for path in outdated:
         path.write_text(texts[path])
 
 
 def configuration_page() -> str:
-    """docs/CONFIGURATION.md: every section with its sentence, and every key with type, default and sentence."""
+    """Returns docs/CONFIGURATION.md: all sections, with type, default and description of every
+    key."""
     parts = [_CONFIGURATION_HEAD]
     for section, chosen in section_types(JobConfig).items():
         classes: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [chosen]
@@ -79,7 +79,7 @@ def configuration_page() -> str:
 
 
 def _describe_section(title: str, config_type: type[Section]) -> str:
-    # The heading has the section's name already.
+    # The heading already has the section's name.
     sentence = re.sub(r"^`\[[^`]*`[:.]\s*", "", " ".join((config_type.__doc__ or "").split()))
     lines = [f"## {title}", ""]
     if sentence:
@@ -110,7 +110,7 @@ def _wrapped(text: str, width: int = 120) -> Iterator[str]:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """`text` with every table made from the measurement in `folder` that it names."""
+    """Returns `text` with every table generated from its measurement in `folder`."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
@@ -125,7 +125,7 @@ def with_tables(text: str, folder: Path) -> str:
 
 
 def measurement_table(name: str, record: dict[str, Any]) -> str:
-    """The Markdown table of one measurement, and where it comes from."""
+    """Returns the Markdown table of one measurement, and its source."""
     for key, make in _TABLES.items():
         if key in record:
             header, *rows = make(record)
@@ -136,8 +136,9 @@ def measurement_table(name: str, record: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
     environment = record["environment"]
     source = (
-        f"{environment['device']}, {environment['num_threads']} thread(s), torch {environment['torch']}, "
-        f"commit {environment['commit']}: [{name}.json](measurements/{name}.json)"
+        f"{environment['device']}, {environment['num_threads']} thread(s), torch "
+        f"{environment['torch']}, commit {environment['commit']}: "
+        f"[{name}.json](measurements/{name}.json)"
     )
     return "\n".join([*lines, "", source, ""])
 
@@ -202,7 +203,7 @@ def _estimates(record: dict[str, Any]) -> list[Row]:
                 f"{side['flops']['ratio']:.3f}",
             )
         )
-    # One rank sends nothing.
+    # A single rank sends nothing.
     return rows if first_sent else [(*row[:4], row[6]) for row in rows]
 
 
@@ -243,10 +244,10 @@ def _loader(record: dict[str, Any]) -> list[Row]:
 def _checkpoint(record: dict[str, Any]) -> list[Row]:
     return [
         ("", "s"),
-        ("a save that training waits for", f"{record['synchronous_s']:.3f}"),
-        ("training held up by a save in the background", f"{record['stall_s']:.3f}"),
+        ("a synchronous save", f"{record['synchronous_s']:.3f}"),
+        ("stall of training by a background save", f"{record['stall_s']:.3f}"),
         ("a step", f"{record['undisturbed_step_s']:.3f}"),
-        ("a step during a save", f"{record['step_while_saving_s']:.3f}"),
+        ("a step during a background save", f"{record['step_while_saving_s']:.3f}"),
     ]
 
 
@@ -270,11 +271,11 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "synchronous_s": _checkpoint,
     "startup": _startup,
 }
-"""What makes the rows of a measurement, by a key that only its record has; the first that fits counts."""
+"""Key of a measurement's record -> function that makes its rows; the first match is used."""
 
 
 def _side(name: str) -> str:
-    """`train_configs/llama_60m_lora.toml:method.rank=64` as `llama_60m_lora, rank=64`."""
+    """Shortens `train_configs/llama_60m_lora.toml:method.rank=64` to `llama_60m_lora, rank=64`."""
     file, _, overrides = name.partition(":")
     keys = [override.partition(".")[2] for override in overrides.split(",") if override]
     return ", ".join([Path(file).stem, *keys])

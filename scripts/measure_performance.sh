@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Measures everything that docs/PERFORMANCE.md shows, about 25 minutes on two quiet CPU cores:
+# Measures all tables of docs/PERFORMANCE.md, about 25 minutes on two idle CPU cores:
 #
 #   scripts/measure_performance.sh [NAME ...]      all measurements, or the named ones
 #
-# Writes docs/measurements/NAME.json for each at the end, then generates the tables. Start it on a machine that does nothing
-# else, and from a clean checkout: the files say which commit was measured.
+# Writes docs/measurements/NAME.json at the end, then generates the tables. Use an otherwise idle
+# machine and a clean checkout: the files name the commit.
 set -euo pipefail
 
 # shellcheck source=scripts/setup_env.sh
@@ -15,7 +15,7 @@ cd -- "$project_root"
 
 F=train_configs/llama_60m_full_rank.toml
 S=train_configs/llama_60m_switchlora.toml
-# Times do not depend on what the tokens are; this dataset needs no network.
+# Times do not depend on the tokens; this dataset needs no network.
 data=(--data.dataset pystdlib --data.tokenizer train --data.vocab_size 1024 --data.max_documents none
     --data.offline_dataset none --data.validation_fraction 0.04 --data.test_fraction 0.04)
 inline=(--data.num_workers 0)
@@ -113,7 +113,7 @@ measure_ranks_7b() {
     measure_ranks "$1" 7b 1024
 }
 
-measure_micro_batches() { # two micro-batches for each rank
+measure_micro_batches() { # two micro-batches per rank
     local size=train_configs/llama_1b
     estimate "${size}_full_rank.toml" "${size}_switchlora.toml" \
         "${size}_switchlora.toml:parallelism.frozen_weights=replicate" \
@@ -133,7 +133,7 @@ fi
 for name in "$@"; do
     declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"
 done
-# Not into the checkout: the commit of the next measurement would be called dirty.
+# Outside the checkout: otherwise the next measurement would find a dirty commit.
 results="$(mktemp -d)"
 trap 'mkdir -p docs/measurements; cp "$results"/*.json docs/measurements/; rm -r "$results"' EXIT
 for name in "$@"; do

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/RESULTS.md that are made from the CSV files in this folder.
+"""Draws pictures of docs/RESULTS.md from the CSV files in this folder.
 
     python docs/results/plot.py
 
@@ -31,7 +31,9 @@ ABLATIONS = {
     "switchlora-r16-even-480": "interval 480, no decay",
     "switchlora-r16-freeze-0": "no freezing",
     "switchlora-r16-decay-sigmoid": "sigmoid decay",
-    "switchlora-r16-decay-constant-constant-candidates": "interval 40, no decay, constant candidates",
+    "switchlora-r16-decay-constant-constant-candidates": (
+        "interval 40, no decay, constant candidates"
+    ),
     "switchlora-r16-decay-constant": "interval 40, no decay",
     "switchlora-r16-init-lora": "LoRA's init",
 }
@@ -45,7 +47,7 @@ FRESH_SEEDS = {
 
 
 def read_losses(file: str, split: str) -> Losses:
-    """The reported losses of `split` by row and seed."""
+    """Returns the reported losses of `split` by row and seed."""
     losses: Losses = {}
     with (FOLDER / file).open(newline="") as lines:
         for run in csv.DictReader(lines):
@@ -55,7 +57,8 @@ def read_losses(file: str, split: str) -> Losses:
 
 
 def draw_ablations(losses: Losses) -> Figure:
-    """The difference in validation loss to the published keys, seed by seed, with its deviation."""
+    """Draws mean and standard deviation of each row's difference in validation loss to the
+    published keys, paired by seed."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     published = losses["switchlora-r16"]
@@ -74,7 +77,7 @@ def draw_ablations(losses: Losses) -> Figure:
 
 
 def draw_seeds(losses: Losses) -> Figure:
-    """The test loss of every run, with the mean of each row."""
+    """Draws the test loss of every run, with the mean of each row."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     axes.margins(y=0.12)

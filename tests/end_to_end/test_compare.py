@@ -1,4 +1,5 @@
-"""`scripts/compare.py` as a user runs it: one command, killed at any time, goes on, and reports all that is finished."""
+"""`scripts/compare.py` as a user runs it: killed at any time, the same command resumes and
+reports."""
 
 import csv
 import json
@@ -78,7 +79,7 @@ def finished(folder: Path) -> list[Path]:
     return sorted((folder / "out" / "runs").glob("*/*/results.json"))
 
 
-def half_done(folder: Path) -> list[Path]:
+def unfinished(folder: Path) -> list[Path]:
     """Folders of runs with a checkpoint and no results."""
     with_checkpoint = {path.parents[1] for path in folder.glob("out/runs/*/*/checkpoints/step-*")}
     return sorted(with_checkpoint - {path.parent for path in finished(folder)})
@@ -110,7 +111,9 @@ def result_without_interruption(run: Path, output: Path) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
-def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_others(tmp_path):
+def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_other_settings(
+    tmp_path,
+):
     file = write_grid(tmp_path)
     for num_finished, how in ((1, signal.SIGKILL), (3, signal.SIGTERM)):
         process = start(file)
@@ -119,9 +122,9 @@ def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_othe
             time.sleep(0.1)
         process.send_signal(how)
         process.wait(600)
-    left_before = set(half_done(tmp_path))
+    left_before = set(unfinished(tmp_path))
     process = start(file)
-    while not (killed := sorted(set(half_done(tmp_path)) - left_before)):
+    while not (killed := sorted(set(unfinished(tmp_path)) - left_before)):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     kill_training_of(process)
@@ -166,7 +169,7 @@ def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_othe
     measured = rows["full_rank"]["measured"]
     assert measured["step_ratio_low"] <= measured["step_ratio"] <= measured["step_ratio_high"]
     assert rows["full_rank"]["num_trainable"] > rows["thin"]["num_trainable"] > 0
-    # Two ranks in a ring send half of what is gathered: here at least the gradients, in fp32.
+    # Two ranks in a ring send half of the gathered bytes: at least the gradients, in fp32.
     assert measured["bytes_per_step"] >= 4 * rows["full_rank"]["num_trainable"] / 2
     for name in ("loss.png", "loss_against_time.png", "loss_against_memory.png"):
         assert (report / name).read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""`./run_train.sh` as a user runs it: it trains, resumes, and answers a mistake with one clear message."""
+"""`./run_train.sh` as a user runs it: it trains, resumes, and prints one message for a mistake."""
 
 import json
 import os
@@ -24,15 +24,15 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def no_world_is_left() -> Iterator[None]:
-    """A run in this process that ends with an error leaves its process group, which the end of the process would end."""
+def destroy_leftover_world() -> Iterator[None]:
+    """Destroys the process group of a run in this process that ended with an error."""
     yield
     stop_world()
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables that make the scripts use this interpreter as an environment in which all is installed."""
+    """Returns variables that make the scripts use this interpreter as a complete environment."""
     folder = tmp_path_factory.mktemp("environment")
     (folder / "bin").mkdir()
     python = folder / "bin" / "python"
@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run_train(
     environment: dict[str, str], folder: Path, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the script in `folder`; standard output and error come together."""
+    """Runs the script in `folder`, with standard output and error combined."""
     return subprocess.run(
         [str(REPOSITORY / "run_train.sh"), *arguments],
         cwd=folder,
@@ -63,7 +63,7 @@ def run_train(
 
 
 def write_config(folder: Path, method: str = "switchlora", run: str = "run") -> Path:
-    """A tiny run's file; it writes to `folder/run`, whatever the file is called."""
+    """Writes a tiny run's configuration with the output folder `folder/run`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = TINY.format(folder=folder, method=method, method_keys=METHOD_KEYS[method])
     file = folder / f"{method}.toml"
@@ -76,12 +76,12 @@ def write_config(folder: Path, method: str = "switchlora", run: str = "run") -> 
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below `folder` with its time of change and its bytes."""
+    """Returns the modification time and the bytes of every file in `folder`."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
+def test_a_run_trains_and_resumes_with_more_steps_on_one_rank_and_on_two(
     environment: dict[str, str], corpora: Path
 ) -> None:
     folder = corpora / "a user's folder"
@@ -131,12 +131,12 @@ def test_a_run_trains_and_goes_on_when_given_more_steps_on_one_rank_and_on_two(
 
 
 @pytest.mark.parametrize(("number", "num_ranks"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
-def test_a_run_that_is_stopped_says_so_and_goes_on_from_its_newest_save(
+def test_a_stopped_run_exits_with_a_message_and_resumes_from_its_newest_checkpoint(
     environment: dict[str, str], corpora: Path, number: signal.Signals, num_ranks: str
 ) -> None:
     folder = corpora / f"stopped-{number.name}"
     arguments = ["--config", str(write_config(folder)), "--checkpoint.async_save", "true"]
-    # The whole job is stopped, the loader's worker too.
+    # Stops the complete job, including the loader's worker.
     arguments += ["--data.num_workers", "1"]
     checkpoints, output = folder / "run" / "checkpoints", folder / "output.txt"
     with output.open("w") as printed:
@@ -167,7 +167,7 @@ def test_a_run_that_is_stopped_says_so_and_goes_on_from_its_newest_save(
 
 @pytest.fixture(scope="module")
 def finished(corpora: Path) -> Path:
-    """The configuration of a run that is done; bad input must leave its folder as it is."""
+    """The configuration of a finished run; bad input must not change its folder."""
     config = write_config(corpora / "finished")
     train.main(["--config", str(config)])
     configure_logging(
@@ -293,7 +293,7 @@ def test_another_methods_checkpoint_is_refused(
         train.main(["--config", str(config)])
     assert stopped.value.code == 2
     assert "method.name: saved with 'switchlora', now 'lora'" in capsys.readouterr().err
-    # What its threads still did while Python ends could end in an abort instead.
+    # Threads still active at interpreter exit could abort the process instead.
     assert not dist.is_initialized()
     assert contents(finished.parent) == before
 
@@ -312,7 +312,7 @@ def test_a_mistake_in_a_file_is_named_by_section_key_and_value(
 
 
 @pytest.mark.parametrize("num_ranks", ["1", "2"])
-def test_the_script_answers_a_misspelt_key_with_status_2(
+def test_a_misspelt_key_ends_the_script_with_status_2(
     environment: dict[str, str], finished: Path, num_ranks: str
 ) -> None:
     before = contents(finished.parent)
@@ -334,7 +334,7 @@ def test_the_script_answers_a_misspelt_key_with_status_2(
     assert contents(finished.parent) == before
 
 
-def test_two_ranks_say_once_that_a_checkpoint_belongs_to_another_run(
+def test_two_ranks_print_once_that_a_checkpoint_belongs_to_another_run(
     environment: dict[str, str], finished: Path
 ) -> None:
     before = contents(finished.parent)

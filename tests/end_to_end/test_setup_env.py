@@ -1,4 +1,4 @@
-"""What `./run_train.sh` sets up and starts, with stand-ins for Python that record how they are called."""
+"""`./run_train.sh` with fake Pythons that record their calls: what it installs and starts."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ esac
 
 
 class Machine:
-    """A copy of the scripts in a folder with a space in its name, and the Pythons that they may find."""
+    """A copy of the scripts in a folder with a space in its name, and fake Pythons on PATH."""
 
     def __init__(self, folder):
         self.project = folder / "the project"
@@ -62,7 +62,7 @@ class Machine:
         )
 
     def run(self, *arguments, **environment):
-        """The status, and what was printed on standard error."""
+        """Returns the status and standard error."""
         process = self.start(*arguments, **environment)
         _, errors = process.communicate(timeout=60)
         return process.returncode, errors
@@ -76,7 +76,7 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-def test_an_environment_is_made_and_the_project_installed_once(machine):
+def test_an_environment_is_created_and_the_project_installed_once(machine):
     machine.add_python()
     assert "installing switchtitan" in machine.run()[1]
     assert machine.run() == (0, "")
@@ -88,7 +88,7 @@ def test_an_environment_is_made_and_the_project_installed_once(machine):
     assert len(machine.calls("-m pip install")) == 2
 
 
-def test_what_the_tests_need_includes_what_a_run_needs_and_not_the_reverse(machine):
+def test_the_dev_installation_serves_runs_but_not_the_reverse(machine):
     machine.add_python()
     command = [
         "bash",
@@ -121,7 +121,7 @@ def test_an_active_environment_is_used(machine, tmp_path, variable):
     assert not (machine.project / ".venv").exists()
 
 
-def test_constraints_are_handed_to_pip(machine):
+def test_constraints_are_passed_to_pip(machine):
     machine.add_python()
     machine.run(SWITCHTITAN_CONSTRAINTS="the versions.txt")
     assert "--constraint the versions.txt --editable" in machine.calls("-m pip install")[0]
@@ -144,7 +144,7 @@ def test_a_newer_python_is_found_next_to_an_old_one(machine):
         ),
     ],
 )
-def test_what_cannot_be_set_up_is_said_and_tried_again_the_next_time(machine, answers, message):
+def test_a_failed_setup_is_reported_and_retried_next_time(machine, answers, message):
     machine.add_python(**answers)
     status, errors = machine.run()
     assert status == 2
@@ -159,7 +159,7 @@ def test_an_old_python_in_the_active_environment_is_refused(machine, tmp_path):
     machine.add_python(tmp_path / "active/bin/python", version="3.9.0", is_too_old=1)
     status, errors = machine.run(VIRTUAL_ENV=str(tmp_path / "active"))
     assert status == 2
-    assert "is Python 3.9.0, but this needs Python 3.10 or newer" in errors
+    assert "is Python 3.9.0; expected Python 3.10 or newer" in errors
     assert not machine.calls("-m pip install")
 
 
@@ -168,7 +168,7 @@ def test_an_old_python_in_the_active_environment_is_refused(machine, tmp_path):
     [
         ({"NGPU": "two"}, "NGPU=two: expected an integer >= 1"),
         ({"NGPU": "0"}, "NGPU=0: expected an integer >= 1"),
-        ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT=HOST:PORT"),
+        ({"NNODES": "2"}, "NNODES=2: needs RDZV_ENDPOINT=HOST:PORT"),
     ],
 )
 def test_run_train_refuses_a_bad_environment(machine, environment, expected):
@@ -197,7 +197,7 @@ def test_run_train_starts_the_right_command(machine, environment, command):
     assert last_call.endswith("train --config my file.toml")
 
 
-def test_a_python_that_the_user_names_makes_the_environment(machine, tmp_path):
+def test_the_given_python_creates_the_environment(machine, tmp_path):
     machine.add_python(tmp_path / "my python")
     assert machine.run(PYTHON=str(tmp_path / "my python"))[0] == 0
     assert os.access(machine.project / ".venv/bin/python", os.X_OK)

@@ -1,4 +1,5 @@
-"""A wheel installed outside the checkout has the commands and the configurations, and trains and exports."""
+"""A wheel installed outside the checkout has the commands and configurations, and trains and
+exports."""
 
 import json
 import os
@@ -23,7 +24,7 @@ OVERRIDES = """
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with `env/`, in which the wheel is installed; everything else comes from this interpreter's environment."""
+    """A folder with the wheel installed in `env/`, on top of this interpreter's environment."""
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     source.mkdir()
@@ -42,7 +43,8 @@ def folder(tmp_path_factory):
     shutil.rmtree(source)
     python = folder / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
-    # A path in a .pth file is searched without its own .pth files, so an editable installation there stays out.
+    # Folders named in a .pth file do not load their own .pth files, which excludes an editable
+    # installation.
     found = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"],
         capture_output=True,
@@ -73,7 +75,7 @@ def run(folder, *command):
     return done
 
 
-def test_the_installed_quickstart_trains_and_is_exported_and_drawn(folder):
+def test_the_installed_quickstart_trains_exports_and_draws(folder):
     run(folder, "train", *OVERRIDES.split())
     output = folder / "outputs" / "llama_quickstart_switchlora"
     assert json.loads((output / "results.json").read_text())["step"] == 4

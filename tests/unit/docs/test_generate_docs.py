@@ -33,7 +33,7 @@ def test_check_fails_and_writes_nothing_if_a_page_is_not_current(
     with pytest.raises(SystemExit, match="1"):
         generate_docs.main(["--check"])
     assert page.read_text() == "old"
-    assert "not current: CONFIGURATION.md" in capsys.readouterr().err
+    assert "outdated: CONFIGURATION.md" in capsys.readouterr().err
 
 
 def test_every_key_has_a_type_a_default_and_a_sentence(generate_docs):
