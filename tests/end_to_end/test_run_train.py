@@ -208,7 +208,7 @@ MISTAKES = {
     ),
     "a sequence longer than the corpus": (
         ["--data.seq_len", "900000", "--evaluation.tokens", "900000", *ELSEWHERE],
-        ["[data] seq_len = 900000", "fewer than the 900,001", "shorten seq_len"],
+        ["[data] seq_len = 900000", "fewer than the 900,001", "lower seq_len"],
     ),
     "a batch larger than the corpus": (
         ["--training.global_batch_size", "900000", *ELSEWHERE],
@@ -246,7 +246,7 @@ MISTAKES = {
     ),
     "another run's folder": (
         ["--checkpoint.resume", "never"],
-        ["[checkpoint] resume = 'never'", "already holds 2 checkpoints", 'set resume = "auto"'],
+        ["[checkpoint] resume = 'never'", "already holds 2 checkpoints", "set resume = 'auto'"],
     ),
     "a missing checkpoint": (
         ["--checkpoint.resume", "no/such/run", *NO_CORPUS_YET, *ELSEWHERE],
@@ -357,6 +357,6 @@ def test_an_unreachable_hub_is_an_error_unless_an_offline_corpus_is_named(
     )
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout
-    assert '[data] dataset "c4" with tokenizer "t5-base": the Hugging Face hub' in done.stdout
+    assert "[data] dataset = 'c4', tokenizer = 't5-base': the Hugging Face hub" in done.stdout
     assert "offline_dataset" in done.stdout
     assert not (tmp_path / "outputs").exists()
