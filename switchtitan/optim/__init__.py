@@ -28,7 +28,7 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
         "sgd": Component(SGDConfig, build_sgd),
     },
 )
-"""Factories are called as factory(config, parameters, compile_step), with `TrainedParameter`s."""
+"""A factory is called as factory(config, parameters, compile_step), with `TrainedParameter`s."""
 
 __all__ = [
     "OPTIMIZERS",

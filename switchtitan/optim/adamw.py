@@ -1,4 +1,4 @@
-"""AdamW on each rank's shards."""
+"""AdamW on local shards, and the parameters that an optimizer trains."""
 
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -18,16 +18,16 @@ class TrainedParameter(NamedTuple):
     """A parameter to train."""
 
     name: str
-    """Qualified."""
+    """The qualified name."""
     parameter: nn.Parameter
     is_other: bool = False
-    """Whether the method leaves it as it is in the plain model, so that `[optimizer] other_lr` applies."""
+    """Whether the method does not change it, so that `[optimizer] other_lr` applies."""
     is_in_block: bool = False
-    """Whether it belongs to a block of the model: neither embedding, nor last norm, nor head."""
+    """Whether it belongs to a block of the model, not to the embedding, last norm or head."""
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters by qualified name that share a peak learning rate and a weight decay."""
+    """Parameters, by qualified name, with one peak learning rate and one weight decay."""
 
     parameters: dict[str, nn.Parameter]
     lr: float
@@ -37,10 +37,10 @@ class ParameterGroup(NamedTuple):
 def trained_parameters(
     model: nn.Module, treated: Collection[str] | None = None, blocks: Iterable[str] = ()
 ) -> list[TrainedParameter]:
-    """The parameters of a model that require a gradient, in its order.
+    """Returns the parameters that require a gradient, in the model's order.
 
     Args:
-        treated: names of those that the method treats; None for all.
+        treated: names of the parameters that the method changes; None for all.
         blocks: qualified names of the model's blocks, see `contracts.LanguageModel.blocks`.
     """
     prefixes = tuple(f"{block}." for block in blocks)
@@ -59,7 +59,7 @@ def trained_parameters(
 def parameter_groups(
     config: OptimizerConfig, parameters: Iterable[TrainedParameter]
 ) -> list[ParameterGroup]:
-    """Group parameters by learning rate and weight decay, in the order in which groups first occur."""
+    """Groups parameters by learning rate and weight decay, in order of first occurrence."""
     groups: dict[tuple[float, float], ParameterGroup] = {}
     for name, parameter, is_other, _ in parameters:
         lr = config.lr if config.other_lr is None or not is_other else config.other_lr
@@ -71,7 +71,7 @@ def parameter_groups(
 
 
 def lr_metrics(config: OptimizerConfig, lr_factor: float) -> dict[str, float]:
-    """The current learning rates by TensorBoard tag."""
+    """Returns the current learning rates by TensorBoard tag."""
     rates = {"optimizer/lr": config.lr * lr_factor}
     if config.other_lr is not None:
         rates["optimizer/other_lr"] = config.other_lr * lr_factor
@@ -79,12 +79,12 @@ def lr_metrics(config: OptimizerConfig, lr_factor: float) -> dict[str, float]:
 
 
 class AdamKeys(OptimizerConfig):
-    """The keys of Adam's moments."""
+    """The configuration keys of Adam's moments."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment, above 0."""
+    """Added to the square root of the second moment; above 0."""
 
     @field_validator("betas")
     @classmethod
@@ -95,17 +95,18 @@ class AdamKeys(OptimizerConfig):
 
 
 class AdamWConfig(AdamKeys):
-    """`[optimizer] name = "adamw"`: AdamW (arXiv 1711.05101); weight decay is decoupled: times the learning rate, per step."""
+    """`[optimizer] name = "adamw"`: AdamW (arXiv 1711.05101). Weight decay is decoupled, and scaled
+    by the learning rate."""
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
 
 
 def require_adamw(config: OptimizerConfig) -> AdamWConfig:
-    """The section of AdamW, for a method that updates its parameters by a variant of it.
+    """Returns the configuration of AdamW, for a method that uses a variant of AdamW.
 
     Raises:
-        ConfigError: if another optimizer was chosen.
+        ConfigError: if another optimizer is chosen.
     """
     if not isinstance(config, AdamWConfig):
         raise ConfigError(f'[optimizer] name = {config.name!r}: expected "adamw"')
@@ -115,12 +116,11 @@ def require_adamw(config: OptimizerConfig) -> AdamWConfig:
 class AdamW:
     """torch's AdamW on the local shards of parameters; a `contracts.TrainingOptimizer`.
 
-    The update is torch's own, fused, or the same compiled. Only the bookkeeping is ours, since
-    torch's optimizer classes step through DTensor's dispatcher, and a compiled step of theirs is not
-    one graph.
+    The update is torch's function, fused or compiled. Not torch's class, which steps through
+    DTensor's dispatcher and does not compile to one graph.
 
     Args:
-        parameters: those to train, fp32.
+        parameters: the parameters to train, fp32.
         compile_step: compile the update.
     """
 
@@ -150,7 +150,7 @@ class AdamW:
         device = next(
             (parameter.device for parameter in self._parameters.values()), torch.device("cpu")
         )
-        # Tensors: a compiled update would be compiled again for every Python number.
+        # Tensors: torch.compile would recompile for every new Python number.
         self._lrs: list[Tensor | float] = [
             torch.tensor(group.lr, device=device) if compile_step else group.lr
             for group in self._groups
@@ -159,7 +159,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group, lr in zip(self._groups, self._lrs, strict=True):
             self._update_group(group, lr)
 
@@ -172,7 +172,7 @@ class AdamW:
             [local(self._parameters[name].grad) for name in names],  # type: ignore[arg-type]
             [local(self._exp_avg[name]) for name in names],
             [local(self._exp_avg_sq[name]) for name in names],
-            [],  # the largest second moments, which only AMSGrad has
+            [],  # the maximum second moments of AMSGrad
             [self._num_steps[name] for name in names],
             lr=lr,
             weight_decay=group.weight_decay,
@@ -195,7 +195,7 @@ class AdamW:
         return lr_metrics(self._config, self._lr_factor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<parameter>.exp_avg`, `<parameter>.exp_avg_sq` (like the parameter) and `<parameter>.step` (0-dim)."""
+        """Returns `<parameter>.exp_avg`, `.exp_avg_sq` (like the parameter) and `.step` (0-dim)."""
         moments = {
             "exp_avg": self._exp_avg,
             "exp_avg_sq": self._exp_avg_sq,

@@ -10,14 +10,14 @@ from switchtitan.config.section import Section
 
 
 class LRScheduleConfig(Section):
-    """`[lr_schedule]`: the learning rate as a factor of its peak."""
+    """`[lr_schedule]`: the factor on the peak learning rate."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the factor rises linearly from 1 / warmup_steps to 1; a shorter run ends within them."""
+    """Steps over which the factor rises linearly from 1 / warmup_steps to 1."""
     decay: Literal["constant", "linear", "cosine"] = "cosine"
     """How the factor falls from 1 to `min_factor` over the rest of the run."""
     min_factor: float = Field(default=0.1, ge=0, le=1)
-    """The factor at the end of the run, in [0, 1]. A constant schedule has none."""
+    """The factor at the end of the run, in [0, 1]. Not with constant."""
 
     @model_validator(mode="after")
     def _check_min_factor(self) -> "LRScheduleConfig":
@@ -27,9 +27,11 @@ class LRScheduleConfig(Section):
 
 
 def build_lr_schedule(config: LRScheduleConfig, num_steps: int) -> Callable[[int], float]:
-    """The factor by which the peak learning rate is multiplied at a step 0, 1, ..., `num_steps` - 1.
+    """Returns a function from the step, 0, ..., `num_steps` - 1, to the factor on the peak learning
+    rate.
 
-    Warm-up: (step + 1) / warmup_steps. Then from 1 down to `min_factor`, reached at step `num_steps`.
+    Warm-up: (step + 1) / warmup_steps. Then it falls from 1 to `min_factor`, reached at
+    `num_steps`.
     """
 
     def lr_factor(step: int) -> float:

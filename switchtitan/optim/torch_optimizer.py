@@ -1,4 +1,5 @@
-"""Any `torch.optim.Optimizer` as a `contracts.TrainingOptimizer`."""
+"""An adapter for any `torch.optim.Optimizer`, and the torch optimizers that can be chosen by
+name."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,20 +20,21 @@ from switchtitan.optim.adamw import (
 )
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""From parameter groups, which have `params`, `lr` and `weight_decay`."""
+"""Builds an optimizer from parameter groups with `params`, `lr` and `weight_decay`."""
 
 
 class TorchOptimizer:
-    """A torch optimizer that steps on the parameters as they are: DTensors where they are sharded.
+    """Adapts a torch optimizer that steps on the parameters; a `contracts.TrainingOptimizer`.
 
-    Right on any number of ranks for every optimizer whose operations DTensor supports. Its state is
-    saved by parameter name and loads on another number of ranks. Torch creates state in the first
-    step; where state is wanted earlier, as when a run resumes, a step with gradients of zero at a
-    learning rate of zero creates it. The first real step discards what that step left, unless
-    `load_state_dict` has filled it in.
+    Sharded parameters are DTensors. It is correct on any number of ranks if DTensor supports the
+    optimizer's operations. State is saved by parameter name and loads on another number of ranks.
+
+    Torch creates state in the first step. If state is needed earlier, to resume a run, a step with
+    zero gradients and a learning rate of zero creates it. The first real step discards that state
+    unless `load_state_dict` has filled it in.
 
     Args:
-        build: makes the torch optimizer.
+        build: builds the torch optimizer.
         compile_step: compile the torch optimizer's step.
     """
 
@@ -52,7 +54,7 @@ class TorchOptimizer:
             [
                 {
                     "params": [self._held[name] for name in group.parameters],
-                    # A tensor: a compiled step would be compiled again for every Python number.
+                    # A tensor: torch.compile would recompile for every new Python number.
                     "lr": torch.tensor(group.lr) if compile_step else group.lr,
                     "weight_decay": group.weight_decay,
                 }
@@ -67,7 +69,7 @@ class TorchOptimizer:
         self._has_started = False
 
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         if self._initial_state is not None:
             self._optimizer.state.clear()
             self._optimizer.state.update(self._initial_state)
@@ -91,7 +93,8 @@ class TorchOptimizer:
         return lr_metrics(self._config, self._lr_factor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<parameter>.<key>` for every tensor and number that torch's optimizer keeps. All ranks must call."""
+        """Returns `<parameter>.<key>` for every tensor and number in the state. All ranks must
+        call."""
         self._create_state()
         return {
             f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -113,14 +116,14 @@ class TorchOptimizer:
         self._initial_state, self._has_started = None, True
 
     def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
-        """The parameters of torch's optimizer, by name."""
+        """Returns the parameters of torch's optimizer, by name."""
         return self._parameters
 
     def _update(self, step: Callable[[], object]) -> None:
         step()
 
     def _create_state(self) -> None:
-        """Make torch's optimizer create its state, if it has not yet."""
+        """Creates the state of torch's optimizer, if there is none."""
         if self._has_started or self._initial_state is not None:
             return
         initial_state = {
@@ -145,10 +148,10 @@ class TorchOptimizer:
 
 
 class FullTensorOptimizer(TorchOptimizer):
-    """A torch optimizer that steps on full tensors, for one whose update of a matrix depends on all of it.
+    """Adapts a torch optimizer that steps on full tensors, because its update is not elementwise.
 
     Every rank gathers one parameter and its gradient at a time, computes the same update, and keeps
-    its own rows. State is unsharded, the same on every rank.
+    its local shard. State is unsharded and the same on every rank.
     """
 
     def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
@@ -165,7 +168,7 @@ class FullTensorOptimizer(TorchOptimizer):
             held = self._held[name]
             held.data = full_tensor(parameter.detach())
             held.grad = full_tensor(parameter.grad)
-            # Torch skips parameters without a gradient: all the others.
+            # Torch skips all other parameters, which have no gradient.
             step()
             copy_from_full_(parameter, held.detach())
             held.grad = None
@@ -173,7 +176,7 @@ class FullTensorOptimizer(TorchOptimizer):
 
 
 class SplitOptimizer:
-    """Several optimizers, each of its own parameters, as one; a `contracts.TrainingOptimizer`."""
+    """Several optimizers of disjoint parameters as one; a `contracts.TrainingOptimizer`."""
 
     def __init__(self, parts: list[TrainingOptimizer]) -> None:
         self._parts = parts
@@ -202,13 +205,13 @@ class SplitOptimizer:
 
 
 class SGDConfig(OptimizerConfig):
-    """`[optimizer] name = "sgd"`: `torch.optim.SGD`. Weight decay is coupled: weight_decay times the
-    weight is added to the gradient."""
+    """`[optimizer] name = "sgd"`: `torch.optim.SGD`. Weight decay is coupled: weight_decay times
+    the weight is added to the gradient."""
 
     name: Literal["sgd"] = "sgd"
     """The optimizer."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of the running sum of gradients, in [0, 1); 0 keeps none."""
+    """Decay rate of the running sum of gradients, in [0, 1); 0 for no momentum."""
     nesterov: bool = False
     """Nesterov momentum; has no effect with momentum = 0."""
 
@@ -222,26 +225,26 @@ class SGDConfig(OptimizerConfig):
 
 
 class AdafactorConfig(OptimizerConfig):
-    """`[optimizer] name = "adafactor"`: `torch.optim.Adafactor` (arXiv 1804.04235). Its second moments
-    take one number for each row and each column of a matrix. Weight decay is decoupled. A step gathers
+    """`[optimizer] name = "adafactor"`: `torch.optim.Adafactor` (arXiv 1804.04235). Second moments
+    take one number per row and per column of a matrix. Weight decay is decoupled. A step gathers
     one parameter and its gradient at a time on every rank."""
 
     name: Literal["adafactor"] = "adafactor"
     """The optimizer."""
     can_compile: ClassVar[bool] = False
     beta2_decay: float = Field(default=-0.8, lt=0)
-    """The second moments' decay rate at step t is 1 - t^beta2_decay; below 0."""
+    """The decay rate of second moments at step t is 1 - t^beta2_decay; below 0."""
     eps: float = Field(default=1e-3, gt=0)
-    """Lower bound, above 0, of the root mean square of a parameter, by which its learning rate is multiplied."""
+    """Lower bound, above 0, of a parameter's root mean square, which scales its learning rate."""
     clip_threshold: float = Field(default=1.0, gt=0)
     """Updates are scaled down to this root mean square, above 0."""
 
 
 class MuonConfig(AdamKeys):
-    """`[optimizer] name = "muon"`: `torch.optim.Muon` for the matrices in the model's blocks, AdamW for
-    all other parameters. Both take the same learning rate and decoupled weight decay, since Muon's
-    updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). On one rank only, since
-    an update needs the full matrix."""
+    """`[optimizer] name = "muon"`: `torch.optim.Muon` for the matrices in the model's blocks, AdamW
+    for all other parameters. Both use the same learning rate and decoupled weight decay, since
+    Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). One rank only,
+    since an update needs the full matrix."""
 
     name: Literal["muon"] = "muon"
     """The optimizer."""
@@ -252,7 +255,7 @@ class MuonConfig(AdamKeys):
     nesterov: bool = True
     """Nesterov momentum."""
     ns_steps: int = Field(default=5, ge=1)
-    """Newton-Schulz iterations that make an update orthogonal, at least 1."""
+    """Newton-Schulz iterations that orthogonalize an update, at least 1."""
 
 
 def build_sgd(
