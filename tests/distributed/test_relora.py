@@ -9,7 +9,11 @@ from torch.distributed.fsdp import fully_shard
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
-from switchtitan.methods.relora.reset import merge_and_restart_, prune_by_lot_, prune_by_magnitude_
+from switchtitan.methods.relora.reset import (
+    merge_and_restart_,
+    prune_at_random_,
+    prune_by_magnitude_,
+)
 
 # 11 rows of W, 3 of A and B: uneven over 2 ranks; one of 4 ranks holds none of A and B.
 OUT, IN, RANK = 11, 5, 3
@@ -38,7 +42,7 @@ def reset_and_prune(rank, result_file, num_ranks):
         by_magnitude = moments[f"magnitude.{name}.exp_avg"], moments[f"magnitude.{name}.exp_avg_sq"]
         prune_by_magnitude_(*by_magnitude, 0.6)
         by_lot = moments[f"lot.{name}.exp_avg"], moments[f"lot.{name}.exp_avg_sq"]
-        prune_by_lot_(*by_lot, 0.6, generator_for(3, name))
+        prune_at_random_(*by_lot, 0.6, generator_for(3, name))
     tensors = {
         name: full_tensor(tensor.detach())
         for name, tensor in (dict(layer.named_parameters()) | moments).items()

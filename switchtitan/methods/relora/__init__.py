@@ -1,4 +1,4 @@
-"""ReLoRA (arXiv 2307.05695): when and what to reset (`reset`), and the optimizer that does (`method`)."""
+"""ReLoRA (arXiv 2307.05695): resets (`reset`), and the optimizer that performs them (`method`)."""
 
 from switchtitan.methods.relora.method import Relora, ReloraConfig
 

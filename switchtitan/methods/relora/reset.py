@@ -1,7 +1,7 @@
-"""When a run resets, and what a reset does to a layer and to the moments of its factors.
+"""When a run resets, and how a reset changes a layer and the moments of its factors.
 
-The functions work on plain tensors and on shards, with equal results: what depends on a full tensor is
-computed from the full tensor on every rank, one tensor at a time. All ranks must call.
+The functions work on plain tensors and on DTensors, with equal results: every rank gathers one full
+tensor at a time. All ranks must call.
 """
 
 import torch
@@ -17,36 +17,39 @@ from switchtitan.methods.lowrank.rounding import Rounding, add_product_
 class ResetSchedule:
     """Counts a run's steps and resets.
 
-    A reset follows every `interval`-th step except the last of the run. (ReLoRA, arXiv 2307.05695, Algorithm 1.)
+    A reset follows every `interval`-th step except the last of the run (ReLoRA, arXiv 2307.05695,
+    Algorithm 1).
 
     Args:
         interval: steps between two resets.
-        warmup_steps: over which the learning rate recovers from one.
+        warmup_steps: steps of the learning rate's warm-up after a reset.
         num_steps: length of the run.
 
     Attributes:
-        num_resets: so far.
+        num_resets: resets so far.
     """
 
     def __init__(self, interval: int, warmup_steps: int, num_steps: int) -> None:
         self._interval, self._warmup_steps, self._num_steps = interval, warmup_steps, num_steps
         self._steps_done = 0
         self.num_resets = 0
-        # Not derived from the number of steps: a run that is made longer has no reset where it first ended.
+        # Not derived from the number of steps: a run extended later had no reset at its first end.
         self._last_reset_step = 0
 
     def lr_factor(self) -> float:
-        """The factor on the learning rate at the coming step: (steps since the reset + 1) / warmup_steps, at most 1.
+        """Returns the next step's warm-up factor: (steps since the reset + 1) / warmup_steps, at
+        most 1.
 
-        The jagged cosine of ReLoRA (its figure 2). In the authors' code the first step after a reset has a rate of zero;
-        here, as in the warm-up at the start of a run, it has the first rate above zero, so that no step is spent on nothing.
+        The jagged cosine of ReLoRA (its figure 2). In the authors' code the first step after a
+        reset has a learning rate of zero. Here it is above zero, as in the warm-up at the start of
+        a run, so that no step is without effect.
         """
         if self.num_resets == 0:
             return 1.0
         return min(1.0, (self._steps_done - self._last_reset_step + 1) / max(1, self._warmup_steps))
 
     def advance(self) -> bool:
-        """Counts a step; returns whether a reset follows, and counts that too."""
+        """Counts a step, and the reset that follows it; returns whether there is one."""
         self._steps_done += 1
         if self._steps_done % self._interval or self._steps_done >= self._num_steps:
             return False
@@ -55,7 +58,7 @@ class ResetSchedule:
         return True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """0-dim int64 tensors."""
+        """Returns the counts as 0-dim int64 tensors."""
         return {
             "steps_done": torch.tensor(self._steps_done),
             "num_resets": torch.tensor(self.num_resets),
@@ -72,14 +75,15 @@ class ResetSchedule:
 def merge_and_restart_(
     layer: LowRankLinear, generator: torch.Generator, rounding: Rounding | None = None
 ) -> None:
-    """W += s B A, in fp32; then A as at its initialization and B zero. The layer's output does not change.
+    """Adds s B A to W, draws A as at initialization, and zeroes B. The layer's output does not
+    change.
 
-    (ReLoRA, arXiv 2307.05695, Algorithm 1.) A must be random where B is zero: with both at zero, neither would get a
-    gradient ever again.
+    (ReLoRA, arXiv 2307.05695, Algorithm 1.) A is random because with A and B at zero, neither would
+    get a gradient.
 
     Args:
         generator: draws A, uniform within `lora_bound`; in the same state on every rank.
-        rounding: for a weight in bf16; the layer's output is then unchanged on average.
+        rounding: for a weight in bf16; the layer's output is then unchanged in expectation.
     """
     held = row_range(layer.weight)
     lora_b = full_tensor(layer.lora_b)[:, held.start : held.stop]
@@ -92,51 +96,55 @@ def merge_and_restart_(
 
 @torch.no_grad()
 def prune_by_magnitude_(exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float) -> None:
-    """Zeroes the smallest absolute values of each of a factor's moments, and first moments whose second moment is zeroed.
+    """Zeroes the smallest values of both moments, and first moments whose second moment is zeroed.
 
-    The authors' code prunes each moment by itself. But A's first gradient after a reset is zero, as B is: where only the second
-    moment were gone, Adam would divide the old first moment by eps, and step ten thousand times too far or more.
+    The authors' code prunes the moments independently. But A's first gradient after a reset is
+    zero, since B is: with only the second moment zeroed, Adam would divide the old first moment by
+    eps, an update at least ten thousand times too large.
 
     Args:
-        exp_avg, exp_avg_sq: [rows, width]; `num_pruned` of the second moments are zeroed, of the first as many or more.
+        exp_avg, exp_avg_sq: [rows, width], changed in place. `num_pruned` second moments are
+            zeroed, and at least as many first moments.
     """
     means, squares = full_tensor(exp_avg), full_tensor(exp_avg_sq)
-    kept = largest(squares, prune_ratio)
-    copy_from_full_(exp_avg_sq, torch.where(kept, squares, 0))
-    copy_from_full_(exp_avg, torch.where(kept & largest(means.abs(), prune_ratio), means, 0))
+    keep = largest(squares, prune_ratio)
+    copy_from_full_(exp_avg_sq, torch.where(keep, squares, 0))
+    copy_from_full_(exp_avg, torch.where(keep & largest(means.abs(), prune_ratio), means, 0))
 
 
 @torch.no_grad()
-def prune_by_lot_(
+def prune_at_random_(
     exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float, generator: torch.Generator
 ) -> None:
-    """Zeroes `num_pruned` values of each of a factor's moments at random places, the same in both, for the reason given above.
+    """Zeroes `num_pruned` values of both moments at the same random places.
+
+    The same in both, for the reason in `prune_by_magnitude_`.
 
     Args:
-        exp_avg, exp_avg_sq: [rows, width].
+        exp_avg, exp_avg_sq: [rows, width], changed in place.
         generator: on the CPU; in the same state on every rank.
     """
-    kept = to_device(
+    keep = to_device(
         largest(torch.rand(exp_avg.shape, generator=generator), prune_ratio), exp_avg.device
     )
     for moment in (exp_avg, exp_avg_sq):
-        copy_from_full_(moment, torch.where(kept, full_tensor(moment), 0))
+        copy_from_full_(moment, torch.where(keep, full_tensor(moment), 0))
 
 
 def largest(scores: Tensor, prune_ratio: float) -> Tensor:
-    """True where one of all but the `num_pruned` smallest scores is; of equal ones, those that come first.
+    """Returns a mask of all but the `num_pruned` smallest scores; of equal ones, the first.
 
     Returns:
         bool, shaped like `scores`.
     """
-    # A stable sort, since a threshold would let ties decide how many remain, and ranks must agree on which.
+    # A stable sort: with a threshold, ties would change the count, and ranks must agree on which.
     order = scores.flatten().argsort(descending=True, stable=True)
-    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    # Not an assignment to `kept[order]`, which copies a number from the host, and makes it wait.
-    kept.index_fill_(0, order[: scores.numel() - num_pruned(scores.numel(), prune_ratio)], True)
-    return kept.view(scores.shape)
+    keep = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    # Not `keep[order] = True`, which copies a number from the host and synchronizes.
+    keep.index_fill_(0, order[: scores.numel() - num_pruned(scores.numel(), prune_ratio)], True)
+    return keep.view(scores.shape)
 
 
 def num_pruned(num_values: int, prune_ratio: float) -> int:
-    """How many of `num_values` are zeroed: the nearest integer to `prune_ratio` of them."""
+    """Returns the number of values to zero: `prune_ratio * num_values`, rounded."""
     return round(prune_ratio * num_values)

@@ -268,7 +268,7 @@ def test_a_reset_rounds_weights_in_bf16_by_the_seed():
         for name, layer in low_rank_layers(model).items():
             layer.weight.data = layer.weight.data.bfloat16()
             layer.lora_b.data.normal_(generator=generator_for(SEED, name))
-        relora(seed=seed).build_optimizer(model, ADAMW, compile_step=False)._reset_()
+        relora(seed=seed).build_optimizer(model, ADAMW, compile_step=False)._reset()
         return [layer.weight for layer in low_rank_layers(model).values()]
 
     first, again, other = (weights_after_a_reset(seed) for seed in (1, 1, 2))

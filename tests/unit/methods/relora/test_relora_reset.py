@@ -9,7 +9,7 @@ from switchtitan.methods.relora.reset import (
     largest,
     merge_and_restart_,
     num_pruned,
-    prune_by_lot_,
+    prune_at_random_,
     prune_by_magnitude_,
 )
 
@@ -77,16 +77,16 @@ def test_of_equal_values_the_first_are_kept():
     assert largest(torch.zeros(2, 5), 0.7).sum() == 3
 
 
-def test_pruning_by_lot_keeps_the_same_places_in_both_moments():
+def test_random_pruning_keeps_the_same_places_in_both_moments():
     moments = [
         torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in ("first", "second")
     ]
     before = [moment.clone() for moment in moments]
-    prune_by_lot_(*moments, 0.9, generator_for(4, "lot"))
+    prune_at_random_(*moments, 0.9, generator_for(4, "lot"))
     kept = moments[0] != 0
     assert kept.sum() == 13 * 17 - num_pruned(13 * 17, 0.9)
     for moment, old in zip(moments, before, strict=True):
         assert torch.equal(moment, torch.where(kept, old, 0))
     again = [moment.clone() for moment in before]
-    prune_by_lot_(*again, 0.9, generator_for(4, "another"))
+    prune_at_random_(*again, 0.9, generator_for(4, "another"))
     assert not torch.equal(again[0], moments[0])
