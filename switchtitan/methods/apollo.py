@@ -1,4 +1,4 @@
-"""APOLLO: the gradient itself, scaled as Adam would scale it in a random subspace (arXiv 2412.05270)."""
+"""APOLLO: the gradient, scaled as by Adam in a random subspace (arXiv 2412.05270)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,26 +22,29 @@ from switchtitan.methods.projected import (
 from switchtitan.optim import AdamWConfig, require_adamw
 
 _TINY_NORM = 1e-8
-"""Added to norms that others are divided by, as in the authors' code."""
+"""Added to norms in denominators, as in the authors' code."""
 
 
 class ApolloConfig(ProjectedConfig):
-    """`[method] name = "apollo"`: APOLLO (arXiv 2412.05270); its Mini is rank 1, scaling "tensor" and scale sqrt(128)."""
+    """`[method] name = "apollo"`: APOLLO (arXiv 2412.05270). APOLLO-Mini is rank 1, scaling
+    "tensor" and scale sqrt(128)."""
 
     name: Literal["apollo"] = "apollo"
     """The method."""
     scaling: Literal["channel", "tensor"] = "channel"
-    """What has a scaling factor of its own: each row or column of a weight, along its larger dimension, or the weight."""
+    """One scaling factor for each row or column of a weight, along its larger dimension
+    (`channel`), or for each weight (`tensor`)."""
     scale: float = Field(default=1.0, gt=0)
-    """Updates of the projected weights are multiplied by this (alpha in the paper), above 0; the authors' code takes its
-    square."""
+    """Updates of the projected weights are multiplied by this (alpha in the paper), above 0. The
+    authors' code takes its square."""
     max_norm_growth: float = Field(default=1.01, gt=1)
-    """A weight's update is scaled down where its norm exceeds that of the step before by more than this factor (gamma in the
-    paper), above 1."""
+    """Largest factor, above 1, by which the norm of a weight's update may grow in a step (gamma in
+    the paper)."""
 
 
 class Apollo(Method[ApolloConfig]):
-    """All weights train; the largest ones' state is that of a small random projection."""
+    """Trains all weights; the optimizer state of the targeted ones is that of a random
+    projection."""
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
@@ -54,21 +57,23 @@ class Apollo(Method[ApolloConfig]):
 
 
 class ApolloRule:
-    """W <- kept W - step_size scale (s G) / limiter (arXiv 2412.05270, Alg. 1).
+    """W <- decay_factor W - step_size scale (s G) / limiter (arXiv 2412.05270, Alg. 1).
 
-    s = ||N|| / ||R|| over each channel or the tensor, N = M / (sqrt(V) + eps), with Adam's moments M, V of R = G Q and a
-    random Q. The limiter keeps ||s G|| below `max_norm_growth` times what it was, limited, in the step before (Fira, arXiv
-    2410.01623); the first step is free. As in the authors' code, eps is added to the root of the second moment before the
-    bias correction, which is part of the step size and not of s; moments are kept when the basis changes. Weight decay is
-    that of AdamW (arXiv 1711.05101), before the update.
+    s = ||N|| / ||R|| over each channel or the tensor, N = M / (sqrt(V) + eps), with Adam's moments
+    M, V of R = G Q and a random Q. The limiter keeps ||s G|| below `max_norm_growth` times its
+    limited value in the step before (Fira, arXiv 2410.01623); the first step is not limited. As in
+    the authors' code, eps is added to the root of the second moment before the bias correction,
+    which is part of the step size and not of s; moments are kept when the basis changes. Weight
+    decay is that of AdamW (arXiv 1711.05101), before the update.
 
-    Several ranks have up to two collectives a step, for all weights: the sum of R for weights with out < in, scattered over the
-    ranks, which hold the moments' rows; and squares of norms. Bases follow from (seed, name, number of the basis); so they are
-    in no checkpoint, but in memory, since drawing them anew would take longer than the step.
+    On several ranks, a step has up to two collectives for all weights: a reduce-scatter of R for
+    weights with out < in, and a sum of squares. Bases follow from (seed, name, number of the
+    basis), so no checkpoint has them. They are kept in memory, since drawing them takes longer than
+    a step.
 
     Args:
-        seed: of the job.
-        compile_step: fuse the moments' update with the norms.
+        seed: the job's seed.
+        compile_step: fuse the update of the moments with the norms.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class ApolloRule:
         self._rows = PackedRows([weight.exp_avg for weight in self._left])
         first = weights[0].parameter
         self._group = shard_group(first)
-        # The first step's norm is not limited by one before it.
+        # The first update is not limited.
         self._update_norms = torch.full(
             (len(weights),), torch.inf, dtype=first.dtype, device=local(first).device
         )
@@ -96,29 +101,29 @@ class ApolloRule:
             else advance_and_measure_
         )
 
-    def update_(self, step: int, step_size: float, kept: float) -> None:
+    def update(self, step: int, step_size: float, decay_factor: float) -> None:
         """See `projected.optimizer.UpdateRule`."""
-        self._draw_bases_(step // self._config.update_interval)
+        self._draw_bases(step // self._config.update_interval)
         factors, update_squares = zip(*self._factors_and_squares(), strict=True)
-        limiters = self._limiters_(torch.stack(update_squares).sqrt())
+        limiters = self._limit(torch.stack(update_squares).sqrt())
         for weight, factor, limiter in zip(self._weights, factors, limiters.unbind(), strict=True):
-            beside = factor.unsqueeze(1 if weight.is_right else 0)
-            coefficients = beside * (step_size * self._config.scale) / limiter
+            scaling = factor.unsqueeze(1 if weight.is_right else 0)
+            coefficients = scaling * (step_size * self._config.scale) / limiter
             parameter = local(weight.parameter)
-            if kept != 1:
-                parameter.mul_(kept)
+            if decay_factor != 1:
+                parameter.mul_(decay_factor)
             parameter.addcmul_(weight.local_grad, coefficients, value=-1)
 
     def metrics(self) -> dict[str, float]:
-        """The share of weights whose update the limiter held back in the last step."""
+        """Returns the fraction of weights whose update was limited in the last step."""
         return {"projection/limited_share": float(self._num_limited) / len(self._weights)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`projection.update_norms`: [weights], each update's norm in the last step, infinite before the first."""
+        """Returns `projection.update_norms`, [weights]: the last updates' norms, initially inf."""
         return {"projection.update_norms": self._update_norms}
 
-    def _draw_bases_(self, number: int) -> None:
-        """Sets all bases to the `number`-th ones, normal with variance 1 / rank, if they are others."""
+    def _draw_bases(self, number: int) -> None:
+        """Draws the `number`-th basis of each weight, normal with variance 1 / rank."""
         if number == self._drawn:
             return
         for weight in self._weights:
@@ -130,13 +135,13 @@ class ApolloRule:
         self._drawn = number
 
     def _factors_and_squares(self) -> list[tuple[Tensor, Tensor]]:
-        """For each weight: s of this rank's part, [channels] or [1], and ||s G||^2 over all ranks, 0-dim."""
+        """Returns per weight the local s, [channels] or [1], and the global ||s G||^2, 0-dim."""
         sums = iter(self._rows.sum_and_scatter([project(weight) for weight in self._left]))
         measured = [
-            self._measure_(weight, project(weight) if weight.is_right else next(sums))
+            self._advance_and_measure(weight, project(weight) if weight.is_right else next(sums))
             for weight in self._weights
         ]
-        # A row that is projected on the right lies on one rank, and so does its factor: only squares are left to be added up.
+        # A channel projected on the right is on one rank: only squares are summed over ranks.
         own = {
             index: _factors(squares)
             for index, (weight, squares) in enumerate(zip(self._weights, measured, strict=True))
@@ -151,9 +156,9 @@ class ApolloRule:
             for index, total in enumerate(summed)
         ]
 
-    def _measure_(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
+    def _advance_and_measure(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
         grad = weight.local_grad
-        # A compiler gains nothing where there is nothing.
+        # Empty shards are not worth compiling.
         is_empty = low_rank_grad.numel() == 0 or grad.numel() == 0
         measure = advance_and_measure_ if is_empty else self._measure
         beta1, beta2 = self._adam.betas
@@ -168,8 +173,8 @@ class ApolloRule:
             eps=self._adam.eps,
         )
 
-    def _limiters_(self, norms: Tensor) -> Tensor:
-        """What to divide each update by, [weights], given the norms; remembers the norms that come of it."""
+    def _limit(self, norms: Tensor) -> Tensor:
+        """Returns the divisor of each update, [weights], and stores the limited norms."""
         limit = self._config.max_norm_growth
         limiters = (norms / (self._update_norms + _TINY_NORM)).clamp(min=limit) / limit
         self._update_norms.copy_(norms / limiters)
@@ -188,7 +193,10 @@ def advance_and_measure_(
     beta2: float,
     eps: float,
 ) -> Tensor:
-    """Updates Adam's moments in place and returns sums of squares over `dims` of N, R and G, [3, channels] or [3, 1].
+    """Updates the moments in place; returns sums of squares over `dims` of N, R and G.
+
+    Returns:
+        [3, channels] or [3, 1].
 
     Args:
         grad: G, [out/ranks, in].
@@ -203,7 +211,7 @@ def advance_and_measure_(
 
 
 def _factors(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """s, [channels], and ||s G||^2, 0-dim, from [3, channels] sums of squares of N, R and G."""
+    """Returns s, [channels], and ||s G||^2, 0-dim, from the sums of squares of N, R and G."""
     direction, low_rank_grad, grad = squares
     factors = direction.sqrt() / (low_rank_grad.sqrt() + _TINY_NORM)
     return factors, (factors.square() * grad).sum()

@@ -31,7 +31,7 @@ class GaloreConfig(ProjectedConfig):
 
 
 class Galore(Method[GaloreConfig]):
-    """All weights train; the optimizer's state of the largest ones is low-rank."""
+    """Trains all weights; the optimizer state of the targeted ones is low-rank."""
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
@@ -42,18 +42,19 @@ class Galore(Method[GaloreConfig]):
 
 
 class GaloreRule:
-    """W <- kept W - step_size scale (N Q^T), N = M / (sqrt(V) + eps), with moments M, V of R = G Q (arXiv 2403.03507, Alg. 2).
+    """W <- decay_factor W - step_size scale (N Q^T), N = M / (sqrt(V) + eps).
 
-    As in the authors' code: eps is added to the root of the second moment before the bias correction, which is part of the step
-    size; moments are kept when the basis changes; the first basis is that of the first gradient. Weight decay is that of AdamW
-    (arXiv 1711.05101), before the update.
+    (arXiv 2403.03507, Alg. 2.) M and V are the moments of R = G Q. As in the authors' code, eps is
+    added to the root of the second moment before the bias correction, which is part of the step
+    size; moments are kept when the basis changes; the first basis is that of the first gradient.
+    Weight decay is that of AdamW (arXiv 1711.05101), before the update.
 
-    Weights that are projected on the left, with out < in, have two collectives a step between them: the sum of R, scattered
-    over the ranks, which hold the moments' rows, and N's rows gathered. Bases on the right are whole on every rank, in * rank
-    values each, so that the other weights need none.
+    Weights projected on the left (out < in) take two collectives a step together: a reduce-scatter
+    of R, and an all-gather of N. Weights projected on the right take none, since their bases are
+    unsharded.
 
     Args:
-        compile_step: fuse the elementwise part, which is all but the products.
+        compile_step: fuse the elementwise operations.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class GaloreRule:
             torch.compile(direction_, fullgraph=True, dynamic=False) if compile_step else direction_
         )
 
-    def update_(self, step: int, step_size: float, kept: float) -> None:
+    def update(self, step: int, step_size: float, decay_factor: float) -> None:
         """See `projected.optimizer.UpdateRule`."""
         if step % self._config.update_interval == 0:
             refresh_bases_(self._weights)
@@ -79,27 +80,27 @@ class GaloreRule:
         if self._left:
             sums = self._rows.sum_and_scatter([project(weight) for weight in self._left])
             parts = [
-                self._advance_(weight, low) for weight, low in zip(self._left, sums, strict=True)
+                self._advance(weight, low) for weight, low in zip(self._left, sums, strict=True)
             ]
             for weight, direction in zip(self._left, self._rows.gather(parts), strict=True):
                 local(weight.parameter).addmm_(
-                    local(weight.basis), direction, beta=kept, alpha=coefficient
+                    local(weight.basis), direction, beta=decay_factor, alpha=coefficient
                 )
         for weight in self._right:
-            direction = self._advance_(weight, project(weight))
+            direction = self._advance(weight, project(weight))
             local(weight.parameter).addmm_(
-                direction, weight.basis.t(), beta=kept, alpha=coefficient
+                direction, weight.basis.t(), beta=decay_factor, alpha=coefficient
             )
 
     def metrics(self) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<weight>.basis`: unlike the gradient that it comes from, a basis lives on for many steps."""
+        """Returns `<weight>.basis`, which is kept for many steps and cannot be recomputed."""
         return {f"{weight.name}.basis": weight.basis for weight in self._weights}
 
-    def _advance_(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
-        """N, after the moments have taken in this rank's rows of R."""
+    def _advance(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
+        """Updates the moments from this rank's rows of R; returns those of N."""
         if low_rank_grad.numel() == 0:
             return low_rank_grad
         beta1, beta2 = self._adam.betas
@@ -116,7 +117,7 @@ class GaloreRule:
 def direction_(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float
 ) -> Tensor:
-    """M / (sqrt(V) + eps), with M and V, all of one shape, updated in place."""
+    """Updates the moments M and V in place; returns M / (sqrt(V) + eps)."""
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     return exp_avg / (exp_avg_sq.sqrt() + eps)
@@ -125,8 +126,8 @@ def direction_(
 def refresh_bases_(weights: list[ProjectedWeight]) -> None:
     """Sets each weight's basis to the leading singular vectors of its gradient.
 
-    Ranks share the work: each decomposes every so many-th matrix, of which it alone gets the whole gradient. Replicas repeat
-    each other's work on equal numbers.
+    The ranks of a shard group take turns: each gathers and decomposes one gradient at a time.
+    Replicas compute the same.
     """
     group = shard_group(weights[0].parameter)
     num_ranks = 1 if group is None else group.size()
@@ -144,12 +145,16 @@ def refresh_bases_(weights: list[ProjectedWeight]) -> None:
 
 
 def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
-    """[in, rank] right singular vectors of a gradient [out, in] if out >= in, else [out, rank] left ones.
+    """Returns the leading singular vectors of a gradient [out, in].
 
-    The largest entry of each vector is positive. Which sign a vector gets does not matter to its subspace, but to moments that
-    were gathered along the vector before it; so it must not depend on rounding, nor on the number of ranks.
+    The largest entry of each vector is positive. Moments are kept when the basis changes, so the
+    sign of a vector must not depend on rounding or on the number of ranks.
+
+    Returns:
+        Right ones [in, rank] if out >= in, else left ones [out, rank].
     """
-    # The trainer reports a gradient that is not finite; here it would stop one rank while the others wait for it.
+    # The trainer reports a gradient that is not finite. An error here would leave other ranks
+    # waiting.
     matrix = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
     left, _, right_t = torch.linalg.svd(matrix, full_matrices=False)
     vectors = (right_t.t() if grad.shape[0] >= grad.shape[1] else left)[:, :rank]
@@ -160,7 +165,7 @@ def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
 def _decompose_on_own_ranks(
     weights: list[ProjectedWeight], group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """The whole bases of at most as many weights as there are ranks; the i-th rank decomposes the i-th."""
+    """Returns the full bases of at most one weight per rank; rank i decomposes gradient i."""
     own_rank = group.rank()
     gathered = [_gather_rows(weight, owner, group) for owner, weight in enumerate(weights)]
     bases = []
@@ -180,7 +185,7 @@ def _decompose_on_own_ranks(
 
 
 def _gather_rows(weight: ProjectedWeight, owner: int, group: dist.ProcessGroup) -> Tensor | None:
-    """The whole gradient on the rank `owner` of the group, nothing on the others."""
+    """Returns the full gradient on the rank `owner` of the group, None on the others."""
     num_rows, width = weight.parameter.shape
     grad = weight.local_grad
     padded = grad.new_zeros(rows_per_rank(num_rows, group.size()), width)

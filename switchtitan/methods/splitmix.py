@@ -1,10 +1,11 @@
-"""Random whole numbers that are a pure function of a seed and an index: no state, and any part can be drawn by itself."""
+"""Random integers as a pure function of a seed and an index, without state."""
 
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, fig. 16): the increment is
-# 2^64 over the golden ratio, made odd; the multipliers are Stafford's variant 13 of MurmurHash3's finalizer. As signed numbers.
+# SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
+# fig. 16): the increment is 2^64 over the golden ratio, made odd; the multipliers are Stafford's
+# variant 13 of MurmurHash3's finalizer. As signed numbers.
 _INCREMENT_64 = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS_64 = (30, 27, 31)
@@ -16,7 +17,7 @@ _SHIFTS_32 = (16, 13, 16)
 
 
 def splitmix64(seeds: Tensor, indices: Tensor) -> Tensor:
-    """Output number `indices` 0, 1, ... of a SplitMix64 generator seeded with `seeds`; 64-bit numbers read as signed ones.
+    """Returns outputs number `indices` 0, 1, ... of SplitMix64 generators seeded with `seeds`.
 
     Args:
         seeds, indices: int64, of shapes that broadcast.
@@ -27,7 +28,8 @@ def splitmix64(seeds: Tensor, indices: Tensor) -> Tensor:
 
 
 def advance64(seeds: Tensor, counts: Tensor) -> Tensor:
-    """Seeds whose output 0 is output `counts` of the generators seeded with `seeds`; negative counts go back."""
+    """Seeds whose output 0 is output `counts` of the generators seeded with `seeds`; negative
+    counts go back."""
     return seeds + counts * _INCREMENT_64
 
 

@@ -1,4 +1,4 @@
-"""What methods share that train whole weights from projections of their gradients onto few dimensions."""
+"""Shared code of methods that train full weights from low-rank projections of their gradients."""
 
 from switchtitan.methods.projected.optimizer import (
     PackedRows,

@@ -1,4 +1,4 @@
-"""The optimizer of a model some of whose weights train from projected gradients."""
+"""An optimizer that updates some weights from projected gradients, and the others by AdamW."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -22,30 +22,32 @@ from switchtitan.optim import AdamW, AdamWConfig, trained_parameters
 class UpdateRule(Protocol):
     """How a method updates the projected weights."""
 
-    def update_(self, step: int, step_size: float, kept: float) -> None:
-        """Updates all weights from their gradients, on a new basis where one is due.
+    def update(self, step: int, step_size: float, decay_factor: float) -> None:
+        """Updates all weights from their gradients, and the bases every `update_interval` steps.
 
         Args:
             step: steps done before.
-            step_size: lr sqrt(1 - beta2^n) / (1 - beta1^n) at the n-th step: the bias correction of Adam's first paper (arXiv
-                1412.6980, end of sec. 2), in which eps is added to the uncorrected root.
-            kept: 1 - lr * weight_decay, by which weights are multiplied.
+            step_size: lr sqrt(1 - beta2^n) / (1 - beta1^n) at the n-th step: Adam's bias correction
+                as at the end of sec. 2 of arXiv 1412.6980, with eps added to the uncorrected root.
+            decay_factor: 1 - lr * weight_decay, by which weights are multiplied.
         """
         ...
 
     def metrics(self) -> dict[str, float]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the rule keeps beside moments, to be loaded in place."""
+        """Returns the rule's live tensors other than moments; they are loaded in place."""
         ...
 
 
 class ProjectedOptimizer:
-    """A rule for the projected weights and a plain optimizer for the other parameters; a `contracts.TrainingOptimizer`.
+    """An update rule for projected weights, and an optimizer for all other parameters.
+
+    A `contracts.TrainingOptimizer`.
 
     Args:
-        weights: those that `rule` updates.
-        dense: the optimizer of the rest.
+        weights: the projected weights, which `rule` updates.
+        dense: the optimizer of the other parameters.
         update_interval: steps between two bases.
     """
 
@@ -60,17 +62,17 @@ class ProjectedOptimizer:
         self._config, self._weights, self._rule, self._dense = config, weights, rule, dense
         self._update_interval = update_interval
         self._num_steps = 0
-        # A Python number that products take as an argument: the device never has to tell it.
+        # A Python number, passed to kernels as an argument: no synchronization.
         self._lr = config.lr
 
     @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter."""
         (beta1, beta2), num_steps = self._config.betas, self._num_steps + 1
-        self._rule.update_(
+        self._rule.update(
             self._num_steps,
             step_size=self._lr * (1 - beta2**num_steps) ** 0.5 / (1 - beta1**num_steps),
-            kept=1 - self._lr * self._config.weight_decay,
+            decay_factor=1 - self._lr * self._config.weight_decay,
         )
         self._num_steps = num_steps
         self._dense.step()
@@ -85,7 +87,7 @@ class ProjectedOptimizer:
         self._dense.set_lr(lr_factor)
 
     def metrics(self) -> dict[str, float]:
-        """Besides the rule's: how often bases have been renewed so far, the first ones included."""
+        """Returns the metrics of both parts and the number of bases computed so far."""
         num_refreshes = -(-self._num_steps // self._update_interval)
         return {
             **self._dense.metrics(),
@@ -94,7 +96,8 @@ class ProjectedOptimizer:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The dense optimizer's, the rule's, `<weight>.exp_avg`, `<weight>.exp_avg_sq` and `projection.step`."""
+        """Returns the state of both parts, `<weight>.exp_avg`, `.exp_avg_sq` and
+        `projection.step`."""
         moments = {
             f"{weight.name}.{key}": tensor
             for weight in self._weights
@@ -116,25 +119,26 @@ def build_projected_optimizer(
     config: AdamWConfig,
     build_rule: Callable[[list[ProjectedWeight]], UpdateRule],
 ) -> ProjectedOptimizer:
-    """An optimizer whose rule has the weights of the targeted layers, and whose dense part has all other parameters."""
+    """Builds an optimizer whose rule updates the weights of the targeted layers."""
     targeted = targeted_weights(model, method.targets)
     weights = [
         build_projected_weight(name, parameter, method.rank) for name, parameter in targeted.items()
     ]
     others = [p for p in trained_parameters(model, targeted) if p.is_other]
-    # Not compiled: torch's fused kernel takes these few tensors in one pass already.
+    # Not compiled: torch's fused kernel already updates these few tensors in one pass.
     dense = AdamW(config, others)
     return ProjectedOptimizer(config, weights, build_rule(weights), dense, method.update_interval)
 
 
 class PackedRows:
-    """Sums matrices over ranks such that each rank keeps its own rows, and gathers rows again; all matrices at once.
+    """Reduce-scatters and all-gathers the rows of several matrices, in one collective each.
 
-    A sum that is scattered and rows that are gathered travel as far as one sum that every rank gets whole, but what is kept
-    of them, such as moments, is split over the ranks. On one rank nothing travels and nothing is copied.
+    Together they send as much as one all-reduce, while moments and other state of the rows are
+    sharded. On one rank nothing is sent or copied.
 
     Args:
-        matrices: [rows, width] each, all plain, or all split along dimension 0 over the same ranks: what the rows are like.
+        matrices: [rows, width] each, the layout of the rows: all plain, or all sharded along
+            dimension 0 over the same ranks.
     """
 
     def __init__(self, matrices: list[Tensor]) -> None:
@@ -142,14 +146,14 @@ class PackedRows:
         self._num_ranks = 1 if self._group is None else self._group.size()
         self._shapes = [tuple(matrix.shape) for matrix in matrices]
         self._held = [local(matrix).shape[0] for matrix in matrices]
-        # What the last ranks lack is padding.
+        # The last ranks are padded.
         self._rows_per_rank = [rows_per_rank(rows, self._num_ranks) for rows, _ in self._shapes]
         self._sizes = [
             rows * width for rows, (_, width) in zip(self._rows_per_rank, self._shapes, strict=True)
         ]
 
     def sum_and_scatter(self, partials: list[Tensor]) -> list[Tensor]:
-        """This rank's rows of each matrix summed over ranks.
+        """Returns this rank's rows of each matrix, summed over ranks.
 
         Args:
             partials: [rows, width] each, this rank's summand.
@@ -161,13 +165,13 @@ class PackedRows:
             padding = block.shape[0] * block.shape[1] - partial.shape[0]
             block.copy_(F.pad(partial, (0, 0, 0, padding)).view(block.shape))
         own = torch.empty_like(packed[0])
-        # Lists of chunks: newer versions of torch have renamed the collectives that take one tensor.
+        # Lists of chunks: newer versions of torch renamed the collectives that take one tensor.
         dist.reduce_scatter(own, list(packed.unbind()), group=self._group)
         blocks = self._blocks(own.unsqueeze(0))
         return [block[0, :held] for block, held in zip(blocks, self._held, strict=True)]
 
     def gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Each matrix whole, on every rank.
+        """Returns each full matrix, on every rank.
 
         Args:
             parts: this rank's rows of each.
@@ -185,7 +189,8 @@ class PackedRows:
         ]
 
     def _blocks(self, packed: Tensor) -> list[Tensor]:
-        """Views [ranks, rows / ranks, width] of each matrix's place in `packed` [ranks, all sizes]."""
+        """Returns a view [ranks, rows/ranks, width] of each matrix in `packed` [ranks, all
+        sizes]."""
         return [
             part.unflatten(1, (rows, width))
             for part, rows, (_, width) in zip(
@@ -195,7 +200,7 @@ class PackedRows:
 
 
 def sum_packed(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The sum of each tensor over the ranks of `group`, all in one collective; the tensors themselves where there is none."""
+    """Sums each tensor over the ranks of `group` in one collective; `tensors` without a group."""
     if group is None or not tensors:
         return tensors
     packed = torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,12 +1,13 @@
-"""Weights that train from projected gradients: on which side they are projected, and what is kept for each.
+"""Weights that train from projected gradients: the side of the projection, and the state of each.
 
-For G [out, in] the smaller dimension is projected (GaLore, arXiv 2403.03507, sec. 4.2; squares as in the authors' code):
+The smaller dimension of G [out, in] is projected (GaLore, arXiv 2403.03507, sec. 4.2; square ones
+on the right, as in the authors' code):
 
     right, out >= in    R = G Q       [out, rank] with Q [in, rank]
     left,  out < in     R = Q^T G     [rank, in]  with Q [out, rank]
 
-Ranks share out the rows of G. On the right R's rows are local if every rank has Q whole, so a step needs no collective for
-it. On the left each rank has a summand of R and its rows of Q.
+G is sharded over rows. On the right, every rank has the full Q, and R's rows are local: a step
+needs no collective for it. On the left, each rank has its rows of Q and a summand of R.
 """
 
 from collections.abc import Iterable
@@ -26,36 +27,39 @@ from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_r
 
 
 class ProjectedConfig(MethodConfig):
-    """Which gradients are projected, onto how many dimensions, and for how long."""
+    """The configuration keys of methods that project gradients."""
 
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     rank: int = Field(ge=1)
-    """Dimensions that gradients are projected onto, at least 1 and below the smaller dimension of every projected weight."""
+    """Dimensions that gradients are projected onto: at least 1, and below the smaller dimension of
+    every projected weight."""
     update_interval: int = Field(default=200, ge=1)
-    """Steps for which a projection is kept before the next one; at least 1."""
+    """Steps between two projections; at least 1."""
     targets: Targets = ADAPTED_LINEARS
-    """Local names of the linear layers whose weights' gradients are projected; by default all of attention and MLP. The other
-    parameters train with plain AdamW."""
+    """Local names of the linear layers whose gradients are projected; by default all of attention
+    and MLP. All other parameters train with AdamW."""
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """What is wrong between this section and a model's linear layers, qualified name -> (out, in)."""
+        """See `contracts.MethodConfig`."""
         return check_rank(self.rank, self.targets, linear_shapes)
 
 
 @dataclass(frozen=True)
 class ProjectedWeight:
-    """A weight, the basis that its gradient is projected onto, and Adam's moments of the projection."""
+    """A weight, the basis that its gradient is projected onto, and Adam's moments of the
+    projection."""
 
     name: str
-    """Of the parameter, qualified."""
+    """The parameter's qualified name."""
     parameter: nn.Parameter
-    """[out, in], plain or split along dimension 0."""
+    """[out, in], plain or sharded along dimension 0."""
     basis: Tensor
-    """Q: on the right [in, rank], whole on every rank; on the left [out, rank], split as the weight is. Starts as zeros."""
+    """Q: [in, rank] on the right, unsharded; [out, rank] on the left, sharded like the weight.
+    Initially zero."""
     exp_avg: Tensor
-    """[out, rank] on the right, [rank, in] on the left; split along dimension 0 in both cases."""
+    """[out, rank] on the right, [rank, in] on the left; both sharded along dimension 0."""
     exp_avg_sq: Tensor
-    """As `exp_avg`."""
+    """Like `exp_avg`."""
 
     @property
     def is_right(self) -> bool:
@@ -63,7 +67,7 @@ class ProjectedWeight:
 
     @property
     def local_grad(self) -> Tensor:
-        """This rank's rows of the gradient, [out/ranks, in]."""
+        """The local shard of the gradient, [out/ranks, in]."""
         assert self.parameter.grad is not None, f"no gradient for {self.name}"
         return local(self.parameter.grad)
 
@@ -74,13 +78,14 @@ def is_right(weight: Tensor) -> bool:
 
 
 def project(weight: ProjectedWeight) -> Tensor:
-    """R: this rank's rows of it [out/ranks, rank] on the right, its summand [rank, in] on the left."""
+    """Returns R: its local rows [out/ranks, rank] on the right, a summand [rank, in] on the
+    left."""
     grad, basis = weight.local_grad, local(weight.basis)
     return grad @ basis if weight.is_right else basis.t() @ grad
 
 
 def build_projected_weight(name: str, parameter: nn.Parameter, rank: int) -> ProjectedWeight:
-    """A weight with an empty basis and empty moments, on its device and split over its ranks."""
+    """Builds the state of a weight, with basis and moments at zero."""
     out_features, in_features = parameter.shape
     if is_right(parameter):
         basis = torch.zeros(in_features, rank, device=parameter.device, dtype=parameter.dtype)
@@ -93,7 +98,7 @@ def build_projected_weight(name: str, parameter: nn.Parameter, rank: int) -> Pro
 
 
 def targeted_weights(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The weights of the linear layers whose local names are among `targets`, by qualified parameter name.
+    """Returns the weights of the linear layers in `targets`, by qualified parameter name.
 
     Raises:
         ConfigError: if a target names no linear layer of the model.

@@ -38,7 +38,7 @@ class Candidates(Protocol):
         """
         ...
 
-    def put_back_(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
+    def put_back(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
         """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`."""
         ...
 
@@ -76,7 +76,7 @@ class StoredCandidates:
     def take(self, switches: list[LayerSwitch], gathered: list[Tensor]) -> list[Tensor]:
         return cast_all(gathered, self._dtype)
 
-    def put_back_(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
+    def put_back(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
         write_rows_(
             [buffer for switch in switches for buffer in self._buffers[switch.layer]],
             [switch.slots_out for switch in switches for _ in FACTORS],
@@ -150,7 +150,7 @@ class DrawnCandidates:
         parts = vectors.split((counts * widths).tolist())
         return [part.view(-1, width) for part, width in zip(parts, widths.tolist(), strict=True)]
 
-    def put_back_(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
+    def put_back(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
         pass
 
     def prefetch(self, switches: list[LayerSwitch]) -> None:

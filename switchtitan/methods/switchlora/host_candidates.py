@@ -64,7 +64,7 @@ class HostCandidates:
         self._fetched = None
         return cast_all(gathered, self._dtype)
 
-    def put_back_(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
+    def put_back(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
         buffers = [buffer for switch in switches for buffer in self._buffers[switch.layer]]
         slots = [switch.slots_out for switch in switches for _ in FACTORS]
         pairs = [

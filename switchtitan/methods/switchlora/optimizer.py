@@ -153,7 +153,7 @@ class SwitchLoraOptimizer:
             rows.narrow(0, factor * switch.num_vectors, switch.num_vectors)
             for (switch, factor), rows in zip(product(switches, FACTORS), vectors, strict=True)
         ]
-        self._candidates.put_back_(switches, outgoing)
+        self._candidates.put_back(switches, outgoing)
         # In place: `outgoing` are views of `vectors` and now hold old - new.
         torch._foreach_sub_(outgoing, incoming)
         roundings = self._rounding.of_event(self._counts.step)
