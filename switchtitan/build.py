@@ -49,16 +49,16 @@ from switchtitan.observability import (
 from switchtitan.optim import build_lr_schedule
 from switchtitan.training.description import (
     changed_keys,
+    check_output_dir,
     comparable_identity,
     describe_run,
     run_facts,
     run_identity,
+    start_output,
 )
 from switchtitan.training.evaluate import Evaluator, Evaluators
 from switchtitan.training.hooks import Hook, InspectWeights
-from switchtitan.training.output import check_output_dir, start_output
-from switchtitan.training.state import TrainState
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
 
 # `hub`, `spectra` and the communication counter are imported where they are used: most runs use

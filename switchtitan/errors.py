@@ -1,7 +1,8 @@
-"""Errors that a user can fix: printed without a traceback. The exit status is 2 by default."""
+"""How a command ends: by errors that a user can fix (status 2 by default), or by a signal."""
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -72,3 +73,21 @@ def exit_for(error: UserError) -> NoReturn:
     else:
         print(f"error: {error}", file=sys.stderr)
     raise SystemExit(error.exit_status)
+
+
+def interrupt_on_sigterm() -> None:
+    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def exit_for_interrupt(stop: KeyboardInterrupt, message: str) -> NoReturn:
+    """Prints `message` on standard error and exits with the signal's status."""
+    print(message, file=sys.stderr)
+    raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    # A signal to the process group also ends the data loader's workers. torch's SIGCHLD handler
+    # would raise for them in the middle of a save.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise KeyboardInterrupt(signum)

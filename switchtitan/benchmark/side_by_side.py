@@ -13,7 +13,7 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
-from switchtitan.training.garbage_collection import GarbageCollection
+from switchtitan.training.hooks import GarbageCollection
 from switchtitan.training.stepper import Stepper
 
 WARM_UP_STEPS = 3

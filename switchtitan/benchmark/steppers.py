@@ -15,8 +15,7 @@ from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
 from switchtitan.observability import configure_logging
-from switchtitan.training.state import TrainState
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.stepper import Stepper, TrainState
 
 
 @contextmanager

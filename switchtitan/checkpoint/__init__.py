@@ -5,13 +5,13 @@ from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.find import (
     check_given_paths,
     check_output_folder,
+    check_same_run,
     find_checkpoint,
     find_given,
     find_latest,
 )
 from switchtitan.checkpoint.layout import CheckpointMetadata, read_metadata
 from switchtitan.checkpoint.load import load_tensors_, read_tensors
-from switchtitan.checkpoint.same_run import check_same_run
 
 __all__ = [
     "CheckpointConfig",

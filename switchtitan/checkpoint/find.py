@@ -1,4 +1,4 @@
-"""Find the checkpoint to resume from, check the output folder, prune old checkpoints."""
+"""Find the checkpoint to resume from, check that it fits the run and its folder, prune old ones."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from switchtitan.checkpoint.layout import (
     step_of,
     sync_folder,
 )
+from switchtitan.config.toml_text import flatten
 from switchtitan.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -198,3 +199,26 @@ def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool])
         )
         return False
     return is_own_identity(metadata.identity)
+
+
+_ABSENT = "(absent)"
+
+
+def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Compares two identities, nested mappings of plain values.
+
+    Raises:
+        CheckpointError: names every differing key by its dotted path, with both values and the fix.
+    """
+    before, now = flatten(saved), flatten(current)
+    keys = [key for key in {**before, **now} if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+    if not keys:
+        return
+    differences = "\n".join(
+        f"  {key}: saved with {before.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}"
+        for key in keys
+    )
+    raise CheckpointError(
+        f"the checkpoint belongs to another run:\n{differences}\n"
+        "set these back to resume that run, or start a new one in another [job] output_dir"
+    )

@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from switchtitan.cli.interrupts import exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
 from switchtitan.comparison.measure import measure, read_measurements
@@ -24,7 +23,13 @@ from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner
 from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.config.command_line import positive_int
-from switchtitan.errors import ConfigError, UserError, exit_for
+from switchtitan.errors import (
+    ConfigError,
+    UserError,
+    exit_for,
+    exit_for_interrupt,
+    interrupt_on_sigterm,
+)
 from switchtitan.files import try_lock
 
 

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 from switchtitan.build import build_trainer
-from switchtitan.cli.interrupts import exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.distributed.world import (
     num_ranks_from_launcher,
     start_world,
     stop_world,
     stop_world_if_single,
 )
-from switchtitan.errors import UserError, exit_for
+from switchtitan.errors import UserError, exit_for, exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.job.config import parse_arguments
 
 

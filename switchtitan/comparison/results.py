@@ -9,7 +9,7 @@ from switchtitan.comparison.plan import Run
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.training.output import CONFIG_FILE
+from switchtitan.training.description import CONFIG_FILE
 
 
 @dataclass(frozen=True)

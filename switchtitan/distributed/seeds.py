@@ -3,6 +3,7 @@
 import hashlib
 
 import torch
+from torch import Tensor
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -19,3 +20,59 @@ def _mixed(key: str) -> int:
     """Hashes `key` to 63 bits: a seed has 64, and the sign bit is left out."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+# SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
+# fig. 16): the increment is 2^64 over the golden ratio, made odd; the multipliers are Stafford's
+# variant 13 of MurmurHash3's finalizer. As signed numbers.
+_INCREMENT_64 = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIERS_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+_SHIFTS_64 = (30, 27, 31)
+
+# The same in 32 bits, with MurmurHash3's 32-bit finalizer itself (Austin Appleby, public domain).
+_INCREMENT_32 = 0x9E3779B9 - 2**32
+_MULTIPLIERS_32 = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
+_SHIFTS_32 = (16, 13, 16)
+
+
+def splitmix64(seeds: Tensor, indices: Tensor) -> Tensor:
+    """Returns outputs number `indices` 0, 1, ... of SplitMix64 generators seeded with `seeds`.
+
+    Args:
+        seeds, indices: int64, of shapes that broadcast.
+    """
+    # One operation on tensors of full size instead of three.
+    state = torch.add(seeds + _INCREMENT_64, indices, alpha=_INCREMENT_64)
+    return _mix_(state, _SHIFTS_64, _MULTIPLIERS_64)
+
+
+def advance64(seeds: Tensor, counts: Tensor) -> Tensor:
+    """Seeds whose output 0 is output `counts` of the generators seeded with `seeds`; negative
+    counts go back."""
+    return seeds + counts * _INCREMENT_64
+
+
+def splitmix32(seeds: Tensor, indices: Tensor) -> Tensor:
+    """The same in 32 bits, for what has few bits to draw; a generator's outputs repeat after 2^32.
+
+    Args:
+        seeds, indices: int32, of shapes that broadcast.
+    """
+    state = seeds + (indices + 1) * _INCREMENT_32
+    return _mix_(state, _SHIFTS_32, _MULTIPLIERS_32)
+
+
+def _mix_(state: Tensor, shifts: tuple[int, int, int], multipliers: tuple[int, int]) -> Tensor:
+    """A bijection in which every bit depends on every bit, in place."""
+    # Integer products wrap around, on the CPU as on CUDA.
+    state ^= _shift_right(state, shifts[0])
+    state *= multipliers[0]
+    state ^= _shift_right(state, shifts[1])
+    state *= multipliers[1]
+    state ^= _shift_right(state, shifts[2])
+    return state
+
+
+def _shift_right(values: Tensor, num_bits: int) -> Tensor:
+    """A shift that fills with zeros, where torch repeats the sign."""
+    return (values >> num_bits) & ((1 << (torch.iinfo(values.dtype).bits - num_bits)) - 1)

@@ -17,13 +17,12 @@ from switchtitan.distributed.config import (
 )
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
 from switchtitan.job.checks import checks_between_sections
-from switchtitan.job.sections import EvaluationConfig, RunConfig, TrainingConfig
+from switchtitan.job.sections import EvaluationConfig, RunConfig, SpectrumConfig, TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability.metrics import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
-from switchtitan.spectra.config import SpectrumConfig
 
 _INTRODUCTION = """\
 Train the model that a TOML file describes. The default file is the quickstart.

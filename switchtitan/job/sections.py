@@ -1,4 +1,4 @@
-"""The sections `[job]`, `[training]` and `[evaluation]`."""
+"""The sections `[job]`, `[training]`, `[evaluation]` and `[spectrum]`."""
 
 from pathlib import Path
 from typing import Literal
@@ -54,3 +54,12 @@ class EvaluationConfig(Section):
     test_tokens: int | None = Field(default=None, ge=1)
     """Test tokens on which the trained model is evaluated once, after the last step, rounded down
     to full sequences; at least data.seq_len. Needs data.test_fraction. "none" disables it."""
+
+
+class SpectrumConfig(Section):
+    """How often to measure the rank of the change of the linear layers' weights since step 0."""
+
+    interval: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two measurements, at least 1; the last step is also measured.
+    Default: no measurement. Each gathers the dense weights on the main rank and takes O(out * in *
+    min(out, in)) time per layer."""

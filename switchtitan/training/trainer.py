@@ -14,8 +14,7 @@ from switchtitan.errors import RanksDisagreeError, UserError
 from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
 from switchtitan.training.evaluate import Evaluators
-from switchtitan.training.garbage_collection import GarbageCollection
-from switchtitan.training.hooks import Hook
+from switchtitan.training.hooks import GarbageCollection, Hook
 from switchtitan.training.stepper import RunningLoss, Stepper, StepResult
 
 logger = logging.getLogger(__name__)

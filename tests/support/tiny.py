@@ -8,8 +8,7 @@ import torch
 from switchtitan.build import build_batches, build_stepper, build_trainer, open_checked_corpus
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import JobConfig, parse_arguments
-from switchtitan.training.state import TrainState
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.trainer import Trainer
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.seeds import generator_for, splitmix32
 from switchtitan.distributed.shards import row_range
 from switchtitan.methods.lowrank.linear import LowRankLinear
-from switchtitan.methods.splitmix import splitmix32
 
 _NUM_DROPPED_BITS = 16
 """Bits of fp32 that bf16 lacks."""

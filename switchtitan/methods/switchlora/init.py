@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.host_copies import to_device
+from switchtitan.distributed.seeds import advance64, splitmix64
 from switchtitan.methods.lowrank.linear import (
     InitialFactors,
     LayerBuffer,
@@ -17,7 +18,6 @@ from switchtitan.methods.lowrank.linear import (
     uniform,
     without_update,
 )
-from switchtitan.methods.splitmix import advance64, splitmix64
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.schedule import initial_slots
 

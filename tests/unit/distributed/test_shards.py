@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from switchtitan.distributed.row_exchange import padded_length
-from switchtitan.distributed.shards import rows_per_rank
+from switchtitan.distributed.shards import padded_length, rows_per_rank
 
 
 @pytest.mark.parametrize(("num_rows", "num_ranks"), [(12, 4), (13, 4), (3, 4), (1, 1), (17, 5)])

@@ -13,7 +13,7 @@ from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import stop_world
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.training.state import TrainState
+from switchtitan.training.stepper import TrainState
 from switchtitan.training.trainer import Trainer
 
 

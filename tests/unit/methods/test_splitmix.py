@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.switchlora_reference import splitmix64_outputs
 
-from switchtitan.methods.splitmix import splitmix32, splitmix64
+from switchtitan.distributed.seeds import splitmix32, splitmix64
 
 INCREMENT_32 = 0x9E3779B9
 

@@ -18,8 +18,7 @@ from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.fsdp import shard_model
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
-from switchtitan.models.llama.model import Llama, Positions
-from switchtitan.models.llama.rope import rotary_tables
+from switchtitan.models.llama.model import Llama, Positions, rotary_tables
 
 MULTI_HEAD = {
     "hidden_size": 30,

@@ -5,7 +5,7 @@ import cmath
 import pytest
 import torch
 
-from switchtitan.models.llama.rope import rotary_tables, rotate
+from switchtitan.models.llama.model import rotary_tables, rotate
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from switchtitan.training.garbage_collection import FULL_INTERVAL, YOUNG_INTERVAL, GarbageCollection
+from switchtitan.training.hooks import FULL_INTERVAL, YOUNG_INTERVAL, GarbageCollection
 
 
 class Node:

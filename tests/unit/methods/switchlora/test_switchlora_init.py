@@ -7,8 +7,7 @@ import pytest
 import torch
 from support.switchlora_reference import constant_candidates
 
-from switchtitan.distributed.seeds import generator_for
-from switchtitan.methods.splitmix import splitmix64
+from switchtitan.distributed.seeds import generator_for, splitmix64
 from switchtitan.methods.switchlora.init import draw_vectors, draw_vectors_of_widths
 
 NUM_SLOTS, WIDTH = 200, 500
