@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
-from switchtitan.methods.relora.reset import (
+from switchtitan.methods.relora import (
     merge_and_restart_,
     prune_at_random_,
     prune_by_magnitude_,

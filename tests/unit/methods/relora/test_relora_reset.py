@@ -5,7 +5,7 @@ import torch
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
-from switchtitan.methods.relora.reset import (
+from switchtitan.methods.relora import (
     largest,
     merge_and_restart_,
     num_pruned,

@@ -1,6 +1,6 @@
 """When resets happen and how the learning rate recovers."""
 
-from switchtitan.methods.relora.reset import ResetSchedule
+from switchtitan.methods.relora import ResetSchedule
 
 
 def run(schedule: ResetSchedule, num_steps: int) -> tuple[list[float], list[int]]:
