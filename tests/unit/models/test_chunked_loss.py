@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.contracts import IGNORED_TARGET
-from switchtitan.models import chunked_loss
+from switchtitan.models import loss as loss_module
 from switchtitan.models.loss import CrossEntropy
 
 VOCABULARY, DIM, DIVISOR = 61, 12, 7
@@ -22,7 +22,7 @@ EAGER = CrossEntropy(compile_regions=False)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """15 tokens of [3, 5] make 4 chunks of 4, so the last one is padded."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 4 * VOCABULARY)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 4 * VOCABULARY)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def of_all_logits(
 def test_loss_and_gradients_equal_those_of_all_logits(
     monkeypatch: pytest.MonkeyPatch, tokens_per_chunk: int
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * tokens_per_chunk * VOCABULARY)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * tokens_per_chunk * VOCABULARY)
     # 21 tokens in at most 16 chunks: 11 chunks of 2.
     hidden, head, targets = draw(torch.float64, (3, 7))
     expected, grad_hidden, grad_weight = of_all_logits(hidden, head, targets)
