@@ -91,8 +91,8 @@ def describe_run(
         logger.info("resuming from %s", checkpoint)
     if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
-    if config.compile.blocks:
-        logger.info("compiling on first use: up to a minute, cached for later runs")
+    if config.compile.blocks or config.compile.loss or config.compile.optimizer:
+        logger.info("compiling: the first steps take a minute or more; later runs use the cache")
 
 
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
