@@ -22,10 +22,11 @@ from switchtitan.config.command_line import positive_int
 from switchtitan.data import build_validation_batches, open_corpus
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import materialize, shard_model
-from switchtitan.distributed.world import start_world, temporary_world
+from switchtitan.distributed.world import device_type, start_world, temporary_world
 from switchtitan.errors import CheckpointError, ConfigError, CorpusError, UserError, exit_for
 from switchtitan.files import write_atomically
 from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.job.checks import evaluation_checks
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of
@@ -95,7 +96,7 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
         weights, metadata = _find_checkpoint(weights)
         config = saved_config(metadata)
     else:
-        config = parse_arguments(["--config", config_file], num_ranks=1)
+        config = load_for_evaluation(config_file)
     seq_len = config.data.seq_len
     if num_tokens is None:
         num_tokens = (
@@ -148,7 +149,16 @@ def saved_config(metadata: CheckpointMetadata) -> JobConfig:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
         file.write_text(str(metadata.run["config"]), encoding="utf-8")
-        return parse_arguments(["--config", str(file)], int(str(metadata.run["num_ranks"])))
+        return load_for_evaluation(str(file))
+
+
+def load_for_evaluation(file: str) -> JobConfig:
+    """Loads a configuration and checks only what an evaluation needs.
+
+    Raises:
+        ConfigError: if it is invalid.
+    """
+    return parse_arguments(["--config", file], checks=evaluation_checks(device_type()))
 
 
 def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:

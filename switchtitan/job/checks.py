@@ -37,6 +37,11 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
     ]
 
 
+def evaluation_checks(device: str) -> list[Check]:
+    """Return the checks for an evaluation without training, on a device of type `device`."""
+    return [partial(check_model_device, device=device), check_evaluation, check_vocabulary]
+
+
 def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
     """Every rank must get the same number of full micro-batches."""
     size, unit = training.global_batch_size, num_ranks * training.local_batch_size
@@ -62,7 +67,7 @@ def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
 
 
 def check_model_device(model: ModelConfig, training: TrainingConfig, device: str) -> list[str]:
-    """The model must be able to train on this device, e.g. with its attention backend."""
+    """The model must be able to run on this device, e.g. with its attention backend."""
     try:
         model.check_device(device, getattr(torch, training.dtype))
     except EnvironmentMismatchError as error:

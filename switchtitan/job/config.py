@@ -5,7 +5,7 @@ from typing import Annotated
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config.command_line import print_help, split_arguments
-from switchtitan.config.load import load_config
+from switchtitan.config.load import Check, load_config
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import QUICKSTART, find_config
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
@@ -52,7 +52,10 @@ class JobConfig(Section):
 
 
 def parse_arguments(
-    argv: Sequence[str], num_ranks: int | None = None, overrides_heading: str | None = None
+    argv: Sequence[str],
+    num_ranks: int | None = None,
+    overrides_heading: str | None = None,
+    checks: Sequence[Check] | None = None,
 ) -> JobConfig:
     """Load the configuration of a command line: `--config FILE --section.key value ...`.
 
@@ -60,6 +63,7 @@ def parse_arguments(
         argv: the command line without the program's name. The default file is the quickstart.
         num_ranks: number of ranks, which some keys must fit; by default the launcher's.
         overrides_heading: for keys in `argv` that a program made: their heading in error messages.
+        checks: checks between sections; by default those for training on `num_ranks` ranks.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -67,7 +71,8 @@ def parse_arguments(
     """
     arguments = split_arguments(argv)
     file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
-    checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
+    if checks is None:
+        checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
     config = load_config(arguments, file, JobConfig, checks, overrides_heading)
     if arguments.wants_help:
         names = {"model": list(MODELS), "method": list(METHODS), "optimizer": list(OPTIMIZERS)}

@@ -3,9 +3,12 @@
 import json
 
 import pytest
-from support.tiny import METHOD_KEYS, tiny_trainer, train_steps
+from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps
 
+from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.cli import evaluate, export
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.distributed.config import CompileConfig
 
 
 def saved_run(folder, method):
@@ -51,6 +54,37 @@ def test_an_export_has_the_loss_of_its_checkpoint_and_tokens_are_counted(corpora
             evaluate.main([*arguments, *wrong])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_keys_of_training_do_not_stop_an_evaluation(corpora, tmp_path, monkeypatch, capsys):
+    folder = corpora / "evaluate-training-keys"
+    own = saved_run(folder, "full_rank")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (config,) = folder.glob("*.toml")
+    text = config.read_text().replace("global_batch_size = 8", "global_batch_size = 7")
+    for section, key in (
+        ("metrics", "communication = true"),
+        ("parallelism", "replicate = 2"),
+        ("compile", "blocks = true"),
+    ):
+        text = text.replace(f"[{section}]", f"[{section}]\n{key}")
+    (tmp_path / "training.toml").write_text(text)
+    arguments = [str(folder / "run"), "--config", str(tmp_path / "training.toml")]
+    evaluate.main(arguments)
+    assert f"loss        {own:.4f}" in capsys.readouterr().out
+    (tmp_path / "training.toml").write_text(text.replace("tokens = 160", "tokens = 15"))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments)
+    assert stopped.value.code == 2
+    assert "[evaluation] tokens = 15" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_compiled_run_is_evaluated_without_a_compiler(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "full_rank")
+    compiled = config.model_copy(update={"compile": CompileConfig(blocks=True)})
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    metadata = CheckpointMetadata.model_construct(run={"config": resolved_toml(compiled)})
+    assert evaluate.saved_config(metadata) == compiled
 
 
 @pytest.mark.parametrize(
