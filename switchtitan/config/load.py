@@ -158,6 +158,8 @@ def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
                 table.get(section), merged.table.get(section)
             ):
                 del merged.table[section]
+                for key in [key for key in merged.origins if key[0] == section]:
+                    del merged.origins[key]
         _merge(merged, table, (), str(path))
     return merged
 

@@ -337,6 +337,9 @@ def test_another_name_keeps_none_of_the_bases_keys_of_that_section(
     write("base.toml", '[training]\nsteps = 1\n[method]\nname = "switch"\ninterval = 90\nrank = 7')
     other = write("other.toml", 'base = "base.toml"\n[method]\nname = "lora"')
     assert load_file(other).method == Lora()
+    with pytest.raises(ConfigError) as caught:
+        load_file(other, "--method.rank", "x")
+    assert "base.toml" not in str(caught.value)
     same = write("same.toml", 'base = "base.toml"\n[method]\nname = "switch"\nfreeze_steps = 1')
     assert load_file(same).method == Switch(interval=90, rank=7, freeze_steps=1)
     write("nameless.toml", "[training]\nsteps = 1\n[method]\nrank = 7")
