@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     print("\n".join(measurement.table), flush=True)
-    put_record(" ".join(["switchtitan benchmark", *argv]), measurement.record, options.json)
+    put_record("switchtitan benchmark", argv, measurement.record, options.json)
 
 
 def measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:

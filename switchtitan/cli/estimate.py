@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         "assumptions": list(ASSUMPTIONS),
         "estimates": estimate_record(estimates),
     }
-    put_record(" ".join(["switchtitan estimate", *argv]), record, options.json)
+    put_record("switchtitan estimate", argv, record, options.json)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from switchtitan.errors import ConfigError
@@ -30,10 +30,22 @@ def check_json_option(file: Path | None) -> None:
         raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
 
 
-def put_record(command: str, results: Mapping[str, object], file: Path | None) -> None:
-    """Writes command, environment and results to `file`, or prints them as one line of JSON."""
+def put_record(
+    program: str, argv: Sequence[str], results: Mapping[str, object], file: Path | None
+) -> None:
+    """Writes command, environment and results to `file`, or prints them as one line of JSON.
+
+    The command is `program` with `argv`, without `--json FILE`.
+    """
+    command = " ".join([program, *_without_json_option(argv)])
     record = {"command": command, "environment": describe_environment(), **results}
     if file is None:
         print(json.dumps(record), flush=True)
     else:
         write_atomically(file, json.dumps(record, indent=1) + "\n")
+
+
+def _without_json_option(argv: Sequence[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_json_option(parser)
+    return parser.parse_known_args(argv)[1]
