@@ -99,7 +99,8 @@ class TorchOptimizer:
         return {
             f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for name, held in self._held.items()
-            for key, value in self._optimizer.state[held].items()
+            # `state[held]` would add an empty entry, and a compiled step would be compiled again.
+            for key, value in self._optimizer.state.get(held, {}).items()
             if value is not None
         }
 
@@ -107,7 +108,7 @@ class TorchOptimizer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._create_state()
         for name, held in self._held.items():
-            own = self._optimizer.state[held]
+            own = self._optimizer.state.get(held, {})
             for key, value in own.items():
                 if isinstance(value, Tensor):
                     value.copy_(state[f"{name}.{key}"])

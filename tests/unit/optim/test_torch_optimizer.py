@@ -168,14 +168,16 @@ def test_asking_for_the_state_before_the_first_step_changes_nothing(choice):
         assert torch.equal(asked[name], expected), name
 
 
-def test_a_compiled_step_is_the_same_to_rounding_and_compiles_once():
+@pytest.mark.parametrize("choice", ["sgd", "sgd_without_momentum"])
+def test_a_compiled_step_is_the_same_to_rounding_and_compiles_once(choice):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = CHOICES["sgd"][0]
+    config = CHOICES[choice][0]
     named, eager = parameters(), parameters()
     optimizer = ours(config, named, compile_step=True)
     train(optimizer, named, range(3))
     num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    optimizer.load_state_dict(optimizer.state_dict())
     train(optimizer, named, range(3, 12))
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
     train(ours(config, eager), eager, range(12))
