@@ -35,6 +35,10 @@ class CheckpointError(UserError):
     """A checkpoint or weights file is missing, corrupted, or of another model, method or corpus."""
 
 
+class CheckpointFormatError(CheckpointError):
+    """A checkpoint has a format that this version does not read. It may be intact."""
+
+
 class EnvironmentMismatchError(UserError):
     """The machine, the launcher or the installed packages do not support the configuration."""
 

@@ -41,7 +41,7 @@ from switchtitan.checkpoint.layout import (
     write_json,
 )
 from switchtitan.checkpoint.storage import ChecksummingWriter
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -314,12 +314,14 @@ def _set_aside(path: Path) -> None:
     """Renames an incomplete folder that has the name of a new checkpoint.
 
     Raises:
-        CheckpointError: if it is complete.
+        CheckpointError: if it is complete, or has a format that this version does not read.
     """
     try:
         # As thorough as the search on resume: a checkpoint skipped there must not block a save
         # here.
         check_contents(path)
+    except CheckpointFormatError:
+        raise
     except CheckpointError as error:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         logger.warning("renaming %s to %s, since it is not complete: %s", path, aside.name, error)

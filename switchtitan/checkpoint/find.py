@@ -19,7 +19,7 @@ from switchtitan.checkpoint.layout import (
     sync_folder,
 )
 from switchtitan.config.toml_text import flatten
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,15 @@ def find_latest(folder: Path) -> Path | None:
     """Returns the newest complete checkpoint in `folder`, or None. Verifies checksums.
 
     Logs its path, and why newer checkpoints were skipped.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the newest checkpoint's format.
     """
     for path in list_step_folders(folder):
         try:
             check_contents(path)
+        except CheckpointFormatError:
+            raise
         except CheckpointError as error:
             logger.warning("skipping an incomplete checkpoint: %s", error)
             continue
@@ -68,6 +73,7 @@ def find_given(path: Path) -> Path:
     """Returns the complete checkpoint at `path`, or the newest one of the run or folder at `path`.
 
     Raises:
+        CheckpointFormatError: if this version does not read its format.
         CheckpointError: if there is none.
     """
     if (path / METADATA_FILE).is_file():
@@ -188,6 +194,9 @@ def complete_deletions(folder: Path) -> None:
 def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool]) -> bool:
     try:
         metadata = check_files(path)
+    except CheckpointFormatError as error:
+        logger.warning("not deleting a checkpoint of another format: %s", error)
+        return False
     except CheckpointError as error:
         logger.warning("not deleting an incomplete checkpoint: %s", error)
         return False

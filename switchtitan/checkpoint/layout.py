@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, CheckpointFormatError
 from switchtitan.files import sha256_of_file
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -100,6 +100,11 @@ def sync_folder(folder: Path) -> None:
 FORMAT_VERSION = 2
 """2: B of low-rank layers, its candidates and its moments are [rank, out]; in 1 they were
 transposed."""
+_TRANSPOSED_IN_FORMAT_1 = ".lora_b"
+"""In the names of tensors that format 1 transposes. A checkpoint of format 1 without such a tensor
+is equal to one of format 2."""
+_READERS = {1: "0.1"}
+"""The version of switchtitan that reads a former format."""
 
 
 class _Record(BaseModel):
@@ -160,20 +165,28 @@ _File = TypeVar("_File", CheckpointMetadata, TensorsIndex)
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
-    """Reads `metadata.json` of the checkpoint at `path` only.
+    """Reads `metadata.json` of the checkpoint at `path`, without checking the other files.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another format version.
+        CheckpointFormatError: if this version does not read the checkpoint's format.
+        CheckpointError: if it is missing or damaged.
     """
     metadata = _read(path / METADATA_FILE, CheckpointMetadata)
-    if metadata.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint format {metadata.format_version}, but this version of switchtitan "
-            f"reads format {FORMAT_VERSION}; resume or export it with switchtitan "
-            f"{metadata.versions.get('switchtitan', 'unknown')}, which wrote it, or start a new "
-            "run in another [job] output_dir"
+    if not _is_readable(path, metadata.format_version):
+        own = metadata.versions.get("switchtitan", "of the version that wrote it")
+        raise CheckpointFormatError(
+            f"{path}: the checkpoint has format {metadata.format_version}, but this version of "
+            f"switchtitan reads format {FORMAT_VERSION}; resume, evaluate or export it with "
+            f"switchtitan {_READERS.get(metadata.format_version, own)}, or start a new run in "
+            "another [job] output_dir"
         )
     return metadata
+
+
+def _is_readable(path: Path, format_version: int) -> bool:
+    if format_version == 1:
+        return not any(_TRANSPOSED_IN_FORMAT_1 in name for name in read_tensors_index(path).tensors)
+    return format_version == FORMAT_VERSION
 
 
 def read_tensors_index(path: Path) -> TensorsIndex:

@@ -23,7 +23,14 @@ from switchtitan.data import build_validation_batches, open_corpus
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import materialize, shard_model
 from switchtitan.distributed.world import device_type, start_world, temporary_world
-from switchtitan.errors import CheckpointError, ConfigError, CorpusError, UserError, exit_for
+from switchtitan.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    ConfigError,
+    CorpusError,
+    UserError,
+    exit_for,
+)
 from switchtitan.files import write_atomically
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.job.checks import evaluation_checks
@@ -164,6 +171,8 @@ def load_for_evaluation(file: str) -> JobConfig:
 def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:
     try:
         checkpoint = find_given(path)
+    except CheckpointFormatError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; for weights other than a checkpoint, pass --config FILE"

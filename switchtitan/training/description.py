@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 _OLD_FROZEN_DTYPE = "float32"
 """dtype of frozen weights in checkpoints that do not state it."""
+_FORMER_BEHAVIOUR: dict[str, tuple[str, object]] = {
+    "optimizer.decay_norms": ("optimizer.weight_decay", True),
+}
+"""Keys whose default is not what was done before they existed: a key without which they have no
+effect, and the former behaviour as a value."""
 
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
@@ -98,14 +103,22 @@ def describe_run(
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
     """Returns the keys whose values differ in two configurations, as `key: old -> new`.
 
-    Leaves out names and folders, and keys that only one of the two has.
+    Leaves out names and folders, and keys that only one of the two has. A key that is newer than
+    the saved configuration counts if its value differs from the former behaviour.
     """
     before, now = (flatten(tomli.loads(text)) for text in (saved_toml, current_toml))
+    former = {
+        key: value
+        for key, (needed, value) in _FORMER_BEHAVIOUR.items()
+        if key not in before and before.get(needed)
+    }
+    old = before | former
     return [
-        f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
+        f"{key}: {toml_value(old[key])}{' (before this key)' if key in former else ''} -> "
+        f"{toml_value(now[key])}"
         for key in now
-        if key in before
-        and before[key] != now[key]
+        if key in old
+        and old[key] != now[key]
         and key not in ("job.name", "job.output_dir", "data.cache_dir")
     ]
 

@@ -1,11 +1,14 @@
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
 from switchtitan.checkpoint.layout import FORMAT_VERSION
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 
 @pytest.fixture
@@ -79,18 +82,55 @@ def test_given_damaged_checkpoint_is_an_error(saved):
         find_given(saved / "step-000000002")
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
-def test_other_format_version_is_an_error(saved, version):
-    """A checkpoint of format 1 holds B transposed: it is refused even if all shapes match."""
-    metadata = saved / "step-000000002" / "metadata.json"
-    own = f'"format_version": {FORMAT_VERSION}'
-    assert own in metadata.read_text()
-    metadata.write_text(metadata.read_text().replace(own, f'"format_version": {version}'))
+def set_format(checkpoint: Path, version: int) -> None:
+    file = checkpoint / "metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["format_version"] = version
+    file.write_text(json.dumps(metadata))
+
+
+def test_format_1_is_read_if_it_holds_no_transposed_tensor(saved):
+    set_format(saved / "step-000000010", 1)
+    assert find_given(saved).name == "step-000000010"
+
+
+@pytest.mark.parametrize(
+    ("version", "reader"), [(1, "0.1"), (FORMAT_VERSION + 1, "of the version that wrote it")]
+)
+@pytest.mark.parametrize("find", ["checkpoint", "folder", "run", "auto"])
+def test_checkpoint_of_another_format_is_refused_and_untouched(
+    make_checkpointer, tensors, folder, caplog, version, reader, find
+):
+    """B is transposed in format 1: it is refused even if all shapes match."""
+    checkpointer = make_checkpointer(async_save=False, keep_latest=0)
+    tensors["model.layers.0.lora_b"] = torch.ones(3, 3)
+    checkpointer.save(1, tensors, {})
+    checkpointer.save(2, tensors, {})
+    newest = folder / "step-000000002"
+    set_format(newest, version)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = {"checkpoint": newest, "folder": folder, "run": folder.parent}
+    resume = str(paths.get(find, "auto"))
+    caplog.clear()
     with pytest.raises(
-        CheckpointError,
-        match=rf"checkpoint format {version}, .* reads format {FORMAT_VERSION}; resume or export it",
+        CheckpointFormatError,
+        match=rf"has format {version}, .* reads format {FORMAT_VERSION}; .* switchtitan {reader}, "
+        r"or start a new run in another \[job\] output_dir$",
     ):
-        find_given(saved / "step-000000002")
+        find_checkpoint(folder, resume)
+    with pytest.raises(CheckpointError, match=rf"has format {version}, "):
+        checkpointer.save(2, tensors, {})
+    assert not caplog.text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_pruning_keeps_a_checkpoint_of_another_format(make_checkpointer, tensors, folder, caplog):
+    checkpointer = make_checkpointer(async_save=False, keep_latest=1)
+    checkpointer.save(1, tensors, {})
+    set_format(folder / "step-000000001", FORMAT_VERSION + 1)
+    checkpointer.save(2, tensors, {})
+    assert (folder / "step-000000001").is_dir()
+    assert "not deleting a checkpoint of another format" in caplog.text
 
 
 def test_new_run_may_not_mix_with_checkpoints(saved, folder):

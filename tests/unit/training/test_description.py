@@ -159,6 +159,40 @@ def test_keys_that_changed_since_a_checkpoint_are_listed(tmp_path: Path):
     assert changed_keys(resolved_toml(before), resolved_toml(before)) == []
 
 
+def test_weight_decay_of_norms_that_stops_is_listed(tmp_path: Path):
+    """Before `decay_norms` existed, weight decay applied to norms."""
+    decays = tiny_config(tmp_path, "lora", "--optimizer.weight_decay", "0.1")
+    now = resolved_toml(decays)
+    old = now.replace("decay_norms = false\n", "")
+    assert old != now
+    stops = "optimizer.decay_norms: true (before this key) -> false"
+    assert changed_keys(old, now) == [stops]
+    assert changed_keys(now, now) == []
+    assert changed_keys(old, now.replace("decay_norms = false", "decay_norms = true")) == []
+    without_decay = resolved_toml(tiny_config(tmp_path, "lora"))
+    assert changed_keys(without_decay, now) == ["optimizer.weight_decay: 0.0 -> 0.1"]
+    assert changed_keys(old, without_decay) == ["optimizer.weight_decay: 0.1 -> 0.0"]
+
+
+@pytest.mark.parametrize("method", ["full_rank", "galore", "lora"])
+def test_only_a_run_without_low_rank_factors_resumes_from_format_1(corpora: Path, method: str):
+    folder = corpora / f"format-1-{method}"
+    first = tiny_trainer(folder, method)
+    train_steps(first, 2)
+    first.save()
+    expected = train_steps(first, 2)
+    first.stepper.close()
+    file = folder / "run" / "checkpoints" / "step-000000002" / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
+    if method == "lora":
+        with pytest.raises(CheckpointError, match=r"has format 1, .* with switchtitan 0\.1, or"):
+            tiny_trainer(folder, method)
+        return
+    resumed = tiny_trainer(folder, method)
+    assert train_steps(resumed, 2) == expected
+    resumed.stepper.close()
+
+
 def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_configuration(
     corpora, caplog
 ):
