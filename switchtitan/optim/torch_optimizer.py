@@ -163,17 +163,20 @@ class FullTensorOptimizer(TorchOptimizer):
 
     @torch.no_grad()
     def _update(self, step: Callable[[], object]) -> None:
-        for name, parameter in self._parameters.items():
+        groups = self._optimizer.param_groups
+        held_by_group = [(group, held) for group in groups for held in group["params"]]
+        for (group, held), parameter in zip(held_by_group, self._parameters.values(), strict=True):
             if parameter.grad is None:
                 continue
-            held = self._held[name]
             held.data = full_tensor(parameter.detach())
             held.grad = full_tensor(parameter.grad)
-            # Torch skips all other parameters, which have no gradient.
+            # With one parameter in its groups, torch's step does not loop over all the others.
+            self._optimizer.param_groups = [{**group, "params": [held]}]
             step()
             copy_from_full_(parameter, held.detach())
             held.grad = None
             held.data = held.new_empty(0)
+        self._optimizer.param_groups = groups
 
 
 class SplitOptimizer:
@@ -228,7 +231,8 @@ class SGDConfig(OptimizerConfig):
 class AdafactorConfig(OptimizerConfig):
     """`[optimizer] name = "adafactor"`: `torch.optim.Adafactor` (arXiv 1804.04235). Second moments
     take one number per row and per column of a matrix. Weight decay is decoupled. A step gathers
-    one parameter and its gradient at a time on every rank."""
+    one parameter and its gradient at a time on every rank. Torch's Adafactor reads numbers from the
+    device for each parameter, so the host waits for a GPU in every step."""
 
     name: Literal["adafactor"] = "adafactor"
     """The optimizer."""

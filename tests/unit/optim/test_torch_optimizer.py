@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
@@ -184,6 +185,22 @@ def test_a_compiled_step_is_the_same_to_rounding_and_compiles_once(choice):
     for name, expected in eager.items():
         # 12 updates of order 0.01, each rounded in another order in fp32.
         torch.testing.assert_close(named[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_gives_torch_one_parameter_at_a_time():
+    named = parameters()
+    optimizer = ours(CHOICES["adafactor"][0], named)
+    seen = []
+
+    def count(inner, args, kwargs):
+        seen.append(sum(len(group["params"]) for group in inner.param_groups))
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        train(optimizer, named, range(2))
+    finally:
+        hook.remove()
+    assert seen == [1] * (2 * len(named))
 
 
 def test_both_rates_are_reported():
