@@ -22,7 +22,8 @@ from switchtitan.optim import AdamWConfig, require_adamw
 
 
 class GaloreConfig(ProjectedConfig):
-    """`[method] name = "galore"`: GaLore (arXiv 2403.03507)."""
+    """`[method] name = "galore"`: GaLore (arXiv 2403.03507). On a GPU, the host waits for torch's
+    singular value decompositions when bases are renewed, every `update_interval` steps."""
 
     name: Literal["galore"] = "galore"
     """The method."""
