@@ -135,13 +135,17 @@ for name in "$@"; do
 done
 # Outside the checkout: otherwise the next measurement would find a dirty commit.
 results="$(mktemp -d)"
-trap 'mkdir -p docs/measurements; cp "$results"/*.json docs/measurements/; rm -r "$results"' EXIT
+keep_results() {
+    mkdir -p docs/measurements
+    sed -i "s|$results/|docs/measurements/|" "$results"/*.json # the path in the command
+    cp "$results"/*.json docs/measurements/
+    rm -r "$results"
+}
+trap keep_results EXIT
 for name in "$@"; do
     echo "measuring $name" >&2
     "measure_$name" "$results/$name.json"
 done
 trap - EXIT
-mkdir -p docs/measurements
-cp "$results"/*.json docs/measurements/
-rm -r "$results"
+keep_results
 "$PYTHON" scripts/generate_docs.py
