@@ -44,7 +44,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_ranks_left_behind():
-    """A process group that a module's tests have started ends with them, whatever order modules run in."""
+    """Destroy the process group that a module's tests have started."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -52,13 +52,13 @@ def test_a_damaged_file_is_named_with_the_fix(
 
 def test_a_damaged_index_is_named_with_the_fix(copy: Path) -> None:
     file = copy / "index.json"
-    whole = json.loads(file.read_text())
+    complete = json.loads(file.read_text())
     texts = [
         "",
         "{",
         "[]",
-        json.dumps({**whole, "format_version": 99}),
-        json.dumps({**whole, "dtype": "uint32"}),
+        json.dumps({**complete, "format_version": 99}),
+        json.dumps({**complete, "dtype": "uint32"}),
     ]
     for text in texts:
         file.write_text(text)

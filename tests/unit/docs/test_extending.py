@@ -62,7 +62,7 @@ def add_row(file: Path, shown: str) -> None:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A folder with a copy of the package to which everything shown is added, and a configuration that uses it."""
+    """A copy of the package with all that the guide adds, and a configuration that uses it."""
     folder = tmp_path_factory.mktemp("extending")
     shutil.copytree(
         ROOT / "switchtitan", folder / "switchtitan", ignore=shutil.ignore_patterns("__pycache__")

@@ -50,7 +50,8 @@ def test_a_table_is_made_from_its_measurement(generate_docs, tmp_path):
     sides = {
         "train_configs/a.toml": {"step_s": 2.0, "optimizer_s": 0.5, "tokens_per_s": 8.0},
         "train_configs/b.toml:method.rank=4,method.alpha=2": {
-            "step_s": 1.0, "optimizer_s": 0.25, "tokens_per_s": 16.0, "ratio": 0.5, "ratio_interval_95": [0.4, 0.6],
+            "step_s": 1.0, "optimizer_s": 0.25, "tokens_per_s": 16.0,
+            "ratio": 0.5, "ratio_interval_95": [0.4, 0.6],
         },
     }  # fmt: skip
     (tmp_path / "step.json").write_text(json.dumps({"environment": environment, "steps": sides}))

@@ -103,7 +103,7 @@ def test_full_rank_checkpoints_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 def test_sharded_checkpoints_are_read_in_full(stored: dict[str, Tensor], tmp_path: Path) -> None:
-    whole = read_original_dense(write(tmp_path / "whole", stored))
+    full = read_original_dense(write(tmp_path / "full", stored))
     folder = write(tmp_path / "sharded", {})
     (folder / "pytorch_model.bin").unlink()
     file_of = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(stored)}
@@ -113,7 +113,7 @@ def test_sharded_checkpoints_are_read_in_full(stored: dict[str, Tensor], tmp_pat
         )
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": file_of}))
     dense = read_original_dense(folder)
-    assert all(torch.equal(dense[name], value) for name, value in whole.items())
+    assert all(torch.equal(dense[name], value) for name, value in full.items())
 
 
 def test_a_low_rank_checkpoint_without_its_alpha_is_refused(

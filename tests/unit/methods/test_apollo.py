@@ -1,4 +1,4 @@
-"""APOLLO equals a plain reading of its algorithm; its limiter limits, its updates follow the gradient."""
+"""APOLLO equals a literal re-implementation; the norm limiter and update directions work."""
 
 from math import sqrt
 
@@ -41,7 +41,7 @@ def lr_factor(step: int) -> float:
 
 
 class Reference:
-    """APOLLO for one weight, read off the paper's Algorithm 1 and the authors' order of eps and bias correction."""
+    """APOLLO for one weight: Algorithm 1 with the authors' order of eps and bias correction."""
 
     def __init__(self, name: str, weight: Tensor, config: ApolloConfig) -> None:
         self.name, self.weight, self.config = name, weight.detach().clone(), config
@@ -52,7 +52,7 @@ class Reference:
 
     def step(self, grad: Tensor, lr: float) -> None:
         config = self.config
-        # Always of more columns than rows, as in the paper; squares stand as if they had more rows.
+        # Wide, as in the paper: tall and square matrices are transposed.
         is_turned = grad.shape[0] >= grad.shape[1]
         wide = grad.T if is_turned else grad
         if self.num_steps % config.update_interval == 0:

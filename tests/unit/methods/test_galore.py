@@ -32,7 +32,7 @@ def lr_factor(step: int) -> float:
 
 
 class Reference:
-    """GaLore for one weight, read off the paper's Algorithm 2 and the authors' order of eps and bias correction."""
+    """GaLore for one weight: Algorithm 2 with the authors' order of eps and bias correction."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach().clone()

@@ -1,4 +1,4 @@
-"""What every method must offer: it trains, resumes from a checkpoint bitwise, and its dense weights are a plain model's."""
+"""Every method trains, resumes bitwise from a checkpoint and exports a plain model's weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run of `NUM_STEPS` steps left: some of it from when it was saved, after `SAVED_STEP`."""
+    """Results of a run of `NUM_STEPS` steps; `saved_...` are from the save after `SAVED_STEP`."""
 
     checkpoint: Path
     saved_logits: torch.Tensor
@@ -155,7 +155,8 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(tmp_path, trai
     )
     untrained = logits(plain)
     plain.load_state_dict(dense, strict=True)
-    # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.
+    # (W + s B A) x against W x + s B (A x): fp32 rounding errors of 6e-8 through two blocks;
+    # logits are of order 1.
     torch.testing.assert_close(logits(plain), run.saved_logits, rtol=1e-5, atol=1e-5)
     assert (untrained - run.saved_logits).abs().max() > 0.1
 

@@ -1,4 +1,4 @@
-"""A method that is not part of the package, with a scale of its own, is trained, measured and exported rightly."""
+"""A method outside the package, with its own scale, trains and exports correct weights."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
 
 
 class RootScaledConfig(LowRankConfig):
-    """`[method] name = "root_scaled"`: the scale is alpha / sqrt(rank), twice that in `down_proj`."""
+    """`name = "root_scaled"`: the scale is alpha / sqrt(rank), twice that in `down_proj`."""
 
     name: Literal["root_scaled"] = "root_scaled"
     """The method."""
@@ -99,7 +99,8 @@ def test_its_export_its_warm_start_and_its_spectra_have_its_own_scale(corpora):
 
     export.main(["--checkpoint", str(folder / "run")])
     exported = AutoModelForCausalLM.from_pretrained(folder / "run" / "exports" / checkpoint.name)
-    # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.
+    # (W + s B A) x against W x + s B (A x): fp32 rounding errors of 6e-8 through two blocks;
+    # logits are of order 1.
     torch.testing.assert_close(exported(TOKENS).logits, live, rtol=1e-5, atol=1e-5)
     assert (wrong - live).abs().max() > 0.01
 

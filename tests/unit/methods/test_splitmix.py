@@ -14,7 +14,7 @@ def as_int32(number: int) -> int:
 
 
 def test_generator_gives_the_published_outputs() -> None:
-    # Seed 1234567, from the generator's test vectors at rosettacode.org (Pseudo-random numbers/Splitmix64).
+    # Seed 1234567: test vectors of rosettacode.org (Pseudo-random numbers/Splitmix64).
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -36,7 +36,7 @@ def test_generator_wraps_around_as_unsigned_numbers_do(seed: int) -> None:
 
 @pytest.mark.parametrize("index", [0, 1, 5, 2**31 - 1])
 def test_the_32_bit_generator_ends_as_murmurhash3_does(index: int) -> None:
-    # Published hashes of the empty string under the seeds 0, 1 and 2^32 - 1 are the finalizer alone.
+    # Published hashes of the empty string with seeds 0, 1, 2^32 - 1 are the finalizer alone.
     published = {0: 0, 1: 0x514E28B7, 2**32 - 1: 0x81F16F39}
     seeds = [as_int32(state - (index + 1) * INCREMENT_32) for state in published]
     ours = splitmix32(

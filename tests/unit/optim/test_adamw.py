@@ -37,7 +37,7 @@ def theirs(named: dict[str, nn.Parameter]) -> torch.optim.AdamW:
 def train_both(
     optimizer: AdamW, named: dict[str, nn.Parameter], num_steps: int = 12
 ) -> dict[str, nn.Parameter]:
-    """Steps `optimizer` and torch's with the same gradients and rates; returns torch's parameters."""
+    """Step `optimizer` and torch's with equal gradients and rates; return torch's parameters."""
     reference = parameters()
     torch_optimizer = theirs(reference)
     for step in range(num_steps):

@@ -1,4 +1,4 @@
-"""What every optimizer must offer a run: the loss falls, a run resumes bitwise; what cannot be is refused before any work."""
+"""Every optimizer lowers the loss and resumes bitwise; unsupported settings are refused early."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Optimizers of torch, chosen by name, step as torch's own classes do by hand; their state moves by name."""
+"""torch optimizers chosen by name step as torch's classes do; their state is saved by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -136,7 +136,7 @@ def test_state_moves_by_name_into_a_fresh_optimizer(choice):
     saved = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
     copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in first.items()}
     fresh = ours(config, copies)
-    # As a checkpoint is loaded: into the tensors of the state, then told to the optimizer.
+    # As in loading a checkpoint: load the tensors of the state, then notify the optimizer.
     state = fresh.state_dict()
     assert state.keys() == saved.keys()
     for key, tensor in state.items():

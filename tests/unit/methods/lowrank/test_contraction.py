@@ -1,4 +1,4 @@
-"""The contractions compute the same, cost what the table says, and compile whole."""
+"""The contractions compute the same, cost what the table says, and compile as one graph."""
 
 import pytest
 import torch

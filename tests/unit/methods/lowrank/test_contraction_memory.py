@@ -38,8 +38,8 @@ def with_weight_of_another_type(inputs: Inputs) -> Inputs:
     return inputs[0], inputs[1].float(), inputs[2], inputs[3]
 
 
-def kept_beside_inputs(function: Callable[..., Tensor], inputs: Inputs) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that a forward pass keeps, but those that share memory with its inputs."""
+def saved_besides_inputs(function: Callable[..., Tensor], inputs: Inputs) -> list[tuple[int, ...]]:
+    """Shapes of the saved tensors that share no memory with the inputs of the forward pass."""
     kept: list[Tensor] = []
 
     def record(tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def kept_beside_inputs(function: Callable[..., Tensor], inputs: Inputs) -> list[
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Traced, joined and cut as for Inductor, whose code generation changes nothing of what is kept."""
+    """Trace and partition as for Inductor, whose code generation does not change saved tensors."""
     return torch.compile(
         function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition"
     )
@@ -70,35 +70,35 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("contraction", [merged, dense_gradient])
 def test_nothing_but_the_inputs_is_kept(contraction):
-    assert kept_beside_inputs(contraction, draw_inputs(9)) == []
+    assert saved_besides_inputs(contraction, draw_inputs(9)) == []
 
 
 @pytest.mark.parametrize("contraction", [merged, dense_gradient])
 def test_nothing_but_the_inputs_is_kept_when_compiled(contraction):
-    assert kept_beside_inputs(compiled(contraction), draw_inputs(9)) == []
+    assert saved_besides_inputs(compiled(contraction), draw_inputs(9)) == []
 
 
 @pytest.mark.parametrize("contraction", [merged, dense_gradient])
 def test_the_cast_of_a_weight_of_another_type_is_not_kept(contraction):
     inputs = with_weight_of_another_type(draw_inputs(9))
     for function in (contraction, compiled(contraction)):
-        assert kept_beside_inputs(function, inputs) == []
+        assert saved_besides_inputs(function, inputs) == []
 
 
 def test_the_factored_form_keeps_no_cast_of_the_weight_either():
     inputs = with_weight_of_another_type(draw_inputs(2))
     for function in (factored, compiled(factored)):
-        assert all(sorted(shape) == [2, RANK] for shape in kept_beside_inputs(function, inputs))
+        assert all(sorted(shape) == [2, RANK] for shape in saved_besides_inputs(function, inputs))
 
 
 def test_the_factored_form_keeps_only_its_thin_product():
     inputs = draw_inputs(2)
     for function in (factored, compiled(factored)):
-        assert all(sorted(shape) == [2, RANK] for shape in kept_beside_inputs(function, inputs))
+        assert all(sorted(shape) == [2, RANK] for shape in saved_besides_inputs(function, inputs))
 
 
 def test_plain_autograd_keeps_the_merged_weight():
     """Shows that the checks above would see it."""
     for inputs in (draw_inputs(9), with_weight_of_another_type(draw_inputs(9))):
         for function in (plain, compiled(plain)):
-            assert {(OUT, IN), (IN, OUT)} & set(kept_beside_inputs(function, inputs))
+            assert {(OUT, IN), (IN, OUT)} & set(saved_besides_inputs(function, inputs))

@@ -1,4 +1,4 @@
-"""Frozen weights in bf16: a run trains, goes on bit by bit, comes out as a plain model, and keeps to its type."""
+"""Frozen weights in bf16: training, bitwise resumption, export as a plain model, dtype."""
 
 from collections.abc import Iterator
 
@@ -72,7 +72,8 @@ def check_what_others_make_of(trainer, method, folder):
         assert torch.equal(tensor, merged[name]), name
     plain = MODELS.build(config.model)
     plain.load_state_dict(merged)
-    # (W + s B A) x against W x + s B (A x): fp32 roundings of 6e-8 through two blocks, logits of order 1.
+    # (W + s B A) x against W x + s B (A x): fp32 rounding errors of 6e-8 through two blocks;
+    # logits are of order 1.
     torch.testing.assert_close(
         plain(batch.tokens, batch.document_ids), expected, rtol=1e-5, atol=1e-5
     )

@@ -69,8 +69,8 @@ def test_dropout_acts_in_training_on_the_way_into_the_factors_alone(bias: bool):
     )
     torch.testing.assert_close(dropped, expected, rtol=1e-12, atol=1e-12)
     layer.eval()
-    whole = F.linear(x, layer.weight + SCALE * layer.lora_b.T @ layer.lora_a, layer.bias)
-    torch.testing.assert_close(layer(x), whole, rtol=1e-12, atol=1e-12)
+    merged = F.linear(x, layer.weight + SCALE * layer.lora_b.T @ layer.lora_a, layer.bias)
+    torch.testing.assert_close(layer(x), merged, rtol=1e-12, atol=1e-12)
 
 
 def test_buffers_are_registered_and_declared_sharded():
@@ -197,7 +197,7 @@ def test_balanced_factors_have_the_published_deviations():
 def check_uniform(values: Tensor, std: float) -> None:
     """Zero mean, the deviation of `std`, and bounds at sqrt(3) times that."""
     count = values.numel()
-    # The standard error of the mean is std / sqrt(n), that of a uniform's variance std^2 sqrt(0.8 / n); five of each.
+    # Five standard errors: std / sqrt(n) of the mean, std^2 sqrt(0.8 / n) of a uniform's variance.
     assert abs(values.mean().item()) < 5 * std / math.sqrt(count)
     assert values.var().item() == pytest.approx(std**2, rel=5 * math.sqrt(0.8 / count))
     bound = math.sqrt(3) * std

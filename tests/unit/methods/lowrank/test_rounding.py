@@ -1,4 +1,4 @@
-"""A weight in bf16 takes what is added to it right in the mean, in the same way wherever its rows lie."""
+"""Additions to a bf16 weight are unbiased and do not depend on how its rows are sharded."""
 
 import math
 from collections.abc import Iterator
@@ -92,8 +92,8 @@ def test_bits_are_uniform_and_independent_of_their_neighbours() -> None:
 
 
 def test_a_part_of_the_rows_gets_the_bits_of_the_whole() -> None:
-    whole = random_bits(key(-7), 0, 11, 5)
-    assert torch.equal(random_bits(key(-7), 4, 3, 5), whole[4:7])
+    full = random_bits(key(-7), 0, 11, 5)
+    assert torch.equal(random_bits(key(-7), 4, 3, 5), full[4:7])
     assert random_bits(key(-7), 11, 0, 5).shape == (0, 5)
 
 
@@ -152,7 +152,8 @@ def test_compiled_once_it_gives_the_same_bits_for_every_weight_event_and_width()
                 add_product_(compiled_model[name].weight, left, right, 0.25, of_compiled)
     assert not torch.equal(model["second"].weight, start)
     for name, layer in model.items():
-        # One multiplication and addition may be fused into one rounding: one in some 2^16 values may fall otherwise.
+        # The compiler may fuse a multiplication and an addition into one rounding:
+        # about one value in 2^16 may round differently.
         assert (compiled_model[name].weight != layer.weight).sum() <= 1
     (rounding, _), weight = compiled.of_event(4), compiled_model["first"].weight
     assert rounding is not None
@@ -169,7 +170,7 @@ def relative_error(kept: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.slow
 def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses() -> None:
-    """The promise for what is folded into a weight: 1e-7 of it for each change, and 1e-5 after 500, in the mean."""
+    """The relative error of the mean is at most 1e-7 for one change, 1e-5 after 500."""
     num_changes, out_features, in_features, num_draws = 500, 512, 1024, 16
     generator = torch.Generator().manual_seed(0)
     start = (1 + torch.rand(out_features, in_features, generator=generator)).bfloat16()
@@ -188,8 +189,8 @@ def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses() -> None:
             once = start.clone()
             add_product_(once, left, right, 0.5, rounding.of_event(num_changes + number)[0])
             errors.append(relative_error(once, start + change))
-    # In one change one value in 8000 moves, by 2^-7: a deviation of 9e-5, over the root of 2^19 values, over 1.5, and over the
-    # root of 16 draws: 2e-8.
+    # In one change one value in 8000 moves by 2^-7: a standard deviation of 9e-5. Divided by
+    # sqrt(2^19 values), the mean value 1.5 and sqrt(16 draws), this is 2e-8.
     assert abs(sum(errors) / num_draws) <= 1e-7
     assert relative_error(start, start + change) < -5e-7
     # In all one in sixteen moves: 2e-3, over the same.

@@ -1,4 +1,4 @@
-"""The whole optimizer beside a literal re-implementation over torch's AdamW, on a whole LLaMA in float64."""
+"""The optimizer equals a literal re-implementation over torch's AdamW, on a float64 LLaMA."""
 
 import math
 
@@ -87,7 +87,7 @@ class ReferenceLayer(nn.Module):
 
 
 class Reference:
-    """Everything by one torch optimizer; resets as the paper's Algorithm 1 tells them."""
+    """All parameters in one torch optimizer; resets as in the paper's Algorithm 1."""
 
     def __init__(self, method_keys):
         self.keys = method_keys
@@ -98,7 +98,7 @@ class Reference:
         for name, layer in self.layers.items():
             parent, _, local_name = name.rpartition(".")
             setattr(self.model.get_submodule(parent), local_name, layer)
-        # Not fused: an implementation of its own.
+        # Not fused, so that the implementation is independent.
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=ADAMW.lr,
@@ -237,8 +237,8 @@ def test_no_step_after_a_reset_is_out_of_proportion(reset_moments):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         train(model, optimizer, [step])
         for name, parameter in model.named_parameters():
-            # Adam's bound on a step, (1 - beta1) / sqrt(1 - beta2), is below 1 with these betas; weight decay adds a little.
-            # A kept first moment beside new gradients may add to it.
+            # Adam's bound on a step, (1 - beta1) / sqrt(1 - beta2), is below 1 with these betas.
+            # Weight decay and a first moment from before the reset may add to it.
             assert (parameter - before[name]).abs().max() < 3 * ADAMW.lr, (name, step)
 
 

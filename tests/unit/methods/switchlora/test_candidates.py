@@ -1,4 +1,4 @@
-"""Candidates that never change: they are nowhere stored, and a switch takes in what their definition says."""
+"""Constant candidates are not stored; a switch uses the values of their definition."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Candidates in host memory and in bfloat16: where they wait changes nothing, and rounding them changes no layer."""
+"""Candidates in host memory do not change training; bf16 ones change no layer's output."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,7 @@ from switchtitan.optim import AdamWConfig
 
 ON_HOST = ("--method.candidates_device", "host")
 SHORT = ("--method.candidates_dtype", "bfloat16")
-# (out, in, rank): wide, tall, and one whose only spare candidate is taken again as soon as it is back
+# (out, in, rank): wide, tall, and one whose only spare candidate is reused as soon as it returns
 SHAPES = [(5, 7, 2), (23, 14, 9), (31, 64, 30), (64, 48, 13)]
 
 
@@ -47,7 +47,7 @@ def build(
     device: str = "cpu",
     **keys: object,
 ) -> tuple[list[LowRankLinear], SwitchLoraOptimizer]:
-    """Layers of one rank whose optimizer switches one vector of each in every step, and nothing else."""
+    """Layers of equal rank whose optimizer only switches one vector of each in every step."""
     rank = shapes[0][2]
     config = SwitchLoraConfig(rank=rank, interval=rank, freeze_steps=0, decay="constant", **keys)
     layers = []
@@ -81,7 +81,7 @@ def test_a_switch_to_a_rounded_candidate_keeps_the_effective_weight(shape, devic
     for _ in range(40):
         before, factors = effective_weight(layer), layer.lora_a.clone()
         optimizer.step()
-        # The promise in fp32; a candidate rounded to bf16 differs by up to 4e-3, were it not what is folded.
+        # The fp32 bound: W absorbs the rounded candidate; the unrounded one differs by up to 4e-3.
         assert relative_change(effective_weight(layer), before) <= 1e-7
         assert not torch.equal(layer.lora_a, factors)
 
@@ -108,7 +108,7 @@ def test_what_waits_is_rounded_to_the_nearest_and_the_start_is_as_drawn():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_waiting_on_the_host_gives_the_same_bits(dtype, device):
-    # Layers of one rank: of the first, spare candidates come back at once; of the others, they do not.
+    # Layers of equal rank: only the first one's spare candidates return at once.
     shapes = [(7, 6, 5), (6, 13, 5), (23, 17, 5)]
     here, optimizer_here = build(shapes, device=device, candidates_dtype=dtype)
     there, optimizer_there = build(
@@ -204,7 +204,7 @@ def test_bytes_on_another_device_leave_out_what_is_on_the_host():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("shard",))
     buffer = shard_buffer(torch.empty(6, 3, dtype=torch.bfloat16, device="meta"), mesh)
-    # The meta device stands in for a GPU.
+    # The meta device replaces a GPU.
     tensors = [buffer, empty_on_host_like(buffer), torch.empty(5)]
     assert num_device_bytes(tensors, torch.device("meta")) == 3 * 3 * 2
     assert num_device_bytes(tensors, torch.device("cpu")) == 3 * 3 * 2 + 5 * 4
@@ -219,7 +219,8 @@ def test_estimates_count_candidates_on_the_host_apart(tmp_path):
     assert memory["device"].most["host"] == 0
     assert memory["host"].most["host"] == candidates > 0
     assert memory["host"].most["buffers"] == 0
-    # Of 14 layers, what one step takes in waits beside the optimizer's state: at most two vectors on each side.
+    # The next step's candidates of 14 layers count as optimizer state: at most two vectors of A
+    # and two of B per layer.
     fetched = memory["host"].most["optimizer"] - memory["device"].most["optimizer"]
     assert 0 < fetched <= 14 * 2 * 2 * 28 * 4
     assert memory["device"].state - memory["host"].state == candidates - fetched

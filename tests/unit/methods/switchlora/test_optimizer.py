@@ -1,4 +1,4 @@
-"""The whole optimizer beside a literal re-implementation, on a whole LLaMA in float64."""
+"""The optimizer equals a literal re-implementation, on a LLaMA in float64."""
 
 import math
 from functools import partial
@@ -41,7 +41,7 @@ def _float64():
 
 
 def draw_model(method=None):
-    """The model with all values drawn in float64."""
+    """The model with random values drawn in float64."""
     model = MODELS.build(MODEL)
     plain = {
         name: model.initial_value(name, p.shape, generator_for(SEED, name)).double()
@@ -72,7 +72,7 @@ def build_ours(config, num_steps=NUM_STEPS, compile_step=False):
 
 
 def initial_candidates(config, name, layer):
-    """Those of both sides: stored ones as the layer drew them, [c, in] and [out, c], constant ones drawn anew."""
+    """Candidates [c, in] of A and [out, c] of B: the layer's if stored, recomputed if constant."""
     if config.candidates == "swap":
         return layer.candidates_a, layer.candidates_b.T
     out_features, in_features = layer.weight.shape
@@ -92,7 +92,7 @@ def initial_candidates(config, name, layer):
 
 
 def build_reference(config, rates):
-    """Draws of stored candidates are taken over; where they go, and what W becomes, is worked out anew."""
+    """Use the same initial candidates; compute their selection and W independently."""
     model, drawn = draw_model(), low_rank_layers(build_ours(config)[0])
     layers = {}
     for name, ours in drawn.items():
@@ -131,7 +131,7 @@ def batch(step):
 
 
 def run_step(model, optimizer, step):
-    """One step on a batch of its own; the loss."""
+    """Train one step on its own batch; return the loss."""
     tokens = batch(step)
     logits = model(tokens[:, :-1], torch.zeros(3, 7, dtype=torch.int32))
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,4 +1,4 @@
-"""When and what is switched: counts against their expectation, the ring against a model that keeps every slot by itself."""
+"""Switch counts match their expectation; the ring matches a model that stores every slot."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_counts_never_stray_from_their_expectation_by_one(decay):
 @pytest.mark.parametrize("num_per_step", [1, 2, 3, 5])
 @pytest.mark.parametrize("rank", [7, 11, 20, 128])
 def test_whole_numbers_are_met_in_every_step(rank, num_per_step):
-    # 7 / (7 / 3) and the like are not whole in floating point
+    # 7 / (7 / 3) and the like are not integers in floating point
     config = SwitchLoraConfig(
         rank=rank, interval=rank / num_per_step, decay="constant", freeze_steps=0
     )
@@ -74,13 +74,17 @@ def test_whole_numbers_are_met_in_every_step(rank, num_per_step):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("num_layers", [14, 56])
 def test_layers_take_turns(decay, num_layers):
-    """All layers together switch nearly evenly; independent draws would stray by 3 sqrt(layers) / 2, 5.6 and 11."""
+    """All layers together switch nearly evenly.
+
+    Independent draws would deviate by 3 sqrt(layers) / 2, which is 5.6 and 11.
+    """
     config, num_steps = config_with(decay, rank=24, interval=40), 1000
     requests = all_requests(config, num_steps, num_layers)
     mean = [
         num_layers * 24 * expected_rate(config, step, num_steps) / 40 for step in range(num_steps)
     ]
-    # Twice the discrepancy of the golden-ratio sequence, which grows like log(layers): 1.9 and 2.2 measured.
+    # Twice the discrepancy of the golden-ratio sequence, which grows like log(layers).
+    # Measured: 1.9 and 2.2.
     assert np.abs(requests.sum(1) - mean).max() < 2.5
 
 

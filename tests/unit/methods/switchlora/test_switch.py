@@ -1,4 +1,4 @@
-"""A switch keeps what a layer computes; then its counterparts are frozen and optimizer state is reset."""
+"""A switch keeps a layer's output, freezes the counterparts and resets their optimizer state."""
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
 
 @pytest.mark.parametrize(
     ("dtype", "alpha", "bound"),
-    # Rounding of float64, enlarged by W and s B A that cancel with a large alpha; and, with alpha 1, what the method promises:
-    # fp32 rounds to 6e-8 of each element.
+    # float64 rounding errors, enlarged by W and s B A that cancel with a large alpha.
+    # In fp32 with alpha 1: rounding errors of 6e-8 of each element.
     [(torch.float64, 1.0, 1e-12), (torch.float64, 20.0, 1e-12), (torch.float32, 1.0, 1e-7)],
 )
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,7 +81,7 @@ def towards_zero(values, bits):
     ("replaced", "is_biased"), [(None, False), (to_nearest, True), (towards_zero, True)]
 )
 def test_a_weight_in_bf16_keeps_the_effective_weight_in_the_mean(monkeypatch, replaced, is_biased):
-    """Right with the direction of what is folded in, which rounding to nearest loses, and with that of W."""
+    """Unbiased along the change, which rounding to nearest loses, and along W."""
     if replaced is not None:
         monkeypatch.setattr(rounding, "round_to_bf16", replaced)
     layer, optimizer = switching_layer((64, 48, 13), torch.float32, seed=3, alpha=0.01)
@@ -125,8 +125,8 @@ def test_a_weight_in_bf16_is_rounded_by_the_seed():
     assert not torch.equal(weight_after_a_switch(1), weight_after_a_switch(2))
 
 
-def test_whole_turn_of_the_ring_brings_all_vectors_back():
-    """Without training every vector returns to its slot as it was: after c switches, times rank over their common divisor."""
+def test_full_turn_of_the_ring_brings_all_vectors_back():
+    """Without training every vector returns to its slot after lcm(rank, candidates) switches."""
     layer, optimizer = switching_layer((6, 9, 4), torch.float64, seed=2)
     start = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     for _ in range(12):  # the least common multiple of 4 vectors and 6 candidates
@@ -158,7 +158,7 @@ def test_fold_equals_the_change_of_the_product_element_by_element():
 
 @pytest.fixture(scope="module")
 def trained(corpora):
-    """A tiny model after thirty steps of training, in which every layer switched in nearly every step."""
+    """A tiny model after 30 training steps; every layer switched in nearly every step."""
     trainer = tiny_trainer(corpora / "switch", "switchlora")
     train_steps(trainer, 30)
     yield trainer.stepper
@@ -222,9 +222,13 @@ def vectors(layer):
 
 
 def record_run(freeze_steps, weight_decay=0.0, gradient=0.7, num_steps=40):
-    """Runs one layer, at most one vector a factor and step; (vectors before, after, p before, p after) of each step."""
+    """Run one layer that switches at most one vector per factor and step.
+
+    Return (vectors before, after, p before, p after) of each step.
+    """
     layer = build_layer(9, 14, RANK, 0.5, torch.float64)
-    # A vector is next switched or reset after RANK // 2 switches, 13 steps or more, when it has long moved again.
+    # A vector is switched or reset again after RANK // 2 switches, which is 13 steps or more.
+    # By then it is no longer frozen.
     config = SwitchLoraConfig(rank=RANK, interval=27, freeze_steps=freeze_steps, decay="constant")
     optimizer = build_optimizer(
         config, AdamWConfig(lr=LR, weight_decay=weight_decay), [layer], num_steps
@@ -266,7 +270,10 @@ def test_exactly_the_counterparts_of_the_last_steps_stand_still(freeze_steps, we
 
 
 def test_first_update_after_the_rest_is_about_half_the_learning_rate():
-    """(1 - b1) / (1 - b1^6) / sqrt((1 - b2) / (1 - b2^6)) = 0.522 with betas 0.9 and 0.999, after 5 steps of zero gradient."""
+    """After 5 steps of zero gradient, with betas 0.9 and 0.999, the update is 0.522 lr.
+
+    (1 - b1) / (1 - b1^6) / sqrt((1 - b2) / (1 - b2^6)) = 0.522
+    """
     expected = LR * 0.1 / (1 - 0.9**6) / (0.001 / (1 - 0.999**6)) ** 0.5
     assert expected == pytest.approx(0.52 * LR, rel=5e-3)
     record = record_run(freeze_steps=5)
@@ -274,7 +281,7 @@ def test_first_update_after_the_rest_is_about_half_the_learning_rate():
     for step, (_, _, *switched) in enumerate(record[:-5]):
         for vector in counterparts(*switched):
             before, after = record[step + 5][:2]
-            # eps 1e-8 beside a gradient of 0.7
+            # eps 1e-8 is small compared with a gradient of 0.7
             torch.testing.assert_close(
                 after[vector], before[vector] - expected, rtol=0, atol=1e-7 * LR
             )
@@ -293,7 +300,7 @@ def moments_of(state, factor, vector):
 
 
 def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replaces():
-    """Counterparts start anew; all others go on as AdamW does, switched or not."""
+    """Counterparts restart from zero state; all other vectors follow AdamW, switched or not."""
     layer = build_layer(9, 14, RANK, 0.5, torch.float64)
     config = SwitchLoraConfig(rank=RANK, interval=6, freeze_steps=2, decay="constant")
     optimizer = build_optimizer(config, AdamWConfig(lr=LR), [layer], 20)
@@ -328,7 +335,7 @@ def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replac
 
 @pytest.mark.parametrize("reset_moments", ["counterpart", "momentum", "both", "none"])
 def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
-    """A gradient of one everywhere: the second moment tells how many unfrozen steps a vector has seen since it was reset."""
+    """With gradients of one, the second moment counts a vector's unfrozen steps since its reset."""
     layer = build_layer(9, 14, RANK, 0.5, torch.float64)
     config = SwitchLoraConfig(
         rank=RANK, interval=RANK, freeze_steps=2, decay="constant", reset_moments=reset_moments
@@ -353,7 +360,9 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         # In the first step, no vector has seen more than one.
         assert p == 0 or first_steps == expected
         for vector in counterpart:
-            assert torch.equal(before[vector], after[vector]), "it stands still, reset or not"
+            assert torch.equal(before[vector], after[vector]), (
+                "a frozen vector does not move, reset or not"
+            )
             first_moment, second_moment = moments_of(state, *vector)[0]
             assert first_moment.any() == (reset_moments == "none" and p > 0)
             assert second_moment.any() == (reset_moments in ("none", "momentum") and p > 0)

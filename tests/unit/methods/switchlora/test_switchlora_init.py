@@ -26,9 +26,9 @@ def test_vectors_are_those_of_the_definition():
 
 
 def test_any_part_of_a_vector_is_drawn_by_itself():
-    whole = draw("a", 9, range(31))
+    full = draw("a", 9, range(31))
     for start, stop in ((0, 8), (8, 31), (30, 31), (5, 5)):
-        assert torch.equal(draw("a", 9, range(start, stop)), whole[:, start:stop])
+        assert torch.equal(draw("a", 9, range(start, stop)), full[:, start:stop])
 
 
 def test_vectors_of_several_widths_are_those_of_each_width():
@@ -68,7 +68,10 @@ def correlation(first, second):
 
 
 def test_neighbours_are_unrelated():
-    """Elements, slots, the two sides, layers and seeds; as many as 100 000 pairs each, so five standard errors are 0.016."""
+    """Elements, slots, A and B, layers and seeds are uncorrelated.
+
+    Each has up to 100 000 pairs, so five standard errors are 0.016.
+    """
     values = draw("layers.0.candidates_a")
     others = [
         draw("layers.0.candidates_b"),

@@ -1,4 +1,4 @@
-"""AdamW per vector beside torch's AdamW."""
+"""AdamW per vector compared with torch's AdamW."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_only_vectors_held_still_keep_their_value():
     expected[3][2] = False
     for mask, wanted in zip(moved, expected, strict=True):
         assert torch.equal(mask, wanted)
-    assert (optimizer.num_steps == 1).all(), "the count goes on while a vector is held still"
+    assert (optimizer.num_steps == 1).all(), "the count increases while a vector is frozen"
 
 
 def test_zero_grad_forgets_gradients():
