@@ -38,7 +38,7 @@ def _place(items: list[pytest.Item]) -> int:
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder beside which runs share one prepared corpus: give tiny runs subfolders of it."""
+    """A folder whose runs share one prepared corpus: give tiny runs subfolders of it."""
     return tmp_path_factory.mktemp("tiny")
 
 

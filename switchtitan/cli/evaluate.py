@@ -18,6 +18,7 @@ import torch
 
 from switchtitan.build import build_plain_model
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
+from switchtitan.cli.record import check_json_option
 from switchtitan.config.command_line import positive_int
 from switchtitan.data import build_validation_batches, open_corpus
 from switchtitan.distributed.config import ParallelismConfig
@@ -45,15 +46,17 @@ def main(argv: Sequence[str]) -> None:
     options = read_options(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        check_json_option(options.json)
         result = evaluate(options.weights, options.config, options.split, options.tokens)
-        if options.json is not None:
-            write_atomically(options.json, json.dumps(result, indent=2) + "\n")
     except UserError as error:
         exit_for(error)
-    except OSError as error:
-        exit_for(
-            ConfigError(f"--json {options.json}: the file cannot be written: {error.strerror}")
-        )
+    if options.json is not None:
+        try:
+            write_atomically(options.json, json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            exit_for(
+                ConfigError(f"--json {options.json}: the file cannot be written: {error.strerror}")
+            )
     for name in ("weights", "corpus"):
         print(f"{name:<12}{result[name]}")
     print(f"{'split':<12}{result['split']}, {result['tokens']:,} tokens")
