@@ -246,7 +246,8 @@ def _checkpoint(record: dict[str, Any]) -> list[Row]:
         ("", "s"),
         ("a synchronous save", f"{record['synchronous_s']:.3f}"),
         ("stall of training by a background save", f"{record['stall_s']:.3f}"),
-        ("a step", f"{record['undisturbed_step_s']:.3f}"),
+        ("a step before the first save", f"{record['step_before_saves_s']:.3f}"),
+        ("a step after a save", f"{record['undisturbed_step_s']:.3f}"),
         ("a step during a background save", f"{record['step_while_saving_s']:.3f}"),
     ]
 

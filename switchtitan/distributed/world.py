@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.threads import limit_other_threads
 from switchtitan.errors import EnvironmentMismatchError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -111,6 +112,7 @@ def start_world(config: ParallelismConfig) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    limit_other_threads()  # before the groups start theirs
     if not dist.is_initialized():
         # Checkpoints use gloo; the training step uses NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

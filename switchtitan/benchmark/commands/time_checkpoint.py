@@ -1,5 +1,5 @@
-"""`switchtitan benchmark checkpoint`: training time lost to synchronous and asynchronous saves, and
-their size on disk."""
+"""`switchtitan benchmark checkpoint`: training time lost to synchronous and asynchronous saves, the
+speed of steps after them, and their size on disk."""
 
 import argparse
 import tempfile
@@ -36,17 +36,26 @@ class SaveTimes:
     """Time of a synchronous save."""
     stall_s: list[float] = field(default_factory=list)
     """Training time lost to an asynchronous save: in `save`, all calls of `poll`, and `finish`."""
+    step_before_saves_s: list[float] = field(default_factory=list)
+    """Steps before the first save."""
     undisturbed_step_s: list[float] = field(default_factory=list)
+    """Steps after a save, during none."""
     step_while_saving_s: list[float] = field(default_factory=list)
     bytes_on_disk: int = 0
     state_bytes: int = 0
     """Bytes of this rank's tensors."""
 
+    @property
+    def speed_after_saves(self) -> float:
+        """Speed of steps after saves, in parts of the speed before the first one."""
+        return float(np.median(self.step_before_saves_s) / np.median(self.undisturbed_step_s))
+
 
 def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
     """Runs steps with and without a save in progress.
 
-    Each round saves once asynchronously and once synchronously, in alternating order.
+    Each round saves once asynchronously and once synchronously, in alternating order, and takes
+    `undisturbed_steps` steps after each save. As many steps precede the first save.
     """
     asynchronous = _checkpointer(stepper, folder / "async", async_save=True)
     synchronous = _checkpointer(stepper, folder / "sync", async_save=False)
@@ -70,10 +79,13 @@ def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: i
 
     for _ in range(_WARM_UP_STEPS):
         stepper.step()
+    times.step_before_saves_s += [
+        _step_seconds(stepper) for _ in range(2 * rounds * undisturbed_steps)
+    ]
     for index in range(rounds):
         for save in alternate([save_async, save_sync], index):
-            times.undisturbed_step_s += [_step_seconds(stepper) for _ in range(undisturbed_steps)]
             save()
+            times.undisturbed_step_s += [_step_seconds(stepper) for _ in range(undisturbed_steps)]
     latest = synchronous.latest
     assert latest is not None
     times.bytes_on_disk = sum(file.stat().st_size for file in latest.iterdir())
@@ -116,7 +128,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive_int,
         default=5,
-        help="steps without a save before each save (default: 5)",
+        help="steps without a save after each save (default: 5)",
     )
 
 
@@ -134,8 +146,10 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         "ratio": float(np.median(times.stall_s) / np.median(times.synchronous_s)),
         "each_synchronous_s": list(times.synchronous_s),
         "each_stall_s": list(times.stall_s),
+        "step_before_saves_s": float(np.median(times.step_before_saves_s)),
         "undisturbed_step_s": float(np.median(times.undisturbed_step_s)),
         "step_while_saving_s": float(np.median(times.step_while_saving_s)),
+        "speed_after_saves": times.speed_after_saves,
         "bytes_on_disk": times.bytes_on_disk,
         "state_bytes": times.state_bytes,
     }
@@ -147,8 +161,9 @@ def _table(times: SaveTimes) -> list[str]:
     for name, seconds, reference in (
         ("synchronous save", times.synchronous_s, times.synchronous_s),
         ("training time lost to an asynchronous save", times.stall_s, times.synchronous_s),
-        ("step", times.undisturbed_step_s, times.undisturbed_step_s),
-        ("step during an asynchronous save", times.step_while_saving_s, times.undisturbed_step_s),
+        ("step before the first save", times.step_before_saves_s, times.step_before_saves_s),
+        ("step after a save", times.undisturbed_step_s, times.step_before_saves_s),
+        ("step during an asynchronous save", times.step_while_saving_s, times.step_before_saves_s),
     ):
         median = np.median(seconds)
         rows.append(
@@ -164,6 +179,7 @@ def _table(times: SaveTimes) -> list[str]:
         *aligned(rows),
         f"{on_disk / 2**20:.1f} MiB on disk for {state / 2**20:.1f} MiB of state: "
         f"{on_disk / state:.4f}",
+        f"steps after saves run at {times.speed_after_saves:.3f} of the speed before the first one",
     ]
 
 

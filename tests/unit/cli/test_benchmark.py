@@ -181,7 +181,11 @@ def test_saves_are_timed_and_leave_no_files(
     record = json.loads(line)
     assert len(record["each_synchronous_s"]) == len(record["each_stall_s"]) == 2
     assert record["bytes_on_disk"] > record["state_bytes"] > 0
-    assert "MiB on disk for" in lines[-1]
+    assert record["speed_after_saves"] == pytest.approx(
+        record["step_before_saves_s"] / record["undisturbed_step_s"]
+    )
+    assert "MiB on disk for" in lines[-2]
+    assert f"run at {record['speed_after_saves']:.3f} of" in lines[-1]
     assert list(tmp_path.iterdir()) == []
 
 
