@@ -183,7 +183,15 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Return the initial value of the plain model's parameter `name`, in fp32 on the CPU."""
+        """Return initial values of the plain model's parameter `name`, in fp32 on the CPU.
+
+        A rank draws only the rows that it holds, and large parameters in blocks of rows. A value
+        that depends on the number of rows must take it from the model's configuration.
+
+        Args:
+            shape: [rows, ...], of a block of consecutive rows.
+            generator: the block's own.
+        """
 
     @abstractmethod
     def num_flops_per_token(self, seq_len: int) -> int:
@@ -206,13 +214,18 @@ class Reparametrized(Protocol):
     """A module that replaces a plain layer and initializes its tensors from that layer's weight."""
 
     def initial_tensors(
-        self, weight: Tensor, generator_for: Callable[[str], torch.Generator]
+        self,
+        weight: Tensor,
+        generator_for: Callable[[str], torch.Generator],
+        rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
-        """Return full (unsharded) fp32 values of its parameters and buffers, by local name.
+        """Return fp32 values of its parameters and buffers, by local name.
 
         Args:
-            weight: [out, in], the plain layer's initial weight.
+            weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`.
             generator_for: local name -> generator, the same on every rank.
+            rows: local name -> the rows to return, of all parameters and buffers; by default all.
+                Those of `weight` are whole blocks of `distributed.initial_draws`.
         """
         ...
 

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
+from switchtitan.distributed.initial_draws import covering_blocks, plain_value
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.distributed.shards import copy_from_full_, empty_on_host_like, local, shard_buffer
+from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
 
 
 def shard_model(
@@ -74,18 +75,18 @@ def materialize(
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
-    Every rank draws the full fp32 value from (seed, parameter name) and keeps its rows, so values
-    do not depend on the number of ranks. Parameters of another dtype round to nearest.
+    Every rank draws the rows that it holds in fp32, from (seed, parameter name); see
+    `initial_draws`. Parameters of another dtype round to nearest.
 
     Args:
         initial_weights: the plain model's parameters, used instead of drawn values (a warm start).
     """
     _allocate(model, device)
 
-    def plain_value(name: str, shape: torch.Size) -> Tensor:
+    def plain_rows(name: str, shape: torch.Size, rows: range) -> Tensor:
         if initial_weights is not None:
-            return initial_weights[name].to(torch.float32)
-        return model.initial_value(name, shape, generator_for(seed, name))
+            return initial_weights[name][rows.start : rows.stop].to(torch.float32)
+        return plain_value(model, seed, name, shape, rows)
 
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
@@ -97,13 +98,19 @@ def materialize(
             for name in own
             if not isinstance(module, Reparametrized) or name in ("weight", "bias")
         ]
-        values = {name: plain_value(prefix + name, own[name].shape) for name in plain}
+        held = {name: row_range(tensor) for name, tensor in own.items()}
+        rows = dict(held)
+        if isinstance(module, Reparametrized):
+            rows["weight"] = covering_blocks(own["weight"].shape, held["weight"])
+        values = {name: plain_rows(prefix + name, own[name].shape, rows[name]) for name in plain}
         if isinstance(module, Reparametrized):
             values |= module.initial_tensors(
-                values["weight"], partial(_generator_for_local, seed, prefix)
+                values["weight"], partial(_generator_for_local, seed, prefix), rows
             )
         for name, tensor in own.items():
-            copy_from_full_(tensor, values[name])
+            first = held[name].start - rows[name].start
+            with torch.no_grad():
+                local(tensor).copy_(values[name][first : first + len(held[name])])
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

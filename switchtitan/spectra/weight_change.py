@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from switchtitan.checkpoint import read_metadata
 from switchtitan.contracts import LanguageModel, ModelConfig
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.initial_weights import (
     fingerprint,
@@ -50,9 +50,7 @@ class Origin:
         """
         model = self._plain_model()
         if self.initial_weights is None:
-            return lambda name, shape: model.initial_value(
-                name, shape, generator_for(self.seed, name)
-            )
+            return lambda name, shape: plain_value(model, self.seed, name, shape)
         source = Path(self.initial_weights)
         if not source.exists() or fingerprint(source) != self.fingerprint:
             raise CheckpointError(

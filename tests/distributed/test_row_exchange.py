@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from switchtitan.data import open_corpus
+from switchtitan.distributed import initial_draws
 from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import (
@@ -191,6 +192,8 @@ def check_collectives(trainer: Trainer, num_micro_batches: int, num_in_update: i
 
 
 def check_all(rank: int, folder: Path) -> None:
+    # So that tiny tensors have several blocks, whose borders are inside shards.
+    initial_draws._LARGEST_BLOCK, initial_draws._NUM_BLOCKS = 64, 5
     line = init_device_mesh("cpu", (NUM_RANKS,), mesh_dim_names=("shard",))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     assert [len(local(sharded(torch.zeros(shape), line))) for shape in SHAPES] != [

@@ -1,13 +1,14 @@
 """The low-rank layer: a frozen dense weight plus the product of two trained factors."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchtitan.distributed.initial_draws import GeneratorFor, RandomRows, split_blocks
 from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank.config import LowRankConfig, check_targets
 from switchtitan.methods.lowrank.contraction import (
@@ -22,17 +23,31 @@ GAIN = 1 / math.sqrt(3)
 layers."""
 
 
+class LayerShape(NamedTuple):
+    """The numbers that a layer's initial values depend on."""
+
+    out_features: int
+    in_features: int
+    rank: int
+    scale: float
+
+
 class InitialFactors(Protocol):
     """A function that computes a low-rank layer's initial tensors."""
 
     def __call__(
         self,
         weight: Tensor,
-        rank: int,
-        scale: float,
-        generator_for: Callable[[str], torch.Generator],
+        shape: LayerShape,
+        rows: Mapping[str, range],
+        generator_for: GeneratorFor,
     ) -> dict[str, Tensor]:
-        """Returns all of a layer's tensors by local name, with W + s B A = `weight` [out, in]."""
+        """Returns rows of a layer's tensors by local name, with W + s B A = the plain weight.
+
+        Args:
+            weight: rows `rows["weight"]` of the plain layer's weight [out, in].
+            rows: local name -> the rows to return; of `weight`, whole blocks of `initial_draws`.
+        """
         ...
 
 
@@ -102,10 +117,16 @@ class LowRankLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def initial_tensors(
-        self, weight: Tensor, generator_for: Callable[[str], torch.Generator]
+        self,
+        weight: Tensor,
+        generator_for: GeneratorFor,
+        rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`."""
-        return self._initial_factors(weight, self.rank, self.scale, generator_for)
+        shape = LayerShape(self.out_features, self.in_features, self.rank, self.scale)
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        rows = rows or {name: range(tensor.shape[0]) for name, tensor in tensors}
+        return self._initial_factors(weight, shape, rows, generator_for)
 
     def sharded_buffers(self) -> tuple[str, ...]:
         """See `contracts.Reparametrized`."""
@@ -181,21 +202,19 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def lora_init(
-    weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
+    weight: Tensor, shape: LayerShape, rows: Mapping[str, range], generator_for: GeneratorFor
 ) -> dict[str, Tensor]:
     """Draws A uniformly within 1/sqrt(in), and sets B to zero. W is unchanged.
 
-    (LoRA, arXiv 2106.09685, with Kaiming-uniform A, a = sqrt 5.)
-
-    Args:
-        weight: [out, in], the linear layer's initial weight.
+    (LoRA, arXiv 2106.09685, with Kaiming-uniform A, a = sqrt 5.) See `InitialFactors`.
 
     Returns:
-        `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out].
+        Rows of `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out].
     """
-    out_features, in_features = weight.shape
-    lora_a = uniform((rank, in_features), lora_bound(in_features), generator_for("lora_a"))
-    return {"weight": weight, "lora_a": lora_a, "lora_b": torch.zeros(rank, out_features)}
+    bound = lora_bound(shape.in_features)
+    lora_a = random_vectors("lora_a", (shape.rank, shape.in_features), bound, generator_for)
+    lora_b = torch.zeros(len(rows["lora_b"]), shape.out_features)
+    return {"weight": weight, "lora_a": lora_a[rows["lora_a"]], "lora_b": lora_b}
 
 
 def lora_bound(in_features: int) -> float:
@@ -204,21 +223,24 @@ def lora_bound(in_features: int) -> float:
 
 
 def balanced_init(
-    weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
+    weight: Tensor, shape: LayerShape, rows: Mapping[str, range], generator_for: GeneratorFor
 ) -> dict[str, Tensor]:
     """Draws both factors within `balanced_bounds`, and sets W := weight - s B A.
 
     Returns:
         See `lora_init`.
     """
-    out_features, in_features = weight.shape
+    out_features, in_features, rank, scale = shape
     bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
-    lora_a = uniform((rank, in_features), bound_a, generator_for("lora_a"))
-    lora_b = uniform((out_features, rank), bound_b, generator_for("lora_b")).t()
+    all_vectors = range(rank)
+    lora_a = random_vectors("lora_a", (rank, in_features), bound_a, generator_for)[all_vectors]
+    lora_b = random_counterparts("lora_b", (rank, out_features), bound_b, generator_for)[
+        all_vectors
+    ]
     return {
-        "weight": without_update(weight, lora_a, lora_b, scale),
-        "lora_a": lora_a,
-        "lora_b": lora_b,
+        "weight": without_update(weight, rows["weight"], lora_a, lora_b, scale),
+        "lora_a": take(lora_a, rows["lora_a"]),
+        "lora_b": take(lora_b, rows["lora_b"]),
     }
 
 
@@ -234,9 +256,51 @@ def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[flo
     return math.sqrt(3) * std_a, math.sqrt(3) * std_b
 
 
-def without_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """Returns `weight` - s B A, with `lora_a` [rank, in] and `lora_b` [rank, out]."""
-    return torch.addmm(weight, lora_b.t(), lora_a, alpha=-scale)
+def without_update(
+    weight: Tensor, rows: range, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    """Returns `weight` - s B A.
+
+    Multiplies block by block, so that a block's bits do not depend on the number of ranks.
+
+    Args:
+        weight: rows `rows` of W [out, in], whole blocks of `initial_draws`.
+        lora_a, lora_b: [rank, in] and [rank, out].
+    """
+    if not rows:
+        return weight
+    blocks = split_blocks((lora_b.shape[1], lora_a.shape[1]), rows)
+    parts = [
+        torch.addmm(part, take(lora_b.t(), block), lora_a, alpha=-scale)
+        for part, block in zip(weight.split([len(block) for block in blocks]), blocks, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def take(tensor: Tensor, rows: range) -> Tensor:
+    """Returns a view of consecutive rows."""
+    return tensor[rows.start : rows.stop]
+
+
+def random_vectors(
+    name: str, shape: tuple[int, int], bound: float, generator_for: GeneratorFor
+) -> RandomRows:
+    """Draws A's vectors or candidates, [vectors, in], uniformly from [-bound, bound)."""
+    return RandomRows(
+        name, shape, lambda block, generator: uniform(block, bound, generator), generator_for
+    )
+
+
+def random_counterparts(
+    name: str, shape: tuple[int, int], bound: float, generator_for: GeneratorFor
+) -> RandomRows:
+    """The same for B's, [vectors, out]. Each block is drawn as columns, [out, vectors]."""
+    return RandomRows(
+        name,
+        shape,
+        lambda block, generator: uniform(block[::-1], bound, generator).t(),
+        generator_for,
+    )
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

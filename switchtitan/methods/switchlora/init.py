@@ -1,6 +1,6 @@
 """Initial values of a SwitchLoRA layer: candidates are drawn, and factors are copies of some."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.host_copies import to_device
+from switchtitan.distributed.initial_draws import GeneratorFor, RandomRows
 from switchtitan.distributed.seeds import advance64, splitmix64
 from switchtitan.methods.lowrank.linear import (
     InitialFactors,
     LayerBuffer,
+    LayerShape,
     balanced_bounds,
     lora_bound,
-    uniform,
+    random_counterparts,
+    random_vectors,
+    take,
     without_update,
 )
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -70,53 +74,51 @@ def initial_factors(config: SwitchLoraConfig) -> InitialFactors:
 
 
 def balanced_candidates_init(
-    weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
+    weight: Tensor, shape: LayerShape, rows: Mapping[str, range], generator_for: GeneratorFor
 ) -> dict[str, Tensor]:
     """Draws the candidates of both factors within `balanced_bounds`, and sets W := weight - s B A.
 
     All are fp32. Candidates in bf16 buffers are rounded; factors and W are not.
-
-    Args:
-        weight: [out, in], the plain layer's initial weight.
+    See `InitialFactors`.
 
     Returns:
-        `weight`, `lora_a`, `lora_b`, `candidates_a`, `candidates_b`.
+        Rows of `weight`, `lora_a`, `lora_b`, `candidates_a`, `candidates_b`.
     """
-    return _from_stored_candidates("switchlora", weight, rank, scale, generator_for)
+    return _from_stored_candidates("switchlora", weight, shape, rows, generator_for)
 
 
 def lora_candidates_init(
-    weight: Tensor, rank: int, scale: float, generator_for: Callable[[str], torch.Generator]
+    weight: Tensor, shape: LayerShape, rows: Mapping[str, range], generator_for: GeneratorFor
 ) -> dict[str, Tensor]:
     """Draws A's candidates within `lora_bound`; B's are zero, and W is unchanged.
 
     Returns:
         See `balanced_candidates_init`.
     """
-    return _from_stored_candidates("lora", weight, rank, scale, generator_for)
+    return _from_stored_candidates("lora", weight, shape, rows, generator_for)
 
 
 def drawn_candidates_init(
     init: Literal["switchlora", "lora"],
     weight: Tensor,
-    rank: int,
-    scale: float,
-    generator_for: Callable[[str], torch.Generator],
+    shape: LayerShape,
+    rows: Mapping[str, range],
+    generator_for: GeneratorFor,
 ) -> dict[str, Tensor]:
     """Draws the initial factors alone, for candidates that are drawn when needed.
 
     Returns:
-        `weight`, `lora_a`, `lora_b`.
+        Rows of `weight`, `lora_a`, `lora_b`.
     """
-    out_features, in_features = weight.shape
+    out_features, in_features, rank, scale = shape
     bound_a, bound_b = candidate_bounds(init, out_features, in_features, rank)
     slots_a, slots_b = initial_slots(rank, num_candidates(out_features, in_features))
     lora_a = _draw(generator_for("candidates_a"), slots_a, bound_a, in_features).to(weight.dtype)
     lora_b = _draw(generator_for("candidates_b"), slots_b, bound_b, out_features).to(weight.dtype)
     return {
-        "weight": without_update(weight, lora_a, lora_b, scale),
-        "lora_a": lora_a,
-        "lora_b": lora_b,
+        "weight": without_update(weight, rows["weight"], lora_a, lora_b, scale),
+        "lora_a": take(lora_a, rows["lora_a"]),
+        "lora_b": take(lora_b, rows["lora_b"]),
     }
 
 
@@ -182,21 +184,29 @@ def _draw(generator: torch.Generator, slots: np.ndarray, bound: float, width: in
 def _from_stored_candidates(
     init: Literal["switchlora", "lora"],
     weight: Tensor,
-    rank: int,
-    scale: float,
-    generator_for: Callable[[str], torch.Generator],
+    shape: LayerShape,
+    rows: Mapping[str, range],
+    generator_for: GeneratorFor,
 ) -> dict[str, Tensor]:
-    out_features, in_features = weight.shape
+    out_features, in_features, rank, scale = shape
     count = num_candidates(out_features, in_features)
     bound_a, bound_b = candidate_bounds(init, out_features, in_features, rank)
-    candidates_a = uniform((count, in_features), bound_a, generator_for("candidates_a"))
-    candidates_b = uniform((out_features, count), bound_b, generator_for("candidates_b")).t()
+    candidates_a = random_vectors("candidates_a", (count, in_features), bound_a, generator_for)
+    candidates_b = random_counterparts(
+        "candidates_b", (count, out_features), bound_b, generator_for
+    )
     slots_a, slots_b = initial_slots(rank, count)
-    lora_a, lora_b = candidates_a[slots_a], candidates_b[slots_b]
+    lora_a, lora_b = _select(candidates_a, slots_a), _select(candidates_b, slots_b)
     return {
-        "weight": without_update(weight, lora_a, lora_b, scale),
-        "lora_a": lora_a,
-        "lora_b": lora_b,
-        "candidates_a": candidates_a,
-        "candidates_b": candidates_b,
+        "weight": without_update(weight, rows["weight"], lora_a, lora_b, scale),
+        "lora_a": take(lora_a, rows["lora_a"]),
+        "lora_b": take(lora_b, rows["lora_b"]),
+        "candidates_a": candidates_a[rows["candidates_a"]],
+        "candidates_b": candidates_b[rows["candidates_b"]],
     }
+
+
+def _select(candidates: RandomRows, slots: np.ndarray) -> Tensor:
+    """Returns the candidates in `slots` [k], unsharded, [k, width]."""
+    first = int(slots.min())
+    return candidates[range(first, int(slots.max()) + 1)][slots - first]

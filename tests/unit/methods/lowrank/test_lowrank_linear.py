@@ -160,7 +160,8 @@ def initial_tensors(
     init, shape: tuple[int, int] = (LARGE_OUT, LARGE_IN), rank: int = LARGE_RANK
 ) -> tuple[Tensor, dict]:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return weight, init(weight.clone(), rank, SCALE, lambda name: generator_for(3, name))
+    layer = LowRankLinear(shape[1], shape[0], rank, SCALE, init)
+    return weight, layer.initial_tensors(weight.clone(), lambda name: generator_for(3, name))
 
 
 @pytest.mark.parametrize("init", [lora_init, balanced_init])

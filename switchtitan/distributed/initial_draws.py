@@ -1,0 +1,101 @@
+"""Random initial values, drawn in blocks of rows, so that a rank draws only the rows it holds.
+
+A block is a function of the seed, the tensor's name and the block's index, and its size follows
+from the tensor's shape. So values do not depend on the number of ranks.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from switchtitan.contracts import LanguageModel
+from switchtitan.distributed.seeds import generator_for
+
+_LARGEST_BLOCK = 1 << 19
+"""Tensors with at most this many elements are one block."""
+_NUM_BLOCKS = 32
+"""Blocks of a larger tensor, at most. A block's generator takes as long as 5000 elements."""
+
+GeneratorFor = Callable[[str], torch.Generator]
+"""Name -> generator, the same on every rank."""
+DrawBlock = Callable[[tuple[int, ...], torch.Generator], Tensor]
+"""(shape of a block, generator) -> its values."""
+
+
+def block_size(shape: tuple[int, ...]) -> int:
+    """Returns the number of rows in each block of a tensor; the last one may have fewer."""
+    if math.prod(shape) <= _LARGEST_BLOCK:
+        return max(1, shape[0])
+    return -(-shape[0] // _NUM_BLOCKS)
+
+
+def covering_blocks(shape: tuple[int, ...], rows: range) -> range:
+    """Returns all rows of the blocks that contain `rows`."""
+    if not rows:
+        return range(0)
+    size = block_size(shape)
+    return range(rows.start // size * size, min(-(-rows.stop // size) * size, shape[0]))
+
+
+def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
+    """Splits rows that `covering_blocks` returned into blocks."""
+    size = block_size(shape)
+    return [range(start, min(start + size, rows.stop)) for start in rows[::size]]
+
+
+class RandomRows:
+    """A random tensor; draws the blocks that are asked for, each once.
+
+    Args:
+        name: the first block's generator is that of `name`; the others are `<name>#<index>`.
+        shape: [rows, ...], of the full tensor.
+        draw_block: called with [rows of the block, ...].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        draw_block: DrawBlock,
+        generator_for: GeneratorFor,
+    ) -> None:
+        self._name, self._shape = name, shape
+        self._draw_block, self._generator_for = draw_block, generator_for
+        self._drawn: dict[int, Tensor] = {}
+
+    def __getitem__(self, rows: range) -> Tensor:
+        """Returns consecutive rows, [len(rows), ...]."""
+        covering = covering_blocks(self._shape, rows)
+        if not covering:
+            return torch.empty(0, *self._shape[1:])
+        blocks = [self._block(block) for block in split_blocks(self._shape, covering)]
+        values = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return values[rows.start - covering.start : rows.stop - covering.start]
+
+    def _block(self, rows: range) -> Tensor:
+        index = rows.start // block_size(self._shape)
+        if index not in self._drawn:
+            name = self._name if index == 0 else f"{self._name}#{index}"
+            shape = len(rows), *self._shape[1:]
+            self._drawn[index] = self._draw_block(shape, self._generator_for(name))
+        return self._drawn[index]
+
+
+def plain_value(
+    model: LanguageModel, seed: int, name: str, shape: torch.Size, rows: range | None = None
+) -> Tensor:
+    """Returns rows of the initial value of the plain model's parameter `name`, fp32 on the CPU.
+
+    Args:
+        shape: of the parameter.
+        rows: consecutive rows; by default all.
+    """
+    values = RandomRows(
+        name,
+        tuple(shape),
+        lambda block, generator: model.initial_value(name, torch.Size(block), generator),
+        lambda block_name: generator_for(seed, block_name),
+    )
+    return values[range(shape[0]) if rows is None else rows]
