@@ -33,6 +33,7 @@ from switchtitan.distributed.blocks import (
 )
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
+from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
@@ -155,6 +156,10 @@ def build_stepper(
         loss: by default the configuration's.
         initial_weights: the plain model's weights by name; by default they are random.
     """
+    if config.training.deterministic:
+        use_deterministic_algorithms()
+    if config.training.tf32:
+        allow_tf32()
     model = build_plain_model(config)
     method = build_method(config)
     prepare_model(model, method, config, world, initial_weights)

@@ -85,7 +85,7 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
     ):
         result = stepper.compute_gradients()
         forward_backward_flops = flops.num_flops
-        stepper.optimizer.step()
+        stepper.update()
         stepper.finish_step(result)
     num_tokens = stepper.state.tokens_seen - tokens_seen_before
     return StepEstimate(

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.initial_draws import covering_blocks, plain_value
+from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
 
@@ -67,6 +68,7 @@ def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
                 )
 
 
+@full_precision()
 def materialize(
     model: LanguageModel,
     device: torch.device,

@@ -15,8 +15,8 @@ from switchtitan.distributed.seeds import generator_for
 
 _LARGEST_BLOCK = 1 << 19
 """Tensors with at most this many elements are one block."""
-_NUM_BLOCKS = 32
-"""Blocks of a larger tensor, at most. A block's generator takes as long as 5000 elements."""
+_NUM_BLOCKS = 16
+"""Blocks of a larger tensor, at most. Products of smaller blocks are slower."""
 
 GeneratorFor = Callable[[str], torch.Generator]
 """Name -> generator, the same on every rank."""

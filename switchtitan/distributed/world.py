@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.threads import limit_other_threads
 from switchtitan.errors import EnvironmentMismatchError
 
@@ -103,6 +104,7 @@ def start_world(config: ParallelismConfig) -> World:
     num_ranks, rank = num_ranks_from_launcher(), int(os.environ.get("RANK", "0"))
     shape = mesh_shape(config, num_ranks)
     device = torch.device(device_type())
+    use_full_precision(device.type)
     if device.type == "cuda":
         local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= num_devices:

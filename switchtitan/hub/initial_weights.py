@@ -9,6 +9,7 @@ from torch import Tensor
 from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
 from switchtitan.checkpoint.layout import METADATA_FILE, file_record
 from switchtitan.contracts import Method, ModelConfig
+from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.huggingface import check_dense, parameter_shapes, read_dense
 from switchtitan.hub.original import SCALE_FILE, is_original, read_original_dense
@@ -77,6 +78,7 @@ def fingerprint(source: Path) -> str:
     return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
 
 
+@full_precision()
 def read_dense_checkpoint(path: Path) -> dict[str, Tensor]:
     """Returns the dense fp32 weights of a checkpoint of any method, by the plain model's names.
 

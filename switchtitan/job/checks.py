@@ -27,6 +27,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         partial(check_mesh, num_ranks=num_ranks),
         partial(check_model_device, device=device),
         partial(check_compiler, device=device),
+        partial(check_precision, device=device),
         check_method,
         check_method_length,
         partial(check_optimizer, num_ranks=num_ranks),
@@ -73,6 +74,26 @@ def check_model_device(model: ModelConfig, training: TrainingConfig, device: str
     except EnvironmentMismatchError as error:
         return [str(error)]
     return []
+
+
+def check_precision(training: TrainingConfig, device: str) -> list[str]:
+    """TF32 and deterministic algorithms are choices of a GPU."""
+    problems = []
+    if training.tf32 and device != "cuda":
+        problems.append(
+            "[training] tf32 = true has no effect without a GPU: a CPU has no TF32; remove it"
+        )
+    elif training.tf32 and training.dtype != "float32":
+        problems.append(
+            "[training] tf32 = true has no effect on training in bfloat16; remove it, or set "
+            '[training] dtype = "float32"'
+        )
+    if training.deterministic and device != "cuda":
+        problems.append(
+            "[training] deterministic = true has no effect on a CPU, where runs are deterministic "
+            "anyway; remove it"
+        )
+    return problems
 
 
 def check_compiler(compile: CompileConfig, device: str) -> list[str]:

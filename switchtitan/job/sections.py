@@ -39,6 +39,14 @@ class TrainingConfig(Section):
     weights are rounded stochastically: unbiased, but the error accumulates (6 % of the norm after
     500 changes), so use it with methods that rarely or never change them. Needs a method that
     freezes weights."""
+    tf32: bool = False
+    """Whether a GPU may round the factors of forward's and backward's fp32 products to TF32 (10
+    bits), which is faster. Updates always multiply in fp32. Only with dtype = "float32" on a
+    GPU."""
+    deterministic: bool = False
+    """Whether a GPU uses deterministic algorithms only, so that a resumed run is bitwise equal to
+    one that was not stopped, on as many GPUs of the same kind. Slower. An operation without such an
+    algorithm is an error. Not on a CPU, where runs always are."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if a gradient is inf or nan: stop the run, or skip the update."""
 

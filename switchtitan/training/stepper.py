@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
 from switchtitan.distributed.fsdp import accumulate_gradients
+from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.world import World
 
@@ -100,7 +101,7 @@ class Stepper:
         """Takes one step on one global batch; all ranks must call."""
         result = self.compute_gradients()
         if not result.is_skipped:
-            self.optimizer.step()
+            self.update()
         self.finish_step(result)
         return result
 
@@ -143,6 +144,11 @@ class Stepper:
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(self._trained, self.max_grad_norm, norm)
         return norm
+
+    def update(self) -> None:
+        """Updates the weights. What a method merges, folds or projects is multiplied in fp32."""
+        with full_precision():
+            self.optimizer.step()
 
     def finish_step(self, result: StepResult) -> None:
         """Resets the gradients, and counts the step or the skipped batch."""

@@ -267,14 +267,17 @@ def without_update(
         weight: rows `rows` of W [out, in], whole blocks of `initial_draws`.
         lora_a, lora_b: [rank, in] and [rank, out].
     """
-    if not rows:
-        return weight
-    blocks = split_blocks((lora_b.shape[1], lora_a.shape[1]), rows)
-    parts = [
-        torch.addmm(part, take(lora_b.t(), block), lora_a, alpha=-scale)
-        for part, block in zip(weight.split([len(block) for block in blocks]), blocks, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    result = torch.empty_like(weight)
+    for block in split_blocks((lora_b.shape[1], lora_a.shape[1]), rows):
+        own = range(block.start - rows.start, block.stop - rows.start)
+        torch.addmm(
+            take(weight, own),
+            take(lora_b.t(), block),
+            lora_a,
+            alpha=-scale,
+            out=take(result, own),
+        )
+    return result
 
 
 def take(tensor: Tensor, rows: range) -> Tensor:

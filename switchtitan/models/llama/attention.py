@@ -129,7 +129,11 @@ def _load_flash() -> Attend:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
         by_position = [part.transpose(1, 2) for part in (query, key, value)]
-        attended: Tensor = flash_attn_func(*by_position, causal=True)
+        attended: Tensor = flash_attn_func(
+            *by_position,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
         return attended.transpose(1, 2)
 
     return attend

@@ -14,7 +14,7 @@ from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import MethodConfig, ModelConfig
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.errors import ConfigError
-from switchtitan.job.checks import check_frozen_weights, missing_toolchain
+from switchtitan.job.checks import check_frozen_weights, check_precision, missing_toolchain
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
@@ -360,3 +360,17 @@ def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(
             parse_arguments(["--config", str(file), "--training.steps", "7"], 1)
     with pytest.raises(ConfigError, match=r'\[method\] name = "toy": expected one of "apollo"'):
         parse_arguments(["--config", str(file)], 1)
+
+
+def test_choices_of_a_gpu_are_refused_where_they_have_no_effect():
+    training = TrainingConfig(
+        steps=1, global_batch_size=1, local_batch_size=1, dtype="float32", tf32=True
+    )
+    deterministic = training.model_copy(update={"tf32": False, "deterministic": True})
+    assert check_precision(training, "cuda") == check_precision(deterministic, "cuda") == []
+    (problem,) = check_precision(training, "cpu")
+    assert "[training] tf32 = true has no effect without a GPU" in problem
+    (problem,) = check_precision(training.model_copy(update={"dtype": "bfloat16"}), "cuda")
+    assert "[training] tf32 = true has no effect on training in bfloat16" in problem
+    (problem,) = check_precision(deterministic, "cpu")
+    assert "[training] deterministic = true has no effect on a CPU" in problem

@@ -89,7 +89,10 @@ def test_flash_attention_gets_positions_before_heads(
 ) -> None:
     """A fake with the documented signature: [batch, seq, heads, head_dim], fewer key heads."""
 
-    def flash_attn_func(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+    def flash_attn_func(
+        query: Tensor, key: Tensor, value: Tensor, causal: bool = False, deterministic: bool = True
+    ) -> Tensor:
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         visible = (
             torch.ones(SEQ, SEQ, dtype=torch.bool).tril() if causal else torch.ones(SEQ, SEQ).bool()
         )

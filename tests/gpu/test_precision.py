@@ -1,0 +1,103 @@
+"""On a GPU, a switch changes W + s B A by rounding in fp32 only, and runs repeat bitwise."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.switchlora_layers import effective_weight, relative_change
+from support.tiny import tiny_trainer, train_steps
+
+from switchtitan.distributed.precision import allow_tf32, use_full_precision
+from switchtitan.distributed.world import stop_world
+from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.methods.lowrank import low_rank_layers
+from switchtitan.training.trainer import Trainer
+
+# Multiples of 16, for which cuBLAS has TF32 kernels.
+LARGER = (
+    *("--model.hidden_size", "256", "--model.intermediate_size", "512"),
+    *("--method.rank", "64", "--method.interval", "2"),
+)
+NUM_SWITCHING_STEPS = 500
+
+
+@pytest.fixture(autouse=True)
+def leave_world() -> Iterator[None]:
+    yield
+    stop_world()
+    torch.use_deterministic_algorithms(False)
+
+
+def drift(trainer: Trainer, update: str) -> float:
+    """The largest relative change of W + s B A in 500 switching steps without learning."""
+    stepper = trainer.stepper
+    layers = low_rank_layers(stepper.model)
+    before = {name: effective_weight(Unsharded(layer)) for name, layer in layers.items()}
+    stepper.optimizer.set_lr(0.0)
+    for parameter in stepper.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    for _ in range(NUM_SWITCHING_STEPS):
+        stepper.update() if update == "stepper" else stepper.optimizer.step()
+    stepper.close()
+    return max(
+        relative_change(effective_weight(Unsharded(layer)), before[name])
+        for name, layer in layers.items()
+    )
+
+
+class Unsharded:
+    """A layer's unsharded tensors, with the names that `effective_weight` reads."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.scale = layer.scale
+        for name, tensor in layer.named_parameters():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            setattr(self, name, full.detach())
+
+
+@pytest.mark.gpu
+def test_switches_keep_the_weights_while_training_uses_tf32(corpora):
+    trainer = tiny_trainer(
+        corpora / "tf32",
+        "switchlora",
+        *LARGER,
+        *("--training.tf32", "true", "--training.steps", "600"),
+    )
+    assert torch.backends.cuda.matmul.allow_tf32
+    # fp32 rounds at 6e-8, and 500 roundings are a random walk.
+    assert drift(trainer, "stepper") < 2e-6
+
+
+@pytest.mark.gpu
+def test_switches_in_tf32_would_change_the_weights(corpora):
+    """The negative control of the test above."""
+    trainer = tiny_trainer(
+        corpora / "tf32-control", "switchlora", *LARGER, "--training.steps", "600"
+    )
+    allow_tf32()
+    assert drift(trainer, "optimizer alone") > 2e-5
+
+
+@pytest.mark.gpu
+def test_the_variable_of_nvidia_is_refused(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(EnvironmentMismatchError, match="NVIDIA_TF32_OVERRIDE"):
+        use_full_precision("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_runs_repeat_bitwise(corpora, dtype):
+    losses = []
+    for name in ("first", "second"):
+        trainer = tiny_trainer(
+            corpora / f"deterministic-{dtype}-{name}",
+            "switchlora",
+            *LARGER,
+            *("--training.deterministic", "true", "--training.dtype", dtype),
+        )
+        losses.append(train_steps(trainer, 20))
+        trainer.stepper.close()
+        stop_world()
+    assert losses[0] == losses[1]
