@@ -3,10 +3,13 @@
 #
 # Sets up the environment first. Variables:
 #   NGPU            processes on this machine; default: one per visible GPU, 1 on a CPU
-#   NNODES          machines; default: 1. Start the same command on each
-#   NODE_RANK       index of this machine, from 0; optional
+#   NNODES          machines; default: 1. Start the same command on each (docs/MULTINODE.md)
 #   RDZV_ENDPOINT   HOST:PORT of the rendezvous; required for NNODES > 1
+#   NODE_RANK       index of this machine, from 0, where HOST is; optional: set it on all or on none
+#   RDZV_ID         name of the run, the same on every machine; default: switchtitan
+#   RDZV_CONF       further torchrun options, for example is_host=1 or join_timeout=1800
 #   OMP_NUM_THREADS threads per process; default for several processes: cores / processes
+#   PYTORCH_CUDA_ALLOC_CONF  default: expandable_segments:True, so that memory does not fragment
 set -euo pipefail
 
 # shellcheck source=scripts/setup_env.sh
@@ -38,6 +41,13 @@ require_count NNODES "$num_nodes"
     fail "NNODES=$num_nodes: needs RDZV_ENDPOINT=HOST:PORT, the same on every machine;" \
         "HOST is one of them"
 
+case "${NODE_RANK:-0}" in
+    *[!0-9]*) fail "NODE_RANK=$NODE_RANK: expected an integer >= 0" ;;
+esac
+if [ -z "${PYTORCH_ALLOC_CONF+set}" ]; then
+    export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
+fi
+
 if [ "$num_nodes" = 1 ] && [ "$num_processes" = 1 ]; then
     exec "$PYTHON" -m switchtitan train "$@"
 fi
@@ -46,8 +56,11 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     num_cores="$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')"
     export OMP_NUM_THREADS=$((num_cores > num_processes ? num_cores / num_processes : 1))
 fi
+# With c10d, torchrun ignores --node_rank and orders machines by name.
+rendezvous=(--rdzv_backend c10d)
+[ -z "${NODE_RANK:-}" ] || rendezvous=(--rdzv_backend static --node_rank "$NODE_RANK")
 exec "$PYTHON" -m switchtitan launch \
-    --nnodes "$num_nodes" --nproc_per_node "$num_processes" ${NODE_RANK:+--node_rank "$NODE_RANK"} \
-    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
-    --rdzv_id "${RDZV_ID:-switchtitan}" \
+    --nnodes "$num_nodes" --nproc_per_node "$num_processes" \
+    "${rendezvous[@]}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
+    --rdzv_id "${RDZV_ID:-switchtitan}" ${RDZV_CONF:+--rdzv_conf "$RDZV_CONF"} \
     train "$@"

@@ -50,7 +50,6 @@ from switchtitan.observability import (
 from switchtitan.optim import build_lr_schedule
 from switchtitan.training.description import (
     changed_keys,
-    check_output_dir,
     comparable_identity,
     describe_run,
     run_facts,
@@ -59,6 +58,7 @@ from switchtitan.training.description import (
 )
 from switchtitan.training.evaluate import Evaluator, Evaluators
 from switchtitan.training.hooks import Hook, InspectWeights
+from switchtitan.training.output_folder import check_output_dir
 from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
 
@@ -85,7 +85,7 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
             anything is written.
     """
     configure_logging(is_main=world.is_main, rank=world.rank)
-    check_output_dir(config.job.output_dir)
+    check_output_dir(config.job.output_dir, world)
     # Checked before the corpus, whose preparation can take hours.
     check_given_paths(config.job.output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
     corpus = open_checked_corpus(config, world)
@@ -192,7 +192,7 @@ def build_method(config: JobConfig) -> Method:
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
-    corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
+    corpus = open_corpus(config.data, ranks=world)
     corpus.check_vocabulary(config.model.vocab_size)
     return corpus
 
@@ -276,6 +276,8 @@ def build_checkpointer(
         versions={"switchtitan": switchtitan.__version__},
         comparable_identity=comparable_identity,
         is_main=world.is_main,
+        group=world.host_group,
+        background_group=world.new_host_group(),
     )
 
 

@@ -36,22 +36,25 @@ def sha256_of_file(file: Path) -> str:
 
 
 @contextmanager
-def try_lock(file: Path) -> Iterator[int | None]:
+def try_lock(file: Path, key: str) -> Iterator[int | None]:
     """Hold an exclusive lock on `file`, which is created if missing.
 
     Yields the file's descriptor, or None if another process holds the lock. The system releases the
     lock when this process and every process that inherited the descriptor have closed the file or
     exited. The file is not deleted.
 
+    Args:
+        key: the configuration key of the folder, for the error.
+
     Raises:
         EnvironmentMismatchError: if the file system has no locks.
     """
     with _opened(file) as descriptor:
-        yield descriptor if _lock(descriptor, file, fcntl.LOCK_EX | fcntl.LOCK_NB) else None
+        yield descriptor if _lock(descriptor, file, key, fcntl.LOCK_EX | fcntl.LOCK_NB) else None
 
 
 @contextmanager
-def lock(file: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+def lock(file: Path, on_wait: Callable[[], object], key: str) -> Iterator[None]:
     """Hold an exclusive lock on `file`, as `try_lock` does.
 
     If another process holds it, calls `on_wait` and waits.
@@ -60,9 +63,9 @@ def lock(file: Path, on_wait: Callable[[], object]) -> Iterator[None]:
         EnvironmentMismatchError: if the file system has no locks.
     """
     with _opened(file) as descriptor:
-        if not _lock(descriptor, file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not _lock(descriptor, file, key, fcntl.LOCK_EX | fcntl.LOCK_NB):
             on_wait()
-            _lock(descriptor, file, fcntl.LOCK_EX)
+            _lock(descriptor, file, key, fcntl.LOCK_EX)
         yield
 
 
@@ -76,14 +79,14 @@ def _opened(file: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, file: Path, operation: int) -> bool:
+def _lock(descriptor: int, file: Path, key: str, operation: int) -> bool:
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
         return False
     except OSError as error:
         raise EnvironmentMismatchError(
-            f"{file}: the file system has no file locks (flock: {error.strerror}); use a folder on "
-            "a local disk, or mount the file system with locks (Lustre: -o flock)"
+            f"{key}: the file system of {file} has no file locks (flock: {error.strerror}); set "
+            f"{key} to a folder on another disk, or mount this one with locks (Lustre: -o flock)"
         ) from error
     return True

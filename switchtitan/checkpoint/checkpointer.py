@@ -69,6 +69,9 @@ class Checkpointer:
         versions: of libraries and code, by name.
         comparable_identity: converts an older checkpoint's identity to today's keys.
         is_main: whether this is rank 0, which renames, prunes and logs.
+        group: all ranks, over gloo; None without torch.distributed.
+        background_group: another one, since the background thread and the training loop must not
+            share one.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Checkpointer:
         identity: Mapping[str, JsonValue],
         metadata: Mapping[str, JsonValue],
         is_main: bool,
+        group: dist.ProcessGroup | None,
+        background_group: dist.ProcessGroup | None,
         versions: Mapping[str, str] | None = None,
         comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
     ) -> None:
@@ -89,9 +94,8 @@ class Checkpointer:
         self._versions = {"torch": torch.__version__, **(versions or {})}
         self._comparable_identity = comparable_identity
         self._is_main = is_main
-        # Two groups: the background thread and the training loop must not share one.
-        self._group = _new_gloo_group()
-        self._background_group = _new_gloo_group()
+        self._group = group
+        self._background_group = background_group
         self._in_flight: Future[Path] | None = None
         self._latest: Path | None = None
         self._resumed: Path | None = None
@@ -276,11 +280,6 @@ class Checkpointer:
 
     def _is_own_identity(self, saved: Mapping[str, object]) -> bool:
         return self._comparable_identity(saved) == self._identity
-
-
-def _new_gloo_group() -> dist.ProcessGroup | None:
-    """Returns a group of all ranks; None if torch.distributed is not initialized."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def _build_stager() -> DefaultStager:

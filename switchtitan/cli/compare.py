@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         config = load_comparison(options.file)
         check_plan(config)
         folder = config.output_dir / "reports" / options.file.stem
-        with try_lock(folder / "lock") as lock:
+        with try_lock(folder / "lock", key="output_dir") as lock:
             if lock is None:
                 raise ConfigError(
                     f"{folder}: another process is running this comparison; wait for it, or stop it"

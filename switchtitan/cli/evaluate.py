@@ -119,7 +119,7 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
     tensors = read_initial_weights(weights, config.model).tensors
     with temporary_world():
         world = start_world(ParallelismConfig())
-        corpus = open_corpus(config.data, is_main=world.is_main, broadcast=world.broadcast)
+        corpus = open_corpus(config.data, ranks=world)
         model = build_plain_model(config)
         corpus.check_vocabulary(model.vocab_size)
         if metadata is not None:

@@ -1,22 +1,32 @@
 """Starts several ranks: `switchtitan launch TORCHRUN_OPTIONS train TRAIN_OPTIONS`.
 
 It can also launch `benchmark`, a script, or `-m MODULE`. Unlike torchrun, it checks the
-configuration before any rank starts. It prints a `UserError` of a rank once, without tracebacks and
-torchrun's report, and exits with its status."""
+rendezvous and the configuration before any rank starts. It prints a `UserError` of a rank once,
+without tracebacks and torchrun's report, and exits with its status."""
 
 import argparse
+import json
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
 
-from switchtitan.errors import EXIT_STATUS_KEY, UserError, exit_for
+from switchtitan.cli.rendezvous import check_rendezvous
+from switchtitan.distributed.limits import raise_file_limit
+from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, UserError, exit_for
 from switchtitan.job.config import parse_arguments
 
+_RANKS_FOLDERS = "*/attempt_*"
+"""Folders of started ranks in torchrun's log folder."""
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
 
@@ -28,17 +38,29 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with status 2 for a user's mistake, 1 if a rank crashed, 128 + n after signal n.
     """
     options = read_options(argv)
-    num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
-    if num_ranks is not None and options.training_script != "benchmark":
-        try:
-            parse_arguments(options.training_script_args, num_ranks)
-        except UserError as error:
-            exit_for(error)
+    try:
+        check_options(options)
+    except UserError as error:
+        exit_for(error)
+    # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
+    raise_file_limit(num_ranks=1, device="cpu")
     if options.training_script in OWN_COMMANDS:
         options.training_script_args.insert(0, options.training_script)
         options.module, options.training_script = True, "switchtitan"
     # A failing rank prints its own error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="switchtitan-") as folder:
+        options.log_dir = options.log_dir or folder
+        run_ranks(options)
+
+
+def run_ranks(options: argparse.Namespace) -> None:
+    """Runs torchrun; turns its errors into one message and an exit status.
+
+    Raises:
+        SystemExit: see `main`.
+    """
+    earlier = set(Path(options.log_dir).glob(_RANKS_FOLDERS))
     try:
         run(options)
     except ChildFailedError as error:
@@ -48,6 +70,12 @@ def main(argv: Sequence[str]) -> None:
             raise SystemExit(cause.error_file_data[EXIT_STATUS_KEY]) from None
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
+    except (RendezvousError, dist.DistError) as error:
+        # On a machine that only lost the others, which may have ended first.
+        started = sorted(set(Path(options.log_dir).glob(_RANKS_FOLDERS)) - earlier)
+        reason, status = describe_lost_rendezvous(options, error, started)
+        print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(status) from error
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from error
 
@@ -61,6 +89,47 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "`train`, `benchmark`, or your script."
     )
     return parser.parse_args(argv)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Checks the rendezvous, and the configuration if the number of ranks is known.
+
+    Raises:
+        UserError: for the first mistake.
+    """
+    is_static = options.rdzv_backend == "static"
+    if options.nnodes.isdecimal() and (is_static or options.rdzv_backend == "c10d"):
+        endpoint = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+        node_rank = options.node_rank if is_static else None
+        check_rendezvous(endpoint, int(options.nnodes), node_rank)
+    num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
+    if num_ranks is not None and options.training_script != "benchmark":
+        parse_arguments(options.training_script_args, num_ranks)
+
+
+def describe_lost_rendezvous(
+    options: argparse.Namespace, error: Exception, ranks_folders: Sequence[Path]
+) -> tuple[str, int]:
+    """Returns a message and an exit status for a rendezvous that failed.
+
+    Args:
+        error: torchrun's.
+        ranks_folders: where the ranks of this machine, if they have started, record their errors.
+    """
+    for file in sorted(file for folder in ranks_folders for file in folder.rglob("error.json")):
+        with suppress(OSError, ValueError):
+            recorded = json.loads(file.read_text(encoding="utf-8"))
+            if EXIT_STATUS_KEY in recorded:
+                return recorded["message"], recorded[EXIT_STATUS_KEY]
+    endpoint = f"RDZV_ENDPOINT={options.rdzv_endpoint}"
+    reason = str(error).partition("\n")[0]
+    if ranks_folders:
+        return f"{endpoint}: lost the connection ({reason}); see the other machines' output", 1
+    return (
+        f"{endpoint}: the {options.nnodes} machines did not all meet there ({reason}); start the "
+        "same command on each of them, and check that the port is free on HOST and reachable from "
+        "the others"
+    ), USER_ERROR_STATUS
 
 
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:

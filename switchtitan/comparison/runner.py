@@ -91,7 +91,7 @@ class Runner:
         """Starts the first run that no other process trains; moves the others to the end."""
         for _ in range(len(waiting)):
             run = waiting.popleft()
-            with try_lock(run.folder / "lock") as lock:
+            with try_lock(run.folder / "lock", key="output_dir") as lock:
                 if lock is None:
                     if run not in self._waited_for:
                         logger.info("waiting for %s, which another process is training", run.name)

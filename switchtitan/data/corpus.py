@@ -4,14 +4,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus_files import CorpusIndex, TokenSequences, read_index, verify_files
 from switchtitan.data.corpus_plan import plan_corpus
 from switchtitan.data.prepare import prepare_planned_corpus
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
-from switchtitan.errors import CorpusError, UserError
+from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +19,30 @@ VERIFIED_BYTES = 1 << 30
 """Corpora of up to 1 GiB of tokens are verified by checksum on every open (a second or two), larger
 ones by file size."""
 
-Outcome = dict[str, str]
-Broadcast = Callable[[Outcome], Outcome]
-"""Returns the main rank's value on every rank; ignores the values of the other ranks."""
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """The ranks that open one corpus, as seen from one of them."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def is_node_main(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        ...
+
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """Returns the results of all ranks; raises a `UserError` of one rank on all."""
+        ...
+
+
+class _Decision(NamedTuple):
+    """The main rank's corpus."""
+
+    fingerprint: str
+    fallback_for: str | None
 
 
 @dataclass(frozen=True)
@@ -108,44 +129,42 @@ class Corpus:
 
 
 def open_corpus(
-    config: DataConfig,
-    *,
-    is_main: bool = True,
-    broadcast: Broadcast | None = None,
-    show_progress: bool = True,
+    config: DataConfig, *, ranks: Ranks | None = None, show_progress: bool = True
 ) -> Corpus:
     """Opens the corpus of `config`, the same one on every rank; prepares it on first use.
 
-    The main rank plans and prepares while the others wait in `broadcast`. Then they open its
-    corpus, or prepare their own copy and compare fingerprints if they cannot see its folder. If the
-    main rank fails, all ranks raise its error.
+    The main rank plans and prepares, then one rank of each machine that does not see its folder,
+    while the others wait.
 
     Args:
         config: the section.
-        is_main: whether this rank prepares.
-        broadcast: sends the main rank's value to all ranks; None for one rank. It must not time out
-            during a preparation: prepare large corpora in advance with `switchtitan prepare`.
-        show_progress: whether the main rank shows a progress bar on a terminal.
+        ranks: None for this process alone. Its waits must not time out during a preparation.
+        show_progress: whether a rank that prepares shows a progress bar on a terminal.
 
     Raises:
-        CorpusError: if the corpus cannot be prepared or read, is damaged, or is not the main
-            rank's.
+        CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
+            is not the main rank's.
     """
-    if is_main:
-        try:
+    if ranks is None:
+        return _open(config, show_progress)
+    corpus: Corpus | None = None
+    decision: _Decision | None = None
+
+    def open_if(is_own_turn: bool) -> _Decision | None:
+        nonlocal corpus
+        if not is_own_turn:
+            return None
+        if decision is None:
             corpus = _open(config, show_progress)
-        except UserError as error:
-            _share(broadcast, {"error": str(error)})
-            raise
-        _share(
-            broadcast,
-            {"fallback_for": corpus.fallback_for or "", "fingerprint": corpus.fingerprint},
-        )
-        return corpus
-    outcome = _share(broadcast, {})
-    if "error" in outcome:
-        raise CorpusError(outcome["error"])
-    return _open_as_main_rank(config, outcome)
+        else:
+            corpus = _open_decided(config, decision, show_progress)
+        return _Decision(corpus.fingerprint, corpus.fallback_for)
+
+    decision = ranks.together(lambda: open_if(ranks.is_main))[0]
+    ranks.together(lambda: open_if(ranks.is_node_main and not ranks.is_main))
+    ranks.together(lambda: open_if(corpus is None))
+    assert corpus is not None
+    return corpus
 
 
 def open_prepared(folder: Path, fallback_for: str | None = None) -> Corpus:
@@ -173,19 +192,24 @@ def _open(config: DataConfig, show_progress: bool) -> Corpus:
     return open_prepared(plan.folder, plan.fallback_for)
 
 
-def _open_as_main_rank(config: DataConfig, outcome: Outcome) -> Corpus:
-    fallback_for = outcome["fallback_for"] or None
+def _open_decided(config: DataConfig, decision: _Decision, show_progress: bool) -> Corpus:
+    """Opens the main rank's corpus, or this machine's own copy of it."""
+    fallback_for = decision.fallback_for
     plan = plan_corpus(config if fallback_for is None else config.fallback_config())
-    prepare_planned_corpus(plan, show_progress=False)
-    index = read_index(plan.folder)
-    if index.fingerprint != outcome["fingerprint"]:
+    if plan.is_prepared:
+        index = read_index(plan.folder)
+    else:
+        logger.warning(
+            "preparing the corpus again in %s: this machine does not see the main rank's folder; "
+            "[data] cache_dir on a shared disk is prepared once",
+            plan.folder,
+        )
+        prepare_planned_corpus(plan, show_progress=show_progress)
+        index = open_prepared(plan.folder).index
+    if index.fingerprint != decision.fingerprint:
         raise CorpusError(
             f"{plan.folder}: this rank's corpus has fingerprint {index.fingerprint}, the main "
-            f"rank's {outcome['fingerprint']}; put [data] cache_dir on a disk that all nodes "
+            f"rank's {decision.fingerprint}; put [data] cache_dir on a disk that all nodes "
             "share, or copy the main rank's folder"
         )
     return Corpus(plan.folder, index, fallback_for)
-
-
-def _share(broadcast: Broadcast | None, outcome: Outcome) -> Outcome:
-    return outcome if broadcast is None else broadcast(outcome)

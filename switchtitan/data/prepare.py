@@ -87,7 +87,7 @@ def prepare_planned_corpus(
             "waiting for another process that is preparing this corpus (lock %s)", lock_file
         )
 
-    with lock(lock_file, on_wait):
+    with lock(lock_file, on_wait, key="[data] cache_dir"):
         if not plan.is_prepared:
             _Preparation(plan, show_progress, segment_tokens).run()
 

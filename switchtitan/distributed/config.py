@@ -22,6 +22,10 @@ class ParallelismConfig(Section):
     """Placement of frozen weights: `shard` splits them over the ranks like trained weights;
     `replicate` keeps full tensors on every rank, so no step communicates them. Results are the
     same. Requires a method that freezes weights."""
+    timeout_s: int = Field(default=1800, ge=1)
+    """Seconds, at least 1, after which a collective fails if a rank has not joined it. Must exceed
+    the time in which a rank writes, reads or verifies a checkpoint. Does not limit the preparation
+    of a corpus."""
 
 
 class CompileConfig(Section):

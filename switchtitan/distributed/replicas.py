@@ -30,7 +30,8 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
     if not held_alike:
         return
     own = [fingerprint(local(tensor)) for tensor in held_alike.values()]
-    device = own[0].device
+    # The default group of CUDA ranks does not communicate host buffers.
+    device = next((value.device for value in own if not value.is_cpu), own[0].device)
     # One element for each shard of each tensor, so that one collective informs all ranks.
     names, own_places = list[str](), list[int]()
     for name, tensor in held_alike.items():

@@ -4,23 +4,29 @@ The only file that distinguishes CPU from CUDA when a run starts.
 """
 
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.gpus import own_gpu, unusable_gpu
+from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.threads import limit_other_threads
-from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.errors import EnvironmentMismatchError, UserError
 
-_TIMEOUT = timedelta(minutes=30)
-"""A collective fails if a rank has not joined it after this time."""
+T = TypeVar("T")
+
+_LONG_TIMEOUT = timedelta(days=30)
+"""For collectives in which ranks wait for hours of another rank's work."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,12 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     """Dimensions "replicate" and "shard"."""
-    long_timeout_group: dist.ProcessGroup
-    """All ranks, over gloo, with a timeout of 30 days."""
+    host_group: dist.ProcessGroup
+    """All ranks, over gloo: for Python objects, on CUDA too. For the main thread only."""
+    timeout: timedelta = timedelta(minutes=30)
+    """A collective fails if a rank has not joined it after this time."""
+    is_node_main: bool = True
+    """Whether this is the first rank of its machine."""
 
     @property
     def is_main(self) -> bool:
@@ -62,10 +72,53 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Returns the main rank's `value`, a picklable object, on all ranks; may take days."""
         values = [value]
-        dist.broadcast_object_list(
-            values, src=0, group=self.long_timeout_group, device=torch.device("cpu")
-        )
+        with self._long_timeout():
+            dist.broadcast_object_list(
+                values, src=0, group=self.host_group, device=torch.device("cpu")
+            )
         return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Returns the picklable `value` of every rank, in rank order; may take days."""
+        values: list[Any] = [None] * self.size
+        with self._long_timeout():
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """Calls `function` on every rank; returns the results of all, in rank order; may take days.
+
+        Raises:
+            UserError: on every rank, if any raised one: the one of the first such rank.
+            RuntimeError: if another rank raised a different error.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+        reason = None if error is None else _reason(error, self.rank)
+        outcomes = self.gather((result, reason))
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        first = next((reason for _, reason in outcomes if reason is not None), None)
+        if first is not None:
+            error_type, message = first
+            raise error_type(message) from error
+        return [cast(T, outcome) for outcome, _ in outcomes]
+
+    def new_host_group(self) -> dist.ProcessGroup:
+        """Returns another group of all ranks over gloo, for a thread; collective."""
+        return dist.new_group(backend="gloo", timeout=self.timeout)
+
+    @contextmanager
+    def _long_timeout(self) -> Iterator[None]:
+        # Not a group of its own: each gloo group has a connection to every other rank.
+        _set_pg_timeout(_LONG_TIMEOUT, self.host_group)
+        try:
+            yield
+        finally:
+            _set_pg_timeout(self.timeout, self.host_group)
 
     def synchronize(self) -> None:
         """Waits until this rank's device has completed all queued work."""
@@ -74,8 +127,17 @@ class World:
 
 
 def device_type() -> str:
-    """Returns "cuda" if a CUDA device is visible, otherwise "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Returns "cuda" if a CUDA device is visible, otherwise "cpu".
+
+    Raises:
+        EnvironmentMismatchError: if the machine has a GPU that torch cannot use.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    obstacle = unusable_gpu()
+    if obstacle is not None:
+        raise EnvironmentMismatchError(obstacle)
+    return "cpu"
 
 
 def num_ranks_from_launcher() -> int:
@@ -103,35 +165,69 @@ def start_world(config: ParallelismConfig) -> World:
     """Joins the process group of torchrun's environment, or creates one of a single rank."""
     num_ranks, rank = num_ranks_from_launcher(), int(os.environ.get("RANK", "0"))
     shape = mesh_shape(config, num_ranks)
-    device = torch.device(device_type())
+    device = own_gpu() if device_type() == "cuda" else torch.device("cpu")
     use_full_precision(device.type)
+    raise_file_limit(num_ranks, device.type)
     if device.type == "cuda":
-        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local_rank >= num_devices:
-            raise EnvironmentMismatchError(
-                f"local rank {local_rank} has no GPU: {num_devices} are visible on this machine; "
-                f"set NGPU to {num_devices} at most"
-            )
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     limit_other_threads()  # before the groups start theirs
+    timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
-        # Checkpoints use gloo; the training step uses NCCL.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if "WORLD_SIZE" not in os.environ else None
         dist.init_process_group(
-            backend,
-            store=store,
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_build_store(device.type, rank, num_ranks, timeout),
             rank=rank,
             world_size=num_ranks,
-            timeout=_TIMEOUT,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    long_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    return World(
-        rank=rank, size=num_ranks, device=device, mesh=mesh, long_timeout_group=long_timeout_group
-    )
+    for dimension in mesh.mesh_dim_names or ():
+        # Groups that are split off get torch's default instead: 10 minutes with NCCL.
+        _set_pg_timeout(timeout, mesh.get_group(dimension))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    is_node_main = os.environ.get("LOCAL_RANK", "0") == "0"
+    return World(rank, num_ranks, device, mesh, host_group, timeout, is_node_main)
+
+
+def _build_store(device: str, rank: int, num_ranks: int, timeout: timedelta) -> dist.Store:
+    """Returns the store of torchrun's environment, or of this process alone."""
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore()
+    store: dist.Store
+    store, _, _ = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
+    store = dist.PrefixStore("switchtitan", store)
+    check_devices_alike(store, device, num_ranks, timeout)
+    return store
+
+
+def check_devices_alike(store: dist.Store, device: str, num_ranks: int, timeout: timedelta) -> None:
+    """Checks that all ranks have a GPU, or none; ranks that differ would wait for each other.
+
+    Args:
+        device: this rank's, "cpu" or "cuda".
+
+    Raises:
+        EnvironmentMismatchError: on every rank, if some ranks have no GPU.
+    """
+    num_gpus = store.add("gpus", device == "cuda")
+    if store.add("ranks", 1) == num_ranks:
+        store.set("num_gpus", str(num_gpus))
+    store.wait(["num_gpus"], timeout)
+    num_gpus = int(store.get("num_gpus"))
+    if num_gpus not in (0, num_ranks):
+        raise EnvironmentMismatchError(
+            f"{num_gpus} of {num_ranks} ranks have a GPU; start them on machines with GPUs only, "
+            "or set CUDA_VISIBLE_DEVICES= on all of them to train on CPUs"
+        )
+
+
+def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
+    """Returns what other ranks raise for `error`."""
+    where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
+    if isinstance(error, UserError):
+        return type(error), f"{where}{error}"
+    return RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -97,9 +97,11 @@ def check_precision(training: TrainingConfig, device: str) -> list[str]:
 
 
 def check_compiler(compile: CompileConfig, device: str) -> list[str]:
-    """torch.compile generates C++ on a CPU, which needs a working compiler."""
+    """torch.compile generates C++ on a CPU and C on a GPU, which need a working compiler."""
     chosen = [key for key, is_on in compile if is_on]
-    missing = missing_toolchain() if chosen and device == "cpu" else None
+    if not chosen:
+        return []
+    missing = missing_toolchain() if device == "cpu" else missing_gpu_toolchain()
     if missing is None:
         return []
     options = " ".join(f"--compile.{key} false" for key in chosen)
@@ -217,7 +219,7 @@ def missing_toolchain() -> str | None:
     # Inductor calls this compiler.
     if not shutil.which(os.environ.get("CXX", "g++")):
         return "on a CPU it needs a C++ compiler; install g++"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    if not _has_python_header():
         return "on a CPU it needs Python's header files; install python3-dev"
     folder = Path(torch.__file__).parent
     # Inductor does not quote paths on the linker's command line.
@@ -227,3 +229,18 @@ def missing_toolchain() -> str | None:
             "use another environment"
         )
     return None
+
+
+def missing_gpu_toolchain() -> str | None:
+    """Return what is missing to build Triton's launchers, and what to install; None if nothing."""
+    # As in triton/runtime/build.py.
+    given = os.environ.get("CC")
+    if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
+        return "on a GPU it needs a C compiler; install gcc"
+    if not _has_python_header():
+        return "on a GPU it needs Python's header files; install python3-dev"
+    return None
+
+
+def _has_python_header() -> bool:
+    return Path(sysconfig.get_path("include"), "Python.h").exists()

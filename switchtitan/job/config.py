@@ -71,7 +71,9 @@ def parse_arguments(
     """
     arguments = split_arguments(argv)
     file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
-    if checks is None:
+    if arguments.wants_help:
+        checks = ()
+    elif checks is None:
         checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
     config = load_config(arguments, file, JobConfig, checks, overrides_heading)
     if arguments.wants_help:

@@ -1,7 +1,6 @@
 """The run's folder, and its description in the log, the results and the checkpoints."""
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import switchtitan
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World, device_name
-from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
@@ -135,7 +133,7 @@ def run_facts(
         "num_ranks": world.size,
         "num_threads": torch.get_num_threads(),
         "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
-        "commit": commit(),
+        "commit": commit() if world.is_main else None,
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "num_parameters": count_parameters(model),
     }
@@ -153,20 +151,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 CONFIG_FILE = "config.toml"
 """File in the output folder with the configuration that the run started with."""
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """Checks that the folder can be created and written. Does not create it.
-
-    Raises:
-        ConfigError: if it cannot.
-    """
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(
-            f"[job] output_dir = {str(output_dir)!r}: expected a writable folder, but {nearest} is "
-            f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
-        )
 
 
 def start_output(config: JobConfig, resolved: str, world: World, state: TrainState) -> None:

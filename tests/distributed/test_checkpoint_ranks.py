@@ -60,6 +60,8 @@ def make_checkpointer(folder: str, rank: int, **config: object) -> Checkpointer:
         identity={"model": "tiny"},
         metadata={},
         is_main=rank == 0,
+        group=dist.new_group(backend="gloo"),
+        background_group=dist.new_group(backend="gloo"),
     )
 
 

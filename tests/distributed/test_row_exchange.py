@@ -155,7 +155,7 @@ def check_initial_values(folder: Path, overrides: list[str]) -> Trainer:
 
 def check_evaluation(trainer: Trainer, alone: nn.Module, config: JobConfig) -> None:
     """The ten held-out sequences count once each, though four ranks read two batches of two."""
-    corpus = open_corpus(config.data, is_main=True, broadcast=lambda value: value)
+    corpus = open_corpus(config.data)
     held_out = [corpus.split("validation", config.data.seq_len)[index] for index in range(10)]
     tokens = torch.stack([sequence.tokens for sequence in held_out])
     documents = torch.stack([sequence.document_ids for sequence in held_out])

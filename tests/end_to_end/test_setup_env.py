@@ -169,6 +169,7 @@ def test_an_old_python_in_the_active_environment_is_refused(machine, tmp_path):
         ({"NGPU": "two"}, "NGPU=two: expected an integer >= 1"),
         ({"NGPU": "0"}, "NGPU=0: expected an integer >= 1"),
         ({"NNODES": "2"}, "NNODES=2: needs RDZV_ENDPOINT=HOST:PORT"),
+        ({"NODE_RANK": "first"}, "NODE_RANK=first: expected an integer >= 0"),
     ],
 )
 def test_run_train_refuses_a_bad_environment(machine, environment, expected):
@@ -185,7 +186,17 @@ def test_run_train_refuses_a_bad_environment(machine, environment, expected):
         ({"NGPU": "2"}, "-m switchtitan launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
         (
             {"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"},
-            "--node_rank 1 ",
+            "--rdzv_backend static --node_rank 1 --rdzv_endpoint host:29500 ",
+        ),
+        (
+            {
+                "NGPU": "1",
+                "NNODES": "2",
+                "RDZV_ENDPOINT": "host:29500",
+                "RDZV_CONF": "is_host=1,join_timeout=9",
+            },
+            "--rdzv_backend c10d --rdzv_endpoint host:29500 --rdzv_id switchtitan "
+            "--rdzv_conf is_host=1,join_timeout=9 train",
         ),
     ],
 )

@@ -41,11 +41,11 @@ def test_a_checksum_is_that_of_all_bytes(tmp_path):
 
 
 def test_a_lock_is_held_once(tmp_path):
-    with try_lock(tmp_path / "a" / "lock") as first:
+    with try_lock(tmp_path / "a" / "lock", key="output_dir") as first:
         assert first is not None
-        with try_lock(tmp_path / "a" / "lock") as second:
+        with try_lock(tmp_path / "a" / "lock", key="output_dir") as second:
             assert second is None
-    with try_lock(tmp_path / "a" / "lock") as third:
+    with try_lock(tmp_path / "a" / "lock", key="output_dir") as third:
         assert third is not None
 
 
@@ -53,11 +53,11 @@ def test_a_lock_is_waited_for(tmp_path):
     waits, order = threading.Event(), []
 
     def wait_for_it():
-        with lock(tmp_path / "lock", waits.set):
+        with lock(tmp_path / "lock", waits.set, key="output_dir"):
             order.append("second")
 
     other = threading.Thread(target=wait_for_it)
-    with lock(tmp_path / "lock", lambda: pytest.fail("nobody else holds it")):
+    with lock(tmp_path / "lock", lambda: pytest.fail("nobody else holds it"), key="output_dir"):
         other.start()
         assert waits.wait(10)
         order.append("first")
@@ -73,14 +73,15 @@ def test_a_file_system_without_locks_is_a_clear_error(tmp_path, monkeypatch, num
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with (
         pytest.raises(
-            EnvironmentMismatchError, match=r"lock: the file system has no file locks .*local disk"
+            EnvironmentMismatchError,
+            match=r"^output_dir: .*lock has no file locks .*set output_dir to",
         ),
-        try_lock(tmp_path / "lock"),
+        try_lock(tmp_path / "lock", key="output_dir"),
     ):
         pass
     with (
         pytest.raises(EnvironmentMismatchError, match=os.strerror(number)),
-        lock(tmp_path / "lock", lambda: None),
+        lock(tmp_path / "lock", lambda: None, key="output_dir"),
     ):
         pass
 

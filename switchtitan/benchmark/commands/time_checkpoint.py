@@ -94,7 +94,16 @@ def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: i
 
 def _checkpointer(stepper: Stepper, folder: Path, async_save: bool) -> Checkpointer:
     config = CheckpointConfig(async_save=async_save, keep_latest=1, resume=RESUME_NEVER)
-    return Checkpointer(folder, config, identity={}, metadata={}, is_main=stepper.world.is_main)
+    world = stepper.world
+    return Checkpointer(
+        folder,
+        config,
+        identity={},
+        metadata={},
+        is_main=world.is_main,
+        group=world.host_group,
+        background_group=world.new_host_group(),
+    )
 
 
 def _seconds(function: Callable[[], object]) -> float:

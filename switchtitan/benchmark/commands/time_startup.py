@@ -50,7 +50,7 @@ def seconds_by_part(arguments: list[str], compile_cache: Path) -> dict[str, floa
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     (config,) = load_sides([options.config], overrides, num_ranks=1).values()
     # Prepared here, so that the measured start does not include it.
-    open_corpus(config.data, is_main=True)
+    open_corpus(config.data)
     side = read_side(options.config)
     words = [
         word

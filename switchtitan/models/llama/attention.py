@@ -149,6 +149,11 @@ def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.d
             f"requires bfloat16 or float16, got {compute_dtype}; "
             'compute in bfloat16, or set attention = "sdpa"'
         )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return (
+            f"requires an Ampere GPU or a newer one, got {torch.cuda.get_device_name()}; "
+            'set attention = "sdpa"'
+        )
     if head_dim > 256:
         return (
             f"requires heads of at most 256 features, got {head_dim}; "

@@ -41,6 +41,8 @@ def make_checkpointer(folder: Path) -> MakeCheckpointer:
             identity={"model": {"size": "9m"}, "corpus": "abc"},
             metadata={"corpus": "a stand-in"},
             is_main=True,
+            group=None,
+            background_group=None,
             comparable_identity=comparable_identity,
         )
 

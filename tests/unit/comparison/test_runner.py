@@ -19,7 +19,7 @@ def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):
         RunFailedError, match=r"(?s)status 2 .*output.txt .*nowhere.toml: no such file"
     ):
         Runner(1).run_all([run], lambda run: False, lambda run: None)
-    with try_lock(run.folder / "lock") as lock:
+    with try_lock(run.folder / "lock", key="output_dir") as lock:
         assert lock is not None, "the failed run's process must have released the lock"
 
 
@@ -28,7 +28,7 @@ def test_the_runner_waits_for_a_run_that_another_process_trains(tmp_path):
     is_held = threading.Event()
 
     def train_elsewhere() -> None:
-        with try_lock(run.folder / "lock"):
+        with try_lock(run.folder / "lock", key="output_dir"):
             is_held.set()
             time.sleep(1.2)
             results.touch()

@@ -172,39 +172,6 @@ def test_any_answer_means_that_the_hub_can_be_reached(monkeypatch: pytest.Monkey
     assert hub_error() is not None
 
 
-def test_other_ranks_open_the_main_ranks_corpus(jsonl_config: DataConfig) -> None:
-    handed: list[dict[str, str]] = []
-
-    def send(outcome: dict[str, str]) -> dict[str, str]:
-        handed.append(outcome)
-        return outcome
-
-    main = open_corpus(jsonl_config, broadcast=send)
-    other = open_corpus(jsonl_config, is_main=False, broadcast=lambda _: handed[0])
-    assert other == main
-
-
-def test_other_ranks_fail_with_the_main_ranks_error(tmp_path: Path) -> None:
-    handed: list[dict[str, str]] = []
-
-    def send(outcome: dict[str, str]) -> dict[str, str]:
-        handed.append(outcome)
-        return outcome
-
-    config = DataConfig(dataset="text", path=tmp_path / "missing", cache_dir=tmp_path)
-    with pytest.raises(CorpusError, match="no such file or folder") as main:
-        open_corpus(config, broadcast=send)
-    with pytest.raises(CorpusError) as other:
-        open_corpus(config, is_main=False, broadcast=lambda _: handed[0])
-    assert str(other.value) == str(main.value)
-
-
-def test_a_rank_with_another_corpus_stops(jsonl_config: DataConfig, corpus: Corpus) -> None:
-    outcome = {"fallback_for": "", "fingerprint": "another"}
-    with pytest.raises(CorpusError, match=f"{corpus.fingerprint}, the main rank's another"):
-        open_corpus(jsonl_config, is_main=False, broadcast=lambda _: outcome)
-
-
 def test_a_folder_that_cannot_be_written_is_named(jsonl_config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     config = jsonl_config.model_copy(update={"cache_dir": tmp_path / "file" / "corpora"})

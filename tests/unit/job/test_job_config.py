@@ -12,9 +12,15 @@ from pydantic import Field
 from switchtitan.config.shipped import QUICKSTART
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.contracts import MethodConfig, ModelConfig
-from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.errors import ConfigError
-from switchtitan.job.checks import check_frozen_weights, check_precision, missing_toolchain
+from switchtitan.job.checks import (
+    check_compiler,
+    check_frozen_weights,
+    check_precision,
+    missing_gpu_toolchain,
+    missing_toolchain,
+)
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
@@ -262,6 +268,24 @@ def test_compilation_on_a_cpu_that_cannot_build_is_refused(
     missing = missing_toolchain()
     assert missing is not None
     assert missing.endswith(expected)
+
+
+def test_compilation_on_a_gpu_needs_a_c_compiler_and_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CC", sys.executable)
+    assert "install python3-dev" in (missing_gpu_toolchain() or "")
+    (tmp_path / "Python.h").touch()
+    assert missing_gpu_toolchain() is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    compiled, eager = CompileConfig(loss=True), CompileConfig()
+    (problem,) = check_compiler(compiled, "cuda")
+    assert problem == (
+        "[compile] loss = true: on a GPU it needs a C compiler; install gcc, or pass "
+        "--compile.loss false"
+    )
+    assert check_compiler(eager, "cuda") == []
 
 
 def test_help_shows_every_key_in_80_columns(

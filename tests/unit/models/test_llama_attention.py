@@ -116,6 +116,23 @@ def test_flash_attention_refuses_fp32_and_wide_heads(monkeypatch: pytest.MonkeyP
         check_attention("flash_attn", 288, "cuda", torch.bfloat16)
 
 
+@pytest.mark.parametrize(("capability", "is_refused"), [((7, 5), True), ((8, 0), False)])
+def test_flash_attention_refuses_gpus_before_ampere(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], is_refused: bool
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    if is_refused:
+        with pytest.raises(
+            EnvironmentMismatchError, match="Ampere GPU or a newer one, got Tesla T4"
+        ):
+            check_attention("flash_attn", 64, "cuda", torch.bfloat16)
+    else:
+        check_attention("flash_attn", 64, "cuda", torch.bfloat16)
+
+
 def test_flex_refuses_heads_too_small_for_its_kernels() -> None:
     with pytest.raises(EnvironmentMismatchError, match="at least 16 features"):
         check_attention("flex", 8, "cuda", torch.bfloat16)

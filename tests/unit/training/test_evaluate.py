@@ -38,9 +38,7 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
             if name.startswith("model.")
         }
     )
-    sequences = open_corpus(config.data, is_main=True, broadcast=lambda value: value).split(
-        "validation", 16
-    )
+    sequences = open_corpus(config.data).split("validation", 16)
     losses = []
     for index in range(10):
         tokens, documents = sequences[index].tokens, sequences[index].document_ids

@@ -1,0 +1,66 @@
+"""Checks, before any rank starts, that this machine can join the rendezvous of several machines."""
+
+import errno
+import re
+import socket
+
+from switchtitan.errors import EnvironmentMismatchError
+
+_EXPECTED = "expected HOST:PORT, the same on every machine, with HOST one of them"
+
+
+def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> None:
+    """Checks the address of the rendezvous and this machine's index.
+
+    Args:
+        endpoint: HOST:PORT; the port of a single machine may be 0.
+        num_nodes: number of machines.
+        node_rank: index of this machine; None if the rendezvous assigns it.
+
+    Raises:
+        EnvironmentMismatchError: if the rendezvous cannot work.
+    """
+    if node_rank is not None and not 0 <= node_rank < num_nodes:
+        raise EnvironmentMismatchError(
+            f"NODE_RANK={node_rank}: expected an index below NNODES={num_nodes}; machines are "
+            "counted from 0"
+        )
+    if num_nodes == 1:
+        return
+    host, port = split_endpoint(endpoint)
+    try:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise EnvironmentMismatchError(
+            f"RDZV_ENDPOINT={endpoint}: the host name {host} cannot be resolved on this machine "
+            f"({error.strerror or error}); use a name that all machines know, or an IP address"
+        ) from error
+    if node_rank == 0 and not _is_free(port):
+        raise EnvironmentMismatchError(
+            f"RDZV_ENDPOINT={endpoint}: port {port} of this machine, which NODE_RANK=0 makes the "
+            "host, is in use; choose another"
+        )
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Returns host and port of HOST:PORT; an IPv6 address is in brackets.
+
+    Raises:
+        EnvironmentMismatchError: if it has another form.
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]/]+)):([0-9]{1,5})", endpoint)
+    port = int(match[3]) if match else 0
+    if match is None or not 0 < port < 1 << 16:
+        raise EnvironmentMismatchError(f"RDZV_ENDPOINT={endpoint}: {_EXPECTED}")
+    return match[1] or match[2], port
+
+
+def _is_free(port: int) -> bool:
+    """Whether this machine can listen on `port`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True

@@ -1,0 +1,58 @@
+"""Many ranks fit the usual limits of open files, or are refused before they connect."""
+
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from switchtitan.distributed.limits import num_open_files, raise_file_limit
+from switchtitan.errors import EnvironmentMismatchError
+
+
+def test_512_gpus_need_less_than_the_usual_hard_limit() -> None:
+    assert num_open_files(512, "cuda") < 4096
+    assert num_open_files(512, "cpu") < 4096
+
+
+def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, values: limits.append(values))
+    raise_file_limit(512, "cuda")
+    assert limits == [(4096, 4096)]
+
+
+def test_a_hard_limit_that_is_too_low_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 1024))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, values: None)
+    raise_file_limit(300, "cpu")
+    with pytest.raises(EnvironmentMismatchError, match=r"400 ranks need \d+ open files .* is 1024"):
+        raise_file_limit(400, "cpu")
+
+
+def test_512_fake_ranks_build_and_step_with_1024_open_files(tmp_path: Path) -> None:
+    script = """
+        import resource, sys
+        from pathlib import Path
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+        from support.tiny import tiny_config
+        from switchtitan.benchmark.steppers import fake_stepper
+        batch = ["--training.global_batch_size", "512", "--training.local_batch_size", "1"]
+        config = tiny_config(Path(sys.argv[1]), "switchlora", *batch, num_ranks=512)
+        with fake_stepper(config, 512) as stepper:
+            stepper.step()
+        print("stepped")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout == "stepped\n", done.stderr
