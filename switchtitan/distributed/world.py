@@ -44,6 +44,8 @@ class World:
     """A collective fails if a rank has not joined it after this time."""
     is_node_main: bool = True
     """Whether this is the first rank of its machine."""
+    num_local_ranks: int = 1
+    """Number of ranks on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -186,8 +188,16 @@ def start_world(config: ParallelismConfig) -> World:
         # Groups that are split off get torch's default instead: 10 minutes with NCCL.
         _set_pg_timeout(timeout, mesh.get_group(dimension))
     host_group = dist.new_group(backend="gloo", timeout=timeout)
-    is_node_main = os.environ.get("LOCAL_RANK", "0") == "0"
-    return World(rank, num_ranks, device, mesh, host_group, timeout, is_node_main)
+    return World(
+        rank,
+        num_ranks,
+        device,
+        mesh,
+        host_group,
+        timeout,
+        is_node_main=os.environ.get("LOCAL_RANK", "0") == "0",
+        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)),
+    )
 
 
 def _build_store(device: str, rank: int, num_ranks: int, timeout: timedelta) -> dist.Store:

@@ -88,6 +88,14 @@ def describe_run(
         replicate,
         shard,
     )
+    num_nodes = world.size // world.num_local_ranks
+    if crosses_nodes_needlessly(model, shard, world.num_local_ranks):
+        logger.info(
+            "shards span %d machines: with [parallelism] replicate = %d, each machine has a "
+            "replica, and only gradients cross the network",
+            num_nodes,
+            num_nodes,
+        )
     if checkpoint is None:
         logger.info("starting a new run in %s", config.job.output_dir)
     else:
@@ -96,6 +104,15 @@ def describe_run(
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
     if config.compile.blocks or config.compile.loss or config.compile.optimizer:
         logger.info("compiling: the first steps take a minute or more; later runs use the cache")
+
+
+def crosses_nodes_needlessly(model: nn.Module, shard: int, num_local_ranks: int) -> bool:
+    """Whether a replica is spread over more ranks than one machine's, which have room for it.
+
+    The bound is for GPUs of 40 GB or more: half of one for weights, gradients and moments in fp32.
+    """
+    num_values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    return shard > num_local_ranks and 16 * num_values / num_local_ranks < 20e9
 
 
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:

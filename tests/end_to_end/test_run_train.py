@@ -2,10 +2,8 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,23 +26,6 @@ def destroy_leftover_world() -> Iterator[None]:
     """Destroys the process group of a run in this process that ended with an error."""
     yield
     stop_world()
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Returns variables that make the scripts use this interpreter as a complete environment."""
-    folder = tmp_path_factory.mktemp("environment")
-    (folder / "bin").mkdir()
-    python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    with (REPOSITORY / "pyproject.toml").open("rb") as project:
-        checksum = subprocess.run(
-            ["cksum"], stdin=project, capture_output=True, text=True, check=True
-        ).stdout
-    (folder / ".switchtitan-installed-plain").write_text(f"{checksum.strip()} {REPOSITORY}\n")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return {**inherited, "VIRTUAL_ENV": str(folder), "OMP_NUM_THREADS": "1", "NGPU": "1"}
 
 
 def run_train(

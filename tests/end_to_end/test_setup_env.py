@@ -215,7 +215,14 @@ def test_the_given_python_creates_the_environment(machine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"]
+    "script",
+    [
+        "run_train.sh",
+        "scripts/setup_env.sh",
+        "scripts/slurm/train.sbatch",
+        "scripts/test.sh",
+        ".ci/run",
+    ],
 )
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", script], cwd=REPOSITORY, check=True)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint import check_same_run
@@ -14,7 +15,12 @@ from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
-from switchtitan.training.description import changed_keys, comparable_identity, run_identity
+from switchtitan.training.description import (
+    changed_keys,
+    comparable_identity,
+    crosses_nodes_needlessly,
+    run_identity,
+)
 
 NEW_KEYS = ("candidates", "reset_moments")
 
@@ -203,3 +209,20 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
         tiny_trainer(folder, "lora", "--training.steps", "20", "--optimizer.lr", "0.09").train()
     assert "changed since that checkpoint: optimizer.lr: 0.01 -> 0.09" in caplog.text
     assert not list((folder / "run").glob("config-from-step-*"))
+
+
+@pytest.mark.parametrize(
+    ("billions", "shard", "num_local_ranks", "expected"),
+    [
+        (1, 16, 8, True),
+        (1, 8, 8, False),  # a replica per machine
+        (7, 16, 8, True),
+        (13, 16, 8, False),  # needs both machines
+        (7, 16, 4, False),
+    ],
+)
+def test_a_model_that_fits_on_one_machine_should_not_cross_the_network(
+    billions: int, shard: int, num_local_ranks: int, expected: bool
+):
+    model = torch.nn.Linear(billions * 1000, 1_000_000, bias=False, device="meta")
+    assert crosses_nodes_needlessly(model, shard, num_local_ranks) == expected

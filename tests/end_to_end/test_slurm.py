@@ -1,0 +1,113 @@
+"""`scripts/slurm/train.sbatch` with stand-ins for Slurm's commands."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.end_to_end
+
+REPOSITORY = Path(__file__).parents[2]
+STAND_INS = {
+    # Runs the command once per node, at the same time; fails if one of them fails.
+    "srun": """\
+#!/usr/bin/env bash
+echo "$*" > srun-options
+while [[ "$1" == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & nodes[node]=$!; done
+status=0
+for node in 0 1; do wait "${nodes[node]}" || status=$?; done
+exit "$status"
+""",
+    "scontrol": """\
+#!/usr/bin/env bash
+echo "$*" >> scontrol-calls
+[ "$1" != show ] || printf 'node-a\\nnode-b\\n'
+""",
+}
+RUN_TRAIN = """\
+#!/usr/bin/env bash
+for argument in "$@"; do
+    echo "$NNODES $NODE_RANK $RDZV_ENDPOINT $RDZV_ID [$argument]" >> "node-$NODE_RANK"
+done
+[ -z "${LASTS_S:-}" ] || sleep "$LASTS_S"
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """Returns a repository's folder with the script; its other scripts are stand-ins."""
+    project = tmp_path / "the project"
+    (project / "scripts" / "slurm").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    files = {tmp_path / "bin" / name: text for name, text in STAND_INS.items()}
+    files[project / "run_train.sh"] = RUN_TRAIN
+    files[project / "scripts" / "setup_env.sh"] = "prepare_environment() { touch prepared; }\n"
+    for file, text in files.items():
+        file.write_text(text)
+        file.chmod(0o755)
+    shutil.copy(REPOSITORY / "scripts" / "slurm" / "train.sbatch", tmp_path / "spooled")
+    return project
+
+
+def submit(project: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {
+        "PATH": f"{project.parent / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(project),
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NAME": "switchtitan",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+    }
+    return subprocess.Popen(
+        ["bash", str(project.parent / "spooled"), *arguments],
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_each_node_runs_one_launcher_with_its_index(cluster: Path) -> None:
+    job = submit(cluster, "--config", "my file.toml")
+    assert job.communicate(timeout=60) == ("", None)
+    assert job.returncode == 0
+    assert (cluster / "prepared").exists()
+    for node in (0, 1):
+        expected = f"2 {node} node-a:24567 1234567"
+        lines = (cluster / f"node-{node}").read_text().splitlines()
+        assert lines == [f"{expected} [--config]", f"{expected} [my file.toml]"]
+    options = (cluster / "srun-options").read_text()
+    assert "--ntasks-per-node=1 --kill-on-bad-exit=1" in options
+    assert "--output=switchtitan-1234567-node-%n.log" in options
+
+
+def test_the_status_of_a_failed_run_is_the_jobs(cluster: Path) -> None:
+    job = submit(cluster, "--config", "job.toml", STATUS="2")
+    job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "requeue" not in (cluster / "scontrol-calls").read_text()
+
+
+def test_the_job_is_requeued_before_its_time_limit(cluster: Path) -> None:
+    job = submit(cluster, "--config", "job.toml", LASTS_S="3")
+    deadline = time.monotonic() + 30
+    while not (cluster / "node-1").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    assert output.startswith("the time limit is near: requeueing")
+    assert (cluster / "scontrol-calls").read_text().splitlines()[-1] == "requeue 1234567"
+    # Slurm ends the run; until then it trains.
+    assert job.returncode == 0
+
+
+def test_a_submission_from_another_folder_is_refused(cluster: Path) -> None:
+    job = submit(cluster, SLURM_SUBMIT_DIR=str(cluster.parent))
+    assert "call sbatch in the repository's folder" in job.communicate(timeout=60)[0]
+    assert job.returncode == 2
