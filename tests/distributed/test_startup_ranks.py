@@ -1,11 +1,13 @@
 """The start of a run on two "nodes" of two ranks: agreement on errors, corpora and folders."""
 
 import dataclasses
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from support.ranks import run_on_ranks
 from support.tiny_documents import make_documents, write_json_lines
@@ -13,6 +15,7 @@ from support.tiny_documents import make_documents, write_json_lines
 from switchtitan.checkpoint.agreement import run_together
 from switchtitan.data import DataConfig, open_corpus
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.limits import num_open_files
 from switchtitan.distributed.world import World, check_devices_alike, start_world
 from switchtitan.errors import ConfigError, CorpusError, EnvironmentMismatchError
 from switchtitan.training import output_folder
@@ -139,3 +142,20 @@ def check_mixed_devices(rank: int) -> None:
 
 def test_ranks_with_and_without_gpus_are_refused() -> None:
     run_on_ranks(2, check_mixed_devices)
+
+
+def count_files(rank: int, folder: str) -> None:
+    world = start_world(ParallelismConfig())
+    group = world.new_host_group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    count = len(os.listdir("/proc/self/fd"))
+    Path(folder, f"{world.size}-{rank}").write_text(str(count))
+    dist.barrier()
+
+
+def test_each_rank_costs_the_files_that_the_limit_counts(tmp_path: Path) -> None:
+    for num_ranks in (2, 4):
+        run_on_ranks(num_ranks, count_files, str(tmp_path))
+    few, many = (int((tmp_path / name).read_text()) for name in ("2-1", "4-1"))
+    assert many - few == num_open_files(4, "cpu") - num_open_files(2, "cpu")
+    assert few < num_open_files(2, "cpu")

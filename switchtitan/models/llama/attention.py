@@ -27,7 +27,7 @@ query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head
 """
 
 _HOW_TO_INSTALL_FLASH = (
-    "the package flash-attn is not installed; run `pip install 'switchtitan[flash]'`, "
+    "the package flash-attn is not installed; run `pip install flash-attn --no-build-isolation`, "
     'or set attention = "sdpa"'
 )
 
