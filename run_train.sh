@@ -44,6 +44,8 @@ require_count NNODES "$num_nodes"
 case "${NODE_RANK:-0}" in
     *[!0-9]*) fail "NODE_RANK=$NODE_RANK: expected an integer >= 0" ;;
 esac
+[ "${NODE_RANK:-0}" -lt "$num_nodes" ] ||
+    fail "NODE_RANK=$NODE_RANK: expected an index below NNODES=$num_nodes; machines are counted from 0"
 if [ -z "${PYTORCH_ALLOC_CONF+set}" ]; then
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
 fi
@@ -58,7 +60,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 # With c10d, torchrun ignores --node_rank and orders machines by name.
 rendezvous=(--rdzv_backend c10d)
-[ -z "${NODE_RANK:-}" ] || rendezvous=(--rdzv_backend static --node_rank "$NODE_RANK")
+[ "$num_nodes" = 1 ] || [ -z "${NODE_RANK:-}" ] ||
+    rendezvous=(--rdzv_backend static --node_rank "$NODE_RANK")
 exec "$PYTHON" -m switchtitan launch \
     --nnodes "$num_nodes" --nproc_per_node "$num_processes" \
     "${rendezvous[@]}" --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \

@@ -170,6 +170,7 @@ def test_an_old_python_in_the_active_environment_is_refused(machine, tmp_path):
         ({"NGPU": "0"}, "NGPU=0: expected an integer >= 1"),
         ({"NNODES": "2"}, "NNODES=2: needs RDZV_ENDPOINT=HOST:PORT"),
         ({"NODE_RANK": "first"}, "NODE_RANK=first: expected an integer >= 0"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1: expected an index below NNODES=1"),
     ],
 )
 def test_run_train_refuses_a_bad_environment(machine, environment, expected):
@@ -184,6 +185,10 @@ def test_run_train_refuses_a_bad_environment(machine, environment, expected):
     [
         ({"NGPU": "1"}, "-m switchtitan train --config my file.toml"),
         ({"NGPU": "2"}, "-m switchtitan launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
+        (
+            {"NGPU": "2", "NODE_RANK": "0"},
+            "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0",
+        ),
         (
             {"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"},
             "--rdzv_backend static --node_rank 1 --rdzv_endpoint host:29500 ",
