@@ -103,6 +103,13 @@ class Throughput:
             return self._tokens_per_s
         return self._steady_steps * self._tokens_per_step / self._steady_s
 
+    @property
+    def mean_mfu(self) -> float | None:
+        """MFU at `mean_tokens_per_s`; None if the device's peak FLOP/s is unknown."""
+        if self._peak is None:
+            return None
+        return self.mean_tokens_per_s * self._flops_per_token_and_device / self._peak
+
 
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak memory since the process started, in GiB.

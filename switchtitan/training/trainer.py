@@ -220,6 +220,7 @@ class Trainer:
             "loss/validation": state.last_validation_loss,
             "loss/test": test_loss,
             "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
+            "throughput/mfu": self.throughput.mean_mfu,
             "throughput/wall_time_s": self.throughput.wall_time_s,
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,

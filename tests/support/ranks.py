@@ -1,6 +1,7 @@
-"""Runs a test's function on several gloo ranks, one process each."""
+"""Runs a test's function on several ranks, one process each: over gloo, or over NCCL on GPUs."""
 
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from switchtitan.distributed.world import stop_world
 
 # Ranks are forked from a process that has imported these: imports take longer than most tests.
 _PRELOADED = [
@@ -26,7 +29,7 @@ _PRELOADED = [
 def run_on_ranks(
     num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 600
 ) -> None:
-    """Calls `function(rank, *args)` in `num_ranks` new processes; fails if any of them fails.
+    """Calls `function(rank, *args)` on `num_ranks` gloo ranks; fails if any of them fails.
 
     Args:
         function: importable from its module; exceptions in it carry the rank's traceback.
@@ -34,12 +37,35 @@ def run_on_ranks(
     Raises:
         AssertionError: if a rank raised, died, or did not finish in time.
     """
+    _run_all(_run_rank, num_ranks, function, args, timeout_s)
+
+
+def run_on_gpus(
+    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 900
+) -> None:
+    """Like `run_on_ranks`, with a GPU for each rank; `function` starts the world."""
+    _run_all(_run_gpu_rank, num_ranks, function, args, timeout_s)
+
+
+def num_gpus() -> int:
+    """Returns the number of visible GPUs."""
+    return torch.cuda.device_count()
+
+
+def _run_all(
+    run_rank: Callable[..., None],
+    num_ranks: int,
+    function: Callable[..., None],
+    args: tuple,
+    timeout_s: float,
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
+        environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
         ranks = [
             context.Process(
-                target=_run_rank, args=(rank, num_ranks, folder, dict(os.environ), function, args)
+                target=run_rank, args=(rank, num_ranks, folder, environ, function, args)
             )
             for rank in range(num_ranks)
         ]
@@ -69,6 +95,12 @@ def _join(ranks: list, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
 def _run_rank(
     rank: int,
     num_ranks: int,
@@ -77,6 +109,28 @@ def _run_rank(
     function: Callable[..., None],
     args: tuple,
 ) -> None:
+    # Ranks with gloo must not use GPUs.
+    _prepare_rank(rank, num_ranks, environ | {"CUDA_VISIBLE_DEVICES": ""})
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    _call(rank, folder, function, args)
+    dist.destroy_process_group()
+
+
+def _run_gpu_rank(
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    environ: dict[str, str],
+    function: Callable[..., None],
+    args: tuple,
+) -> None:
+    _prepare_rank(rank, num_ranks, environ)
+    _call(rank, folder, function, args)
+    stop_world()
+
+
+def _prepare_rank(rank: int, num_ranks: int, environ: dict[str, str]) -> None:
     torch.set_num_threads(1)
     # Forked ranks would otherwise share numpy's random state.
     np.random.seed()
@@ -84,19 +138,18 @@ def _run_rank(
     os.environ.clear()
     os.environ.update(
         environ,
-        # Ranks with gloo must not use GPUs.
-        CUDA_VISIBLE_DEVICES="",
         OMP_NUM_THREADS="1",
         RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
         LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(num_ranks),
     )
-    store = dist.FileStore(f"{folder}/store", num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+
+
+def _call(rank: int, folder: str, function: Callable[..., None], args: tuple) -> None:
     try:
         function(rank, *args)
         dist.barrier()
     except BaseException:
         Path(folder, f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)
-    dist.destroy_process_group()

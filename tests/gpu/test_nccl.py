@@ -1,0 +1,141 @@
+"""Training on all visible GPUs over NCCL: the same as on one, and the same after a resume."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.ranks import num_gpus, run_on_gpus
+from support.tiny import METHOD_KEYS, full_tensors, tiny_trainer, train_steps
+
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.training.trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
+
+NUM_STEPS, SAVED_STEP = 20, 10
+# Sums over ranks, and products of smaller batches, have another order.
+RELATIVE_LOSS_TOLERANCE = 1e-4
+# fp32 sums of 500 folds: each rounds W by half a unit in the last place, 6e-8, at random.
+RELATIVE_FUNCTION_TOLERANCE = 2e-6
+NUM_SWITCHES = 500
+METHODS = [method for method in METHOD_KEYS if not method.endswith("_mini")]
+HSDP = ("--parallelism.replicate", "2")
+
+
+def batch() -> tuple[str, ...]:
+    """A global batch of the same size on one GPU and on all."""
+    size = str(4 * num_gpus())
+    return "--training.global_batch_size", size, "--training.local_batch_size", "1"
+
+
+def train(
+    rank: int, folder: Path, method: str, keys: tuple[str, ...], num_ranks: int, num_steps: int
+) -> None:
+    """Trains up to `num_steps`, resuming from the folder's newest checkpoint, and saves.
+
+    Writes the main rank's losses, and the full tensors, to `result-<num_ranks>.pt`.
+    """
+    trainer = tiny_trainer(folder, method, *batch(), *keys, num_ranks=num_ranks)
+    assert trainer.stepper.world.device == torch.device("cuda", rank)
+    losses = train_steps(trainer, num_steps - trainer.stepper.state.step)
+    tensors = {name: tensor.cpu() for name, tensor in full_tensors(trainer).items()}
+    trainer.save()
+    trainer.checkpointer.finish()
+    trainer.stepper.close()
+    if rank == 0:
+        torch.save((losses, tensors), folder / f"result-{num_ranks}-{num_steps}.pt")
+
+
+def result(folder: Path, num_ranks: int, num_steps: int) -> tuple[list[float], dict]:
+    return torch.load(folder / f"result-{num_ranks}-{num_steps}.pt")
+
+
+def assert_same_losses(losses: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(
+        torch.tensor(losses), torch.tensor(expected), rtol=RELATIVE_LOSS_TOLERANCE, atol=0
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_gpus_train_as_one_does(corpora: Path, method: str) -> None:
+    sharded, single = corpora / f"nccl {method}", corpora / f"nccl {method} on one"
+    run_on_gpus(num_gpus(), train, sharded, method, (), num_gpus(), NUM_STEPS)
+    run_on_gpus(1, train, single, method, (), 1, NUM_STEPS)
+    losses, _ = result(sharded, num_gpus(), NUM_STEPS)
+    assert_same_losses(losses, result(single, 1, NUM_STEPS)[0])
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["full_rank", "switchlora", "galore"])
+def test_replicas_train_as_one_gpu_does(corpora: Path, method: str) -> None:
+    if num_gpus() % 2:
+        pytest.skip(f"two replicas need an even number of GPUs, {num_gpus()} are visible")
+    replicated, single = corpora / f"replicas {method}", corpora / f"replicas {method} on one"
+    run_on_gpus(num_gpus(), train, replicated, method, HSDP, num_gpus(), NUM_STEPS)
+    run_on_gpus(1, train, single, method, (), 1, NUM_STEPS)
+    assert_same_losses(
+        result(replicated, num_gpus(), NUM_STEPS)[0], result(single, 1, NUM_STEPS)[0]
+    )
+
+
+@pytest.mark.parametrize("method", ["full_rank", "switchlora", "relora", "galore"])
+def test_a_run_resumes_on_all_gpus_and_on_one(corpora: Path, method: str) -> None:
+    straight, saved, on_one = (
+        corpora / f"{name} {method}" for name in ("straight", "saved", "saved, on one")
+    )
+    run_on_gpus(num_gpus(), train, straight, method, (), num_gpus(), NUM_STEPS)
+    run_on_gpus(num_gpus(), train, saved, method, (), num_gpus(), SAVED_STEP)
+    shutil.copytree(saved, on_one)
+    run_on_gpus(num_gpus(), train, saved, method, (), num_gpus(), NUM_STEPS)
+    run_on_gpus(1, train, on_one, method, (), 1, NUM_STEPS)
+    expected = result(straight, num_gpus(), NUM_STEPS)[0][SAVED_STEP:]
+    assert len(expected) == NUM_STEPS - SAVED_STEP
+    assert_same_losses(result(saved, num_gpus(), NUM_STEPS)[0], expected)
+    assert_same_losses(result(on_one, 1, NUM_STEPS)[0], expected)
+
+
+def switch_only(rank: int, folder: Path, num_ranks: int) -> None:
+    """Switches many times without an update; the layers' functions must not change."""
+    keys = ("--training.steps", str(2 * NUM_SWITCHES))
+    trainer = tiny_trainer(folder, "switchlora", *keys, *batch(), num_ranks=num_ranks)
+    train_steps(trainer, 3)
+    optimizer = trainer.stepper.optimizer
+    assert isinstance(optimizer, SwitchLoraOptimizer)
+    before, vectors = merged_weights(trainer), full_tensors(trainer)
+    for _ in range(NUM_SWITCHES):
+        optimizer.switch()
+    optimizer.metrics()
+    after = merged_weights(trainer)
+    trainer.stepper.close()
+    changed = full_tensors(trainer)
+    for name, weight in before.items():
+        error = (after[name] - weight).norm() / weight.norm()
+        assert error < RELATIVE_FUNCTION_TOLERANCE, (name, float(error))
+        # All vectors were exchanged.
+        assert not torch.equal(changed[f"{name}.lora_a"], vectors[f"{name}.lora_a"]), name
+
+
+def merged_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """W + s B A of each layer in fp64, by the layer's name; collective."""
+    tensors = full_tensors(trainer)
+    scales = {
+        name: module.scale
+        for name, module in trainer.stepper.model.named_modules()
+        if f"{name}.lora_a" in tensors
+    }
+    return {
+        name: tensors[f"{name}.weight"].double()
+        + scale * tensors[f"{name}.lora_b"].double().t() @ tensors[f"{name}.lora_a"].double()
+        for name, scale in scales.items()
+    }
+
+
+@pytest.mark.parametrize("override", ["", "1"], ids=["default", "TF32 asked for"])
+def test_switches_keep_the_layers_function(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    if override:
+        # Containers of GPU vendors set this.
+        monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", override)
+    run_on_gpus(num_gpus(), switch_only, corpora / f"switches{override}", num_gpus())
