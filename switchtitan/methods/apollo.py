@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, local, shard_group
 from switchtitan.methods.projected import (
@@ -131,7 +132,7 @@ class ApolloRule:
             values = (
                 torch.randn(weight.basis.shape, generator=generator) / weight.basis.shape[1] ** 0.5
             )
-            copy_from_full_(weight.basis, values)
+            copy_from_full_(weight.basis, to_device(values, weight.basis.device))
         self._drawn = number
 
     def _factors_and_squares(self) -> list[tuple[Tensor, Tensor]]:

@@ -4,15 +4,17 @@ Fake tensors (`FakeTensorMode`) have shapes, dtypes and devices, but no values: 
 neither memory nor a GPU, and its operations can be observed. The process group is torch's fake one.
 A small library, built once with the C++ compiler, adds a CUDA device that does nothing.
 
-It shows mixed devices, copies and reads for which the host would wait, kernel launches, and
-collectives of CUDA branches. It does not show NCCL, Triton, cuBLAS, races between streams or speed.
+It shows mixed devices, copies and reads for which the host would wait, missing waits between
+streams, kernel launches, and collectives of CUDA branches. It does not show NCCL, Triton, cuBLAS or
+speed.
 
 torch looks up the device once per process, so every check runs in a new process; see
 `process.run_check`.
 
 - `fake_cuda.cpp`, `library`: the device; builds and loads it
-- `python_api`: functions that `torch.cuda` lacks in a CPU build
+- `python_api`, `timeline`: functions that `torch.cuda` lacks in a CPU build; what waits for what
 - `stepper`: a `Stepper` on fake CUDA tensors
-- `copies`, `kernels`: observe a step
-- `checks`: functions that tests run in a new process
+- `copies`, `reads`, `races`, `kernels`: observe a step
+- `cases`: every method, and every option that a step depends on
+- `checks`, `step_checks`, `plants`: functions that tests run in a new process
 """

@@ -1,19 +1,15 @@
 """Copies between host and device for which the host waits."""
 
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-import switchtitan
+from support.fake_cuda.lines import project_line
+from support.fake_cuda.operations import tensors_in
 from support.fake_cuda.python_api import pinned_memory
 from switchtitan.distributed.count_collectives import CountingMode
 
-_PROJECT = Path(switchtitan.__file__).parent
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
 # They read a tensor's shape, not its values.
 _ALLOCATIONS = ("aten::empty_like", "aten::new_empty", "aten::new_empty_strided")
@@ -37,16 +33,19 @@ class FindBlockingCopies(CountingMode):
         self.found: list[str] = []
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        if kwargs.get("pin_memory") or (
-            func.is_view and any(tensor in pinned_memory for tensor in inputs)
-        ):
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
+        if kwargs.get("pin_memory"):
             for tensor in outputs:
                 pinned_memory.add(tensor)
         if {tensor.device.type for tensor in inputs + outputs} == {"cpu", "cuda"} and not _passes(
             func, args, kwargs, inputs + outputs
         ):
-            self.found.append(f"{func} at {_line()}")
+            self.found.append(f"{func} at {project_line()}")
+
+
+def is_non_blocking(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy's arguments ask the host not to wait."""
+    return bool(kwargs.get("non_blocking")) or True in args[2:]
 
 
 def _passes(func: Any, args: tuple, kwargs: Mapping[str, Any], tensors: list[Tensor]) -> bool:
@@ -56,21 +55,5 @@ def _passes(func: Any, args: tuple, kwargs: Mapping[str, Any], tensors: list[Ten
         return True
     on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
     if name in _COPIES:
-        non_blocking = kwargs.get("non_blocking") or True in args[2:]
-        return bool(non_blocking) and all(tensor in pinned_memory for tensor in on_host)
+        return is_non_blocking(args, kwargs) and all(tensor in pinned_memory for tensor in on_host)
     return name not in _COPYING_NUMBERS and all(tensor.ndim == 0 for tensor in on_host)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _line() -> str:
-    """The innermost line of the project outside this context."""
-    frames = [
-        f"{Path(frame.filename).relative_to(_PROJECT)}:{frame.lineno}"
-        for frame in traceback.extract_stack()
-        if Path(frame.filename).is_relative_to(_PROJECT)
-        and not frame.filename.endswith("count_collectives.py")
-    ]
-    return frames[-1] if frames else "torch"

@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> Any:
+def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 800) -> Any:
     """Returns `check(*arguments)`, called in a new process; arguments and result are JSON.
 
     Args:

@@ -1,25 +1,29 @@
 """Functions of `torch.cuda` that training calls, for one device that does nothing."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from support.fake_cuda.timeline import Actor, Clock, host
+
 
 class PinnedMemory:
-    """The page-locked host tensors: fake tensors do not have this flag."""
+    """The page-locked host memory: fake tensors do not have this flag."""
 
     def __init__(self) -> None:
-        self._tensors: WeakSet[Tensor] = WeakSet()
+        self._storages: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        self._tensors.add(tensor)
+        storage = tensor.untyped_storage()
+        self._storages.add(storage._cdata)
+        weakref.finalize(storage, self._storages.discard, storage._cdata)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return any(tensor is pinned for pinned in self._tensors)
+        return tensor.untyped_storage()._cdata in self._storages
 
 
 pinned_memory = PinnedMemory()
@@ -31,43 +35,56 @@ class FakeEvent:
     """A `torch.cuda.Event`."""
 
     def __init__(self, *args: Any, **keys: Any) -> None:
-        pass
+        self._clock: Clock = {}
 
     def record(self, stream: "FakeStream | None" = None) -> None:
-        pass
+        self._clock = dict((stream or current_stream()).actor.clock)
 
     def wait(self, stream: "FakeStream | None" = None) -> None:
-        pass
+        (stream or current_stream()).actor.wait_for(self._clock)
 
     def query(self) -> bool:
+        # True: so the host knows that the event's work has ended.
+        host.wait_for(self._clock)
         return True
 
     def synchronize(self) -> None:
         host_waits.append("Event.synchronize")
+        host.wait_for(self._clock)
 
 
 class FakeStream:
     """A `torch.cuda.Stream`."""
 
     device = torch.device("cuda", 0)
+    _num_streams = 0
 
     def __init__(self, *args: Any, **keys: Any) -> None:
-        pass
+        self.actor = Actor(f"stream {FakeStream._num_streams}")
+        FakeStream._num_streams += 1
 
     def wait_stream(self, stream: "FakeStream") -> None:
-        pass
+        self.actor.wait_for(stream.actor.clock)
 
     def wait_event(self, event: FakeEvent) -> None:
-        pass
+        event.wait(self)
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        return event or FakeEvent()
+        event = event or FakeEvent()
+        event.record(self)
+        return event
 
     def synchronize(self) -> None:
         host_waits.append("Stream.synchronize")
+        host.wait_for(self.actor.clock)
 
 
 _current_streams = [FakeStream()]
+
+
+def current_stream(device: object = None) -> FakeStream:
+    """`torch.cuda.current_stream`; stream 0 is the default."""
+    return _current_streams[-1]
 
 
 @contextmanager
@@ -77,6 +94,18 @@ def _stream(stream: FakeStream) -> Iterator[None]:
         yield
     finally:
         _current_streams.pop()
+
+
+recorded_streams: dict[int, list[FakeStream]] = {}
+"""Address of a storage -> the streams that `record_stream` has named for it."""
+
+
+def _record_stream(tensor: Tensor, stream: FakeStream) -> None:
+    recorded_streams.setdefault(tensor.untyped_storage()._cdata, []).append(stream)
+
+
+def _synchronize(device: object = None) -> None:
+    host_waits.append("synchronize")
 
 
 def _pin_memory(tensor: Tensor, device: object = None) -> Tensor:
@@ -91,11 +120,11 @@ def install() -> None:
         "Stream": FakeStream,
         "Event": FakeEvent,
         "stream": _stream,
-        "current_stream": lambda device=None: _current_streams[-1],
+        "current_stream": current_stream,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "device_count": lambda: 1,
-        "synchronize": lambda device=None: host_waits.append("synchronize"),
+        "synchronize": _synchronize,
         "get_device_name": lambda device=None: "fake CUDA",
         "get_device_capability": lambda device=None: (9, 0),
         "_lazy_init": lambda: None,
@@ -103,4 +132,4 @@ def install() -> None:
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]

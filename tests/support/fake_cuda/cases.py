@@ -1,0 +1,126 @@
+"""Runs that take steps on fake CUDA: every method, and every option that a step depends on."""
+
+from pathlib import Path
+
+from support.tiny import METHOD_KEYS, tiny_config
+from switchtitan.job.config import JobConfig
+
+NUM_RANKS = 8
+# One sequence per rank and micro-batch.
+_BASE = ("--training.local_batch_size", "1")
+# A square, a wide and a tall weight: steps of all seven would take twice as long.
+_TARGETS = ("--method.targets", "q_proj", "v_proj", "up_proj")
+# One block is enough for options that do not copy activations.
+_SHALLOW, _TWO_BLOCKS, _DEEP = (("--model.num_layers", str(number)) for number in (1, 2, 3))
+
+_ON_HOST = ("--method.candidates_device", "host")
+_BF16 = ("--training.frozen_dtype", "bfloat16")
+_REPLICATED = ("--parallelism.frozen_weights", "replicate")
+_HSDP = ("--parallelism.replicate", "2")
+_ACCUMULATE = ("--training.global_batch_size", "16")
+_FULL = ("--activation_checkpoint.mode", "full")
+_OFFLOAD = (*_FULL, "--activation_checkpoint.offload", "true")
+# A reset every second step.
+_RESETS = ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1")
+_BASES = ("--method.update_interval", "2")
+
+CASES: dict[str, list[str]] = {
+    **{method: [method] for method in METHOD_KEYS},
+    **{f"{method}, HSDP": [method, *_HSDP] for method in METHOD_KEYS},
+    "constant candidates": ["switchlora", "--method.candidates", "constant"],
+    "bf16 candidates": ["switchlora", "--method.candidates_dtype", "bfloat16"],
+    "host candidates": ["switchlora", *_ON_HOST],
+    "bf16 host candidates, HSDP": [
+        "switchlora",
+        *_ON_HOST,
+        *_HSDP,
+        *("--method.candidates_dtype", "bfloat16"),
+    ],
+    "bf16 weights": ["switchlora", *_BF16],
+    "bf16 weights, replicated": ["switchlora", *_BF16, *_REPLICATED],
+    "replicated weights": ["switchlora", *_REPLICATED],
+    "lora, replicated weights": ["lora", *_REPLICATED],
+    "one shard per replica": ["switchlora", "--parallelism.replicate", "8"],
+    "no resharding": ["switchlora", "--parallelism.reshard_after_forward", "false"],
+    "bf16 compute": ["switchlora", "--training.dtype", "bfloat16"],
+    "reset both moments, dropout": [
+        "switchlora",
+        *("--method.reset_moments", "both"),
+        *("--method.dropout", "0.1"),
+        *("--optimizer.weight_decay", "0.1"),
+    ],
+    "reset momentum, other learning rate": [
+        "switchlora",
+        *("--method.reset_moments", "momentum"),
+        *("--method.init", "lora"),
+        *("--optimizer.other_lr", "1e-3"),
+    ],
+    "keep moments, freeze nothing": [
+        "switchlora",
+        *("--method.reset_moments", "none"),
+        *("--method.freeze_steps", "0"),
+    ],
+    "accumulation": ["switchlora", *_ACCUMULATE],
+    "accumulation, HSDP": ["switchlora", *_ACCUMULATE, *_HSDP],
+    "full recomputation": ["switchlora", *_FULL],
+    "selective recomputation": ["switchlora", "--activation_checkpoint.mode", "selective"],
+    "offload": ["switchlora", *_OFFLOAD, *_DEEP],
+    "offload and accumulation": ["full_rank", *_OFFLOAD, *_TWO_BLOCKS, *_ACCUMULATE],
+    "offload and host candidates": ["switchlora", *_OFFLOAD, *_TWO_BLOCKS, *_ON_HOST],
+    "factored": ["lora", "--method.contraction", "factored"],
+    "merged": ["lora", "--method.contraction", "merged"],
+    "dense gradient": ["lora", "--method.contraction", "dense_gradient"],
+    "resets": ["relora", *_RESETS],
+    "random resets": ["relora", *_RESETS, "--method.reset_moments", "random"],
+    "resets to zero": ["relora", *_RESETS, "--method.reset_moments", "zero"],
+    "resets of replicated weights": ["relora", *_RESETS, *_REPLICATED],
+    "resets, HSDP": ["relora", *_RESETS, *_HSDP],
+    "galore bases": ["galore", *_BASES],
+    "galore bases, HSDP": ["galore", *_BASES, *_HSDP],
+    "apollo bases": ["apollo", *_BASES],
+    "no clipping": ["full_rank", "--training.max_grad_norm", "none"],
+    "skip": ["full_rank", "--training.on_nonfinite", "skip"],
+    "sgd": ["full_rank", "--optimizer.name", "sgd"],
+    "sgd, low rank": ["lora", "--optimizer.name", "sgd"],
+    "adafactor": ["full_rank", "--optimizer.name", "adafactor"],
+    "muon": ["full_rank", "--optimizer.name", "muon"],
+}
+
+
+def num_ranks_of(settings: list[str]) -> int:
+    """Returns the number of ranks of a case: Muon trains on one."""
+    return 1 if "muon" in settings else NUM_RANKS
+
+
+DECOMPOSITIONS = {"_linalg_svd", "_linalg_eigh"}
+"""Operations that wait on the host for their result, and only renew bases."""
+
+EVERY_STEP = {
+    *("full_rank", "lora", "switchlora", "host candidates"),
+    *("resets", "galore bases", "apollo bases"),
+}
+"""Cases of which ten steps are observed. Steps of the others are all alike after the second."""
+
+COUNTED_ON_CPU = {
+    *METHOD_KEYS,
+    *(f"{method}, HSDP" for method in METHOD_KEYS),
+    "host candidates",
+    "replicated weights",
+    "accumulation",
+    "accumulation, HSDP",
+    "resets",
+    "galore bases",
+    "galore bases, HSDP",
+    "apollo bases",
+}
+"""Cases whose collectives are compared with those of the same run on a CPU."""
+
+
+def config_of(folder: Path, settings: list[str]) -> JobConfig:
+    """Returns the configuration of a case, on its number of ranks."""
+    method, *overrides = settings
+    if _SHALLOW[0] not in overrides:
+        overrides += _SHALLOW
+    if method != "full_rank":
+        overrides += _TARGETS
+    return tiny_config(folder, method, *_BASE, *overrides, num_ranks=num_ranks_of(settings))

@@ -1,0 +1,151 @@
+"""Finds accesses to memory that do not wait for each other, on the host and on streams."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from support.fake_cuda import python_api
+from support.fake_cuda.copies import is_non_blocking
+from support.fake_cuda.lines import project_line
+from support.fake_cuda.operations import tensors_in
+from support.fake_cuda.timeline import Actor, host
+from switchtitan.distributed.count_collectives import CountingMode
+
+_COPIES = ("aten::copy_", "aten::_to_copy")
+# Their results have no values yet, and they read none.
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+class _Accesses:
+    """The accesses to one storage that a later access must wait for.
+
+    Attributes:
+        owner: the stream whose later allocations may reuse the memory at once.
+        write: the last write: actor, number, operation.
+        reads: since then, by actor: number, operation.
+    """
+
+    def __init__(self, owner: Actor) -> None:
+        self.owner = owner
+        self.write: tuple[Actor, int, str] | None = None
+        self.reads: dict[Actor, tuple[int, str]] = {}
+
+    def all(self) -> list[tuple[Actor, int, str]]:
+        reads = [(actor, number, name) for actor, (number, name) in self.reads.items()]
+        return reads if self.write is None else [self.write, *reads]
+
+
+class FindRaces(CountingMode):
+    """A context that finds races: two accesses to a storage, at least one a write, without order.
+
+    A device operation runs in the current stream, after what the host did before; the host runs
+    on. So the host must wait for an event before it uses the result of a copy. Collectives are work
+    of the current stream. Released memory counts as written by the next allocation in its owner's
+    stream, to which torch's allocator may give it, unless `record_stream` has named the streams
+    that use it.
+
+    Attributes:
+        found: descriptions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._accesses: dict[int, _Accesses] = {}
+        self._released: dict[Actor, list[tuple[Actor, int, str]]] = {}
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        name = func.name().split(".")[0]
+        if func.is_view or name.startswith("prim::") or name == "aten::is_pinned":
+            return
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
+        stream = python_api.current_stream().actor
+        on_device = any(tensor.is_cuda for tensor in inputs + outputs)
+        for tensor in outputs:
+            self._know(tensor, stream)
+        if name.partition("::")[2] in _ALLOCATIONS:
+            return
+        actor = host
+        if on_device:
+            actor = stream
+            stream.wait_for(host.clock)
+        number = actor.advance()
+        host_number = number if actor is host else host.advance()
+        written = _written(func, args, kwargs, result)
+        for tensor in inputs:
+            if not any(tensor is other for other in written):
+                # A host scalar is a kernel's argument, which the host reads at the launch.
+                if on_device and _is_host_scalar(tensor):
+                    self._read(tensor, host, host_number, name)
+                else:
+                    self._read(tensor, actor, number, name)
+        for tensor in written:
+            self._write(tensor, actor, number, name)
+        devices = {tensor.device.type for tensor in inputs + outputs}
+        if name in _COPIES and len(devices) > 1 and not is_non_blocking(args, kwargs):
+            host.wait_for(stream.clock)
+
+    def _know(self, tensor: Tensor, stream: Actor) -> _Accesses:
+        """The accesses to the tensor's storage; `stream` allocates it if it is new."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._accesses:
+            self._accesses[address] = _Accesses(stream if tensor.is_cuda else host)
+            weakref.finalize(storage, self._release, address, tensor.is_cuda)
+            if tensor.is_cuda:
+                stream.wait_for(host.clock)
+                for access in self._released.pop(stream, ()):
+                    self._check(stream, access, "an allocation reuses memory")
+        return self._accesses[address]
+
+    def _release(self, address: int, is_cuda: bool) -> None:
+        accesses = self._accesses.pop(address, None)
+        recorded = python_api.recorded_streams.pop(address, [])
+        # The allocator of page-locked memory waits for copies that use it.
+        if accesses is None or not is_cuda:
+            return
+        recorded_actors = {stream.actor for stream in recorded}
+        self._released.setdefault(accesses.owner, []).extend(
+            access
+            for access in accesses.all()
+            if access[0] not in (accesses.owner, host) and access[0] not in recorded_actors
+        )
+
+    def _read(self, tensor: Tensor, actor: Actor, number: int, name: str) -> None:
+        accesses = self._know(tensor, actor)
+        if accesses.write is not None:
+            self._check(actor, accesses.write, f"{name} reads")
+        accesses.reads[actor] = number, name
+
+    def _write(self, tensor: Tensor, actor: Actor, number: int, name: str) -> None:
+        accesses = self._know(tensor, actor)
+        for access in accesses.all():
+            self._check(actor, access, f"{name} writes")
+        accesses.write = actor, number, name
+        accesses.reads.clear()
+
+    def _check(self, actor: Actor, earlier: tuple[Actor, int, str], what: str) -> None:
+        other, number, name = earlier
+        if not actor.has_seen(other, number):
+            self.found.append(
+                f"{what} on {actor.name} at {project_line()} without waiting for {name} on "
+                f"{other.name}"
+            )
+
+
+def _written(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> list[Tensor]:
+    """Results and arguments that the operation writes; of a collective, all tensors."""
+    if func.namespace in ("c10d", "_c10d_functional"):
+        return tensors_in((args, kwargs, result))
+    written = tensors_in(result)
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += tensors_in(given)
+    return written
+
+
+def _is_host_scalar(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.ndim == 0

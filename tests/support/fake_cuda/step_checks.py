@@ -1,0 +1,138 @@
+"""Checks of whole steps on fake CUDA tensors; most functions run in a new process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from support.fake_cuda import python_api
+from support.fake_cuda.cases import CASES, COUNTED_ON_CPU, config_of, num_ranks_of
+from support.fake_cuda.copies import FindBlockingCopies
+from support.fake_cuda.kernels import CountKernels
+from support.fake_cuda.operations import Together
+from support.fake_cuda.races import FindRaces
+from support.fake_cuda.reads import FindHostReads
+from support.fake_cuda.stepper import fake_cuda_stepper
+from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.distributed.config import CompileConfig
+from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
+from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.training.stepper import Stepper
+
+
+class Observed(NamedTuple):
+    """What an observer found in the steps of a case."""
+
+    copies: list[str]
+    """Operations between host and device for which the host waits."""
+    reads: list[str]
+    """Values of the device that the host reads."""
+    waits: list[str]
+    """Calls that make the host wait for an event, a stream or the device."""
+    races: list[str]
+    """Accesses to memory that do not wait for each other."""
+    collectives: dict[str, list[float]]
+    """Kind -> number and bytes that a rank sends."""
+
+
+def steps_of_cases(
+    folder: str, num_steps: dict[str, int], rank_from_end: int
+) -> dict[str, list[Observed]]:
+    """Returns what is observed in each step of cases, from the second to the last.
+
+    Args:
+        num_steps: by the name of a case; includes the first step, which fills caches.
+        rank_from_end: 0 for the first rank, -1 for the last.
+    """
+    observed = {}
+    for name, number in num_steps.items():
+        with observed_stepper(Path(folder), CASES[name], rank_from_end) as (stepper, races):
+            observed[name] = [observe(stepper.step, races) for _ in range(number - 1)]
+    return observed
+
+
+@contextmanager
+def observed_stepper(
+    folder: Path, settings: list[str], rank_from_end: int
+) -> Iterator[tuple[Stepper, FindRaces]]:
+    """Yields the stepper of a case after its first step, and what has observed its accesses."""
+    num_ranks = num_ranks_of(settings)
+    with (
+        fake_cuda_stepper(
+            config_of(folder, settings), num_ranks, rank_from_end % num_ranks
+        ) as stepper,
+        FindRaces() as races,
+    ):
+        with FindHostReads():
+            stepper.step()
+        yield stepper, races
+
+
+def observe(step: Callable[[], object], races: FindRaces) -> Observed:
+    """Returns what is observed while `step` runs; `races` has observed what ran before."""
+    python_api.host_waits.clear()
+    races.found.clear()
+    reads, copies, sent = FindHostReads(), FindBlockingCopies(), CountCommunication()
+    with reads, Together(copies, sent):
+        step()
+    return Observed(
+        copies.found,
+        reads.found,
+        list(python_api.host_waits),
+        list(races.found),
+        collectives_in(sent.counts),
+    )
+
+
+def collectives_in(counts: CommunicationCounts) -> dict[str, list[float]]:
+    """Returns the number of collectives and the bytes that a rank sends, by kind."""
+    return {kind: [count.num_calls, count.bytes_sent] for kind, count in counts.items()}
+
+
+def kernels_of_file(
+    file: str, cases: dict[str, list[str]], num_ranks: int, rank: int
+) -> dict[str, dict[str, int]]:
+    """Returns the kernels of a step's switch by case and operation; "addmm_" is a layer's fold.
+
+    Args:
+        cases: by name, overrides of the configuration in `file`, as on the command line.
+    """
+    uncompiled = [f"--compile.{key}=false" for key in CompileConfig.model_fields]
+    return {
+        name: _kernels_of_switch(
+            parse_arguments(["--config", file, *uncompiled, *settings], num_ranks), num_ranks, rank
+        )
+        for name, settings in cases.items()
+    }
+
+
+def _kernels_of_switch(config: JobConfig, num_ranks: int, rank: int) -> dict[str, int]:
+    with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+        optimizer = stepper.optimizer
+        assert isinstance(optimizer, SwitchLoraOptimizer)
+        # The previous step prefetches this step's candidates if they are in host memory.
+        optimizer.switch()
+        with CountKernels() as kernels:
+            optimizer.switch()
+    return dict(kernels.counts)
+
+
+def collectives_on_cpu(folder: Path, num_steps: int) -> dict[str, list[dict[str, list[float]]]]:
+    """Returns the collectives of `cases.COUNTED_ON_CPU` in each step from the second, on a CPU.
+
+    Unlike the other checks, it does not need fake CUDA.
+    """
+    collectives = {}
+    for name in sorted(COUNTED_ON_CPU):
+        settings = CASES[name]
+        with fake_stepper(config_of(folder, settings), num_ranks_of(settings)) as stepper:
+            stepper.step()
+            collectives[name] = [_collectives_of(stepper) for _ in range(num_steps - 1)]
+    return collectives
+
+
+def _collectives_of(stepper: Stepper) -> dict[str, list[float]]:
+    with CountCommunication() as sent:
+        stepper.step()
+    return collectives_in(sent.counts)

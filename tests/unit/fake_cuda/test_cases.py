@@ -1,0 +1,78 @@
+"""Every choice of an option that a step depends on is made by a case of fake CUDA."""
+
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from support.fake_cuda.cases import CASES, config_of
+
+from switchtitan.config.section import Section
+from switchtitan.job.config import JobConfig
+
+pytestmark = pytest.mark.slow
+
+SECTIONS = ("model", "method", "optimizer", "training", "parallelism", "activation_checkpoint")
+NOT_TRACED = {
+    # Their kernels are compiled for a GPU.
+    ("model", "attention", "flex"),
+    ("model", "attention", "flash_attn"),
+    # Set for the whole process when a run starts.
+    ("training", "tf32", True),
+    ("training", "deterministic", True),
+    # They change numbers, not operations.
+    ("method", "decay", "exponential"),
+    ("method", "decay", "sigmoid"),
+    ("method", "init", "balanced"),
+    ("optimizer", "decay_norms", True),
+}
+"""(section, key, value)."""
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> list[JobConfig]:
+    folder = tmp_path_factory.mktemp("cases")
+    return [config_of(folder, settings) for settings in CASES.values()]
+
+
+def test_every_choice_has_a_case(configs: list[JobConfig]) -> None:
+    chosen, possible = set(), set()
+    for config in configs:
+        for name in SECTIONS:
+            section = getattr(config, name)
+            for key, values in choices_of(type(section)):
+                possible |= {(name, key, value) for value in values}
+                chosen.add((name, key, getattr(section, key)))
+    assert possible - chosen - NOT_TRACED == set()
+
+
+def choices_of(section: type[Section]) -> Iterator[tuple[str, tuple]]:
+    """Yields the keys of a section that have a few values, with these."""
+    for key, field in section.model_fields.items():
+        values = values_of(field.annotation)
+        if key not in ("name", "size") and values:
+            yield key, values
+
+
+def values_of(annotation: Any) -> tuple:
+    if annotation is bool:
+        return False, True
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(value for part in get_args(annotation) for value in values_of(part))
+    return ()
+
+
+def test_choices_are_those_of_a_section() -> None:
+    class Example(Section):
+        dtype: Literal["auto", "float32"] = "auto"
+        offload: bool = False
+        rank: int = 3
+        other: Literal["x"] | None = None
+
+    assert dict(choices_of(Example)) == {
+        "dtype": ("auto", "float32"),
+        "offload": (False, True),
+        "other": ("x",),
+    }
