@@ -173,6 +173,7 @@ def build_stepper(
         lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
         batches=batches,
         world=world,
+        parallelism=config.parallelism,
         seed=config.job.seed,
         max_grad_norm=config.training.max_grad_norm,
         on_nonfinite=config.training.on_nonfinite,
@@ -254,14 +255,7 @@ def prepare_model(
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
     dtype = getattr(torch, config.training.dtype)
-    parallelism = config.parallelism
-    shard_model(
-        model,
-        world.shard_mesh,
-        dtype,
-        parallelism.reshard_after_forward,
-        parallelism.frozen_weights,
-    )
+    shard_model(model, world.shard_mesh, dtype, config.parallelism)
     materialize(model, world.device, config.job.seed, initial_weights)
 
 

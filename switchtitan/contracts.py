@@ -146,6 +146,10 @@ def default_call_block(block: nn.Module, hidden: Tensor, *args: object) -> Tenso
     return output
 
 
+def nothing_kept() -> None:
+    """Frees nothing: no weights stay gathered."""
+
+
 class SummedLoss(Protocol):
     """The training loss from a model's last hidden states."""
 
@@ -168,6 +172,8 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.call_block: CallBlock = default_call_block
         """How `forward` calls each block. Activation offloading replaces it."""
+        self.free_kept_weights: Callable[[], None] = nothing_kept
+        """Frees the weights that stay gathered for a whole step. Sharding replaces it."""
 
     @property
     @abstractmethod
@@ -180,6 +186,14 @@ class LanguageModel(nn.Module, ABC):
 
         They are the units of sharding, activation checkpointing and compilation.
         """
+
+    def outer_units(self) -> list[list[nn.Module]]:
+        """Return the modules outside the blocks that are gathered apart from each other, in order.
+
+        The modules of one list are gathered together, before its first module is called. All other
+        weights outside the blocks are gathered together for the whole pass. Default: none.
+        """
+        return []
 
     @abstractmethod
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

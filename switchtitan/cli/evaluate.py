@@ -128,7 +128,7 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
             model,
             world.shard_mesh,
             getattr(torch, config.training.dtype),
-            reshard_after_forward=True,
+            ParallelismConfig(),
         )
         materialize(model, world.device, config.job.seed, tensors)
         batches = build_validation_batches(

@@ -138,8 +138,9 @@ class ValidationBatches:
                 [self._sequences[min(index, self.num_sequences - 1)] for index in indices]
             )
             is_padding = torch.tensor([index >= self.num_sequences for index in indices])
-            stacked.targets[is_padding] = IGNORED_TARGET
-            yield stacked
+            # Not in place: the targets of a single sequence are a view of its tokens' memory.
+            targets = stacked.targets.masked_fill(is_padding[:, None], IGNORED_TARGET)
+            yield stacked._replace(targets=targets)
 
 
 def collate(samples: list[TokenSequence]) -> Batch:

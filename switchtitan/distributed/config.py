@@ -15,9 +15,14 @@ class ParallelismConfig(Section):
     number of ranks."""
     shard: int = Field(default=-1, ge=-1)
     """Number of ranks that share one replica; -1: the number of ranks divided by `replicate`."""
+    blocks_per_unit: int = Field(default=1, ge=1)
+    """Blocks whose weights are gathered together and whose gradients are reduced together, at least
+    1. More blocks take less host time and fewer, larger messages; memory grows by the full weights
+    and gradients of the added blocks."""
     reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward pass and gather them again for the backward
-    pass: less memory, more communication."""
+    """Free a unit's gathered weights after its forward pass and gather them again for the backward
+    pass: less memory, more communication. If false, weights are gathered once per step and freed
+    in the backward pass of the last micro-batch."""
     frozen_weights: Literal["shard", "replicate"] = "shard"
     """Placement of frozen weights: `shard` splits them over the ranks like trained weights;
     `replicate` keeps full tensors on every rank, so no step communicates them. Results are the
@@ -26,6 +31,16 @@ class ParallelismConfig(Section):
     """Seconds, at least 1, after which a collective fails if a rank has not joined it. Must exceed
     the time in which a rank writes, reads or verifies a checkpoint. Does not limit the preparation
     of a corpus."""
+    gather_frozen: Literal["pass", "step"] = "pass"
+    """When sharded frozen weights are gathered: `pass` treats them like trained weights; `step`
+    gathers them once per step and keeps them, in the compute dtype, for all passes of all
+    micro-batches: less communication and host time, more memory. Results are the same. `step`
+    requires a method that freezes weights and `frozen_weights = "shard"`."""
+    accumulate_gradients: Literal["full", "sharded"] = "full"
+    """How gradients of several micro-batches are accumulated: `full` keeps full fp32 gradients on
+    every rank and reduces them once per step; `sharded` reduces them after every micro-batch: less
+    memory, more communication. Equal to rounding. `sharded` requires several micro-batches per
+    step."""
 
 
 class CompileConfig(Section):

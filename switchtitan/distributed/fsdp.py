@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +11,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
+from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial_draws import covering_blocks, plain_value
+from switchtitan.distributed.kept_weights import keep_frozen_weights
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
 
 
 def shard_model(
-    model: LanguageModel,
-    mesh: DeviceMesh,
-    compute_dtype: torch.dtype,
-    reshard_after_forward: bool,
-    frozen_weights: Literal["shard", "replicate"] = "shard",
+    model: LanguageModel, mesh: DeviceMesh, compute_dtype: torch.dtype, config: ParallelismConfig
 ) -> None:
     """Shards every parameter, and the buffers that modules declare, over `mesh` along dimension 0.
 
     Master weights keep their dtype. Weights are gathered in `compute_dtype`; gradients are reduced
-    in fp32. Each block is one FSDP unit; embedding, last norm and head form another. Call on the
+    in fp32. Units of FSDP are `blocks_per_unit` blocks, and the model's `outer_units`. Call on the
     meta device, after compilation.
 
-    Args:
-        frozen_weights: "replicate" keeps frozen parameters as full plain tensors on every rank, in
-            their own dtype. Callers must apply identical updates on every rank.
+    With `frozen_weights = "replicate"`, frozen parameters are full plain tensors on every rank, in
+    their own dtype. Callers must apply identical updates on every rank.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
@@ -40,20 +37,60 @@ def shard_model(
         # Rotary tables stay in fp32.
         cast_forward_inputs=False,
     )
-    replicated = (
-        {parameter for parameter in model.parameters() if not parameter.requires_grad}
-        if frozen_weights == "replicate"
-        else None
-    )
-    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=replicated)
-    for block in model.blocks().values():
-        shard(block, reshard_after_forward=reshard_after_forward)
+    units = _units(model, config)
+    apart = None
+    if config.frozen_weights == "replicate":
+        apart = _frozen_parameters(model)
+    elif config.gather_frozen == "step":
+        keep_frozen_weights(model, [unit.modules for unit in units], mesh, compute_dtype)
+        apart = _frozen_parameters(model)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=apart)
+    for unit in units:
+        # A list of one module is a group too, whose hooks take more time.
+        modules = unit.modules if len(unit.modules) > 1 else unit.modules[0]
+        shard(modules, reshard_after_forward=unit.is_freed_after_forward)
+        first = unit.modules[0]
+        if isinstance(first, nn.Embedding):
+            assert isinstance(first, FSDPModule)
+            # The gradient of an embedding does not depend on its weight.
+            first.set_unshard_in_backward(False)
     # The backward pass needs the root's weights first.
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, Reparametrized):
             for name in module.sharded_buffers():
                 setattr(module, name, shard_buffer(getattr(module, name), mesh))
+
+
+class _Unit(NamedTuple):
+    """Modules whose weights are gathered together."""
+
+    modules: list[nn.Module]
+    """In the order of their calls."""
+    is_freed_after_forward: bool
+
+
+def _units(model: LanguageModel, config: ParallelismConfig) -> list[_Unit]:
+    """Returns the units in the order of their first calls."""
+    blocks, size = list(model.blocks().values()), config.blocks_per_unit
+    groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+    outer = model.outer_units()
+    before = [modules for modules in outer if _are_embeddings(modules)]
+    after = [modules for modules in outer if not _are_embeddings(modules)]
+    freed, kept = [*before, *groups[:-1]], [*groups[-1:], *after]
+    return [
+        *(_Unit(modules, config.reshard_after_forward) for modules in freed),
+        # The backward pass needs these first.
+        *(_Unit(modules, False) for modules in kept),
+    ]
+
+
+def _are_embeddings(modules: list[nn.Module]) -> bool:
+    return all(isinstance(module, nn.Embedding) for module in modules)
+
+
+def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for parameter in model.parameters() if not parameter.requires_grad}
 
 
 def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -161,11 +198,21 @@ def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Gener
     return generator_for(seed, prefix + local_name)
 
 
-def accumulate_gradients(model: nn.Module, is_last_micro_batch: bool) -> None:
-    """Makes the next backward pass reduce gradients only if it is the last one of the step."""
+def begin_micro_batch(model: nn.Module, config: ParallelismConfig, is_last: bool) -> None:
+    """Makes the next passes reduce gradients and free weights as `config` says.
+
+    Args:
+        is_last: whether the micro-batch is the last one of the step.
+    """
     assert isinstance(model, FSDPModule)
-    model.set_is_last_backward(is_last_micro_batch)
-    model.set_requires_gradient_sync(is_last_micro_batch)
+    # Not `set_is_last_backward`: FSDP would keep the order of this forward pass, and gather the
+    # head at the end of the next backward pass.
+    if config.accumulate_gradients == "full":
+        model.set_requires_gradient_sync(is_last)
+    else:
+        model.set_requires_all_reduce(is_last)
+    if not config.reshard_after_forward:
+        model.set_reshard_after_backward(is_last)
 
 
 def free_gathered_weights(model: nn.Module) -> None:
@@ -173,3 +220,5 @@ def free_gathered_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    if isinstance(model, LanguageModel):
+        model.free_kept_weights()

@@ -32,6 +32,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         check_method_length,
         partial(check_optimizer, num_ranks=num_ranks),
         check_frozen_weights,
+        partial(check_accumulation, num_ranks=num_ranks),
         check_evaluation,
         partial(check_communication, num_ranks=num_ranks),
         check_vocabulary,
@@ -153,18 +154,39 @@ def check_optimizer(
 def check_frozen_weights(
     method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> list[str]:
-    """Keys for frozen weights need a method that freezes weights."""
+    """Keys for frozen weights need a method that freezes weights; one may exclude another."""
     if method.freezes_weights:
+        if parallelism.frozen_weights == "replicate" and parallelism.gather_frozen == "step":
+            return [
+                '[parallelism] gather_frozen = "step" has no effect with frozen_weights = '
+                '"replicate": full weights are not gathered; remove one of them'
+            ]
         return []
     ineffective = []
     if parallelism.frozen_weights != "shard":
         ineffective.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
+    if parallelism.gather_frozen != "pass":
+        ineffective.append(f'[parallelism] gather_frozen = "{parallelism.gather_frozen}"')
     if training.frozen_dtype != "float32":
         ineffective.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
     return [
         f"{key} has no effect: [method] name = {toml_value(method.name)} trains all weights; "
         "remove it, or choose a method that freezes weights"
         for key in ineffective
+    ]
+
+
+def check_accumulation(
+    parallelism: ParallelismConfig, training: TrainingConfig, num_ranks: int
+) -> list[str]:
+    """Accumulating sharded gradients needs several micro-batches."""
+    size, unit = training.global_batch_size, num_ranks * training.local_batch_size
+    if parallelism.accumulate_gradients == "full" or size > unit:
+        return []
+    return [
+        '[parallelism] accumulate_gradients = "sharded" has no effect: a step has one micro-batch '
+        f"on each of {num_ranks} rank(s), [training] global_batch_size = {size}; remove it, or "
+        "lower [training] local_batch_size"
     ]
 
 

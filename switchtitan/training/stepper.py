@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
-from switchtitan.distributed.fsdp import accumulate_gradients
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.fsdp import begin_micro_batch
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import seed_dropout
+from switchtitan.distributed.shards import local, total_norm
 from switchtitan.distributed.world import World
 
 
@@ -64,6 +64,7 @@ class Stepper:
         loss: the training loss from the model's last hidden states.
         lr_schedule: step -> factor on the peak learning rate.
         batches: this rank's micro-batches, one list per step, starting at `state.num_batches`.
+        parallelism: as the model was sharded.
         seed: the job's seed; determines dropout.
         max_grad_norm: gradients are clipped to this norm; None does not clip.
         on_nonfinite: what to do if the gradient is not finite. "stop": update the model; the caller
@@ -80,6 +81,7 @@ class Stepper:
         lr_schedule: Callable[[int], float],
         batches: Generator[list[Batch], None, None],
         world: World,
+        parallelism: ParallelismConfig,
         seed: int,
         max_grad_norm: float | None,
         on_nonfinite: Literal["stop", "skip"],
@@ -91,11 +93,13 @@ class Stepper:
         self.lr_schedule = lr_schedule
         self.batches = batches
         self.world = world
+        self.parallelism = parallelism
         self.seed = seed
         self.max_grad_norm = max_grad_norm
         self.on_nonfinite = on_nonfinite
         self.state = state
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._is_last_micro_batch: bool | None = None
 
     def step(self) -> StepResult:
         """Takes one step on one global batch; all ranks must call."""
@@ -120,7 +124,7 @@ class Stepper:
         self.state.tokens_seen += num_targets * self.world.size
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
-            accumulate_gradients(self.model, is_last_micro_batch=index == len(micro_batches) - 1)
+            self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
             tokens, targets, document_ids = (
                 part.to(self.world.device, non_blocking=True) for part in batch
             )
@@ -128,21 +132,29 @@ class Stepper:
             loss = self.model(tokens, document_ids, apply_head)
             loss.backward()
             loss_sum += loss.detach()
+        # The update may change the shards of frozen weights.
+        self.model.free_kept_weights()
         return loss_sum
+
+    def _begin_micro_batch(self, is_last: bool) -> None:
+        # It visits all modules, so only when something changes.
+        if is_last != self._is_last_micro_batch:
+            begin_micro_batch(self.model, self.parallelism, is_last)
+            self._is_last_micro_batch = is_last
 
     def clip_gradients(self) -> Tensor:
         """Clips the gradients to `max_grad_norm`; returns their norm before clipping, over all
         ranks, 0-dim."""
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm(gradients)
         if self.world.num_replicas > 1:
             # Replicas may sum in different orders. Clipping by different norms would let their
             # weights diverge.
             norm = self.world.mean(norm)
         if self.max_grad_norm is not None:
-            clip_grads_with_norm_(self._trained, self.max_grad_norm, norm)
+            # As torch.nn.utils.clip_grads_with_norm_, which takes longer for DTensors.
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
         return norm
 
     def update(self) -> None:

@@ -169,6 +169,10 @@ class Llama(LanguageModel):
         """Returns the blocks by qualified name, in order."""
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}
 
+    def outer_units(self) -> list[list[nn.Module]]:
+        """Returns the embedding, and the last norm with the head."""
+        return [[self.model.embed_tokens], [self.model.norm, self.lm_head]]
+
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Returns ones for norms, otherwise N(0, init_std^2); fp32 on the CPU."""
         if name.endswith("norm.weight"):

@@ -25,6 +25,11 @@ from switchtitan.training.stepper import Stepper
 
 SEQ_LEN = 16
 REPLICATED = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
+KEPT = (
+    *("--parallelism.gather_frozen", "step", "--parallelism.blocks_per_unit", "2"),
+    *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
+    "false",
+)
 NUM_PROFILED_STEPS = 5
 """In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
 minimum is that of a step in which it does not."""
@@ -106,7 +111,11 @@ def check_estimates(
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "sides"),
-    [(1, [("lora",)]), (2, [("full_rank",), ("switchlora",), ("switchlora", *REPLICATED)])],
+    [
+        (1, [("lora",)]),
+        (2, [("full_rank",), ("switchlora",), ("switchlora", *REPLICATED)]),
+        (2, [("switchlora", *KEPT)]),
+    ],
 )
 def test_real_ranks_hold_send_and_compute_the_estimates(
     corpora: Path, num_ranks: int, sides: list[tuple[str, ...]]
@@ -161,6 +170,32 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
     memory = estimate_step(tiny_config(tmp_path, "full_rank", "--optimizer.name", "sgd"), 1).memory
     # One momentum for each weight.
     assert memory.most["optimizer"] == memory.most["trained"]
+
+
+def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path: Path) -> None:
+    keys = {
+        "neither": (),
+        "kept": ("--parallelism.gather_frozen", "step"),
+        "sharded": ("--parallelism.accumulate_gradients", "sharded"),
+    }
+    memory = {
+        name: estimate_step(
+            tiny_config(tmp_path, "switchlora", *("--model.num_layers", "6", *key), num_ranks=2), 2
+        ).memory
+        for name, key in keys.items()
+    }
+    with torch.device("meta"):
+        plain = MODELS.build(tiny_config(tmp_path, "full_rank", "--model.num_layers", "6").model)
+    weights = 4 * sum(
+        module.weight.numel()
+        for block in plain.blocks().values()
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    assert memory["neither"].most["gathered"] < weights <= memory["kept"].most["gathered"]
+    assert memory["kept"].state == memory["neither"].state
+    unreduced = "unreduced gradients"
+    assert memory["sharded"].most[unreduced] < memory["neither"].most[unreduced] / 2
 
 
 def test_activation_checkpointing_trades_memory_for_flops(tmp_path: Path) -> None:

@@ -23,16 +23,16 @@ NUM_LAYERS = 2
 
 
 def units(config: JobConfig) -> list[list[nn.Parameter]]:
-    """Parameters of each FSDP2 unit: one list per block, and the rest last."""
+    """Parameters of each FSDP2 unit: the embedding, each block, and last norm with head."""
     with torch.device("meta"):
         model = MODELS.build(config.model)
     METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
     blocks = [list(block.parameters()) for block in model.blocks().values()]
-    in_blocks = {id(parameter) for block in blocks for parameter in block}
-    return [
-        *blocks,
-        [parameter for parameter in model.parameters() if id(parameter) not in in_blocks],
+    embedding, *rest = [
+        [parameter for module in modules for parameter in module.parameters()]
+        for modules in model.outer_units()
     ]
+    return [embedding, *blocks, *rest]
 
 
 def padded_numel(parameters: list[nn.Parameter], num_ranks: int) -> int:
@@ -65,22 +65,24 @@ def test_gathers_and_reductions_follow_from_the_parameters(
         *("--parallelism.reshard_after_forward", reshard),
         num_ranks=num_ranks,
     )
-    *blocks, rest = units(config)
-    gathers_of_block = 2 if reshard == "true" else 1
-    gathered = gathers_of_block * sum(padded_numel(block, num_ranks) for block in blocks)
-    gathered += padded_numel(rest, num_ranks)
-    trained = [
-        [parameter for parameter in unit if parameter.requires_grad] for unit in (*blocks, rest)
-    ]
+    parts = units(config)
+    # The embedding is not needed in the backward pass; the last block and the head are kept.
+    gathers = [1, *[2] * (NUM_LAYERS - 1), 1, 1]
+    num_passes = num_micro_batches
+    if reshard == "false":
+        gathers, num_passes = [1] * len(parts), 1
+    gathered = sum(
+        times * padded_numel(unit, num_ranks) for times, unit in zip(gathers, parts, strict=True)
+    )
+    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in parts]
     share = (num_ranks - 1) / num_ranks
     counts = communication_of_a_step(config, num_ranks)
     assert counts["all_gather"] == CollectiveCount(
-        num_micro_batches * (gathers_of_block * NUM_LAYERS + 1),
-        pytest.approx(num_micro_batches * gathered * bytes_per_value * share),
+        num_passes * sum(gathers), pytest.approx(num_passes * gathered * bytes_per_value * share)
     )
     # In fp32, once per step for any number of micro-batches.
     assert counts["reduce_scatter"] == CollectiveCount(
-        NUM_LAYERS + 1,
+        len(parts),
         pytest.approx(4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share),
     )
     # Clipping: one norm of each trained tensor, summed over ranks at once.
@@ -144,21 +146,23 @@ def test_replicated_frozen_weights_are_not_sent(tmp_path: Path, num_micro_batche
         )
         for frozen_weights in ("shard", "replicate")
     )
-    *blocks, _ = units(replicated)
-    frozen = [[parameter for parameter in block if not parameter.requires_grad] for block in blocks]
+    frozen = frozen_of_blocks(replicated)
     share = (num_ranks - 1) / num_ranks
     before, after = (
         communication_of_a_step(config, num_ranks, step) for config in (sharded, replicated)
     )
     for kind in ("reduce_scatter", "all_reduce", "broadcast"):
         assert after[kind] == before[kind]
-    # In bf16, in the forward and in the backward pass.
+    # In bf16, in the forward and in the backward pass; the last block is kept in between.
+    gathers = [2] * (NUM_LAYERS - 1) + [1]
     saved = (
         num_micro_batches
         * 2
-        * 2
         * share
-        * sum(padded_numel(weights, num_ranks) for weights in frozen)
+        * sum(
+            times * padded_numel(weights, num_ranks)
+            for times, weights in zip(gathers, frozen, strict=True)
+        )
     )
     assert after["all_gather"].num_calls == before["all_gather"].num_calls
     assert after["all_gather"].bytes_sent == pytest.approx(
@@ -166,11 +170,88 @@ def test_replicated_frozen_weights_are_not_sent(tmp_path: Path, num_micro_batche
     )
 
 
+def frozen_of_blocks(config: JobConfig) -> list[list[nn.Parameter]]:
+    _, *blocks, _ = units(config)
+    return [[parameter for parameter in block if not parameter.requires_grad] for block in blocks]
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_frozen_weights_are_sent_once_per_step(tmp_path: Path, num_micro_batches: int) -> None:
+    num_ranks = 4
+    batches = ("--training.global_batch_size", str(8 * num_micro_batches))
+    kept, replicated = (
+        communication_of_a_step(
+            tiny_config(
+                tmp_path,
+                "switchlora",
+                *("--training.dtype", "bfloat16", *batches, *keys),
+                num_ranks=num_ranks,
+            ),
+            num_ranks,
+        )
+        for keys in (
+            ("--parallelism.gather_frozen", "step"),
+            ("--parallelism.frozen_weights", "replicate"),
+        )
+    )
+    config = tiny_config(tmp_path, "switchlora", *batches, num_ranks=num_ranks)
+    sent = sum(padded_numel(weights, num_ranks) for weights in frozen_of_blocks(config))
+    assert kept["all_gather"].num_calls == replicated["all_gather"].num_calls + NUM_LAYERS
+    assert kept["all_gather"].bytes_sent == pytest.approx(
+        replicated["all_gather"].bytes_sent + 2 * 3 / 4 * sent, rel=1e-9
+    )
+    for kind in ("reduce_scatter", "all_reduce", "broadcast"):
+        assert kept[kind] == replicated[kind]
+
+
+def test_a_unit_of_several_blocks_sends_the_same_bytes_in_fewer_collectives(tmp_path: Path) -> None:
+    single, double = (
+        communication_of_a_step(
+            tiny_config(
+                tmp_path,
+                "lora",
+                *("--model.num_layers", "5", "--parallelism.blocks_per_unit", size),
+                *("--parallelism.reshard_after_forward", "false"),
+                num_ranks=2,
+            ),
+            2,
+        )
+        for size in ("1", "2")
+    )
+    for kind in ("all_gather", "reduce_scatter"):
+        assert (single[kind].num_calls, double[kind].num_calls) == (5 + 2, 3 + 2)
+        assert double[kind].bytes_sent == pytest.approx(single[kind].bytes_sent, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_sharded_accumulation_reduces_every_micro_batch_and_replicas_once(
+    tmp_path: Path, num_replicas: int
+) -> None:
+    full, sharded = (
+        communication_of_a_step(
+            tiny_config(
+                tmp_path,
+                "full_rank",
+                *("--training.global_batch_size", "24"),
+                *("--parallelism.replicate", str(num_replicas)),
+                *("--parallelism.accumulate_gradients", accumulate),
+                num_ranks=4,
+            ),
+            4,
+        )
+        for accumulate in ("full", "sharded")
+    )
+    assert sharded["reduce_scatter"].num_calls == 3 * full["reduce_scatter"].num_calls
+    assert sharded["reduce_scatter"].bytes_sent == 3 * full["reduce_scatter"].bytes_sent
+    for kind in ("all_gather", "all_reduce"):
+        assert sharded[kind] == full[kind]
+
+
 def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "full_rank", "--parallelism.replicate", "2", num_ranks=4)
     counts = communication_of_a_step(config, 4)
     num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
-    assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 1, num_bytes / 2)
+    assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 2, num_bytes / 2)
     # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
     norms = 4 * sum(map(len, units(config))) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)

@@ -116,7 +116,7 @@ def test_a_global_batch_that_cannot_be_divided_or_filled_is_refused(
         )
 
 
-@pytest.mark.parametrize(("num_ranks", "local"), [(1, 3), (2, 3), (4, 2), (3, 5)])
+@pytest.mark.parametrize(("num_ranks", "local"), [(1, 3), (2, 3), (4, 2), (3, 5), (4, 1)])
 def test_validation_counts_each_target_once_on_any_number_of_ranks(
     sequences: TokenSequences, num_ranks: int, local: int
 ) -> None:
@@ -133,6 +133,7 @@ def test_validation_counts_each_target_once_on_any_number_of_ranks(
     expected = torch.cat([sequences[index].tokens[1:] for index in range(7)])
     assert sorted(targets[targets != IGNORED_TARGET].tolist()) == sorted(expected.tolist())
     for batch in everything:
+        assert int(batch.tokens.min()) >= 0
         counted = batch.targets != IGNORED_TARGET
         assert torch.equal(counted.all(dim=1), counted.any(dim=1))
 

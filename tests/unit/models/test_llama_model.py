@@ -15,6 +15,7 @@ from transformers import LlamaConfig as HuggingFaceConfig
 from transformers import LlamaForCausalLM
 
 from switchtitan.contracts import LanguageModel
+from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import shard_model
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
@@ -180,7 +181,7 @@ def test_sharding_in_bf16_leaves_rotary_tables_in_fp32() -> None:
     seen: list[Positions] = []
     for block in model.blocks().values():
         block.self_attn.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    shard_model(model, init_device_mesh("cpu", (1,)), torch.bfloat16, reshard_after_forward=True)
+    shard_model(model, init_device_mesh("cpu", (1,)), torch.bfloat16, ParallelismConfig())
     logits = model(*draw_tokens(1, 7))
     logits.float().sum().backward()
     assert logits.dtype == torch.bfloat16
