@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import JsonValue
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
 from switchtitan.checkpoint.config import CheckpointConfig
@@ -40,10 +39,14 @@ from switchtitan.checkpoint.layout import (
     sync_folder,
     write_json,
 )
+from switchtitan.checkpoint.staging import HostCopies, own_share
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 logger = logging.getLogger(__name__)
+
+POLL_INTERVAL = 10
+"""Calls of `Checkpointer.poll` between two in which ranks communicate."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class Checkpointer:
         self._in_flight: Future[Path] | None = None
         self._latest: Path | None = None
         self._resumed: Path | None = None
-        # Reused: copying into memory that is already allocated takes a quarter of the time.
-        self._host_copies = _build_stager()
+        self._num_polls = 0
+        self._host_copies = HostCopies()
 
     @property
     def latest(self) -> Path | None:
@@ -152,25 +155,34 @@ class Checkpointer:
         save = _Save(step, frozenset(tensors), state, writer, time.monotonic())
         if self._background_group is None:
             ignore_warning_about_single_process()
+        own = own_share(tensors)
         if self._config.async_save:
             # Not dcp.async_save: if one rank cannot copy, the others would hang.
             staged: dict[str, Tensor] = {}
-            run_together(
-                lambda: staged.update(_copy_to_host(tensors, self._host_copies)), self._group
-            )
+            run_together(lambda: staged.update(self._host_copies(own)), self._group)
+            self._num_polls = 0
             self._in_flight = _in_background(lambda: self._complete(save, staged))
         else:
-            self._latest = self._complete(save, tensors)
+            self._latest = self._complete(save, own)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a background save of this rank is under way. Not collective."""
+        return self._in_flight is not None and not self._in_flight.done()
 
     def poll(self) -> None:
         """Completes a background save if every rank has written it. Call it each step.
+
+        The ranks ask each other only in every `POLL_INTERVAL`-th call, since that makes all hosts
+        wait for the slowest.
 
         Raises:
             CheckpointError: on every rank in the same call, if the save failed.
         """
         if self._in_flight is None:
             return
-        if all(run_together(self._in_flight.done, self._group)):
+        self._num_polls += 1
+        if self._num_polls % POLL_INTERVAL == 0 and self._all_ranks(self._in_flight.done()):
             self.finish()
 
     def finish(self) -> None:
@@ -188,6 +200,13 @@ class Checkpointer:
             # Ctrl-C ends the wait, not the save.
             if in_flight.done():
                 self._in_flight = None
+
+    def _all_ranks(self, claim: bool) -> bool:
+        if self._group is None:
+            return claim
+        num_ranks = torch.tensor(int(claim))
+        dist.all_reduce(num_ranks, group=self._group)
+        return num_ranks.item() == dist.get_world_size(self._group)
 
     def _on_main(self, function: Callable[[], Path | None]) -> Path | None:
         return run_together(lambda: function() if self._is_main else None, self._group)[0]
@@ -280,26 +299,6 @@ class Checkpointer:
 
     def _is_own_identity(self, saved: Mapping[str, object]) -> bool:
         return self._comparable_identity(saved) == self._identity
-
-
-def _build_stager() -> DefaultStager:
-    """Returns a stager that copies to pageable host memory, synchronously, and reuses that memory.
-
-    It also copies tensors that are in host memory already."""
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=False,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=False,
-        )
-    )
-
-
-def _copy_to_host(tensors: Mapping[str, Tensor], stager: DefaultStager) -> dict[str, Tensor]:
-    staged = stager.stage(dict(tensors))
-    assert isinstance(staged, dict)
-    return staged
 
 
 def _in_background(function: Callable[[], Path]) -> Future[Path]:

@@ -23,8 +23,8 @@ class CheckpointConfig(Section):
     of a checkpoint or a run."""
 
     async_save: bool = True
-    """Write in the background during training; takes one more copy of the state in host memory from
-    the first save on."""
+    """Write in the background during training; takes one more copy of what a rank writes in host
+    memory, page-locked on CUDA, from the first save on."""
 
     initial_weights: str | None = None
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors

@@ -1,6 +1,7 @@
 """Checkpoints on several ranks: the same values and errors for any sharding at save and load."""
 
 import errno
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer, load_tensors_, read_tensors
 from switchtitan.checkpoint.agreement import run_together
+from switchtitan.checkpoint.checkpointer import POLL_INTERVAL
 from switchtitan.checkpoint.layout import check_contents, read_tensors_index
+from switchtitan.checkpoint.staging import HostCopies, own_share
 from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed
@@ -112,6 +116,93 @@ def test_replicated_shards_are_saved_once_and_load_in_another_layout(tmp_path):
     run_on_ranks(4, save_hybrid_and_load_split, str(tmp_path))
     index = read_tensors_index(tmp_path / "step-000000003")
     assert len(index.tensors["uneven"].pieces) == 2
+
+
+def share_tensors(rank: int, layout: str) -> None:
+    values = full_values() | {f"plain.{i}": torch.ones(3 + i) for i in range(40)}
+    tensors = shard(values, layout)
+    own = own_share(tensors)
+    num_ranks = dist.get_world_size()
+    saved = [dict[str, int]()] * num_ranks
+    dist.all_gather_object(saved, {name: local(tensor).nbytes for name, tensor in own.items()})
+    for name, value in values.items():
+        assert sum(sizes.get(name, 0) for sizes in saved) == value.nbytes, name
+        if name.startswith("plain"):
+            assert sum(name in sizes for sizes in saved) == 1, name
+    plain = [
+        sum(size for name, size in sizes.items() if name.startswith("plain")) for sizes in saved
+    ]
+    largest = max(value.nbytes for name, value in values.items() if name.startswith("plain"))
+    assert max(plain) - min(plain) <= largest
+
+
+def share_in_both_layouts(rank: int) -> None:
+    share_tensors(rank, "split")
+    share_tensors(rank, "hybrid")
+
+
+def test_every_value_is_saved_by_one_rank():
+    run_on_ranks(4, share_in_both_layouts)
+
+
+def count_staged_bytes(rank: int, folder: str) -> None:
+    """Host memory of a background save: each rank copies what it writes, and nothing else."""
+    num_copied = [0]
+    copy = HostCopies.__call__
+
+    def counted(self: HostCopies, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = copy(self, tensors)
+        num_copied[0] += sum(local(tensor).nbytes for tensor in copies.values())
+        return copies
+
+    HostCopies.__call__ = counted
+    frozen = {f"plain.frozen{i}": torch.full((64, 32), float(i)) for i in range(8)}
+    tensors = shard(full_values() | frozen, "split")
+    checkpointer = make_checkpointer(folder, rank)
+    checkpointer.save(1, tensors, {})
+    checkpointer.finish()
+    of_all_ranks = [0] * dist.get_world_size()
+    dist.all_gather_object(of_all_ranks, num_copied[0])
+    assert sum(of_all_ranks) == sum(value.nbytes for value in (full_values() | frozen).values())
+    written = [file.stat().st_size for file in (Path(folder) / "step-000000001").glob("__*.distcp")]
+    assert max(written) < 1.5 * min(written)
+
+
+def test_replicated_frozen_weights_are_copied_to_the_host_once(tmp_path):
+    run_on_ranks(2, count_staged_bytes, str(tmp_path))
+
+
+def poll_a_long_save(rank: int, folder: str) -> None:
+    checkpointer = make_checkpointer(folder, rank)
+    write_data = ChecksummingWriter.write_data
+    may_write = threading.Event()
+
+    def write_when_allowed(*args: object) -> object:
+        assert may_write.wait(60)
+        return write_data(*args)
+
+    ChecksummingWriter.write_data = write_when_allowed
+    checkpointer.save(1, shard(full_values(), "split"), {})
+    with CountCommunication() as communication:
+        for _ in range(3 * POLL_INTERVAL):
+            checkpointer.poll()
+    counts = communication.counts
+    assert counts["all_reduce"].num_calls == 3
+    assert sum(count.num_calls for count in counts.values()) == 3
+    assert checkpointer.is_writing
+    assert checkpointer.latest is None
+    if rank == 0:  # the others wait for this one
+        time.sleep(0.1)
+    may_write.set()
+    while checkpointer.is_writing:
+        time.sleep(0.01)
+    for _ in range(POLL_INTERVAL):
+        checkpointer.poll()
+    assert checkpointer.latest is not None
+
+
+def test_ranks_communicate_in_few_polls(tmp_path):
+    run_on_ranks(2, poll_a_long_save, str(tmp_path))
 
 
 def fail_on_last_rank(rank: int, folder: str, async_save: bool) -> None:

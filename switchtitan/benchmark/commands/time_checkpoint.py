@@ -63,12 +63,11 @@ def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: i
     times = SaveTimes(state_bytes=sum(local(tensor).nbytes for tensor in tensors().values()))
 
     def save_async() -> None:
-        before = asynchronous.latest
         stall_s = _seconds(lambda: asynchronous.save(stepper.state.step, tensors(), {}))
         for _ in range(_MAX_STEPS_PER_SAVE):
             times.step_while_saving_s.append(_step_seconds(stepper))
             stall_s += _seconds(asynchronous.poll)
-            if asynchronous.latest != before:
+            if not asynchronous.is_writing:
                 break
         times.stall_s.append(stall_s + _seconds(asynchronous.finish))
 

@@ -1,0 +1,34 @@
+import torch
+
+from switchtitan.checkpoint.staging import HostCopies, own_share, staging_options
+
+
+def test_copies_of_cuda_tensors_are_page_locked_and_queued():
+    options = staging_options("cuda")
+    assert options.use_pinned_memory
+    assert options.use_non_blocking_copy
+    assert not options.use_async_staging
+    assert not options.use_shared_memory
+
+
+def test_copies_of_host_tensors_need_no_cuda():
+    options = staging_options("cpu")
+    assert not options.use_pinned_memory
+    assert not options.use_non_blocking_copy
+
+
+def test_copies_reuse_their_memory_and_not_that_of_the_tensors(tensors):
+    copy_to_host = HostCopies()
+    first = copy_to_host(tensors)
+    addresses = {name: tensor.data_ptr() for name, tensor in first.items()}
+    for name, tensor in tensors.items():
+        assert torch.equal(first[name], tensor)
+        assert tensor.numel() == 0 or addresses[name] != tensor.data_ptr()
+        tensor.fill_(9)
+        assert tensor.numel() == 0 or not torch.equal(first[name], tensor)
+    second = copy_to_host(tensors)
+    assert {name: tensor.data_ptr() for name, tensor in second.items()} == addresses
+
+
+def test_a_single_process_saves_everything(tensors):
+    assert own_share(tensors) == tensors
