@@ -54,10 +54,6 @@ if [ "$num_nodes" = 1 ] && [ "$num_processes" = 1 ]; then
     exec "$PYTHON" -m switchtitan train "$@"
 fi
 
-if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    num_cores="$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')"
-    export OMP_NUM_THREADS=$((num_cores > num_processes ? num_cores / num_processes : 1))
-fi
 # With c10d, torchrun ignores --node_rank and orders machines by name.
 rendezvous=(--rdzv_backend c10d)
 [ "$num_nodes" = 1 ] || [ -z "${NODE_RANK:-}" ] ||

@@ -33,7 +33,7 @@ from switchtitan.errors import (
     exit_for,
 )
 from switchtitan.files import write_atomically
-from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.hub.initial_weights import read_dense_checkpoint, read_initial_weights
 from switchtitan.job.checks import evaluation_checks
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.models.loss import CrossEntropy
@@ -116,7 +116,11 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
         raise ConfigError(
             f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
         )
-    tensors = read_initial_weights(weights, config.model).tensors
+    tensors = (
+        read_initial_weights(weights, config.model).tensors
+        if metadata is None
+        else read_dense_checkpoint(weights)
+    )
     with temporary_world():
         world = start_world(ParallelismConfig())
         corpus = open_corpus(config.data, ranks=world)

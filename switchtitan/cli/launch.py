@@ -7,6 +7,7 @@ without tracebacks and torchrun's report, and exits with its status."""
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
 
 from switchtitan.cli.rendezvous import check_rendezvous
+from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, UserError, exit_for
 from switchtitan.job.config import parse_arguments
@@ -47,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     if options.training_script in OWN_COMMANDS:
         options.training_script_args.insert(0, options.training_script)
         options.module, options.training_script = True, "switchtitan"
+    if options.nproc_per_node.isdecimal():  # torchrun's own default is one thread
+        threads = threads_per_process(num_cores(), int(options.nproc_per_node))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # A failing rank prints its own error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="switchtitan-") as folder:

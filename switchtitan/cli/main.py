@@ -2,10 +2,12 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from switchtitan import __version__
+from switchtitan.cores import num_cores, set_thread_defaults
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command == "--version":
         print(f"switchtitan {__version__}")
     else:
+        set_thread_defaults(os.environ, num_cores())  # before the command imports torch
         run_command("switchtitan", command, COMMANDS, arguments, "switchtitan.cli.{}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from switchtitan.comparison.plan import Run
+from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.files import try_lock
 
@@ -125,7 +126,7 @@ class Runner:
 def num_threads(num_jobs: int) -> int:
     """Returns CPU threads per job: OMP_NUM_THREADS if set, else an equal share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() else max(1, len(os.sched_getaffinity(0)) // num_jobs)
+    return int(given) if given.isdecimal() else threads_per_process(num_cores(), num_jobs)
 
 
 def _failure(run: Run, status: int) -> str:

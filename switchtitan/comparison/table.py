@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
+from switchtitan.checkpoint import find_given
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder_name
 from switchtitan.comparison.comparison import ComparisonState
 from switchtitan.comparison.config import RowConfig
@@ -144,4 +145,4 @@ def _effective_ranks(finished: list[RunResult]) -> list[float]:
 
 @cache
 def _effective_rank(checkpoint: Path) -> float:
-    return summarize_spectra(checkpoint_spectra(checkpoint)).effective
+    return summarize_spectra(checkpoint_spectra(find_given(checkpoint))).effective

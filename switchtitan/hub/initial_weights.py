@@ -79,14 +79,16 @@ def fingerprint(source: Path) -> str:
 
 
 @full_precision()
-def read_dense_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_dense_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     """Returns the dense fp32 weights of a checkpoint of any method, by the plain model's names.
 
+    Args:
+        checkpoint: as `find_given` returns it, which has verified all its bytes.
+
     Raises:
-        CheckpointError: if there is no complete checkpoint at `path`, or this version does not know
-            its method.
+        CheckpointError: if the checkpoint is not complete, or this version does not know its
+            method.
     """
-    checkpoint = find_given(path)
     return _saved_method(checkpoint).dense_weights(read_tensors(checkpoint, prefix="model."))
 
 

@@ -1,6 +1,5 @@
 """The environment of a measurement: hardware, versions, threads and the commit."""
 
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 import switchtitan
+from switchtitan.cores import num_cores
 from switchtitan.distributed.world import device_name, device_type
 
 
@@ -16,7 +16,7 @@ def describe_environment() -> dict[str, str | int | None]:
     device = torch.device(device_type())
     return {
         "device": cpu_name() if device.type == "cpu" else device_name(device),
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": num_cores(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "switchtitan": switchtitan.__version__,

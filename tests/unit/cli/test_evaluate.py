@@ -5,10 +5,11 @@ import json
 import pytest
 from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps
 
-from switchtitan.checkpoint import CheckpointMetadata
+from switchtitan.checkpoint import CheckpointMetadata, layout
 from switchtitan.cli import evaluate, export
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.distributed.config import CompileConfig
+from switchtitan.files import sha256_of_file
 
 
 def saved_run(folder, method):
@@ -54,6 +55,36 @@ def test_an_export_has_the_loss_of_its_checkpoint_and_tokens_are_counted(corpora
             evaluate.main([*arguments, *wrong])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_checkpoint_is_verified_by_reading_it_once(
+    corpora, tmp_path, monkeypatch, command, capsys
+):
+    folder = corpora / f"hashed-{command}"
+    saved_run(folder, "lora")
+    (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
+    hashed = []
+
+    def count(path):
+        hashed.append(path.name)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(layout, "sha256_of_file", count)
+    if command == "evaluate":
+        evaluate.main([str(folder / "run")])
+    else:
+        export.main(["--checkpoint", str(folder / "run"), "--folder", str(tmp_path / "exported")])
+    files = [path.name for path in checkpoint.iterdir() if path.name != layout.METADATA_FILE]
+    assert sorted(hashed) == sorted(files)
+    # Every byte counts: a changed one is found.
+    shard = next(checkpoint.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(folder / "run")])
+    assert "no complete checkpoint" in capsys.readouterr().err
 
 
 def test_keys_of_training_do_not_stop_an_evaluation(corpora, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import json, os, sys, threading
+import json, os, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,10 +28,17 @@ def num_other_threads():
 
 
 @contextmanager
-def measured(name):
+def measured(name, expected):
     before = num_other_threads()
     yield
+    wait_for(before + expected)
     growth[name] = num_other_threads() - before
+
+
+def wait_for(number):  # threads that have ended disappear a moment later
+    deadline = time.monotonic() + 10
+    while num_other_threads() != number and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def keep_team():
@@ -41,28 +48,38 @@ def keep_team():
     may_end.wait()
 
 
-start_world(ParallelismConfig())
+world = start_world(ParallelismConfig())
 # A plan of more than 32 KiB, and a tensor that is copied in parallel.
 tensors = {f"weight{index}": torch.ones(3) for index in range(500)} | {"large": values}
 for kind in ("synchronous", "asynchronous"):
     config, folder = CheckpointConfig(async_save=kind == "asynchronous"), Path(sys.argv[1], kind)
-    checkpointer = Checkpointer(folder, config, identity={}, metadata={}, is_main=True)
-    with measured(kind):
+    checkpointer = Checkpointer(
+        folder,
+        config,
+        identity={},
+        metadata={},
+        is_main=True,
+        group=world.host_group,
+        background_group=world.new_host_group(),
+    )
+    with measured(kind, 0):
         for step in (1, 2):
             checkpointer.save(step, tensors, {})
             checkpointer.finish()
 
 may_end, has_team = threading.Event(), threading.Event()
-with measured("planted"):
+num_before = num_other_threads()
+with measured("planted", 1):
     planted = threading.Thread(target=keep_team)
     planted.start()
     has_team.wait()
 may_end.set()
 planted.join()
+wait_for(num_before)
 
 torch.set_num_threads(2)  # undoes the limit for threads that start later
 group = dist.new_group(backend="gloo")
-with measured("without the limit"):
+with measured("without the limit", 1):
     dist.all_gather_object([None], list(range(100_000)), group=group)
 print(json.dumps(growth | {"num_threads": torch.get_num_threads()}))
 """
