@@ -7,10 +7,11 @@ the last place.
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.seeds import splitmix32
+from switchtitan.distributed.seeds import generator_for, splitmix32
 
 _NUM_DROPPED_BITS = 16
 """Bits of fp32 that bf16 lacks."""
+_LOW_BITS = (1 << _NUM_DROPPED_BITS) - 1
 
 
 def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
@@ -29,6 +30,12 @@ def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
     return result.to(torch.bfloat16)
 
 
+def rounding_key(seed: int, name: str) -> int:
+    """Returns a positive int32 for a tensor's random bits, from the job's seed and a name."""
+    # The upper 31 bits of the generator's seed.
+    return generator_for(seed, f"{name}.rounding").initial_seed() >> 32
+
+
 def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
     """Returns integers in [0, 2^16) for `num_rows` rows of a matrix from `first_row` on.
 
@@ -38,7 +45,20 @@ def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) ->
     Returns:
         [num_rows, num_columns] int32.
     """
+    return _random_words(key, first_row, num_rows, num_columns) & _LOW_BITS
+
+
+def random_bit_pairs(
+    key: Tensor, first_row: int, num_rows: int, num_columns: int
+) -> tuple[Tensor, Tensor]:
+    """Returns two independent `random_bits` for each element, at the cost of one."""
+    words = _random_words(key, first_row, num_rows, num_columns)
+    return words & _LOW_BITS, (words >> _NUM_DROPPED_BITS) & _LOW_BITS
+
+
+def _random_words(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
+    """Returns 32 random bits for each element, [num_rows, num_columns] int32."""
     rows = torch.arange(first_row, first_row + num_rows, dtype=torch.int32, device=key.device)
     columns = torch.arange(num_columns, dtype=torch.int32, device=key.device)
     row_keys = splitmix32(key, rows)
-    return splitmix32(row_keys.unsqueeze(1), columns) & ((1 << _NUM_DROPPED_BITS) - 1)
+    return splitmix32(row_keys.unsqueeze(1), columns)

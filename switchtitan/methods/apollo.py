@@ -54,7 +54,9 @@ class Apollo(Method[ApolloConfig]):
         build_rule = partial(
             ApolloRule, self.config, adamw, seed=self.seed, compile_step=compile_step
         )
-        return build_projected_optimizer(model, self.config, adamw, build_rule)
+        return build_projected_optimizer(
+            model, self.config, adamw, build_rule, compile_step, self.seed
+        )
 
 
 class ApolloRule:

@@ -27,5 +27,5 @@ class FullRank(Method[FullRankConfig]):
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         return OPTIMIZERS.build(
-            config, trained_parameters(model, blocks=model.blocks()), compile_step
+            config, trained_parameters(model, blocks=model.blocks()), compile_step, self.seed
         )

@@ -39,7 +39,9 @@ class Galore(Method[GaloreConfig]):
     ) -> TrainingOptimizer:
         adamw = require_adamw(config)
         build_rule = partial(GaloreRule, self.config, adamw, compile_step=compile_step)
-        return build_projected_optimizer(model, self.config, adamw, build_rule)
+        return build_projected_optimizer(
+            model, self.config, adamw, build_rule, compile_step, self.seed
+        )
 
 
 class GaloreRule:

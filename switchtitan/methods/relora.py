@@ -15,7 +15,6 @@ from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, low_rank_l
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.linear import lora_bound, uniform
 from switchtitan.methods.lowrank.rounding import Rounding, StochasticRounding, add_product_
-from switchtitan.optim import OPTIMIZERS
 
 
 class ResetSchedule:
@@ -207,7 +206,7 @@ class Relora(LowRankMethod[ReloraConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        inner = OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
+        inner = super().build_optimizer(model, config, compile_step)
         return ReloraOptimizer(
             self.config, low_rank_layers(model), inner, self.num_steps, self.seed
         )

@@ -5,6 +5,7 @@ from switchtitan.optim.adamw import (
     AdamW,
     AdamWConfig,
     TrainedParameter,
+    adamw_for_others,
     require_adamw,
     trained_parameters,
 )
@@ -28,7 +29,8 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
         "sgd": Component(SGDConfig, build_sgd),
     },
 )
-"""A factory is called as factory(config, parameters, compile_step), with `TrainedParameter`s."""
+"""A factory is called as factory(config, parameters, compile_step, seed), with `TrainedParameter`s
+and the job's seed."""
 
 __all__ = [
     "OPTIMIZERS",
@@ -36,6 +38,7 @@ __all__ = [
     "AdamWConfig",
     "LRScheduleConfig",
     "TrainedParameter",
+    "adamw_for_others",
     "build_lr_schedule",
     "require_adamw",
     "trained_parameters",

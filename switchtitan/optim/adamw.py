@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from switchtitan.contracts import OptimizerConfig
 from switchtitan.distributed.shards import local
 from switchtitan.errors import ConfigError
+from switchtitan.optim.rounded_moments import RoundedUpdate
 
 
 class TrainedParameter(NamedTuple):
@@ -85,6 +86,14 @@ class AdamKeys(OptimizerConfig):
     """Decay rates of the first and second moment, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment; above 0."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype in which AdamW stores the moments of the parameters that it updates. `bfloat16` halves
+    them: updates are computed in fp32, and moments are rounded stochastically, which is unbiased
+    and does not depend on the number of ranks; compile the optimizer, since the update takes many
+    kernels otherwise. With SwitchLoRA, GaLore and APOLLO the key applies to the embedding, norms,
+    head and other parameters that they do not change; the moments of their vectors and projections
+    stay in fp32. With Muon it applies to AdamW's parameters, with all other methods and AdamW to
+    all parameters."""
 
     @field_validator("betas")
     @classmethod
@@ -116,12 +125,14 @@ def require_adamw(config: OptimizerConfig) -> AdamWConfig:
 class AdamW:
     """torch's AdamW on the local shards of parameters; a `contracts.TrainingOptimizer`.
 
-    The update is torch's function, fused or compiled. Not torch's class, which steps through
-    DTensor's dispatcher and does not compile to one graph.
+    With moments in fp32 the update is torch's function, fused or compiled. Not torch's class, which
+    steps through DTensor's dispatcher and does not compile to one graph. For moments in bf16 see
+    `RoundedUpdate`.
 
     Args:
         parameters: the parameters to train, fp32.
         compile_step: compile the update.
+        seed: the job's seed, for the rounding of moments in bf16.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class AdamW:
         config: AdamKeys,
         parameters: Iterable[TrainedParameter],
         compile_step: bool = False,
+        seed: int = 0,
     ) -> None:
         self._config, self._lr_factor = config, 1.0
         self._groups = parameter_groups(config, parameters)
@@ -137,11 +149,12 @@ class AdamW:
             for group in self._groups
             for name, parameter in group.parameters.items()
         }
+        dtype = getattr(torch, config.moments_dtype)
         self._exp_avg = {
-            name: _zeros_like(parameter) for name, parameter in self._parameters.items()
+            name: _zeros_like(parameter, dtype) for name, parameter in self._parameters.items()
         }
         self._exp_avg_sq = {
-            name: _zeros_like(parameter) for name, parameter in self._parameters.items()
+            name: _zeros_like(parameter, dtype) for name, parameter in self._parameters.items()
         }
         self._num_steps = {
             name: torch.zeros((), device=parameter.device)
@@ -156,6 +169,11 @@ class AdamW:
             for group in self._groups
         ]
         self._update = _build_update(config, compile_step)
+        self._rounded_update = (
+            RoundedUpdate(self._parameters, config.betas, config.eps, seed, compile_step)
+            if dtype == torch.bfloat16
+            else None
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -167,16 +185,35 @@ class AdamW:
         names = [name for name, parameter in group.parameters.items() if parameter.grad is not None]
         if not names:
             return
-        self._update(
-            [local(self._parameters[name]) for name in names],
-            [local(self._parameters[name].grad) for name in names],  # type: ignore[arg-type]
-            [local(self._exp_avg[name]) for name in names],
-            [local(self._exp_avg_sq[name]) for name in names],
-            [],  # the maximum second moments of AMSGrad
-            [self._num_steps[name] for name in names],
-            lr=lr,
-            weight_decay=group.weight_decay,
-        )
+        parameters = [local(self._parameters[name]) for name in names]
+        grads = [local(self._parameters[name].grad) for name in names]  # type: ignore[arg-type]
+        exp_avgs = [local(self._exp_avg[name]) for name in names]
+        exp_avg_sqs = [local(self._exp_avg_sq[name]) for name in names]
+        num_steps = [self._num_steps[name] for name in names]
+        if self._rounded_update is None:
+            self._update(
+                parameters,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                [],  # the maximum second moments of AMSGrad
+                num_steps,
+                lr=lr,
+                weight_decay=group.weight_decay,
+            )
+            return
+        torch._foreach_add_(num_steps, 1)
+        for index, name in enumerate(names):
+            self._rounded_update(
+                name,
+                parameters[index],
+                grads[index],
+                exp_avgs[index],
+                exp_avg_sqs[index],
+                num_steps[index],
+                lr,
+                group.weight_decay,
+            )
 
     def zero_grad(self) -> None:
         for parameter in self._parameters.values():
@@ -213,8 +250,20 @@ class AdamW:
                 tensor.copy_(state[key])
 
 
-def _zeros_like(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
+def adamw_for_others(
+    config: AdamWConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+) -> AdamW:
+    """Returns AdamW for the few parameters that a method does not change.
+
+    Compiled only if moments are in bf16: torch's fused kernel updates few tensors in one pass.
+    """
+    return AdamW(config, parameters, compile_step and config.moments_dtype == "bfloat16", seed)
+
+
+def _zeros_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(
+        parameter, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+    )
 
 
 def _build_update(config: AdamKeys, compile_step: bool) -> partial[None]:

@@ -264,14 +264,14 @@ class MuonConfig(AdamKeys):
 
 
 def build_sgd(
-    config: SGDConfig, parameters: Iterable[TrainedParameter], compile_step: bool = False
+    config: SGDConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
     build = partial(torch.optim.SGD, momentum=config.momentum, nesterov=config.nesterov)
     return TorchOptimizer(config, parameters, build, compile_step)
 
 
 def build_adafactor(
-    config: AdafactorConfig, parameters: Iterable[TrainedParameter], compile_step: bool = False
+    config: AdafactorConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
     build = partial(
         torch.optim.Adafactor,
@@ -283,7 +283,7 @@ def build_adafactor(
 
 
 def build_muon(
-    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool = False
+    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
     parameters = list(parameters)
     matrices = [p for p in parameters if p.is_in_block and p.parameter.ndim == 2]
@@ -295,4 +295,6 @@ def build_muon(
         ns_steps=config.ns_steps,
         adjust_lr_fn="match_rms_adamw",
     )
-    return SplitOptimizer([TorchOptimizer(config, matrices, build), AdamW(config, others)])
+    return SplitOptimizer(
+        [TorchOptimizer(config, matrices, build), AdamW(config, others, seed=seed)]
+    )

@@ -12,15 +12,16 @@ pytestmark = pytest.mark.distributed
 
 NUM_STEPS, SAVED_STEP = 10, 4
 KEYS = {
-    "adafactor": ("--optimizer.lr", "0.1"),
-    "sgd": ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
+    "adafactor": ("--optimizer.name", "adafactor", "--optimizer.lr", "0.1"),
+    "adamw_bf16": ("--optimizer.lr", "1e-2", "--optimizer.moments_dtype", "bfloat16"),
+    "sgd": ("--optimizer.name", "sgd", "--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }
 # Sums over ranks have another order.
 RELATIVE_LOSS_TOLERANCE = 1e-5
 
 
 def build(folder, optimizer, num_ranks):
-    keys = ("--optimizer.name", optimizer, *KEYS[optimizer], "--training.local_batch_size", "2")
+    keys = (*KEYS[optimizer], "--training.local_batch_size", "2")
     return tiny_trainer(folder, "full_rank", *keys, num_ranks=num_ranks)
 
 

@@ -58,7 +58,7 @@ class LowRankMethod(Method[LowRankSection]):
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         """Builds one optimizer for all trained parameters."""
-        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns W + s B A for layers with factors, and all other tensors, in fp32."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.rounding import random_bits, round_to_bf16
-from switchtitan.distributed.seeds import generator_for, splitmix32
+from switchtitan.distributed.rounding import random_bits, round_to_bf16, rounding_key
+from switchtitan.distributed.seeds import splitmix32
 from switchtitan.distributed.shards import row_range
 from switchtitan.methods.lowrank.linear import LowRankLinear
 
@@ -45,8 +45,7 @@ class StochasticRounding:
         first = next(iter(layers.values()))
         self._keys: Tensor | None = None
         if first.weight.dtype != first.lora_a.dtype:
-            # The upper 31 bits of the generator's seed, a positive int32.
-            keys = [generator_for(seed, f"{name}.rounding").initial_seed() >> 32 for name in layers]
+            keys = [rounding_key(seed, name) for name in layers]
             self._keys = torch.tensor(keys, dtype=torch.int32, device=first.lora_a.device)
         self._add_ = (
             torch.compile(add_rounded_, fullgraph=True, dynamic=False)

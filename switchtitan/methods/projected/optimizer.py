@@ -16,7 +16,7 @@ from switchtitan.methods.projected.weights import (
     build_projected_weight,
     targeted_weights,
 )
-from switchtitan.optim import AdamW, AdamWConfig, trained_parameters
+from switchtitan.optim import AdamWConfig, adamw_for_others, trained_parameters
 
 
 class UpdateRule(Protocol):
@@ -118,15 +118,19 @@ def build_projected_optimizer(
     method: ProjectedConfig,
     config: AdamWConfig,
     build_rule: Callable[[list[ProjectedWeight]], UpdateRule],
+    compile_step: bool,
+    seed: int,
 ) -> ProjectedOptimizer:
-    """Builds an optimizer whose rule updates the weights of the targeted layers."""
+    """Builds an optimizer whose rule updates the weights of the targeted layers.
+
+    `compile_step` and the job's seed are for the optimizer of all other parameters.
+    """
     targeted = targeted_weights(model, method.targets)
     weights = [
         build_projected_weight(name, parameter, method.rank) for name, parameter in targeted.items()
     ]
     others = [p for p in trained_parameters(model, targeted) if p.is_other]
-    # Not compiled: torch's fused kernel already updates these few tensors in one pass.
-    dense = AdamW(config, others)
+    dense = adamw_for_others(config, others, compile_step, seed)
     return ProjectedOptimizer(config, weights, build_rule(weights), dense, method.update_interval)
 
 

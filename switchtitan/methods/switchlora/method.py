@@ -18,7 +18,7 @@ from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidate
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.optim import AdamW, require_adamw
+from switchtitan.optim import adamw_for_others, require_adamw
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         adamw = require_adamw(config)
         layers = low_rank_layers(model)
         others = [p for p in self.trained_parameters(model) if p.is_other]
-        # Not compiled: torch's fused kernel already updates these few tensors in one pass.
-        dense = AdamW(adamw, others)
+        dense = adamw_for_others(adamw, others, compile_step, self.seed)
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
                 "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "

@@ -18,6 +18,8 @@ CASES = {method: [method] for method in METHOD_KEYS} | {
     "constant candidates": ["switchlora", "--method.candidates", "constant"],
     "candidates on the host": ["switchlora", *ON_HOST],
     "replicated": ["switchlora", *REPLICATED],
+    "bf16 moments": ["full_rank", "--optimizer.moments_dtype", "bfloat16"],
+    "bf16 moments of others": ["switchlora", "--optimizer.moments_dtype", "bfloat16"],
     "bf16 weights": ["switchlora", "--training.frozen_dtype", "bfloat16"],
     "replicas": ["switchlora", "--parallelism.replicate", "2"],
     "resets": ["relora", *RESETS],

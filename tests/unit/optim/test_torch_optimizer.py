@@ -59,7 +59,7 @@ def ours(
         )
         for name, parameter in named.items()
     ]
-    return OPTIMIZERS.build(config, trained, compile_step)
+    return OPTIMIZERS.build(config, trained, compile_step, 0)
 
 
 def by_hand(choice: str, named: dict[str, nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
