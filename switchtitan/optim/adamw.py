@@ -149,7 +149,8 @@ class AdamW:
             for group in self._groups
             for name, parameter in group.parameters.items()
         }
-        dtype = getattr(torch, config.moments_dtype)
+        is_rounded = config.moments_dtype == "bfloat16"
+        dtype = torch.bfloat16 if is_rounded else None
         self._exp_avg = {
             name: _zeros_like(parameter, dtype) for name, parameter in self._parameters.items()
         }
@@ -171,7 +172,7 @@ class AdamW:
         self._update = _build_update(config, compile_step)
         self._rounded_update = (
             RoundedUpdate(self._parameters, config.betas, config.eps, seed, compile_step)
-            if dtype == torch.bfloat16
+            if is_rounded
             else None
         )
 
@@ -260,7 +261,7 @@ def adamw_for_others(
     return AdamW(config, parameters, compile_step and config.moments_dtype == "bfloat16", seed)
 
 
-def _zeros_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+def _zeros_like(parameter: nn.Parameter, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros_like(
         parameter, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
     )
