@@ -77,7 +77,6 @@ class TrackMemory(CountingMode):
         super().__init__()
         self._stepper = stepper
         self._held: dict[int, _Held] = {}
-        self._gathered: list[_Held] = []
         self._with_hook: set[int] = set()
         self._now = dict.fromkeys((*KINDS, _BATCH), 0)
         self._is_before_first_batch = self._is_forward = True
@@ -107,6 +106,7 @@ class TrackMemory(CountingMode):
             self._hold(buffer, BUFFERS)
         for tensor in _tensors_within(optimizer):
             self._hold(tensor, OPTIMIZER)
+        self._watch_resizes()
         # Called before the module's own hooks, but after those of its block, which gather.
         self._remove_at_exit(register_module_forward_pre_hook(self._before_module))
         loss = self._stepper.loss
@@ -137,10 +137,6 @@ class TrackMemory(CountingMode):
             self._now[kind] += held.num_bytes
         elif held.kind == TEMPORARY:
             self._move(held, kind)
-        else:
-            return
-        if kind == GATHERED:
-            self._gathered.append(held)
 
     def _hold_grad(self, kind: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -167,18 +163,28 @@ class TrackMemory(CountingMode):
 
     def _measure(self) -> None:
         now, most = self._now, self._most
-        # FSDP frees and allocates these by resizing their storage, which is not dispatched.
-        for held in self._gathered:
-            storage = held.storage()
-            if storage is not None and (num_bytes := storage.nbytes()) != held.num_bytes:
-                now[GATHERED] += num_bytes - held.num_bytes
-                held.num_bytes = num_bytes
         for kind, num_bytes in now.items():
             # Before the loss it is unknown what a forward pass saves.
             if num_bytes > most[kind] and not (kind == TEMPORARY and self._is_forward):
                 most[kind] = num_bytes
         if _on_device(now) > _on_device(self._at_peak):
             self._at_peak = dict(now)
+
+    def _watch_resizes(self) -> None:
+        """Follows storages that are resized: so FSDP frees and allocates gathered weights."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            held = self._held.get(id(storage))
+            if held is not None and held.kind != _BATCH:
+                self._now[held.kind] += storage.nbytes() - held.num_bytes
+                held.num_bytes = storage.nbytes()
+                self._measure()
+            return result
+
+        self._clean_up.callback(setattr, torch.UntypedStorage, "resize_", resize)
+        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
 
     def _before_module(self, module: nn.Module, args: tuple) -> None:
         self._hold_on_host()
