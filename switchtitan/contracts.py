@@ -102,6 +102,8 @@ class OptimizerConfig(NamedSection):
     """Whether `[compile] optimizer` can be set."""
     max_ranks: ClassVar[int | None] = None
     """Largest number of ranks that it supports; None for no limit."""
+    package: ClassVar[str | None] = None
+    """The package that it needs, which switchtitan's extra of the same name installs."""
     lr: float = Field(gt=0)
     """Peak learning rate, above 0."""
     other_lr: float | None = Field(default=None, gt=0)

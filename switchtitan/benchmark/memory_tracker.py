@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
@@ -127,6 +128,11 @@ class TrackMemory(CountingMode):
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
         """Counts a tensor's storage as `kind`, unless it already has another kind."""
+        if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+            # Its own storage has no memory.
+            for name in tensor.__tensor_flatten__()[0]:
+                self._hold(getattr(tensor, name), kind)
+            return
         storage = local(tensor).untyped_storage()
         key = id(storage)
         held = self._held.get(key)

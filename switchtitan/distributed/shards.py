@@ -88,6 +88,22 @@ def copy_from_full_(target: Tensor, value: Tensor) -> None:
         local(target).copy_(value[rows.start : rows.stop] if isinstance(target, DTensor) else value)
 
 
+def as_shard_of(part: Tensor, full: Tensor) -> Tensor:
+    """Returns `part` [held rows, ...] as the local shard of a tensor with rows and placement of
+    `full`; shares memory with `part`. `part` itself if `full` is a plain tensor."""
+    if not isinstance(full, DTensor):
+        return part
+    layout = torch.empty(full.shape[0], *part.shape[1:], device="meta")
+    return DTensor.from_local(
+        part,
+        full.device_mesh,
+        full.placements,
+        run_check=False,
+        shape=layout.shape,
+        stride=layout.stride(),
+    )
+
+
 def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     """Returns an empty DTensor like the meta tensor `buffer`, sharded as FSDP2 does it."""
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]

@@ -1,5 +1,6 @@
 """Checks between sections. Each one receives valid sections and returns error messages."""
 
+import importlib.util
 import os
 import shutil
 import sysconfig
@@ -140,6 +141,11 @@ def check_optimizer(
         problems.append(
             f"{name}: trains on at most {optimizer.max_ranks} rank(s), not on {num_ranks}; "
             "start fewer, or choose another optimizer"
+        )
+    if optimizer.package is not None and importlib.util.find_spec(optimizer.package) is None:
+        problems.append(
+            f"{name}: needs the package {optimizer.package}; run pip install "
+            f"'switchtitan[{optimizer.package}]', or choose another optimizer"
         )
     if compile.optimizer and not optimizer.can_compile:
         problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")

@@ -9,6 +9,7 @@ from switchtitan.optim.adamw import (
     require_adamw,
     trained_parameters,
 )
+from switchtitan.optim.adamw8bit import AdamW8bitConfig, build_adamw8bit
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 from switchtitan.optim.torch_optimizer import (
     AdafactorConfig,
@@ -25,6 +26,7 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
     {
         "adafactor": Component(AdafactorConfig, build_adafactor),
         "adamw": Component(AdamWConfig, AdamW),
+        "adamw8bit": Component(AdamW8bitConfig, build_adamw8bit),
         "muon": Component(MuonConfig, build_muon),
         "sgd": Component(SGDConfig, build_sgd),
     },

@@ -79,13 +79,25 @@ def lr_metrics(config: OptimizerConfig, lr_factor: float) -> dict[str, float]:
     return rates
 
 
-class AdamKeys(OptimizerConfig):
-    """The configuration keys of Adam's moments."""
+class AdamBetas(OptimizerConfig):
+    """The configuration keys of Adam's rule."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment; above 0."""
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each must lie in [0, 1)")
+        return betas
+
+
+class AdamKeys(AdamBetas):
+    """The configuration keys of Adam's rule and of its moments."""
+
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype in which AdamW stores the moments of the parameters that it updates. `bfloat16` halves
     them: updates are computed in fp32, and moments are rounded stochastically, which is unbiased
@@ -94,13 +106,6 @@ class AdamKeys(OptimizerConfig):
     head and other parameters that they do not change; the moments of their vectors and projections
     stay in fp32. With Muon it applies to AdamW's parameters, with all other methods and AdamW to
     all parameters."""
-
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("each must lie in [0, 1)")
-        return betas
 
 
 class AdamWConfig(AdamKeys):

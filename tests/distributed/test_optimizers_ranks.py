@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from support.packages import HAS_TORCHAO
 from support.ranks import run_on_ranks
 from support.tiny import full_tensors, tiny_trainer, train_steps
 
@@ -14,8 +15,11 @@ NUM_STEPS, SAVED_STEP = 10, 4
 KEYS = {
     "adafactor": ("--optimizer.name", "adafactor", "--optimizer.lr", "0.1"),
     "adamw_bf16": ("--optimizer.lr", "1e-2", "--optimizer.moments_dtype", "bfloat16"),
+    "adamw8bit": ("--optimizer.name", "adamw8bit", "--optimizer.lr", "1e-2"),
     "sgd": ("--optimizer.name", "sgd", "--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }
+if not HAS_TORCHAO:
+    del KEYS["adamw8bit"]
 # Sums over ranks have another order.
 RELATIVE_LOSS_TOLERANCE = 1e-5
 

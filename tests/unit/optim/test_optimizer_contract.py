@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.packages import needs_torchao
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.distributed.world import stop_world
@@ -13,6 +14,7 @@ from switchtitan.optim import OPTIMIZERS
 KEYS = {
     "adafactor": ("--optimizer.lr", "0.1"),
     "adamw": ("--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.01"),
+    "adamw8bit": ("--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.01"),
     "muon": ("--optimizer.lr", "2e-2"),
     "sgd": ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }
@@ -33,7 +35,10 @@ def test_every_optimizer_is_held_to_the_contract():
 
 
 @pytest.mark.parametrize("method", ["full_rank", "lora"])
-@pytest.mark.parametrize("optimizer", KEYS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=needs_torchao if name == "adamw8bit" else ()) for name in KEYS],
+)
 def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, optimizer, method):
     keys = overrides(optimizer)
     if method == "lora":
