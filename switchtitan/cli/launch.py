@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+# torch reads it when it is imported. Its C++ log has a stack trace for every failed connection.
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -54,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # A failing rank prints its own error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # not for the ranks
     with tempfile.TemporaryDirectory(prefix="switchtitan-") as folder:
         options.log_dir = options.log_dir or folder
         run_ranks(options)
@@ -127,7 +132,7 @@ def describe_lost_rendezvous(
             if EXIT_STATUS_KEY in recorded:
                 return recorded["message"], recorded[EXIT_STATUS_KEY]
     endpoint = f"RDZV_ENDPOINT={options.rdzv_endpoint}"
-    reason = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     if ranks_folders:
         return f"{endpoint}: lost the connection ({reason}); see the other machines' output", 1
     return (

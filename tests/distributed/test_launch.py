@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,22 @@ def test_ranks_are_counted_if_known(
     num_nodes: str, num_processes: str, expected: int | None
 ) -> None:
     assert num_ranks_of(num_nodes, num_processes) == expected
+
+
+def test_a_machine_that_nobody_joins_says_so_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    (tmp_path / "job.toml").write_text(CONFIG)
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "static"]
+    options += ["--node_rank", "1", "--rdzv_endpoint", endpoint, "--rdzv_conf", "timeout=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "switchtitan", "launch", *options, "train", "--config", "job.toml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: RDZV_ENDPOINT={endpoint}: the 2 machines did not all meet")
