@@ -81,6 +81,14 @@ def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
+def replica_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Returns the group of ranks that hold the same shard; None if this rank alone holds it."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1:
+        return None
+    group = tensor.device_mesh.get_group(0)
+    return group if group.size() > 1 else None
+
+
 def copy_from_full_(target: Tensor, value: Tensor) -> None:
     """Writes this rank's rows of the full tensor `value` into `target`."""
     rows = row_range(target)
@@ -284,10 +292,15 @@ class RowExchange:
     def check(self) -> None:
         """Checks that ranks have agreed since the start; waits for the device.
 
+        Collective over all ranks, so that those of other replicas stop with the same message.
+
         Raises:
             RanksDisagreeError: if not; the ranks' weights are no longer those of one model.
         """
-        if bool(self._disagreement):
+        disagreement = self._disagreement.to(torch.int32)
+        if self._group is not None and self._group.size() < dist.get_world_size():
+            dist.all_reduce(disagreement, op=dist.ReduceOp.MAX)
+        if bool(disagreement):
             raise RanksDisagreeError(
                 "ranks disagree on what to exchange: they are at different steps or run different "
                 "configurations; stop, and resume all ranks from one checkpoint"

@@ -6,13 +6,15 @@ import pytest
 import torch
 from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
 from support.ranks import run_on_ranks
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from switchtitan.contracts import MethodConfig, TrainingOptimizer
-from switchtitan.methods import METHODS
+from switchtitan.distributed.replicas import check_replicas
+from switchtitan.methods import METHODS, galore
 from switchtitan.methods.apollo import ApolloConfig
-from switchtitan.methods.galore import GaloreConfig
+from switchtitan.methods.galore import GaloreConfig, leading_singular_vectors
 from switchtitan.optim import AdamWConfig
 
 NUM_STEPS = 10
@@ -62,6 +64,44 @@ def compare_with_one_rank(rank: int, num_ranks: int) -> None:
         }
         for key, tensor in optimizer.state_dict().items():
             torch.testing.assert_close(full[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
+
+
+def perturbed(grad: Tensor, rank: int) -> Tensor:
+    """What a device that rounds differently would compute."""
+    return leading_singular_vectors(grad, rank) + 1e-3
+
+
+def check_bases_of_replicas(
+    rank: int, layout: tuple[int, int], has_perturbed_replica: bool
+) -> None:
+    mesh = init_device_mesh("cpu", layout, mesh_dim_names=("replicate", "shard"))
+    model = draw_model(mesh=mesh)
+    optimizer = build(CONFIGS["galore"], model)
+    if has_perturbed_replica and mesh.get_local_rank(0) == 1:
+        galore.leading_singular_vectors = perturbed
+    give_gradients(model, next(draw_gradients(1)), mesh)
+    optimizer.step()
+    # Raises if a bit of a weight, a moment or a basis differs between replicas.
+    state = optimizer.state_dict() | dict(model.named_parameters())
+    check_replicas({name: tensor for name, tensor in state.items() if tensor.ndim == 2})
+    own = {name: value for name, value in optimizer.state_dict().items() if "basis" in name}
+    assert len(own) == len(TARGETS)
+    alone = draw_model()
+    optimizer_alone = build(CONFIGS["galore"], alone)
+    give_gradients(alone, next(draw_gradients(1)))
+    optimizer_alone.step()
+    expected = optimizer_alone.state_dict()
+    for name, basis in own.items():
+        full = basis.full_tensor() if hasattr(basis, "full_tensor") else basis
+        tolerance = 2e-3 if has_perturbed_replica else 1e-6
+        torch.testing.assert_close(full, expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [(2, 2), (4, 1)])
+def test_replicas_have_the_same_bases_although_their_devices_round_differently(layout):
+    for has_perturbed_replica in (False, True):
+        run_on_ranks(4, check_bases_of_replicas, layout, has_perturbed_replica)
 
 
 @pytest.mark.distributed

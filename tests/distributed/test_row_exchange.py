@@ -134,6 +134,7 @@ def check_disagreement(rank: int, mesh: DeviceMesh) -> None:
         [RowRequest(ShardedRows(tensor), (range(2 + (rank == 2)),))], checksum=7 + (rank == 2)
     )
     exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
+    # On every rank, also in the other replica, whose own ranks agree.
     with pytest.raises(RanksDisagreeError, match="ranks disagree"):
         exchange.check()
 
@@ -201,7 +202,7 @@ def check_all(rank: int, folder: Path) -> None:
     ]
     for mesh in (line, square):
         check_gather_and_write(mesh)
-        check_disagreement(rank, line)
+        check_disagreement(rank, mesh)
     check_initial_values(folder / "square", ["--parallelism.replicate", "2"])
     switching = check_initial_values(folder / "line", [])
     check_collectives(switching, num_micro_batches=1, num_in_update=1)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 TARGETS = ("q_proj", "up_proj", "down_proj")
 RANK = 3
@@ -23,7 +23,7 @@ class OddModel(nn.Module):
 
 
 def draw_model(dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None) -> OddModel:
-    """The model with fixed random values; sharded along dimension 0 on a mesh."""
+    """The model with fixed random values; sharded along dimension 0 over a mesh's last one."""
     model = OddModel().to(dtype)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in list(model.named_parameters()):
@@ -65,4 +65,6 @@ def give_gradients(
 
 
 def _placed(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    return value if mesh is None else distribute_tensor(value, mesh, [Shard(0)])
+    if mesh is None:
+        return value
+    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])

@@ -6,7 +6,12 @@ from switchtitan.methods.projected.optimizer import (
     build_projected_optimizer,
     sum_packed,
 )
-from switchtitan.methods.projected.weights import ProjectedConfig, ProjectedWeight, project
+from switchtitan.methods.projected.weights import (
+    ProjectedConfig,
+    ProjectedWeight,
+    is_right,
+    project,
+)
 
 __all__ = [
     "PackedRows",
@@ -14,6 +19,7 @@ __all__ = [
     "ProjectedOptimizer",
     "ProjectedWeight",
     "build_projected_optimizer",
+    "is_right",
     "project",
     "sum_packed",
 ]
