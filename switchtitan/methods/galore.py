@@ -174,8 +174,8 @@ def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
     """Returns the leading singular vectors of a gradient [out, in].
 
     They are the leading eigenvectors of the smaller Gram matrix, G^T G or G G^T, in fp64: squaring
-    loses half the digits, and half of those of fp64 are more than an fp32 gradient has. Faster than
-    an SVD, see docs/PERFORMANCE.md.
+    loses half the digits, and half of those of fp64 are more than an fp32 gradient has. That is
+    more exact than an SVD in fp32, and on a CPU takes as long (1024 x 2736 on one thread: 1.3 s).
 
     The largest entry of each vector is positive. Moments are kept when the basis changes, so the
     sign of a vector must not depend on rounding or on the number of ranks.

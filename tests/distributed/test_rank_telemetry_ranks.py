@@ -7,10 +7,26 @@ from support.ranks import run_on_ranks
 from support.tiny import tiny_trainer
 
 from switchtitan.distributed.world import stop_world
+from switchtitan.methods.lowrank import LowRankMethod
 from switchtitan.spectra.spectra_files import read_spectra
 
 
 def record_run(rank, folder, num_ranks):
+    """Trains and measures; only the main rank merges weights."""
+    with pytest.MonkeyPatch.context() as patched:
+        merged = []
+        merge = LowRankMethod.dense_weights
+
+        def count_and_merge(method, tensors):
+            merged.append(len(tensors))
+            return merge(method, tensors)
+
+        patched.setattr(LowRankMethod, "dense_weights", count_and_merge)
+        train_and_record(rank, folder, num_ranks)
+    assert len(merged) == (3 if rank == 0 else 0)
+
+
+def train_and_record(rank, folder, num_ranks):
     trainer = tiny_trainer(
         folder,
         "switchlora",

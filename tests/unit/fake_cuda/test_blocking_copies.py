@@ -24,7 +24,7 @@ CASES = {method: [method] for method in METHOD_KEYS} | {
     "replicas": ["switchlora", "--parallelism.replicate", "2"],
     "resets": ["relora", *RESETS],
     "random resets": ["relora", *RESETS, "--method.reset_moments", "random"],
-    # On a real device, `torch.linalg.svd` makes the host wait inside its kernel when bases are
+    # On a real device, `torch.linalg.eigh` makes the host wait inside its kernel when bases are
     # renewed. Fake tensors do not run it, so this case covers the rest of the step only.
     "bases": ["galore", "--method.update_interval", "2"],
 }

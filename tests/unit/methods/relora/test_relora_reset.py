@@ -77,6 +77,20 @@ def test_of_equal_values_the_first_are_kept():
     assert largest(torch.zeros(2, 5), 0.7).sum() == 3
 
 
+@pytest.mark.parametrize("num_levels", [1, 3, 40, 10**6])
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.9, 0.999])
+def test_the_largest_are_those_of_a_stable_sort(num_levels, ratio):
+    scores = (torch.rand(31, 29, generator=generator_for(5, "scores")) * num_levels).floor()
+    order = scores.flatten().argsort(descending=True, stable=True)
+    expected = torch.zeros(scores.numel(), dtype=torch.bool)
+    expected[order[: scores.numel() - num_pruned(scores.numel(), ratio)]] = True
+    assert torch.equal(largest(scores, ratio), expected.view(scores.shape))
+
+
+def test_nothing_is_kept_where_all_values_are_pruned():
+    assert not largest(torch.ones(1, 1), 0.9).any()
+
+
 def test_random_pruning_keeps_the_same_places_in_both_moments():
     moments = [
         torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in ("first", "second")

@@ -56,13 +56,19 @@ def test_golden_trajectory_is_reproduced(golden, compile_step):
     layer, optimizer = build(golden, compile_step)
     slots_a = np.asarray(golden["mlp.init.selA"]).copy()
     slots_b = np.asarray(golden["mlp.init.selB"]).copy()
+    timers = torch.zeros(2, RANK)
+    shares_of_frozen = []
     for t in range(NUM_STEPS):
         x, y = torch.from_numpy(golden["x"][t]), torch.from_numpy(golden["y"][t])
         loss = (layer(x) - y).square().mean()
         assert loss.item() == pytest.approx(float(golden["loss"][t]), rel=TOLERANCE)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([layer.lora_a, layer.lora_b], 1.0)
+        # Of all vectors, frozen ones included.
         assert norm.item() == pytest.approx(float(golden["grad_norm"][t]), rel=1e-5)
+        factors = layer.lora_a, layer.lora_b
+        squares = torch.stack([factor.grad.square().sum(1) for factor in factors])
+        shares_of_frozen.append((squares[timers > 0].sum() / squares.sum()).item())
         optimizer.step()
         optimizer.zero_grad()
 
@@ -96,6 +102,9 @@ def test_golden_trajectory_is_reproduced(golden, compile_step):
                 atol=TOLERANCE,
                 err_msg=f"{name} after step {t}",
             )
+
+    # Without them, the norm would miss the recorded one.
+    assert max(shares_of_frozen) > 0.01
 
     resting_a = np.setdiff1d(np.arange(23), slots_a)
     resting_b = np.setdiff1d(np.arange(23), slots_b)
