@@ -31,6 +31,11 @@ from switchtitan.distributed.blocks import (
     checkpoint_activations,
     compile_blocks,
 )
+from switchtitan.distributed.compute_dtype import (
+    ComputeDtype,
+    agree_on_dtype,
+    dtype_on,
+)
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
@@ -51,6 +56,7 @@ from switchtitan.optim import build_lr_schedule
 from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
+    compute_dtype_of,
     describe_run,
     run_facts,
     run_identity,
@@ -104,12 +110,14 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     initial_weights = None
     if checkpoint is None:
         state, initial_weights = read_warm_start(config)
+    compute_dtype = build_compute_dtype(config, world, state, changes)
     rank_telemetry = build_rank_telemetry(config, world, state)
 
     stepper = build_stepper(
         config,
         world,
         batches,
+        compute_dtype=compute_dtype.dtype,
         state=state,
         loss=loss,
         initial_weights=initial_weights,
@@ -120,8 +128,8 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         tensors.restore(checkpoint)
 
     start_output(config, resolved, world, state)
-    describe_run(config, world, stepper.model, corpus, checkpoint, changes)
-    facts = run_facts(config, world, stepper.model, corpus)
+    describe_run(config, world, stepper.model, corpus, compute_dtype, checkpoint, changes)
+    facts = run_facts(config, world, stepper.model, corpus, compute_dtype)
     reporter = build_reporter(config, resolved, world, state, facts)
     return Trainer(
         stepper,
@@ -130,7 +138,7 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=reporter,
-        throughput=build_throughput(config, stepper),
+        throughput=build_throughput(config, stepper, compute_dtype),
         profiler=build_profiler(config, world, state),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
     )
@@ -141,6 +149,7 @@ def build_stepper(
     world: World,
     batches: Generator[list[Batch], None, None],
     *,
+    compute_dtype: torch.dtype | None = None,
     state: TrainState | None = None,
     loss: SummedLoss | None = None,
     initial_weights: Mapping[str, Tensor] | None = None,
@@ -152,6 +161,7 @@ def build_stepper(
 
     Args:
         batches: see `build_batches`.
+        compute_dtype: of activations and gradients; by default the configuration's on this device.
         state: the run's state, by default a new run's. The caller restores model and optimizer.
         loss: by default the configuration's.
         initial_weights: the plain model's weights by name; by default they are random.
@@ -162,7 +172,9 @@ def build_stepper(
         allow_tf32()
     model = build_plain_model(config)
     method = build_method(config)
-    prepare_model(model, method, config, world, initial_weights)
+    if compute_dtype is None:
+        compute_dtype = dtype_on(world.device, config.training.dtype).dtype
+    prepare_model(model, method, config, world, compute_dtype, initial_weights)
     on_part("model")
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
     on_part("optimizer")
@@ -210,6 +222,7 @@ def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainSt
     metadata = read_metadata(checkpoint)
     check_same_run(comparable_identity(metadata.identity), identity)
     state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
+    state.compute_dtype = compute_dtype_of(metadata)
     return state, changed_keys(str(metadata.run["config"]), resolved)
 
 
@@ -230,6 +243,26 @@ def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | 
     return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
 
 
+def build_compute_dtype(
+    config: JobConfig, world: World, state: TrainState, changes: list[str]
+) -> ComputeDtype:
+    """Choose the compute dtype and put it into `state`; append to `changes` if it differs.
+
+    Args:
+        state: contains the checkpoint's dtype if the run resumes.
+
+    Raises:
+        EnvironmentMismatchError: if the devices or the model do not support it.
+    """
+    saved = state.compute_dtype
+    chosen = agree_on_dtype(config.training.dtype, world, saved)
+    config.model.check_device(world.device.type, chosen.dtype)
+    if saved not in (None, chosen.name):
+        changes.append(f"compute dtype: {saved} -> {chosen.name}")
+    state.compute_dtype = chosen.name
+    return chosen
+
+
 def build_schedule(config: JobConfig) -> RunSchedule:
     return RunSchedule(
         num_steps=config.training.steps,
@@ -243,6 +276,7 @@ def prepare_model(
     method: Method,
     config: JobConfig,
     world: World,
+    compute_dtype: torch.dtype,
     initial_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Convert a plain model on the meta device to a sharded, initialized one on this rank's
@@ -254,8 +288,7 @@ def prepare_model(
     if config.compile.blocks:
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
-    dtype = getattr(torch, config.training.dtype)
-    shard_model(model, world.shard_mesh, dtype, config.parallelism)
+    shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
     materialize(model, world.device, config.job.seed, initial_weights)
 
 
@@ -372,12 +405,13 @@ def build_reporter(
     )
 
 
-def build_throughput(config: JobConfig, stepper: Stepper) -> Throughput:
+def build_throughput(
+    config: JobConfig, stepper: Stepper, compute_dtype: ComputeDtype
+) -> Throughput:
     world = stepper.world
     # Only the bf16 peaks are known.
-    peak = (
-        peak_flops_per_s(device_name(world.device)) if config.training.dtype == "bfloat16" else None
-    )
+    is_bf16 = compute_dtype.name == "bfloat16"
+    peak = peak_flops_per_s(device_name(world.device)) if is_bf16 else None
     return Throughput(
         tokens_per_step=config.training.global_batch_size * config.data.seq_len,
         flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),

@@ -10,6 +10,8 @@ from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
 
 ASSUMPTIONS = (
+    '[training] dtype = "auto" means bfloat16, as on GPUs since Ampere; for other devices pass '
+    "--training.dtype float32",
     "memory is that of tensors on rank 0, whose shards are the largest, without allocator "
     "overhead, kernel workspaces, libraries and batches; evaluation and saving are not included",
     "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU "

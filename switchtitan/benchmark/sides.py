@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from switchtitan.config.load import Check
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 
@@ -63,7 +64,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]
 
 
 def load_sides(
-    arguments: Sequence[str], overrides: dict[str, list[str]], num_ranks: int | None = None
+    arguments: Sequence[str],
+    overrides: dict[str, list[str]],
+    num_ranks: int | None = None,
+    checks: Sequence[Check] | None = None,
 ) -> dict[str, JobConfig]:
     """Returns the configurations of all sides, by argument.
 
@@ -71,6 +75,7 @@ def load_sides(
         arguments: each `FILE[:section.key=value,...]`; a repeated one gets a number.
         overrides: for all sides, dotted key -> arguments of its value; a side's own come first.
         num_ranks: number of ranks to validate against; by default those that the launcher started.
+        checks: see `parse_arguments`.
 
     Raises:
         ConfigError: with all errors of a side in one message.
@@ -82,7 +87,9 @@ def load_sides(
         options = [word for key, words in merged.items() for word in (f"--{key}", *words)]
         name = f"{argument} ({index + 1})" if argument in configs else argument
         try:
-            configs[name] = parse_arguments(["--config", side.file, *options], num_ranks)
+            configs[name] = parse_arguments(
+                ["--config", side.file, *options], num_ranks, checks=checks
+            )
         except ConfigError as error:
             raise (ConfigError(f"{argument}: {error}") if side.overrides else error) from error
     return configs

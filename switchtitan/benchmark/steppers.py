@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from switchtitan.build import build_batches, build_stepper, open_checked_corpus
 from switchtitan.contracts import Batch
+from switchtitan.distributed.compute_dtype import DtypeKey, agree_on_dtype
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
@@ -24,7 +25,8 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
     world = start_world(config.parallelism)
     configure_logging(is_main=world.is_main, rank=world.rank)
     batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
-    stepper = build_stepper(config, world, batches)
+    dtype = agree_on_dtype(config.training.dtype, world).dtype
+    stepper = build_stepper(config, world, batches, compute_dtype=dtype)
     try:
         yield stepper
     finally:
@@ -36,7 +38,8 @@ def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
     """Yields an uncompiled CPU stepper of the first of `num_ranks` ranks.
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
-    ranks, no memory for the model and no corpus. Run steps inside the context.
+    ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
+    steps inside the context.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
@@ -51,10 +54,17 @@ def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
         world = World(0, num_ranks, torch.device("cpu"), mesh, group)
         with FakeTensorMode():
             yield build_stepper(
-                _without_values(config), world, _batches_without_values(config, num_ranks)
+                _without_values(config),
+                world,
+                _batches_without_values(config, num_ranks),
+                compute_dtype=_dtype_without_device(config.training.dtype),
             )
     finally:
         stop_world()
+
+
+def _dtype_without_device(key: DtypeKey) -> torch.dtype:
+    return torch.float32 if key == "float32" else torch.bfloat16
 
 
 def _without_values(config: JobConfig) -> JobConfig:

@@ -21,6 +21,7 @@ from switchtitan.benchmark.tables import (
 from switchtitan.cli.record import add_json_option, check_json_option, put_record
 from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
+from switchtitan.job.checks import checks_without_device
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
         own, overrides = split_overrides(argv)
         options = read_options(own)
         check_json_option(options.json)
-        configs = load_sides(options.configs, overrides, options.world_size)
+        checks = checks_without_device(options.world_size)
+        configs = load_sides(options.configs, overrides, options.world_size, checks)
         estimates = {
             name: estimate_step(config, options.world_size) for name, config in configs.items()
         }

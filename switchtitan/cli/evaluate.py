@@ -14,13 +14,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from switchtitan.build import build_plain_model
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
 from switchtitan.cli.record import check_json_option
 from switchtitan.config.command_line import positive_int
 from switchtitan.data import build_validation_batches, open_corpus
+from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import materialize, shard_model
 from switchtitan.distributed.world import device_type, start_world, temporary_world
@@ -38,6 +37,7 @@ from switchtitan.job.checks import evaluation_checks
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of
+from switchtitan.training.description import compute_dtype_of
 from switchtitan.training.evaluate import Evaluator
 
 
@@ -128,10 +128,12 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
         corpus.check_vocabulary(model.vocab_size)
         if metadata is not None:
             _check_corpus(corpus.fingerprint, metadata, corpus.folder)
+        saved = None if metadata is None else compute_dtype_of(metadata)
+        compute_dtype = dtype_on(world.device, config.training.dtype, saved)
         shard_model(
             model,
             world.shard_mesh,
-            getattr(torch, config.training.dtype),
+            compute_dtype.dtype,
             ParallelismConfig(),
         )
         materialize(model, world.device, config.job.seed, tensors)
@@ -147,6 +149,7 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
         "weights": str(weights),
         "corpus": corpus.description,
         "fingerprint": corpus.fingerprint,
+        "compute_dtype": compute_dtype.name,
         "split": split,
         "tokens": batches.num_sequences * seq_len,
         "loss": loss,

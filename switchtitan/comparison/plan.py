@@ -167,6 +167,11 @@ def check_corpus(comparison: ComparisonConfig) -> None:
 
 def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
     problems = []
+    if config.training.dtype == "auto":
+        problems.append(
+            '[training] dtype = "auto": runs of a comparison may not depend on the machine; write '
+            'dtype = "bfloat16" or "float32"'
+        )
     if config.evaluation.test_tokens is None:
         problems.append(
             "[evaluation] test_tokens is not set; the report needs a test split, on which nothing "

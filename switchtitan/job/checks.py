@@ -13,6 +13,12 @@ from switchtitan.config.load import Check
 from switchtitan.config.toml_text import toml_value
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
+from switchtitan.distributed.compute_dtype import (
+    Bf16Support,
+    bf16_support,
+    choose_dtype,
+    gpu_problem,
+)
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
@@ -23,12 +29,21 @@ from switchtitan.observability import COUNTED_STEP, MetricsConfig
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
     """Return the checks for `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
+    support = bf16_support(torch.device(device))
+    return [
+        partial(check_dtype, support=support, device=device),
+        partial(check_model_device, support=support, device=device),
+        partial(check_compiler, device=device),
+        partial(check_precision, device=device),
+        *checks_without_device(num_ranks),
+    ]
+
+
+def checks_without_device(num_ranks: int) -> list[Check]:
+    """Return the checks for estimates of a run on `num_ranks` ranks, made on another machine."""
     return [
         partial(check_batch_size, num_ranks=num_ranks),
         partial(check_mesh, num_ranks=num_ranks),
-        partial(check_model_device, device=device),
-        partial(check_compiler, device=device),
-        partial(check_precision, device=device),
         check_method,
         check_method_length,
         partial(check_optimizer, num_ranks=num_ranks),
@@ -42,7 +57,12 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
 
 def evaluation_checks(device: str) -> list[Check]:
     """Return the checks for an evaluation without training, on a device of type `device`."""
-    return [partial(check_model_device, device=device), check_evaluation, check_vocabulary]
+    support = bf16_support(torch.device(device))
+    return [
+        partial(check_model_device, support=support, device=device),
+        check_evaluation,
+        check_vocabulary,
+    ]
 
 
 def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
@@ -69,10 +89,19 @@ def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
     return []
 
 
-def check_model_device(model: ModelConfig, training: TrainingConfig, device: str) -> list[str]:
+def check_dtype(training: TrainingConfig, support: Bf16Support, device: str) -> list[str]:
+    """bf16 must not be emulated by a GPU."""
+    if training.dtype != "bfloat16" or support.is_native or device != "cuda":
+        return []
+    return [gpu_problem(training.dtype, support.evidence)]
+
+
+def check_model_device(
+    model: ModelConfig, training: TrainingConfig, support: Bf16Support, device: str
+) -> list[str]:
     """The model must be able to run on this device, e.g. with its attention backend."""
     try:
-        model.check_device(device, getattr(torch, training.dtype))
+        model.check_device(device, choose_dtype(training.dtype, [support]).dtype)
     except EnvironmentMismatchError as error:
         return [str(error)]
     return []

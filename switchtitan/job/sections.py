@@ -32,8 +32,11 @@ class TrainingConfig(Section):
     over micro-steps."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm; "none" disables clipping."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of activations and gradients. Trained weights and optimizer state are always fp32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """dtype of activations and gradients. "auto" is bfloat16 if all devices multiply it natively
+    (GPUs since Ampere, x86 CPUs with AVX512-BF16), else float32; a resumed run keeps its
+    checkpoint's. "bfloat16" is an error on older GPUs, and slow on other CPUs. Trained weights and
+    optimizer state are always fp32."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of frozen weights; a resumed run cannot change it. With bfloat16, changes of frozen
     weights are rounded stochastically: unbiased, but the error accumulates (6 % of the norm after

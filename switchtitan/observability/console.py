@@ -66,8 +66,8 @@ _COLUMNS = (
     _Column("loss/train", "loss", 8, _format_loss),
     _Column("optimizer/lr", "lr", 8, lambda value: f"{value:.2e}"),
     _Column("optimizer/grad_norm", "grad norm", 9, _format_norm),
-    _Column("throughput/tokens_per_s", "tokens/s", 8, format_count),
-    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, _format_rate),
+    _Column("throughput/tokens_per_s", "tokens/s", 8, format_count, is_always_shown=True),
+    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, _format_rate, is_always_shown=True),
     _Column("throughput/mfu", "MFU", 6, lambda value: f"{value:.1%}"),
     _Column("memory/peak_gib", "GiB", 5, _format_size),
     _Column("throughput/eta_s", "ETA", 6, format_duration, is_always_shown=True),
@@ -101,7 +101,10 @@ class ConsoleTable:
                 lines.append(
                     _join("step".rjust(len(progress)), [c.title.rjust(c.width) for c in columns])
                 )
-            cells = [c.format(values.get(c.tag, math.nan)).rjust(c.width) for c in columns]
+            cells = [
+                (c.format(values[c.tag]) if c.tag in values else "-").rjust(c.width)
+                for c in columns
+            ]
             lines.append(_join(progress, cells))
             self._rows_since_header += 1
         for split in ("validation", "test"):

@@ -8,6 +8,7 @@ import torch
 
 import switchtitan
 from switchtitan.cores import num_cores
+from switchtitan.distributed.compute_dtype import bf16_support
 from switchtitan.distributed.world import device_name, device_type
 
 
@@ -16,6 +17,7 @@ def describe_environment() -> dict[str, str | int | None]:
     device = torch.device(device_type())
     return {
         "device": cpu_name() if device.type == "cpu" else device_name(device),
+        "bfloat16": bf16_support(device).evidence,
         "num_cpus": num_cores(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,

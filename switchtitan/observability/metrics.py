@@ -92,6 +92,8 @@ class Reporter:
             leave=False,
             unit="step",
             dynamic_ncols=True,
+            # Its own estimate of the time left counts compilation.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
         self._validation = [first_validation] if first_validation is not None else []
         self._train_loss: float | None = None
@@ -115,6 +117,10 @@ class Reporter:
         self._train_loss = values.get("loss/train", self._train_loss)
         if "loss/validation" in values:
             self._validation.append(dict(values))
+        if "throughput/eta_s" in values:
+            self._bar.set_postfix_str(
+                f"ETA {format_duration(values['throughput/eta_s'])}", refresh=False
+            )
         if self._writer is not None:
             self._writer.write(step, values)
         for line in self._table.lines(step, values):

@@ -4,8 +4,10 @@ import re
 import resource
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 
 import torch
 
@@ -46,7 +48,7 @@ class Throughput:
         self._step = start_step
         self._window_began_at = self._began_at
         self._excluded_s = 0.0
-        self._first_window_ended: tuple[int, float] | None = None
+        self._marks: list[tuple[int, float]] = []
         self._steady_steps = 0
         self._steady_s = 0.0
         self._tokens_per_s = 0.0
@@ -64,32 +66,41 @@ class Throughput:
         """Returns the metrics since the last call, by TensorBoard tag.
 
         Call it when the device has finished `step` steps, e.g. after reading the loss. The first of
-        several calls returns no time left, since its window includes compilation.
+        several calls returns nothing, since its window includes compilation: call it after one
+        step.
         """
         now = self._clock()
         num_steps = step - self._step
         assert num_steps > 0, f"measured twice at step {step}"
         elapsed_s = max(now - self._window_began_at - self._excluded_s, 1e-9)
         self._tokens_per_s = num_steps * self._tokens_per_step / elapsed_s
+        self._step, self._window_began_at, self._excluded_s = step, now, 0.0
+        is_first = not self._marks
+        self._marks.append((step, now))
+        if is_first and step < self._num_steps:
+            return {}
+        if not is_first:
+            self._steady_steps += num_steps
+            self._steady_s += elapsed_s
         flops_per_s = self._tokens_per_s * self._flops_per_token_and_device
         values = {
             "throughput/tokens_per_s": self._tokens_per_s,
             "throughput/tflop_per_s_per_device": flops_per_s / 1e12,
+            "throughput/eta_s": self._time_left_s(),
         }
         if self._peak is not None:
             values["throughput/mfu"] = flops_per_s / self._peak
-        num_steps_left = self._num_steps - step
-        if self._first_window_ended is None:
-            self._first_window_ended = (step, now)
-            if num_steps_left == 0:
-                values["throughput/eta_s"] = 0.0
-        else:
-            first_step, first_time = self._first_window_ended
-            values["throughput/eta_s"] = num_steps_left * (now - first_time) / (step - first_step)
-            self._steady_steps += num_steps
-            self._steady_s += elapsed_s
-        self._step, self._window_began_at, self._excluded_s = step, now, 0.0
         return values
+
+    def _time_left_s(self) -> float:
+        """The time left at the mean speed of the later half of the measured steps, with what is
+        excluded in it."""
+        (first_step, _), (step, now) = self._marks[0], self._marks[-1]
+        if step == self._num_steps:
+            return 0.0
+        middle = bisect_right(self._marks, (first_step + step) / 2, key=itemgetter(0)) - 1
+        begin_step, began_at = self._marks[middle]
+        return (self._num_steps - step) * (now - began_at) / (step - begin_step)
 
     @property
     def wall_time_s(self) -> float:
@@ -143,9 +154,6 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA L40S", 362.05e12),
     # NVIDIA A10G, data sheet for Amazon EC2 G5, 2022: 70.
     (r"NVIDIA A10G", 70e12),
-    # NVIDIA V100, data sheet, 2020: fp16 (it has no bf16 units), SXM2 125, PCIe 112.
-    (r"(Tesla|NVIDIA) V100-SXM[23]-\d+GB(-LS)?", 125e12),
-    (r"(Tesla|NVIDIA) V100-PCIE-\d+GB", 112e12),
     # NVIDIA Ampere GA102 architecture white paper, 2021, app. A: bf16 with fp32 accumulation, 71.
     (r"NVIDIA GeForce RTX 3090", 71e12),
     # NVIDIA Ada architecture white paper, 2023, appendix A: bf16 with fp32 accumulation, 165.2.
@@ -158,7 +166,7 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops_per_s(device_name: str) -> float | None:
-    """Returns the dense bf16 peak in FLOP/s (fp16 if the device lacks bf16); None if unknown.
+    """Returns the dense bf16 peak in FLOP/s; None if unknown.
 
     Requires the exact name: a MIG slice, a laptop GPU or another variant has another peak.
     """

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import switchtitan
+from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.data import Corpus
+from switchtitan.distributed.compute_dtype import ComputeDtype, DtypeName
 from switchtitan.distributed.world import World, device_name
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
@@ -66,15 +68,26 @@ def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
     return comparable
 
 
+def compute_dtype_of(metadata: CheckpointMetadata) -> DtypeName:
+    """Returns the compute dtype of the run that saved a checkpoint.
+
+    Older checkpoints state it in their configuration only.
+    """
+    config = flatten(tomli.loads(str(metadata.run["config"])))
+    saved = metadata.train_state.get("compute_dtype") or config.get("training.dtype")
+    return "float32" if saved == "float32" else "bfloat16"
+
+
 def describe_run(
     config: JobConfig,
     world: World,
     model: nn.Module,
     corpus: Corpus,
+    compute_dtype: ComputeDtype,
     checkpoint: Path | None,
     changes: list[str],
 ) -> None:
-    """Logs the model, corpus, devices, starting point, and changes since the checkpoint."""
+    """Logs the model, corpus, devices, dtype, starting point, and changes since the checkpoint."""
     counts = [
         f"{number / 1e6:.2f} M {kind}" for kind, number in count_parameters(model).items() if number
     ]
@@ -96,6 +109,7 @@ def describe_run(
             num_nodes,
             num_nodes,
         )
+    logger.info("compute dtype: %s", compute_dtype)
     if checkpoint is None:
         logger.info("starting a new run in %s", config.job.output_dir)
     else:
@@ -103,7 +117,10 @@ def describe_run(
     if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
     if config.compile.blocks or config.compile.loss or config.compile.optimizer:
-        logger.info("compiling: the first steps take a minute or more; later runs use the cache")
+        logger.info(
+            "compiling: the first step takes a minute or more; later runs use the cache; "
+            "speed and ETA are measured from the second step"
+        )
 
 
 def crosses_nodes_needlessly(model: nn.Module, shard: int, num_local_ranks: int) -> bool:
@@ -118,8 +135,9 @@ def crosses_nodes_needlessly(model: nn.Module, shard: int, num_local_ranks: int)
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
     """Returns the keys whose values differ in two configurations, as `key: old -> new`.
 
-    Leaves out names and folders, and keys that only one of the two has. A key that is newer than
-    the saved configuration counts if its value differs from the former behaviour.
+    Leaves out names and folders, the compute dtype, which can be "auto", and keys that only one of
+    the two has. A key that is newer than the saved configuration counts if its value differs from
+    the former behaviour.
     """
     before, now = (flatten(tomli.loads(text)) for text in (saved_toml, current_toml))
     former = {
@@ -134,18 +152,20 @@ def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
         for key in now
         if key in old
         and old[key] != now[key]
-        and key not in ("job.name", "job.output_dir", "data.cache_dir")
+        and key not in ("job.name", "job.output_dir", "data.cache_dir", "training.dtype")
     ]
 
 
 def run_facts(
-    config: JobConfig, world: World, model: nn.Module, corpus: Corpus
+    config: JobConfig, world: World, model: nn.Module, corpus: Corpus, compute_dtype: ComputeDtype
 ) -> dict[str, object]:
     """Returns the facts in `results.json`: configuration, hardware, versions, corpus and sizes."""
     return {
         "method": config.method.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json"),
         "seed": config.job.seed,
+        "compute_dtype": compute_dtype.name,
+        "compute_dtype_reason": compute_dtype.reason,
         "device": device_name(world.device),
         "num_ranks": world.size,
         "num_threads": torch.get_num_threads(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
+from switchtitan.distributed.compute_dtype import DtypeName
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import begin_micro_batch
 from switchtitan.distributed.precision import full_precision
@@ -33,6 +34,8 @@ class TrainState:
     """File or checkpoint of a warm start's weights."""
     initial_fingerprint: str | None = None
     """Checksum of those weights."""
+    compute_dtype: DtypeName | None = None
+    """dtype of activations and gradients."""
 
     @property
     def num_batches(self) -> int:

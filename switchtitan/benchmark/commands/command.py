@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from pydantic import JsonValue
 
 from switchtitan.config.command_line import positive_int
+from switchtitan.distributed.compute_dtype import DtypeKey
 
 Overrides = dict[str, list[str]]
 """`--section.key value ...` of the command line: dotted key -> arguments of its value."""
@@ -52,6 +54,17 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds one configuration to measure, for `sides.load_sides`."""
     parser.add_argument(
         "config", metavar="CONFIG", help="FILE or FILE:section.key=value,section.key=value"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Adds `--dtype`."""
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(DtypeKey),
+        default="auto",
+        help=f"dtype of {meaning}; auto is bfloat16 if the device multiplies it natively, else "
+        "float32 (default: auto)",
     )
 
 

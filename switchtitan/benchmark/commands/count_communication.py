@@ -9,6 +9,7 @@ from switchtitan.benchmark.estimate import communication_of_a_step
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import communication_record, communication_table
 from switchtitan.config.command_line import positive_int
+from switchtitan.job.checks import checks_without_device
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
-    configs = load_sides(options.configs, overrides, options.num_ranks)
+    checks = checks_without_device(options.num_ranks)
+    configs = load_sides(options.configs, overrides, options.num_ranks, checks)
     counts = {
         name: communication_of_a_step(config, options.num_ranks, options.step)
         for name, config in configs.items()

@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_rounds
+from switchtitan.benchmark.commands.command import (
+    Command,
+    Measurement,
+    Overrides,
+    add_dtype,
+    add_rounds,
+)
 from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
 from switchtitan.benchmark.tables import aligned, call_record, milliseconds, ratio_cells
 from switchtitan.benchmark.timing import time_calls_in_turns
 from switchtitan.config.command_line import positive_int
+from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contraction, num_flops
@@ -132,7 +139,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[256, 2048],
         help="tokens in a micro-batch (default: 256 2048)",
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_dtype(parser, "activations, weights and gradients")
     parser.add_argument("--compile", action="store_true", help="compile all functions")
     add_rounds(parser, rounds=10, per_round=3, unit="calls")
 
@@ -144,14 +151,16 @@ def _shape(argument: str) -> tuple[int, int]:
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     cases = _cases(options)
+    chosen = dtype_on(torch.device(device_type()), options.dtype)
     table: list[tuple[str, ...]] = [("ms", "ratio", "95 % interval", "FLOPs", "GFLOP/s", "")]
     cost: list[str] = []
     record: dict[str, JsonValue] = {}
     for case in cases:
         # torch.compile limits the number of graphs per function.
         torch.compiler.reset()
-        dtype = getattr(torch, options.dtype)
-        times = time_layer(case, dtype, options.compile, options.rounds, options.calls_per_round)
+        times = time_layer(
+            case, chosen.dtype, options.compile, options.rounds, options.calls_per_round
+        )
         table += _rows(case, times)
         fastest, excess = excess_of_choice(case, times)
         value, interval = ratio_cells(excess)
@@ -168,7 +177,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         }
     return Measurement(
         [*aligned(table), *cost],
-        {"dtype": options.dtype, "compiled": options.compile, "layers": record},
+        {"dtype": chosen.name, "compiled": options.compile, "layers": record},
     )
 
 

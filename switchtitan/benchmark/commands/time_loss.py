@@ -9,12 +9,18 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from switchtitan.benchmark.commands.command import Command, Measurement, Overrides
+from switchtitan.benchmark.commands.command import (
+    Command,
+    Measurement,
+    Overrides,
+    add_dtype,
+)
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.step_times import ratio_of_rounds
 from switchtitan.benchmark.tables import aligned, call_record, milliseconds, ratio_cells
 from switchtitan.benchmark.timing import WARM_UP_CALLS, time_calls_in_turns
 from switchtitan.config.command_line import positive_int
+from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.world import device_type
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
 
@@ -79,12 +85,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=32100,
         help="size of the vocabulary (default: 32100)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="dtype of hidden states and head (default: bfloat16)",
-    )
+    add_dtype(parser, "hidden states and head")
     parser.add_argument(
         "--rounds",
         type=positive_int,
@@ -95,8 +96,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
     device = torch.device(device_type())
-    dtype = getattr(torch, options.dtype)
-    sides = loss_sides(options.tokens, options.hidden, options.vocabulary, dtype, device)
+    chosen = dtype_on(device, options.dtype)
+    sides = loss_sides(options.tokens, options.hidden, options.vocabulary, chosen.dtype, device)
     times = time_calls_in_turns(sides, device, options.rounds, calls_per_round=1)
     peaks = {name: peak_extra_bytes(call, device) for name, call in sides.items()}
     reference, *_ = sides
@@ -117,7 +118,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         "tokens": options.tokens,
         "hidden": options.hidden,
         "vocabulary": options.vocabulary,
-        "dtype": options.dtype,
+        "dtype": chosen.name,
         "rounds": options.rounds,
         "warm_up_calls": WARM_UP_CALLS,
         "calls": call_record(times),

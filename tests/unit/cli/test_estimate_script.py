@@ -65,3 +65,15 @@ def test_mistakes_end_with_status_2_and_one_message(
         script.main([word.replace("FILE", file) for word in argv])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_auto_is_estimated_in_bfloat16(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {key: f"{file}:training.dtype={key}" for key in ("auto", "bfloat16", "float32")}
+    script.main([*sides.values(), "--world-size", "2"])
+    *text, line = capsys.readouterr().out.splitlines()
+    assert any('dtype = "auto" means bfloat16' in row for row in text)
+    auto, short, long = (json.loads(line)["estimates"][side] for side in sides.values())
+    assert auto == short
+    assert auto["memory"]["peak"] < long["memory"]["peak"]

@@ -245,6 +245,7 @@ EVALUATION = "[evaluation]\ntest_tokens = 160\ninterval = 20"
         ({EVALUATION: EVALUATION.replace("20", "99")}, "interval = 99"),
         ({"tensorboard = true": "tensorboard = false"}, r"\[metrics\] tensorboard = false"),
         ({"steps = 40": "steps = 7"}, "steps = 7: expected at least 8"),
+        ({'dtype = "float32"': 'dtype = "auto"'}, r"\[training\] dtype = .*depend on the machine"),
         (
             {
                 "global_batch_size = 8": "global_batch_size = 3",

@@ -41,23 +41,28 @@ def test_row_shows_the_reported_values():
         {
             "loss/train": 3.14159,
             "optimizer/lr": 0.02,
+            "throughput/tokens_per_s": 12_345.0,
+            "throughput/tflop_per_s_per_device": 0.5,
             "throughput/mfu": 0.4123,
             "throughput/eta_s": 11_220.0,
         },
     )
-    assert header.split() == ["step", "loss", "lr", "MFU", "ETA"]
-    assert row.split() == ["1000/40000", "3.1416", "2.00e-02", "41.2%", "3h07m"]
+    assert header.split() == ["step", "loss", "lr", "tokens/s", "TFLOP/s", "MFU", "ETA"]
+    assert row.split() == ["1000/40000", "3.1416", "2.00e-02", "12.3k", "0.500", "41.2%", "3h07m"]
 
 
-def test_a_row_without_a_time_left_has_the_same_columns():
+def test_a_row_without_speed_and_time_left_has_the_same_columns():
     table = ConsoleTable(100)
-    lines = table.lines(1, {"loss/train": 8.0}) + table.lines(
-        10, {"loss/train": 7.0, "throughput/eta_s": 90.0}
-    )
+    measured = {
+        "throughput/tokens_per_s": 700.0,
+        "throughput/tflop_per_s_per_device": 0.5,
+        "throughput/eta_s": 90.0,
+    }
+    lines = table.lines(1, {"loss/train": 8.0}) + table.lines(10, {"loss/train": 7.0} | measured)
     assert [line.split() for line in lines] == [
-        ["step", "loss", "ETA"],
-        ["1/100", "8.0000", "?"],
-        ["10/100", "7.0000", "1m30s"],
+        ["step", "loss", "tokens/s", "TFLOP/s", "ETA"],
+        ["1/100", "8.0000", "-", "-", "-"],
+        ["10/100", "7.0000", "700", "0.500", "1m30s"],
     ]
 
 
@@ -79,7 +84,7 @@ def test_non_finite_values_are_shown():
     _, row = ConsoleTable(100).lines(
         1, {"loss/train": math.nan, "optimizer/grad_norm": math.inf, "throughput/eta_s": math.inf}
     )
-    assert row.split() == ["1/100", "nan", "inf", "?"]
+    assert row.split() == ["1/100", "nan", "inf", "-", "-", "?"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from switchtitan.observability import peak_flops_per_s
         ("NVIDIA B200", 2250),
         ("NVIDIA L40S", 362.05),
         ("NVIDIA A10G", 70),
-        ("Tesla V100-SXM2-16GB", 125),
         ("NVIDIA GeForce RTX 3090", 71),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("AMD Instinct MI250X", 191.5),
@@ -31,6 +30,7 @@ def test_known_devices(name, teraflops):
     "name",
     [
         "cpu",
+        "Tesla V100-SXM2-16GB",  # multiplies no bf16
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
