@@ -18,6 +18,8 @@ _BF16 = ("--training.frozen_dtype", "bfloat16")
 _REPLICATED = ("--parallelism.frozen_weights", "replicate")
 _HSDP = ("--parallelism.replicate", "2")
 _ACCUMULATE = ("--training.global_batch_size", "16")
+_SHARDED = ("--parallelism.accumulate_gradients", "sharded")
+_GATHER_ONCE = ("--parallelism.gather_frozen", "step")
 _FULL = ("--activation_checkpoint.mode", "full")
 _OFFLOAD = (*_FULL, "--activation_checkpoint.offload", "true")
 # A reset every second step.
@@ -62,6 +64,11 @@ CASES: dict[str, list[str]] = {
     ],
     "accumulation": ["switchlora", *_ACCUMULATE],
     "accumulation, HSDP": ["switchlora", *_ACCUMULATE, *_HSDP],
+    "sharded accumulation": ["switchlora", *_ACCUMULATE, *_SHARDED],
+    "sharded accumulation, HSDP": ["switchlora", *_ACCUMULATE, *_SHARDED, *_HSDP],
+    "frozen weights gathered once": ["switchlora", *_ACCUMULATE, *_GATHER_ONCE],
+    "frozen weights gathered once, HSDP": ["switchlora", *_GATHER_ONCE, *_HSDP],
+    "units of two blocks": ["switchlora", *_DEEP, "--parallelism.blocks_per_unit", "2"],
     "full recomputation": ["switchlora", *_FULL],
     "selective recomputation": ["switchlora", "--activation_checkpoint.mode", "selective"],
     "offload": ["switchlora", *_OFFLOAD, *_DEEP],
@@ -108,6 +115,10 @@ COUNTED_ON_CPU = {
     "replicated weights",
     "accumulation",
     "accumulation, HSDP",
+    "sharded accumulation",
+    "sharded accumulation, HSDP",
+    "frozen weights gathered once",
+    "frozen weights gathered once, HSDP",
     "resets",
     "galore bases",
     "galore bases, HSDP",

@@ -20,6 +20,10 @@ NOT_TRACED = {
     # Set for the whole process when a run starts.
     ("training", "tf32", True),
     ("training", "deterministic", True),
+    # Another dtype by the time of the first step.
+    ("training", "dtype", "auto"),
+    # In test_blocking_copies.py.
+    ("optimizer", "moments_dtype", "bfloat16"),
     # They change numbers, not operations.
     ("method", "decay", "exponential"),
     ("method", "decay", "sigmoid"),
