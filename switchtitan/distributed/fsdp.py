@@ -41,7 +41,7 @@ def shard_model(
     apart = None
     if config.frozen_weights == "replicate":
         apart = _frozen_parameters(model)
-    elif config.gather_frozen == "step":
+    elif config.frozen_weights == "gather_once":
         keep_frozen_weights(model, [unit.modules for unit in units], mesh, compute_dtype)
         apart = _frozen_parameters(model)
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=apart)

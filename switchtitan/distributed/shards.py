@@ -30,13 +30,11 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     All tensors are sharded over the same ranks, or none is.
     """
     # Norms of tensors first: the sum of all squares could overflow, and rounds more.
-    norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
+    squares = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors])).square_()
     group = shard_group(tensors[0])
     if group is not None:
-        squares = norms.square_()
         dist.all_reduce(squares, group=group)
-        norms = squares.sqrt_()
-    return torch.linalg.vector_norm(norms)
+    return torch.linalg.vector_norm(squares.sqrt_())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -189,19 +189,12 @@ def check_optimizer(
 def check_frozen_weights(
     method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> list[str]:
-    """Keys for frozen weights need a method that freezes weights; one may exclude another."""
+    """Keys for frozen weights need a method that freezes weights."""
     if method.freezes_weights:
-        if parallelism.frozen_weights == "replicate" and parallelism.gather_frozen == "step":
-            return [
-                '[parallelism] gather_frozen = "step" has no effect with frozen_weights = '
-                '"replicate": full weights are not gathered; remove one of them'
-            ]
         return []
     ineffective = []
     if parallelism.frozen_weights != "shard":
         ineffective.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
-    if parallelism.gather_frozen != "pass":
-        ineffective.append(f'[parallelism] gather_frozen = "{parallelism.gather_frozen}"')
     if training.frozen_dtype != "float32":
         ineffective.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
     return [

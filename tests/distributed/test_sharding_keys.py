@@ -9,8 +9,10 @@ import torch.distributed as dist
 from support.ranks import run_on_ranks
 from support.tiny import COMPILED, full_tensors, tiny_trainer, train_steps
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from switchtitan.contracts import nothing_kept
+from switchtitan.distributed.shards import total_norm
 from switchtitan.methods.lowrank import low_rank_layers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
@@ -25,7 +27,7 @@ BASE = (
 )
 TWO_BY_TWO = ("--parallelism.replicate", "2")
 UNITS = ("--parallelism.blocks_per_unit", "2")
-STEP = ("--parallelism.gather_frozen", "step")
+STEP = ("--parallelism.frozen_weights", "gather_once")
 KEPT = ("--parallelism.reshard_after_forward", "false")
 SHARDED = ("--parallelism.accumulate_gradients", "sharded")
 RECOMPUTED = ("--activation_checkpoint.mode", "full")
@@ -88,8 +90,22 @@ def train(home, overrides, num_ranks, is_saved=False, is_stale=False):
     for layer in low_rank_layers(stepper.model).values():
         assert isinstance(layer.weight, DTensor), "shards between steps"
     trainer.tensors.check_replicas()
+    final = full_tensors(trainer)
+    check_the_norm(stepper)
     stepper.close()
-    return {"losses": losses, "held_out": held_out, "final": full_tensors(trainer)}
+    return {"losses": losses, "held_out": held_out, "final": final}
+
+
+def check_the_norm(stepper):
+    """Equal to torch's, which is slower for DTensors; clipping included."""
+    stepper.max_grad_norm = 1e-3
+    norm = stepper.compute_gradients().grad_norm
+    gradients = [p.grad for p in stepper.model.parameters() if p.grad is not None]
+    assert norm > 1e-2
+    clipped = total_norm(gradients)
+    assert torch.equal(clipped, get_total_norm(gradients).full_tensor())
+    # The factor's rounding, and 1e-6 in its divisor.
+    torch.testing.assert_close(clipped.item(), 1e-3, rtol=2e-4, atol=0)
 
 
 @pytest.fixture(scope="module")

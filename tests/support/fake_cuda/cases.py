@@ -16,6 +16,11 @@ _SHALLOW, _TWO_BLOCKS, _DEEP = (("--model.num_layers", str(number)) for number i
 _ON_HOST = ("--method.candidates_device", "host")
 _BF16 = ("--training.frozen_dtype", "bfloat16")
 _REPLICATED = ("--parallelism.frozen_weights", "replicate")
+_ONCE = (
+    *("--parallelism.frozen_weights", "gather_once"),
+    *("--parallelism.blocks_per_unit", "2"),
+)
+_SHARDED = ("--parallelism.accumulate_gradients", "sharded")
 _HSDP = ("--parallelism.replicate", "2")
 _ACCUMULATE = ("--training.global_batch_size", "16")
 _SHARDED = ("--parallelism.accumulate_gradients", "sharded")
@@ -42,6 +47,10 @@ CASES: dict[str, list[str]] = {
     "bf16 weights, replicated": ["switchlora", *_BF16, *_REPLICATED],
     "replicated weights": ["switchlora", *_REPLICATED],
     "lora, replicated weights": ["lora", *_REPLICATED],
+    "weights gathered once": ["switchlora", *_ONCE, *_DEEP, *_ACCUMULATE],
+    "weights gathered once, recomputation, HSDP": ["lora", *_ONCE, *_DEEP, *_FULL, *_HSDP],
+    "sharded accumulation": ["switchlora", *_ACCUMULATE, *_SHARDED],
+    "sharded accumulation, HSDP": ["full_rank", *_ACCUMULATE, *_SHARDED, *_HSDP],
     "one shard per replica": ["switchlora", "--parallelism.replicate", "8"],
     "no resharding": ["switchlora", "--parallelism.reshard_after_forward", "false"],
     "bf16 compute": ["switchlora", "--training.dtype", "bfloat16"],

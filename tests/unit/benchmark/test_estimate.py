@@ -26,7 +26,7 @@ from switchtitan.training.stepper import Stepper
 SEQ_LEN = 16
 REPLICATED = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
 KEPT = (
-    *("--parallelism.gather_frozen", "step", "--parallelism.blocks_per_unit", "2"),
+    *("--parallelism.frozen_weights", "gather_once", "--parallelism.blocks_per_unit", "2"),
     *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
     "false",
 )
@@ -175,7 +175,7 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
 def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path: Path) -> None:
     keys = {
         "neither": (),
-        "kept": ("--parallelism.gather_frozen", "step"),
+        "kept": ("--parallelism.frozen_weights", "gather_once"),
         "sharded": ("--parallelism.accumulate_gradients", "sharded"),
     }
     memory = {

@@ -190,7 +190,7 @@ def test_frozen_weights_are_sent_once_per_step(tmp_path: Path, num_micro_batches
             num_ranks,
         )
         for keys in (
-            ("--parallelism.gather_frozen", "step"),
+            ("--parallelism.frozen_weights", "gather_once"),
             ("--parallelism.frozen_weights", "replicate"),
         )
     )

@@ -170,15 +170,10 @@ def test_a_key_that_must_not_be_set_is_unset_when_loaded_again(
             "trains all weights",
         ),
         (
-            ["--method.name", "galore", "--parallelism.gather_frozen", "step"],
+            ["--method.name", "galore", "--parallelism.frozen_weights", "gather_once"],
             2,
-            '[parallelism] gather_frozen = "step" has no effect: [method] name = "galore" '
+            '[parallelism] frozen_weights = "gather_once" has no effect: [method] name = "galore" '
             "trains all weights",
-        ),
-        (
-            ["--parallelism.gather_frozen", "step", "--parallelism.frozen_weights", "replicate"],
-            2,
-            '[parallelism] gather_frozen = "step" has no effect with frozen_weights = "replicate"',
         ),
         (
             [
