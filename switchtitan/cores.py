@@ -1,6 +1,7 @@
 """How many cores this process may use, and the defaults of thread libraries that follow from it."""
 
 import os
+import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -37,6 +38,58 @@ def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> No
 def threads_per_process(num_cores: int, num_processes: int) -> int:
     """Returns an equal share of the cores, at least 1."""
     return max(1, num_cores // num_processes)
+
+
+class OtherLoad:
+    """How busy other processes keep the cores of this one, from its creation on.
+
+    Args:
+        stat: see proc(5). Without such a file the load counts as zero.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._began_at = time.monotonic()
+        self._began_with = self._busy_s() - _own_s()
+
+    def num_busy_cores(self) -> float:
+        """Returns how many cores of the affinity mask other processes have kept busy on average."""
+        used_s = self._busy_s() - _own_s() - self._began_with
+        return max(0.0, used_s / max(time.monotonic() - self._began_at, 1e-3))
+
+    def warning(self, num_threads: int, num_cores: int) -> str | None:
+        """Returns advice if `num_threads` threads must share a core with other processes.
+
+        A parallel operation ends with its slowest thread, so that one busy core slows down all.
+        """
+        busy = self.num_busy_cores()
+        if num_threads == 1 or num_threads + busy < num_cores + 0.5:
+            return None
+        return (
+            f"other processes keep about {busy:.1f} of {num_cores} cores busy, and all threads "
+            f"wait for the slowest: OMP_NUM_THREADS={max(1, round(num_cores - busy))} is probably "
+            f"faster than {num_threads} threads"
+        )
+
+    def _busy_s(self) -> float:
+        """Busy seconds of the cores of the affinity mask, since the system started."""
+        try:
+            lines = self._stat.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return 0.0
+        names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = 0
+        for name, *values in (line.split() for line in lines if line.startswith("cpu")):
+            if name in names:
+                user, nice, system, _idle, _iowait, irq, softirq = map(int, values[:7])
+                ticks += user + nice + system + irq + softirq
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    """Processor seconds of this process and of its ended children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _num_cores_by_affinity() -> int:

@@ -1,8 +1,12 @@
 """Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process."""
 
+import logging
 from collections.abc import Sequence
 
+import torch
+
 from switchtitan.build import build_trainer
+from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.world import (
     num_ranks_from_launcher,
     start_world,
@@ -11,6 +15,8 @@ from switchtitan.distributed.world import (
 )
 from switchtitan.errors import UserError, exit_for, exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.job.config import parse_arguments
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,10 +29,16 @@ def main(argv: Sequence[str]) -> None:
         # Treat SIGTERM like Ctrl-C, so that an in-flight save completes. Not on several ranks:
         # torchrun also sends SIGTERM to the survivors of a crash, whose save would hang.
         interrupt_on_sigterm()
+    load = OtherLoad()
     try:
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
-        build_trainer(config, world).train()
+        trainer = build_trainer(config, world)
+        if world.size == 1 and world.device.type == "cpu":
+            warning = load.warning(torch.get_num_threads(), num_cores())
+            if warning is not None:
+                logger.warning(warning)
+        trainer.train()
         # Not after other errors: leaving the process group waits for the other ranks. If they wait
         # for this one, its traceback would never be printed.
         stop_world()

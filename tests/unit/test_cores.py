@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from switchtitan.cores import num_cores, set_thread_defaults, threads_per_process
+from switchtitan import cores
+from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +95,56 @@ def test_commands_set_the_defaults_before_torch_is_imported() -> None:
     program = "import sys, switchtitan.cli.main; print('torch' in sys.modules)"
     output = subprocess.check_output([sys.executable, "-c", program], text=True)
     assert output == "False\n", "GNU's OpenMP would read its variables too early"
+
+
+def stat_lines(busy_s: dict[int, float]) -> str:
+    """/proc/stat with user seconds by core, and idle seconds that do not count."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    cores = [
+        f"cpu{core} {round(seconds * ticks)} 0 0 9 9 0 0 0" for core, seconds in busy_s.items()
+    ]
+    return "\n".join(["cpu 1 2 3 4 5 6 7 8", *cores, "intr 5"])
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "num_threads", "advised"),
+    [
+        pytest.param({0: 10.0, 1: 0.0}, 8, 7, id="one busy core"),
+        pytest.param({0: 10.0, 1: 10.0, 2: 6.0}, 8, 5, id="several"),
+        pytest.param({0: 10.0, 1: 0.0}, 7, None, id="enough cores are left"),
+        pytest.param({0: 2.0, 1: 1.0}, 8, None, id="hardly busy"),
+        pytest.param({0: 10.0, 1: 10.0}, 1, None, id="one thread"),
+        pytest.param({8: 10.0, 9: 10.0}, 8, None, id="cores outside the affinity"),
+        pytest.param(dict.fromkeys(range(8), 10.0), 8, 1, id="all busy"),
+    ],
+)
+def test_threads_that_share_cores_with_other_processes_are_advised_against(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    busy_s: dict[int, float],
+    num_threads: int,
+    advised: int | None,
+) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text(stat_lines(dict.fromkeys(busy_s, 0.0)))
+    now = [100.0]
+    monkeypatch.setattr(cores.time, "monotonic", lambda: now[0])
+    load = OtherLoad(stat)
+    now[0] += 10
+    stat.write_text(stat_lines(busy_s))
+    warning = load.warning(num_threads, 8)
+    assert (warning is None) == (advised is None)
+    assert advised is None or f"OMP_NUM_THREADS={advised} is" in str(warning)
+
+
+def test_own_work_is_not_other_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text(stat_lines({0: 0.0}))
+    now, own = [100.0], [5.0]
+    monkeypatch.setattr(cores.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cores, "_own_s", lambda: own[0])
+    load = OtherLoad(stat)
+    now[0], own[0] = 110.0, 14.0
+    stat.write_text(stat_lines({0: 9.5}))
+    assert load.num_busy_cores() == pytest.approx(0.05)
+    assert OtherLoad(tmp_path / "missing").num_busy_cores() == 0
