@@ -16,15 +16,11 @@ _SHALLOW, _TWO_BLOCKS, _DEEP = (("--model.num_layers", str(number)) for number i
 _ON_HOST = ("--method.candidates_device", "host")
 _BF16 = ("--training.frozen_dtype", "bfloat16")
 _REPLICATED = ("--parallelism.frozen_weights", "replicate")
-_ONCE = (
-    *("--parallelism.frozen_weights", "gather_once"),
-    *("--parallelism.blocks_per_unit", "2"),
-)
-_SHARDED = ("--parallelism.accumulate_gradients", "sharded")
 _HSDP = ("--parallelism.replicate", "2")
 _ACCUMULATE = ("--training.global_batch_size", "16")
 _SHARDED = ("--parallelism.accumulate_gradients", "sharded")
-_GATHER_ONCE = ("--parallelism.gather_frozen", "step")
+_GATHER_ONCE = ("--parallelism.frozen_weights", "gather_once")
+_UNITS = ("--parallelism.blocks_per_unit", "2")
 _FULL = ("--activation_checkpoint.mode", "full")
 _OFFLOAD = (*_FULL, "--activation_checkpoint.offload", "true")
 # A reset every second step.
@@ -47,10 +43,6 @@ CASES: dict[str, list[str]] = {
     "bf16 weights, replicated": ["switchlora", *_BF16, *_REPLICATED],
     "replicated weights": ["switchlora", *_REPLICATED],
     "lora, replicated weights": ["lora", *_REPLICATED],
-    "weights gathered once": ["switchlora", *_ONCE, *_DEEP, *_ACCUMULATE],
-    "weights gathered once, recomputation, HSDP": ["lora", *_ONCE, *_DEEP, *_FULL, *_HSDP],
-    "sharded accumulation": ["switchlora", *_ACCUMULATE, *_SHARDED],
-    "sharded accumulation, HSDP": ["full_rank", *_ACCUMULATE, *_SHARDED, *_HSDP],
     "one shard per replica": ["switchlora", "--parallelism.replicate", "8"],
     "no resharding": ["switchlora", "--parallelism.reshard_after_forward", "false"],
     "bf16 compute": ["switchlora", "--training.dtype", "bfloat16"],
@@ -76,6 +68,10 @@ CASES: dict[str, list[str]] = {
     "sharded accumulation": ["switchlora", *_ACCUMULATE, *_SHARDED],
     "sharded accumulation, HSDP": ["switchlora", *_ACCUMULATE, *_SHARDED, *_HSDP],
     "frozen weights gathered once": ["switchlora", *_ACCUMULATE, *_GATHER_ONCE],
+    "frozen weights gathered once, recomputation": [
+        "lora",
+        *(*_GATHER_ONCE, *_UNITS, *_DEEP, *_FULL, *_ACCUMULATE),
+    ],
     "frozen weights gathered once, HSDP": ["switchlora", *_GATHER_ONCE, *_HSDP],
     "units of two blocks": ["switchlora", *_DEEP, "--parallelism.blocks_per_unit", "2"],
     "full recomputation": ["switchlora", *_FULL],
