@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
+from switchtitan.distributed.adjacent import allocate_adjacent, empty_on
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial_draws import covering_blocks, plain_value
 from switchtitan.distributed.kept_weights import keep_frozen_weights
@@ -178,12 +179,14 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         if not parameter.requires_grad and not isinstance(parameter, DTensor)
     ]
     for name, owner in owners.items():
-        # Otherwise `to_empty` would allocate it on the device.
+        # Otherwise it would be allocated on the device.
         setattr(owner, name.rpartition(".")[2], None)
     for module, name, _ in replicated:
-        # `to_empty` swaps tensors, which may fail for plain meta tensors.
+        # `_apply` swaps tensors, which may fail for plain meta tensors.
         setattr(module, name, None)
-    model.to_empty(device=device)
+    allocated = allocate_adjacent(_reparametrized_matrices(model), device)
+    # As `to_empty` does it. FSDP gathers from the new memory.
+    model._apply(lambda tensor: empty_on(tensor, device, allocated))
     for module, name, parameter in replicated:
         setattr(
             module,
@@ -192,6 +195,17 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         )
     for name, owner in owners.items():
         setattr(owner, name.rpartition(".")[2], empty_on_host_like(on_host[name]))
+
+
+def _reparametrized_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the trained matrices of the modules that a method changes."""
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, Reparametrized)
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad and parameter.ndim == 2
+    ]
 
 
 def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Generator:

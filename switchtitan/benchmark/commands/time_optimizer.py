@@ -11,6 +11,7 @@ from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import call_record, call_table
 from switchtitan.benchmark.timing import time_calls_in_turns
 from switchtitan.build import build_method, build_plain_model
+from switchtitan.distributed.adjacent import allocate_adjacent, empty_on
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig
@@ -36,9 +37,10 @@ def build_layers(config: JobConfig, device: torch.device) -> dict[str, LowRankLi
             "benchmark times; choose another method"
         )
     draw = torch.Generator(device).manual_seed(0)
+    allocated = allocate_adjacent(factors_of(layers), device)
     with torch.no_grad():
         for layer in layers.values():
-            layer.to_empty(device=device)
+            layer._apply(lambda tensor: empty_on(tensor, device, allocated))
             for factor in (layer.lora_a, layer.lora_b):
                 factor.normal_(std=0.02, generator=draw)
                 factor.grad = torch.randn(factor.shape, generator=draw, device=device)

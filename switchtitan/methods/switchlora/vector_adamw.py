@@ -1,30 +1,52 @@
 """AdamW with one step count for each vector of the factors."""
 
 from collections.abc import Callable
+from functools import partial
+from operator import is_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import ShardedRows, local, row_range
+from switchtitan.distributed.adjacent import as_one_matrix, with_local
+from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.schedule import FACTORS, VectorSpan
 from switchtitan.methods.switchlora.switch import fill_vectors_
 from switchtitan.optim import AdamWConfig
 
-Update = Callable[..., None]
+_ELEMENTS_PER_CALL = 2**25
+"""The most elements that one call updates, if they belong to several factors: gradients are copied
+next to each other, which takes 128 MiB for so many. A model's factors of one width are usually
+fewer."""
 
-_CHUNK_SIZE = 8
-"""The most factors that one call updates. A call of a compiled function takes about 40 us, as long
-as the update of a small factor; compile time grows with the factors in a call."""
+
+class Coefficients(NamedTuple):
+    """The coefficients of each vector's update, [vectors, 1] each."""
+
+    mask: Tensor
+    """1 if the vector is updated, else 0."""
+    step_size: Tensor
+    """lr sqrt(1 - beta2^n) / (1 - beta1^n) after n steps, 0 if frozen. Both bias corrections are in
+    it, which saves a division per element."""
+    eps: Tensor
+    """eps sqrt(1 - beta2^n)."""
+    decay: Tensor
+    """1 - lr * weight_decay, 1 if frozen."""
 
 
-class _Chunk(NamedTuple):
-    """Factors of one shape, updated in one call: indices, and local shards of their moments."""
+class _Group(NamedTuple):
+    """Factors of one width, updated in one call.
+
+    Their local vectors follow each other, in the order of `factors`.
+    """
 
     factors: list[int]
-    exp_avg: list[Tensor]
-    exp_avg_sq: list[Tensor]
+    vectors: slice
+    """Among the local vectors of all groups."""
+    exp_avg: Tensor
+    """[vectors, width], like `exp_avg_sq`."""
+    exp_avg_sq: Tensor
 
 
 class VectorAdamW:
@@ -34,9 +56,12 @@ class VectorAdamW:
     frozen. Factors are indexed as the flattened first two dimensions of tables [2, layers, rank]: A
     of all layers, then B of all layers.
 
+    Factors of one width are updated as one matrix. It takes few kernels if their local shards
+    follow each other in memory, in the order of `layers`, A before B; otherwise they are copied.
+
     Args:
         layers: by qualified name, all of one rank.
-        compile_step: fuse the update of a factor into one kernel, several factors in a call.
+        compile_step: fuse the update of a matrix into one kernel.
 
     Attributes:
         num_steps: [2, layers, rank] fp32, the updates of each vector, including those while it was
@@ -49,24 +74,22 @@ class VectorAdamW:
         self._config = config
         keys = ("lora_a", "lora_b")
         self._names = [f"{name}.{key}" for key in keys for name in layers]
-        factors = [layer.get_parameter(key) for key in keys for layer in layers.values()]
-        self._factors = factors
-        self._exp_avg = [ShardedRows(torch.zeros_like(p, requires_grad=False)) for p in factors]
-        self._exp_avg_sq = [ShardedRows(torch.zeros_like(p, requires_grad=False)) for p in factors]
-        self._held = row_range(factors[0])
-        self.num_steps = torch.zeros(
-            len(FACTORS), len(layers), factors[0].shape[0], device=factors[0].device
-        )
+        self._factors = [layer.get_parameter(key) for key in keys for layer in layers.values()]
+        first = self._factors[0]
+        self.num_steps = torch.zeros(len(FACTORS), len(layers), first.shape[0], device=first.device)
         # A tensor: torch.compile would recompile for every new Python number.
-        self._lr = torch.tensor(config.lr, dtype=factors[0].dtype, device=factors[0].device)
-        self._chunks = self._same_shaped_chunks()
-        in_order = [factor for chunk in self._chunks for factor in chunk.factors]
-        self._order = torch.tensor(in_order, device=factors[0].device, dtype=torch.int64)
-        self._update: Update = (
-            torch.compile(update_vectors_, fullgraph=True, dynamic=False)
-            if compile_step
-            else update_vectors_
+        self._lr = torch.tensor(config.lr, dtype=first.dtype, device=first.device)
+        self._groups = self._groups_of_one_width()
+        self._exp_avg = self._moments([group.exp_avg for group in self._groups])
+        self._exp_avg_sq = self._moments([group.exp_avg_sq for group in self._groups])
+        self._places = self._places_of_vectors()
+        self._matrices: list[Tensor | None] = []
+        self._shards_in_matrices: list[Tensor] = []
+        compile_it: Callable[[Callable], Callable] = (
+            partial(torch.compile, fullgraph=True, dynamic=False) if compile_step else _as_is
         )
+        self._coefficients: Callable[..., Coefficients] = compile_it(vector_coefficients)
+        self._update: Callable[..., None] = compile_it(update_vectors_)
 
     def set_lr(self, lr_factor: float) -> None:
         self._lr.fill_(self._config.lr * lr_factor)
@@ -90,68 +113,104 @@ class VectorAdamW:
             update_mask: [2, layers, rank] bool; a vector for which it is false gets a gradient of
                 zero and does not change, not even by weight decay. Its step count still increases.
         """
-        beta1, beta2 = self._config.betas
+        config, (beta1, beta2) = self._config, self._config.betas
         self.num_steps += 1
-        coefficients = self._coefficients(update_mask).flatten(1, 2)[:, self._order]
-        coefficients = coefficients[:, :, self._held.start : self._held.stop].unsqueeze(-1)
-        position = 0
-        for chunk in self._chunks:
-            stop = position + len(chunk.factors)
+        if not self._groups:
+            return
+        coefficients = self._coefficients(
+            self.num_steps,
+            update_mask,
+            self._places,
+            self._lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        shards = local_shards(self._factors)
+        grads = local_shards(self._gradients())
+        self._find_matrices(shards)
+        for group, matrix in zip(self._groups, self._matrices, strict=True):
+            vectors = matrix if matrix is not None else _stacked(shards, group.factors)
             self._update(
-                [local(self._factors[factor]) for factor in chunk.factors],
-                [local(self._gradient(factor)) for factor in chunk.factors],
-                chunk.exp_avg,
-                chunk.exp_avg_sq,
-                coefficients[:, position:stop],
+                vectors,
+                _stacked(grads, group.factors),
+                group.exp_avg,
+                group.exp_avg_sq,
+                *(coefficient[group.vectors] for coefficient in coefficients),
                 beta1=beta1,
                 beta2=beta2,
             )
-            position = stop
+            if matrix is None and len(group.factors) > 1:
+                targets = [shards[factor] for factor in group.factors]
+                copy_all_(list(zip(targets, _split_like(vectors, targets), strict=True)))
 
-    def _coefficients(self, update_mask: Tensor) -> Tensor:
-        """Returns the coefficients of each vector's update, [4, 2, layers, rank].
+    def _groups_of_one_width(self) -> list[_Group]:
+        """Returns groups of all factors with local rows; those of one width are of one size, so
+        that they share a graph."""
+        factors_of: dict[int, list[int]] = {}
+        num_layers = self.num_steps.shape[1]
+        num_rows = len(row_range(self._factors[0]))
+        for layer in range(num_layers if num_rows else 0):
+            for factor in (layer, num_layers + layer):
+                factors_of.setdefault(self._factors[factor].shape[1], []).append(factor)
+        groups = []
+        start = 0
+        for width, factors in factors_of.items():
+            limit = max(1, _ELEMENTS_PER_CALL // (num_rows * width))
+            size = _largest_divisor(len(factors), limit)
+            num_vectors = size * num_rows
+            for first in range(0, len(factors), size):
+                exp_avg, exp_avg_sq = (
+                    torch.zeros(num_vectors, width, dtype=self._lr.dtype, device=self._lr.device)
+                    for _ in range(2)
+                )
+                vectors = slice(start, start + num_vectors)
+                groups.append(_Group(factors[first : first + size], vectors, exp_avg, exp_avg_sq))
+                start += num_vectors
+        return groups
 
-        With n the vector's steps: 1 if it is updated, else 0; lr sqrt(1 - beta2^n) / (1 - beta1^n),
-        0 if frozen; eps sqrt(1 - beta2^n); 1 - lr * weight_decay, 1 if frozen. Both bias
-        corrections are in the step size, which saves a division per element.
+    def _moments(self, of_groups: list[Tensor]) -> list[ShardedRows]:
+        """Returns each factor's rows of the groups' moments."""
+        moments = [torch.empty_like(shard) for shard in local_shards(self._factors)]
+        for group, matrix in zip(self._groups, of_groups, strict=True):
+            for factor, part in zip(
+                group.factors, matrix.split(len(matrix) // len(group.factors)), strict=True
+            ):
+                moments[factor] = part
+        return [
+            ShardedRows(with_local(factor.detach(), part))
+            for factor, part in zip(self._factors, moments, strict=True)
+        ]
+
+    def _places_of_vectors(self) -> Tensor:
+        """Returns the index of each local vector in a flattened table [2, layers, rank]."""
+        rank = self.num_steps.shape[2]
+        held = row_range(self._factors[0])
+        factors = [factor for group in self._groups for factor in group.factors]
+        places = [factor * rank + vector for factor in factors for vector in held]
+        return torch.tensor(places, dtype=torch.int64, device=self._lr.device)
+
+    def _find_matrices(self, shards: list[Tensor]) -> None:
+        """Finds the matrix of each group, if its shards follow each other in memory.
+
+        Again whenever a shard has been replaced, as FSDP may do before the first forward pass.
         """
-        beta1, beta2 = self._config.betas
-        num_steps = self.num_steps.to(self._lr.dtype)
-        root_corrections = (1 - beta2**num_steps).sqrt()
-        step_sizes = self._lr * root_corrections / (1 - beta1**num_steps)
-        decay_factors = 1 - self._lr * self._config.weight_decay * update_mask
-        return torch.stack(
-            [
-                update_mask.to(self._lr.dtype),
-                step_sizes * update_mask,
-                self._config.eps * root_corrections,
-                decay_factors,
-            ]
-        )
+        if len(self._shards_in_matrices) == len(shards) and all(
+            map(is_, shards, self._shards_in_matrices)
+        ):
+            return
+        self._matrices = [
+            as_one_matrix([shards[factor] for factor in group.factors]) for group in self._groups
+        ]
+        self._shards_in_matrices = shards
 
-    def _same_shaped_chunks(self) -> list[_Chunk]:
-        """Returns chunks of all factors with local rows.
-
-        Chunks of one shape have one size, so that they share a graph.
-        """
-        factors_of: dict[torch.Size, list[int]] = {}
-        for factor, parameter in enumerate(self._factors):
-            if local(parameter).numel() > 0:
-                factors_of.setdefault(local(parameter).shape, []).append(factor)
-        chunks = []
-        for factors in factors_of.values():
-            size = _largest_divisor(len(factors), _CHUNK_SIZE)
-            for start in range(0, len(factors), size):
-                of_chunk = factors[start : start + size]
-                exp_avg = [local(self._exp_avg[factor].matrix) for factor in of_chunk]
-                exp_avg_sq = [local(self._exp_avg_sq[factor].matrix) for factor in of_chunk]
-                chunks.append(_Chunk(of_chunk, exp_avg, exp_avg_sq))
-        return chunks
-
-    def _gradient(self, factor: int) -> Tensor:
-        grad = self._factors[factor].grad
-        assert grad is not None, f"no gradient for {self._names[factor]}"
-        return grad
+    def _gradients(self) -> list[Tensor]:
+        grads = []
+        for name, factor in zip(self._names, self._factors, strict=True):
+            assert factor.grad is not None, f"no gradient for {name}"
+            grads.append(factor.grad)
+        return grads
 
     def _views(self, moments: list[ShardedRows], spans: list[VectorSpan]) -> list[Tensor]:
         """Returns this rank's rows of these vectors."""
@@ -175,32 +234,74 @@ class VectorAdamW:
         }
 
 
+def vector_coefficients(
+    num_steps: Tensor,
+    update_mask: Tensor,
+    places: Tensor,
+    lr: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Coefficients:
+    """Returns the coefficients of the vectors at `places` of flattened tables.
+
+    Args:
+        num_steps, update_mask: [2, layers, rank]; see `VectorAdamW`.
+        places: [vectors] int64.
+        lr: 0-dim.
+    """
+    num_steps = num_steps.flatten()[places].to(lr.dtype)[:, None]
+    mask = update_mask.flatten()[places].to(lr.dtype)[:, None]
+    root_correction = (1 - beta2**num_steps).sqrt()
+    step_size = lr * root_correction / (1 - beta1**num_steps)
+    decay = 1 - lr * weight_decay * mask
+    return Coefficients(mask, step_size * mask, eps * root_correction, decay)
+
+
 def update_vectors_(
-    parameters: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    coefficients: Tensor,
+    vectors: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    mask: Tensor,
+    step_size: Tensor,
+    eps: Tensor,
+    decay: Tensor,
     *,
     beta1: float,
     beta2: float,
 ) -> None:
-    """Updates factors of one shape by AdamW (arXiv 1711.05101, Algorithm 2), vector by vector.
+    """Updates vectors by AdamW (arXiv 1711.05101, Algorithm 2).
 
     Args:
-        parameters, exp_avgs, exp_avg_sqs: [rank, width], or shards; changed in place.
-        coefficients: [4, factors, rank, 1]; see `VectorAdamW._coefficients`.
+        vectors, exp_avg, exp_avg_sq: [vectors, width]; changed in place.
+        mask, step_size, eps, decay: see `Coefficients`.
     """
-    for index, (parameter, grad, exp_avg, exp_avg_sq) in enumerate(
-        zip(parameters, grads, exp_avgs, exp_avg_sqs, strict=True)
-    ):
-        mask, step_sizes, eps, decay_factors = coefficients[:, index].unbind()
-        grad = grad * mask
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        parameter.mul_(decay_factors).addcdiv_(
-            exp_avg * step_sizes, exp_avg_sq.sqrt().add_(eps), value=-1
-        )
+    grad = grad * mask
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    vectors.mul_(decay).addcdiv_(exp_avg * step_size, exp_avg_sq.sqrt().add_(eps), value=-1)
+
+
+def _stacked(shards: list[Tensor], factors: list[int]) -> Tensor:
+    """Returns the shards of these factors as one matrix: a copy if they are several."""
+    first = shards[factors[0]]
+    if len(factors) == 1:
+        return first
+    parts = [shards[factor] for factor in factors]
+    matrix = first.new_empty(len(first) * len(parts), first.shape[1])
+    copy_all_(list(zip(_split_like(matrix, parts), parts, strict=True)))
+    return matrix
+
+
+def _split_like(matrix: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
+    return matrix.split(len(parts[0]))
+
+
+def _as_is(function: Callable) -> Callable:
+    return function
 
 
 def _largest_divisor(number: int, limit: int) -> int:

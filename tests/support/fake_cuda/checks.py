@@ -1,6 +1,9 @@
 """Checks of steps on fake CUDA tensors; each function runs in a new process."""
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,3 +79,44 @@ def kernels_of_switches(
                 optimizer.switch()
         results[name] = dict(kernels.counts)
     return results
+
+
+def kernels_of_updates(
+    folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
+) -> dict[str, dict[str, int]]:
+    """Returns the kernels of the update of all factors by case and operation.
+
+    Regions that are compiled run eagerly; "compiled" counts their calls if `[compile] optimizer` is
+    set, one kernel each.
+    """
+    results = {}
+    for name, settings in cases.items():
+        config = tiny_config(Path(folder), "switchlora", *settings, num_ranks=num_ranks)
+        is_compiled = config.compile.optimizer
+        config = config.model_copy(
+            update={"compile": config.compile.model_copy(update={"optimizer": False})}
+        )
+        with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+            stepper.step()
+            optimizer = stepper.optimizer
+            assert isinstance(optimizer, SwitchLoraOptimizer)
+            stepper.compute_gradients()
+            vectors = optimizer._vectors
+            update_mask = optimizer._timers.update_mask()
+            with CountKernels() as kernels:
+                if is_compiled:
+                    vectors._coefficients = _as_one_kernel(vectors._coefficients, kernels)
+                    vectors._update = _as_one_kernel(vectors._update, kernels)
+                vectors.step(update_mask)
+        results[name] = dict(kernels.counts)
+    return results
+
+
+def _as_one_kernel(region: Callable[..., Any], kernels: CountKernels) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts = kernels.counts.copy()
+        result = region(*args, **kwargs)
+        kernels.counts = counts + Counter(compiled=1)
+        return result
+
+    return call

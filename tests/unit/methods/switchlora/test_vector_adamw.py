@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch._inductor import metrics
 
+from switchtitan.distributed.adjacent import allocate_adjacent
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.switchlora import vector_adamw
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamWConfig
 
@@ -46,7 +49,7 @@ def test_equals_torch_adamw_when_nothing_is_switched(dtype, weight_decay, compil
     config = AdamWConfig(lr=0.05, betas=(0.8, 0.97), eps=1e-6, weight_decay=weight_decay)
     layers = build_layers(dtype)
     if compile_step:
-        del layers["second"]  # every shape is compiled by itself, for seconds
+        del layers["second"]  # every width is compiled by itself, for seconds
     optimizer = VectorAdamW(config, layers, compile_step)
     theirs = [factor.detach().clone().requires_grad_() for factor in factors_of(layers)]
     reference = torch.optim.AdamW(
@@ -104,18 +107,81 @@ def test_zero_grad_forgets_gradients():
     assert all(factor.grad is None for factor in factors_of(layers))
 
 
-@pytest.mark.parametrize("num_layers", [1, 8, 11, 12, 20])
-def test_chunks_hold_every_factor_once_and_those_of_one_shape_are_equally_many(num_layers):
+@pytest.mark.parametrize("is_adjacent", [False, True])
+@pytest.mark.parametrize("elements_per_call", [1, 2 * RANK * 5, 2**25])
+def test_groups_of_any_size_and_place_compute_the_same(monkeypatch, elements_per_call, is_adjacent):
+    monkeypatch.setattr(vector_adamw, "_ELEMENTS_PER_CALL", elements_per_call)
+    # Widths 5, 7 and 4: four factors, four and two.
+    shapes = {"first": (7, 5), "second": (5, 7), "third": (4, 5), "fourth": (4, 7)}
+    layers = {
+        name: LowRankLinear(i, o, RANK, 0.5, lora_init).double() for name, (o, i) in shapes.items()
+    }
+    if is_adjacent:
+        allocated = allocate_adjacent(factors_of(layers), torch.device("cpu"))
+        for layer in layers.values():
+            layer._apply(lambda tensor: allocated.get(tensor, tensor))
+    torch.manual_seed(0)
+    for factor in factors_of(layers):
+        torch.nn.init.normal_(factor)
+    optimizer = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)
+    theirs = [factor.detach().clone().requires_grad_() for factor in factors_of(layers)]
+    reference = torch.optim.AdamW(theirs, lr=0.05, weight_decay=0.0)
+    for _ in range(NUM_STEPS):
+        for ours, other in zip(factors_of(layers), theirs, strict=True):
+            ours.grad = torch.randn_like(ours)
+            other.grad = ours.grad.clone()
+        optimizer.step(all_moving(layers))
+        reference.step()
+    if elements_per_call > 1:
+        assert is_adjacent == all(matrix is not None for matrix in optimizer._matrices)
+    for ours, other in zip(factors_of(layers), theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("num_layers", [1, 8, 11])
+def test_groups_hold_every_factor_once_and_those_of_one_width_are_equally_many(
+    monkeypatch, num_layers
+):
+    monkeypatch.setattr(vector_adamw, "_ELEMENTS_PER_CALL", 8 * RANK * 7)
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, lora_init) for index in range(num_layers)}
-    layers["other"] = LowRankLinear(
-        11, 5, RANK, 0.5, lora_init
-    )  # its B has the shape of the others' A
-    chunks = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)._chunks
-    held = [factor for chunk in chunks for factor in chunk.factors]
+    layers["other"] = LowRankLinear(11, 5, RANK, 0.5, lora_init)  # its B is as wide as their A
+    groups = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)._groups
+    held = [factor for group in groups for factor in group.factors]
     assert sorted(held) == list(range(2 * (num_layers + 1)))
-    sizes: dict[tuple[int, ...], set[int]] = {}
-    for chunk in chunks:
-        assert len(chunk.factors) <= 8
-        sizes.setdefault(chunk.exp_avg[0].shape, set()).add(len(chunk.factors))
-        assert len({moments.shape for moments in (*chunk.exp_avg, *chunk.exp_avg_sq)}) == 1
-    assert all(len(of_shape) == 1 for of_shape in sizes.values())
+    sizes: dict[int, set[int]] = {}
+    for group in groups:
+        assert group.exp_avg.shape == group.exp_avg_sq.shape
+        assert len(group.exp_avg) == len(group.factors) * RANK
+        assert group.exp_avg.numel() <= 8 * RANK * 7
+        sizes.setdefault(group.exp_avg.shape[1], set()).add(len(group.factors))
+    assert all(len(of_width) == 1 for of_width in sizes.values())
+
+
+def test_a_replaced_shard_is_found_again():
+    layers = build_layers(torch.float32)
+    allocated = allocate_adjacent(factors_of(layers), torch.device("cpu"))
+    for layer in layers.values():
+        layer._apply(lambda tensor: allocated.get(tensor, tensor))
+    optimizer = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)
+    for factor in factors_of(layers):
+        factor.grad = torch.ones_like(factor)
+    optimizer.step(all_moving(layers))
+    # As FSDP replaces the local shard of a DTensor.
+    optimizer._factors[0] = torch.nn.Parameter(torch.ones_like(optimizer._factors[0]))
+    optimizer._factors[0].grad = torch.ones_like(optimizer._factors[0])
+    optimizer.step(all_moving(layers))
+    assert (optimizer._factors[0] < 1).all()
+
+
+def test_a_matrix_and_all_coefficients_take_one_kernel_each():
+    torch._dynamo.reset()
+    metrics.reset()
+    layers = {str(index): LowRankLinear(5, 5, RANK, 0.5, lora_init) for index in range(3)}
+    allocated = allocate_adjacent(factors_of(layers), torch.device("cpu"))
+    for layer in layers.values():
+        layer._apply(lambda tensor: allocated.get(tensor, tensor))
+    for factor in factors_of(layers):
+        factor.grad = torch.ones_like(factor)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=True).step(all_moving(layers))
+    assert metrics.generated_kernel_count == 2
