@@ -4,6 +4,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -26,16 +27,18 @@ def compile_blocks(model: LanguageModel) -> None:
         block.compile(fullgraph=True, dynamic=False)
 
 
-_aten = torch.ops.aten
 _EXPENSIVE_OPERATIONS = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flex_attention",
+    # Of the package flash-attn 2 (flash_attn/flash_attn_interface.py).
+    "flash_attn::_flash_attn_forward",
 }
+"""By name: the package may be missing, or imported later."""
 
 
 def checkpoint_activations(model: LanguageModel, config: ActivationCheckpointConfig) -> None:
@@ -66,15 +69,16 @@ def _selective_contexts() -> tuple:
 
 
 def _keep_matrix_products(
-    ctx: object, operation: object, *args: object, **kwargs: object
+    ctx: object, operation: OpOverload | HigherOrderOperator, *args: object, **kwargs: object
 ) -> CheckpointPolicy:
-    keep = operation in _EXPENSIVE_OPERATIONS and not _builds_a_weight(operation, args)
+    name = operation.name()
+    keep = name in _EXPENSIVE_OPERATIONS and not _builds_a_weight(name, args)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _builds_a_weight(operation: object, args: tuple[object, ...]) -> bool:
+def _builds_a_weight(operation: str, args: tuple[object, ...]) -> bool:
     """Whether a product is added to a matrix, which merges weights, and not to a bias."""
-    return operation is _aten.addmm.default and isinstance(args[0], Tensor) and args[0].dim() == 2
+    return operation == "aten::addmm" and isinstance(args[0], Tensor) and args[0].dim() == 2
 
 
 class CallWithInputOnHost:

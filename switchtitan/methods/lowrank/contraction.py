@@ -88,30 +88,39 @@ def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
     return weight if weight.dtype == grad.dtype else _cast_copy_in_backward(weight, grad)
 
 
-@torch.library.custom_op("switchtitan::copy_in_backward", mutates_args=())
-def _copy_in_backward(factor: Tensor, grad: Tensor) -> Tensor:
-    """Copies `factor` in an opaque operation that depends on `grad`.
+# Opaque operations that depend on `grad`. Otherwise torch.compile moves the merge of the backward
+# pass, which depends on parameters alone, to the forward pass and saves the result. Registered by
+# schema: a call through `torch.library.custom_op` takes the host several times as long.
+_OPERATIONS = torch.library.Library("switchtitan", "DEF")
 
-    Otherwise torch.compile moves the merge of the backward pass, which depends on parameters alone,
-    to the forward pass and saves the result.
+
+def _define_in_backward(
+    name: str, compute: Callable[[Tensor, Tensor], Tensor], allocate: Callable[..., Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Defines an operation (tensor, grad) -> tensor that shares no memory with its inputs.
+
+    Args:
+        allocate: computes only dtype, shape and strides of the result.
     """
-    return factor.clone()
+    _OPERATIONS.define(
+        f"{name}(Tensor tensor, Tensor grad) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+    )
+    _OPERATIONS.impl(name, compute, "CompositeExplicitAutograd")
+    _OPERATIONS.impl(name, allocate, "Meta")
+    operation: Callable[[Tensor, Tensor], Tensor] = getattr(torch.ops.switchtitan, name).default
+    return operation
 
 
-@_copy_in_backward.register_fake
-def _(factor: Tensor, grad: Tensor) -> Tensor:
-    return torch.empty_like(factor)
-
-
-@torch.library.custom_op("switchtitan::cast_copy_in_backward", mutates_args=())
-def _cast_copy_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """Casts a copy of `weight` to the dtype of `grad`, for the same reason."""
-    return weight.to(grad.dtype, copy=True)
-
-
-@_cast_copy_in_backward.register_fake
-def _(weight: Tensor, grad: Tensor) -> Tensor:
-    return torch.empty_like(weight, dtype=grad.dtype)
+_copy_in_backward = _define_in_backward(
+    "copy_in_backward",
+    lambda factor, grad: factor.clone(),
+    lambda factor, grad: torch.empty_like(factor),
+)
+_cast_copy_in_backward = _define_in_backward(
+    "cast_copy_in_backward",
+    lambda weight, grad: weight.to(grad.dtype, copy=True),
+    lambda weight, grad: torch.empty_like(weight, dtype=grad.dtype),
+)
 
 
 class _FrozenLinear(torch.autograd.Function):

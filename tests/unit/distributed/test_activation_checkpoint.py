@@ -111,3 +111,49 @@ def test_modes_save_the_documented_tensors_and_have_equal_gradients(compiled):
         for ours, plain in zip(gradients[mode], gradients["none"], strict=True):
             # The same operations; other fusions round differently in fp32.
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize(("mode", "num_calls"), [("selective", 1), ("full", 2)])
+def test_selective_keeps_the_result_of_the_package_flash_attn(mode: str, num_calls: int) -> None:
+    """A stand-in under the name of the package's operation; `full` shows that calls are counted."""
+    calls: list[int] = []
+
+    def attend(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * 2
+
+    class Attend(torch.autograd.Function):
+        """As in the package: the operation has no backward of its own."""
+
+        @staticmethod
+        def forward(ctx, x):
+            result = torch.ops.flash_attn._flash_attn_forward(x)
+            ctx.save_for_backward(result)
+            return result
+
+        @staticmethod
+        def backward(ctx, grad):
+            (result,) = ctx.saved_tensors
+            return grad * result
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Attend.apply(x.exp()).exp()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def blocks(self) -> dict[str, nn.Module]:
+            return {"block": self.block}
+
+    model = Model()
+    checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.define("_flash_attn_forward(Tensor x) -> Tensor")
+        library.impl("_flash_attn_forward", attend, "CPU")
+        x = torch.tensor([0.1, 0.2], requires_grad=True)
+        model.block(x).sum().backward()
+    assert len(calls) == num_calls
+    assert x.grad is not None
