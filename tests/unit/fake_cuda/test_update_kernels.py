@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.fake_cuda import checks
 from support.fake_cuda.process import needs_compiler, run_check
 
@@ -20,22 +21,27 @@ DEEP = [
 ]
 COMPILED = ["--compile.optimizer", "true"]
 MOST_KERNELS = 12
-MOST_EAGER_KERNELS = 50
+MOST_EAGER_KERNELS = 60
 
 
+@pytest.mark.slow
 def test_the_update_of_336_factors_takes_at_most_12_kernels(tmp_path: Path) -> None:
     """7 for copies of gradients, 64 a launch, 1 that counts steps, and 3 that are compiled."""
-    cases = {"compiled": DEEP + COMPILED, "eager": DEEP}
-    kernels = run_check(checks.kernels_of_updates, str(tmp_path), cases, 8, 7)
-    for name, most in {"compiled": MOST_KERNELS, "eager": MOST_EAGER_KERNELS}.items():
-        assert not any("slow" in operation for operation in kernels[name]), kernels
-        assert sum(kernels[name].values()) <= most, kernels
-    assert kernels["compiled"]["compiled"] == 3
+    kernels = run_check(checks.kernels_of_updates, str(tmp_path), {"350M": DEEP + COMPILED}, 8, 7)
+    counts = kernels["350M"]
+    assert not any("slow" in operation for operation in counts), counts
+    assert sum(counts.values()) <= MOST_KERNELS, counts
+    assert counts["compiled"] == 3
 
 
+@pytest.mark.slow
 def test_uneven_shards_are_copied(tmp_path: Path) -> None:
     """FSDP pads the last rank's shard, so shards are not next to each other: two more copies."""
-    uneven = ["--method.rank", "7", *COMPILED]
-    kernels = run_check(checks.kernels_of_updates, str(tmp_path), {"uneven": uneven}, 4, 3)
-    assert kernels["uneven"]["_foreach_copy_ fast"] == 3 * 3, kernels
-    assert not any("slow" in operation for operation in kernels["uneven"]), kernels
+    uneven = ["--method.rank", "7"]
+    cases = {"uneven": uneven + COMPILED, "eager": uneven}
+    kernels = run_check(checks.kernels_of_updates, str(tmp_path), cases, 4, 3)
+    for counts in kernels.values():
+        # Of three widths: gradients and factors in, factors out.
+        assert counts["_foreach_copy_ fast"] == 3 * 3, counts
+        assert not any("slow" in operation for operation in counts), counts
+    assert sum(kernels["eager"].values()) <= MOST_EAGER_KERNELS, kernels
