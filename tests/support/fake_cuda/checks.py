@@ -1,11 +1,13 @@
 """Checks of steps on fake CUDA tensors; each function runs in a new process."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.fake_cuda import python_api
 from support.fake_cuda.copies import FindBlockingCopies
@@ -13,6 +15,7 @@ from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.stepper import fake_cuda_stepper
 from support.tiny import tiny_config
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.models.loss import CrossEntropy
 
 NUM_STEPS = 2
 
@@ -120,3 +123,25 @@ def _as_one_kernel(region: Callable[..., Any], kernels: CountKernels) -> Callabl
         return result
 
     return call
+
+
+def kernels_of_loss(
+    num_tokens: int, dim: int, vocabulary: int
+) -> tuple[dict[str, int], list[tuple[int, ...]]]:
+    """Returns the kernels of the eager loss and its backward pass in bf16, by operation, and the
+    strides of the logits of each chunk."""
+    strides: list[tuple[int, ...]] = []
+
+    class Count(CountKernels):
+        def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+            super().count(func, args, kwargs, result)
+            if func is torch.ops.aten.mm.out and kwargs["out"].shape[1] == vocabulary:
+                strides.append(kwargs["out"].stride())
+
+    with FakeTensorMode(), torch.device("cuda"):
+        hidden = torch.empty(1, num_tokens, dim, dtype=torch.bfloat16, requires_grad=True)
+        head = nn.Linear(dim, vocabulary, bias=False, dtype=torch.bfloat16)
+        targets = torch.zeros(1, num_tokens, dtype=torch.int64)
+        with Count() as kernels:
+            CrossEntropy(compile_regions=False)(hidden, head, targets, num_tokens).backward()
+    return dict(kernels.counts), strides

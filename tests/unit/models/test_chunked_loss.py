@@ -82,6 +82,30 @@ def test_loss_and_gradients_equal_those_of_all_logits(
         assert EAGER(hidden, head, targets, DIVISOR).item() == loss.item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aligned_rows_compute_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    hidden, head, targets = draw(dtype)
+    results, strides = [], []
+
+    def loss_and_gradient(logits: torch.Tensor, *args: torch.Tensor) -> tuple:
+        strides.append(logits.stride(0))
+        return loss_module.chunk_loss_and_gradient_(logits, *args)
+
+    loss_fn = CrossEntropy(compile_regions=False)
+    loss_fn._chunk_loss_and_gradient = loss_and_gradient
+    for devices in ({"cuda"}, {"cpu"}):
+        monkeypatch.setattr(loss_module, "_DEVICES_WITH_ALIGNED_ROWS", devices)
+        loss = loss_fn(hidden, head, targets, DIVISOR)
+        with torch.no_grad():
+            alone = loss_fn(hidden, head, targets, DIVISOR)
+        results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
+    # 61 numbers take 244 or 122 bytes.
+    assert strides == [VOCABULARY] * 4 + [64] * 4
+    # Products may sum in another order.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
 def test_ignored_targets_have_no_gradient_and_no_loss() -> None:
     hidden, head, targets = draw(torch.float32)
     EAGER(hidden, head, targets).backward()
