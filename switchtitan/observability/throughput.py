@@ -145,23 +145,40 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"NVIDIA H100 80GB HBM3", 989.5e12),
     (r"NVIDIA H100 PCIe", 756.5e12),
     (r"NVIDIA H100 NVL", 835.5e12),
+    # Variants of A100 and H100 for China differ in NVLink and fp64; H20 has 148 (data sheet, 2023).
+    (r"NVIDIA A800-SXM4-\d+GB|NVIDIA A800 80GB PCIe", 312e12),
+    (r"NVIDIA H800", 989.5e12),
+    (r"NVIDIA H20", 148e12),
+    # NVIDIA GH200 Grace Hopper Superchip, data sheet, 2023: 1979 with sparsity.
+    (r"NVIDIA GH200 (480GB|120GB)", 989.5e12),
     # NVIDIA H200 Tensor Core GPU, data sheet, 2024: SXM 1979 and NVL 1671 with sparsity.
     (r"NVIDIA H200", 989.5e12),
     (r"NVIDIA H200 NVL", 835.5e12),
     # NVIDIA HGX B200, data sheet, 2025: 36 PFLOP/s with sparsity for eight.
     (r"NVIDIA B200", 2250e12),
+    # NVIDIA GB200 NVL72, data sheet, 2024: 360 PFLOP/s with sparsity for 72.
+    (r"NVIDIA GB200", 2500e12),
     # NVIDIA L40S, data sheet, 2023: 362.05.
     (r"NVIDIA L40S", 362.05e12),
+    # NVIDIA L4 and L40, data sheets, 2023: 242 and 362.1 with sparsity.
+    (r"NVIDIA L4", 121e12),
+    (r"NVIDIA L40", 181.05e12),
+    # NVIDIA A10, A30 and A40, data sheets, 2021: 125, 165 and 149.7.
+    (r"NVIDIA A10", 125e12),
+    (r"NVIDIA A30", 165e12),
+    (r"NVIDIA A40", 149.7e12),
     # NVIDIA A10G, data sheet for Amazon EC2 G5, 2022: 70.
     (r"NVIDIA A10G", 70e12),
-    # NVIDIA Ampere GA102 architecture white paper, 2021, app. A: bf16 with fp32 accumulation, 71.
+    # NVIDIA Ampere GA102 architecture white paper, 2021, appendices: bf16 with fp32 accumulation,
+    # RTX 3090 71, RTX A6000 154.8.
+    (r"NVIDIA RTX A6000", 154.8e12),
     (r"NVIDIA GeForce RTX 3090", 71e12),
     # NVIDIA Ada architecture white paper, 2023, appendix A: bf16 with fp32 accumulation, 165.2.
     (r"NVIDIA GeForce RTX 4090", 165.2e12),
     # AMD Instinct MI250X, data sheet, 2021: 383 for the card, which torch sees as two devices.
     (r"AMD Instinct MI250X( / MI250)?", 191.5e12),
-    # AMD Instinct MI300X, data sheet, 2023: 1307.4.
-    (r"AMD Instinct MI300X", 1307.4e12),
+    # AMD Instinct MI300X, data sheet, 2023, and MI325X, 2024: 1307.4.
+    (r"AMD Instinct MI3(00|25)X", 1307.4e12),
 )
 
 
