@@ -11,6 +11,7 @@ from torch import nn
 import switchtitan
 from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.config.toml_text import flatten, toml_value
+from switchtitan.contracts import LanguageModel
 from switchtitan.data import Corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, DtypeName
 from switchtitan.distributed.world import World, device_name
@@ -81,7 +82,7 @@ def compute_dtype_of(metadata: CheckpointMetadata) -> DtypeName:
 def describe_run(
     config: JobConfig,
     world: World,
-    model: nn.Module,
+    model: LanguageModel,
     corpus: Corpus,
     compute_dtype: ComputeDtype,
     checkpoint: Path | None,
@@ -116,6 +117,13 @@ def describe_run(
         logger.info("resuming from %s", checkpoint)
     if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
+    widths = unaligned_widths(model)
+    if world.device.type == "cuda" and widths:
+        logger.info(
+            "matrices of width %s: rows in bf16 are not multiples of 16 bytes, which tensor cores "
+            "are fastest with; multiples of 8 are",
+            ", ".join(map(str, widths)),
+        )
     if config.compile.blocks or config.compile.loss or config.compile.optimizer:
         logger.info(
             "compiling: the first step takes a minute or more; later runs use the cache; "
@@ -130,6 +138,23 @@ def crosses_nodes_needlessly(model: nn.Module, shard: int, num_local_ranks: int)
     """
     num_values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     return shard > num_local_ranks and 16 * num_values / num_local_ranks < 20e9
+
+
+def unaligned_widths(model: LanguageModel) -> list[int]:
+    """Returns the sizes of matrices in the model's blocks whose rows in bf16 are not aligned.
+
+    Tensor cores load rows that start at multiples of 16 bytes, which are 8 numbers.
+    """
+    return sorted(
+        {
+            size
+            for block in model.blocks().values()
+            for parameter in block.parameters()
+            if parameter.ndim == 2
+            for size in parameter.shape
+            if size % 8
+        }
+    )
 
 
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
+from switchtitan.build import build_method, build_plain_model
 from switchtitan.checkpoint import check_same_run
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus
@@ -20,6 +21,7 @@ from switchtitan.training.description import (
     comparable_identity,
     crosses_nodes_needlessly,
     run_identity,
+    unaligned_widths,
 )
 
 NEW_KEYS = ("candidates", "reset_moments")
@@ -226,3 +228,20 @@ def test_a_model_that_fits_on_one_machine_should_not_cross_the_network(
 ):
     model = torch.nn.Linear(billions * 1000, 1_000_000, bias=False, device="meta")
     assert crosses_nodes_needlessly(model, shard, num_local_ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "rank", "expected"), [(32, 8, []), (28, 8, [28]), (28, 6, [6, 28])]
+)
+def test_widths_that_are_not_aligned_are_found(
+    tmp_path: Path, intermediate_size: int, rank: int, expected: list[int]
+):
+    config = tiny_config(
+        tmp_path,
+        "switchlora",
+        *("--model.hidden_size", "16", "--model.num_kv_heads", "2", "--method.rank", str(rank)),
+        *("--model.intermediate_size", str(intermediate_size)),
+    )
+    model = build_plain_model(config)
+    build_method(config).prepare_model(model)
+    assert unaligned_widths(model) == expected
