@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
+from switchtitan.distributed.adjacent import with_local
+from switchtitan.distributed.shards import local
+
 
 class HostCopies:
     """Copies tensors to host memory, and reuses that memory in the next save.
@@ -27,11 +30,12 @@ class HostCopies:
         for device_type in sorted({tensor.device.type for tensor in tensors.values()}):
             if device_type not in self._stagers:
                 self._stagers[device_type] = DefaultStager(staging_options(device_type))
+            # Local shards: torch's stager fails for DTensors that share a storage.
             staged = self._stagers[device_type].stage(
-                {name: t for name, t in tensors.items() if t.device.type == device_type}
+                {name: local(t) for name, t in tensors.items() if t.device.type == device_type}
             )
             assert isinstance(staged, dict)
-            copies |= staged
+            copies |= {name: with_local(tensors[name], part) for name, part in staged.items()}
         return copies
 
 
