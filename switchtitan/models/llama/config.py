@@ -93,8 +93,8 @@ class LlamaConfig(ModelConfig):
     hidden_size: int | None = Field(None, gt=0)
     """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads."""
     intermediate_size: int | None = Field(None, gt=0)
-    """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published 5461
-    of size 1b is not one, and 5504 is the next."""
+    """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
+    5461 of size 1b is not one, and 5504 is the next."""
     num_layers: int | None = Field(None, gt=0)
     """Number of blocks; unset: from `size`."""
     num_heads: int | None = Field(None, gt=0)
