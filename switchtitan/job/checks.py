@@ -116,8 +116,8 @@ def check_precision(training: TrainingConfig, device: str) -> list[str]:
         )
     elif training.tf32 and training.dtype != "float32":
         problems.append(
-            "[training] tf32 = true has no effect on training in bfloat16; remove it, or set "
-            '[training] dtype = "float32"'
+            f"[training] tf32 = true has no effect with dtype = {toml_value(training.dtype)}: "
+            'GPUs with TF32 then train in bfloat16; remove it, or set dtype = "float32"'
         )
     if training.deterministic and device != "cuda":
         problems.append(

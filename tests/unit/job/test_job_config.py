@@ -409,7 +409,8 @@ def test_choices_of_a_gpu_are_refused_where_they_have_no_effect():
     assert check_precision(training, "cuda") == check_precision(deterministic, "cuda") == []
     (problem,) = check_precision(training, "cpu")
     assert "[training] tf32 = true has no effect without a GPU" in problem
-    (problem,) = check_precision(training.model_copy(update={"dtype": "bfloat16"}), "cuda")
-    assert "[training] tf32 = true has no effect on training in bfloat16" in problem
+    for dtype in ("auto", "bfloat16"):
+        (problem,) = check_precision(training.model_copy(update={"dtype": dtype}), "cuda")
+        assert f'tf32 = true has no effect with dtype = "{dtype}"' in problem
     (problem,) = check_precision(deterministic, "cpu")
     assert "[training] deterministic = true has no effect on a CPU" in problem
