@@ -12,6 +12,7 @@ from switchtitan.benchmark.acceptance.report import page_lines
 from switchtitan.benchmark.acceptance.steps import STEPS, Place, Step
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.cli.benchmark import read_options
+from switchtitan.distributed.compute_dtype import gpu_support
 from switchtitan.job.config import parse_arguments
 
 ROOT = Path(__file__).parents[4]
@@ -31,6 +32,8 @@ def test_options_of_every_program_are_valid(
 ) -> None:
     # As on a machine with these GPUs and the package flash-attn.
     monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cuda")
+    support = gpu_support(CARD.card, (9, 0), is_native_on_rocm=False)
+    monkeypatch.setattr("switchtitan.job.checks.bf16_support", lambda device: support)
     monkeypatch.setattr(
         "switchtitan.models.llama.attention.importlib.util.find_spec", lambda name: name
     )
