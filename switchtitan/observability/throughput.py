@@ -125,7 +125,9 @@ class Throughput:
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak memory since the process started, in GiB.
 
-    On a GPU: memory allocated by torch. On a CPU: the process's peak resident set size.
+    On a GPU: the peak of tensors in torch's caching allocator. That leaves out memory which the
+    allocator reserves but does not use, the CUDA context, NCCL's buffers and libraries, so
+    nvidia-smi shows more. On a CPU: the process's peak resident set size.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import as_shard_of, local
@@ -51,6 +52,7 @@ class AdamW8bit(TorchOptimizer):
         build = partial(_torchao_optimizer(), betas=config.betas, eps=config.eps)
         # Torchao compiles by itself.
         super().__init__(config, parameters, build, compile_step=False)
+        _compute_tables()
         self._stance = "default" if compile_step else "force_eager"
         self._saved: dict[str, Tensor] = {}
         for name, held in self._held.items():
@@ -133,6 +135,15 @@ def block_size(shape: tuple[int, ...]) -> int | None:
         (size for size in range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if shape[1] % size == 0),
         None,
     )
+
+
+def _compute_tables() -> None:
+    """Lets torchao compute its tables of values, which it keeps, from real tensors."""
+    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+    with unset_fake_temporarily():
+        get_qmap_signed()
+        get_qmap_unsigned()
 
 
 def _torchao_optimizer() -> Callable[..., torch.optim.Optimizer]:

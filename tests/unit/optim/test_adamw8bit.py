@@ -9,6 +9,7 @@ from support.packages import needs_torchao
 from support.tiny import tiny_config
 from torch import Tensor, nn
 
+from switchtitan.benchmark.estimate import estimate_step
 from switchtitan.errors import ConfigError
 from switchtitan.optim import AdamW, AdamWConfig, TrainedParameter
 from switchtitan.optim.adamw8bit import AdamW8bit, AdamW8bitConfig, block_size
@@ -108,3 +109,13 @@ def test_without_torchao_the_choice_is_refused_before_any_work(tmp_path, monkeyp
     )
     with pytest.raises(ConfigError, match=r"adamw8bit.*pip install 'switchtitan\[torchao\]'"):
         tiny_config(tmp_path, "full_rank", "--optimizer.name", "adamw8bit")
+
+
+@needs_torchao
+def test_an_estimate_counts_one_byte_for_each_element_and_the_scales(tmp_path):
+    keys = ("--optimizer.name", "adamw8bit", "--model.hidden_size", "128")
+    config = tiny_config(tmp_path, "full_rank", *keys, "--model.intermediate_size", "256")
+    most = estimate_step(config, 1).memory.most
+    # Parameters in fp32 take four bytes. Of two moments, codes take two of them, and a scale for
+    # each block of 128 or 256 another 16th at most; norms and tables are small.
+    assert 0.5 < most["optimizer"] / most["trained"] < 0.55
