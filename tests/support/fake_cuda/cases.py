@@ -74,6 +74,8 @@ CASES: dict[str, list[str]] = {
     ],
     "frozen weights gathered once, HSDP": ["switchlora", *_GATHER_ONCE, *_HSDP],
     "units of two blocks": ["switchlora", *_DEEP, "--parallelism.blocks_per_unit", "2"],
+    "bf16 moments": ["full_rank", "--optimizer.moments_dtype", "bfloat16"],
+    "bf16 moments, low rank": ["switchlora", "--optimizer.moments_dtype", "bfloat16"],
     "full recomputation": ["switchlora", *_FULL],
     "selective recomputation": ["switchlora", "--activation_checkpoint.mode", "selective"],
     "offload": ["switchlora", *_OFFLOAD, *_DEEP],

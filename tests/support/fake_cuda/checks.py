@@ -1,4 +1,4 @@
-"""Checks of steps on fake CUDA tensors; each function runs in a new process."""
+"""Checks of kernels on fake CUDA tensors; each function runs in a new process."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,61 +9,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.fake_cuda import python_api
-from support.fake_cuda.copies import FindBlockingCopies
 from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.stepper import fake_cuda_stepper
 from support.tiny import tiny_config
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.models.loss import CrossEntropy
-
-NUM_STEPS = 2
-
-
-def blocking_copies(
-    folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
-) -> dict[str, dict[str, list[str]]]:
-    """Returns blocking copies and other waits in the steps of each case after the first.
-
-    Args:
-        cases: by name, the method and overrides as on the command line.
-    """
-    results = {}
-    for name, (method, *settings) in cases.items():
-        config = tiny_config(Path(folder), method, *settings, num_ranks=num_ranks)
-        with fake_cuda_stepper(config, num_ranks, rank) as stepper:
-            stepper.step()
-            python_api.host_waits.clear()
-            with FindBlockingCopies() as copies:
-                for _ in range(NUM_STEPS):
-                    stepper.step()
-            results[name] = {"copies": copies.found, "waits": list(python_api.host_waits)}
-    return results
-
-
-def planted_blocking_copies(folder: str) -> dict[str, list[str]]:
-    """Returns the blocking copies found for operations known to block or not."""
-    plants = {
-        "number": lambda table: table.__setitem__(3, 5),
-        "pageable": lambda table: torch.ones(4, dtype=torch.int32).to(
-            table.device, non_blocking=True
-        ),
-        "blocking": lambda table: torch.ones(4, dtype=torch.int32).pin_memory().to(table.device),
-        "indices": lambda table: table[torch.tensor([0, 1])],
-        "number at indices": lambda table: table.__setitem__(table[:2].long(), 5),
-        "back": lambda table: table.cpu(),
-        "fill": lambda table: table[3:4].fill_(5),
-        "page-locked": lambda table: torch.ones(4).pin_memory().to(table.device, non_blocking=True),
-    }
-    config = tiny_config(Path(folder), "full_rank", num_ranks=2)
-    found = {}
-    with fake_cuda_stepper(config, num_ranks=2, rank=1) as stepper:
-        table = torch.zeros(8, dtype=torch.int32, device=stepper.world.device)
-        for name, plant in plants.items():
-            with FindBlockingCopies() as copies:
-                plant(table)
-            found[name] = copies.found
-    return found
 
 
 def kernels_of_switches(

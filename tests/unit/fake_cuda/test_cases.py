@@ -22,8 +22,6 @@ NOT_TRACED = {
     ("training", "deterministic", True),
     # Another dtype by the time of the first step.
     ("training", "dtype", "auto"),
-    # In test_blocking_copies.py.
-    ("optimizer", "moments_dtype", "bfloat16"),
     # They change numbers, not operations.
     ("method", "decay", "exponential"),
     ("method", "decay", "sigmoid"),
