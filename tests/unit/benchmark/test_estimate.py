@@ -87,9 +87,13 @@ def check_estimates(
             # A real process group frees reduced tensors asynchronously.
             lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
             assert lasting.items() <= estimate.memory.most.items(), method
-            # Not in a checkpoint: a learning rate in fp32, a flag, and a number for each factor.
-            num_factors = sum("lora_" in name for name, _ in stepper.model.named_parameters())
-            counted["optimizer"] += 4 + 1 + 8 * num_factors if counted["buffers"] else 0
+            # Not in a checkpoint: a learning rate in fp32, a flag, and a number for each vector.
+            num_vectors = sum(
+                local(parameter).shape[0]
+                for name, parameter in stepper.model.named_parameters()
+                if "lora_" in name
+            )
+            counted["optimizer"] += 4 + 1 + 8 * num_vectors if counted["buffers"] else 0
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
         allocated = min(
             peak_extra_bytes(stepper.step, stepper.world.device) for _ in range(NUM_PROFILED_STEPS)
