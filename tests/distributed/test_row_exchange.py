@@ -181,11 +181,11 @@ def num_of_kind(counts: Counter[str], kind: str) -> int:
 
 
 def check_collectives(trainer: Trainer, num_micro_batches: int, num_in_update: int) -> None:
-    """One reduction for each of two blocks and the rest, for any number of micro-batches."""
+    """One reduction for each of embedding, two blocks and head, for any number of micro-batches."""
     micro_batches = next(trainer.stepper.batches)
     assert len(micro_batches) == num_micro_batches
     of_gradients = count_collectives(lambda: trainer.stepper.forward_backward(micro_batches))
-    assert num_of_kind(of_gradients, "reduce_scatter") == 3, of_gradients
+    assert num_of_kind(of_gradients, "reduce_scatter") == 4, of_gradients
     of_update = count_collectives(trainer.stepper.optimizer.step)
     assert num_of_kind(of_update, "allreduce") == num_in_update, of_update
     assert of_update.total() == num_in_update, of_update
