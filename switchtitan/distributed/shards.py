@@ -30,11 +30,14 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     All tensors are sharded over the same ranks, or none is.
     """
     # Norms of tensors first: the sum of all squares could overflow, and rounds more.
-    squares = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors])).square_()
+    norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
     group = shard_group(tensors[0])
-    if group is not None:
+    # Squaring and its root round, so one rank, as in torch, does without.
+    if group is not None and group.size() > 1:
+        squares = norms.square_()
         dist.all_reduce(squares, group=group)
-    return torch.linalg.vector_norm(squares.sqrt_())
+        norms = squares.sqrt_()
+    return torch.linalg.vector_norm(norms)
 
 
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
