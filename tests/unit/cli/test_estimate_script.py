@@ -45,7 +45,7 @@ def test_estimates_are_in_tables_and_a_record(
     assert first["memory"]["peak"] == sum(first["memory"]["at_peak"].values())
     assert first["memory"]["state"] > second["memory"]["state"]
     assert first["flops"]["ratio"] > second["flops"]["ratio"]
-    assert first["communication"]["reduce_scatter"]["num_calls"] == 3
+    assert first["communication"]["reduce_scatter"]["num_calls"] == 4
     assert [path.name for path in Path(file).parent.iterdir()] == ["tiny.toml"]
 
 

@@ -11,6 +11,7 @@ from support.switchlora_layers import (
 )
 from support.tiny import tiny_trainer, train_steps
 
+from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -184,6 +185,7 @@ def test_switch_of_a_trained_model_keeps_its_weights_and_logits(trained):
     def observe():
         with torch.no_grad():
             logits = model(tokens, documents)
+        free_gathered_weights(model)
         layers = {name: unsharded(layer) for name, layer in low_rank_layers(model).items()}
         return logits, layers
 
