@@ -68,7 +68,7 @@ def run_step(step: Step, place: Place) -> Result:
         try:
             figures, tables = step.read(place)
         # A program that ends well without its results is a failed step, whatever is missing.
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except Exception as error:
             reason = f"its results cannot be read: {type(error).__name__}: {error}"
     seconds = time.monotonic() - began_at
     status = FAILED if reason else PASSED

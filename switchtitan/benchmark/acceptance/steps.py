@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from xml.etree import ElementTree
 
 from pydantic import JsonValue
 
@@ -31,6 +32,8 @@ _OFFLINE = {
 # GiB of a GPU -> sequences per GPU of the 350M model, which takes 6 GiB of state and 0.6 GiB for
 # each sequence of 512 tokens (docs/measurements/one_gpu.json).
 _LOCAL_BATCH_SIZES = ((70, 72), (36, 36), (22, 16), (14, 8), (0, 4))
+# The same if two models are held at once, 12 GiB of state.
+_LOCAL_BATCH_SIZES_OF_TWO = ((70, 48), (36, 24), (22, 12), (14, 2), (0, 1))
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,15 @@ class Place:
 
     @property
     def local_batch_size(self) -> int:
-        return next(
-            size for memory, size in _LOCAL_BATCH_SIZES if self.machine.memory_gib >= memory
-        )
+        return self._size_in(_LOCAL_BATCH_SIZES)
+
+    @property
+    def local_batch_size_of_two(self) -> int:
+        """Sequences per GPU if a benchmark holds two steppers, each with its state."""
+        return self._size_in(_LOCAL_BATCH_SIZES_OF_TWO)
+
+    def _size_in(self, sizes: Sequence[tuple[int, int]]) -> int:
+        return next(size for memory, size in sizes if self.machine.memory_gib >= memory)
 
     def with_one_gpu(self) -> "Place":
         return replace(self, machine=replace(self.machine, num_gpus=1))
@@ -82,15 +91,56 @@ class Step:
     timeout_s: float = 1800
 
 
-def _tests(*arguments: str) -> Callable[[Place], Commands]:
-    return lambda place: [[sys.executable, "-m", "pytest", "-m", "gpu", "-v", *arguments]]
+def _one_gpu(place: Place) -> str | None:
+    return "only one GPU is visible" if place.machine.num_gpus == 1 else None
 
 
-def _batch(place: Place) -> dict[str, str]:
-    size = place.local_batch_size
+def _tests(
+    name: str,
+    summary: str,
+    *arguments: str,
+    obstacle: Callable[[Place], str | None] = _never,
+) -> Step:
+    """A step that runs tests; it fails if none passed, since pytest ends well if it skips all."""
+
+    def report(place: Place) -> Path:
+        return place.folder / name / "junit.xml"
+
+    def commands(place: Place) -> Commands:
+        pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", f"--junitxml={report(place)}"]
+        return [[*pytest, *arguments]]
+
+    def read(place: Place) -> tuple[Figures, list[str]]:
+        counts = count_tests(report(place))
+        if not counts["passed"]:
+            raise ValueError(f"no test passed, {counts['skipped']} were skipped")
+        return {**counts}, [f"{counts['passed']} passed, {counts['skipped']} skipped"]
+
+    return Step(name, summary, commands, read, obstacle)
+
+
+def count_tests(report: Path) -> dict[str, int]:
+    """Returns how many tests passed and were skipped, by pytest's report in JUnit's format.
+
+    Raises:
+        OSError: if the report is missing.
+        ValueError: if it is not such a report.
+    """
+    try:
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{report} is no XML: {error}") from error
+    keys = ("tests", "skipped", "failures", "errors")
+    total, skipped, failures, errors = (
+        sum(int(suite.attrib[key]) for suite in suites) for key in keys
+    )
+    return {"passed": total - skipped - failures - errors, "skipped": skipped}
+
+
+def _batch(size: int, num_gpus: int) -> dict[str, str]:
     return {
         "training.local_batch_size": str(size),
-        "training.global_batch_size": str(size * place.machine.num_gpus),
+        "training.global_batch_size": str(size * num_gpus),
     }
 
 
@@ -110,8 +160,15 @@ def _train(
         "checkpoint.interval": "1000000",
         "checkpoint.resume": "never",
     }
-    options = _options({**_OFFLINE, **_batch(place), **run, **keys})
+    batch = _batch(place.local_batch_size, place.machine.num_gpus)
+    options = _options({**_OFFLINE, **batch, **run, **keys})
     return place.switchtitan("train", "--config", config, *options)
+
+
+def _remove(folder: Path) -> list[str]:
+    """Returns the command that removes the folder of an earlier acceptance, if there is one."""
+    remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    return [sys.executable, "-c", remove, str(folder)]
 
 
 def _training_step(
@@ -125,7 +182,14 @@ def _training_step(
     """A step that trains each of `configs` and reports its speed."""
 
     def commands(place: Place) -> Commands:
-        return [_train(place, name, config, num_steps, keys) for config in configs]
+        return [
+            command
+            for config in configs
+            for command in (
+                _remove(place.folder / name / Path(config).stem),
+                _train(place, name, config, num_steps, keys),
+            )
+        ]
 
     def read(place: Place) -> tuple[Figures, list[str]]:
         runs = [Path(config).stem for config in configs]
@@ -167,7 +231,8 @@ def _benchmark(name: str, *arguments: str, on_all_gpus: bool) -> Step:
     """A step that runs one benchmark and keeps its table."""
 
     def commands(place: Place) -> Commands:
-        options = _options({**_OFFLINE, **_batch(place)})
+        batch = _batch(place.local_batch_size_of_two, place.machine.num_gpus)
+        options = _options({**_OFFLINE, **batch})
         given = [*arguments, *options, "--json", str(place.folder / name / "benchmark.json")]
         where = place if on_all_gpus else place.with_one_gpu()
         return [where.switchtitan("benchmark", *given)]
@@ -195,10 +260,9 @@ def _save_and_resume() -> Step:
     run = Path(_SWITCHLORA).stem
 
     def commands(place: Place) -> Commands:
-        remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
         keys = {"checkpoint.interval": str(num_first), "checkpoint.resume": "auto"}
         return [
-            [sys.executable, "-c", remove, str(place.folder / name / run)],
+            _remove(place.folder / name / run),
             *(_train(place, name, _SWITCHLORA, steps, keys) for steps in (num_first, num_all)),
         ]
 
@@ -229,16 +293,17 @@ def _variant(
 
 
 STEPS: tuple[Step, ...] = (
-    Step(
+    _tests(
         "gpu_tests",
         "tests on one GPU: every method trains, compiled, in bfloat16",
-        _tests("tests/gpu", "--ignore", "tests/gpu/test_nccl.py"),
+        *("tests/gpu", "--ignore", "tests/gpu/test_nccl.py"),
     ),
-    Step(
+    _tests(
         "nccl_tests",
         "tests on all GPUs over NCCL: sharded equals single, switches keep the function, "
         "checkpoints load on one rank",
-        _tests("tests/gpu/test_nccl.py"),
+        "tests/gpu/test_nccl.py",
+        obstacle=_one_gpu,
     ),
     _training_step(
         "train",

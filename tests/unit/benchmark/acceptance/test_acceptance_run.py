@@ -86,6 +86,40 @@ def test_a_missing_program_or_result_fails_the_step(tmp_path: Path) -> None:
     assert "its results cannot be read: FileNotFoundError" in results["silent"]["reason"]
 
 
+@pytest.mark.parametrize("contents", ["{", "[]", "null", "3", '{"num_ranks": "1"}'])
+def test_unexpected_results_fail_the_step(tmp_path: Path, contents: str) -> None:
+    run_folder = tmp_path / "logs" / "flex" / "llama_350m_switchlora"
+    run_folder.mkdir(parents=True)
+    (run_folder / "results.json").write_text(contents)
+    read = next(known.read for known in STEPS if known.name == "flex")
+    results, _ = run(tmp_path, step("flex", "pass", read=read), step("next", "pass"))
+    assert results["flex"]["status"] == "failed"
+    assert "its results cannot be read" in results["flex"]["reason"]
+    assert results["next"]["status"] == "passed"
+
+
+def test_tests_of_which_none_passes_fail_the_step(tmp_path: Path) -> None:
+    read = next(known.read for known in STEPS if known.name == "gpu_tests")
+    file = tmp_path / "test_gpus.py"
+    report = tmp_path / "logs" / "gpu_tests" / "junit.xml"
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+
+    def tests(*bodies: str) -> Step:
+        lines = ["import pytest"]
+        lines += [f"def test_{number}(): {body}" for number, body in enumerate(bodies)]
+        file.write_text("\n".join(lines))
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", str(file)]
+        return Step("gpu_tests", "", lambda place: [command], read)
+
+    skipped = "pytest.skip('no GPU')"
+    results, page = run(tmp_path, tests("pass", "pass", skipped))
+    assert results["gpu_tests"]["figures"] == {"passed": 2, "skipped": 1}
+    assert "2 passed, 1 skipped" in page
+    results, _ = run(tmp_path, tests(skipped, skipped))
+    assert results["gpu_tests"]["status"] == "failed"
+    assert "no test passed, 2 were skipped" in results["gpu_tests"]["reason"]
+
+
 def test_a_step_that_cannot_run_here_is_skipped_with_its_reason(tmp_path: Path) -> None:
     results, page = run(tmp_path, step("absent", "", obstacle=lambda place: "no package"))
     assert results["absent"]["status"] == "skipped"

@@ -1,6 +1,7 @@
 """The programs of every step are valid, and their results are read."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def test_options_of_every_program_are_valid(
     commands = step.commands(place_in(tmp_path, num_gpus))
     assert commands
     for command in commands:
+        if command[1] == "-c":
+            continue
         if "pytest" in command:
             assert all((ROOT / word).exists() for word in command if word.startswith("tests/"))
             continue
@@ -62,7 +65,42 @@ def test_batches_fit_the_gpu(tmp_path: Path) -> None:
     assert sizes[0] < sizes[-1]
     # 6 GiB of state and 0.6 GiB a sequence.
     for memory in (15, 24, 40, 80):
-        assert 6 + 0.6 * place_in(tmp_path, 1, memory).local_batch_size < 0.95 * memory
+        place = place_in(tmp_path, 1, memory)
+        assert 6 + 0.6 * place.local_batch_size < 0.95 * memory
+        assert 12 + 0.6 * place.local_batch_size_of_two < 0.95 * memory
+
+
+@pytest.mark.parametrize("name", ["step", "switch", "optimizer"])
+def test_benchmarks_take_batches_of_two_models(tmp_path: Path, name: str) -> None:
+    place = place_in(tmp_path)
+    (command,) = BY_NAME[name].commands(place)
+    size = command[command.index("--training.local_batch_size") + 1]
+    assert int(size) == place.local_batch_size_of_two < place.local_batch_size
+
+
+@pytest.mark.parametrize(
+    ("name", "num_runs"), [("train", 2), ("flex", 1), ("offload", 1), ("save_and_resume", 1)]
+)
+def test_training_steps_first_remove_their_earlier_runs(
+    tmp_path: Path, name: str, num_runs: int
+) -> None:
+    """A run does not start in a folder with checkpoints if it must not resume."""
+    commands = BY_NAME[name].commands(place_in(tmp_path))
+    removals = [command for command in commands if command[1] == "-c"]
+    assert len(removals) == num_runs
+    for removal in removals:
+        checkpoints = Path(removal[-1]) / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        following = commands[commands.index(removal) + 1]
+        assert removal[-1] == following[following.index("--job.output_dir") + 1]
+        subprocess.run(removal, check=True, timeout=60)
+        assert not checkpoints.parent.exists()
+
+
+def test_nccl_needs_two_gpus(tmp_path: Path) -> None:
+    obstacle = BY_NAME["nccl_tests"].obstacle
+    assert obstacle(place_in(tmp_path)) == "only one GPU is visible"
+    assert obstacle(place_in(tmp_path, 2)) is None
 
 
 def test_speeds_of_training_runs_are_read(tmp_path: Path) -> None:
