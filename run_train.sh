@@ -5,9 +5,10 @@
 #   NGPU            processes on this machine; default: one per visible GPU, 1 on a CPU
 #   NNODES          machines; default: 1. Start the same command on each (docs/MULTINODE.md)
 #   RDZV_ENDPOINT   HOST:PORT of the rendezvous; required for NNODES > 1
-#   NODE_RANK       index of this machine, from 0, where HOST is; optional: set it on all or on none
+#   NODE_RANK       index of this machine; index 0 is HOST. Optional: set it on all or on none
 #   RDZV_ID         name of the run, the same on every machine; default: switchtitan
-#   RDZV_CONF       further torchrun options, for example is_host=1 or join_timeout=1800
+#   RDZV_CONF       further options of the rendezvous: is_host=1, join_timeout=1800 (seconds), ...;
+#                   with NODE_RANK only timeout=1800 (seconds to wait for all machines)
 #   OMP_NUM_THREADS threads per process; default for several processes: cores / processes
 #   PYTORCH_CUDA_ALLOC_CONF  default: expandable_segments:True, so that memory does not fragment
 set -euo pipefail
@@ -46,6 +47,12 @@ case "${NODE_RANK:-0}" in
 esac
 [ "${NODE_RANK:-0}" -lt "$num_nodes" ] ||
     fail "NODE_RANK=$NODE_RANK: expected an index below NNODES=$num_nodes; machines are counted from 0"
+if [ "$num_nodes" != 1 ] && [ -n "${NODE_RANK:-}" ] && [ -n "${RDZV_CONF:-}" ]; then
+    # torchrun's static rendezvous ignores other keys.
+    [[ "$RDZV_CONF" =~ ^timeout=[1-9][0-9]*$ ]] ||
+        fail "RDZV_CONF=$RDZV_CONF: with NODE_RANK, expected timeout=SECONDS and nothing else;" \
+            "unset NODE_RANK on all machines to use other keys"
+fi
 if [ -z "${PYTORCH_ALLOC_CONF+set}" ]; then
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}"
 fi

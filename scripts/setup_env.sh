@@ -36,7 +36,7 @@ is_installed() {
 
 install_project() {
     local extra="$1" python="$2" constraints="${SWITCHTITAN_CONSTRAINTS:-}"
-    if command -v flock >/dev/null && ! flock 9; then
+    if ! { command -v flock >/dev/null && flock 9; }; then
         echo "warning: no file locks; start only one process until the installation is complete" >&2
     fi
     is_installed "$extra" && return

@@ -17,9 +17,13 @@ cd -- "$project_root"
 # Shapes are tiny and several ranks share the cores: more threads would be slower.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(
-    "$PYTHON" -c "from switchtitan.cores import num_cores; print(num_cores())"
-)}"
+if [ -z "${PYTEST_XDIST_AUTO_NUM_WORKERS:-}" ]; then
+    # Not in one command with `export`, which would hide a failure.
+    PYTEST_XDIST_AUTO_NUM_WORKERS="$(
+        "$PYTHON" -c "from switchtitan.cores import num_cores; print(num_cores())"
+    )"
+fi
+export PYTEST_XDIST_AUTO_NUM_WORKERS
 
 # The tests of a file share trained runs, so one process runs them.
 parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)

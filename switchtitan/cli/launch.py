@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> None:
     options = read_options(argv)
     try:
         check_options(options)
+        # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
+        raise_file_limit(num_ranks=1, device="cpu")
     except UserError as error:
         exit_for(error)
-    # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
-    raise_file_limit(num_ranks=1, device="cpu")
     if options.training_script in OWN_COMMANDS:
         options.training_script_args.insert(0, options.training_script)
         options.module, options.training_script = True, "switchtitan"

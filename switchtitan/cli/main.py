@@ -21,6 +21,9 @@ COMMANDS = {
     "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
 }
 """Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
+_STARTERS = ("launch", "compare")
+"""Commands whose work is done by processes that they start. They choose threads for those, unless
+the user has."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif command == "--version":
         print(f"switchtitan {__version__}")
     else:
-        set_thread_defaults(os.environ, num_cores())  # before the command imports torch
+        if command not in _STARTERS:
+            set_thread_defaults(os.environ, num_cores())  # before the command imports torch
         run_command("switchtitan", command, COMMANDS, arguments, "switchtitan.cli.{}")
 
 

@@ -177,8 +177,8 @@ def cpu_support(machine: str, in_onednn: bool | None, has_avx512_bf16: bool) -> 
 
 def _warn_of_emulation(chosen: ComputeDtype, obstacle: str) -> None:
     logger.warning(
-        "COMPUTING IN BFLOAT16 WITHOUT NATIVE SUPPORT (%s): %s. Products take 3 to 15 times as "
-        "long as in float32; --training.dtype float32 is faster",
+        "COMPUTING IN BFLOAT16 WITHOUT NATIVE SUPPORT (%s): %s. Products take several "
+        'times as long as with [training] dtype = "float32"',
         chosen.reason,
         obstacle,
     )

@@ -201,11 +201,30 @@ def start_world(config: ParallelismConfig) -> World:
 
 
 def _build_store(device: str, rank: int, num_ranks: int, timeout: timedelta) -> dist.Store:
-    """Returns the store of torchrun's environment, or of this process alone."""
+    """Returns the store of torchrun's environment, or of this process alone.
+
+    Raises:
+        EnvironmentMismatchError: if the environment is incomplete, or the ranks do not meet.
+    """
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore()
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise EnvironmentMismatchError(
+            f"WORLD_SIZE={num_ranks} is set, but not {', '.join(missing)}; a launcher must set all "
+            "four for every rank; ./run_train.sh does"
+        )
     store: dist.Store
-    store, _, _ = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
+    except (ValueError, dist.DistError) as error:
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise EnvironmentMismatchError(
+            f"{place}: {num_ranks} ranks did not meet there ({reason}); start all of them with "
+            "these values, on a port that is free on MASTER_ADDR and reachable from the others"
+        ) from error
     store = dist.PrefixStore("switchtitan", store)
     check_devices_alike(store, device, num_ranks, timeout)
     return store

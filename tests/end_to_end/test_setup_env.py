@@ -113,6 +113,16 @@ def test_nodes_that_share_a_checkout_install_once(machine):
     assert len(machine.calls("-m switchtitan train")) == 3
 
 
+def test_an_installation_without_file_locks_warns(machine):
+    machine.add_python()
+    assert "warning: no file locks" not in machine.run()[1]
+    (machine.path / "flock").unlink()
+    shutil.rmtree(machine.project / ".venv")
+    status, errors = machine.run()
+    assert status == 0
+    assert errors.startswith("warning: no file locks; start only one process until")
+
+
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_an_active_environment_is_used(machine, tmp_path, variable):
     machine.add_python(tmp_path / "active one/bin/python")
@@ -171,6 +181,13 @@ def test_an_old_python_in_the_active_environment_is_refused(machine, tmp_path):
         ({"NNODES": "2"}, "NNODES=2: needs RDZV_ENDPOINT=HOST:PORT"),
         ({"NODE_RANK": "first"}, "NODE_RANK=first: expected an integer >= 0"),
         ({"NODE_RANK": "1"}, "NODE_RANK=1: expected an index below NNODES=1"),
+        *(
+            (
+                {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "h:29500", "RDZV_CONF": conf},
+                f"RDZV_CONF={conf}: with NODE_RANK, expected timeout=SECONDS",
+            )
+            for conf in ("join_timeout=9", "timeout=9,is_host=1", "timeout=")
+        ),
     ],
 )
 def test_run_train_refuses_a_bad_environment(machine, environment, expected):
@@ -192,6 +209,15 @@ def test_run_train_refuses_a_bad_environment(machine, environment, expected):
         (
             {"NGPU": "1", "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "host:29500"},
             "--rdzv_backend static --node_rank 1 --rdzv_endpoint host:29500 ",
+        ),
+        (
+            {
+                "NNODES": "2",
+                "NODE_RANK": "0",
+                "RDZV_ENDPOINT": "host:29500",
+                "RDZV_CONF": "timeout=1800",
+            },
+            "--rdzv_id switchtitan --rdzv_conf timeout=1800 train",
         ),
         (
             {

@@ -27,6 +27,7 @@ exit "$status"
 #!/usr/bin/env bash
 echo "$*" >> scontrol-calls
 [ "$1" != show ] || printf 'node-a\\nnode-b\\n'
+[ "$1" != requeue ] || exit "${REQUEUE_STATUS:-0}"
 """,
 }
 RUN_TRAIN = """\
@@ -94,8 +95,9 @@ def test_the_status_of_a_failed_run_is_the_jobs(cluster: Path) -> None:
     assert "requeue" not in (cluster / "scontrol-calls").read_text()
 
 
-def test_the_job_is_requeued_before_its_time_limit(cluster: Path) -> None:
-    job = submit(cluster, "--config", "job.toml", LASTS_S="3")
+@pytest.mark.parametrize("requeue_status", ["0", "1"])
+def test_the_job_is_requeued_before_its_time_limit(cluster: Path, requeue_status: str) -> None:
+    job = submit(cluster, "--config", "job.toml", LASTS_S="3", REQUEUE_STATUS=requeue_status)
     deadline = time.monotonic() + 30
     while not (cluster / "node-1").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -103,7 +105,8 @@ def test_the_job_is_requeued_before_its_time_limit(cluster: Path) -> None:
     output, _ = job.communicate(timeout=60)
     assert output.startswith("the time limit is near: requeueing")
     assert (cluster / "scontrol-calls").read_text().splitlines()[-1] == "requeue 1234567"
-    # Slurm ends the run; until then it trains.
+    assert ("warning: scontrol requeue failed" in output) == (requeue_status == "1")
+    # Slurm ends the run; until then it trains, also if Slurm refuses to requeue it.
     assert job.returncode == 0
 
 

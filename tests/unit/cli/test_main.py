@@ -2,13 +2,17 @@
 
 import contextlib
 import importlib
+import os
 import subprocess
 import sys
 
 import pytest
 
+from switchtitan.cli import launch
 from switchtitan.cli.main import COMMANDS, main
 from switchtitan.cli.plot import PICTURES
+from switchtitan.comparison import runner
+from switchtitan.errors import EnvironmentMismatchError
 
 NUM_IMPORTED_TO_TRAIN = 116
 """The maximum number of files of switchtitan that `switchtitan train` imports."""
@@ -81,3 +85,46 @@ def test_training_imports_few_files():
     code += "print(*(name for name in sys.modules if name.partition('.')[0] == 'switchtitan'))"
     modules = run_python(code).split()
     assert len(modules) <= NUM_IMPORTED_TO_TRAIN
+
+
+@pytest.fixture
+def quota_of_four(monkeypatch):
+    """Four of eight cores may be used, and no variable of threads is set."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for module in ("cli.main", "cli.launch", "comparison.runner"):
+        monkeypatch.setattr(f"switchtitan.{module}.num_cores", lambda: 4)
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+
+
+def test_launched_ranks_share_the_quota(quota_of_four, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        launch, "run_ranks", lambda options: threads.append(os.environ["OMP_NUM_THREADS"])
+    )
+    monkeypatch.setattr(launch, "raise_file_limit", lambda **_: None)
+    for num_ranks in ("4", "2"):
+        main(["launch", "--standalone", "--nproc_per_node", num_ranks, "benchmark"])
+        del os.environ["OMP_NUM_THREADS"]
+    assert threads == ["1", "2"]
+
+
+@pytest.mark.parametrize(("command", "expected"), [("compare", 2), ("train", 4)])
+def test_runs_of_a_comparison_share_the_quota(quota_of_four, monkeypatch, command, expected):
+    threads = []
+    module = importlib.import_module(f"switchtitan.cli.{command}")
+    monkeypatch.setattr(module, "main", lambda argv: threads.append(runner.num_threads(2)))
+    main([command])
+    assert threads == [expected]  # another command takes all four itself
+
+
+def test_a_low_limit_of_files_is_an_error_without_a_traceback(monkeypatch, capsys):
+    def refuse(**_):
+        raise EnvironmentMismatchError("the limit is 50")
+
+    monkeypatch.setattr(launch, "raise_file_limit", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        launch.main(["--standalone", "--nproc_per_node", "2", "benchmark"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: the limit is 50\n"
