@@ -177,7 +177,7 @@ class TrackMemory(CountingMode):
             self._at_peak = dict(now)
 
     def _watch_resizes(self) -> None:
-        """Follows storages that are resized: so FSDP frees and allocates gathered weights."""
+        """Follows storages that are resized: FSDP frees and allocates gathered weights by that."""
         resize = torch.UntypedStorage.resize_
 
         def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:

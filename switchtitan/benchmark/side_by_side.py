@@ -9,7 +9,9 @@ import torch
 from switchtitan.benchmark.step_times import StepTimes
 from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.benchmark.timing import Stopwatch, alternate
+from switchtitan.config.toml_text import toml_value
 from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
@@ -18,6 +20,8 @@ from switchtitan.training.stepper import Stepper
 
 WARM_UP_STEPS = 3
 """Untimed steps of each configuration: they compile, allocate and fill caches."""
+_PROCESS_KEYS = ("tf32", "deterministic")
+"""Keys of `[training]` that set torch's behavior for the whole process."""
 _RECOMPILE_LIMIT = 256
 """Graphs that torch.compile may keep per function. The default, 8, suits one model; here several
 share their functions."""
@@ -43,7 +47,8 @@ def time_steps_side_by_side(
         This rank's times by the same names, from step `WARM_UP_STEPS` + 1 on.
 
     Raises:
-        ConfigError: if a configuration has fewer steps than are timed.
+        ConfigError: if a configuration has fewer steps than are timed, or they differ in a key that
+            holds for the process.
         UserError: if a stepper cannot be built, or skips an update.
         torch._dynamo.exc.RecompileError: if a timed step compiles, which invalidates its time.
     """
@@ -75,10 +80,9 @@ def mark_steps_side_by_side(
     """
     assert rounds >= 1
     assert steps_per_round >= 1
-    _check_lengths(
-        {name: config for name, (config, _) in sides.items()},
-        WARM_UP_STEPS + rounds * steps_per_round,
-    )
+    configs = {name: config for name, (config, _) in sides.items()}
+    _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
+    _check_process_keys(configs)
     with (
         temporary_world(),
         ExitStack() as contexts,
@@ -116,7 +120,9 @@ class Bench:
                     "skipped, since gradients were not finite and [training] on_nonfinite = "
                     "'skip'; lower [optimizer] lr"
                 )
-            self._update(self.stepper.optimizer, self._stopwatch.mark)
+            # As `Stepper.update` does.
+            with full_precision():
+                self._update(self.stepper.optimizer, self._stopwatch.mark)
             self.stepper.finish_step(result)
             self._stopwatch.mark()
         intervals = np.array([*self._stopwatch.intervals_s(), 0.0])
@@ -157,4 +163,15 @@ def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:
                 f"{name}: [training] steps = {config.training.steps}: expected at least "
                 f"{num_steps}: {WARM_UP_STEPS} warm-up steps and the timed ones; increase it, or "
                 "time fewer rounds or steps"
+            )
+
+
+def _check_process_keys(configs: Mapping[str, JobConfig]) -> None:
+    for key in _PROCESS_KEYS:
+        values = {name: getattr(config.training, key) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            found = ", ".join(f"{toml_value(value)} in {name}" for name, value in values.items())
+            raise ConfigError(
+                f"[training] {key} = {found}: expected one value, since it holds for the whole "
+                "process, in which all are timed; time them in separate runs"
             )

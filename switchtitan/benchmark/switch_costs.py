@@ -74,7 +74,7 @@ def time_switches_side_by_side(
 
     Raises:
         ConfigError: if a configuration's method is not SwitchLoRA, or it has fewer steps than are
-            timed.
+            timed, or they differ in a key that holds for the process.
         UserError: if a stepper cannot be built, or skips an update.
     """
     updates: dict[str, _MarkedSwitches] = {}

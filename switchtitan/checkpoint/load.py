@@ -107,6 +107,7 @@ class CheckpointTensors:
 
     def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
         self._optimizer = optimizer
+        self._device = next(model.parameters()).device
         self._of_model = {
             f"{_MODEL}{name}": tensor.detach()
             for name, tensor in model.state_dict(keep_vars=True).items()
@@ -136,4 +137,5 @@ class CheckpointTensors:
         Raises:
             RanksDisagreeError: on every rank, if replicas differ.
         """
-        check_replicas(self._of_model)
+        # The default group of CUDA ranks does not communicate buffers that stay in host memory.
+        check_replicas(self._of_model, self._device)

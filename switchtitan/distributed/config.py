@@ -27,8 +27,9 @@ class ParallelismConfig(Section):
     """Placement of frozen weights: `shard` splits them over the ranks and gathers them in every
     pass, like trained weights; `gather_once` gathers them once per step and keeps them, in the
     compute dtype, for all passes of all micro-batches: less communication and host time, more
-    memory; `replicate` keeps full tensors on every rank, so no step communicates them. Results are
-    the same. The last two require a method that freezes weights."""
+    memory, and like `shard` where one rank holds a replica; `replicate` keeps full tensors on every
+    rank, so no step communicates them. Results are the same. The last two require a method that
+    freezes weights."""
     timeout_s: int = Field(default=1800, ge=1)
     """Seconds, at least 1, after which a collective fails if a rank has not joined it. Must exceed
     the time in which a rank writes, reads or verifies a checkpoint. Does not limit the preparation

@@ -42,7 +42,7 @@ def shard_model(
     apart = None
     if config.frozen_weights == "replicate":
         apart = _frozen_parameters(model)
-    elif config.frozen_weights == "gather_once":
+    elif config.frozen_weights == "gather_once" and mesh.size(mesh.ndim - 1) > 1:
         keep_frozen_weights(model, [unit.modules for unit in units], mesh, compute_dtype)
         apart = _frozen_parameters(model)
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=apart)
@@ -55,7 +55,7 @@ def shard_model(
             assert isinstance(first, FSDPModule)
             # The gradient of an embedding does not depend on its weight.
             first.set_unshard_in_backward(False)
-    # The backward pass needs the root's weights first.
+    # The root holds what is outside the units: modules that any pass may use, in any order.
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, Reparametrized):
@@ -76,6 +76,10 @@ def _units(model: LanguageModel, config: ParallelismConfig) -> list[_Unit]:
     blocks, size = list(model.blocks().values()), config.blocks_per_unit
     groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
     outer = model.outer_units()
+    if not all(outer):
+        raise ValueError(
+            f"{type(model).__name__}.outer_units() contains a list without modules; remove it"
+        )
     before = [modules for modules in outer if _are_embeddings(modules)]
     after = [modules for modules in outer if not _are_embeddings(modules)]
     freed, kept = [*before, *groups[:-1]], [*groups[-1:], *after]

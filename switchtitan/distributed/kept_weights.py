@@ -11,29 +11,29 @@ from torch.distributed.device_mesh import DeviceMesh
 from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.shards import copy_all_, rows_per_rank, shard_buffer
 
-# `all_gather_single` is new in torch 2.13, which deprecates the other name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 def keep_frozen_weights(
     model: LanguageModel, units: list[list[nn.Module]], mesh: DeviceMesh, dtype: torch.dtype
 ) -> None:
-    """Shards the frozen weights of `units`, and gathers them in the first forward pass of a step.
+    """Shards the model's frozen weights, and gathers them in the first forward pass of a step.
 
     Until `model.free_kept_weights` is called, modules hold full plain tensors in `dtype` instead of
-    their shards. A unit is gathered, in one collective, while the unit before it computes. Call on
-    the meta device; `fully_shard` must ignore the new parameters.
+    their shards. A unit is gathered, in one collective, while the unit before it computes. Weights
+    outside the units are one more, which is gathered when the model is called. Call on the meta
+    device; `fully_shard` must ignore the new parameters.
 
     Args:
         units: modules in the order of their first calls.
     """
     group = mesh.get_group(mesh.ndim - 1)
+    owners = [[owner for module in unit for owner in module.modules()] for unit in units]
+    in_units = {owner for unit in owners for owner in unit}
+    rest = [owner for owner in model.modules() if owner not in in_units]
     kept = []
-    for modules in units:
+    for first_module, unit in [(model, rest), *((unit[0], unit) for unit in owners)]:
         weights = [
             _Weight(owner, name)
-            for module in modules
-            for owner in module.modules()
+            for owner in unit
             for name, parameter in owner.named_parameters(recurse=False)
             if not parameter.requires_grad
         ]
@@ -41,7 +41,7 @@ def keep_frozen_weights(
             for owner, name in weights:
                 shard = shard_buffer(owner.get_parameter(name), mesh)
                 setattr(owner, name, nn.Parameter(shard, requires_grad=False))
-            kept.append((modules[0], _KeptUnit(weights, group, dtype)))
+            kept.append((first_module, _KeptUnit(weights, group, dtype)))
     if kept:
         model.free_kept_weights = _KeptWeights(model, kept).free
 
@@ -125,7 +125,7 @@ class _KeptUnit:
         copy_all_(pairs)
         work = None
         if self._num_ranks > 1:
-            work = _all_gather(gathered, own, group=self._group, async_op=True)
+            work = dist.all_gather_single(gathered, own, group=self._group, async_op=True)
         self._gathering = gathered, work
 
     @torch.no_grad()

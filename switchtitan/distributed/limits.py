@@ -12,13 +12,13 @@ _NUM_OTHER_FILES = 100
 
 
 def raise_file_limit(num_ranks: int, device: str) -> None:
-    """Raises this process's limit of open files to the largest allowed.
+    """Raises this process's limit of open files to what connections to all ranks need.
 
     Args:
         device: "cpu" or "cuda".
 
     Raises:
-        EnvironmentMismatchError: if that is too low for connections to `num_ranks` ranks.
+        EnvironmentMismatchError: if the largest allowed is too low for `num_ranks` ranks.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = num_open_files(num_ranks, device)
@@ -28,8 +28,8 @@ def raise_file_limit(num_ranks: int, device: str) -> None:
             "(ulimit -Hn); increase it on every machine, for example LimitNOFILE of the batch "
             "system's service, or nofile in /etc/security/limits.conf"
         )
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def num_open_files(num_ranks: int, device: str) -> int:

@@ -12,7 +12,7 @@ from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError, abbreviate
 
 
-def check_replicas(tensors: Mapping[str, Tensor]) -> None:
+def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Compares fingerprints of replicated tensors.
 
     Compares plain tensors over all ranks, and shards of DTensors over the replicas of their mesh.
@@ -20,6 +20,7 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         tensors: by name.
+        device: the one that the default group communicates.
 
     Raises:
         RanksDisagreeError: on every rank, if a tensor differs; names the first few.
@@ -30,8 +31,6 @@ def check_replicas(tensors: Mapping[str, Tensor]) -> None:
     if not held_alike:
         return
     own = [fingerprint(local(tensor)) for tensor in held_alike.values()]
-    # The default group of CUDA ranks does not communicate host buffers.
-    device = next((value.device for value in own if not value.is_cpu), own[0].device)
     # One element for each shard of each tensor, so that one collective informs all ranks.
     names, own_places = list[str](), list[int]()
     for name, tensor in held_alike.items():
@@ -86,4 +85,4 @@ def _part(tensor: Tensor) -> tuple[int, int]:
 
 # 2^64 and 2^63 over the golden ratio, made odd.
 _MULTIPLIERS = 0x9E3779B97F4A7C15 - 2**64, 0x4F1BBCDCBFA53E0B
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -30,7 +30,8 @@ from switchtitan.optim import AdamWConfig, require_adamw
 
 class GaloreConfig(ProjectedConfig):
     """`[method] name = "galore"`: GaLore (arXiv 2403.03507). On a GPU, the host waits for torch's
-    decompositions when bases are renewed, every `update_interval` steps."""
+    decompositions when bases are renewed, every `update_interval` steps. They run in fp64,
+    slow on GPUs that compute it at 1/64 of the rate of fp32; a larger interval means fewer."""
 
     name: Literal["galore"] = "galore"
     """The method."""

@@ -1,7 +1,6 @@
 """The training loss, from hidden states and the head, without all logits in memory at once."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.distributed.compilation import compile_if
 
 
 class CrossEntropy:
@@ -23,9 +23,7 @@ class CrossEntropy:
     """
 
     def __init__(self, compile_regions: bool) -> None:
-        fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = (
-            partial(torch.compile, fullgraph=True, dynamic=False) if compile_regions else _as_is
-        )
+        fuse = compile_if(compile_regions)
         self._logits_loss: Callable[[Tensor, Tensor], Tensor] = fuse(summed_cross_entropy)
         self._chunk_loss: ChunkLoss = fuse(chunk_loss_)
         self._chunk_loss_and_gradient: ChunkLossAndGradient = fuse(chunk_loss_and_gradient_)
@@ -66,10 +64,6 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         ignore_index=IGNORED_TARGET,
         reduction="sum",
     )
-
-
-def _as_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 CHUNK_BYTES = 64 * 2**20

@@ -107,7 +107,7 @@ def describe_run(
         logger.info(
             "shards span %d machines: with [parallelism] replicate = %d, each machine has a "
             "replica, and only gradients cross the network",
-            num_nodes,
+            -(-shard // world.num_local_ranks),
             num_nodes,
         )
     logger.info("compute dtype: %s", compute_dtype)
@@ -117,8 +117,9 @@ def describe_run(
         logger.info("resuming from %s", checkpoint)
     if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
+    computes_in_bf16 = compute_dtype.dtype == torch.bfloat16
     widths = unaligned_widths(model)
-    if world.device.type == "cuda" and widths:
+    if world.device.type == "cuda" and computes_in_bf16 and widths:
         logger.info(
             "matrices of width %s: rows in bf16 are not multiples of 16 bytes, which tensor cores "
             "are fastest with; multiples of 8 are",

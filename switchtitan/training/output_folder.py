@@ -3,8 +3,8 @@
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from switchtitan.distributed.world import World
@@ -15,18 +15,24 @@ _VISIBLE_WITHIN_S = 10.0
 
 
 def check_output_dir(output_dir: Path, world: World) -> None:
-    """Checks that every rank can write to the folder, and that it is the same one. Creates nothing.
+    """Checks that every rank can write to the folder, and that it is the same one.
+
+    The main rank writes an empty file, and deletes it and the folders that it has created.
 
     Raises:
         ConfigError: on every rank, if it cannot be created or written, or some ranks see another
             one.
     """
-    # The other ranks do not look yet: network file systems remember what was missing.
-    world.together(lambda: check_writable(output_dir) if world.is_main else None)
-    if world.size == 1:
-        return
     name = world.broadcast(f".shared-{secrets.token_hex(8)}")
-    with _created(output_dir / name) if world.is_main else nullcontext():
+    with ExitStack() as created:
+
+        def create() -> None:
+            if world.is_main:
+                check_writable(output_dir)
+                _create(output_dir / name, created)
+
+        # The other ranks do not look yet: network file systems remember what was missing.
+        world.together(create)
         world.together(lambda: None if world.is_main else _check_shared(output_dir, name))
 
 
@@ -58,16 +64,26 @@ def _check_shared(output_dir: Path, name: str) -> None:
     check_writable(output_dir)
 
 
-@contextmanager
-def _created(file: Path) -> Iterator[None]:
-    """Creates an empty file and its folders; deletes what it has created at the end."""
-    created = [folder for folder in file.parents if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
+def _create(file: Path, created: ExitStack) -> None:
+    """Creates an empty file and its folders; `created` deletes what was created.
+
+    Raises:
+        ConfigError: if that fails: permissions may allow what a disk or a server does not.
+    """
     try:
-        yield
-    finally:
-        file.unlink()
-        for folder in created:
-            with suppress(OSError):  # another process uses it now
-                folder.rmdir()
+        for folder in reversed(file.parents):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                created.callback(_remove, folder.rmdir)
+        file.touch()
+        created.callback(_remove, file.unlink)
+    except OSError as error:
+        raise ConfigError(
+            f"[job] output_dir = {str(file.parent)!r}: expected a writable folder, but writing "
+            f"there failed ({error}); choose another, or free space"
+        ) from error
+
+
+def _remove(remove: Callable[[], None]) -> None:
+    with suppress(OSError):  # another process uses it now
+        remove()

@@ -60,8 +60,8 @@ class StepResult(NamedTuple):
 class Stepper:
     """Takes optimizer steps.
 
-    `step` takes one step. Benchmarks that measure the parts of a step call the same parts:
-    `compute_gradients`, the optimizer's `step`, `finish_step`.
+    `step` takes one step. Benchmarks that measure the parts of a step call them:
+    `compute_gradients`, `update`, `finish_step`.
 
     Args:
         loss: the training loss from the model's last hidden states.

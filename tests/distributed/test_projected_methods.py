@@ -83,7 +83,8 @@ def check_bases_of_replicas(
     optimizer.step()
     # Raises if a bit of a weight, a moment or a basis differs between replicas.
     state = optimizer.state_dict() | dict(model.named_parameters())
-    check_replicas({name: tensor for name, tensor in state.items() if tensor.ndim == 2})
+    matrices = {name: tensor for name, tensor in state.items() if tensor.ndim == 2}
+    check_replicas(matrices, torch.device("cpu"))
     own = {name: value for name, value in optimizer.state_dict().items() if "basis" in name}
     assert len(own) == len(TARGETS)
     alone = draw_model()

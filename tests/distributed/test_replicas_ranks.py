@@ -11,6 +11,8 @@ from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError
 
+CPU = torch.device("cpu")
+
 
 def change(tensor: Tensor) -> None:
     """Changes one bit."""
@@ -28,33 +30,35 @@ def check_two_by_two(rank: int) -> None:
         "vector": distribute_tensor(values[:, 0].contiguous(), mesh, placements),
         # The second shard has no row.
         "short": distribute_tensor(values[:1].to(torch.bfloat16), mesh, placements),
+        "bytes": distribute_tensor((10 * values).to(torch.int8) | 1, mesh, placements),
     }
-    check_replicas(tensors)
+    check_replicas(tensors, CPU)
     for name, changed_ranks in (
         ("full", [1]),
         ("full", [0, 2]),
         ("split", [2]),
         ("vector", [3]),
         ("short", [0]),
+        ("bytes", [2]),
     ):
         if rank in changed_ranks:
             change(tensors[name])
         with pytest.raises(RanksDisagreeError, match=rf"\({name}\)"):
-            check_replicas(tensors)
+            check_replicas(tensors, CPU)
         if rank in changed_ranks:
             change(tensors[name])
-        check_replicas(tensors)
+        check_replicas(tensors, CPU)
     # Equal on both replicas.
     if rank in (1, 3):
         change(tensors["split"])
-    check_replicas(tensors)
+    check_replicas(tensors, CPU)
 
 
 def check_shards_alone(rank: int) -> None:
     mesh = init_device_mesh("cpu", (4,))
     parts = distribute_tensor(torch.zeros(8, 3), mesh, [Shard(0)])
     local(parts).fill_(rank)
-    check_replicas({"parts": parts})
+    check_replicas({"parts": parts}, CPU)
 
 
 def check_all(rank: int) -> None:

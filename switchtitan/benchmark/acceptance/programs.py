@@ -24,7 +24,7 @@ PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a step."""
+    """The result of a step."""
 
     name: str
     status: str

@@ -1,8 +1,4 @@
-"""Adding products to frozen weights, with stochastic rounding for weights in bf16.
-
-Stochastic rounding is unbiased. Rounding to nearest would lose every change below half a unit in
-the last place.
-"""
+"""Adding products to frozen weights, with stochastic rounding for weights in bf16."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -134,11 +134,6 @@ def build_projected_optimizer(
     return ProjectedOptimizer(config, weights, build_rule(weights), dense, method.update_interval)
 
 
-# On one tensor: NCCL's collectives on lists copy it. Older versions of torch have other names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
 class PackedRows:
     """Reduce-scatters and all-gathers the rows of several matrices, in one collective each.
 
@@ -174,7 +169,8 @@ class PackedRows:
             padding = block.shape[0] * block.shape[1] - partial.shape[0]
             block.copy_(F.pad(partial, (0, 0, 0, padding)).view(block.shape))
         own = torch.empty_like(packed[0])
-        _reduce_scatter(own, packed.view(-1), group=self._group)
+        # NCCL's collectives on lists copy them.
+        dist.reduce_scatter_single(own, packed.view(-1), group=self._group)
         blocks = self._blocks(own.unsqueeze(0))
         return [block[0, :held] for block, held in zip(blocks, self._held, strict=True)]
 
@@ -190,7 +186,7 @@ class PackedRows:
         for part, block in zip(parts, self._blocks(own.unsqueeze(0)), strict=True):
             block[0, : part.shape[0]] = part
         packed = own.new_empty(self._num_ranks, own.numel())
-        _all_gather(packed.view(-1), own, group=self._group)
+        dist.all_gather_single(packed.view(-1), own, group=self._group)
         return [
             block.flatten(0, 1)[: shape[0]]
             for block, shape in zip(self._blocks(packed), self._shapes, strict=True)

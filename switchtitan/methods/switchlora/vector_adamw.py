@@ -1,7 +1,6 @@
 """AdamW with one step count for each vector of the factors."""
 
 from collections.abc import Callable
-from functools import partial
 from operator import is_
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.adjacent import as_one_matrix, with_local
+from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.schedule import FACTORS, VectorSpan
@@ -85,9 +85,7 @@ class VectorAdamW:
         self._places = self._places_of_vectors()
         self._matrices: list[Tensor | None] = []
         self._shards_in_matrices: list[Tensor] = []
-        compile_it: Callable[[Callable], Callable] = (
-            partial(torch.compile, fullgraph=True, dynamic=False) if compile_step else _as_is
-        )
+        compile_it = compile_if(compile_step)
         self._coefficients: Callable[..., Coefficients] = compile_it(vector_coefficients)
         self._update: Callable[..., None] = compile_it(update_vectors_)
 
@@ -298,10 +296,6 @@ def _stacked(shards: list[Tensor], factors: list[int]) -> Tensor:
 
 def _split_like(matrix: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     return matrix.split(len(parts[0]))
-
-
-def _as_is(function: Callable) -> Callable:
-    return function
 
 
 def _largest_divisor(number: int, limit: int) -> int:

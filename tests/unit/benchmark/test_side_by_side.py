@@ -1,7 +1,7 @@
 """Steps of several configurations are timed in alternation, without compiling or leaving files."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch._dynamo.utils import compilation_time_metrics
 
 from switchtitan.benchmark import side_by_side
 from switchtitan.benchmark.side_by_side import time_steps_side_by_side
+from switchtitan.contracts import TrainingOptimizer
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.training.stepper import Stepper, StepResult
 
@@ -149,3 +150,38 @@ def test_a_run_shorter_than_the_timed_steps_is_refused(corpora: Path) -> None:
         ConfigError, match=r"tiny one: \[training\] steps = 22: expected at least 23"
     ):
         time_steps_side_by_side({"tiny one": config}, rounds=5, steps_per_round=4)
+
+
+@pytest.mark.parametrize("key", ["tf32", "deterministic"])
+def test_sides_that_differ_in_a_key_of_the_process_are_refused(corpora: Path, key: str) -> None:
+    config = tiny_config(corpora / f"differing-{key}", "lora")
+    # Not by the command line: a CPU has no TF32.
+    configs = {}
+    for name, value in (("one", True), ("other", False)):
+        training = config.training.model_copy(update={key: value})
+        configs[name] = config.model_copy(update={"training": training})
+    with pytest.raises(
+        ConfigError, match=rf"\[training\] {key} = true in one, false in other: expected one value"
+    ):
+        time_steps_side_by_side(configs, rounds=1, steps_per_round=1)
+
+
+def test_updates_are_timed_in_the_precision_of_training(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precisions: list[str] = []
+    update = side_by_side._update
+
+    def noting(optimizer: TrainingOptimizer, mark: Callable[[], None]) -> None:
+        precisions.append(torch.get_float32_matmul_precision())
+        update(optimizer, mark)
+
+    monkeypatch.setattr(side_by_side, "_update", noting)
+    torch.set_float32_matmul_precision("high")
+    try:
+        time_steps_side_by_side(
+            {"": tiny_config(corpora / "precision", "lora")}, rounds=1, steps_per_round=1
+        )
+        assert set(precisions) == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""GPUs that torch cannot use are told from machines without one."""
+"""GPUs that torch cannot use are distinguished from machines without one."""
 
 from pathlib import Path
 

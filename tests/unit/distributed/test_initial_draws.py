@@ -55,8 +55,8 @@ def test_rows_do_not_depend_on_the_number_of_ranks(num_ranks):
 
 def test_a_small_tensor_is_drawn_at_once_and_a_large_one_starts_alike():
     """A tensor of one block has the values of a single draw."""
-    whole = torch.empty(40, 50).normal_(generator=generator_for(3, "a"))
-    assert torch.equal(normal_rows((40, 50))[range(40)], whole)
+    full = torch.empty(40, 50).normal_(generator=generator_for(3, "a"))
+    assert torch.equal(normal_rows((40, 50))[range(40)], full)
     size = block_size(LARGE)
     assert size < LARGE[0]
     first = torch.empty(size, LARGE[1]).normal_(generator=generator_for(3, "a"))

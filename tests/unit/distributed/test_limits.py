@@ -18,12 +18,18 @@ def test_512_gpus_need_less_than_the_usual_hard_limit() -> None:
     assert num_open_files(512, "cpu") < 4096
 
 
-def test_the_soft_limit_is_raised_to_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hard", [4096, resource.RLIM_INFINITY])
+@pytest.mark.parametrize(
+    ("soft", "is_raised"), [(1024, True), (2048, False), (resource.RLIM_INFINITY, False)]
+)
+def test_a_soft_limit_is_raised_to_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, is_raised: bool
+) -> None:
     limits: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, values: limits.append(values))
     raise_file_limit(512, "cuda")
-    assert limits == [(4096, 4096)]
+    assert limits == [(num_open_files(512, "cuda"), hard)] * is_raised
 
 
 def test_a_hard_limit_that_is_too_low_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

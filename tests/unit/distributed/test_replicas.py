@@ -29,4 +29,4 @@ def test_a_fingerprint_depends_on_every_value_and_its_position(
 
 
 def test_a_single_process_has_nothing_to_compare() -> None:
-    check_replicas({"weight": torch.zeros(2, 3)})
+    check_replicas({"weight": torch.zeros(2, 3)}, torch.device("cpu"))

@@ -63,11 +63,11 @@ def test_the_update_of_a_part_of_the_rows_is_that_part_of_the_update(max_element
     monkeypatch.setattr(rounded_moments, "_MAX_ELEMENTS", max_elements)
     (value, *_), (grad, *_) = draw(1), draw(2)
     moments = [grad.bfloat16(), grad.square().bfloat16()]
-    whole = [value.clone(), grad, *(moment.clone() for moment in moments)]
+    full = [value.clone(), grad, *(moment.clone() for moment in moments)]
     parts = [value.clone(), grad, *(moment.clone() for moment in moments)]
     num_steps = torch.tensor(7.0)
     update = RoundedUpdate({"a.weight": value}, (0.8, 0.97), 1e-6, seed=3, compile_step=False)
-    update("a.weight", *whole, num_steps, lr=0.03, weight_decay=0.2)
+    update("a.weight", *full, num_steps, lr=0.03, weight_decay=0.2)
     for rows in (slice(0, 2), slice(2, 5)):
         update_and_round_(
             *(tensor[rows] for tensor in parts),
@@ -79,7 +79,7 @@ def test_the_update_of_a_part_of_the_rows_is_that_part_of_the_update(max_element
             betas=(0.8, 0.97),
             eps=1e-6,
         )
-    for one, other in zip(whole, parts, strict=True):
+    for one, other in zip(full, parts, strict=True):
         assert torch.equal(one, other)
 
 
@@ -159,7 +159,7 @@ def test_compiled_it_rounds_alike_and_compiles_in_the_first_step_only():
 
 
 @pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_fresh_optimizer_with_the_saved_state_goes_on_bitwise(compile_step):
+def test_a_fresh_optimizer_with_the_saved_state_resumes_bitwise(compile_step):
     straight, first = parameters(), parameters()
     train(build(BF16, straight, compile_step), straight, range(6))
     optimizer = build(BF16, first, compile_step)

@@ -1,4 +1,4 @@
-"""The compute dtype is said, saved and kept by a resumed run, whatever its machine prefers."""
+"""The compute dtype is logged, saved and kept by a resumed run, whatever its machine prefers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""An acceptance goes on after a failed step, and reports what failed and why."""
+"""An acceptance continues after a failed step, and reports what failed and why."""
 
 import json
 import sys

@@ -26,7 +26,7 @@ def leave_world() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", ["switchlora", "relora"])
-def test_a_run_goes_on_bitwise_and_refuses_another_type(corpora, method):
+def test_a_run_resumes_bitwise_and_refuses_another_type(corpora, method):
     straight = tiny_trainer(corpora / f"bf16-straight-{method}", method, *BF16)
     frozen = {name: layer.weight for name, layer in low_rank_layers(straight.stepper.model).items()}
     start = {name: local(weight).clone() for name, weight in frozen.items()}

@@ -305,7 +305,7 @@ def test_metric_of_the_last_step_is_the_growth_of_the_total():
 
 
 @pytest.mark.parametrize("candidates", ["swap", "constant"])
-def test_run_goes_on_bit_for_bit_from_its_state(candidates):
+def test_run_resumes_bitwise_from_its_state(candidates):
     config = SwitchLoraConfig(
         rank=RANK, interval=6.5, freeze_steps=3, decay="constant", candidates=candidates
     )
