@@ -157,7 +157,7 @@ def open_corpus(
         if decision is None:
             corpus = _open(config, show_progress)
         else:
-            corpus = _open_decided(config, decision, show_progress)
+            corpus = _open_decided(config, decision, ranks.is_node_main, show_progress)
         return _Decision(corpus.fingerprint, corpus.fallback_for)
 
     decision = ranks.together(lambda: open_if(ranks.is_main))[0]
@@ -192,20 +192,23 @@ def _open(config: DataConfig, show_progress: bool) -> Corpus:
     return open_prepared(plan.folder, plan.fallback_for)
 
 
-def _open_decided(config: DataConfig, decision: _Decision, show_progress: bool) -> Corpus:
-    """Opens the main rank's corpus, or this machine's own copy of it."""
+def _open_decided(
+    config: DataConfig, decision: _Decision, is_node_main: bool, show_progress: bool
+) -> Corpus:
+    """Opens the main rank's corpus, or this machine's own copy of it.
+
+    The first rank of a machine verifies it, since it may be on a disk that only this machine sees.
+    """
     fallback_for = decision.fallback_for
     plan = plan_corpus(config if fallback_for is None else config.fallback_config())
-    if plan.is_prepared:
-        index = read_index(plan.folder)
-    else:
+    if not plan.is_prepared:
         logger.warning(
             "preparing the corpus again in %s: this machine does not see the main rank's folder; "
             "[data] cache_dir on a shared disk is prepared once",
             plan.folder,
         )
         prepare_planned_corpus(plan, show_progress=show_progress)
-        index = open_prepared(plan.folder).index
+    index = open_prepared(plan.folder).index if is_node_main else read_index(plan.folder)
     if index.fingerprint != decision.fingerprint:
         raise CorpusError(
             f"{plan.folder}: this rank's corpus has fingerprint {index.fingerprint}, the main "
