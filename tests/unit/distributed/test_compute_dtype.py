@@ -138,7 +138,7 @@ def test_emulation_on_a_cpu_is_a_warning(monkeypatch, caplog) -> None:
         assert caplog.text == ""
         assert agree_on_dtype("auto", world, saved="bfloat16").name == "bfloat16"
     assert "WITHOUT NATIVE SUPPORT (as in the checkpoint): it lacks bf16" in caplog.text
-    assert "--training.dtype float32" in caplog.text
+    assert '[training] dtype = "float32"' in caplog.text
 
 
 def test_emulation_on_a_gpu_is_an_error(monkeypatch) -> None:
