@@ -30,7 +30,7 @@ KEPT = (
     *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
     "false",
 )
-NUM_PROFILED_STEPS = 5
+NUM_PROFILED_STEPS = 10
 """In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
 minimum is that of a step in which it does not."""
 
