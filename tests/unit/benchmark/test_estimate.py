@@ -30,6 +30,7 @@ KEPT = (
     *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
     "false",
 )
+NUM_MEASURED_STEPS = 3
 NUM_PROFILED_STEPS = 10
 """In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
 minimum is that of a step in which it does not."""
@@ -76,7 +77,10 @@ def check_estimates(
         )
         stepper = tiny_stepper(config)
         stepper.step()
-        measured = measure_step(stepper, SEQ_LEN)
+        measured = min(
+            (measure_step(stepper, SEQ_LEN) for _ in range(NUM_MEASURED_STEPS)),
+            key=lambda step: sum(step.memory.at_peak.values()),
+        )
         assert measured.communication == estimate.communication, method
         assert measured.forward_backward_flops == estimate.forward_backward_flops, method
         counted = count_state(stepper)
