@@ -437,7 +437,7 @@ def build_hooks(
     reporter: Reporter,
     rank_telemetry: "RankTelemetry | None",
 ) -> list[Hook]:
-    """Build what the run does around its steps besides training, evaluating and saving."""
+    """Build the hooks that a run calls around its steps, such as rank telemetry."""
     hooks: list[Hook] = []
     if config.metrics.communication:
         from switchtitan.observability.communication_report import StepCommunication

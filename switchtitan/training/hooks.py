@@ -1,4 +1,4 @@
-"""What a run does around its steps besides training, evaluating and saving; garbage collection."""
+"""Hooks that a run calls around its steps, and garbage collection between steps."""
 
 import gc
 from collections.abc import Callable

@@ -21,7 +21,7 @@ from switchtitan.distributed.world import World
 
 @dataclass
 class TrainState:
-    """The state that a run resumes from, besides tensors."""
+    """The state that a run resumes from, except for tensors."""
 
     step: int = 0
     """Optimizer steps done."""
