@@ -10,13 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.distributed.compilation import compile_if
+from switchtitan.models.head import Head
 
 
 class CrossEntropy:
     """Computes the sum over targets of -log p(target), in nats, in fp32 or wider.
 
-    For a plain linear head without a bias, logits and their gradients exist for one chunk of tokens
-    at a time. Any other head, such as a low-rank one, computes all logits.
+    For a `Head`, logits and their gradients exist for one chunk of tokens at a time. Any other
+    head, such as a low-rank one, computes all logits.
 
     Args:
         compile_regions: compile everything but matrix products and the head, for static shapes.
@@ -39,16 +40,21 @@ class CrossEntropy:
             targets: [batch, seq]; `IGNORED_TARGET` is ignored.
             divisor: dividing here rather than afterwards avoids rounding the gradient twice.
         """
-        if type(head) is not nn.Linear or head.bias is not None:
+        if not isinstance(head, Head):
             return self._logits_loss(head(hidden), targets) / divisor
-        return chunked_cross_entropy(
-            hidden.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
-            divisor,
-            loss_fn=self._chunk_loss,
-            loss_and_gradient_fn=self._chunk_loss_and_gradient,
-        )
+
+        def in_chunks(hidden: Tensor, weight: Tensor) -> Tensor:
+            return chunked_cross_entropy(
+                hidden.flatten(0, 1),
+                weight,
+                targets.flatten(),
+                divisor,
+                loss_fn=self._chunk_loss,
+                loss_and_gradient_fn=self._chunk_loss_and_gradient,
+            )
+
+        loss: Tensor = head(hidden, in_chunks)
+        return loss
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

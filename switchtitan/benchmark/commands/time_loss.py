@@ -22,6 +22,7 @@ from switchtitan.benchmark.timing import WARM_UP_CALLS, time_calls_in_turns
 from switchtitan.config.command_line import positive_int
 from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.world import device_type
+from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
 
 _MIB = 2**20
@@ -38,7 +39,7 @@ def loss_sides(
     hidden = (
         torch.randn(1, tokens, hidden_size, generator=generator).to(device, dtype).requires_grad_()
     )
-    head = nn.Linear(hidden_size, vocabulary, bias=False)
+    head = Head(hidden_size, vocabulary)
     nn.init.normal_(head.weight, std=0.02, generator=generator)
     head.to(device, dtype)
     targets = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)

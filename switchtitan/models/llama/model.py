@@ -14,6 +14,7 @@ from switchtitan.contracts import (
     default_apply_head,
     default_call_block,
 )
+from switchtitan.models.head import Head
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
 from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
 
@@ -142,7 +143,7 @@ class Llama(LanguageModel):
         super().__init__()
         self.dims = dims
         self.model = Decoder(dims, backend)
-        self.lm_head = nn.Linear(dims.hidden_size, dims.vocab_size, bias=False)
+        self.lm_head = Head(dims.hidden_size, dims.vocab_size)
 
     def forward(
         self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head

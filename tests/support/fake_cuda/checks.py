@@ -13,6 +13,7 @@ from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.stepper import fake_cuda_stepper
 from support.tiny import tiny_config
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy
 
 
@@ -90,7 +91,8 @@ def kernels_of_loss(
 
     with FakeTensorMode(), torch.device("cuda"):
         hidden = torch.empty(1, num_tokens, dim, dtype=torch.bfloat16, requires_grad=True)
-        head = nn.Linear(dim, vocabulary, bias=False, dtype=torch.bfloat16)
+        head = Head(dim, vocabulary)
+        head.weight = nn.Parameter(torch.empty(vocabulary, dim, dtype=torch.bfloat16))
         targets = torch.zeros(1, num_tokens, dtype=torch.int64)
         with Count() as kernels:
             CrossEntropy(compile_regions=False)(hidden, head, targets, num_tokens).backward()

@@ -1,17 +1,24 @@
 """The loss in chunks equals torch's cross entropy of all logits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.tiny import tiny_config
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
+from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.models import loss as loss_module
+from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy
 
 VOCABULARY, DIM, DIVISOR = 61, 12, 7
@@ -35,11 +42,11 @@ def fresh_compiler() -> Iterator[None]:
 
 def draw(
     dtype: torch.dtype, shape: tuple[int, int] = (3, 5)
-) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+) -> tuple[torch.Tensor, Head, torch.Tensor]:
     """Hidden states, head and targets, some of which are ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(*shape, DIM, generator=generator)
-    head = nn.Linear(DIM, VOCABULARY, bias=False)
+    head = Head(DIM, VOCABULARY)
     head.weight.data.normal_(generator=generator)
     targets = torch.randint(VOCABULARY, shape, generator=generator)
     targets[0, 2] = targets[-1, -2:] = IGNORED_TARGET
@@ -221,3 +228,34 @@ def test_the_peak_holds_a_fraction_of_the_logits() -> None:
     )
     assert plain > 2 * 4 * 960 * VOCABULARY
     assert ours < plain / 4
+
+
+class MostLogits(CountingMode):
+    """Finds the most rows of a tensor whose rows are as long as the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.num_rows = 0
+        self._vocabulary = vocabulary
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self._vocabulary,):
+                self.num_rows = max(self.num_rows, tensor.numel() // self._vocabulary)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+@pytest.mark.parametrize("method", ["full_rank", "switchlora"])
+def test_a_sharded_model_computes_its_loss_in_chunks(
+    method: str, num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP changes the class of the head, and gathers its weight in hooks of its call."""
+    batch = ("--training.local_batch_size", "16", "--training.global_batch_size")
+    config = tiny_config(tmp_path, method, *batch, f"{32 * num_ranks}", num_ranks=num_ranks)
+    num_tokens, vocabulary = 16 * config.data.seq_len, config.model.vocab_size
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * (num_tokens // 4) * vocabulary)
+    with fake_stepper(config, num_ranks) as stepper:
+        for _ in range(2):
+            with MostLogits(vocabulary) as logits:
+                stepper.step()
+            assert logits.num_rows == num_tokens // 4
