@@ -51,7 +51,9 @@ def _main() -> None:
     python_api.install()
     module, function, arguments = sys.argv[1:]
     result = getattr(importlib.import_module(module), function)(*json.loads(arguments))
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    # Threads of the autograd engine may still run; an ordinary exit then calls std::terminate.
+    os._exit(0)
 
 
 if __name__ == "__main__":
