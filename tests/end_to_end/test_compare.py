@@ -138,9 +138,9 @@ def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_othe
     assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
 
     assert "resuming from" in (killed[0] / "output.txt").read_text()
-    goes_on = json.loads((killed[0] / "results.json").read_text())
+    continued = json.loads((killed[0] / "results.json").read_text())
     straight = result_without_interruption(killed[0], tmp_path / "straight")
-    assert [goes_on[f"loss/{split}"] for split in ("validation", "test")] == [
+    assert [continued[f"loss/{split}"] for split in ("validation", "test")] == [
         straight[f"loss/{split}"] for split in ("validation", "test")
     ]
 

@@ -39,7 +39,7 @@ def test_a_run_that_is_made_longer_has_no_reset_where_it_first_ended():
     assert longer.num_resets == 2
 
 
-def test_a_restored_schedule_goes_on_in_the_midst_of_a_warmup():
+def test_a_restored_schedule_continues_in_the_middle_of_a_warmup():
     straight = ResetSchedule(6, 4, 30)
     run(straight, 8)
     restored = ResetSchedule(6, 4, 30)
