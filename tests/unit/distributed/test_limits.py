@@ -12,10 +12,17 @@ import pytest
 from switchtitan.distributed.limits import num_open_files, raise_file_limit
 from switchtitan.errors import EnvironmentMismatchError
 
+REPOSITORY = Path(__file__).parents[3]
 
-def test_512_gpus_need_less_than_the_usual_hard_limit() -> None:
-    assert num_open_files(512, "cuda") < 4096
-    assert num_open_files(512, "cpu") < 4096
+
+def test_512_gpus_need_the_documented_number_of_files() -> None:
+    assert num_open_files(512, "cuda") == 1122
+    assert "512 GPU ranks need 1122 files" in (REPOSITORY / "docs" / "MULTINODE.md").read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_512_ranks_need_less_than_the_usual_hard_limit(device: str) -> None:
+    assert num_open_files(512, device) < 4096
 
 
 @pytest.mark.parametrize("hard", [4096, resource.RLIM_INFINITY])
@@ -29,7 +36,7 @@ def test_a_soft_limit_is_raised_to_what_is_needed(
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, values: limits.append(values))
     raise_file_limit(512, "cuda")
-    assert limits == [(num_open_files(512, "cuda"), hard)] * is_raised
+    assert limits == [(1122, hard)] * is_raised
 
 
 def test_a_hard_limit_that_is_too_low_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
