@@ -31,7 +31,9 @@ def own_gpu() -> torch.device:
 
 
 def unusable_gpu(
-    devices: Path = Path("/dev"), topology: Path = Path("/sys/class/kfd")
+    devices: Path = Path("/dev"),
+    topology: Path = Path("/sys/class/kfd"),
+    wsl_libraries: Path = Path("/usr/lib/wsl/lib"),
 ) -> str | None:
     """Returns why torch cannot use this machine's GPU and what to do; None if there is none.
 
@@ -40,10 +42,15 @@ def unusable_gpu(
     Args:
         devices: the folder of device files.
         topology: the folder in which the AMD driver describes the machine's processors.
+        wsl_libraries: the folder in which Windows gives its drivers' libraries to WSL2.
     """
     if any(os.environ.get(name) in _NO_DEVICES for name in _VISIBLE_DEVICES):
         return None
-    if not (devices / "nvidiactl").exists() and not _has_amd_gpu(devices, topology):
+    if not (
+        (devices / "nvidiactl").exists()
+        or _has_amd_gpu(devices, topology)
+        or _has_nvidia_gpu_under_wsl(devices, wsl_libraries)
+    ):
         return None
     return (
         f"this machine has a GPU, but torch {torch.__version__} cannot use it ({_reason()}); fix "
@@ -65,6 +72,14 @@ def _has_amd_gpu(devices: Path, topology: Path) -> bool:
         if counts.get("simd_count", "0") != "0" and counts.get("cpu_cores_count", "0") == "0":
             return True
     return False
+
+
+def _has_nvidia_gpu_under_wsl(devices: Path, libraries: Path) -> bool:
+    """Whether Windows gives an NVIDIA GPU to WSL2, where all GPUs share one device file.
+
+    A laptop's graphics have the device file too, but only NVIDIA's driver adds libcuda.
+    """
+    return (devices / "dxg").exists() and any(libraries.glob("libcuda.so*"))
 
 
 def _reason() -> str:

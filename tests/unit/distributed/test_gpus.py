@@ -50,6 +50,22 @@ def test_an_amd_card_counts_and_a_laptops_graphics_do_not(
     assert (unusable_gpu(tmp_path, tmp_path) is not None) == counts
 
 
+@pytest.mark.parametrize(
+    ("library", "counts"),
+    [("libdxcore.so", False), ("libcuda.so", True), ("libcuda.so.1", True)],
+)
+def test_an_nvidia_gpu_under_wsl_counts_and_a_laptops_graphics_do_not(
+    tmp_path: Path, library: str, counts: bool
+) -> None:
+    libraries = tmp_path / "lib"
+    libraries.mkdir()
+    (libraries / library).touch()
+    # Without the device, the libraries alone do not count.
+    assert unusable_gpu(tmp_path, tmp_path, libraries) is None
+    (tmp_path / "dxg").touch()
+    assert (unusable_gpu(tmp_path, tmp_path, libraries) is not None) == counts
+
+
 def test_a_run_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("switchtitan.distributed.world.unusable_gpu", lambda: "the driver is old")
