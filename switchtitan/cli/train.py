@@ -7,12 +7,8 @@ import torch
 
 from switchtitan.build import build_trainer
 from switchtitan.cores import OtherLoad, num_cores
-from switchtitan.distributed.world import (
-    num_ranks_from_launcher,
-    start_world,
-    stop_world,
-    stop_world_if_single,
-)
+from switchtitan.distributed.launcher import num_ranks_from_launcher
+from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
 from switchtitan.errors import UserError, exit_for, exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.job.config import parse_arguments
 

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.gpus import own_gpu, unusable_gpu
+from switchtitan.distributed.launcher import num_ranks_from_launcher
 from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.threads import limit_other_threads
@@ -140,11 +141,6 @@ def device_type() -> str:
     if obstacle is not None:
         raise EnvironmentMismatchError(obstacle)
     return "cpu"
-
-
-def num_ranks_from_launcher() -> int:
-    """Returns the number of ranks that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:

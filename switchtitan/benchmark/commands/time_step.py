@@ -14,7 +14,7 @@ from switchtitan.benchmark.commands.command import (
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, time_steps_side_by_side
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import step_record, step_table
-from switchtitan.distributed.world import num_ranks_from_launcher
+from switchtitan.distributed.launcher import num_ranks_from_launcher
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

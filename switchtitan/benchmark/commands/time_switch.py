@@ -16,7 +16,7 @@ from switchtitan.benchmark.side_by_side import WARM_UP_STEPS
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.switch_costs import SwitchCosts, time_switches_side_by_side
 from switchtitan.benchmark.tables import aligned, milliseconds, ratio_cells
-from switchtitan.distributed.world import num_ranks_from_launcher
+from switchtitan.distributed.launcher import num_ranks_from_launcher
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
