@@ -27,7 +27,7 @@ def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> No
 
     Call it before torch is imported, because GNU's OpenMP reads its variables when it is loaded.
     """
-    num_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks = int(environ.get("LOCAL_WORLD_SIZE") or 1)
     # Otherwise torch's own default is better: it uses one thread on a core with two hyperthreads.
     if num_ranks > 1 or num_cores < _num_cores_by_affinity():
         environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(num_cores, num_ranks)))

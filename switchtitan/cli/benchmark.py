@@ -13,25 +13,25 @@ table, and the same as JSON: as the last line, or to --json FILE. `switchtitan.b
 lists the subcommands."""
 
 import argparse
-import os
 from collections.abc import Sequence
 
 from switchtitan.benchmark.commands import COMMANDS, Command, Measurement, Overrides
 from switchtitan.benchmark.sides import split_overrides
 from switchtitan.cli.record import add_json_option, check_json_option, put_record
+from switchtitan.distributed.launcher import rank_from_launcher
 from switchtitan.errors import ConfigError, UserError, exit_for
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the chosen benchmark."""
     try:
+        is_main = rank_from_launcher() == 0
         own, overrides = split_overrides(argv)
         options = read_options(own)
         measurement = measure(options, overrides)
     except UserError as error:
         exit_for(error)
-    # Print on rank 0 only.
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main:
         return
     print("\n".join(measurement.table), flush=True)
     put_record("switchtitan benchmark", argv, measurement.record, options.json)

@@ -109,9 +109,11 @@ def check_options(options: argparse.Namespace) -> None:
     """
     is_static = options.rdzv_backend == "static"
     if options.nnodes.isdecimal() and (is_static or options.rdzv_backend == "c10d"):
-        endpoint = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+        endpoint = options.rdzv_endpoint
+        if is_static and not endpoint:
+            endpoint = f"{options.master_addr}:{options.master_port}"
         node_rank = options.node_rank if is_static else None
-        check_rendezvous(endpoint, int(options.nnodes), node_rank)
+        check_rendezvous(endpoint, int(options.nnodes), node_rank, describe_endpoint(options))
     num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
     if num_ranks is not None and options.training_script != "benchmark":
         parse_arguments(options.training_script_args, num_ranks)
@@ -131,7 +133,7 @@ def describe_lost_rendezvous(
             recorded = json.loads(file.read_text(encoding="utf-8"))
             if EXIT_STATUS_KEY in recorded:
                 return recorded["message"], recorded[EXIT_STATUS_KEY]
-    endpoint = f"RDZV_ENDPOINT={options.rdzv_endpoint}"
+    endpoint = describe_endpoint(options)
     reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     if ranks_folders:
         return f"{endpoint}: lost the connection ({reason}); see the other machines' output", 1
@@ -140,6 +142,15 @@ def describe_lost_rendezvous(
         "same command on each of them, and check that the port is free on HOST and reachable from "
         "the others"
     ), USER_ERROR_STATUS
+
+
+def describe_endpoint(options: argparse.Namespace) -> str:
+    """Returns what sets the address of the rendezvous: an endpoint, or torchrun's older options."""
+    if options.rdzv_endpoint:
+        return f"RDZV_ENDPOINT={options.rdzv_endpoint}"
+    if options.rdzv_backend == "static":
+        return f"--master_addr {options.master_addr} --master_port {options.master_port}"
+    return "RDZV_ENDPOINT is not set"
 
 
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:

@@ -9,13 +9,16 @@ from switchtitan.errors import EnvironmentMismatchError
 _EXPECTED = "expected HOST:PORT, the same on every machine, with HOST one of them"
 
 
-def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> None:
+def check_rendezvous(
+    endpoint: str, num_nodes: int, node_rank: int | None, source: str | None = None
+) -> None:
     """Checks the address of the rendezvous and this machine's index.
 
     Args:
         endpoint: HOST:PORT; the port of a single machine may be 0.
         num_nodes: number of machines.
         node_rank: index of this machine; None if the rendezvous assigns it.
+        source: what the user set, for error messages; by default `RDZV_ENDPOINT`.
 
     Raises:
         EnvironmentMismatchError: if the rendezvous cannot work.
@@ -27,17 +30,18 @@ def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> No
         )
     if num_nodes == 1:
         return
+    source = source or f"RDZV_ENDPOINT={endpoint}"
     host, port = split_endpoint(endpoint)
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise EnvironmentMismatchError(
-            f"RDZV_ENDPOINT={endpoint}: the host name {host} cannot be resolved on this machine "
+            f"{source}: the host name {host} cannot be resolved on this machine "
             f"({error.strerror or error}); use a name that all machines know, or an IP address"
         ) from error
     if node_rank == 0 and not _is_free(port):
         raise EnvironmentMismatchError(
-            f"RDZV_ENDPOINT={endpoint}: port {port} of this machine, which NODE_RANK=0 makes the "
+            f"{source}: port {port} of this machine, which NODE_RANK=0 makes the "
             "host, is in use; choose another"
         )
 
@@ -51,7 +55,8 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]/]+)):([0-9]{1,5})", endpoint)
     port = int(match[3]) if match else 0
     if match is None or not 0 < port < 1 << 16:
-        raise EnvironmentMismatchError(f"RDZV_ENDPOINT={endpoint}: {_EXPECTED}")
+        given = f"RDZV_ENDPOINT={endpoint}" if endpoint else "RDZV_ENDPOINT is not set"
+        raise EnvironmentMismatchError(f"{given}: {_EXPECTED}")
     return match[1] or match[2], port
 
 

@@ -21,12 +21,12 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: with status 2 for a user's mistake, 128 + n after signal n.
     """
-    if num_ranks_from_launcher() == 1:
-        # Treat SIGTERM like Ctrl-C, so that an in-flight save completes. Not on several ranks:
-        # torchrun also sends SIGTERM to the survivors of a crash, whose save would hang.
-        interrupt_on_sigterm()
     load = OtherLoad()
     try:
+        if num_ranks_from_launcher() == 1:
+            # Treat SIGTERM like Ctrl-C, so that an in-flight save completes. Not on several ranks:
+            # torchrun also sends SIGTERM to the survivors of a crash, whose save would hang.
+            interrupt_on_sigterm()
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
         trainer = build_trainer(config, world)

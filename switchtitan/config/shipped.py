@@ -21,7 +21,7 @@ def find_config(given: str | Path) -> Path:
         return path
     for shipped in (FOLDER / path, FOLDER.parent / path):
         if shipped.suffix == ".toml" and shipped.is_file():
-            if "RANK" not in os.environ:
+            if not os.environ.get("RANK"):
                 print(
                     f"{path}: using {shipped}, which is installed with switchtitan", file=sys.stderr
                 )

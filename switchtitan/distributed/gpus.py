@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from switchtitan.distributed.launcher import local_rank_from_launcher
 from switchtitan.errors import EnvironmentMismatchError
 
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
@@ -18,7 +19,7 @@ def own_gpu() -> torch.device:
     Raises:
         EnvironmentMismatchError: if there is none.
     """
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local_rank, num_gpus = local_rank_from_launcher(), torch.cuda.device_count()
     # Slurm can show each task a GPU of its own. Under torchrun all local ranks see the same GPUs.
     if num_gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return torch.device("cuda", 0)

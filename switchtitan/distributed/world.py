@@ -18,7 +18,13 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.gpus import own_gpu, unusable_gpu
-from switchtitan.distributed.launcher import num_ranks_from_launcher
+from switchtitan.distributed.launcher import (
+    is_launched,
+    local_rank_from_launcher,
+    num_local_ranks_from_launcher,
+    num_ranks_from_launcher,
+    rank_from_launcher,
+)
 from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.threads import limit_other_threads
@@ -160,8 +166,8 @@ def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
 
 
 def start_world(config: ParallelismConfig) -> World:
-    """Joins the process group of torchrun's environment, or creates one of a single rank."""
-    num_ranks, rank = num_ranks_from_launcher(), int(os.environ.get("RANK", "0"))
+    """Joins the process group of the launcher's environment, or creates one of a single rank."""
+    num_ranks, rank = num_ranks_from_launcher(), rank_from_launcher()
     shape = mesh_shape(config, num_ranks)
     device = own_gpu() if device_type() == "cuda" else torch.device("cpu")
     use_full_precision(device.type)
@@ -191,8 +197,8 @@ def start_world(config: ParallelismConfig) -> World:
         mesh,
         host_group,
         timeout,
-        is_node_main=os.environ.get("LOCAL_RANK", "0") == "0",
-        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)),
+        is_node_main=local_rank_from_launcher() == 0,
+        num_local_ranks=num_local_ranks_from_launcher(),
     )
 
 
@@ -202,7 +208,7 @@ def _build_store(device: str, rank: int, num_ranks: int, timeout: timedelta) -> 
     Raises:
         EnvironmentMismatchError: if the environment is incomplete, or the ranks do not meet.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if not is_launched():
         return dist.HashStore()
     names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]

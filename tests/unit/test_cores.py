@@ -72,6 +72,7 @@ def test_a_system_without_control_groups_has_its_affinity(tmp_path: Path) -> Non
         ({}, 8, set()),
         ({}, 3, {"OMP_NUM_THREADS", "RAYON_NUM_THREADS"}),
         ({"LOCAL_WORLD_SIZE": "4"}, 8, {"OMP_NUM_THREADS"}),
+        ({"LOCAL_WORLD_SIZE": ""}, 8, set()),
         ({"OMP_NUM_THREADS": "5", "RAYON_NUM_THREADS": "6"}, 3, set()),
     ],
 )

@@ -5,7 +5,12 @@ import socket
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
-from switchtitan.cli.launch import describe_lost_rendezvous, main, read_options
+from switchtitan.cli.launch import (
+    check_options,
+    describe_lost_rendezvous,
+    main,
+    read_options,
+)
 from switchtitan.cli.rendezvous import check_rendezvous, split_endpoint
 from switchtitan.errors import EnvironmentMismatchError
 
@@ -24,11 +29,30 @@ def test_an_endpoint_is_a_host_and_a_port(endpoint: str, expected: tuple[str, in
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["", "node-1", "node-1:", "node-1:0", "node-1:65536", ":29500", "a b:1", "fe80::1:1x"],
+    ["node-1", "node-1:", "node-1:0", "node-1:65536", ":29500", "a b:1", "fe80::1:1x"],
 )
 def test_other_endpoints_are_refused(endpoint: str) -> None:
     with pytest.raises(EnvironmentMismatchError, match=r"^RDZV_ENDPOINT=.*expected HOST:PORT"):
         check_rendezvous(endpoint, num_nodes=2, node_rank=None)
+
+
+def test_an_empty_endpoint_counts_as_unset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "", "train"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: RDZV_ENDPOINT is not set: expected HOST:PORT, the same on every machine"
+    )
+
+
+def test_older_options_of_the_address_are_named_instead_of_an_empty_endpoint() -> None:
+    address = ["--master_addr", "no-such-host.invalid", "--master_port", "29501"]
+    options = read_options(["--nnodes", "2", *address, "train"])
+    message, _ = describe_lost_rendezvous(options, RendezvousTimeoutError("nobody came"), [])
+    named = "--master_addr no-such-host.invalid --master_port 29501: "
+    assert message.startswith(f"{named}the 2 machines")
+    with pytest.raises(EnvironmentMismatchError, match=rf"^{named}the host name"):
+        check_options(options)
 
 
 def test_a_single_machine_needs_no_address() -> None:
