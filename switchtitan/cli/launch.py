@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
 
-from switchtitan.cli.rendezvous import check_rendezvous
+from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, UserError, exit_for
@@ -102,11 +102,14 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Checks the rendezvous, and the configuration if the number of ranks is known.
+    """Checks Slurm's tasks, the rendezvous, and the configuration if the ranks can be counted.
 
     Raises:
         UserError: for the first mistake.
     """
+    most_nodes = options.nnodes.rpartition(":")[2]  # "1:4" is elastic
+    if most_nodes.isdecimal():
+        check_slurm_tasks(int(most_nodes))
     is_static = options.rdzv_backend == "static"
     if options.nnodes.isdecimal() and (is_static or options.rdzv_backend == "c10d"):
         endpoint = options.rdzv_endpoint

@@ -1,12 +1,40 @@
-"""Checks, before any rank starts, that this machine can join the rendezvous of several machines."""
+"""Checks, before any rank starts, that this process can join the others of its run."""
 
 import errno
+import os
 import re
 import socket
 
 from switchtitan.errors import EnvironmentMismatchError
 
 _EXPECTED = "expected HOST:PORT, the same on every machine, with HOST one of them"
+
+
+def check_slurm_tasks(num_nodes: int) -> None:
+    """Checks that Slurm has not started this command more often than once per machine.
+
+    Call where no launcher says how the tasks train together. Each would train alone, and all would
+    write to the same output folder.
+
+    Args:
+        num_nodes: number of machines of the run.
+
+    Raises:
+        EnvironmentMismatchError: if srun has started more tasks.
+    """
+    # srun sets both in its tasks. A batch script has only the first. A shell in an allocation may
+    # have the first of the allocation, and 1 as the second.
+    counts = [os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")]
+    num_tasks = min((int(count) if count.isdecimal() else 1) for count in counts)
+    if num_tasks <= num_nodes:
+        return
+    raise EnvironmentMismatchError(
+        f"SLURM_NTASKS={num_tasks}, NNODES={num_nodes}: srun has started {num_tasks} tasks, and "
+        "they would train apart from each other in the same output folder; start one task per "
+        "machine with NNODES and RDZV_ENDPOINT, as scripts/slurm/train.sbatch does, or set RANK, "
+        "WORLD_SIZE and the other variables of docs/MULTINODE.md in every task; for separate runs, "
+        "unset SLURM_NTASKS in every task"
+    )
 
 
 def check_rendezvous(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from switchtitan.build import build_trainer
+from switchtitan.cli.rendezvous import check_slurm_tasks
 from switchtitan.cores import OtherLoad, num_cores
-from switchtitan.distributed.launcher import num_ranks_from_launcher
+from switchtitan.distributed.launcher import is_launched, num_ranks_from_launcher
 from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
 from switchtitan.errors import UserError, exit_for, exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.job.config import parse_arguments
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> None:
             # Treat SIGTERM like Ctrl-C, so that an in-flight save completes. Not on several ranks:
             # torchrun also sends SIGTERM to the survivors of a crash, whose save would hang.
             interrupt_on_sigterm()
+        if not is_launched():
+            check_slurm_tasks(num_nodes=1)
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
         trainer = build_trainer(config, world)

@@ -5,13 +5,14 @@ import socket
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
+from switchtitan.cli import launch, train
 from switchtitan.cli.launch import (
     check_options,
     describe_lost_rendezvous,
     main,
     read_options,
 )
-from switchtitan.cli.rendezvous import check_rendezvous, split_endpoint
+from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks, split_endpoint
 from switchtitan.errors import EnvironmentMismatchError
 
 
@@ -34,6 +35,73 @@ def test_an_endpoint_is_a_host_and_a_port(endpoint: str, expected: tuple[str, in
 def test_other_endpoints_are_refused(endpoint: str) -> None:
     with pytest.raises(EnvironmentMismatchError, match=r"^RDZV_ENDPOINT=.*expected HOST:PORT"):
         check_rendezvous(endpoint, num_nodes=2, node_rank=None)
+
+
+BATCH_SCRIPT = {"SLURM_NTASKS": "8"}
+SHELL = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+TASK = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
+SEPARATE_RUN = {"SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_nodes", "is_refused"),
+    [
+        ({}, 1, False),
+        (BATCH_SCRIPT, 1, False),
+        (SHELL, 1, False),
+        (SEPARATE_RUN, 1, False),
+        (TASK, 1, True),
+        (TASK, 7, True),
+        (TASK, 8, False),  # one launcher per machine, as scripts/slurm/train.sbatch starts them
+    ],
+)
+def test_tasks_of_slurm_must_not_train_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], num_nodes: int, is_refused: bool
+) -> None:
+    for name in TASK:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not is_refused:
+        check_slurm_tasks(num_nodes)
+        return
+    with pytest.raises(EnvironmentMismatchError, match=rf"^SLURM_NTASKS=8, NNODES={num_nodes}: "):
+        check_slurm_tasks(num_nodes)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (train.main, ["--config", "missing.toml"]),
+        (main, ["--nnodes", "1", "--nproc_per_node", "2", "train", "--config", "missing.toml"]),
+        (main, ["--nnodes", "1:4", "--nproc_per_node", "2", "train"]),
+    ],
+)
+def test_commands_refuse_to_be_one_of_slurms_tasks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple
+) -> None:
+    monkeypatch.setattr(launch, "run_ranks", lambda options: pytest.fail("started ranks"))
+    monkeypatch.setenv("WORLD_SIZE", "")
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    run, argv = command
+    with pytest.raises(SystemExit) as stop:
+        run(argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: SLURM_NTASKS=8, NNODES=")
+    assert "scripts/slurm/train.sbatch" in message
+    assert "docs/MULTINODE.md" in message
+
+
+def test_tasks_of_slurm_that_are_ranks_may_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (TASK | {"WORLD_SIZE": "8", "RANK": "3"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        train.main(["--config", "missing.toml"])
+    assert "missing.toml: no such file" in capsys.readouterr().err
 
 
 def test_an_empty_endpoint_counts_as_unset(capsys: pytest.CaptureFixture[str]) -> None:
