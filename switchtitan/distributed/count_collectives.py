@@ -116,7 +116,7 @@ class CountCommunication(CountingMode):
             self._unknown.add(str(func))
             return
         kind, tensors = _COLLECTIVES[name]
-        num_ranks = _group_size(args)
+        num_ranks = group_of(args).size()
         self._num_calls[kind] += 1
         self._bytes_sent[kind] += (
             _PASSES[kind] * (num_ranks - 1) / num_ranks * _num_bytes(tensors(args, result))
@@ -131,12 +131,12 @@ def _num_bytes(tensors: object) -> int:
     return sum(map(_num_bytes, tensors))
 
 
-def _group_size(args: tuple) -> int:
-    """Number of ranks in the group: c10d operations carry the group, functional ones its name."""
+def group_of(args: tuple) -> dist.ProcessGroup:
+    """Returns the group of a collective: c10d operations carry it, functional ones its name."""
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
-            return dist.ProcessGroup.unbox(argument).size()
-    return _resolve_process_group(args[-1]).size()
+            return dist.ProcessGroup.unbox(argument)
+    return _resolve_process_group(args[-1])
 
 
 def _first(args: tuple, result: object) -> object:

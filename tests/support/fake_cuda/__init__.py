@@ -13,8 +13,9 @@ torch looks up the device once per process, so every check runs in a new process
 
 - `fake_cuda.cpp`, `library`: the device; builds and loads it
 - `python_api`, `timeline`: functions that `torch.cuda` lacks in a CPU build; what waits for what
+- `collectives`: the streams in which collectives run
 - `stepper`: a `Stepper` on fake CUDA tensors
 - `copies`, `reads`, `races`, `kernels`: observe a step
 - `cases`: every method, and every option that a step depends on
-- `checks`, `step_checks`, `plants`: functions that tests run in a new process
+- `checks`, `step_checks`, `plants`, `collective_plants`: functions that tests run in a new process
 """

@@ -1,6 +1,6 @@
-"""The tensors of an operation of torch's dispatcher."""
+"""The tensors and arguments of an operation of torch's dispatcher."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
     elif isinstance(tree, dict):
         for part in tree.values():
             _collect(part, found)
+
+
+def arguments_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yields each argument of the operation's schema, and its value or default."""
+    for position, argument in enumerate(func._schema.arguments):
+        if position < len(args):
+            yield argument, args[position]
+        else:
+            yield argument, kwargs.get(argument.name, argument.default_value)
 
 
 class Together(CountingMode):

@@ -7,9 +7,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from support.fake_cuda.cases import CASES
+from support.fake_cuda.collective_plants import planted_collectives
 from support.fake_cuda.copies import FindBlockingCopies
 from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.python_api import FakeEvent, FakeStream
@@ -165,15 +167,35 @@ def _copy_in_background(copies: HostCopies, device: torch.device) -> None:
 
 
 def planted_races_in_steps(folder: str) -> dict[str, list[str]]:
-    """Returns the races of steps whose copies nothing waits for, by case."""
+    """Returns the races of steps that do not wait for copies or gathered weights, by case."""
+    mistakes = {
+        "host candidates": _copy_in(StreamWithEmptyEvents),
+        "offload": _copy_in(StreamWithEmptyEvents),
+        "frozen weights gathered once": _gathers_without_wait(),
+    }
     races = {}
-    for name in ("host candidates", "offload"):
-        with (
-            _copy_in(StreamWithEmptyEvents),
-            observed_stepper(Path(folder), CASES[name], 0) as (stepper, found),
-        ):
+    for name, mistake in mistakes.items():
+        with mistake, observed_stepper(Path(folder), CASES[name], 0) as (stepper, found):
             races[name] = observe(stepper.step, found).races
     return races
+
+
+class UnwaitedWork:
+    """Like the handle of a collective, for which no one waits."""
+
+    def wait(self) -> None:
+        pass
+
+
+def _gathers_without_wait() -> Any:
+    """A patch in which `Work.wait` of an asynchronous gather does nothing."""
+    gather = dist.all_gather_single
+
+    def gather_without_wait(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        work = gather(*args, async_op=async_op, **kwargs)
+        return UnwaitedWork() if async_op else work
+
+    return patch.object(dist, "all_gather_single", gather_without_wait)
 
 
 def planted_kernel_per_layer(folder: str) -> dict[str, dict[str, int]]:
@@ -196,12 +218,13 @@ def planted_kernel_per_layer(folder: str) -> dict[str, dict[str, int]]:
 
 
 def planted(folder: str) -> dict[str, dict]:
-    """Returns what each function of this module found, by its name."""
+    """Returns what each function found, by its name."""
     functions: tuple[Callable[[str], dict], ...] = (
         planted_blocking_copies,
         planted_reads,
         planted_in_clipping,
         planted_races,
+        planted_collectives,
         planted_races_in_steps,
         planted_kernel_per_layer,
     )

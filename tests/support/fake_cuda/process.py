@@ -46,9 +46,10 @@ def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 800
 def _main() -> None:
     library.load()
     # Imports torch, after the library.
-    from support.fake_cuda import python_api
+    from support.fake_cuda import collectives, python_api
 
     python_api.install()
+    collectives.install()
     module, function, arguments = sys.argv[1:]
     result = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     print(json.dumps(result), flush=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from support.fake_cuda import python_api
+from support.fake_cuda import collectives, python_api
 from support.fake_cuda.copies import is_non_blocking
 from support.fake_cuda.lines import project_line
-from support.fake_cuda.operations import tensors_in
+from support.fake_cuda.operations import arguments_of, tensors_in
 from support.fake_cuda.timeline import Actor, host
 from switchtitan.distributed.count_collectives import CountingMode
 
@@ -41,10 +41,10 @@ class FindRaces(CountingMode):
     """A context that finds races: two accesses to a storage, at least one a write, without order.
 
     A device operation runs in the current stream, after what the host did before; the host runs
-    on. So the host must wait for an event before it uses the result of a copy. Collectives are work
-    of the current stream. Released memory counts as written by the next allocation in its owner's
-    stream, to which torch's allocator may give it, unless `record_stream` has named the streams
-    that use it.
+    on. So the host must wait for an event before it uses the result of a copy. An asynchronous
+    collective runs in a stream of its group; see `collectives`. Released memory counts as written
+    by the next allocation in its owner's stream, to which torch's allocator may give it, unless
+    `record_stream` has named the streams that use it.
 
     Attributes:
         found: descriptions.
@@ -67,10 +67,17 @@ class FindRaces(CountingMode):
             self._know(tensor, stream)
         if name.partition("::")[2] in _ALLOCATIONS:
             return
+        if name == collectives.WAIT:
+            collectives.wait_for_result(inputs[0])
+            return
         actor = host
         if on_device:
             actor = stream
             stream.wait_for(host.clock)
+            communication = collectives.stream_of(func, args, kwargs)
+            if communication is not None:
+                actor = communication
+                actor.wait_for(stream.clock)
         number = actor.advance()
         host_number = number if actor is host else host.advance()
         written = _written(func, args, kwargs, result)
@@ -83,6 +90,8 @@ class FindRaces(CountingMode):
                     self._read(tensor, actor, number, name)
         for tensor in written:
             self._write(tensor, actor, number, name)
+        if actor not in (host, stream):
+            collectives.start(actor, inputs + outputs, result)
         devices = {tensor.device.type for tensor in inputs + outputs}
         if name in _COPIES and len(devices) > 1 and not is_non_blocking(args, kwargs):
             host.wait_for(stream.clock)
@@ -136,13 +145,12 @@ class FindRaces(CountingMode):
 
 
 def _written(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> list[Tensor]:
-    """Results and arguments that the operation writes; of a collective, all tensors."""
-    if func.namespace in ("c10d", "_c10d_functional"):
-        return tensors_in((args, kwargs, result))
+    """Results and arguments that the operation writes."""
     written = tensors_in(result)
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
+    for argument, given in arguments_of(func, args, kwargs):
+        # The schemas of c10d's collectives do not say which arguments they write.
+        is_output = func.namespace == "c10d" and not argument.name.startswith("input")
+        if is_output or (argument.alias_info is not None and argument.alias_info.is_write):
             written += tensors_in(given)
     return written
 

@@ -2,6 +2,7 @@
 
 import pytest
 from support.fake_cuda import plants
+from support.fake_cuda.collective_plants import NOT_WAITING, WAITING
 from support.fake_cuda.process import needs_compiler, run_check
 
 pytestmark = [needs_compiler, pytest.mark.slow]
@@ -44,8 +45,20 @@ def test_each_missing_wait_of_a_copy_is_found(planted: dict[str, dict]) -> None:
     assert [mistake for mistake, found in races.items() if not found] == []
 
 
-def test_steps_that_do_not_wait_for_copies_are_found(planted: dict[str, dict]) -> None:
-    assert all(planted["planted_races_in_steps"].values())
+def test_collectives_that_the_stream_does_not_wait_for_are_found(
+    planted: dict[str, dict],
+) -> None:
+    races = planted["planted_collectives"]
+    assert races.keys() == WAITING.keys() | NOT_WAITING.keys()
+    assert {name for name, found in races.items() if found} == NOT_WAITING.keys()
+
+
+def test_steps_that_do_not_wait_are_found(planted: dict[str, dict]) -> None:
+    races = planted["planted_races_in_steps"]
+    assert [name for name, found in races.items() if not found] == []
+    assert all(
+        "distributed/kept_weights.py" in race for race in races["frozen weights gathered once"]
+    )
 
 
 def test_a_kernel_per_layer_is_found(planted: dict[str, dict]) -> None:
