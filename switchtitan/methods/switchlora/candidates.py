@@ -41,19 +41,20 @@ class Candidates(Protocol):
         ...
 
     def prefetch(self, switches: list[LayerSwitch]) -> None:
-        """Starts to fetch the candidates of the next step."""
-        ...
+        """Starts to fetch the candidates of the next step. Default: nothing is fetched."""
+        return None
 
     def flush(self) -> None:
-        """Waits until all vectors put back are in the buffers that a checkpoint saves."""
-        ...
+        """Waits until all vectors put back are in the buffers that a checkpoint saves. Default:
+        `put_back` has written them."""
+        return None
 
     def discard(self) -> None:
-        """Drops copies in flight after a checkpoint was loaded into the buffers."""
-        ...
+        """Drops copies in flight after a checkpoint was loaded into the buffers. Default: none."""
+        return None
 
 
-class StoredCandidates:
+class StoredCandidates(Candidates):
     """Candidates in the layers' buffers `candidates_a` [c, in] and `candidates_b` [c, out].
 
     A vector that is switched out is stored and returns as trained (SwitchLoRA, arXiv 2406.06564,
@@ -81,17 +82,8 @@ class StoredCandidates:
             vectors,
         )
 
-    def prefetch(self, switches: list[LayerSwitch]) -> None:
-        pass
 
-    def flush(self) -> None:
-        pass
-
-    def discard(self) -> None:
-        pass
-
-
-class DrawnCandidates:
+class DrawnCandidates(Candidates):
     """Constant candidates, drawn again whenever they are needed. Outgoing vectors are dropped.
 
     Every rank draws full vectors, so nothing is stored or sent.
@@ -149,16 +141,7 @@ class DrawnCandidates:
         return [part.view(-1, width) for part, width in zip(parts, widths.tolist(), strict=True)]
 
     def put_back(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
-        pass
-
-    def prefetch(self, switches: list[LayerSwitch]) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def discard(self) -> None:
-        pass
+        """Drops them."""
 
 
 def candidate_rows(layers: list[LowRankLinear]) -> list[list[ShardedRows]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCopies
 from switchtitan.distributed.shards import RowRequest, ShardedRows, copy_all_
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.switchlora.candidates import candidate_rows, cast_all
+from switchtitan.methods.switchlora.candidates import Candidates, candidate_rows, cast_all
 from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch
 
 
@@ -35,7 +35,7 @@ class _Returning:
     copy: CopyToHost
 
 
-class HostCandidates:
+class HostCandidates(Candidates):
     """Like `StoredCandidates`, with buffers in host memory.
 
     The plan of the next step is known one step ahead, so its candidates are prefetched. Outgoing
