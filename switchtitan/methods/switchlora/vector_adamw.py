@@ -299,7 +299,7 @@ def _split_like(matrix: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
 
 
 def _zero_all_(tensors: list[Tensor]) -> None:
