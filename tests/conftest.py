@@ -1,6 +1,7 @@
 """Fixtures for all tests, and the order in which test files run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def _place(items: list[pytest.Item]) -> int:
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose runs share one prepared corpus: give tiny runs subfolders of it."""
     return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile starts without compiled code and counts, and leaves no compiled code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,7 +1,7 @@
 """Steps of several configurations are timed in alternation, without compiling or leaving files."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,7 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.training.stepper import Stepper, StepResult
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def num_compilations() -> int:

@@ -1,7 +1,6 @@
 """Tensors that blocks save for the backward pass in each mode of activation checkpointing."""
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from switchtitan.methods.lora import LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 MODEL = LlamaConfig(
     size="9m",
     hidden_size=20,
@@ -29,13 +30,6 @@ MODEL = LlamaConfig(
 NUM_TOKENS = 7 * 16
 WEIGHT_SHAPES = {(20, 20), (10, 20), (28, 20), (20, 28)}
 MODES = ("none", "selective", "full")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class LiveResults(TorchDispatchMode):

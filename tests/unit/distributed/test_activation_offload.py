@@ -1,7 +1,5 @@
 """Only block inputs are in host memory between the forward and the backward pass."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.tiny import tiny_config
@@ -17,6 +15,8 @@ from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCo
 from switchtitan.errors import ConfigError
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 NUM_BLOCKS = 3
 SHAPE = (2, 16, 20)
@@ -50,13 +50,6 @@ class RecordedCopies(HostCopies):
     def back_to_device(self, copy: CopyToHost) -> CopyToDevice:
         self.events.append(("back", self._numbers[id(copy)]))
         return super().back_to_device(copy)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def build_model(backend: object = None) -> nn.Module:

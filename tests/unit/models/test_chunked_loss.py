@@ -1,7 +1,7 @@
 """The loss in chunks equals torch's cross entropy of all logits."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ EAGER = CrossEntropy(compile_regions=False)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """15 tokens of [3, 5] make 4 chunks of 4, so the last one is padded."""
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 4 * VOCABULARY)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def draw(
@@ -199,7 +191,8 @@ def test_any_other_head_computes_its_own_logits() -> None:
     torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_chunks_share_a_graph_and_compute_the_same(fresh_compiler: None) -> None:
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_chunks_share_a_graph_and_compute_the_same() -> None:
     hidden, head, targets = draw(torch.float32)
     compiled = CrossEntropy(compile_regions=True)
     results = []

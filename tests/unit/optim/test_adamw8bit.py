@@ -1,10 +1,10 @@
 """AdamW in 8 bits: torchao's update, blocks inside rows, state as plain tensors."""
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
+from support.optimizer_steps import parameters, train
 from support.packages import needs_torchao
 from support.tiny import tiny_config
 from torch import Tensor, nn
@@ -14,38 +14,16 @@ from switchtitan.errors import ConfigError
 from switchtitan.optim import AdamW, AdamWConfig, TrainedParameter
 from switchtitan.optim.adamw8bit import AdamW8bit, AdamW8bitConfig, block_size
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 # Blocks of 96 and of 127; too small; a vector.
 SHAPES = {"a": (64, 96), "b": (33, 381), "c": (3, 64), "d": (96,)}
 KEYS = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.2}
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
-def draw(step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
-
-
-def parameters() -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(value) for name, value in zip(SHAPES, draw(1000), strict=True)}
-
-
 def build(named: dict[str, nn.Parameter], compile_step: bool = False) -> AdamW8bit:
     trained = [TrainedParameter(*item) for item in named.items()]
     return AdamW8bit(AdamW8bitConfig(**KEYS), trained, compile_step)
-
-
-def train(optimizer: AdamW8bit | AdamW, named: dict[str, nn.Parameter], steps: range) -> None:
-    for step in steps:
-        optimizer.set_lr((step + 1) / 12)
-        for parameter, gradient in zip(named.values(), draw(step), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +46,7 @@ def test_a_block_is_the_largest_divisor_of_a_row(shape, expected):
 
 @needs_torchao
 def test_parameters_stay_close_to_those_of_fp32_moments_and_state_is_plain():
-    named, exact, start = parameters(), parameters(), parameters()
+    named, exact, start = parameters(SHAPES), parameters(SHAPES), parameters(SHAPES)
     optimizer = build(named)
     train(optimizer, named, range(12))
     reference = AdamW(AdamWConfig(**KEYS), [TrainedParameter(*item) for item in exact.items()])
@@ -90,7 +68,7 @@ def test_parameters_stay_close_to_those_of_fp32_moments_and_state_is_plain():
 @needs_torchao
 @pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fresh_optimizer_with_the_saved_state_resumes_bitwise(compile_step):
-    straight, first = parameters(), parameters()
+    straight, first = parameters(SHAPES), parameters(SHAPES)
     train(build(straight, compile_step), straight, range(6))
     optimizer = build(first, compile_step)
     train(optimizer, first, range(3))

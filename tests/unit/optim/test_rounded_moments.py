@@ -1,32 +1,18 @@
 """Moments in bf16 are unbiased, do not depend on sharding, and repeat for a seed, name and step."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from support.optimizer_steps import draw, parameters, train
 from torch import Tensor, nn
 
 from switchtitan.optim import AdamW, AdamWConfig, TrainedParameter, rounded_moments
 from switchtitan.optim.rounded_moments import RoundedUpdate, update_and_round_
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SHAPES = {"a.weight": (5, 7), "b.weight": (3,), "c.weight": (11, 2), "d.weight": (5, 7)}
 KEYS = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.2, "decay_norms": True}
 BF16, FP32 = AdamWConfig(**KEYS, moments_dtype="bfloat16"), AdamWConfig(**KEYS)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
-def draw(step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
-
-
-def parameters() -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(value) for name, value in zip(SHAPES, draw(1000), strict=True)}
 
 
 def build(
@@ -35,16 +21,8 @@ def build(
     return AdamW(config, [TrainedParameter(*item) for item in named.items()], compile_step, seed)
 
 
-def train(optimizer: AdamW, named: dict[str, nn.Parameter], steps: range) -> None:
-    for step in steps:
-        optimizer.set_lr((step + 1) / 12)
-        for parameter, gradient in zip(named.values(), draw(step), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-
-
 def test_the_first_update_is_that_of_fp32_moments_and_later_ones_are_close():
-    named, exact, start = parameters(), parameters(), parameters()
+    named, exact, start = parameters(SHAPES), parameters(SHAPES), parameters(SHAPES)
     rounded, reference = build(BF16, named), build(FP32, exact)
     for steps, tolerance in ((range(1), 1e-6), (range(1, 12), 1e-2)):
         train(rounded, named, steps)
@@ -61,7 +39,7 @@ def test_the_first_update_is_that_of_fp32_moments_and_later_ones_are_close():
 @pytest.mark.parametrize("max_elements", [1, 20, 1 << 24])
 def test_the_update_of_a_part_of_the_rows_is_that_part_of_the_update(max_elements, monkeypatch):
     monkeypatch.setattr(rounded_moments, "_MAX_ELEMENTS", max_elements)
-    (value, *_), (grad, *_) = draw(1), draw(2)
+    (value, *_), (grad, *_) = draw(SHAPES, 1), draw(SHAPES, 2)
     moments = [grad.bfloat16(), grad.square().bfloat16()]
     full = [value.clone(), grad, *(moment.clone() for moment in moments)]
     parts = [value.clone(), grad, *(moment.clone() for moment in moments)]
@@ -84,7 +62,7 @@ def test_the_update_of_a_part_of_the_rows_is_that_part_of_the_update(max_element
 
 
 def moments_after(steps: range, seed: int = 0) -> dict[str, Tensor]:
-    named = parameters()
+    named = parameters(SHAPES)
     optimizer = build(BF16, named, seed=seed)
     train(optimizer, named, steps)
     return {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
@@ -98,7 +76,7 @@ def test_rounding_repeats_for_a_seed_and_differs_between_seeds_names_and_steps()
     )
     assert all(torch.equal(again[key], tensor) for key, tensor in once.items())
     assert not torch.equal(once["a.weight.exp_avg"], other["a.weight.exp_avg"])
-    update = RoundedUpdate(parameters(), (0.8, 0.97), 1e-6, seed=0, compile_step=False)
+    update = RoundedUpdate(parameters(SHAPES), (0.8, 0.97), 1e-6, seed=0, compile_step=False)
     assert len({int(key) for key in update._keys.values()}) == len(SHAPES)
     decided = []
     for num_steps in (1.0, 2.0):
@@ -144,7 +122,7 @@ def test_small_changes_of_the_second_moment_are_kept_in_the_mean_and_lost_by_nea
 
 @pytest.mark.slow
 def test_compiled_it_rounds_alike_and_compiles_in_the_first_step_only():
-    named, eager = parameters(), parameters()
+    named, eager = parameters(SHAPES), parameters(SHAPES)
     optimizer, of_eager = build(BF16, named, compile_step=True), build(BF16, eager)
     train(optimizer, named, range(1))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -160,7 +138,7 @@ def test_compiled_it_rounds_alike_and_compiles_in_the_first_step_only():
 
 @pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fresh_optimizer_with_the_saved_state_resumes_bitwise(compile_step):
-    straight, first = parameters(), parameters()
+    straight, first = parameters(SHAPES), parameters(SHAPES)
     train(build(BF16, straight, compile_step), straight, range(6))
     optimizer = build(BF16, first, compile_step)
     train(optimizer, first, range(3))

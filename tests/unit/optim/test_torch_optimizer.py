@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from support.optimizer_steps import draw, parameters, train
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
@@ -38,15 +39,6 @@ CHOICES: dict[str, tuple[OptimizerConfig, Callable, Callable]] = {
 }
 
 
-def draw(step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES.values()]
-
-
-def parameters() -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(value) for name, value in zip(SHAPES, draw(1000), strict=True)}
-
-
 def ours(
     config: OptimizerConfig, named: dict[str, nn.Parameter], compile_step: bool = False
 ) -> TrainingOptimizer:
@@ -75,21 +67,12 @@ def by_hand(choice: str, named: dict[str, nn.Parameter]) -> dict[str, torch.opti
     }
 
 
-def train(optimizer: TrainingOptimizer, named: dict[str, nn.Parameter], steps: range) -> None:
-    for step in steps:
-        optimizer.set_lr((step + 1) / 12)
-        for parameter, gradient in zip(named.values(), draw(step), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def train_by_hand(choice: str, num_steps: int) -> dict[str, nn.Parameter]:
-    named = parameters()
+    named = parameters(SHAPES)
     optimizers = by_hand(choice, named)
     peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     for step in range(num_steps):
-        for (name, optimizer), gradient in zip(optimizers.items(), draw(step), strict=True):
+        for (name, optimizer), gradient in zip(optimizers.items(), draw(SHAPES, step), strict=True):
             optimizer.param_groups[0]["lr"] = peaks[name] * ((step + 1) / 12)
             named[name].grad = gradient
             optimizer.step()
@@ -98,9 +81,9 @@ def train_by_hand(choice: str, num_steps: int) -> dict[str, nn.Parameter]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_optimizer_steps_as_torch_s_class_by_hand(choice):
-    named = parameters()
+    named = parameters(SHAPES)
     train(ours(CHOICES[choice][0], named), named, range(12))
-    start = parameters()
+    start = parameters(SHAPES)
     for name, expected in train_by_hand(choice, 12).items():
         assert torch.equal(named[name], expected), name
         assert (expected - start[name]).abs().max() > 1e-3, name
@@ -109,14 +92,14 @@ def test_every_optimizer_steps_as_torch_s_class_by_hand(choice):
 def test_norms_decay_like_all_others_if_the_section_says_so():
     moved = {}
     for decays in (False, True):
-        named = parameters()
+        named = parameters(SHAPES)
         config = SGDConfig(lr=LR, weight_decay=DECAY, decay_norms=decays, momentum=0.0)
         optimizer = ours(config, named)
         for parameter in named.values():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         moved[decays] = named
-    start = parameters()
+    start = parameters(SHAPES)
     for name, value in start.items():
         decayed = value.detach() - LR * DECAY * value.detach()
         torch.testing.assert_close(moved[True][name].detach(), decayed, rtol=1e-6, atol=0)
@@ -127,10 +110,10 @@ def test_norms_decay_like_all_others_if_the_section_says_so():
 @pytest.mark.parametrize("choice", CHOICES)
 def test_state_moves_by_name_into_a_fresh_optimizer(choice):
     config = CHOICES[choice][0]
-    straight = parameters()
+    straight = parameters(SHAPES)
     train(ours(config, straight), straight, range(9))
 
-    first = parameters()
+    first = parameters(SHAPES)
     optimizer = ours(config, first)
     train(optimizer, first, range(4))
     saved = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
@@ -156,11 +139,11 @@ def test_asking_for_the_state_before_the_first_step_changes_nothing(choice):
         trained = [TrainedParameter(*item) for item in named.items()]
         return TorchOptimizer(SGDConfig(lr=LR), trained, torch.optim.NAdam)
 
-    plain, asked = parameters(), parameters()
+    plain, asked = parameters(SHAPES), parameters(SHAPES)
     train(build(plain), plain, range(5))
     optimizer = build(asked)
     keys = optimizer.state_dict().keys()
-    for name, start in parameters().items():
+    for name, start in parameters(SHAPES).items():
         assert torch.equal(asked[name], start)
         assert asked[name].grad is None
     train(optimizer, asked, range(5))
@@ -174,7 +157,7 @@ def test_a_compiled_step_is_the_same_to_rounding_and_compiles_once(choice):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = CHOICES[choice][0]
-    named, eager = parameters(), parameters()
+    named, eager = parameters(SHAPES), parameters(SHAPES)
     optimizer = ours(config, named, compile_step=True)
     train(optimizer, named, range(3))
     num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -188,7 +171,7 @@ def test_a_compiled_step_is_the_same_to_rounding_and_compiles_once(choice):
 
 
 def test_adafactor_gives_torch_one_parameter_at_a_time():
-    named = parameters()
+    named = parameters(SHAPES)
     optimizer = ours(CHOICES["adafactor"][0], named)
     seen = []
 
@@ -204,8 +187,8 @@ def test_adafactor_gives_torch_one_parameter_at_a_time():
 
 
 def test_both_rates_are_reported():
-    named = parameters()
+    named = parameters(SHAPES)
     optimizer = ours(CHOICES["muon"][0], named)
     optimizer.set_lr(0.25)
     assert optimizer.metrics() == {"optimizer/lr": 0.25 * LR, "optimizer/other_lr": 0.25 * OTHER_LR}
-    assert ours(SGDConfig(lr=LR), parameters()).metrics() == {"optimizer/lr": LR}
+    assert ours(SGDConfig(lr=LR), parameters(SHAPES)).metrics() == {"optimizer/lr": LR}

@@ -19,11 +19,8 @@ NUM_STEPS = 200
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
+def no_world_left_behind(fresh_compiler: None) -> Iterator[None]:
     yield
-    torch._dynamo.reset()
     stop_world()
 
 

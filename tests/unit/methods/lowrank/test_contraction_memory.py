@@ -1,6 +1,6 @@
 """What the contractions keep from the forward to the backward pass, compiled and not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,15 +8,10 @@ from torch import Tensor
 
 from switchtitan.methods.lowrank.contraction import dense_gradient, factored, merged
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 OUT, IN, RANK, SCALE = 11, 7, 3, 0.3
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def draw_inputs(num_tokens: int) -> Inputs:

@@ -1,7 +1,6 @@
 """Additions to a bf16 weight are unbiased and do not depend on how its rows are sharded."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ from switchtitan.methods.lowrank.rounding import (
     add_product_,
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def not_finite() -> Tensor:
