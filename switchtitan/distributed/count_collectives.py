@@ -10,15 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass_type,
+)
 
 
 class CountingMode(TorchDispatchMode, ABC):
     """A context that calls `count` after every operation on plain tensors.
 
     Operations of backward passes are included. An operation on DTensors is counted as its
-    operations on local shards and its collectives.
+    operations on local shards and its collectives, one on torchao's tensors as its operations on
+    their parts.
     """
 
     @abstractmethod
@@ -32,8 +35,8 @@ class CountingMode(TorchDispatchMode, ABC):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # DTensor dispatches to operations on local tensors, which are counted next.
-        if any(issubclass(kind, DTensor) for kind in types):
+        # A DTensor dispatches to operations on its local tensor, which are counted next.
+        if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         self.count(func, args, kwargs or {}, result)

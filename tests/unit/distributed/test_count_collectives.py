@@ -1,6 +1,7 @@
 """Collectives are counted with the bytes of ring algorithms."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.two_tensor import TwoTensor
 
-from switchtitan.distributed.count_collectives import CollectiveCount, CountCommunication
+from switchtitan.distributed.count_collectives import (
+    CollectiveCount,
+    CountCommunication,
+    CountingMode,
+)
 
 NUM_RANKS = 5
 FULL = 5 * 3 * 4
@@ -109,3 +115,19 @@ def test_barriers_send_nothing_and_unknown_collectives_raise() -> None:
         NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall"
     ):
         counter.counts  # noqa: B018
+
+
+class RecordOperations(CountingMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        self.names.append(func.name())
+
+
+def test_an_operation_on_a_tensor_of_two_is_counted_as_one_on_each() -> None:
+    two = TwoTensor(torch.ones(3), torch.ones(3))
+    with RecordOperations() as recorded:
+        torch.abs(two)
+    assert recorded.names == ["aten::abs", "aten::abs"]
