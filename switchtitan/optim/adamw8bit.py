@@ -24,7 +24,7 @@ class AdamW8bitConfig(AdamBetas):
     (arXiv 2110.02861); `pip install 'switchtitan[torchao]'`. A moment takes one byte for each
     element, and four for each block of at most 256 elements of a row. Vectors, matrices with fewer
     than 4096 elements and rows without a divisor from 64 to 256 keep moments in fp32. Updates one
-    parameter after the other; compile it, since an update takes dozens of kernels otherwise."""
+    parameter after the other; compile it, since a matrix takes over 100 kernels otherwise."""
 
     name: Literal["adamw8bit"] = "adamw8bit"
     """The optimizer."""
