@@ -34,8 +34,8 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 
 @contextmanager
-def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
-    """Yields an uncompiled CPU stepper of the first of `num_ranks` ranks.
+def fake_stepper(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[Stepper]:
+    """Yields an uncompiled CPU stepper of one of `num_ranks` ranks.
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
@@ -46,12 +46,12 @@ def fake_stepper(config: JobConfig, num_ranks: int) -> Iterator[Stepper]:
     """
     assert not dist.is_initialized(), "this process already has a process group"
     shape = mesh_shape(config.parallelism, num_ranks)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         group = dist.group.WORLD
         assert group is not None
-        world = World(0, num_ranks, torch.device("cpu"), mesh, group)
+        world = World(rank, num_ranks, torch.device("cpu"), mesh, group)
         with FakeTensorMode():
             yield build_stepper(
                 _without_values(config),

@@ -17,5 +17,6 @@ torch looks up the device once per process, so every check runs in a new process
 - `stepper`: a `Stepper` on fake CUDA tensors
 - `copies`, `reads`, `races`, `kernels`: observe a step
 - `cases`: every method, and every option that a step depends on
+- `expected`: reads and waits that are documented
 - `checks`, `step_checks`, `plants`, `collective_plants`: functions that tests run in a new process
 """

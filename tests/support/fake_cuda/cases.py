@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from support.packages import HAS_TORCHAO
 from support.tiny import METHOD_KEYS, tiny_config
 from switchtitan.job.config import JobConfig
 
@@ -23,6 +24,8 @@ _GATHER_ONCE = ("--parallelism.frozen_weights", "gather_once")
 _UNITS = ("--parallelism.blocks_per_unit", "2")
 _FULL = ("--activation_checkpoint.mode", "full")
 _OFFLOAD = (*_FULL, "--activation_checkpoint.offload", "true")
+# Matrices of at least 4096 elements have moments in 8 bits.
+_WIDE = ("--model.hidden_size", "64", "--model.intermediate_size", "128")
 # A reset every second step.
 _RESETS = ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1")
 _BASES = ("--method.update_interval", "2")
@@ -99,6 +102,8 @@ CASES: dict[str, list[str]] = {
     "adafactor": ["full_rank", "--optimizer.name", "adafactor"],
     "muon": ["full_rank", "--optimizer.name", "muon"],
 }
+if HAS_TORCHAO:
+    CASES["adamw8bit"] = ["full_rank", "--optimizer.name", "adamw8bit", *_WIDE]
 
 
 def num_ranks_of(settings: list[str]) -> int:
@@ -106,14 +111,22 @@ def num_ranks_of(settings: list[str]) -> int:
     return 1 if "muon" in settings else NUM_RANKS
 
 
-DECOMPOSITIONS = {"_linalg_svd", "_linalg_eigh"}
-"""Operations that wait on the host for their result, and only renew bases."""
-
 EVERY_STEP = {
     *("full_rank", "lora", "switchlora", "host candidates"),
     *("resets", "galore bases", "apollo bases"),
 }
-"""Cases of which ten steps are observed. Steps of the others are all alike after the second."""
+"""Cases of which a whole period of steps is observed. Steps of the others are all alike after the
+second."""
+
+PERIOD = 5
+"""Steps after which the number of switched vectors repeats; resets and bases take two."""
+
+PERIODIC = {
+    name
+    for name, settings in CASES.items()
+    if {"--method.reset_interval", "--method.update_interval"} & set(settings)
+}
+"""Cases that reset in steps 2, 4, ... or renew bases in steps 3, 5, ..."""
 
 COUNTED_ON_CPU = {
     *METHOD_KEYS,

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.stepper import fake_cuda_stepper
 from support.tiny import tiny_config
+from switchtitan.job.config import JobConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy
@@ -24,15 +25,20 @@ def kernels_of_switches(
     results = {}
     for name, settings in cases.items():
         config = tiny_config(Path(folder), "switchlora", *settings, num_ranks=num_ranks)
-        with fake_cuda_stepper(config, num_ranks, rank) as stepper:
-            optimizer = stepper.optimizer
-            assert isinstance(optimizer, SwitchLoraOptimizer)
-            # The previous step prefetches this step's candidates if they are in host memory.
-            optimizer.switch()
-            with CountKernels() as kernels:
-                optimizer.switch()
-        results[name] = dict(kernels.counts)
+        results[name] = kernels_of_switch(config, num_ranks, rank)
     return results
+
+
+def kernels_of_switch(config: JobConfig, num_ranks: int, rank: int) -> dict[str, int]:
+    """Returns the kernels of a step's switch by operation."""
+    with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+        optimizer = stepper.optimizer
+        assert isinstance(optimizer, SwitchLoraOptimizer)
+        # The previous step prefetches this step's candidates if they are in host memory.
+        optimizer.switch()
+        with CountKernels() as kernels:
+            optimizer.switch()
+    return dict(kernels.counts)
 
 
 def kernels_of_updates(
@@ -76,11 +82,17 @@ def _as_one_kernel(region: Callable[..., Any], kernels: CountKernels) -> Callabl
     return call
 
 
-def kernels_of_loss(
+def kernels_of_losses(
+    num_tokens: int, dim: int, vocabularies: list[int]
+) -> list[tuple[dict[str, int], list[tuple[int, ...]]]]:
+    """Returns, by vocabulary, the kernels of the eager loss and its backward pass in bf16, by
+    operation, and the strides of the logits of each chunk."""
+    return [_kernels_of_loss(num_tokens, dim, vocabulary) for vocabulary in vocabularies]
+
+
+def _kernels_of_loss(
     num_tokens: int, dim: int, vocabulary: int
 ) -> tuple[dict[str, int], list[tuple[int, ...]]]:
-    """Returns the kernels of the eager loss and its backward pass in bf16, by operation, and the
-    strides of the logits of each chunk."""
     strides: list[tuple[int, ...]] = []
 
     class Count(CountKernels):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from support.fake_cuda.operations import is_on_cuda, tensors_in
 from switchtitan.distributed.count_collectives import CountingMode
 
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
@@ -44,11 +44,7 @@ class CountKernels(CountingMode):
         self.counts: Counter[str] = Counter()
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        if not any(
-            tensor.is_cuda
-            for tensor in tree_leaves((args, kwargs, result))
-            if isinstance(tensor, Tensor)
-        ):
+        if not any(map(is_on_cuda, tensors_in((args, kwargs, result)))):
             return
         namespace, _, name = func.name().split(".")[0].partition("::")
         if name.startswith("_foreach_"):

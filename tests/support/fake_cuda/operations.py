@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.count_collectives import CountingMode
-
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
@@ -27,6 +25,11 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
             _collect(part, found)
 
 
+def is_on_cuda(tensor: Tensor) -> bool:
+    """Like `tensor.is_cuda`, which dispatches an operation for a fake tensor."""
+    return tensor.device.type == "cuda"
+
+
 def arguments_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Yields each argument of the operation's schema, and its value or default."""
     for position, argument in enumerate(func._schema.arguments):
@@ -34,15 +37,3 @@ def arguments_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[
             yield argument, args[position]
         else:
             yield argument, kwargs.get(argument.name, argument.default_value)
-
-
-class Together(CountingMode):
-    """A context in which several counters count, for the cost of one."""
-
-    def __init__(self, *counters: CountingMode) -> None:
-        super().__init__()
-        self._counters = counters
-
-    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        for counter in self._counters:
-            counter.count(func, args, kwargs, result)

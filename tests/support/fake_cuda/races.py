@@ -9,7 +9,7 @@ from torch import Tensor
 from support.fake_cuda import collectives, python_api
 from support.fake_cuda.copies import is_non_blocking
 from support.fake_cuda.lines import project_line
-from support.fake_cuda.operations import arguments_of, tensors_in
+from support.fake_cuda.operations import arguments_of, is_on_cuda, tensors_in
 from support.fake_cuda.timeline import Actor, host
 from switchtitan.distributed.count_collectives import CountingMode
 
@@ -62,7 +62,7 @@ class FindRaces(CountingMode):
             return
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
         stream = python_api.current_stream().actor
-        on_device = any(tensor.is_cuda for tensor in inputs + outputs)
+        on_device = any(map(is_on_cuda, inputs + outputs))
         for tensor in outputs:
             self._know(tensor, stream)
         if name.partition("::")[2] in _ALLOCATIONS:
@@ -101,9 +101,10 @@ class FindRaces(CountingMode):
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._accesses:
-            self._accesses[address] = _Accesses(stream if tensor.is_cuda else host)
-            weakref.finalize(storage, self._release, address, tensor.is_cuda)
-            if tensor.is_cuda:
+            is_cuda = is_on_cuda(tensor)
+            self._accesses[address] = _Accesses(stream if is_cuda else host)
+            weakref.finalize(storage, self._release, address, is_cuda)
+            if is_cuda:
                 stream.wait_for(host.clock)
                 for access in self._released.pop(stream, ()):
                     self._check(stream, access, "an allocation reuses memory")

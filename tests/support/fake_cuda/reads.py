@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass_type,
+)
 
 from support.fake_cuda.lines import project_line
-from support.fake_cuda.operations import tensors_in
+from support.fake_cuda.operations import is_on_cuda, tensors_in
+from switchtitan.distributed.count_collectives import CountingMode
 
 # These kernels check on the host whether they have converged.
 _READ_INSIDE = {"_linalg_svd", "_linalg_eigh", "linalg_cholesky_ex", "linalg_lu_factor_ex"}
@@ -20,12 +24,16 @@ class FindHostReads(TorchDispatchMode):
     A number that is read is 1, or True: fake tensors have no values. Operations whose result's
     shape depends on values raise torch's `DynamicOutputShapeException`.
 
+    Args:
+        counters: count all other operations; they are not entered.
+
     Attributes:
         found: each operation, and the project's line that calls it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *counters: CountingMode) -> None:
         super().__init__()
+        self._counters = counters
         self.found: list[str] = []
 
     def __torch_dispatch__(
@@ -35,15 +43,19 @@ class FindHostReads(TorchDispatchMode):
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # A DTensor dispatches to operations on its local tensor.
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented
         name = func._opname if isinstance(func, torch._ops.OpOverload) else str(func)
         is_number = name == "_local_scalar_dense"
-        if (is_number or name in _READ_INSIDE) and any(
-            tensor.is_cuda for tensor in tensors_in(args)
-        ):
+        if (is_number or name in _READ_INSIDE) and any(map(is_on_cuda, tensors_in(args))):
             self.found.append(f"{name} at {project_line()}")
             if is_number:
                 return _one(args[0])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for counter in self._counters:
+            counter.count(func, args, kwargs or {}, result)
+        return result
 
 
 def _one(tensor: Tensor) -> bool | int | float:

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.fake_cuda import python_api
-from support.fake_cuda.cases import CASES, COUNTED_ON_CPU, config_of, num_ranks_of
+from support.fake_cuda.cases import CASES, config_of, num_ranks_of
+from support.fake_cuda.checks import kernels_of_switch
 from support.fake_cuda.copies import FindBlockingCopies
-from support.fake_cuda.kernels import CountKernels
-from support.fake_cuda.operations import Together
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.reads import FindHostReads
 from support.fake_cuda.stepper import fake_cuda_stepper
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
-from switchtitan.job.config import JobConfig, parse_arguments
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.job.config import parse_arguments
 from switchtitan.training.stepper import Stepper
 
 
@@ -58,13 +56,10 @@ def observed_stepper(
 ) -> Iterator[tuple[Stepper, FindRaces]]:
     """Yields the stepper of a case after its first step, and what has observed its accesses."""
     num_ranks = num_ranks_of(settings)
-    with (
-        fake_cuda_stepper(
-            config_of(folder, settings), num_ranks, rank_from_end % num_ranks
-        ) as stepper,
-        FindRaces() as races,
-    ):
-        with FindHostReads():
+    rank = rank_from_end % num_ranks
+    races = FindRaces()
+    with fake_cuda_stepper(config_of(folder, settings), num_ranks, rank) as stepper:
+        with FindHostReads(races):
             stepper.step()
         yield stepper, races
 
@@ -73,8 +68,8 @@ def observe(step: Callable[[], object], races: FindRaces) -> Observed:
     """Returns what is observed while `step` runs; `races` has observed what ran before."""
     python_api.host_waits.clear()
     races.found.clear()
-    reads, copies, sent = FindHostReads(), FindBlockingCopies(), CountCommunication()
-    with reads, Together(copies, sent):
+    copies, sent = FindBlockingCopies(), CountCommunication()
+    with FindHostReads(races, copies, sent) as reads:
         step()
     return Observed(
         copies.found,
@@ -100,35 +95,28 @@ def kernels_of_file(
     """
     uncompiled = [f"--compile.{key}=false" for key in CompileConfig.model_fields]
     return {
-        name: _kernels_of_switch(
+        name: kernels_of_switch(
             parse_arguments(["--config", file, *uncompiled, *settings], num_ranks), num_ranks, rank
         )
         for name, settings in cases.items()
     }
 
 
-def _kernels_of_switch(config: JobConfig, num_ranks: int, rank: int) -> dict[str, int]:
-    with fake_cuda_stepper(config, num_ranks, rank) as stepper:
-        optimizer = stepper.optimizer
-        assert isinstance(optimizer, SwitchLoraOptimizer)
-        # The previous step prefetches this step's candidates if they are in host memory.
-        optimizer.switch()
-        with CountKernels() as kernels:
-            optimizer.switch()
-    return dict(kernels.counts)
+def collectives_on_cpu(
+    folder: Path, num_steps: dict[str, int], rank_from_end: int
+) -> dict[str, list[dict[str, list[float]]]]:
+    """Returns the collectives of cases in each step from the second, on a CPU.
 
-
-def collectives_on_cpu(folder: Path, num_steps: int) -> dict[str, list[dict[str, list[float]]]]:
-    """Returns the collectives of `cases.COUNTED_ON_CPU` in each step from the second, on a CPU.
-
-    Unlike the other checks, it does not need fake CUDA.
+    Arguments are those of `steps_of_cases`. Unlike the other checks, it does not need fake CUDA.
     """
     collectives = {}
-    for name in sorted(COUNTED_ON_CPU):
+    for name, number in num_steps.items():
         settings = CASES[name]
-        with fake_stepper(config_of(folder, settings), num_ranks_of(settings)) as stepper:
+        num_ranks = num_ranks_of(settings)
+        config, rank = config_of(folder, settings), rank_from_end % num_ranks
+        with fake_stepper(config, num_ranks, rank) as stepper:
             stepper.step()
-            collectives[name] = [_collectives_of(stepper) for _ in range(num_steps - 1)]
+            collectives[name] = [_collectives_of(stepper) for _ in range(number - 1)]
     return collectives
 
 

@@ -6,9 +6,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 from support.fake_cuda.cases import CASES, config_of
+from support.packages import HAS_TORCHAO
 
 from switchtitan.config.section import Section
 from switchtitan.job.config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.optim import OPTIMIZERS
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +49,12 @@ def test_every_choice_has_a_case(configs: list[JobConfig]) -> None:
                 possible |= {(name, key, value) for value in values}
                 chosen.add((name, key, getattr(section, key)))
     assert possible - chosen - NOT_TRACED == set()
+
+
+def test_every_method_and_optimizer_has_a_case(configs: list[JobConfig]) -> None:
+    assert set(METHODS) == {config.method.name for config in configs}
+    optimizers = {config.optimizer.name for config in configs}
+    assert set(OPTIMIZERS) == optimizers | (set() if HAS_TORCHAO else {"adamw8bit"})
 
 
 def choices_of(section: type[Section]) -> Iterator[tuple[str, tuple]]:
