@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from switchtitan.benchmark.tables import batch_size_cell
 from switchtitan.config.fields import describe
 from switchtitan.config.load import section_types
 from switchtitan.config.section import Section
@@ -207,6 +208,23 @@ def _estimates(record: dict[str, Any]) -> list[Row]:
     return rows if first_sent else [(*row[:4], row[6]) for row in rows]
 
 
+def _fits(record: dict[str, Any]) -> list[Row]:
+    """A row for each method, a column for each size of the model."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, fit in record["fits"].items():
+        file, *keys = _side(name).split(", ")
+        values = dict(key.split("=", 1) for key in keys)
+        size = values.pop("size")
+        # The rank follows the size.
+        values.pop("rank", None)
+        method = file.removeprefix("llama_350m_")
+        row = ", ".join([method, *(f"{key}={value}" for key, value in values.items())])
+        sizes = map(batch_size_cell, fit["batch_size"].values())
+        cells.setdefault(row, {})[size] = " / ".join(sizes)
+    header = ("", *next(iter(cells.values())))
+    return [header, *((row, *by_size.values()) for row, by_size in cells.items())]
+
+
 def _loss(record: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("", "ms/call", "ratio", "95 % interval", "peak, MiB", "ratio")]
     for place, (name, side) in enumerate(record["calls"].items()):
@@ -265,6 +283,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "steps": _steps,
     "switches": _switches,
     "estimates": _estimates,
+    "fits": _fits,
     "memory": _loss,
     "updates": _optimizer,
     "layers": _layers,

@@ -9,7 +9,7 @@ from switchtitan.distributed.count_collectives import CommunicationCounts, Count
 from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
 
-ASSUMPTIONS = (
+MEMORY_ASSUMPTIONS = (
     '[training] dtype = "auto" means bfloat16, as on GPUs since Ampere; for other devices pass '
     "--training.dtype float32",
     "memory is that of tensors on rank 0, whose shards are the largest, without allocator "
@@ -17,6 +17,10 @@ ASSUMPTIONS = (
     "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU "
     "gathers one block ahead",
     "attention is a fused kernel that keeps no scores, and is not halved for the causal mask",
+)
+"""Assumptions of the estimates of memory."""
+ASSUMPTIONS = (
+    *MEMORY_ASSUMPTIONS,
     "FLOPs are those of matrix products and attention; the ratio compares FLOPs, not times, with "
     "full-rank training without recomputation",
 )

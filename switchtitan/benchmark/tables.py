@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
+from switchtitan.benchmark.fit import MAX_BATCH_SIZE, BatchSizeSearch
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
 from switchtitan.distributed.count_collectives import CommunicationCounts
@@ -136,6 +137,37 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
             ("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), "")
         )
     return aligned(rows)
+
+
+def fit_table(searches: Mapping[str, BatchSizeSearch], memories_gib: Sequence[float]) -> list[str]:
+    """Formats one line per configuration: the largest micro-batch that fits in each memory, and the
+    peak with one sequence."""
+    rows = [(*(f"{gib:g} GiB" for gib in memories_gib), "peak GiB with 1", "")]
+    for name, search in searches.items():
+        cells = (batch_size_cell(search.largest(gib)) for gib in memories_gib)
+        rows.append((*cells, _gib(search.peaks[1]), name))
+    return aligned(rows)
+
+
+def batch_size_cell(batch_size: int) -> str:
+    """Formats a micro-batch that fits: "no" for none, "64+" for the largest that is tried."""
+    if batch_size == 0:
+        return "no"
+    return f"{batch_size}+" if batch_size == MAX_BATCH_SIZE else str(batch_size)
+
+
+def fit_record(
+    searches: Mapping[str, BatchSizeSearch], memories_gib: Sequence[float]
+) -> dict[str, JsonValue]:
+    """Returns by configuration: sequences per micro-batch that fit, by GiB of the device, and the
+    estimated peaks in bytes, by sequences."""
+    return {
+        name: {
+            "batch_size": {f"{gib:g}": search.largest(gib) for gib in memories_gib},
+            "peak": {str(size): peak for size, peak in sorted(search.peaks.items())},
+        }
+        for name, search in searches.items()
+    }
 
 
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:

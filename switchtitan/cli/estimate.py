@@ -4,17 +4,25 @@
 
 CONFIG is a file, or a file with overrides for this side:
 `FILE:section.key=value,section.key=value`. Further keys override all sides. Prints tables, and the
-same as JSON: as the last line, or to --json FILE. Needs one process only."""
+same as JSON: as the last line, or to --json FILE. Needs one process only.
+
+    switchtitan estimate CONFIG ... --world-size N --fit 24 80
+
+prints instead the largest local batch size that fits on devices with 24 and 80 GiB."""
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from switchtitan.benchmark.estimate import ASSUMPTIONS, estimate_step
+from switchtitan.benchmark.estimate import ASSUMPTIONS, MEMORY_ASSUMPTIONS, estimate_step
+from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, BatchSizeSearch
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.benchmark.tables import (
     communication_table,
     estimate_record,
+    fit_record,
+    fit_table,
     flops_table,
     memory_table,
 )
@@ -22,6 +30,7 @@ from switchtitan.cli.record import add_json_option, check_json_option, put_recor
 from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
 from switchtitan.job.checks import checks_without_device
+from switchtitan.job.config import JobConfig
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,6 +41,9 @@ def main(argv: Sequence[str]) -> None:
         check_json_option(options.json)
         checks = checks_without_device(options.world_size)
         configs = load_sides(options.configs, overrides, options.world_size, checks)
+        if options.fit:
+            _print_fit(configs, options, argv)
+            return
         estimates = {
             name: estimate_step(config, options.world_size) for name, config in configs.items()
         }
@@ -59,6 +71,40 @@ def main(argv: Sequence[str]) -> None:
     put_record("switchtitan estimate", argv, record, options.json)
 
 
+def _print_fit(
+    configs: Mapping[str, JobConfig], options: argparse.Namespace, argv: Sequence[str]
+) -> None:
+    """Estimates and prints the largest micro-batch of each configuration that fits."""
+    searches = {
+        name: BatchSizeSearch(config, options.world_size) for name, config in configs.items()
+    }
+    assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
+    lines = [
+        f"largest local_batch_size that fits on each of {options.world_size} ranks with this much "
+        "memory",
+        *fit_table(searches, options.fit),
+        "assumptions:",
+        *(f"- {assumption}" for assumption in assumptions),
+    ]
+    print("\n".join(lines), flush=True)
+    record = {
+        "world_size": options.world_size,
+        "assumptions": assumptions,
+        "fits": fit_record(searches, options.fit),
+    }
+    put_record("switchtitan estimate", argv, record, options.json)
+
+
+def _memory_in_gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected GiB of memory, for example 24")
+    return value
+
+
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the options; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
@@ -74,5 +120,13 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         help="FILE or FILE:section.key=value,section.key=value",
     )
     parser.add_argument("--world-size", type=positive_int, required=True, help="number of ranks")
+    parser.add_argument(
+        "--fit",
+        nargs="+",
+        type=_memory_in_gib,
+        metavar="GIB",
+        help="only estimate the largest local_batch_size that fits on devices with this memory; "
+        "replaces the batch sizes of the configurations",
+    )
     add_json_option(parser)
     return parser.parse_args(argv)

@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 from support.tiny import METHOD_KEYS, TINY
 
+from switchtitan.benchmark.tables import batch_size_cell
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -49,6 +51,36 @@ def test_estimates_are_in_tables_and_a_record(
     assert [path.name for path in Path(file).parent.iterdir()] == ["tiny.toml"]
 
 
+def test_fit_prints_the_largest_micro_batches_and_their_peaks(
+    script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = f"{file}:model.hidden_size=40"
+    script.main([file, wide, "--world-size", "2", "--fit", "1e-4", "0.003", "80"])
+    *text, line = capsys.readouterr().out.splitlines()
+    assert text[1].split() == [
+        "0.0001",
+        "GiB",
+        "0.003",
+        "GiB",
+        "80",
+        "GiB",
+        "peak",
+        "GiB",
+        "with",
+        "1",
+    ]
+    record = json.loads(line)
+    assert record["assumptions"] == [row.removeprefix("- ") for row in text if row.startswith("- ")]
+    narrow, wider = record["fits"][file], record["fits"][wide]
+    for row, side in zip(text[2:4], (narrow, wider), strict=True):
+        sizes = side["batch_size"]
+        assert (sizes["0.0001"], sizes["80"]) == (0, 64)
+        assert row.split()[:3] == ["no", batch_size_cell(sizes["0.003"]), "64+"]
+        most = 0.9 * 0.003 * 2**30
+        assert side["peak"][str(sizes["0.003"])] <= most < side["peak"][str(sizes["0.003"] + 1)]
+    assert narrow["batch_size"]["0.003"] > wider["batch_size"]["0.003"] >= 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -56,6 +88,8 @@ def test_estimates_are_in_tables_and_a_record(
         (["FILE", "--world-size", "0"], "expected an integer >= 1"),
         (["FILE:method.rnk=3", "--world-size", "2"], "did you mean rank?"),
         (["FILE", "--world-size", "3"], "global_batch_size"),
+        (["FILE", "--world-size", "2", "--fit", "24GB"], "expected GiB of memory"),
+        (["FILE", "--world-size", "2", "--fit", "-1"], "--fit"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(

@@ -65,6 +65,25 @@ def test_a_table_is_made_from_its_measurement(generate_docs, tmp_path):
     assert generate_docs.with_tables(written, tmp_path) == written
 
 
+def test_the_table_of_what_fits_has_a_row_per_method_and_a_column_per_size(generate_docs):
+    sides = {
+        f"train_configs/llama_350m_{method}:model.size={size}{keys}": {
+            "batch_size": {"24": small, "80": large}
+        }
+        for size, small, large in (("1b", 3, 64), ("7b", 0, 5))
+        for method, keys in (
+            ("full_rank.toml", ",optimizer.name=adamw8bit"),
+            ("lora.toml", f",method.rank={512 if size == '1b' else 1024}"),
+        )
+    }
+    rows = generate_docs._fits({"fits": sides})
+    assert rows == [
+        ("", "1b", "7b"),
+        ("full_rank, name=adamw8bit", "3 / 64+", "no / 5"),
+        ("lora", "3 / 64+", "no / 5"),
+    ]
+
+
 def test_every_table_has_a_measurement_of_its_name(generate_docs):
     names = generate_docs._TABLE.findall(generate_docs.PERFORMANCE.read_text())
     script = (ROOT / "scripts" / "measure_performance.sh").read_text()
