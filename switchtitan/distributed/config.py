@@ -18,7 +18,7 @@ class ParallelismConfig(Section):
     blocks_per_unit: int = Field(default=1, ge=1)
     """Blocks whose weights are gathered together and whose gradients are reduced together, at least
     1. More blocks take less host time and fewer, larger messages; memory grows by the full weights
-    and gradients of the added blocks."""
+    and gradients of the added blocks. One rank sends no messages."""
     reshard_after_forward: bool = True
     """Free a unit's gathered weights after its forward pass and gather them again for the backward
     pass: less memory, more communication. If false, weights are gathered once per step and freed
@@ -37,8 +37,8 @@ class ParallelismConfig(Section):
     accumulate_gradients: Literal["full", "sharded"] = "full"
     """How gradients of several micro-batches are accumulated: `full` keeps full fp32 gradients on
     every rank and reduces them once per step; `sharded` reduces them after every micro-batch: less
-    memory, more communication. Equal to rounding. `sharded` requires several micro-batches per
-    step."""
+    memory, more communication. Equal to rounding. `sharded` has no effect with one micro-batch per
+    step, or where one rank holds a replica."""
 
 
 class CompileConfig(Section):

@@ -48,7 +48,6 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         check_method_length,
         partial(check_optimizer, num_ranks=num_ranks),
         check_frozen_weights,
-        partial(check_accumulation, num_ranks=num_ranks),
         check_evaluation,
         partial(check_communication, num_ranks=num_ranks),
         check_vocabulary,
@@ -201,20 +200,6 @@ def check_frozen_weights(
         f"{key} has no effect: [method] name = {toml_value(method.name)} trains all weights; "
         "remove it, or choose a method that freezes weights"
         for key in ineffective
-    ]
-
-
-def check_accumulation(
-    parallelism: ParallelismConfig, training: TrainingConfig, num_ranks: int
-) -> list[str]:
-    """Accumulating sharded gradients needs several micro-batches."""
-    size, unit = training.global_batch_size, num_ranks * training.local_batch_size
-    if parallelism.accumulate_gradients == "full" or size > unit:
-        return []
-    return [
-        '[parallelism] accumulate_gradients = "sharded" has no effect: a step has one micro-batch '
-        f"on each of {num_ranks} rank(s), [training] global_batch_size = {size}; remove it, or "
-        "lower [training] local_batch_size"
     ]
 
 

@@ -14,9 +14,11 @@ from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.contracts import LanguageModel
 from switchtitan.data import Corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, DtypeName
-from switchtitan.distributed.world import World, device_name
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import World, device_name, mesh_shape
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
+from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability import configure_logging
@@ -110,6 +112,8 @@ def describe_run(
             -(-shard // world.num_local_ranks),
             num_nodes,
         )
+    for notice in keys_without_effect(config.parallelism, config.training, world.size):
+        logger.info(notice)
     logger.info("compute dtype: %s", compute_dtype)
     if checkpoint is None:
         logger.info("starting a new run in %s", config.job.output_dir)
@@ -130,6 +134,31 @@ def describe_run(
             "compiling: the first step takes a minute or more; later runs use the cache; "
             "speed and ETA are measured from the second step"
         )
+
+
+def keys_without_effect(
+    parallelism: ParallelismConfig, training: TrainingConfig, num_ranks: int
+) -> list[str]:
+    """Returns notices of keys that have no effect on this number of ranks.
+
+    Not errors, since one configuration serves several numbers of ranks. Not `frozen_weights =
+    "replicate"` on one rank, where it saves the frozen weights' copies in the compute dtype.
+    """
+    _, shard = mesh_shape(parallelism, num_ranks)
+    num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
+    size = parallelism.blocks_per_unit
+    reasons = []
+    if size > 1 and num_ranks == 1:
+        cost = "; it only takes more memory" if parallelism.reshard_after_forward else ""
+        reasons.append((f"blocks_per_unit = {size}", f"one rank sends nothing{cost}"))
+    if parallelism.frozen_weights == "gather_once" and shard == 1:
+        reasons.append(('frozen_weights = "gather_once"', "each rank holds all weights"))
+    if parallelism.accumulate_gradients == "sharded" and num_micro_batches == 1:
+        reasons.append(('accumulate_gradients = "sharded"', "a step has one micro-batch"))
+    elif parallelism.accumulate_gradients == "sharded" and shard == 1:
+        reason = "each rank holds all gradients; it only takes more time"
+        reasons.append(('accumulate_gradients = "sharded"', reason))
+    return [f"[parallelism] {key} has no effect: {reason}" for key, reason in reasons]
 
 
 def crosses_nodes_needlessly(model: nn.Module, shard: int, num_local_ranks: int) -> bool:

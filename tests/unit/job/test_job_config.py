@@ -176,15 +176,6 @@ def test_a_key_that_must_not_be_set_is_unset_when_loaded_again(
             "trains all weights",
         ),
         (
-            [
-                *("--parallelism.accumulate_gradients", "sharded"),
-                *("--training.global_batch_size", "16", "--training.local_batch_size", "8"),
-            ],
-            2,
-            '[parallelism] accumulate_gradients = "sharded" has no effect: a step has one '
-            "micro-batch on each of 2 rank(s)",
-        ),
-        (
             ["--method.name", "galore", "--training.frozen_dtype", "bfloat16"],
             1,
             '[training] frozen_dtype = "bfloat16" has no effect: [method] name = "galore" '

@@ -20,6 +20,7 @@ from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
     crosses_nodes_needlessly,
+    keys_without_effect,
     run_identity,
     unaligned_widths,
 )
@@ -228,6 +229,52 @@ def test_a_model_that_fits_on_one_machine_should_not_cross_the_network(
 ):
     model = torch.nn.Linear(billions * 1000, 1_000_000, bias=False, device="meta")
     assert crosses_nodes_needlessly(model, shard, num_local_ranks) == expected
+
+
+UNITS = ("--parallelism.blocks_per_unit", "3")
+KEPT = ("--parallelism.frozen_weights", "gather_once")
+SHARDED = ("--parallelism.accumulate_gradients", "sharded")
+UNSHARDED = ("--parallelism.replicate", "2")
+NO_RESHARD = ("--parallelism.reshard_after_forward", "false")
+SENDS_NOTHING = "blocks_per_unit = 3 has no effect: one rank sends nothing"
+KEEPS_NOTHING = 'frozen_weights = "gather_once" has no effect: each rank holds all weights'
+SAVES_NOTHING = 'accumulate_gradients = "sharded" has no effect: each rank holds all gradients'
+ACCUMULATES_NOTHING = 'accumulate_gradients = "sharded" has no effect: a step has one micro-batch'
+
+
+@pytest.mark.parametrize(
+    ("keys", "num_ranks", "expected"),
+    [
+        ((), 1, []),
+        (("--parallelism.frozen_weights", "replicate"), 1, []),
+        (UNITS, 1, [f"{SENDS_NOTHING}; it only takes more memory"]),
+        ((*UNITS, *NO_RESHARD), 1, [SENDS_NOTHING]),
+        ((*UNITS, *UNSHARDED), 2, []),  # gradients are reduced together
+        (UNITS, 2, []),
+        (KEPT, 1, [KEEPS_NOTHING]),
+        ((*KEPT, *UNSHARDED), 2, [KEEPS_NOTHING]),
+        (KEPT, 2, []),
+        (SHARDED, 1, [f"{SAVES_NOTHING}; it only takes more time"]),
+        ((*SHARDED, *UNSHARDED), 2, [f"{SAVES_NOTHING}; it only takes more time"]),
+        (SHARDED, 2, []),
+        (SHARDED, 4, [ACCUMULATES_NOTHING]),
+        ((*UNITS, *NO_RESHARD, *KEPT), 1, [SENDS_NOTHING, KEEPS_NOTHING]),
+    ],
+)
+def test_keys_that_have_no_effect_on_these_ranks_are_named(
+    tmp_path: Path, keys: tuple[str, ...], num_ranks: int, expected: list[str]
+):
+    config = tiny_config(tmp_path, "switchlora", *keys, num_ranks=num_ranks)
+    notices = keys_without_effect(config.parallelism, config.training, num_ranks)
+    assert notices == [f"[parallelism] {notice}" for notice in expected]
+
+
+def test_a_run_on_one_rank_says_at_its_start_which_keys_have_no_effect(corpora, caplog):
+    caplog.set_level("INFO")
+    tiny_trainer(corpora / "one-rank-default", "switchlora").stepper.close()
+    assert "has no effect" not in caplog.text
+    tiny_trainer(corpora / "one-rank-kept", "switchlora", *KEPT).stepper.close()
+    assert f"[parallelism] {KEEPS_NOTHING}" in caplog.text
 
 
 @pytest.mark.parametrize(
