@@ -282,7 +282,11 @@ def prepare_model(
     """Convert a plain model on the meta device to a sharded, initialized one on this rank's
     device."""
     method.prepare_model(model)
-    checkpoint_activations(model, config.activation_checkpoint)
+    checkpoint_activations(
+        model,
+        config.activation_checkpoint,
+        preserve_rng_state=model.draws_in_forward or config.method.draws_in_forward(),
+    )
     if config.activation_checkpoint.offload:
         model.call_block = CallWithInputOnHost(HostCopies(world.device))
     if config.compile.blocks:

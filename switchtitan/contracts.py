@@ -82,6 +82,14 @@ class MethodConfig(NamedSection):
     treats_all_parameters: ClassVar[bool] = False
     """Whether the method trains all parameters alike: `[optimizer] other_lr` has no effect."""
 
+    def draws_in_forward(self) -> bool:
+        """Return whether the replaced layers draw random numbers in training, such as dropout.
+
+        If neither they nor the model do, activation checkpointing skips saving the state of the
+        random number generators. Default: True, which is always correct.
+        """
+        return True
+
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """Return error messages for linear layers of these (out, in), by name; none by default."""
         return []
@@ -169,6 +177,9 @@ class SummedLoss(Protocol):
 
 class LanguageModel(nn.Module, ABC):
     """The base class of every model. Its linear layers are `nn.Linear`."""
+
+    draws_in_forward: ClassVar[bool] = True
+    """Whether the blocks draw random numbers in training; see `MethodConfig.draws_in_forward`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -41,25 +41,33 @@ _EXPENSIVE_OPERATIONS = {
 """By name: the package may be missing, or imported later."""
 
 
-def checkpoint_activations(model: LanguageModel, config: ActivationCheckpointConfig) -> None:
+def checkpoint_activations(
+    model: LanguageModel, config: ActivationCheckpointConfig, preserve_rng_state: bool = True
+) -> None:
     """Makes each block keep fewer activations.
 
     Replaces the block's forward method, not the module, so parameter names do not change. Call
     before compilation and sharding.
+
+    Args:
+        preserve_rng_state: whether to recompute with the random numbers of the forward pass. Takes
+            host time in every block; without effect in compiled blocks, which always do.
     """
     if config.mode == "none":
         return
-    contexts = {} if config.mode == "full" else {"context_fn": _selective_contexts}
+    options: dict[str, object] = {"preserve_rng_state": preserve_rng_state}
+    if config.mode == "selective":
+        options["context_fn"] = _selective_contexts
     for block in model.blocks().values():
-        _checkpoint_block(block, contexts)
+        _checkpoint_block(block, options)
 
 
-def _checkpoint_block(block: nn.Module, contexts: dict) -> None:
+def _checkpoint_block(block: nn.Module, options: dict) -> None:
     forward = block.forward
 
     # A frame of our own: torch.compile starts no graph in a frame inside torch.
     def checkpointed_forward(*args: object) -> Tensor:
-        return checkpoint(forward, *args, use_reentrant=False, **contexts)
+        return checkpoint(forward, *args, use_reentrant=False, **options)
 
     block.forward = checkpointed_forward
 

@@ -19,6 +19,10 @@ class FullRankConfig(MethodConfig):
     """The method."""
     treats_all_parameters: ClassVar[bool] = True
 
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return False
+
 
 class FullRank(Method[FullRankConfig]):
     """Trains all parameters of the model."""

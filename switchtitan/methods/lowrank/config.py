@@ -54,6 +54,10 @@ class LowRankConfig(MethodConfig):
             )
         return self
 
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return self.dropout > 0
+
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """See `contracts.MethodConfig`."""
         return check_rank(self.rank, self.targets, linear_shapes)

@@ -39,6 +39,10 @@ class ProjectedConfig(MethodConfig):
     """Local names of the linear layers whose gradients are projected; by default all of attention
     and MLP. All other parameters train with AdamW."""
 
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return False
+
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """See `contracts.MethodConfig`."""
         return check_rank(self.rank, self.targets, linear_shapes)

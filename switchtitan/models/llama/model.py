@@ -1,6 +1,7 @@
 """LLaMA (arXiv 2302.13971), with the module names of Hugging Face's LlamaForCausalLM."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,8 @@ class Decoder(nn.Module):
 
 class Llama(LanguageModel):
     """A LLaMA language model."""
+
+    draws_in_forward: ClassVar[bool] = False
 
     def __init__(self, dims: LlamaDimensions, backend: str) -> None:
         super().__init__()

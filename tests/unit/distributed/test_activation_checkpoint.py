@@ -1,9 +1,11 @@
 """Tensors that blocks save for the backward pass in each mode of activation checkpointing."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import tiny_config, tiny_stepper
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from switchtitan.distributed.blocks import checkpoint_activations
 from switchtitan.distributed.config import ActivationCheckpointConfig
 from switchtitan.distributed.fsdp import materialize
+from switchtitan.distributed.world import stop_world
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import LoraConfig
 from switchtitan.models import MODELS
@@ -57,11 +60,14 @@ class LiveResults(TorchDispatchMode):
         }
 
 
-def build_model(mode: str, compiled: bool) -> nn.Module:
+def build_model(mode: str, compiled: bool, dropout: float = 0.0) -> nn.Module:
     with torch.device("meta"):
         model = MODELS.build(MODEL)
-    METHODS.build(LoraConfig(rank=6, init="balanced"), 10, seed=0).prepare_model(model)
-    checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
+    method = LoraConfig(rank=6, init="balanced", dropout=dropout)
+    METHODS.build(method, 10, seed=0).prepare_model(model)
+    checkpoint_activations(
+        model, ActivationCheckpointConfig(mode=mode), preserve_rng_state=method.draws_in_forward()
+    )
     if compiled:
         for block in model.blocks().values():
             # Partitions as for Inductor, without generating code.
@@ -105,6 +111,36 @@ def test_modes_save_the_documented_tensors_and_have_equal_gradients(compiled):
         for ours, plain in zip(gradients[mode], gradients["none"], strict=True):
             # The same operations; other fusions round differently in fp32.
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+def gradients_of(mode: str, dropout: float) -> list[Tensor]:
+    model = build_model(mode, compiled=False, dropout=dropout)
+    tokens = torch.randint(31, (7, 16), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    model(tokens, torch.zeros(7, 16, dtype=torch.int32)).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_gives_bitwise_the_same_gradients(mode: str, dropout: float) -> None:
+    for ours, plain in zip(gradients_of(mode, dropout), gradients_of("none", dropout), strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize(("dropout", "is_preserved"), [("0", False), ("0.1", True)])
+def test_only_a_run_with_dropout_saves_the_state_of_random_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: str, is_preserved: bool
+) -> None:
+    reads: list[int] = []
+    read = torch.get_rng_state
+    keys = ("--activation_checkpoint.mode", "full", "--method.dropout", dropout)
+    stepper = tiny_stepper(tiny_config(tmp_path, "switchlora", *keys))
+    monkeypatch.setattr(torch, "get_rng_state", lambda: reads.append(1) or read())
+    stepper.step()
+    stepper.close()
+    stop_world()
+    assert bool(reads) == is_preserved
 
 
 @pytest.mark.parametrize(("mode", "num_calls"), [("selective", 1), ("full", 2)])

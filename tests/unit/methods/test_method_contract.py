@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
+from support.tiny import (
+    METHOD_KEYS,
+    MINI,
+    full_tensors,
+    tiny_config,
+    tiny_stepper,
+    tiny_trainer,
+    train_steps,
+)
 
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import stop_world
@@ -45,6 +53,26 @@ class TrainedRun:
 def trained(corpora: Path) -> Callable[[str], TrainedRun]:
     """The run of a method; each is trained once."""
     return cache(lambda method: train_and_save(corpora / f"contract-{method}", method))
+
+
+DROPOUT = ("--method.dropout", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"), [*((method, ()) for method in METHOD_KEYS), ("lora", DROPOUT)]
+)
+def test_a_pass_draws_random_numbers_only_with_dropout_and_the_method_says_so(
+    corpora: Path, method: str, keys: tuple[str, ...]
+) -> None:
+    config = tiny_config(corpora / f"draws-{method}", method, *keys)
+    stepper = tiny_stepper(config)
+    assert not stepper.model.draws_in_forward
+    before = torch.get_rng_state()
+    tokens = torch.randint(271, (3, 16), generator=torch.Generator().manual_seed(0))
+    stepper.model(tokens, torch.zeros(3, 16, dtype=torch.int32)).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before) == (not keys)
+    assert config.method.draws_in_forward() == bool(keys)
+    stepper.close()
 
 
 def train_and_save(folder: Path, method: str) -> TrainedRun:
