@@ -4,7 +4,7 @@ DTensors here are sharded along dimension 0 over the last dimension of their mes
 shard parameters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,22 +22,6 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     # `to_local` takes ten times as long, and only it can be differentiated.
     return tensor.to_local() if tensor.requires_grad else tensor._local_tensor
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the 2-norm of all elements of all tensors, 0-dim; collective over their shards.
-
-    All tensors are sharded over the same ranks, or none is.
-    """
-    # Norms of tensors first: the sum of all squares could overflow, and rounds more.
-    norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
-    group = shard_group(tensors[0])
-    # Squaring and its root round, so one rank, as in torch, does without.
-    if group is not None and group.size() > 1:
-        squares = norms.square_()
-        dist.all_reduce(squares, group=group)
-        norms = squares.sqrt_()
-    return torch.linalg.vector_norm(norms)
 
 
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -13,9 +13,10 @@ from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOpti
 from switchtitan.distributed.compute_dtype import DtypeName
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import begin_micro_batch
+from switchtitan.distributed.norms import total_norm
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import seed_dropout
-from switchtitan.distributed.shards import local, total_norm
+from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from switchtitan.contracts import nothing_kept
-from switchtitan.distributed.shards import total_norm
+from switchtitan.distributed.norms import total_norm
 from switchtitan.methods.lowrank import low_rank_layers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
