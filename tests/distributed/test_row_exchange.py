@@ -18,9 +18,8 @@ from switchtitan.data import open_corpus
 from switchtitan.distributed import initial_draws
 from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.distributed.fsdp import materialize
+from switchtitan.distributed.row_exchange import RowExchange, RowRequest
 from switchtitan.distributed.shards import (
-    RowExchange,
-    RowRequest,
     ShardedRows,
     copy_from_full_,
     local,

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchtitan.distributed.row_exchange import RowRequest
 from switchtitan.distributed.seeds import generator_for, splitmix64
-from switchtitan.distributed.shards import RowRequest, ShardedRows, Spans, copy_all_, write_rows_
+from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import (

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.host_copies import CopyToDevice, CopyToHost, HostCopies
-from switchtitan.distributed.shards import RowRequest, ShardedRows, copy_all_
+from switchtitan.distributed.row_exchange import RowRequest
+from switchtitan.distributed.shards import ShardedRows, copy_all_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.candidates import Candidates, candidate_rows, cast_all
 from switchtitan.methods.switchlora.schedule import FACTORS, LayerSwitch

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import (
-    RowExchange,
-    RowRequest,
-    ShardedRows,
-    shard_group,
-    write_rows_,
-)
+from switchtitan.distributed.row_exchange import RowExchange, RowRequest
+from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
