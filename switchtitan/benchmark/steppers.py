@@ -39,7 +39,8 @@ def fake_stepper(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[S
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
-    steps inside the context.
+    steps inside the context. A process must not take several ranks, since torch caches the shapes
+    of a rank's shards.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.fake_cuda.kernels import CountKernels
-from support.fake_cuda.stepper import fake_cuda_stepper
+from support.fake_cuda.stepper import fake_cuda_stepper, without_initial_values
 from support.tiny import tiny_config
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
@@ -31,7 +31,7 @@ def kernels_of_switches(
 
 def kernels_of_switch(config: JobConfig, num_ranks: int, rank: int) -> dict[str, int]:
     """Returns the kernels of a step's switch by operation."""
-    with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+    with without_initial_values(), fake_cuda_stepper(config, num_ranks, rank) as stepper:
         optimizer = stepper.optimizer
         assert isinstance(optimizer, SwitchLoraOptimizer)
         # The previous step prefetches this step's candidates if they are in host memory.
@@ -56,7 +56,7 @@ def kernels_of_updates(
         config = config.model_copy(
             update={"compile": config.compile.model_copy(update={"optimizer": False})}
         )
-        with fake_cuda_stepper(config, num_ranks, rank) as stepper:
+        with without_initial_values(), fake_cuda_stepper(config, num_ranks, rank) as stepper:
             stepper.step()
             optimizer = stepper.optimizer
             assert isinstance(optimizer, SwitchLoraOptimizer)

@@ -63,6 +63,12 @@ def wait_for_result(tensor: Tensor) -> None:
     python_api.current_stream().actor.wait_for(end)
 
 
+def forget_streams() -> None:
+    """Forgets all process groups and their works."""
+    for known in (_streams, _ends_of_works, _ends_of_results, _tensors_of_works):
+        known.clear()
+
+
 def install() -> None:
     """Lets `Work.wait` of the fake process group be seen, for the rest of this process."""
     FakeWork.wait = FakeWork.synchronize = _wait_for_work

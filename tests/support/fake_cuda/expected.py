@@ -12,16 +12,21 @@ FIRST_RANK, LAST_RANK = 0, -1
 """Both ends of the shards: the last rank has fewer rows, or none."""
 Steps = dict[str, list[Observed]]
 """By case: steps 2, 3, ..."""
+Collectives = dict[str, list[dict[str, list[float]]]]
+"""By case, of steps 2, 3, ...: kind -> number and bytes that a rank sends."""
 _DECOMPOSITIONS = {"_linalg_svd", "_linalg_eigh"}
 _MOST_STEPS_ON_CPU = 3
 
 
-def steps_of(rank: int, folder: Path) -> Steps:
-    """Returns what is observed in steps of all cases, in a new process."""
+def steps_of(rank: int, folder: Path) -> tuple[Steps, Collectives]:
+    """Returns what is observed in steps of all cases, and the collectives of some on a CPU."""
     num_steps = {name: _num_steps(name, rank) for name in cases.CASES}
-    found = run_check(step_checks.steps_of_cases, str(folder), num_steps, rank)
+    on_cpu = {name: min(num_steps[name], _MOST_STEPS_ON_CPU) for name in cases.COUNTED_ON_CPU}
+    found, collectives = run_check(step_checks.steps_of_rank, str(folder), num_steps, on_cpu, rank)
     assert found.keys() == num_steps.keys()
-    return {name: [Observed(*step) for step in of_case] for name, of_case in found.items()}
+    assert collectives.keys() == on_cpu.keys()
+    steps = {name: [Observed(*step) for step in of_case] for name, of_case in found.items()}
+    return steps, collectives
 
 
 def _num_steps(name: str, rank: int) -> int:
@@ -31,12 +36,8 @@ def _num_steps(name: str, rank: int) -> int:
     return cases.PERIOD + 1 if name in cases.EVERY_STEP else 3
 
 
-def unlike_those_on_a_cpu(steps: Steps, rank: int, folder: Path) -> dict[str, list[dict]]:
+def unlike_those_on_a_cpu(steps: Steps, on_cpu: Collectives) -> Collectives:
     """Returns the collectives of cases that differ from those of the same first steps on a CPU."""
-    num_steps = {
-        name: min(1 + len(steps[name]), _MOST_STEPS_ON_CPU) for name in cases.COUNTED_ON_CPU
-    }
-    on_cpu = step_checks.collectives_on_cpu(folder, num_steps, rank)
     assert all(on_cpu.values())
     collectives = {
         name: [step.collectives for step in steps[name]][: len(of_case)]

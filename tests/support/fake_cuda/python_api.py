@@ -82,6 +82,12 @@ class FakeStream:
 _current_streams = [FakeStream()]
 
 
+def forget_streams() -> None:
+    """Starts with a new default stream, after which no work of others is known."""
+    host.clock.clear()
+    _current_streams[:] = [FakeStream()]
+
+
 def current_stream(device: object = None) -> FakeStream:
     """`torch.cuda.current_stream`; stream 0 is the default."""
     return _current_streams[-1]

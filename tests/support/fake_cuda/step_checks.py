@@ -1,4 +1,4 @@
-"""Checks of whole steps on fake CUDA tensors; most functions run in a new process."""
+"""Checks of whole steps on fake CUDA tensors; each function runs in a new process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from support.fake_cuda.checks import kernels_of_switch
 from support.fake_cuda.copies import FindBlockingCopies
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.reads import FindHostReads
-from support.fake_cuda.stepper import fake_cuda_stepper
+from support.fake_cuda.stepper import fake_cuda_stepper, without_initial_values
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
@@ -32,6 +32,16 @@ class Observed(NamedTuple):
     """Accesses to memory that do not wait for each other."""
     collectives: dict[str, list[float]]
     """Kind -> number and bytes that a rank sends."""
+
+
+def steps_of_rank(
+    folder: str, num_steps: dict[str, int], num_steps_on_cpu: dict[str, int], rank_from_end: int
+) -> tuple[dict[str, list[Observed]], dict[str, list[dict[str, list[float]]]]]:
+    """Returns what `steps_of_cases` and `collectives_on_cpu` return."""
+    return (
+        steps_of_cases(folder, num_steps, rank_from_end),
+        collectives_on_cpu(Path(folder), num_steps_on_cpu, rank_from_end),
+    )
 
 
 def steps_of_cases(
@@ -107,14 +117,14 @@ def collectives_on_cpu(
 ) -> dict[str, list[dict[str, list[float]]]]:
     """Returns the collectives of cases in each step from the second, on a CPU.
 
-    Arguments are those of `steps_of_cases`. Unlike the other checks, it does not need fake CUDA.
+    Arguments are those of `steps_of_cases`.
     """
     collectives = {}
     for name, number in num_steps.items():
         settings = CASES[name]
         num_ranks = num_ranks_of(settings)
         config, rank = config_of(folder, settings), rank_from_end % num_ranks
-        with fake_stepper(config, num_ranks, rank) as stepper:
+        with without_initial_values(), fake_stepper(config, num_ranks, rank) as stepper:
             stepper.step()
             collectives[name] = [_collectives_of(stepper) for _ in range(number - 1)]
     return collectives

@@ -16,9 +16,9 @@ pytestmark = [needs_compiler, pytest.mark.slow]
 # One test for all findings: pytest-xdist would observe the steps in every process that runs a test.
 def test_the_host_waits_for_nothing_and_collectives_are_those_on_a_cpu(tmp_path: Path) -> None:
     """Except for documented reads, and vectors that were put back two steps ago."""
-    steps = steps_of(FIRST_RANK, tmp_path)
+    steps, on_cpu = steps_of(FIRST_RANK, tmp_path)
     assert unexpected_in(steps) == {}
-    assert unlike_those_on_a_cpu(steps, FIRST_RANK, tmp_path) == {}
+    assert unlike_those_on_a_cpu(steps, on_cpu) == {}
     # Bases were renewed.
     assert any(step.reads for step in steps["galore bases"])
 
