@@ -5,7 +5,8 @@
 #   ./scripts/test.sh --quick                unit tests of less than about five seconds each
 #   ./scripts/test.sh tests/unit -k switch   some tests, in one process; arguments are pytest's
 #
-# Tests see no GPU, except those marked `gpu`: with a GPU, the first command runs them last.
+# Tests see no GPU, except those marked `gpu`: with a GPU, the first command runs them last, and fails
+# if all of them are skipped.
 # PYTEST_XDIST_AUTO_NUM_WORKERS=N sets the number of processes; default: one per core, at most 8.
 set -euo pipefail
 

@@ -30,6 +30,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for file in sorted(files.values(), key=_place) for item in file]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Otherwise a GPU that torch cannot use would look like a GPU that passes.
+    if session.config.option.markexpr == "gpu" and _only_skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.option.markexpr == "gpu" and _only_skipped(config):
+        terminalreporter.write_line(
+            "error: all GPU tests were skipped, so nothing was tested on a GPU; fix the reasons "
+            "below, for example the driver, or a torch without CUDA",
+            red=True,
+        )
+
+
+def _only_skipped(config: pytest.Config) -> bool:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    counts = {} if reporter is None else reporter.stats
+    run = ("passed", "failed", "error", "xfailed", "xpassed")
+    return bool(counts.get("skipped")) and not any(counts.get(outcome) for outcome in run)
+
+
 def _place(items: list[pytest.Item]) -> int:
     names = {mark.name for item in items for mark in item.iter_markers()}
     return next(
