@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from switchtitan.build import build_trainer
+from switchtitan.builders.trainer import build_trainer
 from switchtitan.checkpoint.config import RESUME_NEVER
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import UserError, exit_for

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from switchtitan.build import build_trainer
+from switchtitan.builders.trainer import build_trainer
 from switchtitan.cli.rendezvous import check_slurm_tasks
 from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.launcher import is_launched, num_ranks_from_launcher

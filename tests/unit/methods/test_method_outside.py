@@ -11,7 +11,7 @@ from support.tiny import tiny_config, tiny_trainer, train_steps
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from switchtitan.build import build_trainer
+from switchtitan.builders.trainer import build_trainer
 from switchtitan.checkpoint import read_tensors
 from switchtitan.cli import export
 from switchtitan.distributed.world import start_world, stop_world

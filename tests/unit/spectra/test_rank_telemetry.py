@@ -11,7 +11,7 @@ from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from switchtitan.build import build_trainer
+from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world, stop_world

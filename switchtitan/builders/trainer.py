@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 import switchtitan
-from switchtitan.checkpoint import (
-    Checkpointer,
-    check_given_paths,
-    check_same_run,
-    read_metadata,
-)
+from switchtitan.checkpoint import Checkpointer, check_given_paths, check_same_run, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
@@ -31,11 +26,7 @@ from switchtitan.distributed.blocks import (
     checkpoint_activations,
     compile_blocks,
 )
-from switchtitan.distributed.compute_dtype import (
-    ComputeDtype,
-    agree_on_dtype,
-    dtype_on,
-)
+from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
