@@ -1,19 +1,19 @@
 """Builds a `Trainer`, or a `Stepper` alone, from a configuration: one short function per part."""
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 import switchtitan
+from switchtitan.builders.stepper import OnPart, build_method, build_stepper, ignore_part
 from switchtitan.checkpoint import Checkpointer, check_given_paths, check_same_run, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
+from switchtitan.contracts import Batch, SummedLoss
 from switchtitan.data import (
     Corpus,
     TokenSequences,
@@ -21,19 +21,9 @@ from switchtitan.data import (
     build_validation_batches,
     open_corpus,
 )
-from switchtitan.distributed.blocks import (
-    CallWithInputOnHost,
-    checkpoint_activations,
-    compile_blocks,
-)
-from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype, dtype_on
-from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
-from switchtitan.distributed.host_copies import HostCopies
-from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
+from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
-from switchtitan.methods import METHODS
-from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import (
     TENSORBOARD_FOLDER,
@@ -43,7 +33,6 @@ from switchtitan.observability import (
     configure_logging,
     peak_flops_per_s,
 )
-from switchtitan.optim import build_lr_schedule
 from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
@@ -65,13 +54,6 @@ if TYPE_CHECKING:
     from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
-
-OnPart = Callable[[str], None]
-"""Called with "corpus", "model" or "optimizer" when that part is built."""
-
-
-def ignore_part(part: str) -> None:
-    """An `OnPart` that does nothing."""
 
 
 def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part) -> Trainer:
@@ -133,65 +115,6 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         profiler=build_profiler(config, world, state),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
     )
-
-
-def build_stepper(
-    config: JobConfig,
-    world: World,
-    batches: Generator[list[Batch], None, None],
-    *,
-    compute_dtype: torch.dtype | None = None,
-    state: TrainState | None = None,
-    loss: SummedLoss | None = None,
-    initial_weights: Mapping[str, Tensor] | None = None,
-    on_part: OnPart = ignore_part,
-) -> Stepper:
-    """Build what takes the steps of a run, without evaluation, saving and reports.
-
-    Works under a `FakeTensorMode` too.
-
-    Args:
-        batches: see `build_batches`.
-        compute_dtype: of activations and gradients; by default the configuration's on this device.
-        state: the run's state, by default a new run's. The caller restores model and optimizer.
-        loss: by default the configuration's.
-        initial_weights: the plain model's weights by name; by default they are random.
-    """
-    if config.training.deterministic:
-        use_deterministic_algorithms()
-    if config.training.tf32:
-        allow_tf32()
-    model = build_plain_model(config)
-    method = build_method(config)
-    if compute_dtype is None:
-        compute_dtype = dtype_on(world.device, config.training.dtype).dtype
-    prepare_model(model, method, config, world, compute_dtype, initial_weights)
-    on_part("model")
-    optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
-    on_part("optimizer")
-    return Stepper(
-        model=model,
-        optimizer=optimizer,
-        loss=loss or CrossEntropy(config.compile.loss),
-        lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
-        batches=batches,
-        world=world,
-        parallelism=config.parallelism,
-        seed=config.job.seed,
-        max_grad_norm=config.training.max_grad_norm,
-        on_nonfinite=config.training.on_nonfinite,
-        state=state or TrainState(),
-    )
-
-
-def build_plain_model(config: JobConfig) -> LanguageModel:
-    """Build the model without the method's changes, on the meta device."""
-    with torch.device("meta"):
-        return MODELS.build(config.model)
-
-
-def build_method(config: JobConfig) -> Method:
-    return METHODS.build(config.method, config.training.steps, config.job.seed)
 
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
@@ -260,31 +183,6 @@ def build_schedule(config: JobConfig) -> RunSchedule:
         evaluate_interval=config.evaluation.interval,
         save_interval=config.checkpoint.interval,
     )
-
-
-def prepare_model(
-    model: LanguageModel,
-    method: Method,
-    config: JobConfig,
-    world: World,
-    compute_dtype: torch.dtype,
-    initial_weights: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Convert a plain model on the meta device to a sharded, initialized one on this rank's
-    device."""
-    method.prepare_model(model)
-    checkpoint_activations(
-        model,
-        config.activation_checkpoint,
-        preserve_rng_state=model.draws_in_forward or config.method.draws_in_forward(),
-    )
-    if config.activation_checkpoint.offload:
-        model.call_block = CallWithInputOnHost(HostCopies(world.device))
-    if config.compile.blocks:
-        compile_blocks(model)
-    cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
-    shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
-    materialize(model, world.device, config.job.seed, initial_weights)
 
 
 def build_checkpointer(

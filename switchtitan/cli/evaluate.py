@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchtitan.builders.trainer import build_plain_model
+from switchtitan.builders.stepper import build_plain_model
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
 from switchtitan.cli.record import check_json_option
 from switchtitan.config.command_line import positive_int

@@ -10,7 +10,7 @@ from switchtitan.benchmark.commands.command import Command, Measurement, Overrid
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.tables import call_record, call_table
 from switchtitan.benchmark.timing import time_calls_in_turns
-from switchtitan.builders.trainer import build_method, build_plain_model
+from switchtitan.builders.stepper import build_method, build_plain_model
 from switchtitan.distributed.adjacent import allocate_adjacent, empty_on
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError

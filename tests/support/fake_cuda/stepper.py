@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from support.fake_cuda import collectives, python_api
 from switchtitan import build
-from switchtitan.builders.trainer import build_stepper
+from switchtitan.builders.stepper import build_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
 from switchtitan.distributed.world import World, mesh_shape, stop_world

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
-from switchtitan.builders.trainer import build_method, build_plain_model
+from switchtitan.builders.stepper import build_method, build_plain_model
 from switchtitan.checkpoint import check_same_run
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus
