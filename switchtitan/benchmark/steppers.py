@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from switchtitan.builders.data import build_batches, open_checked_corpus
 from switchtitan.builders.stepper import build_stepper
-from switchtitan.builders.trainer import build_batches, open_checked_corpus
 from switchtitan.contracts import Batch
 from switchtitan.distributed.compute_dtype import DtypeKey, agree_on_dtype
 from switchtitan.distributed.config import CompileConfig

@@ -1,26 +1,20 @@
 """Builds a `Trainer`, or a `Stepper` alone, from a configuration: one short function per part."""
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 import switchtitan
+from switchtitan.builders.data import build_batches, build_evaluators, open_checked_corpus
 from switchtitan.builders.stepper import OnPart, build_method, build_stepper, ignore_part
 from switchtitan.checkpoint import Checkpointer, check_given_paths, check_same_run, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.contracts import Batch, SummedLoss
-from switchtitan.data import (
-    Corpus,
-    TokenSequences,
-    build_train_batches,
-    build_validation_batches,
-    open_corpus,
-)
+from switchtitan.data import Corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
@@ -42,7 +36,6 @@ from switchtitan.training.description import (
     run_identity,
     start_output,
 )
-from switchtitan.training.evaluate import Evaluator, Evaluators
 from switchtitan.training.hooks import Hook, InspectWeights
 from switchtitan.training.output_folder import check_output_dir
 from switchtitan.training.stepper import Stepper, TrainState
@@ -115,13 +108,6 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         profiler=build_profiler(config, world, state),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
     )
-
-
-def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
-    """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
-    corpus = open_corpus(config.data, ranks=world)
-    corpus.check_vocabulary(config.model.vocab_size)
-    return corpus
 
 
 def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainState, list[str]]:
@@ -199,59 +185,6 @@ def build_checkpointer(
         group=world.host_group,
         background_group=world.new_host_group(),
     )
-
-
-def build_batches(
-    config: JobConfig, corpus: Corpus, world: World, state: TrainState
-) -> Generator[list[Batch], None, None]:
-    """Build this rank's training batches, starting at `state.num_batches`.
-
-    Their `close` ends the processes that read them.
-    """
-    return build_train_batches(
-        corpus.split("train", config.data.seq_len),
-        seed=config.job.seed,
-        global_batch_size=config.training.global_batch_size,
-        local_batch_size=config.training.local_batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-        start_step=state.num_batches,
-        num_workers=config.data.num_workers,
-        pin_memory=world.device.type == "cuda",
-    )
-
-
-def build_evaluators(
-    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
-) -> Evaluators:
-    validation = corpus.split("validation", config.data.seq_len)
-    test_tokens = config.evaluation.test_tokens
-    test = None
-    if test_tokens is not None:
-        test = build_evaluator(
-            config, corpus.split("test", config.data.seq_len), test_tokens, loss, world
-        )
-    return Evaluators(
-        build_evaluator(config, validation, config.evaluation.tokens, loss, world),
-        test,
-    )
-
-
-def build_evaluator(
-    config: JobConfig,
-    sequences: TokenSequences,
-    num_tokens: int,
-    loss: SummedLoss,
-    world: World,
-) -> Evaluator:
-    batches = build_validation_batches(
-        sequences,
-        num_sequences=num_tokens // config.data.seq_len,
-        local_batch_size=config.training.local_batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
-    return Evaluator(batches, loss, world)
 
 
 def build_rank_telemetry(

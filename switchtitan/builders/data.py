@@ -1,0 +1,76 @@
+"""Builds a run's corpus, training batches and evaluators."""
+
+from collections.abc import Generator
+
+from switchtitan.contracts import Batch, SummedLoss
+from switchtitan.data import (
+    Corpus,
+    TokenSequences,
+    build_train_batches,
+    build_validation_batches,
+    open_corpus,
+)
+from switchtitan.distributed.world import World
+from switchtitan.job.config import JobConfig
+from switchtitan.training.evaluate import Evaluator, Evaluators
+from switchtitan.training.stepper import TrainState
+
+
+def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
+    """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
+    corpus = open_corpus(config.data, ranks=world)
+    corpus.check_vocabulary(config.model.vocab_size)
+    return corpus
+
+
+def build_batches(
+    config: JobConfig, corpus: Corpus, world: World, state: TrainState
+) -> Generator[list[Batch], None, None]:
+    """Build this rank's training batches, starting at `state.num_batches`.
+
+    Their `close` ends the processes that read them.
+    """
+    return build_train_batches(
+        corpus.split("train", config.data.seq_len),
+        seed=config.job.seed,
+        global_batch_size=config.training.global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+        start_step=state.num_batches,
+        num_workers=config.data.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def build_evaluators(
+    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
+) -> Evaluators:
+    validation = corpus.split("validation", config.data.seq_len)
+    test_tokens = config.evaluation.test_tokens
+    test = None
+    if test_tokens is not None:
+        test = build_evaluator(
+            config, corpus.split("test", config.data.seq_len), test_tokens, loss, world
+        )
+    return Evaluators(
+        build_evaluator(config, validation, config.evaluation.tokens, loss, world),
+        test,
+    )
+
+
+def build_evaluator(
+    config: JobConfig,
+    sequences: TokenSequences,
+    num_tokens: int,
+    loss: SummedLoss,
+    world: World,
+) -> Evaluator:
+    batches = build_validation_batches(
+        sequences,
+        num_sequences=num_tokens // config.data.seq_len,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+    return Evaluator(batches, loss, world)
