@@ -1,21 +1,18 @@
 """Builds a `Trainer`, or a `Stepper` alone, from a configuration: one short function per part."""
 
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 import switchtitan
 from switchtitan.builders.data import build_batches, build_evaluators, open_checked_corpus
+from switchtitan.builders.start import build_compute_dtype, read_state, read_warm_start
 from switchtitan.builders.stepper import OnPart, build_method, build_stepper, ignore_part
-from switchtitan.checkpoint import Checkpointer, check_given_paths, check_same_run, read_metadata
+from switchtitan.checkpoint import Checkpointer, check_given_paths
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus
-from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype
+from switchtitan.distributed.compute_dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
 from switchtitan.models.loss import CrossEntropy
@@ -28,9 +25,7 @@ from switchtitan.observability import (
     peak_flops_per_s,
 )
 from switchtitan.training.description import (
-    changed_keys,
     comparable_identity,
-    compute_dtype_of,
     describe_run,
     run_facts,
     run_identity,
@@ -41,12 +36,10 @@ from switchtitan.training.output_folder import check_output_dir
 from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.trainer import RunSchedule, Trainer, loss_metrics
 
-# `hub`, `spectra` and the communication counter are imported where they are used: most runs use
+# `spectra` and the communication counter are imported where they are used: most runs use
 # none of them.
 if TYPE_CHECKING:
     from switchtitan.spectra.telemetry import RankTelemetry
-
-logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part) -> Trainer:
@@ -108,59 +101,6 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         profiler=build_profiler(config, world, state),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
     )
-
-
-def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainState, list[str]]:
-    """Read a checkpoint's training state, and list the keys that have changed since.
-
-    Args:
-        resolved: this run's configuration, see `resolved_toml`.
-
-    Raises:
-        CheckpointError: if the checkpoint belongs to another run.
-    """
-    metadata = read_metadata(checkpoint)
-    check_same_run(comparable_identity(metadata.identity), identity)
-    state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
-    state.compute_dtype = compute_dtype_of(metadata)
-    return state, changed_keys(str(metadata.run["config"]), resolved)
-
-
-def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
-    """Return the state of a new run, and its initial weights; None for random weights.
-
-    The state records which weights were read.
-
-    Raises:
-        CheckpointError: if the weights cannot be read, or belong to another model.
-    """
-    if config.checkpoint.initial_weights is None:
-        return TrainState(), None
-    from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
-
-    source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
-    logger.info("initial weights: %s", source)
-    return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
-
-
-def build_compute_dtype(
-    config: JobConfig, world: World, state: TrainState, changes: list[str]
-) -> ComputeDtype:
-    """Choose the compute dtype and put it into `state`; append to `changes` if it differs.
-
-    Args:
-        state: contains the checkpoint's dtype if the run resumes.
-
-    Raises:
-        EnvironmentMismatchError: if the devices or the model do not support it.
-    """
-    saved = state.compute_dtype
-    chosen = agree_on_dtype(config.training.dtype, world, saved)
-    config.model.check_device(world.device.type, chosen.dtype)
-    if saved not in (None, chosen.name):
-        changes.append(f"compute dtype: {saved} -> {chosen.name}")
-    state.compute_dtype = chosen.name
-    return chosen
 
 
 def build_schedule(config: JobConfig) -> RunSchedule:

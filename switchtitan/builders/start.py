@@ -1,0 +1,70 @@
+"""Reads what a run starts from: a checkpoint's state, initial weights and the compute dtype."""
+
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from switchtitan.checkpoint import check_same_run, read_metadata
+from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype
+from switchtitan.distributed.world import World
+from switchtitan.job.config import JobConfig
+from switchtitan.training.description import changed_keys, comparable_identity, compute_dtype_of
+from switchtitan.training.stepper import TrainState
+
+# `hub` is imported where it is used: most runs do not use it.
+
+logger = logging.getLogger(__name__)
+
+
+def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainState, list[str]]:
+    """Read a checkpoint's training state, and list the keys that have changed since.
+
+    Args:
+        resolved: this run's configuration, see `resolved_toml`.
+
+    Raises:
+        CheckpointError: if the checkpoint belongs to another run.
+    """
+    metadata = read_metadata(checkpoint)
+    check_same_run(comparable_identity(metadata.identity), identity)
+    state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
+    state.compute_dtype = compute_dtype_of(metadata)
+    return state, changed_keys(str(metadata.run["config"]), resolved)
+
+
+def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:
+    """Return the state of a new run, and its initial weights; None for random weights.
+
+    The state records which weights were read.
+
+    Raises:
+        CheckpointError: if the weights cannot be read, or belong to another model.
+    """
+    if config.checkpoint.initial_weights is None:
+        return TrainState(), None
+    from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
+
+    source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
+    logger.info("initial weights: %s", source)
+    return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
+
+
+def build_compute_dtype(
+    config: JobConfig, world: World, state: TrainState, changes: list[str]
+) -> ComputeDtype:
+    """Choose the compute dtype and put it into `state`; append to `changes` if it differs.
+
+    Args:
+        state: contains the checkpoint's dtype if the run resumes.
+
+    Raises:
+        EnvironmentMismatchError: if the devices or the model do not support it.
+    """
+    saved = state.compute_dtype
+    chosen = agree_on_dtype(config.training.dtype, world, saved)
+    config.model.check_device(world.device.type, chosen.dtype)
+    if saved not in (None, chosen.name):
+        changes.append(f"compute dtype: {saved} -> {chosen.name}")
+    state.compute_dtype = chosen.name
+    return chosen
