@@ -1,0 +1,119 @@
+"""Builds what a run reports: results, throughput, profiles and rank telemetry."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from switchtitan.builders.stepper import build_method
+from switchtitan.distributed.compute_dtype import ComputeDtype
+from switchtitan.distributed.world import World, device_name
+from switchtitan.job.config import JobConfig
+from switchtitan.observability import (
+    TENSORBOARD_FOLDER,
+    Profiler,
+    Reporter,
+    Throughput,
+    peak_flops_per_s,
+)
+from switchtitan.training.hooks import Hook, InspectWeights
+from switchtitan.training.stepper import Stepper, TrainState
+from switchtitan.training.trainer import loss_metrics
+
+# `spectra` and the communication counter are imported where they are used: most runs use none of
+# them.
+if TYPE_CHECKING:
+    from switchtitan.spectra.telemetry import RankTelemetry
+
+
+def build_rank_telemetry(
+    config: JobConfig, world: World, state: TrainState
+) -> "RankTelemetry | None":
+    """Build the rank telemetry, None if it is off.
+
+    Raises:
+        CheckpointError: if the initial weights of a resumed run are missing.
+    """
+    if config.spectrum.interval is None:
+        return None
+    from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
+    from switchtitan.spectra.telemetry import RankTelemetry
+    from switchtitan.spectra.weight_change import Origin
+
+    origin = Origin(config.model, config.job.seed, state.initial_weights, state.initial_fingerprint)
+    if state.step > 0:
+        origin.open()
+    return RankTelemetry(
+        dense_weights=build_method(config).dense_weights,
+        origin=origin,
+        folder=config.job.output_dir / SPECTRA_FOLDER,
+        start_step=state.step,
+        device=world.device,
+        is_main=world.is_main,
+        broadcast=world.broadcast,
+    )
+
+
+def build_reporter(
+    config: JobConfig, resolved: str, world: World, state: TrainState, facts: Mapping[str, object]
+) -> Reporter:
+    first_loss = state.first_validation_loss
+    return Reporter(
+        config.metrics,
+        config.job.output_dir,
+        num_steps=config.training.steps,
+        start_step=state.step,
+        is_main=world.is_main,
+        description=resolved,
+        facts=facts,
+        first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
+    )
+
+
+def build_throughput(
+    config: JobConfig, stepper: Stepper, compute_dtype: ComputeDtype
+) -> Throughput:
+    world = stepper.world
+    # Only the bf16 peaks are known.
+    is_bf16 = compute_dtype.name == "bfloat16"
+    peak = peak_flops_per_s(device_name(world.device)) if is_bf16 else None
+    return Throughput(
+        tokens_per_step=config.training.global_batch_size * config.data.seq_len,
+        flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),
+        num_devices=world.size,
+        peak_flops_per_s=peak,
+        num_steps=config.training.steps,
+        start_step=stepper.state.step,
+    )
+
+
+def build_profiler(config: JobConfig, world: World, state: TrainState) -> Profiler:
+    return Profiler(
+        config.profiler,
+        config.job.output_dir / TENSORBOARD_FOLDER,
+        worker="rank0" if world.is_main else None,
+        steps_done=state.step,
+    )
+
+
+def build_hooks(
+    config: JobConfig,
+    stepper: Stepper,
+    reporter: Reporter,
+    rank_telemetry: "RankTelemetry | None",
+) -> list[Hook]:
+    """Build the hooks that a run calls around its steps, such as rank telemetry."""
+    hooks: list[Hook] = []
+    if config.metrics.communication:
+        from switchtitan.observability.communication_report import StepCommunication
+
+        hooks.append(StepCommunication(reporter, stepper.state.step))
+    if rank_telemetry is not None and config.spectrum.interval is not None:
+        hooks.append(
+            InspectWeights(
+                rank_telemetry,
+                stepper.model,
+                reporter,
+                interval=config.spectrum.interval,
+                num_steps=config.training.steps,
+            )
+        )
+    return hooks
