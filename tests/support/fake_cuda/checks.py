@@ -57,7 +57,6 @@ def kernels_of_updates(
             update={"compile": config.compile.model_copy(update={"optimizer": False})}
         )
         with without_initial_values(), fake_cuda_stepper(config, num_ranks, rank) as stepper:
-            stepper.step()
             optimizer = stepper.optimizer
             assert isinstance(optimizer, SwitchLoraOptimizer)
             stepper.compute_gradients()
