@@ -36,6 +36,14 @@ measure_step() {
         "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
+measure_host() { # matrices so small that the host is the limit
+    local size=train_configs/llama_350m narrow=(--model.hidden_size 64 --model.intermediate_size 176 --model.num_heads 4)
+    OMP_NUM_THREADS=1 benchmark step "${size}_full_rank.toml" "${size}_full_rank.toml:parallelism.blocks_per_unit=1" \
+        "${size}_switchlora.toml:method.rank=16" "${size}_switchlora.toml:method.rank=16,parallelism.blocks_per_unit=1" \
+        "${narrow[@]}" --model.vocab_size 1024 "${data[@]}" "${inline[@]}" --data.seq_len 16 "${tokens_512[@]}" \
+        --training.dtype float32 --rounds 6 --steps-per-round 10 --json "$1"
+}
+
 measure_switch() {
     benchmark switch $S "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 4 --json "$1"
 }
@@ -113,9 +121,10 @@ measure_fits() { # rank: a quarter of the hidden size
 }
 
 measure_ranks() { # FILE SIZE RANK: one micro-batch of 8 sequences for each of 8 ranks
-    local size="train_configs/llama_$2"
-    estimate "${size}_full_rank.toml" "${size}_lora.toml:method.rank=$3" "${size}_switchlora.toml" \
-        "${size}_switchlora.toml:parallelism.frozen_weights=replicate" \
+    local size="train_configs/llama_$2" frozen=parallelism.frozen_weights
+    estimate "${size}_full_rank.toml" "${size}_lora.toml:method.rank=$3,$frozen=gather_once" \
+        "${size}_switchlora.toml:$frozen=gather_once" "${size}_switchlora.toml:$frozen=shard" \
+        "${size}_switchlora.toml:$frozen=replicate" \
         --world-size 8 --training.global_batch_size 64 --training.local_batch_size 8 --json "$1"
 }
 
@@ -132,9 +141,9 @@ measure_ranks_7b() {
 }
 
 measure_micro_batches() { # two micro-batches per rank
-    local size=train_configs/llama_1b
-    estimate "${size}_full_rank.toml" "${size}_switchlora.toml" \
-        "${size}_switchlora.toml:parallelism.frozen_weights=replicate" \
+    local size=train_configs/llama_1b frozen=parallelism.frozen_weights
+    estimate "${size}_full_rank.toml" "${size}_switchlora.toml:$frozen=gather_once" \
+        "${size}_switchlora.toml:$frozen=shard" "${size}_switchlora.toml:$frozen=replicate" \
         --world-size 8 --training.global_batch_size 128 --training.local_batch_size 8 --json "$1"
 }
 
@@ -145,7 +154,7 @@ measure_offload() {
 }
 
 if [ $# = 0 ]; then
-    set -- step switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
+    set -- step host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
         state one_gpu fits ranks_350m ranks_1b ranks_7b micro_batches offload
 fi
 for name in "$@"; do
