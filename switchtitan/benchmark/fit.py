@@ -1,9 +1,11 @@
 """The largest micro-batch that fits in a device's memory, estimated without the device."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 from switchtitan.benchmark.memory_tracker import TrackMemory
-from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.benchmark.steppers import batch_without_values, fake_stepper
+from switchtitan.contracts import Batch
 from switchtitan.job.config import JobConfig
 
 MAX_BATCH_SIZE = 64
@@ -21,66 +23,71 @@ FIT_ASSUMPTIONS = (
 """Assumptions besides those of `estimate`."""
 
 
-@dataclass
-class BatchSizeSearch:
-    """Searches the largest micro-batch of a configuration that fits on each of `num_ranks` ranks.
+@dataclass(frozen=True)
+class Fit:
+    """What fits on each rank."""
 
-    Each peak is that of a whole step on fake tensors, and is estimated once for all searches.
-    """
-
-    config: JobConfig
-    num_ranks: int
-    peaks: dict[int, int] = field(default_factory=dict)
-    """Peak bytes on rank 0, by sequences per micro-batch, as far as estimated."""
-
-    def largest(self, memory_gib: float) -> int:
-        """Returns the most sequences per micro-batch that fit, at most `MAX_BATCH_SIZE`; 0 if none.
-
-        Args:
-            memory_gib: memory of the device in GiB.
-        """
-        limit = USABLE_SHARE * memory_gib * 2**30
-        if self._peak(1) > limit:
-            return 0
-        if self._peak(MAX_BATCH_SIZE) <= limit:
-            return MAX_BATCH_SIZE
-        fits = max(size for size, peak in self.peaks.items() if peak <= limit)
-        too_large = min(size for size, peak in self.peaks.items() if peak > limit)
-        while too_large - fits > 1:
-            # Peaks grow almost linearly, so interpolation needs fewer estimates than bisection.
-            slope = (self.peaks[too_large] - self.peaks[fits]) / (too_large - fits)
-            guess = fits + int((limit - self.peaks[fits]) / slope)
-            guess = min(max(guess, fits + 1), too_large - 1)
-            if self._peak(guess) <= limit:
-                fits = guess
-            else:
-                too_large = guess
-        return fits
-
-    def _peak(self, batch_size: int) -> int:
-        if batch_size not in self.peaks:
-            self.peaks[batch_size] = peak_bytes(self.config, self.num_ranks, batch_size)
-        return self.peaks[batch_size]
+    batch_sizes: dict[float, int]
+    """The most sequences per micro-batch that fit, at most `MAX_BATCH_SIZE`, by GiB of memory; 0 if
+    not even one fits."""
+    peaks: dict[int, int]
+    """Estimated peak bytes on rank 0 by sequences per micro-batch, of all that were tried."""
 
 
-def peak_bytes(config: JobConfig, num_ranks: int, batch_size: int) -> int:
-    """Estimates the peak bytes of the second step on rank 0.
+def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequence[float]) -> Fit:
+    """Searches the largest micro-batches of `config`, whose batch sizes are not used.
 
     Args:
-        batch_size: sequences per micro-batch; replaces the batch sizes of `config`.
+        memories_gib: memory of each kind of device, in GiB.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    sizes = {
-        "local_batch_size": batch_size,
-        "global_batch_size": NUM_MICRO_BATCHES * batch_size * num_ranks,
-    }
-    training = config.training.model_copy(update=sizes)
-    config = config.model_copy(update={"training": training})
-    with fake_stepper(config, num_ranks) as stepper:
+    batch_size = 1
+    peaks: dict[int, int] = {}
+
+    def steps() -> Generator[list[Batch], None, None]:
+        while True:
+            yield [batch_without_values(batch_size, config.data.seq_len)] * NUM_MICRO_BATCHES
+
+    with fake_stepper(config, num_ranks, batches=steps()) as stepper:
         # The first step may allocate the optimizer's state.
         stepper.step()
-        with TrackMemory(stepper) as memory:
-            stepper.step()
-    return memory.use.peak
+
+        def peak(size: int) -> int:
+            nonlocal batch_size
+            if size not in peaks:
+                batch_size = size
+                with TrackMemory(stepper) as memory:
+                    stepper.step()
+                peaks[size] = memory.use.peak
+            return peaks[size]
+
+        found = {
+            memory: largest_batch_size(peak, USABLE_SHARE * memory * 2**30)
+            for memory in memories_gib
+        }
+    return Fit(found, dict(sorted(peaks.items())))
+
+
+def largest_batch_size(peak: Callable[[int], int], limit: float) -> int:
+    """Returns the largest batch size with a peak of at most `limit`, at most `MAX_BATCH_SIZE`; 0 if
+    there is none.
+
+    Args:
+        peak: of a batch size; does not fall, and is called at most once per batch size.
+    """
+    if (lowest := peak(1)) > limit:
+        return 0
+    if (highest := peak(MAX_BATCH_SIZE)) <= limit:
+        return MAX_BATCH_SIZE
+    fits, too_large = 1, MAX_BATCH_SIZE
+    while too_large - fits > 1:
+        # Peaks grow almost linearly, so interpolation needs fewer estimates than bisection.
+        share = (limit - lowest) / (highest - lowest)
+        guess = fits + min(max(int(share * (too_large - fits)), 1), too_large - fits - 1)
+        if (found := peak(guess)) <= limit:
+            fits, lowest = guess, found
+        else:
+            too_large, highest = guess, found
+    return fits

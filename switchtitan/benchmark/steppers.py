@@ -35,13 +35,21 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 
 @contextmanager
-def fake_stepper(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[Stepper]:
+def fake_stepper(
+    config: JobConfig,
+    num_ranks: int,
+    rank: int = 0,
+    batches: Generator[list[Batch], None, None] | None = None,
+) -> Iterator[Stepper]:
     """Yields an uncompiled CPU stepper of one of `num_ranks` ranks.
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
     steps inside the context. A process must not take several ranks, since torch caches the shapes
     of a rank's shards.
+
+    Args:
+        batches: the micro-batches of each step; by default those of `config`.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
@@ -58,7 +66,7 @@ def fake_stepper(config: JobConfig, num_ranks: int, rank: int = 0) -> Iterator[S
             yield build_stepper(
                 _without_values(config),
                 world,
-                _batches_without_values(config, num_ranks),
+                batches or _batches_without_values(config, num_ranks),
                 compute_dtype=_dtype_without_device(config.training.dtype),
             )
     finally:
@@ -79,11 +87,15 @@ def _batches_without_values(
     config: JobConfig, num_ranks: int
 ) -> Generator[list[Batch], None, None]:
     """Yields the micro-batches of each step."""
-    shape = config.training.local_batch_size, config.data.seq_len
     num_micro_batches = config.training.global_batch_size // (
         num_ranks * config.training.local_batch_size
     )
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    batch = Batch(tokens, targets=tokens, document_ids=tokens.int())
+    batch = batch_without_values(config.training.local_batch_size, config.data.seq_len)
     while True:
         yield [batch] * num_micro_batches
+
+
+def batch_without_values(num_sequences: int, seq_len: int) -> Batch:
+    """Returns a batch of zeros; call in `FakeTensorMode`."""
+    tokens = torch.zeros(num_sequences, seq_len, dtype=torch.int64)
+    return Batch(tokens, targets=tokens, document_ids=tokens.int())

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
-from switchtitan.benchmark.fit import MAX_BATCH_SIZE, BatchSizeSearch
+from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
 from switchtitan.distributed.count_collectives import CommunicationCounts
@@ -139,13 +139,14 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     return aligned(rows)
 
 
-def fit_table(searches: Mapping[str, BatchSizeSearch], memories_gib: Sequence[float]) -> list[str]:
+def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     """Formats one line per configuration: the largest micro-batch that fits in each memory, and the
     peak with one sequence."""
+    memories_gib = next(iter(fits.values())).batch_sizes
     rows = [(*(f"{gib:g} GiB" for gib in memories_gib), "peak GiB with 1", "")]
-    for name, search in searches.items():
-        cells = (batch_size_cell(search.largest(gib)) for gib in memories_gib)
-        rows.append((*cells, _gib(search.peaks[1]), name))
+    for name, fit in fits.items():
+        cells = map(batch_size_cell, fit.batch_sizes.values())
+        rows.append((*cells, _gib(fit.peaks[1]), name))
     return aligned(rows)
 
 
@@ -156,17 +157,15 @@ def batch_size_cell(batch_size: int) -> str:
     return f"{batch_size}+" if batch_size == MAX_BATCH_SIZE else str(batch_size)
 
 
-def fit_record(
-    searches: Mapping[str, BatchSizeSearch], memories_gib: Sequence[float]
-) -> dict[str, JsonValue]:
+def fit_record(fits: Mapping[str, Fit]) -> dict[str, JsonValue]:
     """Returns by configuration: sequences per micro-batch that fit, by GiB of the device, and the
     estimated peaks in bytes, by sequences."""
     return {
         name: {
-            "batch_size": {f"{gib:g}": search.largest(gib) for gib in memories_gib},
-            "peak": {str(size): peak for size, peak in sorted(search.peaks.items())},
+            "batch_size": {f"{gib:g}": size for gib, size in fit.batch_sizes.items()},
+            "peak": {str(size): peak for size, peak in fit.peaks.items()},
         }
-        for name, search in searches.items()
+        for name, fit in fits.items()
     }
 
 

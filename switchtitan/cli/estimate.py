@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from switchtitan.benchmark.estimate import ASSUMPTIONS, MEMORY_ASSUMPTIONS, estimate_step
-from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, BatchSizeSearch
+from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.benchmark.tables import (
@@ -75,14 +75,15 @@ def _print_fit(
     configs: Mapping[str, JobConfig], options: argparse.Namespace, argv: Sequence[str]
 ) -> None:
     """Estimates and prints the largest micro-batch of each configuration that fits."""
-    searches = {
-        name: BatchSizeSearch(config, options.world_size) for name, config in configs.items()
+    fits = {
+        name: largest_batch_sizes(config, options.world_size, options.fit)
+        for name, config in configs.items()
     }
     assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
     lines = [
         f"largest local_batch_size that fits on each of {options.world_size} ranks with this much "
         "memory",
-        *fit_table(searches, options.fit),
+        *fit_table(fits),
         "assumptions:",
         *(f"- {assumption}" for assumption in assumptions),
     ]
@@ -90,7 +91,7 @@ def _print_fit(
     record = {
         "world_size": options.world_size,
         "assumptions": assumptions,
-        "fits": fit_record(searches, options.fit),
+        "fits": fit_record(fits),
     }
     put_record("switchtitan estimate", argv, record, options.json)
 

@@ -5,9 +5,13 @@ from collections.abc import Callable
 import pytest
 from support.tiny import tiny_config
 
-from switchtitan.benchmark import fit
 from switchtitan.benchmark.estimate import estimate_step
-from switchtitan.benchmark.fit import MAX_BATCH_SIZE, USABLE_SHARE, BatchSizeSearch, peak_bytes
+from switchtitan.benchmark.fit import (
+    MAX_BATCH_SIZE,
+    USABLE_SHARE,
+    largest_batch_size,
+    largest_batch_sizes,
+)
 from switchtitan.benchmark.tables import batch_size_cell
 
 GIB = 2**30
@@ -20,43 +24,41 @@ PEAKS: dict[str, Callable[[int], int]] = {
 
 
 @pytest.mark.parametrize("shape", PEAKS)
-def test_the_largest_size_is_that_of_trying_all(shape, tmp_path, monkeypatch):
+def test_the_largest_size_is_that_of_trying_all(shape):
     peak = PEAKS[shape]
-    estimated = []
-
-    def estimate(config: object, num_ranks: int, batch_size: int) -> int:
-        assert num_ranks == 3
-        estimated.append(batch_size)
-        return peak(batch_size)
-
-    monkeypatch.setattr(fit, "peak_bytes", estimate)
-    search = BatchSizeSearch(tiny_config(tmp_path, "full_rank"), num_ranks=3)
-    for usable_gib in range(90, 1000, 10):
-        fitting = [n for n in range(1, MAX_BATCH_SIZE + 1) if peak(n) <= usable_gib * GIB]
-        # A millionth more than rounding can lose.
-        memory_gib = (usable_gib + 1e-6) / USABLE_SHARE
-        assert search.largest(memory_gib) == max(fitting, default=0), usable_gib
-    assert len(estimated) == len(set(estimated)), "a size was estimated twice"
+    for limit_gib in range(90, 1000, 10):
+        limit = limit_gib * GIB
+        fitting = [n for n in range(1, MAX_BATCH_SIZE + 1) if peak(n) <= limit]
+        assert largest_batch_size(peak, limit) == max(fitting, default=0), limit_gib
 
 
-def test_few_estimates_suffice_where_peaks_are_almost_linear(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "peak_bytes", lambda config, ranks, size: PEAKS["linear"](size))
-    search = BatchSizeSearch(tiny_config(tmp_path, "full_rank"), num_ranks=1)
-    assert search.largest(455 / USABLE_SHARE) == 35
-    assert len(search.peaks) <= 4
-    untried = BatchSizeSearch(search.config, num_ranks=1)
-    assert untried.largest(100 / USABLE_SHARE) == 0
-    assert set(untried.peaks) == {1}
+@pytest.mark.parametrize(("limit_gib", "largest", "most"), [(455, 35, 4), (100, 0, 1)])
+def test_few_estimates_suffice_where_peaks_are_almost_linear(limit_gib, largest, most):
+    tried = []
+
+    def peak(size: int) -> int:
+        tried.append(size)
+        return PEAKS["linear"](size)
+
+    assert largest_batch_size(peak, limit_gib * GIB) == largest
+    assert len(tried) == len(set(tried)) <= most
 
 
 @pytest.mark.parametrize("method", ["full_rank", "galore", "switchlora"])
-def test_the_peak_is_that_of_a_step_with_two_such_micro_batches(tmp_path, method):
-    config = tiny_config(tmp_path, method)
-    keys = ("--training.local_batch_size", "5", "--training.global_batch_size", "10")
-    same = tiny_config(tmp_path, method, *keys)
-    assert same.training.local_batch_size != config.training.local_batch_size
-    assert peak_bytes(config, 1, batch_size=5) == estimate_step(same, 1).memory.peak
-    assert peak_bytes(config, 1, batch_size=6) > peak_bytes(config, 1, batch_size=5)
+def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path, method):
+    """They are measured in one run, whose batches change their size."""
+    kept = ("--parallelism.reshard_after_forward", "false")
+    memory_gib = 0.003
+    fit = largest_batch_sizes(tiny_config(tmp_path, method, *kept), 1, [memory_gib, 1e-6])
+    largest = fit.batch_sizes[memory_gib]
+    assert fit.batch_sizes[1e-6] == 0
+    assert 1 < largest < MAX_BATCH_SIZE
+    assert {1, largest, largest + 1, MAX_BATCH_SIZE} <= set(fit.peaks)
+    assert fit.peaks[largest] <= USABLE_SHARE * memory_gib * GIB < fit.peaks[largest + 1]
+    for size, peak in fit.peaks.items():
+        keys = ("--training.local_batch_size", f"{size}", "--training.global_batch_size")
+        same = tiny_config(tmp_path, method, *keys, f"{2 * size}", *kept)
+        assert peak == estimate_step(same, 1).memory.peak
 
 
 @pytest.mark.parametrize(
