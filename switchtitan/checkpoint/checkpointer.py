@@ -26,7 +26,6 @@ from switchtitan.checkpoint.find import (
 )
 from switchtitan.checkpoint.layout import (
     FORMAT_VERSION,
-    METADATA_FILE,
     CheckpointMetadata,
     FileRecord,
     check_contents,
@@ -37,7 +36,7 @@ from switchtitan.checkpoint.layout import (
     remove_folder,
     step_folder_name,
     sync_folder,
-    write_json,
+    write_metadata,
 )
 from switchtitan.checkpoint.staging import HostCopies, own_share
 from switchtitan.checkpoint.storage import ChecksummingWriter
@@ -281,7 +280,7 @@ class Checkpointer:
             versions=self._versions,
             files=files,
         )
-        write_json(partial / METADATA_FILE, metadata)
+        write_metadata(partial, metadata)
         check_files(partial)
         sync_folder(partial)
         partial.rename(final)

@@ -1,10 +1,11 @@
 """A checkpoint's folder: its files, their contents, and whether they are complete.
 
     <output_dir>/checkpoints/step-000001000/
-        metadata.json       format, step, run, versions; size and checksum of every other file
-        tensors.json        every tensor: dtype, shape, and the location of its pieces
-        __<rank>_0.distcp   the pieces written by a rank (torch.distributed.checkpoint)
-        .metadata           tensors.json for torch's tools; a pickle, so never read here
+        metadata.json           format, step, run, versions; size and checksum of the files below
+        metadata.json.sha256    the checksum of metadata.json, as `sha256sum` writes it
+        tensors.json            every tensor: dtype, shape, and the location of its pieces
+        __<rank>_0.distcp       the pieces written by a rank (torch.distributed.checkpoint)
+        .metadata               tensors.json for torch's tools; a pickle, so never read here
 
 The folder is named `.step-000001000.partial` until it is complete.
 """
@@ -25,12 +26,13 @@ from switchtitan.files import sha256_of_file
 CHECKPOINTS_FOLDER = "checkpoints"
 """The folder of checkpoints in a run's output folder."""
 METADATA_FILE = "metadata.json"
+METADATA_CHECKSUM_FILE = f"{METADATA_FILE}.sha256"
 TENSORS_FILE = "tensors.json"
 DCP_METADATA_FILE = ".metadata"
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _OWN_FILE = re.compile(
-    rf"__\d+_\d+\.distcp|{re.escape(DCP_METADATA_FILE)}(\.tmp)?|{TENSORS_FILE}|{METADATA_FILE}"
+    rf"__\d+_\d+\.distcp|{re.escape(DCP_METADATA_FILE)}(\.tmp)?|{TENSORS_FILE}|{METADATA_FILE}(\.sha256)?"
 )
 
 
@@ -97,12 +99,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-FORMAT_VERSION = 2
-"""2: B of low-rank layers, its candidates and its moments are [rank, out]; in 1 they were
-transposed."""
+FORMAT_VERSION = 3
+"""3 has `metadata.json.sha256`. In 1, B of low-rank layers, its candidates and its moments were
+transposed, [out, rank]."""
+_FIRST_WITH_CHECKSUM = 3
 _TRANSPOSED_IN_FORMAT_1 = ".lora_b"
 """In the names of tensors that format 1 transposes. A checkpoint of format 1 without such a tensor
-is equal to one of format 2."""
+is read like one of format 2."""
 _READERS = {1: "0.1"}
 """The version of switchtitan that reads a former format."""
 
@@ -171,6 +174,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
         CheckpointFormatError: if this version does not read the checkpoint's format.
         CheckpointError: if it is missing or damaged.
     """
+    is_covered = _check_metadata_checksum(path)
     metadata = _read(path / METADATA_FILE, CheckpointMetadata)
     if not _is_readable(path, metadata.format_version):
         own = metadata.versions.get("switchtitan", "of the version that wrote it")
@@ -180,13 +184,41 @@ def read_metadata(path: Path) -> CheckpointMetadata:
             f"switchtitan {_READERS.get(metadata.format_version, own)}, or start a new run in "
             "another [job] output_dir"
         )
+    if metadata.format_version >= _FIRST_WITH_CHECKSUM and not is_covered:
+        raise CheckpointError(f"{path}: {METADATA_CHECKSUM_FILE} is missing")
     return metadata
+
+
+def _check_metadata_checksum(path: Path) -> bool:
+    """Compares `metadata.json` with its checksum; returns whether it has one.
+
+    Raises:
+        CheckpointError: if they differ or cannot be read.
+    """
+    try:
+        saved = (path / METADATA_CHECKSUM_FILE).read_bytes()
+        contents = (path / METADATA_FILE).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot read {METADATA_FILE}: {error.strerror or error}"
+        ) from error
+    if saved != _checksum_line(contents):
+        raise CheckpointError(
+            f"{path}: {METADATA_FILE} or its checksum in {METADATA_CHECKSUM_FILE} is corrupted"
+        )
+    return True
+
+
+def _checksum_line(contents: bytes) -> bytes:
+    return f"{hashlib.sha256(contents).hexdigest()}  {METADATA_FILE}\n".encode()
 
 
 def _is_readable(path: Path, format_version: int) -> bool:
     if format_version == 1:
         return not any(_TRANSPOSED_IN_FORMAT_1 in name for name in read_tensors_index(path).tensors)
-    return format_version == FORMAT_VERSION
+    return format_version in (2, FORMAT_VERSION)
 
 
 def read_tensors_index(path: Path) -> TensorsIndex:
@@ -198,15 +230,26 @@ def read_tensors_index(path: Path) -> TensorsIndex:
     return _read(path / TENSORS_FILE, TensorsIndex)
 
 
-def write_json(path: Path, contents: CheckpointMetadata | TensorsIndex) -> FileRecord:
-    """Writes `contents` to the new file `path`, flushed to disk; returns size and checksum."""
-    indent = 2 if isinstance(contents, CheckpointMetadata) else None
-    data = contents.model_dump_json(indent=indent).encode()
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def write_metadata(path: Path, metadata: CheckpointMetadata) -> None:
+    """Writes `metadata.json` and its checksum to the checkpoint at `path`, flushed to disk."""
+    contents = metadata.model_dump_json(indent=2).encode()
+    _write_new(path / METADATA_FILE, contents)
+    _write_new(path / METADATA_CHECKSUM_FILE, _checksum_line(contents))
+
+
+def write_tensors_index(path: Path, index: TensorsIndex) -> FileRecord:
+    """Writes `tensors.json` to the checkpoint at `path`, flushed to disk; returns size and
+    checksum."""
+    data = index.model_dump_json().encode()
+    _write_new(path / TENSORS_FILE, data)
     return FileRecord(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _write_new(file: Path, contents: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(contents)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def file_record(path: Path) -> FileRecord:
@@ -239,6 +282,11 @@ def check_files(path: Path) -> CheckpointMetadata:
         CheckpointError: names the first problem.
     """
     metadata = read_metadata(path)
+    if step_of(path) not in (None, metadata.step):
+        raise CheckpointError(
+            f"{path}: {METADATA_FILE} is of step {metadata.step}; if the folder was renamed, "
+            f"rename it to {step_folder_name(metadata.step)}"
+        )
     for name, expected in metadata.files.items():
         if Path(name).name != name:
             raise CheckpointError(

@@ -28,7 +28,7 @@ from switchtitan.checkpoint.layout import (
     TensorRecord,
     TensorsIndex,
     read_tensors_index,
-    write_json,
+    write_tensors_index,
 )
 from switchtitan.errors import CheckpointError
 
@@ -59,9 +59,7 @@ class ChecksummingWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
-        self.written[TENSORS_FILE] = write_json(
-            Path(self.path) / TENSORS_FILE, _index_from_dcp(metadata)
-        )
+        self.written[TENSORS_FILE] = write_tensors_index(Path(self.path), _index_from_dcp(metadata))
 
 
 class JsonIndexReader(FileSystemReader):

@@ -1,10 +1,10 @@
-import json
 import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import rewrite_metadata
 
 from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
 from switchtitan.checkpoint.layout import FORMAT_VERSION
@@ -83,10 +83,14 @@ def test_given_damaged_checkpoint_is_an_error(saved):
 
 
 def set_format(checkpoint: Path, version: int) -> None:
-    file = checkpoint / "metadata.json"
-    metadata = json.loads(file.read_text())
-    metadata["format_version"] = version
-    file.write_text(json.dumps(metadata))
+    rewrite_metadata(checkpoint, lambda metadata: metadata.update(format_version=version))
+
+
+def test_formats_before_the_checksum_of_metadata_are_read(saved):
+    newest = saved / "step-000000010"
+    set_format(newest, 2)
+    assert not (newest / "metadata.json.sha256").exists()
+    assert find_given(saved).name == "step-000000010"
 
 
 def test_format_1_is_read_if_it_holds_no_transposed_tensor(saved):

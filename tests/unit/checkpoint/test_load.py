@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from support.checkpoints import rewrite_metadata
 
 from switchtitan.checkpoint import find_latest, load_tensors_, read_tensors
 from switchtitan.checkpoint.layout import check_files, file_record
@@ -30,9 +31,12 @@ class Malicious:
 
 def update_file_records(path) -> None:
     """Updates sizes and checksums, as an attacker would."""
-    metadata = json.loads((path / "metadata.json").read_text())
-    metadata["files"] = {name: file_record(path / name).model_dump() for name in metadata["files"]}
-    (path / "metadata.json").write_text(json.dumps(metadata))
+
+    def update(metadata: dict) -> None:
+        for name in metadata["files"]:
+            metadata["files"][name] = file_record(path / name).model_dump()
+
+    rewrite_metadata(path, update)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named_before_anything_changes(saved, tensors):
@@ -141,8 +145,9 @@ def test_unknown_dtype_is_refused(saved):
 
 
 def test_file_names_may_not_leave_the_folder(saved):
-    metadata = json.loads((saved / "metadata.json").read_text())
-    metadata["files"]["../secret"] = metadata["files"]["tensors.json"]
-    (saved / "metadata.json").write_text(json.dumps(metadata))
+    rewrite_metadata(
+        saved,
+        lambda metadata: metadata["files"].update({"../secret": metadata["files"]["tensors.json"]}),
+    )
     with pytest.raises(CheckpointError, match="not a plain file name"):
         read_tensors(saved)

@@ -1,6 +1,5 @@
-import json
-
 import pytest
+from support.checkpoints import rewrite_metadata
 
 from switchtitan.checkpoint import Checkpointer
 
@@ -65,8 +64,10 @@ def test_folder_with_other_files_stays(make_checkpointer, tensors, folder, caplo
 def test_another_runs_checkpoint_stays(make_checkpointer, tensors, folder):
     checkpointer = make_checkpointer(async_save=False, keep_latest=1)
     save_steps(checkpointer, tensors, 1)
-    metadata = folder / "step-000000001" / "metadata.json"
-    metadata.write_text(metadata.read_text().replace('"9m"', '"7b"'))
+    rewrite_metadata(
+        folder / "step-000000001",
+        lambda metadata: metadata["identity"]["model"].update(size="7b"),
+    )
     save_steps(checkpointer, tensors, 2)
     assert names(folder) == ["step-000000001", "step-000000002"]
 
@@ -78,10 +79,7 @@ def test_an_older_identity_is_compared_in_todays_keys(make_checkpointer, tensors
         comparable_identity=lambda saved: {"model": {"size": "9m"}, **saved},
     )
     save_steps(checkpointer, tensors, 1)
-    file = folder / "step-000000001" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    del metadata["identity"]["model"]
-    file.write_text(json.dumps(metadata))
+    rewrite_metadata(folder / "step-000000001", lambda metadata: metadata["identity"].pop("model"))
     save_steps(checkpointer, tensors, 2)
     assert names(folder) == ["step-000000002"]
 

@@ -1,12 +1,15 @@
 """transformers computes the same logits from an exported checkpoint."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import rewrite_metadata
 from support.tiny import tiny_trainer, train_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,9 +80,14 @@ def test_an_export_without_the_corpus_reports_no_tokenizer(
 ) -> None:
     logits_of_a_saved_run(corpora / "export-alone", "full_rank")
     checkpoint = corpora / "export-alone" / "run"
-    file = checkpoint / "checkpoints" / "step-000000007" / "metadata.json"
-    moved = re.sub(r'cache_dir = \\"[^"]*\\"', r'cache_dir = \\"elsewhere\\"', file.read_text())
-    file.write_text(moved)
+
+    def move_corpus(metadata: dict[str, Any]) -> None:
+        run = re.sub(
+            r'cache_dir = \\"[^"]*\\"', r'cache_dir = \\"elsewhere\\"', json.dumps(metadata["run"])
+        )
+        metadata["run"] = json.loads(run)
+
+    rewrite_metadata(checkpoint / "checkpoints" / "step-000000007", move_corpus)
     script.main(["--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out")])
     assert "none: the run's corpus is not at elsewhere/pystdlib-" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

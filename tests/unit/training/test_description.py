@@ -1,13 +1,13 @@
 """A run resumes from a checkpoint saved before a key existed if the key has its default."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from support.checkpoints import rewrite_metadata
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.builders.stepper import build_method, build_plain_model
@@ -112,12 +112,13 @@ def test_a_checkpoint_without_newer_keys_is_pruned(corpora: Path):
     older.save()
     older.stepper.close()
     checkpoints = folder / "run" / "checkpoints"
-    file = checkpoints / "step-000000001" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    method = without(metadata["identity"]["method"], *NEW_KEYS)
-    metadata["identity"]["method"] = method | {"contraction": "cheapest"}
-    del metadata["identity"]["training"]["frozen_dtype"]
-    file.write_text(json.dumps(metadata))
+
+    def without_newer_keys(metadata: dict[str, Any]) -> None:
+        method = without(metadata["identity"]["method"], *NEW_KEYS)
+        metadata["identity"]["method"] = method | {"contraction": "cheapest"}
+        del metadata["identity"]["training"]["frozen_dtype"]
+
+    rewrite_metadata(checkpoints / "step-000000001", without_newer_keys)
     newer = tiny_trainer(folder, "switchlora", *keys)
     train_steps(newer, 1)
     newer.save()
@@ -147,10 +148,11 @@ def test_a_run_resumes_from_a_checkpoint_saved_before_its_keys_existed(corpora: 
     folder = corpora / "older"
     short = ("--evaluation.interval", "100", "--checkpoint.interval", "2")
     tiny_trainer(folder, "switchlora", *short, "--training.steps", "2").train()
-    file = folder / "run" / "checkpoints" / "step-000000002" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    metadata["identity"]["method"] = without(metadata["identity"]["method"], *NEW_KEYS)
-    file.write_text(json.dumps(metadata))
+
+    def without_newer_keys(metadata: dict[str, Any]) -> None:
+        metadata["identity"]["method"] = without(metadata["identity"]["method"], *NEW_KEYS)
+
+    rewrite_metadata(folder / "run" / "checkpoints" / "step-000000002", without_newer_keys)
     resumed = tiny_trainer(folder, "switchlora", *short, "--training.steps", "3")
     assert resumed.stepper.state.step == 2
     resumed.stepper.close()
@@ -191,8 +193,8 @@ def test_only_a_run_without_low_rank_factors_resumes_from_format_1(corpora: Path
     first.save()
     expected = train_steps(first, 2)
     first.stepper.close()
-    file = folder / "run" / "checkpoints" / "step-000000002" / "metadata.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
+    checkpoint = folder / "run" / "checkpoints" / "step-000000002"
+    rewrite_metadata(checkpoint, lambda metadata: metadata.update(format_version=1))
     if method == "lora":
         with pytest.raises(CheckpointError, match=r"has format 1, .* with switchtitan 0\.1, or"):
             tiny_trainer(folder, method)

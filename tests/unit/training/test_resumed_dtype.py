@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import rewrite_metadata
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.cli import evaluate
@@ -91,10 +92,12 @@ def test_a_checkpoint_that_does_not_state_its_dtype_has_its_configurations(
     folder = corpora / f"old-{saved}"
     pretend(monkeypatch, saved == "float32")
     run_steps(folder, 1, saved)
-    file = folder / "run" / "checkpoints" / "step-000000001" / "metadata.json"
-    metadata = json.loads(file.read_text())
-    assert metadata["train_state"].pop("compute_dtype") == saved
-    file.write_text(json.dumps(metadata))
+    removed = []
+    rewrite_metadata(
+        folder / "run" / "checkpoints" / "step-000000001",
+        lambda metadata: removed.append(metadata["train_state"].pop("compute_dtype")),
+    )
+    assert removed == [saved]
     _, dtype = run_steps(folder, 1)
     assert dtype == getattr(torch, saved)
 
