@@ -12,6 +12,7 @@ from switchtitan.distributed.launcher import is_launched, num_ranks_from_launche
 from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
 from switchtitan.errors import UserError, exit_for, exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.job.config import parse_arguments
+from switchtitan.training.run_lock import lock_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,13 @@ def main(argv: Sequence[str]) -> None:
             check_slurm_tasks(num_nodes=1)
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
-        trainer = build_trainer(config, world)
-        if world.size == 1 and world.device.type == "cpu":
-            warning = load.warning(torch.get_num_threads(), num_cores())
-            if warning is not None:
-                logger.warning(warning)
-        trainer.train()
+        with lock_output_dir(config.job.output_dir, world):
+            trainer = build_trainer(config, world)
+            if world.size == 1 and world.device.type == "cpu":
+                warning = load.warning(torch.get_num_threads(), num_cores())
+                if warning is not None:
+                    logger.warning(warning)
+            trainer.train()
         # Not after other errors: leaving the process group waits for the other ranks. If they wait
         # for this one, its traceback would never be printed.
         stop_world()

@@ -70,18 +70,34 @@ def _create(file: Path, created: ExitStack) -> None:
     Raises:
         ConfigError: if that fails: permissions may allow what a disk or a server does not.
     """
+    create_folder(file.parent, created)
     try:
-        for folder in reversed(file.parents):
-            if not folder.exists():
-                folder.mkdir(exist_ok=True)
-                created.callback(_remove, folder.rmdir)
         file.touch()
-        created.callback(_remove, file.unlink)
     except OSError as error:
-        raise ConfigError(
-            f"[job] output_dir = {str(file.parent)!r}: expected a writable folder, but writing "
-            f"there failed ({error}); choose another, or free space"
-        ) from error
+        raise _cannot_write(file.parent, error) from error
+    created.callback(_remove, file.unlink)
+
+
+def create_folder(folder: Path, created: ExitStack) -> None:
+    """Creates a folder and those above it; `created` deletes what was created, if it is empty.
+
+    Raises:
+        ConfigError: if that fails.
+    """
+    try:
+        for path in (*reversed(folder.parents), folder):
+            if not path.exists():
+                path.mkdir(exist_ok=True)
+                created.callback(_remove, path.rmdir)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"[job] output_dir = {str(folder)!r}: expected a writable folder, but writing there failed "
+        f"({error}); choose another, or free space"
+    )
 
 
 def _remove(remove: Callable[[], None]) -> None:

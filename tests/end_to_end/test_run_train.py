@@ -132,10 +132,15 @@ def test_a_stopped_run_exits_with_a_message_and_resumes_from_its_newest_checkpoi
         while not list(checkpoints.glob("step-*")):
             assert run.poll() is None, output.read_text()
             time.sleep(0.05)
+        second = run_train(environment | {"NGPU": num_ranks}, folder, *arguments)
         os.killpg(run.pid, number)
         status = run.wait(timeout=600)
+    assert second.returncode == 2, second.stdout
+    assert "trains in this folder; wait until it ends, or stop it" in second.stdout
+    assert "Traceback" not in second.stdout
     said = output.read_text()
     assert status == 128 + number, said
+    assert not (folder / "run" / "run.lock").exists()
     assert "interrupted" in said
     assert num_ranks == "2" or "Traceback" not in said
     newest = max(checkpoints.glob("step-*"))

@@ -1,0 +1,161 @@
+"""One process at a time owns a run's folder; an owner that died does not keep it."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import World, start_world, stop_world
+from switchtitan.errors import ConfigError
+from switchtitan.training import run_lock
+from switchtitan.training.run_lock import LOCK_FILE, lock_output_dir
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import start_world
+from switchtitan.errors import ConfigError
+from switchtitan.training.run_lock import lock_output_dir
+
+world = start_world(ParallelismConfig())
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with lock_output_dir(Path(sys.argv[1]), world):
+        if "fork" in sys.argv and os.fork() == 0:
+            os.close(1)
+            time.sleep(60)
+        print("owns", flush=True)
+        sys.stdin.readline()
+except ConfigError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    yield start_world(ParallelismConfig())
+    stop_world()
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    return tmp_path / "outputs" / "run"
+
+
+def start(output_dir: Path, *options: str) -> subprocess.Popen:
+    """A process that tries to own the folder after a line of input, until another one."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(output_dir), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_a_second_process_is_refused_and_the_first_is_named(output_dir, world):
+    owner = start(output_dir)
+    go(owner)
+    assert owner.stdout.readline() == "owns\n"
+    before = (output_dir / LOCK_FILE).read_bytes()
+    with (
+        pytest.raises(
+            ConfigError,
+            match=rf"^\[job\] output_dir = .*: process {owner.pid} on {socket.gethostname()}, .* "
+            "or choose another output_dir$",
+        ),
+        lock_output_dir(output_dir, world),
+    ):
+        pass
+    assert (output_dir / LOCK_FILE).read_bytes() == before
+    go(owner)
+    assert owner.wait(60) == 0
+    assert not output_dir.parent.exists()
+    with lock_output_dir(output_dir, world):
+        assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("options", [(), ("fork",)])
+def test_a_killed_owner_keeps_nothing_even_if_its_workers_live(output_dir, world, options):
+    owner = start(output_dir, *options)
+    go(owner)
+    assert owner.stdout.readline() == "owns\n"
+    owner.send_signal(signal.SIGKILL)
+    owner.wait(60)
+    assert (output_dir / LOCK_FILE).exists()
+    with lock_output_dir(output_dir, world):
+        pass
+    assert not (output_dir / LOCK_FILE).exists()
+
+
+def test_of_many_that_start_together_one_owns_the_folder(output_dir):
+    processes = [start(output_dir) for _ in range(4)]
+    for process in processes:
+        go(process)
+    answers = [process.stdout.readline() for process in processes]
+    assert answers.count("owns\n") == 1, answers
+    assert all("trains in this folder" in answer for answer in answers if answer != "owns\n")
+    go(processes[answers.index("owns\n")])
+    assert [process.wait(60) for process in processes] == [0] * 4
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_lock, "_SETTLED_AFTER_S", 0.0)
+
+
+def write_owner(output_dir: Path, host: str, pid: int) -> None:
+    output_dir.mkdir(parents=True)
+    owner = {"host": host, "pid": pid, "since": "2026-01-02 03:04:05 +0000"}
+    (output_dir / LOCK_FILE).write_text(json.dumps(owner))
+
+
+def test_without_file_locks_a_file_names_the_owner(output_dir, world, without_locks):
+    with lock_output_dir(output_dir, world):
+        assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not output_dir.exists()
+
+
+def test_without_file_locks_a_dead_process_of_this_host_keeps_nothing(
+    output_dir, world, without_locks
+):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write_owner(output_dir, socket.gethostname(), ended.pid)
+    with lock_output_dir(output_dir, world):
+        assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
+def test_without_file_locks_an_owner_that_may_live_is_respected(
+    output_dir, world, without_locks, host
+):
+    write_owner(output_dir, host, os.getppid())
+    before = (output_dir / LOCK_FILE).read_bytes()
+    message = rf"process {os.getppid()} on {host}, started 2026-01-02 03:04:05 \+0000, trains"
+    if host == "elsewhere":
+        message += f".* delete .*{LOCK_FILE} if it is known to have ended"
+    with pytest.raises(ConfigError, match=message), lock_output_dir(output_dir, world):
+        pass
+    assert (output_dir / LOCK_FILE).read_bytes() == before
