@@ -235,8 +235,9 @@ def begin_micro_batch(model: nn.Module, config: ParallelismConfig, is_last: bool
 
 def free_gathered_weights(model: nn.Module) -> None:
     """Frees gathered weights after forward passes without a backward pass."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if isinstance(model, FSDPModule):
+        # Not `reshard`, which keeps the order of these forward passes: the next backward pass would
+        # gather the last unit of it once more.
+        model.reset_iter_state()
     if isinstance(model, LanguageModel):
         model.free_kept_weights()
