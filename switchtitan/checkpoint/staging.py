@@ -4,6 +4,7 @@ import heapq
 import math
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -23,6 +24,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._stagers: dict[str, DefaultStager] = {}
+        self._parts: dict[str, Tensor] = {}
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns copies by name, which no longer change. Waits until they are complete."""
@@ -31,12 +33,44 @@ class HostCopies:
             if device_type not in self._stagers:
                 self._stagers[device_type] = DefaultStager(staging_options(device_type))
             # Local shards: torch's stager fails for DTensors that share a storage.
+            own = {name: local(t) for name, t in tensors.items() if t.device.type == device_type}
+            # The stager copies storages, so this comes first; it also waits for these copies.
+            copies |= self._copy_parts(_parts_of_storages(own))
             staged = self._stagers[device_type].stage(
-                {name: local(t) for name, t in tensors.items() if t.device.type == device_type}
+                {name: tensor for name, tensor in own.items() if name not in copies}
             )
             assert isinstance(staged, dict)
-            copies |= {name: with_local(tensors[name], part) for name, part in staged.items()}
-        return copies
+            copies |= staged
+        return {name: with_local(tensors[name], copies[name]) for name in tensors}
+
+    def _copy_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies each tensor into memory of its own size."""
+        for name, tensor in tensors.items():
+            is_cuda = tensor.device.type == "cuda"
+            if name not in self._parts:
+                self._parts[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda
+                )
+            self._parts[name].copy_(tensor, non_blocking=is_cuda)
+        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return {name: self._parts[name] for name in tensors}
+
+
+def _parts_of_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose storage holds more than `tensors`.
+
+    Trained matrices of several layers share a storage, and a replica saves a few of them only.
+    """
+    num_bytes: dict[int, int] = {}
+    for tensor in tensors.values():
+        key = tensor.untyped_storage()._cdata
+        num_bytes[key] = num_bytes.get(key, 0) + tensor.nbytes
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if num_bytes[tensor.untyped_storage()._cdata] < tensor.untyped_storage().nbytes()
+    }
 
 
 def staging_options(device_type: str) -> StagingOptions:

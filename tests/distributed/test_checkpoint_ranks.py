@@ -145,31 +145,37 @@ def test_every_value_is_saved_by_one_rank():
     run_on_ranks(4, share_in_both_layouts)
 
 
-def count_staged_bytes(rank: int, folder: str) -> None:
+def count_staged_bytes(rank: int, folder: str, layout: str) -> None:
     """Host memory of a background save: each rank copies what it writes, and nothing else."""
     num_copied = [0]
     copy = HostCopies.__call__
 
     def counted(self: HostCopies, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = copy(self, tensors)
-        num_copied[0] += sum(local(tensor).nbytes for tensor in copies.values())
+        storages = [local(tensor).untyped_storage() for tensor in copies.values()]
+        num_copied[0] += sum({storage._cdata: storage.nbytes() for storage in storages}.values())
         return copies
 
     HostCopies.__call__ = counted
     frozen = {f"plain.frozen{i}": torch.full((64, 32), float(i)) for i in range(8)}
-    tensors = shard(full_values() | frozen, "split")
+    values = full_values() | frozen
+    # As trained matrices, which share a storage.
+    adjacent = torch.arange(8.0 * 64 * 32).view(8, 64, 32)
+    values |= {f"plain.adjacent{i}": matrix for i, matrix in enumerate(adjacent)}
+    tensors = shard(values, layout)
     checkpointer = make_checkpointer(folder, rank)
     checkpointer.save(1, tensors, {})
     checkpointer.finish()
     of_all_ranks = [0] * dist.get_world_size()
     dist.all_gather_object(of_all_ranks, num_copied[0])
-    assert sum(of_all_ranks) == sum(value.nbytes for value in (full_values() | frozen).values())
+    assert sum(of_all_ranks) == sum(value.nbytes for value in values.values())
     written = [file.stat().st_size for file in (Path(folder) / "step-000000001").glob("__*.distcp")]
     assert max(written) < 1.5 * min(written)
 
 
 def test_replicated_frozen_weights_are_copied_to_the_host_once(tmp_path):
-    run_on_ranks(2, count_staged_bytes, str(tmp_path))
+    run_on_ranks(2, count_staged_bytes, str(tmp_path / "split"), "split")
+    run_on_ranks(4, count_staged_bytes, str(tmp_path / "hybrid"), "hybrid")
 
 
 def poll_a_long_save(rank: int, folder: str) -> None:

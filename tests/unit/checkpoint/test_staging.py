@@ -30,5 +30,22 @@ def test_copies_reuse_their_memory_and_not_that_of_the_tensors(tensors):
     assert {name: tensor.data_ptr() for name, tensor in second.items()} == addresses
 
 
+def test_a_part_of_a_storage_needs_memory_of_its_own_size():
+    matrices = torch.arange(24.0).view(8, 3)
+    some = {"second": matrices[1], "seventh": matrices[6]}
+    copy_to_host = HostCopies()
+    copies = copy_to_host(some)
+    assert [copy.untyped_storage().nbytes() for copy in copies.values()] == [12, 12]
+    addresses = {name: copy.data_ptr() for name, copy in copies.items()}
+    assert torch.equal(copies["seventh"], torch.arange(18.0, 21.0))
+    matrices += 1
+    assert torch.equal(copies["seventh"], torch.arange(18.0, 21.0))
+    again = copy_to_host(some)
+    assert {name: copy.data_ptr() for name, copy in again.items()} == addresses
+    assert torch.equal(again["seventh"], torch.arange(19.0, 22.0))
+    whole = copy_to_host({str(i): matrix for i, matrix in enumerate(matrices)})
+    assert len({copy.untyped_storage()._cdata for copy in whole.values()}) == 1
+
+
 def test_a_single_process_saves_everything(tensors):
     assert own_share(tensors) == tensors
