@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -110,6 +113,10 @@ class TrackMemory(CountingMode):
         self._watch_resizes()
         # Called before the module's own hooks, but after those of its block, which gather.
         self._remove_at_exit(register_module_forward_pre_hook(self._before_module))
+        # A module that is gathered alone is gathered by its own hooks, and freed after this one.
+        self._remove_at_exit(
+            register_module_forward_hook(lambda module, *_: self._hold_gathered(module))
+        )
         loss = self._stepper.loss
         self._clean_up.callback(setattr, self._stepper, "loss", loss)
         self._stepper.loss = partial(self._loss, loss)
@@ -225,10 +232,10 @@ class TrackMemory(CountingMode):
         divisor: int,
     ) -> Tensor:
         self._ignore_batch(targets)
+        # Gathered with the last norm.
+        self._hold_gathered(head)
         # Tensors that blocks do not save are freed; the peak may be in the loss.
         self._end_forward()
-        # The loss may use the head without calling it.
-        self._hold_gathered(head)
         loss = summed_loss(hidden, head, targets, divisor)
         # By then the tensors that the loss does not save are freed too.
         loss.register_hook(lambda grad: self._end_forward())

@@ -248,3 +248,16 @@ def test_the_peak_is_at_most_the_sum_of_the_maxima(tmp_path: Path) -> None:
     memory = estimate_step(tiny_config(tmp_path, "switchlora"), 1).memory
     assert all(memory.at_peak[kind] <= memory.most[kind] for kind in memory.most)
     assert memory.state < memory.peak <= sum(memory.most.values())
+
+
+@pytest.mark.parametrize("is_freed", ["true", "false"])
+def test_embedding_and_head_are_counted_as_gathered(tmp_path: Path, is_freed: str) -> None:
+    """They are units of their own: the hooks of their own calls gather them."""
+    keys = ("--model.vocab_size", "4000", "--parallelism.reshard_after_forward", is_freed)
+    config = tiny_config(tmp_path, "full_rank", *keys, num_ranks=2)
+    memory = estimate_step(config, 2).memory
+    dtype_bytes = 4 if config.training.dtype == "float32" else 2
+    matrix = 4000 * config.model.dimensions().hidden_size * dtype_bytes
+    at_once = 1 if is_freed == "true" else 2
+    blocks = memory.most["gathered"] - at_once * matrix
+    assert 0 < blocks < matrix
