@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.observability.metrics import Reporter
 from switchtitan.spectra.spectra_files import drop_spectra_after, write_spectra
@@ -54,7 +55,7 @@ class RankTelemetry:
             CheckpointError: on the main rank, if the run's initial weights are no longer available.
         """
         tensors = gather_on_main(model.named_parameters(), self._is_main)
-        spectra = self._measure(self._dense_weights(tensors), step) if self._is_main else {}
+        spectra = self._measure(tensors, step) if self._is_main else {}
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
         values = self._broadcast(rank_metrics(spectra) if self._is_main else {})
@@ -69,7 +70,9 @@ class RankTelemetry:
                 largest,
             )
 
-    def _measure(self, dense: dict[str, Tensor], step: int) -> Spectra:
+    @full_precision()
+    def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:
+        dense = self._dense_weights(tensors)
         changes = weight_changes(dense, self._origin, linear_layers(dense, self._origin))
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         # Measurements in between are left by a stopped run that resumed from an earlier checkpoint.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import tiny_trainer
+from support.tiny import tiny_trainer, train_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.distributed.precision import (
@@ -133,6 +133,24 @@ def test_an_update_outside_of_the_stepper_would_use_tf32(corpora):
         trainer.stepper.optimizer.step()
     assert set(updates.precisions) == {"high"}
     trainer.stepper.close()
+
+
+def test_rank_telemetry_merges_in_fp32_while_training_uses_tf32(corpora):
+    trainer = tiny_trainer(
+        corpora / "precision-telemetry",
+        "switchlora",
+        *("--spectrum.interval", "1", "--training.steps", "1"),
+    )
+    allow_tf32()
+    train_steps(trainer, 1)
+    (telemetry,) = trainer.hooks
+    with RecordProducts() as merges:
+        telemetry.after(1)
+    trainer.close()
+    # B A and a Gram matrix of each of seven layers in two blocks.
+    assert len(merges.precisions) == 2 * 7 * 2
+    assert set(merges.precisions) == {"highest"}
+    assert MATMUL.allow_tf32
 
 
 def unpool(values: torch.Tensor) -> torch.Tensor:
