@@ -12,6 +12,7 @@ from switchtitan.distributed.launcher import is_launched, num_ranks_from_launche
 from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
 from switchtitan.errors import UserError, exit_for, exit_for_interrupt, interrupt_on_sigterm
 from switchtitan.job.config import parse_arguments
+from switchtitan.observability import configure_logging
 from switchtitan.training.run_lock import lock_output_dir
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
             check_slurm_tasks(num_nodes=1)
         config = parse_arguments(argv)
         world = start_world(config.parallelism)
+        configure_logging(is_main=world.is_main, rank=world.rank)
         with lock_output_dir(config.job.output_dir, world):
             trainer = build_trainer(config, world)
             if world.size == 1 and world.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -16,11 +17,18 @@ from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.training.output_folder import check_writable, create_folder
 
+logger = logging.getLogger(__name__)
+
 LOCK_FILE = "run.lock"
 """In a run's folder while the run trains; names the process."""
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """Errors of file systems without locks."""
 _SETTLED_AFTER_S = 1.0
+_LEASE_S = 90.0
+"""NFS servers keep the lock of a node that crashed until its lease ends: 90 s on Linux."""
+_POLL_S = 1.0
+_SHARED_RUN_IDS = {"", "none", "switchtitan"}
+"""Ids that unrelated runs have: the defaults of torchrun and of ./run_train.sh."""
 
 
 class _Owner(BaseModel):
@@ -30,6 +38,8 @@ class _Owner(BaseModel):
     pid: int
     since: str
     """Local time of the start."""
+    job: str | None = None
+    """Id of the launcher's job, which a requeued job keeps. None in files of older versions too."""
 
 
 @contextmanager
@@ -37,11 +47,12 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     """Keeps every other process from training in the folder, until the context ends.
 
     The main rank holds a POSIX lock, which ends with its process and is not inherited by workers.
-    On a file system without locks it writes a file that names the process.
+    On a file system without locks it writes a file that names the process. The file of a process
+    that has ended is taken over, as is that of the same job on another host: the job was requeued.
 
     Raises:
         ConfigError: on every rank, if another process trains there, or the folder cannot be
-            written.
+            written. If its lock is held from another host, which may have crashed, after waiting.
     """
     with ExitStack() as held:
 
@@ -56,22 +67,25 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
 
 def _hold(output_dir: Path, held: ExitStack) -> None:
     file = output_dir / LOCK_FILE
+    deadline = None
     while True:
         create_folder(output_dir, held)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             continue  # another process has deleted a folder that it created
-        held.callback(os.close, descriptor)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise _taken(output_dir, _read_owner(file)) from error
+                deadline = _wait(output_dir, deadline)
+                continue
             if error.errno in _WITHOUT_LOCKS:
                 _hold_without_locks(output_dir, held)
                 return
             raise
+        held.callback(os.close, descriptor)
         if _is_named(descriptor, file):
             break
     # While locked: afterwards another process may own the file of this name.
@@ -79,6 +93,26 @@ def _hold(output_dir: Path, held: ExitStack) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, _this_process().model_dump_json().encode(), 0)
     os.fsync(descriptor)
+
+
+def _wait(output_dir: Path, deadline: float | None) -> float:
+    """Waits for the lock of another host; returns until when, by the monotonic clock.
+
+    Args:
+        deadline: None on the first call.
+
+    Raises:
+        ConfigError: if the owner is on this host, or unknown at first, or the time is over.
+    """
+    owner = _read_owner(output_dir / LOCK_FILE)
+    is_here = owner is not None and owner.host == socket.gethostname()
+    if deadline is None and owner is not None and not is_here:
+        logger.info("waiting for the lock of %s", owner.host)
+        deadline = time.monotonic() + _LEASE_S
+    if deadline is None or is_here or time.monotonic() > deadline:
+        raise _taken(output_dir, owner)
+    time.sleep(_POLL_S)
+    return deadline
 
 
 def _is_named(descriptor: int, file: Path) -> bool:
@@ -92,10 +126,9 @@ def _is_named(descriptor: int, file: Path) -> bool:
 def _hold_without_locks(output_dir: Path, held: ExitStack) -> None:
     """Owns the folder by a file that names this process."""
     file = output_dir / LOCK_FILE
-    owner = _read_owner(file)
-    if owner is not None and _may_be_alive(owner):
+    owner, own = _read_owner(file), _this_process()
+    if owner is not None and _may_be_alive(owner, own.job):
         raise _taken(output_dir, owner)
-    own = _this_process()
     write_atomically(file, own.model_dump_json())
     time.sleep(_SETTLED_AFTER_S)  # of two processes that start now, the last one to write stays
     if (owner := _read_owner(file)) != own:
@@ -103,9 +136,11 @@ def _hold_without_locks(output_dir: Path, held: ExitStack) -> None:
     held.callback(_remove, file)
 
 
-def _may_be_alive(owner: _Owner) -> bool:
-    # Another host may only have lost its connection: its lock is never taken over.
-    return owner.host != socket.gethostname() or _is_running(owner.pid)
+def _may_be_alive(owner: _Owner, own_job: str | None) -> bool:
+    if owner.host == socket.gethostname():
+        return _is_running(owner.pid)
+    # Another host may only have lost its connection. A job that was requeued has ended there.
+    return own_job is None or owner.job != own_job
 
 
 def _is_running(pid: int) -> bool:
@@ -132,7 +167,19 @@ def _taken(output_dir: Path, owner: _Owner | None) -> ConfigError:
 
 
 def _this_process() -> _Owner:
-    return _Owner(host=socket.gethostname(), pid=os.getpid(), since=time.strftime("%F %T %z"))
+    return _Owner(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        since=time.strftime("%F %T %z"),
+        job=_job_from_launcher(),
+    )
+
+
+def _job_from_launcher() -> str | None:
+    if slurm_job := os.environ.get("SLURM_JOB_ID"):
+        return slurm_job
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return None if run_id in _SHARED_RUN_IDS else run_id
 
 
 def _read_owner(file: Path) -> _Owner | None:

@@ -8,16 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.tiny import tiny_config
 
+from switchtitan.cli import train
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import World, start_world, stop_world
 from switchtitan.errors import ConfigError
 from switchtitan.training import run_lock
 from switchtitan.training.run_lock import LOCK_FILE, lock_output_dir
+
+JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 OWNER = """
 import os, sys, time
@@ -48,6 +54,12 @@ def world() -> Iterator[World]:
     stop_world()
 
 
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in JOB_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
 @pytest.fixture
 def output_dir(tmp_path: Path) -> Path:
     return tmp_path / "outputs" / "run"
@@ -70,7 +82,8 @@ def go(process: subprocess.Popen) -> None:
     process.stdin.flush()
 
 
-def test_a_second_process_is_refused_and_the_first_is_named(output_dir, world):
+def test_a_second_process_is_refused_at_once_and_the_first_is_named(output_dir, world, caplog):
+    caplog.set_level("INFO", "switchtitan")
     owner = start(output_dir)
     go(owner)
     assert owner.stdout.readline() == "owns\n"
@@ -84,6 +97,7 @@ def test_a_second_process_is_refused_and_the_first_is_named(output_dir, world):
         lock_output_dir(output_dir, world),
     ):
         pass
+    assert caplog.messages == [], "waits"
     assert (output_dir / LOCK_FILE).read_bytes() == before
     go(owner)
     assert owner.wait(60) == 0
@@ -116,6 +130,67 @@ def test_of_many_that_start_together_one_owns_the_folder(output_dir):
     assert [process.wait(60) for process in processes] == [0] * 4
 
 
+def start_elsewhere(output_dir: Path) -> subprocess.Popen:
+    """Starts an owner and lets its file name another host."""
+    owner = start(output_dir)
+    go(owner)
+    assert owner.stdout.readline() == "owns\n"
+    file = output_dir / LOCK_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "elsewhere"}))
+    return owner
+
+
+@pytest.fixture
+def polling(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(run_lock, "_POLL_S", 0.05)
+    caplog.set_level("INFO", "switchtitan")
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["crashes", "ends"])
+def test_the_lock_of_another_host_is_waited_for(output_dir, world, polling, caplog, is_killed):
+    owner = start_elsewhere(output_dir)
+    timer = threading.Timer(1.0, owner.kill if is_killed else lambda: go(owner))
+    timer.start()
+    with lock_output_dir(output_dir, world):
+        assert owner.wait(60) == (-signal.SIGKILL if is_killed else 0)
+        assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
+    timer.join()
+    assert caplog.messages == ["waiting for the lock of elsewhere"]
+
+
+def test_a_lock_that_another_host_keeps_is_respected(
+    output_dir, world, polling, caplog, monkeypatch
+):
+    monkeypatch.setattr(run_lock, "_LEASE_S", 0.5)
+    owner = start_elsewhere(output_dir)
+    started = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=rf"process {owner.pid} on elsewhere, .* delete "),
+        lock_output_dir(output_dir, world),
+    ):
+        pass
+    assert time.monotonic() - started >= 0.5
+    assert caplog.messages == ["waiting for the lock of elsewhere"]
+    owner.kill()
+    owner.wait(60)
+
+
+def test_a_training_run_says_that_it_waits_for_a_lock(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_lock, "_POLL_S", 0.05)
+    monkeypatch.setattr(run_lock, "_LEASE_S", 0.2)
+    config = tiny_config(tmp_path, "lora")
+    owner = start_elsewhere(config.job.output_dir)
+    (file,) = tmp_path.glob("*.toml")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", str(file)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "waiting for the lock of elsewhere\n"
+    assert "trains in this folder" in said.err
+    owner.kill()
+    owner.wait(60)
+
+
 @pytest.fixture
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, operation: int) -> None:
@@ -125,9 +200,9 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_SETTLED_AFTER_S", 0.0)
 
 
-def write_owner(output_dir: Path, host: str, pid: int) -> None:
+def write_owner(output_dir: Path, host: str, pid: int, **job: str) -> None:
     output_dir.mkdir(parents=True)
-    owner = {"host": host, "pid": pid, "since": "2026-01-02 03:04:05 +0000"}
+    owner = {"host": host, "pid": pid, "since": "2026-01-02 03:04:05 +0000", **job}
     (output_dir / LOCK_FILE).write_text(json.dumps(owner))
 
 
@@ -159,3 +234,45 @@ def test_without_file_locks_an_owner_that_may_live_is_respected(
     with pytest.raises(ConfigError, match=message), lock_output_dir(output_dir, world):
         pass
     assert (output_dir / LOCK_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "job", [{"SLURM_JOB_ID": "71"}, {"TORCHELASTIC_RUN_ID": "71"}], ids=lambda job: next(iter(job))
+)
+def test_without_file_locks_a_requeued_job_takes_the_folder_over(
+    output_dir, world, without_locks, monkeypatch, job
+):
+    for variable, value in job.items():
+        monkeypatch.setenv(variable, value)
+    write_owner(output_dir, "elsewhere", os.getppid(), job="71")
+    with lock_output_dir(output_dir, world):
+        owner = json.loads((output_dir / LOCK_FILE).read_text())
+        assert (owner["pid"], owner["job"]) == (os.getpid(), "71")
+    assert not (output_dir / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "of_owner", "own"),
+    [
+        ("elsewhere", {"job": "71"}, {"SLURM_JOB_ID": "72", "TORCHELASTIC_RUN_ID": "71"}),
+        ("elsewhere", {"job": "71"}, {}),
+        ("elsewhere", {}, {"SLURM_JOB_ID": "71"}),
+        # A live process of the same job.
+        (socket.gethostname(), {"job": "71"}, {"SLURM_JOB_ID": "71"}),
+        # Unrelated runs share these ids.
+        ("elsewhere", {"job": ""}, {"TORCHELASTIC_RUN_ID": ""}),
+        ("elsewhere", {"job": "none"}, {"TORCHELASTIC_RUN_ID": "none"}),
+        ("elsewhere", {"job": "switchtitan"}, {"TORCHELASTIC_RUN_ID": "switchtitan"}),
+    ],
+)
+def test_without_file_locks_only_the_same_job_on_another_host_takes_the_folder_over(
+    output_dir, world, without_locks, monkeypatch, host, of_owner, own
+):
+    for variable, value in own.items():
+        monkeypatch.setenv(variable, value)
+    write_owner(output_dir, host, os.getppid(), **of_owner)
+    with (
+        pytest.raises(ConfigError, match=rf"process {os.getppid()} on {host}, "),
+        lock_output_dir(output_dir, world),
+    ):
+        pass
