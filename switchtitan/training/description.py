@@ -7,11 +7,12 @@ from pathlib import Path
 import tomli
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import switchtitan
 from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.config.toml_text import flatten, toml_value
-from switchtitan.contracts import LanguageModel
+from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data import Corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, DtypeName
 from switchtitan.distributed.config import ParallelismConfig
@@ -21,6 +22,7 @@ from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
+from switchtitan.models.head import Head
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit
 from switchtitan.training.stepper import TrainState
@@ -114,6 +116,8 @@ def describe_run(
         )
     for notice in keys_without_effect(config.parallelism, config.training, world.size):
         logger.info(notice)
+    if (of_head := head_notice(model, config.model)) is not None:
+        logger.info(of_head)
     logger.info("compute dtype: %s", compute_dtype)
     if checkpoint is None:
         logger.info("starting a new run in %s", config.job.output_dir)
@@ -159,6 +163,27 @@ def keys_without_effect(
         reason = "each rank holds all gradients; it only takes more time"
         reasons.append(('accumulate_gradients = "sharded"', reason))
     return [f"[parallelism] {key} has no effect: {reason}" for key, reason in reasons]
+
+
+def head_notice(model: nn.Module, config: ModelConfig) -> str | None:
+    """Returns a notice if the loss holds all logits in memory, since the model has no `Head`.
+
+    Names the last linear layer with one row per token id.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(module, Head) for module in modules.values()):
+        return None
+    heads = [
+        f"{name} is a {_plain_class(modules[name]).__name__}, not a Head"
+        for name, (num_rows, _) in config.linear_shapes().items()
+        if num_rows == config.vocab_size and name in modules
+    ]
+    return f"{heads[-1] if heads else 'the model has no Head'}: the loss holds all logits in memory"
+
+
+def _plain_class(module: nn.Module) -> type:
+    """Returns the class that a module had before sharding."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def crosses_nodes_needlessly(model: nn.Module, shard: int, num_local_ranks: int) -> bool:

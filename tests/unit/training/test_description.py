@@ -16,10 +16,12 @@ from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
+from switchtitan.models import MODELS
 from switchtitan.training.description import (
     changed_keys,
     comparable_identity,
     crosses_nodes_needlessly,
+    head_notice,
     keys_without_effect,
     run_identity,
     unaligned_widths,
@@ -277,6 +279,28 @@ def test_a_run_on_one_rank_says_at_its_start_which_keys_have_no_effect(corpora, 
     assert "has no effect" not in caplog.text
     tiny_trainer(corpora / "one-rank-kept", "switchlora", *KEPT).stepper.close()
     assert f"[parallelism] {KEEPS_NOTHING}" in caplog.text
+
+
+HOLDS_LOGITS = "the loss holds all logits in memory"
+
+
+def test_a_run_says_at_its_start_that_the_loss_of_a_low_rank_head_holds_all_logits(corpora, caplog):
+    caplog.set_level("INFO")
+    tiny_trainer(corpora / "head", "lora").stepper.close()
+    assert HOLDS_LOGITS not in caplog.text
+    targets = ("--method.targets", "q_proj", "lm_head")
+    tiny_trainer(corpora / "low-rank-head", "lora", *targets).stepper.close()
+    assert f"lm_head is a LowRankLinear, not a Head: {HOLDS_LOGITS}" in caplog.messages
+
+
+def test_the_head_of_another_class_is_named(tmp_path: Path):
+    config = tiny_config(tmp_path, "full_rank").model
+    model = MODELS.build(config)
+    assert head_notice(model, config) is None
+    model.lm_head = torch.nn.Linear(20, config.vocab_size, bias=False)
+    assert head_notice(model, config) == f"lm_head is a Linear, not a Head: {HOLDS_LOGITS}"
+    del model.lm_head
+    assert head_notice(model, config) == f"the model has no Head: {HOLDS_LOGITS}"
 
 
 @pytest.mark.parametrize(
