@@ -72,6 +72,7 @@ def fresh_compiler() -> Iterator[None]:
     """torch.compile starts without compiled code and counts, and leaves no compiled code."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.clear_compilation_metrics()
     yield
     torch._dynamo.reset()
 
