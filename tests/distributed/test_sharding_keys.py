@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from support.compiled import SWITCHLORA_COMPILED, compiled_functions
 from support.ranks import run_on_ranks
 from support.tiny import COMPILED, full_tensors, tiny_trainer, train_steps
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from switchtitan.contracts import nothing_kept
+from switchtitan.distributed.blocks import CallWithInputOnHost
 from switchtitan.distributed.norms import total_norm
 from switchtitan.methods.lowrank import low_rank_layers
 
@@ -20,7 +23,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 NUM_STEPS, SAVED_STEP = 8, 4
 # Sums over micro-batches and ranks have another order.
 RELATIVE_LOSS_TOLERANCE = 1e-6
-# Five blocks: the last unit of two blocks has one. Three micro-batches on each of two ranks.
+# Five blocks: the last unit of two blocks has one. Six micro-batches on each of two ranks.
 BASE = (
     *("--model.num_layers", "5", "--training.global_batch_size", "12"),
     *("--training.local_batch_size", "1"),
@@ -74,10 +77,16 @@ def train_in_bf16(home, overrides, num_ranks):
 def train(home, overrides, num_ranks, is_saved=False, is_stale=False):
     trainer = tiny_trainer(home, "switchlora", *BASE, *overrides, num_ranks=num_ranks)
     stepper = trainer.stepper
+    on_host: list[int] = []
+    if isinstance(stepper.model.call_block, CallWithInputOnHost):
+        stepper.model.model.norm.register_forward_hook(
+            lambda *_: on_host.append(len(stepper.model.call_block.tensors_on_host()))
+        )
     if is_stale:
         # Planted: the weights gathered in the first step stay for all steps.
         stepper.model.free_kept_weights = nothing_kept
     losses = train_steps(trainer, SAVED_STEP - stepper.state.step)
+    on_host_in_steps = list(on_host)
     if is_saved:
         trainer.checkpointer.save(SAVED_STEP, trainer.tensors(), vars(stepper.state))
         trainer.checkpointer.finish()
@@ -93,7 +102,7 @@ def train(home, overrides, num_ranks, is_saved=False, is_stale=False):
     final = full_tensors(trainer)
     check_the_norm(stepper)
     stepper.close()
-    return {"losses": losses, "held_out": held_out, "final": final}
+    return {"losses": losses, "held_out": held_out, "final": final, "on_host": on_host_in_steps}
 
 
 def check_the_norm(stepper):
@@ -134,6 +143,12 @@ def test_losses_and_checkpoints_are_those_of_the_defaults(runs, name):
             assert torch.equal(run["final"][key], tensor), key
 
 
+def test_block_inputs_are_in_host_memory_only_in_the_run_that_offloads(runs):
+    # Inputs of five blocks in each of six micro-batches.
+    assert runs["all offloaded"]["on_host"] == [5] * 6 * SAVED_STEP
+    assert runs["all recomputed"]["on_host"] == []
+
+
 def test_frozen_weights_are_rounded_to_the_compute_dtype_as_before(runs):
     assert runs["bf16 step"]["losses"] == runs["bf16"]["losses"]
     assert runs["bf16"]["losses"] != runs["two"]["losses"]
@@ -158,6 +173,9 @@ def check_that_nothing_recompiles(rank, folder):
         folder / "compiled", "switchlora", *BASE, *UNITS, *STEP, *COMPILED, num_ranks=2
     )
     losses = train_steps(trainer, 2)
+    assert compiled_functions() == SWITCHLORA_COMPILED
+    assert counters["stats"]["unique_graphs"] == sum(SWITCHLORA_COMPILED.values())
+    assert not counters["graph_break"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses += train_steps(trainer, 4)
     trainer.stepper.close()
