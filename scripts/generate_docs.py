@@ -139,7 +139,7 @@ def measurement_table(name: str, record: dict[str, Any]) -> str:
     source = (
         f"{environment['device']}, {environment['num_threads']} thread(s), torch "
         f"{environment['torch']}, commit {environment['commit']}: "
-        f"[{name}.json](measurements/{name}.json)"
+        f"[figures](measurements/{name}.json)"
     )
     return "\n".join([*lines, "", source, ""])
 
