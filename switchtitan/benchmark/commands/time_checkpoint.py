@@ -2,10 +2,13 @@
 speed of steps after them, and their size on disk."""
 
 import argparse
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.command_line import positive_int
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import temporary_world
+from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
 
 _WARM_UP_STEPS = 3
@@ -41,21 +45,42 @@ class SaveTimes:
     undisturbed_step_s: list[float] = field(default_factory=list)
     """Steps after a save, during none."""
     step_while_saving_s: list[float] = field(default_factory=list)
+    control_before_saves: list[float] = field(default_factory=list)
+    """Ratio of a step's time to that in a process that never saves, in turns, before the first
+    save. One entry for each group of steps; empty without such a process."""
+    control_after_saves: list[float] = field(default_factory=list)
+    """The same after a save."""
     bytes_on_disk: int = 0
     state_bytes: int = 0
     """Bytes of this rank's tensors."""
 
     @property
     def speed_after_saves(self) -> float:
-        """Speed of steps after saves, in parts of the speed before the first one."""
-        return float(np.median(self.step_before_saves_s) / np.median(self.undisturbed_step_s))
+        """Speed of steps after saves, in parts of the speed before the first one.
+
+        Both are relative to a process that never saves, if there is one: other load on the machine
+        changes with time, and slows both down.
+        """
+        before, after = self.control_before_saves, self.control_after_saves
+        if not before:
+            before, after = self.step_before_saves_s, self.undisturbed_step_s
+        return float(np.median(before) / np.median(after))
 
 
-def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: int) -> SaveTimes:
+def time_saves(
+    stepper: Stepper,
+    folder: Path,
+    rounds: int,
+    undisturbed_steps: int,
+    control: Callable[[int], list[float]] | None = None,
+) -> SaveTimes:
     """Runs steps with and without a save in progress.
 
     Each round saves once asynchronously and once synchronously, in alternating order, and takes
     `undisturbed_steps` steps after each save. As many steps precede the first save.
+
+    Args:
+        control: takes that many steps in a process that never saves, and returns their seconds.
     """
     asynchronous = _checkpointer(stepper, folder / "async", async_save=True)
     synchronous = _checkpointer(stepper, folder / "sync", async_save=False)
@@ -76,19 +101,54 @@ def time_saves(stepper: Stepper, folder: Path, rounds: int, undisturbed_steps: i
             _seconds(lambda: synchronous.save(stepper.state.step, tensors(), {}))
         )
 
+    def take_steps(seconds: list[float], ratios: list[float]) -> None:
+        own = [_step_seconds(stepper) for _ in range(undisturbed_steps)]
+        seconds += own
+        if control is not None:
+            ratios.append(float(np.median(own) / np.median(control(undisturbed_steps))))
+
     for _ in range(_WARM_UP_STEPS):
         stepper.step()
-    times.step_before_saves_s += [
-        _step_seconds(stepper) for _ in range(2 * rounds * undisturbed_steps)
-    ]
+    if control is not None:
+        control(_WARM_UP_STEPS)
+    for _ in range(2 * rounds):
+        take_steps(times.step_before_saves_s, times.control_before_saves)
     for index in range(rounds):
         for save in alternate([save_async, save_sync], index):
             save()
-            times.undisturbed_step_s += [_step_seconds(stepper) for _ in range(undisturbed_steps)]
+            take_steps(times.undisturbed_step_s, times.control_after_saves)
     latest = synchronous.latest
     assert latest is not None
     times.bytes_on_disk = sum(file.stat().st_size for file in latest.iterdir())
     return times
+
+
+@contextmanager
+def control_process(config: JobConfig) -> Iterator[Callable[[int], list[float]]]:
+    """Yields a function that takes training steps in another process and returns their seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_take_steps_on_request, args=(config, theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    def take_steps(num_steps: int) -> list[float]:
+        ours.send(num_steps)
+        seconds: list[float] = ours.recv()
+        return seconds
+
+    try:
+        yield take_steps
+    finally:
+        ours.close()
+        process.join()
+
+
+def _take_steps_on_request(config: JobConfig, requests: Connection) -> None:
+    with temporary_world(), real_stepper(config) as stepper, suppress(EOFError):
+        while True:
+            num_steps = requests.recv()
+            requests.send([_step_seconds(stepper) for _ in range(num_steps)])
 
 
 def _checkpointer(stepper: Stepper, folder: Path, async_save: bool) -> Checkpointer:
@@ -146,8 +206,10 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         temporary_world(),
         tempfile.TemporaryDirectory(dir=options.folder) as folder,
         real_stepper(config) as stepper,
+        # A second model may not fit on a GPU.
+        control_process(config) if stepper.world.device.type == "cpu" else nullcontext() as control,
     ):
-        times = time_saves(stepper, Path(folder), options.rounds, options.steps)
+        times = time_saves(stepper, Path(folder), options.rounds, options.steps, control)
     record: dict[str, JsonValue] = {
         "synchronous_s": float(np.median(times.synchronous_s)),
         "stall_s": float(np.median(times.stall_s)),
@@ -157,6 +219,8 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         "step_before_saves_s": float(np.median(times.step_before_saves_s)),
         "undisturbed_step_s": float(np.median(times.undisturbed_step_s)),
         "step_while_saving_s": float(np.median(times.step_while_saving_s)),
+        "control_before_saves": list(times.control_before_saves),
+        "control_after_saves": list(times.control_after_saves),
         "speed_after_saves": times.speed_after_saves,
         "bytes_on_disk": times.bytes_on_disk,
         "state_bytes": times.state_bytes,

@@ -1,0 +1,27 @@
+"""The speed of steps after saves is relative to a process that never saves."""
+
+import pytest
+
+from switchtitan.benchmark.commands.time_checkpoint import SaveTimes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "speed"),
+    [
+        ([1.0, 1.1, 0.9], [1.0, 1.1, 0.9], 1.0),  # other load, which slows the control down too
+        ([1.0, 1.1, 0.9], [2.0, 1.9, 2.1], 0.5),
+    ],
+)
+def test_load_that_slows_both_processes_down_does_not_count(before, after, speed):
+    times = SaveTimes(
+        step_before_saves_s=[0.1] * 3,
+        undisturbed_step_s=[0.2] * 3,
+        control_before_saves=before,
+        control_after_saves=after,
+    )
+    assert times.speed_after_saves == pytest.approx(speed)
+
+
+def test_without_such_a_process_it_is_the_ratio_of_times():
+    times = SaveTimes(step_before_saves_s=[0.1] * 3, undisturbed_step_s=[0.2] * 3)
+    assert times.speed_after_saves == pytest.approx(0.5)
