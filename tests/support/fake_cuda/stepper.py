@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from support.fake_cuda import collectives, python_api
-from switchtitan import build
+from switchtitan.builders import stepper as builder
 from switchtitan.builders.stepper import build_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
@@ -61,4 +61,4 @@ def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, 
 def without_initial_values() -> Any:
     """A patch with which steppers allocate weights and do not draw them, which takes a third of the
     time to build them."""
-    return patch.object(build, "materialize", lambda model, device, *_: _allocate(model, device))
+    return patch.object(builder, "materialize", lambda model, device, *_: _allocate(model, device))
