@@ -128,7 +128,7 @@ def control_process(config: JobConfig) -> Iterator[Callable[[int], list[float]]]
     """Yields a function that takes training steps in another process and returns their seconds."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_take_steps_on_request, args=(config, theirs), daemon=True)
+    process = context.Process(target=_take_steps_on_request, args=(config, theirs))
     process.start()
     theirs.close()
 
@@ -140,14 +140,15 @@ def control_process(config: JobConfig) -> Iterator[Callable[[int], list[float]]]
     try:
         yield take_steps
     finally:
-        ours.close()
+        # Closing the pipe is not enough: workers that read batches hold a copy of it.
+        with suppress(BrokenPipeError):
+            ours.send(None)
         process.join()
 
 
 def _take_steps_on_request(config: JobConfig, requests: Connection) -> None:
-    with temporary_world(), real_stepper(config) as stepper, suppress(EOFError):
-        while True:
-            num_steps = requests.recv()
+    with temporary_world(), real_stepper(config) as stepper:
+        while (num_steps := requests.recv()) is not None:
             requests.send([_step_seconds(stepper) for _ in range(num_steps)])
 
 
