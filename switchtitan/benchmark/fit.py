@@ -20,7 +20,7 @@ FIT_ASSUMPTIONS = (
     f"a micro-batch fits if the estimated peak is at most {USABLE_SHARE:.0%} of the memory",
     "a smaller micro-batch never has a higher peak",
 )
-"""Assumptions besides those of `estimate`."""
+"""Assumptions of the search, in addition to `MEMORY_ASSUMPTIONS`."""
 
 
 @dataclass(frozen=True)

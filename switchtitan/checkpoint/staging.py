@@ -34,8 +34,8 @@ class HostCopies:
                 self._stagers[device_type] = DefaultStager(staging_options(device_type))
             # Local shards: torch's stager fails for DTensors that share a storage.
             own = {name: local(t) for name, t in tensors.items() if t.device.type == device_type}
-            # The stager copies storages, so this comes first; it also waits for these copies.
-            copies |= self._copy_parts(_parts_of_storages(own))
+            # The stager would copy their whole storages.
+            copies |= self._copy_parts(_parts_of_storages(own), device_type == "cuda")
             staged = self._stagers[device_type].stage(
                 {name: tensor for name, tensor in own.items() if name not in copies}
             )
@@ -43,16 +43,15 @@ class HostCopies:
             copies |= staged
         return {name: with_local(tensors[name], copies[name]) for name in tensors}
 
-    def _copy_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies each tensor into memory of its own size."""
+    def _copy_parts(self, tensors: Mapping[str, Tensor], is_cuda: bool) -> dict[str, Tensor]:
+        """Copies each tensor into memory of its own size; waits until all copies are complete."""
         for name, tensor in tensors.items():
-            is_cuda = tensor.device.type == "cuda"
             if name not in self._parts:
                 self._parts[name] = torch.empty(
                     tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda
                 )
             self._parts[name].copy_(tensor, non_blocking=is_cuda)
-        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+        if is_cuda and tensors:
             torch.cuda.current_stream().synchronize()
         return {name: self._parts[name] for name in tensors}
 

@@ -75,7 +75,7 @@ def _create(file: Path, created: ExitStack) -> None:
         file.touch()
     except OSError as error:
         raise _cannot_write(file.parent, error) from error
-    created.callback(_remove, file.unlink)
+    created.callback(remove_unless_used, file.unlink)
 
 
 def create_folder(folder: Path, created: ExitStack) -> None:
@@ -88,7 +88,7 @@ def create_folder(folder: Path, created: ExitStack) -> None:
         for path in (*reversed(folder.parents), folder):
             if not path.exists():
                 path.mkdir(exist_ok=True)
-                created.callback(_remove, path.rmdir)
+                created.callback(remove_unless_used, path.rmdir)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 
@@ -100,6 +100,7 @@ def _cannot_write(folder: Path, error: OSError) -> ConfigError:
     )
 
 
-def _remove(remove: Callable[[], None]) -> None:
+def remove_unless_used(remove: Callable[[], None]) -> None:
+    """Calls `remove`, a path's `unlink` or `rmdir`; ignores errors."""
     with suppress(OSError):  # another process uses it now
         remove()

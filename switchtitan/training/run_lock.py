@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
-from switchtitan.training.output_folder import check_writable, create_folder
+from switchtitan.training.output_folder import check_writable, create_folder, remove_unless_used
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _hold(output_dir: Path, held: ExitStack) -> None:
         if _is_named(descriptor, file):
             break
     # While locked: afterwards another process may own the file of this name.
-    held.callback(_remove, file)
+    held.callback(remove_unless_used, file.unlink)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, _this_process().model_dump_json().encode(), 0)
     os.fsync(descriptor)
@@ -133,7 +133,7 @@ def _hold_without_locks(output_dir: Path, held: ExitStack) -> None:
     time.sleep(_SETTLED_AFTER_S)  # of two processes that start now, the last one to write stays
     if (owner := _read_owner(file)) != own:
         raise _taken(output_dir, owner)
-    held.callback(_remove, file)
+    held.callback(remove_unless_used, file.unlink)
 
 
 def _may_be_alive(owner: _Owner, own_job: str | None) -> bool:
@@ -187,8 +187,3 @@ def _read_owner(file: Path) -> _Owner | None:
         return _Owner.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def _remove(file: Path) -> None:
-    with suppress(OSError):
-        file.unlink()
