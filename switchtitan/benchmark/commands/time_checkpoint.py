@@ -46,8 +46,8 @@ class SaveTimes:
     """Steps after a save, during none."""
     step_while_saving_s: list[float] = field(default_factory=list)
     control_before_saves: list[float] = field(default_factory=list)
-    """Ratio of a step's time to that in a process that never saves, in turns, before the first
-    save. One entry for each group of steps; empty without such a process."""
+    """Ratio of a step's time to that of the next step in a process that never saves, before the
+    first save. One entry for each pair; empty without such a process."""
     control_after_saves: list[float] = field(default_factory=list)
     """The same after a save."""
     bytes_on_disk: int = 0
@@ -72,7 +72,7 @@ def time_saves(
     folder: Path,
     rounds: int,
     undisturbed_steps: int,
-    control: Callable[[int], list[float]] | None = None,
+    control: Callable[[], float] | None = None,
 ) -> SaveTimes:
     """Runs steps with and without a save in progress.
 
@@ -80,7 +80,8 @@ def time_saves(
     `undisturbed_steps` steps after each save. As many steps precede the first save.
 
     Args:
-        control: takes that many steps in a process that never saves, and returns their seconds.
+        control: takes a step in a process that never saves, and returns its seconds. Both
+            processes take turns at each step.
     """
     asynchronous = _checkpointer(stepper, folder / "async", async_save=True)
     synchronous = _checkpointer(stepper, folder / "sync", async_save=False)
@@ -102,15 +103,15 @@ def time_saves(
         )
 
     def take_steps(seconds: list[float], ratios: list[float]) -> None:
-        own = [_step_seconds(stepper) for _ in range(undisturbed_steps)]
-        seconds += own
-        if control is not None:
-            ratios.append(float(np.median(own) / np.median(control(undisturbed_steps))))
+        for _ in range(undisturbed_steps):
+            seconds.append(_step_seconds(stepper))
+            if control is not None:
+                ratios.append(seconds[-1] / control())
 
     for _ in range(_WARM_UP_STEPS):
         stepper.step()
-    if control is not None:
-        control(_WARM_UP_STEPS)
+        if control is not None:
+            control()
     for _ in range(2 * rounds):
         take_steps(times.step_before_saves_s, times.control_before_saves)
     for index in range(rounds):
@@ -124,32 +125,32 @@ def time_saves(
 
 
 @contextmanager
-def control_process(config: JobConfig) -> Iterator[Callable[[int], list[float]]]:
-    """Yields a function that takes training steps in another process and returns their seconds."""
+def control_process(config: JobConfig) -> Iterator[Callable[[], float]]:
+    """Yields a function that takes a training step in another process and returns its seconds."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_take_steps_on_request, args=(config, theirs))
     process.start()
     theirs.close()
 
-    def take_steps(num_steps: int) -> list[float]:
-        ours.send(num_steps)
-        seconds: list[float] = ours.recv()
+    def take_step() -> float:
+        ours.send(True)
+        seconds: float = ours.recv()
         return seconds
 
     try:
-        yield take_steps
+        yield take_step
     finally:
         # Closing the pipe is not enough: workers that read batches hold a copy of it.
         with suppress(BrokenPipeError):
-            ours.send(None)
+            ours.send(False)
         process.join()
 
 
 def _take_steps_on_request(config: JobConfig, requests: Connection) -> None:
     with temporary_world(), real_stepper(config) as stepper:
-        while (num_steps := requests.recv()) is not None:
-            requests.send([_step_seconds(stepper) for _ in range(num_steps)])
+        while requests.recv():
+            requests.send(_step_seconds(stepper))
 
 
 def _checkpointer(stepper: Stepper, folder: Path, async_save: bool) -> Checkpointer:
