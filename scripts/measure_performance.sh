@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures all tables of docs/PERFORMANCE.md, about 25 minutes on two idle CPU cores:
+# Measures all tables of docs/PERFORMANCE.md, about two hours on two idle CPU cores:
 #
 #   scripts/measure_performance.sh [NAME ...]      all measurements, or the named ones
 #
@@ -102,9 +102,10 @@ measure_one_gpu() {
         --world-size 1 --training.global_batch_size 48 --training.local_batch_size 24 --json "$1"
 }
 
-measure_fits() { # rank: a quarter of the hidden size
-    local sides=() base=train_configs/llama_350m size rank method
-    for size in 9m:32 20m:64 35m:96 60m:128 130m:192 250m:192 350m:256 1b:512 3b:640 7b:1024; do
+estimate_fits() { # FILE SIZE:RANK ...
+    local file=$1 sides=() base=train_configs/llama_350m size rank method
+    shift
+    for size in "$@"; do
         rank="method.rank=${size#*:}" size="model.size=${size%:*}"
         sides+=("${base}_full_rank.toml:$size" "${base}_full_rank.toml:$size,optimizer.moments_dtype=bfloat16"
             "${base}_full_rank.toml:$size,optimizer.name=adamw8bit" "${base}_apollo_mini.toml:$size")
@@ -117,7 +118,16 @@ measure_fits() { # rank: a quarter of the hidden size
     estimate "${sides[@]}" --world-size 1 --fit 24 80 --data.seq_len 512 --training.dtype bfloat16 \
         --activation_checkpoint.mode full \
         --parallelism.frozen_weights shard --parallelism.reshard_after_forward true \
-        --parallelism.blocks_per_unit 1 --json "$1"
+        --parallelism.blocks_per_unit 1 --json "$file"
+}
+
+# Ranks are a quarter of the hidden size.
+measure_fits_to_350m() {
+    estimate_fits "$1" 9m:32 20m:64 35m:96 60m:128 130m:192 250m:192 350m:256
+}
+
+measure_fits_from_1b() {
+    estimate_fits "$1" 1b:512 3b:640 7b:1024
 }
 
 measure_ranks() { # FILE SIZE RANK: one micro-batch of 8 sequences for each of 8 ranks
@@ -155,7 +165,7 @@ measure_offload() {
 
 if [ $# = 0 ]; then
     set -- step host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
-        state one_gpu fits ranks_350m ranks_1b ranks_7b micro_batches offload
+        state one_gpu fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches offload
 fi
 for name in "$@"; do
     declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"
