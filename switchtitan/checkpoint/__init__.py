@@ -10,8 +10,8 @@ from switchtitan.checkpoint.find import (
     find_given,
     find_latest,
 )
-from switchtitan.checkpoint.layout import CheckpointMetadata, read_metadata
 from switchtitan.checkpoint.load import load_tensors_, read_tensors
+from switchtitan.checkpoint.metadata import CheckpointMetadata, read_metadata
 
 __all__ = [
     "CheckpointConfig",

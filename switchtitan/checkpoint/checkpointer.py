@@ -25,21 +25,22 @@ from switchtitan.checkpoint.find import (
     prune,
 )
 from switchtitan.checkpoint.layout import (
-    FORMAT_VERSION,
-    CheckpointMetadata,
-    FileRecord,
-    check_contents,
-    check_files,
-    file_record,
     partial_folder_name,
-    read_tensors_index,
     remove_folder,
     step_folder_name,
     sync_folder,
+)
+from switchtitan.checkpoint.metadata import (
+    FORMAT_VERSION,
+    CheckpointMetadata,
+    FileRecord,
+    file_record,
+    read_tensors_index,
     write_metadata,
 )
 from switchtitan.checkpoint.staging import HostCopies, own_share
 from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,6 @@ from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointC
 from switchtitan.checkpoint.layout import (
     CHECKPOINTS_FOLDER,
     METADATA_FILE,
-    check_contents,
-    check_files,
     deleted_folder,
     foreign_files,
     list_deleted_folders,
@@ -18,6 +16,7 @@ from switchtitan.checkpoint.layout import (
     step_of,
     sync_folder,
 )
+from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.config.toml_text import flatten
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 

@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
-from switchtitan.checkpoint.layout import TensorsIndex, check_files, read_tensors_index
+from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
+from switchtitan.checkpoint.verify import check_files
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import CheckpointError, abbreviate

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
-from switchtitan.checkpoint.layout import (
-    TENSORS_FILE,
+from switchtitan.checkpoint.layout import TENSORS_FILE
+from switchtitan.checkpoint.metadata import (
     FileRecord,
     Piece,
     TensorRecord,

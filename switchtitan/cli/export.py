@@ -15,7 +15,8 @@ import torch
 from pydantic import JsonValue
 
 from switchtitan.checkpoint import find_given, read_metadata
-from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, CheckpointMetadata
+from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
+from switchtitan.checkpoint.metadata import CheckpointMetadata
 from switchtitan.data.corpus_files import TOKENIZER_FILE, CorpusIndex, read_index
 from switchtitan.errors import CorpusError, UserError, exit_for
 from switchtitan.hub.huggingface import export_dense

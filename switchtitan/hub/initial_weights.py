@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
-from switchtitan.checkpoint.layout import METADATA_FILE, file_record
+from switchtitan.checkpoint.layout import METADATA_FILE
+from switchtitan.checkpoint.metadata import file_record
 from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer, load_tensors_, read_tensors
 from switchtitan.checkpoint.agreement import run_together
 from switchtitan.checkpoint.checkpointer import POLL_INTERVAL
-from switchtitan.checkpoint.layout import check_contents, read_tensors_index
+from switchtitan.checkpoint.metadata import read_tensors_index
 from switchtitan.checkpoint.staging import HostCopies, own_share
 from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint.verify import check_contents
 from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.errors import CheckpointError
 

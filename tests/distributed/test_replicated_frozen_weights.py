@@ -10,7 +10,7 @@ from support.ranks import run_on_ranks
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from torch.distributed.tensor import DTensor
 
-from switchtitan.checkpoint.layout import read_tensors_index
+from switchtitan.checkpoint.metadata import read_tensors_index
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS

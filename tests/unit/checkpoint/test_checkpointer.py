@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from switchtitan.checkpoint import Checkpointer, load_tensors_, read_metadata
-from switchtitan.checkpoint.layout import check_contents
 from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint.verify import check_contents
 from switchtitan.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from switchtitan.checkpoint.find import find_latest
-from switchtitan.checkpoint.layout import check_contents
+from switchtitan.checkpoint.verify import check_contents
 from switchtitan.errors import CheckpointError
 
 FILES = ("metadata.json", "metadata.json.sha256", "tensors.json", "__0_0.distcp", ".metadata")

@@ -7,7 +7,7 @@ import torch
 from support.checkpoints import rewrite_metadata
 
 from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
-from switchtitan.checkpoint.layout import FORMAT_VERSION
+from switchtitan.checkpoint.metadata import FORMAT_VERSION
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 

@@ -8,7 +8,8 @@ import torch
 from support.checkpoints import rewrite_metadata
 
 from switchtitan.checkpoint import find_latest, load_tensors_, read_tensors
-from switchtitan.checkpoint.layout import check_files, file_record
+from switchtitan.checkpoint.metadata import file_record
+from switchtitan.checkpoint.verify import check_files
 from switchtitan.errors import CheckpointError
 
 

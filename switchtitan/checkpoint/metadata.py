@@ -1,0 +1,184 @@
+"""`metadata.json` and `tensors.json` of a checkpoint: their contents, reading and writing."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from switchtitan.checkpoint.layout import METADATA_CHECKSUM_FILE, METADATA_FILE, TENSORS_FILE
+from switchtitan.errors import CheckpointError, CheckpointFormatError
+from switchtitan.files import sha256_of_file
+
+FORMAT_VERSION = 3
+"""3 has `metadata.json.sha256`. In 1, B of low-rank layers, its candidates and its moments were
+transposed, [out, rank]."""
+_FIRST_WITH_CHECKSUM = 3
+_TRANSPOSED_IN_FORMAT_1 = ".lora_b"
+"""In the names of tensors that format 1 transposes. A checkpoint of format 1 without such a tensor
+is read like one of format 2."""
+_READERS = {1: "0.1"}
+"""The version of switchtitan that reads a former format."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """A file of the checkpoint next to `metadata.json`."""
+
+    num_bytes: int = Field(ge=0)
+    sha256: str
+
+
+class CheckpointMetadata(_Record):
+    """The contents of `metadata.json`."""
+
+    format_version: int
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    train_state: dict[str, JsonValue]
+    """The trainer's state, e.g. the number of tokens seen."""
+    identity: dict[str, JsonValue]
+    """The values that may not change on resume: model, method, corpus."""
+    run: dict[str, JsonValue]
+    """For the reader: the configuration, the corpus, the time."""
+    versions: dict[str, str]
+    """Versions of the code that wrote it."""
+    files: dict[str, FileRecord]
+    """Every other file in the folder, by name."""
+
+
+class Piece(_Record):
+    """A rectangular part of a tensor and the location of its bytes."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int = Field(ge=0)
+    num_bytes: int = Field(ge=0)
+
+
+class TensorRecord(_Record):
+    """A tensor of the checkpoint."""
+
+    dtype: str
+    """As in `torch.<dtype>`."""
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+class TensorsIndex(_Record):
+    """The contents of `tensors.json`."""
+
+    tensors: dict[str, TensorRecord]
+
+
+_File = TypeVar("_File", CheckpointMetadata, TensorsIndex)
+
+
+def read_metadata(path: Path) -> CheckpointMetadata:
+    """Reads `metadata.json` of the checkpoint at `path`, without checking the other files.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the checkpoint's format.
+        CheckpointError: if it is missing or damaged.
+    """
+    is_covered = _check_metadata_checksum(path)
+    metadata = _read(path / METADATA_FILE, CheckpointMetadata)
+    if not _is_readable(path, metadata.format_version):
+        own = metadata.versions.get("switchtitan", "of the version that wrote it")
+        raise CheckpointFormatError(
+            f"{path}: the checkpoint has format {metadata.format_version}, but this version of "
+            f"switchtitan reads format {FORMAT_VERSION}; resume, evaluate or export it with "
+            f"switchtitan {_READERS.get(metadata.format_version, own)}, or start a new run in "
+            "another [job] output_dir"
+        )
+    if metadata.format_version >= _FIRST_WITH_CHECKSUM and not is_covered:
+        raise CheckpointError(f"{path}: {METADATA_CHECKSUM_FILE} is missing")
+    return metadata
+
+
+def _check_metadata_checksum(path: Path) -> bool:
+    """Compares `metadata.json` with its checksum; returns whether it has one.
+
+    Raises:
+        CheckpointError: if they differ or cannot be read.
+    """
+    try:
+        saved = (path / METADATA_CHECKSUM_FILE).read_bytes()
+        contents = (path / METADATA_FILE).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot read {METADATA_FILE}: {error.strerror or error}"
+        ) from error
+    if saved != _checksum_line(contents):
+        raise CheckpointError(
+            f"{path}: {METADATA_FILE} or its checksum in {METADATA_CHECKSUM_FILE} is corrupted"
+        )
+    return True
+
+
+def _checksum_line(contents: bytes) -> bytes:
+    return f"{hashlib.sha256(contents).hexdigest()}  {METADATA_FILE}\n".encode()
+
+
+def _is_readable(path: Path, format_version: int) -> bool:
+    if format_version == 1:
+        return not any(_TRANSPOSED_IN_FORMAT_1 in name for name in read_tensors_index(path).tensors)
+    return format_version in (2, FORMAT_VERSION)
+
+
+def read_tensors_index(path: Path) -> TensorsIndex:
+    """Reads `tensors.json` of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    return _read(path / TENSORS_FILE, TensorsIndex)
+
+
+def write_metadata(path: Path, metadata: CheckpointMetadata) -> None:
+    """Writes `metadata.json` and its checksum to the checkpoint at `path`, flushed to disk."""
+    contents = metadata.model_dump_json(indent=2).encode()
+    _write_new(path / METADATA_FILE, contents)
+    _write_new(path / METADATA_CHECKSUM_FILE, _checksum_line(contents))
+
+
+def write_tensors_index(path: Path, index: TensorsIndex) -> FileRecord:
+    """Writes `tensors.json` to the checkpoint at `path`, flushed to disk; returns size and
+    checksum."""
+    data = index.model_dump_json().encode()
+    _write_new(path / TENSORS_FILE, data)
+    return FileRecord(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _write_new(file: Path, contents: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(contents)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def file_record(path: Path) -> FileRecord:
+    """Returns the size and the checksum of the file `path`."""
+    return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def _read(path: Path, kind: type[_File]) -> _File:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.parent}: cannot read {path.name}: {error.strerror or error}"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " at " + ".".join(map(str, first["loc"])) if first["loc"] else ""
+        raise CheckpointError(
+            f"{path.parent}: {path.name} is damaged{where}: {first['msg']}"
+        ) from error

@@ -1,0 +1,103 @@
+"""Verify that a checkpoint is complete: its sizes, its index, its checksums."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from switchtitan.checkpoint.layout import (
+    METADATA_FILE,
+    TENSORS_FILE,
+    step_folder_name,
+    step_of,
+)
+from switchtitan.checkpoint.metadata import (
+    CheckpointMetadata,
+    TensorRecord,
+    TensorsIndex,
+    file_record,
+    read_metadata,
+    read_tensors_index,
+)
+from switchtitan.errors import CheckpointError
+
+_NUM_READERS = 4
+
+
+def check_files(path: Path) -> CheckpointMetadata:
+    """Checks the sizes of all files and that the index covers every tensor. Cheap.
+
+    Raises:
+        CheckpointError: names the first problem.
+    """
+    metadata = read_metadata(path)
+    if step_of(path) not in (None, metadata.step):
+        raise CheckpointError(
+            f"{path}: {METADATA_FILE} is of step {metadata.step}; if the folder was renamed, "
+            f"rename it to {step_folder_name(metadata.step)}"
+        )
+    for name, expected in metadata.files.items():
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{path}: metadata.json lists {name!r}, which is not a plain file name"
+            )
+        try:
+            num_bytes = (path / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} is missing") from error
+        if num_bytes != expected.num_bytes:
+            raise CheckpointError(
+                f"{path}: {name} has {num_bytes} bytes, expected {expected.num_bytes}"
+            )
+    if TENSORS_FILE not in metadata.files:
+        raise CheckpointError(f"{path}: metadata.json does not list {TENSORS_FILE}")
+    _check_index(path, read_tensors_index(path), metadata)
+    return metadata
+
+
+def check_contents(path: Path) -> CheckpointMetadata:
+    """Checks as `check_files`, and verifies all checksums, which reads the full checkpoint once.
+
+    Raises:
+        CheckpointError: names the first problem.
+    """
+    metadata = check_files(path)
+    with ThreadPoolExecutor(_NUM_READERS) as readers:  # hashlib releases the GIL
+        records = readers.map(lambda name: file_record(path / name), metadata.files)
+        for (name, expected), found in zip(metadata.files.items(), records, strict=True):
+            if found != expected:
+                raise CheckpointError(
+                    f"{path}: {name} is corrupted: its checksum differs from the saved one"
+                )
+    return metadata
+
+
+def _check_index(path: Path, index: TensorsIndex, metadata: CheckpointMetadata) -> None:
+    for name, tensor in index.tensors.items():
+        if not _is_covered(tensor):
+            raise CheckpointError(
+                f"{path}: the pieces of {name} do not cover its shape {list(tensor.shape)}"
+            )
+        for piece in tensor.pieces:
+            file = metadata.files.get(piece.file)
+            if file is None or piece.start + piece.num_bytes > file.num_bytes:
+                raise CheckpointError(
+                    f"{path}: a piece of {name} lies outside the files of the checkpoint"
+                )
+
+
+def _is_covered(tensor: TensorRecord) -> bool:
+    """Whether a tensor's pieces cover its shape.
+
+    Pieces do not overlap (DCP checks this when it plans a save), so comparing numbers of elements
+    suffices."""
+    inside = all(
+        len(piece.offsets) == len(piece.sizes) == len(tensor.shape)
+        and all(
+            offset >= 0 and size >= 0 and offset + size <= length
+            for offset, size, length in zip(piece.offsets, piece.sizes, tensor.shape, strict=True)
+        )
+        for piece in tensor.pieces
+    )
+    distinct = len({piece.offsets for piece in tensor.pieces}) == len(tensor.pieces)
+    num_elements = sum(math.prod(piece.sizes) for piece in tensor.pieces)
+    return inside and distinct and num_elements == math.prod(tensor.shape)
