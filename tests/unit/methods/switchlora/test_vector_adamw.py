@@ -185,3 +185,18 @@ def test_a_matrix_and_all_coefficients_take_one_kernel_each():
     with torch._inductor.config.patch(force_disable_caches=True):
         VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=True).step(all_moving(layers))
     assert metrics.generated_kernel_count == 2
+
+
+def test_blocks_in_the_cpus_cache_compute_the_same(monkeypatch):
+    torch.manual_seed(0)
+    width, num_vectors = 5, 7
+    matrices = [torch.rand(num_vectors, width) for _ in range(4)]
+    coefficients = [torch.rand(num_vectors, 1) for _ in range(4)]
+    whole = [tensor.clone() for tensor in matrices + coefficients]
+    blocks = [tensor.clone() for tensor in matrices + coefficients]
+    vector_adamw.update_vectors_(*whole, beta1=0.9, beta2=0.99)
+    monkeypatch.setattr(vector_adamw, "_ELEMENTS_IN_CACHE", 3 * width)  # 3, 3 and 1 vectors
+    vector_adamw.update_in_blocks_(*blocks, beta1=0.9, beta2=0.99)
+    assert not torch.equal(whole[0], matrices[0])
+    for found, expected in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
