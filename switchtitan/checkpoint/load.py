@@ -13,6 +13,7 @@ from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
 from switchtitan.checkpoint.verify import check_files
 from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import CheckpointError, abbreviate
 
@@ -140,3 +141,10 @@ class CheckpointTensors:
         """
         # The default group of CUDA ranks does not communicate buffers that stay in host memory.
         check_replicas(self._of_model, self._device)
+
+    def non_finite(self) -> list[str]:
+        """Returns the names of the model's tensors with an inf or nan, the same on every rank.
+
+        Collective; synchronizes with the device.
+        """
+        return non_finite(self._of_model, self._device)

@@ -11,9 +11,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(_mixed(f"{seed}:{name}"))
 
 
-def seed_dropout(seed: int, num_batches: int, rank: int) -> None:
-    """Seeds torch's global generators, used by dropout, for batch `num_batches` (from 0)."""
-    torch.manual_seed(_mixed(f"{seed}:dropout:{num_batches}:{rank}"))
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seeds torch's global generators, used by dropout, for step `step` (from 0)."""
+    torch.manual_seed(_mixed(f"{seed}:dropout:{step}:{rank}"))
 
 
 def _mixed(key: str) -> int:

@@ -51,7 +51,11 @@ class TrainingConfig(Section):
     one that was not stopped, on as many GPUs of the same kind. Slower. An operation without such an
     algorithm is an error. Not on a CPU, where runs always are."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do if a gradient is inf or nan: stop the run, or skip the update."""
+    """What to do if the loss or the gradient is inf or nan on any rank. `stop` ends the run at the
+    next report, evaluation or save, before anything more is saved. `skip` skips the update of that
+    batch on all ranks: nothing but the count of skipped batches changes, and training continues as
+    if the batch were not in the data; 100 in a row end the run. With `skip` the host waits for the
+    device before every update, since it must know the norm; on a CPU, that takes no time."""
 
 
 class EvaluationConfig(Section):

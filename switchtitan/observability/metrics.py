@@ -164,6 +164,9 @@ class Reporter:
         test_loss = values.get("loss/test")
         if test_loss is not None:
             rows.append(("test loss", f"{test_loss:.4f}"))
+        num_skipped = values.get("batches_skipped")
+        if num_skipped:
+            rows.append(("batches skipped", f"{num_skipped:.0f}, not finite"))
         speed, wall_time_s = (
             values.get("throughput/tokens_per_s"),
             values.get("throughput/wall_time_s"),
@@ -185,10 +188,14 @@ class Reporter:
         for line in format_summary(rows):
             logger.info("%s", line)
 
-    def report_divergence(self, step: int) -> None:
-        """Writes `results.json` of a run that stopped at non-finite gradients."""
+    def report_divergence(self, step: int, num_skipped: int) -> None:
+        """Writes `results.json` of a run that stopped since its numbers were not finite.
+
+        Args:
+            num_skipped: batches whose update was skipped.
+        """
         if self._is_main:
-            self._write_results({"step": step, "diverged": True})
+            self._write_results({"step": step, "diverged": True, "batches_skipped": num_skipped})
 
     def _write_results(self, values: Mapping[str, float | None]) -> None:
         self._results.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """One optimizer step: batch, forward, backward, clipping and update, for any model and method."""
 
 import logging
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -53,9 +54,10 @@ class StepResult(NamedTuple):
     loss: Tensor
     """0-dim: this rank's mean loss per token."""
     grad_norm: Tensor
-    """0-dim: the gradient's norm over all ranks, before clipping."""
+    """0-dim: the gradient's norm over all ranks, before clipping; nan if any rank's loss is not
+    finite. The same on every rank."""
     is_skipped: bool
-    """Whether the update is skipped because the gradient is not finite."""
+    """Whether the update is skipped because `grad_norm` is not finite."""
 
 
 class Stepper:
@@ -71,8 +73,9 @@ class Stepper:
         parallelism: as the model was sharded.
         seed: the job's seed; determines dropout.
         max_grad_norm: gradients are clipped to this norm; None does not clip.
-        on_nonfinite: what to do if the gradient is not finite. "stop": update the model; the caller
-            stops the run. "skip": skip the update; copies the norm to the host in every step.
+        on_nonfinite: what to do if the loss or the gradient is not finite on any rank. "stop":
+            update the model; the caller stops the run. "skip": skip the update on all ranks; the
+            host waits for the norm in every step, since it decides what to launch next.
         state: changed in place by every step.
     """
 
@@ -116,9 +119,10 @@ class Stepper:
     def compute_gradients(self) -> StepResult:
         """Computes the clipped gradient of the next batch, in `grad` of every rank's shards."""
         self.optimizer.set_lr(self.lr_schedule(self.state.step))
-        seed_dropout(self.seed, self.state.num_batches, self.world.rank)
+        # By the step, not the batch: a skipped batch does not change what follows.
+        seed_dropout(self.seed, self.state.step, self.world.rank)
         loss = self.forward_backward(next(self.batches))
-        grad_norm = self.clip_gradients()
+        grad_norm = self.clip_gradients(loss)
         is_skipped = self.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm))
         return StepResult(loss, grad_norm, is_skipped)
 
@@ -146,11 +150,11 @@ class Stepper:
             begin_micro_batch(self.model, self.parallelism, is_last)
             self._is_last_micro_batch = is_last
 
-    def clip_gradients(self) -> Tensor:
+    def clip_gradients(self, loss: Tensor) -> Tensor:
         """Clips the gradients to `max_grad_norm`; returns their norm before clipping, over all
-        ranks, 0-dim."""
+        ranks, 0-dim; nan if any rank's `loss` is not finite."""
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        norm = total_norm(gradients)
+        norm = total_norm(gradients, loss)
         if self.world.num_replicas > 1:
             # Replicas may sum in different orders. Clipping by different norms would let their
             # weights diverge.
@@ -170,14 +174,23 @@ class Stepper:
         """Resets the gradients, and counts the step or the skipped batch."""
         self.optimizer.zero_grad()
         if result.is_skipped:
-            logger.warning(
-                "skipped an update at step %d: the gradient norm is %s",
-                self.state.step,
-                float(result.grad_norm),
-            )
+            self._log_skipped(result)
             self.state.num_skipped += 1
         else:
             self.state.step += 1
+
+    def _log_skipped(self, result: StepResult) -> None:
+        loss, norm = float(result.loss), float(result.grad_norm)
+        # Ranks whose own loss is not finite say so: their data or device may be the cause.
+        if self.world.is_main or not math.isfinite(loss):
+            logger.warning(
+                "skipped the update of batch %d at step %d: loss %s on rank %d, gradient norm %s",
+                self.state.num_batches,
+                self.state.step,
+                loss,
+                self.world.rank,
+                norm,
+            )
 
     def close(self) -> None:
         """Ends the processes that read batches."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
-from switchtitan.errors import RanksDisagreeError, UserError
+from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
 from switchtitan.training.evaluate import Evaluators
@@ -25,7 +25,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 
 
 class TrainingDivergedError(UserError):
-    """Gradients are no longer finite."""
+    """Losses, gradients or weights are no longer finite."""
 
     exit_status = 3
     """Tells calling programs that the configuration was valid."""
@@ -77,8 +77,9 @@ class Trainer:
         """Takes the remaining steps; evaluates, reports and saves when due.
 
         Raises:
-            TrainingDivergedError: if a gradient is not finite and such updates are not skipped, or
-                too many were skipped in a row. Nothing more is saved.
+            TrainingDivergedError: if a loss or a gradient is not finite and such updates are not
+                skipped, if too many were skipped in a row, or if a weight is not finite when it is
+                to be saved. Nothing more is saved.
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
         """
         try:
@@ -109,6 +110,7 @@ class Trainer:
         state = self.stepper.state
         with self.throughput.excluded():
             self.tensors.check_replicas()
+            self._stop_if_weights_diverged()
             self.checkpointer.save(state.step, self.tensors(), asdict(state))
 
     def _run(self) -> None:
@@ -137,7 +139,7 @@ class Trainer:
             # All ranks are alive, and a save in progress has a valid state to resume from.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
-                self.reporter.report_divergence(state.step)
+                self.reporter.report_divergence(state.step, state.num_skipped)
             if isinstance(error, KeyboardInterrupt):
                 self._log_resume_hint()
             raise
@@ -157,10 +159,10 @@ class Trainer:
                     # All that is due at this step was done when it was reached.
                     skipped_in_a_row += 1
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                        raise TrainingDivergedError(
-                            f"skipped {skipped_in_a_row} updates in a row at step {state.step}: "
-                            "the gradients were not finite; lower [optimizer] lr and resume from "
-                            "the newest checkpoint"
+                        raise self._divergence(
+                            f"skipped {skipped_in_a_row} updates in a row at step {state.step}, "
+                            "since losses or gradients were not finite",
+                            "lower [optimizer] lr and resume from it",
                         )
                     continue
                 skipped_in_a_row = 0
@@ -199,6 +201,7 @@ class Trainer:
         values |= {
             "memory/peak_gib": peak_memory_gib(stepper.world.device),
             "data/tokens_seen": float(stepper.state.tokens_seen),
+            "data/batches_skipped": float(stepper.state.num_skipped),
         }
         self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
@@ -217,6 +220,7 @@ class Trainer:
         values = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
+            "batches_skipped": state.num_skipped,
             "loss/validation": state.last_validation_loss,
             "loss/test": test_loss,
             "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
@@ -243,11 +247,30 @@ class Trainer:
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
-            raise TrainingDivergedError(
-                f"a gradient was not finite by step {self.stepper.state.step}; the newest "
-                "checkpoint is from before. Lower [optimizer] lr, increase [lr_schedule] "
-                'warmup_steps, or set [training] on_nonfinite = "skip"'
+            raise self._divergence(
+                f"a loss or a gradient was not finite by step {self.stepper.state.step}",
+                "lower [optimizer] lr, increase [lr_schedule] warmup_steps, or set [training] "
+                'on_nonfinite = "skip"',
             )
+
+    def _stop_if_weights_diverged(self) -> None:
+        # A finite gradient can still overflow a weight.
+        if names := self.tensors.non_finite():
+            raise self._divergence(
+                f"weights are not finite at step {self.stepper.state.step} ({abbreviate(names)})",
+                "lower [optimizer] lr and resume from it",
+            )
+
+    def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
+        """Returns the error; names the last checkpoint, which a save in progress may complete."""
+        self.checkpointer.finish()
+        checkpoint = self.checkpointer.resume_point
+        last_good = (
+            "there is no checkpoint yet"
+            if checkpoint is None
+            else f"the last good checkpoint is {checkpoint}"
+        )
+        return TrainingDivergedError(f"{reason}; {last_good}; {advice}")
 
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:

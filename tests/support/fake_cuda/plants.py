@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -80,16 +81,17 @@ def planted_reads(folder: str) -> dict[str, list[str]]:
 def planted_in_clipping(folder: str) -> dict[str, list]:
     """Returns what is observed in a step without and with mistakes, or the exception."""
 
-    plants: dict[str, Callable[[Stepper], object]] = {
-        "nothing": Stepper.clip_gradients,
-        "item": lambda stepper: Stepper.clip_gradients(stepper).item(),
-        "collective": lambda stepper: stepper.world.sum(Stepper.clip_gradients(stepper)),
-        "devices": lambda stepper: Stepper.clip_gradients(stepper) + torch.ones(2),
+    clip = Stepper.clip_gradients
+    plants: dict[str, Callable[[Stepper, torch.Tensor], object]] = {
+        "nothing": clip,
+        "item": lambda stepper, loss: clip(stepper, loss).item(),
+        "collective": lambda stepper, loss: stepper.world.sum(clip(stepper, loss)),
+        "devices": lambda stepper, loss: clip(stepper, loss) + torch.ones(2),
     }
     observed: dict[str, list] = {}
     with observed_stepper(Path(folder), CASES["lora"], 0) as (stepper, races):
         for name, plant in plants.items():
-            with patch.object(stepper, "clip_gradients", lambda plant=plant: plant(stepper)):
+            with patch.object(stepper, "clip_gradients", partial(plant, stepper)):
                 try:
                     observed[name] = list(observe(stepper.step, races))
                 except Exception as error:

@@ -30,12 +30,12 @@ def test_a_generator_depends_only_on_seed_and_name():
     assert len({tuple(draw(seed, name)) for seed in (1, 2) for name in ("a", "b", "1:a")}) == 6
 
 
-def test_dropout_depends_only_on_seed_batch_and_rank():
+def test_dropout_depends_only_on_seed_step_and_rank():
     def draw(*place: int) -> tuple[float, ...]:
         seed_dropout(*place)
         return tuple(torch.rand(3).tolist())
 
-    places = [(seed, batch, rank) for seed in (1, 11) for batch in (0, 1, 12) for rank in (0, 1, 2)]
+    places = [(seed, step, rank) for seed in (1, 11) for step in (0, 1, 12) for rank in (0, 1, 2)]
     drawn = {place: draw(*place) for place in places}
     assert len(set(drawn.values())) == len(places)
     assert all(draw(*place) == values for place, values in drawn.items())
