@@ -290,6 +290,23 @@ class TrainingOptimizer(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
+@runtime_checkable
+class HoldsReplicated(Protocol):
+    """An optimizer with values outside its state that every rank computes alike."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Return them by name, for checks that ranks still agree, such as random bases or keys.
+
+        Plain tensors, the same on every rank, or DTensors, the same on all replicas. Not saved.
+        """
+        ...
+
+
+def replicated_values(optimizer: TrainingOptimizer) -> dict[str, Tensor]:
+    """Return `optimizer.replicated()`, or nothing if it is not a `HoldsReplicated`."""
+    return optimizer.replicated() if isinstance(optimizer, HoldsReplicated) else {}
+
+
 class Method(ABC, Generic[MethodConfigT]):
     """A way to parametrize and train a model's weights, e.g. full rank or LoRA.
 

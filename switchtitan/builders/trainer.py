@@ -98,6 +98,7 @@ def build_schedule(config: JobConfig) -> RunSchedule:
         num_steps=config.training.steps,
         evaluate_interval=config.evaluation.interval,
         save_interval=config.checkpoint.interval,
+        check_interval=config.parallelism.check_interval,
     )
 
 

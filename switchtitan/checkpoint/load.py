@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from switchtitan.checkpoint.agreement import ignore_warning_about_single_process
 from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
 from switchtitan.checkpoint.verify import check_files
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import TrainingOptimizer, replicated_values
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import CheckpointError, abbreviate
@@ -141,6 +142,27 @@ class CheckpointTensors:
         """
         # The default group of CUDA ranks does not communicate buffers that stay in host memory.
         check_replicas(self._of_model, self._device)
+
+    def held(self) -> dict[str, Tensor]:
+        """Returns all tensors by name, and values outside the state that every rank computes."""
+        others = replicated_values(self._optimizer)
+        return {f"{_OPTIMIZER}{name}": tensor for name, tensor in others.items()} | self()
+
+    def check_state(self, numbers: Mapping[str, Tensor]) -> None:
+        """Compares all state that several ranks hold: model, optimizer, and `numbers`.
+
+        Shards are compared over replicas. Plain tensors, such as counts and random bases, are
+        compared over all ranks. Collective; synchronizes with the device.
+
+        Args:
+            numbers: further plain tensors by name, on any device.
+
+        Raises:
+            RanksDisagreeError: on every rank, if ranks differ.
+        """
+        # The state of some optimizers takes time to collect.
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            check_replicas(self.held() | dict(numbers), self._device)
 
     def non_finite(self) -> list[str]:
         """Returns the names of the model's tensors with an inf or nan, the same on every rank.

@@ -34,6 +34,12 @@ class ParallelismConfig(Section):
     """Seconds, at least 1, after which a collective fails if a rank has not joined it. Must exceed
     the time in which a rank writes, reads or verifies a checkpoint. Does not limit the preparation
     of a corpus."""
+    check_interval: int = Field(default=100, ge=0)
+    """Optimizer steps between two comparisons of what several ranks hold alike: weights,
+    candidates and optimizer state of replicas, and counts, switching plans and random keys of all
+    ranks. A difference, such as a flipped bit, stops the run and names tensor and ranks. Also
+    compared before every save, with 0 only there. No effect on one rank. A comparison reads the
+    replicated tensors twice and makes the host wait for the device."""
     accumulate_gradients: Literal["full", "sharded"] = "full"
     """How gradients of several micro-batches are accumulated: `full` keeps full fp32 gradients on
     every rank and reduces them once per step; `sharded` reduces them after every micro-batch: less

@@ -1,7 +1,7 @@
 """Checks that tensors which several ranks hold and update independently are still equal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,19 +11,23 @@ from torch.distributed.tensor import DTensor
 from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError, abbreviate
 
+_NUM_EXPLAINED = 4
+"""Differing tensors for which an error names the ranks."""
+
 
 def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Compares fingerprints of replicated tensors.
 
     Compares plain tensors over all ranks, and shards of DTensors over the replicas of their mesh.
-    Collective over all ranks; waits for the device.
+    Reads every compared tensor twice, and sends a few bytes for each. Collective over all ranks;
+    waits for the device.
 
     Args:
         tensors: by name.
         device: the one that the default group communicates.
 
     Raises:
-        RanksDisagreeError: on every rank, if a tensor differs; names the first few.
+        RanksDisagreeError: on every rank, if a tensor differs; names the first few, and the ranks.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -42,17 +46,66 @@ def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     extremes = torch.full((2, len(names)), torch.iinfo(torch.int64).min, device=device)
     extremes[:, torch.tensor(own_places, device=device)] = torch.stack([values, ~values])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    differ = (extremes[0] != ~extremes[1]).tolist()
-    differing = list(
-        dict.fromkeys(name for name, differs in zip(names, differ, strict=True) if differs)
-    )
+    differing = torch.nonzero(extremes[0] != ~extremes[1]).flatten().tolist()
     if differing:
-        raise RanksDisagreeError(
-            f"ranks no longer hold the same weights ({abbreviate(differing)}), so they no longer "
-            "train one model, and nothing more is saved; resume all ranks from the newest "
-            "checkpoint, on devices of one kind, or set [parallelism] "
-            'frozen_weights = "shard" and replicate = 1'
+        explained = differing[:_NUM_EXPLAINED]
+        held = dict(zip(own_places, values.tolist(), strict=True))
+        reasons = [
+            f"{names[place]}: {_explain(of_ranks)}"
+            for place, of_ranks in zip(
+                explained, _gather_places(held, explained, device), strict=True
+            )
+        ]
+        num_more = len(
+            {names[place] for place in differing} - {names[place] for place in explained}
         )
+        more = f"; and {num_more} more" if num_more else ""
+        raise RanksDisagreeError(
+            f"ranks no longer hold the same values ({'; '.join(reasons)}{more}), so they no longer "
+            "train one model, and nothing more is saved; resume all ranks from the newest "
+            "checkpoint. If devices are of several kinds, use one kind, or set [parallelism] "
+            'frozen_weights = "shard" and replicate = 1. If the same rank is named again, test its '
+            "memory and device"
+        )
+
+
+def _gather_places(
+    own: Mapping[int, int], places: Sequence[int], device: torch.device
+) -> list[dict[int, int]]:
+    """Returns for each place the fingerprint of every rank that holds it, by rank; collective."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    # Whether a rank holds the place, and its fingerprint. Other ranks add zeros.
+    table = torch.zeros(2, num_ranks, len(places), dtype=torch.int64)
+    for column, place in enumerate(places):
+        if place in own:
+            table[:, rank, column] = torch.tensor([1, own[place]])
+    table = table.to(device)
+    dist.all_reduce(table)
+    is_held, fingerprints = table.tolist()
+    return [
+        {r: fingerprints[r][column] for r in range(num_ranks) if is_held[r][column]}
+        for column in range(len(places))
+    ]
+
+
+def _explain(of_ranks: Mapping[int, int]) -> str:
+    """Says which ranks differ from the majority, if there is one.
+
+    Args:
+        of_ranks: fingerprints by rank.
+    """
+    groups: dict[int, list[int]] = {}
+    for rank, value in of_ranks.items():
+        groups.setdefault(value, []).append(rank)
+    largest, *others = sorted(groups.values(), key=len, reverse=True)
+    if len(largest) > len(others[0]):
+        odd = sorted(rank for ranks in others for rank in ranks)
+        return f"{_ranks(odd)} against {_ranks(largest)}"
+    return " against ".join(map(_ranks, sorted([largest, *others])))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {abbreviate(map(str, ranks))}"
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -60,9 +113,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
     Almost surely so does any other change, such as a permutation.
     """
-    bits = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).view(
-        _INTEGERS[tensor.element_size()]
-    )
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    if bits.ndim == 0:
+        return bits.to(torch.int64)
+    bits = bits.reshape(len(bits), math.prod(bits.shape[1:]))
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
     # Each value gets an odd factor, so no bit of it is lost; products and sums wrap around.
     row_factors = (2 * torch.arange(len(rows), device=rows.device) + 1) * _MULTIPLIERS[0]

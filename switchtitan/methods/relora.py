@@ -7,7 +7,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import (
+    LanguageModel,
+    OptimizerConfig,
+    TrainingOptimizer,
+    replicated_values,
+)
 from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
@@ -263,6 +268,11 @@ class ReloraOptimizer:
             "reset/resets_total": float(self._schedule.num_resets),
             "reset/lr_factor": self._lr_factor,
         }
+
+    def replicated(self) -> dict[str, Tensor]:
+        """See `contracts.HoldsReplicated`."""
+        keys = {f"reset.{name}": tensor for name, tensor in self._rounding.replicated().items()}
+        return replicated_values(self._inner) | keys
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the inner optimizer's state and the counts `reset.*`."""

@@ -237,6 +237,10 @@ class AdamW:
     def metrics(self) -> dict[str, float]:
         return lr_metrics(self._config, self._lr_factor)
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns the keys that round moments in bf16; see `contracts.HoldsReplicated`."""
+        return {} if self._rounded_update is None else self._rounded_update.replicated()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `<parameter>.exp_avg`, `.exp_avg_sq` (like the parameter) and `.step` (0-dim)."""
         moments = {

@@ -84,6 +84,10 @@ class RoundedUpdate:
                 eps=self._eps,
             )
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns the parameters' keys, which are the same on every rank."""
+        return {f"{name}.rounding_key": key for name, key in self._keys.items()}
+
 
 def update_and_round_(
     parameter: Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import Checkpointer
@@ -38,6 +39,8 @@ class RunSchedule:
     num_steps: int
     evaluate_interval: int
     save_interval: int
+    check_interval: int = 0
+    """Steps between two comparisons of all ranks; 0: only before saves."""
 
 
 class Trainer:
@@ -108,10 +111,28 @@ class Trainer:
         """Saves a checkpoint, in the background if configured so."""
         self._stop_if_diverged()
         state = self.stepper.state
+        self.check_ranks()
         with self.throughput.excluded():
-            self.tensors.check_replicas()
             self._stop_if_weights_diverged()
             self.checkpointer.save(state.step, self.tensors(), asdict(state))
+
+    def check_ranks(self) -> None:
+        """Compares all that ranks hold alike, the numbers that determine the next step included.
+
+        Raises:
+            RanksDisagreeError: on every rank, if ranks differ; names tensors and ranks.
+        """
+        state = self.stepper.state
+        lr_factor = self.stepper.lr_schedule(state.step)
+        with self.throughput.excluded():
+            self.tensors.check_state(
+                {
+                    "training.step": torch.tensor(state.step),
+                    "training.batches_skipped": torch.tensor(state.num_skipped),
+                    "training.tokens_seen": torch.tensor(state.tokens_seen),
+                    "training.lr_factor": torch.tensor(lr_factor),
+                }
+            )
 
     def _run(self) -> None:
         state, schedule = self.stepper.state, self.schedule
@@ -176,6 +197,8 @@ class Trainer:
         is_last = step == schedule.num_steps
         self.checkpointer.poll()
         self.reporter.advance(step)
+        if schedule.check_interval and step % schedule.check_interval == 0:
+            self.check_ranks()
         if self.reporter.is_due(step):
             self._report(result.grad_norm)
         if step % schedule.evaluate_interval == 0 or (

@@ -26,6 +26,7 @@ def check_two_by_two(rank: int) -> None:
     placements = [Replicate(), Shard(0)]
     tensors = {
         "full": values.clone(),
+        "number": torch.tensor(7),
         "split": distribute_tensor(values, mesh, placements),
         "vector": distribute_tensor(values[:, 0].contiguous(), mesh, placements),
         # The second shard has no row.
@@ -33,17 +34,18 @@ def check_two_by_two(rank: int) -> None:
         "bytes": distribute_tensor((10 * values).to(torch.int8) | 1, mesh, placements),
     }
     check_replicas(tensors, CPU)
-    for name, changed_ranks in (
-        ("full", [1]),
-        ("full", [0, 2]),
-        ("split", [2]),
-        ("vector", [3]),
-        ("short", [0]),
-        ("bytes", [2]),
+    for name, changed_ranks, named in (
+        ("full", [1], "rank 1 against ranks 0, 2, 3"),
+        ("full", [0, 2], "ranks 0, 2 against ranks 1, 3"),
+        ("number", [3], "rank 3 against ranks 0, 1, 2"),
+        ("split", [2], "rank 0 against rank 2"),
+        ("vector", [3], "rank 1 against rank 3"),
+        ("short", [0], "rank 0 against rank 2"),
+        ("bytes", [2], "rank 0 against rank 2"),
     ):
         if rank in changed_ranks:
             change(tensors[name])
-        with pytest.raises(RanksDisagreeError, match=rf"\({name}\)"):
+        with pytest.raises(RanksDisagreeError, match=rf"\({name}: {named}\)"):
             check_replicas(tensors, CPU)
         if rank in changed_ranks:
             change(tensors[name])

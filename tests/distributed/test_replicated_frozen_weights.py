@@ -135,7 +135,8 @@ def check_that_a_rank_apart_is_found_out(rank, home):
             # Changes one bit.
             layer.weight[4, 7] = torch.nextafter(layer.weight[4, 7], torch.tensor(9.0))
     with pytest.raises(
-        RanksDisagreeError, match=rf"the same weights \(model\.{name}\.weight\), so they"
+        RanksDisagreeError,
+        match=rf"the same values \(model\.{name}\.weight: rank 0 against rank 1\), so they",
     ):
         trainer.tensors.check_replicas()
 

@@ -65,6 +65,10 @@ class StochasticRounding:
             for key, first_row in zip(keys.unbind(), self._first_rows, strict=True)
         ]
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns the weights' keys, which are the same on every rank; none without rounding."""
+        return {} if self._keys is None else {"rounding_keys": self._keys}
+
 
 def add_product_(
     weight: Tensor, left: Tensor, right: Tensor, scale: float, rounding: Rounding | None

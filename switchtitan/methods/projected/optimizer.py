@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import TrainingOptimizer, replicated_values
 from switchtitan.distributed.shards import local, rows_per_rank, shard_group
 from switchtitan.methods.projected.weights import (
     ProjectedConfig,
@@ -94,6 +94,12 @@ class ProjectedOptimizer:
             "projection/refreshes": float(num_refreshes),
             **self._rule.metrics(),
         }
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns the bases, also those that are drawn again after a resume; see
+        `contracts.HoldsReplicated`."""
+        bases = {f"{weight.name}.basis": weight.basis for weight in self._weights}
+        return replicated_values(self._dense) | bases
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state of both parts, `<weight>.exp_avg`, `.exp_avg_sq` and

@@ -54,6 +54,11 @@ class Candidates(Protocol):
         """Drops copies in flight after a checkpoint was loaded into the buffers. Default: none."""
         return None
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns what determines the candidates and is the same on every rank. Default: the
+        buffers only."""
+        return {}
+
 
 class StoredCandidates(Candidates):
     """Candidates in the layers' buffers `candidates_a` [c, in] and `candidates_b` [c, out].
@@ -143,6 +148,9 @@ class DrawnCandidates(Candidates):
 
     def put_back(self, switches: list[LayerSwitch], vectors: list[Tensor]) -> None:
         """Drops them."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        return {"candidate_keys": self._keys, "candidate_bounds": self._bounds}
 
 
 def candidate_rows(layers: list[LowRankLinear]) -> list[list[ShardedRows]]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import TrainingOptimizer, replicated_values
 from switchtitan.distributed.row_exchange import RowExchange, RowRequest
 from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
@@ -203,6 +203,15 @@ class SwitchLoraOptimizer:
             "switch/vectors_switched_total": float(2 * counts.num_switched.sum()),
             "switch/frozen_share": float(self._last_frozen.mean() / rank),
             "switch/candidate_coverage": float((seen / self._num_candidates).mean()),
+        }
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns a checksum of all plans so far, and the random keys; see
+        `contracts.HoldsReplicated`."""
+        values = {"plans": torch.tensor(self._exchange.history)}
+        values |= self._rounding.replicated() | self._candidates.replicated()
+        return replicated_values(self._dense) | {
+            f"switch.{name}": tensor for name, tensor in values.items()
         }
 
     def state_dict(self) -> dict[str, Tensor]:
