@@ -143,26 +143,24 @@ def describe_run(
 def keys_without_effect(
     parallelism: ParallelismConfig, training: TrainingConfig, num_ranks: int
 ) -> list[str]:
-    """Returns notices of keys that have no effect on this number of ranks.
+    """Returns notices of keys that gain nothing on this number of ranks.
 
     Not errors, since one configuration serves several numbers of ranks. Not `frozen_weights =
-    "replicate"` on one rank, where it saves the frozen weights' copies in the compute dtype.
+    "replicate"` on one rank, where it saves the frozen weights' copies in the compute dtype, and
+    not `blocks_per_unit`, which saves host time there too.
     """
     _, shard = mesh_shape(parallelism, num_ranks)
     num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
-    size = parallelism.blocks_per_unit
-    reasons = []
-    if size > 1 and num_ranks == 1:
-        cost = "; it only takes more memory" if parallelism.reshard_after_forward else ""
-        reasons.append((f"blocks_per_unit = {size}", f"one rank sends nothing{cost}"))
+    notices = []
     if parallelism.frozen_weights == "gather_once" and shard == 1:
-        reasons.append(('frozen_weights = "gather_once"', "each rank holds all weights"))
+        notices.append('frozen_weights = "gather_once" has no effect: each rank holds all weights')
     if parallelism.accumulate_gradients == "sharded" and num_micro_batches == 1:
-        reasons.append(('accumulate_gradients = "sharded"', "a step has one micro-batch"))
+        notices.append('accumulate_gradients = "sharded" has no effect: a step has one micro-batch')
     elif parallelism.accumulate_gradients == "sharded" and shard == 1:
-        reason = "each rank holds all gradients; it only takes more time"
-        reasons.append(('accumulate_gradients = "sharded"', reason))
-    return [f"[parallelism] {key} has no effect: {reason}" for key, reason in reasons]
+        notices.append(
+            'accumulate_gradients = "sharded" only takes time: each rank holds all gradients'
+        )
+    return [f"[parallelism] {notice}" for notice in notices]
 
 
 def head_notice(model: nn.Module, config: ModelConfig) -> str | None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from switchtitan.distributed.adjacent import as_one_matrix, with_local
 from switchtitan.distributed.compilation import compile_if
@@ -92,7 +93,8 @@ class VectorAdamW:
         compile_it = compile_if(compile_step)
         self._coefficients: Callable[..., Coefficients] = compile_it(vector_coefficients)
         self._update: Callable[..., None] = compile_it(update_vectors_)
-        if not compile_step and first.device.type == "cpu":
+        # Fake tensors stand for those of a GPU.
+        if not compile_step and first.device.type == "cpu" and not is_fake(first):
             self._update = update_in_blocks_
 
     def set_lr(self, lr_factor: float) -> None:

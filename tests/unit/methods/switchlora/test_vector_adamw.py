@@ -1,8 +1,11 @@
 """AdamW per vector compared with torch's AdamW."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._inductor import metrics
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchtitan.distributed.adjacent import allocate_adjacent
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
@@ -185,6 +188,27 @@ def test_a_matrix_and_all_coefficients_take_one_kernel_each():
     with torch._inductor.config.patch(force_disable_caches=True):
         VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=True).step(all_moving(layers))
     assert metrics.generated_kernel_count == 2
+
+
+@pytest.mark.parametrize(("is_fake", "num_calls"), [(False, 3 + 3), (True, 2)])
+def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
+    """Estimates of memory and operations count the kernels of GPUs."""
+    widths = []
+    monkeypatch.setattr(vector_adamw, "_ELEMENTS_IN_CACHE", 1)
+    update = vector_adamw.update_vectors_
+
+    def update_and_count(vectors, *args, **keys):
+        widths.append(vectors.shape[1])
+        update(vectors, *args, **keys)
+
+    monkeypatch.setattr(vector_adamw, "update_vectors_", update_and_count)
+    with FakeTensorMode() if is_fake else nullcontext():
+        layers = {"layer": LowRankLinear(7, 5, RANK, 0.5, lora_init)}
+        optimizer = VectorAdamW(AdamWConfig(lr=0.1), layers, compile_step=False)
+        for factor in factors_of(layers):
+            factor.grad = torch.zeros_like(factor)
+        optimizer.step(all_moving(layers))
+    assert len(widths) == num_calls
 
 
 def test_blocks_in_the_cpus_cache_compute_the_same(monkeypatch):
