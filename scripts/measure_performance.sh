@@ -102,6 +102,12 @@ measure_one_gpu() {
         --world-size 1 --training.global_batch_size 48 --training.local_batch_size 24 --json "$1"
 }
 
+measure_one_gpu_1b() {
+    local full=activation_checkpoint.mode=full size=train_configs/llama_1b
+    estimate "${size}_full_rank.toml:$full" "${size}_switchlora.toml:method.candidates=constant,$full" \
+        --world-size 1 --training.global_batch_size 16 --training.local_batch_size 8 --json "$1"
+}
+
 estimate_fits() { # FILE SIZE:RANK ...
     local file=$1 sides=() base=train_configs/llama_350m size rank method
     shift
@@ -165,7 +171,7 @@ measure_offload() {
 
 if [ $# = 0 ]; then
     set -- step host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
-        state one_gpu fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches offload
+        state one_gpu one_gpu_1b fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches offload
 fi
 for name in "$@"; do
     declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"
