@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
 from switchtitan.config.fields import describe
 from switchtitan.config.load import section_types
@@ -209,7 +210,13 @@ def _estimates(record: dict[str, Any]) -> list[Row]:
 
 
 def _fits(record: dict[str, Any]) -> list[Row]:
-    """A row for each method, a column for each size of the model."""
+    """A row for each method, a column for each size of the model.
+
+    Cells are the numbers of sequences that fit. If the most that were tried always fit, they are
+    the peaks with that number.
+    """
+    fits = record["fits"].values()
+    all_fit = all(set(fit["batch_size"].values()) == {MAX_BATCH_SIZE} for fit in fits)
     cells: dict[str, dict[str, str]] = {}
     for name, fit in record["fits"].items():
         file, *keys = _side(name).split(", ")
@@ -219,8 +226,11 @@ def _fits(record: dict[str, Any]) -> list[Row]:
         values.pop("rank", None)
         method = file.removeprefix("llama_350m_")
         row = ", ".join([method, *(f"{key}={value}" for key, value in values.items())])
-        sizes = map(batch_size_cell, fit["batch_size"].values())
-        cells.setdefault(row, {})[size] = " / ".join(sizes)
+        if all_fit:
+            cell = f"{fit['peak'][str(MAX_BATCH_SIZE)] / _GIB:.2f}"
+        else:
+            cell = " / ".join(map(batch_size_cell, fit["batch_size"].values()))
+        cells.setdefault(row, {})[size] = cell
     header = ("", *next(iter(cells.values())))
     return [header, *((row, *by_size.values()) for row, by_size in cells.items())]
 

@@ -84,6 +84,17 @@ def test_the_table_of_what_fits_has_a_row_per_method_and_a_column_per_size(gener
     ]
 
 
+def test_where_everything_fits_the_table_states_the_peaks(generate_docs):
+    sides = {
+        f"train_configs/llama_350m_lora.toml:model.size={size}": {
+            "batch_size": {"24": 64, "80": 64},
+            "peak": {"1": 2**30, "64": int(gib * 2**30)},
+        }
+        for size, gib in (("9m", 1.5), ("20m", 2.25))
+    }
+    assert generate_docs._fits({"fits": sides}) == [("", "9m", "20m"), ("lora", "1.50", "2.25")]
+
+
 def test_every_table_has_a_measurement_of_its_name(generate_docs):
     names = generate_docs._TABLE.findall(generate_docs.PERFORMANCE.read_text())
     script = (ROOT / "scripts" / "measure_performance.sh").read_text()
