@@ -100,3 +100,23 @@ def test_every_table_has_a_measurement_of_its_name(generate_docs):
     script = (ROOT / "scripts" / "measure_performance.sh").read_text()
     assert names
     assert all(f"measure_{name}()" in script for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("one_gpu", "350m_switchlora.toml"),
+        ("one_gpu", "350m_switchlora.toml:activation_checkpoint.mode=full"),
+        (
+            "one_gpu_1b",
+            "1b_switchlora.toml:method.candidates=constant,activation_checkpoint.mode=full",
+        ),
+        ("one_gpu_1b", "1b_full_rank.toml:activation_checkpoint.mode=full"),
+    ],
+)
+def test_the_readme_states_the_measured_memory(name, side):
+    record = json.loads((ROOT / "docs" / "measurements" / f"{name}.json").read_text())
+    peak = record["estimates"][f"train_configs/llama_{side}"]["memory"]["peak"]
+    readme = (ROOT / "README.md").read_text()
+    text = readme.partition("**One 24 GB GPU.**")[2].partition("## Methods")[0]
+    assert f"{peak / 2**30:.1f} GiB" in text
