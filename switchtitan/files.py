@@ -1,10 +1,11 @@
-"""Atomic writes, locks and checksums of files."""
+"""Atomic writes, flushes to disk, locks and checksums of files."""
 
+import errno
 import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from switchtitan.errors import EnvironmentMismatchError
@@ -15,15 +16,76 @@ _READ_BYTES = 1 << 22
 def write_atomically(file: Path, contents: str | bytes) -> None:
     """Write a file durably. Readers see either the old or the new contents, never a part of them.
 
+    If it fails, the old contents stay, and no other file.
+
     Args:
         contents: a string is encoded as UTF-8.
     """
     partial = file.with_name(file.name + ".new")
-    with partial.open("wb") as stream:
-        stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    try:
+        with named_errors(file):
+            with partial.open("wb") as stream:
+                stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, file)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to disk; a file's fsync does not cover its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with named_errors(folder):
+            os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not flush folders; their servers write names at once.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Add `path` to errors of the system that name no file, as those of writes and flushes."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it durably; nothing if it exists."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_file(descriptor: int) -> None:
+    """Flush a file to disk and drop it from the page cache, so that later reads are of the disk."""
+    os.fsync(descriptor)
+    # Only a hint: file systems in memory have no other copy, and network ones may keep theirs.
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Return a size with three digits in a fitting unit: 12 bytes, 1.5 KiB, 340 MiB, 2.04 GiB."""
+    if num_bytes < 1024:
+        return f"{num_bytes} bytes"
+    size, units = num_bytes / 1024, ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    return f"{size:.3g} {units[0]}"
 
 
 def sha256_of_file(file: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,7 @@ from switchtitan.data.segments import (
     Limits,
     Progress,
     TextBatch,
+    explained_write_errors,
     read_ahead,
     text_batches,
     write_segment,
@@ -41,7 +43,7 @@ from switchtitan.data.tokenizer import (
     train_tokenizer,
 )
 from switchtitan.errors import CorpusError
-from switchtitan.files import lock, sha256_of_file, write_atomically
+from switchtitan.files import lock, sha256_of_file, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +129,8 @@ class _Preparation:
         self._partial.mkdir(parents=True, exist_ok=True)
         tokenizer = self._tokenizer(progress)
         if progress.eos_token is None:
-            write_atomically(self._partial / TOKENIZER_FILE, tokenizer.serialized)
+            with explained_write_errors(self._partial):
+                write_atomically(self._partial / TOKENIZER_FILE, tokenizer.serialized)
             progress = progress.model_copy(update={"eos_token": tokenizer.eos_token})
             self._write_progress(progress)
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -259,7 +262,8 @@ class _Preparation:
         return progress
 
     def _write_progress(self, progress: Progress) -> None:
-        write_atomically(self._partial / PROGRESS_FILE, progress.model_dump_json())
+        with explained_write_errors(self._partial):
+            write_atomically(self._partial / PROGRESS_FILE, progress.model_dump_json())
 
     def _finish(self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str) -> None:
         has_test = self._test_period is not None and not self._source.splits
@@ -294,9 +298,12 @@ class _Preparation:
                 "python": platform.python_version(),
             },
         )
-        write_atomically(self._partial / INDEX_FILE, index.model_dump_json(indent=2))
-        os.rename(self._partial, self._plan.folder)
-        (self._plan.folder / PROGRESS_FILE).unlink()
+        with explained_write_errors(self._partial.parent):
+            write_atomically(self._partial / INDEX_FILE, index.model_dump_json(indent=2))
+            os.rename(self._partial, self._plan.folder)
+            sync_folder(self._plan.folder.parent)
+        with suppress(OSError):
+            (self._plan.folder / PROGRESS_FILE).unlink()
         logger.info(
             "corpus ready: %s tokens in %s",
             ", ".join(f"{index.num_tokens(split)} {split}" for split in splits),

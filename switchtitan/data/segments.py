@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from switchtitan.data.corpus_files import ShardRecord
 from switchtitan.data.sources.dataset import DocumentStream
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
+from switchtitan.files import format_bytes
 
 SEGMENT_TOKENS = 1 << 26
 """Tokens in a segment: the most that is tokenized again after a stop, about a minute on 2 cores."""
@@ -146,7 +149,27 @@ class ShardWriter:
 
     def close(self) -> None:
         """Closes the file without finishing it."""
-        self._stream.close()
+        with suppress(OSError):  # a full disk also fails to take what is still buffered
+            self._stream.close()
+
+
+@contextmanager
+def explained_write_errors(folder: Path) -> Iterator[None]:
+    """Turns errors of writing into errors that say what to do.
+
+    Raises:
+        CorpusError: instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        problem = "the disk is full" if is_full else "the corpus cannot be written"
+        free = format_bytes(shutil.disk_usage(folder).free)
+        raise CorpusError(
+            f"{folder}: {problem} ({error}; {free} are free); free space, set [data] cache_dir to "
+            "another disk, or cap the corpus with [data] max_bytes, and run again"
+        ) from error
 
 
 def write_segment(
@@ -170,33 +193,28 @@ def write_segment(
         the progress after the segment, or None if the stream was exhausted.
 
     Raises:
-        CorpusError: if the disk is full.
+        CorpusError: if a file cannot be written.
     """
     writers: dict[str, ShardWriter] = {}
     documents, num_bytes, num_tokens, position = progress.documents, progress.bytes_of_text, 0, None
     try:
         for batch in batches:
             encoded = tokenizer.encode_documents(batch.documents)
-            for token_ids, size in zip(encoded, batch.num_bytes, strict=True):
-                split = split_of(documents)
-                if split not in writers:
-                    writers[split] = ShardWriter(
-                        folder / f"{split}-{progress.segments:05d}.bin", dtype
-                    )
-                num_tokens += writers[split].write(token_ids, tokenizer.eos_id, size)
-                documents, num_bytes = documents + 1, num_bytes + size
+            with explained_write_errors(folder):
+                for token_ids, size in zip(encoded, batch.num_bytes, strict=True):
+                    split = split_of(documents)
+                    if split not in writers:
+                        writers[split] = ShardWriter(
+                            folder / f"{split}-{progress.segments:05d}.bin", dtype
+                        )
+                    num_tokens += writers[split].write(token_ids, tokenizer.eos_id, size)
+                    documents, num_bytes = documents + 1, num_bytes + size
             position = batch.position
             on_batch(batch)
             if num_tokens >= segment_tokens:
                 break
-        finished = {split: writer.finish() for split, writer in writers.items()}
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CorpusError(
-            f"{folder}: the disk is full; free space, set [data] cache_dir to another disk, or cap "
-            "the corpus with [data] max_bytes, and run again"
-        ) from error
+        with explained_write_errors(folder):
+            finished = {split: writer.finish() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.close()

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from switchtitan.errors import CheckpointError
-from switchtitan.files import write_atomically
+from switchtitan.files import make_folder, write_atomically
 
 SPECTRA_FOLDER = "spectra"
 
@@ -18,7 +18,7 @@ _FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 def write_spectra(folder: Path, step: int, spectra: Mapping[str, Tensor]) -> Path:
     """Writes one measurement atomically; replaces an earlier one of the same step."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = folder / f"step-{step:09d}.safetensors"
     write_atomically(file, save(dict(spectra), metadata={"step": str(step)}))
     return file

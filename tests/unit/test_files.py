@@ -9,7 +9,15 @@ import threading
 import pytest
 
 from switchtitan.errors import EnvironmentMismatchError, abbreviate
-from switchtitan.files import lock, sha256_of_file, try_lock, write_atomically
+from switchtitan.files import (
+    format_bytes,
+    lock,
+    make_folder,
+    sha256_of_file,
+    sync_file,
+    try_lock,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("contents", ["tëxt\n", b"\x00\xff"])
@@ -32,6 +40,38 @@ def test_a_failed_write_leaves_the_old_contents(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomically(file, "new")
     assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_folders_are_made_down_to_the_last_one(tmp_path):
+    make_folder(tmp_path / "a" / "b" / "c")
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_a_flushed_file_can_be_read(tmp_path):
+    with (tmp_path / "file").open("wb") as stream:
+        stream.write(b"data")
+        stream.flush()
+        sync_file(stream.fileno())
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (340 << 20, "340 MiB"),
+        (1000 << 20, "0.977 GiB"),
+        (2190433321, "2.04 GiB"),
+        (1 << 62, "4 EiB"),
+    ],
+)
+def test_sizes_have_three_digits_and_a_fitting_unit(num_bytes, text):
+    assert format_bytes(num_bytes) == text
 
 
 def test_a_checksum_is_that_of_all_bytes(tmp_path):
