@@ -39,6 +39,10 @@ class CheckpointFormatError(CheckpointError):
     """A checkpoint has a format that this version does not read. It may be intact."""
 
 
+class OutputError(UserError):
+    """A file of a run's results cannot be written."""
+
+
 class EnvironmentMismatchError(UserError):
     """The machine, the launcher or the installed packages do not support the configuration."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import Field
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from switchtitan.config.section import Section
+from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability.console import (
     ConsoleTable,
@@ -19,6 +19,7 @@ from switchtitan.observability.console import (
     format_duration,
     format_summary,
 )
+from switchtitan.observability.event_files import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ COUNTED_STEP = 3
 """Step of a new or resumed run whose communication is counted; earlier steps compile."""
 RESULTS_FILE = "results.json"
 """Machine-readable results of a finished run: final losses, speed, memory and environment."""
+
+FAILED_SAVES = "checkpoint/failed_saves"
+"""Tag of the number of checkpoints that could not be saved; absent while there is none."""
 
 
 class MetricsConfig(Section):
@@ -153,11 +157,14 @@ class Reporter:
 
         Args:
             values: metrics of the run, by tag, for `results.json`; None if unknown.
+
+        Raises:
+            OutputError: on the main rank, after printing, if the file cannot be written.
         """
         if not self._is_main:
             return
         self._bar.close()
-        self._write_results(values)
+        failure = self._write_results(values)
         rows = self._validation_rows()
         if not rows and self._train_loss is not None:
             rows = [("training loss", f"{self._train_loss:.4f}")]
@@ -178,7 +185,10 @@ class Reporter:
             rows.append(("wall time", format_duration(wall_time_s) + since))
         if checkpoint is not None:
             rows.append(("checkpoint", str(checkpoint)))
-        rows.append(("results", str(self._results)))
+        if failed_saves := values.get(FAILED_SAVES):
+            newest = "" if checkpoint is not None else ", no checkpoint was saved"
+            rows.append(("failed saves", f"{failed_saves:.0f}{newest}"))
+        rows.append(("results", "not written" if failure else str(self._results)))
         if self._writer is not None:
             rows.append(("logs", str(self._folder)))
         if trace is not None:
@@ -187,6 +197,11 @@ class Reporter:
             rows.append(("view with", f"tensorboard --logdir {self._folder}"))
         for line in format_summary(rows):
             logger.info("%s", line)
+        if failure:
+            raise OutputError(
+                f"{self._results}: cannot be written ({failure}); free space, and give the same "
+                "command again, which writes it"
+            )
 
     def report_divergence(self, step: int, num_skipped: int) -> None:
         """Writes `results.json` of a run that stopped since its numbers were not finite.
@@ -194,14 +209,21 @@ class Reporter:
         Args:
             num_skipped: batches whose update was skipped.
         """
-        if self._is_main:
-            self._write_results({"step": step, "diverged": True, "batches_skipped": num_skipped})
+        if not self._is_main:
+            return
+        values = {"step": step, "diverged": True, "batches_skipped": num_skipped}
+        if failure := self._write_results(values):
+            logger.error("%s: cannot be written (%s)", self._results, failure)
 
-    def _write_results(self, values: Mapping[str, float | None]) -> None:
-        self._results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            self._results, json.dumps(dict(values) | dict(self._facts), indent=2) + "\n"
-        )
+    def _write_results(self, values: Mapping[str, float | None]) -> OSError | None:
+        """Returns the error if the file cannot be written."""
+        contents = json.dumps(dict(values) | dict(self._facts), indent=2) + "\n"
+        try:
+            self._results.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._results, contents)
+        except OSError as error:
+            return error
+        return None
 
     def close(self) -> None:
         """Releases the files and the terminal."""
@@ -220,35 +242,3 @@ class Reporter:
                 first = f"{reached[0]:.{digits}f} -> " if len(reached) > 1 else ""
                 rows.append((name, f"{first}{reached[-1]:.{digits}f}"))
         return rows
-
-
-class TensorBoardWriter:
-    """Appends to the event files in `folder`.
-
-    Args:
-        start_step: steps done before this run. TensorBoard drops later points of an interrupted
-            run, so that no step has two points.
-    """
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point per tag, and flushes."""
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
-
-    def write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Adds one histogram per tag, of all values of its tensor, with exponential bins."""
-        for tag, tensor in values.items():
-            self._writer.add_histogram(tag, tensor, step)
-        self._writer.flush()
-
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        """Shows `text` verbatim, in a fixed-width font."""
-        self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()

@@ -75,10 +75,13 @@ class RankTelemetry:
         dense = self._dense_weights(tensors)
         changes = weight_changes(dense, self._origin, linear_layers(dense, self._origin))
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
-        # Measurements in between are left by a stopped run that resumed from an earlier checkpoint.
-        drop_spectra_after(self._folder, self._last_step)
+        try:
+            # Those in between are left by a stopped run that resumed from an earlier checkpoint.
+            drop_spectra_after(self._folder, self._last_step)
+            write_spectra(self._folder, step, spectra)
+        except OSError as error:
+            logger.warning("could not write the spectra of step %d: %s", step, error)
         self._last_step = step
-        write_spectra(self._folder, step, spectra)
         return spectra
 
 

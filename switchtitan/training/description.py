@@ -17,6 +17,7 @@ from switchtitan.data import Corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, DtypeName
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import World, device_name, mesh_shape
+from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import TrainingConfig
@@ -272,12 +273,24 @@ def start_output(config: JobConfig, resolved: str, world: World, state: TrainSta
     """Opens the run's log file and writes its configuration.
 
     A resumed run writes its configuration next to the first one.
+
+    Raises:
+        OutputError: on every rank, if that fails.
     """
-    if not world.is_main:
-        return
-    output_dir = config.job.output_dir
-    configure_logging(is_main=True, log_file=output_dir / "train.log")
-    if state.step >= config.training.steps:
-        return
-    name = f"config-from-step-{state.step}.toml" if state.step else CONFIG_FILE
-    write_atomically(output_dir / name, resolved)
+
+    def start() -> None:
+        if not world.is_main:
+            return
+        output_dir = config.job.output_dir
+        try:
+            configure_logging(is_main=True, log_file=output_dir / "train.log")
+            if state.step < config.training.steps:
+                name = f"config-from-step-{state.step}.toml" if state.step else CONFIG_FILE
+                write_atomically(output_dir / name, resolved)
+        except OSError as error:
+            raise OutputError(
+                f"[job] output_dir = {str(output_dir)!r}: cannot be written ({error}); free space, "
+                "or choose another"
+            ) from error
+
+    world.together(start)

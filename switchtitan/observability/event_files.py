@@ -1,0 +1,90 @@
+"""TensorBoard's event files of a run."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class TensorBoardWriter:
+    """Appends to the event files in `folder`.
+
+    If that fails, for example on a full disk, points are dropped, with a warning, until it succeeds
+    again. A new file is begun then, because readers stop at an incomplete record.
+
+    Args:
+        start_step: steps done before this run. TensorBoard drops later points of an interrupted
+            run, so that no step has two points.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self._folder = folder
+        self._purge_step: int | None = start_step + 1 if start_step else 0
+        self._writer: SummaryWriter | None = None
+        self._has_failed = False
+        self._attempt(lambda writer: None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point per tag, and flushes."""
+
+        def add(writer: SummaryWriter) -> None:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+
+        self._attempt(add)
+
+    def write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Adds one histogram per tag, of all values of its tensor, with exponential bins."""
+
+        def add(writer: SummaryWriter) -> None:
+            for tag, tensor in values.items():
+                writer.add_histogram(tag, tensor, step)
+
+        self._attempt(add)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Shows `text` verbatim, in a fixed-width font."""
+        shown = "\n".join(f"    {line}" for line in text.splitlines())
+        self._attempt(lambda writer: writer.add_text(tag, shown, step))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._attempt(lambda writer: writer.close(), is_flushed=False)
+
+    def _attempt(self, add: Callable[[SummaryWriter], object], is_flushed: bool = True) -> None:
+        try:
+            if self._writer is None:
+                self._check_writable()
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+            add(self._writer)
+            if is_flushed:
+                self._writer.flush()
+        except OSError as error:
+            self._writer = None
+            if not self._has_failed:
+                logger.warning(
+                    "could not write to %s (%s); TensorBoard lacks points until that succeeds",
+                    self._folder,
+                    error,
+                )
+            self._has_failed = True
+            return
+        self._purge_step = None
+        if self._has_failed:
+            logger.warning("TensorBoard's points are written again to %s", self._folder)
+        self._has_failed = False
+
+    def _check_writable(self) -> None:
+        """Writes a file, since the thread of an event file prints a traceback for each error."""
+        if self._has_failed:
+            probe = self._folder / ".writable"
+            try:
+                probe.write_bytes(bytes(1 << 16))
+            finally:
+                with suppress(OSError):
+                    probe.unlink()
