@@ -75,6 +75,8 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
         tensors.restore(checkpoint)
+    schedule = build_schedule(config)
+    checkpointer.check_room(tensors(), schedule.num_saves_after(state.step))
 
     start_output(config, resolved, world, state)
     describe_run(config, world, stepper.model, corpus, compute_dtype, checkpoint, changes)
@@ -82,7 +84,7 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
     reporter = build_reporter(config, resolved, world, state, facts)
     return Trainer(
         stepper,
-        schedule=build_schedule(config),
+        schedule=schedule,
         evaluators=evaluators,
         checkpointer=checkpointer,
         tensors=tensors,

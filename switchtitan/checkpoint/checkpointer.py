@@ -1,63 +1,36 @@
-"""Write checkpoints: to a partial folder, verified, then renamed; optionally in the background."""
+"""Save a run's checkpoints, optionally in the background, and find the one to resume from."""
 
 import json
 import logging
-import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import JsonValue
 from torch import Tensor
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
-from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.find import (
-    check_output_folder,
-    complete_deletions,
-    find_checkpoint,
-    prune,
+from switchtitan.checkpoint.config import STOP, CheckpointConfig
+from switchtitan.checkpoint.disk_space import (
+    check_room,
+    estimate_bytes,
+    warn_if_next_does_not_fit,
 )
-from switchtitan.checkpoint.layout import (
-    partial_folder_name,
-    remove_folder,
-    step_folder_name,
-    sync_folder,
-)
-from switchtitan.checkpoint.metadata import (
-    FORMAT_VERSION,
-    CheckpointMetadata,
-    FileRecord,
-    file_record,
-    read_tensors_index,
-    write_metadata,
-)
+from switchtitan.checkpoint.find import check_output_folder, find_checkpoint, prune
+from switchtitan.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
+from switchtitan.checkpoint.save import Save, complete_save, prepare_save, remove_leftovers
 from switchtitan.checkpoint.staging import HostCopies, own_share
-from switchtitan.checkpoint.storage import ChecksummingWriter
-from switchtitan.checkpoint.verify import check_contents, check_files
-from switchtitan.errors import CheckpointError, CheckpointFormatError
+from switchtitan.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 10
 """Calls of `Checkpointer.poll` between two in which ranks communicate."""
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A save in progress."""
-
-    step: int
-    names: frozenset[str]
-    train_state: dict[str, JsonValue]
-    writer: ChecksummingWriter
-    started_at: float
 
 
 class Checkpointer:
@@ -99,16 +72,25 @@ class Checkpointer:
         self._is_main = is_main
         self._group = group
         self._background_group = background_group
-        self._in_flight: Future[Path] | None = None
+        self._in_flight: Future[_Saved] | None = None
         self._latest: Path | None = None
         self._resumed: Path | None = None
         self._num_polls = 0
         self._host_copies = HostCopies()
+        self._num_failed_saves = 0
+        self._failure: CheckpointError | None = None
+        self._num_bytes: int | None = None
+        self._num_saves_left: int | None = None
 
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint that this object completed."""
         return self._latest
+
+    @property
+    def num_failed_saves(self) -> int:
+        """Saves that failed; the run went on (`on_failure = "continue"`)."""
+        return self._num_failed_saves
 
     @property
     def resume_point(self) -> Path | None:
@@ -130,6 +112,25 @@ class Checkpointer:
         self._resumed = self._on_main(find)
         return self._resumed
 
+    def check_room(self, tensors: Mapping[str, Tensor], num_saves: int) -> None:
+        """Foretells whether the disk has room for the saves to come; logs a warning if not.
+
+        Args:
+            tensors: what each save will hold.
+            num_saves: saves to come. After each of them, a warning says if the next does not fit.
+
+        Raises:
+            CheckpointError: on every rank, if the first save will fail and `on_failure` is "stop".
+        """
+        num_bytes = estimate_bytes(tensors.values(), self._num_ranks)
+        self._num_saves_left = num_saves
+
+        def check() -> None:
+            remove_leftovers(self._folder)
+            check_room(self._folder, self._config, num_bytes, num_saves)
+
+        run_together(lambda: check() if self._is_main else None, self._group)
+
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
     ) -> None:
@@ -144,26 +145,42 @@ class Checkpointer:
             train_state: plain JSON values.
 
         Raises:
-            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints
-                are untouched.
+            CheckpointError: on every rank, if this save or the earlier one fails and `on_failure`
+                is "stop"; older checkpoints are untouched.
         """
         self.finish()
-        state: dict[str, JsonValue] = json.loads(json.dumps(dict(train_state)))
-        num_bytes = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in tensors.values())
-        self._on_main(lambda: self._make_partial_folder(step, num_bytes))
-        writer = ChecksummingWriter(self._folder / partial_folder_name(step))
-        save = _Save(step, frozenset(tensors), state, writer, time.monotonic())
+        if self._num_saves_left is not None:
+            self._num_saves_left -= 1
+        save = Save(
+            self._folder,
+            CheckpointMetadata(
+                format_version=FORMAT_VERSION,
+                step=step,
+                train_state=json.loads(json.dumps(dict(train_state))),
+                identity=self._identity,
+                run={"saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._metadata},
+                versions=self._versions,
+                files={},
+            ),
+            names=frozenset(tensors),
+            num_bytes=self._num_bytes or estimate_bytes(tensors.values(), self._num_ranks),
+            started_at=time.monotonic(),
+        )
         if self._background_group is None:
             ignore_warning_about_single_process()
-        own = own_share(tensors)
-        if self._config.async_save:
-            # Not dcp.async_save: if one rank cannot copy, the others would hang.
-            staged: dict[str, Tensor] = {}
-            run_together(lambda: staged.update(self._host_copies(own)), self._group)
-            self._num_polls = 0
-            self._in_flight = _in_background(lambda: self._complete(save, staged))
-        else:
-            self._latest = self._complete(save, own)
+        try:
+            prepare_save(save, self._is_main, self._group)
+            own = own_share(tensors)
+            if self._config.async_save:
+                # Not dcp.async_save: if one rank cannot copy, the others would hang.
+                staged: dict[str, Tensor] = {}
+                run_together(lambda: staged.update(self._host_copies(own)), self._group)
+                self._num_polls = 0
+                self._in_flight = _in_background(lambda: self._complete(save, staged))
+            else:
+                self._succeed(self._complete(save, own))
+        except CheckpointError as error:
+            self._fail(error)
 
     @property
     def is_writing(self) -> bool:
@@ -177,7 +194,8 @@ class Checkpointer:
         wait for the slowest.
 
         Raises:
-            CheckpointError: on every rank in the same call, if the save failed.
+            CheckpointError: on every rank in the same call, if the save failed and `on_failure` is
+                "stop".
         """
         if self._in_flight is None:
             return
@@ -189,17 +207,48 @@ class Checkpointer:
         """Waits until a background save is complete.
 
         Raises:
-            CheckpointError: on every rank, if it failed.
+            CheckpointError: on every rank, if it failed and `on_failure` is "stop".
         """
         if self._in_flight is None:
             return
         in_flight = self._in_flight
         try:
-            self._latest = in_flight.result()
+            self._succeed(in_flight.result())
+        except CheckpointError as error:
+            self._fail(error)
         finally:
             # Ctrl-C ends the wait, not the save.
             if in_flight.done():
                 self._in_flight = None
+
+    def raise_last_failure(self) -> None:
+        """Raises the error of the newest save, if it failed: a run must not end without its state.
+
+        Raises:
+            CheckpointError: on every rank.
+        """
+        if self._failure is not None:
+            way_out = "there is none to resume from"
+            if self.resume_point is not None:
+                way_out = f"the same command resumes from {self.resume_point}"
+            raise CheckpointError(
+                f"the last checkpoint was not saved, {way_out}: {self._failure}"
+            ) from self._failure
+
+    def _succeed(self, saved: "_Saved") -> None:
+        self._latest, self._num_bytes, self._failure = saved.path, saved.num_bytes, None
+
+    def _fail(self, error: CheckpointError) -> None:
+        if self._config.on_failure == STOP:
+            raise error
+        self._failure = error
+        self._num_failed_saves += 1
+        if self._is_main:
+            logger.error(
+                "%s. Training goes on; the newest complete checkpoint is %s",
+                error,
+                self.resume_point or "none yet",
+            )
 
     def _all_ranks(self, claim: bool) -> bool:
         if self._group is None:
@@ -208,121 +257,44 @@ class Checkpointer:
         dist.all_reduce(num_ranks, group=self._group)
         return num_ranks.item() == dist.get_world_size(self._group)
 
+    @property
+    def _num_ranks(self) -> int:
+        return 1 if self._group is None else dist.get_world_size(self._group)
+
     def _on_main(self, function: Callable[[], Path | None]) -> Path | None:
         return run_together(lambda: function() if self._is_main else None, self._group)[0]
 
-    def _make_partial_folder(self, step: int, num_bytes: int) -> None:
-        final = self._folder / step_folder_name(step)
-        partial = self._folder / partial_folder_name(step)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if partial.exists():  # left by an interrupted save
-            remove_folder(partial)
-        complete_deletions(self._folder)
-        if final.exists():
-            _set_aside(final)
-        free = shutil.disk_usage(self._folder).free
-        if num_bytes > free:
-            raise CheckpointError(
-                f"cannot save step {step} to {self._folder}: needs {num_bytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free; free space, or lower [checkpoint] keep_latest"
-            )
-        partial.mkdir()
+    def _complete(self, save: Save, tensors: Mapping[str, Tensor]) -> "_Saved":
+        """Writes `save` and deletes older checkpoints; every rank gets the same result or error."""
+        num_bytes = complete_save(save, tensors, self._is_main, self._background_group)
+        if self._is_main:
+            self._make_room(save.final, num_bytes)
+        return _Saved(save.final, num_bytes)
 
-    def _complete(self, save: _Save, tensors: Mapping[str, Tensor]) -> Path:
-        """Writes, verifies and renames; every rank gets the same result or error."""
-        folder = self._folder
-        partial = folder / partial_folder_name(save.step)
-        group = self._background_group
-
-        def write_and_read_back() -> dict[str, FileRecord]:
-            dcp.save(
-                dict(tensors),
-                storage_writer=save.writer,
-                process_group=group,
-                no_dist=group is None,
-            )
-            for name, record in save.writer.written.items():
-                if file_record(partial / name) != record:
-                    raise CheckpointError(
-                        f"{partial / name} differs from what was written when read back"
-                    )
-            return save.writer.written
-
-        def seal() -> None:
-            if self._is_main:
-                self._seal(
-                    save, {name: record for files in written for name, record in files.items()}
-                )
-
+    def _make_room(self, newest: Path, num_bytes: int) -> None:
+        """Deletes older checkpoints; warns if the next one will not fit. Raises nothing."""
         try:
-            written = run_together(write_and_read_back, group)
-            run_together(seal, group)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"cannot save step {save.step} to {folder}: {error}. Older checkpoints are "
-                f"untouched; incomplete files are in {partial.name}"
-            ) from error
-        return folder / step_folder_name(save.step)
-
-    def _seal(self, save: _Save, files: dict[str, FileRecord]) -> None:
-        partial = self._folder / partial_folder_name(save.step)
-        final = self._folder / step_folder_name(save.step)
-        saved_names = read_tensors_index(partial).tensors.keys()
-        if saved_names != save.names:
-            raise CheckpointError(
-                f"the index and the saved tensors differ in {sorted(saved_names ^ save.names)[:4]}"
-            )
-        metadata = CheckpointMetadata(
-            format_version=FORMAT_VERSION,
-            step=save.step,
-            train_state=save.train_state,
-            identity=self._identity,
-            run={"saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._metadata},
-            versions=self._versions,
-            files=files,
-        )
-        write_metadata(partial, metadata)
-        check_files(partial)
-        sync_folder(partial)
-        partial.rename(final)
-        sync_folder(self._folder)
-        logger.info(
-            "saved %s (%.2f GiB in %.1f s)",
-            final,
-            sum(record.num_bytes for record in files.values()) / 2**30,
-            time.monotonic() - save.started_at,
-        )
-        try:
-            prune(self._folder, final, self._config.keep_latest, self._is_own_identity)
+            prune(self._folder, newest, self._config.keep_latest, self._is_own_identity)
         except OSError as error:
             logger.warning("could not delete an older checkpoint: %s", error)
+        if self._num_saves_left != 0:
+            with suppress(OSError):
+                warn_if_next_does_not_fit(self._folder, num_bytes)
 
     def _is_own_identity(self, saved: Mapping[str, object]) -> bool:
         return self._comparable_identity(saved) == self._identity
 
 
-def _in_background(function: Callable[[], Path]) -> Future[Path]:
+@dataclass(frozen=True)
+class _Saved:
+    """A complete checkpoint and its bytes on disk."""
+
+    path: Path
+    num_bytes: int
+
+
+def _in_background(function: Callable[[], _Saved]) -> Future[_Saved]:
     thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     future = thread.submit(function)
     thread.shutdown(wait=False)
     return future
-
-
-def _set_aside(path: Path) -> None:
-    """Renames an incomplete folder that has the name of a new checkpoint.
-
-    Raises:
-        CheckpointError: if it is complete, or has a format that this version does not read.
-    """
-    try:
-        # As thorough as the search on resume: a checkpoint skipped there must not block a save
-        # here.
-        check_contents(path)
-    except CheckpointFormatError:
-        raise
-    except CheckpointError as error:
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        logger.warning("renaming %s to %s, since it is not complete: %s", path, aside.name, error)
-        path.rename(aside)
-        return
-    raise CheckpointError(f"{path} already exists and is complete; it is not overwritten")

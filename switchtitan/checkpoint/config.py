@@ -1,11 +1,15 @@
 """The `[checkpoint]` section."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from switchtitan.config.section import Section
 
 RESUME_AUTO = "auto"
 RESUME_NEVER = "never"
+STOP = "stop"
+CONTINUE = "continue"
 
 
 class CheckpointConfig(Section):
@@ -25,6 +29,12 @@ class CheckpointConfig(Section):
     async_save: bool = True
     """Write in the background during training; takes one more copy of what a rank writes in host
     memory, page-locked on CUDA, from the first save on."""
+
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What to do if a checkpoint cannot be written, for example to a full disk. "stop": end the run
+    with an error. "continue": go on training, and save again after the next interval; the log,
+    TensorBoard and the summary say so. Either way earlier checkpoints stay. A failed save of the
+    last step is always an error."""
 
     initial_weights: str | None = None
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors

@@ -10,15 +10,14 @@ from switchtitan.checkpoint.layout import (
     METADATA_FILE,
     deleted_folder,
     foreign_files,
-    list_deleted_folders,
     list_step_folders,
     remove_folder,
     step_of,
-    sync_folder,
 )
 from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.config.toml_text import flatten
 from switchtitan.errors import CheckpointError, CheckpointFormatError
+from switchtitan.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -178,16 +177,6 @@ def prune(
         logger.debug("deleted the older checkpoint %s", path)
     sync_folder(folder)
     return pruned
-
-
-def complete_deletions(folder: Path) -> None:
-    """Finishes interrupted deletions of checkpoints; logs a warning for files that cannot be
-    deleted."""
-    for leftover in list_deleted_folders(folder):
-        try:
-            remove_folder(leftover)
-        except OSError as error:
-            logger.warning("could not finish deleting an older checkpoint: %s", error)
 
 
 def _is_own(path: Path, is_own_identity: Callable[[Mapping[str, object]], bool]) -> bool:

@@ -10,7 +10,6 @@
 The folder is named `.step-000001000.partial` until it is complete.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -33,6 +32,11 @@ def step_folder_name(step: int) -> str:
 
 def partial_folder_name(step: int) -> str:
     return f".{step_folder_name(step)}.partial"
+
+
+def list_partial_folders(folder: Path) -> list[Path]:
+    """The folders in `folder` of saves that did not complete."""
+    return sorted(folder.glob(".step-*.partial"))
 
 
 def deleted_folder(path: Path) -> Path:
@@ -79,12 +83,3 @@ def remove_folder(folder: Path) -> None:
         if _OWN_FILE.fullmatch(path.name) and path.is_file():
             path.unlink()
     folder.rmdir()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the names in `folder` to disk; a file's fsync does not cover its name."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """`metadata.json` and `tensors.json` of a checkpoint: their contents, reading and writing."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from switchtitan.checkpoint.layout import METADATA_CHECKSUM_FILE, METADATA_FILE, TENSORS_FILE
 from switchtitan.errors import CheckpointError, CheckpointFormatError
-from switchtitan.files import sha256_of_file
+from switchtitan.files import named_errors, sha256_of_file, sync_file
 
 FORMAT_VERSION = 3
 """3 has `metadata.json.sha256`. In 1, B of low-rank layers, its candidates and its moments were
@@ -158,10 +157,10 @@ def write_tensors_index(path: Path, index: TensorsIndex) -> FileRecord:
 
 
 def _write_new(file: Path, contents: bytes) -> None:
-    with file.open("xb") as stream:
+    with named_errors(file), file.open("xb") as stream:
         stream.write(contents)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
 
 
 def file_record(path: Path) -> FileRecord:

@@ -31,10 +31,11 @@ from switchtitan.checkpoint.metadata import (
     write_tensors_index,
 )
 from switchtitan.errors import CheckpointError
+from switchtitan.files import named_errors, sync_file
 
 
 class ChecksummingWriter(FileSystemWriter):
-    """Writes one file per rank, flushed to disk, and `tensors.json` on the coordinator.
+    """Writes one file per rank, and the indices on the coordinator, all flushed to disk.
 
     `written` holds this rank's files by name, with size and checksum of the data passed to `write`.
     """
@@ -46,7 +47,8 @@ class ChecksummingWriter(FileSystemWriter):
         super().__init__(
             folder,
             single_file_per_rank=True,
-            sync_files=True,
+            # Our streams flush to disk. DCP flushes `.metadata` before its last bytes are written.
+            sync_files=False,
             overwrite=False,
             per_thread_copy_ahead=0,
         )
@@ -84,9 +86,16 @@ class _ChecksummingFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
-        with super().create_stream(path, mode) as file:
+        with named_errors(Path(path)), super().create_stream(path, mode) as file:
             stream = _ChecksummingStream(file)  # type: ignore[arg-type]
-            yield stream  # type: ignore[misc]
+            try:
+                yield stream  # type: ignore[misc]
+                stream.close()
+            except Exception as error:
+                # torch.save hides it behind an error of its own.
+                if stream.error is not None and error is not stream.error:
+                    raise stream.error from error
+                raise
             self._written[Path(path).name] = stream.record()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
@@ -95,16 +104,22 @@ class _ChecksummingFiles(FileSystem):
 
 
 class _ChecksummingStream:
-    """A write-only stream with a running checksum; DCP only appends."""
+    """A write-only stream with a running checksum; DCP only appends. Closing it flushes to disk."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._num_bytes = 0
+        self.error: OSError | None = None
+        """Why a write failed."""
 
     def write(self, data: bytes | memoryview) -> int:
         self._digest.update(data)
-        num_bytes = self._file.write(data)
+        try:
+            num_bytes = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self._num_bytes += num_bytes
         return num_bytes
 
@@ -112,13 +127,20 @@ class _ChecksummingStream:
         return self._file.tell()
 
     def flush(self) -> None:
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.error = error
+            raise
 
     def fileno(self) -> int:
         return self._file.fileno()
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            self.flush()
+            sync_file(self._file.fileno())
+            self._file.close()
 
     def record(self) -> FileRecord:
         return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())

@@ -12,6 +12,7 @@ from switchtitan.checkpoint.layout import (
 )
 from switchtitan.checkpoint.metadata import (
     CheckpointMetadata,
+    FileRecord,
     TensorRecord,
     TensorsIndex,
     file_record,
@@ -62,13 +63,22 @@ def check_contents(path: Path) -> CheckpointMetadata:
     """
     metadata = check_files(path)
     with ThreadPoolExecutor(_NUM_READERS) as readers:  # hashlib releases the GIL
-        records = readers.map(lambda name: file_record(path / name), metadata.files)
+        records = readers.map(lambda name: _read_record(path / name), metadata.files)
         for (name, expected), found in zip(metadata.files.items(), records, strict=True):
             if found != expected:
                 raise CheckpointError(
                     f"{path}: {name} is corrupted: its checksum differs from the saved one"
                 )
     return metadata
+
+
+def _read_record(file: Path) -> FileRecord:
+    try:
+        return file_record(file)
+    except OSError as error:  # for example a bad sector
+        raise CheckpointError(
+            f"{file.parent}: cannot read {file.name}: {error.strerror or error}"
+        ) from error
 
 
 def _check_index(path: Path, index: TensorsIndex, metadata: CheckpointMetadata) -> None:

@@ -12,7 +12,7 @@ from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
-from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
+from switchtitan.observability import FAILED_SAVES, Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
 from switchtitan.training.evaluate import Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
@@ -41,6 +41,13 @@ class RunSchedule:
     save_interval: int
     check_interval: int = 0
     """Steps between two comparisons of all ranks; 0: only before saves."""
+
+    def num_saves_after(self, step: int) -> int:
+        """Returns the number of checkpoints that are due after `step`; the last step is saved."""
+        if step >= self.num_steps:
+            return 0
+        num_regular = self.num_steps // self.save_interval - step // self.save_interval
+        return num_regular + (self.num_steps % self.save_interval > 0)
 
 
 class Trainer:
@@ -165,6 +172,7 @@ class Trainer:
                 self._log_resume_hint()
             raise
         self._finalize()
+        self.checkpointer.raise_last_failure()
 
     def _run_steps(self) -> None:
         state = self.stepper.state
@@ -226,7 +234,7 @@ class Trainer:
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
         }
-        self.reporter.report(stepper.state.step, values)
+        self.reporter.report(stepper.state.step, values | self._failed_saves())
         self._running_loss.reset()
 
     def _finalize(self) -> None:
@@ -252,11 +260,18 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
+        if failed_saves := self._failed_saves():
+            self.reporter.report(state.step, failed_saves)
+            values |= failed_saves
         for hook in self.hooks:
             values |= hook.results()
         self.reporter.summary(
             values, checkpoint=self.checkpointer.latest, trace=self.profiler.trace
         )
+
+    def _failed_saves(self) -> dict[str, float]:
+        num_failed = self.checkpointer.num_failed_saves
+        return {FAILED_SAVES: float(num_failed)} if num_failed else {}
 
     def _log_resume_hint(self) -> None:
         step, checkpoint = self.stepper.state.step, self.checkpointer.resume_point

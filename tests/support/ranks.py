@@ -27,17 +27,22 @@ _PRELOADED = [
 
 
 def run_on_ranks(
-    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 600
+    num_ranks: int,
+    function: Callable[..., None],
+    *args: object,
+    timeout_s: float = 600,
+    start_method: str = "forkserver",
 ) -> None:
     """Calls `function(rank, *args)` on `num_ranks` gloo ranks; fails if any of them fails.
 
     Args:
         function: importable from its module; exceptions in it carry the rank's traceback.
+        start_method: "spawn" starts new interpreters, which takes seconds; they preload libraries.
 
     Raises:
         AssertionError: if a rank raised, died, or did not finish in time.
     """
-    _run_all(_run_rank, num_ranks, function, args, timeout_s)
+    _run_all(_run_rank, num_ranks, function, args, timeout_s, start_method)
 
 
 def run_on_gpus(
@@ -58,9 +63,10 @@ def _run_all(
     function: Callable[..., None],
     args: tuple,
     timeout_s: float,
+    start_method: str = "forkserver",
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("forkserver")
+        context = mp.get_context(start_method)
         context.set_forkserver_preload(_PRELOADED)
         environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
         ranks = [

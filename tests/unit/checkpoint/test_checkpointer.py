@@ -151,7 +151,9 @@ def test_full_disk_is_a_clear_error_and_leaves_older_checkpoints(
 
 def test_too_little_space_is_refused_before_writing(make_checkpointer, folder):
     huge = {"weight": torch.empty(1).expand(1 << 50)}
-    with pytest.raises(CheckpointError, match=r"cannot save step 1 .* GiB are free; free space"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot save step 1 .* 4 PiB, .* are free; free space"
+    ):
         make_checkpointer().save(1, huge, {})
     assert list(folder.iterdir()) == []
 
@@ -172,7 +174,7 @@ def test_damage_between_writing_and_reading_back_is_found(
     monkeypatch.setattr(ChecksummingWriter, "write_data", damage)
     with pytest.raises(CheckpointError, match="differs from what was written when read back"):
         make_checkpointer(async_save=False).save(1, tensors, {})
-    assert [path.name for path in folder.iterdir()] == [".step-000000001.partial"]
+    assert list(folder.iterdir()) == []
 
 
 def test_leftovers_of_an_interrupted_save_are_replaced(make_checkpointer, tensors, folder):
@@ -189,7 +191,7 @@ def test_foreign_files_in_the_leftovers_are_never_deleted(make_checkpointer, ten
     partial = folder / ".step-000000001.partial"
     partial.mkdir(parents=True)
     (partial / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match="is not empty"):
         make_checkpointer(async_save=False).save(1, tensors, {})
     assert (partial / "notes.txt").read_text() == "mine"
 

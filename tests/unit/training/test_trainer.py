@@ -20,7 +20,7 @@ from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.training.stepper import StepResult
-from switchtitan.training.trainer import Trainer, TrainingDivergedError
+from switchtitan.training.trainer import RunSchedule, Trainer, TrainingDivergedError
 
 SKIP = ("--training.on_nonfinite", "skip")
 
@@ -193,6 +193,14 @@ def test_python_s_collector_is_enabled_after_training_that_diverged(corpora):
     with pytest.raises(TrainingDivergedError):
         trainer.train()
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("num_steps", "interval"), [(10, 3), (9, 3), (2, 5), (5, 1)])
+def test_the_number_of_saves_is_foretold(num_steps, interval):
+    schedule = RunSchedule(num_steps, evaluate_interval=1, save_interval=interval)
+    for start in range(num_steps + 2):
+        due = [s for s in range(start + 1, num_steps + 1) if s % interval == 0 or s == num_steps]
+        assert schedule.num_saves_after(start) == len(due)
 
 
 class NoteCalls:
