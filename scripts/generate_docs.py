@@ -277,6 +277,10 @@ def _checkpoint(record: dict[str, Any]) -> list[Row]:
         ("a step before the first save", f"{record['step_before_saves_s']:.3f}"),
         ("a step after a save", f"{record['undisturbed_step_s']:.3f}"),
         ("a step during a background save", f"{record['step_while_saving_s']:.3f}"),
+        *(
+            (f"its bytes by themselves: {part}", f"{seconds:.3f}")
+            for part, seconds in record.get("parts_s", {}).items()
+        ),
     ]
 
 

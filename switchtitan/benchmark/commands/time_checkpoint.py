@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from switchtitan.benchmark.commands.command import Command, Measurement, Overrides, add_config
+from switchtitan.benchmark.save_parts import time_parts
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.benchmark.tables import aligned
@@ -50,6 +51,8 @@ class SaveTimes:
     first save. One entry for each pair; empty without such a process."""
     control_after_saves: list[float] = field(default_factory=list)
     """The same after a save."""
+    parts_s: dict[str, float] = field(default_factory=dict)
+    """What a save does with its bytes, one after the other, by themselves; see `time_parts`."""
     bytes_on_disk: int = 0
     state_bytes: int = 0
     """Bytes of this rank's tensors."""
@@ -121,6 +124,7 @@ def time_saves(
     latest = synchronous.latest
     assert latest is not None
     times.bytes_on_disk = sum(file.stat().st_size for file in latest.iterdir())
+    times.parts_s = time_parts(folder / "parts", times.bytes_on_disk)
     return times
 
 
@@ -224,6 +228,7 @@ def _measure(options: argparse.Namespace, overrides: Overrides) -> Measurement:
         "control_before_saves": list(times.control_before_saves),
         "control_after_saves": list(times.control_after_saves),
         "speed_after_saves": times.speed_after_saves,
+        "parts_s": dict(times.parts_s),
         "bytes_on_disk": times.bytes_on_disk,
         "state_bytes": times.state_bytes,
     }
@@ -249,8 +254,11 @@ def _table(times: SaveTimes) -> list[str]:
             )
         )
     on_disk, state = times.bytes_on_disk, times.state_bytes
+    parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in times.parts_s.items())
     return [
         *aligned(rows),
+        f"the bytes of a save by themselves: {parts}; each has two checksums, one of them when it "
+        "is read back",
         f"{on_disk / 2**20:.1f} MiB on disk for {state / 2**20:.1f} MiB of state: "
         f"{on_disk / state:.4f}",
         f"steps after saves run at {times.speed_after_saves:.3f} of the speed before the first one",

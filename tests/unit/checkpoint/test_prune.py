@@ -1,7 +1,7 @@
 import pytest
 from support.checkpoints import rewrite_metadata
 
-from switchtitan.checkpoint import Checkpointer
+from switchtitan.checkpoint import Checkpointer, find_latest
 
 
 def names(folder) -> list[str]:
@@ -82,6 +82,27 @@ def test_an_older_identity_is_compared_in_todays_keys(make_checkpointer, tensors
     rewrite_metadata(folder / "step-000000001", lambda metadata: metadata["identity"].pop("model"))
     save_steps(checkpointer, tensors, 2)
     assert names(folder) == ["step-000000002"]
+
+
+def test_the_last_complete_checkpoint_stays_until_a_newer_one_is_complete(
+    make_checkpointer, tensors, folder
+):
+    save_steps(make_checkpointer(async_save=False, keep_latest=0), tensors, 1, 2, 3)
+    for step in (2, 3):
+        file = folder / f"step-00000000{step}" / "__0_0.distcp"
+        file.write_bytes(bytes(file.stat().st_size))  # as long as before
+    resumed = make_checkpointer(async_save=False, keep_latest=1, on_failure="continue")
+    assert resumed.checkpoint_to_resume() == folder / "step-000000001"
+    partial = folder / ".step-000000002.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("mine")
+    save_steps(resumed, tensors, 2)
+    assert resumed.num_failed_saves == 1
+    assert "step-000000001" in names(folder)
+    (partial / "notes.txt").unlink()
+    save_steps(resumed, tensors, 2)
+    assert find_latest(folder) == folder / "step-000000002"
+    assert "step-000000001" not in names(folder)
 
 
 def test_newer_checkpoints_stay(make_checkpointer, tensors, folder):
