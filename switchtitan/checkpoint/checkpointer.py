@@ -277,7 +277,7 @@ class Checkpointer:
             prune(self._folder, newest, self._config.keep_latest, self._is_own_identity)
         except OSError as error:
             logger.warning("could not delete an older checkpoint: %s", error)
-        if self._num_saves_left != 0:
+        if self._num_saves_left is None or self._num_saves_left > 0:
             with suppress(OSError):
                 warn_if_next_does_not_fit(self._folder, num_bytes)
 

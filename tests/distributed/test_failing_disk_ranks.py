@@ -146,7 +146,8 @@ def fail_to_the_end(rank: int, folder: Path, num_ranks: int) -> None:
     message = error_of(last.train)
     assert "the last checkpoint was not saved, the same command resumes from" in message
     assert "step-000000001: cannot save step 3" in message
-    assert json.loads((folder / "last" / "run" / "results.json").read_text())[FAILED_SAVES] == 2
+    if rank == 0:  # which writes them, perhaps after the others have ended
+        assert json.loads((folder / "last" / "run" / "results.json").read_text())[FAILED_SAVES] == 2
     set_faults()
     again = trainer_of(folder / "last", num_ranks, 3)
     assert again.stepper.state.step == 1

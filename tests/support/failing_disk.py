@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,18 @@ def build(folder: Path) -> Path:
         check=True,
     )
     return library
+
+
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """Yields a folder for many saves: a flush to a disk takes longer than the rest of a small one.
+
+    On the system's disk if there is no file system in memory.
+    """
+    memory = Path("/dev/shm")
+    is_usable = memory.is_dir() and os.access(memory, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=memory if is_usable else None) as folder:
+        yield Path(folder)
 
 
 def environment(

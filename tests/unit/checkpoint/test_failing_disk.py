@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.disk_faults import CASES
-from support.failing_disk import Call, Fault, build, call_preloaded, logged_calls, set_faults
+from support.failing_disk import (
+    Call,
+    Fault,
+    build,
+    call_preloaded,
+    folder_in_memory,
+    logged_calls,
+    set_faults,
+)
 from torch import Tensor
 
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer, read_tensors
@@ -179,10 +187,10 @@ def crash_at_each_call(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    folder = tmp_path_factory.mktemp("failing-disk")
-    call_preloaded(build(folder), save_with_all_faults, folder)
-    return json.loads((folder / "outcomes.json").read_text())
+def outcomes() -> dict:
+    with folder_in_memory() as folder:
+        call_preloaded(build(folder), save_with_all_faults, folder)
+        return json.loads((folder / "outcomes.json").read_text())
 
 
 @pytest.mark.parametrize("name", CASES)
