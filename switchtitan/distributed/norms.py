@@ -38,12 +38,24 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
     Args:
         device: the one that the default group communicates.
     """
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if not floating:
+    alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            part = local(tensor)
+            alike.setdefault((part.device, part.dtype), {})[name] = part
+    if not alike:
         return []
-    # Sums of squares, which are not finite if an element is not, or is too large to train.
-    norms = [torch.linalg.vector_norm(local(tensor)).to(device) for tensor in floating.values()]
-    spoiled = (~torch.isfinite(torch.stack(norms))).to(torch.int32)
+    # A norm is not finite if an element is not, or is too large to train. One call and one copy for
+    # many tensors: the device of some may be the host.
+    is_finite = torch.cat(
+        [
+            torch.isfinite(torch.stack(torch._foreach_norm(list(parts.values())))).to(device)
+            for parts in alike.values()
+        ]
+    )
+    spoiled = (~is_finite).to(torch.int32)
     if dist.is_initialized():
         dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
-    return [name for name, is_spoiled in zip(floating, spoiled.tolist(), strict=True) if is_spoiled]
+    names = [name for parts in alike.values() for name in parts]
+    found = {name for name, is_spoiled in zip(names, spoiled.tolist(), strict=True) if is_spoiled}
+    return [name for name in tensors if name in found]

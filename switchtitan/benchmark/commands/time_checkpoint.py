@@ -38,9 +38,10 @@ class SaveTimes:
     """Seconds, one entry for each round or step, and bytes."""
 
     synchronous_s: list[float] = field(default_factory=list)
-    """Time of a synchronous save."""
+    """Time of a synchronous save, with its search for values that are not finite."""
     stall_s: list[float] = field(default_factory=list)
-    """Training time lost to an asynchronous save: in `save`, all calls of `poll`, and `finish`."""
+    """Training time lost to an asynchronous save: in that search, `save`, all calls of `poll`, and
+    `finish`."""
     step_before_saves_s: list[float] = field(default_factory=list)
     """Steps before the first save."""
     undisturbed_step_s: list[float] = field(default_factory=list)
@@ -91,8 +92,13 @@ def time_saves(
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     times = SaveTimes(state_bytes=sum(local(tensor).nbytes for tensor in tensors().values()))
 
+    def save(checkpointer: Checkpointer) -> None:
+        # As the trainer does. It also compares ranks, of which there is one here.
+        assert not tensors.non_finite()
+        checkpointer.save(stepper.state.step, tensors(), {})
+
     def save_async() -> None:
-        stall_s = _seconds(lambda: asynchronous.save(stepper.state.step, tensors(), {}))
+        stall_s = _seconds(lambda: save(asynchronous))
         for _ in range(_MAX_STEPS_PER_SAVE):
             times.step_while_saving_s.append(_step_seconds(stepper))
             stall_s += _seconds(asynchronous.poll)
@@ -101,9 +107,7 @@ def time_saves(
         times.stall_s.append(stall_s + _seconds(asynchronous.finish))
 
     def save_sync() -> None:
-        times.synchronous_s.append(
-            _seconds(lambda: synchronous.save(stepper.state.step, tensors(), {}))
-        )
+        times.synchronous_s.append(_seconds(lambda: save(synchronous)))
 
     def take_steps(seconds: list[float], ratios: list[float]) -> None:
         for _ in range(undisturbed_steps):
@@ -118,8 +122,8 @@ def time_saves(
     for _ in range(2 * rounds):
         take_steps(times.step_before_saves_s, times.control_before_saves)
     for index in range(rounds):
-        for save in alternate([save_async, save_sync], index):
-            save()
+        for save_once in alternate([save_async, save_sync], index):
+            save_once()
             take_steps(times.undisturbed_step_s, times.control_after_saves)
     latest = synchronous.latest
     assert latest is not None

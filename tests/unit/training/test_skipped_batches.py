@@ -12,6 +12,7 @@ from support.spoiled import spoil_next_gradient, spoil_next_loss
 from support.tiny import METHOD_KEYS, tiny_trainer
 
 from switchtitan.checkpoint.layout import list_step_folders
+from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.distributed.norms import non_finite, total_norm
 from switchtitan.distributed.world import stop_world
 from switchtitan.training import trainer as trainer_module
@@ -160,3 +161,20 @@ def test_tensors_with_inf_or_nan_are_named():
     }
     assert non_finite(tensors, torch.device("cpu")) == ["inf", "nan"]
     assert non_finite({"integers": torch.arange(3)}, torch.device("cpu")) == []
+
+
+def test_one_norm_is_taken_of_all_tensors_of_a_dtype():
+    class CountNorms(CountingMode):
+        num_norms = 0
+
+        def count(self, func, args, kwargs, result):
+            self.num_norms += "norm" in func.name()
+
+    tensors = {str(i): torch.randn(3, i) for i in range(6)}
+    tensors |= {f"bf16.{i}": torch.randn(i).bfloat16() for i in range(4)}
+    with CountNorms() as norms:
+        assert non_finite(tensors, torch.device("cpu")) == []
+    assert norms.num_norms == 2
+    # In the order of the names, which is that of the tensors and not of their dtypes.
+    spoiled = {name: tensors[name] / 0 for name in ("bf16.1", "5", "bf16.3", "2")}
+    assert non_finite(spoiled, torch.device("cpu")) == list(spoiled)
