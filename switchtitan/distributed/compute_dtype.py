@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,11 @@ DtypeKey = Literal["auto", "bfloat16", "float32"]
 
 _MIN_CAPABILITY = (8, 0)
 """CUDA compute capability of Ampere, the first with bf16 tensor cores."""
+_AMD_WITH_MATRIX_BF16 = re.compile(r"gfx(908|90a|9[45]\w|1[1-9]\w\w)")
+"""AMD's architectures with matrix instructions for bf16: CDNA from MI100 on, RDNA from 3 on; not
+Vega, such as gfx906 and gfx90c, nor RDNA 1 and 2. Later ones than gfx12 are assumed to have them.
+(gpuopen.com/learn/amd-lab-notes/amd-lab-notes-matrix-cores-readme,
+gpuopen.com/learn/using_matrix_core_amd_rdna4)"""
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,15 @@ def gpu_problem(key: DtypeKey, obstacle: str) -> str:
 
 
 def bf16_support(device: torch.device) -> Bf16Support:
-    """Asks torch whether a CPU or a CUDA device multiplies bf16 natively."""
+    """Tells whether a CPU or a GPU multiplies bf16 natively."""
     if device.type == "cuda":
         return gpu_support(
             torch.cuda.get_device_name(device),
             torch.cuda.get_device_capability(device),
-            is_native_on_rocm=torch.version.hip is not None
-            and torch.cuda.is_bf16_supported(including_emulation=False),
+            # torch.cuda.is_bf16_supported is true for every AMD GPU.
+            amd_architecture=None
+            if torch.version.hip is None
+            else torch.cuda.get_device_properties(device).gcnArchName,
         )
     # Private in torch 2.13; without them, fp32 is the safe choice.
     in_onednn = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
@@ -137,16 +145,23 @@ def bf16_support(device: torch.device) -> Bf16Support:
     )
 
 
-def gpu_support(name: str, capability: tuple[int, int], is_native_on_rocm: bool) -> Bf16Support:
+def gpu_support(
+    name: str, capability: tuple[int, int], amd_architecture: str | None = None
+) -> Bf16Support:
     """Decides for a GPU.
 
     Args:
         name: of the device.
-        capability: CUDA compute capability; not looked at with ROCm.
-        is_native_on_rocm: whether torch is built for ROCm and says so.
+        capability: CUDA compute capability; ignored for an AMD GPU.
+        amd_architecture: `gcnArchName` of an AMD GPU, e.g. "gfx90a:sramecc+:xnack-".
     """
-    if is_native_on_rocm:
-        return Bf16Support(True, f"{name} supports it")
+    if amd_architecture is not None:
+        architecture = amd_architecture.partition(":")[0]
+        is_native = _AMD_WITH_MATRIX_BF16.fullmatch(architecture) is not None
+        claim = "has" if is_native else "has no"
+        return Bf16Support(
+            is_native, f"{name} ({architecture}) {claim} matrix instructions for bfloat16"
+        )
     version = f"{name} has compute capability {capability[0]}.{capability[1]}"
     if capability >= _MIN_CAPABILITY:
         return Bf16Support(True, version)

@@ -1,6 +1,7 @@
 """The compute dtype follows what the devices say, the key and the checkpoint."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,22 +53,56 @@ def test_a_cpu_needs_bf16_instructions_that_torch_uses(
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "on_rocm", "is_native"),
+    ("name", "capability", "is_native"),
     [
-        ("NVIDIA H100", (9, 0), False, True),
-        ("NVIDIA A100", (8, 0), False, True),
-        ("NVIDIA B200", (10, 0), False, True),
-        ("Tesla T4", (7, 5), False, False),
-        ("Tesla V100", (7, 0), False, False),
-        ("AMD Instinct MI210", (9, 0), True, True),
+        ("NVIDIA H100", (9, 0), True),
+        ("NVIDIA A100", (8, 0), True),
+        ("NVIDIA B200", (10, 0), True),
+        ("Tesla T4", (7, 5), False),
+        ("Tesla V100", (7, 0), False),
     ],
 )
-def test_a_gpu_needs_ampere_or_rocm(
-    name: str, capability: tuple[int, int], on_rocm: bool, is_native: bool
+def test_a_gpu_of_nvidia_needs_ampere(
+    name: str, capability: tuple[int, int], is_native: bool
 ) -> None:
-    support = gpu_support(name, capability, on_rocm)
+    support = gpu_support(name, capability)
     assert support.is_native == is_native
     assert name in support.evidence
+
+
+AMD_GPUS = {
+    "gfx906:sramecc+:xnack-": ("AMD Instinct MI50", False),
+    "gfx908:sramecc+:xnack-": ("AMD Instinct MI100", True),
+    "gfx90a:sramecc+:xnack-": ("AMD Instinct MI210", True),
+    "gfx90c:xnack-": ("AMD Radeon Vega 8 Graphics", False),
+    "gfx942:sramecc+:xnack-": ("AMD Instinct MI300X", True),
+    "gfx950:sramecc+:xnack-": ("AMD Instinct MI355X", True),
+    "gfx1010": ("AMD Radeon RX 5700", False),
+    "gfx1030": ("AMD Radeon RX 6800", False),
+    "gfx1100": ("AMD Radeon RX 7900 XTX", True),
+    "gfx1151": ("AMD Radeon 8060S Graphics", True),
+    "gfx1201": ("AMD Radeon RX 9070 XT", True),
+}
+
+
+@pytest.mark.parametrize("architecture", AMD_GPUS)
+def test_a_gpu_of_amd_needs_matrix_instructions(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, is_native = AMD_GPUS[architecture]
+    device = torch.device("cuda", 0)
+    # What torch for ROCm says of such a GPU: a capability that looks like NVIDIA's.
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    support = bf16_support(device)
+    claim = "has" if is_native else "has no"
+    short = architecture.partition(":")[0]
+    assert support == Bf16Support(
+        is_native, f"{name} ({short}) {claim} matrix instructions for bfloat16"
+    )
 
 
 def test_this_cpu_is_asked_without_an_error() -> None:

@@ -33,7 +33,7 @@ def test_options_of_every_program_are_valid(
 ) -> None:
     # As on a machine with these GPUs and the package flash-attn.
     monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cuda")
-    support = gpu_support(CARD.card, (9, 0), is_native_on_rocm=False)
+    support = gpu_support(CARD.card, (9, 0))
     monkeypatch.setattr("switchtitan.job.checks.bf16_support", lambda device: support)
     monkeypatch.setattr(
         "switchtitan.models.llama.attention.importlib.util.find_spec", lambda name: name
