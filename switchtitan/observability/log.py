@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,9 +51,27 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _LogFileHandler(logging.FileHandler):
+    """Says once that lines cannot be written; logging's own handlers print a traceback for each."""
+
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
         self.setFormatter(logging.Formatter(_FILE_FORMAT))
+        self._has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            tqdm.write(
+                f"warning: could not write to {self.baseFilename} ({error}); lines may be missing",
+                file=sys.stdout,
+            )
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still buffered
+            super().close()
 
 
 _OWN_HANDLERS = (_ConsoleHandler, _LogFileHandler)

@@ -1,6 +1,7 @@
 import io
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
@@ -69,3 +70,17 @@ def test_lines_do_not_break_a_progress_bar(monkeypatch):
     # A terminal shows the part of a line after the last carriage return.
     shown = [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
     assert "info" in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_once_and_the_console_goes_on(capsys):
+    configure_logging(is_main=True, log_file=Path("/dev/full"))
+    for number in range(3):
+        logging.getLogger("switchtitan").info("line %d", number)
+    configure_logging(is_main=True)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    (warning,) = (line for line in lines if "could not write to" in line)
+    assert "No space left on device" in warning
+    assert [line for line in lines if line != warning] == ["line 0", "line 1", "line 2"]
