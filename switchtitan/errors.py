@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+_LARGEST_ERROR_STATUS = 127
+"""Above are statuses of signals."""
 _NUM_NAMED = 4
 _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file in which torchrun expects a rank's failure reason."""
 EXIT_STATUS_KEY = "exit_status"
-"""Key in that file that marks a user's error, next to torchrun's own keys."""
+"""Key in that file that marks a known end, next to torchrun's own keys."""
+CONSEQUENCE_KEY = "is_consequence"
+"""Key in that file: whether this rank ended only because another one did."""
 
 
 class UserError(Exception):
@@ -54,6 +58,20 @@ class RanksDisagreeError(UserError):
     """Tells calling programs that the configuration was valid."""
 
 
+class SaveAbandonedError(UserError):
+    """A signal stopped the run, and its last save was not complete in time."""
+
+    exit_status = 5
+    """Tells calling programs that an older checkpoint is the newest."""
+
+
+class LostRankError(UserError):
+    """Another rank has ended, or does not answer."""
+
+    exit_status = 6
+    """Tells calling programs that the configuration was valid."""
+
+
 def abbreviate(names: Iterable[str]) -> str:
     """Return the first four names, and the number of the others."""
     names = list(names)
@@ -66,21 +84,40 @@ def exit_for(error: UserError) -> NoReturn:
 
     Prints the message. On several ranks, leaves it for the launcher, which prints the first one.
     """
+    record_end(str(error), error.exit_status, is_consequence=isinstance(error, LostRankError))
+    raise SystemExit(error.exit_status)
+
+
+def exit_for_stop(signal_number: int) -> NoReturn:
+    """Exit with the status of a run that a signal stopped; says so as `exit_for` does."""
+    status = 128 + signal_number
+    record_end(f"stopped by {signal.Signals(signal_number).name}", status)
+    raise SystemExit(status)
+
+
+def record_end(message: str, status: int, *, is_consequence: bool = False) -> None:
+    """Prints why this process ends. On several ranks, leaves it for the launcher, which prints the
+    first reason."""
     # Imported here because `files` imports this module.
     from switchtitan.files import write_atomically
 
     launcher_file = os.environ.get(_LAUNCHER_FILE)
     if launcher_file:
         reason = {
-            "message": str(error),
+            "message": message,
             "timestamp": int(time.time()),
-            EXIT_STATUS_KEY: error.exit_status,
+            EXIT_STATUS_KEY: status,
+            CONSEQUENCE_KEY: is_consequence,
         }
         # The launcher may kill this rank at any time after another has failed, then reads the file.
         write_atomically(Path(launcher_file), json.dumps(reason))
     else:
-        print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_status)
+        print(final_line(message, status), file=sys.stderr)
+
+
+def final_line(message: str, status: int) -> str:
+    """Returns the last line of a command that ends with `status`."""
+    return message if status > _LARGEST_ERROR_STATUS else f"error: {message}"
 
 
 def interrupt_on_sigterm() -> None:

@@ -29,11 +29,17 @@ from switchtitan.training.description import (
 )
 from switchtitan.training.output_folder import check_output_dir
 from switchtitan.training.stepper import TrainState
+from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import RunSchedule, Trainer
 
 
-def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part) -> Trainer:
+def build_trainer(
+    config: JobConfig, world: World, on_part: OnPart = ignore_part, stop: Stop | None = None
+) -> Trainer:
     """Build everything that a run needs; restore its state if it resumes from a checkpoint.
+
+    Args:
+        stop: when to stop before the last step; by default never.
 
     Raises:
         UserError: if configuration, corpus and checkpoints do not fit together. Raised before
@@ -92,6 +98,7 @@ def build_trainer(config: JobConfig, world: World, on_part: OnPart = ignore_part
         throughput=build_throughput(config, stepper, compute_dtype),
         profiler=build_profiler(config, world, state),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
+        stop=stop,
     )
 
 

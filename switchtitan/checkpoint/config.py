@@ -36,6 +36,12 @@ class CheckpointConfig(Section):
     TensorBoard and the summary say so. Either way earlier checkpoints stay. A failed save of the
     last step is always an error."""
 
+    grace_s: int = Field(default=300, ge=1)
+    """Seconds, at least 1, between a signal that stops the run and the end of its last save. A save
+    that takes longer is abandoned, and the run resumes from the checkpoint before. `switchtitan
+    launch` kills ranks that have not ended some seconds later. Set it to what your cluster allows
+    between the signal and SIGKILL."""
+
     initial_weights: str | None = None
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors
     files, a safetensors file, a folder `model_<step>` of SwitchLoRA's original implementation, or a

@@ -14,11 +14,15 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 # torch reads it when it is imported. Its C++ log has a stack trace for every failed connection.
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 import torch.distributed as dist
+import torch.distributed.launcher.api as launcher_api
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -27,11 +31,25 @@ from torch.distributed.run import get_args_parser, run
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.limits import raise_file_limit
-from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, UserError, exit_for
-from switchtitan.job.config import parse_arguments
+from switchtitan.errors import (
+    CONSEQUENCE_KEY,
+    EXIT_STATUS_KEY,
+    USER_ERROR_STATUS,
+    LostRankError,
+    UserError,
+    exit_for,
+    final_line,
+)
+from switchtitan.job.config import JobConfig, parse_arguments
 
 _RANKS_FOLDERS = "*/attempt_*"
 """Folders of started ranks in torchrun's log folder."""
+_KILLED_AFTER_GRACE_S = 15
+"""Seconds after `[checkpoint] grace_s` that torchrun waits for ranks until it kills them."""
+_SIGNALS_FROM = 128
+"""Exit statuses from here on are those of signals."""
+_RESTARTED = {None, LostRankError.exit_status}
+"""Statuses of ranks that `--max-restarts` restarts: crashes and their consequences."""
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
 
@@ -44,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     """
     options = read_options(argv)
     try:
-        check_options(options)
+        config = check_options(options)
         # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
         raise_file_limit(num_ranks=1, device="cpu")
     except UserError as error:
@@ -59,9 +77,23 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # not for the ranks
+    if config is not None:
+        let_ranks_stop(options, config)
     with tempfile.TemporaryDirectory(prefix="switchtitan-") as folder:
         options.log_dir = options.log_dir or folder
         run_ranks(options)
+
+
+def let_ranks_stop(options: argparse.Namespace, config: JobConfig) -> None:
+    """Makes torchrun pass the run's signals on to the ranks, and give them the time to save."""
+    if options.shutdown_timeout is None and not os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        options.shutdown_timeout = config.checkpoint.grace_s + _KILLED_AFTER_GRACE_S
+    names = [name.strip() for name in options.signals_to_handle.split(",")]
+    if config.job.stop_signal is not None and config.job.stop_signal not in names:
+        names.append(config.job.stop_signal)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "SIGHUP" in names:
+        names.remove("SIGHUP")  # torchrun would undo `nohup`
+    options.signals_to_handle = ",".join(names)
 
 
 def run_ranks(options: argparse.Namespace) -> None:
@@ -70,23 +102,28 @@ def run_ranks(options: argparse.Namespace) -> None:
     Raises:
         SystemExit: see `main`.
     """
-    earlier = set(Path(options.log_dir).glob(_RANKS_FOLDERS))
+    folder = Path(options.log_dir)
+    earlier = set(folder.glob(_RANKS_FOLDERS))
+    launcher_api.LocalElasticAgent = _Agent  # type: ignore[misc]
     try:
         run(options)
     except ChildFailedError as error:
         cause = first_cause(list(error.failures.values()))
-        if is_mistake(cause):
-            print(f"error: {cause.message}", file=sys.stderr)
-            raise SystemExit(cause.error_file_data[EXIT_STATUS_KEY]) from None
+        if is_known(cause):
+            exit_as(cause.error_file_data)
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
     except (RendezvousError, dist.DistError) as error:
         # On a machine that only lost the others, which may have ended first.
-        started = sorted(set(Path(options.log_dir).glob(_RANKS_FOLDERS)) - earlier)
+        started = sorted(set(folder.glob(_RANKS_FOLDERS)) - earlier)
         reason, status = describe_lost_rendezvous(options, error, started)
         print(f"error: {reason}", file=sys.stderr)
         raise SystemExit(status) from error
     except SignalException as error:
+        # The ranks say whether they have saved.
+        for recorded in recorded_ends(sorted(set(folder.glob(_RANKS_FOLDERS)) - earlier)):
+            if recorded[EXIT_STATUS_KEY] < _SIGNALS_FROM:
+                exit_as(recorded)
         raise SystemExit(128 + error.sigval) from error
 
 
@@ -101,8 +138,11 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> JobConfig | None:
     """Checks Slurm's tasks, the rendezvous, and the configuration if the ranks can be counted.
+
+    Returns:
+        The configuration; None for `benchmark`.
 
     Raises:
         UserError: for the first mistake.
@@ -117,9 +157,12 @@ def check_options(options: argparse.Namespace) -> None:
             endpoint = f"{options.master_addr}:{options.master_port}"
         node_rank = options.node_rank if is_static else None
         check_rendezvous(endpoint, int(options.nnodes), node_rank, describe_endpoint(options))
+    if options.training_script == "benchmark":
+        return None
     num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
-    if num_ranks is not None and options.training_script != "benchmark":
-        parse_arguments(options.training_script_args, num_ranks)
+    # Checks need the number of ranks.
+    checks = () if num_ranks is None else None
+    return parse_arguments(options.training_script_args, num_ranks, checks=checks)
 
 
 def describe_lost_rendezvous(
@@ -131,11 +174,8 @@ def describe_lost_rendezvous(
         error: torchrun's.
         ranks_folders: where the ranks of this machine, if they have started, record their errors.
     """
-    for file in sorted(file for folder in ranks_folders for file in folder.rglob("error.json")):
-        with suppress(OSError, ValueError):
-            recorded = json.loads(file.read_text(encoding="utf-8"))
-            if EXIT_STATUS_KEY in recorded:
-                return recorded["message"], recorded[EXIT_STATUS_KEY]
+    for recorded in recorded_ends(ranks_folders):
+        return recorded["message"], recorded[EXIT_STATUS_KEY]
     endpoint = describe_endpoint(options)
     reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     if ranks_folders:
@@ -161,18 +201,52 @@ def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
 
     torchrun sends SIGTERM to the other ranks after a failure; those count only if they found a
     user's mistake."""
-    causes = [
-        failure
-        for failure in failures
-        if failure.exitcode != -signal.SIGTERM or is_mistake(failure)
-    ]
+    causes = [failure for failure in failures if not is_consequence(failure)]
     # Timestamps have a resolution of one second; within one, prefer a mistake to a crash.
-    return min(causes or failures, key=lambda failure: (failure.timestamp, not is_mistake(failure)))
+    return min(causes or failures, key=lambda failure: (failure.timestamp, not is_known(failure)))
 
 
-def is_mistake(failure: ProcessFailure) -> bool:
-    """Whether a rank ended with a `UserError`, which records an exit status, unlike a crash."""
+def is_consequence(failure: ProcessFailure) -> bool:
+    """Whether a rank ended because another one did."""
+    if is_known(failure):
+        return bool(failure.error_file_data.get(CONSEQUENCE_KEY))
+    return failure.exitcode == -signal.SIGTERM
+
+
+def is_known(failure: ProcessFailure) -> bool:
+    """Whether a rank has recorded an exit status and a message, unlike a crash."""
     return EXIT_STATUS_KEY in failure.error_file_data
+
+
+def exit_as(recorded: dict[str, Any]) -> NoReturn:
+    """Prints a rank's message, and exits with its status."""
+    status = recorded[EXIT_STATUS_KEY]
+    print(final_line(recorded["message"], status), file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def recorded_ends(ranks_folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Returns what ranks have recorded about their ends."""
+    ends = []
+    for file in sorted(file for folder in ranks_folders for file in folder.rglob("error.json")):
+        with suppress(OSError, ValueError):
+            recorded = json.loads(file.read_text(encoding="utf-8"))
+            if EXIT_STATUS_KEY in recorded:
+                ends.append(recorded)
+    return ends
+
+
+class _Agent(LocalElasticAgent):
+    """torchrun's agent. `--max-restarts` does not restart ranks that would end in the same way."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        statuses = {
+            failure.error_file_data.get(EXIT_STATUS_KEY) for failure in result.failures.values()
+        }
+        if not statuses <= _RESTARTED:
+            self._remaining_restarts = 0
+        return result
 
 
 def num_ranks_of(num_nodes: str, num_processes: str) -> int | None:

@@ -1,6 +1,7 @@
 """Training and validation batches, independent of the numbers of ranks and workers."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Generator, Iterator
 
@@ -81,6 +82,7 @@ def build_train_batches(
             pin_memory=pin_memory,
             # Otherwise the loader draws its workers' seed from the global generator.
             generator=torch.Generator(),
+            worker_init_fn=_outlive_signals,
         )
     return _steps(loader, global_batch_size // per_micro_step)
 
@@ -191,6 +193,18 @@ class _RankOrder(Sampler[list[int]]):
                 )
                 yield sequence_index(self.seed, positions, self.num_sequences).tolist()
             step += 1
+
+
+_WORKER_ENDS_AFTER_S = 600
+"""After SIGTERM, if its rank has not ended it before."""
+
+
+def _outlive_signals(_worker: int) -> None:
+    """Lets a worker read batches until its rank has stopped: batch systems, terminals and torchrun
+    signal both."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_ENDS_AFTER_S))
 
 
 def _steps(

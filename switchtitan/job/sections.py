@@ -18,6 +18,10 @@ class RunConfig(Section):
     missing."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Determines initial weights, order of the data and dropout."""
+    stop_signal: Literal["SIGUSR1", "SIGUSR2"] | None = "SIGUSR1"
+    """Signal, next to SIGTERM and SIGINT, after which the run finishes its step, saves and stops,
+    such as the one that a batch system sends before it pre-empts a job; "none" receives no other
+    signal."""
 
 
 class TrainingConfig(Section):

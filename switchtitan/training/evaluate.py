@@ -1,6 +1,6 @@
 """Loss over held-out batches. Changes no weight."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,6 +10,14 @@ from torch import nn
 from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
+
+
+class EvaluationStopped(Exception):  # noqa: N818
+    """A signal stopped the run during an evaluation."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 class Evaluator:
@@ -26,19 +34,35 @@ class Evaluator:
         self._world = world
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> float:
-        """Returns the mean loss per held-out token over all ranks, in nats."""
+    def __call__(
+        self, model: nn.Module, stop_is_due: Callable[[], int | None] = lambda: None
+    ) -> float:
+        """Returns the mean loss per held-out token over all ranks, in nats.
+
+        Args:
+            stop_is_due: returns a signal to stop between two batches; see `Stop.is_due`.
+
+        Raises:
+            EvaluationStopped: if it does; the model is as before.
+        """
         device = self._world.device
         # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         was_training = model.training
         model.eval()
-        for batch in self._batches:
-            tokens, targets, document_ids = (part.to(device, non_blocking=True) for part in batch)
-            totals[0] += model(tokens, document_ids, partial(self._summed_loss, targets=targets))
-            totals[1] += (targets != IGNORED_TARGET).sum()
-        model.train(was_training)
-        free_gathered_weights(model)
+        try:
+            for batch in self._batches:
+                tokens, targets, document_ids = (
+                    part.to(device, non_blocking=True) for part in batch
+                )
+                summed_loss = partial(self._summed_loss, targets=targets)
+                totals[0] += model(tokens, document_ids, summed_loss)
+                totals[1] += (targets != IGNORED_TARGET).sum()
+                if (number := stop_is_due()) is not None:
+                    raise EvaluationStopped(number)
+        finally:
+            model.train(was_training)
+            free_gathered_weights(model)
         loss_sum, num_targets = self._world.sum(totals).tolist()
         return loss_sum / num_targets
 

@@ -38,6 +38,9 @@ class TrainState:
     """Checksum of those weights."""
     compute_dtype: DtypeName | None = None
     """dtype of activations and gradients."""
+    is_work_after_step_due: bool = False
+    """Whether the evaluation and the hooks after the last step are to be done when the run
+    resumes, because it was stopped in between."""
 
     @property
     def num_batches(self) -> int:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability import FAILED_SAVES, Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
-from switchtitan.training.evaluate import Evaluators
+from switchtitan.training.evaluate import EvaluationStopped, Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
 from switchtitan.training.stepper import RunningLoss, Stepper, StepResult
+from switchtitan.training.stop import NeverStop, Stop, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Trainer:
         stepper: takes the steps.
         tensors: the tensors of the run's checkpoints.
         hooks: what else to do around steps, in order: after evaluations, before saves.
+        stop: when to stop before the last step.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Trainer:
         throughput: Throughput,
         profiler: Profiler,
         hooks: Sequence[Hook] = (),
+        stop: Stop | None = None,
     ) -> None:
         self.stepper = stepper
         self.schedule = schedule
@@ -81,6 +85,8 @@ class Trainer:
         self.throughput = throughput
         self.profiler = profiler
         self.hooks = hooks
+        self.stop = stop or NeverStop()
+        self._saved_step = stepper.state.step
         self._running_loss = RunningLoss(stepper.world.device)
 
     def train(self) -> None:
@@ -91,6 +97,7 @@ class Trainer:
                 skipped, if too many were skipped in a row, or if a weight is not finite when it is
                 to be saved. Nothing more is saved.
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
+            Stopped: by a signal, after the last step done was saved.
         """
         try:
             self._run()
@@ -107,7 +114,7 @@ class Trainer:
         self._stop_if_diverged()
         with self.throughput.excluded():
             self.tensors.check_replicas()
-            loss = self.evaluators.validation(self.stepper.model)
+            loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
         state = self.stepper.state
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
@@ -122,6 +129,7 @@ class Trainer:
         with self.throughput.excluded():
             self._stop_if_weights_diverged()
             self.checkpointer.save(state.step, self.tensors(), asdict(state))
+        self._saved_step = state.step
 
     def check_ranks(self) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
@@ -143,6 +151,8 @@ class Trainer:
 
     def _run(self) -> None:
         state, schedule = self.stepper.state, self.schedule
+        if state.is_work_after_step_due:
+            self._do_work_after_step()
         if state.step >= schedule.num_steps:
             logger.info(
                 "training already complete (%d/%d steps); increase [training] steps to continue",
@@ -161,15 +171,16 @@ class Trainer:
         elif state.step == 0:
             self.evaluate()
         try:
-            self._run_steps()
-            self.checkpointer.finish()
+            with self.stop.steps(self._resume_hint):
+                self._run_steps()
+                self.checkpointer.finish()
         except (TrainingDivergedError, RanksDisagreeError, KeyboardInterrupt) as error:
             # All ranks are alive, and a save in progress has a valid state to resume from.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(state.step, state.num_skipped)
             if isinstance(error, KeyboardInterrupt):
-                self._log_resume_hint()
+                logger.info("stopped at step %d; %s", state.step, self._resume_hint())
             raise
         self._finalize()
         self.checkpointer.raise_last_failure()
@@ -193,12 +204,18 @@ class Trainer:
                             "since losses or gradients were not finite",
                             "lower [optimizer] lr and resume from it",
                         )
+                    self._stop_if_due()
                     continue
                 skipped_in_a_row = 0
                 self._running_loss.add(result)
                 with self.throughput.excluded():
                     self.profiler.step()
-                self._after_step(result)
+                self.stop.note_step()
+                try:
+                    self._after_step(result)
+                except EvaluationStopped as stop:
+                    self._save_and_stop(stop.signal_number)
+                self._stop_if_due()
 
     def _after_step(self, result: StepResult) -> None:
         step, schedule = self.stepper.state.step, self.schedule
@@ -209,8 +226,17 @@ class Trainer:
             self.check_ranks()
         if self.reporter.is_due(step):
             self._report(result.grad_norm)
+        self._do_work_after_step()
+        if is_last or step % schedule.save_interval == 0:
+            self.save()
+
+    def _do_work_after_step(self) -> None:
+        """Evaluates and calls the hooks, if due after the last step done."""
+        state, schedule = self.stepper.state, self.schedule
+        step = state.step
+        state.is_work_after_step_due = True
         if step % schedule.evaluate_interval == 0 or (
-            is_last and step > schedule.evaluate_interval
+            step == schedule.num_steps and step > schedule.evaluate_interval
         ):
             self.evaluate()
         for hook in self.hooks:
@@ -218,8 +244,22 @@ class Trainer:
                 self._stop_if_diverged()
                 with self.throughput.excluded():
                     hook.after(step)
-        if is_last or step % schedule.save_interval == 0:
+        state.is_work_after_step_due = False
+
+    def _stop_if_due(self) -> None:
+        if self.stepper.state.step < self.schedule.num_steps:
+            signal_number = self.stop.is_due()
+            if signal_number is not None:
+                self._save_and_stop(signal_number)
+
+    def _save_and_stop(self, signal_number: int) -> NoReturn:
+        step = self.stepper.state.step
+        if step > self._saved_step:
             self.save()
+        self.checkpointer.finish()
+        self.checkpointer.raise_last_failure()
+        logger.info("stopped at step %d; %s", step, self._resume_hint())
+        raise Stopped(signal_number)
 
     def _report(self, grad_norm: Tensor) -> None:
         self._stop_if_diverged()
@@ -273,15 +313,11 @@ class Trainer:
         num_failed = self.checkpointer.num_failed_saves
         return {FAILED_SAVES: float(num_failed)} if num_failed else {}
 
-    def _log_resume_hint(self) -> None:
-        step, checkpoint = self.stepper.state.step, self.checkpointer.resume_point
+    def _resume_hint(self) -> str:
+        checkpoint = self.checkpointer.resume_point
         if checkpoint is None:
-            logger.info(
-                "stopped at step %d before the first checkpoint; rerunning starts from scratch",
-                step,
-            )
-        else:
-            logger.info("stopped at step %d; the same command resumes from %s", step, checkpoint)
+            return "there is no checkpoint yet; the same command starts from scratch"
+        return f"the same command resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:

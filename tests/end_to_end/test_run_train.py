@@ -141,8 +141,8 @@ def test_a_stopped_run_exits_with_a_message_and_resumes_from_its_newest_checkpoi
     said = output.read_text()
     assert status == 128 + number, said
     assert not (folder / "run" / "run.lock").exists()
-    assert "interrupted" in said
-    assert num_ranks == "2" or "Traceback" not in said
+    assert "stopping after this step" in said
+    assert "Traceback" not in said
     newest = max(checkpoints.glob("step-*"))
     assert f"the same command resumes from {newest}" in said
     step = int(newest.name.removeprefix("step-"))

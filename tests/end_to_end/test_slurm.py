@@ -29,13 +29,20 @@ echo "$*" >> scontrol-calls
 [ "$1" != show ] || printf 'node-a\\nnode-b\\n'
 [ "$1" != requeue ] || exit "${REQUEUE_STATUS:-0}"
 """,
+    "scancel": """\
+#!/usr/bin/env bash
+echo "scancel $*" >> scontrol-calls
+kill -TERM $(cat pid-0 pid-1)
+""",
 }
 RUN_TRAIN = """\
 #!/usr/bin/env bash
 for argument in "$@"; do
     echo "$NNODES $NODE_RANK $RDZV_ENDPOINT $RDZV_ID [$argument]" >> "node-$NODE_RANK"
 done
-[ -z "${LASTS_S:-}" ] || sleep "$LASTS_S"
+trap 'exit "${STOPPED_STATUS:-143}"' TERM
+echo $$ > "pid-$NODE_RANK"
+if [ -n "${LASTS_S:-}" ]; then sleep "$LASTS_S" & wait "$!"; fi
 exit "${STATUS:-0}"
 """
 
@@ -95,19 +102,42 @@ def test_the_status_of_a_failed_run_is_the_jobs(cluster: Path) -> None:
     assert "requeue" not in (cluster / "scontrol-calls").read_text()
 
 
-@pytest.mark.parametrize("requeue_status", ["0", "1"])
-def test_the_job_is_requeued_before_its_time_limit(cluster: Path, requeue_status: str) -> None:
-    job = submit(cluster, "--config", "job.toml", LASTS_S="3", REQUEUE_STATUS=requeue_status)
+def wait_for_nodes(project: Path) -> None:
     deadline = time.monotonic() + 30
-    while not (cluster / "node-1").exists() and time.monotonic() < deadline:
+    while not all((project / f"pid-{node}").exists() for node in (0, 1)):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("requeue_status", ["0", "1"])
+def test_the_run_is_stopped_and_the_job_requeued_before_its_time_limit(
+    cluster: Path, requeue_status: str
+) -> None:
+    job = submit(cluster, "--config", "job.toml", LASTS_S="60", REQUEUE_STATUS=requeue_status)
+    wait_for_nodes(cluster)
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=60)
-    assert output.startswith("the time limit is near: requeueing")
-    assert (cluster / "scontrol-calls").read_text().splitlines()[-1] == "requeue 1234567"
+    assert output.startswith("the time limit is near: the run stops")
+    assert (cluster / "scontrol-calls").read_text().splitlines()[-2:] == [
+        "scancel --signal=TERM 1234567",
+        "requeue 1234567",
+    ]
     assert ("warning: scontrol requeue failed" in output) == (requeue_status == "1")
-    # Slurm ends the run; until then it trains, also if Slurm refuses to requeue it.
-    assert job.returncode == 0
+    assert job.returncode == 143
+
+
+@pytest.mark.parametrize(("status", "is_requeued"), [("143", True), ("5", True), ("0", False)])
+def test_the_job_is_requeued_after_slurm_has_stopped_the_run(
+    cluster: Path, status: str, is_requeued: bool
+) -> None:
+    """Slurm sends SIGTERM to the processes of srun, not to the script, before a pre-emption."""
+    job = submit(cluster, "--config", "job.toml", LASTS_S="60", STOPPED_STATUS=status)
+    wait_for_nodes(cluster)
+    for node in (0, 1):
+        os.kill(int((cluster / f"pid-{node}").read_text()), signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert ("requeue 1234567" in (cluster / "scontrol-calls").read_text()) == is_requeued
+    assert job.returncode == int(status)
 
 
 def test_a_submission_from_another_folder_is_refused(cluster: Path) -> None:

@@ -1,0 +1,252 @@
+"""Signals, crashes and hung ranks end a run as docs/USAGE.md says, in real processes."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.ranks import run_on_ranks
+from support.tiny import METHOD_KEYS, TINY
+
+from switchtitan.builders.trainer import build_trainer
+from switchtitan.distributed.world import start_world
+from switchtitan.job.config import parse_arguments
+from switchtitan.training.signals import SAME_ACTION_S, UNWIND_S
+
+pytestmark = pytest.mark.end_to_end
+
+PROGRAM = """\
+import os, signal, sys, time
+from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.cli.train import main
+from switchtitan.training.stepper import Stepper
+
+fault = os.environ["FAULT"]
+rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+write_data, step = ChecksummingWriter.write_data, Stepper.step
+
+def write_slowly(*args):
+    time.sleep(30)
+    return write_data(*args)
+
+def step_with_fault(stepper):
+    if rank == "1" and attempt == "0" and stepper.state.step == 7:
+        if fault == "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a planted fault")
+    return step(stepper)
+
+if fault == "slow":
+    ChecksummingWriter.write_data = write_slowly
+elif fault != "none":
+    Stepper.step = step_with_fault
+main(sys.argv[1:])
+"""
+"""Trains, with a fault that a variable names."""
+
+LAUNCH = ("launch", "--nproc_per_node", "2", "--rdzv_backend", "c10d")
+LAUNCH += ("--rdzv_endpoint", "localhost:0")
+
+
+class Run:
+    """A training run in processes of its own session."""
+
+    def __init__(self, process: subprocess.Popen, output: Path, folder: Path) -> None:
+        self.process = process
+        self.output = output
+        self.checkpoints = folder / "run" / "checkpoints"
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def last_step(self) -> int:
+        """The last step that it has reported."""
+        return max((int(step) for step in re.findall(r"(\d+)/\d+ +\d", self.said)), default=0)
+
+    def saved_steps(self) -> list[int]:
+        names = (path.name for path in self.checkpoints.glob("step-*"))
+        return sorted(int(name.removeprefix("step-")) for name in names if "." not in name)
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 120
+        while not re.search(text, self.said):
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def ends_with(self, status: int) -> str:
+        """Waits for the end; returns the output."""
+        assert self.process.wait(timeout=120) == status, self.said
+        assert not (self.checkpoints.parent / "run.lock").exists()
+        return self.said
+
+
+def write_config(folder: Path) -> Path:
+    """Writes the configuration of a run that evaluates every 10 steps, and saves the last one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = METHOD_KEYS["switchlora"]
+    text = TINY.format(folder=folder, method="switchlora", method_keys=keys)
+    text = text.replace("num_workers = 0", "num_workers = 1").replace(
+        "[checkpoint]\ninterval = 20", "[checkpoint]\ninterval = 100000"
+    )
+    file = folder / "job.toml"
+    file.write_text(text.replace("interval = 20", "interval = 10"))
+    return file
+
+
+@contextmanager
+def start(
+    folder: Path, *arguments: str, ranks: int = 1, fault: str = "none", options: tuple = ()
+) -> Iterator[Run]:
+    """Starts a run of its own process group."""
+    config, script, output = write_config(folder), folder / "program.py", folder / "output.txt"
+    script.write_text(PROGRAM)
+    launcher = () if ranks == 1 else ("-m", "switchtitan", *LAUNCH, *options)
+    command = [sys.executable, *launcher, str(script), "--config", str(config), *arguments]
+    with output.open("w") as printed:
+        process = subprocess.Popen(
+            command,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
+            start_new_session=True,
+        )
+    try:
+        yield Run(process, output, folder)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def train_on_ranks(rank: int, config: Path) -> None:
+    parsed = parse_arguments(["--config", str(config), *STEPS])
+    build_trainer(parsed, start_world(parsed.parallelism)).train()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Returns the checksums of the last checkpoint's files."""
+    newest = max((folder / "run" / "checkpoints").glob("step-*"))
+    assert newest.name == "step-000000080"
+    return json.loads((newest / "metadata.json").read_text())["files"]
+
+
+STEPS = ("--training.steps", "80")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_at_any_moment_loses_no_step_and_changes_no_bit(corpora: Path, ranks: int) -> None:
+    folder, undisturbed = corpora / f"signal-{ranks}", corpora / f"undisturbed-{ranks}"
+    number = random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    with start(folder, *STEPS, ranks=ranks) as run:
+        run.wait_for(r"\d/80 +\d")
+        time.sleep(random.uniform(0, 0.8))
+        os.kill(run.process.pid, number)
+        said = run.ends_with(128 + number)
+    (stopped_at,) = run.saved_steps()
+    assert stopped_at == run.last_step
+    assert f"stopped at step {stopped_at}; the same command resumes from" in said
+    assert "Traceback" not in said
+    log = folder / "run" / "train.log"
+    size = log.stat().st_size
+    run_on_ranks(ranks, train_on_ranks, write_config(folder))
+    steps = [int(step) for step in re.findall(r"(\d+)/\d+ +\d", log.read_text()[size:])]
+    assert steps[0] == stopped_at + 1
+    run_on_ranks(ranks, train_on_ranks, write_config(undisturbed))
+    assert checksums(folder) == checksums(undisturbed)
+
+
+def test_a_second_signal_exits_at_once_and_leaves_the_checkpoint_before(corpora: Path) -> None:
+    folder = corpora / "second"
+    with start(folder, "--checkpoint.interval", "5", "--training.steps", "5") as run:
+        run.ends_with(0)
+    with start(folder, *STEPS, fault="slow") as run:
+        run.wait_for(r"9/80 +\d")
+        os.killpg(run.process.pid, signal.SIGTERM)
+        run.wait_for("stopping after this step")
+        time.sleep(SAME_ACTION_S + 0.5)
+        os.kill(run.process.pid, signal.SIGINT)
+        started = time.monotonic()
+        # The lock's file may stay, since the main thread writes.
+        assert run.process.wait(timeout=60) == 130, run.said
+        assert time.monotonic() - started < UNWIND_S + 3
+    assert run.said.splitlines()[-1] == "stopped at once by SIGINT"
+    assert run.saved_steps() == [5]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_save_that_takes_too_long_is_abandoned(corpora: Path, ranks: int) -> None:
+    folder = corpora / f"grace-{ranks}"
+    grace = ("--checkpoint.grace_s", "1")
+    with start(folder, *STEPS, *grace, ranks=ranks, fault="slow") as run:
+        run.wait_for(r"4/80 +\d")
+        os.kill(run.process.pid, signal.SIGTERM)
+        assert run.process.wait(timeout=60) == 5, run.said
+    last = [line for line in run.said.splitlines() if line][-1]
+    assert last.startswith("error: [checkpoint] grace_s = 1: the save was not complete")
+    assert last.endswith("there is no checkpoint yet; the same command starts from scratch")
+    assert run.saved_steps() == []
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(corpora: Path) -> None:
+    with start(corpora / "early", *STEPS, ranks=2) as run:
+        run.wait_for("compute dtype")
+        os.killpg(run.process.pid, signal.SIGTERM)
+        run.ends_with(143)
+    assert run.saved_steps() == []
+
+
+def test_ranks_name_the_one_that_hangs(corpora: Path) -> None:
+    timeout = ("--parallelism.timeout_s", "4")
+    with start(corpora / "hang", *STEPS, *timeout, ranks=2, fault="hang") as run:
+        run.wait_for("error: rank 1 on ")
+        said = run.said
+        hung = [int(pid) for pid in re.findall(r"process (\d+) hangs", said)]
+        assert hung == []
+        # torchrun kills the hung rank after its own 30 s.
+        run.process.send_signal(signal.SIGKILL)
+    assert f"rank 1 on {socket.gethostname()} did not answer within" in said
+    assert "a collective failed (" in said
+
+
+@pytest.mark.parametrize("fault", ["crash", "die"])
+def test_a_crash_is_named_and_restarted_from_the_newest_checkpoint(
+    corpora: Path, fault: str
+) -> None:
+    folder = corpora / f"restart-{fault}"
+    arguments = ("--training.steps", "12", "--checkpoint.interval", "3")
+    with start(folder, *arguments, ranks=2, fault=fault, options=("--max-restarts", "1")) as run:
+        said = run.ends_with(0)
+    assert f"resuming from {run.checkpoints / 'step-000000006'}" in said
+    assert run.saved_steps() == [9, 12]
+    assert ("a planted fault" in said) == (fault == "crash")
+
+
+def test_a_mistake_is_not_restarted(corpora: Path) -> None:
+    options = ("--max-restarts", "3")
+    arguments = (*STEPS, "--training.on_nonfinite", "stop", "--optimizer.lr", "1e30")
+    with start(corpora / "mistake", *arguments, ranks=2, options=options) as run:
+        said = run.ends_with(3)
+    assert said.count("starting a new run") == 1
+
+
+def test_a_signal_to_one_rank_stops_all(corpora: Path) -> None:
+    with start(corpora / "one", *STEPS, ranks=2, options=("--max-restarts", "3")) as run:
+        run.wait_for(r"4/80 +\d")
+        children = subprocess.check_output(["pgrep", "-P", str(run.process.pid)], text=True).split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+        said = run.ends_with(143)
+    assert said.splitlines()[-1] == "stopped by SIGTERM"
+    assert run.saved_steps() == [run.last_step]
