@@ -7,6 +7,7 @@ without tracebacks and torchrun's report, and exits with its status."""
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -46,6 +47,8 @@ _RANKS_FOLDERS = "*/attempt_*"
 """Folders of started ranks in torchrun's log folder."""
 _KILLED_AFTER_GRACE_S = 15
 """Seconds after `[checkpoint] grace_s` that torchrun waits for ranks until it kills them."""
+_KILLED_AFTER_FAILURE_S = 20
+"""After a failure, torchrun kills the remaining ranks in 30 seconds."""
 _SIGNALS_FROM = 128
 """Exit statuses from here on are those of signals."""
 _RESTARTED = {None, LostRankError.exit_status}
@@ -94,6 +97,9 @@ def let_ranks_stop(options: argparse.Namespace, config: JobConfig) -> None:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "SIGHUP" in names:
         names.remove("SIGHUP")  # torchrun would undo `nohup`
     options.signals_to_handle = ",".join(names)
+    if options.max_restarts:
+        # torchrun would keep the store, with the addresses of ranks that have ended.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
 def run_ranks(options: argparse.Namespace) -> None:
@@ -201,7 +207,19 @@ def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
 
     torchrun sends SIGTERM to the other ranks after a failure; those count only if they found a
     user's mistake."""
-    causes = [failure for failure in failures if not is_consequence(failure)]
+    first_known = min(
+        (failure.timestamp for failure in failures if is_known(failure)), default=math.inf
+    )
+    causes = [
+        failure
+        for failure in failures
+        if not is_consequence(failure)
+        # torchrun kills ranks that do not end by SIGTERM, such as one that hangs.
+        and not (
+            failure.exitcode == -signal.SIGKILL
+            and failure.timestamp >= first_known + _KILLED_AFTER_FAILURE_S
+        )
+    ]
     # Timestamps have a resolution of one second; within one, prefer a mistake to a crash.
     return min(causes or failures, key=lambda failure: (failure.timestamp, not is_known(failure)))
 

@@ -65,7 +65,7 @@ def train(argv: Sequence[str], load: OtherLoad, signals: StopSignals) -> None:
             grace_s=config.checkpoint.grace_s,
             timeout_s=config.parallelism.timeout_s,
         ) as stop,
-        explained(stop),
+        explained(stop, signals),
         lock_output_dir(config.job.output_dir, world),
     ):
         trainer = build_trainer(config, world, stop=stop)
@@ -80,24 +80,23 @@ def train(argv: Sequence[str], load: OtherLoad, signals: StopSignals) -> None:
 
 
 @contextmanager
-def explained(stop: RunStop) -> Iterator[None]:
+def explained(stop: RunStop, signals: StopSignals) -> Iterator[None]:
     """Tells the other ranks why this one fails; names the rank that makes a collective fail."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        number = signal_number_of(interrupt)
-        stop.report_failure(f"stopped by {signal.Signals(number).name}", 128 + number)
-        raise
-    except Stopped:
-        raise
-    except UserError as error:
-        stop.report_failure(str(error), error.exit_status)
-        raise
-    except Exception as error:
-        lost = stop.explain(error)
-        if lost is not None:
-            raise lost from error
-        stop.report_failure(f"{type(error).__name__}: {error}", None)
+    except BaseException as error:
+        if signals.ending is not None:
+            raise signals.ending from error
+        if isinstance(error, KeyboardInterrupt):
+            number = signal_number_of(error)
+            stop.report_failure(f"stopped by {signal.Signals(number).name}", 128 + number)
+        elif isinstance(error, UserError):
+            stop.report_failure(str(error), error.exit_status)
+        elif not isinstance(error, Stopped):
+            lost = stop.explain(error)
+            if lost is not None:
+                raise lost from error
+            stop.report_failure(f"{type(error).__name__}: {error}", None)
         raise
 
 

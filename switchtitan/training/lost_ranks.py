@@ -23,7 +23,7 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport/" in str(error)
 
 
-def explain_connection_error(board: Board, error: Exception) -> UserError:
+def explain_connection_error(board: Board, error: BaseException) -> UserError:
     """Returns an error that names the rank that is the cause of a failed collective.
 
     Asks all ranks to answer, which takes seconds if one of them cannot.
@@ -65,7 +65,7 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _find(board: Board, error: Exception) -> UserError:
+def _find(board: Board, error: BaseException) -> UserError:
     try:
         call = board.call()
         deadline = time.monotonic() + ANSWER_S
@@ -94,5 +94,5 @@ def _log_on_one_rank(board: Board, lost: list[int], error: LostRankError) -> Los
     return error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return f"a collective failed ({first_line(error)})"

@@ -27,8 +27,9 @@ _active: "StopSignals | None" = None
 class ExitNow(BaseException):
     """Ends the process without waiting for anything. Not an `Exception`: no code handles it."""
 
-    def __init__(self, message: str, status: int, *, is_consequence: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, status: int, is_consequence: bool = False) -> None:
+        # All arguments: torch.distributed.checkpoint pickles errors.
+        super().__init__(message, status, is_consequence)
         self.message = message
         self.status = status
         self.is_consequence = is_consequence
@@ -69,6 +70,11 @@ class StopSignals:
         self._reader, self._writer = -1, -1
         self._previous_fd = -1
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+
+    @property
+    def ending(self) -> ExitNow | None:
+        """What `exit_now` was called with. Other code may have caught it in the main thread."""
+        return self._exit if self._is_ending else None
 
     def __enter__(self) -> "StopSignals":
         global _active

@@ -169,7 +169,7 @@ class RunStop:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self._signal
 
-    def explain(self, error: Exception) -> UserError | None:
+    def explain(self, error: BaseException) -> UserError | None:
         """Returns an error that names the rank that caused `error`; None if it is not another one.
 
         May take seconds, in which the other ranks answer.
@@ -287,7 +287,11 @@ class RunStop:
                 has_work=is_over or any(has_work for _, has_work, _ in passed_by_rank),
             )
         elif time.monotonic() > self._answers_by:
-            self._give_up(f"cannot save: {describe_lost(board, board.missing(_PASSED))}")
+            lost = board.missing(_PASSED)
+            reason = f"cannot save: {describe_lost(board, lost)}"
+            if is_first_of_others(board, lost):
+                logger.error("%s", reason)
+            self._give_up(reason)
 
     def _end_after(self, board: Board, failure: Failure) -> None:
         if self._failed_by is None:

@@ -34,10 +34,13 @@ local_batch_size = 2
 """
 
 
-def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, script: str, *argv: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     (folder / "job.toml").write_text(CONFIG)
     (folder / "ranks.py").write_text(script)
-    options = [
+    options = (
+        *options,
         "--nnodes",
         "1",
         "--nproc_per_node",
@@ -46,7 +49,7 @@ def launch(folder: Path, script: str, *argv: str) -> subprocess.CompletedProcess
         "c10d",
         "--rdzv_endpoint",
         "localhost:0",
-    ]
+    )
     return subprocess.run(
         [
             sys.executable,
@@ -89,6 +92,23 @@ def test_an_error_on_all_ranks_is_printed_once(tmp_path: Path) -> None:
     assert done.stderr == "error: no such corpus\n"
 
 
+@pytest.mark.parametrize(("status", "num_starts"), [(2, 1), (6, 3)])
+def test_only_a_crash_or_a_lost_rank_is_restarted(
+    tmp_path: Path, status: int, num_starts: int
+) -> None:
+    script = (
+        "import os\n"
+        "from switchtitan.errors import UserError, exit_for\n"
+        "open(f'{os.environ[\"RANK\"]}-{os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}', 'w')\n"
+        "error = UserError('broken')\n"
+        f"error.exit_status = {status}\n"
+        "exit_for(error)\n"
+    )
+    done = launch(tmp_path, script, options=("--max-restarts", "2"))
+    assert (done.returncode, done.stderr) == (status, "error: broken\n")
+    assert len({file.name[-1] for file in tmp_path.glob("[01]-*")}) == num_starts
+
+
 def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path: Path) -> None:
     """A rank that torchrun terminates may end before the failed one, or after the same message."""
     file = tmp_path / "error.json"
@@ -103,6 +123,18 @@ def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path: Path) 
     assert first_cause([ended, ended_with_its_message]) is ended_with_its_message
     assert first_cause([mistaken, crashed]) is crashed
     assert first_cause([ended]) is ended
+
+
+def test_the_rank_that_names_a_hung_one_is_the_cause(tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    recorded = {"message": "rank 1 hangs", "exit_status": 6, "is_consequence": True}
+    file.write_text(json.dumps(recorded | {"timestamp": 100}))
+    names_it = ProcessFailure(0, 11, 6, str(file))
+    killed = ProcessFailure(1, 12, -signal.SIGKILL, "none")
+    killed.timestamp = 130
+    assert first_cause([names_it, killed]) is names_it
+    killed.timestamp = 99  # not by torchrun
+    assert first_cause([names_it, killed]) is killed
 
 
 def test_a_crash_keeps_its_traceback(tmp_path: Path) -> None:

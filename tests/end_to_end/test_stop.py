@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,13 @@ fault = os.environ["FAULT"]
 rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 write_data, step = ChecksummingWriter.write_data, Stepper.step
 
+num_saves = 0
+
 def write_slowly(*args):
-    time.sleep(30)
+    global num_saves
+    num_saves += 1
+    if num_saves > 1:
+        time.sleep(30)
     return write_data(*args)
 
 def step_with_fault(stepper):
@@ -75,6 +80,15 @@ class Run:
     def last_step(self) -> int:
         """The last step that it has reported."""
         return max((int(step) for step in re.findall(r"(\d+)/\d+ +\d", self.said)), default=0)
+
+    def ranks(self) -> list[int]:
+        """The processes that the launcher has started."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [
+            int(child)
+            for child in children.split()
+            if b"--config" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
 
     def saved_steps(self) -> list[int]:
         names = (path.name for path in self.checkpoints.glob("step-*"))
@@ -127,8 +141,12 @@ def start(
     try:
         yield Run(process, output, folder)
     finally:
-        process.kill()
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+            process.kill()
+            process.wait()
 
 
 def train_on_ranks(rank: int, config: Path) -> None:
@@ -136,11 +154,12 @@ def train_on_ranks(rank: int, config: Path) -> None:
     build_trainer(parsed, start_world(parsed.parallelism)).train()
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """Returns the checksums of the last checkpoint's files."""
+def checksums(folder: Path) -> dict[str, object]:
+    """Returns the checksums of the last checkpoint's tensors."""
     newest = max((folder / "run" / "checkpoints").glob("step-*"))
     assert newest.name == "step-000000080"
-    return json.loads((newest / "metadata.json").read_text())["files"]
+    files = json.loads((newest / "metadata.json").read_text())["files"]
+    return {name: record for name, record in files.items() if name.endswith(".distcp")}
 
 
 STEPS = ("--training.steps", "80")
@@ -165,39 +184,38 @@ def test_a_signal_at_any_moment_loses_no_step_and_changes_no_bit(corpora: Path, 
     steps = [int(step) for step in re.findall(r"(\d+)/\d+ +\d", log.read_text()[size:])]
     assert steps[0] == stopped_at + 1
     run_on_ranks(ranks, train_on_ranks, write_config(undisturbed))
+    assert len(checksums(folder)) == ranks
     assert checksums(folder) == checksums(undisturbed)
 
 
+SAVE_IN_STEP_5 = ("--checkpoint.interval", "5")
+
+
 def test_a_second_signal_exits_at_once_and_leaves_the_checkpoint_before(corpora: Path) -> None:
-    folder = corpora / "second"
-    with start(folder, "--checkpoint.interval", "5", "--training.steps", "5") as run:
-        run.ends_with(0)
-    with start(folder, *STEPS, fault="slow") as run:
-        run.wait_for(r"9/80 +\d")
+    with start(corpora / "second", *STEPS, *SAVE_IN_STEP_5, fault="slow") as run:
+        run.wait_for(r"7/80 +\d")
         os.killpg(run.process.pid, signal.SIGTERM)
         run.wait_for("stopping after this step")
         time.sleep(SAME_ACTION_S + 0.5)
         os.kill(run.process.pid, signal.SIGINT)
         started = time.monotonic()
-        # The lock's file may stay, since the main thread writes.
+        # The file of the run's lock may stay, since the main thread is writing.
         assert run.process.wait(timeout=60) == 130, run.said
         assert time.monotonic() - started < UNWIND_S + 3
     assert run.said.splitlines()[-1] == "stopped at once by SIGINT"
     assert run.saved_steps() == [5]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_save_that_takes_too_long_is_abandoned(corpora: Path, ranks: int) -> None:
-    folder = corpora / f"grace-{ranks}"
+def test_a_save_that_takes_too_long_is_abandoned(corpora: Path) -> None:
     grace = ("--checkpoint.grace_s", "1")
-    with start(folder, *STEPS, *grace, ranks=ranks, fault="slow") as run:
-        run.wait_for(r"4/80 +\d")
+    with start(corpora / "grace", *STEPS, *SAVE_IN_STEP_5, *grace, ranks=2, fault="slow") as run:
+        run.wait_for(r"7/80 +\d")
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.process.wait(timeout=60) == 5, run.said
     last = [line for line in run.said.splitlines() if line][-1]
     assert last.startswith("error: [checkpoint] grace_s = 1: the save was not complete")
-    assert last.endswith("there is no checkpoint yet; the same command starts from scratch")
-    assert run.saved_steps() == []
+    assert last.endswith(f"the same command resumes from {run.checkpoints / 'step-000000005'}")
+    assert run.saved_steps() == [5]
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(corpora: Path) -> None:
@@ -211,42 +229,32 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(corpora: Path) -> N
 def test_ranks_name_the_one_that_hangs(corpora: Path) -> None:
     timeout = ("--parallelism.timeout_s", "4")
     with start(corpora / "hang", *STEPS, *timeout, ranks=2, fault="hang") as run:
-        run.wait_for("error: rank 1 on ")
+        run.wait_for("; a collective failed")
+        # torchrun would kill the hung rank after 30 s.
+        for rank in run.ranks():
+            os.kill(rank, signal.SIGKILL)
+        run.process.wait(timeout=60)
         said = run.said
-        hung = [int(pid) for pid in re.findall(r"process (\d+) hangs", said)]
-        assert hung == []
-        # torchrun kills the hung rank after its own 30 s.
-        run.process.send_signal(signal.SIGKILL)
     assert f"rank 1 on {socket.gethostname()} did not answer within" in said
     assert "a collective failed (" in said
 
 
-@pytest.mark.parametrize("fault", ["crash", "die"])
-def test_a_crash_is_named_and_restarted_from_the_newest_checkpoint(
-    corpora: Path, fault: str
+def test_a_rank_that_dies_is_named_and_restarted_from_the_newest_checkpoint(
+    corpora: Path,
 ) -> None:
-    folder = corpora / f"restart-{fault}"
-    arguments = ("--training.steps", "12", "--checkpoint.interval", "3")
-    with start(folder, *arguments, ranks=2, fault=fault, options=("--max-restarts", "1")) as run:
+    arguments = ("--training.steps", "9", "--checkpoint.interval", "3")
+    options = ("--max-restarts", "1")
+    with start(corpora / "die", *arguments, ranks=2, fault="die", options=options) as run:
         said = run.ends_with(0)
+    assert f"rank 1 on {socket.gethostname()} did not answer" in said
     assert f"resuming from {run.checkpoints / 'step-000000006'}" in said
-    assert run.saved_steps() == [9, 12]
-    assert ("a planted fault" in said) == (fault == "crash")
-
-
-def test_a_mistake_is_not_restarted(corpora: Path) -> None:
-    options = ("--max-restarts", "3")
-    arguments = (*STEPS, "--training.on_nonfinite", "stop", "--optimizer.lr", "1e30")
-    with start(corpora / "mistake", *arguments, ranks=2, options=options) as run:
-        said = run.ends_with(3)
-    assert said.count("starting a new run") == 1
+    assert run.saved_steps() == [6, 9]
 
 
 def test_a_signal_to_one_rank_stops_all(corpora: Path) -> None:
     with start(corpora / "one", *STEPS, ranks=2, options=("--max-restarts", "3")) as run:
         run.wait_for(r"4/80 +\d")
-        children = subprocess.check_output(["pgrep", "-P", str(run.process.pid)], text=True).split()
-        os.kill(int(children[-1]), signal.SIGTERM)
+        os.kill(run.ranks()[-1], signal.SIGTERM)
         said = run.ends_with(143)
     assert said.splitlines()[-1] == "stopped by SIGTERM"
     assert run.saved_steps() == [run.last_step]

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from support.ranks import run_on_ranks
 from switchtitan.distributed.board import Board
 from switchtitan.training import signals as signals_module
 from switchtitan.training.signals import ExitNow, StopSignals
-from switchtitan.training.stop import RunStop
+from switchtitan.training.stop import RunStop, Stopped
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -46,15 +46,16 @@ def single_rank(grace_s: float = 60) -> Iterator[tuple[StopSignals, RunStop]]:
 
 def take_steps(stop: RunStop, during: Callable[[int], object], num_steps: int = 100) -> int:
     """Takes steps until the stop; returns their number."""
-    with stop.steps(lambda: "resumes from there"):
+    step = 0
+    with suppress(Stopped), stop.steps(lambda: "resumes from there"):
         for step in range(num_steps):
             during(step)
             stop.note_step()
             number = stop.is_due()
             if number is not None:
                 assert number == signal.SIGTERM
-                return step + 1
-    return num_steps
+                raise Stopped(number)
+    return step + 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
