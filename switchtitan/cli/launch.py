@@ -227,7 +227,8 @@ def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
 def is_consequence(failure: ProcessFailure) -> bool:
     """Whether a rank ended because another one did."""
     if is_known(failure):
-        return bool(failure.error_file_data.get(CONSEQUENCE_KEY))
+        recorded = failure.error_file_data
+        return bool(recorded.get(CONSEQUENCE_KEY)) or recorded[EXIT_STATUS_KEY] >= _SIGNALS_FROM
     return failure.exitcode == -signal.SIGTERM
 
 
@@ -259,11 +260,11 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        statuses = {
-            failure.error_file_data.get(EXIT_STATUS_KEY) for failure in result.failures.values()
-        }
-        if not statuses <= _RESTARTED:
-            self._remaining_restarts = 0
+        if result.failures:
+            cause = first_cause(list(result.failures.values()))
+            status = cause.error_file_data.get(EXIT_STATUS_KEY)
+            if status not in _RESTARTED:
+                self._remaining_restarts = 0
         return result
 
 

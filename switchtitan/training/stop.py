@@ -3,7 +3,8 @@
 A rank that receives a signal tells the others by the store of the rendezvous, to which a thread of
 every rank looks. Each rank then publishes how many boundaries between steps it has passed, and may
 pass one more. When all have published, the run stops at the last of those boundaries. So a step
-costs no message: the ranks agree only when there is something to agree on.
+costs no message: the ranks agree only when there is something to agree on. Until then, each rank
+sends the store two requests of about 0.1 ms per second.
 """
 
 import logging
@@ -245,7 +246,7 @@ class RunStop:
                     self._look(self._board)
         except RuntimeError as error:
             # The process that holds the store has ended; collectives will fail too.
-            while not self._is_closed:
+            while not self._is_closed and self._stop_at is None and self._phase != _END:
                 if self._signal is not None:
                     reason = f"lost the store of the rendezvous ({first_line(error)})"
                     self._give_up(f"cannot save: {reason}")

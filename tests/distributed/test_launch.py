@@ -123,6 +123,11 @@ def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path: Path) 
     assert first_cause([ended, ended_with_its_message]) is ended_with_its_message
     assert first_cause([mistaken, crashed]) is crashed
     assert first_cause([ended]) is ended
+    file = tmp_path / "stop.json"
+    file.write_text(json.dumps({"message": "stopped", "timestamp": 1, "exit_status": 143}))
+    stopped = ProcessFailure(4, 15, 143, str(file))
+    assert first_cause([stopped, crashed]) is crashed
+    assert first_cause([stopped, ended]) is stopped
 
 
 def test_the_rank_that_names_a_hung_one_is_the_cause(tmp_path: Path) -> None:
