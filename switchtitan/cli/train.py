@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     """
     load = OtherLoad()
     try:
-        with StopSignals() as signals:
+        with StopSignals(is_launched()) as signals:
             try:
                 train(argv, load, signals)
             except UserError as error:

@@ -43,14 +43,19 @@ class ExitNow(BaseException):
 
 
 class StopSignals:
-    """A context that receives SIGTERM, SIGINT, SIGHUP and added signals, unless they are ignored.
+    """A context that receives SIGTERM, SIGINT, SIGHUP and added signals.
 
     The first signal raises KeyboardInterrupt(number) in the main thread. Between `defer` and
     `release` it does not: it calls a function in this object's thread. A second signal ends the
     process. Use it in the main thread.
+
+    Args:
+        is_launched: receive signals that are ignored too: a launcher passes on those that it does
+            not ignore. Otherwise they stay ignored, as `nohup` asks for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_launched: bool = False) -> None:
+        self._is_launched = is_launched
         self.received: int | None = None
         """The first signal's number."""
         self._lock = threading.RLock()
@@ -104,8 +109,9 @@ class StopSignals:
         os.close(self._writer)
 
     def add(self, number: int) -> None:
-        """Receives another signal too. One that is ignored stays so, as `nohup` asks for."""
-        if number not in self._previous and signal.getsignal(number) is not signal.SIG_IGN:
+        """Receives another signal too."""
+        is_ignored = signal.getsignal(number) is signal.SIG_IGN and not self._is_launched
+        if number not in self._previous and not is_ignored:
             self._previous[number] = signal.signal(number, self._handle)
 
     def defer(self, on_stop: Callable[[int], None]) -> None:

@@ -137,6 +137,8 @@ def start(
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
             start_new_session=True,
+            # In the background, a shell starts programs that ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield Run(process, output, folder)

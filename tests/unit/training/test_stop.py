@@ -17,6 +17,16 @@ from switchtitan.training.signals import ExitNow, StopSignals
 from switchtitan.training.stop import RunStop, Stopped
 
 
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """In the background, a shell starts programs that ignore SIGINT."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 def send(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
@@ -72,14 +82,13 @@ def test_outside_of_steps_a_signal_interrupts_once(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals():
-            send(signal.SIGHUP)
-            time.sleep(0.1)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_an_ignored_signal_stays_ignored_unless_a_launcher_sends_it() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals():
+        send(signal.SIGHUP)
+        time.sleep(0.1)
+    with StopSignals(is_launched=True), pytest.raises(KeyboardInterrupt):
+        send_and_wait(signal.SIGHUP)
 
 
 def test_the_step_under_way_is_the_last_one() -> None:
