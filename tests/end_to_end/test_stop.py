@@ -159,12 +159,12 @@ def train_on_ranks(rank: int, config: Path) -> None:
 def checksums(folder: Path) -> dict[str, object]:
     """Returns the checksums of the last checkpoint's tensors."""
     newest = max((folder / "run" / "checkpoints").glob("step-*"))
-    assert newest.name == "step-000000080"
+    assert newest.name == "step-000000040"
     files = json.loads((newest / "metadata.json").read_text())["files"]
     return {name: record for name, record in files.items() if name.endswith(".distcp")}
 
 
-STEPS = ("--training.steps", "80")
+STEPS = ("--training.steps", "40")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -172,8 +172,8 @@ def test_a_signal_at_any_moment_loses_no_step_and_changes_no_bit(corpora: Path, 
     folder, undisturbed = corpora / f"signal-{ranks}", corpora / f"undisturbed-{ranks}"
     number = random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     with start(folder, *STEPS, ranks=ranks) as run:
-        run.wait_for(r"\d/80 +\d")
-        time.sleep(random.uniform(0, 0.8))
+        run.wait_for(r"\d/40 +\d")
+        time.sleep(random.uniform(0, 0.5))
         os.kill(run.process.pid, number)
         said = run.ends_with(128 + number)
     (stopped_at,) = run.saved_steps()
@@ -195,7 +195,7 @@ SAVE_IN_STEP_5 = ("--checkpoint.interval", "5")
 
 def test_a_second_signal_exits_at_once_and_leaves_the_checkpoint_before(corpora: Path) -> None:
     with start(corpora / "second", *STEPS, *SAVE_IN_STEP_5, fault="slow") as run:
-        run.wait_for(r"7/80 +\d")
+        run.wait_for(r"7/40 +\d")
         os.killpg(run.process.pid, signal.SIGTERM)
         run.wait_for("stopping after this step")
         time.sleep(SAME_ACTION_S + 0.5)
@@ -211,7 +211,7 @@ def test_a_second_signal_exits_at_once_and_leaves_the_checkpoint_before(corpora:
 def test_a_save_that_takes_too_long_is_abandoned(corpora: Path) -> None:
     grace = ("--checkpoint.grace_s", "1")
     with start(corpora / "grace", *STEPS, *SAVE_IN_STEP_5, *grace, ranks=2, fault="slow") as run:
-        run.wait_for(r"7/80 +\d")
+        run.wait_for(r"7/40 +\d")
         os.kill(run.process.pid, signal.SIGTERM)
         assert run.process.wait(timeout=60) == 5, run.said
     last = [line for line in run.said.splitlines() if line][-1]
@@ -255,7 +255,7 @@ def test_a_rank_that_dies_is_named_and_restarted_from_the_newest_checkpoint(
 
 def test_a_signal_to_one_rank_stops_all(corpora: Path) -> None:
     with start(corpora / "one", *STEPS, ranks=2, options=("--max-restarts", "3")) as run:
-        run.wait_for(r"4/80 +\d")
+        run.wait_for(r"4/40 +\d")
         os.kill(run.ranks()[-1], signal.SIGTERM)
         said = run.ends_with(143)
     assert said.splitlines()[-1] == "stopped by SIGTERM"
