@@ -26,9 +26,6 @@ _FULL = ("--activation_checkpoint.mode", "full")
 _OFFLOAD = (*_FULL, "--activation_checkpoint.offload", "true")
 # Matrices of at least 4096 elements have moments in 8 bits.
 _WIDE = ("--model.hidden_size", "64", "--model.intermediate_size", "128")
-# A reset every second step.
-_RESETS = ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1")
-_BASES = ("--method.update_interval", "2")
 
 CASES: dict[str, list[str]] = {
     **{method: [method] for method in METHOD_KEYS},
@@ -87,14 +84,9 @@ CASES: dict[str, list[str]] = {
     "factored": ["lora", "--method.contraction", "factored"],
     "merged": ["lora", "--method.contraction", "merged"],
     "dense gradient": ["lora", "--method.contraction", "dense_gradient"],
-    "resets": ["relora", *_RESETS],
-    "random resets": ["relora", *_RESETS, "--method.reset_moments", "random"],
-    "resets to zero": ["relora", *_RESETS, "--method.reset_moments", "zero"],
-    "resets of replicated weights": ["relora", *_RESETS, *_REPLICATED],
-    "resets, HSDP": ["relora", *_RESETS, *_HSDP],
-    "galore bases": ["galore", *_BASES],
-    "galore bases, HSDP": ["galore", *_BASES, *_HSDP],
-    "apollo bases": ["apollo", *_BASES],
+    "random resets": ["relora", "--method.reset_moments", "random"],
+    "resets to zero": ["relora", "--method.reset_moments", "zero"],
+    "resets of replicated weights": ["relora", *_REPLICATED],
     "no clipping": ["full_rank", "--training.max_grad_norm", "none"],
     "skip": ["full_rank", "--training.on_nonfinite", "skip"],
     "sgd": ["full_rank", "--optimizer.name", "sgd"],
@@ -111,22 +103,26 @@ def num_ranks_of(settings: list[str]) -> int:
     return 1 if "muon" in settings else NUM_RANKS
 
 
-EVERY_STEP = {
-    *("full_rank", "lora", "switchlora", "host candidates"),
-    *("resets", "galore bases", "apollo bases"),
+PERIOD = 2
+"""Steps after which all that happens in a case repeats."""
+_OFTEN = {
+    # Of 6 vectors, 1 and 2 in turn. Their counterparts are frozen for two steps.
+    "switchlora": ("--method.interval", "4"),
+    "relora": ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1"),
+    **dict.fromkeys(("galore", "apollo", "apollo_mini"), ("--method.update_interval", "2")),
 }
-"""Cases of which a whole period of steps is observed. Steps of the others are all alike after the
-second."""
+"""Method -> settings with this period: bases are renewed in steps 3, 5, ..., and resets follow
+steps 2, 4, ..."""
 
-PERIOD = 5
-"""Steps after which the number of switched vectors repeats; resets and bases take two."""
+LONG = {"switchlora", "host candidates", "relora"}
+"""Cases of which all steps up to the tenth are observed, with switches of many other vectors."""
+_NUM_STEPS_OF_LONG = 10
 
-PERIODIC = {
-    name
-    for name, settings in CASES.items()
-    if {"--method.reset_interval", "--method.update_interval"} & set(settings)
-}
-"""Cases that reset in steps 2, 4, ... or renew bases in steps 3, 5, ..."""
+
+def num_steps_of(name: str) -> int:
+    """Returns the number of steps of a case: the first, which fills caches, and a period."""
+    return _NUM_STEPS_OF_LONG if name in LONG else 1 + PERIOD
+
 
 COUNTED_ON_CPU = {
     *METHOD_KEYS,
@@ -139,10 +135,6 @@ COUNTED_ON_CPU = {
     "sharded accumulation, HSDP",
     "frozen weights gathered once",
     "frozen weights gathered once, HSDP",
-    "resets",
-    "galore bases",
-    "galore bases, HSDP",
-    "apollo bases",
 }
 """Cases whose collectives are compared with those of the same run on a CPU."""
 
@@ -154,4 +146,5 @@ def config_of(folder: Path, settings: list[str]) -> JobConfig:
         overrides += _SHALLOW
     if method != "full_rank":
         overrides += _TARGETS
+    overrides += _OFTEN.get(method, ())
     return tiny_config(folder, method, *_BASE, *overrides, num_ranks=num_ranks_of(settings))

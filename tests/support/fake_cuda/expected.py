@@ -15,25 +15,18 @@ Steps = dict[str, list[Observed]]
 Collectives = dict[str, list[dict[str, list[float]]]]
 """By case, of steps 2, 3, ...: kind -> number and bytes that a rank sends."""
 _DECOMPOSITIONS = {"_linalg_svd", "_linalg_eigh"}
-_MOST_STEPS_ON_CPU = 3
+_MOST_STEPS_ON_CPU = 1 + cases.PERIOD
 
 
 def steps_of(rank: int, folder: Path) -> tuple[Steps, Collectives]:
     """Returns what is observed in steps of all cases, and the collectives of some on a CPU."""
-    num_steps = {name: _num_steps(name, rank) for name in cases.CASES}
+    num_steps = {name: cases.num_steps_of(name) for name in cases.CASES}
     on_cpu = {name: min(num_steps[name], _MOST_STEPS_ON_CPU) for name in cases.COUNTED_ON_CPU}
     found, collectives = run_check(step_checks.steps_of_rank, str(folder), num_steps, on_cpu, rank)
     assert found.keys() == num_steps.keys()
     assert collectives.keys() == on_cpu.keys()
     steps = {name: [Observed(*step) for step in of_case] for name, of_case in found.items()}
     return steps, collectives
-
-
-def _num_steps(name: str, rank: int) -> int:
-    if rank == LAST_RANK:
-        # It takes the same steps, with other numbers of rows.
-        return 3 if name in cases.PERIODIC else 2
-    return cases.PERIOD + 1 if name in cases.EVERY_STEP else 3
 
 
 def unlike_those_on_a_cpu(steps: Steps, on_cpu: Collectives) -> Collectives:
@@ -75,7 +68,7 @@ def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
         return {read.split(":")[0] for read in reads} == {
             "_local_scalar_dense at optim/torch_optimizer.py"
         }
-    if name in ("galore bases", "galore bases, HSDP") and number % 2 == 1:
+    if cases.CASES[name][0] == "galore" and number % cases.PERIOD == 1:
         # Decompositions check on the host whether they converged.
         return set(operations) <= _DECOMPOSITIONS
     return reads == []

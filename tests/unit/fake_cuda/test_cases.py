@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
-from support.fake_cuda.cases import CASES, config_of
+from support.fake_cuda.cases import CASES, PERIOD, config_of
 from support.packages import HAS_TORCHAO
 
 from switchtitan.config.section import Section
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.schedule import SwitchSchedule
 from switchtitan.optim import OPTIMIZERS
 
 pytestmark = pytest.mark.slow
@@ -55,6 +57,21 @@ def test_every_method_and_optimizer_has_a_case(configs: list[JobConfig]) -> None
     assert set(METHODS) == {config.method.name for config in configs}
     optimizers = {config.optimizer.name for config in configs}
     assert set(OPTIMIZERS) == optimizers | (set() if HAS_TORCHAO else {"adamw8bit"})
+
+
+def test_the_observed_steps_contain_all_that_happens(configs: list[JobConfig]) -> None:
+    """Switches of one and of two vectors, the end of a freeze, resets, and new bases."""
+    for config in configs:
+        method = config.method
+        if isinstance(method, SwitchLoraConfig):
+            schedule = SwitchSchedule(method, config.training.steps, num_layers=1)
+            # Step n is the one with index n - 1; the first is not observed.
+            counts = {int(schedule.requested(index)[0]) for index in range(1, 1 + PERIOD)}
+            assert counts == {1, 2}
+            # A counterpart that is frozen in the first step.
+            assert method.freeze_steps <= PERIOD
+        for key in ("reset_interval", "update_interval"):
+            assert getattr(method, key, PERIOD) <= PERIOD
 
 
 def choices_of(section: type[Section]) -> Iterator[tuple[str, tuple]]:

@@ -4,7 +4,7 @@ memory races with another."""
 from pathlib import Path
 
 import pytest
-from support.fake_cuda.cases import CASES
+from support.fake_cuda.cases import CASES, LONG
 from support.fake_cuda.expected import FIRST_RANK, steps_of, unexpected_in, unlike_those_on_a_cpu
 from support.fake_cuda.process import needs_compiler
 from support.fake_cuda.step_checks import Observed
@@ -20,7 +20,8 @@ def test_the_host_waits_for_nothing_and_collectives_are_those_on_a_cpu(tmp_path:
     assert unexpected_in(steps) == {}
     assert unlike_those_on_a_cpu(steps, on_cpu) == {}
     # Bases were renewed.
-    assert any(step.reads for step in steps["galore bases"])
+    assert any(step.reads for step in steps["galore"])
+    assert all(len(steps[name]) == 9 for name in LONG)
 
 
 def test_undocumented_findings_are_unexpected() -> None:
@@ -30,18 +31,18 @@ def test_undocumented_findings_are_unexpected() -> None:
         "full_rank": [nothing, nothing],
         "skip": [nothing._replace(reads=read)],
         "host candidates": [nothing, nothing._replace(waits=wait)],
-        "galore bases": [nothing, nothing._replace(reads=svd)],
+        "galore": [nothing, nothing._replace(reads=svd)],
     }
     assert unexpected_in(harmless) == {}
     harmful = {
         "full_rank": [nothing, nothing._replace(copies=["copy"], races=["race"])],
         "skip": [nothing._replace(reads=read), nothing],
         "switchlora": [nothing._replace(waits=wait)],
-        "galore bases": [nothing._replace(reads=svd), nothing],
+        "galore": [nothing._replace(reads=svd), nothing],
     }
     assert unexpected_in(harmful) == {
         "copies": {"full_rank": [[], ["copy"]]},
-        "reads": {"skip": [read, []], "galore bases": [svd, []]},
+        "reads": {"skip": [read, []], "galore": [svd, []]},
         "waits": {"switchlora": [wait]},
         "races": {"full_rank": [[], ["race"]]},
     }
