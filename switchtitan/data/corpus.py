@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus_files import CorpusIndex, TokenSequences, read_index, verify_files
+from switchtitan.data.corpus_files import CorpusIndex, read_index, verify_files
 from switchtitan.data.corpus_plan import plan_corpus
 from switchtitan.data.prepare import prepare_planned_corpus
+from switchtitan.data.token_sequences import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.errors import CorpusError
 

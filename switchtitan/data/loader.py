@@ -10,8 +10,8 @@ from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.corpus_files import TokenSequence, TokenSequences
 from switchtitan.data.sampler import rank_positions, sequence_index
+from switchtitan.data.token_sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from switchtitan.data.corpus_files import TokenSequences, document_ids
+from switchtitan.data.token_sequences import TokenSequences, document_ids
 from switchtitan.errors import CorpusError
 
 EOS = 0
