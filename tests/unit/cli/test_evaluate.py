@@ -70,7 +70,7 @@ def test_a_checkpoint_is_verified_by_reading_it_once(
         hashed.append(path.name)
         return sha256_of_file(path)
 
-    monkeypatch.setattr(layout, "sha256_of_file", count)
+    monkeypatch.setattr("switchtitan.checkpoint.metadata.sha256_of_file", count)
     if command == "evaluate":
         evaluate.main([str(folder / "run")])
     else:
