@@ -11,6 +11,7 @@ from pathlib import Path
 from switchtitan.errors import EnvironmentMismatchError
 
 _READ_BYTES = 1 << 22
+_MAX_NAME_BYTES = 255
 
 
 def write_atomically(file: Path, contents: str | bytes) -> None:
@@ -24,7 +25,8 @@ def write_atomically(file: Path, contents: str | bytes) -> None:
     partial = file.with_name(file.name + ".new")
     try:
         with named_errors(file):
-            with partial.open("wb") as stream:
+            partial.unlink(missing_ok=True)  # a link would lead the write elsewhere
+            with partial.open("xb") as stream:
                 stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -95,6 +97,33 @@ def sha256_of_file(file: Path) -> str:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` names a file or folder within any folder, and nothing outside of it."""
+    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """Return the file `name` of `folder`, for folders that somebody else may have written.
+
+    Raises:
+        ValueError: if `name` is not a plain file name, or is a link to a file outside of `folder`.
+            Links in a snapshot of the Hugging Face cache may lead to the `blobs` of its repository.
+    """
+    if not is_plain_name(name):
+        raise ValueError(f"{name!r} is not a plain file name")
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        raise ValueError(f"{name[:40]!r}... is too long for a file name")
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except RuntimeError as error:  # Python before 3.13
+        raise ValueError(f"{name!r} is a link to itself") from error
+    is_snapshot = root.parent.name == "snapshots"
+    roots = [root, root.parent.parent / "blobs"] if is_snapshot else [root]
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise ValueError(f"{name!r} is a link to {target}, outside of the folder")
+    return folder / name
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from switchtitan.checkpoint.layout import METADATA_CHECKSUM_FILE, METADATA_FILE, TENSORS_FILE
 from switchtitan.errors import CheckpointError, CheckpointFormatError
-from switchtitan.files import named_errors, sha256_of_file, sync_file
+from switchtitan.files import file_inside, named_errors, sha256_of_file, sync_file
 
 FORMAT_VERSION = 3
 """3 has `metadata.json.sha256`. In 1, B of low-rank layers, its candidates and its moments were
@@ -48,6 +48,45 @@ class CheckpointMetadata(_Record):
     """Versions of the code that wrote it."""
     files: dict[str, FileRecord]
     """Every other file in the folder, by name."""
+
+    @property
+    def config(self) -> str:
+        """The configuration of the run that saved the checkpoint, as TOML.
+
+        Raises:
+            CheckpointError: if the checkpoint does not state it.
+        """
+        config = self.run.get("config")
+        if not isinstance(config, str):
+            raise CheckpointError(f"{METADATA_FILE} of step {self.step}: run.config is missing")
+        return config
+
+    def identity_value(self, section: str, key: str) -> JsonValue:
+        """Returns one value of the identity.
+
+        Raises:
+            CheckpointError: if the checkpoint does not state it.
+        """
+        values = self.identity.get(section)
+        if not isinstance(values, dict) or key not in values:
+            raise CheckpointError(
+                f"{METADATA_FILE} of step {self.step}: identity.{section}.{key} is missing"
+            )
+        return values[key]
+
+    def identity_number(self, section: str, key: str) -> int:
+        """Returns one value of the identity, an integer of 0 or more.
+
+        Raises:
+            CheckpointError: if the checkpoint does not state it, or states another value.
+        """
+        number = self.identity_value(section, key)
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 63:
+            raise CheckpointError(
+                f"{METADATA_FILE} of step {self.step}: identity.{section}.{key} = {number!r}: "
+                "expected an integer >= 0"
+            )
+        return number
 
 
 class Piece(_Record):
@@ -107,10 +146,12 @@ def _check_metadata_checksum(path: Path) -> bool:
         CheckpointError: if they differ or cannot be read.
     """
     try:
-        saved = (path / METADATA_CHECKSUM_FILE).read_bytes()
-        contents = (path / METADATA_FILE).read_bytes()
+        saved = file_inside(path, METADATA_CHECKSUM_FILE).read_bytes()
+        contents = file_inside(path, METADATA_FILE).read_bytes()
     except FileNotFoundError:
         return False
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; copy the file itself") from error
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot read {METADATA_FILE}: {error.strerror or error}"
@@ -170,11 +211,15 @@ def file_record(path: Path) -> FileRecord:
 
 def _read(path: Path, kind: type[_File]) -> _File:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        contents = file_inside(path.parent, path.name).read_bytes()
+    except ValueError as error:
+        raise CheckpointError(f"{path.parent}: {error}; copy the file itself") from error
     except OSError as error:
         raise CheckpointError(
             f"{path.parent}: cannot read {path.name}: {error.strerror or error}"
         ) from error
+    try:
+        return kind.model_validate_json(contents)
     except ValidationError as error:
         first = error.errors()[0]
         where = " at " + ".".join(map(str, first["loc"])) if first["loc"] else ""

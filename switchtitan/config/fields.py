@@ -136,8 +136,10 @@ def _literal(word: str) -> object:
     if word in ("True", "False"):
         return word == "True"
     try:
-        return tomli.loads(f"value = {word}")["value"] if "\n" not in word else word
-    except tomli.TOMLDecodeError:
+        value = tomli.loads(f"value = {word}")["value"] if "\n" not in word else word
+        # TOML has integers of 64 bits.
+        return word if isinstance(value, int) and value.bit_length() > 63 else value
+    except (ValueError, RecursionError):
         pass
     try:
         return float(word)  # `.5` and `1.` are not valid TOML

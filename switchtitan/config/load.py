@@ -31,7 +31,7 @@ from switchtitan.config.fields import (
 )
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import FOLDER
-from switchtitan.config.toml_text import NONE_STRING, toml_value
+from switchtitan.config.toml_text import NONE_STRING, flatten, toml_value
 from switchtitan.errors import ConfigError
 from switchtitan.registry import Registry
 
@@ -171,18 +171,47 @@ def read_toml(file: Path) -> dict[str, Any]:
         ConfigError: if it is missing, cannot be read, or is not valid TOML.
     """
     try:
-        return tomli.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such file{_neighbour_hint(file)}") from error
     except OSError as error:
         raise ConfigError(f"{file}: expected a readable file: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: expected UTF-8 text, but byte {error.start} is not") from error
-    except tomli.TOMLDecodeError as error:
+    except ValueError as error:
+        raise ConfigError(f"{str(file)!r}: not a path: {error}") from error
+    return parse_toml(text, str(file))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Parse a TOML document.
+
+    Args:
+        where: the document, for errors.
+
+    Raises:
+        ConfigError: if it is not valid TOML, or has an integer of more than 64 bits.
+    """
+    try:
+        table = tomli.loads(text)
+    # Python refuses integers of more than 4300 digits; nested lists exhaust its stack.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{file}: not valid TOML: {error}\n"
+            f"{where}: not valid TOML: {error}\n"
             "Write strings in quotes, lists in [brackets], and each key once under its [section]."
         ) from error
+    for key, value in flatten(table).items():
+        if not _fits_64_bits(value):
+            raise ConfigError(f"{where}: {key}: expected an integer of at most 64 bits")
+    return table
+
+
+def _fits_64_bits(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_fits_64_bits, value))
+    if isinstance(value, dict):
+        return all(map(_fits_64_bits, value.values()))
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
 
 
 def _has_other_name(above: object, below: object) -> bool:

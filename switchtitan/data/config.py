@@ -56,6 +56,11 @@ class DataConfig(Section):
     max_bytes: int | None = Field(default=None, ge=1)
     """Maximum bytes of UTF-8 text to prepare, per split where the corpus has its own splits;
     default: all. The document that crosses the cap is the last."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What to do with a malformed record of "text", "jsonl", "json.gz" and "parquet", such as a
+    line that is not JSON or has no text. "stop": an error with file and line. "skip": leave it out;
+    the log, the corpus's description and `results.json` give the number. A file that cannot be read
+    to its end is always an error."""
     num_workers: int = Field(default=1, ge=0)
     """Processes per rank that prefetch batches; 0 reads in the training process."""
     offline_dataset: Literal["pystdlib"] | None = None
@@ -97,6 +102,7 @@ class DataConfig(Section):
                 "text_column": None,
                 "tokenizer": TRAINED_TOKENIZER,
                 "offline_dataset": None,
+                "on_bad_record": "stop",
             }
         )
 
@@ -118,6 +124,14 @@ class DataConfig(Section):
             mistakes.append(
                 f"text_column = {self.text_column!r} has an effect only with dataset = "
                 f"{with_columns}; leave it out"
+            )
+        if self.on_bad_record != "stop" and not row.can_skip_records:
+            can_skip = ", ".join(
+                repr(name) for name, row in DATASETS.items() if row.can_skip_records
+            )
+            mistakes.append(
+                f"on_bad_record = {self.on_bad_record!r} has an effect only with dataset = "
+                f"{can_skip}; leave it out"
             )
         if (
             row.has_own_splits

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus_files import CorpusIndex, read_index, verify_files
+from switchtitan.data.corpus_files import (
+    CorpusIndex,
+    check_sizes,
+    read_index,
+    verify_changed_files,
+    verify_files,
+)
 from switchtitan.data.corpus_plan import plan_corpus
 from switchtitan.data.prepare import prepare_planned_corpus
 from switchtitan.data.token_sequences import TokenSequences
@@ -17,8 +23,8 @@ from switchtitan.errors import CorpusError
 logger = logging.getLogger(__name__)
 
 VERIFIED_BYTES = 1 << 30
-"""Corpora of up to 1 GiB of tokens are verified by checksum on every open (a second or two), larger
-ones by file size."""
+"""Corpora of up to 1 GiB of tokens are verified by checksum on every open (a second or two). Of
+larger ones, only files whose size or times changed since they were last verified."""
 
 T = TypeVar("T")
 
@@ -76,9 +82,12 @@ class Corpus:
     @property
     def description(self) -> str:
         """The documents, for people and for a run's metadata, and the fallback if there was one."""
-        if self.fallback_for is None:
-            return self.index.source
-        return f"{self.index.source} (fallback for {self.fallback_for})"
+        description = self.index.source
+        if self.index.skipped_records:
+            description += f", without {self.index.skipped_records:,} malformed records"
+        if self.fallback_for is not None:
+            description += f" (fallback for {self.fallback_for})"
+        return description
 
     def tokenizer(self) -> DocumentTokenizer:
         """The tokenizer whose ids the corpus holds."""
@@ -112,6 +121,8 @@ class Corpus:
             dtype=self.index.dtype,
             seq_len=seq_len,
             eos_id=self.eos_id,
+            vocab_size=self.vocab_size,
+            checksums=[shard.sha256 for shard in shards],
         )
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
@@ -175,9 +186,12 @@ def open_prepared(folder: Path, fallback_for: str | None = None) -> Corpus:
         CorpusError: if a file is missing or damaged.
     """
     index = read_index(folder)
+    check_sizes(folder, index)
     item_bytes = 2 if index.dtype == "uint16" else 4
     if sum(index.num_tokens(split) for split in index.splits) * item_bytes <= VERIFIED_BYTES:
         verify_files(folder, index)
+    else:
+        verify_changed_files(folder, index)
     return Corpus(folder, index, fallback_for)
 
 

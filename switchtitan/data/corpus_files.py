@@ -2,29 +2,41 @@
 
 import hashlib
 import json
+import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from switchtitan.errors import CorpusError
-from switchtitan.files import sha256_of_file
+from switchtitan.files import file_inside, sha256_of_file, write_atomically
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
+VERIFIED_FILE = "verified.json"
+"""Sizes and times of the files of a large corpus when their checksums were last compared."""
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+TokenDtype = Literal["uint16", "uint32"]
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
 class ShardRecord(_Record):
     """One token file."""
 
     file: str
-    documents: int
-    tokens: int
-    bytes_of_text: int
+    documents: _Count
+    tokens: _Count
+    bytes_of_text: _Count
     sha256: str
 
 
@@ -32,9 +44,15 @@ class TokenizerRecord(_Record):
     """The tokenizer whose ids the shards hold; its file is next to them."""
 
     sha256: str
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=1 << 32)
     eos_token: str
-    eos_id: int
+    eos_id: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _end_token_is_in_the_vocabulary(self) -> "TokenizerRecord":
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id = {self.eos_id}: expected less than {self.vocab_size}")
+        return self
 
 
 class CorpusIndex(_Record):
@@ -47,11 +65,21 @@ class CorpusIndex(_Record):
     identity: dict[str, object]
     """Everything that determines documents and tokens; its hash is in the folder's name."""
     tokenizer: TokenizerRecord
-    dtype: str
-    """"uint16" or "uint32", little-endian."""
+    dtype: TokenDtype
+    """Of the token files, little-endian."""
     splits: dict[str, list[ShardRecord]]
+    skipped_records: _Count = 0
+    """Malformed records that were left out."""
     fingerprint: str
     versions: dict[str, str]
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of every other file by name."""
+        shards = [shard for split in self.splits.values() for shard in split]
+        return {TOKENIZER_FILE: self.tokenizer.sha256} | {
+            shard.file: shard.sha256 for shard in shards
+        }
 
     def expected_fingerprint(self) -> str:
         return fingerprint_of(self.tokenizer.sha256, self.dtype, self.splits)
@@ -80,12 +108,13 @@ def read_index(folder: Path) -> CorpusIndex:
     """Reads the index of a prepared corpus.
 
     Raises:
-        CorpusError: if it is missing, corrupted or of another format.
+        CorpusError: if it is missing, corrupted or of another format, or names a file outside of
+            `folder`.
     """
     file = folder / INDEX_FILE
     try:
-        index = CorpusIndex.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
+        index = CorpusIndex.model_validate_json(file_inside(folder, INDEX_FILE).read_bytes())
+    except (OSError, ValueError) as error:
         raise damage(file, f"the index cannot be read ({_first_line(error)})") from error
     if index.format_version != FORMAT_VERSION:
         raise damage(
@@ -93,18 +122,39 @@ def read_index(folder: Path) -> CorpusIndex:
         )
     if index.fingerprint != index.expected_fingerprint():
         raise damage(file, "the index does not match its own fingerprint")
+    for name in index.checksums:
+        try:
+            file_inside(folder, name)
+        except ValueError as error:
+            raise damage(file, f"the index names a file, but {error}") from error
     return index
 
 
-def verify_files(folder: Path, index: CorpusIndex) -> None:
-    """Compares every file of a corpus with its checksum.
+def check_sizes(folder: Path, index: CorpusIndex) -> None:
+    """Compares the sizes of all token files with their numbers of tokens. Cheap.
 
     Raises:
         CorpusError: for the first file that is missing or differs.
     """
-    expected = {TOKENIZER_FILE: index.tokenizer.sha256}
-    expected |= {shard.file: shard.sha256 for shards in index.splits.values() for shard in shards}
-    for name, sha256 in expected.items():
+    item_bytes = 2 if index.dtype == "uint16" else 4
+    for shard in (shard for split in index.splits.values() for shard in split):
+        num_bytes = state_of(folder / shard.file).num_bytes
+        if num_bytes != shard.tokens * item_bytes:
+            raise damage(
+                folder / shard.file,
+                f"the token shard has {num_bytes:,} bytes, expected {shard.tokens * item_bytes:,}",
+            )
+
+
+def verify_files(folder: Path, index: CorpusIndex, names: Iterable[str] | None = None) -> None:
+    """Compares files of a corpus, by default all, with their checksums.
+
+    Raises:
+        CorpusError: for the first file that is missing or differs.
+    """
+    expected = index.checksums
+    for name in expected if names is None else names:
+        sha256 = expected[name]
         try:
             found = sha256_of_file(folder / name)
         except OSError as error:
@@ -113,11 +163,70 @@ def verify_files(folder: Path, index: CorpusIndex) -> None:
             raise damage(folder / name, "the file does not match its checksum")
 
 
+def verify_changed_files(folder: Path, index: CorpusIndex) -> None:
+    """Compares the files that are new or changed since the last call with their checksums.
+
+    Their sizes and times are stored in the folder, if it can be written.
+
+    Raises:
+        CorpusError: for the first file that is missing or differs.
+    """
+    file = folder / VERIFIED_FILE
+    try:
+        known = _Verified.model_validate_json(file_inside(folder, VERIFIED_FILE).read_bytes()).files
+    except (OSError, ValueError):
+        known = {}
+    # Before reading, so that a later change is noticed.
+    states = {name: state_of(folder / name) for name in index.checksums}
+    changed = [name for name, state in states.items() if known.get(name) != state]
+    if not changed:
+        return
+    num_bytes = sum(states[name].num_bytes for name in changed)
+    logger.info(
+        "verifying %d new or changed files of %s, %.1f GiB", len(changed), folder, num_bytes / 2**30
+    )
+    verify_files(folder, index, changed)
+    try:
+        write_atomically(file, _Verified(files=states).model_dump_json())
+    except OSError as error:
+        logger.info("%s cannot be written (%s): the next start verifies again", file, error)
+
+
 def damage(file: Path, what: str) -> CorpusError:
     """The error for a damaged file of a prepared corpus."""
     return CorpusError(
         f"{file}: {what}; delete the folder {file.parent} and run again to prepare it from scratch"
     )
+
+
+class FileState(NamedTuple):
+    """What changes if a file's contents change."""
+
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class _Verified(_Record):
+    """The contents of `verified.json`."""
+
+    # Not strict: JSON has no tuples.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: dict[str, FileState]
+
+
+def state_of(file: Path) -> FileState:
+    """Returns the state of a file of a corpus.
+
+    Raises:
+        CorpusError: if it is missing or cannot be read.
+    """
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise damage(file, f"the file cannot be read ({error.strerror})") from error
+    return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _first_line(error: Exception) -> str:

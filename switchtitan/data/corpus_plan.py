@@ -87,6 +87,9 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     if config.test_fraction is not None and not source.splits:
         # Only if set, so that corpora without a test split keep their folder names.
         identity["test_fraction"] = config.test_fraction
+    if config.on_bad_record != "stop":
+        # Only if set, as above. With "stop", nothing is left out.
+        identity["on_bad_record"] = config.on_bad_record
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, fallback_for)

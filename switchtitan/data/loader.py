@@ -84,7 +84,7 @@ def build_train_batches(
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
         )
-    return _steps(loader, global_batch_size // per_micro_step)
+    return _steps(loader, global_batch_size // per_micro_step, sequences)
 
 
 def build_validation_batches(
@@ -208,8 +208,16 @@ def _outlive_signals(_worker: int) -> None:
 
 
 def _steps(
-    loader: StatefulDataLoader[Batch], micro_batches: int
+    loader: StatefulDataLoader[Batch], micro_batches: int, sequences: TokenSequences
 ) -> Generator[list[Batch], None, None]:
     batches = iter(loader)
     while True:
-        yield [next(batches) for _ in range(micro_batches)]
+        try:
+            step = [next(batches) for _ in range(micro_batches)]
+        except CorpusError as error:
+            # torch puts a worker's traceback before the message.
+            raise CorpusError(str(error).rpartition(f"{CorpusError.__name__}: ")[2]) from error
+        except RuntimeError:
+            sequences.check_unchanged()  # a worker dies if its file is truncated
+            raise
+        yield step

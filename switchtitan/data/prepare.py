@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import numpy as np
 import tokenizers
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from switchtitan import __version__
@@ -22,6 +21,7 @@ from switchtitan.data.corpus_files import (
     INDEX_FILE,
     TOKENIZER_FILE,
     CorpusIndex,
+    TokenDtype,
     TokenizerRecord,
     fingerprint_of,
 )
@@ -43,11 +43,13 @@ from switchtitan.data.tokenizer import (
     train_tokenizer,
 )
 from switchtitan.errors import CorpusError
-from switchtitan.files import lock, sha256_of_file, sync_folder, write_atomically
+from switchtitan.files import file_inside, lock, sha256_of_file, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.json"
+NUM_REPORTED = 10
+"""Malformed records that the log names; the others are counted."""
 TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
 
@@ -117,6 +119,7 @@ class _Preparation:
         self._partial = plan.folder.with_name(plan.folder.name + ".partial")
         self._show_progress = show_progress
         self._segment_tokens = segment_tokens
+        self._num_reported = 0
         self._limits = Limits(self._config.max_documents, self._config.max_bytes)
         self._streams: tuple[str | None, ...] = self._source.splits or (None,)
         self._period = round(1 / validation_fraction(self._config))
@@ -133,7 +136,7 @@ class _Preparation:
                 write_atomically(self._partial / TOKENIZER_FILE, tokenizer.serialized)
             progress = progress.model_copy(update={"eos_token": tokenizer.eos_token})
             self._write_progress(progress)
-        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        dtype: TokenDtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         while progress.stream < len(self._streams):
             with self._bar(progress) as bar:
                 progress = self._prepare_stream(progress, tokenizer, dtype, bar)
@@ -145,10 +148,17 @@ class _Preparation:
         split = self._streams[progress.stream]
         stream = self._source.open(split, progress.position)
         batches = read_ahead(
-            text_batches(stream, self._limits, progress.documents, progress.bytes_of_text)
+            text_batches(
+                stream,
+                self._limits,
+                progress.documents,
+                progress.bytes_of_text,
+                self._config.on_bad_record,
+            )
         )
 
         def advance(batch: TextBatch) -> None:
+            self._report_skipped(batch)
             in_bytes = self._config.max_documents is None
             bar.update(sum(batch.num_bytes) if in_bytes else len(batch.documents))
 
@@ -184,6 +194,11 @@ class _Preparation:
         self._write_progress(progress)
         return progress
 
+    def _report_skipped(self, batch: TextBatch) -> None:
+        for record in batch.skipped[: NUM_REPORTED - self._num_reported]:
+            logger.warning("skipping a malformed record: %s", record.what)
+        self._num_reported += len(batch.skipped)
+
     def _split_of(self, split: str | None) -> Callable[[int], str]:
         if split is not None:
             return lambda document: split
@@ -214,7 +229,11 @@ class _Preparation:
         split_of = self._split_of(split)
         document = 0
         for batch in text_batches(
-            self._source.open(split), Limits(self._config.max_documents, max_bytes), 0, 0
+            self._source.open(split),
+            Limits(self._config.max_documents, max_bytes),
+            0,
+            0,
+            self._config.on_bad_record,
         ):
             for text in batch.documents:
                 if split_of(document) == "train":
@@ -244,13 +263,19 @@ class _Preparation:
 
     def _read_progress(self) -> Progress:
         file = self._partial / PROGRESS_FILE
+        if self._partial.is_symlink():
+            raise CorpusError(f"{self._partial} is a link; remove it")
         try:
             progress = Progress.model_validate_json(file.read_bytes())
             (self._partial / TOKENIZER_FILE).stat()
+            if any(path.is_symlink() for path in self._partial.iterdir()):
+                raise ValueError("it holds links")
             for shards in progress.splits.values():
                 for shard in shards:
-                    (self._partial / shard.file).stat()
-        except (OSError, ValidationError) as error:
+                    num_bytes = file_inside(self._partial, shard.file).stat().st_size
+                    if num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
+                        raise ValueError(f"{shard.file} has {num_bytes} bytes")
+        except (OSError, ValueError) as error:
             if self._partial.exists():
                 logger.info("cannot resume %s (%s); starting over", self._partial, error)
                 shutil.rmtree(self._partial)
@@ -265,17 +290,20 @@ class _Preparation:
         with explained_write_errors(self._partial):
             write_atomically(self._partial / PROGRESS_FILE, progress.model_dump_json())
 
-    def _finish(self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str) -> None:
+    def _finish(self, progress: Progress, tokenizer: DocumentTokenizer, dtype: TokenDtype) -> None:
         has_test = self._test_period is not None and not self._source.splits
         names = ("train", "validation", "test") if has_test else ("train", "validation")
         splits = {split: progress.splits.get(split, []) for split in names}
         for split, shards in splits.items():
             if not shards:
+                left_out = f" ({progress.skipped} malformed records)" if progress.skipped else ""
                 raise CorpusError(
-                    f"{self._source.description}: no document for the {split} split; a corpus "
-                    f"needs at least {len(names)} documents, {len(names) - 1} of them held out; "
-                    "add text"
+                    f"{self._source.description}: no document for the {split} split{left_out}; a "
+                    f"corpus needs at least {len(names)} documents, {len(names) - 1} of them held "
+                    "out; add text"
                 )
+        if progress.skipped:
+            logger.warning("%d malformed records were left out", progress.skipped)
         tokenizer_sha256 = sha256_of_file(self._partial / TOKENIZER_FILE)
         index = CorpusIndex(
             format_version=FORMAT_VERSION,
@@ -290,6 +318,7 @@ class _Preparation:
             ),
             dtype=dtype,
             splits=splits,
+            skipped_records=progress.skipped,
             fingerprint=fingerprint_of(tokenizer_sha256, dtype, splits),
             versions={
                 "switchtitan": __version__,
@@ -298,8 +327,11 @@ class _Preparation:
                 "python": platform.python_version(),
             },
         )
+        # Earlier versions read an index without newer keys.
+        unused = set() if index.skipped_records else {"skipped_records"}
+        contents = index.model_dump_json(indent=2, exclude=unused)
         with explained_write_errors(self._partial.parent):
-            write_atomically(self._partial / INDEX_FILE, index.model_dump_json(indent=2))
+            write_atomically(self._partial / INDEX_FILE, contents)
             os.rename(self._partial, self._plan.folder)
             sync_folder(self._plan.folder.parent)
         with suppress(OSError):

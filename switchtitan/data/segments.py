@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from switchtitan.data.corpus_files import ShardRecord
-from switchtitan.data.sources.dataset import DocumentStream
+from switchtitan.data.sources.dataset import BadRecord, DocumentStream
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 from switchtitan.files import format_bytes
@@ -41,6 +42,8 @@ class Progress(BaseModel):
     """Non-empty documents read from that stream."""
     bytes_of_text: int = 0
     """Bytes of those documents."""
+    skipped: int = 0
+    """Malformed records that were left out of all streams."""
     segments: int = 0
     """Finished segments of all streams."""
     splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
@@ -53,6 +56,8 @@ class TextBatch:
 
     documents: list[str]
     num_bytes: list[int]
+    skipped: list[BadRecord]
+    """The malformed records among them."""
     position: dict[str, object]
 
 
@@ -71,20 +76,39 @@ class Limits:
 
 
 def text_batches(
-    stream: DocumentStream, limits: Limits, documents: int, num_bytes: int
+    stream: DocumentStream,
+    limits: Limits,
+    documents: int,
+    num_bytes: int,
+    on_bad_record: Literal["stop", "skip"],
 ) -> Iterator[TextBatch]:
     """Yields the non-empty documents of a stream in batches, up to the limits.
 
     Args:
         stream: positioned after `documents` documents of `num_bytes` bytes in all.
+
+    Raises:
+        CorpusError: with "stop", for a malformed record.
     """
     texts: list[str] = []
     sizes: list[int] = []
+    skipped: list[BadRecord] = []
     batch_bytes = 0
     while limits.allow(documents, num_bytes):
         text = next(stream, None)
         if text is None:
             break
+        if isinstance(text, BadRecord):
+            if on_bad_record == "stop":
+                raise CorpusError(
+                    f"{text.what}; {text.fix}, or set [data] on_bad_record = 'skip' to leave out "
+                    "malformed records"
+                )
+            skipped.append(text)
+            if len(skipped) >= _BATCH_DOCUMENTS:
+                yield TextBatch(texts, sizes, skipped, stream.position())
+                texts, sizes, skipped, batch_bytes = [], [], [], 0
+            continue
         if not text:
             continue
         # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
@@ -97,10 +121,10 @@ def text_batches(
             batch_bytes + len(data),
         )
         if batch_bytes >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
-            yield TextBatch(texts, sizes, stream.position())
-            texts, sizes, batch_bytes = [], [], 0
-    if texts:
-        yield TextBatch(texts, sizes, stream.position())
+            yield TextBatch(texts, sizes, skipped, stream.position())
+            texts, sizes, skipped, batch_bytes = [], [], [], 0
+    if texts or skipped:
+        yield TextBatch(texts, sizes, skipped, stream.position())
 
 
 def read_ahead(batches: Iterator[TextBatch]) -> Iterator[TextBatch]:
@@ -118,7 +142,8 @@ class ShardWriter:
     def __init__(self, file: Path, dtype: str) -> None:
         self._file = file
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._stream = file.open("wb")
+        file.unlink(missing_ok=True)  # a link would lead the writes elsewhere
+        self._stream = file.open("xb")
         self._digest = hashlib.sha256()
         self._documents = 0
         self._tokens = 0
@@ -197,6 +222,7 @@ def write_segment(
     """
     writers: dict[str, ShardWriter] = {}
     documents, num_bytes, num_tokens, position = progress.documents, progress.bytes_of_text, 0, None
+    skipped = progress.skipped
     try:
         for batch in batches:
             encoded = tokenizer.encode_documents(batch.documents)
@@ -209,7 +235,7 @@ def write_segment(
                         )
                     num_tokens += writers[split].write(token_ids, tokenizer.eos_id, size)
                     documents, num_bytes = documents + 1, num_bytes + size
-            position = batch.position
+            position, skipped = batch.position, skipped + len(batch.skipped)
             on_batch(batch)
             if num_tokens >= segment_tokens:
                 break
@@ -228,6 +254,7 @@ def write_segment(
             "position": position,
             "documents": documents,
             "bytes_of_text": num_bytes,
+            "skipped": skipped,
             "segments": progress.segments + 1,
             "splits": splits,
         }

@@ -1,8 +1,9 @@
 """The sequences of a split, from memory-mapped token files."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from switchtitan.data.corpus_files import damage, state_of
 from switchtitan.errors import CorpusError
+from switchtitan.files import sha256_of_file
 
 
 class TokenSequence(NamedTuple):
@@ -35,6 +38,9 @@ class TokenSequences(Dataset[TokenSequence]):
         dtype: "uint16" or "uint32", stored little-endian.
         seq_len: tokens per sequence.
         eos_id: the token that ends a document.
+        vocab_size: all tokens must be below it; by default they are not checked.
+        checksums: SHA-256 of each file, for files that change while they are in use; by default
+            such a change is an error.
 
     Raises:
         CorpusError: if the shards are shorter than one sequence and its last target, or a file has
@@ -49,12 +55,16 @@ class TokenSequences(Dataset[TokenSequence]):
         dtype: str,
         seq_len: int,
         eos_id: int,
+        vocab_size: int | None = None,
+        checksums: Sequence[str] | None = None,
     ) -> None:
         self.files = tuple(files)
         self.token_counts = tuple(token_counts)
         self.dtype = dtype
         self.seq_len = seq_len
         self.eos_id = eos_id
+        self.vocab_size = vocab_size
+        self.checksums = None if checksums is None else tuple(checksums)
         self.num_tokens = sum(token_counts)
         if self.num_tokens < seq_len + 1:
             where = self.files[0].parent if self.files else "an empty split"
@@ -63,14 +73,22 @@ class TokenSequences(Dataset[TokenSequence]):
                 f"tokens, but one sequence needs {seq_len + 1:,}; lower seq_len or prepare a "
                 "larger corpus"
             )
-        self._ends = np.cumsum(np.asarray(token_counts, dtype=np.int64))
+        self._states = [state_of(file) for file in files]
         self._shards = [
             _map_tokens(file, count, dtype) for file, count in zip(files, token_counts, strict=True)
         ]
+        self._ends = np.cumsum(np.asarray(token_counts, dtype=np.int64))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Pickling a memory map copies all tokens; a worker process maps the files again instead.
-        return (_reopen, (self.files, self.token_counts, self.dtype, self.seq_len, self.eos_id))
+        settings: dict[str, Any] = {
+            "dtype": self.dtype,
+            "seq_len": self.seq_len,
+            "eos_id": self.eos_id,
+            "vocab_size": self.vocab_size,
+            "checksums": self.checksums,
+        }
+        return (partial(TokenSequences, **settings), (self.files, self.token_counts))
 
     def __len__(self) -> int:
         return (self.num_tokens - 1) // self.seq_len
@@ -80,6 +98,8 @@ class TokenSequences(Dataset[TokenSequence]):
 
         Raises:
             IndexError: if it is not in [0, len).
+            CorpusError: if a file was edited or replaced since it was opened, or holds a token
+                outside of the vocabulary.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
@@ -87,14 +107,47 @@ class TokenSequences(Dataset[TokenSequence]):
         tokens = torch.from_numpy(self._read(first, first + self.seq_len + 1))
         return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
 
+    def check_unchanged(self) -> None:
+        """Checks that no file was edited or replaced by another since it was opened.
+
+        Raises:
+            CorpusError: names the file that was.
+        """
+        for shard in range(len(self.files)):
+            self._check_shard(shard)
+
+    def _check_shard(self, shard: int) -> None:
+        file = self.files[shard]
+        state = state_of(file)
+        if state == self._states[shard]:
+            return
+        expected = None if self.checksums is None else self.checksums[shard]
+        if sha256_of_file(file) != expected:
+            raise damage(
+                file,
+                "the token shard was changed while it was in use, and does not match its checksum; "
+                "restore it and resume, or start a new run",
+            )
+        # A copy of the same contents, or another time.
+        self._shards[shard] = _map_tokens(file, self.token_counts[shard], self.dtype)
+        self._states[shard] = state
+
     def _read(self, first: int, end: int) -> NDArray[np.int64]:
         """Tokens [first, end) of the joined shards, as int64."""
         pieces = []
         shard = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:
+            self._check_shard(shard)
             shard_start = int(self._ends[shard]) - self.token_counts[shard]
             stop = min(end, int(self._ends[shard]))
-            pieces.append(self._shards[shard][first - shard_start : stop - shard_start])
+            piece = self._shards[shard][first - shard_start : stop - shard_start]
+            if self.vocab_size is not None and piece.size and piece.max() >= self.vocab_size:
+                raise damage(
+                    self.files[shard],
+                    f"the shard holds the token {piece.max()}, but the vocabulary has "
+                    f"{self.vocab_size}",
+                )
+            pieces.append(piece)
             first, shard = stop, shard + 1
         return np.concatenate(pieces).astype(np.int64)
 
@@ -105,12 +158,6 @@ def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
     An EOS belongs to the document that it ends."""
     ends = (tokens == eos_id).to(torch.int32)
     return torch.cumsum(ends, dim=0, dtype=torch.int32) - ends
-
-
-def _reopen(
-    files: Sequence[Path], token_counts: Sequence[int], dtype: str, seq_len: int, eos_id: int
-) -> TokenSequences:
-    return TokenSequences(files, token_counts, dtype=dtype, seq_len=seq_len, eos_id=eos_id)
 
 
 def _map_tokens(file: Path, num_tokens: int, dtype: str) -> NDArray[np.unsignedinteger]:
@@ -128,4 +175,6 @@ def _map_tokens(file: Path, num_tokens: int, dtype: str) -> NDArray[np.unsignedi
             f"{num_tokens * stored.itemsize:,}; delete the folder {file.parent} and run again to "
             "prepare it from scratch"
         )
+    if num_tokens == 0:
+        return np.empty(0, dtype=stored)  # cannot be mapped
     return np.memmap(file, dtype=stored, mode="r")

@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from switchtitan.errors import CorpusError
+from switchtitan.files import file_inside
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,11 @@ class DocumentTokenizer:
         """Returns the token ids of each document, without end token; uses all cores."""
         # Unless this is set, the tokenizers library warns in every process forked later.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+        try:
+            encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+        except BaseException as error:
+            _check_is_of_library(error)
+            raise CorpusError(f"the tokenizer cannot encode a document ({error})") from error
         return [encoding.ids for encoding in encodings]
 
 
@@ -74,7 +79,10 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
     Raises:
         CorpusError: if the file is missing, cannot be parsed, or has no end-of-document token.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        file = file_inside(path, "tokenizer.json") if path.is_dir() else path
+    except ValueError as error:
+        raise CorpusError(f"[data] tokenizer = {str(path)!r}: {error}; copy the file") from error
     if not file.is_file():
         raise CorpusError(
             f"[data] tokenizer = {str(path)!r}: no file {file}; expected a tokenizer.json, a "
@@ -82,9 +90,19 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
         )
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # The library raises bare Exception.
+    except BaseException as error:
+        _check_is_of_library(error)
         raise CorpusError(f"{file}: the tokenizers library cannot read it ({error})") from error
     return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
+
+
+def _check_is_of_library(error: BaseException) -> None:
+    """Raises `error` again unless it comes from the tokenizers library.
+
+    The library raises bare Exception, and for its own bugs a class that derives from BaseException.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def fetch_tokenizer(name: str) -> DocumentTokenizer:
@@ -151,10 +169,12 @@ def _configured_eos(folder: Path) -> str | None:
     `content`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except OSError as error:
+            raise CorpusError(f"{folder / name}: cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{folder / name}: expected JSON ({error})") from error
         token = settings.get("eos_token") if isinstance(settings, dict) else None
         if isinstance(token, dict):

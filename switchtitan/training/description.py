@@ -4,13 +4,13 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import tomli
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import switchtitan
 from switchtitan.checkpoint import CheckpointMetadata
+from switchtitan.config.load import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data import Corpus
@@ -79,7 +79,7 @@ def compute_dtype_of(metadata: CheckpointMetadata) -> DtypeName:
 
     Older checkpoints state it in their configuration only.
     """
-    config = flatten(tomli.loads(str(metadata.run["config"])))
+    config = flatten(parse_toml(metadata.config, "the saved configuration"))
     saved = metadata.train_state.get("compute_dtype") or config.get("training.dtype")
     return "float32" if saved == "float32" else "bfloat16"
 
@@ -218,7 +218,9 @@ def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
     the two has. A key that is newer than the saved configuration counts if its value differs from
     the former behaviour.
     """
-    before, now = (flatten(tomli.loads(text)) for text in (saved_toml, current_toml))
+    before, now = (
+        flatten(parse_toml(text, "the saved configuration")) for text in (saved_toml, current_toml)
+    )
     former = {
         key: value
         for key, (needed, value) in _FORMER_BEHAVIOUR.items()
@@ -250,7 +252,11 @@ def run_facts(
         "num_threads": torch.get_num_threads(),
         "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
         "commit": commit() if world.is_main else None,
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "corpus": {
+            "name": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "skipped_records": corpus.index.skipped_records,
+        },
         "num_parameters": count_parameters(model),
     }
 

@@ -9,12 +9,22 @@ Position = dict[str, object]
 """A position in a stream as JSON values; opaque to all but the source that wrote it."""
 
 
+@dataclass(frozen=True)
+class BadRecord:
+    """A record of a source that holds no text, such as a malformed line."""
+
+    what: str
+    """`file, line: what is wrong`."""
+    fix: str
+    """What to do."""
+
+
 class DocumentStream(Protocol):
     """The documents of one stream, in an order that never changes."""
 
     def __iter__(self) -> "DocumentStream": ...
 
-    def __next__(self) -> str:
+    def __next__(self) -> str | BadRecord:
         """Returns the next document's text; raises CorpusError if the source is damaged or lost."""
         ...
 
@@ -64,5 +74,7 @@ class Dataset:
     """Whether documents are records with columns, so that `text_column` has an effect."""
     has_own_splits: bool = False
     """Whether the source has its own splits, so that no fraction is held out."""
+    can_skip_records: bool = False
+    """Whether its streams return malformed records, so that `on_bad_record` has an effect."""
     comes_from_hub: bool = False
     """Whether it is on the Hugging Face hub, unless `path` is set."""

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from switchtitan.data.sources.dataset import Position
-from switchtitan.errors import CorpusError
+from switchtitan.data.sources.dataset import BadRecord, Position
+from switchtitan.errors import CorpusError, abbreviate
+
+logger = logging.getLogger(__name__)
 
 TEXT_DOCUMENT_BYTES = 64 * 1024
 """A text file up to this size is one document. A longer one is split at line ends into documents of
@@ -18,7 +21,7 @@ about this size, so that a corpus in a single file has documents to hold out."""
 
 _PARQUET_ROWS = 256
 
-Reader = Callable[[Path], Iterator[str]]
+Reader = Callable[[Path], Iterator[str | BadRecord]]
 
 
 class FileStream:
@@ -33,16 +36,24 @@ class FileStream:
     def __init__(self, files: Sequence[Path], read: Reader, position: Position | None) -> None:
         self._files = files
         self._read = read
-        self._file = int(str(position["file"])) if position else 0
-        self._document = 0
-        self._documents: Iterator[str] | None = None
-        for _ in range(int(str(position["document"])) if position else 0):
-            next(self)
+        self._file = 0
+        self._document = 0  # bad records are counted too
+        self._documents: Iterator[str | BadRecord] | None = None
+        if position:
+            self._seek(position)
 
     def __iter__(self) -> "FileStream":
         return self
 
-    def __next__(self) -> str:
+    def _seek(self, position: Position) -> None:
+        file, document = position.get("file"), position.get("document")
+        if not isinstance(file, int) or not isinstance(document, int) or min(file, document) < 0:
+            raise CorpusError(f"{position}: no position in files; prepare the corpus from scratch")
+        self._file = file
+        for _ in range(document):
+            next(self, None)
+
+    def __next__(self) -> str | BadRecord:
         while self._file < len(self._files):
             if self._documents is None:
                 self._documents = self._read(self._files[self._file])
@@ -92,6 +103,7 @@ class FileSource:
         self._read = read
         self._text_column = text_column
         self._files = _find_files(kind, path, patterns)
+        self._has_named_links = False
 
     @property
     def description(self) -> str:
@@ -114,6 +126,9 @@ class FileSource:
 
     def open(self, split: str | None, position: Position | None = None) -> FileStream:
         assert split is None
+        if position is None and not self._has_named_links:
+            self._has_named_links = True
+            _warn_of_links(self._path, self._files)
         return FileStream(self._files, self._read, position)
 
 
@@ -155,26 +170,26 @@ def parquet_source(path: Path | None, text_column: str | None) -> FileSource:
     )
 
 
-def read_text(file: Path) -> Iterator[str]:
+def read_text(file: Path) -> Iterator[str | BadRecord]:
     """Yields a UTF-8 file as one document, or a long one in pieces that end at line ends.
 
-    Raises:
-        CorpusError: if it is not UTF-8.
+    A line that is not UTF-8 is a bad record. The document continues after it.
     """
     lines: list[str] = []
     num_bytes = 0
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            for line in stream:
-                lines.append(line)
+    with file.open(encoding="utf-8", newline="", errors="surrogateescape") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
                 num_bytes += len(line.encode())
-                if num_bytes >= TEXT_DOCUMENT_BYTES:
-                    yield "".join(lines)
-                    lines, num_bytes = [], 0
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{file}: expected UTF-8 text ({error.reason}); convert it, e.g. with iconv"
-        ) from error
+            except UnicodeEncodeError:
+                yield BadRecord(
+                    f"{file}, line {number}: expected UTF-8 text", "convert it, e.g. with iconv"
+                )
+                continue
+            lines.append(line)
+            if num_bytes >= TEXT_DOCUMENT_BYTES:
+                yield "".join(lines)
+                lines, num_bytes = [], 0
     if lines:
         yield "".join(lines)
 
@@ -191,10 +206,11 @@ def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
         raise CorpusError(
             f"[data] path = {str(path)!r}: no such file or folder; expected {kind} files"
         )
-    files = sorted(
-        {file for pattern in patterns for file in path.rglob(pattern) if file.is_file()},
-        key=lambda file: file.relative_to(path).as_posix(),
-    )
+    found = {file for pattern in patterns for file in path.rglob(pattern) if not file.is_dir()}
+    files = sorted(found, key=lambda file: file.relative_to(path).as_posix())
+    for file in files:
+        if not file.is_file():
+            raise CorpusError(f"{file}: is not a file, or a link to a missing one; remove it")
     if not files:
         raise CorpusError(
             f"[data] path = {str(path)!r}: no {kind} files; expected names {', '.join(patterns)}"
@@ -202,14 +218,31 @@ def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
     return files
 
 
-def _read_json_lines(file: Path, column: str) -> Iterator[str]:
+def _warn_of_links(path: Path, files: Sequence[Path]) -> None:
+    """Logs that files of a folder are links out of it: their targets become training text."""
+    if not path.is_dir():
+        return
+    root = path.resolve()
+    outside = [file for file in files if not file.resolve().is_relative_to(root)]
+    if outside:
+        logger.warning(
+            "%d of %d files in %s are links out of it, such as %s -> %s",
+            len(outside),
+            len(files),
+            path,
+            outside[0].name,
+            outside[0].resolve(),
+        )
+
+
+def _read_json_lines(file: Path, column: str) -> Iterator[str | BadRecord]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield _text_of_line(line, column, f"{file}, line {number}")
 
 
-def _read_gzipped_json_lines(file: Path, column: str) -> Iterator[str]:
+def _read_gzipped_json_lines(file: Path, column: str) -> Iterator[str | BadRecord]:
     try:
         with gzip.open(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -221,26 +254,25 @@ def _read_gzipped_json_lines(file: Path, column: str) -> Iterator[str]:
         ) from error
 
 
-def _text_of_line(line: bytes, column: str, where: str) -> str:
+def _text_of_line(line: bytes, column: str, where: str) -> str | BadRecord:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise CorpusError(
-            f"{where}: expected one JSON object per line ({error}); fix the file"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        return BadRecord(f"{where}: expected one JSON object per line ({error})", "fix the file")
     if not isinstance(record, dict):
-        raise CorpusError(
-            f"{where}: expected a JSON object, got {type(record).__name__}; fix the file"
-        )
+        kind = type(record).__name__
+        return BadRecord(f"{where}: expected a JSON object, got {kind}", "fix the file")
     if not isinstance(record.get(column), str):
-        raise CorpusError(
+        return BadRecord(
             f"{where}: expected a string under the key {column!r}, found the keys "
-            f"{', '.join(sorted(record))}; set [data] text_column"
+            f"{abbreviate(sorted(record))}",
+            "set [data] text_column",
         )
     return str(record[column])
 
 
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
+def _read_parquet(file: Path, column: str) -> Iterator[str | BadRecord]:
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             if column not in table.schema_arrow.names:
@@ -249,12 +281,22 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
                     "set [data] text_column"
                 )
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise CorpusError(
-                            f"{file}: column {column!r} holds {type(text).__name__}, expected "
-                            "strings; set [data] text_column"
-                        )
-                    yield text
-    except (pyarrow.ArrowInvalid, OSError) as error:
+                for value in batch.column(0):
+                    row += 1
+                    yield _text_of_value(value, f"{file}, row {row}: column {column!r}")
+    except PermissionError:
+        raise
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise CorpusError(f"{file}: damaged Parquet file ({error}); replace it") from error
+
+
+def _text_of_value(value: pyarrow.Scalar, where: str) -> str | BadRecord:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        return BadRecord(f"{where}: expected UTF-8 text ({error.reason})", "fix the file")
+    if not isinstance(text, str):
+        return BadRecord(
+            f"{where} holds {type(text).__name__}, expected strings", "set [data] text_column"
+        )
+    return text

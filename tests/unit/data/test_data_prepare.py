@@ -1,9 +1,8 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.preparation import read_split, run_alone
 from support.tiny_documents import write_json_lines
 from support.word_tokenizer import save_tokenizer
 
@@ -20,55 +19,10 @@ from switchtitan.data.prepare import is_held_out
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 
-ONE_RUN = """
-import os, signal, sys
-from pathlib import Path
-from switchtitan.data import DataConfig, open_prepared, prepare_corpus
-from switchtitan.data import prepare, segments
-
-segments._BATCH_DOCUMENTS = 8
-config = DataConfig.model_validate_json(sys.argv[1])
-stop_after = int(sys.argv[2])
-finished = 0
-write_segment = prepare.write_segment
-
-def write_and_stop(batches, *arguments, **settings):
-    global finished
-    progress = write_segment(batches, *arguments, **settings)
-    finished += 1
-    if finished == stop_after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return progress
-
-prepare.write_segment = write_and_stop
-folder = prepare_corpus(config, show_progress=False, segment_tokens=500)
-print(open_prepared(folder).fingerprint)
-"""
-
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments_module, "_BATCH_DOCUMENTS", 8)
-
-
-def run_alone(config: DataConfig, stop_after: int = 0) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", ONE_RUN, config.model_dump_json(), str(stop_after)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def read_split(corpus: Corpus, split: str) -> list[str]:
-    """Decodes the documents of a split."""
-    sequences = corpus.split(split, 1)  # type: ignore[arg-type]
-    last = sequences[len(sequences) - 1].tokens[1]
-    tokens = [int(sequence.tokens[0]) for sequence in sequences] + [int(last)]
-    tokenizer = corpus.tokenizer().tokenizer
-    documents, start = [], 0
-    for place, token in enumerate(tokens):
-        if token == corpus.eos_id:
-            documents.append(tokenizer.decode(tokens[start:place], skip_special_tokens=False))
-            start = place + 1
-    assert start == len(tokens)
-    return documents
 
 
 def test_each_document_decodes_from_exactly_one_split(corpus: Corpus, documents: list[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import DATASETS
+from switchtitan.data.segments import Limits, text_batches
 from switchtitan.data.sources import Source
 from switchtitan.data.sources.files import TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.data.sources.pystdlib import StandardLibrarySource
@@ -17,6 +18,12 @@ DOCUMENTS = make_documents(23, seed=1)
 
 def make_source(dataset: str, folder: Path, text_column: str | None = None) -> Source:
     return DATASETS[dataset].open(folder, text_column)
+
+
+def read_strictly(source: Source) -> list[str]:
+    """The documents; a malformed record is an error."""
+    batches = text_batches(source.open(None), Limits(None, None), 0, 0, "stop")
+    return [text for batch in batches for text in batch.documents]
 
 
 def write_corpus(dataset: str, folder: Path, key: str = "text") -> None:
@@ -56,7 +63,7 @@ def test_another_column_can_hold_the_text(dataset: str, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path, key="body")
     assert list(make_source(dataset, tmp_path, text_column="body").open(None)) == DOCUMENTS
     with pytest.raises(CorpusError, match=r"'text', found .*body.*set \[data\] text_column"):
-        list(make_source(dataset, tmp_path).open(None))
+        read_strictly(make_source(dataset, tmp_path))
 
 
 def test_a_single_file_can_be_the_corpus(tmp_path: Path) -> None:
@@ -77,7 +84,7 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "name", "contents", "message"),
     [
-        ("text", "a.txt", b"\xff\xfe", "expected UTF-8"),
+        ("text", "a.txt", b"a\n\xff\xfe", r"a\.txt, line 2: expected UTF-8"),
         (
             "jsonl",
             "a.jsonl",
@@ -86,7 +93,8 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path: Path) -> None:
         ),
         ("jsonl", "a.jsonl", b"[1]\n", "expected a JSON object, got list"),
         ("json.gz", "a.json.gz", b"no gzip", "damaged or truncated gzip"),
-        ("parquet", "a.parquet", b"no parquet", "damaged Parquet"),
+        ("jsonl", "a.jsonl", b"[" * 99_999, r"line 1: expected one JSON object per line"),
+        ("parquet", "a.parquet", b"no parquet", r"a\.parquet: damaged Parquet"),
     ],
 )
 def test_damaged_files_are_named(
@@ -94,7 +102,7 @@ def test_damaged_files_are_named(
 ) -> None:
     (tmp_path / name).write_bytes(contents)
     with pytest.raises(CorpusError, match=message):
-        list(make_source(dataset, tmp_path).open(None))
+        read_strictly(make_source(dataset, tmp_path))
 
 
 def test_a_truncated_gzip_file_is_an_error(tmp_path: Path) -> None:
@@ -155,3 +163,64 @@ def test_a_file_that_cannot_be_read_is_named(
     (tmp_path / "03.txt").unlink()
     with pytest.raises(CorpusError, match=r"03\.txt: cannot be read"):
         list(source.open(None))
+
+
+@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "parquet"])
+def test_a_file_without_permission_is_named(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(dataset, tmp_path)
+    source = make_source(dataset, tmp_path)
+
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Tests may run as root, who may read every file.
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("gzip.open", refuse)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
+    with pytest.raises(CorpusError, match=r"0+\.\S+: cannot be read \(Permission denied\)"):
+        read_strictly(source)
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
+    write_corpus("parquet", tmp_path)
+    file = tmp_path / "1.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(CorpusError, match=r"1\.parquet: damaged Parquet"):
+        read_strictly(make_source("parquet", tmp_path))
+
+
+def test_a_link_to_a_missing_file_is_named(tmp_path: Path) -> None:
+    write_corpus("jsonl", tmp_path)
+    (tmp_path / "2.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(CorpusError, match=r"2\.jsonl: is not a file, or a link to a missing one"):
+        make_source("jsonl", tmp_path)
+
+
+def test_a_folder_named_like_a_file_is_searched(tmp_path: Path) -> None:
+    """Spark writes folders of this kind."""
+    write_corpus("parquet", tmp_path)
+    folder = tmp_path / "all.parquet"
+    folder.mkdir()
+    (tmp_path / "1.parquet").rename(folder / "1.parquet")
+    assert read_strictly(make_source("parquet", tmp_path)) == DOCUMENTS
+
+
+def test_links_out_of_the_folder_are_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_corpus("jsonl", tmp_path / "in")
+    source = make_source("jsonl", tmp_path / "in")
+    (tmp_path / "in" / "copy.jsonl").symlink_to(tmp_path / "in" / "0.jsonl")
+    read_strictly(source)
+    assert caplog.text == ""
+    (tmp_path / "in" / "0.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    (tmp_path / "in" / "0.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    source = make_source("jsonl", tmp_path / "in")
+    for _ in range(2):
+        # The names are sorted: 0, copy, sub/1.
+        assert read_strictly(source) == DOCUMENTS[:9] + DOCUMENTS[:9] + DOCUMENTS[9:]
+    assert len(caplog.messages) == 1
+    assert "2 of 3 files" in caplog.messages[0]
+    assert "elsewhere.jsonl" in caplog.messages[0]
