@@ -1,13 +1,17 @@
 """Reads what a run starts from: a checkpoint's state, initial weights and the compute dtype."""
 
+import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from switchtitan.checkpoint import check_same_run, read_metadata
+from switchtitan.checkpoint import CheckpointMetadata, check_same_run, read_metadata
 from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype
 from switchtitan.distributed.world import World
+from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
 from switchtitan.training.description import changed_keys, comparable_identity, compute_dtype_of
 from switchtitan.training.stepper import TrainState
@@ -28,9 +32,25 @@ def read_state(checkpoint: Path, identity: dict, resolved: str) -> tuple[TrainSt
     """
     metadata = read_metadata(checkpoint)
     check_same_run(comparable_identity(metadata.identity), identity)
-    state = TrainState(**metadata.train_state)  # type: ignore[arg-type]
+    state = _saved_state(checkpoint, metadata)
     state.compute_dtype = compute_dtype_of(metadata)
-    return state, changed_keys(str(metadata.run["config"]), resolved)
+    return state, changed_keys(metadata.config, resolved)
+
+
+def _saved_state(checkpoint: Path, metadata: CheckpointMetadata) -> TrainState:
+    saved = metadata.train_state
+    unknown = saved.keys() - {field.name for field in fields(TrainState)}
+    try:
+        state = TypeAdapter(TrainState).validate_json(json.dumps(saved), strict=True)
+        counts = (state.step, state.num_skipped, state.tokens_seen)
+        if unknown or state.step != metadata.step or not 0 <= min(counts) <= max(counts) < 1 << 63:
+            raise ValueError(f"unexpected keys {sorted(unknown)}, or counts {counts}")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
+            f"switchtitan ({' '.join(str(error).split())})"
+        ) from error
+    return state
 
 
 def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | None]:

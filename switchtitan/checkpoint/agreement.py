@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
@@ -50,6 +50,17 @@ def is_expected(error: BaseException) -> bool:
     if isinstance(error, CheckpointException):
         return all(is_expected(cause) for cause, _ in error.failures.values())
     return isinstance(error, OSError | CheckpointError)
+
+
+def raise_unwrapped(error: CheckpointException) -> NoReturn:
+    """Raises a `CheckpointError` if a user can fix `error`, otherwise `error` itself.
+
+    DCP's own exception derives from BaseException and hides the cause.
+    """
+    if is_expected(error):
+        reasons = dict.fromkeys(_reason(cause) for cause, _ in error.failures.values())
+        raise CheckpointError("; ".join(reasons)) from error
+    raise error
 
 
 def describe_failures(failures: dict[int, str], num_ranks: int) -> str:

@@ -8,8 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
-from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
+from switchtitan.checkpoint.agreement import (
+    ignore_warning_about_single_process,
+    raise_unwrapped,
+    run_together,
+)
 from switchtitan.checkpoint.metadata import TensorsIndex, read_tensors_index
 from switchtitan.checkpoint.storage import JsonIndexReader, dtype_named
 from switchtitan.checkpoint.verify import check_files
@@ -58,7 +63,10 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     tensors = {
         name: torch.empty(t.shape, dtype=dtype_named(t.dtype)) for name, t in records.items()
     }
-    _read_into_(path, tensors)
+    try:
+        _read_into_(path, tensors)
+    except CheckpointException as error:
+        raise_unwrapped(error)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 

@@ -1,14 +1,18 @@
 """DCP's file reader and writer with checksums, and with an index in JSON instead of a pickle."""
 
 import hashlib
+import io
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     FileSystemReader,
@@ -65,19 +69,104 @@ class ChecksummingWriter(FileSystemWriter):
 
 
 class JsonIndexReader(FileSystemReader):
-    """Reads the index from `tensors.json`, and tensors with `torch.load(weights_only=True)`."""
+    """Reads the index from `tensors.json`, and tensors with `torch.load(weights_only=True)`.
+
+    A piece must hold what the index says, and take no more memory than its bytes in the file.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _index_to_dcp(read_tensors_index(Path(self.path)))
+        index = read_tensors_index(Path(self.path))
+        self._records = {
+            MetadataIndex(name, torch.Size(piece.offsets)): (tensor.dtype, piece.sizes)
+            for name, tensor in index.tensors.items()
+            for piece in tensor.pieces
+        }
+        return _index_to_dcp(index)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        try:
-            return super().read_data(plan, planner)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.path} holds objects other than tensors, which were not loaded; do not "
-                "trust it"
-            ) from error
+        for item in plan.items:
+            piece = self._read_piece(item.storage_index)
+            part = narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(part)
+            planner.commit_tensor(item, target)
+        done: torch.futures.Future[None] = torch.futures.Future()
+        done.set_result(None)
+        return done
+
+    def _read_piece(self, piece: MetadataIndex) -> Tensor:
+        where: _StorageInfo = self.storage_data[piece]
+        with (Path(self.path) / where.relative_path).open("rb") as file:
+            stream = io.BufferedReader(_Slice(file, where.offset, where.length))
+            try:
+                _check_uncompressed(stream, where.length)
+                tensor = torch.load(stream, map_location="cpu", weights_only=True)
+            except OSError:
+                raise
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"{self.path} holds objects other than tensors, which were not loaded; do not "
+                    "trust it"
+                ) from error
+            except Exception as error:  # torch.load raises many kinds for a damaged file
+                raise CheckpointError(
+                    f"{self.path}: {piece.fqn} cannot be read ({type(error).__name__}: {error})"
+                ) from error
+        dtype, sizes = self._records[piece]
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or (tensor.dtype, tuple(tensor.shape)) != (dtype_named(dtype), sizes)
+        ):
+            raise CheckpointError(f"{self.path}: {piece.fqn} is not what {TENSORS_FILE} says")
+        return tensor
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file. torch's own view does not seek back from its end, as zipfile does."""
+
+    def __init__(self, file: io.BufferedReader, start: int, num_bytes: int) -> None:
+        self._file = file
+        self._start = start
+        self._num_bytes = num_bytes
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._num_bytes}[whence]
+        if origin + offset < 0:
+            raise ValueError(f"seek to {origin + offset}, before the start")
+        self._place = origin + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = max(0, min(len(buffer), self._num_bytes - self._place))
+        self._file.seek(self._start + self._place)
+        num_read = self._file.readinto(memoryview(buffer)[:num_bytes])
+        self._place += num_read
+        return num_read
+
+
+def _check_uncompressed(stream: IO[bytes], num_bytes: int) -> None:
+    """Checks that a zip archive takes no more memory than its own size.
+
+    Raises:
+        ValueError: if it does.
+        zipfile.BadZipFile: if it is not a zip archive.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+    if (
+        any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        or sum(entry.file_size for entry in entries) > num_bytes
+    ):
+        raise ValueError("the archive is compressed or its entries overlap")
+    stream.seek(0)
 
 
 class _ChecksummingFiles(FileSystem):

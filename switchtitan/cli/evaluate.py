@@ -165,7 +165,7 @@ def saved_config(metadata: CheckpointMetadata) -> JobConfig:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
-        file.write_text(str(metadata.run["config"]), encoding="utf-8")
+        file.write_text(metadata.config, encoding="utf-8", errors="replace")
         return load_for_evaluation(str(file))
 
 
@@ -191,8 +191,7 @@ def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:
 
 
 def _check_corpus(fingerprint: str, metadata: CheckpointMetadata, folder: Path) -> None:
-    corpus = metadata.identity["corpus"]
-    expected = corpus["fingerprint"] if isinstance(corpus, dict) else None
+    expected = metadata.identity_value("corpus", "fingerprint")
     if fingerprint != expected:
         raise CorpusError(
             f"{folder}: its fingerprint is {fingerprint}, but the run trained on {expected}; pass "

@@ -10,15 +10,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import tomli
 import torch
-from pydantic import JsonValue
 
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.checkpoint.metadata import CheckpointMetadata
+from switchtitan.config.load import parse_toml
+from switchtitan.config.toml_text import flatten
 from switchtitan.data.corpus_files import TOKENIZER_FILE, CorpusIndex, read_index
-from switchtitan.errors import CorpusError, UserError, exit_for
+from switchtitan.errors import CheckpointError, CorpusError, UserError, exit_for
+from switchtitan.files import is_plain_name
 from switchtitan.hub.huggingface import export_dense
 from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_config
 
@@ -88,7 +89,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
         saved_model_config(checkpoint),
         folder,
         dtype,
-        seq_len=int(str(_entry(metadata.identity, "data", "seq_len"))),
+        seq_len=metadata.identity_number("data", "seq_len"),
         tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
         eos_id=index.tokenizer.eos_id if index else None,
     )
@@ -107,8 +108,14 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
 
 def find_corpus(metadata: CheckpointMetadata) -> Path:
     """Returns the folder of the run's corpus, which need not exist."""
-    cache_dir = tomli.loads(str(metadata.run["config"]))["data"]["cache_dir"]
-    return Path(cache_dir) / str(_entry(metadata.identity, "corpus", "name"))
+    config = flatten(parse_toml(metadata.config, "the saved configuration"))
+    cache_dir, name = config.get("data.cache_dir"), str(metadata.identity_value("corpus", "name"))
+    if not isinstance(cache_dir, str) or "\0" in cache_dir or not is_plain_name(name):
+        raise CheckpointError(
+            f"the checkpoint names no folder of a corpus: data.cache_dir = {cache_dir!r}, "
+            f"corpus.name = {name!r}"
+        )
+    return Path(cache_dir) / name
 
 
 def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:
@@ -120,16 +127,10 @@ def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | 
     if not folder.is_dir():
         return None
     index = read_index(folder)
-    expected = _entry(metadata.identity, "corpus", "fingerprint")
+    expected = metadata.identity_value("corpus", "fingerprint")
     if index.fingerprint != expected:
         raise CorpusError(
             f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "
             "move that folder away to export without a tokenizer"
         )
     return index
-
-
-def _entry(identity: dict[str, JsonValue], section: str, key: str) -> JsonValue:
-    values = identity[section]
-    assert isinstance(values, dict)
-    return values[key]

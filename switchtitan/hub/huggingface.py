@@ -16,6 +16,7 @@ from torch import Tensor
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError
+from switchtitan.files import file_inside
 from switchtitan.hub.weight_files import check_shapes, find_weight_files
 from switchtitan.models import MODELS
 
@@ -125,8 +126,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_config(file: Path, config: ModelConfig) -> None:
     try:
-        differing = config.check_huggingface_config(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = file_inside(file.parent, file.name).read_text(encoding="utf-8")
+        differing = config.check_huggingface_config(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is corrupted ({error!r}); expected the config.json of a {config.name} model"
         ) from error

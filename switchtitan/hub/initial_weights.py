@@ -104,9 +104,8 @@ def saved_model_config(checkpoint: Path) -> ModelConfig:
 
 def _saved_method(checkpoint: Path) -> Method:
     metadata = read_metadata(checkpoint)
-    job = metadata.identity["job"]
-    assert isinstance(job, dict)
-    return METHODS.build(_restore(checkpoint, METHODS), metadata.step, int(str(job["seed"])))
+    seed = metadata.identity_number("job", "seed")
+    return METHODS.build(_restore(checkpoint, METHODS), metadata.step, seed)
 
 
 def _restore(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:

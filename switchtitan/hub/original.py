@@ -18,6 +18,7 @@ available. The assumptions:
 """
 
 import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.errors import CheckpointError, abbreviate
+from switchtitan.files import file_inside
 from switchtitan.hub.weight_files import find_weight_files
 
 WEIGHTS_FILE = "pytorch_model.bin"
@@ -83,14 +85,35 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
                 f"{file} holds objects other than tensors, which could run code, and is not "
                 "loaded; save only the state dict"
             ) from error
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is corrupted ({error}); replace it") from error
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise CheckpointError(
+                f"{file} is corrupted ({type(error).__name__}: {error}); replace it"
+            ) from error
         if not isinstance(part, dict) or not all(
-            isinstance(value, Tensor) for value in part.values()
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in part.items()
         ):
             raise CheckpointError(f"{file} is not a state dict; expected tensors by name")
+        _check_memory(part, file)
         stored.update({name: value for name, value in part.items() if not _IGNORED.search(name)})
     return stored
+
+
+def _check_memory(part: dict[str, Tensor], file: Path) -> None:
+    """Checks that copies of the tensors take no more memory than the file.
+
+    Raises:
+        CheckpointError: names the tensors that would, such as a repeated view of one number.
+    """
+    num_bytes = file.stat().st_size
+    wrong = [
+        name
+        for name, value in part.items()
+        if value.layout != torch.strided or value.numel() * value.itemsize > num_bytes
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{file} holds tensors that are sparse or larger than the file: {abbreviate(wrong)}"
+        )
 
 
 def _adapted_layer(
@@ -123,8 +146,12 @@ def _read_alpha(path: Path) -> float:
             "run (its default was 1)"
         )
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+        text = file_inside(path, SCALE_FILE).read_text(encoding="utf-8")
+        alpha = float(json.loads(text)["lora_alpha"])
+        if not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha = {alpha}")
+        return alpha
+    except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is corrupted ({error!r}); expected lora_alpha = a number"
         ) from error

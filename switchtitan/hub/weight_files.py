@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from switchtitan.errors import CheckpointError, abbreviate
+from switchtitan.files import file_inside
 
 
 def find_weight_files(path: Path, single_name: str) -> list[Path]:
@@ -25,14 +26,18 @@ def find_weight_files(path: Path, single_name: str) -> list[Path]:
         raise CheckpointError(
             f"{path} does not exist; expected a folder with {single_name}, or a weights file"
         )
-    if (path / single_name).is_file():
-        return [path / single_name]
-    index = path / f"{single_name}.index.json"
+    index_name = f"{single_name}.index.json"
+    try:
+        single, index = file_inside(path, single_name), file_inside(path, index_name)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; copy the file itself") from error
+    if single.is_file():
+        return [single]
     if not index.is_file():
         raise CheckpointError(
-            f"{path} holds neither {single_name} nor {index.name}; use a folder that does"
+            f"{path} holds neither {single_name} nor {index_name}; use a folder that does"
         )
-    files = [path / name for name in _read_shard_names(index)]
+    files = _read_shard_files(index)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
@@ -41,17 +46,17 @@ def find_weight_files(path: Path, single_name: str) -> list[Path]:
     return files
 
 
-def _read_shard_names(index: Path) -> list[str]:
-    """Returns the index's files, sorted. Refuses paths, which could leave the folder."""
+def _read_shard_files(index: Path) -> list[Path]:
+    """Returns the index's files, sorted. Refuses paths and links that leave the folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"expected plain file names, got {names}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not names:
+            raise ValueError("no files")
+        return [file_inside(index.parent, name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{index} is damaged ({error!r}); expected weight_map: name -> file"
         ) from error
-    return names
 
 
 def check_shapes(

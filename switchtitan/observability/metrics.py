@@ -194,7 +194,7 @@ class Reporter:
         if trace is not None:
             rows.append(("profile trace", str(trace)))
         if self._writer is not None or trace is not None:
-            rows.append(("view with", f"tensorboard --logdir {self._folder}"))
+            rows.append(("view with", f"tensorboard --host localhost --logdir {self._folder}"))
         for line in format_summary(rows):
             logger.info("%s", line)
         if failure:

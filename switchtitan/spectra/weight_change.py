@@ -129,14 +129,12 @@ def checkpoint_origin(checkpoint: Path) -> Origin:
         CheckpointError: if this version does not know its model.
     """
     metadata = read_metadata(checkpoint)
-    job = metadata.identity["job"]
-    assert isinstance(job, dict)
     path, fingerprint = (
         metadata.train_state.get(key) for key in ("initial_weights", "initial_fingerprint")
     )
     return Origin(
         model_config=saved_model_config(checkpoint),
-        seed=int(str(job["seed"])),
+        seed=metadata.identity_number("job", "seed"),
         initial_weights=None if path is None else str(path),
         fingerprint=None if fingerprint is None else str(fingerprint),
     )

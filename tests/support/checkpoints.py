@@ -1,10 +1,12 @@
-"""Checkpoints with other metadata, as another version or run would have written them."""
+"""Checkpoints with other metadata, as another version, another run or an attacker would write."""
 
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from switchtitan.checkpoint.metadata import file_record
 
 
 def rewrite_metadata(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -16,9 +18,23 @@ def rewrite_metadata(checkpoint: Path, change: Callable[[dict[str, Any]], object
     metadata = json.loads(file.read_text())
     change(metadata)
     file.write_text(json.dumps(metadata))
-    checksum = checkpoint / "metadata.json.sha256"
     if metadata["format_version"] < 3:
-        checksum.unlink(missing_ok=True)
+        (checkpoint / "metadata.json.sha256").unlink(missing_ok=True)
     else:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        checksum.write_text(f"{digest}  metadata.json\n")
+        update_checksum(checkpoint)
+
+
+def update_checksum(checkpoint: Path) -> None:
+    """Updates the checksum of `metadata.json`, whatever this file holds."""
+    digest = hashlib.sha256((checkpoint / "metadata.json").read_bytes()).hexdigest()
+    (checkpoint / "metadata.json.sha256").write_text(f"{digest}  metadata.json\n")
+
+
+def update_file_records(checkpoint: Path) -> None:
+    """Updates sizes and checksums of all files."""
+
+    def update(metadata: dict[str, Any]) -> None:
+        for name in metadata["files"]:
+            metadata["files"][name] = file_record(checkpoint / name).model_dump()
+
+    rewrite_metadata(checkpoint, update)

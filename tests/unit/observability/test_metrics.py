@@ -157,4 +157,4 @@ def test_summary_shows_results_and_paths(tmp_path, caplog):
     assert "3m07s" in text
     assert str(tmp_path / "step") in text
     assert str(tmp_path / "trace.json") in text
-    assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in text
+    assert f"tensorboard --host localhost --logdir {tmp_path / 'tensorboard'}" in text
