@@ -3,6 +3,8 @@
 #
 #   ./scripts/test.sh                        all tests, on all cores
 #   ./scripts/test.sh --quick                unit tests of less than about five seconds each
+#   ./scripts/test.sh --faults               tests/faults in full, on all cores: an hour or more;
+#                                            all other calls run a sample of its cases
 #   ./scripts/test.sh tests/unit -k switch   some tests, in one process; arguments are pytest's
 #
 # Tests see no GPU, except those marked `gpu`: with a GPU, the first command runs them last, and fails
@@ -39,6 +41,10 @@ case "${1:-}" in
         ;;
     --quick)
         exec "$PYTHON" -m pytest "${parallel[@]}" -m "not (slow or distributed or end_to_end)" "${@:2}"
+        ;;
+    --faults)
+        export SWITCHTITAN_FAULTS=long
+        exec "$PYTHON" -m pytest "${parallel[@]}" tests/faults "${@:2}"
         ;;
     *)
         exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,44 @@
+"""Runs a command of switchtitan in this process, as a user would."""
+
+import contextlib
+import io
+import logging
+from typing import NamedTuple
+
+from switchtitan.cli.main import main
+from switchtitan.distributed.world import stop_world
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+    """Standard error."""
+
+    def check_refused(self, *parts: str) -> None:
+        """Checks that the command ended with status 2 and one message with all `parts`."""
+        assert self.status == 2, (self.status, self.output[-2000:], self.errors[-2000:])
+        assert "Traceback (most recent call last)" not in self.errors
+        messages = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        assert len(messages) == 1, self.errors
+        text = self.errors[self.errors.index("error: ") :]
+        assert all(part in text for part in parts), (parts, text)
+
+
+def run(*words: object) -> Outcome:
+    """Runs `switchtitan` with these arguments. Its exceptions other than an exit are raised."""
+    output, errors = io.StringIO(), io.StringIO()
+    status = 0
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        stop_world()
+        root.handlers[:], root.level = handlers, level
+    return Outcome(status, output.getvalue(), errors.getvalue())
