@@ -99,6 +99,14 @@ def sha256_of_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def exists(path: Path) -> bool:
+    """Whether a file or folder exists; False also for paths that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def is_plain_name(name: str) -> bool:
     """Whether `name` names a file or folder within any folder, and nothing outside of it."""
     return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name

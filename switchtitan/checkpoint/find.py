@@ -17,7 +17,7 @@ from switchtitan.checkpoint.layout import (
 from switchtitan.checkpoint.verify import check_contents, check_files
 from switchtitan.config.toml_text import flatten
 from switchtitan.errors import CheckpointError, CheckpointFormatError
-from switchtitan.files import sync_folder
+from switchtitan.files import exists, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,12 @@ def check_given_paths(folder: Path, config: CheckpointConfig) -> None:
             exist.
     """
     resume, weights = config.resume, config.initial_weights
-    if resume not in (RESUME_AUTO, RESUME_NEVER) and not Path(resume).exists():
+    if resume not in (RESUME_AUTO, RESUME_NEVER) and not exists(Path(resume)):
         raise CheckpointError(
             f"[checkpoint] resume = {resume!r}: no such folder; expected a checkpoint, or the "
             "output folder of a run"
         )
-    if weights is not None and not Path(weights).exists() and not list_step_folders(folder):
+    if weights is not None and not exists(Path(weights)) and not list_step_folders(folder):
         raise CheckpointError(
             f"[checkpoint] initial_weights = {weights!r}: no such file or folder; expected a "
             "safetensors file, a folder in Hugging Face's layout or a checkpoint"

@@ -115,7 +115,7 @@ class JsonIndexReader(FileSystemReader):
         dtype, sizes = self._records[piece]
         if (
             not isinstance(tensor, Tensor)
-            or tensor.layout != torch.strided
+            or (tensor.layout, tensor.device.type) != (torch.strided, "cpu")
             or (tensor.dtype, tuple(tensor.shape)) != (dtype_named(dtype), sizes)
         ):
             raise CheckpointError(f"{self.path}: {piece.fqn} is not what {TENSORS_FILE} says")

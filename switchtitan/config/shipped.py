@@ -5,6 +5,8 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from switchtitan.files import exists
+
 FOLDER = Path(str(resources.files("switchtitan"))) / "train_configs"
 QUICKSTART = FOLDER / "llama_quickstart_switchlora.toml"
 """The configuration that is used if none is given."""
@@ -17,10 +19,10 @@ def find_config(given: str | Path) -> Path:
     directory. Prints on stderr that a file in `FOLDER` is used, except in a launcher's ranks.
     """
     path = Path(given)
-    if path.exists() or path.is_absolute():
+    if exists(path) or path.is_absolute():
         return path
     for shipped in (FOLDER / path, FOLDER.parent / path):
-        if shipped.suffix == ".toml" and shipped.is_file():
+        if shipped.suffix == ".toml" and exists(shipped) and shipped.is_file():
             if not os.environ.get("RANK"):
                 print(
                     f"{path}: using {shipped}, which is installed with switchtitan", file=sys.stderr

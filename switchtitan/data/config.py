@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config.section import Section
 from switchtitan.data.sources import DATASETS
+from switchtitan.files import exists
 
 if TYPE_CHECKING:
     DatasetName = str
@@ -74,7 +75,7 @@ class DataConfig(Section):
             return None
         path = Path(self.tokenizer).expanduser()
         looks_local = self.tokenizer.startswith((".", "/", "~")) or path.suffix == ".json"
-        return path if looks_local or path.exists() else None
+        return path if looks_local or exists(path) else None
 
     @property
     def hub_tokenizer(self) -> str | None:

@@ -195,7 +195,7 @@ class _Preparation:
         return progress
 
     def _report_skipped(self, batch: TextBatch) -> None:
-        for record in batch.skipped[: NUM_REPORTED - self._num_reported]:
+        for record in batch.skipped[: max(0, NUM_REPORTED - self._num_reported)]:
             logger.warning("skipping a malformed record: %s", record.what)
         self._num_reported += len(batch.skipped)
 

@@ -108,7 +108,8 @@ def _check_memory(part: dict[str, Tensor], file: Path) -> None:
     wrong = [
         name
         for name, value in part.items()
-        if value.layout != torch.strided or value.numel() * value.itemsize > num_bytes
+        if (value.layout, value.device.type) != (torch.strided, "cpu")
+        or value.numel() * value.itemsize > num_bytes
     ]
     if wrong:
         raise CheckpointError(

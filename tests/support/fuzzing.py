@@ -69,6 +69,7 @@ def fuzz(
         raise FuzzError("\n".join([f"{sum(map(len, failures.values()))} failures", *lines]))
     if outcomes["refused"] < min_refused * len(cases):
         raise FuzzError(f"only {outcomes['refused']} of {len(cases)} cases were refused")
+    print(dict(outcomes))  # pytest shows it with -rP
     return outcomes
 
 

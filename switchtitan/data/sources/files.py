@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from switchtitan.data.sources.dataset import BadRecord, Position
 from switchtitan.errors import CorpusError, abbreviate
+from switchtitan.files import exists
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +201,12 @@ def _given(path: Path | None) -> Path:
 
 
 def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.exists():
+    if not exists(path):
         raise CorpusError(
             f"[data] path = {str(path)!r}: no such file or folder; expected {kind} files"
         )
+    if path.is_file():
+        return [path]
     found = {file for pattern in patterns for file in path.rglob(pattern) if not file.is_dir()}
     files = sorted(found, key=lambda file: file.relative_to(path).as_posix())
     for file in files:
