@@ -26,7 +26,7 @@ def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
 def build_batches(
     config: JobConfig, corpus: Corpus, world: World, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """Build this rank's training batches, starting at `state.num_batches`.
+    """Build this rank's training batches, starting at `state.next_batch`.
 
     Their `close` ends the processes that read them.
     """
@@ -37,7 +37,8 @@ def build_batches(
         local_batch_size=config.training.local_batch_size,
         rank=world.rank,
         num_ranks=world.size,
-        start_step=state.num_batches,
+        start_step=state.next_batch,
+        passed_over=state.passed_over,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
     )

@@ -27,8 +27,9 @@ from switchtitan.training.description import (
     run_identity,
     start_output,
 )
+from switchtitan.training.loss_spikes import LossSpikeGuard
 from switchtitan.training.output_folder import check_output_dir
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import RunSchedule, Trainer
 
@@ -99,6 +100,26 @@ def build_trainer(
         profiler=build_profiler(config, world, state),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
         stop=stop,
+        spikes=build_spike_guard(config, corpus, stepper, tensors, checkpointer),
+    )
+
+
+def build_spike_guard(
+    config: JobConfig,
+    corpus: Corpus,
+    stepper: Stepper,
+    tensors: CheckpointTensors,
+    checkpointer: Checkpointer,
+) -> LossSpikeGuard | None:
+    """Build what handles loss spikes, None if nothing does."""
+    if config.loss_spike.factor is None:
+        return None
+    return LossSpikeGuard(
+        config.loss_spike,
+        stepper,
+        tensors,
+        checkpointer,
+        open_batches=lambda: build_batches(config, corpus, stepper.world, stepper.state),
     )
 
 

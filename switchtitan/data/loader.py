@@ -3,7 +3,8 @@
 import logging
 import signal
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
+from itertools import count
 
 import torch
 from torch.utils.data import Sampler
@@ -26,6 +27,7 @@ def build_train_batches(
     rank: int,
     num_ranks: int,
     start_step: int = 0,
+    passed_over: Collection[int] = (),
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
@@ -43,6 +45,7 @@ def build_train_batches(
         local_batch_size: sequences per micro-batch on one rank.
         rank, num_ranks: among the ranks that read different data.
         start_step: the first step to yield.
+        passed_over: steps that are not yielded.
         num_workers: processes that prefetch; 0 reads in the calling process.
         pin_memory: whether batches are in pinned memory, for copies to a CUDA device.
 
@@ -70,6 +73,7 @@ def build_train_batches(
         rank=rank,
         num_ranks=num_ranks,
         start_step=start_step,
+        passed_over=passed_over,
     )
     with warnings.catch_warnings():
         # torchdata calls a deprecated function of torch.
@@ -156,7 +160,8 @@ def collate(samples: list[TokenSequence]) -> Batch:
 
 
 class _RankOrder(Sampler[list[int]]):
-    """The sequence indices of this rank's micro-batches, from `start_step` on, without end."""
+    """The sequence indices of this rank's micro-batches, from `start_step` on, without end and
+    without the steps `passed_over`."""
 
     def __init__(
         self,
@@ -168,6 +173,7 @@ class _RankOrder(Sampler[list[int]]):
         rank: int,
         num_ranks: int,
         start_step: int,
+        passed_over: Collection[int],
     ) -> None:
         self.seed = seed
         self.num_sequences = num_sequences
@@ -176,10 +182,12 @@ class _RankOrder(Sampler[list[int]]):
         self.rank = rank
         self.num_ranks = num_ranks
         self.start_step = start_step
+        self.passed_over = frozenset(passed_over)
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while True:
+        for step in count(self.start_step):
+            if step in self.passed_over:
+                continue
             for micro_batch in range(
                 self.global_batch_size // (self.num_ranks * self.local_batch_size)
             ):
@@ -192,7 +200,6 @@ class _RankOrder(Sampler[list[int]]):
                     num_ranks=self.num_ranks,
                 )
                 yield sequence_index(self.seed, positions, self.num_sequences).tolist()
-            step += 1
 
 
 _WORKER_ENDS_AFTER_S = 600

@@ -113,15 +113,29 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
     Almost surely so does any other change, such as a permutation.
     """
-    bits = tensor.view(_INTEGERS[tensor.element_size()])
-    if bits.ndim == 0:
-        return bits.to(torch.int64)
-    bits = bits.reshape(len(bits), math.prod(bits.shape[1:]))
+    if tensor.ndim == 0:
+        return tensor.view(_INTEGERS[tensor.element_size()]).to(torch.int64)
+    bits = _integers(tensor.reshape(len(tensor), math.prod(tensor.shape[1:])))
     rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
     # Each value gets an odd factor, so no bit of it is lost; products and sums wrap around.
     row_factors = (2 * torch.arange(len(rows), device=rows.device) + 1) * _MULTIPLIERS[0]
     column_factors = 2 * torch.arange(len(columns), device=columns.device) * _MULTIPLIERS[1]
     return (rows * row_factors).sum() + (columns * column_factors).sum()
+
+
+def _integers(matrix: Tensor) -> Tensor:
+    """Returns the bits of a matrix as integers, [rows, columns].
+
+    Of 64 bits, if they divide a row: summing casts smaller ones, which takes a CPU four times as
+    long.
+    """
+    row_bytes = matrix.shape[1] * matrix.element_size()
+    if row_bytes % 8 or row_bytes == 0:
+        return matrix.view(_INTEGERS[matrix.element_size()])
+    is_aligned = matrix.storage_offset() * matrix.element_size() % 8 == 0
+    if not (matrix.is_contiguous() and is_aligned):
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    return matrix.view(torch.int64)
 
 
 def _num_replicas(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config.load import Check
 from switchtitan.config.toml_text import toml_value
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
@@ -22,7 +23,7 @@ from switchtitan.distributed.compute_dtype import (
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.job.sections import EvaluationConfig, TrainingConfig
+from switchtitan.job.sections import EvaluationConfig, LossSpikeConfig, TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.observability import COUNTED_STEP, MetricsConfig
 
@@ -49,6 +50,7 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         partial(check_optimizer, num_ranks=num_ranks),
         check_frozen_weights,
         check_evaluation,
+        check_loss_spike,
         partial(check_communication, num_ranks=num_ranks),
         check_vocabulary,
     ]
@@ -217,6 +219,24 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
             "set [data] test_fraction, or remove test_tokens"
         )
     return problems
+
+
+def check_loss_spike(
+    loss_spike: LossSpikeConfig, training: TrainingConfig, checkpoint: CheckpointConfig
+) -> list[str]:
+    """A rollback needs a full window of losses and a checkpoint before the end of the run."""
+    if loss_spike.factor is None:
+        return []
+    key = f"[loss_spike] factor = {loss_spike.factor} has no effect"
+    return [
+        f"{key}: {name} = {steps} is not below [training] steps = {training.steps}; lower it, or "
+        "remove factor"
+        for name, steps in (
+            ("window", loss_spike.window),
+            ("[checkpoint] interval", checkpoint.interval),
+        )
+        if steps >= training.steps
+    ]
 
 
 def check_communication(

@@ -18,7 +18,13 @@ from switchtitan.distributed.config import (
 from switchtitan.distributed.launcher import num_ranks_from_launcher
 from switchtitan.distributed.world import device_type
 from switchtitan.job.checks import checks_between_sections
-from switchtitan.job.sections import EvaluationConfig, RunConfig, SpectrumConfig, TrainingConfig
+from switchtitan.job.sections import (
+    EvaluationConfig,
+    LossSpikeConfig,
+    RunConfig,
+    SpectrumConfig,
+    TrainingConfig,
+)
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability.metrics import MetricsConfig
@@ -49,6 +55,7 @@ class JobConfig(Section):
     evaluation: EvaluationConfig
     metrics: MetricsConfig
     spectrum: SpectrumConfig
+    loss_spike: LossSpikeConfig
     profiler: ProfilerConfig
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from switchtitan.config.section import Section
-from switchtitan.errors import OutputError
+from switchtitan.errors import OutputError, abbreviate
 from switchtitan.files import write_atomically
 from switchtitan.observability.console import (
     ConsoleTable,
@@ -110,6 +110,13 @@ class Reporter:
         """Moves the progress bar to `step`; call it after each step."""
         self._bar.update(step - self._bar.n)
 
+    def rewind(self, step: int) -> None:
+        """Continues from an earlier step: TensorBoard drops the points after it."""
+        self._bar.update(step - self._bar.n)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = TensorBoardWriter(self._folder, step)
+
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values` to TensorBoard, and prints those for which the console has a column.
 
@@ -150,6 +157,7 @@ class Reporter:
         self,
         values: Mapping[str, float | None],
         *,
+        passed_over: Sequence[int] = (),
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
@@ -157,6 +165,7 @@ class Reporter:
 
         Args:
             values: metrics of the run, by tag, for `results.json`; None if unknown.
+            passed_over: batches that rollbacks removed from the data.
 
         Raises:
             OutputError: on the main rank, after printing, if the file cannot be written.
@@ -164,7 +173,7 @@ class Reporter:
         if not self._is_main:
             return
         self._bar.close()
-        failure = self._write_results(values)
+        failure = self._write_results({**values, "batches_passed_over": list(passed_over)})
         rows = self._validation_rows()
         if not rows and self._train_loss is not None:
             rows = [("training loss", f"{self._train_loss:.4f}")]
@@ -174,6 +183,10 @@ class Reporter:
         num_skipped = values.get("batches_skipped")
         if num_skipped:
             rows.append(("batches skipped", f"{num_skipped:.0f}, not finite"))
+        if passed_over:
+            rows.append(
+                ("batches passed over", f"{abbreviate(map(str, passed_over))}, loss spikes")
+            )
         speed, wall_time_s = (
             values.get("throughput/tokens_per_s"),
             values.get("throughput/wall_time_s"),
@@ -215,7 +228,7 @@ class Reporter:
         if failure := self._write_results(values):
             logger.error("%s: cannot be written (%s)", self._results, failure)
 
-    def _write_results(self, values: Mapping[str, float | None]) -> OSError | None:
+    def _write_results(self, values: Mapping[str, object]) -> OSError | None:
         """Returns the error if the file cannot be written."""
         contents = json.dumps(dict(values) | dict(self._facts), indent=2) + "\n"
         try:

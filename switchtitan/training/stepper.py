@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -41,11 +41,28 @@ class TrainState:
     is_work_after_step_due: bool = False
     """Whether the evaluation and the hooks after the last step are to be done when the run
     resumes, because it was stopped in between."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses that the next ones are compared with, oldest first; empty without `[loss_spike]`."""
+    num_rollbacks: int = 0
+    """Rollbacks to a checkpoint after a loss spike."""
+    passed_over: list[int] = field(default_factory=list)
+    """Indices of the batches that rollbacks removed from the data, sorted."""
 
     @property
     def num_batches(self) -> int:
-        """Number of global batches read: the position in the data."""
+        """Number of global batches read, without those passed over."""
         return self.step + self.num_skipped
+
+    @property
+    def next_batch(self) -> int:
+        """Index of the next batch in the data."""
+        return self.batch_index(self.num_batches)
+
+    def batch_index(self, position: int) -> int:
+        """Returns the index in the data of the batch that is read after `position` others."""
+        for batch in self.passed_over:
+            position += batch <= position
+        return position
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +89,7 @@ class Stepper:
     Args:
         loss: the training loss from the model's last hidden states.
         lr_schedule: step -> factor on the peak learning rate.
-        batches: this rank's micro-batches, one list per step, starting at `state.num_batches`.
+        batches: this rank's micro-batches, one list per step, starting at `state.next_batch`.
         parallelism: as the model was sharded.
         seed: the job's seed; determines dropout.
         max_grad_norm: gradients are clipped to this norm; None does not clip.
@@ -188,7 +205,7 @@ class Stepper:
         if self.world.is_main or not math.isfinite(loss):
             logger.warning(
                 "skipped the update of batch %d at step %d: loss %s on rank %d, gradient norm %s",
-                self.state.num_batches,
+                self.state.next_batch,
                 self.state.step,
                 loss,
                 self.world.rank,

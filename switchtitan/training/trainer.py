@@ -12,11 +12,13 @@ from torch import Tensor
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
-from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
+from switchtitan.errors import RanksDisagreeError, abbreviate
 from switchtitan.observability import FAILED_SAVES, Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
+from switchtitan.training.divergence import TrainingDivergedError, divergence
 from switchtitan.training.evaluate import EvaluationStopped, Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
+from switchtitan.training.loss_spikes import LossSpikeGuard
 from switchtitan.training.stepper import RunningLoss, Stepper, StepResult
 from switchtitan.training.stop import NeverStop, Stop, Stopped
 
@@ -25,13 +27,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 100
 """The run stops after this many skipped updates in a row: its weights will not recover."""
-
-
-class TrainingDivergedError(UserError):
-    """Losses, gradients or weights are no longer finite."""
-
-    exit_status = 3
-    """Tells calling programs that the configuration was valid."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,7 @@ class Trainer:
         tensors: the tensors of the run's checkpoints.
         hooks: what else to do around steps, in order: after evaluations, before saves.
         stop: when to stop before the last step.
+        spikes: handles loss spikes; None: nothing does.
     """
 
     def __init__(
@@ -75,6 +71,7 @@ class Trainer:
         profiler: Profiler,
         hooks: Sequence[Hook] = (),
         stop: Stop | None = None,
+        spikes: LossSpikeGuard | None = None,
     ) -> None:
         self.stepper = stepper
         self.schedule = schedule
@@ -87,6 +84,7 @@ class Trainer:
         self.hooks = hooks
         self.stop = stop or NeverStop()
         self._saved_step = stepper.state.step
+        self.spikes = spikes
         self._running_loss = RunningLoss(stepper.world.device)
 
     def train(self) -> None:
@@ -145,6 +143,8 @@ class Trainer:
                     "training.step": torch.tensor(state.step),
                     "training.batches_skipped": torch.tensor(state.num_skipped),
                     "training.tokens_seen": torch.tensor(state.tokens_seen),
+                    "training.num_rollbacks": torch.tensor(state.num_rollbacks),
+                    "training.next_batch": torch.tensor(state.next_batch),
                     "training.lr_factor": torch.tensor(lr_factor),
                 }
             )
@@ -199,15 +199,18 @@ class Trainer:
                     # All that is due at this step was done when it was reached.
                     skipped_in_a_row += 1
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                        raise self._divergence(
+                        raise divergence(
                             f"skipped {skipped_in_a_row} updates in a row at step {state.step}, "
                             "since losses or gradients were not finite",
-                            "lower [optimizer] lr and resume from it",
+                            "lower [optimizer] lr and resume",
+                            self.checkpointer,
                         )
                     self._stop_if_due()
                     continue
                 skipped_in_a_row = 0
                 self._running_loss.add(result)
+                if self.spikes is not None:
+                    self.spikes.add(result)
                 with self.throughput.excluded():
                     self.profiler.step()
                 self.stop.note_step()
@@ -221,6 +224,8 @@ class Trainer:
         step, schedule = self.stepper.state.step, self.schedule
         is_last = step == schedule.num_steps
         self.checkpointer.poll()
+        if self._must_read_losses(step) and self._has_rolled_back():
+            return
         self.reporter.advance(step)
         if schedule.check_interval and step % schedule.check_interval == 0:
             self.check_ranks()
@@ -253,6 +258,8 @@ class Trainer:
                 self._save_and_stop(signal_number)
 
     def _save_and_stop(self, signal_number: int) -> NoReturn:
+        # Losses not read yet may have a spike, which must not be saved.
+        self._has_rolled_back()
         step = self.stepper.state.step
         if step > self._saved_step:
             self.save()
@@ -260,6 +267,29 @@ class Trainer:
         self.checkpointer.raise_last_failure()
         logger.info("stopped at step %d; %s", step, self._resume_hint())
         raise Stopped(signal_number)
+
+    def _must_read_losses(self, step: int) -> bool:
+        """Whether something is due that must not see a loss spike, or waits for the device anyway.
+
+        When losses are read does not change what is done about them.
+        """
+        return (
+            self.reporter.is_due(step)
+            or step == self.schedule.num_steps
+            or step % self.schedule.evaluate_interval == 0
+            or step % self.schedule.save_interval == 0
+            or any(hook.is_due(step) for hook in self.hooks)
+        )
+
+    def _has_rolled_back(self) -> bool:
+        """Goes back to the last checkpoint if there was a loss spike."""
+        if self.spikes is None or not self.spikes.has_rolled_back():
+            return False
+        self._running_loss = RunningLoss(self.stepper.world.device)
+        self._saved_step = self.stepper.state.step
+        self.reporter.rewind(self.stepper.state.step)
+        self.throughput.rewind(self.stepper.state.step)
+        return True
 
     def _report(self, grad_norm: Tensor) -> None:
         self._stop_if_diverged()
@@ -274,6 +304,8 @@ class Trainer:
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
         }
+        if stepper.state.passed_over:
+            values["data/batches_passed_over"] = float(len(stepper.state.passed_over))
         self.reporter.report(stepper.state.step, values | self._failed_saves())
         self._running_loss.reset()
 
@@ -292,6 +324,7 @@ class Trainer:
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
+            "rollbacks": state.num_rollbacks,
             "loss/validation": state.last_validation_loss,
             "loss/test": test_loss,
             "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
@@ -306,7 +339,10 @@ class Trainer:
         for hook in self.hooks:
             values |= hook.results()
         self.reporter.summary(
-            values, checkpoint=self.checkpointer.latest, trace=self.profiler.trace
+            values,
+            passed_over=state.passed_over,
+            checkpoint=self.checkpointer.latest,
+            trace=self.profiler.trace,
         )
 
     def _failed_saves(self) -> dict[str, float]:
@@ -321,30 +357,21 @@ class Trainer:
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
-            raise self._divergence(
+            raise divergence(
                 f"a loss or a gradient was not finite by step {self.stepper.state.step}",
                 "lower [optimizer] lr, increase [lr_schedule] warmup_steps, or set [training] "
                 'on_nonfinite = "skip"',
+                self.checkpointer,
             )
 
     def _stop_if_weights_diverged(self) -> None:
         # A finite gradient can still overflow a weight.
         if names := self.tensors.non_finite():
-            raise self._divergence(
+            raise divergence(
                 f"weights are not finite at step {self.stepper.state.step} ({abbreviate(names)})",
-                "lower [optimizer] lr and resume from it",
+                "lower [optimizer] lr and resume",
+                self.checkpointer,
             )
-
-    def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
-        """Returns the error; names the last checkpoint, which a save in progress may complete."""
-        self.checkpointer.finish()
-        checkpoint = self.checkpointer.resume_point
-        last_good = (
-            "there is no checkpoint yet"
-            if checkpoint is None
-            else f"the last good checkpoint is {checkpoint}"
-        )
-        return TrainingDivergedError(f"{reason}; {last_good}; {advice}")
 
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:

@@ -16,8 +16,9 @@ from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.distributed.norms import non_finite, total_norm
 from switchtitan.distributed.world import stop_world
 from switchtitan.training import trainer as trainer_module
+from switchtitan.training.divergence import TrainingDivergedError
 from switchtitan.training.stepper import StepResult
-from switchtitan.training.trainer import Trainer, TrainingDivergedError
+from switchtitan.training.trainer import Trainer
 
 SAVE_OFTEN = ("--checkpoint.interval", "2", "--evaluation.interval", "100")
 

@@ -19,8 +19,9 @@ from switchtitan.distributed.world import stop_world
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
+from switchtitan.training.divergence import TrainingDivergedError
 from switchtitan.training.stepper import StepResult
-from switchtitan.training.trainer import RunSchedule, Trainer, TrainingDivergedError
+from switchtitan.training.trainer import RunSchedule, Trainer
 
 SKIP = ("--training.on_nonfinite", "skip")
 
