@@ -23,8 +23,14 @@ def raise_loss_of_batch(stepper: Stepper, index: int) -> None:
 
 
 def spoil_gradient_of_batch(stepper: Stepper, index: int) -> None:
-    """Makes the loss of a batch of the data, and so its gradient, inf whenever it is read."""
-    _change_loss_of_batch(stepper, index, lambda loss: loss * torch.inf)
+    """Makes the gradient of a batch of the data nan whenever it is read; its loss is finite."""
+
+    def spoiled(loss: Tensor) -> Tensor:
+        loss = loss.clone()
+        loss.register_hook(lambda grad: grad * torch.nan)
+        return loss
+
+    _change_loss_of_batch(stepper, index, spoiled)
 
 
 def run_without_batches(
