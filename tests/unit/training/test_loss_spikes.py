@@ -2,6 +2,7 @@
 data."""
 
 import json
+import signal
 import statistics
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.training.divergence import TrainingDivergedError
 from switchtitan.training.loss_spikes import loss_limit
 from switchtitan.training.stepper import TrainState
+from switchtitan.training.stop import NeverStop, Stopped
 
 LATE_READS = (*GUARD, "--metrics.interval", "100", "--data.num_workers", "1")
 LATE_SAVES = tuple("18" if word == "5" else word for word in GUARD)
@@ -109,6 +111,35 @@ def test_a_resumed_run_passes_over_the_same_batches(
     assert_equal(resumed, without)
     results = results_of(folder)
     assert (results["rollbacks"], results["batches_passed_over"]) == (1, PASSED_OVER)
+
+
+class StopAtTheSpike(NeverStop):
+    """Stops a run after the step of the spike, if it has not rolled back yet."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+
+    def is_due(self) -> int | None:
+        is_there = self._state.step == BAD_BATCH + 1 and self._state.num_rollbacks == 0
+        return signal.SIGTERM if is_there else None
+
+
+def test_a_run_that_is_told_to_stop_does_not_save_a_spike_that_it_has_not_read_yet(
+    corpora, without
+):
+    folder = corpora / "stopped-at-spike"
+    trainer = tiny_trainer(folder, "switchlora", *GUARD, "--metrics.interval", "100")
+    raise_loss_of_batch(trainer.stepper, BAD_BATCH)
+    trainer.stop = StopAtTheSpike(trainer.stepper.state)
+    with pytest.raises(Stopped):
+        trainer.train()
+    stop_world()
+    resumed = tiny_trainer(folder, "switchlora", *GUARD, "--metrics.interval", "100")
+    assert resumed.stepper.state.step == 10
+    raise_loss_of_batch(resumed.stepper, BAD_BATCH)
+    resumed.train()
+    assert_equal(resumed, without)
+    assert results_of(folder)["batches_passed_over"] == PASSED_OVER
 
 
 def test_too_many_rollbacks_end_the_run_and_name_the_checkpoint(corpora):
