@@ -95,8 +95,8 @@ class LlamaConfig(ModelConfig):
     intermediate_size: int | None = Field(None, gt=0)
     """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
     5461 of size 1b is not one, and 5504 is the next."""
-    num_layers: int | None = Field(None, gt=0)
-    """Number of blocks; unset: from `size`."""
+    num_layers: int | None = Field(None, gt=0, le=10_000)
+    """Number of blocks, at most 10 000; unset: from `size`."""
     num_heads: int | None = Field(None, gt=0)
     """Number of query heads; unset: from `size`."""
     num_kv_heads: int | None = Field(None, gt=0)

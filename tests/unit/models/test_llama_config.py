@@ -104,3 +104,8 @@ def test_sdpa_trains_everywhere() -> None:
 def test_registry_suggests_the_nearest_model() -> None:
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         MODELS["lama"]
+
+
+def test_a_number_of_layers_whose_names_would_fill_memory_is_refused():
+    with pytest.raises(ValidationError, match="less than or equal to 10000"):
+        LlamaConfig(size="9m", num_layers=1 << 31)
