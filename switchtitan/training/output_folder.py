@@ -75,7 +75,7 @@ def _create(file: Path, created: ExitStack) -> None:
         file.touch()
     except OSError as error:
         raise _cannot_write(file.parent, error) from error
-    created.callback(remove_unless_used, file.unlink)
+    created.callback(try_to_remove, file.unlink)
 
 
 def create_folder(folder: Path, created: ExitStack) -> None:
@@ -88,7 +88,7 @@ def create_folder(folder: Path, created: ExitStack) -> None:
         for path in (*reversed(folder.parents), folder):
             if not path.exists():
                 path.mkdir(exist_ok=True)
-                created.callback(remove_unless_used, path.rmdir)
+                created.callback(try_to_remove, path.rmdir)
     except OSError as error:
         raise _cannot_write(folder, error) from error
 
@@ -100,7 +100,7 @@ def _cannot_write(folder: Path, error: OSError) -> ConfigError:
     )
 
 
-def remove_unless_used(remove: Callable[[], None]) -> None:
-    """Calls `remove`, a path's `unlink` or `rmdir`; ignores errors."""
-    with suppress(OSError):  # another process uses it now
+def try_to_remove(remove: Callable[[], None]) -> None:
+    """Calls `remove`, a path's `unlink` or `rmdir`; ignores every OSError."""
+    with suppress(OSError):  # a folder that another process uses is not empty
         remove()

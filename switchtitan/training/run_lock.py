@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
-from switchtitan.training.output_folder import check_writable, create_folder, remove_unless_used
+from switchtitan.training.output_folder import check_writable, create_folder, try_to_remove
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _hold(output_dir: Path, held: ExitStack) -> None:
         if _is_named(descriptor, file):
             break
     # While locked: afterwards another process may own the file of this name.
-    held.callback(remove_unless_used, file.unlink)
+    held.callback(try_to_remove, file.unlink)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, _this_process().model_dump_json().encode(), 0)
     os.fsync(descriptor)
@@ -133,7 +133,7 @@ def _hold_without_locks(output_dir: Path, held: ExitStack) -> None:
     time.sleep(_SETTLED_AFTER_S)  # of two processes that start now, the last one to write stays
     if (owner := _read_owner(file)) != own:
         raise _taken(output_dir, owner)
-    held.callback(remove_unless_used, file.unlink)
+    held.callback(try_to_remove, file.unlink)
 
 
 def _may_be_alive(owner: _Owner, own_job: str | None) -> bool:
