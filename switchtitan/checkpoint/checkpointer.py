@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
+from switchtitan.checkpoint.background import write_in_background
 from switchtitan.checkpoint.config import STOP, CheckpointConfig
 from switchtitan.checkpoint.disk_space import (
     check_room,
@@ -176,7 +177,7 @@ class Checkpointer:
                 staged: dict[str, Tensor] = {}
                 run_together(lambda: staged.update(self._host_copies(own)), self._group)
                 self._num_polls = 0
-                self._in_flight = _in_background(lambda: self._complete(save, staged))
+                self._in_flight = write_in_background(lambda: self._complete(save, staged))
             else:
                 self._succeed(self._complete(save, own))
         except CheckpointError as error:
@@ -291,10 +292,3 @@ class _Saved:
 
     path: Path
     num_bytes: int
-
-
-def _in_background(function: Callable[[], _Saved]) -> Future[_Saved]:
-    thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-    future = thread.submit(function)
-    thread.shutdown(wait=False)
-    return future
