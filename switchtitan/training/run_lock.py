@@ -1,5 +1,6 @@
 """One process at a time trains in a run's folder."""
 
+import atexit
 import errno
 import fcntl
 import logging
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from switchtitan.checkpoint.background import join_writers
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
@@ -27,6 +29,8 @@ _SETTLED_AFTER_S = 1.0
 _LEASE_S = 90.0
 """NFS servers keep the lock of a node that crashed until its lease ends: 90 s on Linux."""
 _POLL_S = 1.0
+_WRITER_ENDS_WITHIN_S = 1.0
+"""The thread of a background save ends soon after the save."""
 _SHARED_RUN_IDS = {"", "none", "switchtitan"}
 """Ids that unrelated runs have: the defaults of torchrun and of ./run_train.sh."""
 
@@ -46,6 +50,8 @@ class _Owner(BaseModel):
 def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     """Keeps every other process from training in the folder, until the context ends.
 
+    After an error, a background save may go on until the process ends. The lock does so too.
+
     The main rank holds a POSIX lock, which ends with its process and is not inherited by workers.
     On a file system without locks it writes a file that names the process. The file of a process
     that has ended is taken over, as is that of the same job on another host: the job was requeued.
@@ -54,18 +60,40 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
         ConfigError: on every rank, if another process trains there, or the folder cannot be
             written. If its lock is held from another host, which may have crashed, after waiting.
     """
-    with ExitStack() as held:
+    with ExitStack() as acquired:
 
-        def hold() -> None:
+        def acquire() -> None:
             if world.is_main:
                 check_writable(output_dir)
-                _hold(output_dir, held)
+                _acquire(output_dir, acquired)
 
-        world.together(hold)
+        world.together(acquire)
+        held = acquired.pop_all()
+    try:
         yield
+    finally:
+        _release_after_writes(held)
 
 
-def _hold(output_dir: Path, held: ExitStack) -> None:
+def _release_after_writes(held: ExitStack) -> None:
+    has_written = False
+    try:
+        has_written = join_writers(_WRITER_ENDS_WITHIN_S)
+    finally:  # after Ctrl-C too
+        if has_written:
+            held.close()
+        else:
+            # The interpreter joins threads before it calls this.
+            atexit.register(_release_at_exit, held)
+
+
+def _release_at_exit(held: ExitStack) -> None:
+    # Ctrl-C ends the interpreter's wait. The kernel then releases the lock, after the last write.
+    if join_writers(timeout_s=0.0):
+        held.close()
+
+
+def _acquire(output_dir: Path, held: ExitStack) -> None:
     file = output_dir / LOCK_FILE
     deadline = None
     while True:
