@@ -42,11 +42,17 @@ def check_writable(output_dir: Path) -> None:
     Raises:
         ConfigError: if not.
     """
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    try:
+        nearest = next(
+            path for path in (output_dir, *output_dir.absolute().parents) if path.exists()
+        )
+        is_folder = nearest.is_dir()
+    except OSError as error:  # a folder above it cannot be entered
+        raise cannot_write(output_dir, error) from error
+    if not is_folder or not os.access(nearest, os.W_OK):
         raise ConfigError(
             f"[job] output_dir = {str(output_dir)!r}: expected a writable folder, but {nearest} is "
-            f"{'read-only' if nearest.is_dir() else 'a file'}; choose another"
+            f"{'read-only' if is_folder else 'a file'}; choose another"
         )
 
 
@@ -74,7 +80,7 @@ def _create(file: Path, created: ExitStack) -> None:
     try:
         file.touch()
     except OSError as error:
-        raise _cannot_write(file.parent, error) from error
+        raise cannot_write(file.parent, error) from error
     created.callback(try_to_remove, file.unlink)
 
 
@@ -90,10 +96,11 @@ def create_folder(folder: Path, created: ExitStack) -> None:
                 path.mkdir(exist_ok=True)
                 created.callback(try_to_remove, path.rmdir)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
-def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+def cannot_write(folder: Path, error: OSError) -> ConfigError:
+    """Returns what to raise if a file of the folder cannot be written."""
     return ConfigError(
         f"[job] output_dir = {str(folder)!r}: expected a writable folder, but writing there failed "
         f"({error}); choose another, or free space"

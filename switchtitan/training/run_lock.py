@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -17,7 +17,12 @@ from switchtitan.checkpoint.background import join_writers
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
-from switchtitan.training.output_folder import check_writable, create_folder, try_to_remove
+from switchtitan.training.output_folder import (
+    cannot_write,
+    check_writable,
+    create_folder,
+    try_to_remove,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +70,10 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
         def acquire() -> None:
             if world.is_main:
                 check_writable(output_dir)
-                _acquire(output_dir, acquired)
+                try:
+                    _acquire(output_dir, acquired)
+                except OSError as error:
+                    raise _cannot_lock(output_dir, error) from error
 
         world.together(acquire)
         held = acquired.pop_all()
@@ -105,7 +113,7 @@ def _acquire(output_dir: Path, held: ExitStack) -> None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(descriptor)
+            _close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 deadline = _wait(output_dir, deadline)
                 continue
@@ -113,7 +121,7 @@ def _acquire(output_dir: Path, held: ExitStack) -> None:
                 _hold_without_locks(output_dir, held)
                 return
             raise
-        held.callback(os.close, descriptor)
+        held.callback(_close, descriptor)
         if _is_named(descriptor, file):
             break
     # While locked: afterwards another process may own the file of this name.
@@ -149,6 +157,11 @@ def _is_named(descriptor: int, file: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(file))
     except FileNotFoundError:
         return False
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # network file systems repeat the error of a write
+        os.close(descriptor)
 
 
 def _hold_without_locks(output_dir: Path, held: ExitStack) -> None:
@@ -191,6 +204,21 @@ def _taken(output_dir: Path, owner: _Owner | None) -> ConfigError:
     return ConfigError(
         f"[job] output_dir = {str(output_dir)!r}: {who} trains in this folder; {way_out}, or "
         "choose another output_dir"
+    )
+
+
+def _cannot_lock(output_dir: Path, error: OSError) -> ConfigError:
+    file = output_dir / LOCK_FILE
+    if not isinstance(error, PermissionError) or not os.path.lexists(file):
+        return cannot_write(output_dir, error)
+    try:
+        user = file.owner()
+    except (KeyError, OSError):
+        user = f"with ID {file.lstat().st_uid}"
+    return ConfigError(
+        f"[job] output_dir = {str(output_dir)!r}: {file} belongs to the user {user} and cannot be "
+        f"locked ({error.strerror}); choose another output_dir, or delete the file if no run of "
+        "that user trains there"
     )
 
 

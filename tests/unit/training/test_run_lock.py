@@ -268,6 +268,43 @@ def write_owner(output_dir: Path, host: str, pid: int, **job: str) -> None:
     (output_dir / LOCK_FILE).write_text(json.dumps(owner))
 
 
+@pytest.mark.parametrize("function", ["open", "ftruncate", "pwrite", "fsync"])
+def test_a_disk_without_space_is_an_error_of_the_user(output_dir, world, monkeypatch, function):
+    original = getattr(os, function)
+
+    def fail(target: object, *args: object) -> object:
+        if function == "open" and not str(target).endswith(LOCK_FILE):
+            return original(target, *args)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(os, function, fail)
+        with (
+            pytest.raises(ConfigError, match=r"^\[job\] output_dir = .*Disk quota exceeded"),
+            lock_output_dir(output_dir, world),
+        ):
+            pass
+    assert not output_dir.parent.exists()
+    with lock_output_dir(output_dir, world):
+        pass
+
+
+def test_the_user_of_a_lock_that_cannot_be_opened_is_named(output_dir, world, monkeypatch):
+    write_owner(output_dir, socket.gethostname(), os.getpid())
+    user = (output_dir / LOCK_FILE).owner()
+    original = os.open
+
+    def refuse(path: object, flags: int, *args: object) -> int:
+        if str(path).endswith(LOCK_FILE) and not flags & os.O_EXCL:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+    message = rf"{LOCK_FILE} belongs to the user {user} and cannot be locked \(Permission denied\)"
+    with pytest.raises(ConfigError, match=message), lock_output_dir(output_dir, world):
+        pass
+
+
 def test_without_file_locks_a_file_names_the_owner(output_dir, world, without_locks):
     with lock_output_dir(output_dir, world):
         assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
