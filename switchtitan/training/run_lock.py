@@ -3,6 +3,7 @@
 import atexit
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import socket
@@ -11,12 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-
 from switchtitan.checkpoint.background import join_writers
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
-from switchtitan.files import write_atomically
+from switchtitan.training.lock_owner import Owner, may_be_alive, parse_owner, this_process
 from switchtitan.training.output_folder import (
     cannot_write,
     check_writable,
@@ -30,25 +29,15 @@ LOCK_FILE = "run.lock"
 """In a run's folder while the run trains; names the process."""
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 """Errors of file systems without locks."""
-_SETTLED_AFTER_S = 1.0
 _LEASE_S = 90.0
 """NFS servers keep the lock of a node that crashed until its lease ends: 90 s on Linux."""
 _POLL_S = 1.0
+_CHANGES_WITHIN_S = 5.0
+"""Time in which a process that has just created a file writes it, or that deletes one does so."""
+_CHANGE_POLL_S = 0.02
 _WRITER_ENDS_WITHIN_S = 1.0
 """The thread of a background save ends soon after the save."""
-_SHARED_RUN_IDS = {"", "none", "switchtitan"}
-"""Ids that unrelated runs have: the defaults of torchrun and of ./run_train.sh."""
-
-
-class _Owner(BaseModel):
-    """The contents of the file."""
-
-    host: str
-    pid: int
-    since: str
-    """Local time of the start."""
-    job: str | None = None
-    """Id of the launcher's job, which a requeued job keeps. None in files of older versions too."""
+_MAX_BYTES = 1 << 16
 
 
 @contextmanager
@@ -58,8 +47,8 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     After an error, a background save may go on until the process ends. The lock does so too.
 
     The main rank holds a POSIX lock, which ends with its process and is not inherited by workers.
-    On a file system without locks it writes a file that names the process. The file of a process
-    that has ended is taken over, as is that of the same job on another host: the job was requeued.
+    On a file system without locks it creates a file that names the process. The file of a process
+    that has ended is deleted; on another host, only a process that Slurm has requeued has ended.
 
     Raises:
         ConfigError: on every rank, if another process trains there, or the folder cannot be
@@ -107,28 +96,54 @@ def _acquire(output_dir: Path, held: ExitStack) -> None:
     while True:
         create_folder(output_dir, held)
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor, is_new = _open(file)
         except FileNotFoundError:
-            continue  # another process has deleted a folder that it created
+            continue  # another process has deleted the file, or a folder that it created
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            _close(descriptor)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                deadline = _wait(output_dir, deadline)
-                continue
-            if error.errno in _WITHOUT_LOCKS:
-                _hold_without_locks(output_dir, held)
+            if error.errno in _WITHOUT_LOCKS and is_new:
+                _own_new_file(file, descriptor, held)
                 return
-            raise
+            _close(descriptor)
+            if error.errno in _WITHOUT_LOCKS:
+                deadline = _delete_if_ended(output_dir, deadline)
+            elif error.errno in (errno.EACCES, errno.EAGAIN):
+                deadline = _wait(output_dir, deadline)
+            else:
+                raise
+            continue
         held.callback(_close, descriptor)
         if _is_named(descriptor, file):
             break
+    own = this_process(has_kernel_lock=True)
+    # Not by name: closing a second descriptor would release the lock.
+    owner = parse_owner(os.pread(descriptor, _MAX_BYTES, 0))
+    if owner is not None and not owner.has_kernel_lock and may_be_alive(owner, own):
+        raise _taken(output_dir, owner)
     # While locked: afterwards another process may own the file of this name.
-    held.callback(try_to_remove, file.unlink)
+    held.callback(_remove_if_named, descriptor, file)
+    _write(descriptor, own)
+
+
+def _open(file: Path) -> tuple[int, bool]:
+    """Returns a descriptor, and whether this call has created the file.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist, or the file has been deleted meanwhile.
+    """
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+    except FileExistsError:
+        return os.open(file, os.O_RDWR), False
+
+
+def _write(descriptor: int, owner: Owner) -> bytes:
+    contents = owner.model_dump_json().encode()
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, _this_process().model_dump_json().encode(), 0)
+    os.pwrite(descriptor, contents, 0)
     os.fsync(descriptor)
+    return contents
 
 
 def _wait(output_dir: Path, deadline: float | None) -> float:
@@ -140,13 +155,13 @@ def _wait(output_dir: Path, deadline: float | None) -> float:
     Raises:
         ConfigError: if the owner is on this host, or unknown at first, or the time is over.
     """
-    owner = _read_owner(output_dir / LOCK_FILE)
+    owner = parse_owner(_read(output_dir / LOCK_FILE))
     is_here = owner is not None and owner.host == socket.gethostname()
     if deadline is None and owner is not None and not is_here:
         logger.info("waiting for the lock of %s", owner.host)
         deadline = time.monotonic() + _LEASE_S
     if deadline is None or is_here or time.monotonic() > deadline:
-        raise _taken(output_dir, owner)
+        raise _taken(output_dir, owner, may_delete=owner is not None and not is_here)
     time.sleep(_POLL_S)
     return deadline
 
@@ -159,48 +174,95 @@ def _is_named(descriptor: int, file: Path) -> bool:
         return False
 
 
+def _remove_if_named(descriptor: int, file: Path) -> None:
+    with suppress(OSError):
+        if _is_named(descriptor, file):
+            file.unlink()
+
+
 def _close(descriptor: int) -> None:
     with suppress(OSError):  # network file systems repeat the error of a write
         os.close(descriptor)
 
 
-def _hold_without_locks(output_dir: Path, held: ExitStack) -> None:
-    """Owns the folder by a file that names this process."""
-    file = output_dir / LOCK_FILE
-    owner, own = _read_owner(file), _this_process()
-    if owner is not None and _may_be_alive(owner, own.job):
-        raise _taken(output_dir, owner)
-    write_atomically(file, own.model_dump_json())
-    time.sleep(_SETTLED_AFTER_S)  # of two processes that start now, the last one to write stays
-    if (owner := _read_owner(file)) != own:
-        raise _taken(output_dir, owner)
-    held.callback(try_to_remove, file.unlink)
-
-
-def _may_be_alive(owner: _Owner, own_job: str | None) -> bool:
-    if owner.host == socket.gethostname():
-        return _is_running(owner.pid)
-    # Another host may only have lost its connection. A job that was requeued has ended there.
-    return own_job is None or owner.job != own_job
-
-
-def _is_running(pid: int) -> bool:
+def _own_new_file(file: Path, descriptor: int, held: ExitStack) -> None:
+    """Without kernel locks: owns the file that this process has created; closes it."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        contents = _write(descriptor, this_process(has_kernel_lock=False))
+    except BaseException:
+        try_to_remove(file.unlink)
+        raise
+    finally:
+        _close(descriptor)
+    held.callback(_remove_contents, file, contents)
 
 
-def _taken(output_dir: Path, owner: _Owner | None) -> ConfigError:
+def _delete_if_ended(output_dir: Path, deadline: float | None) -> float:
+    """Without kernel locks: deletes the file of a process that has ended.
+
+    Returns until when to try again, by the monotonic clock. Another process may create the file
+    next, even before this one.
+
+    Args:
+        deadline: None on the first call.
+
+    Raises:
+        ConfigError: if the owner may run, or is unknown for some time.
+    """
+    if deadline is None:
+        deadline = time.monotonic() + _CHANGES_WITHIN_S
+    file = output_dir / LOCK_FILE
+    contents = _read(file)
+    owner = parse_owner(contents)
+    if owner is not None and may_be_alive(owner, this_process(has_kernel_lock=False)):
+        raise _taken(output_dir, owner)
+    if owner is not None:
+        _remove_contents(file, contents)
+    if file.exists():
+        if time.monotonic() > deadline:
+            raise _taken(output_dir, owner)
+        time.sleep(_CHANGE_POLL_S)
+    return deadline
+
+
+def _remove_contents(file: Path, contents: bytes) -> None:
+    """Deletes a lock file unless it has other contents, or another process is deleting it.
+
+    Of several processes that have read the same contents, one at a time goes on: it holds a second
+    file. So none can delete what a new owner has created since.
+    """
+    claim = file.with_name(f"{file.name}.{hashlib.sha256(contents).hexdigest()[:16]}")
+    try:
+        _close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except OSError:
+        return
+    try:
+        if _read(file) == contents:
+            try_to_remove(file.unlink)
+    finally:
+        try_to_remove(claim.unlink)
+
+
+def _read(file: Path) -> bytes:
+    """Returns the contents; nothing if the file is missing."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _taken(output_dir: Path, owner: Owner | None, *, may_delete: bool = True) -> ConfigError:
+    """Returns the error for a folder of another process.
+
+    Args:
+        may_delete: whether the file may be left of a process that has ended.
+    """
     who = "another process"
-    way_out = "wait until it ends, or stop it"
     if owner is not None:
         who = f"process {owner.pid} on {owner.host}, started {owner.since},"
-        if owner.host != socket.gethostname():
-            way_out += f", or delete {output_dir / LOCK_FILE} if it is known to have ended"
+    way_out = "wait until it ends, or stop it"
+    if may_delete:
+        way_out += f", or delete {output_dir / LOCK_FILE} if it is known to have ended"
     return ConfigError(
         f"[job] output_dir = {str(output_dir)!r}: {who} trains in this folder; {way_out}, or "
         "choose another output_dir"
@@ -220,26 +282,3 @@ def _cannot_lock(output_dir: Path, error: OSError) -> ConfigError:
         f"locked ({error.strerror}); choose another output_dir, or delete the file if no run of "
         "that user trains there"
     )
-
-
-def _this_process() -> _Owner:
-    return _Owner(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        since=time.strftime("%F %T %z"),
-        job=_job_from_launcher(),
-    )
-
-
-def _job_from_launcher() -> str | None:
-    if slurm_job := os.environ.get("SLURM_JOB_ID"):
-        return slurm_job
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return None if run_id in _SHARED_RUN_IDS else run_id
-
-
-def _read_owner(file: Path) -> _Owner | None:
-    try:
-        return _Owner.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None

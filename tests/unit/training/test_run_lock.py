@@ -8,9 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,8 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import World, start_world, stop_world
 from switchtitan.errors import ConfigError
 from switchtitan.training import run_lock
+from switchtitan.training.lock_owner import this_process
 from switchtitan.training.run_lock import LOCK_FILE, lock_output_dir
-
-JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 OWNER = """
 import os, sys, time
@@ -57,7 +55,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(autouse=True)
 def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in JOB_VARIABLES:
+    for variable in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -148,14 +146,21 @@ def polling(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("is_killed", [True, False], ids=["crashes", "ends"])
-def test_the_lock_of_another_host_is_waited_for(output_dir, world, polling, caplog, is_killed):
+def test_the_lock_of_another_host_is_waited_for(
+    output_dir, world, polling, caplog, monkeypatch, is_killed
+):
     owner = start_elsewhere(output_dir)
-    timer = threading.Timer(1.0, owner.kill if is_killed else lambda: go(owner))
-    timer.start()
+    wait = run_lock._wait
+
+    def end_owner_and_wait(*args):
+        if owner.poll() is None:
+            owner.kill() if is_killed else go(owner)
+        return wait(*args)
+
+    monkeypatch.setattr(run_lock, "_wait", end_owner_and_wait)
     with lock_output_dir(output_dir, world):
         assert owner.wait(60) == (-signal.SIGKILL if is_killed else 0)
         assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
-    timer.join()
     assert caplog.messages == ["waiting for the lock of elsewhere"]
 
 
@@ -259,17 +264,19 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(run_lock, "_SETTLED_AFTER_S", 0.0)
 
 
-def write_owner(output_dir: Path, host: str, pid: int, **job: str) -> None:
-    output_dir.mkdir(parents=True)
-    owner = {"host": host, "pid": pid, "since": "2026-01-02 03:04:05 +0000", **job}
-    (output_dir / LOCK_FILE).write_text(json.dumps(owner))
+@pytest.fixture(params=["with locks", "without locks"])
+def with_or_without_locks(request: pytest.FixtureRequest) -> bool:
+    if request.param == "without locks":
+        request.getfixturevalue("without_locks")
+    return request.param == "with locks"
 
 
 @pytest.mark.parametrize("function", ["open", "ftruncate", "pwrite", "fsync"])
-def test_a_disk_without_space_is_an_error_of_the_user(output_dir, world, monkeypatch, function):
+def test_a_disk_without_space_is_an_error_of_the_user(
+    output_dir, world, with_or_without_locks, monkeypatch, function
+):
     original = getattr(os, function)
 
     def fail(target: object, *args: object) -> object:
@@ -290,7 +297,7 @@ def test_a_disk_without_space_is_an_error_of_the_user(output_dir, world, monkeyp
 
 
 def test_the_user_of_a_lock_that_cannot_be_opened_is_named(output_dir, world, monkeypatch):
-    write_owner(output_dir, socket.gethostname(), os.getpid())
+    write_owner(output_dir)
     user = (output_dir / LOCK_FILE).owner()
     original = os.open
 
@@ -305,73 +312,199 @@ def test_the_user_of_a_lock_that_cannot_be_opened_is_named(output_dir, world, mo
         pass
 
 
+def write_owner(output_dir: Path, **values: object) -> bytes:
+    """Writes the file of this process without a kernel lock, with other values."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    owner = this_process(has_kernel_lock=False).model_copy(update=values)
+    contents = owner.model_dump_json().encode()
+    (output_dir / LOCK_FILE).write_bytes(contents)
+    return contents
+
+
+HAS_ENDED = {"host": "elsewhere", "slurm_job": "71", "slurm_restarts": 0}
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+
 def test_without_file_locks_a_file_names_the_owner(output_dir, world, without_locks):
     with lock_output_dir(output_dir, world):
         assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert not output_dir.exists()
 
 
-def test_without_file_locks_a_dead_process_of_this_host_keeps_nothing(
-    output_dir, world, without_locks
+def test_without_file_locks_the_file_of_a_process_that_has_ended_is_taken_over(
+    output_dir, world, without_locks, requeued
 ):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    write_owner(output_dir, socket.gethostname(), ended.pid)
+    write_owner(output_dir, **HAS_ENDED)
     with lock_output_dir(output_dir, world):
-        assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
+        owner = json.loads((output_dir / LOCK_FILE).read_text())
+        assert (owner["pid"], owner["slurm_restarts"]) == (os.getpid(), 1)
+    assert not list(output_dir.iterdir())
 
 
 @pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
-def test_without_file_locks_an_owner_that_may_live_is_respected(
-    output_dir, world, without_locks, host
-):
-    write_owner(output_dir, host, os.getppid())
-    before = (output_dir / LOCK_FILE).read_bytes()
-    message = rf"process {os.getppid()} on {host}, started 2026-01-02 03:04:05 \+0000, trains"
-    if host == "elsewhere":
-        message += f".* delete .*{LOCK_FILE} if it is known to have ended"
+def test_an_owner_that_may_live_is_respected(output_dir, world, with_or_without_locks, host):
+    # With locks: another node may see the same file system without.
+    before = write_owner(output_dir, host=host, since="2026-01-02")
+    message = (
+        rf"process {os.getpid()} on {host}, started 2026-01-02, trains in this folder; .* "
+        f"or delete .*{LOCK_FILE} if it is known to have ended, or choose another output_dir$"
+    )
     with pytest.raises(ConfigError, match=message), lock_output_dir(output_dir, world):
         pass
+    assert [file.name for file in output_dir.iterdir()] == [LOCK_FILE]
     assert (output_dir / LOCK_FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "job", [{"SLURM_JOB_ID": "71"}, {"TORCHELASTIC_RUN_ID": "71"}], ids=lambda job: next(iter(job))
-)
-def test_without_file_locks_a_requeued_job_takes_the_folder_over(
-    output_dir, world, without_locks, monkeypatch, job
+def test_without_file_locks_an_unknown_owner_is_respected(
+    output_dir, world, without_locks, monkeypatch
 ):
-    for variable, value in job.items():
-        monkeypatch.setenv(variable, value)
-    write_owner(output_dir, "elsewhere", os.getppid(), job="71")
-    with lock_output_dir(output_dir, world):
-        owner = json.loads((output_dir / LOCK_FILE).read_text())
-        assert (owner["pid"], owner["job"]) == (os.getpid(), "71")
-    assert not (output_dir / LOCK_FILE).exists()
-
-
-@pytest.mark.parametrize(
-    ("host", "of_owner", "own"),
-    [
-        ("elsewhere", {"job": "71"}, {"SLURM_JOB_ID": "72", "TORCHELASTIC_RUN_ID": "71"}),
-        ("elsewhere", {"job": "71"}, {}),
-        ("elsewhere", {}, {"SLURM_JOB_ID": "71"}),
-        # A live process of the same job.
-        (socket.gethostname(), {"job": "71"}, {"SLURM_JOB_ID": "71"}),
-        # Unrelated runs share these ids.
-        ("elsewhere", {"job": ""}, {"TORCHELASTIC_RUN_ID": ""}),
-        ("elsewhere", {"job": "none"}, {"TORCHELASTIC_RUN_ID": "none"}),
-        ("elsewhere", {"job": "switchtitan"}, {"TORCHELASTIC_RUN_ID": "switchtitan"}),
-    ],
-)
-def test_without_file_locks_only_the_same_job_on_another_host_takes_the_folder_over(
-    output_dir, world, without_locks, monkeypatch, host, of_owner, own
-):
-    for variable, value in own.items():
-        monkeypatch.setenv(variable, value)
-    write_owner(output_dir, host, os.getppid(), **of_owner)
+    monkeypatch.setattr(run_lock, "_CHANGES_WITHIN_S", 0.1)
+    output_dir.mkdir(parents=True)
+    (output_dir / LOCK_FILE).touch()
     with (
-        pytest.raises(ConfigError, match=rf"process {os.getppid()} on {host}, "),
+        pytest.raises(ConfigError, match=f"another process trains .* delete .*{LOCK_FILE}"),
         lock_output_dir(output_dir, world),
     ):
         pass
+    assert (output_dir / LOCK_FILE).exists()
+
+
+def test_without_file_locks_an_owner_that_lost_the_folder_leaves_the_new_file(
+    output_dir, world, without_locks
+):
+    with lock_output_dir(output_dir, world):
+        others = write_owner(output_dir, host="elsewhere")
+    assert (output_dir / LOCK_FILE).read_bytes() == others
+
+
+def test_without_file_locks_of_two_that_find_an_ended_process_one_takes_over(
+    output_dir, world, without_locks, requeued, monkeypatch
+):
+    write_owner(output_dir, **HAS_ENDED)
+    other = b""
+    may_be_alive = run_lock.may_be_alive
+
+    def take_over_meanwhile(*args: object) -> bool:
+        nonlocal other
+        answer = may_be_alive(*args)
+        other = other or write_owner(output_dir)
+        return answer
+
+    monkeypatch.setattr(run_lock, "may_be_alive", take_over_meanwhile)
+    with (
+        pytest.raises(ConfigError, match=f"process {os.getpid()} on {socket.gethostname()}"),
+        lock_output_dir(output_dir, world),
+    ):
+        pass
+    assert (output_dir / LOCK_FILE).read_bytes() == other
+
+
+STARTERS = """
+import errno, fcntl, sys, time
+from pathlib import Path
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import start_world
+from switchtitan.errors import ConfigError
+from switchtitan.training.run_lock import lock_output_dir
+
+def refuse(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+if sys.argv[1] == "without":
+    fcntl.lockf = refuse
+world = start_world(ParallelismConfig())
+print("ready", flush=True)
+for line in sys.stdin:
+    start_at, folder = line.split()
+    while time.time() < float(start_at):
+        pass
+    try:
+        with lock_output_dir(Path(folder), world):
+            print("owns", flush=True)
+            sys.stdin.readline()
+    except ConfigError as error:
+        assert "trains in this folder" in str(error), error
+        print("refused", flush=True)
+        sys.stdin.readline()
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("locks", ["with", "without"])
+@pytest.mark.parametrize("is_left", [False, True], ids=["new folder", "file of an ended process"])
+def test_of_two_that_start_at_the_same_instant_one_owns_the_folder(tmp_path, locks, is_left):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTERS, locks],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+
+    def answers(lines: Callable[[], str]) -> list[str]:
+        for process in processes:
+            process.stdin.write(lines())
+            process.stdin.flush()
+        return sorted(process.stdout.readline() for process in processes)
+
+    assert answers(lambda: "") == ["ready\n"] * 2
+    for number in range(20):
+        folder = tmp_path / f"run-{number}"
+        if is_left:
+            write_owner(folder, boot_id="earlier")
+        start_at = time.time() + 0.02
+        assert answers(lambda at=start_at, to=folder: f"{at} {to}\n") == ["owns\n", "refused\n"]
+        assert answers(lambda: "\n") == ["ended\n"] * 2
+        assert not folder.exists() or not list(folder.iterdir())
+    for process in processes:
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+RESTARTED = """
+import errno, fcntl, os, time
+from pathlib import Path
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import start_world, stop_world
+from switchtitan.training.run_lock import lock_output_dir
+
+def refuse(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.lockf = refuse
+world = start_world(ParallelismConfig())
+with lock_output_dir(Path("run"), world):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if world.is_main:
+            os._exit(1)
+        time.sleep(60)
+    world.gather(None)
+stop_world()
+"""
+
+
+@pytest.mark.distributed
+def test_without_file_locks_ranks_that_torchrun_restarts_own_the_folder_again(tmp_path):
+    tiny_config(tmp_path, "lora", num_ranks=2)
+    (file,) = tmp_path.glob("*.toml")
+    (tmp_path / "ranks.py").write_text(RESTARTED)
+    options = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    options += ["--max-restarts", "1"]
+    script = ["ranks.py", "--config", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "switchtitan", "launch", *options, *script],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
