@@ -244,7 +244,7 @@ def test_the_lock_is_kept_until_a_background_save_is_complete(tmp_path, world, e
     for line in process.stderr:
         if is_interrupted and line == "waits\n":
             process.send_signal(signal.SIGINT)  # the second one
-        if line in ("interrupted\n", "RuntimeError: out of memory\n"):
+        if line == "interrupted\n" or line.endswith("RuntimeError: out of memory\n"):
             break
     # Training has ended, and the context with it.
     with (
@@ -466,45 +466,3 @@ def test_of_two_that_start_at_the_same_instant_one_owns_the_folder(tmp_path, loc
     for process in processes:
         process.stdin.close()
         assert process.wait(60) == 0
-
-
-RESTARTED = """
-import errno, fcntl, os, time
-from pathlib import Path
-from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.world import start_world, stop_world
-from switchtitan.training.run_lock import lock_output_dir
-
-def refuse(*args):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-fcntl.lockf = refuse
-world = start_world(ParallelismConfig())
-with lock_output_dir(Path("run"), world):
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        if world.is_main:
-            os._exit(1)
-        time.sleep(60)
-    world.gather(None)
-stop_world()
-"""
-
-
-@pytest.mark.distributed
-def test_without_file_locks_ranks_that_torchrun_restarts_own_the_folder_again(tmp_path):
-    tiny_config(tmp_path, "lora", num_ranks=2)
-    (file,) = tmp_path.glob("*.toml")
-    (tmp_path / "ranks.py").write_text(RESTARTED)
-    options = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    options += ["--max-restarts", "1"]
-    script = ["ranks.py", "--config", str(file)]
-    done = subprocess.run(
-        [sys.executable, "-m", "switchtitan", "launch", *options, *script],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "run" / LOCK_FILE).exists()
