@@ -1,6 +1,6 @@
 """Makes `python -m switchtitan` run the console script `switchtitan`."""
 
-from switchtitan.cli.main import main
+from switchtitan.cli.main import run
 
 if __name__ == "__main__":
-    main()
+    run()

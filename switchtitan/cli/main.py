@@ -1,10 +1,13 @@
 """The console script `switchtitan`. Imports only the module of the chosen command."""
 
+import atexit
 import difflib
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from switchtitan import __version__
 from switchtitan.cores import num_cores, set_thread_defaults
@@ -26,6 +29,16 @@ _STARTERS = ("launch", "compare")
 the user has."""
 
 
+def run() -> None:
+    """The console script `switchtitan`: `main`, whose exit status is kept in any case."""
+    try:
+        main()
+    except SystemExit as stop:
+        if not isinstance(stop.code, int) or stop.code == 0:
+            raise
+        _exit(stop.code)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command.
 
@@ -44,6 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command not in _STARTERS:
             set_thread_defaults(os.environ, num_cores())  # before the command imports torch
         run_command("switchtitan", command, COMMANDS, arguments, "switchtitan.cli.{}")
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends the process as Python does, but destroys no objects.
+
+    An error leaves process groups behind. Their destruction aborts the process (status 134) if one
+    of gloo's threads still runs.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_command(

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -128,3 +129,27 @@ def test_a_low_limit_of_files_is_an_error_without_a_traceback(monkeypatch, capsy
         launch.main(["--standalone", "--nproc_per_node", "2", "benchmark"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: the limit is 50\n"
+
+
+_ABORTS_AT_THE_END = """
+import atexit, os, sys
+from switchtitan.cli import main
+class Aborts:
+    def __del__(self):
+        os.abort()
+main.kept = Aborts()
+atexit.register(print, "at exit")
+print("before")
+sys.argv[1:] = ["no-such-command"]
+main.{function}()
+"""
+
+
+@pytest.mark.parametrize(("function", "status"), [("run", 2), ("main", -signal.SIGABRT)])
+def test_what_a_failed_command_leaves_behind_does_not_change_its_status(function, status):
+    code = _ABORTS_AT_THE_END.format(function=function)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert "no-such-command: unknown command" in done.stderr
+    if function == "run":
+        assert done.stdout.split("\n") == ["before", "at exit", ""]
