@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from switchtitan.distributed.world import stop_world
 
 # Ranks are forked from a process that has imported these: imports take longer than most tests.
-_PRELOADED = [
+PRELOADED = [
     "pytest",
     "switchtitan.cli.train",
     "torch._dynamo",
@@ -67,8 +67,8 @@ def _run_all(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context(start_method)
-        context.set_forkserver_preload(_PRELOADED)
-        environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
+        context.set_forkserver_preload(PRELOADED)
+        environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
         ranks = [
             context.Process(
                 target=run_rank, args=(rank, num_ranks, folder, environ, function, args)
@@ -101,7 +101,7 @@ def _join(ranks: list, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]

@@ -1,0 +1,129 @@
+"""Killed at any moment, the same command goes on with what would have happened."""
+
+import json
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.kills import random_kill, run
+from support.tiny import METHOD_KEYS, TINY
+
+from switchtitan.checkpoint.verify import check_contents
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+IS_LONG = os.environ.get("SWITCHTITAN_FAULTS") == "long"
+NUM_STEPS, INTERVAL = 24, 4
+NUM_CHAINS = 4 if IS_LONG else 1
+KILLS_PER_CHAIN = 3 if IS_LONG else 1
+PHASES = ("start-up", "preparation", "training", "save", "async save", "pruning")
+LONGEST_S = {
+    "start-up": 0.6,
+    "preparation": 0.5,
+    "training": 0.05,
+    "save": 0.1,
+    "async save": 0.1,
+    "pruning": 0.01,
+}
+"""About how long a phase lasts; a call that is shorter than the drawn time does not end the run,
+the next one does."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: equal for equal runs."""
+
+    tensors: dict[str, str]
+    """Checksums of the files with the tensors of the last checkpoint."""
+    train_state: dict
+    losses: dict[str, str]
+    """The last printed loss of each step."""
+
+
+def arguments(folder: Path, is_async: bool) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.toml"
+    text = TINY.format(
+        folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"]
+    ).replace("{folder}/../corpora", "corpora")
+    text = text.replace("steps = 40", f"steps = {NUM_STEPS}")
+    text = text.replace("interval = 20", f"interval = {INTERVAL}")
+    file.write_text(text.replace("async_save = false", f"async_save = {str(is_async).lower()}"))
+    return ["--config", str(file), "--data.cache_dir", str(folder / "corpora")]
+
+
+def outcome(folder: Path) -> Outcome:
+    metadata = check_contents(folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}")
+    losses = {}
+    for line in (folder / "log").read_text().splitlines():
+        step, _, rest = line.strip().partition("/")
+        if step.isdecimal() and rest.split()[0] == str(NUM_STEPS):
+            losses[step] = rest.split()[1]
+    return Outcome(
+        {
+            name: record.sha256
+            for name, record in metadata.files.items()
+            if name != ".metadata"  # holds the save's random id
+        },
+        json.loads(json.dumps(metadata.train_state)),
+        losses,
+    )
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Outcome]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run(arguments(folder, is_async=True), request.param, folder / "log") == (
+        [0] * request.param
+    )
+    return request.param, outcome(folder)
+
+
+def check_folders(folder: Path) -> None:
+    """Every folder that has a checkpoint's name is whole."""
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        if path.name.removeprefix("step-").isdecimal():
+            check_contents(path)
+
+
+@pytest.mark.parametrize("chain", range(NUM_CHAINS))
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    undisturbed: tuple[int, Outcome], phase: str, chain: int, tmp_path: Path
+) -> None:
+    num_ranks, expected = undisturbed
+    source = random.Random(f"{phase} {chain} {num_ranks}")
+    own = arguments(tmp_path, is_async=phase != "save")
+    num_killed = 0
+    for _ in range(KILLS_PER_CHAIN):
+        kill = random_kill(source, phase.removeprefix("async "), num_ranks, LONGEST_S[phase])
+        num_killed += any(code < 0 for code in run(own, num_ranks, tmp_path / "log", kill))
+        check_folders(tmp_path)
+    assert num_killed > 0
+    assert run(own, num_ranks, tmp_path / "log") == [0] * num_ranks
+    assert outcome(tmp_path) == expected
+    record_kills(phase, num_ranks, num_killed)
+
+
+def test_another_seed_ends_otherwise(undisturbed: tuple[int, Outcome], tmp_path: Path) -> None:
+    """The comparison can fail."""
+    num_ranks, expected = undisturbed
+    own = [*arguments(tmp_path, is_async=True), "--job.seed", "1"]
+    assert run(own, num_ranks, tmp_path / "log") == [0] * num_ranks
+    other = outcome(tmp_path)
+    assert other.tensors != expected.tensors
+    assert other.train_state != expected.train_state
+    assert other.losses != expected.losses
+
+
+def record_kills(phase: str, num_ranks: int, num_killed: int) -> None:
+    """Appends to the file that the variable SWITCHTITAN_FAULTS_REPORT names, if it is set."""
+    if report := os.environ.get("SWITCHTITAN_FAULTS_REPORT"):
+        with open(report, "a") as file:
+            record = {"phase": phase, "num_ranks": num_ranks, "kills": num_killed}
+            file.write(json.dumps({"fault": "SIGKILL", **record, "at": time.time()}) + "\n")
