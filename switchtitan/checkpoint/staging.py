@@ -7,11 +7,14 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from switchtitan.distributed.adjacent import with_local
+from switchtitan.distributed.host_copies import PageLockedMemory
 from switchtitan.distributed.shards import local
+
+_ALIGNMENT = 16
+"""Bytes at whose multiples copies start; as long as a GPU's widest access."""
 
 
 class HostCopies:
@@ -19,67 +22,70 @@ class HostCopies:
 
     Copying into memory that is already allocated takes a quarter of the time. Copies of CUDA
     tensors are page-locked: the device writes them directly, in one queue without waiting for each.
-    Tensors in host memory are copied too.
+    Tensors in host memory are copied too, at the same time.
     """
 
     def __init__(self) -> None:
-        self._stagers: dict[str, DefaultStager] = {}
-        self._parts: dict[str, Tensor] = {}
+        self._page_locked: PageLockedMemory | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {}
+        """Device type -> views of its memory, by name."""
 
+    @torch.no_grad()
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns copies by name, which no longer change. Waits until they are complete."""
+        """Returns copies by name, which no longer change. Waits until they are complete.
+
+        All copies of a device's tensors share a storage, which has no other bytes than theirs, but
+        for the alignment.
+        """
+        shards: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            shard = local(tensor)
+            shards.setdefault(shard.device.type, {})[name] = shard
         copies: dict[str, Tensor] = {}
-        for device_type in sorted({tensor.device.type for tensor in tensors.values()}):
-            if device_type not in self._stagers:
-                self._stagers[device_type] = DefaultStager(staging_options(device_type))
-            # Local shards: torch's stager fails for DTensors that share a storage.
-            own = {name: local(t) for name, t in tensors.items() if t.device.type == device_type}
-            # The stager would copy their whole storages.
-            copies |= self._copy_parts(_parts_of_storages(own), device_type == "cuda")
-            staged = self._stagers[device_type].stage(
-                {name: tensor for name, tensor in own.items() if name not in copies}
-            )
-            assert isinstance(staged, dict)
-            copies |= staged
+        # The device copies while the host does.
+        for device_type in sorted(shards, key=lambda device_type: device_type != "cuda"):
+            own = shards[device_type]
+            into = self._memory_for(own, device_type)
+            for name, shard in own.items():
+                copies[name] = into[name].copy_(shard, non_blocking=True)
+        if "cuda" in shards:
+            torch.cuda.current_stream().synchronize()
         return {name: with_local(tensors[name], copies[name]) for name in tensors}
 
-    def _copy_parts(self, tensors: Mapping[str, Tensor], is_cuda: bool) -> dict[str, Tensor]:
-        """Copies each tensor into memory of its own size; waits until all copies are complete."""
-        for name, tensor in tensors.items():
-            if name not in self._parts:
-                self._parts[name] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=is_cuda
-                )
-            self._parts[name].copy_(tensor, non_blocking=is_cuda)
-        if is_cuda and tensors:
-            torch.cuda.current_stream().synchronize()
-        return {name: self._parts[name] for name in tensors}
+    def _memory_for(self, shards: Mapping[str, Tensor], device_type: str) -> dict[str, Tensor]:
+        """Returns memory for copies of a device's shards: that of the last call, if it fits."""
+        if _shapes(self._copies.get(device_type, {})) != _shapes(shards):
+            # Both together may not fit.
+            self._copies.pop(device_type, None)
+            starts, num_bytes = _lay_out(shards)
+            memory = self._allocate(num_bytes, device_type)
+            self._copies[device_type] = {
+                name: memory[start : start + shards[name].nbytes]
+                .view(shards[name].dtype)
+                .view(shards[name].shape)
+                for name, start in starts.items()
+            }
+        return self._copies[device_type]
+
+    def _allocate(self, num_bytes: int, device_type: str) -> Tensor:
+        if device_type != "cuda":
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        self._page_locked = None
+        self._page_locked = PageLockedMemory(num_bytes)
+        return self._page_locked.bytes
 
 
-def _parts_of_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors whose storage holds more than `tensors`.
-
-    Trained matrices of several layers share a storage, and a replica saves a few of them only.
-    """
-    num_bytes: dict[int, int] = {}
-    for tensor in tensors.values():
-        key = tensor.untyped_storage()._cdata
-        num_bytes[key] = num_bytes.get(key, 0) + tensor.nbytes
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if num_bytes[tensor.untyped_storage()._cdata] < tensor.untyped_storage().nbytes()
-    }
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def staging_options(device_type: str) -> StagingOptions:
-    """Returns how to copy tensors of a device; never in another thread or into shared memory."""
-    return StagingOptions(
-        use_pinned_memory=device_type == "cuda",
-        use_shared_memory=False,
-        use_async_staging=False,
-        use_non_blocking_copy=device_type == "cuda",
-    )
+def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """Returns where each tensor's copy starts, and the end of the last, in bytes."""
+    starts, end = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = starts[name] + tensor.nbytes
+    return starts, end
 
 
 def own_share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

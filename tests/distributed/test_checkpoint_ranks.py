@@ -148,13 +148,14 @@ def test_every_value_is_saved_by_one_rank():
 
 def count_staged_bytes(rank: int, folder: str, layout: str) -> None:
     """Host memory of a background save: each rank copies what it writes, and nothing else."""
-    num_copied = [0]
+    num_copied = [0, 0]
     copy = HostCopies.__call__
 
     def counted(self: HostCopies, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = copy(self, tensors)
         storages = [local(tensor).untyped_storage() for tensor in copies.values()]
         num_copied[0] += sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        num_copied[1] += len(copies)
         return copies
 
     HostCopies.__call__ = counted
@@ -169,7 +170,11 @@ def count_staged_bytes(rank: int, folder: str, layout: str) -> None:
     checkpointer.finish()
     of_all_ranks = [0] * dist.get_world_size()
     dist.all_gather_object(of_all_ranks, num_copied[0])
-    assert sum(of_all_ranks) == sum(value.nbytes for value in values.values())
+    num_copies = [0] * dist.get_world_size()
+    dist.all_gather_object(num_copies, num_copied[1])
+    # Copies start at multiples of 16 bytes.
+    excess = sum(of_all_ranks) - sum(value.nbytes for value in values.values())
+    assert 0 <= excess < 16 * sum(num_copies)
     written = [file.stat().st_size for file in (Path(folder) / "step-000000001").glob("__*.distcp")]
     assert max(written) < 1.5 * min(written)
 

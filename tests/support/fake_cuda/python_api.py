@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.cuda import _pin_memory_utils
 
 from support.fake_cuda.timeline import Actor, Clock, host
 
@@ -21,6 +23,13 @@ class PinnedMemory:
         storage = tensor.untyped_storage()
         self._storages.add(storage._cdata)
         weakref.finalize(storage, self._storages.discard, storage._cdata)
+
+    def add_address(self, address: int, num_bytes: int) -> None:
+        """Adds memory by its address, as cudaHostRegister does."""
+        self._storages.add(address)
+
+    def discard_address(self, address: int) -> None:
+        self._storages.discard(address)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._storages
@@ -120,6 +129,14 @@ def _pin_memory(tensor: Tensor, device: object = None) -> Tensor:
     return pinned
 
 
+_data_ptr = torch.Tensor.data_ptr
+
+
+def _address(tensor: Tensor) -> int:
+    """`Tensor.data_ptr`; of a fake tensor, which has no memory, what tells storages apart."""
+    return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else _data_ptr(tensor)
+
+
 def install() -> None:
     """Replaces the functions of `torch.cuda` for the rest of this process."""
     functions = {
@@ -137,5 +154,8 @@ def install() -> None:
     }
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
+    _pin_memory_utils.pin_memory = pinned_memory.add_address
+    _pin_memory_utils.unpin_memory = pinned_memory.discard_address
+    torch.Tensor.data_ptr = _address  # type: ignore[method-assign]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
     torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]
