@@ -163,7 +163,8 @@ class Trainer:
             if not self.stepper.world.broadcast(self.reporter.has_results(state.step)):
                 self._finalize()
             return
-        if schedule.num_steps < schedule.evaluate_interval:
+        is_short = schedule.num_steps < schedule.evaluate_interval
+        if is_short and state.first_validation_loss is None:
             logger.info(
                 "no evaluation: the run is shorter than [evaluation] interval = %d",
                 schedule.evaluate_interval,
@@ -240,9 +241,12 @@ class Trainer:
         state, schedule = self.stepper.state, self.schedule
         step = state.step
         state.is_work_after_step_due = True
-        if step % schedule.evaluate_interval == 0 or (
-            step == schedule.num_steps and step > schedule.evaluate_interval
-        ):
+        is_last_due = (
+            step > schedule.evaluate_interval
+            # Otherwise the results would state an older loss.
+            or state.first_validation_loss is not None
+        )
+        if step % schedule.evaluate_interval == 0 or (step == schedule.num_steps and is_last_due):
             self.evaluate()
         for hook in self.hooks:
             if hook.is_due(step):

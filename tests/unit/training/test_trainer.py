@@ -180,6 +180,21 @@ def note_at_steps(trainer: Trainer, note: Callable[[], object]) -> list[object]:
     return noted
 
 
+def test_results_state_the_loss_of_the_last_step_also_if_the_interval_grew(corpora):
+    folder = corpora / "interval-grew"
+    save = ("--checkpoint.interval", "2")
+    tiny_trainer(
+        folder, "lora", *save, "--training.steps", "2", "--evaluation.interval", "2"
+    ).train()
+    trainer = tiny_trainer(
+        folder, "lora", *save, "--training.steps", "4", "--evaluation.interval", "100"
+    )
+    trainer.train()
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["step"] == 4
+    assert results["loss/validation"] == trainer.evaluators.validation(trainer.stepper.model)
+
+
 def test_python_s_collector_is_disabled_while_training(corpora):
     trainer = tiny_trainer(corpora / "collects", "full_rank", "--training.steps", "4")
     may_collect = note_at_steps(trainer, gc.isenabled)
