@@ -107,11 +107,13 @@ def check_estimates(
             expected_bytes = estimate.memory.peak - sum(
                 estimate.memory.most[kind] for kind in lasting_kinds
             )
-            # Two numbers of 8 bytes and one of 4 for each token of a batch, not in an estimate.
+            # Two numbers of 8 bytes and one of 4 for each token of a batch, not in an estimate. A
+            # peak in the update is after the batch was freed.
             batches = config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
             # 1 % for scalars. A CPU's products in bf16 allocate workspaces, not in an estimate.
             tolerance = 0.05 if config.training.dtype == "bfloat16" else 0.01
-            assert allocated == pytest.approx(expected_bytes + batches, rel=tolerance), method
+            low, high = expected_bytes, expected_bytes + batches
+            assert low * (1 - tolerance) <= allocated <= high * (1 + tolerance), method
         stepper.close()
 
 

@@ -85,8 +85,9 @@ def test_gathers_and_reductions_follow_from_the_parameters(
         len(parts),
         pytest.approx(4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share),
     )
-    # Clipping: one norm of each trained tensor, summed over ranks at once.
-    norms = CollectiveCount(1, pytest.approx(2 * share * 4 * sum(map(len, trained))))
+    # Clipping: one norm of each trained tensor, and whether the loss is finite, summed at once.
+    num_values = sum(map(len, trained)) + 1
+    norms = CollectiveCount(1, pytest.approx(2 * share * 4 * num_values))
     assert counts["all_reduce"] == norms
     assert counts["broadcast"].num_calls == 0
 
@@ -253,7 +254,7 @@ def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
     num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
     assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 2, num_bytes / 2)
     # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
-    norms = 4 * sum(map(len, units(config))) + 2 * 3 / 4 * 4
+    norms = 4 * (sum(map(len, units(config))) + 1) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
 
 
