@@ -275,6 +275,7 @@ def test_an_atomic_write_is_flushed_before_and_after_its_rename(outcomes):
         ["mkdir", "spectra", None],
         ["open", "atomic", None],
         ["fsync", "atomic", None],
+        ["unlink", "file.new", None],
         ["create", "file.new", None],
         ["write", "file.new", None],
         ["fsync", "file.new", None],
