@@ -153,16 +153,19 @@ def _wait(output_dir: Path, deadline: float | None) -> float:
         deadline: None on the first call.
 
     Raises:
-        ConfigError: if the owner is on this host, or unknown at first, or the time is over.
+        ConfigError: if the owner is on this host, or the time is over, which is short as long as
+            the file does not name one: its owner is just writing or deleting it.
     """
     owner = parse_owner(_read(output_dir / LOCK_FILE))
     is_here = owner is not None and owner.host == socket.gethostname()
-    if deadline is None and owner is not None and not is_here:
+    if deadline is None and owner is None:
+        deadline = time.monotonic() + _CHANGES_WITHIN_S
+    elif deadline is None and owner is not None and not is_here:
         logger.info("waiting for the lock of %s", owner.host)
         deadline = time.monotonic() + _LEASE_S
     if deadline is None or is_here or time.monotonic() > deadline:
         raise _taken(output_dir, owner, may_delete=owner is not None and not is_here)
-    time.sleep(_POLL_S)
+    time.sleep(_CHANGE_POLL_S if owner is None else _POLL_S)
     return deadline
 
 

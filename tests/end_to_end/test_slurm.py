@@ -41,8 +41,9 @@ for argument in "$@"; do
     echo "$NNODES $NODE_RANK $RDZV_ENDPOINT $RDZV_ID [$argument]" >> "node-$NODE_RANK"
 done
 trap 'exit "${STOPPED_STATUS:-143}"' TERM
-echo $$ > "pid-$NODE_RANK"
-if [ -n "${LASTS_S:-}" ]; then sleep "$LASTS_S" & wait "$!"; fi
+echo $$ > "new-$NODE_RANK"; mv "new-$NODE_RANK" "pid-$NODE_RANK"
+# Without this script's output: a reader of it would wait for `sleep`.
+if [ -n "${LASTS_S:-}" ]; then sleep "$LASTS_S" > /dev/null 2>&1 & wait "$!"; fi
 exit "${STATUS:-0}"
 """
 
