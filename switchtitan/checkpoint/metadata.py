@@ -1,6 +1,8 @@
 """`metadata.json` and `tensors.json` of a checkpoint: their contents, reading and writing."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -145,17 +147,12 @@ def _check_metadata_checksum(path: Path) -> bool:
     Raises:
         CheckpointError: if they differ or cannot be read.
     """
-    try:
-        saved = file_inside(path, METADATA_CHECKSUM_FILE).read_bytes()
-        contents = file_inside(path, METADATA_FILE).read_bytes()
-    except FileNotFoundError:
-        return False
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; copy the file itself") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot read {METADATA_FILE}: {error.strerror or error}"
-        ) from error
+    with _reading(path / METADATA_FILE):
+        try:
+            saved = file_inside(path, METADATA_CHECKSUM_FILE).read_bytes()
+            contents = file_inside(path, METADATA_FILE).read_bytes()
+        except FileNotFoundError:
+            return False
     if saved != _checksum_line(contents):
         raise CheckpointError(
             f"{path}: {METADATA_FILE} or its checksum in {METADATA_CHECKSUM_FILE} is corrupted"
@@ -209,15 +206,22 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
 
-def _read(path: Path, kind: type[_File]) -> _File:
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raises a `CheckpointError` if the checkpoint's file cannot be read."""
     try:
-        contents = file_inside(path.parent, path.name).read_bytes()
+        yield
     except ValueError as error:
-        raise CheckpointError(f"{path.parent}: {error}; copy the file itself") from error
+        raise CheckpointError(f"{file.parent}: {error}; copy the file itself") from error
     except OSError as error:
         raise CheckpointError(
-            f"{path.parent}: cannot read {path.name}: {error.strerror or error}"
+            f"{file.parent}: cannot read {file.name}: {error.strerror or error}"
         ) from error
+
+
+def _read(path: Path, kind: type[_File]) -> _File:
+    with _reading(path):
+        contents = file_inside(path.parent, path.name).read_bytes()
     try:
         return kind.model_validate_json(contents)
     except ValidationError as error:

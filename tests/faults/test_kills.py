@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.fuzzing import IS_LONG
 from support.kills import random_kill, run
 from support.tiny import METHOD_KEYS, TINY
 
@@ -16,7 +17,6 @@ from switchtitan.checkpoint.verify import check_contents
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-IS_LONG = os.environ.get("SWITCHTITAN_FAULTS") == "long"
 NUM_STEPS, INTERVAL = 24, 4
 NUM_CHAINS = 4 if IS_LONG else 1
 KILLS_PER_CHAIN = 3 if IS_LONG else 1
@@ -49,9 +49,7 @@ class Outcome:
 def arguments(folder: Path, is_async: bool) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.toml"
-    text = TINY.format(
-        folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"]
-    ).replace("{folder}/../corpora", "corpora")
+    text = TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
     text = text.replace("steps = 40", f"steps = {NUM_STEPS}")
     text = text.replace("interval = 20", f"interval = {INTERVAL}")
     file.write_text(text.replace("async_save = false", f"async_save = {str(is_async).lower()}"))
