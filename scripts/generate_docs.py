@@ -1,10 +1,11 @@
-"""Generates docs/CONFIGURATION.md and the tables of docs/PERFORMANCE.md.
+"""Generates docs/CONFIGURATION.md and the tables of docs/PERFORMANCE.md and docs/RELIABILITY.md.
 
     python scripts/generate_docs.py [--check]
 
 --check writes nothing and exits with status 1 if a file is outdated. CONFIGURATION.md is generated
 from the sections. The table between `<!-- table NAME -->` and `<!-- end -->` is generated from
-docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`."""
+docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`;
+`scripts/reliability_report.py` makes the tables of faults."""
 
 import argparse
 import json
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import reliability_report
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
@@ -42,7 +45,7 @@ Row = Sequence[str]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes both files, or checks that they are up to date.
+    """Writes all files, or checks that they are up to date.
 
     Raises:
         SystemExit: with status 1 if `--check` finds an outdated file.
@@ -55,6 +58,9 @@ def main(argv: Sequence[str]) -> None:
     texts = {
         CONFIGURATION: configuration_page(),
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
+        reliability_report.RELIABILITY: reliability_report.with_tables(
+            reliability_report.RELIABILITY.read_text(), reliability_report.SUMS
+        ),
     }
     outdated = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text

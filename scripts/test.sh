@@ -4,7 +4,10 @@
 #   ./scripts/test.sh                        all tests, on all cores
 #   ./scripts/test.sh --quick                unit tests of less than about five seconds each
 #   ./scripts/test.sh --faults               tests/faults in full, on all cores: an hour or more;
-#                                            all other calls run a sample of its cases
+#                                            all other calls run a sample of its cases.
+#                                            What each test did is appended to the file that
+#                                            SWITCHTITAN_FAULTS_REPORT names; default: a new
+#                                            outputs/faults.jsonl
 #   ./scripts/test.sh tests/unit -k switch   some tests, in one process; arguments are pytest's
 #
 # Tests see no GPU, except those marked `gpu`: with a GPU, the first command runs them last, and fails
@@ -44,7 +47,17 @@ case "${1:-}" in
         ;;
     --faults)
         export SWITCHTITAN_FAULTS=long
-        exec "$PYTHON" -m pytest "${parallel[@]}" tests/faults "${@:2}"
+        if [ -z "${SWITCHTITAN_FAULTS_REPORT:-}" ]; then
+            export SWITCHTITAN_FAULTS_REPORT="$project_root/outputs/faults.jsonl"
+            mkdir -p -- "$project_root/outputs"
+            rm -f -- "$SWITCHTITAN_FAULTS_REPORT"
+        fi
+        status=0
+        "$PYTHON" -m pytest "${parallel[@]}" tests/faults "${@:2}" || status=$?
+        printf 'What was tested is in %s. To write docs/RELIABILITY.md from it:\n' \
+            "$SWITCHTITAN_FAULTS_REPORT"
+        printf '  python scripts/reliability_report.py %q\n' "$SWITCHTITAN_FAULTS_REPORT"
+        exit "$status"
         ;;
     *)
         exec "$PYTHON" -m pytest "$@"

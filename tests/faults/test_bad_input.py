@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.commands import run
+from support.fault_report import record
 from support.fuzzing import limited_cpu_time, num_cases
 from support.tiny import TINY, tiny_config, tiny_trainer
 from support.tiny_documents import make_documents
@@ -51,12 +52,13 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     }
 
 
-def check_refused(folder: Path, words: tuple[object, ...], *parts: str) -> None:
+def check_refused(kind: str, folder: Path, words: tuple[object, ...], *parts: str) -> None:
     """Runs a command in 60 s of CPU time; checks its message, and that `folder` is unchanged."""
     before = contents(folder)
     with limited_cpu_time(60):
         run(*words).check_refused(*parts)
     assert contents(folder) == before
+    record("bad input", kind=kind, refused=1)
 
 
 # Configurations.
@@ -118,7 +120,7 @@ def test_bad_configurations(
     text, named = case
     folder = tmp_path_factory.mktemp("config")
     (folder / "config.toml").write_text(text)
-    check_refused(folder, ("train", "--config", folder / "config.toml"), named)
+    check_refused("configuration", folder, ("train", "--config", folder / "config.toml"), named)
 
 
 NUMBERS = [
@@ -143,7 +145,8 @@ def test_bad_options(
     folder = tmp_path_factory.mktemp("options")
     (folder / "config.toml").write_text(VALID)
     option = f"--{key[0]}.{key[1]}{'x' * is_unknown}"
-    check_refused(folder, ("train", "--config", folder / "config.toml", option, word), option)
+    words = ("train", "--config", folder / "config.toml", option, word)
+    check_refused("command line", folder, words, option)
 
 
 # Corpora.
@@ -198,7 +201,8 @@ def test_bad_corpora(
     (folder / "in").mkdir()
     named = _write_corpus(folder / "in", dataset, data.draw)
     command = ("prepare", "--dataset", dataset, "--path", folder / "in", "--vocab_size", 270)
-    check_refused(folder / "in", (*command, "--cache_dir", folder / "out"), named)
+    words = (*command, "--cache_dir", folder / "out")
+    check_refused(f"source: {dataset}", folder / "in", words, named)
     # What a stopped preparation leaves, but no corpus.
     assert all(path.suffix in (".lock", ".partial") for path in (folder / "out").iterdir())
 
@@ -247,7 +251,7 @@ def test_bad_tokenizers(data: st.DataObject, tmp_path_factory: pytest.TempPathFa
     named = _break_tokenizer(folder / "tokenizer", data.draw)
     command = ("prepare", "--dataset", "jsonl", "--path", folder / "in", "--cache_dir")
     words = (*command, folder / "out", "--tokenizer", folder / "tokenizer")
-    check_refused(folder, words, named)
+    check_refused("tokenizer", folder, words, named)
 
 
 # Weights and manifests.
@@ -306,7 +310,7 @@ def test_bad_weights(
     shutil.copytree(home / layout, folder)
     named = _break_weights(folder, data.draw)
     words = ("evaluate", folder, "--config", home / "run.toml")
-    check_refused(folder.parent, words, named)
+    check_refused(f"weights: {layout}", folder.parent, words, named)
 
 
 @cases(60, 6)
@@ -349,7 +353,7 @@ def test_bad_manifests(
             "--job.output_dir", folder / "run",
         ),
     }[command]  # fmt: skip
-    check_refused(folder, words, str(checkpoint))
+    check_refused(f"checkpoint: {name}", folder, words, str(checkpoint))
 
 
 def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -360,5 +364,6 @@ def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     (tmp_path / "in" / "a.jsonl").write_text("{")
     command = ("prepare", "--dataset", "jsonl", "--path", tmp_path / "in", "--vocab_size", 270)
     monkeypatch.setattr(files, "_text_of_line", fail)
+    words = (*command, "--cache_dir", tmp_path / "out")
     with pytest.raises(KeyError):
-        check_refused(tmp_path / "in", (*command, "--cache_dir", tmp_path / "out"), "a.jsonl")
+        check_refused("planted", tmp_path / "in", words, "a.jsonl")

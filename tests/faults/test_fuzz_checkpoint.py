@@ -104,7 +104,8 @@ def test_a_damaged_manifest(
 ) -> None:
     number = num_cases(2500, 15)
     cases = range(part * number, (part + 1) * number)
-    fuzz(damage_manifest(saved, checkpoint, name), use, cases, min_refused=0.2)
+    damage = damage_manifest(saved, checkpoint, name)
+    fuzz(f"checkpoint: {name}", damage, use, cases, min_refused=0.2)
 
 
 def test_damaged_tensors(
@@ -118,7 +119,8 @@ def test_damaged_tensors(
         update_file_records(checkpoint)
         return "tensors"
 
-    fuzz(damage, use, range(num_cases(1000, 20)), min_refused=0.1)
+    cases = range(num_cases(1000, 20))
+    fuzz("checkpoint: tensors", damage, use, cases, min_refused=0.1)
 
 
 def test_damaged_files_without_new_checksums_are_always_refused(
@@ -134,7 +136,8 @@ def test_damaged_files_without_new_checksums_are_always_refused(
         (checkpoint / name).write_bytes(changed)
         return name
 
-    fuzz(damage, use, range(num_cases(1000, 20)), min_refused=1.0)
+    cases = range(num_cases(1000, 20))
+    fuzz("checkpoint: any file, checksums kept", damage, use, cases, min_refused=1.0)
 
 
 def test_a_planted_fault_is_found(
@@ -142,5 +145,6 @@ def test_a_planted_fault_is_found(
 ) -> None:
     """A check of the index that does not compare its pieces with the shapes and the files."""
     monkeypatch.setattr(verify, "_check_index", lambda *arguments: None)
+    damage = damage_manifest(saved, checkpoint, "tensors.json")
     with pytest.raises(FuzzError, match="failures"):
-        fuzz(damage_manifest(saved, checkpoint, "tensors.json"), use, range(60), min_refused=0.0)
+        fuzz("planted", damage, use, range(60), min_refused=0.0)

@@ -45,7 +45,8 @@ def test_damaged_bytes(file: Path, part: int, bounded_memory: None) -> None:
         return data
 
     number = num_cases(1250, 25)
-    fuzz(damage, lambda: read(file), range(part * number, (part + 1) * number))
+    cases = range(part * number, (part + 1) * number)
+    fuzz("configuration: bytes", damage, lambda: read(file), cases)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -56,7 +57,8 @@ def test_damaged_values(file: Path, part: int, bounded_memory: None) -> None:
         return text
 
     number = num_cases(1250, 25)
-    fuzz(damage, lambda: read(file), range(part * number, (part + 1) * number))
+    cases = range(part * number, (part + 1) * number)
+    fuzz("configuration: values", damage, lambda: read(file), cases)
 
 
 def test_damaged_command_lines(file: Path, bounded_memory: None) -> None:
@@ -80,7 +82,8 @@ def test_damaged_command_lines(file: Path, bounded_memory: None) -> None:
             )
         return list(arguments)
 
-    fuzz(damage, lambda: parse_arguments(arguments, num_ranks=1), range(num_cases(2500, 50)))
+    cases = range(num_cases(2500, 50))
+    fuzz("command line", damage, lambda: parse_arguments(arguments, num_ranks=1), cases)
 
 
 def test_a_planted_fault_is_found(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +100,7 @@ def test_a_planted_fault_is_found(file: Path, monkeypatch: pytest.MonkeyPatch) -
         return data
 
     with pytest.raises(FuzzError, match=r"TOMLDecodeError|UnicodeDecodeError"):
-        fuzz(damage, lambda: read(file), range(25))
+        fuzz("planted", damage, lambda: read(file), range(25))
 
 
 def write_valid(file: Path) -> Path:

@@ -80,7 +80,8 @@ def damage_index(folder: Path) -> Callable[[random.Random], str]:
 @pytest.mark.parametrize("part", range(4))
 def test_a_damaged_index(folder: Path, part: int, bounded_memory: None) -> None:
     number = num_cases(2500, 50)
-    fuzz(damage_index(folder), lambda: use(folder), range(part * number, (part + 1) * number))
+    cases = range(part * number, (part + 1) * number)
+    fuzz("corpus: index.json", damage_index(folder), lambda: use(folder), cases)
 
 
 def test_damaged_files_of_a_corpus(folder: Path, bounded_memory: None) -> None:
@@ -93,7 +94,8 @@ def test_damaged_files_of_a_corpus(folder: Path, bounded_memory: None) -> None:
         file.write_bytes(mutate_bytes(valid[file], draw))
         return file.read_bytes()
 
-    fuzz(damage, lambda: use(folder), range(num_cases(2000, 50)))
+    cases = range(num_cases(2000, 50))
+    fuzz("corpus: any file", damage, lambda: use(folder), cases)
 
 
 def test_a_planted_fault_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +107,7 @@ def test_a_planted_fault_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch)
     damage = damage_index(folder)
     monkeypatch.setattr(CorpusIndex, "model_validate_json", classmethod(read_without_validation))
     with pytest.raises(FuzzError, match=r"AttributeError at data/corpus_files\.py"):
-        fuzz(damage, lambda: use(folder), range(25))
+        fuzz("planted", damage, lambda: use(folder), range(25))
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -132,6 +134,7 @@ def test_a_damaged_tokenizer(tmp_path: Path, part: int, prepared: Path) -> None:
 
     number = num_cases(1000, 40)
     fuzz(
+        "tokenizer",
         damage,
         lambda: read_tokenizer(tmp_path).encode_documents(["a b </s>", "日本"]),
         range(part * number, (part + 1) * number),
@@ -174,4 +177,4 @@ def test_a_damaged_source(dataset: str, tmp_path: Path, bounded_memory: None) ->
         for batch in text_batches(stream, Limits(None, None), 0, 0, "stop"):
             assert all(text.encode() for text in batch.documents)
 
-    fuzz(damage, read, range(num_cases(1500, 30)), min_refused=0.05)
+    fuzz(f"source: {dataset}", damage, read, range(num_cases(1500, 30)), min_refused=0.05)

@@ -76,6 +76,7 @@ def test_a_damaged_safetensors_file(
 ) -> None:
     number = num_cases(2500, 25)
     fuzz(
+        "weights: safetensors",
         damage_safetensors,
         lambda: read_initial_weights(tmp_path / "model.safetensors", model),
         range(part * number, (part + 1) * number),
@@ -92,6 +93,7 @@ def test_a_planted_fault_is_found(
     monkeypatch.setattr(huggingface, "SafetensorError", ZeroDivisionError)
     with pytest.raises(FuzzError, match="SafetensorError"):
         fuzz(
+            "planted",
             damage_safetensors,
             lambda: read_initial_weights(tmp_path / "model.safetensors", model),
             range(25),
@@ -127,6 +129,7 @@ def test_a_damaged_hugging_face_folder(
 
     number = num_cases(2500, 20)
     fuzz(
+        "weights: Hugging Face's layout",
         damage,
         lambda: read_initial_weights(folder, model),
         range(part * number, (part + 1) * number),
@@ -161,6 +164,7 @@ def test_a_damaged_folder_of_the_original_implementation(
 
     number = num_cases(2500, 15)
     fuzz(
+        "weights: the original's",
         damage,
         lambda: read_initial_weights(tmp_path, model),
         range(part * number, (part + 1) * number),

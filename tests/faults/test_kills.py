@@ -1,15 +1,13 @@
 """Killed at any moment, the same command goes on with what would have happened."""
 
 import json
-import os
 import random
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.fuzzing import IS_LONG
+from support.fault_report import IS_LONG, record
 from support.kills import random_kill, run
 from support.tiny import METHOD_KEYS, TINY
 
@@ -114,7 +112,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert num_killed > 0
     assert run(own, num_ranks, tmp_path / "log") == [0] * num_ranks
     assert outcome(tmp_path) == expected
-    record_kills(phase, num_ranks, num_killed)
+    record("kills", phase=phase, num_ranks=num_ranks, chains=1, kills=num_killed)
 
 
 def test_another_seed_ends_otherwise(undisturbed: tuple[int, Outcome], tmp_path: Path) -> None:
@@ -126,11 +124,3 @@ def test_another_seed_ends_otherwise(undisturbed: tuple[int, Outcome], tmp_path:
     assert other.tensors != expected.tensors
     assert other.train_state != expected.train_state
     assert other.losses != expected.losses
-
-
-def record_kills(phase: str, num_ranks: int, num_killed: int) -> None:
-    """Appends to the file that the variable SWITCHTITAN_FAULTS_REPORT names, if it is set."""
-    if report := os.environ.get("SWITCHTITAN_FAULTS_REPORT"):
-        with open(report, "a") as file:
-            record = {"phase": phase, "num_ranks": num_ranks, "kills": num_killed}
-            file.write(json.dumps({"fault": "SIGKILL", **record, "at": time.time()}) + "\n")

@@ -1,6 +1,5 @@
 """Feeds damaged files to a reader: each is read or refused by a `UserError`, and nothing else."""
 
-import os
 import random
 import signal
 import traceback
@@ -8,10 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from support.fault_report import IS_LONG, record
 from switchtitan.errors import UserError
-
-IS_LONG = os.environ.get("SWITCHTITAN_FAULTS") == "long"
-"""Whether fault tests run in full, as `./scripts/test.sh --faults` does."""
 
 _MAX_CPU_S = 20.0
 
@@ -26,6 +23,7 @@ def num_cases(long: int, short: int) -> int:
 
 
 def fuzz(
+    target: str,
     make_case: Callable[[random.Random], object],
     read: Callable[[], object],
     cases: range,
@@ -34,6 +32,7 @@ def fuzz(
     """Makes and reads damaged files; returns the numbers of `read` and `refused` ones.
 
     Args:
+        target: what is read, for the report.
         make_case: writes a damaged file. Returns what to show if the case fails.
         read: reads the file.
         cases: seeds; the case of a failure's seed can be run alone.
@@ -69,7 +68,7 @@ def fuzz(
         raise FuzzError("\n".join([f"{sum(map(len, failures.values()))} failures", *lines]))
     if outcomes["refused"] < min_refused * len(cases):
         raise FuzzError(f"only {outcomes['refused']} of {len(cases)} cases were refused")
-    print(dict(outcomes))  # pytest shows it with -rP
+    record("fuzzing", target=target, read=outcomes["read"], refused=outcomes["refused"])
     return outcomes
 
 
