@@ -14,6 +14,7 @@ from switchtitan.observability import (
     Throughput,
     peak_flops_per_s,
 )
+from switchtitan.observability.region_times import RegionTimes
 from switchtitan.training.hooks import Hook, InspectWeights
 from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.trainer import loss_metrics
@@ -83,6 +84,10 @@ def build_throughput(
         num_steps=config.training.steps,
         start_step=stepper.state.step,
     )
+
+
+def build_region_times(config: JobConfig, world: World) -> RegionTimes | None:
+    return RegionTimes(world.device) if config.metrics.region_times else None
 
 
 def build_profiler(config: JobConfig, world: World, state: TrainState) -> Profiler:

@@ -6,6 +6,7 @@ from switchtitan.builders.reports import (
     build_hooks,
     build_profiler,
     build_rank_telemetry,
+    build_region_times,
     build_reporter,
     build_throughput,
 )
@@ -98,6 +99,7 @@ def build_trainer(
         reporter=reporter,
         throughput=build_throughput(config, stepper, compute_dtype),
         profiler=build_profiler(config, world, state),
+        region_times=build_region_times(config, world),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
         stop=stop,
         spikes=build_spike_guard(config, corpus, stepper, tensors, checkpointer),

@@ -20,6 +20,7 @@ from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, low_rank_l
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.linear import lora_bound, uniform
 from switchtitan.methods.lowrank.rounding import Rounding, StochasticRounding, add_product_
+from switchtitan.regions import region
 
 
 class ResetSchedule:
@@ -251,7 +252,8 @@ class ReloraOptimizer:
     def step(self) -> None:
         self._inner.step()
         if self._schedule.advance():
-            self._reset()
+            with region("reset"):
+                self._reset()
 
     def zero_grad(self) -> None:
         self._inner.zero_grad()

@@ -46,6 +46,10 @@ class MetricsConfig(Section):
     progress_bar: bool = True
     """Draw a progress bar if standard error is a terminal."""
 
+    region_times: bool = True
+    """Report how long a step spends in each region (data, forward, backward, reduce, clip, switch,
+    update), and an evaluation and a save. On a GPU: the device's time, read without waiting."""
+
     communication: bool = False
     """Count the bytes that each rank sends in the third step of the run, which makes that step
     slower. Requires several ranks and at least three steps."""

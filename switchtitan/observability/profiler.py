@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import profiler
 
 from switchtitan.config.section import Section
+from switchtitan.regions import observe_regions, stop_observing_regions
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Profiler:
         self._steps_done = steps_done
         self._profile: profiler.profile | None = None
         self._trace: Path | None = None
+        self._regions = _TraceRegions()
         self._is_ahead = self._worker is not None and steps_done <= config.start_step - 2
 
     @property
@@ -105,10 +107,12 @@ class Profiler:
             with_stack=self._config.with_stack,
         )
         self._profile.start()
+        observe_regions(self._regions)
 
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
         assert profile is not None
+        stop_observing_regions(self._regions)
         profile.stop()
 
     def _write_trace(self, profile: profiler.profile) -> None:
@@ -120,3 +124,18 @@ class Profiler:
         unfinished.rename(path)
         self._trace = path
         logger.info("wrote a trace of %d steps to %s", self._config.num_steps, path)
+
+
+class _TraceRegions:
+    """Records regions in the trace."""
+
+    def __init__(self) -> None:
+        self._open: list[profiler.record_function] = []
+
+    def begin(self, name: str) -> None:
+        annotation = profiler.record_function(name)
+        annotation.__enter__()
+        self._open.append(annotation)
+
+    def end(self) -> None:
+        self._open.pop().__exit__(None, None, None)

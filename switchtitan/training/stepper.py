@@ -19,6 +19,7 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import seed_dropout
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
+from switchtitan.regions import STEP, region
 
 
 @dataclass
@@ -130,18 +131,23 @@ class Stepper:
 
     def step(self) -> StepResult:
         """Takes one step on one global batch; all ranks must call."""
-        result = self.compute_gradients()
-        if not result.is_skipped:
-            self.update()
-        self.finish_step(result)
+        with region(STEP):
+            result = self.compute_gradients()
+            if not result.is_skipped:
+                self.update()
+            self.finish_step(result)
         return result
 
     def compute_gradients(self) -> StepResult:
         """Computes the clipped gradient of the next batch, in `grad` of every rank's shards."""
-        self.optimizer.set_lr(self.lr_schedule(self.state.step))
-        # By the step, not the batch: a skipped batch does not change what follows.
-        seed_dropout(self.seed, self.state.step, self.world.rank)
-        loss = self.forward_backward(next(self.batches))
+        with region("update"):
+            self.optimizer.set_lr(self.lr_schedule(self.state.step))
+        with region("forward"):
+            # By the step, not the batch: a skipped batch does not change what follows.
+            seed_dropout(self.seed, self.state.step, self.world.rank)
+        with region("data"):
+            micro_batches = next(self.batches)
+        loss = self.forward_backward(micro_batches)
         grad_norm = self.clip_gradients(loss)
         is_skipped = self.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm))
         return StepResult(loss, grad_norm, is_skipped)
@@ -152,14 +158,17 @@ class Stepper:
         self.state.tokens_seen += num_targets * self.world.size
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
-            self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
-            tokens, targets, document_ids = (
-                part.to(self.world.device, non_blocking=True) for part in batch
-            )
-            apply_head = partial(self.loss, targets=targets, divisor=num_targets)
-            loss = self.model(tokens, document_ids, apply_head)
-            loss.backward()
-            loss_sum += loss.detach()
+            with region("data"):
+                tokens, targets, document_ids = (
+                    part.to(self.world.device, non_blocking=True) for part in batch
+                )
+            with region("forward"):
+                self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
+                apply_head = partial(self.loss, targets=targets, divisor=num_targets)
+                loss = self.model(tokens, document_ids, apply_head)
+            with region("backward"):
+                loss.backward()
+                loss_sum += loss.detach()
         # The update may change the shards of frozen weights.
         self.model.free_kept_weights()
         return loss_sum
@@ -173,26 +182,31 @@ class Stepper:
     def clip_gradients(self, loss: Tensor) -> Tensor:
         """Clips the gradients to `max_grad_norm`; returns their norm before clipping, over all
         ranks, 0-dim; nan if any rank's `loss` is not finite."""
-        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        norm = total_norm(gradients, loss)
-        if self.world.num_replicas > 1:
-            # Replicas may sum in different orders. Clipping by different norms would let their
-            # weights diverge.
-            norm = self.world.mean(norm)
-        if self.max_grad_norm is not None:
-            # As torch.nn.utils.clip_grads_with_norm_, which takes longer for DTensors.
-            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        with region("reduce"):
+            gradients = [
+                parameter.grad for parameter in self._trained if parameter.grad is not None
+            ]
+            norm = total_norm(gradients, loss)
+            if self.world.num_replicas > 1:
+                # Replicas may sum in different orders. Clipping by different norms would let their
+                # weights diverge.
+                norm = self.world.mean(norm)
+        with region("clip"):
+            if self.max_grad_norm is not None:
+                # As torch.nn.utils.clip_grads_with_norm_, which takes longer for DTensors.
+                factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
         return norm
 
     def update(self) -> None:
         """Updates the weights. What a method merges, folds or projects is multiplied in fp32."""
-        with full_precision():
+        with region("update"), full_precision():
             self.optimizer.step()
 
     def finish_step(self, result: StepResult) -> None:
         """Resets the gradients, and counts the step or the skipped batch."""
-        self.optimizer.zero_grad()
+        with region("update"):
+            self.optimizer.zero_grad()
         if result.is_skipped:
             self._log_skipped(result)
             self.state.num_skipped += 1

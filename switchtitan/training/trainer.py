@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
@@ -15,6 +15,8 @@ from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, abbreviate
 from switchtitan.observability import FAILED_SAVES, Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
+from switchtitan.observability.region_times import RegionTimes
+from switchtitan.regions import region
 from switchtitan.training.divergence import TrainingDivergedError, divergence
 from switchtitan.training.evaluate import EvaluationStopped, Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
@@ -56,6 +58,7 @@ class Trainer:
         hooks: what else to do around steps, in order: after evaluations, before saves.
         stop: when to stop before the last step.
         spikes: handles loss spikes; None: nothing does.
+        region_times: times the regions of steps; None: nothing does.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         stop: Stop | None = None,
         spikes: LossSpikeGuard | None = None,
+        region_times: RegionTimes | None = None,
     ) -> None:
         self.stepper = stepper
         self.schedule = schedule
@@ -85,6 +89,7 @@ class Trainer:
         self.stop = stop or NeverStop()
         self._saved_step = stepper.state.step
         self.spikes = spikes
+        self.region_times = region_times
         self._running_loss = RunningLoss(stepper.world.device)
 
     def train(self) -> None:
@@ -110,7 +115,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Reports the validation loss."""
         self._stop_if_diverged()
-        with self.throughput.excluded():
+        with self.throughput.excluded(), region("evaluate"):
             self.tensors.check_replicas()
             loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
         state = self.stepper.state
@@ -124,7 +129,7 @@ class Trainer:
         self._stop_if_diverged()
         state = self.stepper.state
         self.check_ranks()
-        with self.throughput.excluded():
+        with self.throughput.excluded(), region("save"):
             self._stop_if_weights_diverged()
             self.checkpointer.save(state.step, self.tensors(), asdict(state))
         self._saved_step = state.step
@@ -189,7 +194,7 @@ class Trainer:
     def _run_steps(self) -> None:
         state = self.stepper.state
         skipped_in_a_row = 0
-        with self.profiler, GarbageCollection() as garbage:
+        with self.region_times or nullcontext(), self.profiler, GarbageCollection() as garbage:
             while state.step < self.schedule.num_steps:
                 with ExitStack() as contexts:
                     for hook in self.hooks:
@@ -231,7 +236,8 @@ class Trainer:
         if schedule.check_interval and step % schedule.check_interval == 0:
             self.check_ranks()
         if self.reporter.is_due(step):
-            self._report(result.grad_norm)
+            with region("report"):
+                self._report(result.grad_norm)
         self._do_work_after_step()
         if is_last or step % schedule.save_interval == 0:
             self.save()
@@ -310,7 +316,8 @@ class Trainer:
         }
         if stepper.state.passed_over:
             values["data/batches_passed_over"] = float(len(stepper.state.passed_over))
-        self.reporter.report(stepper.state.step, values | self._failed_saves())
+        values |= self._region_times() | self._failed_saves()
+        self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
 
     def _finalize(self) -> None:
@@ -337,9 +344,11 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
-        if failed_saves := self._failed_saves():
-            self.reporter.report(state.step, failed_saves)
-            values |= failed_saves
+        failed_saves = self._failed_saves()
+        # The times of the last evaluation and save.
+        if last_values := self._region_times() | failed_saves:
+            self.reporter.report(state.step, last_values)
+        values |= failed_saves
         for hook in self.hooks:
             values |= hook.results()
         self.reporter.summary(
@@ -348,6 +357,9 @@ class Trainer:
             checkpoint=self.checkpointer.latest,
             trace=self.profiler.trace,
         )
+
+    def _region_times(self) -> dict[str, float]:
+        return {} if self.region_times is None else self.region_times.means()
 
     def _failed_saves(self) -> dict[str, float]:
         num_failed = self.checkpointer.num_failed_saves

@@ -17,6 +17,7 @@ from switchtitan.methods.projected.weights import (
     targeted_weights,
 )
 from switchtitan.optim import AdamWConfig, adamw_for_others, trained_parameters
+from switchtitan.regions import region
 
 
 class UpdateRule(Protocol):
@@ -170,6 +171,10 @@ class PackedRows:
         """
         if self._group is None:
             return partials
+        with region("reduce"):
+            return self._sum_and_scatter(partials)
+
+    def _sum_and_scatter(self, partials: list[Tensor]) -> list[Tensor]:
         packed = partials[0].new_empty(self._num_ranks, sum(self._sizes))
         for partial, block in zip(partials, self._blocks(packed), strict=True):
             padding = block.shape[0] * block.shape[1] - partial.shape[0]
@@ -213,7 +218,8 @@ def sum_packed(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[T
     """Sums each tensor over the ranks of `group` in one collective; `tensors` without a group."""
     if group is None or not tensors:
         return tensors
-    packed = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(packed, group=group)
+    with region("reduce"):
+        packed = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(packed, group=group)
     parts = packed.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

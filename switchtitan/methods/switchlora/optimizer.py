@@ -28,6 +28,7 @@ from switchtitan.methods.switchlora.schedule import (
 from switchtitan.methods.switchlora.switch import FreezeTimers, fold_into_weight_
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamWConfig
+from switchtitan.regions import region
 
 
 class SwitchLoraOptimizer:
@@ -79,7 +80,8 @@ class SwitchLoraOptimizer:
 
     def step(self) -> None:
         """Switches vectors, then updates all parameters from their gradients."""
-        self.switch()
+        with region("switch"):
+            self.switch()
         self.update()
 
     @torch.no_grad()

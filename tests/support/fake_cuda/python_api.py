@@ -61,6 +61,13 @@ class FakeEvent:
         host_waits.append("Event.synchronize")
         host.wait_for(self._clock)
 
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        """Milliseconds: always 1. As CUDA, refuses events that may not have ended."""
+        for event in (self, end):
+            if not all(host.has_seen(actor, number) for actor, number in event._clock.items()):
+                raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return 1.0
+
 
 class FakeStream:
     """A `torch.cuda.Stream`."""
