@@ -1,21 +1,16 @@
 """Killed at any moment, the same command goes on with what would have happened."""
 
-import json
 import random
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from support.fault_report import IS_LONG, record
+from support.interrupted_runs import Outcome, arguments, check_folders, outcome
 from support.kills import random_kill, run
-from support.tiny import METHOD_KEYS, TINY
-
-from switchtitan.checkpoint.verify import check_contents
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-NUM_STEPS, INTERVAL = 24, 4
 NUM_CHAINS = 4 if IS_LONG else 1
 KILLS_PER_CHAIN = 3 if IS_LONG else 1
 MAX_RUNS = 2 * KILLS_PER_CHAIN + 3
@@ -33,45 +28,6 @@ LONGEST_S = {
 the next one does."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run leaves: equal for equal runs."""
-
-    tensors: dict[str, str]
-    """Checksums of the files with the tensors of the last checkpoint."""
-    train_state: dict
-    losses: dict[str, str]
-    """The last printed loss of each step."""
-
-
-def arguments(folder: Path, is_async: bool) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "config.toml"
-    text = TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
-    text = text.replace("steps = 40", f"steps = {NUM_STEPS}")
-    text = text.replace("interval = 20", f"interval = {INTERVAL}")
-    file.write_text(text.replace("async_save = false", f"async_save = {str(is_async).lower()}"))
-    return ["--config", str(file), "--data.cache_dir", str(folder / "corpora")]
-
-
-def outcome(folder: Path) -> Outcome:
-    metadata = check_contents(folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}")
-    losses = {}
-    for line in (folder / "log").read_text().splitlines():
-        step, _, rest = line.strip().partition("/")
-        if step.isdecimal() and rest.split()[0] == str(NUM_STEPS):
-            losses[step] = rest.split()[1]
-    return Outcome(
-        {
-            name: record.sha256
-            for name, record in metadata.files.items()
-            if name != ".metadata"  # holds the save's random id
-        },
-        json.loads(json.dumps(metadata.train_state)),
-        losses,
-    )
-
-
 @pytest.fixture(scope="module", params=[1, 2])
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -81,13 +37,6 @@ def undisturbed(
         [0] * request.param
     )
     return request.param, outcome(folder)
-
-
-def check_folders(folder: Path) -> None:
-    """Every folder that has a checkpoint's name is whole."""
-    for path in (folder / "run" / "checkpoints").glob("step-*"):
-        if path.name.removeprefix("step-").isdecimal():
-            check_contents(path)
 
 
 @pytest.mark.parametrize("chain", range(NUM_CHAINS))
