@@ -1,4 +1,4 @@
-"""Training processes that are killed at a chosen place, as by a power cut or the kernel."""
+"""Training processes that receive a signal at a chosen place: they are killed, or told to stop."""
 
 import os
 import random
@@ -17,55 +17,75 @@ from support.ranks import PRELOADED, free_port
 from switchtitan.checkpoint import checkpointer
 from switchtitan.cli import train
 from switchtitan.data import corpus
+from switchtitan.training import stop
+from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.stepper import Stepper
 
 PHASES: dict[str, tuple[object, str]] = {
     "start-up": (train, "build_trainer"),
     "preparation": (corpus, "prepare_planned_corpus"),
     "training": (Stepper, "step"),
+    "evaluation": (Evaluator, "__call__"),
     "save": (checkpointer.Checkpointer, "_complete"),
     "pruning": (checkpointer, "prune"),
 }
 """Name of a phase -> owner and name of the function that it is."""
 _LONGEST_S = 120.0
+_POLL_S = 0.02
+"""Ranks look often for a stop: the steps of a tiny run are short."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A moment to die at.
+    """A moment at which a process receives a signal.
 
     Attributes:
         phase: of `PHASES`.
         call: the how-manieth call of its function, from 1.
-        delay_s: seconds after the call began; the process dies in a later call if this one is
+        delay_s: seconds after the call began; the signal comes in a later call if this one is
             shorter.
-        rank: which rank dies; the others are killed a moment later, as by torchrun.
+        rank: which rank receives it; None: all do, each at its own call.
+        number: the signal. After SIGKILL, the other ranks are killed a moment later, as by
+            torchrun; after others, all ranks end by themselves.
     """
 
     phase: str
     call: int
     delay_s: float
-    rank: int = 0
+    rank: int | None = 0
+    number: int = signal.SIGKILL
 
 
-def run(arguments: list[str], num_ranks: int, log: Path, kill: Kill | None = None) -> list[int]:
+def run(
+    arguments: list[str],
+    num_ranks: int,
+    log: Path,
+    kill: Kill | None = None,
+    plant: Callable[[], None] | None = None,
+) -> list[int]:
     """Runs `switchtitan train` on gloo ranks; returns the exit codes of all ranks.
 
     Args:
         arguments: of `switchtitan train`.
         log: what rank 0 prints is appended to it.
         kill: None lets the ranks end by themselves.
+        plant: called first in every rank; importable from its module.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     ranks = [
-        context.Process(target=_train, args=(rank, num_ranks, environ, arguments, log, kill))
+        context.Process(target=_train, args=(rank, num_ranks, environ, arguments, log, kill, plant))
         for rank in range(num_ranks)
     ]
     for process in ranks:
         process.start()
-    _wait(ranks)
+    try:
+        _wait(ranks, kills_others=kill is None or kill.number == signal.SIGKILL)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
     return [process.exitcode or 0 for process in ranks]
 
 
@@ -85,18 +105,15 @@ def random_kill(source: random.Random, phase: str, num_ranks: int, longest_s: fl
     )
 
 
-def _wait(ranks: list[BaseProcess]) -> None:
+def _wait(ranks: list[BaseProcess], kills_others: bool) -> None:
+    """Waits for all ranks, or for the first one that fails."""
     deadline = time.monotonic() + _LONGEST_S
     while any(process.is_alive() for process in ranks):
-        failed = any(process.exitcode not in (None, 0) for process in ranks)
-        assert time.monotonic() < deadline or failed, "a rank hung"
-        if failed:
+        assert time.monotonic() < deadline, "a rank hung"
+        if kills_others and any(process.exitcode not in (None, 0) for process in ranks):
             time.sleep(0.2)
-            for process in ranks:
-                process.kill()
+            return
         time.sleep(0.01)
-    for process in ranks:
-        process.join()
 
 
 def _train(
@@ -106,6 +123,7 @@ def _train(
     arguments: list[str],
     log: Path,
     kill: Kill | None,
+    plant: Callable[[], None] | None,
 ) -> None:
     os.environ.clear()
     os.environ.update(environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -120,22 +138,27 @@ def _train(
     output = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if kill is not None and kill.rank == rank:
+    # In the background, a shell starts programs that ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop._POLL_S = _POLL_S
+    if kill is not None and kill.rank in (rank, None):
         owner, name = PHASES[kill.phase]
-        setattr(owner, name, _dies_inside(getattr(owner, name), kill))
+        setattr(owner, name, _signals_inside(getattr(owner, name), kill))
+    if plant is not None:
+        plant()
     train.main(arguments)
 
 
-def _dies_inside(function: Callable, kill: Kill) -> Callable:
-    """Wraps the function of a phase: the process is killed inside of it, wherever it is then."""
+def _signals_inside(function: Callable, kill: Kill) -> Callable:
+    """Wraps the function of a phase: the process receives the signal inside of it, wherever it is
+    then."""
     num_calls = 0
     inside = threading.Event()
 
-    def die() -> None:
+    def send() -> None:
         time.sleep(kill.delay_s)
-        while True:
-            inside.wait()
-            os.kill(os.getpid(), signal.SIGKILL)
+        inside.wait()
+        os.kill(os.getpid(), kill.number)
 
     @wraps(function)
     def wrapped(*args: object, **keys: object) -> object:
@@ -143,7 +166,7 @@ def _dies_inside(function: Callable, kill: Kill) -> Callable:
         num_calls += 1
         inside.set()
         if num_calls == kill.call:
-            threading.Thread(target=die, daemon=True).start()
+            threading.Thread(target=send, daemon=True).start()
         try:
             return function(*args, **keys)
         finally:

@@ -1,0 +1,150 @@
+"""Stopped by signals at any moments, the same command loses no step and changes no bit."""
+
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from support.fault_report import IS_LONG, record
+from support.interrupted_runs import NUM_STEPS, Outcome, arguments, check_folders, outcome
+from support.kills import Kill, run
+
+from switchtitan.training.trainer import Trainer
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+PHASES = {
+    "sync": ("start-up", "evaluation", "save", "training"),
+    "async": ("evaluation", "save", "training", "start-up"),
+}
+"""Phases in which the runs of a chain are stopped, with saves that block training, and with saves
+in the background."""
+NUM_STOPS = {1: 4, 2: 3, 4: 3}
+"""Stops of a chain, by the number of ranks."""
+CHAINS = [(num_ranks, saves) for num_ranks in NUM_STOPS for saves in PHASES]
+if not IS_LONG:
+    CHAINS, NUM_STOPS = [(2, "async")], {2: 2}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LONGEST_S = {"start-up": 0.4, "training": 0.05, "evaluation": 0.1, "save": 0.1}
+"""About how long a phase lasts."""
+MAX_RUNS = 12
+"""A run is not stopped if it does not reach the drawn moment."""
+
+
+def stop_arguments(folder: Path, saves: str) -> list[str]:
+    """The arguments of a run that evaluates and saves at different steps, which take longer than
+    the ranks need to agree on where to stop."""
+    keys = ("--evaluation.interval", "3", "--evaluation.tokens", "640")
+    return [*arguments(folder, is_async=saves == "async"), *keys, "--job.stop_signal", "SIGUSR1"]
+
+
+def steps_in(printed: str) -> list[int]:
+    """The steps that a run has reported."""
+    return [int(step) for step in re.findall(rf"^ *(\d+)/{NUM_STEPS} +\d", printed, re.MULTILINE)]
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    names = [path.name for path in (folder / "run" / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names if "." not in name), default=0)
+
+
+def check_stop(folder: Path, number: int, codes: list[int], printed: str, step_before: int) -> None:
+    """Checks a run that received the signal `number`.
+
+    Args:
+        codes: exit statuses of all ranks.
+        printed: by rank 0.
+        step_before: the step from which the run resumed.
+    """
+    assert codes == [128 + number] * len(codes), printed
+    assert "Traceback" not in printed
+    assert not (folder / "run" / "run.lock").exists()
+    check_folders(folder)
+    steps = steps_in(printed)
+    last_step = step_before + len(steps)
+    assert steps == list(range(step_before + 1, last_step + 1))
+    assert newest_step(folder) == last_step, printed
+    if steps and last_step < NUM_STEPS:
+        assert f"stopped at step {last_step}; the same command resumes from" in printed
+
+
+def random_stop(source: random.Random, phase: str, num_ranks: int) -> Kill:
+    calls = {"training": 5, "evaluation": 2}
+    return Kill(
+        phase,
+        # The evaluation before the first step is a part of the start.
+        call=source.randint(1, calls.get(phase, 1)) + (phase == "evaluation"),
+        delay_s=source.uniform(0, LONGEST_S[phase]),
+        rank=source.choice([None, *range(num_ranks)]),
+        number=source.choice(SIGNALS),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome]:
+    """The outcome for a number of ranks."""
+
+    @lru_cache
+    def outcome_on(num_ranks: int) -> Outcome:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        codes = run(stop_arguments(folder, "sync"), num_ranks, folder / "log")
+        assert codes == [0] * num_ranks
+        return outcome(folder)
+
+    return outcome_on
+
+
+@pytest.mark.parametrize(("num_ranks", "saves"), CHAINS)
+def test_a_stopped_run_loses_no_step_and_ends_as_if_it_had_not_been_stopped(
+    undisturbed: Callable[[int], Outcome], num_ranks: int, saves: str, tmp_path: Path
+) -> None:
+    source = random.Random(f"{num_ranks} {saves}")
+    own, log = stop_arguments(tmp_path, saves), tmp_path / "log"
+    stopped: list[tuple[str, int]] = []
+    for _ in range(MAX_RUNS):
+        phase = PHASES[saves][len(stopped)]
+        stop = random_stop(source, phase, num_ranks)
+        step_before, size = newest_step(tmp_path), log.stat().st_size if log.exists() else 0
+        codes = run(own, num_ranks, log, stop)
+        printed = log.read_text()[size:]
+        if codes == [0] * num_ranks:  # otherwise nothing would be left to do
+            shutil.rmtree(tmp_path / "run")
+            log.unlink()
+            continue
+        check_stop(tmp_path, stop.number, codes, printed, step_before)
+        stopped.append((phase, stop.number))
+        if len(stopped) == NUM_STOPS[num_ranks]:
+            break
+    assert len(stopped) == NUM_STOPS[num_ranks]
+    assert run(own, num_ranks, log) == [0] * num_ranks
+    assert steps_in(log.read_text()) == list(range(1, NUM_STEPS + 1))
+    assert outcome(tmp_path) == undisturbed(num_ranks)
+    for phase, number in stopped:
+        name = "background save" if (phase, saves) == ("save", "async") else phase
+        record(
+            "stops", phase=name, num_ranks=num_ranks, signal=signal.Signals(number).name, stops=1
+        )
+
+
+def save_nothing_at_a_stop() -> None:
+    """A planted fault."""
+    stop = Trainer._save_and_stop
+
+    def stop_without_saving(trainer: Trainer, number: int) -> None:
+        trainer.save = lambda: None
+        stop(trainer, number)
+
+    Trainer._save_and_stop = stop_without_saving
+
+
+def test_a_stop_that_saves_nothing_is_found(tmp_path: Path) -> None:
+    stop = Kill("training", call=2, delay_s=0.0, number=signal.SIGTERM)
+    log = tmp_path / "log"
+    codes = run(stop_arguments(tmp_path, "sync"), 1, log, stop, save_nothing_at_a_stop)
+    with pytest.raises(AssertionError, match="stopped at step"):
+        check_stop(tmp_path, stop.number, codes, log.read_text(), step_before=0)
