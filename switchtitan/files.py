@@ -99,6 +99,11 @@ def sha256_of_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def checksum_line(contents: bytes, name: str) -> bytes:
+    """Return what `sha256sum` prints for a file of this name."""
+    return f"{hashlib.sha256(contents).hexdigest()}  {name}\n".encode()
+
+
 def exists(path: Path) -> bool:
     """Whether a file or folder exists; False also for paths that no file can have."""
     try:

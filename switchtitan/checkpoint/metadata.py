@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from switchtitan.checkpoint.layout import METADATA_CHECKSUM_FILE, METADATA_FILE, TENSORS_FILE
 from switchtitan.errors import CheckpointError, CheckpointFormatError
-from switchtitan.files import file_inside, named_errors, sha256_of_file, sync_file
+from switchtitan.files import (
+    checksum_line,
+    file_inside,
+    named_errors,
+    sha256_of_file,
+    sync_file,
+)
 
 FORMAT_VERSION = 3
 """3 has `metadata.json.sha256`. In 1, B of low-rank layers, its candidates and its moments were
@@ -153,15 +159,11 @@ def _check_metadata_checksum(path: Path) -> bool:
             contents = file_inside(path, METADATA_FILE).read_bytes()
         except FileNotFoundError:
             return False
-    if saved != _checksum_line(contents):
+    if saved != checksum_line(contents, METADATA_FILE):
         raise CheckpointError(
             f"{path}: {METADATA_FILE} or its checksum in {METADATA_CHECKSUM_FILE} is corrupted"
         )
     return True
-
-
-def _checksum_line(contents: bytes) -> bytes:
-    return f"{hashlib.sha256(contents).hexdigest()}  {METADATA_FILE}\n".encode()
 
 
 def _is_readable(path: Path, format_version: int) -> bool:
@@ -183,7 +185,7 @@ def write_metadata(path: Path, metadata: CheckpointMetadata) -> None:
     """Writes `metadata.json` and its checksum to the checkpoint at `path`, flushed to disk."""
     contents = metadata.model_dump_json(indent=2).encode()
     _write_new(path / METADATA_FILE, contents)
-    _write_new(path / METADATA_CHECKSUM_FILE, _checksum_line(contents))
+    _write_new(path / METADATA_CHECKSUM_FILE, checksum_line(contents, METADATA_FILE))
 
 
 def write_tensors_index(path: Path, index: TensorsIndex) -> FileRecord:

@@ -11,12 +11,14 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from switchtitan.errors import CorpusError
-from switchtitan.files import file_inside, sha256_of_file, write_atomically
+from switchtitan.files import checksum_line, file_inside, sha256_of_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
+INDEX_CHECKSUM_FILE = f"{INDEX_FILE}.sha256"
+"""The checksum of `index.json`, as `sha256sum` writes it. Corpora of version 0.2.0 have none."""
 TOKENIZER_FILE = "tokenizer.json"
 VERIFIED_FILE = "verified.json"
 """Sizes and times of the files of a large corpus when their checksums were last compared."""
@@ -113,13 +115,17 @@ def read_index(folder: Path) -> CorpusIndex:
     """
     file = folder / INDEX_FILE
     try:
-        index = CorpusIndex.model_validate_json(file_inside(folder, INDEX_FILE).read_bytes())
+        contents = file_inside(folder, INDEX_FILE).read_bytes()
+        index = CorpusIndex.model_validate_json(contents)
+        checksum = _read_index_checksum(folder)
     except (OSError, ValueError) as error:
         raise damage(file, f"the index cannot be read ({_first_line(error)})") from error
     if index.format_version != FORMAT_VERSION:
         raise damage(
             file, f"the index has format {index.format_version}, expected {FORMAT_VERSION}"
         )
+    if checksum not in (None, checksum_line(contents, INDEX_FILE)):
+        raise damage(file, f"the index or its checksum in {INDEX_CHECKSUM_FILE} is damaged")
     if index.fingerprint != index.expected_fingerprint():
         raise damage(file, "the index does not match its own fingerprint")
     for name in index.checksums:
@@ -128,6 +134,20 @@ def read_index(folder: Path) -> CorpusIndex:
         except ValueError as error:
             raise damage(file, f"the index names a file, but {error}") from error
     return index
+
+
+def _read_index_checksum(folder: Path) -> bytes | None:
+    try:
+        return file_inside(folder, INDEX_CHECKSUM_FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def write_index(folder: Path, contents: str) -> None:
+    """Writes the index and its checksum."""
+    line = checksum_line(contents.encode(), INDEX_FILE)
+    write_atomically(folder / INDEX_CHECKSUM_FILE, line)
+    write_atomically(folder / INDEX_FILE, contents)
 
 
 def check_sizes(folder: Path, index: CorpusIndex) -> None:

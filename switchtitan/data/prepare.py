@@ -18,12 +18,12 @@ from switchtitan import __version__
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, DataConfig
 from switchtitan.data.corpus_files import (
     FORMAT_VERSION,
-    INDEX_FILE,
     TOKENIZER_FILE,
     CorpusIndex,
     TokenDtype,
     TokenizerRecord,
     fingerprint_of,
+    write_index,
 )
 from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus, validation_fraction
 from switchtitan.data.segments import (
@@ -331,7 +331,7 @@ class _Preparation:
         unused = set() if index.skipped_records else {"skipped_records"}
         contents = index.model_dump_json(indent=2, exclude=unused)
         with explained_write_errors(self._partial.parent):
-            write_atomically(self._partial / INDEX_FILE, contents)
+            write_index(self._partial, contents)
             os.rename(self._partial, self._plan.folder)
             sync_folder(self._plan.folder.parent)
         with suppress(OSError):

@@ -29,6 +29,8 @@ COUNTED_STEP = 3
 RESULTS_FILE = "results.json"
 """Machine-readable results of a finished run: final losses, speed, memory and environment."""
 
+_OF_ONE_RUN = ("seed", "corpus")
+"""Facts that a run cannot change when it is resumed."""
 FAILED_SAVES = "checkpoint/failed_saves"
 """Tag of the number of checkpoints that could not be saved; absent while there is none."""
 
@@ -150,12 +152,16 @@ class Reporter:
         if self._writer is not None:
             self._writer.write_histograms(step, values)
 
-    def has_results(self, step: int) -> bool:
-        """Whether the results file of a run that ended at `step` exists."""
+    def has_results(self, step: int, validation_loss: float | None) -> bool:
+        """Whether the results file exists, and is of this run at `step` with this loss."""
         try:
-            return json.loads(self._results.read_text(encoding="utf-8"))["step"] == step
-        except (OSError, ValueError, KeyError):
+            saved = json.loads(self._results.read_text(encoding="utf-8"))
+            has_loss = (saved["step"], saved["loss/validation"]) == (step, validation_loss)
+        except (OSError, ValueError, KeyError, TypeError):
             return False
+        # Earlier versions wrote fewer facts.
+        facts = {key: self._facts[key] for key in _OF_ONE_RUN if key in self._facts.keys() & saved}
+        return has_loss and facts == {key: saved[key] for key in facts}
 
     def summary(
         self,

@@ -165,7 +165,8 @@ class Trainer:
                 schedule.num_steps,
             )
             # All ranks must agree.
-            if not self.stepper.world.broadcast(self.reporter.has_results(state.step)):
+            has_results = self.reporter.has_results(state.step, state.last_validation_loss)
+            if not self.stepper.world.broadcast(has_results):
                 self._finalize()
             return
         is_short = schedule.num_steps < schedule.evaluate_interval

@@ -255,7 +255,8 @@ def test_nothing_in_a_configuration_is_evaluated(
 
 
 def index_with(folder: Path, change: Callable[[dict], object]) -> None:
-    """Changes the index of a corpus and its fingerprint."""
+    """Changes the index of a corpus and its fingerprint, and deletes its checksum."""
+    (folder / "index.json.sha256").unlink()
     data = json.loads((folder / "index.json").read_text())
     change(data)
     index = CorpusIndex.model_validate(data)
@@ -472,6 +473,7 @@ def test_an_absurd_number_of_tokens_in_the_index_of_a_corpus(
     prepared: tuple[Path, tuple], tokens: int, bounded_memory: None
 ) -> None:
     folder, command = prepared
+    (folder / "index.json.sha256").unlink()
     data = json.loads((folder / "index.json").read_text())
     data["splits"]["train"][0]["tokens"] = tokens
     contents = {

@@ -63,7 +63,9 @@ def with_own_fingerprint(text: str) -> str:
 
 
 def damage_index(folder: Path) -> Callable[[random.Random], str]:
+    """Changes an index without a checksum: in most cases its own would show the damage."""
     valid = (folder / "index.json").read_text()
+    (folder / "index.json.sha256").unlink()
 
     def damage(draw: random.Random) -> str:
         if draw.random() < 0.3:

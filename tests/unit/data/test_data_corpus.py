@@ -69,6 +69,21 @@ def test_a_damaged_index_is_named_with_the_fix(copy: Path) -> None:
         open_prepared(copy)
 
 
+def test_a_changed_number_in_the_index_is_noticed(copy: Path) -> None:
+    """One that neither the fingerprint nor another file holds."""
+    file = copy / "index.json"
+    text = file.read_text().replace('"eos_id": 0', '"eos_id": 1')
+    assert text != file.read_text()
+    file.write_text(text)
+    with pytest.raises(CorpusError, match=r"index\.json: the index or its checksum in .* damaged"):
+        open_prepared(copy)
+
+
+def test_a_corpus_of_an_earlier_version_has_no_checksum_of_its_index(copy: Path) -> None:
+    (copy / "index.json.sha256").unlink()
+    open_prepared(copy)
+
+
 def test_damage_is_noticed_when_a_configuration_opens_the_corpus(
     jsonl_config: DataConfig, corpus: Corpus, tmp_path: Path
 ) -> None:

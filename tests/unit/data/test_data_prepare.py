@@ -151,6 +151,7 @@ def test_a_stop_before_the_rename_leaves_nothing_that_looks_complete(
     assert again.index == corpus.index
     assert {file.name for file in again.folder.iterdir()} == {
         "index.json",
+        "index.json.sha256",
         "tokenizer.json",
         "train-00000.bin",
         "validation-00000.bin",
