@@ -28,6 +28,14 @@ class Batch(NamedTuple):
 class ModelConfig(NamedSection):
     """The base class of every `[model]` section."""
 
+    huggingface_types: ClassVar[frozenset[str]] = frozenset()
+    """The `model_type` of each `config.json` that `keys_from_huggingface` reads."""
+
+    from_folder: str | None = None
+    """A folder in Hugging Face's layout, relative to the working directory, whose config.json gives
+    name and architecture. They are what is saved with the run; the folder is not read again.
+    Keys of the same section must not contradict it, and none are taken from a base file. For its
+    weights, set [checkpoint] initial_weights too; for its tokenizer, [data] tokenizer."""
     vocab_size: int = Field(gt=0)
     """Number of token ids of the embedding and the head."""
 
@@ -48,9 +56,28 @@ class ModelConfig(NamedSection):
         """
         return None
 
+    @classmethod
+    def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
+        """Return the keys of this section for the model that a `config.json` describes.
+
+        Args:
+            found: its keys; `model_type` is one of `huggingface_types`.
+
+        Raises:
+            ConfigError: names the keys that are missing, wrong or not supported.
+        """
+        raise NotImplementedError(f"{cls.__name__} has huggingface_types but reads no config.json")
+
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
         """Return error messages if a `config.json` does not fit this model; none by default."""
         return []
+
+    def weight_copies(self) -> dict[str, str]:
+        """Return names under which files may repeat a weight, with the weight's own name.
+
+        Default: none. A tied head, for example, is `{"lm_head.weight": "embed_tokens.weight"}`.
+        """
+        return {}
 
     @abstractmethod
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

@@ -2,15 +2,17 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import tomli
 from pydantic import TypeAdapter, ValidationError
 
 from switchtitan.config.command_line import Arguments
+from switchtitan.config.expansions import Expand, expand, fill_in
 from switchtitan.config.explain import (
     TOGETHER,
     Draft,
@@ -49,6 +51,7 @@ def load_config(
     config_type: type[ConfigT],
     checks: Sequence[Check] = (),
     overrides_heading: str | None = None,
+    expansions: Mapping[KeyPath, Expand] = MappingProxyType({}),
 ) -> ConfigT:
     """Read, override and validate a configuration that consists of sections.
 
@@ -57,12 +60,14 @@ def load_config(
         file: the TOML file; None for an empty one.
         checks: each runs if all sections that it needs are valid.
         overrides_heading: for overrides that a program made: their heading in error messages.
+        expansions: keys that stand for other keys of their section, e.g. ("model", "from_folder").
+            Such a section takes no keys from a base file, and its other keys must agree.
 
     Raises:
         ConfigError: with all mistakes in one message.
     """
     types = section_types(config_type)
-    given = TomlFile() if file is None else read_with_bases(file, types)
+    given = TomlFile() if file is None else read_with_bases(file, types, expansions)
     draft = Draft(
         config_type,
         types,
@@ -73,8 +78,11 @@ def load_config(
         overrides_heading=overrides_heading,
         mistakes=list(arguments.mistakes),
     )
+    expanded = expand(draft, expansions)
     _choose_classes(draft)
     _apply_overrides(draft)
+    for path, keys in expanded.items():
+        fill_in(draft, path, keys)
     for section in draft.table.keys() - types.keys():
         explain_unknown_section(draft, section)
     sections = {name: section for name in types for section in _validated(draft, name)}
@@ -120,12 +128,15 @@ class TomlFile:
     """The file of each key and table; the last one if several have it."""
 
 
-def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
+def read_with_bases(file: Path, types: SectionTypes, alone: Collection[KeyPath] = ()) -> TomlFile:
     """Read a TOML file and add the keys that it lacks from its `base`.
 
     `base` is a path relative to the file that has this key, or the name of a configuration that is
     installed with switchtitan. A base may have a base. Tables are merged key by key. A `[model]`,
     `[method]` or `[optimizer]` section whose `name` differs from the base's takes no keys from it.
+
+    Args:
+        alone: keys whose section takes no keys from a base either.
 
     Raises:
         ConfigError: if a file cannot be read, or is its own base.
@@ -154,8 +165,10 @@ def read_with_bases(file: Path, types: SectionTypes) -> TomlFile:
     merged = TomlFile()
     for path, table in reversed(chain.values()):
         for section in types:
-            if isinstance(types[section], Mapping) and _has_other_name(
-                table.get(section), merged.table.get(section)
+            above, below = table.get(section), merged.table.get(section)
+            stands_alone = any(key in _as_table(above) for owner, key in alone if owner == section)
+            if isinstance(types[section], Mapping) and (
+                (stands_alone and below is not None) or _has_other_name(above, below)
             ):
                 del merged.table[section]
                 for key in [key for key in merged.origins if key[0] == section]:
@@ -218,6 +231,10 @@ def _has_other_name(above: object, below: object) -> bool:
     if not isinstance(above, dict) or not isinstance(below, dict):
         return False
     return "name" in above and above["name"] != below.get("name", above["name"])
+
+
+def _as_table(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
 
 
 def _merge(into: TomlFile, table: Mapping[str, Any], path: KeyPath, file: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +22,12 @@ from switchtitan.hub.weight_files import check_shapes, find_weight_files
 from switchtitan.models import MODELS
 
 WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
+_COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+"""End of the names of tensors that old versions of transformers store, though they follow from
+config.json."""
 
 
 def export_dense(
@@ -71,7 +76,7 @@ def export_dense(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        _write_json(partial / "config.json", {**huggingface_config, **_stored_as(dtype, eos_id)})
+        _write_json(partial / CONFIG_NAME, {**huggingface_config, **_stored_as(dtype, eos_id)})
         if tokenizer_file is not None:
             _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
         _write_weights(state, partial, dtype, max_shard_bytes)
@@ -84,6 +89,8 @@ def export_dense(
 def read_dense(path: Path) -> dict[str, Tensor]:
     """Memory-maps all weights, by name, of a safetensors file or a folder in Hugging Face's layout.
 
+    Rotary frequencies, which old versions of transformers store, are left out.
+
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
@@ -91,7 +98,8 @@ def read_dense(path: Path) -> dict[str, Tensor]:
     for file in find_weight_files(path, WEIGHTS_NAME):
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+                names = [name for name in opened.keys() if not name.endswith(_COMPUTED_SUFFIX)]  # noqa: SIM118
+                tensors.update({name: opened.get_tensor(name) for name in names})
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} is a corrupted or truncated safetensors file ({error}); replace it"
@@ -99,22 +107,57 @@ def read_dense(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_dense(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> None:
-    """Checks that names, shapes and a config.json next to the weights match the model.
-
-    Args:
-        tensors: weights by name.
-        config: the model's section.
-        path: the file or folder that the weights were read from.
+def without_copies(
+    tensors: dict[str, Tensor], config: ModelConfig, path: Path
+) -> dict[str, Tensor]:
+    """Returns the weights without those that repeat another, such as a tied head's.
 
     Raises:
-        CheckpointError: names the weights, or the keys of config.json, that differ.
+        CheckpointError: if a copy differs from the weight that it repeats.
     """
-    hint = "Use the [model] size and overrides that these weights were trained with."
-    check_shapes(tensors, parameter_shapes(config), path, hint)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if file.is_file():
-        _check_config(file, config)
+    kept = dict(tensors)
+    for copy, name in config.weight_copies().items():
+        repeated = kept.pop(copy, None)
+        if repeated is None:
+            continue
+        weight = kept.setdefault(name, repeated)
+        is_equal = (weight.dtype, weight.shape) == (repeated.dtype, repeated.shape)
+        if not is_equal or not torch.equal(weight, repeated):
+            raise CheckpointError(
+                f"{path}: {copy} and {name} differ, but the model's head is tied "
+                "(tie_word_embeddings in config.json); remove one of them, or untie the head"
+            )
+    return kept
+
+
+def check_config(config: ModelConfig, path: Path) -> None:
+    """Checks a model against the config.json next to its weights, if there is one.
+
+    Raises:
+        CheckpointError: names the keys that differ.
+    """
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if file.is_file() and (differing := config.check_huggingface_config(read_config(file))):
+        raise CheckpointError(
+            f"{file} describes another model: {'; '.join(differing)}. Change [model] to match."
+        )
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Reads a config.json.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is no object of JSON.
+    """
+    try:
+        found = json.loads(file_inside(file.parent, file.name).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is corrupted ({error!r}); expected the config.json of a model"
+        ) from error
+    return found
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -122,20 +165,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = MODELS.build(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _check_config(file: Path, config: ModelConfig) -> None:
-    try:
-        text = file_inside(file.parent, file.name).read_text(encoding="utf-8")
-        differing = config.check_huggingface_config(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is corrupted ({error!r}); expected the config.json of a {config.name} model"
-        ) from error
-    if differing:
-        raise CheckpointError(
-            f"{file} describes another model: {'; '.join(differing)}. Change [model] to match."
-        )
 
 
 def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
@@ -181,7 +210,7 @@ def _write_weights(
         converted = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(converted, folder / file_name, metadata={"format": "pt"})
         # safetensors creates files that only their owner can read.
-        shutil.copymode(folder / "config.json", folder / file_name)
+        shutil.copymode(folder / CONFIG_NAME, folder / file_name)
         file_of.update(dict.fromkeys(names, file_name))
     if len(shards) > 1:
         total_size = sum(value.numel() for value in state.values()) * dtype.itemsize

@@ -12,7 +12,12 @@ from switchtitan.checkpoint.metadata import file_record
 from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
-from switchtitan.hub.huggingface import check_dense, parameter_shapes, read_dense
+from switchtitan.hub.huggingface import (
+    check_config,
+    parameter_shapes,
+    read_dense,
+    without_copies,
+)
 from switchtitan.hub.original import SCALE_FILE, is_original, read_original_dense
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
@@ -48,7 +53,10 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
         check_same_run({"model": saved.architecture()}, {"model": config.architecture()})
         weights = read_dense_checkpoint(source)
     else:
+        # Before the shapes, since a key of config.json says more than the shapes that follow.
+        check_config(config, path)
         weights = read_original_dense(path) if is_original(path) else read_dense(path)
+        weights = without_copies(weights, config, path)
     expected = parameter_shapes(config)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
@@ -63,8 +71,6 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
             f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} weights do not match "
             f"the model ({examples}); use the [model] that they belong to"
         )
-    if not is_checkpoint:
-        check_dense(weights, config, path)
     return InitialWeights(source.absolute(), weights)
 
 

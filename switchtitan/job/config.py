@@ -1,10 +1,13 @@
 """The configuration of a training run, and its command line."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config.command_line import print_help, split_arguments
+from switchtitan.config.expansions import Expand
+from switchtitan.config.fields import KeyPath
 from switchtitan.config.load import Check, load_config
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import QUICKSTART, find_config
@@ -83,9 +86,17 @@ def parse_arguments(
         checks = ()
     elif checks is None:
         checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
-    config = load_config(arguments, file, JobConfig, checks, overrides_heading)
+    expansions: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
+    config = load_config(arguments, file, JobConfig, checks, overrides_heading, expansions)
     if arguments.wants_help:
         names = {"model": list(MODELS), "method": list(METHODS), "optimizer": list(OPTIMIZERS)}
         print_help(dict(config), "switchtitan train [--config FILE]", _INTRODUCTION, names)
         raise SystemExit(0)
     return config
+
+
+def _model_in_folder(folder: str) -> dict[str, object]:
+    # Imported here: most runs do not use it.
+    from switchtitan.hub.model_folder import read_model_folder
+
+    return read_model_folder(Path(folder))

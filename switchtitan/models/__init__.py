@@ -3,9 +3,14 @@
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.models.llama.model import build_llama
+from switchtitan.models.qwen2.config import Qwen2Config
 from switchtitan.registry import Component, Registry
 
 MODELS: Registry[ModelConfig, LanguageModel] = Registry(
-    "model", {"llama": Component(LlamaConfig, build_llama)}
+    "model",
+    {
+        "llama": Component(LlamaConfig, build_llama),
+        "qwen2": Component(Qwen2Config, build_llama),
+    },
 )
 """Build models under `torch.device("meta")`."""

@@ -21,3 +21,22 @@ class Head(nn.Linear):
         self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor] = F.linear
     ) -> Tensor:
         return function(hidden, self.weight)
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies by the embedding's weight, and has no parameter of its own.
+
+    So the weight has one name, one gradient and one place in checkpoints. A model with this head
+    leaves the embedding out of `outer_units`, since its weight must stay gathered until the head
+    has run.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        # In a tuple: as a submodule, the weight would have a second name.
+        self._embedding = (embedding,)
+
+    def forward(
+        self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> Tensor:
+        return function(hidden, self._embedding[0].weight)

@@ -10,14 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.distributed.compilation import compile_if
-from switchtitan.models.head import Head
+from switchtitan.models.head import Head, TiedHead
 
 
 class CrossEntropy:
     """Computes the sum over targets of -log p(target), in nats, in fp32 or wider.
 
-    For a `Head`, logits and their gradients exist for one chunk of tokens at a time. Any other
-    head, such as a low-rank one, computes all logits.
+    For a `Head` or `TiedHead`, logits and their gradients exist for one chunk of tokens at a time.
+    Any other head, such as a low-rank one, computes all logits.
 
     Args:
         compile_regions: compile everything but matrix products and the head, for static shapes.
@@ -40,7 +40,7 @@ class CrossEntropy:
             targets: [batch, seq]; `IGNORED_TARGET` is ignored.
             divisor: dividing here rather than afterwards avoids rounding the gradient twice.
         """
-        if not isinstance(head, Head):
+        if not isinstance(head, Head | TiedHead):
             return self._logits_loss(head(hidden), targets) / divisor
 
         def in_chunks(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.models.head import Head
+from switchtitan.models.head import Head, TiedHead
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit
 from switchtitan.training.stepper import TrainState
@@ -170,7 +170,7 @@ def head_notice(model: nn.Module, config: ModelConfig) -> str | None:
     Names the last linear layer with one row per token id.
     """
     modules = dict(model.named_modules())
-    if any(isinstance(module, Head) for module in modules.values()):
+    if any(isinstance(module, Head | TiedHead) for module in modules.values()):
         return None
     heads = [
         f"{name} is a {_plain_class(modules[name]).__name__}, not a Head"

@@ -1,15 +1,18 @@
-"""The `[model]` section for LLaMA: the table of sizes, overrides and derived shapes."""
+"""The `[model]` section for LLaMA and its family: the table of sizes, and the keys of all."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from switchtitan.contracts import ModelConfig
+from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
+from switchtitan.models.llama.dimensions import LlamaDimensions
+from switchtitan.models.llama.huggingface import differences, read_config, write_config
+from switchtitan.models.llama.rope import Rope, RopeType
 
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "9m": (128, 352, 4, 4),
@@ -24,74 +27,39 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "7b": (4096, 11008, 32, 32),
 }
 """Hidden size, intermediate size, layers and heads of the published runs (arXiv 2406.06564)."""
+_SIZE_KEYS = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
+_ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("rope_factor",),
+    "llama3": (
+        "rope_factor",
+        "rope_low_freq_factor",
+        "rope_high_freq_factor",
+        "rope_original_positions",
+    ),
+}
+"""The keys that each `rope_type` needs."""
 
 
-@dataclass(frozen=True)
-class LlamaDimensions:
-    """Everything that determines a LLaMA's shapes and function, with `size` resolved."""
+class LlamaFamilyConfig(ModelConfig):
+    """The keys of LLaMA and of models that differ from it in details.
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    norm_eps: float
-    rope_theta: float
-    init_std: float
+    A subclass says the details: `name` and the class variables.
+    """
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+    resumable_keys: ClassVar[frozenset[str]] = frozenset({"max_positions"})
+    huggingface_class: ClassVar[str]
+    """The class of transformers that loads an exported model."""
+    huggingface_type: ClassVar[str]
+    """Its `model_type`."""
+    biased_layers: ClassVar[tuple[str, ...]] = ()
+    """Local names of the linear layers with a bias."""
 
-    @property
-    def kv_size(self) -> int:
-        """Width of all key heads together; equals that of all value heads."""
-        return self.num_kv_heads * self.head_dim
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out, in) of all linear layers and the head, by qualified name, in order."""
-        hidden, wide = self.hidden_size, self.intermediate_size
-        of_block = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (self.kv_size, hidden),
-            "self_attn.v_proj": (self.kv_size, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (wide, hidden),
-            "mlp.up_proj": (wide, hidden),
-            "mlp.down_proj": (hidden, wide),
-        }
-        shapes = {
-            f"model.layers.{index}.{name}": shape
-            for index in range(self.num_layers)
-            for name, shape in of_block.items()
-        }
-        return {**shapes, "lm_head": (self.vocab_size, hidden)}
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of all parameters of the plain model by state-dict name."""
-        norms = [
-            f"model.layers.{index}.{norm}.weight"
-            for index in range(self.num_layers)
-            for norm in ("input_layernorm", "post_attention_layernorm")
-        ]
-        return {
-            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
-            **{f"{name}.weight": shape for name, shape in self.linear_shapes().items()},
-            **dict.fromkeys([*norms, "model.norm.weight"], (self.hidden_size,)),
-        }
-
-
-class LlamaConfig(ModelConfig):
-    """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, an untied head."""
-
-    name: Literal["llama"] = "llama"
-    """Name of the model."""
-    size: Literal["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "3b", "7b"]
-    """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads."""
+    size: Literal["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "3b", "7b"] | None = None
+    """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads;
+    unset: set these four."""
     hidden_size: int | None = Field(None, gt=0)
-    """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads."""
+    """Width of the residual stream; unset: from `size`. A multiple of num_heads."""
     intermediate_size: int | None = Field(None, gt=0)
     """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
     5461 of size 1b is not one, and 5504 is the next."""
@@ -102,12 +70,32 @@ class LlamaConfig(ModelConfig):
     num_kv_heads: int | None = Field(None, gt=0)
     """Number of key and value heads (grouped-query attention), a divisor of num_heads; unset:
     num_heads."""
+    head_dim: int | None = Field(None, gt=0, multiple_of=2)
+    """Width of one attention head, even; unset: hidden_size / num_heads."""
     vocab_size: int = Field(32100, gt=0)
     """Number of token ids of the embedding and the head; at least the tokenizer's."""
+    tied_head: bool = False
+    """Whether the head's weight is the embedding's. A tied head cannot be in [method] targets."""
     norm_eps: float = Field(1e-6, gt=0)
     """Added to the mean square in every RMSNorm."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary embedding's frequencies."""
+    rope_type: RopeType = "default"
+    """Scaling of the rotary embedding's frequencies. "linear" divides all by rope_factor; "llama3"
+    divides only those of long waves, as LLaMA 3.1 does."""
+    rope_factor: float | None = Field(None, gt=0)
+    """What frequencies are divided by; only with rope_type = "linear" or "llama3"."""
+    rope_low_freq_factor: float | None = Field(None, gt=0)
+    """Frequencies of at most so many turns within rope_original_positions are divided; only with
+    rope_type = "llama3"."""
+    rope_high_freq_factor: float | None = Field(None, gt=0)
+    """Frequencies of at least so many turns are kept, above rope_low_freq_factor; only with
+    rope_type = "llama3"."""
+    rope_original_positions: int | None = Field(None, gt=0)
+    """Tokens in a sequence before the scaling; only with rope_type = "llama3"."""
+    max_positions: int | None = Field(None, gt=0)
+    """Tokens in the longest sequence that an exported model is made for, if that is more than
+    [data] seq_len; has no other effect."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal distribution that initializes embedding, linear layers and
     head."""
@@ -116,7 +104,13 @@ class LlamaConfig(ModelConfig):
     within each document."""
 
     @model_validator(mode="after")
-    def _check_divisibility(self) -> Self:
+    def _check_size(self) -> Self:
+        missing = [key for key in _SIZE_KEYS if getattr(self, key) is None]
+        if self.size is None and missing:
+            raise ValueError(
+                f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}, or "
+                "from_folder alone"
+            )
         dims = self.dimensions()
         if dims.hidden_size % dims.num_heads:
             raise ValueError(
@@ -136,79 +130,75 @@ class LlamaConfig(ModelConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_rope(self) -> Self:
+        needed = _ROPE_KEYS[self.rope_type]
+        for key in _ROPE_KEYS["llama3"]:
+            value = getattr(self, key)
+            if value is None and key in needed:
+                raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
+            if value is not None and key not in needed:
+                raise ValueError(
+                    f"{key} = {value} has no effect with rope_type = {self.rope_type!r}; remove it"
+                )
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if low is not None and high is not None and high <= low:
+            raise ValueError(
+                f"rope_high_freq_factor = {high}: expected more than rope_low_freq_factor = {low}"
+            )
+        return self
+
     def dimensions(self) -> LlamaDimensions:
         """Returns the table's row for `size` with the overrides applied."""
-        hidden_size, intermediate_size, num_layers, num_heads = SIZES[self.size]
-        num_heads = self.num_heads or num_heads
+        row = dict(zip(_SIZE_KEYS, SIZES[self.size] if self.size else (0, 0, 0, 0), strict=True))
+        sizes = {key: getattr(self, key) or row[key] for key in _SIZE_KEYS}
+        rope = {key.removeprefix("rope_"): getattr(self, key) for key in _ROPE_KEYS[self.rope_type]}
         return LlamaDimensions(
-            hidden_size=self.hidden_size or hidden_size,
-            intermediate_size=self.intermediate_size or intermediate_size,
-            num_layers=self.num_layers or num_layers,
-            num_heads=num_heads,
-            num_kv_heads=self.num_kv_heads or num_heads,
+            **sizes,
+            num_kv_heads=self.num_kv_heads or sizes["num_heads"],
+            head_dim=self.head_dim or sizes["hidden_size"] // sizes["num_heads"],
             vocab_size=self.vocab_size,
             norm_eps=self.norm_eps,
-            rope_theta=self.rope_theta,
+            rope=Rope(self.rope_theta, self.rope_type, **rope),
+            tied_head=self.tied_head,
             init_std=self.init_std,
+            biased_layers=self.biased_layers,
         )
 
     def architecture(self) -> dict[str, object]:
-        """Returns all keys but the attention backend, which has no weights."""
-        return self.model_dump(mode="json", exclude={"attention"})
+        """Returns name and dimensions: equal models are equal, however their keys were given."""
+        return {"name": self.name, **self.dimensions().architecture()}
+
+    @classmethod
+    def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
+        """See `contracts.ModelConfig`."""
+        return read_config(found)
 
     def huggingface_config(self, seq_len: int) -> dict[str, object]:
-        """Returns the config.json of transformers' LlamaForCausalLM."""
-        dims = self.dimensions()
+        """Returns the config.json of transformers' class for this model."""
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": dims.hidden_size,
-            "intermediate_size": dims.intermediate_size,
-            "num_hidden_layers": dims.num_layers,
-            "num_attention_heads": dims.num_heads,
-            "num_key_value_heads": dims.num_kv_heads,
-            "head_dim": dims.head_dim,
-            "vocab_size": dims.vocab_size,
-            "rms_norm_eps": dims.norm_eps,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "initializer_range": dims.init_std,
-            "max_position_embeddings": seq_len,
-            # Both spellings: transformers 4 and 5.
-            "rope_theta": dims.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_theta},
+            "architectures": [self.huggingface_class],
+            "model_type": self.huggingface_type,
+            **write_config(self.dimensions(), max(seq_len, self.max_positions or 0)),
         }
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Returns differences that shapes do not show: heads, norm epsilon, activation, rotary."""
-        dims = self.dimensions()
-        # transformers 5 writes rope_parameters; version 4 writes rope_theta and rope_scaling.
-        rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-        num_heads = found["num_attention_heads"]
-        compared = {
-            "num_attention_heads": (num_heads, dims.num_heads),
-            "num_key_value_heads": (
-                found.get("num_key_value_heads") or num_heads,
-                dims.num_kv_heads,
-            ),
-            "rms_norm_eps": (found.get("rms_norm_eps", 1e-6), dims.norm_eps),
-            "hidden_act": (found.get("hidden_act", "silu"), "silu"),
-            "rope_theta": (
-                rope.get("rope_theta", found.get("rope_theta", 10000.0)),
-                dims.rope_theta,
-            ),
-            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        }
-        return [
-            f"{key} = {theirs!r}, the model has {ours!r}"
-            for key, (theirs, ours) in compared.items()
-            if theirs != ours
-        ]
+        """Returns all differences between a config.json and this model."""
+        model_type = found.get("model_type", self.huggingface_type)
+        if model_type not in self.huggingface_types:
+            supported = " or ".join(map(repr, sorted(self.huggingface_types)))
+            return [f"model_type = {model_type!r}, [model] name = {self.name!r} is {supported}"]
+        try:
+            return differences(self.keys_from_huggingface(found), self.dimensions())
+        except ConfigError as error:
+            return [str(error)]
+
+    def weight_copies(self) -> dict[str, str]:
+        """See `contracts.ModelConfig`."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out, in) of every linear layer and the head, by qualified module name."""
+        """Returns (out, in) of every linear layer and an untied head, by qualified module name."""
         return self.dimensions().linear_shapes()
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
@@ -222,3 +212,15 @@ class LlamaConfig(ModelConfig):
             EnvironmentMismatchError: if it cannot.
         """
         check_attention(self.attention, self.dimensions().head_dim, device_type, compute_dtype)
+
+
+class LlamaConfig(LlamaFamilyConfig):
+    """LLaMA (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases. Mistral without a
+    sliding window is one too."""
+
+    huggingface_class: ClassVar[str] = "LlamaForCausalLM"
+    huggingface_type: ClassVar[str] = "llama"
+    huggingface_types: ClassVar[frozenset[str]] = frozenset({"llama", "mistral"})
+
+    name: Literal["llama"] = "llama"
+    """Name of the model."""

@@ -1,4 +1,4 @@
-"""LLaMA (arXiv 2302.13971), with the module names of Hugging Face's LlamaForCausalLM."""
+"""LLaMA (arXiv 2302.13971) and its family, with the module names of Hugging Face's models."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,36 +15,11 @@ from switchtitan.contracts import (
     default_apply_head,
     default_call_block,
 )
-from switchtitan.models.head import Head
+from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
-from switchtitan.models.llama.config import LlamaConfig, LlamaDimensions
-
-
-def rotary_tables(
-    seq_len: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Returns cos, sin of position * theta^(-2i/head_dim), each [seq, head_dim/2] in fp32.
-
-    Rotary embeddings (RoFormer, arXiv 2104.09864, eq. 34) in Hugging Face LLaMA's half-split
-    layout: feature i of a head is paired with feature i + head_dim/2, where the paper pairs
-    neighbours. The two differ by a fixed permutation of the rows of q_proj and k_proj.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, 1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
-
-
-def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair of features by its position's angle, in fp32 or wider.
-
-    Args:
-        features: [batch, heads, seq, head_dim], of any floating dtype, which the result keeps.
-        cos, sin: [seq, head_dim/2] in fp32.
-    """
-    first, second = features.to(torch.promote_types(features.dtype, cos.dtype)).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(features.dtype)
+from switchtitan.models.llama.config import LlamaFamilyConfig
+from switchtitan.models.llama.dimensions import LlamaDimensions
+from switchtitan.models.llama.rope import rotary_tables, rotate
 
 
 @dataclass(frozen=True)
@@ -70,10 +45,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = dims.head_dim
         self.attend = ATTENTION_BACKENDS[backend].load()
-        self.q_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
-        self.k_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias=False)
-        self.v_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias=False)
-        self.o_proj = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
+        biased = dims.biased_layers
+        self.q_proj = nn.Linear(dims.hidden_size, dims.q_size, bias="q_proj" in biased)
+        self.k_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias="k_proj" in biased)
+        self.v_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias="v_proj" in biased)
+        self.o_proj = nn.Linear(dims.q_size, dims.hidden_size, bias="o_proj" in biased)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         query, key, value = (
@@ -119,8 +95,7 @@ class Decoder(nn.Module):
 
     def __init__(self, dims: LlamaDimensions, backend: str) -> None:
         super().__init__()
-        self.rope_theta = dims.rope_theta
-        self.head_dim = dims.head_dim
+        self.rope, self.head_dim = dims.rope, dims.head_dim
         self.build_mask = ATTENTION_BACKENDS[backend].build_mask
         self.embed_tokens = nn.Embedding(dims.vocab_size, dims.hidden_size)
         self.layers = nn.ModuleList(Block(dims, backend) for _ in range(dims.num_layers))
@@ -129,7 +104,7 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = default_call_block
     ) -> Tensor:
-        cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope_theta, tokens.device)
+        cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope, tokens.device)
         positions = Positions(cos, sin, self.build_mask(document_ids))
         hidden = self.embed_tokens(tokens)
         for block in self.layers:
@@ -138,7 +113,7 @@ class Decoder(nn.Module):
 
 
 class Llama(LanguageModel):
-    """A LLaMA language model."""
+    """A language model of LLaMA's family: the section's class says which of its parts vary."""
 
     draws_in_forward: ClassVar[bool] = False
 
@@ -146,7 +121,11 @@ class Llama(LanguageModel):
         super().__init__()
         self.dims = dims
         self.model = Decoder(dims, backend)
-        self.lm_head = Head(dims.hidden_size, dims.vocab_size)
+        self.lm_head = (
+            TiedHead(self.model.embed_tokens)
+            if dims.tied_head
+            else Head(dims.hidden_size, dims.vocab_size)
+        )
 
     def forward(
         self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
@@ -174,28 +153,25 @@ class Llama(LanguageModel):
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}
 
     def outer_units(self) -> list[list[nn.Module]]:
-        """Returns the embedding, and the last norm with the head."""
+        """Returns the embedding, and the last norm with the head; nothing if the head is tied."""
+        if self.dims.tied_head:
+            return []
         return [[self.model.embed_tokens], [self.model.norm, self.lm_head]]
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Returns ones for norms, otherwise N(0, init_std^2); fp32 on the CPU."""
+        """Returns ones for norms, zeros for biases, otherwise N(0, init_std^2); fp32 on the CPU."""
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float32, device="cpu")
+        if name.endswith(".bias"):
+            return torch.zeros(shape, dtype=torch.float32, device="cpu")
         value = torch.empty(shape, dtype=torch.float32, device="cpu")
         return value.normal_(0.0, self.dims.init_std, generator=generator)
 
     def num_flops_per_token(self, seq_len: int) -> int:
-        """Returns 6 N + 12 L H Q S, forward and backward (PaLM, arXiv 2204.02311, appendix B).
-
-        N is the number of weights of all linear layers and the head, without embedding and norms;
-        L layers, H heads of Q features, S = `seq_len`. As in PaLM, attention is not halved for the
-        causal mask, so that MFU is comparable with published figures.
-        """
-        dims = self.dims
-        num_weights = sum(out * into for out, into in dims.linear_shapes().values())
-        return 6 * num_weights + 12 * dims.num_layers * dims.hidden_size * seq_len
+        """See `LlamaDimensions.num_flops_per_token`."""
+        return self.dims.num_flops_per_token(seq_len)
 
 
-def build_llama(config: LlamaConfig) -> Llama:
+def build_llama(config: LlamaFamilyConfig) -> Llama:
     """Builds the model on the current default device (the caller sets meta)."""
     return Llama(config.dimensions(), config.attention)

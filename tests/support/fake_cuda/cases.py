@@ -24,6 +24,13 @@ _GATHER_ONCE = ("--parallelism.frozen_weights", "gather_once")
 _UNITS = ("--parallelism.blocks_per_unit", "2")
 _FULL = ("--activation_checkpoint.mode", "full")
 _OFFLOAD = (*_FULL, "--activation_checkpoint.offload", "true")
+_TIED = ("--model.tied_head", "true")
+_LLAMA3 = (
+    *("--model.rope_type", "llama3", "--model.rope_factor", "8", "--model.rope_low_freq_factor"),
+    *("1", "--model.rope_high_freq_factor", "4", "--model.rope_original_positions", "8"),
+)
+_LINEAR = ("--model.rope_type", "linear", "--model.rope_factor", "2")
+_QWEN2 = ("--model.name", "qwen2")
 # Matrices of at least 4096 elements have moments in 8 bits.
 _WIDE = ("--model.hidden_size", "64", "--model.intermediate_size", "128")
 
@@ -93,6 +100,10 @@ CASES: dict[str, list[str]] = {
     "sgd, low rank": ["lora", "--optimizer.name", "sgd"],
     "adafactor": ["full_rank", "--optimizer.name", "adafactor"],
     "muon": ["full_rank", "--optimizer.name", "muon"],
+    "tied head": ["switchlora", *_TIED, *_LLAMA3],
+    "tied head, accumulation, HSDP": ["full_rank", *_TIED, *_ACCUMULATE, *_HSDP],
+    "biases": ["switchlora", *_QWEN2, *_LINEAR],
+    "biases, HSDP": ["full_rank", *_QWEN2, *_TIED, *_HSDP],
 }
 if HAS_TORCHAO:
     CASES["adamw8bit"] = ["full_rank", "--optimizer.name", "adamw8bit", *_WIDE]
@@ -135,6 +146,8 @@ COUNTED_ON_CPU = {
     "sharded accumulation, HSDP",
     "frozen weights gathered once",
     "frozen weights gathered once, HSDP",
+    "tied head",
+    "biases",
 }
 """Cases whose collectives are compared with those of the same run on a CPU."""
 

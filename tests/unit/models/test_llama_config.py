@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from switchtitan.errors import ConfigError, EnvironmentMismatchError
 from switchtitan.models import MODELS
-from switchtitan.models.llama.config import SIZES, LlamaConfig
+from switchtitan.models.llama.config import SIZES, LlamaConfig, LlamaFamilyConfig
+from switchtitan.models.qwen2.config import Qwen2Config
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_positions": 64,
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -31,16 +40,27 @@ def test_published_sizes_have_the_published_number_of_parameters(
     assert sum(map(prod, shapes)) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_shapes_equal_those_of_the_built_model() -> None:
-    config = LlamaConfig(
-        size="9m",
-        hidden_size=36,
-        num_heads=6,
-        num_kv_heads=3,
-        intermediate_size=29,
-        num_layers=3,
-        vocab_size=53,
-    )
+SHAPES = {
+    "size": "9m",
+    "hidden_size": 36,
+    "num_heads": 6,
+    "num_kv_heads": 3,
+    "intermediate_size": 29,
+    "num_layers": 3,
+    "vocab_size": 53,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPES),
+        LlamaConfig(**SHAPES, tied_head=True, head_dim=4),
+        Qwen2Config(**SHAPES),
+        Qwen2Config(**SHAPES, tied_head=True),
+    ],
+)
+def test_shapes_equal_those_of_the_built_model(config: LlamaFamilyConfig) -> None:
     with torch.device("meta"):
         model = MODELS.build(config)
     built = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -52,6 +72,8 @@ def test_shapes_equal_those_of_the_built_model() -> None:
     assert config.dimensions().parameter_shapes() == built
     assert config.linear_shapes() == linear
     assert list(config.linear_shapes()) == list(linear)
+    assert ("lm_head" in linear) != config.tied_head
+    assert any(name.endswith(".bias") for name in built) == (config.name == "qwen2")
 
 
 def test_overrides_replace_values_of_the_table() -> None:
@@ -76,6 +98,14 @@ def test_key_and_value_heads_follow_overridden_heads() -> None:
         ({"hiden_size": 64}, ["hiden_size"]),
         ({"attention": "eager"}, ["attention", "sdpa"]),
         ({"size": "8m"}, ["size", "9m"]),
+        ({"size": None}, ["size is missing; set one of 9m, .*hidden_size.*num_heads"]),
+        ({"size": None, "hidden_size": 8, "num_heads": 2}, ["set intermediate_size, num_layers"]),
+        ({"head_dim": 5}, ["head_dim", "multiple of 2"]),
+        ({"rope_type": "yarn"}, ["rope_type", "'llama3'"]),
+        ({"rope_factor": 2.0}, ["rope_factor = 2.0 has no effect with rope_type = 'default'"]),
+        ({"rope_type": "linear"}, ["rope_type = 'linear' needs rope_factor"]),
+        ({**LLAMA3, "rope_original_positions": None}, ["needs rope_original_positions"]),
+        ({**LLAMA3, "rope_high_freq_factor": 0.5}, ["expected more than rope_low_freq_factor = 1"]),
     ],
 )
 def test_invalid_dimensions_are_refused_by_name(overrides: dict, words: list[str]) -> None:
@@ -109,3 +139,30 @@ def test_registry_suggests_the_nearest_model() -> None:
 def test_a_number_of_layers_whose_names_would_fill_memory_is_refused():
     with pytest.raises(ValidationError, match="less than or equal to 10000"):
         LlamaConfig(size="9m", num_layers=1 << 31)
+
+
+def test_equal_models_have_equal_architectures_however_their_keys_were_given() -> None:
+    by_size = LlamaConfig(size="9m", vocab_size=53)
+    by_keys = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_layers=4,
+        num_heads=4,
+        head_dim=32,
+        vocab_size=53,
+        attention="flex",
+        init_std=0.1,
+        max_positions=99,
+    )
+    assert by_size.architecture() == by_keys.architecture()
+    for changes in ({"tied_head": True}, {"norm_eps": 1e-5}, LLAMA3):
+        other = LlamaConfig(size="9m", vocab_size=53, **changes)
+        assert other.architecture() != by_size.architecture()
+    assert Qwen2Config(size="9m", vocab_size=53).architecture() != by_size.architecture()
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_a_tied_head_costs_the_operations_of_an_untied_one(tied_head: bool) -> None:
+    dims = LlamaConfig(**{**SHAPES, "tied_head": tied_head, "head_dim": 4}).dimensions()
+    blocks = 3 * (36 * (24 + 12 + 12 + 24) + 3 * 36 * 29)
+    assert dims.num_flops_per_token(7) == 6 * (blocks + 53 * 36) + 12 * 3 * 24 * 7

@@ -19,7 +19,8 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import shard_model
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
-from switchtitan.models.llama.model import Llama, Positions, rotary_tables
+from switchtitan.models.llama.model import Llama, Positions
+from switchtitan.models.llama.rope import rotary_tables
 
 MULTI_HEAD = {
     "hidden_size": 30,
@@ -54,7 +55,7 @@ def build_huggingface(model: Llama, **settings: Any) -> LlamaForCausalLM:
         num_key_value_heads=dims.num_kv_heads,
         vocab_size=dims.vocab_size,
         rms_norm_eps=dims.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": dims.rope.theta},
         tie_word_embeddings=False,
         **settings,
     )
@@ -185,7 +186,7 @@ def test_sharding_in_bf16_leaves_rotary_tables_in_fp32() -> None:
     logits = model(*draw_tokens(1, 7))
     logits.float().sum().backward()
     assert logits.dtype == torch.bfloat16
-    expected, _ = rotary_tables(7, model.dims.head_dim, model.dims.rope_theta, torch.device("cpu"))
+    expected, _ = rotary_tables(7, model.dims.head_dim, model.dims.rope, torch.device("cpu"))
     assert [torch.equal(positions.cos, expected) for positions in seen] == [True] * 3
 
 

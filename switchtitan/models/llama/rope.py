@@ -1,0 +1,68 @@
+"""Rotary position embeddings, and their scaling to longer contexts."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RopeType = Literal["default", "linear", "llama3"]
+"""Kinds of scaling; see `Rope`."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The frequencies of rotary embeddings.
+
+    `default` has theta^(-2i/head_dim). `linear` divides all of them by `factor` (arXiv 2306.15595,
+    eq. 4). `llama3` (LLaMA 3.1) divides those that turn at most `low_freq_factor` times within
+    `original_positions`, keeps those that turn at least `high_freq_factor` times, and interpolates
+    between the two, linearly in the number of turns.
+    """
+
+    theta: float
+    kind: RopeType = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+    def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
+        """Returns the angle per position of each pair of features, [head_dim/2] in fp32."""
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        frequencies = 1.0 / self.theta**exponents
+        if self.kind == "linear":
+            return frequencies / self.factor
+        if self.kind == "llama3":
+            turns = frequencies * (self.original_positions / (2 * math.pi))
+            low, high = self.low_freq_factor, self.high_freq_factor
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            return frequencies * (kept + (1 - kept) / self.factor)
+        return frequencies
+
+
+def rotary_tables(
+    seq_len: int, head_dim: int, rope: Rope, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns cos, sin of position * frequency, each [seq, head_dim/2] in fp32.
+
+    Rotary embeddings (RoFormer, arXiv 2104.09864, eq. 34) in Hugging Face LLaMA's half-split
+    layout: feature i of a head is paired with feature i + head_dim/2, where the paper pairs
+    neighbours. The two differ by a fixed permutation of the rows of q_proj and k_proj.
+    """
+    positions = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rope.frequencies(head_dim, device))
+    return angles.cos(), angles.sin()
+
+
+def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each pair of features by its position's angle, in fp32 or wider.
+
+    Args:
+        features: [batch, heads, seq, head_dim], of any floating dtype, which the result keeps.
+        cos, sin: [seq, head_dim/2] in fp32.
+    """
+    first, second = features.to(torch.promote_types(features.dtype, cos.dtype)).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(features.dtype)
