@@ -126,9 +126,8 @@ def test_a_stopped_run_loses_no_step_and_ends_as_if_it_had_not_been_stopped(
     assert outcome(tmp_path) == undisturbed(num_ranks)
     for phase, number in stopped:
         name = "background save" if (phase, saves) == ("save", "async") else phase
-        record(
-            "stops", phase=name, num_ranks=num_ranks, signal=signal.Signals(number).name, stops=1
-        )
+        by_signal = {known.name: int(known == number) for known in SIGNALS}
+        record("stops", phase=name, num_ranks=num_ranks, stops=1, **by_signal)
 
 
 def save_nothing_at_a_stop() -> None:
