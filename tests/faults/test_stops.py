@@ -1,7 +1,6 @@
 """Stopped by signals at any moments, the same command loses no step and changes no bit."""
 
 import random
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -10,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from support.fault_report import IS_LONG, record
-from support.interrupted_runs import NUM_STEPS, Outcome, arguments, check_folders, outcome
+from support.interrupted_runs import (
+    NUM_STEPS,
+    Outcome,
+    arguments,
+    check_folders,
+    newest_step,
+    outcome,
+    steps_in,
+)
 from support.kills import Kill, run
 
 from switchtitan.training.trainer import Trainer
@@ -40,17 +47,6 @@ def stop_arguments(folder: Path, saves: str) -> list[str]:
     the ranks need to agree on where to stop."""
     keys = ("--evaluation.interval", "3", "--evaluation.tokens", "640")
     return [*arguments(folder, is_async=saves == "async"), *keys, "--job.stop_signal", "SIGUSR1"]
-
-
-def steps_in(printed: str) -> list[int]:
-    """The steps that a run has reported."""
-    return [int(step) for step in re.findall(rf"^ *(\d+)/{NUM_STEPS} +\d", printed, re.MULTILINE)]
-
-
-def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint; 0 without one."""
-    names = [path.name for path in (folder / "run" / "checkpoints").glob("step-*")]
-    return max((int(name.removeprefix("step-")) for name in names if "." not in name), default=0)
 
 
 def check_stop(folder: Path, number: int, codes: list[int], printed: str, step_before: int) -> None:

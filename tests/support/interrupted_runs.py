@@ -1,6 +1,7 @@
 """Runs that are interrupted and resumed, and what they leave at the end."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def outcome(folder: Path) -> Outcome:
         json.loads(json.dumps(metadata.train_state)),
         losses,
     )
+
+
+def steps_in(printed: str) -> list[int]:
+    """The steps that a run has reported."""
+    return [int(step) for step in re.findall(rf"^ *(\d+)/{NUM_STEPS} +\d", printed, re.MULTILINE)]
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    names = [path.name for path in (folder / "run" / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names if "." not in name), default=0)
 
 
 def check_folders(folder: Path) -> None:

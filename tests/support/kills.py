@@ -19,6 +19,7 @@ from switchtitan.cli import train
 from switchtitan.data import corpus
 from switchtitan.training import stop
 from switchtitan.training.evaluate import Evaluator
+from switchtitan.training.loss_spikes import LossSpikeGuard
 from switchtitan.training.stepper import Stepper
 
 PHASES: dict[str, tuple[object, str]] = {
@@ -26,6 +27,7 @@ PHASES: dict[str, tuple[object, str]] = {
     "preparation": (corpus, "prepare_planned_corpus"),
     "training": (Stepper, "step"),
     "evaluation": (Evaluator, "__call__"),
+    "rollback": (LossSpikeGuard, "_roll_back"),
     "save": (checkpointer.Checkpointer, "_complete"),
     "pruning": (checkpointer, "prune"),
 }
