@@ -202,6 +202,18 @@ class SummedLoss(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """What a model keeps of the tokens that it has read, so that the next ones take less time."""
+
+    def advance(self, num_tokens: Tensor) -> None:
+        """Count the tokens of the last forward pass. Those after them were padding.
+
+        Args:
+            num_tokens: [batch] int64.
+        """
+        ...
+
+
 class LanguageModel(nn.Module, ABC):
     """The base class of every model. Its linear layers are `nn.Linear`."""
 
@@ -257,10 +269,24 @@ class LanguageModel(nn.Module, ABC):
     ) -> Tensor:
         """Return what `apply_head` computes, by default logits [batch, seq, vocabulary].
 
+        A model with a `new_cache` has one more argument, `cache`, which is None in training.
+
         Args:
             tokens, document_ids: [batch, seq].
             apply_head: e.g. a loss in chunks. A sharded head is usable only inside this call.
         """
+
+    def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> Cache | None:
+        """Return an empty cache for `forward`, with which tokens follow those read before.
+
+        Default: None. Each new token of a continuation then takes a pass over all tokens.
+
+        Args:
+            batch_size: number of sequences.
+            capacity: tokens of the longest sequence, padding included.
+            device: where the model computes.
+        """
+        return None
 
 
 @runtime_checkable

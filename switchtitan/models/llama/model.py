@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from switchtitan.contracts import (
     ApplyHead,
+    Cache,
     CallBlock,
     LanguageModel,
     default_apply_head,
@@ -17,6 +18,7 @@ from switchtitan.contracts import (
 )
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import ATTENTION_BACKENDS
+from switchtitan.models.llama.cache import KeyValueCache, LayerCache
 from switchtitan.models.llama.config import LlamaFamilyConfig
 from switchtitan.models.llama.dimensions import LlamaDimensions
 from switchtitan.models.llama.rope import rotary_tables, rotate
@@ -31,9 +33,9 @@ class Positions:
     """
 
     cos: Tensor
-    """[seq, head_dim/2] fp32."""
+    """[seq, head_dim/2] fp32; with a cache [batch, 1, seq, head_dim/2]."""
     sin: Tensor
-    """[seq, head_dim/2] fp32."""
+    """Like `cos`."""
     mask: BlockMask | None
     """The attention backend's mask, from the document ids."""
 
@@ -51,14 +53,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias="v_proj" in biased)
         self.o_proj = nn.Linear(dims.q_size, dims.hidden_size, bias="o_proj" in biased)
 
-    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None
+    ) -> Tensor:
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
         )
         query = rotate(query, positions.cos, positions.sin)
         key = rotate(key, positions.cos, positions.sin)
-        attended = self.attend(query, key, value, positions.mask)
+        if cache is None:
+            attended = self.attend(query, key, value, positions.mask)
+        else:
+            attended = cache.attend(query, key, value)
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
 
 
@@ -85,8 +92,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
         self.mlp = MLP(dims)
 
-    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions)
+    def forward(
+        self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -104,11 +113,24 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = default_call_block
     ) -> Tensor:
-        cos, sin = rotary_tables(tokens.shape[1], self.head_dim, self.rope, tokens.device)
+        cos, sin = self.rotary(tokens.shape[1], tokens.device)
         positions = Positions(cos, sin, self.build_mask(document_ids))
         hidden = self.embed_tokens(tokens)
         for block in self.layers:
             hidden = call_block(block, hidden, positions)
+        return self.norm(hidden)
+
+    def rotary(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns `rotary_tables` of this model."""
+        return rotary_tables(seq_len, self.head_dim, self.rope, device)
+
+    def read_next(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Returns the last hidden states [batch, seq, dim] of the next tokens [batch, seq]."""
+        cos, sin, layers = cache.next(tokens.shape[1])
+        positions = Positions(cos, sin, None)
+        hidden = self.embed_tokens(tokens)
+        for block, layer in zip(self.layers, layers, strict=True):
+            hidden = block(hidden, positions, layer)
         return self.norm(hidden)
 
 
@@ -128,7 +150,11 @@ class Llama(LanguageModel):
         )
 
     def forward(
-        self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
+        self,
+        tokens: Tensor,
+        document_ids: Tensor,
+        apply_head: ApplyHead = default_apply_head,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Returns the logits of the next token, or the result of `apply_head`.
 
@@ -137,11 +163,23 @@ class Llama(LanguageModel):
             document_ids: [batch, seq] int32, equal for tokens of one document; only flex uses them.
             apply_head: receives the hidden states [batch, seq, dim], in the dtype of the weights,
                 and the head.
+            cache: as `new_cache` returns it: `tokens` follow those that it has counted, and all
+                are of one document, whose ids are not read.
 
         Returns:
             [batch, seq, vocabulary] in the dtype of the weights, or the result of `apply_head`.
         """
-        return apply_head(self.model(tokens, document_ids, self.call_block), self.lm_head)
+        if cache is None:
+            hidden = self.model(tokens, document_ids, self.call_block)
+        else:
+            assert isinstance(cache, KeyValueCache)
+            hidden = self.model.read_next(tokens, cache)
+        return apply_head(hidden, self.lm_head)
+
+    def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> KeyValueCache:
+        """See `contracts.LanguageModel`."""
+        cos, sin = self.model.rotary(capacity, device)
+        return KeyValueCache(self.dims.num_layers, batch_size, cos, sin)
 
     @property
     def vocab_size(self) -> int:

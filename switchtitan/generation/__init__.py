@@ -1,0 +1,1 @@
+"""Continue prompts with a trained model: decoding, sampling, and text from tokens."""
