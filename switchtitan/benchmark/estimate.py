@@ -1,11 +1,16 @@
 """Estimates a training step on any number of ranks without them: memory, communication, FLOPs."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from switchtitan.benchmark.counters import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_stepper
-from switchtitan.distributed.count_collectives import CommunicationCounts, CountCommunication
+from switchtitan.distributed.count_collectives import (
+    CollectiveCount,
+    CommunicationCounts,
+    CountCommunication,
+)
 from switchtitan.job.config import JobConfig
 from switchtitan.training.stepper import Stepper
 
@@ -25,6 +30,10 @@ ASSUMPTIONS = (
     "full-rank training without recomputation",
 )
 """Assumptions of the estimates."""
+_NUM_SIMULATED = 3
+"""Micro-batches: a first, a last, and one that stands for all others."""
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,56 @@ class StepEstimate:
 def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
     """Estimates a step, under `ASSUMPTIONS`, by running it on fake tensors; see `fake_stepper`.
 
-    Measures the second step, since the first may allocate the optimizer's state.
+    Measures the second step, since the first may allocate the optimizer's state. Of many
+    micro-batches it runs `_NUM_SIMULATED`: all but the first and the last cost the same.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    with fake_stepper(config, num_ranks) as stepper:
+    sequences_per_micro_batch = num_ranks * config.training.local_batch_size
+    num_micro_batches = config.training.global_batch_size // sequences_per_micro_batch
+    if num_micro_batches <= _NUM_SIMULATED + 1:
+        return _simulate_step(config, num_ranks, num_micro_batches)
+    fewer, more = (
+        _simulate_step(config, num_ranks, number) for number in (_NUM_SIMULATED - 1, _NUM_SIMULATED)
+    )
+    return _with_more_micro_batches(fewer, more, num_micro_batches - _NUM_SIMULATED)
+
+
+def _simulate_step(config: JobConfig, num_ranks: int, num_micro_batches: int) -> StepEstimate:
+    batch_size = num_ranks * num_micro_batches * config.training.local_batch_size
+    training = config.training.model_copy(update={"global_batch_size": batch_size})
+    with fake_stepper(config.model_copy(update={"training": training}), num_ranks) as stepper:
         stepper.step()
         return measure_step(stepper, config.data.seq_len)
+
+
+def _with_more_micro_batches(
+    fewer: StepEstimate, more: StepEstimate, num_added: int
+) -> StepEstimate:
+    """Extrapolates to a step with `num_added` micro-batches more than `more`.
+
+    Args:
+        fewer: of a step with one micro-batch less than `more`.
+    """
+
+    def extrapolated(low: Number, high: Number) -> Number:
+        return high + num_added * (high - low)
+
+    communication = {}
+    for kind, high in more.communication.items():
+        low = fewer.communication[kind]
+        communication[kind] = CollectiveCount(
+            extrapolated(low.num_calls, high.num_calls),
+            extrapolated(low.bytes_sent, high.bytes_sent),
+        )
+    return StepEstimate(
+        more.memory,
+        communication,
+        extrapolated(fewer.forward_backward_flops, more.forward_backward_flops),
+        more.update_flops,
+        extrapolated(fewer.full_rank_flops, more.full_rank_flops),
+    )
 
 
 def communication_of_a_step(

@@ -12,7 +12,7 @@ from torch import Tensor
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
 from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import Batch, TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank.contraction import (
     cheapest_contraction,
@@ -139,9 +139,9 @@ def test_real_ranks_hold_send_and_compute_the_estimates(
 
 
 def test_full_rank_flops_equal_the_formula(tmp_path: Path) -> None:
-    estimate = estimate_step(tiny_config(tmp_path, "full_rank", num_ranks=2), 2)
-    assert estimate.forward_backward_flops == estimate.full_rank_flops
-    assert estimate.flops_ratio == 1
+    found = estimate_step(tiny_config(tmp_path, "full_rank", num_ranks=2), 2)
+    assert found.forward_backward_flops == found.full_rank_flops
+    assert found.flops_ratio == 1
 
 
 @pytest.mark.parametrize(("local_batch_size", "contraction"), [(1, factored), (2, merged)])
@@ -154,7 +154,7 @@ def test_low_rank_flops_equal_those_of_the_contraction(
         *("--training.global_batch_size", str(num_micro_batches * local_batch_size)),
     )
     config = tiny_config(tmp_path, "lora", *batches)
-    estimate = estimate_step(config, 1)
+    found = estimate_step(config, 1)
     num_tokens = local_batch_size * SEQ_LEN
     with torch.device("meta"):
         plain = MODELS.build(config.model)
@@ -170,10 +170,32 @@ def test_low_rank_flops_equal_those_of_the_contraction(
         - 6 * shape[0] * shape[1] * num_tokens
         for shape in shapes
     )
-    expected = estimate.full_rank_flops + num_micro_batches * extra
-    assert estimate.forward_backward_flops == expected
-    assert estimate.update_flops == 0
-    assert estimate.flops_ratio == expected / estimate.full_rank_flops
+    expected = found.full_rank_flops + num_micro_batches * extra
+    assert found.forward_backward_flops == expected
+    assert found.update_flops == 0
+    assert found.flops_ratio == expected / found.full_rank_flops
+
+
+@pytest.mark.parametrize("method", ["full_rank", "switchlora", "galore"])
+def test_many_micro_batches_are_estimated_from_few(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = ("--training.local_batch_size", "1", "--training.global_batch_size", "14")
+    config = tiny_config(tmp_path, method, *batches, num_ranks=2)
+    estimated = estimate_step(config, 2)
+    simulated = []
+
+    def count(stepper: Stepper, micro_batches: list[Batch]) -> Tensor:
+        simulated.append(len(micro_batches))
+        return forward_backward(stepper, micro_batches)
+
+    forward_backward = Stepper.forward_backward
+    monkeypatch.setattr(Stepper, "forward_backward", count)
+    assert estimate_step(config, 2) == estimated
+    assert max(simulated) == 3
+    monkeypatch.setattr("switchtitan.benchmark.estimate._NUM_SIMULATED", 7)
+    assert estimate_step(config, 2) == estimated
+    assert max(simulated) == 7
 
 
 def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
