@@ -152,12 +152,13 @@ def test_the_lock_of_another_host_is_waited_for(
     owner = start_elsewhere(output_dir)
     wait = run_lock._wait
 
-    def end_owner_and_wait(*args):
-        if owner.poll() is None:
+    def wait_and_end_owner(folder, first_deadline):
+        deadline = wait(folder, first_deadline)
+        if first_deadline is None:
             owner.kill() if is_killed else go(owner)
-        return wait(*args)
+        return deadline
 
-    monkeypatch.setattr(run_lock, "_wait", end_owner_and_wait)
+    monkeypatch.setattr(run_lock, "_wait", wait_and_end_owner)
     with lock_output_dir(output_dir, world):
         assert owner.wait(60) == (-signal.SIGKILL if is_killed else 0)
         assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
