@@ -47,7 +47,6 @@ class LlamaFamilyConfig(ModelConfig):
     A subclass says the details: `name` and the class variables.
     """
 
-    resumable_keys: ClassVar[frozenset[str]] = frozenset({"max_positions"})
     huggingface_class: ClassVar[str]
     """The class of transformers that loads an exported model."""
     huggingface_type: ClassVar[str]
