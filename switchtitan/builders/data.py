@@ -18,9 +18,7 @@ from switchtitan.training.stepper import TrainState
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
-    corpus = open_corpus(config.data, ranks=world)
-    corpus.check_vocabulary(config.model.vocab_size)
-    return corpus
+    return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
 
 
 def build_batches(

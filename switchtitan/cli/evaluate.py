@@ -123,9 +123,8 @@ def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int
     )
     with temporary_world():
         world = start_world(ParallelismConfig())
-        corpus = open_corpus(config.data, ranks=world)
+        corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
         model = build_plain_model(config)
-        corpus.check_vocabulary(model.vocab_size)
         if metadata is not None:
             _check_corpus(corpus.fingerprint, metadata, corpus.folder)
         saved = None if metadata is None else compute_dtype_of(metadata)

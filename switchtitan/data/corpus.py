@@ -17,7 +17,7 @@ from switchtitan.data.corpus_files import (
 from switchtitan.data.corpus_plan import plan_corpus
 from switchtitan.data.prepare import prepare_planned_corpus
 from switchtitan.data.token_sequences import TokenSequences
-from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
+from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -131,17 +131,15 @@ class Corpus:
         Raises:
             CorpusError: if the tokenizer has more tokens than the model.
         """
-        if self.vocab_size > model_vocab_size:
-            raise CorpusError(
-                f"[model] vocab_size = {model_vocab_size}: the tokenizer of {self.folder} has "
-                f"{self.vocab_size} tokens; increase [model] vocab_size to at least that, or "
-                "choose a smaller tokenizer ([data] tokenizer, or [data] vocab_size if it is "
-                "trained)"
-            )
+        check_vocabulary(self.vocab_size, model_vocab_size, f"the tokenizer of {self.folder}")
 
 
 def open_corpus(
-    config: DataConfig, *, ranks: Ranks | None = None, show_progress: bool = True
+    config: DataConfig,
+    *,
+    ranks: Ranks | None = None,
+    show_progress: bool = True,
+    model_vocab_size: int | None = None,
 ) -> Corpus:
     """Opens the corpus of `config`, the same one on every rank; prepares it on first use.
 
@@ -152,13 +150,24 @@ def open_corpus(
         config: the section.
         ranks: None for this process alone. Its waits must not time out during a preparation.
         show_progress: whether a rank that prepares shows a progress bar on a terminal.
+        model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
+            Checked before a preparation too, which can take hours.
 
     Raises:
         CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
-            is not the main rank's.
+            is not the main rank's, or the tokenizer has more tokens than the model.
     """
+    corpus = _open_together(config, ranks, show_progress, model_vocab_size)
+    if model_vocab_size is not None:
+        corpus.check_vocabulary(model_vocab_size)
+    return corpus
+
+
+def _open_together(
+    config: DataConfig, ranks: Ranks | None, show_progress: bool, model_vocab_size: int | None
+) -> Corpus:
     if ranks is None:
-        return _open(config, show_progress)
+        return _open(config, show_progress, model_vocab_size)
     corpus: Corpus | None = None
     decision: _Decision | None = None
 
@@ -167,7 +176,7 @@ def open_corpus(
         if not is_own_turn:
             return None
         if decision is None:
-            corpus = _open(config, show_progress)
+            corpus = _open(config, show_progress, model_vocab_size)
         else:
             corpus = _open_decided(config, decision, ranks.is_node_main, show_progress)
         return _Decision(corpus.fingerprint, corpus.fallback_for)
@@ -195,7 +204,7 @@ def open_prepared(folder: Path, fallback_for: str | None = None) -> Corpus:
     return Corpus(folder, index, fallback_for)
 
 
-def _open(config: DataConfig, show_progress: bool) -> Corpus:
+def _open(config: DataConfig, show_progress: bool, model_vocab_size: int | None) -> Corpus:
     plan = plan_corpus(config)
     if plan.fallback_for is not None:
         logger.warning(
@@ -203,7 +212,7 @@ def _open(config: DataConfig, show_progress: bool) -> Corpus:
             plan.source.description,
             plan.fallback_for,
         )
-    prepare_planned_corpus(plan, show_progress=show_progress)
+    prepare_planned_corpus(plan, show_progress=show_progress, model_vocab_size=model_vocab_size)
     return open_prepared(plan.folder, plan.fallback_for)
 
 

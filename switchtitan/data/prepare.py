@@ -38,6 +38,7 @@ from switchtitan.data.segments import (
 )
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
+    check_vocabulary,
     fetch_tokenizer,
     read_tokenizer,
     train_tokenizer,
@@ -71,9 +72,17 @@ def prepare_corpus(
 
 
 def prepare_planned_corpus(
-    plan: CorpusPlan, *, show_progress: bool = True, segment_tokens: int = SEGMENT_TOKENS
+    plan: CorpusPlan,
+    *,
+    show_progress: bool = True,
+    segment_tokens: int = SEGMENT_TOKENS,
+    model_vocab_size: int | None = None,
 ) -> None:
-    """Prepares a planned corpus; see `prepare_corpus`."""
+    """Prepares a planned corpus; see `prepare_corpus`.
+
+    Args:
+        model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
+    """
     if plan.is_prepared:
         return
     lock_file = plan.folder.with_name(plan.folder.name + ".lock")
@@ -93,7 +102,7 @@ def prepare_planned_corpus(
 
     with lock(lock_file, on_wait, key="[data] cache_dir"):
         if not plan.is_prepared:
-            _Preparation(plan, show_progress, segment_tokens).run()
+            _Preparation(plan, show_progress, segment_tokens).run(model_vocab_size)
 
 
 def is_held_out(document: int, period: int, first: int = 0) -> bool:
@@ -126,11 +135,17 @@ class _Preparation:
         test_fraction = self._config.test_fraction
         self._test_period = None if test_fraction is None else round(1 / test_fraction)
 
-    def run(self) -> None:
+    def run(self, model_vocab_size: int | None) -> None:
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
         progress = self._read_progress()
-        self._partial.mkdir(parents=True, exist_ok=True)
         tokenizer = self._tokenizer(progress)
+        if model_vocab_size is not None:
+            check_vocabulary(
+                tokenizer.vocab_size,
+                model_vocab_size,
+                f"the tokenizer ([data] tokenizer = {self._config.tokenizer!r})",
+            )
+        self._partial.mkdir(parents=True, exist_ok=True)
         if progress.eos_token is None:
             with explained_write_errors(self._partial):
                 write_atomically(self._partial / TOKENIZER_FILE, tokenizer.serialized)

@@ -68,6 +68,23 @@ class DocumentTokenizer:
         return [encoding.ids for encoding in encodings]
 
 
+def check_vocabulary(vocab_size: int, model_vocab_size: int, where: str) -> None:
+    """Checks that a model can embed every token of a tokenizer.
+
+    Args:
+        where: the tokenizer, for the message.
+
+    Raises:
+        CorpusError: if it has more tokens than the model.
+    """
+    if vocab_size > model_vocab_size:
+        raise CorpusError(
+            f"[model] vocab_size = {model_vocab_size}: {where} has {vocab_size} tokens; increase "
+            "[model] vocab_size to at least that, or choose a smaller tokenizer ([data] tokenizer, "
+            "or [data] vocab_size if it is trained)"
+        )
+
+
 def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenizer:
     """Reads a `tokenizer.json`, or the one in a folder.
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from support.commands import run
 from support.continued import write_continued_config
 from support.folders import draw_tokens, logits_of_transformers, save_random_model
+from support.word_tokenizer import save_tokenizer
 
 from switchtitan.checkpoint import read_metadata
 from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_config
@@ -96,15 +97,18 @@ def test_the_run_resumes_from_its_own_configuration_without_the_folder(
 
 
 def test_tokens_beyond_the_embedding_are_refused_before_the_corpus_is_prepared(
-    corpora: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     folder = save_random_model("llama", tmp_path / "model")
     config = write_continued_config(tmp_path / "home", folder)
-    text = config.read_text().replace("vocab_size = 270", "vocab_size = 1001")
-    config.write_text(text)
+    trained = run("train", "--config", config, *STEPS, "--data.vocab_size", "1001")
+    trained.check_refused("[data] vocab_size = 1001: expected at most [model] vocab_size = 1000")
+    save_tokenizer(folder / "tokenizer.json", "</s>", ids_from=998)
+    config.write_text(config.read_text().replace("vocab_size = 270", f"tokenizer = '{folder}'"))
     run("train", "--config", config, *STEPS).check_refused(
-        "[data] vocab_size = 1001: expected at most [model] vocab_size = 1000"
+        "[model] vocab_size = 1000: the tokenizer ([data] tokenizer = ", "has 1001 tokens"
     )
+    assert not [file for file in (tmp_path / "corpora").iterdir() if file.suffix != ".lock"]
 
 
 def test_keys_that_contradict_the_folder_and_bad_folders_are_refused(tmp_path: Path) -> None:
