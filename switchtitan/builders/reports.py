@@ -1,6 +1,7 @@
 """Builds what a run reports: results, throughput, profiles and rank telemetry."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchtitan.builders.stepper import build_method
@@ -90,12 +91,25 @@ def build_region_times(config: JobConfig, world: World) -> RegionTimes | None:
     return RegionTimes(world.device) if config.metrics.region_times else None
 
 
-def build_profiler(config: JobConfig, world: World, state: TrainState) -> Profiler:
+def build_profiler(
+    config: JobConfig, world: World, state: TrainState, reporter: Reporter
+) -> Profiler:
+    """Build the profiler, which reports a summary of all ranks' traces."""
+
+    def summarize(trace: Path | None, regions: Collection[str]) -> None:
+        from switchtitan.observability.profile_summary import read_summary
+
+        own = None if trace is None else read_summary(trace, world.rank, regions)
+        summaries = [summary for summary in world.gather(own) if summary is not None]
+        if summaries and world.is_main:
+            reporter.report_profile(state.step, summaries)
+
     return Profiler(
         config.profiler,
         config.job.output_dir / TENSORBOARD_FOLDER,
-        worker="rank0" if world.is_main else None,
+        rank=world.rank,
         steps_done=state.step,
+        on_end=summarize,
     )
 
 

@@ -98,7 +98,7 @@ def build_trainer(
         tensors=tensors,
         reporter=reporter,
         throughput=build_throughput(config, stepper, compute_dtype),
-        profiler=build_profiler(config, world, state),
+        profiler=build_profiler(config, world, state, reporter),
         region_times=build_region_times(config, world),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
         stop=stop,

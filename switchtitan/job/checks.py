@@ -25,7 +25,7 @@ from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.job.sections import EvaluationConfig, LossSpikeConfig, TrainingConfig
 from switchtitan.methods import METHODS
-from switchtitan.observability import COUNTED_STEP, MetricsConfig
+from switchtitan.observability import COUNTED_STEP, MetricsConfig, ProfilerConfig
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
@@ -52,6 +52,7 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         check_evaluation,
         check_loss_spike,
         partial(check_communication, num_ranks=num_ranks),
+        partial(check_profiler, num_ranks=num_ranks),
         check_vocabulary,
     ]
 
@@ -254,6 +255,25 @@ def check_communication(
             f"{training.steps}; remove it, or train longer"
         ]
     return []
+
+
+def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str]:
+    """The ranks to trace must exist, and what to trace needs a trace."""
+    if not profiler.enabled:
+        return [
+            f"[profiler] {key} has no effect without enabled = true; remove it, or set enabled"
+            for key in ("ranks", "memory")
+            if key in profiler.model_fields_set and getattr(profiler, key) not in (False, (0,))
+        ]
+    if profiler.ranks == "all":
+        return []
+    if not profiler.ranks:
+        return ["[profiler] ranks = []: traces nothing; name a rank, or set enabled = false"]
+    return [
+        f"[profiler] ranks: there is no rank {rank}; expected ranks from 0 to {num_ranks - 1}"
+        for rank in profiler.ranks
+        if rank >= num_ranks
+    ]
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:

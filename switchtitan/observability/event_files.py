@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -51,6 +52,22 @@ class TensorBoardWriter:
         """Shows `text` verbatim, in a fixed-width font."""
         shown = "\n".join(f"    {line}" for line in text.splitlines())
         self._attempt(lambda writer: writer.add_text(tag, shown, step))
+
+    def write_markdown(self, tag: str, text: str, step: int) -> None:
+        """Shows `text` as Markdown, tables included."""
+        self._attempt(lambda writer: writer.add_text(tag, text, step))
+
+    def write_png(self, tag: str, picture: bytes, width: int, height: int, step: int) -> None:
+        """Shows a picture, of this size in pixels."""
+        image = Summary.Image(
+            encoded_image_string=picture, width=width, height=height, colorspace=4
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self._write_summary(summary, step)
+
+    def _write_summary(self, summary: Summary, step: int) -> None:
+        # torch's writer has no public method for a summary of its own.
+        self._attempt(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
     def close(self) -> None:
         if self._writer is not None:

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor
@@ -20,6 +21,9 @@ from switchtitan.observability.console import (
     format_summary,
 )
 from switchtitan.observability.event_files import TensorBoardWriter
+
+if TYPE_CHECKING:
+    from switchtitan.observability.profile_summary import ProfileSummary
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +155,36 @@ class Reporter:
         """
         if self._writer is not None:
             self._writer.write_histograms(step, values)
+
+    def report_profile(self, step: int, summaries: Sequence["ProfileSummary"]) -> None:
+        """Writes tables and pictures of traces to TensorBoard, and as files beside them."""
+        if not self._is_main:
+            return
+        # Imports matplotlib.
+        from switchtitan.observability import profile_report
+
+        try:
+            profile_report.write_summary(self._folder, summaries)
+        except OSError as error:
+            logger.warning("could not write the profile's summary to %s (%s)", self._folder, error)
+        if self._writer is not None:
+            for title, table in profile_report.tables(summaries).items():
+                tag = title.lower().replace(" ", "_")
+                self._writer.write_markdown(f"profile/{tag}", table, step)
+            for name, figure in profile_report.pictures(summaries).items():
+                self._writer.write_png(f"profile/{name}", *profile_report.as_png(figure), step)
+        first = summaries[0]
+        logger.info(
+            "a step takes %.1f ms on rank %d in the trace: %s; more in %s",
+            first.step_ms,
+            first.rank,
+            ", ".join(
+                f"{name} {first.share(name):.0%}"
+                for name in ("forward", "backward", "update", "switch")
+                if name in first.regions
+            ),
+            self._folder / f"{profile_report.SUMMARY_FILE}.md",
+        )
 
     def has_results(self, step: int, validation_loss: float | None) -> bool:
         """Whether the results file exists, and is of this run at `step` with this loss."""

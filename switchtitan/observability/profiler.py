@@ -3,8 +3,10 @@
 import logging
 import os
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +22,11 @@ class ProfilerConfig(Section):
     """Steps to trace."""
 
     enabled: bool = False
-    """Trace some steps of the main rank, once per run; written next to TensorBoard's scalars."""
+    """Trace some steps, once per run. Traces and a summary, `profile_summary.md`, are written next
+    to TensorBoard's scalars; TensorBoard shows the summary as text and images."""
+
+    ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Ranks to trace, counted from 0, or "all"; one file each."""
 
     start_step: int = Field(default=10, ge=2)
     """First step to trace, counted from 1; at least 2: the step before it warms up the profiler."""
@@ -34,27 +40,45 @@ class ProfilerConfig(Section):
     record_shapes: bool = False
     """Record the shapes of each operation's inputs."""
 
+    memory: bool = False
+    """Record allocations, for a curve of memory over time in the summary: slower traced steps and a
+    larger trace."""
+
+    def traces(self, rank: int) -> bool:
+        """Returns whether to trace a rank."""
+        return self.enabled and (self.ranks == "all" or rank in self.ranks)
+
 
 class Profiler:
     """A context in which `step` is called after each optimizer step. Only traced steps cost time.
 
     Args:
         folder: folder of the trace, `<output_dir>/tensorboard`.
-        worker: this rank's name in the trace's file name; None for a rank without a trace.
+        rank: this rank.
         steps_done: steps done before this run.
+        on_end: called on every rank, also on those without a trace, when tracing has ended without
+            an error; with the trace and the names of its regions. May be collective.
     """
 
     def __init__(
-        self, config: ProfilerConfig, folder: Path, *, worker: str | None, steps_done: int = 0
+        self,
+        config: ProfilerConfig,
+        folder: Path,
+        *,
+        rank: int = 0,
+        steps_done: int = 0,
+        on_end: Callable[[Path | None, Collection[str]], None] | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
-        self._worker = worker if config.enabled else None
+        self._rank = rank
         self._steps_done = steps_done
+        self._on_end = on_end
         self._profile: profiler.profile | None = None
         self._trace: Path | None = None
         self._regions = _TraceRegions()
-        self._is_ahead = self._worker is not None and steps_done <= config.start_step - 2
+        self._is_ahead = config.enabled and steps_done <= config.start_step - 2
+        self._is_running = False
 
     @property
     def trace(self) -> Path | None:
@@ -66,12 +90,12 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """Counts one optimizer step."""
+        """Counts one optimizer step; all ranks must call."""
         self._steps_done += 1
         if self._profile is not None:
             self._profile.step()
-            if self._trace is not None:
-                self._stop()
+        if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
+            self._end()
         self._start_if_due()
 
     def __exit__(
@@ -80,9 +104,12 @@ class Profiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._profile is not None:
+        if error is None:
+            self._end()
+        else:
+            # Other ranks may be elsewhere.
             self._stop()
-        if self._is_ahead and error is None:
+        if self._is_ahead and error is None and self._config.traces(self._rank):
             logger.warning(
                 "no trace was written: [profiler] start_step = %d, but training ended after %d "
                 "steps",
@@ -94,6 +121,9 @@ class Profiler:
         if not self._is_ahead or self._steps_done != self._config.start_step - 2:
             return
         self._is_ahead = False
+        self._is_running = True
+        if not self._config.traces(self._rank):
+            return
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [profiler.ProfilerActivity.CPU]
@@ -104,20 +134,28 @@ class Profiler:
             schedule=profiler.schedule(wait=0, warmup=1, active=self._config.num_steps, repeat=1),
             on_trace_ready=self._write_trace,
             record_shapes=self._config.record_shapes,
+            profile_memory=self._config.memory,
             with_stack=self._config.with_stack,
         )
         self._profile.start()
         observe_regions(self._regions)
 
+    def _end(self) -> None:
+        if self._is_running:
+            self._is_running = False
+            self._stop()
+            if self._on_end is not None:
+                self._on_end(self._trace, self._regions.names)
+
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
-        assert profile is not None
-        stop_observing_regions(self._regions)
-        profile.stop()
+        if profile is not None:
+            stop_observing_regions(self._regions)
+            profile.stop()
 
     def _write_trace(self, profile: profiler.profile) -> None:
         # The file name that the profile plugin expects, as of tensorboard_trace_handler.
-        path = self._folder / f"{self._worker}.{time.time_ns()}.pt.trace.json"
+        path = self._folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
         self._folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial")
         profile.export_chrome_trace(str(unfinished))
@@ -131,8 +169,10 @@ class _TraceRegions:
 
     def __init__(self) -> None:
         self._open: list[profiler.record_function] = []
+        self.names: set[str] = set()
 
     def begin(self, name: str) -> None:
+        self.names.add(name)
         annotation = profiler.record_function(name)
         annotation.__enter__()
         self._open.append(annotation)

@@ -192,6 +192,21 @@ def test_a_key_that_must_not_be_set_is_unset_when_loaded_again(
             "[metrics] communication = true has no effect: one rank sends nothing",
         ),
         (
+            ["--profiler.enabled", "true", "--profiler.ranks", "0,3"],
+            2,
+            "[profiler] ranks: there is no rank 3; expected ranks from 0 to 1",
+        ),
+        (
+            ["--profiler.enabled", "false", "--profiler.memory", "true"],
+            1,
+            "[profiler] memory has no effect without enabled = true",
+        ),
+        (
+            ["--profiler.enabled", "false", "--profiler.ranks", "all"],
+            1,
+            "[profiler] ranks has no effect without enabled = true",
+        ),
+        (
             ["--metrics.communication", "true", "--training.steps", "2"],
             2,
             "the bytes of step 3 are counted, and [training] steps = 2",

@@ -27,7 +27,7 @@ def traced_steps(path) -> list[str]:
 @pytest.mark.parametrize("start_step", [2, 4])
 def test_trace_of_the_chosen_number_of_steps_is_written_once(tmp_path, start_step):
     config = ProfilerConfig(enabled=True, start_step=start_step, num_steps=3)
-    with Profiler(config, tmp_path / "tensorboard", worker="rank0") as profiler:
+    with Profiler(config, tmp_path / "tensorboard") as profiler:
         work(start_step - 1, profiler)
         assert profiler.trace is None
         work(3, profiler)
@@ -45,7 +45,7 @@ def test_profile_plugin_reads_the_trace(tmp_path):
     config = ProfilerConfig(
         enabled=True, start_step=2, num_steps=3, with_stack=True, record_shapes=True
     )
-    with Profiler(config, tmp_path, worker="rank0") as profiler:
+    with Profiler(config, tmp_path) as profiler:
         work(9, profiler)
     data = RunProfileData.parse("rank0", None, str(profiler.trace), str(tmp_path))
     profile = RunGenerator("rank0", None, data).generate_run_profile()
@@ -54,10 +54,10 @@ def test_profile_plugin_reads_the_trace(tmp_path):
     assert "aten::mm" in str(profile.operation_table_by_name)
 
 
-@pytest.mark.parametrize(("enabled", "worker"), [(False, "rank0"), (True, None)])
-def test_nothing_is_written_when_disabled(tmp_path, enabled, worker):
+@pytest.mark.parametrize(("enabled", "rank"), [(False, 0), (True, 1)])
+def test_nothing_is_written_when_disabled_or_on_another_rank(tmp_path, enabled, rank):
     config = ProfilerConfig(enabled=enabled, start_step=2, num_steps=1)
-    with Profiler(config, tmp_path, worker=worker) as profiler:
+    with Profiler(config, tmp_path, rank=rank) as profiler:
         work(5, profiler)
     assert profiler.trace is None
     assert list(tmp_path.iterdir()) == []
@@ -65,7 +65,7 @@ def test_nothing_is_written_when_disabled(tmp_path, enabled, worker):
 
 def test_run_resumed_beyond_the_chosen_steps_is_not_traced(tmp_path, caplog):
     config = ProfilerConfig(enabled=True, start_step=4, num_steps=1)
-    with Profiler(config, tmp_path, worker="rank0", steps_done=10) as profiler:
+    with Profiler(config, tmp_path, steps_done=10) as profiler:
         work(5, profiler)
     assert profiler.trace is None
     assert caplog.text == ""
@@ -73,14 +73,14 @@ def test_run_resumed_beyond_the_chosen_steps_is_not_traced(tmp_path, caplog):
 
 def test_run_that_ends_too_early_warns(tmp_path, caplog):
     config = ProfilerConfig(enabled=True, start_step=40)
-    with caplog.at_level(logging.WARNING), Profiler(config, tmp_path, worker="rank0") as profiler:
+    with caplog.at_level(logging.WARNING), Profiler(config, tmp_path) as profiler:
         work(5, profiler)
     assert "start_step = 40, but training ended after 5 steps" in caplog.text
 
 
 def test_partial_trace_is_written_when_training_ends(tmp_path):
     config = ProfilerConfig(enabled=True, start_step=2, num_steps=30)
-    with Profiler(config, tmp_path, worker="rank0") as profiler:
+    with Profiler(config, tmp_path) as profiler:
         work(4, profiler)
     assert profiler.trace is not None
     assert not list(tmp_path.glob(".*"))
@@ -96,7 +96,7 @@ def test_profiling_recompiles_nothing(tmp_path):
     config = ProfilerConfig(
         enabled=True, start_step=3, num_steps=2, with_stack=True, record_shapes=True
     )
-    with Profiler(config, tmp_path, worker="rank0") as profiler:
+    with Profiler(config, tmp_path) as profiler:
         for _ in range(10):
             compiled(x)
             profiler.step()
