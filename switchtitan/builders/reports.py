@@ -15,6 +15,7 @@ from switchtitan.observability import (
     Throughput,
     peak_flops_per_s,
 )
+from switchtitan.observability.memory_snapshots import MemorySnapshots
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.training.hooks import Hook, InspectWeights
 from switchtitan.training.stepper import Stepper, TrainState
@@ -91,6 +92,16 @@ def build_region_times(config: JobConfig, world: World) -> RegionTimes | None:
     return RegionTimes(world.device) if config.metrics.region_times else None
 
 
+def build_memory_snapshots(config: JobConfig, world: World) -> MemorySnapshots:
+    return MemorySnapshots(
+        config.job.output_dir,
+        world.rank,
+        world.device,
+        config.profiler.memory_snapshot_step,
+        is_asked_for=config.profiler.observes(world.rank),
+    )
+
+
 def build_profiler(
     config: JobConfig, world: World, state: TrainState, reporter: Reporter
 ) -> Profiler:
@@ -125,6 +136,8 @@ def build_hooks(
         from switchtitan.observability.communication_report import StepCommunication
 
         hooks.append(StepCommunication(reporter, stepper.state.step))
+    if config.profiler.memory_snapshot_step is not None:
+        hooks.append(build_memory_snapshots(config, stepper.world))
     if rank_telemetry is not None and config.spectrum.interval is not None:
         hooks.append(
             InspectWeights(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from switchtitan.builders.reports import build_memory_snapshots
 from switchtitan.builders.trainer import build_trainer
 from switchtitan.cli.rendezvous import check_slurm_tasks
 from switchtitan.cores import OtherLoad, num_cores
@@ -67,6 +68,7 @@ def train(argv: Sequence[str], load: OtherLoad, signals: StopSignals) -> None:
         ) as stop,
         explained(stop, signals),
         lock_output_dir(config.job.output_dir, world),
+        build_memory_snapshots(config, world),
     ):
         trainer = build_trainer(config, world, stop=stop)
         if world.size == 1 and world.device.type == "cpu":

@@ -36,6 +36,7 @@ def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
         partial(check_model_device, support=support, device=device),
         partial(check_compiler, device=device),
         partial(check_precision, device=device),
+        partial(check_memory_snapshot, device=device),
         *checks_without_device(num_ranks),
     ]
 
@@ -259,14 +260,15 @@ def check_communication(
 
 def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str]:
     """The ranks to trace must exist, and what to trace needs a trace."""
-    if not profiler.enabled:
-        return [
-            f"[profiler] {key} has no effect without enabled = true; remove it, or set enabled"
-            for key in ("ranks", "memory")
-            if key in profiler.model_fields_set and getattr(profiler, key) not in (False, (0,))
-        ]
-    if profiler.ranks == "all":
-        return []
+    used = {"memory": profiler.enabled}
+    used["ranks"] = profiler.enabled or profiler.memory_snapshot_step is not None
+    problems = [
+        f"[profiler] {key} has no effect without enabled = true; remove it, or set enabled"
+        for key, is_used in used.items()
+        if not is_used and getattr(profiler, key) not in (False, (0,))
+    ]
+    if problems or profiler.ranks == "all":
+        return problems
     if not profiler.ranks:
         return ["[profiler] ranks = []: traces nothing; name a rank, or set enabled = false"]
     return [
@@ -274,6 +276,21 @@ def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str]:
         for rank in profiler.ranks
         if rank >= num_ranks
     ]
+
+
+def check_memory_snapshot(
+    profiler: ProfilerConfig, training: TrainingConfig, device: str
+) -> list[str]:
+    """A snapshot of GPU memory needs a GPU, and a step of the run."""
+    step = profiler.memory_snapshot_step
+    if step is None:
+        return []
+    key = f"[profiler] memory_snapshot_step = {step} has no effect"
+    if device != "cuda":
+        return [f"{key} without a GPU: only torch's GPU memory has a history; remove it"]
+    if step > training.steps:
+        return [f"{key}: [training] steps = {training.steps}; lower it, or remove it"]
+    return []
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:

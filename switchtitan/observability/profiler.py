@@ -26,7 +26,7 @@ class ProfilerConfig(Section):
     to TensorBoard's scalars; TensorBoard shows the summary as text and images."""
 
     ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Ranks to trace, counted from 0, or "all"; one file each."""
+    """Ranks to trace, counted from 0, or "all"; one file each. Memory snapshots are of them too."""
 
     start_step: int = Field(default=10, ge=2)
     """First step to trace, counted from 1; at least 2: the step before it warms up the profiler."""
@@ -44,9 +44,19 @@ class ProfilerConfig(Section):
     """Record allocations, for a curve of memory over time in the summary: slower traced steps and a
     larger trace."""
 
+    memory_snapshot_step: int | None = Field(default=None, ge=1)
+    """Record the allocations of GPU memory from the start of the process, with their stacks, and
+    write a snapshot to `<output_dir>/memory` after this step, on `ranks`. If memory runs out, every
+    rank that lacks it writes one, with the history if this key is set. Does not need `enabled`;
+    requires a GPU."""
+
     def traces(self, rank: int) -> bool:
         """Returns whether to trace a rank."""
-        return self.enabled and (self.ranks == "all" or rank in self.ranks)
+        return self.enabled and self.observes(rank)
+
+    def observes(self, rank: int) -> bool:
+        """Returns whether a rank is one of `ranks`."""
+        return self.ranks == "all" or rank in self.ranks
 
 
 class Profiler:

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +145,19 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else _data_ptr(tensor)
 
 
+memory_calls: list[str] = []
+"""Calls that record and write the history of memory."""
+
+
+def _record_memory_history(**keys: object) -> None:
+    memory_calls.append(f"record({', '.join(f'{key}={value}' for key, value in keys.items())})")
+
+
+def _dump_snapshot(filename: str) -> None:
+    memory_calls.append("dump")
+    Path(filename).write_bytes(b"")
+
+
 def install() -> None:
     """Replaces the functions of `torch.cuda` for the rest of this process."""
     functions = {
@@ -161,6 +175,8 @@ def install() -> None:
     }
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
+    torch.cuda.memory._record_memory_history = _record_memory_history  # type: ignore[assignment]
+    torch.cuda.memory._dump_snapshot = _dump_snapshot
     _pin_memory_utils.pin_memory = pinned_memory.add_address
     _pin_memory_utils.unpin_memory = pinned_memory.discard_address
     torch.Tensor.data_ptr = _address  # type: ignore[method-assign]

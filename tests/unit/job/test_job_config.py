@@ -192,6 +192,11 @@ def test_a_key_that_must_not_be_set_is_unset_when_loaded_again(
             "[metrics] communication = true has no effect: one rank sends nothing",
         ),
         (
+            ["--profiler.memory_snapshot_step", "5"],
+            1,
+            "[profiler] memory_snapshot_step = 5 has no effect without a GPU",
+        ),
+        (
             ["--profiler.enabled", "true", "--profiler.ranks", "0,3"],
             2,
             "[profiler] ranks: there is no rank 3; expected ranks from 0 to 1",

@@ -1,0 +1,44 @@
+"""Snapshots of GPU memory, on fake CUDA: one if memory runs out, one on request, none otherwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.fake_cuda import memory_checks
+from support.fake_cuda.process import needs_compiler, run_check
+
+from switchtitan.observability.memory_snapshots import MAX_EVENTS, MemorySnapshots
+
+START, STOP = f"record(max_entries={MAX_EVENTS})", "record(enabled=None)"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [None, 7])
+def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
+    tmp_path: Path, step: int | None
+) -> None:
+    found = run_check(memory_checks.snapshot_of_a_step_that_runs_out, str(tmp_path), step)
+    assert found["is_same"]
+    assert found["files"] == ["rank0-out-of-memory.pickle"]
+    assert found["calls"] == (["dump"] if step is None else [START, "dump", STOP])
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_snapshots_are_written_on_request_and_not_after_other_errors(tmp_path: Path) -> None:
+    found = run_check(memory_checks.snapshots_of_other_ends, str(tmp_path))
+    assert found["due"] == [7]
+    assert found["well"] == found["error"] == found["other rank"] == []
+    assert found["request"] == ["rank3-step-000000007.pickle"]
+    assert found["calls"] == ["dump", STOP]
+    assert found["disk"] == "CUDA out of memory"
+
+
+def test_nothing_is_written_on_a_cpu(tmp_path: Path) -> None:
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        MemorySnapshots(tmp_path, 0, torch.device("cpu")),
+    ):
+        raise torch.OutOfMemoryError("planted")
+    assert list(tmp_path.iterdir()) == []
