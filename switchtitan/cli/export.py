@@ -12,14 +12,11 @@ from pathlib import Path
 
 import torch
 
+from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
-from switchtitan.checkpoint.metadata import CheckpointMetadata
-from switchtitan.config.load import parse_toml
-from switchtitan.config.toml_text import flatten
-from switchtitan.data.corpus_files import TOKENIZER_FILE, CorpusIndex, read_index
-from switchtitan.errors import CheckpointError, CorpusError, UserError, exit_for
-from switchtitan.files import is_plain_name
+from switchtitan.data.corpus_files import TOKENIZER_FILE
+from switchtitan.errors import UserError, exit_for
 from switchtitan.hub.huggingface import export_dense
 from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_config
 
@@ -104,33 +101,3 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> str:
             f"tokenizer   {tokenizer}",
         ]
     )
-
-
-def find_corpus(metadata: CheckpointMetadata) -> Path:
-    """Returns the folder of the run's corpus, which need not exist."""
-    config = flatten(parse_toml(metadata.config, "the saved configuration"))
-    cache_dir, name = config.get("data.cache_dir"), str(metadata.identity_value("corpus", "name"))
-    if not isinstance(cache_dir, str) or "\0" in cache_dir or not is_plain_name(name):
-        raise CheckpointError(
-            f"the checkpoint names no folder of a corpus: data.cache_dir = {cache_dir!r}, "
-            f"corpus.name = {name!r}"
-        )
-    return Path(cache_dir) / name
-
-
-def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:
-    """Returns the index of the corpus in `folder`, or None if there is no such folder.
-
-    Raises:
-        CorpusError: if it is damaged, or not the corpus of the run.
-    """
-    if not folder.is_dir():
-        return None
-    index = read_index(folder)
-    expected = metadata.identity_value("corpus", "fingerprint")
-    if index.fingerprint != expected:
-        raise CorpusError(
-            f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "
-            "move that folder away to export without a tokenizer"
-        )
-    return index

@@ -17,6 +17,7 @@ COMMANDS = {
     "launch": "Start one process per rank: `switchtitan launch --nproc_per_node 8 train ...`.",
     "prepare": "Tokenize a corpus before training on it.",
     "evaluate": "Compute loss and perplexity of a checkpoint or other weights on held-out tokens.",
+    "generate": "Continue a text with a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run or resume a declared comparison of methods and report the results.",
     "benchmark": "Measure the cost of steps, layers, optimizer, loader, checkpoints or start-up.",

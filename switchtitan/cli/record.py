@@ -30,6 +30,22 @@ def check_json_option(file: Path | None) -> None:
         raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
 
 
+def write_json(file: Path, result: Mapping[str, object]) -> None:
+    """Writes a command's result to `--json FILE`, or prints it if that is `-`.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    text = json.dumps(result, indent=2) + "\n"
+    if file == Path("-"):
+        print(text, end="", flush=True)
+        return
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        raise ConfigError(f"--json {file}: the file cannot be written: {error.strerror}") from error
+
+
 def put_record(
     program: str, argv: Sequence[str], results: Mapping[str, object], file: Path | None
 ) -> None:

@@ -1,0 +1,170 @@
+"""Opens what a trained model is used for: its architecture, dense weights and tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
+from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
+from switchtitan.contracts import LanguageModel, ModelConfig
+from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
+from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
+from switchtitan.hub.huggingface import CONFIG_NAME, read_config
+from switchtitan.hub.initial_weights import (
+    read_dense_checkpoint,
+    read_initial_weights,
+    saved_model_config,
+)
+from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.models import MODELS
+
+_GENERATION_NAME = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model and where it comes from."""
+
+    source: Path
+    """The checkpoint, or the file or folder of weights."""
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """Dense weights by the plain model's names."""
+    metadata: CheckpointMetadata | None
+    """Of the checkpoint; None for other weights."""
+    found_config: dict[str, Any]
+    """The `config.json` next to the weights; empty if there is none."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest sequence that it was made for; None if that is not known."""
+        if self.metadata is not None:
+            return self.metadata.identity_number("data", "seq_len")
+        given = self.found_config.get("max_position_embeddings")
+        return given if isinstance(given, int) and given > 0 else None
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+        """Returns the plain model, unsharded, for passes without gradients."""
+        with torch.device("meta"):
+            model = MODELS.build(self.config)
+        weights = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(False).eval()
+
+
+def open_trained_model(path: Path, config: ModelConfig | None = None) -> TrainedModel:
+    """Reads a run's newest checkpoint, a given checkpoint, or other weights.
+
+    Other weights are a folder in Hugging Face's layout or a safetensors file; those of the original
+    implementation need `config`.
+
+    Args:
+        config: the plain model's section; by default the checkpoint's, or the one that a
+            `config.json` describes.
+
+    Raises:
+        CheckpointError: if the weights cannot be read or do not match the model.
+        ConfigError: if a `config.json` describes no model that is supported.
+    """
+    folder = path if path.is_dir() else path.parent
+    if config is not None:
+        source, tensors = read_initial_weights(path, config)
+        return TrainedModel(source, config, tensors, None, _read_if_present(folder / CONFIG_NAME))
+    if path.suffix == ".safetensors" or (folder / CONFIG_NAME).is_file():
+        keys = read_model_folder(folder)
+        config = MODELS[str(keys["name"])].config_type.model_validate(keys)
+        source, tensors = read_initial_weights(path, config)
+        return TrainedModel(source, config, tensors, None, read_config(folder / CONFIG_NAME))
+    try:
+        checkpoint = find_given(path)
+    except CheckpointFormatError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}, or a folder in Hugging Face's layout; for other weights, pass --config FILE"
+        ) from error
+    metadata = read_metadata(checkpoint)
+    tensors = read_dense_checkpoint(checkpoint)
+    return TrainedModel(checkpoint, saved_model_config(checkpoint), tensors, metadata, {})
+
+
+def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer:
+    """Returns a trained model's tokenizer.
+
+    Args:
+        given: a `tokenizer.json`, or a folder with one; by default that of the run's corpus, or the
+            one next to the weights.
+
+    Raises:
+        CorpusError: if there is none, or it cannot be read.
+    """
+    tokenizer = find_tokenizer(trained, given)
+    if tokenizer is None:
+        where = (
+            trained.source if trained.metadata is None else find_corpus(trained.metadata).absolute()
+        )
+        raise CorpusError(
+            f"no tokenizer of {trained.source}: there is none in {where}; pass --tokenizer FILE, a "
+            "tokenizer.json or a folder with one, such as a prepared corpus"
+        )
+    return tokenizer
+
+
+def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer | None:
+    """Like `open_tokenizer`, but None if there is none.
+
+    Raises:
+        CorpusError: if the tokenizer cannot be read.
+    """
+    if given is not None:
+        file = given / "tokenizer.json" if given.is_dir() else given
+        if not file.is_file():
+            raise CorpusError(
+                f"--tokenizer {given}: no file {file}; expected a tokenizer.json or a folder with "
+                "one"
+            )
+        return read_tokenizer(given)
+    if trained.metadata is not None:
+        folder = find_corpus(trained.metadata)
+        index = trained_corpus(folder, trained.metadata)
+        return None if index is None else read_tokenizer(folder, index.tokenizer.eos_token)
+    folder = trained.source if trained.source.is_dir() else trained.source.parent
+    return read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:
+    """Returns the tokens that end a text: those that transformers stops at, or the tokenizer's."""
+    for found in (_read_beside(trained, _GENERATION_NAME), trained.found_config):
+        given = found.get("eos_token_id")
+        ids = given if isinstance(given, list) else [given]
+        if ids and all(isinstance(token, int) for token in ids):
+            return frozenset(ids)
+    return frozenset([tokenizer.eos_id])
+
+
+def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
+    """Checks that a model can embed all tokens of a text.
+
+    Raises:
+        ConfigError: if the tokenizer is another model's.
+    """
+    largest = max(tokens, default=0)
+    if largest >= trained.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives token {largest}, and {trained.source} has a vocabulary of "
+            f"{trained.config.vocab_size}; pass --tokenizer FILE, the one it was trained with"
+        )
+
+
+def _read_beside(trained: TrainedModel, name: str) -> dict[str, Any]:
+    if trained.metadata is not None:
+        return {}
+    folder = trained.source if trained.source.is_dir() else trained.source.parent
+    return _read_if_present(folder / name)
+
+
+def _read_if_present(file: Path) -> dict[str, Any]:
+    return read_config(file) if file.is_file() else {}

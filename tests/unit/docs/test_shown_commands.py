@@ -1,0 +1,50 @@
+"""The commands for trained models that docs/USAGE.md and the README show run as shown."""
+
+import importlib
+import logging
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from support.tiny import tiny_trainer, train_steps
+
+ROOT = Path(__file__).parents[3]
+SHOWN_RUN = "outputs/llama_quickstart_switchlora"
+COMMANDS = ("evaluate", "generate")
+
+
+def shown_commands() -> list[str]:
+    """Every `switchtitan COMMAND ...` in a block of shell commands, without its comment."""
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/USAGE.md"))
+    blocks = re.findall(r"(?ms)^```bash\n(.*?)^```", text)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    starts = tuple(f"switchtitan {command} " for command in COMMANDS)
+    return [line.partition(" #")[0].strip() for line in lines if line.startswith(starts)]
+
+
+@pytest.fixture(scope="module")
+def folder(corpora: Path) -> Path:
+    """A working directory with a tiny run in place of the quickstart's."""
+    folder = corpora / "shown"
+    run = folder / SHOWN_RUN
+    trainer = tiny_trainer(folder, "switchlora", "--job.output_dir", str(run))
+    train_steps(trainer, 3)
+    trainer.save()
+    trainer.checkpointer.finish()
+    trainer.stepper.close()
+    trainer.reporter.close()
+    logging.getLogger("switchtitan").setLevel(logging.WARNING)
+    return folder
+
+
+def test_every_command_is_shown():
+    assert {line.split()[1] for line in shown_commands()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_a_shown_command_runs(line, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    _, command, *arguments = shlex.split(line)
+    importlib.import_module(f"switchtitan.cli.{command}").main(arguments)
+    assert capsys.readouterr().out
