@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchtitan.builders.stepper import build_method
+from switchtitan.config.toml_text import toml_value
 from switchtitan.distributed.compute_dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
@@ -17,6 +18,7 @@ from switchtitan.observability import (
 )
 from switchtitan.observability.memory_snapshots import MemorySnapshots
 from switchtitan.observability.region_times import RegionTimes
+from switchtitan.observability.sinks import HParam, Sink
 from switchtitan.training.hooks import Hook, InspectWeights
 from switchtitan.training.stepper import Stepper, TrainState
 from switchtitan.training.trainer import loss_metrics
@@ -59,6 +61,8 @@ def build_reporter(
     config: JobConfig, resolved: str, world: World, state: TrainState, facts: Mapping[str, object]
 ) -> Reporter:
     first_loss = state.first_validation_loss
+    hparams = compared_values(config, world.size)
+    trackers = config.metrics.trackers if world.is_main else ()
     return Reporter(
         config.metrics,
         config.job.output_dir,
@@ -68,7 +72,37 @@ def build_reporter(
         description=resolved,
         facts=facts,
         first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
+        hparams=hparams,
+        trackers=[
+            build_tracker(tracker, config.job.output_dir, config.job.name, hparams)
+            for tracker in trackers
+        ],
     )
+
+
+def build_tracker(
+    tracker: str, output_dir: Path, run_name: str, hparams: Mapping[str, HParam]
+) -> Sink:
+    from switchtitan.observability import trackers
+
+    return trackers.build_tracker(tracker, output_dir, run_name, hparams)
+
+
+def compared_values(config: JobConfig, num_ranks: int) -> dict[str, HParam]:
+    """Return the values of the configuration by which runs are compared, by dotted key."""
+    sections = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
+    values: dict[str, object] = {
+        f"{section}.{key}": value
+        for section in sections
+        for key, value in getattr(config, section).model_dump(mode="json").items()
+    }
+    values |= {"data.dataset": config.data.dataset, "data.seq_len": config.data.seq_len}
+    values |= {"job.seed": config.job.seed, "ranks": num_ranks}
+    return {
+        key: value if isinstance(value, bool | int | float | str) else toml_value(value)
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def build_throughput(

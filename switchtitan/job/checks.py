@@ -23,9 +23,14 @@ from switchtitan.distributed.compute_dtype import (
 from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.job.output_checks import (
+    check_communication,
+    check_memory_snapshot,
+    check_profiler,
+    check_trackers,
+)
 from switchtitan.job.sections import EvaluationConfig, LossSpikeConfig, TrainingConfig
 from switchtitan.methods import METHODS
-from switchtitan.observability import COUNTED_STEP, MetricsConfig, ProfilerConfig
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
@@ -54,6 +59,7 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         check_loss_spike,
         partial(check_communication, num_ranks=num_ranks),
         partial(check_profiler, num_ranks=num_ranks),
+        check_trackers,
         check_vocabulary,
     ]
 
@@ -239,58 +245,6 @@ def check_loss_spike(
         )
         if steps >= training.steps
     ]
-
-
-def check_communication(
-    metrics: MetricsConfig, training: TrainingConfig, num_ranks: int
-) -> list[str]:
-    """Counting communication needs several ranks, and the step that is counted."""
-    if not metrics.communication:
-        return []
-    key = "[metrics] communication = true has no effect"
-    if num_ranks == 1:
-        return [f"{key}: one rank sends nothing; remove it, or start several ranks"]
-    if training.steps < COUNTED_STEP:
-        return [
-            f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = "
-            f"{training.steps}; remove it, or train longer"
-        ]
-    return []
-
-
-def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str]:
-    """The ranks to trace must exist, and what to trace needs a trace."""
-    used = {"memory": profiler.enabled}
-    used["ranks"] = profiler.enabled or profiler.memory_snapshot_step is not None
-    problems = [
-        f"[profiler] {key} has no effect without enabled = true; remove it, or set enabled"
-        for key, is_used in used.items()
-        if not is_used and getattr(profiler, key) not in (False, (0,))
-    ]
-    if problems or profiler.ranks == "all":
-        return problems
-    if not profiler.ranks:
-        return ["[profiler] ranks = []: traces nothing; name a rank, or set enabled = false"]
-    return [
-        f"[profiler] ranks: there is no rank {rank}; expected ranks from 0 to {num_ranks - 1}"
-        for rank in profiler.ranks
-        if rank >= num_ranks
-    ]
-
-
-def check_memory_snapshot(
-    profiler: ProfilerConfig, training: TrainingConfig, device: str
-) -> list[str]:
-    """A snapshot of GPU memory needs a GPU, and a step of the run."""
-    step = profiler.memory_snapshot_step
-    if step is None:
-        return []
-    key = f"[profiler] memory_snapshot_step = {step} has no effect"
-    if device != "cuda":
-        return [f"{key} without a GPU: only torch's GPU memory has a history; remove it"]
-    if step > training.steps:
-        return [f"{key}: [training] steps = {training.steps}; lower it, or remove it"]
-    return []
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:

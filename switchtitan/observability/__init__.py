@@ -1,12 +1,12 @@
 """User-visible output of a run: log lines, progress bar, TensorBoard, speed, memory, traces."""
 
+from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.log import configure_logging
 from switchtitan.observability.metrics import (
     COUNTED_STEP,
     FAILED_SAVES,
     RESULTS_FILE,
     TENSORBOARD_FOLDER,
-    MetricsConfig,
     Reporter,
 )
 from switchtitan.observability.profiler import Profiler, ProfilerConfig

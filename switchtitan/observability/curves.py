@@ -1,12 +1,14 @@
 """Reads the scalars that a run wrote for TensorBoard."""
 
 import logging
+from operator import itemgetter
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from switchtitan.errors import ConfigError
 from switchtitan.observability.metrics import TENSORBOARD_FOLDER
+from switchtitan.observability.tags import metric_of
 
 
 def _is_not_about_restart(record: logging.LogRecord) -> bool:
@@ -19,7 +21,9 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Returns all scalars that a run wrote for TensorBoard, by tag.
+    """Returns all scalars that a run wrote for TensorBoard, by metric, e.g. "loss/train".
+
+    Also of runs that earlier versions began, with other tags.
 
     Raises:
         ConfigError: if there are none.
@@ -36,10 +40,13 @@ def read_curves(run: Path) -> dict[str, Curve]:
             f"{run}: no TensorBoard scalars in {folder}; expected the output folder of a run with "
             "[metrics] tensorboard = true"
         )
+    points: dict[str, list[tuple[int, float]]] = {}
+    for tag in tags:
+        of_tag = [(event.step, event.value) for event in events.Scalars(tag)]
+        points.setdefault(metric_of(tag), []).extend(of_tag)
     return {
-        tag: (
-            [event.step for event in events.Scalars(tag)],
-            [event.value for event in events.Scalars(tag)],
+        metric: ([step for step, _ in of_metric], [value for _, value in of_metric])
+        for metric, of_metric in (
+            (metric, sorted(found, key=itemgetter(0))) for metric, found in points.items()
         )
-        for tag in tags
     }

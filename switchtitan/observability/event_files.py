@@ -9,6 +9,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from switchtitan.observability.hparams import end_summary, start_summary
+from switchtitan.observability.sinks import HParam
+from switchtitan.observability.tags import CHARTS, tag_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,14 +32,15 @@ class TensorBoardWriter:
         self._purge_step: int | None = start_step + 1 if start_step else 0
         self._writer: SummaryWriter | None = None
         self._has_failed = False
+        self._has_session = False
         self._attempt(lambda writer: None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point per tag, and flushes."""
 
         def add(writer: SummaryWriter) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+            for metric, value in values.items():
+                writer.add_scalar(tag_of(metric), value, step)
 
         self._attempt(add)
 
@@ -47,6 +52,24 @@ class TensorBoardWriter:
                 writer.add_histogram(tag, tensor, step)
 
         self._attempt(add)
+
+    def begin_run(self, description: str, hparams: Mapping[str, HParam], step: int) -> None:
+        """Writes what is shown of a run without its metrics.
+
+        Args:
+            description: the configuration, shown as text.
+            hparams: values by which runs are compared.
+        """
+        if description:
+            self.write_text("configuration", description, step)
+        if hparams:
+            self._write_summary(start_summary(hparams), None)
+            self._has_session = True
+        charts = {
+            category: {chart: ["Multiline", patterns] for chart, patterns in of_category.items()}
+            for category, of_category in CHARTS.items()
+        }
+        self._attempt(lambda writer: writer.add_custom_scalars(charts))
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """Shows `text` verbatim, in a fixed-width font."""
@@ -65,11 +88,24 @@ class TensorBoardWriter:
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         self._write_summary(summary, step)
 
-    def _write_summary(self, summary: Summary, step: int) -> None:
+    def _write_summary(self, summary: Summary, step: int | None) -> None:
         # torch's writer has no public method for a summary of its own.
         self._attempt(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
-    def close(self) -> None:
+    def rewind(self, step: int) -> None:
+        """Starts a file after which TensorBoard drops the points after `step`."""
+        self._close()
+        self._writer = None
+        self._purge_step = step + 1
+        self._attempt(lambda writer: None)
+
+    def close(self, is_finished: bool = False) -> None:
+        """Ends the run."""
+        if self._has_session:
+            self._write_summary(end_summary(is_finished), None)
+        self._close()
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._attempt(lambda writer: writer.close(), is_flushed=False)
 

@@ -1,4 +1,4 @@
-"""The section `[metrics]`, and outputs: log lines, progress bar, TensorBoard, `results.json`."""
+"""Outputs of a run: log lines, progress bar, TensorBoard, `results.json`."""
 
 import json
 import logging
@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from switchtitan.config.section import Section
 from switchtitan.errors import OutputError, abbreviate
 from switchtitan.files import write_atomically
+from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.console import (
     ConsoleTable,
     format_count,
@@ -21,6 +20,7 @@ from switchtitan.observability.console import (
     format_summary,
 )
 from switchtitan.observability.event_files import TensorBoardWriter
+from switchtitan.observability.sinks import HParam, Sink
 
 if TYPE_CHECKING:
     from switchtitan.observability.profile_summary import ProfileSummary
@@ -39,28 +39,6 @@ FAILED_SAVES = "checkpoint/failed_saves"
 """Tag of the number of checkpoints that could not be saved; absent while there is none."""
 
 
-class MetricsConfig(Section):
-    """Metrics to report, how often and where."""
-
-    interval: int = Field(default=10, ge=1)
-    """Optimizer steps between two reports, at least 1. A report makes the host wait for the
-    device."""
-
-    tensorboard: bool = True
-    """Write scalars and histograms to `<output_dir>/tensorboard`."""
-
-    progress_bar: bool = True
-    """Draw a progress bar if standard error is a terminal."""
-
-    region_times: bool = True
-    """Report how long a step spends in each region (data, forward, backward, reduce, clip, switch,
-    update), and an evaluation and a save. On a GPU: the device's time, read without waiting."""
-
-    communication: bool = False
-    """Count the bytes that each rank sends in the third step of the run, which makes that step
-    slower. Requires several ranks and at least three steps."""
-
-
 class Reporter:
     """Reports metrics on the main rank; does nothing on other ranks.
 
@@ -71,6 +49,8 @@ class Reporter:
         description: the run's configuration, shown in TensorBoard's text tab.
         facts: hardware, versions and sizes, added to `results.json`.
         first_validation: first validation metrics of a resumed run, shown in the summary.
+        hparams: values of the configuration by which TensorBoard compares runs.
+        trackers: what metrics are written to besides TensorBoard.
     """
 
     def __init__(
@@ -84,6 +64,8 @@ class Reporter:
         description: str = "",
         facts: Mapping[str, object] | None = None,
         first_validation: Mapping[str, float] | None = None,
+        hparams: Mapping[str, HParam] | None = None,
+        trackers: Sequence[Sink] = (),
     ) -> None:
         self._interval = config.interval
         self._num_steps = num_steps
@@ -93,11 +75,13 @@ class Reporter:
         self._folder = output_dir / TENSORBOARD_FOLDER
         self._results = output_dir / RESULTS_FILE
         self._facts = facts or {}
-        self._writer = (
-            TensorBoardWriter(self._folder, start_step) if is_main and config.tensorboard else None
-        )
-        if self._writer is not None and description:
-            self._writer.write_text("configuration", description, start_step)
+        self._has_tensorboard = is_main and config.tensorboard
+        self._sinks = list(trackers)
+        self._is_finished = False
+        if self._has_tensorboard:
+            writer = TensorBoardWriter(self._folder, start_step)
+            writer.begin_run(description, hparams or {}, start_step)
+            self._sinks.insert(0, writer)
         is_drawn = is_main and config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(
             total=num_steps,
@@ -123,9 +107,8 @@ class Reporter:
     def rewind(self, step: int) -> None:
         """Continues from an earlier step: TensorBoard drops the points after it."""
         self._bar.update(step - self._bar.n)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = TensorBoardWriter(self._folder, step)
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values` to TensorBoard, and prints those for which the console has a column.
@@ -142,8 +125,8 @@ class Reporter:
             self._bar.set_postfix_str(
                 f"ETA {format_duration(values['throughput/eta_s'])}", refresh=False
             )
-        if self._writer is not None:
-            self._writer.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
         for line in self._table.lines(step, values):
             logger.info("%s", line)
 
@@ -153,8 +136,8 @@ class Reporter:
         Args:
             values: by TensorBoard tag; finite, of any shape.
         """
-        if self._writer is not None:
-            self._writer.write_histograms(step, values)
+        for sink in self._sinks:
+            sink.write_histograms(step, values)
 
     def report_profile(self, step: int, summaries: Sequence["ProfileSummary"]) -> None:
         """Writes tables and pictures of traces to TensorBoard, and as files beside them."""
@@ -167,12 +150,12 @@ class Reporter:
             profile_report.write_summary(self._folder, summaries)
         except OSError as error:
             logger.warning("could not write the profile's summary to %s (%s)", self._folder, error)
-        if self._writer is not None:
+        for sink in self._sinks:
             for title, table in profile_report.tables(summaries).items():
-                tag = title.lower().replace(" ", "_")
-                self._writer.write_markdown(f"profile/{tag}", table, step)
+                name = title.lower().replace(" ", "_")
+                sink.write_markdown(f"profile/{name}", table, step)
             for name, figure in profile_report.pictures(summaries).items():
-                self._writer.write_png(f"profile/{name}", *profile_report.as_png(figure), step)
+                sink.write_png(f"profile/{name}", *profile_report.as_png(figure), step)
         first = summaries[0]
         logger.info(
             "a step takes %.1f ms on rank %d in the trace: %s; more in %s",
@@ -217,6 +200,7 @@ class Reporter:
         if not self._is_main:
             return
         self._bar.close()
+        self._is_finished = True
         failure = self._write_results({**values, "batches_passed_over": list(passed_over)})
         rows = self._validation_rows()
         if not rows and self._train_loss is not None:
@@ -246,11 +230,11 @@ class Reporter:
             newest = "" if checkpoint is not None else ", no checkpoint was saved"
             rows.append(("failed saves", f"{failed_saves:.0f}{newest}"))
         rows.append(("results", "not written" if failure else str(self._results)))
-        if self._writer is not None:
+        if self._has_tensorboard:
             rows.append(("logs", str(self._folder)))
         if trace is not None:
             rows.append(("profile trace", str(trace)))
-        if self._writer is not None or trace is not None:
+        if self._has_tensorboard or trace is not None:
             rows.append(("view with", f"tensorboard --host localhost --logdir {self._folder}"))
         for line in format_summary(rows):
             logger.info("%s", line)
@@ -285,8 +269,9 @@ class Reporter:
     def close(self) -> None:
         """Releases the files and the terminal."""
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self._sinks:
+            sink.close(self._is_finished)
+        self._sinks = []
 
     def _validation_rows(self) -> list[tuple[str, str]]:
         rows = []

@@ -28,7 +28,7 @@ def run(output_dir, steps, **arguments) -> None:
 def test_all_values_are_written_to_tensorboard_by_tag(tmp_path):
     run(tmp_path, [1, 10])
     assert read_scalars(tmp_path / "tensorboard") == {
-        "loss/train": [(1, 0.5), (10, 5.0)],
+        "basics/loss_train": [(1, 0.5), (10, 5.0)],
         "switch/vectors_switched": [(1, 3.0), (10, 3.0)],
     }
 
@@ -36,7 +36,7 @@ def test_all_values_are_written_to_tensorboard_by_tag(tmp_path):
 def test_histograms_are_written_only_to_tensorboard(tmp_path, caplog):
     values = torch.tensor([[0.0, 0.25, 1.0], [1e-7, 0.5, 0.5]])
     reporter = Reporter(MetricsConfig(), tmp_path, num_steps=100, is_main=True)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "switchtitan"):
         for step in (4, 8):
             reporter.report_histograms(step, {"rank/spectrum/q_proj": values})
     reporter.close()
@@ -55,14 +55,17 @@ def test_histograms_are_written_only_to_tensorboard(tmp_path, caplog):
 def test_resumed_run_has_one_point_per_step(tmp_path):
     run(tmp_path, [1, 10, 20, 30, 40])
     run(tmp_path, [30, 40, 50], start_step=20)
-    steps = [step for step, _ in read_scalars(tmp_path / "tensorboard")["loss/train"]]
+    steps = [step for step, _ in read_scalars(tmp_path / "tensorboard")["basics/loss_train"]]
     assert steps == [1, 10, 20, 30, 40, 50]
 
 
 def test_run_that_starts_over_has_one_point_per_step(tmp_path):
     run(tmp_path, [1, 10, 20])
     run(tmp_path, [1, 10])
-    assert [step for step, _ in read_scalars(tmp_path / "tensorboard")["loss/train"]] == [1, 10]
+    assert [step for step, _ in read_scalars(tmp_path / "tensorboard")["basics/loss_train"]] == [
+        1,
+        10,
+    ]
 
 
 def test_description_is_shown_verbatim(tmp_path):
@@ -90,7 +93,7 @@ def test_summary_of_a_resumed_run_starts_at_its_first_validation(tmp_path, caplo
         MetricsConfig(), tmp_path, num_steps=40, start_step=20, is_main=True, first_validation=first
     )
     reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "switchtitan"):
         reporter.summary({"throughput/tokens_per_s": 12345.0, "throughput/wall_time_s": 187.0})
     reporter.close()
     assert "6.0000 -> 3.0000" in caplog.text
@@ -101,7 +104,7 @@ def test_summary_of_a_resumed_run_starts_at_its_first_validation(tmp_path, caplo
 def test_a_single_validation_is_shown_without_an_arrow(tmp_path, caplog):
     reporter = Reporter(MetricsConfig(), tmp_path, num_steps=40, is_main=True)
     reporter.report(40, {"loss/validation": 3.0, "perplexity/validation": math.exp(3.0)})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "switchtitan"):
         caplog.clear()
         reporter.summary({})
     reporter.close()
@@ -111,7 +114,7 @@ def test_a_single_validation_is_shown_without_an_arrow(tmp_path, caplog):
 
 
 def test_other_ranks_print_nothing(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "switchtitan"):
         reporter = Reporter(MetricsConfig(), tmp_path, num_steps=3, is_main=False)
         reporter.report(1, {"loss/train": 1.0})
         reporter.summary({})
@@ -136,7 +139,7 @@ def test_summary_shows_results_and_paths(tmp_path, caplog):
     reporter = Reporter(MetricsConfig(), tmp_path, num_steps=40, is_main=True)
     for step, loss in ((0, 6.0), (20, 4.0), (40, 3.0)):
         reporter.report(step, {"loss/validation": loss, "perplexity/validation": math.exp(loss)})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "switchtitan"):
         caplog.clear()
         reporter.summary(
             {
