@@ -1,44 +1,60 @@
-"""Evaluates weights on held-out tokens of a prepared corpus.
+"""Evaluates weights on held-out text.
 
-    switchtitan evaluate outputs/RUN [--split validation|test] [--tokens N] [--json FILE]
-    switchtitan evaluate WEIGHTS --config FILE
+    switchtitan evaluate TARGET [--corpus FOLDER] [--split validation|test] [--tokens N]
+    switchtitan evaluate TARGET --text FILE
 
-A checkpoint of any method is merged into dense weights and evaluated on its run's corpus, in the
-run's dtype. Other weights (a folder in Hugging Face's layout, a safetensors file) need --config for
-model and corpus."""
+A checkpoint of any method is merged into dense weights, and evaluated in its run's dtype, on its
+run's corpus or other text. Other weights (a folder in Hugging Face's layout, a safetensors file)
+need --corpus, --text or --config, which says model and corpus."""
 
 import argparse
-import json
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from switchtitan.builders.stepper import build_plain_model
-from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
-from switchtitan.cli.record import check_json_option
+import torch
+from tqdm import tqdm
+
+from switchtitan.builders.held_out import (
+    HeldOut,
+    Shape,
+    SplitName,
+    held_out_documents,
+    held_out_split,
+    held_out_text,
+)
+from switchtitan.builders.saved_config import load_for_evaluation, saved_config
+from switchtitan.builders.trained_model import (
+    TrainedModel,
+    find_tokenizer,
+    open_tokenizer,
+    open_trained_model,
+)
+from switchtitan.checkpoint import CheckpointMetadata
+from switchtitan.cli.record import check_json_option, write_json
+from switchtitan.cli.target import add_target_options
 from switchtitan.config.command_line import positive_int
-from switchtitan.data import build_validation_batches, open_corpus
+from switchtitan.contracts import Batch
+from switchtitan.data import Corpus, open_corpus
+from switchtitan.data.corpus import open_prepared
+from switchtitan.data.corpus_files import INDEX_FILE
+from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import materialize, shard_model
-from switchtitan.distributed.world import device_type, start_world, temporary_world
-from switchtitan.errors import (
-    CheckpointError,
-    CheckpointFormatError,
-    ConfigError,
-    CorpusError,
-    UserError,
-    exit_for,
-)
-from switchtitan.files import write_atomically
-from switchtitan.hub.initial_weights import read_dense_checkpoint, read_initial_weights
-from switchtitan.job.checks import evaluation_checks
-from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.distributed.world import World, start_world, temporary_world
+from switchtitan.errors import ConfigError, CorpusError, UserError, exit_for
+from switchtitan.job.config import JobConfig
+from switchtitan.job.sections import EvaluationConfig
+from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of
 from switchtitan.training.description import compute_dtype_of
 from switchtitan.training.evaluate import Evaluator
+
+_LOCAL_BATCH_SIZE = 8
+_MAX_SEQ_LEN = 1024
+"""Defaults for weights without a configuration. The model's own maximum is used if it is lower."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,146 +63,231 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         check_json_option(options.json)
-        result = evaluate(options.weights, options.config, options.split, options.tokens)
+        result = evaluate(options)
+        if result is None:
+            return
+        if options.json is not None:
+            write_json(options.json, result)
     except UserError as error:
         exit_for(error)
-    if options.json is not None:
-        try:
-            write_atomically(options.json, json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            exit_for(
-                ConfigError(f"--json {options.json}: the file cannot be written: {error.strerror}")
-            )
-    for name in ("weights", "corpus"):
-        print(f"{name:<12}{result[name]}")
-    print(f"{'split':<12}{result['split']}, {result['tokens']:,} tokens")
-    print(f"{'loss':<12}{result['loss']:.4f}")
-    print(f"{'perplexity':<12}{result['perplexity']:.2f}")
+    if options.json != Path("-"):
+        _print_summary(result)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan evaluate",
-        description="Evaluates weights on held-out tokens of a prepared corpus.",
+        description="Evaluates weights on held-out text: loss, perplexity and bits per byte.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "weights",
+    add_target_options(parser)
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument(
+        "--corpus",
         type=Path,
-        metavar="WEIGHTS",
-        help="a run's folder, a checkpoint, a Hugging Face folder or a safetensors file",
+        metavar="FOLDER",
+        help="a prepared corpus (default: that of the run, or of --config)",
     )
+    text.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file")
     parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="model and corpus (default: the configuration saved in the checkpoint)",
-    )
-    parser.add_argument(
-        "--split", choices=["validation", "test"], default="validation", help="default: validation"
+        "--split", choices=["validation", "test"], help="of the corpus (default: validation)"
     )
     parser.add_argument(
         "--tokens",
         type=positive_int,
         metavar="N",
-        help="number of tokens, from the start of the split (default: as in the configuration)",
+        help="number of tokens, from the start (default: as in the configuration, else 10 million; "
+        "all of --text)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--seq-len",
+        type=positive_int,
+        metavar="N",
+        help="tokens per sequence (default: as in the configuration; for other weights the model's "
+        "maximum, at most 1024)",
+    )
+    options = parser.parse_args(argv)
+    if options.text is not None and options.split is not None:
+        parser.error(f"--split {options.split} has no effect with --text; leave it out")
+    return options
 
 
-def evaluate(weights: Path, config_file: str | None, split: str, num_tokens: int | None) -> dict:
-    """Returns loss (nats per token) and perplexity of `weights`, and the data used.
+def evaluate(options: argparse.Namespace) -> dict[str, object] | None:
+    """Returns loss (nats per token), perplexity, bits per byte, and the data used.
+
+    None on other ranks than the main one.
 
     Raises:
-        UserError: if weights, model and corpus do not match, or one of them cannot be read.
+        UserError: if weights, model and text do not match, or one of them cannot be read.
     """
-    metadata = None
-    if config_file is None:
-        weights, metadata = _find_checkpoint(weights)
-        config = saved_config(metadata)
-    else:
-        config = load_for_evaluation(config_file)
-    seq_len = config.data.seq_len
-    if num_tokens is None:
-        num_tokens = (
-            config.evaluation.test_tokens if split == "test" else None
-        ) or config.evaluation.tokens
-    if num_tokens < seq_len:
+    config = None if options.config is None else load_for_evaluation(options.config)
+    trained = open_trained_model(options.target, None if config is None else config.model)
+    if trained.metadata is not None:
+        config = saved_config(trained.metadata)
+    shape = _shape(trained, config, options.seq_len)
+    num_tokens = _num_tokens(options, config)
+    if options.text is None and num_tokens is not None and num_tokens < shape.seq_len:
         raise ConfigError(
-            f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
+            f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = "
+            f"{shape.seq_len}"
         )
-    tensors = (
-        read_initial_weights(weights, config.model).tensors
-        if metadata is None
-        else read_dense_checkpoint(weights)
-    )
     with temporary_world():
         world = start_world(ParallelismConfig())
-        corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
-        model = build_plain_model(config)
-        if metadata is not None:
-            _check_corpus(corpus.fingerprint, metadata, corpus.folder)
-        saved = None if metadata is None else compute_dtype_of(metadata)
-        compute_dtype = dtype_on(world.device, config.training.dtype, saved)
-        shard_model(
-            model,
-            world.shard_mesh,
-            compute_dtype.dtype,
-            ParallelismConfig(),
-        )
-        materialize(model, world.device, config.job.seed, tensors)
-        batches = build_validation_batches(
-            corpus.split("test" if split == "test" else "validation", seq_len),
-            num_sequences=num_tokens // seq_len,
-            local_batch_size=config.training.local_batch_size,
-            rank=world.rank,
-            num_ranks=world.size,
-        )
+        with torch.device("meta"):
+            model = MODELS.build(trained.config)
+        held_out, described = open_held_out(options, trained, config, num_tokens, shape, world)
+        saved = None if trained.metadata is None else compute_dtype_of(trained.metadata)
+        key = options.dtype
+        if key == "auto" and config is not None:
+            key = config.training.dtype
+        compute_dtype = dtype_on(world.device, key, saved)
+        shard_model(model, world.shard_mesh, compute_dtype.dtype, ParallelismConfig())
+        materialize(model, world.device, 0, trained.tensors)
+        batches = _with_progress(held_out, world)
         loss = Evaluator(batches, CrossEntropy(compile_regions=False), world)(model)
+        if not world.is_main:
+            return None
     return {
-        "weights": str(weights),
-        "corpus": corpus.description,
-        "fingerprint": corpus.fingerprint,
+        "weights": str(trained.source),
+        **described,
         "compute_dtype": compute_dtype.name,
-        "split": split,
-        "tokens": batches.num_sequences * seq_len,
+        "seq_len": shape.seq_len,
+        "tokens": held_out.num_tokens,
+        "bytes": held_out.num_bytes,
         "loss": loss,
         "perplexity": perplexity_of(loss),
+        "bits_per_byte": held_out.bits_per_byte(loss),
     }
 
 
-def saved_config(metadata: CheckpointMetadata) -> JobConfig:
-    """Returns the configuration of the run that saved a checkpoint.
+def open_held_out(
+    options: argparse.Namespace,
+    trained: TrainedModel,
+    config: JobConfig | None,
+    num_tokens: int | None,
+    shape: Shape,
+    world: World,
+) -> tuple[HeldOut, dict[str, object]]:
+    """Returns what to evaluate on, and its description for the result.
 
     Raises:
-        ConfigError: if this version does not accept it.
+        UserError: if the text or a tokenizer cannot be read, or does not fit the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.toml"
-        file.write_text(metadata.config, encoding="utf-8", errors="replace")
-        return load_for_evaluation(str(file))
+    if options.text is not None:
+        own = open_tokenizer(trained, options.tokenizer)
+        _check_vocabulary(trained, own.vocab_size)
+        held_out = held_out_text(options.text, num_tokens, own, shape, world)
+        return held_out, {"text": str(options.text)}
+    corpus = _open_corpus(options.corpus, trained, config, world)
+    own_tokenizer = _other_tokenizer(options, trained, corpus)
+    split: SplitName = "test" if options.split == "test" else "validation"
+    described: dict[str, object] = {
+        "corpus": corpus.description,
+        "fingerprint": corpus.fingerprint,
+        "split": split,
+        "tokenizer": "the corpus's" if own_tokenizer is None else "the model's",
+    }
+    assert num_tokens is not None
+    if own_tokenizer is None:
+        corpus.check_vocabulary(trained.config.vocab_size)
+        return held_out_split(corpus, split, num_tokens, shape, world), described
+    _check_vocabulary(trained, own_tokenizer.vocab_size)
+    held_out = held_out_documents(corpus, split, num_tokens, own_tokenizer, shape, world)
+    return held_out, described
 
 
-def load_for_evaluation(file: str) -> JobConfig:
-    """Loads a configuration and checks only what an evaluation needs.
+def _other_tokenizer(
+    options: argparse.Namespace, trained: TrainedModel, corpus: Corpus
+) -> DocumentTokenizer | None:
+    """Returns the model's tokenizer; None if it is the corpus's."""
+    if options.tokenizer is None:
+        metadata = trained.metadata
+        if metadata is not None:
+            trained_on = metadata.identity_value("corpus", "fingerprint")
+            if trained_on == corpus.fingerprint:
+                return None
+    if options.corpus is None:
+        # --config says the corpus, and without a tokenizer next to the weights also how to read it.
+        own = find_tokenizer(trained, options.tokenizer)
+    else:
+        own = open_tokenizer(trained, options.tokenizer)
+    is_same = own is not None and own.sha256 == corpus.index.tokenizer.sha256
+    return None if is_same else own
 
-    Raises:
-        ConfigError: if it is invalid.
-    """
-    return parse_arguments(["--config", file], checks=evaluation_checks(device_type()))
+
+def _open_corpus(
+    folder: Path | None, trained: TrainedModel, config: JobConfig | None, world: World
+) -> Corpus:
+    if folder is not None:
+        if not (folder / INDEX_FILE).is_file():
+            raise ConfigError(
+                f"--corpus {folder}: no file {folder / INDEX_FILE}; expected a folder that "
+                "`switchtitan prepare` has written"
+            )
+        return open_prepared(folder)
+    if config is None:
+        raise ConfigError(
+            f"{trained.source} is no checkpoint, so it names no text to evaluate on; pass --corpus "
+            "FOLDER, --text FILE or --config FILE"
+        )
+    corpus = open_corpus(config.data, ranks=world)
+    if trained.metadata is not None:
+        _check_corpus(corpus.fingerprint, trained.metadata, corpus.folder)
+    return corpus
 
 
-def _find_checkpoint(path: Path) -> tuple[Path, CheckpointMetadata]:
-    try:
-        checkpoint = find_given(path)
-    except CheckpointFormatError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; for weights other than a checkpoint, pass --config FILE"
-        ) from error
-    return checkpoint, read_metadata(checkpoint)
+def _check_vocabulary(trained: TrainedModel, tokenizer_size: int) -> None:
+    if tokenizer_size > trained.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer_size} tokens, and {trained.source} has a vocabulary of "
+            f"{trained.config.vocab_size}; pass --tokenizer FILE, the one it was trained with"
+        )
+
+
+def _shape(trained: TrainedModel, config: JobConfig | None, seq_len: int | None) -> Shape:
+    if config is not None:
+        return Shape(seq_len or config.data.seq_len, config.training.local_batch_size)
+    default = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
+    return Shape(seq_len or default, _LOCAL_BATCH_SIZE)
+
+
+def _num_tokens(options: argparse.Namespace, config: JobConfig | None) -> int | None:
+    """Returns the number of tokens to predict; None for all of a text."""
+    if options.tokens is not None or options.text is not None:
+        given: int | None = options.tokens
+        return given
+    if config is None:
+        return EvaluationConfig().tokens
+    of_test = config.evaluation.test_tokens if options.split == "test" else None
+    return of_test or config.evaluation.tokens
+
+
+def _with_progress(held_out: HeldOut, world: World) -> Iterable[Batch]:
+    """Returns the batches; draws a progress bar on standard error if it is a terminal."""
+    return tqdm(
+        held_out.batches,
+        desc="evaluating",
+        total=held_out.num_batches,
+        unit="batch",
+        leave=False,
+        dynamic_ncols=True,
+        disable=None if world.is_main else True,
+    )
+
+
+def _print_summary(result: dict) -> None:
+    counts = f"{result['tokens']:,} tokens, {result['bytes']:,} bytes of text"
+    rows = {"weights": result["weights"]}
+    if "text" in result:
+        rows |= {"text": result["text"], "length": counts}
+    else:
+        rows |= {"corpus": result["corpus"], "split": f"{result['split']}, {counts}"}
+    rows |= {"loss": f"{result['loss']:.4f}", "perplexity": f"{result['perplexity']:.2f}"}
+    if result["bits_per_byte"] is not None:
+        rows["bits/byte"] = f"{result['bits_per_byte']:.4f}"
+    for name, value in rows.items():
+        print(f"{name:<12}{value}")
 
 
 def _check_corpus(fingerprint: str, metadata: CheckpointMetadata, folder: Path) -> None:
@@ -194,5 +295,5 @@ def _check_corpus(fingerprint: str, metadata: CheckpointMetadata, folder: Path) 
     if fingerprint != expected:
         raise CorpusError(
             f"{folder}: its fingerprint is {fingerprint}, but the run trained on {expected}; pass "
-            "--config FILE with the [data] to evaluate on"
+            "--corpus FOLDER or --config FILE to evaluate on another corpus"
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from switchtitan.builders.saved_config import load_for_evaluation
 from switchtitan.builders.trained_model import (
     TrainedModel,
     check_tokens,
@@ -24,7 +25,6 @@ from switchtitan.builders.trained_model import (
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.cli.evaluate import load_for_evaluation
 from switchtitan.cli.record import check_json_option, write_json
 from switchtitan.cli.target import add_target_options
 from switchtitan.config.command_line import positive_int

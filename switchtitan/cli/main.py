@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
     "launch": "Start one process per rank: `switchtitan launch --nproc_per_node 8 train ...`.",
     "prepare": "Tokenize a corpus before training on it.",
-    "evaluate": "Compute loss and perplexity of a checkpoint or other weights on held-out tokens.",
+    "evaluate": "Compute loss, perplexity and bits per byte of weights on held-out text.",
     "generate": "Continue a text with a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run or resume a declared comparison of methods and report the results.",

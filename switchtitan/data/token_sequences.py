@@ -104,8 +104,31 @@ class TokenSequences(Dataset[TokenSequence]):
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         first = index * self.seq_len
-        tokens = torch.from_numpy(self._read(first, first + self.seq_len + 1))
+        tokens = torch.from_numpy(self.read(first, first + self.seq_len + 1))
         return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
+
+    def read(self, first: int, end: int) -> NDArray[np.int64]:
+        """Returns the tokens [first, end) of the joined shards.
+
+        Raises:
+            CorpusError: see `__getitem__`.
+        """
+        pieces = []
+        shard = int(np.searchsorted(self._ends, first, side="right"))
+        while first < end:
+            self._check_shard(shard)
+            shard_start = int(self._ends[shard]) - self.token_counts[shard]
+            stop = min(end, int(self._ends[shard]))
+            piece = self._shards[shard][first - shard_start : stop - shard_start]
+            if self.vocab_size is not None and piece.size and piece.max() >= self.vocab_size:
+                raise damage(
+                    self.files[shard],
+                    f"the shard holds the token {piece.max()}, but the vocabulary has "
+                    f"{self.vocab_size}",
+                )
+            pieces.append(piece)
+            first, shard = stop, shard + 1
+        return np.concatenate(pieces).astype(np.int64)
 
     def check_unchanged(self) -> None:
         """Checks that no file was edited or replaced by another since it was opened.
@@ -131,25 +154,6 @@ class TokenSequences(Dataset[TokenSequence]):
         # A copy of the same contents, or another time.
         self._shards[shard] = _map_tokens(file, self.token_counts[shard], self.dtype)
         self._states[shard] = state
-
-    def _read(self, first: int, end: int) -> NDArray[np.int64]:
-        """Tokens [first, end) of the joined shards, as int64."""
-        pieces = []
-        shard = int(np.searchsorted(self._ends, first, side="right"))
-        while first < end:
-            self._check_shard(shard)
-            shard_start = int(self._ends[shard]) - self.token_counts[shard]
-            stop = min(end, int(self._ends[shard]))
-            piece = self._shards[shard][first - shard_start : stop - shard_start]
-            if self.vocab_size is not None and piece.size and piece.max() >= self.vocab_size:
-                raise damage(
-                    self.files[shard],
-                    f"the shard holds the token {piece.max()}, but the vocabulary has "
-                    f"{self.vocab_size}",
-                )
-            pieces.append(piece)
-            first, shard = stop, shard + 1
-        return np.concatenate(pieces).astype(np.int64)
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:

@@ -14,10 +14,10 @@ from support.fuzzing import FuzzError, fuzz, num_cases
 from support.mutations import mutate_bytes, mutate_json
 from support.tiny import tiny_config, tiny_trainer
 
+from switchtitan.builders.saved_config import saved_config
 from switchtitan.builders.start import read_state
 from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import find_given, load_tensors_, read_metadata, verify
-from switchtitan.cli.evaluate import saved_config
 from switchtitan.hub.initial_weights import read_initial_weights, saved_model_config
 
 FILES = ("metadata.json", "tensors.json", "metadata.json.sha256", "__0_0.distcp", ".metadata")

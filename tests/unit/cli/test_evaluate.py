@@ -5,6 +5,7 @@ import json
 import pytest
 from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps
 
+from switchtitan.builders.saved_config import saved_config
 from switchtitan.checkpoint import CheckpointMetadata, layout
 from switchtitan.cli import evaluate, export
 from switchtitan.config.toml_text import resolved_toml
@@ -116,14 +117,14 @@ def test_a_checkpoint_of_a_compiled_run_is_evaluated_without_a_compiler(tmp_path
     compiled = config.model_copy(update={"compile": CompileConfig(blocks=True)})
     monkeypatch.setenv("CXX", "no-such-compiler")
     metadata = CheckpointMetadata.model_construct(run={"config": resolved_toml(compiled)})
-    assert evaluate.saved_config(metadata) == compiled
+    assert saved_config(metadata) == compiled
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such/run"], "for weights other than a checkpoint, pass --config FILE"),
-        ([], "required: WEIGHTS"),
+        (["no/such/run"], "for other weights, pass --config FILE"),
+        ([], "required: TARGET"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(arguments, message, capsys):

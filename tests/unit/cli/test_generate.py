@@ -2,13 +2,12 @@
 
 import io
 import json
-import logging
 import sys
 
 import pytest
 import torch
-from support.tiny import tiny_trainer, train_steps
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from support.trained import save_qwen, save_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchtitan.cli import export, generate
 
@@ -18,39 +17,16 @@ PROMPT = "def größe(self):\n    return "
 @pytest.fixture(scope="module")
 def run(corpora):
     """A tiny run with a checkpoint and an export of it."""
-    folder = corpora / "generate"
-    trainer = tiny_trainer(folder, "switchlora")
-    train_steps(trainer, 7)
-    trainer.save()
-    trainer.checkpointer.finish()
-    trainer.stepper.close()
-    trainer.reporter.close()
-    export.main(["--checkpoint", str(folder / "run")])
-    # As in a process of its own, in which no run has set up its log.
-    logging.getLogger("switchtitan").setLevel(logging.WARNING)
-    return folder / "run"
+    folder = save_run(corpora / "generate")
+    export.main(["--checkpoint", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="module")
 def qwen(run, tmp_path_factory):
     """A folder that transformers saved: random weights, another architecture, the run's words."""
     folder = tmp_path_factory.mktemp("qwen")
-    tokenizer = AutoTokenizer.from_pretrained(exported(run))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=270,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.4,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    save_qwen(folder, exported(run))
     return folder
 
 
@@ -159,10 +135,10 @@ def test_mistakes_end_with_status_2_and_one_message(arguments, message, run, cap
     assert message in capsys.readouterr().err
 
 
-def test_a_tokenizer_of_another_model_is_an_error(qwen, run, tmp_path, capsys):
-    config = json.loads((qwen / "config.json").read_text()) | {"vocab_size": 200}
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**config)).save_pretrained(tmp_path)
+def test_a_tokenizer_of_another_model_is_an_error(run, tmp_path, capsys):
+    save_qwen(tmp_path, exported(run), vocab_size=200)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
     options = ["--prompt", PROMPT, "--tokenizer", str(exported(run))]
     with pytest.raises(SystemExit) as stopped:
         generate.main([str(tmp_path), *options])

@@ -1,13 +1,12 @@
 """The commands for trained models that docs/USAGE.md and the README show run as shown."""
 
 import importlib
-import logging
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from support.tiny import tiny_trainer, train_steps
+from support.trained import save_run
 
 ROOT = Path(__file__).parents[3]
 SHOWN_RUN = "outputs/llama_quickstart_switchlora"
@@ -27,14 +26,8 @@ def shown_commands() -> list[str]:
 def folder(corpora: Path) -> Path:
     """A working directory with a tiny run in place of the quickstart's."""
     folder = corpora / "shown"
-    run = folder / SHOWN_RUN
-    trainer = tiny_trainer(folder, "switchlora", "--job.output_dir", str(run))
-    train_steps(trainer, 3)
-    trainer.save()
-    trainer.checkpointer.finish()
-    trainer.stepper.close()
-    trainer.reporter.close()
-    logging.getLogger("switchtitan").setLevel(logging.WARNING)
+    save_run(folder, "switchlora", "--job.output_dir", str(folder / SHOWN_RUN), num_steps=3)
+    (folder / "README.md").write_text((ROOT / "README.md").read_text())
     return folder
 
 

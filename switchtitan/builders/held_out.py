@@ -1,0 +1,174 @@
+"""Builds what a trained model is evaluated on: a split of a prepared corpus, or a text."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from switchtitan.contracts import Batch
+from switchtitan.data import Corpus, build_validation_batches
+from switchtitan.data.text_batches import TextBatches
+from switchtitan.data.text_bytes import num_text_bytes
+from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.distributed.world import World
+from switchtitan.errors import ConfigError
+from switchtitan.generation.text import prefix_ids
+
+SplitName = Literal["validation", "test"]
+
+
+class Shape(NamedTuple):
+    """How tokens are cut into batches."""
+
+    seq_len: int
+    """Tokens per sequence."""
+    local_batch_size: int
+    """Sequences per rank and batch."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to evaluate a model on."""
+
+    batches: Iterable[Batch]
+    """This rank's; it has a length."""
+    num_batches: int
+    num_tokens: int
+    """Tokens that are predicted, over all ranks."""
+    num_bytes: int
+    """UTF-8 bytes of their text. Ends of documents have none."""
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Returns the bits that the model needs for one byte of text; None without text.
+
+        Args:
+            loss: the mean over the tokens, in nats.
+        """
+        if self.num_bytes == 0:
+            return None
+        return loss * self.num_tokens / (math.log(2) * self.num_bytes)
+
+
+_TOKENS_READ = 1 << 16
+"""Tokens of a corpus in memory at a time, as Python's numbers."""
+
+
+def held_out_split(
+    corpus: Corpus, split: SplitName, num_tokens: int, shape: Shape, world: World
+) -> HeldOut:
+    """Returns the first tokens of a split, for a model with the corpus's tokenizer.
+
+    Raises:
+        CorpusError: if there is no such split, or it is shorter than one sequence.
+    """
+    sequences = corpus.split(split, shape.seq_len)
+    batches = build_validation_batches(
+        sequences,
+        num_sequences=num_tokens // shape.seq_len,
+        local_batch_size=shape.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+    num_scored = batches.num_sequences * shape.seq_len
+    return HeldOut(
+        batches,
+        len(batches),
+        num_scored,
+        num_text_bytes(sequences.read(0, num_scored + 1), corpus.tokenizer()),
+    )
+
+
+def held_out_documents(
+    corpus: Corpus,
+    split: SplitName,
+    num_tokens: int,
+    own: DocumentTokenizer,
+    shape: Shape,
+    world: World,
+) -> HeldOut:
+    """Returns documents of a split, for a model with another tokenizer: their text, encoded again.
+
+    These are the first documents with `num_tokens` tokens or more together.
+
+    Raises:
+        CorpusError: if there is no such split, or it is shorter than one sequence.
+    """
+    stream, num_context = _context(own)
+    num_bytes = 0
+    for text in _documents(corpus, split):
+        (ids,) = own.encode_documents([text])
+        stream += [*ids, own.eos_id]
+        num_bytes += len(text.encode())
+        if len(stream) - num_context >= num_tokens:
+            break
+    return _held_out(stream, num_context, num_bytes, own, shape, world)
+
+
+def held_out_text(
+    file: Path, num_tokens: int | None, own: DocumentTokenizer, shape: Shape, world: World
+) -> HeldOut:
+    """Returns a text file as one document, without its end.
+
+    Args:
+        num_tokens: only that many tokens at its start; None for all.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not UTF-8 or is empty.
+    """
+    try:
+        text = file.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--text {file}: cannot be read ({error}); expected a UTF-8 file"
+        ) from error
+    encoding = own.tokenizer.encode(text, add_special_tokens=False)
+    ids = encoding.ids
+    if num_tokens is not None and num_tokens < len(ids):
+        ids = ids[:num_tokens]
+        text = text[: encoding.offsets[num_tokens - 1][1]]
+    if not ids:
+        raise ConfigError(f"--text {file}: has no text; expected a UTF-8 file with text")
+    context, num_context = _context(own)
+    return _held_out([*context, *ids], num_context, len(text.encode()), own, shape, world)
+
+
+def _context(own: DocumentTokenizer) -> tuple[list[int], int]:
+    """Returns what a text follows: what the tokenizer begins with, or the end of a document."""
+    context = prefix_ids(own.tokenizer) or [own.eos_id]
+    return context, len(context)
+
+
+def _held_out(
+    stream: list[int],
+    num_context: int,
+    num_bytes: int,
+    own: DocumentTokenizer,
+    shape: Shape,
+    world: World,
+) -> HeldOut:
+    batches = TextBatches(
+        stream,
+        num_context=num_context,
+        seq_len=shape.seq_len,
+        eos_id=own.eos_id,
+        local_batch_size=shape.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+    return HeldOut(batches, len(batches), batches.num_targets, num_bytes)
+
+
+def _documents(corpus: Corpus, split: SplitName) -> Iterator[str]:
+    """Yields the documents of a split as text."""
+    sequences = corpus.split(split, 1)
+    tokenizer = corpus.tokenizer().tokenizer
+    document: list[int] = []
+    for first in range(0, sequences.num_tokens, _TOKENS_READ):
+        end = min(first + _TOKENS_READ, sequences.num_tokens)
+        for token in sequences.read(first, end).tolist():
+            if token != corpus.eos_id:
+                document.append(token)
+                continue
+            yield tokenizer.decode(document, skip_special_tokens=False)
+            document = []

@@ -1,0 +1,57 @@
+"""The number of UTF-8 bytes of the text that tokens stand for."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import pre_tokenizers
+
+from switchtitan.data.tokenizer import DocumentTokenizer
+
+
+def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> int:
+    """Returns the UTF-8 bytes of the text of `tokens[1:]`; tokens that end documents have none.
+
+    A byte-level tokenizer's are exact for any part of a document. Those of others are counted in
+    the decoded text, which lacks what the tokenizer drops, such as T5's line breaks.
+
+    Args:
+        tokens: [tokens], several documents with their ends. The first token is not counted:
+            it is the context of the others.
+    """
+    table = bytes_by_token(documents)
+    if table is not None:
+        return int(table[tokens[1:]].sum())
+    first, *others = _documents(tokens, documents.eos_id)
+    decoded = documents.tokenizer.decode_batch([first, *others], skip_special_tokens=False)
+    context = documents.tokenizer.decode(first[:1], skip_special_tokens=False)
+    return sum(len(text.encode()) for text in decoded) - len(context.encode())
+
+
+def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:
+    """Returns the bytes of each token, [vocabulary]; None unless tokens stand for bytes."""
+    if not _is_byte_level(json.loads(documents.serialized).get("decoder")):
+        return None
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    table = np.zeros(documents.vocab_size, dtype=np.int64)
+    for piece, token in documents.tokenizer.get_vocab(with_added_tokens=True).items():
+        # An added token is stored as it is read, others with one character for each byte.
+        is_bytes = alphabet.issuperset(piece)
+        table[token] = len(piece) if is_bytes else len(piece.encode())
+    for token, added in documents.tokenizer.get_added_tokens_decoder().items():
+        table[token] = 0 if added.special else len(added.content.encode())
+    return table
+
+
+def _is_byte_level(decoder: dict | None) -> bool:
+    """Whether a decoder in a `tokenizer.json` only maps characters to bytes."""
+    return decoder is not None and decoder.get("type") == "ByteLevel"
+
+
+def _documents(ids: NDArray[np.int64], eos_id: int) -> Iterator[list[int]]:
+    ends = np.flatnonzero(ids == eos_id)
+    start = 0
+    for end in [*ends.tolist(), len(ids)]:
+        yield ids[start:end].tolist()
+        start = end + 1
