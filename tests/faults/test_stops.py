@@ -25,8 +25,8 @@ from switchtitan.training.trainer import Trainer
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 PHASES = {
-    "sync": ("start-up", "evaluation", "save", "training"),
-    "async": ("evaluation", "save", "training", "start-up"),
+    "sync": ("evaluation", "save", "training", "start-up"),
+    "async": ("start-up", "save", "evaluation", "training"),
 }
 """Phases in which the runs of a chain are stopped, with saves that block training, and with saves
 in the background."""

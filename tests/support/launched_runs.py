@@ -13,7 +13,7 @@ from pathlib import Path
 from support.tiny import METHOD_KEYS, TINY
 
 PROGRAM = """\
-import os, signal, sys, time
+import errno, fcntl, os, signal, sys, time
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.cli.train import main
 from switchtitan.training.stepper import Stepper
@@ -32,21 +32,26 @@ def write_slowly(*args):
     return write_data(*args)
 
 def step_with_fault(stepper):
-    if rank == "1" and attempt == "0" and stepper.state.step == 7:
-        if fault == "hang":
+    if stepper.state.step == 7:
+        if fault == "hang" and rank == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if fault == "die":
+        if fault == "die" and (rank, attempt) in (("1", "0"), ("0", "1")):
             os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("a planted fault")
     return step(stepper)
 
+def refuse(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+if "NO_LOCKS" in os.environ:
+    fcntl.lockf = refuse
 if fault == "slow":
     ChecksummingWriter.write_data = write_slowly
 elif fault != "none":
     Stepper.step = step_with_fault
 main(sys.argv[1:])
 """
-"""Trains, with a fault that a variable names."""
+"""Trains, with a fault that a variable names. `slow`: the second save takes half a minute. `hang`:
+rank 1 is suspended. `die`: rank 1 is killed, and rank 0 after the first restart."""
 
 LAUNCH = ("launch", "--nproc_per_node", "2", "--rdzv_backend", "c10d")
 LAUNCH += ("--rdzv_endpoint", "localhost:0")
@@ -111,19 +116,33 @@ def write_config(folder: Path) -> Path:
 
 @contextmanager
 def start(
-    folder: Path, *arguments: str, ranks: int = 1, fault: str = "none", options: tuple = ()
+    folder: Path,
+    *arguments: str,
+    ranks: int = 1,
+    fault: str = "none",
+    has_locks: bool = True,
+    options: tuple[str, ...] = (),
 ) -> Iterator[Run]:
-    """Starts a run of its own process group."""
+    """Starts a run of its own process group.
+
+    Args:
+        arguments: of `train`.
+        has_locks: whether the file system has kernel locks.
+        options: of `switchtitan launch`, which starts several ranks.
+    """
     config, script, output = write_config(folder), folder / "program.py", folder / "output.txt"
     script.write_text(PROGRAM)
     launcher = () if ranks == 1 else ("-m", "switchtitan", *LAUNCH, *options)
     command = [sys.executable, *launcher, str(script), "--config", str(config), *arguments]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    if not has_locks:
+        environ["NO_LOCKS"] = ""
     with output.open("w") as printed:
         process = subprocess.Popen(
             command,
             stdout=printed,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault},
+            env=environ,
             start_new_session=True,
             # In the background, a shell starts programs that ignore it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -135,5 +154,6 @@ def start(
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):  # ranks that hang outlive their launcher
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
