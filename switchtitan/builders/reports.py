@@ -170,6 +170,10 @@ def build_hooks(
         from switchtitan.observability.communication_report import StepCommunication
 
         hooks.append(StepCommunication(reporter, stepper.state.step))
+    if config.metrics.layers:
+        from switchtitan.training.layer_norms import LayerNorms
+
+        hooks.append(LayerNorms(stepper, reporter))
     if config.profiler.memory_snapshot_step is not None:
         hooks.append(build_memory_snapshots(config, stepper.world))
     if rank_telemetry is not None and config.spectrum.interval is not None:

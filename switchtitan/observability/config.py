@@ -29,6 +29,10 @@ class MetricsConfig(Section):
     """Report how long a step spends in each region (data, forward, backward, reduce, clip, switch,
     update), and an evaluation and a save. On a GPU: the device's time, read without waiting."""
 
+    layers: bool = False
+    """Report norms of each layer's gradient and update, and the share of its frozen weight that the
+    step's merge changed. Reported steps take a copy of the local shards of all weights."""
+
     communication: bool = False
     """Count the bytes that each rank sends in the third step of the run, which makes that step
     slower. Requires several ranks and at least three steps."""

@@ -128,6 +128,8 @@ class Stepper:
         self.state = state
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._is_last_micro_batch: bool | None = None
+        self.on_gradients: Callable[[], None] | None = None
+        """Called when the gradients are in `grad`, before they are clipped."""
 
     def step(self) -> StepResult:
         """Takes one step on one global batch; all ranks must call."""
@@ -148,6 +150,8 @@ class Stepper:
         with region("data"):
             micro_batches = next(self.batches)
         loss = self.forward_backward(micro_batches)
+        if self.on_gradients is not None:
+            self.on_gradients()
         grad_norm = self.clip_gradients(loss)
         is_skipped = self.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm))
         return StepResult(loss, grad_norm, is_skipped)
