@@ -2,7 +2,7 @@
 
 import sys
 
-from switchtitan.cli.benchmark import main
+from switchtitan.cli.main import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(["benchmark", *sys.argv[1:]])

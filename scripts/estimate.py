@@ -2,7 +2,7 @@
 
 import sys
 
-from switchtitan.cli.estimate import main
+from switchtitan.cli.main import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(["estimate", *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 import sys
 
-from switchtitan.cli.plot_run import main
+from switchtitan.cli.main import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(["plot", "run", *sys.argv[1:]])

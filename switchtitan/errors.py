@@ -1,15 +1,20 @@
-"""How a command ends: by errors that a user can fix (status 2 by default), or by a signal."""
+"""How a command ends: by errors that a user can fix (status 2 by default), by a signal, or because
+nobody reads its output."""
 
 import json
 import os
+import select
 import signal
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+CLOSED_OUTPUT_STATUS = 128 + signal.SIGPIPE
+"""Of a command whose standard output was closed, as in `switchtitan train --help | head -3`."""
 _LARGEST_ERROR_STATUS = 127
 """Above are statuses of signals."""
 _NUM_NAMED = 4
@@ -118,6 +123,30 @@ def record_end(message: str, status: int, *, is_consequence: bool = False) -> No
 def final_line(message: str, status: int) -> str:
     """Returns the last line of a command that ends with `status`."""
     return message if status > _LARGEST_ERROR_STATUS else f"error: {message}"
+
+
+def is_output_closed() -> bool:
+    """Whether standard output is a pipe or socket that nobody reads any more.
+
+    Tells `| head` from a broken connection to another process, which is an error.
+    """
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # not a file of the system
+        return False
+
+
+def discard_output() -> None:
+    """Sends standard output, and what is still in its buffer, to nowhere.
+
+    Otherwise Python prints an error when it flushes the buffer at its end.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def interrupt_on_sigterm() -> None:

@@ -1,6 +1,6 @@
 """Writes a checkpoint as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    switchtitan export --checkpoint outputs/RUN [--folder OUT] [--dtype float32|bfloat16]
+    switchtitan export outputs/RUN [--folder OUT] [--dtype float32|bfloat16]
 
 The low-rank factors of any method are merged into dense weights in float32. The run's tokenizer is
 exported too if the run's corpus is in its [data] cache_dir, relative to the current folder."""
@@ -40,11 +40,17 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         description="Writes a checkpoint as a folder that transformers loads.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--checkpoint",
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument(
+        "checkpoint",
+        nargs="?",
         type=Path,
-        required=True,
+        metavar="CHECKPOINT",
         help="a folder step-000001000, or a run's output folder, which means its newest checkpoint",
+    )
+    # Its own `dest`: a positional argument that is absent would set its default over this value.
+    sources.add_argument(
+        "--checkpoint", dest="named", type=Path, metavar="CHECKPOINT", help="the same, by name"
     )
     parser.add_argument(
         "--folder",
@@ -57,7 +63,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         default="float32",
         help="dtype of the stored weights (default: float32)",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.checkpoint = options.checkpoint or options.named
+    return options
 
 
 def export_folder(checkpoint: Path) -> Path:

@@ -7,10 +7,12 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from switchtitan import __version__
 from switchtitan.cores import num_cores, set_thread_defaults
+from switchtitan.errors import CLOSED_OUTPUT_STATUS, discard_output, is_output_closed
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
@@ -30,14 +32,25 @@ _STARTERS = ("launch", "compare")
 the user has."""
 
 
-def run() -> None:
-    """The console script `switchtitan`: `main`, whose exit status is kept in any case."""
+def run(argv: Sequence[str] | None = None) -> None:
+    """The console script `switchtitan`: `main`, whose exit status is kept in any case.
+
+    If the reader of its output has gone, it ends without a message, with `CLOSED_OUTPUT_STATUS`.
+    """
     try:
-        main()
-    except SystemExit as stop:
-        if not isinstance(stop.code, int) or stop.code == 0:
+        try:
+            main(argv)
+        except SystemExit as stop:
+            if isinstance(stop.code, int) and stop.code != 0:
+                _exit(stop.code)
+            sys.stdout.flush()
             raise
-        _exit(stop.code)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not is_output_closed():
+            raise
+        discard_output()
+        _exit(CLOSED_OUTPUT_STATUS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,8 +81,9 @@ def _exit(status: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
     os._exit(status)
 
 

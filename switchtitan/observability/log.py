@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from switchtitan.errors import discard_output
+
 PACKAGE = "switchtitan"
 
 _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -35,6 +37,8 @@ def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = N
 
 
 class _ConsoleHandler(logging.Handler):
+    """If nobody reads standard output any more, says so once; the program goes on."""
+
     def __init__(self, prefix: str) -> None:
         super().__init__()
         self._prefix = prefix
@@ -45,6 +49,12 @@ class _ConsoleHandler(logging.Handler):
             # Redraws a progress bar below the line.
             tqdm.write(f"{self._prefix}{severity}{self.format(record)}", file=sys.stdout)
             sys.stdout.flush()
+        except BrokenPipeError:
+            discard_output()
+            print(
+                "warning: standard output was closed; the log continues in the log file only",
+                file=sys.stderr,
+            )
         except Exception:
             # As logging's own handlers: a failed record must not end the program.
             self.handleError(record)

@@ -41,7 +41,7 @@ def test_transformers_computes_the_same_logits_from_an_export(
 ) -> None:
     folder = corpora / f"export-{method}"
     ours = logits_of_a_saved_run(folder, method)
-    script.main(["--checkpoint", str(folder / "run")])
+    script.main([str(folder / "run")])
     exported = folder / "run" / "exports" / "step-000000007"
     assert str(exported) in capsys.readouterr().out
     theirs = AutoModelForCausalLM.from_pretrained(exported)
@@ -100,7 +100,7 @@ def test_an_export_without_the_corpus_reports_no_tokenizer(
     ("arguments", "message"),
     [
         (["--checkpoint", "no/such/run"], "no complete checkpoint at no/such/run: expected"),
-        ([], "the following arguments are required: --checkpoint"),
+        ([], "one of the arguments CHECKPOINT --checkpoint is required"),
         (
             ["--checkpoint", "x", "--dtype", "float16"],
             "argument --dtype: invalid choice: 'float16'",
@@ -112,5 +112,23 @@ def test_mistakes_end_with_status_2_and_one_message(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         script.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "one of the arguments CHECKPOINT --checkpoint is required"),
+        (["a", "--checkpoint", "b"], "not allowed with argument"),
+    ],
+)
+def test_one_checkpoint_is_given_by_position_or_by_name(
+    script: ModuleType, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.read_options(["a"]).checkpoint == Path("a")
+    assert script.read_options(["--checkpoint", "a"]).checkpoint == Path("a")
+    with pytest.raises(SystemExit) as stopped:
+        script.read_options(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
