@@ -1,6 +1,7 @@
 """TensorBoard's event files of a run."""
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,9 @@ from switchtitan.observability.sinks import HParam
 from switchtitan.observability.tags import CHARTS, tag_of
 
 logger = logging.getLogger(__name__)
+
+
+_ALMOST_FULL_BYTES = 1 << 20
 
 
 class TensorBoardWriter:
@@ -111,33 +115,51 @@ class TensorBoardWriter:
 
     def _attempt(self, add: Callable[[SummaryWriter], object], is_flushed: bool = True) -> None:
         try:
+            self._check_writable()
+        except OSError as error:
+            self._fail(error)
+            return
+        try:
             if self._writer is None:
-                self._check_writable()
                 self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
             add(self._writer)
             if is_flushed:
                 self._writer.flush()
         except OSError as error:
             self._writer = None
-            if not self._has_failed:
-                logger.warning(
-                    "could not write to %s (%s); TensorBoard lacks points until that succeeds",
-                    self._folder,
-                    error,
-                )
-            self._has_failed = True
+            self._fail(error)
             return
         self._purge_step = None
         if self._has_failed:
             logger.warning("TensorBoard's points are written again to %s", self._folder)
         self._has_failed = False
 
+    def _fail(self, error: OSError) -> None:
+        if not self._has_failed:
+            logger.warning(
+                "could not write to %s (%s); TensorBoard lacks points until that succeeds",
+                self._folder,
+                error,
+            )
+        self._has_failed = True
+
     def _check_writable(self) -> None:
-        """Writes a file, since the thread of an event file prints a traceback for each error."""
-        if self._has_failed:
+        """Writes a file after an error, and if the disk is almost full.
+
+        The thread of an event file prints a traceback for each error.
+        """
+        if self._has_failed or _is_almost_full(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
             probe = self._folder / ".writable"
             try:
                 probe.write_bytes(bytes(1 << 16))
             finally:
                 with suppress(OSError):
                     probe.unlink()
+
+
+def _is_almost_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _ALMOST_FULL_BYTES
+    except OSError:  # for example no such folder yet
+        return False

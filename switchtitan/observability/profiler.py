@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal
@@ -164,12 +165,22 @@ class Profiler:
             profile.stop()
 
     def _write_trace(self, profile: profiler.profile) -> None:
+        """Writes the trace; logs a warning if that fails, for example on a full disk."""
         # The file name that the profile plugin expects, as of tensorboard_trace_handler.
         path = self._folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
-        self._folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.partial")
-        profile.export_chrome_trace(str(unfinished))
-        unfinished.rename(path)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(unfinished))
+            if not unfinished.exists():  # Kineto reports no error
+                raise OSError("the profiler could not write the file; is the disk full?")
+            unfinished.rename(path)
+        except OSError as error:
+            logger.warning("no trace was written to %s: %s", self._folder, error)
+            for left in (unfinished, unfinished.with_name(f"{unfinished.name}.tmp")):
+                with suppress(OSError):
+                    left.unlink()
+            return
         self._trace = path
         logger.info("wrote a trace of %d steps to %s", self._config.num_steps, path)
 

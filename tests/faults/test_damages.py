@@ -101,7 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("damages")
     home, pristine, other = folder / "run", folder / "pristine", folder / "other"
     make_run(home, seed=3, max_bytes=60_000)
-    make_run(other, seed=4, max_bytes=70_000)
+    make_run(other, seed=4, max_bytes=150_000)
     shutil.copytree(home, pristine)
     assert train(home, END).status == 0
     return Runs(home, pristine, other, end_of(home))
@@ -174,7 +174,10 @@ def test_a_damaged_file(runs: Runs, kind: str) -> None:
         file = place(runs.home, FILES[kind])
         before = file.read_bytes()
         damage(file, random.Random(f"{kind} {number}"))
-        assert not file.exists() or file.read_bytes() != before, name
+        if file.exists() and file.read_bytes() == before:
+            # Where tensors are stored is equal in runs of the same shapes.
+            assert file.name == "tensors.json", name
+            continue
         outcome = check_use(runs, (file.name, str(file.parent)))
         assert outcome == expected_outcome(kind, name), (name, outcome)
         outcomes[outcome] += 1

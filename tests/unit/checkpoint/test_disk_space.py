@@ -2,13 +2,12 @@
 
 import logging
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.small_disk import small_disk as mounted
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.disk_space import (
@@ -54,13 +53,8 @@ def test_the_estimate_is_a_little_more_than_a_checkpoint_takes(make_checkpointer
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB and 16 files."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=16", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user cannot mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", 4 * MIB, num_files=16) as disk:
+        yield disk
 
 
 def test_no_room_for_one_checkpoint_is_an_error_or_a_warning(small_disk, caplog):

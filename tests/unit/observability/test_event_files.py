@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.small_disk import Filler, small_disk
 
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.curves import read_curves
@@ -80,3 +81,18 @@ def test_an_unwritable_folder_does_not_stop_a_run(tmp_path: Path, caplog):
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert "TensorBoard lacks points" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_no_thread_with_a_traceback(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", 2 << 20) as disk:
+        writer, filler = TensorBoardWriter(disk / TENSORBOARD_FOLDER, start_step=0), Filler(disk)
+        writer.write(1, {"loss/train": 1.0})
+        filler.fill()
+        for step in (2, 3):
+            writer.write(step, {"loss/train": 1.0})
+        filler.free()
+        writer.write(4, {"loss/train": 1.0})
+        writer.close()
+        assert read_curves(disk)["loss/train"][0] == [1, 4]
+    assert caplog.text.count("lacks points until that succeeds") == 1

@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+from support.small_disk import Filler, small_disk
 from torch._dynamo.testing import CompileCounter
 from torch_tb_profiler.profiler.data import RunProfileData
 from torch_tb_profiler.profiler.run_generator import RunGenerator
@@ -84,6 +85,16 @@ def test_partial_trace_is_written_when_training_ends(tmp_path):
         work(4, profiler)
     assert profiler.trace is not None
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_trace_that_does_not_fit_the_disk_is_a_warning_and_leaves_nothing(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        Filler(disk).fill(num_bytes_left=4096)
+        profiler = Profiler(ProfilerConfig(enabled=True, start_step=2, num_steps=1), disk)
+        work(5, profiler)
+        assert profiler.trace is None
+        assert f"no trace was written to {disk}" in caplog.text
+        assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 def test_profiling_recompiles_nothing(tmp_path):
