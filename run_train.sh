@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains: ./run_train.sh [--config FILE] [--section.key VALUE ...]     (--help lists every key)
+# Trains: ./run_train.sh [--config FILE] [--section.key VALUE ...]     (--help-all lists every key)
 #
 # Sets up the environment first. Variables:
 #   NGPU            processes on this machine; default: one per visible GPU, 1 on a CPU

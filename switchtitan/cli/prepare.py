@@ -9,7 +9,8 @@ cores. The same command resumes a stopped preparation."""
 import logging
 from collections.abc import Sequence
 
-from switchtitan.config.command_line import print_help, split_arguments
+from switchtitan.config.command_line import HELP_ALL, split_arguments
+from switchtitan.config.help import print_full_help, print_short_help
 from switchtitan.config.load import load_config
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
@@ -23,6 +24,8 @@ Tokenizes a corpus into memory-mapped shards. --config FILE uses the [data]
 section of a training configuration. The keys below override it; the defaults
 shown are its values.
 """
+COMMON_KEYS = ("data.dataset", "data.path", "data.tokenizer", "data.vocab_size", "data.cache_dir")
+"""Keys that `--help` describes."""
 
 
 class DataJobConfig(Section):
@@ -59,8 +62,11 @@ def read_data_config(argv: Sequence[str]) -> DataConfig | None:
     else:
         config = load_config(arguments, find_config(arguments.config_file), JobConfig)
     if arguments.wants_help:
-        usage = "switchtitan prepare [--config FILE]"
-        print_help({"data": config.data}, usage, INTRODUCTION, has_prefixes=False)
+        usage, sections = "switchtitan prepare [--config FILE]", {"data": config.data}
+        if HELP_ALL in arguments.flags:
+            print_full_help(sections, usage, INTRODUCTION, has_prefixes=False)
+        else:
+            print_short_help(sections, usage, INTRODUCTION, COMMON_KEYS, has_prefixes=False)
         return None
     return config.data
 

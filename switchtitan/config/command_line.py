@@ -1,17 +1,14 @@
-"""The command line: the configuration file, `--help`, and `--section.key value` overrides."""
+"""The command line: the configuration file, flags, and `--section.key value` overrides."""
 
 import argparse
 import re
-import shutil
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from switchtitan.config.explain import COMMAND_LINE, Mistake, Override, nearest
-from switchtitan.config.fields import KeyPath, describe, is_section_type
-from switchtitan.config.section import Section
-from switchtitan.config.toml_text import NONE_STRING, toml_value
+from switchtitan.config.fields import KeyPath
+
+HELP, HELP_ALL = "--help", "--help-all"
 
 _OPTION = re.compile(r"--?[A-Za-z]")
 """Start of an option; does not match the values `-1` and `-1e-3`."""
@@ -22,23 +19,33 @@ class Arguments:
     """The command line, split but not interpreted."""
 
     config_file: str | None = None
-    wants_help: bool = False
+    flags: set[str] = field(default_factory=set)
+    """Options without a value."""
     overrides: dict[KeyPath, Override] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
 
+    @property
+    def wants_help(self) -> bool:
+        """Whether a help is printed instead of the command's work."""
+        return bool(self.flags & {HELP, HELP_ALL})
 
-def split_arguments(argv: Sequence[str], section: str | None = None) -> Arguments:
-    """Split `--config FILE`, `--help`, `--section.key value ...` and `--section.key=value`.
+
+def split_arguments(
+    argv: Sequence[str], section: str | None = None, flags: Sequence[str] = ()
+) -> Arguments:
+    """Split `--config FILE`, flags, `--section.key value ...` and `--section.key=value`.
 
     Args:
         section: keys of this section may be given without it, e.g. `--path` for `--data.path`.
+        flags: options without a value, besides `--help` and `--help-all`.
     """
     arguments = Arguments()
+    flags = (HELP, HELP_ALL, *flags)
     words = list(argv)
     while words:
         word = words.pop(0)
-        if word in ("-h", "--help"):
-            arguments.wants_help = True
+        if word in (*flags, "-h"):
+            arguments.flags.add(HELP if word == "-h" else word)
             continue
         if not word.startswith("--") or not _OPTION.match(word):
             arguments.mistakes.append(_mistake(word, "expected --section.key value"))
@@ -47,7 +54,7 @@ def split_arguments(argv: Sequence[str], section: str | None = None) -> Argument
         values = [value] if equals else []
         while not equals and words and not _OPTION.match(words[0]):
             values.append(words.pop(0))
-        _add_option(arguments, Override(option, values), section)
+        _add_option(arguments, Override(option, values), section, flags)
     return arguments
 
 
@@ -62,79 +69,14 @@ def positive_int(word: str) -> int:
     return number
 
 
-def print_help(
-    sections: Mapping[str, Section],
-    usage: str,
-    introduction: str,
-    names: Mapping[str, Sequence[str]] | None = None,
-    has_prefixes: bool = True,
+def _add_option(
+    arguments: Arguments, given: Override, section: str | None, flags: Sequence[str]
 ) -> None:
-    """Print every key of the sections with its type, current value and description, on stdout.
-
-    Args:
-        usage: the command, e.g. `switchtitan train [--config FILE]`.
-        introduction: text above the keys.
-        names: section -> allowed values of its key `name`, for sections that a registry chooses.
-        has_prefixes: whether keys include their section, e.g. `--data.path` instead of `--path`.
-    """
-    columns = max(40, min(100, shutil.get_terminal_size((80, 24)).columns))
-    print(
-        f"usage: {usage} [--{'section.' if has_prefixes else ''}key value ...]\n\n"
-        f"{introduction.strip()}"
-    )
-    for name, section in sections.items():
-        lines = _section_help(
-            section, (name,) if has_prefixes else (), columns, (names or {}).get(name, ())
-        )
-        print("\n".join(["", f"[{name}]", *lines]))
-
-
-def _section_help(section: Section, path: KeyPath, columns: int, names: Sequence[str]) -> list[str]:
-    lines = _wrapped(_summary(type(section)), 2, columns, 2)
-    for key, key_field in type(section).model_fields.items():
-        value = getattr(section, key)
-        if is_section_type(key_field.annotation):
-            lines += _section_help(value, (*path, key), columns, ())
-            continue
-        lines += _wrapped(f"--{'.'.join((*path, key))} (default: {_shown(value)})", 2, columns, 6)
-        accepted = describe(key_field)
-        if key == "name" and len(names) > 1:
-            accepted = f"one of {', '.join(map(toml_value, names))}"
-        lines += _wrapped(f"{_capitalized(accepted)}. {key_field.description or ''}", 6, columns, 6)
-    return lines
-
-
-def _summary(section_type: type[Section]) -> str:
-    """Return the class's docstring without the section's name at its start."""
-    docstring = " ".join((section_type.__doc__ or "").split())
-    return _capitalized(re.sub(r"^`\[[^`]*`[:.]? ?", "", docstring))
-
-
-def _capitalized(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
-
-
-def _shown(value: object) -> str:
-    """Return the value as a user types it on the command line."""
-    if value is None:
-        return NONE_STRING
-    return str(value) if isinstance(value, (str, PurePath)) else toml_value(value)
-
-
-def _wrapped(text: str, indent: int, columns: int, hanging: int) -> list[str]:
-    return textwrap.wrap(
-        text,
-        columns,
-        initial_indent=" " * indent,
-        subsequent_indent=" " * hanging,
-        break_on_hyphens=False,
-    )
-
-
-def _add_option(arguments: Arguments, given: Override, section: str | None) -> None:
     path = tuple(given.option.removeprefix("--").replace("-", "_").split("."))
-    near = nearest(given.option, ("--help", "--config"), cutoff=0.8)
-    if near not in (None, given.option):
+    near = nearest(given.option, (*flags, "--config"), cutoff=0.8)
+    if given.option in flags:
+        arguments.mistakes.append(_mistake(str(given), f"{given.option} has no value; remove it"))
+    elif near not in (None, given.option):
         arguments.mistakes.append(_mistake(given.option, f"unknown option; did you mean {near}?"))
     elif not given.words:
         example = "FILE" if path == ("config",) else "VALUE"

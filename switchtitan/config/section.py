@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A frozen, strict section of the configuration, e.g. `[training]`.
 
-    Each field has a docstring with its unit and allowed values, which `--help` shows.
+    Each field has a docstring with its unit and allowed values, which `--help-all` shows.
     """
 
     # Defaults are not validated: sections are read in strict JSON mode, which rejects a `Path`.
@@ -20,7 +20,7 @@ class Section(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         for field in cls.model_fields.values():
-            # `--help` wraps lines itself.
+            # `--help-all` wraps lines itself.
             if field.description:
                 field.description = " ".join(field.description.split())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.config.command_line import print_help, split_arguments
+from switchtitan.config.command_line import HELP_ALL, split_arguments
 from switchtitan.config.expansions import Expand
 from switchtitan.config.fields import KeyPath
 from switchtitan.config.load import Check, load_config
@@ -34,11 +34,28 @@ from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 
+_USAGE = "switchtitan train [--config FILE]"
 _INTRODUCTION = """\
 Train the model that a TOML file describes. The default file is the quickstart.
 Every key of the file is also an option; `none` means no value.
 The defaults shown are the values in the file, or switchtitan's defaults.
 """
+_COMMON_KEYS = (
+    "job.output_dir",
+    "model.size",
+    "method.name",
+    "method.rank",
+    "optimizer.lr",
+    "data.dataset",
+    "data.path",
+    "data.seq_len",
+    "training.steps",
+    "training.global_batch_size",
+    "training.local_batch_size",
+    "checkpoint.interval",
+    "evaluation.interval",
+)
+"""Keys that `--help` describes, if the configuration has them; `--help-all` describes all."""
 
 
 class JobConfig(Section):
@@ -78,7 +95,7 @@ def parse_arguments(
 
     Raises:
         ConfigError: with all mistakes in one message.
-        SystemExit: with status 0, after `--help`.
+        SystemExit: with status 0, after `--help` or `--help-all`.
     """
     arguments = split_arguments(argv)
     file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
@@ -89,10 +106,20 @@ def parse_arguments(
     expansions: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
     config = load_config(arguments, file, JobConfig, checks, overrides_heading, expansions)
     if arguments.wants_help:
-        names = {"model": list(MODELS), "method": list(METHODS), "optimizer": list(OPTIMIZERS)}
-        print_help(dict(config), "switchtitan train [--config FILE]", _INTRODUCTION, names)
+        _print_help(config, describes_all=HELP_ALL in arguments.flags)
         raise SystemExit(0)
     return config
+
+
+def _print_help(config: JobConfig, describes_all: bool) -> None:
+    # Imported here: a run does not use it.
+    from switchtitan.config.help import print_full_help, print_short_help
+
+    names = {"model": list(MODELS), "method": list(METHODS), "optimizer": list(OPTIMIZERS)}
+    if describes_all:
+        print_full_help(dict(config), _USAGE, _INTRODUCTION, names)
+    else:
+        print_short_help(dict(config), _USAGE, _INTRODUCTION, _COMMON_KEYS, names)
 
 
 def _model_in_folder(folder: str) -> dict[str, object]:

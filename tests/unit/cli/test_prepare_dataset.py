@@ -72,8 +72,12 @@ def test_the_data_section_of_a_training_file_is_used(script: ModuleType, tmp_pat
     assert changed == plain.model_copy(update={"seq_len": 99, "max_bytes": 7})
 
 
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
 def test_help_lists_the_keys_without_their_section(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script.read_data_config(["--help"]) is None
-    assert "--cache_dir" in capsys.readouterr().out
+    assert script.read_data_config([option]) is None
+    text = capsys.readouterr().out
+    assert "--cache_dir" in text
+    assert "data.cache_dir" not in text
+    assert ("--num_workers" in text) == (option == "--help-all")

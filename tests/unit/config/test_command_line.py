@@ -96,6 +96,9 @@ def test_arguments_are_split() -> None:
         (["--a.x", "1", "--a.x=2"], "--a.x 2: given twice; keep one"),
         (["train.toml"], "train.toml: expected --section.key value"),
         (["-x"], "-x: expected --section.key value"),
+        (["--help-al"], "--help-al: unknown option; did you mean --help-all?"),
+        (["--help-all=1"], "--help-all 1: --help-all has no value; remove it"),
+        (["--wet-run"], "--wet-run: expected a value; write --wet-run VALUE"),
     ],
 )
 def test_malformed_arguments_become_mistakes(argv: list[str], expected: str) -> None:
@@ -112,3 +115,14 @@ def test_keys_of_a_given_section_may_omit_it() -> None:
     assert [mistake.message for mistake in twice.mistakes] == [
         "--data.path b: given twice; keep one"
     ]
+
+
+def test_flags_have_no_value_and_exist_only_where_a_command_has_them() -> None:
+    arguments = split_arguments(["--dry-run", "--a.x", "1", "--help-all"], flags=["--dry-run"])
+    assert arguments.flags == {"--dry-run", "--help-all"}
+    assert arguments.wants_help
+    assert not split_arguments(["--dry-run"], flags=["--dry-run"]).wants_help
+    assert arguments.mistakes == []
+    (mistake,) = split_arguments(["--dryrun"], flags=["--dry-run"]).mistakes
+    assert mistake.message == "--dryrun: unknown option; did you mean --dry-run?"
+    assert split_arguments(["--dry-run"]).mistakes

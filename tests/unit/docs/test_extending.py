@@ -112,7 +112,7 @@ def test_a_run_with_everything_shown_trains_and_resumes(extended):
 
 
 def test_keys_of_what_is_shown_stand_in_help(extended):
-    done = run(extended, "train", "--config", "run.toml", "--help")
+    done = run(extended, "train", "--config", "run.toml", "--help-all")
     assert done.returncode == 0, done.stderr
     assert "LoRA with a scale of alpha / sqrt(rank)" in done.stdout or "rslora" in done.stdout
     assert "csv" in done.stdout

@@ -1,5 +1,6 @@
 """The full configuration: every shipped file parses, and values that do not fit are refused."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -314,24 +315,51 @@ def test_compilation_on_a_gpu_needs_a_c_compiler_and_headers(
     assert check_compiler(eager, "cuda") == []
 
 
-def test_help_shows_every_key_in_80_columns(
+@pytest.fixture
+def help_text(
     parse: Callable[..., JobConfig],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> Callable[[str], str]:
+    """Returns what an option prints on a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as caught:
-        parse("--help")
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
-    config = parse()
+
+    def print_help(option: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            parse(option)
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 80
+        return text
+
+    return print_help
+
+
+def test_help_all_describes_every_key(
+    parse: Callable[..., JobConfig], help_text: Callable[[str], str]
+) -> None:
+    text, config = help_text("--help-all"), parse()
     for section in type(config).model_fields:
         for key in type(getattr(config, section)).model_fields:
             assert f"--{section}.{key} " in text
     assert "(default: 16)" in text
     assert 'One of "apollo", "full_rank",' in text
     assert "An integer >= 1. Number of vectors in each factor" in text
+
+
+def test_help_names_every_key_and_describes_a_few_on_two_screens(
+    parse: Callable[..., JobConfig], help_text: Callable[[str], str]
+) -> None:
+    text, config = help_text("--help"), parse()
+    assert len(text.splitlines()) <= 90
+    words = set(re.findall(r"[\w.-]+", text))
+    for section in type(config).model_fields:
+        assert f"  [{section}] " in text
+        assert words >= set(type(getattr(config, section)).model_fields)
+    assert "--help-all" in words
+    assert "--training.steps" in words
+    assert "--training.dtype" not in words
+    assert "One of apollo, full_rank," in text
 
 
 def test_every_key_has_a_docstring(parse: Callable[..., JobConfig]) -> None:
