@@ -1,9 +1,12 @@
 """Loads configurations for uses of trained models."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from switchtitan.checkpoint import CheckpointMetadata
+from switchtitan.config.load import parse_toml
+from switchtitan.config.toml_text import flatten
 from switchtitan.distributed.world import device_type
 from switchtitan.job.checks import evaluation_checks
 from switchtitan.job.config import JobConfig, parse_arguments
@@ -15,16 +18,21 @@ def saved_config(metadata: CheckpointMetadata) -> JobConfig:
     Raises:
         ConfigError: if this version does not accept it.
     """
+    saved = flatten(parse_toml(metadata.config, "the saved configuration"))
+    # Before the key existed, held-out documents were not cut.
+    is_older = "data.max_document_share" not in saved
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
         file.write_text(metadata.config, encoding="utf-8", errors="replace")
-        return load_for_evaluation(str(file))
+        return load_for_evaluation(
+            str(file), ["--data.max_document_share", "none"] if is_older else []
+        )
 
 
-def load_for_evaluation(file: str) -> JobConfig:
+def load_for_evaluation(file: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Loads a configuration and checks only what an evaluation needs.
 
     Raises:
         ConfigError: if it is invalid.
     """
-    return parse_arguments(["--config", file], checks=evaluation_checks(device_type()))
+    return parse_arguments(["--config", file, *overrides], checks=evaluation_checks(device_type()))

@@ -15,7 +15,7 @@ from switchtitan.config.load import load_config
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
 from switchtitan.data import Corpus, DataConfig, open_corpus
-from switchtitan.data.corpus_files import verify_files
+from switchtitan.data.corpus_files import CorpusIndex, verify_files
 from switchtitan.errors import UserError, exit_for
 from switchtitan.job.config import JobConfig
 
@@ -83,7 +83,12 @@ def summary(corpus: Corpus) -> str:
         num_bytes = sum(shard.bytes_of_text for shard in shards)
         lines.append(
             f"{split:<12} {index.num_tokens(split):,} tokens, {index.num_documents(split):,} "
-            f"documents, {num_bytes / 1e6:,.1f} MB of text"
+            f"documents, {num_bytes / 1e6:,.1f} MB of text{_cut(index, split)}"
         )
     lines.append(f"fingerprint  {corpus.fingerprint} (all checksums match)")
     return "\n".join(lines)
+
+
+def _cut(index: CorpusIndex, split: str) -> str:
+    cap = index.document_caps.get(split)
+    return "" if cap is None else f", documents cut to {cap:,} tokens"

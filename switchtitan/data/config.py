@@ -18,6 +18,7 @@ TRAINED_TOKENIZER = "train"
 """The value of `tokenizer` that trains one on the corpus."""
 DEFAULT_TRAINED_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.02
+DEFAULT_MAX_DOCUMENT_SHARE = 0.02
 
 
 class DataConfig(Section):
@@ -51,6 +52,10 @@ class DataConfig(Section):
     """The fraction of documents held out as a test split, above 0 and at most 0.5, for a final loss
     on text that no choice was based on (`[evaluation] test_tokens`). Default: no test split. "c4"
     has none."""
+    max_document_share: float | None = Field(default=DEFAULT_MAX_DOCUMENT_SHARE, gt=0.0, lt=1.0)
+    """The largest share of a held-out split that one document may have, above 0 and below 1; a
+    longer document is cut at its end. A split of n documents allows at least 2 / n. "none": no
+    document is cut, as before version 0.3. "c4" keeps its own split."""
     max_documents: int | None = Field(default=None, ge=1)
     """Maximum number of documents to prepare, per split where the corpus has its own splits;
     default: all."""
@@ -147,6 +152,15 @@ class DataConfig(Section):
             mistakes.append(
                 f"test_fraction = {self.test_fraction} has no effect with "
                 f"dataset = {self.dataset!r}, which has its own splits; leave it out"
+            )
+        if (
+            row.has_own_splits
+            and self.max_document_share not in (None, DEFAULT_MAX_DOCUMENT_SHARE)
+            and self.offline_dataset is None
+        ):
+            mistakes.append(
+                f"max_document_share = {self.max_document_share} has no effect with "
+                f"dataset = {self.dataset!r}, which has its own split; leave it out"
             )
         if (
             self.vocab_size is not None

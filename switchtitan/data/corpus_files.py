@@ -72,6 +72,9 @@ class CorpusIndex(_Record):
     splits: dict[str, list[ShardRecord]]
     skipped_records: _Count = 0
     """Malformed records that were left out."""
+    document_caps: dict[str, _Count] = Field(default_factory=dict)
+    """Held-out splits with documents that were cut: the most tokens of one document, its end
+    included."""
     fingerprint: str
     versions: dict[str, str]
 

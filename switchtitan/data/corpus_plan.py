@@ -33,6 +33,13 @@ class CorpusPlan:
     """The requested corpus and why it was unavailable; None if this is the requested corpus."""
 
     @property
+    def max_document_share(self) -> float | None:
+        """The largest share of a held-out split that one document may have; None: any.
+
+        A source's own splits stay as they are published."""
+        return None if self.source.splits else self.config.max_document_share
+
+    @property
     def is_prepared(self) -> bool:
         """Whether the folder exists; it gets its name only when it is complete."""
         return self.folder.is_dir()
@@ -90,6 +97,9 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     if config.on_bad_record != "stop":
         # Only if set, as above. With "stop", nothing is left out.
         identity["on_bad_record"] = config.on_bad_record
+    if config.max_document_share is not None and not source.splits:
+        # Earlier versions did not cut documents: without the key, their corpora are found.
+        identity["max_document_share"] = config.max_document_share
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, fallback_for)

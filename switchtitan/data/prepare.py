@@ -1,6 +1,5 @@
 """Tokenize a corpus once into memory-mapped shards: resumable, atomic, one process at a time."""
 
-import hashlib
 import logging
 import os
 import platform
@@ -20,12 +19,19 @@ from switchtitan.data.corpus_files import (
     FORMAT_VERSION,
     TOKENIZER_FILE,
     CorpusIndex,
+    ShardRecord,
     TokenDtype,
     TokenizerRecord,
     fingerprint_of,
     write_index,
 )
-from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus, validation_fraction
+from switchtitan.data.corpus_plan import (
+    CorpusPlan,
+    plan_corpus,
+    plan_from_name,
+    validation_fraction,
+)
+from switchtitan.data.held_out import cut_long_documents, is_held_out
 from switchtitan.data.segments import (
     SEGMENT_TOKENS,
     Limits,
@@ -105,19 +111,6 @@ def prepare_planned_corpus(
             _Preparation(plan, show_progress, segment_tokens).run(model_vocab_size)
 
 
-def is_held_out(document: int, period: int, first: int = 0) -> bool:
-    """Whether a document is held out: number `first`, and one of each later `period` documents.
-
-    A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, spread over
-    the full corpus, and never empty."""
-    block, place = divmod(document, period)
-    if block == 0:
-        return place == first
-    salt = first.to_bytes(8, "little")
-    chosen = hashlib.blake2b(block.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
-    return place == int.from_bytes(chosen, "little") % period
-
-
 class _Preparation:
     """One preparation of one corpus, new or resumed."""
 
@@ -137,6 +130,7 @@ class _Preparation:
 
     def run(self, model_vocab_size: int | None) -> None:
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
+        self._mention_uncut_corpus()
         progress = self._read_progress()
         tokenizer = self._tokenizer(progress)
         if model_vocab_size is not None:
@@ -156,6 +150,19 @@ class _Preparation:
             with self._bar(progress) as bar:
                 progress = self._prepare_stream(progress, tokenizer, dtype, bar)
         self._finish(progress, tokenizer, dtype)
+
+    def _mention_uncut_corpus(self) -> None:
+        """Logs that a corpus is there whose held-out documents were not cut, as in version 0.2."""
+        if self._plan.max_document_share is None:
+            return
+        config = self._config.model_copy(update={"max_document_share": None})
+        folder = plan_from_name(config).folder
+        if folder.is_dir():
+            logger.warning(
+                "%s holds the same text without cuts of held-out documents, as before version 0.3; "
+                'to resume a run on it, set [data] max_document_share = "none"',
+                folder,
+            )
 
     def _prepare_stream(
         self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str, bar: "tqdm[NoReturn]"
@@ -307,7 +314,8 @@ class _Preparation:
 
     def _finish(self, progress: Progress, tokenizer: DocumentTokenizer, dtype: TokenDtype) -> None:
         has_test = self._test_period is not None and not self._source.splits
-        names = ("train", "validation", "test") if has_test else ("train", "validation")
+        held_out = ("validation", "test") if has_test else ("validation",)
+        names = ("train", *held_out)
         splits = {split: progress.splits.get(split, []) for split in names}
         for split, shards in splits.items():
             if not shards:
@@ -319,6 +327,26 @@ class _Preparation:
                 )
         if progress.skipped:
             logger.warning("%d malformed records were left out", progress.skipped)
+        caps: dict[str, int] = {}
+        uncut: list[ShardRecord] = []
+        share = self._plan.max_document_share
+        for split in held_out:
+            if share is None:
+                break
+            with explained_write_errors(self._partial):
+                cut = cut_long_documents(
+                    self._partial, split, splits[split], dtype, tokenizer, share
+                )
+            if cut is not None:
+                uncut += splits[split]
+                caps[split], splits[split] = cut.cap, [cut.shard]
+                logger.info(
+                    "cut %d documents of the %s split to %d tokens, %.1f %% of the split",
+                    cut.num_cut,
+                    split,
+                    cut.cap,
+                    100 * cut.cap / cut.shard.tokens,
+                )
         tokenizer_sha256 = sha256_of_file(self._partial / TOKENIZER_FILE)
         index = CorpusIndex(
             format_version=FORMAT_VERSION,
@@ -334,6 +362,7 @@ class _Preparation:
             dtype=dtype,
             splits=splits,
             skipped_records=progress.skipped,
+            document_caps=caps,
             fingerprint=fingerprint_of(tokenizer_sha256, dtype, splits),
             versions={
                 "switchtitan": __version__,
@@ -343,14 +372,16 @@ class _Preparation:
             },
         )
         # Earlier versions read an index without newer keys.
-        unused = set() if index.skipped_records else {"skipped_records"}
+        unused = {key for key in ("skipped_records", "document_caps") if not getattr(index, key)}
         contents = index.model_dump_json(indent=2, exclude=unused)
         with explained_write_errors(self._partial.parent):
             write_index(self._partial, contents)
             os.rename(self._partial, self._plan.folder)
             sync_folder(self._plan.folder.parent)
-        with suppress(OSError):
-            (self._plan.folder / PROGRESS_FILE).unlink()
+        # Only now: a preparation killed before the rename resumes from them.
+        for name in (PROGRESS_FILE, *(shard.file for shard in uncut)):
+            with suppress(OSError):
+                (self._plan.folder / name).unlink()
         logger.info(
             "corpus ready: %s tokens in %s",
             ", ".join(f"{index.num_tokens(split)} {split}" for split in splits),

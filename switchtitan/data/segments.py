@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from switchtitan.data.corpus_files import ShardRecord
@@ -149,15 +150,20 @@ class ShardWriter:
         self._tokens = 0
         self._bytes_of_text = 0
 
-    def write(self, token_ids: list[int], eos_id: int, bytes_of_text: int) -> int:
+    def write(
+        self, token_ids: NDArray[np.integer] | list[int], eos_id: int, bytes_of_text: int
+    ) -> int:
         """Appends one document and its end token; returns the number of tokens written."""
-        data = np.asarray([*token_ids, eos_id], dtype=self._dtype).tobytes()
+        tokens = np.empty(len(token_ids) + 1, dtype=self._dtype)
+        tokens[:-1] = token_ids
+        tokens[-1] = eos_id
+        data = tokens.data
         self._stream.write(data)
         self._digest.update(data)
         self._documents += 1
-        self._tokens += len(token_ids) + 1
+        self._tokens += len(tokens)
         self._bytes_of_text += bytes_of_text
-        return len(token_ids) + 1
+        return len(tokens)
 
     def finish(self) -> ShardRecord:
         """Flushes the file to disk and returns its record."""

@@ -39,7 +39,7 @@ FILES = {
     "corpus: checksum of the index": "corpora/pystdlib-*/index.json.sha256",
     "corpus: tokenizer.json": "corpora/pystdlib-*/tokenizer.json",
     "corpus: training tokens": "corpora/pystdlib-*/train-00000.bin",
-    "corpus: validation tokens": "corpora/pystdlib-*/validation-00000.bin",
+    "corpus: validation tokens": "corpora/pystdlib-*/validation-*.bin",
     "initial weights": "weights.safetensors",
     "spectra": f"run/spectra/{NEWEST}.safetensors",
     "results.json": "run/results.json",

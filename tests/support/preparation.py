@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import numpy as np
+
 from switchtitan.data import Corpus, DataConfig
 
 ONE_RUN = """
@@ -38,9 +40,12 @@ def run_alone(config: DataConfig, stop_after: int = 0) -> "subprocess.Popen[str]
 
 def read_split(corpus: Corpus, split: str) -> list[str]:
     """Decodes the documents of a split."""
-    sequences = corpus.split(split, 1)  # type: ignore[arg-type]
-    last = sequences[len(sequences) - 1].tokens[1]
-    tokens = [int(sequence.tokens[0]) for sequence in sequences] + [int(last)]
+    tokens = np.concatenate(
+        [
+            np.fromfile(corpus.folder / shard.file, dtype=corpus.index.dtype)
+            for shard in corpus.index.splits[split]
+        ]
+    ).tolist()
     tokenizer = corpus.tokenizer().tokenizer
     documents, start = [], 0
     for place, token in enumerate(tokens):

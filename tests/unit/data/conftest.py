@@ -28,6 +28,7 @@ def jsonl_config(jsonl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         path=jsonl_folder,
         vocab_size=300,
         validation_fraction=0.1,
+        max_document_share=None,
         cache_dir=tmp_path_factory.mktemp("corpora"),
     )
 

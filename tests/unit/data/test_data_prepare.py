@@ -15,7 +15,7 @@ from switchtitan.data import (
     prepare_corpus,
 )
 from switchtitan.data import segments as segments_module
-from switchtitan.data.prepare import is_held_out
+from switchtitan.data.held_out import is_held_out
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 
@@ -31,14 +31,6 @@ def test_each_document_decodes_from_exactly_one_split(corpus: Corpus, documents:
     assert read_split(corpus, "train") == [text for text in documents if text not in held_out]
     assert corpus.index.num_documents("train") == 108
     assert corpus.index.dtype == "uint16"
-
-
-def test_held_out_documents_are_the_requested_fraction_spread_over_the_corpus() -> None:
-    held_out = [number for number in range(1000) if is_held_out(number, 20)]
-    assert held_out[0] == 0
-    assert len(held_out) == 50
-    assert [number // 20 for number in held_out] == list(range(50))
-    assert len({number % 20 for number in held_out}) > 10
 
 
 def test_the_test_split_is_disjoint_from_the_others(
