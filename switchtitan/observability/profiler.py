@@ -18,6 +18,9 @@ from switchtitan.regions import observe_regions, stop_observing_regions
 
 logger = logging.getLogger(__name__)
 
+_END_BYTES = 1 << 13
+"""More than the longest path takes."""
+
 
 class ProfilerConfig(Section):
     """Steps to trace."""
@@ -172,7 +175,7 @@ class Profiler:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(unfinished))
-            if not unfinished.exists():  # Kineto reports no error
+            if not _is_complete(unfinished):  # Kineto reports no error
                 raise OSError("the profiler could not write the file; is the disk full?")
             unfinished.rename(path)
         except OSError as error:
@@ -183,6 +186,17 @@ class Profiler:
             return
         self._trace = path
         logger.info("wrote a trace of %d steps to %s", self._config.num_steps, path)
+
+
+def _is_complete(trace: Path) -> bool:
+    """Whether a trace has its end, which is the name that it was written to."""
+    try:
+        with trace.open("rb") as file:
+            file.seek(max(0, trace.stat().st_size - _END_BYTES))
+            end = file.read()
+    except FileNotFoundError:
+        return False
+    return b'"traceName"' in end and end.rstrip().endswith(b"}")
 
 
 class _TraceRegions:

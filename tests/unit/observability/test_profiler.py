@@ -89,9 +89,10 @@ def test_partial_trace_is_written_when_training_ends(tmp_path):
 
 def test_a_trace_that_does_not_fit_the_disk_is_a_warning_and_leaves_nothing(tmp_path, caplog):
     with small_disk(tmp_path / "disk", 64 << 10) as disk:
-        Filler(disk).fill(num_bytes_left=4096)
-        profiler = Profiler(ProfilerConfig(enabled=True, start_step=2, num_steps=1), disk)
-        work(5, profiler)
+        Filler(disk).fill()
+        config = ProfilerConfig(enabled=True, start_step=2, num_steps=1)
+        with caplog.at_level(logging.WARNING), Profiler(config, disk) as profiler:
+            work(5, profiler)
         assert profiler.trace is None
         assert f"no trace was written to {disk}" in caplog.text
         assert [path.name for path in disk.iterdir()] == ["filler"]
