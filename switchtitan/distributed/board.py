@@ -5,6 +5,7 @@ A rank can read and write them in a thread, while its main thread waits for anot
 
 import json
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,16 @@ _ALERT = "alert"
 _STOP = "stop"
 _FAILURE = "failure"
 _CALLS = "calls"
+_KNOWS = "knows-failure"
+_POLL_S = 0.02
 
 
 class Failure(NamedTuple):
     """The first failure of a rank."""
 
     rank: int
+    name: str
+    """The rank and its host."""
     reason: str
     exit_status: int | None
     """Of a known error; None for a crash."""
@@ -39,6 +44,8 @@ class Board:
         self.num_ranks = num_ranks
         self._store = dist.PrefixStore("board", _get_default_store())
         self._num_answered = 0
+        self.known_failure: Failure | None = None
+        """What `failure` has returned, also when the store is lost."""
         self._store.set(f"host/{rank}", socket.gethostname())
 
     @property
@@ -56,16 +63,31 @@ class Board:
 
     def report_failure(self, reason: str, exit_status: int | None) -> None:
         """Tells the others that this rank fails, unless another one has failed before."""
-        failure = json.dumps(Failure(self.rank, reason, exit_status))
+        name = f"rank {self.rank} on {socket.gethostname()}"
+        failure = json.dumps(Failure(self.rank, name, reason, exit_status))
         self._store.compare_set(_FAILURE, "", failure)
+        self._store.set(f"{_KNOWS}/{self.rank}", "")
         self._store.set(_ALERT, "")
 
     def failure(self) -> Failure | None:
         """Returns the first failure of another rank."""
-        if not self._store.check([_FAILURE]):
-            return None
-        failure = Failure(*json.loads(self._store.get(_FAILURE)))
-        return None if failure.rank == self.rank else failure
+        if self.known_failure is None and self._store.check([_FAILURE]):
+            failure = Failure(*json.loads(self._store.get(_FAILURE)))
+            if failure.rank != self.rank:
+                self.known_failure = failure
+                self._store.set(f"{_KNOWS}/{self.rank}", "")
+        return self.known_failure
+
+    def share_failure(self, timeout_s: float) -> None:
+        """Waits on the first rank until the others know of a failure.
+
+        That rank's process may hold the store, which ends with it.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.rank == 0 and time.monotonic() < deadline:
+            if self.have_all_posted(_KNOWS):
+                return
+            time.sleep(_POLL_S)
 
     def post(self, kind: str, value: JsonValue) -> None:
         """Publishes this rank's value."""

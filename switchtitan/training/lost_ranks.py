@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 5.0
 """A rank that is alive answers within this time, whatever its main thread does."""
 POLL_WHILE_ASKING_S = 0.05
+SHARED_WITHIN_S = 2.0
+"""A rank that is alive looks for failures of others more often."""
 _NUM_SHOWN = 8
 
 
@@ -43,9 +45,9 @@ def explain_connection_error(board: Board, error: BaseException) -> UserError:
     )
 
 
-def error_of(board: Board, failure: Failure) -> LostRankError:
+def error_of(failure: Failure) -> LostRankError:
     """Returns what other ranks raise for a failed rank; has the status of a known error."""
-    error = LostRankError(f"{board.names([failure.rank])} failed: {failure.reason}")
+    error = LostRankError(f"{failure.name} failed: {failure.reason}")
     if failure.exit_status is not None:
         error.exit_status = failure.exit_status
     return error
@@ -71,7 +73,8 @@ def _find(board: Board, error: BaseException) -> UserError:
         deadline = time.monotonic() + ANSWER_S
         while time.monotonic() < deadline and not board.have_all_posted(call):
             if (failure := board.failure()) is not None:
-                return _log_on_one_rank(board, [failure.rank], error_of(board, failure))
+                board.share_failure(SHARED_WITHIN_S)
+                return _log_on_one_rank(board, [failure.rank], error_of(failure))
             time.sleep(POLL_WHILE_ASKING_S)
         lost = board.missing(call)
         if lost:
@@ -81,6 +84,8 @@ def _find(board: Board, error: BaseException) -> UserError:
         shown = "; ".join(f"rank {rank} {state}" for rank, state in enumerate(states))
         return LostRankError(f"{_reason(error)}, but all ranks answer: {shown}")
     except RuntimeError as store_error:
+        if (failure := board.known_failure) is not None:
+            return error_of(failure)
         return LostRankError(
             f"{_reason(error)}; lost the store of the rendezvous ({first_line(store_error)}): its "
             "process has ended"

@@ -23,6 +23,7 @@ from switchtitan.errors import LostRankError, SaveAbandonedError, UserError
 from switchtitan.training.lost_ranks import (
     ANSWER_S,
     POLL_WHILE_ASKING_S,
+    SHARED_WITHIN_S,
     describe_lost,
     error_of,
     explain_connection_error,
@@ -188,6 +189,7 @@ class RunStop:
         def report() -> None:
             with suppress(RuntimeError):
                 board.report_failure(reason, exit_status)
+                board.share_failure(SHARED_WITHIN_S)
 
         thread = threading.Thread(target=report, daemon=True)
         thread.start()
@@ -263,7 +265,7 @@ class RunStop:
         board.answer(self._state())
         failure = board.failure()
         if failure is not None:
-            self._end_after(board, failure)
+            self._end_after(failure)
         number = board.stop_asked_for()
         if number is not None and self._stop_at is None:
             self._ask_where_to_stop(board, self._signal or number)
@@ -294,11 +296,11 @@ class RunStop:
                 logger.error("%s", reason)
             self._give_up(reason)
 
-    def _end_after(self, board: Board, failure: Failure) -> None:
+    def _end_after(self, failure: Failure) -> None:
         if self._failed_by is None:
             self._failed_by = time.monotonic() + _FAILED_TOO_S
         elif time.monotonic() > self._failed_by:
-            error = error_of(board, failure)
+            error = error_of(failure)
             self._signals.exit_now(ExitNow(str(error), error.exit_status, is_consequence=True))
 
     def _give_up(self, reason: str) -> None:

@@ -126,6 +126,15 @@ def test_a_stopped_run_loses_no_step_and_ends_as_if_it_had_not_been_stopped(
         record("stops", phase=name, num_ranks=num_ranks, stops=1, **by_signal)
 
 
+@pytest.mark.parametrize("rank", [0, 3] if IS_LONG else [0])
+def test_all_ranks_learn_of_a_stop_before_the_first_step(rank: int, tmp_path: Path) -> None:
+    """Rank 0 holds the store by which ranks tell each other."""
+    stop = Kill("start-up", call=1, delay_s=0.1, rank=rank, number=signal.SIGTERM)
+    log = tmp_path / "log"
+    codes = run(stop_arguments(tmp_path, "sync"), 4, log, stop)
+    check_stop(tmp_path, stop.number, codes, log.read_text(), step_before=0)
+
+
 def save_nothing_at_a_stop() -> None:
     """A planted fault."""
     stop = Trainer._save_and_stop
