@@ -1,6 +1,7 @@
 """Builds a run's corpus, training batches and evaluators."""
 
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 from switchtitan.contracts import Batch, SummedLoss
 from switchtitan.data import (
@@ -14,6 +15,10 @@ from switchtitan.distributed.world import World
 from switchtitan.job.config import JobConfig
 from switchtitan.training.evaluate import Evaluator, Evaluators
 from switchtitan.training.stepper import TrainState
+
+# Imported where it is built: most runs have no prompts.
+if TYPE_CHECKING:
+    from switchtitan.training.prompts import Prompts
 
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
@@ -55,6 +60,24 @@ def build_evaluators(
     return Evaluators(
         build_evaluator(config, validation, config.evaluation.tokens, loss, world),
         test,
+        build_prompts(config, corpus, world) if config.evaluation.prompts else None,
+    )
+
+
+def build_prompts(config: JobConfig, corpus: Corpus, world: World) -> "Prompts":
+    """Build what continues the configured prompts.
+
+    Raises:
+        ConfigError: if a prompt is too long.
+    """
+    from switchtitan.training.prompts import Prompts
+
+    return Prompts(
+        config.evaluation.prompts,
+        corpus.tokenizer(),
+        num_tokens=config.evaluation.prompt_tokens,
+        seq_len=config.data.seq_len,
+        device=world.device,
     )
 
 

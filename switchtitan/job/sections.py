@@ -63,7 +63,7 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """`[evaluation]`: loss on held-out sequences."""
+    """`[evaluation]`: loss on held-out sequences, and continuations of prompts."""
 
     interval: int = Field(default=1000, ge=1)
     """Optimizer steps between evaluations. The model is also evaluated before the first and after
@@ -73,6 +73,21 @@ class EvaluationConfig(Section):
     test_tokens: int | None = Field(default=None, ge=1)
     """Test tokens on which the trained model is evaluated once, after the last step, rounded down
     to full sequences; at least data.seq_len. Needs data.test_fraction. "none" disables it."""
+    prompts: tuple[str, ...] = ()
+    """Texts that the model continues at each evaluation with the most probable tokens, up to the
+    end of a document; the log and TensorBoard's text tab show them. Default: none. They do not
+    change the training."""
+    prompt_tokens: int = Field(default=32, ge=1, le=1024)
+    """Maximum tokens of a continuation, at most 1024. Ranks gather a sharded model's weights once
+    for each, for all prompts together. A prompt and its continuation must fit data.seq_len."""
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> "EvaluationConfig":
+        if not self.prompts and "prompt_tokens" in self.model_fields_set:
+            raise ValueError(
+                "prompt_tokens has no effect without prompts; set prompts, or remove it"
+            )
+        return self
 
 
 class SpectrumConfig(Section):

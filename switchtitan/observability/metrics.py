@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,21 @@ class Reporter:
             sink.write(step, values)
         for line in self._table.lines(step, values):
             logger.info("%s", line)
+
+    def report_continuations(self, step: int, continuations: Iterable[tuple[str, str]]) -> None:
+        """Shows texts that the model has continued, in the log and in TensorBoard's text tab.
+
+        Args:
+            continuations: pairs of a prompt and the text after it.
+        """
+        if not self._is_main:
+            return
+        for number, (prompt, text) in enumerate(continuations, start=1):
+            logger.info("continuation %d at step %d: %r -> %r", number, step, prompt, text)
+            # Markdown shows indented lines verbatim.
+            shown = "\n".join(f"    {line}" for line in (prompt + text).split("\n"))
+            for sink in self._sinks:
+                sink.write_markdown(f"continuations/{number}", shown, step)
 
     def report_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Writes a histogram of each tensor to TensorBoard.

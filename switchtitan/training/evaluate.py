@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,10 @@ from torch import nn
 from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
+
+# Imported where it is built: most runs have no prompts.
+if TYPE_CHECKING:
+    from switchtitan.training.prompts import Prompts
 
 
 class EvaluationStopped(Exception):  # noqa: N818
@@ -73,3 +77,5 @@ class Evaluators(NamedTuple):
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
+    prompts: "Prompts | None" = None
+    """Continued after each evaluation on the validation split; None without prompts."""

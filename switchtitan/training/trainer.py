@@ -113,7 +113,7 @@ class Trainer:
         self.reporter.close()
 
     def evaluate(self) -> None:
-        """Reports the validation loss."""
+        """Reports the validation loss, and continuations of prompts."""
         self._stop_if_diverged()
         with self.throughput.excluded(), region("evaluate"):
             self.tensors.check_replicas()
@@ -123,6 +123,10 @@ class Trainer:
             state.first_validation_loss = loss
         state.last_validation_loss = loss
         self.reporter.report(state.step, loss_metrics("validation", loss))
+        if self.evaluators.prompts is not None:
+            with self.throughput.excluded(), region("evaluate"):
+                continuations = self.evaluators.prompts(self.stepper.model)
+            self.reporter.report_continuations(state.step, continuations)
 
     def save(self) -> None:
         """Saves a checkpoint, in the background if configured so."""
