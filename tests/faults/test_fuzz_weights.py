@@ -15,8 +15,12 @@ from support.tiny import tiny_config
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.hub import huggingface
-from switchtitan.hub.huggingface import export_dense, parameter_shapes
+from switchtitan.hub.huggingface import export_dense, parameter_shapes, read_config
 from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+from switchtitan.models.qwen2.config import Qwen2Config
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,39 @@ def test_a_damaged_hugging_face_folder(
         damage,
         lambda: read_initial_weights(folder, model),
         range(part * number, (part + 1) * number),
+    )
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_damaged_config_that_gives_the_architecture(tmp_path: Path, part: int) -> None:
+    file = tmp_path / "config.json"
+    rope = {"rope_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+    models = [
+        LlamaConfig(size="9m", rope_type="llama3", rope_original_positions=64, **rope),
+        Qwen2Config(size="9m", num_kv_heads=2, tied_head=True),
+    ]
+    described = [model.huggingface_config(512) for model in models]
+
+    def damage(draw: random.Random) -> str:
+        valid = draw.choice(described)
+        if draw.random() < 0.1:
+            file.write_bytes(mutate_bytes(json.dumps(valid).encode(), draw))
+        else:
+            file.write_text(mutate_json(valid, draw))
+        return repr(file.read_bytes()[:1000])
+
+    def read() -> None:
+        config = MODELS.restore(read_model_folder(tmp_path))
+        assert parameter_shapes(config)
+        assert config.check_huggingface_config(read_config(file)) == []
+
+    number = num_cases(2500, 25)
+    fuzz(
+        "weights: config.json that gives the architecture",
+        damage,
+        read,
+        range(part * number, (part + 1) * number),
+        min_refused=0.1,
     )
 
 

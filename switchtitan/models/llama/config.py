@@ -27,6 +27,8 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "7b": (4096, 11008, 32, 32),
 }
 """Hidden size, intermediate size, layers and heads of the published runs (arXiv 2406.06564)."""
+MAX_WIDTH = 1 << 24
+"""Largest dimension of a matrix, so that the bytes of one are a 64-bit number."""
 _SIZE_KEYS = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
 _ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
     "default": (),
@@ -57,21 +59,21 @@ class LlamaFamilyConfig(ModelConfig):
     size: Literal["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "3b", "7b"] | None = None
     """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads;
     unset: set these four."""
-    hidden_size: int | None = Field(None, gt=0)
+    hidden_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Width of the residual stream; unset: from `size`. A multiple of num_heads."""
-    intermediate_size: int | None = Field(None, gt=0)
+    intermediate_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
     5461 of size 1b is not one, and 5504 is the next."""
     num_layers: int | None = Field(None, gt=0, le=10_000)
     """Number of blocks, at most 10 000; unset: from `size`."""
-    num_heads: int | None = Field(None, gt=0)
+    num_heads: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Number of query heads; unset: from `size`."""
-    num_kv_heads: int | None = Field(None, gt=0)
+    num_kv_heads: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Number of key and value heads (grouped-query attention), a divisor of num_heads; unset:
     num_heads."""
-    head_dim: int | None = Field(None, gt=0, multiple_of=2)
+    head_dim: int | None = Field(None, gt=0, le=MAX_WIDTH, multiple_of=2)
     """Width of one attention head, even; unset: hidden_size / num_heads."""
-    vocab_size: int = Field(32100, gt=0)
+    vocab_size: int = Field(32100, gt=0, le=MAX_WIDTH)
     """Number of token ids of the embedding and the head; at least the tokenizer's."""
     tied_head: bool = False
     """Whether the head's weight is the embedding's. A tied head cannot be in [method] targets."""
@@ -90,9 +92,9 @@ class LlamaFamilyConfig(ModelConfig):
     rope_high_freq_factor: float | None = Field(None, gt=0)
     """Frequencies of at least so many turns are kept, above rope_low_freq_factor; only with
     rope_type = "llama3"."""
-    rope_original_positions: int | None = Field(None, gt=0)
+    rope_original_positions: int | None = Field(None, gt=0, lt=1 << 31)
     """Tokens in a sequence before the scaling; only with rope_type = "llama3"."""
-    max_positions: int | None = Field(None, gt=0)
+    max_positions: int | None = Field(None, gt=0, lt=1 << 31)
     """Tokens in the longest sequence that an exported model is made for, if that is more than
     [data] seq_len; has no other effect."""
     init_std: float = Field(0.02, gt=0)
@@ -120,6 +122,10 @@ class LlamaFamilyConfig(ModelConfig):
             raise ValueError(
                 f"hidden_size / num_heads = {dims.head_dim} is odd, but rotary embeddings rotate "
                 "pairs of features; choose hidden_size as a multiple of 2 * num_heads"
+            )
+        if dims.q_size > MAX_WIDTH:
+            raise ValueError(
+                f"num_heads * head_dim = {dims.q_size}: expected at most {MAX_WIDTH}; lower one"
             )
         if dims.num_heads % dims.num_kv_heads:
             raise ValueError(

@@ -4,7 +4,7 @@ Absent keys have the defaults of transformers' classes. Both spellings of the ro
 transformers 5 writes rope_parameters, version 4 rope_theta and rope_scaling.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -143,8 +143,9 @@ class _Reader:
         value: Any = (self.found if among is None else among).get(key)
         if value is None and default:
             return default[0]
-        if isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf:
-            return value
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if is_number and 0 < value <= sys.float_info.max:
+            return kind(value)
         what = "an integer above 0" if kind is int else "a number above 0"
         given = f"{key} is missing" if value is None else f"{key} = {value!r}"
         self.add(f"{given}: expected {what}")

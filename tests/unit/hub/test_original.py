@@ -11,7 +11,8 @@ from torch import Tensor
 
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.initial_weights import fingerprint
+from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
+from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.hub.original import read_original_dense
 from switchtitan.models import MODELS
 
@@ -252,6 +253,43 @@ def test_a_run_starts_from_the_original_implementations_folder(corpora: Path) ->
     stop_world()
     with torch.no_grad():
         assert (other.stepper.model(tokens, documents) - live).abs().max() > 0.1
+
+
+def test_the_config_next_to_the_originals_weights_gives_the_model(tmp_path: Path) -> None:
+    """As version 4 of transformers writes it from the original's own configurations."""
+    model = tiny_config(tmp_path, "full_rank").model
+    weights = tiny_weights(tmp_path)
+    folder = write(tmp_path / "model_500", as_the_original_stores(weights))
+    described = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+        "hidden_size": 20,
+        "initializer_range": 0.02,
+        "intermediate_size": 28,
+        "max_sequence_length": 1024,
+        "model_type": "llama",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": -1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 271,
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    read = MODELS.restore(read_model_folder(folder))
+    assert read.architecture() == model.architecture()
+    merged = read_initial_weights(folder, read).tensors
+    for name, weight in weights.items():
+        # Products of 3 are subtracted and added in fp32.
+        torch.testing.assert_close(merged[name], weight, rtol=1e-4, atol=1e-5)
+    (folder / "config.json").write_text(json.dumps({**described, "num_key_value_heads": 2}))
+    with pytest.raises(CheckpointError, match=r"num_key_value_heads = 2, the model has 1"):
+        read_initial_weights(folder, model)
 
 
 def test_the_originals_weights_of_another_model_are_refused(corpora: Path) -> None:

@@ -101,6 +101,8 @@ def test_key_and_value_heads_follow_overridden_heads() -> None:
         ({"size": None}, ["size is missing; set one of 9m, .*hidden_size.*num_heads"]),
         ({"size": None, "hidden_size": 8, "num_heads": 2}, ["set intermediate_size, num_layers"]),
         ({"head_dim": 5}, ["head_dim", "multiple of 2"]),
+        ({"vocab_size": 1 << 62}, ["vocab_size", "16777216"]),
+        ({"head_dim": 1 << 24}, [r"num_heads \* head_dim = 67108864: expected at most 16777216"]),
         ({"rope_type": "yarn"}, ["rope_type", "'llama3'"]),
         ({"rope_factor": 2.0}, ["rope_factor = 2.0 has no effect with rope_type = 'default'"]),
         ({"rope_type": "linear"}, ["rope_type = 'linear' needs rope_factor"]),
