@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "Run or resume a declared comparison of methods and report the results.",
     "benchmark": "Measure the cost of steps, layers, optimizer, loader, checkpoints or start-up.",
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
+    "report": "Write curves, configurations and results of runs as one HTML page.",
     "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
 }
 """Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""

@@ -33,6 +33,21 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(float(np.mean(values)), std, len(values))
 
 
+_T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+"""Student's t at 97.5 % for 1 to 20 degrees of freedom; the last one is used for more."""
+
+
+def interval_of_mean(mean: float, std: float | None, num: int) -> tuple[float, float] | None:
+    """Returns the 95 % interval of the mean of a normal sample; None for a single value."""
+    if std is None or num < 2:
+        return None
+    half = _T_QUANTILES[min(num - 1, len(_T_QUANTILES)) - 1] * std / math.sqrt(num)
+    return mean - half, mean + half
+
+
 def difference(row: BySeed, baseline: BySeed) -> Summary | None:
     """Returns row minus baseline, seed by seed; None without a shared seed.
 

@@ -32,6 +32,8 @@ def toml_value(value: object) -> str:
     if isinstance(value, (str, PurePath)):
         # TOML's string escapes are those of JSON, except that TOML escapes DEL too.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Section):
+        return toml_value({name: getattr(value, name) for name in type(value).model_fields})
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, Mapping):

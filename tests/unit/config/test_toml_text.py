@@ -59,6 +59,11 @@ def test_any_value_reads_back(value: object) -> None:
     assert tomli.loads(f"key = {toml_value(value)}") == {"key": value}
 
 
+def test_sections_in_a_list_read_back_as_tables() -> None:
+    text = toml_value((Inner(depth=2), Inner(depth=3)))
+    assert tomli.loads(f"value = {text}")["value"] == [{"depth": 2}, {"depth": 3}]
+
+
 def test_nan_reads_back() -> None:
     assert math.isnan(tomli.loads(f"key = {toml_value(math.nan)}")["key"])
 

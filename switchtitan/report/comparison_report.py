@@ -1,0 +1,285 @@
+"""The contents of a report of a comparison, for its page's code."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from switchtitan.comparison.statistics import interval_of_mean
+from switchtitan.observability.console import format_count
+from switchtitan.report.charts import Lines, Metric, chart
+from switchtitan.report.comparison_files import ComparisonRecord, Row, Sample
+from switchtitan.report.points import Line, plain
+from switchtitan.report.run_files import RunRecord
+from switchtitan.report.run_report import Contents, curve_sections, tokens_per_step
+from switchtitan.report.tables import Cell, Column, cell, mark_lowest, number_cell, table
+
+_MARKS = (
+    "Bar: standard deviation over seeds. Line: 95 % interval of the mean (Student's t). "
+    "Circles: seeds."
+)
+
+
+def comparison_report(record: ComparisonRecord) -> Contents:
+    """Returns the contents of a report of a comparison; its rows take the place of runs."""
+    results = record.results
+    curves = {
+        place: mean_lines(list(record.runs[row.name].values()))
+        for place, row in enumerate(results.rows)
+        if row.name in record.runs
+    }
+    name, baseline = (
+        _declared(results.comparison, "name"),
+        _declared(results.comparison, "baseline"),
+    )
+    done = f"{results.num_runs_finished} of {results.num_runs} runs finished"
+    return {
+        "title": name or record.folder.name,
+        "subtitle": f"{record.folder} · {done}",
+        "notes": list(record.notes),
+        "series": [
+            {
+                "name": row.title,
+                "folder": row.name,
+                "tokensPerStep": next(
+                    (tokens_per_step(run) for run in record.runs.get(row.name, {}).values()), None
+                ),
+            }
+            for row in results.rows
+        ],
+        "sections": [
+            section
+            for section in (
+                _result_section(record, baseline),
+                *curve_sections(
+                    curves, "Curves by row", "Mean ± standard deviation over the reported seeds."
+                ),
+                _selection_section(results.rows),
+                _declaration_section(results.comparison),
+            )
+            if section is not None
+        ],
+    }
+
+
+def mean_lines(runs: Sequence[RunRecord]) -> Lines:
+    """Returns mean and standard deviation of each metric over runs, at the steps of all of them."""
+    lines = {}
+    for name in runs[0].curves:
+        if any(name not in run.curves for run in runs):
+            continue
+        of_runs = [dict(zip(*run.curves[name], strict=True)) for run in runs]
+        steps = sorted(set.intersection(*(set(of) for of in of_runs)))
+        if not steps:
+            continue
+        values = np.array([[of[step] for step in steps] for of in of_runs])
+        with np.errstate(invalid="ignore", over="ignore"):
+            deviation = values.std(axis=0, ddof=1).tolist() if len(runs) > 1 else None
+            lines[name] = Line(steps, values.mean(axis=0).tolist(), deviation)
+    return lines
+
+
+def _result_section(record: ComparisonRecord, baseline: str | None) -> Contents:
+    losses = _losses_by_seed(record)
+    of_baseline = losses.get(baseline or "", {})
+    differences = {
+        name: {
+            seed: loss - of_baseline[seed] for seed, loss in of_row.items() if seed in of_baseline
+        }
+        for name, of_row in losses.items()
+        if name != baseline
+    }
+    rows = record.results.rows
+    titles = {row.name: row.title for row in rows}
+    intervals = [
+        _intervals("Test loss", rows, [row.loss for row in rows], losses, is_difference=False),
+        _intervals(
+            f"Test loss minus that of {titles.get(baseline or '', 'the baseline')}, seed by seed",
+            rows,
+            [row.difference for row in rows],
+            differences,
+            is_difference=True,
+        ),
+    ]
+    return {
+        "id": "results",
+        "title": "Results",
+        "note": "Losses are on the test split: mean ± standard deviation over the reported seeds. "
+        "A difference smaller than its deviation is a tie.",
+        "tables": [_table(rows, titles.get(baseline or "", "the baseline"))],
+        "intervals": [of for of in intervals if of["rows"]],
+        "folded": [_gaps(record)] if record.results.gaps else [],
+    }
+
+
+def _table(rows: Sequence[Row], baseline: str) -> Contents:
+    columns = {
+        Column("rate", "the chosen learning rate"): [_rate(row) for row in rows],
+        Column("test loss"): [_sample(row.loss, 4) for row in rows],
+        Column("95 % interval", "of the mean test loss"): [_interval(row.loss) for row in rows],
+        Column("perplexity"): [_sample(row.perplexity, 3) for row in rows],
+        Column(f"minus {baseline}"): [_difference(row.difference) for row in rows],
+        Column("effective rank", "of the weights' change"): [
+            _sample(row.effective_rank, 1) for row in rows
+        ],
+        Column("trainable"): [
+            cell(None)
+            if row.num_trainable is None
+            else cell(format_count(row.num_trainable), row.num_trainable)
+            for row in rows
+        ],
+        Column("state, MiB", "weights, optimizer state and other tensors of the method"): [
+            number_cell(row.state_gib, ".1f", 1024) for row in rows
+        ],
+        Column("peak, GiB", "peak GPU memory"): [number_cell(row.peak_gib, ".2f") for row in rows],
+        Column("tokens/s"): [number_cell(row.tokens_per_s, ".0f") for row in rows],
+        Column(f"step / {baseline}", "median, with its 95 % interval"): [
+            cell(None)
+            if (of := row.measured) is None
+            else cell(
+                f"{of.step_ratio:.2f} ({of.step_ratio_low:.2f} to {of.step_ratio_high:.2f})",
+                of.step_ratio,
+            )
+            for row in rows
+        ],
+        Column("MiB sent", "by each rank in a step"): [
+            number_cell(row.measured.bytes_per_step if row.measured else None, ".2f", 2**-20)
+            for row in rows
+        ],
+    }
+    mark_lowest(columns[Column("test loss")])
+    return table("Results", columns, list(range(len(rows))), rows_title="row")
+
+
+def _intervals(
+    title: str,
+    rows: Sequence[Row],
+    samples: Sequence[Sample | None],
+    by_seed: Mapping[str, Mapping[int, float]],
+    *,
+    is_difference: bool,
+) -> Contents:
+    shown = []
+    for place, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        if sample is None or sample.mean is None:
+            continue
+        low, high = interval_of_mean(sample.mean, sample.std, sample.num) or (None, None)
+        text = _sample(sample, 4)["text"] if not is_difference else _difference(sample)["text"]
+        shown.append(
+            {
+                "series": place,
+                "text": text,
+                "mean": sample.mean,
+                "deviation": sample.std,
+                "low": low,
+                "high": high,
+                "points": plain(list(by_seed.get(row.name, {}).values())),
+            }
+        )
+    return {"title": title, "note": _MARKS, "zero": is_difference, "rows": shown}
+
+
+def _losses_by_seed(record: ComparisonRecord) -> dict[str, dict[int, float]]:
+    losses: dict[str, dict[int, float]] = {}
+    for run in record.results.runs:
+        if run.stage == "report" and run.test_loss is not None:
+            losses.setdefault(run.row, {})[run.seed] = run.test_loss
+    return losses
+
+
+def _gaps(record: ComparisonRecord) -> Contents:
+    titles = {row.name: row.title for row in record.results.rows}
+    places = {row.name: place for place, row in enumerate(record.results.rows)}
+    gaps = record.results.gaps
+    return table(
+        "Shares of differences in test loss",
+        {
+            Column("from", is_text=True): [cell(titles.get(of.start, of.start)) for of in gaps],
+            Column("to", is_text=True): [cell(titles.get(of.end, of.end)) for of in gaps],
+            Column("difference"): [_sample(of.gap, 4) for of in gaps],
+            Column("share closed", "unknown if the difference is a tie or not positive"): [
+                _sample(of.share, 0, percent=True) for of in gaps
+            ],
+        },
+        [places.get(of.row) for of in gaps],
+        [titles.get(of.row, of.row) for of in gaps],
+        rows_title="row",
+    )
+
+
+def _selection_section(rows: Sequence[Row]) -> Contents | None:
+    lines = {}
+    for place, row in enumerate(rows):
+        known = sorted(
+            (float(rate), math.inf if loss is None else loss)
+            for rate, loss in row.selection.items()
+        )
+        if known:
+            rates, losses = zip(*known, strict=True)
+            lines[place] = {"x": list(rates), "y": plain(losses)}
+    if not lines:
+        return None
+    title = Metric("Validation loss", "with the selection seed")
+    across = {"across": "learning rate", "is_log_across": True, "is_scatter": True}
+    return {
+        "id": "selection",
+        "title": "Choice of the learning rate",
+        "charts": [chart("selection", title, lines, **across)],  # type: ignore[arg-type]
+    }
+
+
+def _declaration_section(declaration: str) -> Contents:
+    lines = [line for line in declaration.splitlines() if line.strip()]
+    return {
+        "id": "declaration",
+        "title": "Declaration of the comparison",
+        "isFolded": True,
+        "text": "\n".join(lines),
+    }
+
+
+def _declared(declaration: str, key: str) -> str | None:
+    """Returns a string of the declaration. Earlier versions wrote rows that TOML cannot parse."""
+    line = re.search(rf'^{key} = (".*")$', declaration, re.MULTILINE)
+    try:
+        return None if line is None else str(json.loads(line.group(1)))
+    except ValueError:
+        return None
+
+
+def _rate(row: Row) -> Cell:
+    if row.rate is None:
+        return cell(None)
+    hint = "the lowest or the highest one tried" if row.is_interior is False else ""
+    return cell(f"{row.rate:g}" + (" (edge)" if hint else ""), row.rate, hint)
+
+
+def _sample(sample: Sample | None, digits: int, *, percent: bool = False) -> Cell:
+    if sample is None:
+        return cell(None)
+    if sample.mean is None:
+        return cell("diverged", math.inf)
+    factor, unit = (100, " %") if percent else (1, "")
+    deviation = "" if sample.std is None else f" ± {factor * sample.std:.{digits}f}"
+    return cell(
+        f"{factor * sample.mean:.{digits}f}{deviation}{unit}", sample.mean, f"{sample.num} seed(s)"
+    )
+
+
+def _interval(sample: Sample | None) -> Cell:
+    if sample is None or sample.mean is None:
+        return cell(None)
+    interval = interval_of_mean(sample.mean, sample.std, sample.num)
+    if interval is None:
+        return cell(None)
+    return cell(f"{interval[0]:.4f} to {interval[1]:.4f}", interval[1] - interval[0])
+
+
+def _difference(sample: Sample | None) -> Cell:
+    if sample is None or sample.mean is None:
+        return cell(None)
+    deviation = " (one seed)" if sample.std is None else f" ± {sample.std:.4f}"
+    tie = ", tie" if sample.std is not None and abs(sample.mean) <= sample.std else ""
+    return cell(f"{sample.mean:+.4f}{deviation}{tie}", sample.mean)

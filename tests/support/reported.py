@@ -1,0 +1,155 @@
+"""Folders of runs and of a comparison, with made-up results, to report on."""
+
+import json
+import math
+from pathlib import Path
+
+from support.tiny import TINY
+from switchtitan.comparison.comparison import Comparison
+from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.plan import Run
+from switchtitan.comparison.report import write_report
+from switchtitan.comparison.table import report_gaps, report_rows
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.event_files import TensorBoardWriter
+
+NUM_STEPS = 60
+CONFIG = """
+[job]
+name = "{name}"
+[method]
+name = "switchlora"
+rank = {rank}
+[training]
+steps = {num_steps}
+dtype = "float32"
+"""
+GRID = """
+name = "two"
+config = "base.toml"
+output_dir = "{folder}/out"
+selection_seed = 1
+report_seeds = [2, 3]
+baseline = "dense"
+max_widenings = 0
+communication_ranks = 2
+[[rows]]
+name = "dense"
+learning_rates = [1e-3, 2e-3, 4e-3]
+set.method = {{ name = "full_rank" }}
+[[rows]]
+name = "thin"
+learning_rates = [1e-2, 2e-2, 4e-2]
+set.method = {{ name = "lora", rank = 4 }}
+[[rows]]
+name = "thin-balanced"
+learning_rate_of = "thin"
+set.method = {{ name = "lora", rank = 4, init = "balanced" }}
+[[gaps]]
+from_row = "thin"
+to_row = "dense"
+rows = ["thin-balanced"]
+"""
+
+
+def losses_at(step: int, final: float) -> dict[str, float]:
+    """The metrics of a step of a run whose loss falls to about `final`."""
+    loss = final + 4 * math.exp(-step / 12) + 0.05 * math.sin(3 * step)
+    return {
+        "loss/train": loss,
+        "optimizer/lr": 1e-2 * min(1, step / 10),
+        "optimizer/grad_norm": 0.5 + 0.3 * math.cos(step),
+        "throughput/tokens_per_s": 1000.0 + step,
+        "memory/peak_gib": 1.5,
+        "data/tokens_seen": 128.0 * step,
+    }
+
+
+def write_curves(folder: Path, final: float, num_steps: int = NUM_STEPS) -> None:
+    """Writes the event file of a run."""
+    writer = TensorBoardWriter(folder / TENSORBOARD_FOLDER, 0)
+    for step in range(1, num_steps + 1):
+        values = losses_at(step, final)
+        if step % 10 == 0:
+            validation = values["loss/train"] + 0.1
+            values |= {"loss/validation": validation, "perplexity/validation": math.exp(validation)}
+            values |= {"switch/candidate_coverage": step / 100}
+        writer.write(step, values)
+    writer.close()
+
+
+def results(final: float, step: int = NUM_STEPS) -> dict[str, object]:
+    """The contents of a finished run's `results.json`."""
+    return {
+        "step": step,
+        "tokens_seen": 128 * step,
+        "loss/validation": final + 0.1,
+        "loss/test": final + 0.2,
+        "throughput/tokens_per_s": 1234.5,
+        "throughput/wall_time_s": 95.0,
+        "memory/peak_gib": 1.5,
+        "memory/state_gib": 0.5,
+        "compute_dtype": "float32",
+        "device": "CPU",
+        "num_ranks": 2,
+        "num_threads": 1,
+        "commit": "0123456789abcdef",
+        "versions": {"torch": "2"},
+        "corpus": {"name": "c", "fingerprint": "f"},
+        "num_parameters": {"trainable": 1_370_000, "frozen": 800_000, "buffers": 3},
+    }
+
+
+def write_run(folder: Path, final: float = 3.0, rank: int = 8, name: str = "run") -> Path:
+    """Writes the folder of a finished run."""
+    write_curves(folder, final)
+    config = CONFIG.format(name=name, rank=rank, num_steps=NUM_STEPS)
+    (folder / "config.toml").write_text(config)
+    (folder / "results.json").write_text(json.dumps(results(final)))
+    return folder
+
+
+def write_grid(folder: Path) -> Path:
+    """Writes the file that declares a comparison of three rows."""
+    base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
+    for given, changed in {
+        "[evaluation]": "[evaluation]\ntest_tokens = 160",
+        "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
+        "tensorboard = false": "tensorboard = true",
+    }.items():
+        base = base.replace(given, changed)
+    (folder / "base.toml").write_text(base)
+    file = folder / "grid.toml"
+    file.write_text(GRID.format(folder=folder))
+    return file
+
+
+def finish_comparison(file: Path, num_reported: int | None = None) -> Path:
+    """Writes all runs of a declared comparison, and its report; returns the report's folder.
+
+    Args:
+        num_reported: runs of the last stage to finish; default: all.
+    """
+    config = load_comparison(file)
+    comparison = Comparison(config)
+    while runs := comparison.due():
+        is_last = bool(comparison.state().chosen)
+        for run in runs[: num_reported if is_last else None]:
+            _finish(run)
+        if is_last and num_reported is not None:
+            break
+    state = comparison.state()
+    folder = config.output_dir / "reports" / file.stem
+    write_report(folder, state, report_rows(state, {}), report_gaps(state))
+    return folder
+
+
+def _finish(run: Run) -> None:
+    of_row = {"dense": 3.0, "thin": 3.2, "thin-balanced": 3.1}[run.row]
+    distance = abs(math.log(run.learning_rate / (2e-3 if run.row == "dense" else 2e-2)))
+    final = of_row + 0.1 * distance + 0.02 * math.sin(run.seed + of_row)
+    write_curves(run.folder, final, num_steps=run.config().training.steps)
+    (run.folder / "config.toml").write_text(resolved_toml(run.config()))
+    contents = results(final, run.config().training.steps)
+    (run.folder / "results.json").write_text(json.dumps(contents))
