@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "Tokenize a corpus before training on it.",
     "evaluate": "Compute loss, perplexity and bits per byte of weights on held-out text.",
     "generate": "Continue a text with a trained model.",
+    "lm-eval": "Run tasks of the lm-evaluation-harness on a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run or resume a declared comparison of methods and report the results.",
     "benchmark": "Measure the cost of steps, layers, optimizer, loader, checkpoints or start-up.",
@@ -27,7 +28,8 @@ COMMANDS = {
     "report": "Write curves, configurations and results of runs as one HTML page.",
     "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
 }
-"""Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
+"""Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`;
+hyphens of the command are underscores there."""
 _STARTERS = ("launch", "compare")
 """Commands whose work is done by processes that they start. They choose threads for those, unless
 the user has."""
@@ -101,7 +103,7 @@ def run_command(
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(commands)}"
         print(f"error: {program} {command}: unknown command; {hint}", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(modules.format(command)).main(arguments)
+    importlib.import_module(modules.format(command.replace("-", "_"))).main(arguments)
 
 
 def help_text(program: str, commands: dict[str, str]) -> str:

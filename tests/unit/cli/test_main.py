@@ -38,7 +38,7 @@ def test_help_lists_every_command_with_a_sentence(argv, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_module_and_a_help(command, capsys):
-    assert importlib.import_module(f"switchtitan.cli.{command}").main
+    assert importlib.import_module(f"switchtitan.cli.{command.replace('-', '_')}").main
     with contextlib.suppress(SystemExit):  # argparse's way to end after --help
         main([command, "--help"])
     assert f"switchtitan {command}" in capsys.readouterr().out

@@ -44,9 +44,9 @@ def test_keys_named_with_their_section_exist():
 
 def test_commands_exist():
     found = {
-        (page, words) for page, words in named(r"(?m)^switchtitan (\w+)") if words != "pretrains"
+        (page, words) for page, words in named(r"(?m)^switchtitan ([\w-]+)") if words != "pretrains"
     }
-    found |= named(r"`switchtitan (\w+)")
+    found |= named(r"`switchtitan ([\w-]+)")
     assert {command for _, command in found} >= {"train", "export", "compare", "benchmark", "plot"}
     assert not {(page, command) for page, command in found if command not in COMMANDS}
 

@@ -1,6 +1,7 @@
 """The commands for trained models that docs/USAGE.md and the README show run as shown."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,18 @@ from support.trained import save_run
 
 ROOT = Path(__file__).parents[3]
 SHOWN_RUN = "outputs/llama_quickstart_switchlora"
-COMMANDS = ("evaluate", "generate")
+TASK = """
+task: my_task
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list:
+  - {{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}
+"""
+COMMANDS = ("evaluate", "generate", "lm-eval")
 
 
 def shown_commands() -> list[str]:
@@ -28,6 +40,10 @@ def folder(corpora: Path) -> Path:
     folder = corpora / "shown"
     save_run(folder, "switchlora", "--job.output_dir", str(folder / SHOWN_RUN), num_steps=3)
     (folder / "README.md").write_text((ROOT / "README.md").read_text())
+    tasks = folder / "my_tasks"
+    tasks.mkdir()
+    (tasks / "texts.json").write_text(json.dumps([{"text": "import json"}]))
+    (tasks / "my_task.yaml").write_text(TASK.format(file=tasks / "texts.json"))
     return folder
 
 
@@ -39,5 +55,7 @@ def test_every_command_is_shown():
 def test_a_shown_command_runs(line, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     _, command, *arguments = shlex.split(line)
-    importlib.import_module(f"switchtitan.cli.{command}").main(arguments)
+    if command == "lm-eval":
+        pytest.importorskip("lm_eval", reason="the package lm-eval is not installed")
+    importlib.import_module(f"switchtitan.cli.{command.replace('-', '_')}").main(arguments)
     assert capsys.readouterr().out
