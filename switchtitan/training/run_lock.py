@@ -156,7 +156,7 @@ def _wait(output_dir: Path, deadline: float | None) -> float:
         ConfigError: if the owner is on this host, or the time is over, which is short as long as
             the file does not name one: its owner is just writing or deleting it.
     """
-    owner = parse_owner(_read(output_dir / LOCK_FILE))
+    owner = _named_owner(output_dir / LOCK_FILE)
     is_here = owner is not None and owner.host == socket.gethostname()
     if deadline is None and owner is None:
         deadline = time.monotonic() + _CHANGES_WITHIN_S
@@ -167,6 +167,14 @@ def _wait(output_dir: Path, deadline: float | None) -> float:
         raise _taken(output_dir, owner, may_delete=owner is not None and not is_here)
     time.sleep(_CHANGE_POLL_S if owner is None else _POLL_S)
     return deadline
+
+
+def _named_owner(file: Path) -> Owner | None:
+    """Returns the owner of a locked file; None while the file still names a killed one."""
+    owner, own = parse_owner(_read(file)), this_process(has_kernel_lock=True)
+    if owner is not None and owner.host == own.host and not may_be_alive(owner, own):
+        return None
+    return owner
 
 
 def _is_named(descriptor: int, file: Path) -> bool:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -127,6 +128,31 @@ def test_of_many_that_start_together_one_owns_the_folder(output_dir):
     assert all("trains in this folder" in answer for answer in answers if answer != "owns\n")
     go(processes[answers.index("owns\n")])
     assert [process.wait(60) for process in processes] == [0] * 4
+
+
+def test_an_owner_that_has_not_replaced_the_name_of_a_killed_one_is_waited_for(
+    output_dir, world, monkeypatch
+):
+    owner = start(output_dir)
+    go(owner)
+    assert owner.stdout.readline() == "owns\n"
+    file = output_dir / LOCK_FILE
+    named, wait = file.read_bytes(), run_lock._wait
+    write_owner(output_dir, pid=owner.pid, boot_id="earlier")
+
+    def wait_and_name_owner(*args):
+        deadline = wait(*args)
+        file.write_bytes(named)
+        return deadline
+
+    monkeypatch.setattr(run_lock, "_wait", wait_and_name_owner)
+    since = re.escape(json.loads(named)["since"])
+    message = f"process {owner.pid} on {socket.gethostname()}, started {since}, "
+    with pytest.raises(ConfigError, match=message), lock_output_dir(output_dir, world):
+        pass
+    assert file.read_bytes() == named, "did not wait"
+    owner.kill()
+    owner.wait(60)
 
 
 def start_elsewhere(output_dir: Path) -> subprocess.Popen:
