@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 
 from support.leftovers import num_tensors
 from switchtitan.checkpoint.background import join_writers
@@ -57,6 +58,7 @@ class Sampler:
         while self._trainer.checkpointer.is_writing:
             time.sleep(0.005)
         assert join_writers(timeout_s=10.0)
+        dist.barrier()  # the main rank renames and deletes checkpoints
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         self.samples[step] = self._measure()
