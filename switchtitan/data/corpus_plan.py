@@ -16,7 +16,7 @@ from switchtitan.data.config import (
     DataConfig,
 )
 from switchtitan.data.corpus_files import FORMAT_VERSION
-from switchtitan.data.sources import DATASETS, Source
+from switchtitan.data.sources import DATASETS, Source, SourceKeys, TokenizedSource
 from switchtitan.data.tokenizer import is_cached, read_tokenizer
 from switchtitan.errors import CorpusError
 
@@ -26,11 +26,16 @@ class CorpusPlan:
     """The corpus to prepare and its folder, planned without reading a document."""
 
     config: DataConfig
-    source: Source
+    source: Source | TokenizedSource
     identity: dict[str, object]
     folder: Path
     fallback_for: str | None
     """The requested corpus and why it was unavailable; None if this is the requested corpus."""
+
+    @property
+    def max_documents(self) -> int | None:
+        """Maximum number of documents per stream."""
+        return self.config.max_documents or DATASETS[self.config.dataset].max_documents
 
     @property
     def max_document_share(self) -> float | None:
@@ -63,7 +68,8 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     reason = hub_error()
     if reason is None:
         return plan
-    wanted = f"dataset = {config.dataset!r}, tokenizer = {config.tokenizer!r}"
+    path = f"path = {str(config.path)!r}, " if config.path is not None else ""
+    wanted = f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}"
     if config.offline_dataset is None:
         raise CorpusError(
             f"[data] {wanted}: the Hugging Face hub cannot be reached ({reason}); check the "
@@ -81,28 +87,46 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     Raises:
         CorpusError: if a file is missing.
     """
+    row = DATASETS[config.dataset]
     path = config.path.expanduser() if config.path else None
-    source = DATASETS[config.dataset].open(path, config.text_column)
+    source = row.open(SourceKeys(path, config.text_column, config.hub_config, config.hub_split))
+    if isinstance(source, TokenizedSource):
+        _check_for_tokens(config, source)
+    # A hub dataset's splits are known only when the hub has been asked.
+    is_split_here = not row.has_own_splits if row.comes_from_hub else not source.splits
     identity: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "source": dict(source.identity()),
         "tokenizer": _tokenizer_identity(config),
-        "validation_fraction": None if source.splits else validation_fraction(config),
-        "max_documents": config.max_documents,
+        "validation_fraction": validation_fraction(config) if is_split_here else None,
+        "max_documents": config.max_documents or row.max_documents,
         "max_bytes": config.max_bytes,
     }
-    if config.test_fraction is not None and not source.splits:
+    if config.test_fraction is not None and is_split_here:
         # Only if set, so that corpora without a test split keep their folder names.
         identity["test_fraction"] = config.test_fraction
+    if config.max_document_share is not None and is_split_here:
+        # Earlier versions did not cut documents: without the key, their corpora are found.
+        identity["max_document_share"] = config.max_document_share
     if config.on_bad_record != "stop":
         # Only if set, as above. With "stop", nothing is left out.
         identity["on_bad_record"] = config.on_bad_record
-    if config.max_document_share is not None and not source.splits:
-        # Earlier versions did not cut documents: without the key, their corpora are found.
-        identity["max_document_share"] = config.max_document_share
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
+
+
+def _check_for_tokens(config: DataConfig, source: TokenizedSource) -> None:
+    if config.tokenizer == TRAINED_TOKENIZER:
+        raise CorpusError(
+            f"[data] tokenizer = 'train': {source.description} holds token ids; set tokenizer to "
+            "the one that made them: a tokenizer.json, a folder with one, or a name on the hub"
+        )
+    if config.max_bytes is not None:
+        raise CorpusError(
+            f"[data] max_bytes = {config.max_bytes} has no effect: {source.description} holds "
+            "token ids; leave it out, or set max_documents"
+        )
 
 
 def validation_fraction(config: DataConfig) -> float:

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,11 +38,14 @@ from switchtitan.data.segments import (
     Limits,
     Progress,
     TextBatch,
+    TokenBatch,
     explained_write_errors,
     read_ahead,
     text_batches,
+    token_batches,
     write_segment,
 )
+from switchtitan.data.sources import DATASETS, TokenizedSource
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -111,6 +115,23 @@ def prepare_planned_corpus(
             _Preparation(plan, show_progress, segment_tokens).run(model_vocab_size)
 
 
+def _check_splits(plan: CorpusPlan) -> None:
+    """Refuses settings for held-out documents of a source that turned out to have its own splits.
+
+    Raises:
+        CorpusError: names the first one.
+    """
+    for key in ("validation_fraction", "test_fraction"):
+        value = getattr(plan.config, key)
+        # With these datasets the key is for the fallback.
+        is_fixed = DATASETS[plan.config.dataset].has_own_splits
+        if plan.source.splits and value is not None and not is_fixed:
+            raise CorpusError(
+                f"[data] {key} = {value} has no effect: {plan.source.description} has its own "
+                f"splits ({', '.join(plan.source.splits)}); leave it out"
+            )
+
+
 class _Preparation:
     """One preparation of one corpus, new or resumed."""
 
@@ -122,8 +143,9 @@ class _Preparation:
         self._show_progress = show_progress
         self._segment_tokens = segment_tokens
         self._num_reported = 0
-        self._limits = Limits(self._config.max_documents, self._config.max_bytes)
+        self._limits = Limits(plan.max_documents, self._config.max_bytes)
         self._streams: tuple[str | None, ...] = self._source.splits or (None,)
+        _check_splits(plan)
         self._period = round(1 / validation_fraction(self._config))
         test_fraction = self._config.test_fraction
         self._test_period = None if test_fraction is None else round(1 / test_fraction)
@@ -168,26 +190,34 @@ class _Preparation:
         self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str, bar: "tqdm[NoReturn]"
     ) -> Progress:
         split = self._streams[progress.stream]
-        stream = self._source.open(split, progress.position)
-        batches = read_ahead(
-            text_batches(
-                stream,
-                self._limits,
-                progress.documents,
-                progress.bytes_of_text,
-                self._config.on_bad_record,
-            )
+        source = self._source
+        read = text_batches(
+            source.open_tokens(split, tokenizer.eos_id, progress.position)
+            if isinstance(source, TokenizedSource)
+            else source.open(split, progress.position),
+            self._limits,
+            progress.documents,
+            progress.bytes_of_text,
+            self._config.on_bad_record,
+            tokenizer.vocab_size,
         )
+        # Three threads: one reads, one tokenizes with all cores, this one writes.
+        batches = read_ahead(token_batches(read_ahead(read), tokenizer))
+        started_at, num_tokens = time.monotonic(), 0
 
-        def advance(batch: TextBatch) -> None:
-            self._report_skipped(batch)
-            in_bytes = self._config.max_documents is None
-            bar.update(sum(batch.num_bytes) if in_bytes else len(batch.documents))
+        def advance(batch: TokenBatch) -> None:
+            nonlocal num_tokens
+            self._report_skipped(batch.read)
+            num_tokens += sum(map(len, batch.tokens)) + len(batch.tokens)
+            rate = num_tokens / max(time.monotonic() - started_at, 1e-3)
+            bar.set_postfix_str(f"{rate / 1e3:,.0f}k tokens/s", refresh=False)
+            in_bytes = self._limits.max_documents is None
+            bar.update(sum(batch.read.num_bytes) if in_bytes else len(batch.tokens))
 
         while True:
             after = write_segment(
                 batches,
-                tokenizer,
+                tokenizer.eos_id,
                 folder=self._partial,
                 dtype=dtype,
                 progress=progress,
@@ -246,13 +276,14 @@ class _Preparation:
         return train_tokenizer(self._training_sample(), vocab_size)
 
     def _training_sample(self) -> Iterator[str]:
+        assert not isinstance(self._source, TokenizedSource), "checked by the plan"
         max_bytes = min(self._config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
         split = self._streams[0]
         split_of = self._split_of(split)
         document = 0
         for batch in text_batches(
             self._source.open(split),
-            Limits(self._config.max_documents, max_bytes),
+            Limits(self._limits.max_documents, max_bytes),
             0,
             0,
             self._config.on_bad_record,
@@ -264,7 +295,7 @@ class _Preparation:
 
     def _bar(self, progress: Progress) -> "tqdm[NoReturn]":
         """A progress bar for one stream: over documents if capped, otherwise over bytes."""
-        total: int | None = self._config.max_documents
+        total: int | None = self._limits.max_documents
         initial, unit = progress.documents, "documents"
         if total is None:
             sizes = [

@@ -7,16 +7,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from switchtitan.data.corpus_files import ShardRecord
-from switchtitan.data.sources.dataset import BadRecord, DocumentStream
+from switchtitan.data.sources import BadRecord, DocumentStream, TokenDocument, TokenStream
+from switchtitan.data.sources.tokenized import FIX_TOKENIZER
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 from switchtitan.files import format_bytes
@@ -51,15 +52,34 @@ class Progress(BaseModel):
     """Finished shards by split."""
 
 
+TokenIds = NDArray[Any]
+"""The integer token ids of a document, without its end token."""
+
+
 @dataclass(frozen=True)
 class TextBatch:
     """Documents to tokenize together, and the stream's position after them."""
 
     documents: list[str]
+    """Empty if the documents are tokenized already."""
     num_bytes: list[int]
+    """Bytes of each document's text, or of its tokens if it is tokenized already."""
     skipped: list[BadRecord]
     """The malformed records among them."""
     position: dict[str, object]
+    tokens: list[TokenIds] = field(default_factory=list)
+    """Documents that are tokenized already."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokenized documents."""
+
+    tokens: list[TokenIds]
+    bytes_of_text: list[int]
+    """Of each document; 0 if it was tokenized already."""
+    read: TextBatch
+    """What was read."""
 
 
 @dataclass(frozen=True)
@@ -77,59 +97,92 @@ class Limits:
 
 
 def text_batches(
-    stream: DocumentStream,
+    stream: DocumentStream | TokenStream,
     limits: Limits,
     documents: int,
     num_bytes: int,
     on_bad_record: Literal["stop", "skip"],
+    vocab_size: int | None = None,
 ) -> Iterator[TextBatch]:
     """Yields the non-empty documents of a stream in batches, up to the limits.
 
     Args:
         stream: positioned after `documents` documents of `num_bytes` bytes in all.
+        vocab_size: token ids of tokenized documents must be below it.
 
     Raises:
         CorpusError: with "stop", for a malformed record.
     """
-    texts: list[str] = []
-    sizes: list[int] = []
-    skipped: list[BadRecord] = []
+    batch = TextBatch([], [], [], {})
     batch_bytes = 0
     while limits.allow(documents, num_bytes):
-        text = next(stream, None)
-        if text is None:
+        document = next(stream, None)
+        if document is None:
             break
-        if isinstance(text, BadRecord):
+        if isinstance(document, TokenDocument):
+            document = _bad_ids(document, vocab_size) or document
+        if isinstance(document, BadRecord):
             if on_bad_record == "stop":
                 raise CorpusError(
-                    f"{text.what}; {text.fix}, or set [data] on_bad_record = 'skip' to leave out "
-                    "malformed records"
+                    f"{document.what}; {document.fix}, or set [data] on_bad_record = 'skip' to "
+                    "leave out malformed records"
                 )
-            skipped.append(text)
-            if len(skipped) >= _BATCH_DOCUMENTS:
-                yield TextBatch(texts, sizes, skipped, stream.position())
-                texts, sizes, skipped, batch_bytes = [], [], [], 0
-            continue
-        if not text:
-            continue
-        # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
-        data = text.encode("utf-8", "replace")
-        texts.append(data.decode("utf-8"))
-        sizes.append(len(data))
-        documents, num_bytes, batch_bytes = (
-            documents + 1,
-            num_bytes + len(data),
-            batch_bytes + len(data),
-        )
-        if batch_bytes >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
-            yield TextBatch(texts, sizes, skipped, stream.position())
-            texts, sizes, skipped, batch_bytes = [], [], [], 0
-    if texts or skipped:
-        yield TextBatch(texts, sizes, skipped, stream.position())
+            batch.skipped.append(document)
+        elif isinstance(document, TokenDocument):
+            if not document.ids.size:
+                continue
+            batch.tokens.append(document.ids)
+            batch.num_bytes.append(document.ids.nbytes)
+        else:
+            if not document:
+                continue
+            # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
+            data = document.encode("utf-8", "replace")
+            batch.documents.append(data.decode("utf-8"))
+            batch.num_bytes.append(len(data))
+        if not isinstance(document, BadRecord):
+            documents, batch_bytes = documents + 1, batch_bytes + batch.num_bytes[-1]
+            num_bytes += batch.num_bytes[-1]
+        num_records = max(len(batch.num_bytes), len(batch.skipped))
+        if batch_bytes >= _BATCH_BYTES or num_records >= _BATCH_DOCUMENTS:
+            yield replace(batch, position=stream.position())
+            batch, batch_bytes = TextBatch([], [], [], {}), 0
+    if batch.num_bytes or batch.skipped:
+        yield replace(batch, position=stream.position())
 
 
-def read_ahead(batches: Iterator[TextBatch]) -> Iterator[TextBatch]:
-    """Yields the same batches and reads the next one in a thread meanwhile."""
+def _bad_ids(document: TokenDocument, vocab_size: int | None) -> BadRecord | None:
+    if vocab_size is None or not document.ids.size:
+        return None
+    low, high = int(document.ids.min()), int(document.ids.max())
+    if 0 <= low <= high < vocab_size:
+        return None
+    return BadRecord(
+        f"{document.where}: holds the token {low if low < 0 else high}, but the tokenizer has "
+        f"{vocab_size:,}",
+        FIX_TOKENIZER,
+    )
+
+
+def token_batches(
+    batches: Iterator[TextBatch], tokenizer: DocumentTokenizer
+) -> Iterator[TokenBatch]:
+    """Tokenizes batches."""
+    for batch in batches:
+        if batch.tokens:
+            yield TokenBatch(batch.tokens, [0] * len(batch.tokens), batch)
+        else:
+            encoded = tokenizer.encode_documents(batch.documents)
+            # Arrays take 4 bytes per token, Python's numbers up to 40.
+            ids = [np.array(token_ids, dtype=np.uint32) for token_ids in encoded]
+            yield TokenBatch(ids, batch.num_bytes, batch)
+
+
+T = TypeVar("T")
+
+
+def read_ahead(batches: Iterator[T]) -> Iterator[T]:
+    """Yields the same batches and makes the next one in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         pending = reader.submit(next, batches, None)
         while (batch := pending.result()) is not None:
@@ -150,9 +203,7 @@ class ShardWriter:
         self._tokens = 0
         self._bytes_of_text = 0
 
-    def write(
-        self, token_ids: NDArray[np.integer] | list[int], eos_id: int, bytes_of_text: int
-    ) -> int:
+    def write(self, token_ids: TokenIds, eos_id: int, bytes_of_text: int) -> int:
         """Appends one document and its end token; returns the number of tokens written."""
         tokens = np.empty(len(token_ids) + 1, dtype=self._dtype)
         tokens[:-1] = token_ids
@@ -204,17 +255,17 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
 
 
 def write_segment(
-    batches: Iterator[TextBatch],
-    tokenizer: DocumentTokenizer,
+    batches: Iterator[TokenBatch],
+    eos_id: int,
     *,
     folder: Path,
     dtype: str,
     progress: Progress,
     split_of: Callable[[int], str],
-    on_batch: Callable[[TextBatch], None],
+    on_batch: Callable[[TokenBatch], None],
     segment_tokens: int,
 ) -> Progress | None:
-    """Tokenizes and writes batches until the segment is full or the stream ends.
+    """Writes batches until the segment is full or the stream ends.
 
     Args:
         split_of: maps a document's number in its stream to its split.
@@ -231,17 +282,19 @@ def write_segment(
     skipped = progress.skipped
     try:
         for batch in batches:
-            encoded = tokenizer.encode_documents(batch.documents)
+            read = batch.read
             with explained_write_errors(folder):
-                for token_ids, size in zip(encoded, batch.num_bytes, strict=True):
+                for token_ids, size, text_size in zip(
+                    batch.tokens, read.num_bytes, batch.bytes_of_text, strict=True
+                ):
                     split = split_of(documents)
                     if split not in writers:
                         writers[split] = ShardWriter(
                             folder / f"{split}-{progress.segments:05d}.bin", dtype
                         )
-                    num_tokens += writers[split].write(token_ids, tokenizer.eos_id, size)
+                    num_tokens += writers[split].write(token_ids, eos_id, text_size)
                     documents, num_bytes = documents + 1, num_bytes + size
-            position, skipped = batch.position, skipped + len(batch.skipped)
+            position, skipped = read.position, skipped + len(read.skipped)
             on_batch(batch)
             if num_tokens >= segment_tokens:
                 break

@@ -10,9 +10,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
+from datasets import Dataset
 from support.fuzzing import FuzzError, fuzz, num_cases
 from support.mutations import mutate_bytes, mutate_json
 from support.tiny_documents import make_documents, write_json_lines
+from support.token_files import write_megatron, write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
 from switchtitan.data import (
@@ -23,6 +26,7 @@ from switchtitan.data import (
 )
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
 from switchtitan.data.segments import Limits, text_batches
+from switchtitan.data.sources import SourceKeys, TokenizedSource
 from switchtitan.data.tokenizer import read_tokenizer
 
 DOCUMENTS = make_documents(30)
@@ -156,6 +160,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "text": write_text,
     "jsonl": lambda file: write_json_lines(file, DOCUMENTS),
     "json.gz": lambda file: write_json_lines(file, DOCUMENTS),
+    "jsonl.zst": lambda file: write_json_lines(file, DOCUMENTS),
     "parquet": write_parquet,
 }
 
@@ -167,7 +172,9 @@ def test_a_damaged_source(dataset: str, tmp_path: Path, bounded_memory: None) ->
     valid = file.read_bytes()
 
     def damage(draw: random.Random) -> bytes:
-        if dataset == "json.gz" and draw.random() < 0.3:
+        if dataset == "jsonl.zst" and draw.random() < 0.3:
+            data = zstandard.compress(mutate_bytes(zstandard.decompress(valid), draw))
+        elif dataset == "json.gz" and draw.random() < 0.3:
             data = gzip.compress(mutate_bytes(gzip.decompress(valid), draw))
         else:
             data = mutate_bytes(valid, draw)
@@ -175,8 +182,46 @@ def test_a_damaged_source(dataset: str, tmp_path: Path, bounded_memory: None) ->
         return data
 
     def read() -> None:
-        stream = DATASETS[dataset].open(tmp_path, None).open(None)
+        stream = DATASETS[dataset].open(SourceKeys(tmp_path)).open(None)
         for batch in text_batches(stream, Limits(None, None), 0, 0, "stop"):
             assert all(text.encode() for text in batch.documents)
 
     fuzz(f"source: {dataset}", damage, read, range(num_cases(1500, 30)), min_refused=0.05)
+
+
+IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
+VOCAB_SIZE = 10
+
+
+def write_arrow(folder: Path) -> None:
+    Dataset.from_dict({"input_ids": IDS}).save_to_disk(str(folder))
+
+
+TOKEN_WRITERS: dict[str, Callable[[Path], None]] = {
+    "nanogpt": lambda folder: write_nanogpt(folder / "a.bin", IDS, 3),
+    "megatron": lambda folder: write_megatron(folder / "a", IDS, 3),
+    "arrow": write_arrow,
+}
+
+
+@pytest.mark.parametrize("dataset", TOKEN_WRITERS)
+def test_a_damaged_source_of_tokens(dataset: str, tmp_path: Path, bounded_memory: None) -> None:
+    folder = tmp_path / "in"
+    TOKEN_WRITERS[dataset](folder)
+    valid = {file: file.read_bytes() for file in sorted(folder.iterdir())}
+
+    def damage(draw: random.Random) -> bytes:
+        for file, data in valid.items():
+            file.write_bytes(data)
+        file = draw.choice(list(valid))
+        file.write_bytes(mutate_bytes(valid[file], draw))
+        return file.read_bytes()
+
+    def read() -> None:
+        source = DATASETS[dataset].open(SourceKeys(folder))
+        assert isinstance(source, TokenizedSource)
+        stream = source.open_tokens(None, 3)
+        for batch in text_batches(stream, Limits(None, None), 0, 0, "stop", VOCAB_SIZE):
+            assert all(0 <= ids.min() <= ids.max() < VOCAB_SIZE for ids in batch.tokens)
+
+    fuzz(f"source: {dataset}", damage, read, range(num_cases(600, 30)), min_refused=0.05)

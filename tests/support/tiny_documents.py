@@ -5,6 +5,8 @@ import json
 import random
 from pathlib import Path
 
+import zstandard
+
 WORDS = [
     "alpha",
     "beta",
@@ -34,5 +36,7 @@ def write_json_lines(file: Path, documents: list[str], key: str = "text") -> Non
     lines = "".join(json.dumps({"url": "x", key: document}) + "\n" for document in documents)
     if file.suffix == ".gz":
         file.write_bytes(gzip.compress(lines.encode()))
+    elif file.suffix == ".zst":
+        file.write_bytes(zstandard.compress(lines.encode()))
     else:
         file.write_text(lines, encoding="utf-8")

@@ -1,44 +1,17 @@
 """English C4 (Raffel et al. 2020, arXiv 1910.10683), from the Hugging Face hub or a local copy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from switchtitan.data.sources.dataset import Position
+from switchtitan.data.sources.arrow import arrow_source
+from switchtitan.data.sources.dataset import Position, Source, SourceKeys
+from switchtitan.data.sources.hub import HubStream
+from switchtitan.data.sources.tokenized import TokenizedSource
 from switchtitan.errors import CorpusError
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
+from switchtitan.files import exists
 
 HUB_NAME = "allenai/c4"
 DATA_FILES = {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*.json.gz"}
-
-
-class C4Stream:
-    """One split of C4. Its position is the streaming dataset's state, which skips files already
-    read."""
-
-    def __init__(self, dataset: "IterableDataset", where: str) -> None:
-        self._dataset = dataset
-        self._where = where
-        self._rows: Iterator[Mapping[str, object]] = iter(dataset)
-
-    def __iter__(self) -> "C4Stream":
-        return self
-
-    def __next__(self) -> str:
-        try:
-            return str(next(self._rows)["text"])
-        except StopIteration:
-            raise
-        except Exception as error:  # The hub's clients raise the errors of their transports.
-            raise CorpusError(
-                f"{self._where}: reading C4 failed ({type(error).__name__}: {error}); run the same "
-                "command again to resume after the last finished segment"
-            ) from error
-
-    def position(self) -> Position:
-        return dict(self._dataset.state_dict())
 
 
 class C4Source:
@@ -77,7 +50,7 @@ class C4Source:
             "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         }
 
-    def open(self, split: str | None, position: Position | None = None) -> C4Stream:
+    def open(self, split: str | None, position: Position | None = None) -> HubStream:
         assert split is not None
         # The import takes a second or two; only preparation needs it.
         from datasets import load_dataset
@@ -88,14 +61,24 @@ class C4Source:
             dataset = dataset.select_columns(["text"])
             if position is not None:
                 dataset.load_state_dict(position)
-            return C4Stream(dataset, where)
-        except Exception as error:  # See __next__.
+            return HubStream(dataset, where, "text")
+        except Exception as error:  # See HubStream.
             raise CorpusError(
                 f"{where}: C4 cannot be opened ({type(error).__name__}: {error}); check the "
                 "connection, or set [data] path to a local copy"
             ) from error
 
 
-def c4_source(path: Path | None, text_column: str | None) -> C4Source:
+def c4_source(keys: SourceKeys) -> C4Source:
     """C4 from the hub, or from a local copy at `path`."""
-    return C4Source(path)
+    return C4Source(keys.path)
+
+
+def published_c4_source(keys: SourceKeys) -> Source | TokenizedSource:
+    """The first documents of C4, as the published runs used them.
+
+    `path` is what their script saved (packed rows of token ids), or a copy of the hub's files.
+    """
+    if keys.path is not None and exists(keys.path / "dataset_dict.json"):
+        return arrow_source(keys)
+    return C4Source(keys.path)

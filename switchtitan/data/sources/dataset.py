@@ -3,10 +3,28 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from switchtitan.data.sources.tokenized import TokenizedSource
 
 Position = dict[str, object]
 """A position in a stream as JSON values; opaque to all but the source that wrote it."""
+
+
+@dataclass(frozen=True)
+class SourceKeys:
+    """The keys of `[data]` that say which documents to read."""
+
+    path: Path | None = None
+    text_column: str | None = None
+    hub_config: str | None = None
+    hub_split: str | None = None
+
+    def needed_path(self) -> Path:
+        """Returns `path` of a dataset that requires it."""
+        assert self.path is not None, "DataConfig requires path"
+        return self.path
 
 
 @dataclass(frozen=True)
@@ -66,15 +84,21 @@ class Source(Protocol):
 class Dataset:
     """A dataset's source, and the keys of `[data]` that have an effect on it."""
 
-    open: Callable[[Path | None, str | None], Source]
-    """Called with `path` and `text_column`; reads no document. May raise CorpusError."""
+    open: "Callable[[SourceKeys], Source | TokenizedSource]"
+    """Reads no document. May raise CorpusError."""
     path: Literal["required", "optional", "unused"] = "unused"
     """Whether `path` must or may be set."""
     has_text_column: bool = False
     """Whether documents are records with columns, so that `text_column` has an effect."""
     has_own_splits: bool = False
-    """Whether the source has its own splits, so that no fraction is held out."""
+    """Whether the source always has its own splits, so that no fraction is held out."""
     can_skip_records: bool = False
     """Whether its streams return malformed records, so that `on_bad_record` has an effect."""
     comes_from_hub: bool = False
-    """Whether it is on the Hugging Face hub, unless `path` is set."""
+    """Whether it is on the Hugging Face hub, unless `path` is set to a folder."""
+    has_hub_keys: bool = False
+    """Whether `hub_config` and `hub_split` have an effect."""
+    holds_tokens: bool = False
+    """Whether it always holds token ids, so that `tokenizer` must be the one that made them."""
+    max_documents: int | None = None
+    """`max_documents` if the key is not set."""

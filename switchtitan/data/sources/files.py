@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from switchtitan.data.sources.dataset import BadRecord, Position
+from switchtitan.data.sources.dataset import BadRecord, Position, SourceKeys
 from switchtitan.errors import CorpusError, abbreviate
 from switchtitan.files import exists
 
@@ -103,7 +103,7 @@ class FileSource:
         self._path = path
         self._read = read
         self._text_column = text_column
-        self._files = _find_files(kind, path, patterns)
+        self._files = find_files(kind, path, patterns)
         self._has_named_links = False
 
     @property
@@ -133,41 +133,45 @@ class FileSource:
         return FileStream(self._files, self._read, position)
 
 
-def text_source(path: Path | None, text_column: str | None) -> FileSource:
+def text_source(keys: SourceKeys) -> FileSource:
     """Text files (`*.txt`, `*.text`, `*.md`)."""
-    return FileSource("text", _given(path), ("*.txt", "*.text", "*.md"), read_text)
+    return FileSource("text", keys.needed_path(), ("*.txt", "*.text", "*.md"), read_text)
 
 
-def jsonl_source(path: Path | None, text_column: str | None) -> FileSource:
+def jsonl_source(keys: SourceKeys) -> FileSource:
     """Files with one JSON object per line (`*.jsonl`, `*.json`)."""
-    column = text_column or "text"
+    column = keys.text_column or "text"
     return FileSource(
         "jsonl",
-        _given(path),
+        keys.needed_path(),
         ("*.jsonl", "*.json"),
         lambda file: _read_json_lines(file, column),
         column,
     )
 
 
-def gzipped_json_source(path: Path | None, text_column: str | None) -> FileSource:
+def gzipped_json_source(keys: SourceKeys) -> FileSource:
     """Gzipped files with one JSON object per line (`*.json.gz`, `*.jsonl.gz`)."""
-    column = text_column or "text"
+    column = keys.text_column or "text"
     patterns = ("*.json.gz", "*.jsonl.gz")
     return FileSource(
         "json.gz",
-        _given(path),
+        keys.needed_path(),
         patterns,
         lambda file: _read_gzipped_json_lines(file, column),
         column,
     )
 
 
-def parquet_source(path: Path | None, text_column: str | None) -> FileSource:
+def parquet_source(keys: SourceKeys) -> FileSource:
     """Parquet files (`*.parquet`)."""
-    column = text_column or "text"
+    column = keys.text_column or "text"
     return FileSource(
-        "parquet", _given(path), ("*.parquet",), lambda file: _read_parquet(file, column), column
+        "parquet",
+        keys.needed_path(),
+        ("*.parquet",),
+        lambda file: _read_parquet(file, column),
+        column,
     )
 
 
@@ -195,12 +199,12 @@ def read_text(file: Path) -> Iterator[str | BadRecord]:
         yield "".join(lines)
 
 
-def _given(path: Path | None) -> Path:
-    assert path is not None, "DataConfig requires path"
-    return path
+def find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
+    """Returns the files of a folder, or the one file that `path` is.
 
-
-def _find_files(kind: str, path: Path, patterns: Sequence[str]) -> list[Path]:
+    Raises:
+        CorpusError: if there is none.
+    """
     if not exists(path):
         raise CorpusError(
             f"[data] path = {str(path)!r}: no such file or folder; expected {kind} files"
@@ -240,7 +244,7 @@ def _read_json_lines(file: Path, column: str) -> Iterator[str | BadRecord]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _text_of_line(line, column, f"{file}, line {number}")
+                yield text_of_line(line, column, f"{file}, line {number}")
 
 
 def _read_gzipped_json_lines(file: Path, column: str) -> Iterator[str | BadRecord]:
@@ -248,14 +252,15 @@ def _read_gzipped_json_lines(file: Path, column: str) -> Iterator[str | BadRecor
         with gzip.open(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield _text_of_line(line, column, f"{file}, line {number}")
+                    yield text_of_line(line, column, f"{file}, line {number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(
             f"{file}: damaged or truncated gzip file ({error}); replace it"
         ) from error
 
 
-def _text_of_line(line: bytes, column: str, where: str) -> str | BadRecord:
+def text_of_line(line: bytes, column: str, where: str) -> str | BadRecord:
+    """Returns the text of a JSON object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -284,14 +289,15 @@ def _read_parquet(file: Path, column: str) -> Iterator[str | BadRecord]:
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[column]):
                 for value in batch.column(0):
                     row += 1
-                    yield _text_of_value(value, f"{file}, row {row}: column {column!r}")
+                    yield text_of_value(value, f"{file}, row {row}: column {column!r}")
     except PermissionError:
         raise
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise CorpusError(f"{file}: damaged Parquet file ({error}); replace it") from error
 
 
-def _text_of_value(value: pyarrow.Scalar, where: str) -> str | BadRecord:
+def text_of_value(value: pyarrow.Scalar, where: str) -> str | BadRecord:
+    """Returns the text of a cell of a table."""
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from switchtitan.data.sources.dataset import Position
+from switchtitan.data.sources.dataset import Position, SourceKeys
 from switchtitan.data.sources.files import FileStream
 from switchtitan.errors import CorpusError
 
@@ -45,7 +45,7 @@ class StandardLibrarySource:
         return FileStream(self._files, _read_module, position)
 
 
-def pystdlib_source(path: Path | None, text_column: str | None) -> StandardLibrarySource:
+def pystdlib_source(keys: SourceKeys) -> StandardLibrarySource:
     """The standard library of the running interpreter."""
     return StandardLibrarySource(Path(sysconfig.get_paths()["stdlib"]))
 

@@ -5,6 +5,7 @@ import pytest
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import DATASETS, DataConfig, open_corpus
+from switchtitan.data.sources import SourceKeys
 from switchtitan.errors import CorpusError
 
 TRAIN, VALIDATION = make_documents(40, seed=2), make_documents(11, seed=3)
@@ -20,14 +21,14 @@ def c4_copy(tmp_path: Path) -> Path:
 
 
 def test_a_copy_of_the_hubs_files_is_streamed_in_its_own_splits(c4_copy: Path) -> None:
-    source = DATASETS["c4"].open(c4_copy, None)
+    source = DATASETS["c4"].open(SourceKeys(c4_copy))
     assert list(source.open("train")) == TRAIN
     assert list(source.open("validation")) == VALIDATION
 
 
 @pytest.mark.parametrize("taken", [1, 15, 22])
 def test_a_stream_resumes_at_its_position(c4_copy: Path, taken: int) -> None:
-    source = DATASETS["c4"].open(c4_copy, None)
+    source = DATASETS["c4"].open(SourceKeys(c4_copy))
     stream = source.open("train")
     for _ in range(taken):
         next(stream)
@@ -52,10 +53,10 @@ def test_the_prepared_corpus_keeps_the_splits(c4_copy: Path, tmp_path: Path) -> 
 
 def test_a_folder_without_the_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"no files en/c4-train\.\*\.json\.gz"):
-        DATASETS["c4"].open(tmp_path, None)
+        DATASETS["c4"].open(SourceKeys(tmp_path))
 
 
 def test_a_damaged_file_is_an_error(c4_copy: Path) -> None:
     (c4_copy / "en" / "c4-train.00001-of-00002.json.gz").write_bytes(b"no gzip")
-    with pytest.raises(CorpusError, match="reading C4 failed"):
-        list(DATASETS["c4"].open(c4_copy, None).open("train"))
+    with pytest.raises(CorpusError, match="reading failed"):
+        list(DATASETS["c4"].open(SourceKeys(c4_copy)).open("train"))

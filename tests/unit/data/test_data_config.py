@@ -9,8 +9,9 @@ from switchtitan.data import DATASETS, DataConfig
 def test_datasets_are_exactly_the_registered_ones() -> None:
     for name, row in DATASETS.items():
         path = Path("x") if row.path == "required" else None
-        assert DataConfig(dataset=name, path=path).dataset == name
-    with pytest.raises(ValidationError, match="'pystdlib', 'c4', 'text'"):
+        tokenizer = "t5-base" if row.holds_tokens else "train"
+        assert DataConfig(dataset=name, path=path, tokenizer=tokenizer).dataset == name
+    with pytest.raises(ValidationError, match="'pystdlib', 'english', 'c4'"):
         DataConfig(dataset="c5")
 
 
@@ -25,6 +26,8 @@ def test_datasets_are_exactly_the_registered_ones() -> None:
         ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300 has an effect"),
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
         ({"dataset": "c4", "path": "x", "offline_dataset": "pystdlib"}, "offline_dataset"),
+        ({"dataset": "jsonl", "path": "x", "hub_split": "train"}, "hub_split = 'train' has an"),
+        ({"dataset": "nanogpt", "path": "x"}, "holds token ids and needs tokenizer"),
         ({"vocab_size": 256}, "greater than or equal to 257"),
     ],
 )

@@ -1,14 +1,16 @@
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import DATASETS
 from switchtitan.data.segments import Limits, text_batches
-from switchtitan.data.sources import Source
+from switchtitan.data.sources import Source, SourceKeys, TokenizedSource
 from switchtitan.data.sources.files import TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.data.sources.pystdlib import StandardLibrarySource
 from switchtitan.errors import CorpusError
@@ -17,7 +19,9 @@ DOCUMENTS = make_documents(23, seed=1)
 
 
 def make_source(dataset: str, folder: Path, text_column: str | None = None) -> Source:
-    return DATASETS[dataset].open(folder, text_column)
+    source = DATASETS[dataset].open(SourceKeys(folder, text_column))
+    assert not isinstance(source, TokenizedSource)
+    return source
 
 
 def read_strictly(source: Source) -> list[str]:
@@ -30,6 +34,8 @@ def write_corpus(dataset: str, folder: Path, key: str = "text") -> None:
     if dataset == "text":
         for number, document in enumerate(DOCUMENTS):
             (folder / f"{number:02d}.txt").write_bytes(document.encode())
+    elif dataset == "arrow":
+        Dataset.from_dict({"id": list(range(len(DOCUMENTS))), key: DOCUMENTS}).save_to_disk(folder)
     elif dataset == "parquet":
         for number, part in enumerate([DOCUMENTS[:9], DOCUMENTS[9:]]):
             table = pyarrow.table({"id": list(range(len(part))), key: part})
@@ -39,14 +45,14 @@ def write_corpus(dataset: str, folder: Path, key: str = "text") -> None:
         write_json_lines(folder / "sub" / f"1.{dataset}", DOCUMENTS[9:], key)
 
 
-@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "parquet"])
+@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "jsonl.zst", "parquet", "arrow"])
 def test_files_yield_their_documents_in_order(dataset: str, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path)
     (tmp_path / "README").write_text("not part of it")
     assert list(make_source(dataset, tmp_path).open(None)) == DOCUMENTS
 
 
-@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "parquet"])
+@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "jsonl.zst", "parquet", "arrow"])
 @pytest.mark.parametrize("taken", [0, 1, 9, 10, 22, 23])
 def test_a_stream_resumes_at_its_position(dataset: str, taken: int, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path)
@@ -58,7 +64,7 @@ def test_a_stream_resumes_at_its_position(dataset: str, taken: int, tmp_path: Pa
     assert list(source.open(None, position)) == DOCUMENTS[taken:]
 
 
-@pytest.mark.parametrize("dataset", ["jsonl", "json.gz", "parquet"])
+@pytest.mark.parametrize("dataset", ["jsonl", "json.gz", "jsonl.zst", "parquet"])
 def test_another_column_can_hold_the_text(dataset: str, tmp_path: Path) -> None:
     write_corpus(dataset, tmp_path, key="body")
     assert list(make_source(dataset, tmp_path, text_column="body").open(None)) == DOCUMENTS
@@ -93,6 +99,7 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path: Path) -> None:
         ),
         ("jsonl", "a.jsonl", b"[1]\n", "expected a JSON object, got list"),
         ("json.gz", "a.json.gz", b"no gzip", "damaged or truncated gzip"),
+        ("jsonl.zst", "a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: damaged zstd"),
         ("jsonl", "a.jsonl", b"[" * 99_999, r"line 1: expected one JSON object per line"),
         ("parquet", "a.parquet", b"no parquet", r"a\.parquet: damaged Parquet"),
     ],
@@ -111,6 +118,32 @@ def test_a_truncated_gzip_file_is_an_error(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(CorpusError, match=r"1\.json\.gz: damaged or truncated"):
         list(make_source("json.gz", tmp_path).open(None))
+
+
+def test_a_truncated_zstd_file_is_an_error(tmp_path: Path) -> None:
+    write_corpus("jsonl.zst", tmp_path)
+    file = tmp_path / "sub" / "1.jsonl.zst"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(CorpusError, match=r"1\.jsonl\.zst: truncated"):
+        list(make_source("jsonl.zst", tmp_path).open(None))
+
+
+def test_frames_of_a_zstd_file_are_joined(tmp_path: Path) -> None:
+    write_corpus("jsonl.zst", tmp_path)
+    parts = [tmp_path / "0.jsonl.zst", tmp_path / "sub" / "1.jsonl.zst"]
+    joined = tmp_path / "joined" / "all.jsonl.zst"
+    joined.parent.mkdir()
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert list(make_source("jsonl.zst", joined).open(None)) == DOCUMENTS
+
+
+def test_without_a_package_for_zstd_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(CorpusError, match=r"no package for Zstandard.*pip install 'switchtitan\[z"):
+        make_source("jsonl.zst", tmp_path)
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
@@ -145,7 +178,7 @@ def test_the_standard_library_excludes_other_packages(tmp_path: Path) -> None:
 
 
 def test_the_running_standard_library_is_a_corpus() -> None:
-    stream = DATASETS["pystdlib"].open(None, None).open(None)
+    stream = DATASETS["pystdlib"].open(SourceKeys()).open(None)
     first = [next(stream) for _ in range(20)]
     assert any("import" in text for text in first)
 
@@ -165,7 +198,7 @@ def test_a_file_that_cannot_be_read_is_named(
         list(source.open(None))
 
 
-@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "parquet"])
+@pytest.mark.parametrize("dataset", ["text", "jsonl", "json.gz", "jsonl.zst", "parquet"])
 def test_a_file_without_permission_is_named(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,84 @@
+"""Token files in nanoGPT's layout: little-endian uint16, no header."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchtitan.data.sources.dataset import Position, SourceKeys
+from switchtitan.data.sources.files import find_files
+from switchtitan.data.sources.tokenized import (
+    FlatStream,
+    FlatTokens,
+    TokenizedSource,
+    file_identity,
+)
+from switchtitan.errors import CorpusError
+
+_LLM_C_MAGIC = 20240520
+"""First number of llm.c's token files, which have a header."""
+
+
+class NanoGptSource(TokenizedSource):
+    """`train.bin` and `val.bin` in a folder, which are its own splits, or other `*.bin` files.
+
+    Args:
+        path: the folder, or one file.
+
+    Raises:
+        CorpusError: if there is no such file, or one is not a sequence of uint16.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        names = {"train": path / "train.bin", "validation": path / "val.bin"}
+        self._files: dict[str | None, list[Path]]
+        if all(file.is_file() for file in names.values()):
+            self.splits = tuple(names)
+            self._files = {split: [file] for split, file in names.items()}
+        else:
+            self._files = {None: find_files("nanogpt", path, ("*.bin",))}
+        self.num_bytes = sum(_checked_size(file) for file in self._all_files())
+
+    @property
+    def description(self) -> str:
+        return f"{len(self._all_files())} nanoGPT file(s) in {self._path}"
+
+    def identity(self) -> Mapping[str, object]:
+        root = self._path if self._path.is_dir() else self._path.parent
+        return {"kind": "nanogpt", "files": file_identity(root, self._all_files())}
+
+    def open_tokens(
+        self, split: str | None, eos_id: int, position: Position | None = None
+    ) -> FlatStream:
+        return FlatStream([_flat(file) for file in self._files[split]], eos_id, position)
+
+    def _all_files(self) -> list[Path]:
+        return [file for files in self._files.values() for file in files]
+
+
+def nanogpt_source(keys: SourceKeys) -> NanoGptSource:
+    """Token files in nanoGPT's layout."""
+    return NanoGptSource(keys.needed_path())
+
+
+def _checked_size(file: Path) -> int:
+    size = file.stat().st_size
+    if size % 2:
+        raise CorpusError(f"{file}: has {size:,} bytes, expected uint16 tokens; replace it")
+    with file.open("rb") as stream:
+        if int.from_bytes(stream.read(4), "little") == _LLM_C_MAGIC:
+            raise CorpusError(
+                f"{file}: has llm.c's header, expected uint16 tokens without one; remove its first "
+                "1024 bytes"
+            )
+    return size
+
+
+def _flat(file: Path) -> FlatTokens:
+    size = file.stat().st_size // 2
+    tokens: NDArray[np.uint16] = (
+        np.memmap(file, dtype="<u2", mode="r") if size else np.empty(0, dtype="<u2")
+    )
+    return FlatTokens(str(file), len(tokens), lambda first, end: tokens[first:end])
