@@ -189,6 +189,9 @@ def open_held_out(
         "tokenizer": "the corpus's" if own_tokenizer is None else "the model's",
     }
     assert num_tokens is not None
+    if options.tokens is None and split in corpus.index.splits:
+        # A default is no request for more than there is.
+        num_tokens = min(num_tokens, max(corpus.index.num_tokens(split), shape.seq_len))
     if own_tokenizer is None:
         corpus.check_vocabulary(trained.config.vocab_size)
         return held_out_split(corpus, split, num_tokens, shape, world), described
