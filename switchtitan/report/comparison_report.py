@@ -14,7 +14,7 @@ from switchtitan.report.comparison_files import ComparisonRecord, Row, Sample
 from switchtitan.report.points import Line, plain
 from switchtitan.report.run_files import RunRecord
 from switchtitan.report.run_report import Contents, curve_sections, tokens_per_step
-from switchtitan.report.tables import Cell, Column, cell, mark_lowest, number_cell, table
+from switchtitan.report.tables import Cell, Column, cell, mark_lowest, number_cell, table, without_unknown
 
 _MARKS = (
     "Bar: standard deviation over seeds. Line: 95 % interval of the mean (Student's t). "
@@ -150,7 +150,8 @@ def _table(rows: Sequence[Row], baseline: str) -> Contents:
         ],
     }
     mark_lowest(columns[Column("test loss")])
-    return table("Results", columns, list(range(len(rows))), rows_title="row")
+    known = without_unknown(columns)
+    return table("Results", known, list(range(len(rows))), rows_title="row")
 
 
 def _intervals(

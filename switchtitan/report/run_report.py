@@ -102,12 +102,9 @@ def summary_table(records: Sequence[RunRecord]) -> Contents:
     }
     for title in ("final val. loss", "best val. loss", "test loss"):
         mark_lowest(columns[Column(title)])
-    known = {
-        column: cells
-        for column, cells in columns.items()
-        if column.title != "test loss" or any(of["text"] != UNKNOWN for of in cells)
-    }
-    return table("Summary", known, list(range(len(records))))
+    if all(of["text"] == UNKNOWN for of in columns[Column("test loss")]):
+        del columns[Column("test loss")]
+    return table("Summary", columns, list(range(len(records))))
 
 
 def curve_sections(

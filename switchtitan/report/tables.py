@@ -44,6 +44,15 @@ def mark_lowest(cells: Sequence[Cell]) -> None:
             of["isBest"] = of["value"] == min(values)
 
 
+def without_unknown(columns: Mapping[Column, Sequence[Cell]]) -> dict[Column, Sequence[Cell]]:
+    """Returns the columns in which at least one cell is known."""
+    return {
+        column: cells
+        for column, cells in columns.items()
+        if any(of["text"] != UNKNOWN for of in cells)
+    }
+
+
 def table(
     title: str,
     columns: Mapping[Column, Sequence[Cell]],
