@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from switchtitan.report.points import Line, Points, points_of_curve, shorten
+from switchtitan.report.points import Line, Points, shorten
 
 Lines = Mapping[str, Line]
 """A run's curves by metric."""
@@ -37,42 +37,48 @@ SWITCHES = {
     "switch/frozen_share": Metric("Frozen vectors", "share", is_smoothed=True, is_percent=True),
 }
 """Shown in a section of their own."""
+_TIMES = "time/"
+"""Prefix of the times of regions."""
 _WITHOUT_CHART = ("throughput/eta_s", "data/tokens_seen")
 _MANY_POINTS = 200
 """Other metrics with more points than this are smoothed."""
 
 
 def metrics_of(curves: Iterable[Lines]) -> dict[str, dict[str, Metric]]:
-    """Returns the metrics that any of the runs has, by section: main, switches and others."""
+    """Returns the metrics that any of the runs has, by section."""
     found: dict[str, int] = {}
     for of_run in curves:
         for name, line in of_run.items():
             found[name] = max(found.get(name, 0), len(line.x))
     shown = {name for name in found if name not in _WITHOUT_CHART}
-    others = sorted(shown - MAIN.keys() - SWITCHES.keys())
+    times = sorted(name for name in shown if name.startswith(_TIMES))
+    others = sorted(shown - MAIN.keys() - SWITCHES.keys() - {*times})
     return {
         "main": {name: metric for name, metric in MAIN.items() if name in shown},
         "switches": {name: metric for name, metric in SWITCHES.items() if name in shown},
+        "times": {
+            name: Metric(name.removeprefix(_TIMES).removesuffix("_ms"), "ms", is_smoothed=True)
+            for name in times
+        },
         "others": {name: Metric(name, is_smoothed=found[name] > _MANY_POINTS) for name in others},
     }
 
 
 def draw_metrics(
-    metrics: Mapping[str, Metric], runs: Mapping[int, Lines], num_curves: int
+    metrics: Mapping[str, Metric], runs: Mapping[int, Lines], points_of_each: int
 ) -> list[dict[str, object]]:
     """Returns one chart per metric, with the curves of all runs that have it.
 
     Args:
         runs: curves by metric, by the run's place in the report.
-        num_curves: curves in the whole report, which share its points.
+        points_of_each: points of a curve, at most.
     """
-    max_points = points_of_curve(num_curves)
     return [
         chart(
             name,
             metric,
             {
-                place: shorten(curves[name], max_points)
+                place: shorten(curves[name], points_of_each)
                 for place, curves in runs.items()
                 if name in curves
             },
@@ -114,6 +120,7 @@ def chart(
     }
 
 
-def num_curves_of(curves: Iterable[Lines]) -> int:
-    """Returns the number of curves that are drawn."""
-    return sum(name not in _WITHOUT_CHART for of_run in curves for name in of_run)
+def num_curves_of(metrics: Iterable[str], runs: Iterable[Lines]) -> int:
+    """Returns the number of curves in the charts of these metrics."""
+    names = set(metrics)
+    return sum(len(names & lines.keys()) for lines in runs)

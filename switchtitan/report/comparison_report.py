@@ -13,8 +13,17 @@ from switchtitan.report.charts import Lines, Metric, chart
 from switchtitan.report.comparison_files import ComparisonRecord, Row, Sample
 from switchtitan.report.points import Line, plain
 from switchtitan.report.run_files import RunRecord
-from switchtitan.report.run_report import Contents, curve_sections, tokens_per_step
-from switchtitan.report.tables import Cell, Column, cell, mark_lowest, number_cell, table, without_unknown
+from switchtitan.report.run_report import Contents, curve_sections
+from switchtitan.report.run_summary import tokens_per_step
+from switchtitan.report.tables import (
+    Cell,
+    Column,
+    cell,
+    mark_lowest,
+    number_cell,
+    table,
+    without_unknown,
+)
 
 _MARKS = (
     "Bar: standard deviation over seeds. Line: 95 % interval of the mean (Student's t). "

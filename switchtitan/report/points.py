@@ -18,9 +18,9 @@ Points = dict[str, list]
 its buckets."""
 
 
-def points_of_curve(num_curves: int) -> int:
-    """Returns how many points each of so many curves may have."""
-    fair = MAX_POINTS // max(1, num_curves)
+def points_of_curve(num_curves: int, max_points: int) -> int:
+    """Returns how many points each of so many curves may have, at most `max_points` together."""
+    fair = max_points // max(1, num_curves)
     return max(2 + _POINTS_OF_BUCKET, min(MAX_POINTS_OF_CURVE, fair))
 
 

@@ -3,22 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from switchtitan.observability.console import format_count, format_duration
+from switchtitan.observability.profile_summary import OUTSIDE_STEP
 from switchtitan.regions import STEP
 from switchtitan.report.charts import Lines, draw_metrics, metrics_of, num_curves_of
-from switchtitan.report.points import Line
+from switchtitan.report.points import MAX_POINTS, Line, points_of_curve
 from switchtitan.report.run_files import RankProfile, RunRecord
+from switchtitan.report.run_summary import summary_table, tokens_per_step
 from switchtitan.report.spectrum_charts import rank_tables, spectrum_charts
-from switchtitan.report.tables import (
-    UNKNOWN,
-    Cell,
-    Column,
-    cell,
-    mark_lowest,
-    number_cell,
-    table,
-    text_cell,
-)
+from switchtitan.report.tables import Column, cell, number_cell, table
 
 Contents = dict[str, object]
 _IDENTITY_KEYS = ("job.name", "job.output_dir")
@@ -26,7 +18,9 @@ _IDENTITY_KEYS = ("job.name", "job.output_dir")
 _HOW_TO_USE = (
     "Drag to zoom, double click to reset. A click on a name hides it, Shift-click shows it alone."
 )
-_REGIONS = ("data", "forward", "backward", "reduce", "clip", "update", "switch", STEP)
+_REGIONS = ("data", "forward", "backward", "reduce", "clip", "update", "switch")
+_MAX_ADDED_REGIONS = 8
+"""Regions of methods that are shown, at most."""
 
 
 def run_report(runs: Mapping[str, RunRecord]) -> Contents:
@@ -59,61 +53,22 @@ def run_report(runs: Mapping[str, RunRecord]) -> Contents:
     }
 
 
-def tokens_per_step(record: RunRecord) -> float | None:
-    """Returns the tokens of a step, which a run never changes; None if they are not known."""
-    if record.results is not None and record.results.tokens_seen and record.results.step:
-        return record.results.tokens_seen / record.results.step
-    steps, tokens = record.curves.get("data/tokens_seen", ([], []))
-    return tokens[-1] / steps[-1] if steps and steps[-1] and tokens[-1] > 0 else None
-
-
-def summary_table(records: Sequence[RunRecord]) -> Contents:
-    """Returns one line per run. What `results.json` does not say is taken from the curves."""
-    results = [record.results for record in records]
-    columns = {
-        Column("method", is_text=True): [text_cell(_method(record)) for record in records],
-        Column("parameters", "trainable and frozen"): [_parameters(record) for record in records],
-        Column("steps"): [_steps(record) for record in records],
-        Column("tokens"): [_tokens(record) for record in records],
-        Column("final val. loss"): [_final_loss(record) for record in records],
-        Column("best val. loss"): [_best_loss(record) for record in records],
-        Column("test loss"): [number_cell(of.test_loss if of else None, ".4f") for of in results],
-        Column("tokens/s"): [_speed(record) for record in records],
-        Column("peak memory", "GiB, of the main rank"): [_memory(record) for record in records],
-        Column("wall time", "of the run's last process"): [
-            cell(None)
-            if of is None or of.wall_time_s is None
-            else cell(format_duration(of.wall_time_s), of.wall_time_s, f"{of.wall_time_s:.1f} s")
-            for of in results
-        ],
-        Column("dtype", is_text=True): [
-            text_cell((of and of.compute_dtype) or _config_text(record, "training.dtype"))
-            for of, record in zip(results, records, strict=True)
-        ],
-        Column("device", is_text=True): [text_cell(_device(record)) for record in records],
-        Column("commit", is_text=True): [
-            cell(
-                of.commit[:10] if of and of.commit else None,
-                of.commit if of else None,
-                (of and of.commit) or "",
-            )
-            for of in results
-        ],
-    }
-    for title in ("final val. loss", "best val. loss", "test loss"):
-        mark_lowest(columns[Column(title)])
-    if all(of["text"] == UNKNOWN for of in columns[Column("test loss")]):
-        del columns[Column("test loss")]
-    return table("Summary", columns, list(range(len(records))))
-
-
 def curve_sections(
     runs: Mapping[int, Lines], title: str = "Curves", note: str = ""
 ) -> list[Contents | None]:
     """Returns the sections with charts over training: main ones, switches, and all others."""
     metrics = metrics_of(runs.values())
-    num_curves = num_curves_of(runs.values())
-    drawn = {name: draw_metrics(of, runs, num_curves) for name, of in metrics.items()}
+    # Other metrics may be hundreds, e.g. those of each layer. They leave half of the points.
+    first = num_curves_of([*metrics["main"], *metrics["switches"]], runs.values())
+    others = num_curves_of([*metrics["times"], *metrics["others"]], runs.values())
+    points_of_first = points_of_curve(first, MAX_POINTS // 2)
+    points_of_others = points_of_curve(others, MAX_POINTS // 2)
+    drawn = {
+        "main": draw_metrics(metrics["main"], runs, points_of_first),
+        "switches": draw_metrics(metrics["switches"], runs, points_of_first),
+        "times": draw_metrics(metrics["times"], runs, points_of_others),
+        "others": draw_metrics(metrics["others"], runs, points_of_others),
+    }
     if not any(drawn.values()):
         return []
     main: Contents = {
@@ -129,7 +84,13 @@ def curve_sections(
         "charts": drawn["switches"],
         "bars": [_coverage(runs)] if "switch/candidate_coverage" in metrics["switches"] else [],
     }
-    others: Contents = {
+    times: Contents = {
+        "id": "times",
+        "title": f"Time of a step by region ({len(drawn['times'])})",
+        "isFolded": True,
+        "charts": drawn["times"],
+    }
+    more: Contents = {
         "id": "others",
         "title": f"More curves ({len(drawn['others'])})",
         "isFolded": True,
@@ -138,7 +99,8 @@ def curve_sections(
     return [
         main,
         switches if drawn["switches"] else None,
-        others if drawn["others"] else None,
+        times if drawn["times"] else None,
+        more if drawn["others"] else None,
     ]
 
 
@@ -186,9 +148,9 @@ def _profile_section(records: Sequence[RunRecord]) -> Contents | None:
     if not profiles:
         return None
     on_device = {place: _is_on_device(profile) for place, profile in profiles.items()}
-    names = [
-        name for name in _REGIONS if any(name in profile.regions for profile in profiles.values())
-    ]
+    found = {name for profile in profiles.values() for name in profile.regions}
+    added = sorted(found - {*_REGIONS, *OUTSIDE_STEP, STEP})[:_MAX_ADDED_REGIONS]
+    names = [name for name in (*_REGIONS, *added, STEP) if name in found]
     times = {
         place: {
             name: region.device_ms if on_device[place] else region.host_ms
@@ -270,79 +232,3 @@ def _config_section(names: Sequence[str], records: Sequence[RunRecord]) -> Conte
             "same": [[key, of[0]] for key, of in values.items() if len(set(of)) == 1],
         },
     }
-
-
-def _config_text(record: RunRecord, key: str) -> str | None:
-    value = record.config.get(key)
-    return None if value is None else value.strip('"')
-
-
-def _method(record: RunRecord) -> str | None:
-    name, rank = _config_text(record, "method.name"), _config_text(record, "method.rank")
-    return f"{name}, rank {rank}" if name and rank else name
-
-
-def _parameters(record: RunRecord) -> Cell:
-    sizes = record.results and record.results.num_parameters
-    if not sizes:
-        return cell(None)
-    total = sizes.trainable + sizes.frozen
-    hint = f"{sizes.trainable} trainable, {sizes.frozen} frozen, {sizes.buffers} in buffers"
-    frozen = f", {format_count(sizes.trainable)} train" if sizes.frozen else ""
-    return cell(f"{format_count(total)}{frozen}", total, hint)
-
-
-def _steps(record: RunRecord) -> Cell:
-    step = max((steps[-1] for steps, _ in record.curves.values() if steps), default=0)
-    if record.results is not None:
-        note = " (diverged)" if record.results.diverged else ""
-        return cell(f"{record.results.step}{note}", record.results.step)
-    of = _config_text(record, "training.steps")
-    return cell(f"{step} of {of}" if of else str(step), step, "not finished")
-
-
-def _tokens(record: RunRecord) -> Cell:
-    tokens: float | None = record.results.tokens_seen if record.results else None
-    if tokens is None:
-        tokens = _last(record, "data/tokens_seen")
-    return cell(None) if tokens is None else cell(format_count(tokens), tokens, f"{tokens:.0f}")
-
-
-def _final_loss(record: RunRecord) -> Cell:
-    loss = record.results.validation_loss if record.results else None
-    return number_cell(_last(record, "loss/validation") if loss is None else loss, ".4f")
-
-
-def _best_loss(record: RunRecord) -> Cell:
-    steps, losses = record.curves.get("loss/validation", ([], []))
-    finite = [(loss, step) for loss, step in zip(losses, steps, strict=True) if loss == loss]
-    if not finite:
-        return cell(None)
-    loss, step = min(finite)
-    return number_cell(loss, ".4f", hint=f"at step {step}")
-
-
-def _speed(record: RunRecord) -> Cell:
-    speed = record.results.tokens_per_s if record.results else None
-    if speed is None:
-        speed = _last(record, "throughput/tokens_per_s")
-    return cell(None) if speed is None else cell(format_count(speed), speed, f"{speed:.1f}")
-
-
-def _memory(record: RunRecord) -> Cell:
-    memory = record.results.peak_memory_gib if record.results else None
-    if memory is None:
-        memory = _last(record, "memory/peak_gib")
-    return cell(None) if memory is None else cell(f"{memory:.2f} GiB", memory)
-
-
-def _device(record: RunRecord) -> str | None:
-    results = record.results
-    if results is None or results.device is None:
-        return None
-    return f"{results.num_ranks or 1} x {results.device}"
-
-
-def _last(record: RunRecord, metric: str) -> float | None:
-    values = record.curves.get(metric, ([], []))[1]
-    return values[-1] if values else None

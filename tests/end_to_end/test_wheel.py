@@ -84,6 +84,10 @@ def test_the_installed_quickstart_trains_exports_and_draws(folder):
     assert (folder / "exported" / "model.safetensors").is_file()
     run(folder, "plot", "run", str(output), "--output", "curves.png")
     assert (folder / "curves.png").stat().st_size > 1000
+    run(folder, "report", str(output), "--output", "report.html")
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "class Chart" in page
 
 
 def test_an_installed_configuration_is_found_by_its_name(folder):
@@ -92,6 +96,12 @@ def test_an_installed_configuration_is_found_by_its_name(folder):
     shipped = folder.glob("env/lib/*/site-packages/switchtitan/train_configs/llama_60m_lora.toml")
     assert done.stderr == f"{given}: using {next(shipped)}, which is installed with switchtitan\n"
     assert "--method.rank" in done.stdout
+
+
+def test_every_file_of_the_reports_page_is_installed(folder):
+    (installed,) = folder.glob("env/lib/*/site-packages/switchtitan/report/page")
+    names = {file.name for file in (REPOSITORY / "switchtitan" / "report" / "page").iterdir()}
+    assert {file.name for file in installed.iterdir()} == names >= {"page.html", "style.css"}
 
 
 def test_every_configuration_is_installed(folder):

@@ -4,9 +4,11 @@ import importlib
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.reported import finish_comparison, write_grid, write_run
 from support.trained import save_run
 
 ROOT = Path(__file__).parents[3]
@@ -25,12 +27,15 @@ metric_list:
 COMMANDS = ("evaluate", "generate", "lm-eval")
 
 
-def shown_commands() -> list[str]:
+PAGES = ("README.md", "docs/USAGE.md")
+
+
+def shown_commands(commands: Sequence[str] = COMMANDS, pages: Sequence[str] = PAGES) -> list[str]:
     """Every `switchtitan COMMAND ...` in a block of shell commands, without its comment."""
-    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/USAGE.md"))
+    text = "\n".join((ROOT / name).read_text() for name in pages)
     blocks = re.findall(r"(?ms)^```bash\n(.*?)^```", text)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    starts = tuple(f"switchtitan {command} " for command in COMMANDS)
+    starts = tuple(f"switchtitan {command} " for command in commands)
     return [line.partition(" #")[0].strip() for line in lines if line.startswith(starts)]
 
 
@@ -59,3 +64,23 @@ def test_a_shown_command_runs(line, folder, monkeypatch, capsys):
         pytest.importorskip("lm_eval", reason="the package lm-eval is not installed")
     importlib.import_module(f"switchtitan.cli.{command.replace('-', '_')}").main(arguments)
     assert capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the runs and the comparison of docs/OBSERVE.md."""
+    folder = tmp_path_factory.mktemp("reported")
+    for run in (SHOWN_RUN, "outputs/interval_10"):
+        write_run(folder / run)
+    (folder / "outputs" / "comparison").symlink_to(folder / "out")
+    finish_comparison(write_grid(folder))
+    return folder
+
+
+@pytest.mark.parametrize("line", shown_commands(["report"], ["docs/OBSERVE.md"]))
+def test_a_shown_report_is_written(line, reported, monkeypatch, capsys):
+    monkeypatch.chdir(reported)
+    importlib.import_module("switchtitan.cli.report").main(shlex.split(line)[2:])
+    file = capsys.readouterr().out.strip()
+    assert '"notes":[]' in Path(file).read_text()  # nothing is missing
+    assert file in ("report.html", "comparison.html")
