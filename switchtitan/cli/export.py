@@ -17,7 +17,7 @@ from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.data.corpus_files import TOKENIZER_FILE
 from switchtitan.errors import UserError, exit_for
-from switchtitan.hub.huggingface import export_dense
+from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_config
 
 

@@ -28,7 +28,8 @@ from support.word_tokenizer import save_tokenizer
 
 from switchtitan.config.fields import is_section_type
 from switchtitan.data.sources import files
-from switchtitan.hub.huggingface import export_dense, parameter_shapes
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.huggingface import parameter_shapes
 from switchtitan.job.config import JobConfig, parse_arguments
 
 DOCUMENTS = make_documents(20)

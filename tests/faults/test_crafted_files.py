@@ -26,7 +26,8 @@ from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import DataConfig, prepare_corpus
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
-from switchtitan.hub.huggingface import export_dense, parameter_shapes
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.huggingface import parameter_shapes
 
 
 class Payload:

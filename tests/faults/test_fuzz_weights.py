@@ -15,7 +15,8 @@ from support.tiny import tiny_config
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.hub import huggingface
-from switchtitan.hub.huggingface import export_dense, parameter_shapes, read_config
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.huggingface import parameter_shapes, read_config
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.models import MODELS

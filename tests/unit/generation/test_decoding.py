@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from switchtitan.generation.decoding import continuations
 from switchtitan.generation.sampling import Sampler, Sampling
-from switchtitan.hub.huggingface import export_dense
+from switchtitan.hub.export_folder import export_dense
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.models.llama.model import Llama

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from switchtitan.errors import CheckpointError, CorpusError
-from switchtitan.hub.huggingface import export_dense, read_dense
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, ConfigError
-from switchtitan.hub.huggingface import export_dense, parameter_shapes
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.huggingface import parameter_shapes
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.models import MODELS

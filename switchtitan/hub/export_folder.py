@@ -1,0 +1,149 @@
+"""Write folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+Writing changes neither names nor values.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from switchtitan.contracts import ModelConfig
+from switchtitan.errors import CheckpointError, CorpusError
+from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes
+from switchtitan.hub.weight_files import check_shapes
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Larger weights are split over several files."""
+
+
+def export_dense(
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    seq_len: int = 2048,
+    tokenizer_file: Path | None = None,
+    eos_id: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
+
+    Writes to a partial folder and renames it when it is complete.
+
+    Args:
+        state: all weights of the plain model by name, on any device, in any floating-point dtype.
+        folder: the folder to write, absent or empty.
+        dtype: the dtype of the stored weights.
+        seq_len: tokens per sequence in training; max_position_embeddings in the config.
+        tokenizer_file: a tokenizer.json to copy next to the weights.
+        eos_id: the token that ends a document.
+        max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
+
+    Raises:
+        CheckpointError: if the folder is not empty, names or shapes do not match the model, or
+            transformers has no class for it.
+        CorpusError: if the tokenizer cannot be read or has no token `eos_id`.
+    """
+    huggingface_config = config.huggingface_config(seq_len)
+    if huggingface_config is None:
+        raise CheckpointError(
+            f"[model] name = {config.name!r}: transformers has no class for this model"
+        )
+    check_shapes(
+        state, parameter_shapes(config), "the model to export", "Export the merged, dense weights."
+    )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder} exists and is not empty; choose another folder or remove it first"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        _write_json(partial / CONFIG_NAME, {**huggingface_config, **_stored_as(dtype, eos_id)})
+        if tokenizer_file is not None:
+            _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
+        _write_weights(state, partial, dtype, max_shard_bytes)
+        partial.replace(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
+    """Returns the keys of config.json that do not depend on the model."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "torch_dtype": dtype_name,
+        "dtype": dtype_name,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+    }
+
+
+def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: int | None) -> None:
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise CorpusError(f"{tokenizer_file} is not a tokenizer.json ({error})") from error
+    settings: dict[str, object] = {
+        # This class uses tokenizer.json unchanged; LlamaTokenizer would rebuild the pre-tokenizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_len,
+    }
+    if eos_id is not None:
+        eos_token = tokenizer.id_to_token(eos_id)
+        if eos_token is None:
+            raise CorpusError(f"{tokenizer_file} has no token {eos_id}, the end-of-document token")
+        settings["eos_token"] = eos_token
+    shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_weights(
+    state: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    shards = _split_into_shards(state, dtype.itemsize, max_shard_bytes)
+    file_of: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = WEIGHTS_NAME
+        if len(shards) > 1:
+            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        converted = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(converted, folder / file_name, metadata={"format": "pt"})
+        # safetensors creates files that only their owner can read.
+        shutil.copymode(folder / CONFIG_NAME, folder / file_name)
+        file_of.update(dict.fromkeys(names, file_name))
+    if len(shards) > 1:
+        total_size = sum(value.numel() for value in state.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+        _write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
+
+
+def _split_into_shards(
+    state: dict[str, Tensor], itemsize: int, max_shard_bytes: int
+) -> list[list[str]]:
+    """Returns the names by shard, in order; a tensor above the limit has its own shard."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, value in state.items():
+        num_bytes = value.numel() * itemsize
+        if shards[-1] and filled + num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += num_bytes
+    return shards
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
