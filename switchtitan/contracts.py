@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -360,6 +361,17 @@ def replicated_values(optimizer: TrainingOptimizer) -> dict[str, Tensor]:
     return optimizer.replicated() if isinstance(optimizer, HoldsReplicated) else {}
 
 
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """A part of a layer's weight [out, in]: scale * lora_b^T lora_a."""
+
+    lora_a: Tensor
+    """[rank, in]."""
+    lora_b: Tensor
+    """[rank, out]: B is stored transposed."""
+    scale: float
+
+
 class Method(ABC, Generic[MethodConfigT]):
     """A way to parametrize and train a model's weights, e.g. full rank or LoRA.
 
@@ -393,10 +405,20 @@ class Method(ABC, Generic[MethodConfigT]):
         Telemetry, export, warm starts and spectra of checkpoints all use it. Default: the identity.
 
         Args:
-            tensors: full (unsharded) tensors by their names in the prepared model. Contains all
-                parameters. May contain buffers, which must not affect the result.
+            tensors: full (unsharded) tensors by their names in the prepared model: all parameters
+                of some modules. May contain buffers, which must not affect the result.
 
         Returns:
             fp32 tensors by the plain model's names.
         """
         return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+
+    def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+        """Return the layers whose weight is `weight` plus a low-rank update, by qualified name.
+
+        Default: none.
+
+        Args:
+            tensors: as for `dense_weights`.
+        """
+        return {}

@@ -12,13 +12,11 @@ from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
-from switchtitan.hub.initial_weights import (
-    read_dense_checkpoint,
-    read_initial_weights,
-    saved_model_config,
-)
+from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.hub.peft_folder import folder_of_model
 from switchtitan.models import MODELS
 
 _GENERATION_NAME = "generation_config.json"
@@ -69,7 +67,7 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
         CheckpointError: if the weights cannot be read or do not match the model.
         ConfigError: if a `config.json` describes no model that is supported.
     """
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of_model(path) if path.is_dir() else path.parent
     if config is not None:
         source, tensors = read_initial_weights(path, config)
         return TrainedModel(source, config, tensors, None, _read_if_present(folder / CONFIG_NAME))

@@ -10,13 +10,14 @@ from switchtitan.checkpoint.find import (
     find_given,
     find_latest,
 )
-from switchtitan.checkpoint.load import load_tensors_, read_tensors
+from switchtitan.checkpoint.load import SavedTensors, load_tensors_, read_tensors
 from switchtitan.checkpoint.metadata import CheckpointMetadata, read_metadata
 
 __all__ = [
     "CheckpointConfig",
     "CheckpointMetadata",
     "Checkpointer",
+    "SavedTensors",
     "check_given_paths",
     "check_output_folder",
     "check_same_run",

@@ -1,7 +1,7 @@
 """Load a checkpoint's tensors on any number of ranks."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -46,28 +46,51 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     run_together(lambda: _read_into_(path, tensors), group=None)
 
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Returns the tensors whose names start with `prefix`, as full tensors on the CPU.
+class SavedTensors:
+    """The tensors of a checkpoint whose names start with a prefix, read on request.
 
     The prefix is removed from the names. Needs no process group.
 
     Raises:
         CheckpointError: if the checkpoint is not complete or has no such tensor.
     """
-    check_files(path)
-    records = {
-        name: t for name, t in read_tensors_index(path).tensors.items() if name.startswith(prefix)
-    }
-    if not records:
-        raise CheckpointError(f"{path}: holds no tensor whose name starts with {prefix!r}")
-    tensors = {
-        name: torch.empty(t.shape, dtype=dtype_named(t.dtype)) for name, t in records.items()
-    }
-    try:
-        _read_into_(path, tensors)
-    except CheckpointException as error:
-        raise_unwrapped(error)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        check_files(path)
+        self._path, self._prefix = path, prefix
+        self.on_meta: dict[str, Tensor] = {
+            name.removeprefix(prefix): torch.empty(
+                record.shape, dtype=dtype_named(record.dtype), device="meta"
+            )
+            for name, record in read_tensors_index(path).tensors.items()
+            if name.startswith(prefix)
+        }
+        """All names, with shapes and dtypes."""
+        if not self.on_meta:
+            raise CheckpointError(f"{path}: holds no tensor whose name starts with {prefix!r}")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns full tensors on the CPU.
+
+        Raises:
+            CheckpointError: if a tensor cannot be read.
+        """
+        tensors = {name: torch.empty_like(self.on_meta[name], device="cpu") for name in names}
+        try:
+            _read_into_(self._path, {f"{self._prefix}{name}": t for name, t in tensors.items()})
+        except CheckpointException as error:
+            raise_unwrapped(error)
+        return tensors
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Returns the tensors whose names start with `prefix`, see `SavedTensors`.
+
+    Raises:
+        CheckpointError: if the checkpoint is not complete or has no such tensor.
+    """
+    saved = SavedTensors(path, prefix)
+    return saved.read(saved.on_meta)
 
 
 def _read_into_(path: Path, tensors: Mapping[str, Tensor]) -> None:

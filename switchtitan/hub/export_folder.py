@@ -6,24 +6,46 @@ Writing changes neither names nor values.
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError
+from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes
 from switchtitan.hub.weight_files import check_shapes
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
+GENERATION_NAME = "generation_config.json"
+_DELAY_S = 3.0
+"""Shorter work shows no progress bar."""
+
+
+class DenseWeights(Protocol):
+    """The weights of a plain model, read on request."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of all weights by name, in the order of the files."""
+        ...
+
+    def read(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Returns some weights, on any device, in any floating-point dtype."""
+        ...
 
 
 def export_dense(
-    state: dict[str, Tensor],
+    weights: DenseWeights,
     config: ModelConfig,
     folder: Path,
     dtype: torch.dtype,
@@ -32,19 +54,23 @@ def export_dense(
     tokenizer_file: Path | None = None,
     eos_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Writes to a partial folder and renames it when it is complete.
+    Writes to a partial folder and renames it when it is complete. Holds one weights file and one
+    layer in memory.
 
     Args:
-        state: all weights of the plain model by name, on any device, in any floating-point dtype.
+        weights: all weights of the plain model.
         folder: the folder to write, absent or empty.
         dtype: the dtype of the stored weights.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
         tokenizer_file: a tokenizer.json to copy next to the weights.
         eos_id: the token that ends a document.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
+        finish: called with the partial folder before it is renamed: adds files, or raises if the
+            folder is not right.
 
     Raises:
         CheckpointError: if the folder is not empty, names or shapes do not match the model, or
@@ -57,7 +83,10 @@ def export_dense(
             f"[model] name = {config.name!r}: transformers has no class for this model"
         )
     check_shapes(
-        state, parameter_shapes(config), "the model to export", "Export the merged, dense weights."
+        weights.shapes,
+        parameter_shapes(config),
+        "the model to export",
+        "Export the merged, dense weights.",
     )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
@@ -69,9 +98,11 @@ def export_dense(
     partial.mkdir()
     try:
         _write_json(partial / CONFIG_NAME, {**huggingface_config, **_stored_as(dtype, eos_id)})
+        _write_json(partial / GENERATION_NAME, _generation_config(eos_id))
         if tokenizer_file is not None:
             _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
-        _write_weights(state, partial, dtype, max_shard_bytes)
+        _write_weights(weights, partial, dtype, max_shard_bytes)
+        finish(partial)
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,6 +119,10 @@ def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
         "eos_token_id": eos_id,
         "pad_token_id": None,
     }
+
+
+def _generation_config(eos_id: int | None) -> dict[str, object]:
+    return {"do_sample": True, "bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
 
 
 def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: int | None) -> None:
@@ -110,33 +145,40 @@ def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: i
 
 
 def _write_weights(
-    state: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    weights: DenseWeights, folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    shards = _split_into_shards(state, dtype.itemsize, max_shard_bytes)
+    shards = _split_into_shards(weights.shapes, dtype.itemsize, max_shard_bytes)
     file_of: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = WEIGHTS_NAME
-        if len(shards) > 1:
-            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        converted = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(converted, folder / file_name, metadata={"format": "pt"})
-        # safetensors creates files that only their owner can read.
-        shutil.copymode(folder / CONFIG_NAME, folder / file_name)
-        file_of.update(dict.fromkeys(names, file_name))
+    with tqdm(
+        total=len(weights.shapes), desc="exporting", unit=" weights", delay=_DELAY_S, disable=None
+    ) as progress:
+        for number, names in enumerate(shards, start=1):
+            file_name = WEIGHTS_NAME
+            if len(shards) > 1:
+                file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            converted: dict[str, Tensor] = {}
+            for _, group in groupby(names, module_of):
+                for name, value in weights.read(group).items():
+                    converted[name] = value.detach().to("cpu", dtype).contiguous()
+                    progress.update()
+            save_file(converted, folder / file_name, metadata={"format": "pt"})
+            # safetensors creates files that only their owner can read.
+            shutil.copymode(folder / CONFIG_NAME, folder / file_name)
+            file_of.update(dict.fromkeys(names, file_name))
     if len(shards) > 1:
-        total_size = sum(value.numel() for value in state.values()) * dtype.itemsize
+        total_size = sum(map(prod, weights.shapes.values())) * dtype.itemsize
         index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
         _write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
 
 
 def _split_into_shards(
-    state: dict[str, Tensor], itemsize: int, max_shard_bytes: int
+    shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int
 ) -> list[list[str]]:
     """Returns the names by shard, in order; a tensor above the limit has its own shard."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, value in state.items():
-        num_bytes = value.numel() * itemsize
+    for name, shape in shapes.items():
+        num_bytes = prod(shape) * itemsize
         if shards[-1] and filled + num_bytes > max_shard_bytes:
             shards.append([])
             filled = 0

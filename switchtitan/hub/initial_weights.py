@@ -2,16 +2,16 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from switchtitan.checkpoint import check_same_run, find_given, read_metadata, read_tensors
+from switchtitan.checkpoint import check_same_run, find_given
 from switchtitan.checkpoint.layout import METADATA_FILE
 from switchtitan.checkpoint.metadata import file_record
-from switchtitan.contracts import Method, ModelConfig
-from switchtitan.distributed.precision import full_precision
-from switchtitan.errors import CheckpointError, ConfigError
+from switchtitan.contracts import ModelConfig
+from switchtitan.errors import CheckpointError
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.hub.huggingface import (
     check_config,
     parameter_shapes,
@@ -19,9 +19,7 @@ from switchtitan.hub.huggingface import (
     without_copies,
 )
 from switchtitan.hub.original import SCALE_FILE, is_original, read_original_dense
-from switchtitan.methods import METHODS
-from switchtitan.models import MODELS
-from switchtitan.registry import ConfigT, Registry
+from switchtitan.hub.peft_folder import folder_of_model, is_adapter, read_adapted
 
 
 class InitialWeights(NamedTuple):
@@ -36,8 +34,9 @@ class InitialWeights(NamedTuple):
 def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     """Reads the plain model's weights.
 
-    `path` is a safetensors file, a folder in Hugging Face's layout, a folder `model_<step>` of the
-    original implementation, or a checkpoint or run of any method.
+    `path` is a safetensors file, a folder in Hugging Face's layout, a folder with a PEFT adapter,
+    which is merged, a folder `model_<step>` of the original implementation, or a checkpoint or run
+    of any method.
 
     Args:
         config: the plain model's section.
@@ -54,8 +53,8 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
         weights = read_dense_checkpoint(source)
     else:
         # Before the shapes, since a key of config.json says more than the shapes that follow.
-        check_config(config, path)
-        weights = read_original_dense(path) if is_original(path) else read_dense(path)
+        check_config(config, folder_of_model(path))
+        weights = _read_weights(path)
         weights = without_copies(weights, config, path)
     expected = parameter_shapes(config)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -78,52 +77,19 @@ def fingerprint(source: Path) -> str:
     """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata."""
     if source.is_dir():
         metadata = source / METADATA_FILE
-        files = [metadata] if metadata.is_file() else sorted(source.glob("*.safetensors"))
+        folders = {source: None, folder_of_model(source): None}  # an ordered set
+        weights = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        files = [metadata] if metadata.is_file() else weights
         files = files or sorted([*source.glob("*.bin"), *source.glob(SCALE_FILE)])
     else:
         files = [source]
     return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
 
 
-@full_precision()
-def read_dense_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
-    """Returns the dense fp32 weights of a checkpoint of any method, by the plain model's names.
-
-    Args:
-        checkpoint: as `find_given` returns it, which has verified all its bytes.
-
-    Raises:
-        CheckpointError: if the checkpoint is not complete, or this version does not know its
-            method.
-    """
-    return _saved_method(checkpoint).dense_weights(read_tensors(checkpoint, prefix="model."))
-
-
-def saved_model_config(checkpoint: Path) -> ModelConfig:
-    """Returns the section `[model]` of the run that saved a checkpoint.
-
-    Raises:
-        CheckpointError: if this version does not know its model.
-    """
-    return _restore(checkpoint, MODELS)
-
-
-def _saved_method(checkpoint: Path) -> Method:
-    metadata = read_metadata(checkpoint)
-    seed = metadata.identity_number("job", "seed")
-    return METHODS.build(_restore(checkpoint, METHODS), metadata.step, seed)
-
-
-def _restore(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:
-    section = read_metadata(checkpoint).identity.get(registry.kind)
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{checkpoint}: metadata.json has no section for the {registry.kind}")
-    try:
-        return registry.restore(section)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{checkpoint}: this version of switchtitan does not know its {registry.kind} ({error})"
-        ) from error
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if is_original(path):
+        return read_original_dense(path)
+    return read_adapted(path) if is_adapter(path) else read_dense(path)
 
 
 def _is_safetensors(path: Path) -> bool:

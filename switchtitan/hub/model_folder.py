@@ -8,20 +8,24 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import exists
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
+from switchtitan.hub.peft_folder import folder_of_model
 from switchtitan.models import MODELS
 
 
 def read_model_folder(folder: Path) -> dict[str, object]:
     """Returns all keys of `[model]` that a folder's config.json determines, with `name`.
 
+    Args:
+        folder: in Hugging Face's layout, or with a PEFT adapter, whose base model is read.
+
     Raises:
         ConfigError: if there is no config.json, or it describes a model that is not supported;
             names the keys, and what is supported.
     """
-    file = folder / CONFIG_NAME
-    if not exists(file):
-        raise ConfigError(f"no file {file}; expected a folder in Hugging Face's layout")
     try:
+        file = folder_of_model(folder) / CONFIG_NAME
+        if not exists(file):
+            raise ConfigError(f"no file {file}; expected a folder in Hugging Face's layout")
         found = read_config(file)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error

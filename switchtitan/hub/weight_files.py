@@ -1,9 +1,8 @@
 """Find the weights in a folder in Hugging Face's layout: one file, or several and an index."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
@@ -60,7 +59,10 @@ def _read_shard_files(index: Path) -> list[Path]:
 
 
 def check_shapes(
-    tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: Path | str, hint: str
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    source: Path | str,
+    hint: str,
 ) -> None:
     """Checks names and shapes.
 
@@ -72,15 +74,15 @@ def check_shapes(
         CheckpointError: names the tensors that are missing, unexpected or of another shape.
     """
     wrong_shapes = [
-        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+        f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
+        if name in found and found[name] != shape
     ]
     problems = [
         f"{what}: {abbreviate(names)}"
         for what, names in (
-            ("missing", [name for name in expected if name not in tensors]),
-            ("unexpected", [name for name in tensors if name not in expected]),
+            ("missing", [name for name in expected if name not in found]),
+            ("unexpected", [name for name in found if name not in expected]),
             ("of another shape", wrong_shapes),
         )
         if names

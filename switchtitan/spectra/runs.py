@@ -11,7 +11,7 @@ from torch import Tensor
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
-from switchtitan.hub.initial_weights import saved_model_config
+from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.spectra.spectra_files import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.spectrum import (
     RankSummary,

@@ -12,12 +12,8 @@ from switchtitan.checkpoint import read_metadata
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.initial_weights import (
-    fingerprint,
-    read_dense_checkpoint,
-    read_initial_weights,
-    saved_model_config,
-)
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
+from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.models import MODELS
 from switchtitan.spectra.spectrum import select_layers, singular_values
 

@@ -13,7 +13,7 @@ from support.folders import draw_tokens, logits_of_transformers, save_random_mod
 from support.word_tokenizer import save_tokenizer
 
 from switchtitan.checkpoint import read_metadata
-from switchtitan.hub.initial_weights import read_dense_checkpoint, saved_model_config
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.models import MODELS
 
 pytestmark = pytest.mark.end_to_end

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support.commands import run
 from support.fault_report import record
 from support.fuzzing import limited_cpu_time, num_cases
+from support.held_weights import HeldWeights
 from support.tiny import TINY, tiny_config, tiny_trainer
 from support.tiny_documents import make_documents
 from support.word_tokenizer import save_tokenizer
@@ -268,8 +269,14 @@ def home(corpora: Path) -> Path:
     config = tiny_config(folder, "full_rank")
     next(folder.glob("full_rank-*.toml")).rename(folder / "run.toml")
     weights = {name: torch.ones(shape) for name, shape in parameter_shapes(config.model).items()}
-    export_dense(weights, config.model, folder / "hf", torch.float32)
-    export_dense(weights, config.model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
+    export_dense(HeldWeights(weights), config.model, folder / "hf", torch.float32)
+    export_dense(
+        HeldWeights(weights),
+        config.model,
+        folder / "sharded",
+        torch.float32,
+        max_shard_bytes=20_000,
+    )
     return folder
 
 

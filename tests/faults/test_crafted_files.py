@@ -21,6 +21,7 @@ import pytest
 import torch
 from support.checkpoints import rewrite_metadata, update_file_records
 from support.commands import Outcome, run
+from support.held_weights import HeldWeights
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
 
@@ -72,9 +73,9 @@ def run_folder(corpora: Path) -> Path:
         name: torch.randn(shape, generator=generator)
         for name, shape in parameter_shapes(config.model).items()
     }
-    export_dense(weights, config.model, corpora / "crafted" / "hf", torch.float32)
+    export_dense(HeldWeights(weights), config.model, corpora / "crafted" / "hf", torch.float32)
     export_dense(
-        weights, config.model, corpora / "crafted" / "hf-sharded", torch.float32,
+        HeldWeights(weights), config.model, corpora / "crafted" / "hf-sharded", torch.float32,
         max_shard_bytes=20_000,
     )  # fmt: skip
     return checkpoint.parent.parent

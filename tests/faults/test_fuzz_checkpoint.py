@@ -18,7 +18,8 @@ from switchtitan.builders.saved_config import saved_config
 from switchtitan.builders.start import read_state
 from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import find_given, load_tensors_, read_metadata, verify
-from switchtitan.hub.initial_weights import read_initial_weights, saved_model_config
+from switchtitan.hub.dense_checkpoint import saved_model_config
+from switchtitan.hub.initial_weights import read_initial_weights
 
 FILES = ("metadata.json", "tensors.json", "metadata.json.sha256", "__0_0.distcp", ".metadata")
 

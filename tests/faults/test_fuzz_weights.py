@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.fuzzing import FuzzError, fuzz, num_cases
+from support.held_weights import HeldWeights
 from support.mutations import mutate_bytes, mutate_json
 from support.tiny import tiny_config
 
@@ -114,7 +115,7 @@ def test_a_damaged_hugging_face_folder(
     bounded_memory: None,
 ) -> None:
     exported = tmp_path / "exported"
-    export_dense(weights, model, exported, torch.float32, max_shard_bytes=20_000)
+    export_dense(HeldWeights(weights), model, exported, torch.float32, max_shard_bytes=20_000)
     shard = min(exported.glob("model-00001-of-*.safetensors")).name
     files = ("config.json", "model.safetensors.index.json", shard)
     folder = Path(shutil.copytree(exported, tmp_path / "damaged"))

@@ -6,7 +6,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import (
+    LanguageModel,
+    LowRankUpdate,
+    Method,
+    OptimizerConfig,
+    TrainingOptimizer,
+)
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.linear import (
     InitialFactors,
@@ -62,17 +68,30 @@ class LowRankMethod(Method[LowRankSection]):
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns W + s B A for layers with factors, and all other tensors, in fp32."""
+        updates = self.low_rank_updates(tensors)
         dense = {}
         for name, tensor in super().dense_weights(tensors).items():
             layer_name, _, local_name = name.rpartition(".")
             if local_name in FACTORS:
                 continue
-            if local_name == "weight" and f"{layer_name}.lora_a" in tensors:
-                lora_a = tensors[f"{layer_name}.lora_a"].to(torch.float32)
-                lora_b = tensors[f"{layer_name}.lora_b"].to(torch.float32)
-                tensor = torch.addmm(tensor, lora_b.t(), lora_a, alpha=self.scale_of(layer_name))
+            if local_name == "weight" and layer_name in updates:
+                update = updates[layer_name]
+                lora_a, lora_b = update.lora_a.to(torch.float32), update.lora_b.to(torch.float32)
+                tensor = torch.addmm(tensor, lora_b.t(), lora_a, alpha=update.scale)
             dense[name] = tensor
         return dense
+
+    def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+        """Returns the factors of every layer that has them."""
+        layers = [
+            name.removesuffix(".lora_a") for name in tensors if name.endswith(f".{FACTORS[0]}")
+        ]
+        return {
+            layer: LowRankUpdate(
+                tensors[f"{layer}.lora_a"], tensors[f"{layer}.lora_b"], self.scale_of(layer)
+            )
+            for layer in layers
+        }
 
     def _build_layer(self, name: str, linear: nn.Linear) -> LowRankLinear:
         return low_rank_layer_for(

@@ -91,7 +91,9 @@ def test_an_export_without_the_corpus_reports_no_tokenizer(
     script.main(["--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out")])
     assert "none: the run's corpus is not at elsewhere/pystdlib-" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
+        "generation_config.json",
         "model.safetensors",
     ]
 

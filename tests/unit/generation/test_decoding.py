@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.held_weights import HeldWeights
 from support.tiny import COMPILED, full_tensors, tiny_trainer, train_steps
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -127,7 +128,9 @@ def test_prompts_do_not_affect_each_other(model):
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path: Path):
     config = CONFIGS[name]
     model = random_model(config)
-    export_dense(model.state_dict(), config, tmp_path / "out", torch.float32, seq_len=64)
+    export_dense(
+        HeldWeights(model.state_dict()), config, tmp_path / "out", torch.float32, seq_len=64
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for prompt, ours in zip(PROMPTS, run(model, num_tokens=30), strict=True):
         generated = theirs.generate(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.held_weights import HeldWeights
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +48,12 @@ def test_transformers_computes_our_logits_from_the_exported_folder(
     state: dict[str, Tensor], tmp_path: Path, max_shard_bytes: int
 ) -> None:
     export_dense(
-        state, CONFIG, tmp_path / "out", torch.float32, seq_len=64, max_shard_bytes=max_shard_bytes
+        HeldWeights(state),
+        CONFIG,
+        tmp_path / "out",
+        torch.float32,
+        seq_len=64,
+        max_shard_bytes=max_shard_bytes,
     )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = MODELS.build(CONFIG)
@@ -63,7 +69,9 @@ def test_transformers_computes_our_logits_from_the_exported_folder(
 def test_export_and_read_change_neither_names_nor_values(
     state: dict[str, Tensor], tmp_path: Path, max_shard_bytes: int
 ) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=max_shard_bytes)
+    export_dense(
+        HeldWeights(state), CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=max_shard_bytes
+    )
     back = read_initial_weights(tmp_path / "out", CONFIG).tensors
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
@@ -72,7 +80,7 @@ def test_export_and_read_change_neither_names_nor_values(
 def test_weights_saved_by_transformers_are_read_under_the_same_names(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+    export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
@@ -84,7 +92,9 @@ def test_shards_stay_below_the_limit_and_hold_each_weight_once(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     limit = 20_000
-    export_dense(state, CONFIG, tmp_path / "out", torch.bfloat16, max_shard_bytes=limit)
+    export_dense(
+        HeldWeights(state), CONFIG, tmp_path / "out", torch.bfloat16, max_shard_bytes=limit
+    )
     names: list[str] = []
     files = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
     assert len(files) > 1
@@ -99,7 +109,7 @@ def test_shards_stay_below_the_limit_and_hold_each_weight_once(
 
 
 def test_bf16_export_rounds_each_value_once(state: dict[str, Tensor], tmp_path: Path) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.bfloat16)
+    export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.bfloat16)
     back = read_dense(tmp_path / "out")
     assert all(torch.equal(back[name], value.bfloat16()) for name, value in state.items())
     assert (
@@ -113,7 +123,7 @@ def test_exported_tokenizer_equals_the_given_one(state: dict[str, Tensor], tmp_p
     )
     tokenizer.save(str(tmp_path / "given.json"))
     export_dense(
-        state,
+        HeldWeights(state),
         CONFIG,
         tmp_path / "out",
         torch.float32,
@@ -130,13 +140,13 @@ def test_a_folder_with_files_is_refused(state: dict[str, Tensor], tmp_path: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     with pytest.raises(CheckpointError, match=r"out exists and is not empty; choose another"):
-        export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+        export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_an_empty_folder_is_accepted(state: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+    export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     assert read_dense(tmp_path / "out").keys() == state.keys()
 
 
@@ -144,7 +154,7 @@ def test_a_failed_export_leaves_nothing_behind(state: dict[str, Tensor], tmp_pat
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"broken\.json is not a tokenizer"):
         export_dense(
-            state,
+            HeldWeights(state),
             CONFIG,
             tmp_path / "out",
             torch.float32,
@@ -161,7 +171,7 @@ def test_export_names_missing_unexpected_and_misshapen_weights(
     state["model.layers.0.self_attn.q_proj.lora_a"] = torch.zeros(2, 36)
     state["model.norm.weight"] = torch.zeros(35)
     with pytest.raises(CheckpointError) as caught:
-        export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+        export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     caught.match(r"missing: lm_head\.weight")
     caught.match(r"unexpected: model\.layers\.0\.self_attn\.q_proj\.lora_a")
     caught.match(r"model\.norm\.weight \[35\] instead of \[36\]")
@@ -181,14 +191,14 @@ def test_export_names_missing_unexpected_and_misshapen_weights(
 def test_weights_of_another_model_are_refused(
     state: dict[str, Tensor], tmp_path: Path, override: dict, words: str
 ) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+    export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     other = LlamaConfig(**{**CONFIG.model_dump(), **override})
     with pytest.raises(CheckpointError, match=words):
         read_initial_weights(tmp_path / "out", other)
 
 
 def test_scaled_rotary_positions_are_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+    export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     del config["rope_parameters"]
@@ -223,7 +233,9 @@ def test_damaged_and_missing_files_are_named(state: dict[str, Tensor], tmp_path:
         read_dense(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
         read_dense(tmp_path)
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=20_000)
+    export_dense(
+        HeldWeights(state), CONFIG, tmp_path / "out", torch.float32, max_shard_bytes=20_000
+    )
     shard = sorted((tmp_path / "out").glob("model-*"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(
@@ -252,7 +264,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_dimensions_reach_the_exported_config(state: dict[str, Tensor], tmp_path: Path) -> None:
-    export_dense(state, CONFIG, tmp_path / "out", torch.float32)
+    export_dense(HeldWeights(state), CONFIG, tmp_path / "out", torch.float32)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (
         LlamaDimensions(

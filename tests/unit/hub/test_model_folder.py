@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.folders import KINDS, draw_tokens, logits_of_transformers, save_random_model
+from support.held_weights import HeldWeights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -97,7 +98,7 @@ def test_an_export_has_the_bits_of_the_folder_and_transformers_logits(
 ) -> None:
     config = read_section(folders[kind])
     weights = read_initial_weights(folders[kind], config).tensors
-    export_dense(weights, config, tmp_path / "out", torch.float32, seq_len=16)
+    export_dense(HeldWeights(weights), config, tmp_path / "out", torch.float32, seq_len=16)
     given = {
         name: tensor
         for file in folders[kind].glob("*.safetensors")

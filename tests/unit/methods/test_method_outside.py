@@ -15,7 +15,7 @@ from switchtitan.builders.trainer import build_trainer
 from switchtitan.checkpoint import read_tensors
 from switchtitan.cli import export
 from switchtitan.distributed.world import start_world, stop_world
-from switchtitan.hub.initial_weights import read_dense_checkpoint
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig

@@ -9,7 +9,7 @@ from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from switchtitan.distributed.shards import gather_on_main, local
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.initial_weights import read_dense_checkpoint
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank import low_rank_layers
 from switchtitan.models import MODELS

@@ -1,0 +1,134 @@
+"""Read the dense weights of a checkpoint of any method."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchtitan.checkpoint import SavedTensors, read_metadata
+from switchtitan.contracts import LanguageModel, LowRankUpdate, Method, ModelConfig
+from switchtitan.distributed.precision import full_precision
+from switchtitan.errors import CheckpointError, ConfigError
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.registry import ConfigT, Registry
+
+
+class DenseCheckpoint:
+    """The fp32 weights of the plain model that is equivalent to a checkpoint's.
+
+    Reads only the modules that are asked for, and no buffers.
+
+    Args:
+        checkpoint: as `find_given` returns it, which has verified all its bytes.
+
+    Raises:
+        CheckpointError: if the checkpoint is not complete, or this version does not know its model
+            or method.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.config = saved_model_config(checkpoint)
+        """The plain model's section."""
+        self._method = _saved_method(checkpoint)
+        self._saved = SavedTensors(checkpoint, prefix="model.")
+        trained = {name for name, _ in self.prepared_model().named_parameters()}
+        on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
+        self._names = list(on_meta)
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape)
+            for name, tensor in self._method.dense_weights(on_meta).items()
+        }
+        """Shapes of the weights by the plain model's names."""
+
+    def prepared_model(self) -> LanguageModel:
+        """Returns the model as the method trains it, on the meta device, without gradients."""
+        with torch.device("meta"):
+            model = MODELS.build(self.config)
+            self._method.prepare_model(model)
+        return model.requires_grad_(False).eval()
+
+    @full_precision()
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns some of the weights.
+
+        Raises:
+            CheckpointError: if a tensor cannot be read.
+        """
+        names = list(names)
+        dense = self._method.dense_weights(self.read_trained(map(module_of, names)))
+        return {name: dense[name] for name in names}
+
+    def read_base(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns some of the weights without their low-rank updates, as `read` does."""
+        names = list(names)
+        tensors = self.read_trained(map(module_of, names))
+        updated = self._method.low_rank_updates(tensors)
+        dense = self._method.dense_weights(tensors)
+        return {
+            name: (tensors if module_of(name) in updated else dense)[name].to(torch.float32)
+            for name in names
+        }
+
+    def low_rank_updates(self) -> Mapping[str, LowRankUpdate]:
+        """Returns the low-rank updates of all layers, on the meta device, by name; see `Method`."""
+        on_meta = {name: self._saved.on_meta[name] for name in self._names}
+        return self._method.low_rank_updates(on_meta)
+
+    def read_low_rank_update(self, layer: str) -> LowRankUpdate:
+        """Returns the update of one layer."""
+        return self._method.low_rank_updates(self.read_trained([layer]))[layer]
+
+    def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
+        """Returns the parameters of some modules and their children, as the method trains them.
+
+        Args:
+            modules: qualified names.
+        """
+        prefixes = tuple({f"{module}." if module else "" for module in modules})
+        return self._saved.read(name for name in self._names if name.startswith(prefixes))
+
+
+def module_of(name: str) -> str:
+    """Returns the qualified name of the module that owns a tensor."""
+    return name.rpartition(".")[0]
+
+
+def read_dense_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
+    """Returns all dense fp32 weights of a checkpoint, see `DenseCheckpoint`.
+
+    Raises:
+        CheckpointError: if the checkpoint is not complete, or this version does not know its model
+            or method.
+    """
+    dense = DenseCheckpoint(checkpoint)
+    return dense.read(dense.shapes)
+
+
+def saved_model_config(checkpoint: Path) -> ModelConfig:
+    """Returns the section `[model]` of the run that saved a checkpoint.
+
+    Raises:
+        CheckpointError: if this version does not know its model.
+    """
+    return _restore(checkpoint, MODELS)
+
+
+def _saved_method(checkpoint: Path) -> Method:
+    metadata = read_metadata(checkpoint)
+    seed = metadata.identity_number("job", "seed")
+    return METHODS.build(_restore(checkpoint, METHODS), metadata.step, seed)
+
+
+def _restore(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:
+    section = read_metadata(checkpoint).identity.get(registry.kind)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{checkpoint}: metadata.json has no section for the {registry.kind}")
+    try:
+        return registry.restore(section)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{checkpoint}: this version of switchtitan does not know its {registry.kind} ({error})"
+        ) from error

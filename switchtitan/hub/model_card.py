@@ -1,0 +1,77 @@
+"""The README.md of an exported model."""
+
+from pathlib import Path
+
+from switchtitan.checkpoint import CheckpointMetadata
+
+CARD_NAME = "README.md"
+_FENCE = "~~~~~~~~"
+"""No TOML string that a configuration shows contains it at the start of a line."""
+
+
+def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, files: str) -> None:
+    """Writes what the model is, how it was trained, its losses and its configuration.
+
+    Args:
+        metadata: of the checkpoint.
+        command: the command that exported it.
+        files: a sentence on what the folder holds and how to load it.
+    """
+    state, corpus = metadata.train_state, metadata.identity.get("corpus")
+    name = corpus.get("name") if isinstance(corpus, dict) else None
+    facts = {
+        "method": _chosen(metadata, "method"),
+        "model": _chosen(metadata, "model"),
+        "corpus": name,
+        "steps": metadata.step,
+        "tokens seen": state.get("tokens_seen"),
+        "started from": state.get("initial_weights") or "random weights",
+        "validation loss before training": _loss(state.get("first_validation_loss")),
+        "last validation loss": _loss(state.get("last_validation_loss")),
+        "compute dtype": state.get("compute_dtype"),
+        "trained with": ", ".join(f"{key} {value}" for key, value in metadata.versions.items()),
+        "exported by": f"`{command}`",
+    }
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [switchtitan]",
+        "---",
+        "",
+        "# A language model trained with switchtitan",
+        "",
+        files,
+        "",
+        "| | |",
+        "|---|---|",
+        *rows,
+        "",
+        "The model has seen no text but its training corpus, and was not tuned to follow "
+        "instructions. Its license is for its owner to choose.",
+        "",
+        "## Configuration of the run",
+        "",
+        f"{_FENCE}toml",
+        metadata.config.strip(),
+        _FENCE,
+        "",
+    ]
+    (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _chosen(metadata: CheckpointMetadata, section: str) -> str | None:
+    values = metadata.identity.get(section)
+    if not isinstance(values, dict):
+        return None
+    keys = ("name", "size", "rank")
+    return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
+
+
+def _loss(value: object) -> str | None:
+    return f"{value:.4f}" if isinstance(value, float) else None
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,220 @@
+"""Write and read LoRA adapters in the layout of Hugging Face's PEFT."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from switchtitan.distributed.precision import full_precision
+from switchtitan.errors import CheckpointError, abbreviate
+from switchtitan.files import file_inside
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.huggingface import CONFIG_NAME, read_config, read_dense
+from switchtitan.hub.weight_files import find_weight_files
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
+BASE_FOLDER = "base"
+"""The frozen model, inside the adapter's folder."""
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_NOT_SUPPORTED = {
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "bias": (None, "none"),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "megatron_config": (None,),
+}
+"""Key of an adapter's configuration -> the values that mean a plain adapter."""
+
+
+class BaseWeights:
+    """The weights of a checkpoint without its low-rank updates; a `hub.export_folder.DenseWeights`.
+
+    Raises:
+        CheckpointError: if the checkpoint has no low-rank updates.
+    """
+
+    def __init__(self, checkpoint: DenseCheckpoint) -> None:
+        if not checkpoint.low_rank_updates():
+            raise CheckpointError(
+                "--format peft: the run's method has no low-rank factors; export it without "
+                "--format"
+            )
+        self._checkpoint = checkpoint
+        self.shapes: Mapping[str, tuple[int, ...]] = checkpoint.shapes
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns some of the weights."""
+        return self._checkpoint.read_base(names)
+
+
+def write_adapter(
+    checkpoint: DenseCheckpoint, folder: Path, base: Path, dtype: torch.dtype
+) -> None:
+    """Writes the low-rank updates of a checkpoint as an adapter that PEFT loads.
+
+    PEFT's B is [out, rank], and its scale is `lora_alpha` / `r`.
+
+    Args:
+        folder: an existing folder.
+        base: where the base model will be, for `AutoPeftModelForCausalLM`.
+        dtype: of the stored factors.
+    """
+    updates = checkpoint.low_rank_updates()
+    ranks = {layer: update.lora_a.shape[0] for layer, update in updates.items()}
+    alphas = {layer: update.scale * ranks[layer] for layer, update in updates.items()}
+    rank, alpha = _most_frequent(ranks.values()), _most_frequent(alphas.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        # Of layers that differ from `r` and `lora_alpha`.
+        "rank_pattern": {layer: value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(updates),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
+    factors = {}
+    for layer in updates:
+        update = checkpoint.read_low_rank_update(layer)
+        for name, factor in (("A", update.lora_a), ("B", update.lora_b.t())):
+            factors[f"{_PREFIX}{layer}.lora_{name}.weight"] = factor.to(dtype).contiguous()
+    save_file(factors, folder / ADAPTER_NAME, metadata={"format": "pt"})
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is the folder of an adapter."""
+    return (path / ADAPTER_CONFIG_NAME).is_file()
+
+
+def folder_of_model(path: Path) -> Path:
+    """Returns the folder of an adapter's base model, or `path` itself if it is no adapter.
+
+    Raises:
+        CheckpointError: as `Adapter`.
+    """
+    return Adapter(path).base if is_adapter(path) else path
+
+
+class Adapter:
+    """An adapter and the folder of its base model.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, the base model is not on this machine, or
+            the adapter is of a kind that is not supported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._config_file = folder / ADAPTER_CONFIG_NAME
+        self._config = read_config(self._config_file)
+        _check_kind(self._config_file, self._config)
+        self.base = _base_of(folder, self._config)
+        (self._file,) = find_weight_files(file_inside(folder, ADAPTER_NAME), ADAPTER_NAME)
+        matches = {name: _FACTOR.fullmatch(name) for name in self._open(lambda file: file.keys())}
+        for name, match in matches.items():
+            if match is None:
+                raise CheckpointError(f"{self._file}: {name}: expected a factor of a layer")
+        self.layers = {match[1] for match in matches.values() if match is not None}
+        """The layers that it updates."""
+
+    @full_precision()
+    def updated(self, name: str, weight: Tensor) -> Tensor:
+        """Returns a weight of the base model plus its update, in fp32, or the same without one."""
+        layer = name.removesuffix(".weight")
+        if layer not in self.layers:
+            return weight
+        lora_a, lora_b = (self._read(layer, factor).float() for factor in "AB")
+        shapes = [list(factor.shape) for factor in (lora_b, lora_a, weight)]
+        if [len(shape) for shape in shapes] != [2, 2, 2] or shapes != [
+            [weight.shape[0], lora_a.shape[0]],
+            [lora_a.shape[0], weight.shape[1]],
+            shapes[2],
+        ]:
+            raise CheckpointError(
+                f"{self._file}: {layer}: factors of shape {shapes[0]} and {shapes[1]} do not fit "
+                f"the weight of shape {shapes[2]}"
+            )
+        scale = _scale(self._config_file, self._config, layer, lora_a.shape[0])
+        return torch.addmm(weight.float(), lora_b, lora_a, alpha=scale)
+
+    def _read(self, layer: str, factor: str) -> Tensor:
+        name = f"{_PREFIX}{layer}.lora_{factor}.weight"
+        return self._open(lambda file: file.get_tensor(name))
+
+    def _open(self, read: Callable[[Any], Any]) -> Any:
+        try:
+            with safe_open(self._file, framework="pt", device="cpu") as opened:
+                return read(opened)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._file} is corrupted or truncated ({error})") from error
+
+
+def read_adapted(folder: Path) -> dict[str, Tensor]:
+    """Returns the weights of an adapter's base with the adapter merged into them, by name.
+
+    Raises:
+        CheckpointError: as `Adapter`, and if the adapter updates a layer that the base lacks.
+    """
+    adapter = Adapter(folder)
+    weights = read_dense(adapter.base)
+    if missing := sorted(adapter.layers - {name.removesuffix(".weight") for name in weights}):
+        raise CheckpointError(f"{adapter.base} lacks {abbreviate(missing)}, which {folder} updates")
+    return {name: adapter.updated(name, weight) for name, weight in weights.items()}
+
+
+def _base_of(folder: Path, config: Mapping[str, Any]) -> Path:
+    own = folder / BASE_FOLDER
+    if own.is_dir():
+        return own
+    named = config.get("base_model_name_or_path")
+    if isinstance(named, str) and "\0" not in named and (Path(named) / CONFIG_NAME).is_file():
+        return Path(named)
+    raise CheckpointError(
+        f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path = {named!r}: no such folder; "
+        f"put the base model into {own}"
+    )
+
+
+def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
+    hint = "merge the adapter with PEFT's merge_and_unload() first"
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{file}: peft_type = {config.get('peft_type')!r}: expected 'LORA'; {hint}"
+        )
+    for key, allowed in _NOT_SUPPORTED.items():
+        if config.get(key) not in allowed:
+            raise CheckpointError(f"{file}: {key} = {config[key]!r} is not supported; {hint}")
+
+
+def _scale(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{file}: alpha_pattern = {patterns!r}: expected an object")
+    # As PEFT matches them: the full name or its end.
+    named = [alpha for key, alpha in patterns.items() if layer == key or layer.endswith(f".{key}")]
+    alpha = named[0] if named else config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{file}: lora_alpha = {alpha!r}: expected a number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _most_frequent(values: Iterable[Any]) -> Any:
+    listed = list(values)
+    return max(listed, key=listed.count)
