@@ -15,7 +15,7 @@ from support.tiny import tiny_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-NUM_STEPS = {1: 3000, 2: 1000} if IS_LONG else {1: 180, 2: 140}
+NUM_STEPS = {1: 3000, 2: 1000} if IS_LONG else {1: 140}
 """By the number of ranks."""
 INTERVAL = 20
 """Steps between two saves and between two samples."""
@@ -107,5 +107,5 @@ def test_what_a_run_holds_does_not_grow(corpora: Path, num_ranks: int) -> None:
 
 
 def test_planted_leaks_are_found(corpora: Path) -> None:
-    (found,) = run_soak(corpora, "soak-leaks", 1, 160, leaks=True)
+    (found,) = run_soak(corpora, "soak-leaks", 1, 120, leaks=True)
     assert set(rising(found)) == RISES.keys(), found
