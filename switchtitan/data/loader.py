@@ -218,13 +218,21 @@ def _steps(
     loader: StatefulDataLoader[Batch], micro_batches: int, sequences: TokenSequences
 ) -> Generator[list[Batch], None, None]:
     batches = iter(loader)
-    while True:
-        try:
-            step = [next(batches) for _ in range(micro_batches)]
-        except CorpusError as error:
-            # torch puts a worker's traceback before the message.
-            raise CorpusError(str(error).rpartition(f"{CorpusError.__name__}: ")[2]) from error
-        except RuntimeError:
-            sequences.check_unchanged()  # a worker dies if its file is truncated
-            raise
-        yield step
+    try:
+        while True:
+            try:
+                step = [next(batches) for _ in range(micro_batches)]
+            except CorpusError as error:
+                # torch puts a worker's traceback before the message.
+                message = str(error).rpartition(f"{CorpusError.__name__}: ")[2]
+                raise CorpusError(message) from error
+            except RuntimeError:
+                sequences.check_unchanged()  # a worker dies if its file is truncated
+                raise
+            yield step
+    finally:
+        # torch ends workers when their iterator is collected. An error's traceback keeps it until
+        # the process exits, which waits for workers that SIGTERM does not end.
+        end_workers = getattr(batches, "_shutdown_workers", None)
+        if end_workers is not None:
+            end_workers()

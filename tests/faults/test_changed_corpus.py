@@ -1,5 +1,6 @@
 """A corpus that changes under a run ends the run with status 2, and its file is named."""
 
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,8 @@ def test_while_running(
     monkeypatch.setattr(Stepper, "step", step_and_change)
     outcome = run(*command, "--training.steps", 40, "--data.num_workers", num_workers)
     outcome.check_refused(str(shard_of(tmp_path)), "does not match its checksum")
+    # The exit of a process waits for them.
+    assert not multiprocessing.active_children()
     monkeypatch.undo()
     # Restored, the run resumes from its last checkpoint.
     flip(shard_of(tmp_path))
