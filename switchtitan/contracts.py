@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from switchtitan.config.section import NamedSection
+from switchtitan.config.section import NamedSection, VoidKey, VoidKeyError
 
 IGNORED_TARGET = -100
 """A target token with this value does not count in the loss (torch's `ignore_index`)."""
@@ -154,7 +154,8 @@ class OptimizerConfig(NamedSection):
     @model_validator(mode="after")
     def _check_decay_norms(self) -> "OptimizerConfig":
         if self.weight_decay == 0 and "decay_norms" in self.model_fields_set:
-            raise ValueError("decay_norms has no effect with weight_decay = 0; remove it")
+            problem = "decay_norms has no effect with weight_decay = 0; remove it"
+            raise VoidKeyError([VoidKey("decay_norms", ("weight_decay",), problem)])
         return self
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.config.section import Section
+from switchtitan.config.section import Section, VoidKey, VoidKeyError
 
 RESUME_AUTO = "auto"
 RESUME_NEVER = "never"
@@ -50,9 +50,10 @@ class CheckpointConfig(Section):
     @model_validator(mode="after")
     def _initial_weights_have_an_effect(self) -> "CheckpointConfig":
         if self.initial_weights is not None and self.resume not in (RESUME_AUTO, RESUME_NEVER):
-            raise ValueError(
+            problem = (
                 f"initial_weights = {self.initial_weights!r} has no effect, since "
                 f"resume = {self.resume!r} restores all weights; "
                 "remove one of the two, or set resume = 'auto'"
             )
+            raise VoidKeyError([VoidKey("initial_weights", ("resume",), problem)])
         return self

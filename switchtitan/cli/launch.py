@@ -30,6 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser, run
 
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
+from switchtitan.config.void_keys import ignore_note
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.errors import (
@@ -168,7 +169,8 @@ def check_options(options: argparse.Namespace) -> JobConfig | None:
     num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
     # Checks need the number of ranks.
     checks = () if num_ranks is None else None
-    return parse_arguments(options.training_script_args, num_ranks, checks=checks)
+    # The first rank prints the notes.
+    return parse_arguments(options.training_script_args, num_ranks, checks=checks, say=ignore_note)
 
 
 def describe_lost_rendezvous(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from switchtitan.config.explain import Draft, raise_together
 from switchtitan.config.fields import KeyPath
 from switchtitan.config.toml_text import NONE_STRING, toml_value
+from switchtitan.config.void_keys import drop_for_name, drop_implied
 from switchtitan.errors import ConfigError
 
 Expand = Callable[[str], Mapping[str, object]]
@@ -33,17 +34,21 @@ def expand(
             raise_together(draft.mistakes)
         section = draft.table.setdefault(path[0], {})
         if isinstance(section, dict) and "name" in expanded[path]:
-            section.setdefault("name", expanded[path]["name"])
+            _set_name(draft, path, expanded[path])
     return expanded
 
 
 def fill_in(draft: Draft, path: KeyPath, keys: Mapping[str, object]) -> None:
-    """Replace the key at `path` by the keys that it stands for; report keys that contradict it."""
+    """Replace the key at `path` by the keys that it stands for; report keys that contradict it.
+
+    If the command line has the key at `path`, keys of the file that contradict it are dropped.
+    """
     section_name, key = path
     section = draft.table[section_name]
     if not isinstance(section, dict):
         return  # validation reports it
     source = f"{key} = {toml_value(section.pop(key))}"
+    drop_implied(draft, path, keys)
     for name, value in keys.items():
         if section.get(name, value) not in (value, NONE_STRING if value is None else value):
             draft.add_error(
@@ -51,3 +56,14 @@ def fill_in(draft: Draft, path: KeyPath, keys: Mapping[str, object]) -> None:
                 f"contradicts {source}, which says {toml_value(value)}; remove one of the two",
             )
     section |= keys
+
+
+def _set_name(draft: Draft, path: KeyPath, keys: Mapping[str, object]) -> None:
+    section, name = draft.table[path[0]], str(keys["name"])
+    former = section.setdefault("name", name)
+    override = draft.overrides.get(path)
+    is_set = (path[0], "name") in draft.overrides or draft.overrides_heading is not None
+    if override is None or is_set or former == name:
+        return
+    section["name"] = name
+    drop_for_name(draft, path[0], override, former, name, implied=keys)

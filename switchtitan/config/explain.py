@@ -69,6 +69,10 @@ class Draft:
     overrides_heading: str | None = None
     """For overrides that a program made: the heading under which they are shown, as in a file."""
     mistakes: list[Mistake] = field(default_factory=list)
+    changes: dict[KeyPath, Override] = field(default_factory=dict)
+    """Keys whose value differs from the file's, or that were dropped -> the override behind it."""
+    notes: list[str] = field(default_factory=list)
+    """What was dropped."""
 
     def value(self, path: KeyPath) -> tuple[object, ...]:
         """Return the value at `path` as a tuple of one, or an empty tuple if there is none."""
@@ -123,9 +127,13 @@ class Draft:
             )
             if belongs:
                 return self.overrides_heading
+        return f"in {self.origin(path)}:"
+
+    def origin(self, path: KeyPath) -> str:
+        """Return the file of the key at `path`, or of the table where it is missing."""
         prefixes = (path[:length] for length in range(len(path), 0, -1))
         origins = (self.origins[prefix] for prefix in prefixes if prefix in self.origins)
-        return f"in {next(origins, self.file)}:"
+        return next(origins, self.file)
 
 
 def toml_place(path: Sequence[str], *given: object) -> str:

@@ -31,16 +31,23 @@ from switchtitan.config.fields import (
     interpret,
     is_section_type,
 )
-from switchtitan.config.section import Section
+from switchtitan.config.section import Section, VoidKey
 from switchtitan.config.shipped import FOLDER
 from switchtitan.config.toml_text import NONE_STRING, flatten, toml_value
+from switchtitan.config.void_keys import (
+    drop_for_name,
+    drop_implied,
+    drop_void,
+    print_note,
+    void_keys,
+)
 from switchtitan.errors import ConfigError
 from switchtitan.registry import Registry
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
-Check = Callable[..., list[str]]
-"""Checks that sections fit together; returns error messages.
+Check = Callable[..., Sequence[str | VoidKey]]
+"""Checks that sections fit together; returns error messages, and keys without effect.
 
 Its parameters have the names of the sections that it needs."""
 
@@ -52,8 +59,11 @@ def load_config(
     checks: Sequence[Check] = (),
     overrides_heading: str | None = None,
     expansions: Mapping[KeyPath, Expand] = MappingProxyType({}),
+    say: Callable[[str], None] = print_note,
 ) -> ConfigT:
     """Read, override and validate a configuration that consists of sections.
+
+    Keys of the file that the command line leaves without effect are dropped.
 
     Args:
         arguments: the split command line.
@@ -62,6 +72,7 @@ def load_config(
         overrides_heading: for overrides that a program made: their heading in error messages.
         expansions: keys that stand for other keys of their section, e.g. ("model", "from_folder").
             Such a section takes no keys from a base file, and its other keys must agree.
+        say: called with a note on each key that was dropped.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -81,17 +92,20 @@ def load_config(
     expanded = expand(draft, expansions)
     _choose_classes(draft)
     _apply_overrides(draft)
+    _drop_what_overrides_imply(draft)
     for path, keys in expanded.items():
         fill_in(draft, path, keys)
     for section in draft.table.keys() - types.keys():
         explain_unknown_section(draft, section)
-    sections = {name: section for name in types for section in _validated(draft, name)}
-    for check in checks:
-        needed = [name for name in inspect.signature(check).parameters if name in types]
-        if all(name in sections for name in needed):
-            found = check(**{name: sections[name] for name in needed})
-            draft.mistakes += [Mistake(TOGETHER, message) for message in found]
+    num_mistakes = len(draft.mistakes)
+    while True:
+        sections = {name: section for name in types for section in _validated(draft, name)}
+        if not _check_together(draft, sections, checks):
+            break
+        del draft.mistakes[num_mistakes:]  # found again, if a dropped key was not their cause
     raise_together(draft.mistakes)
+    for note in draft.notes:
+        say(note)
     return config_type(**sections)
 
 
@@ -253,6 +267,23 @@ def _merge(into: TomlFile, table: Mapping[str, Any], path: KeyPath, file: str) -
             target[key] = value
 
 
+def _check_together(draft: Draft, sections: Mapping[str, Section], checks: Sequence[Check]) -> bool:
+    """Add the mistakes that `checks` find; return whether keys were dropped instead."""
+    has_dropped = False
+    for check in checks:
+        needed = [
+            name for name in inspect.signature(check).parameters if name in draft.section_types
+        ]
+        if not all(name in sections for name in needed):
+            continue
+        for problem in check(**{name: sections[name] for name in needed}):
+            if isinstance(problem, VoidKey) and drop_void(draft, problem):
+                has_dropped = True
+            else:
+                draft.mistakes.append(Mistake(TOGETHER, str(problem)))
+    return has_dropped
+
+
 def _choose_classes(draft: Draft) -> None:
     """Find each section's class, by its `name` if a registry chooses it.
 
@@ -263,11 +294,16 @@ def _choose_classes(draft: Draft) -> None:
             draft.chosen[section] = types
             continue
         override = draft.overrides.get((section, "name"))
+        former = draft.value((section, "name"))
         if override is not None and isinstance(draft.table.setdefault(section, {}), dict):
             draft.table[section]["name"] = override.words[0]
+            if former != (override.words[0],):
+                draft.changes[section, "name"] = override
         name = draft.value((section, "name"))
         if name and isinstance(name[0], str) and name[0] in types:
             draft.chosen[section] = types[name[0]]
+            if override is not None and former:
+                drop_for_name(draft, section, override, former[0], name[0])
 
 
 def _apply_overrides(draft: Draft) -> None:
@@ -285,7 +321,17 @@ def _apply_overrides(draft: Draft) -> None:
             if not isinstance(target, dict):
                 break  # validation reports this mistake of the file
         else:
-            target[path[-1]] = interpret(draft.field_at(path), override.words)
+            value = interpret(draft.field_at(path), override.words)
+            if target.get(path[-1]) != value:
+                draft.changes[path] = override
+            target[path[-1]] = value
+
+
+def _drop_what_overrides_imply(draft: Draft) -> None:
+    for path in draft.overrides:
+        value, section_type = draft.value(path), draft.chosen.get(path[0])
+        if value and section_type is not None and len(path) == 2:
+            drop_implied(draft, path, section_type.implied_by(path[1], value[0]))
 
 
 def _add_undotted_error(draft: Draft, option: str) -> None:
@@ -309,12 +355,15 @@ def _validated(draft: Draft, name: str) -> list[Section]:
     annotation: Any = section.annotation
     for entry in section.metadata:
         annotation = Annotated[annotation, entry]
-    try:
-        # Built here, so that a union has all current rows of its registry.
-        return [TypeAdapter(annotation).validate_json(_json(given), strict=True)]
-    except ValidationError as error:
-        explain(draft, error, (name,))
-        return []
+    # Built here, so that a union has all current rows of its registry.
+    adapter: TypeAdapter[Section] = TypeAdapter(annotation)
+    while True:
+        try:
+            return [adapter.validate_json(_json(given), strict=True)]
+        except ValidationError as error:
+            if not any(drop_void(draft, void) for void in void_keys(error, name)):
+                explain(draft, error, (name,))
+                return []
 
 
 def _read_none(given: dict[str, Any], section_type: type[Section]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.config.section import Section
+from switchtitan.config.section import Section, VoidKey, VoidKeyError
 from switchtitan.data.sources import DATASETS
 from switchtitan.files import exists
 
@@ -126,29 +126,33 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _each_setting_has_an_effect(self) -> "DataConfig":
-        mistakes = []
+        mistakes: list[str] = []
+        void: list[VoidKey] = []
         row = DATASETS[self.dataset]
         if row.path == "required" and self.path is None:
             mistakes.append(f"dataset = {self.dataset!r} needs path: the file or folder to read")
         if row.path == "unused" and self.path is not None:
-            mistakes.append(
+            problem = (
                 f"path = {str(self.path)!r} has no effect with dataset = {self.dataset!r}; "
                 "leave it out or set dataset = 'text'"
             )
+            void.append(VoidKey("path", ("dataset",), problem))
         if self.text_column is not None and not row.has_text_column:
             with_columns = ", ".join(
                 repr(name) for name, row in DATASETS.items() if row.has_text_column
             )
-            mistakes.append(
+            problem = (
                 f"text_column = {self.text_column!r} has an effect only with dataset = "
                 f"{with_columns}; leave it out"
             )
+            void.append(VoidKey("text_column", ("dataset",), problem))
         for key in ("hub_config", "hub_split"):
             if getattr(self, key) is not None and not row.has_hub_keys:
-                mistakes.append(
+                problem = (
                     f"{key} = {getattr(self, key)!r} has an effect only with dataset = 'hub'; "
                     "leave it out"
                 )
+                void.append(VoidKey(key, ("dataset",), problem))
         if row.holds_tokens and self.tokenizer == TRAINED_TOKENIZER:
             mistakes.append(
                 f"dataset = {self.dataset!r} holds token ids and needs tokenizer: the "
@@ -158,47 +162,55 @@ class DataConfig(Section):
             can_skip = ", ".join(
                 repr(name) for name, row in DATASETS.items() if row.can_skip_records
             )
-            mistakes.append(
+            problem = (
                 f"on_bad_record = {self.on_bad_record!r} has an effect only with dataset = "
                 f"{can_skip}; leave it out"
             )
+            void.append(VoidKey("on_bad_record", ("dataset",), problem))
         if (
             row.has_own_splits
             and self.validation_fraction is not None
             and self.offline_dataset is None
         ):
-            mistakes.append(
+            problem = (
                 f"validation_fraction = {self.validation_fraction} has no effect with "
                 f"dataset = {self.dataset!r}, which has its own split; leave it out"
             )
+            void.append(VoidKey("validation_fraction", ("dataset", "offline_dataset"), problem))
         if row.has_own_splits and self.test_fraction is not None and self.offline_dataset is None:
-            mistakes.append(
+            problem = (
                 f"test_fraction = {self.test_fraction} has no effect with "
                 f"dataset = {self.dataset!r}, which has its own splits; leave it out"
             )
+            void.append(VoidKey("test_fraction", ("dataset", "offline_dataset"), problem))
         if (
             row.has_own_splits
             and self.max_document_share not in (None, DEFAULT_MAX_DOCUMENT_SHARE)
             and self.offline_dataset is None
         ):
-            mistakes.append(
+            problem = (
                 f"max_document_share = {self.max_document_share} has no effect with "
                 f"dataset = {self.dataset!r}, which has its own split; leave it out"
             )
+            void.append(VoidKey("max_document_share", ("dataset", "offline_dataset"), problem))
         if (
             self.vocab_size is not None
             and self.tokenizer != TRAINED_TOKENIZER
             and self.offline_dataset is None
         ):
-            mistakes.append(
+            problem = (
                 f"vocab_size = {self.vocab_size} has an effect only with tokenizer = "
                 f"{TRAINED_TOKENIZER!r}; leave it out, or pass --data.vocab_size none"
             )
+            void.append(VoidKey("vocab_size", ("tokenizer", "offline_dataset"), problem))
         if self.offline_dataset is not None and not self.needs_hub:
-            mistakes.append(
+            problem = (
                 f"offline_dataset = {self.offline_dataset!r} has no effect: nothing comes from the "
                 "hub; leave it out"
             )
+            void.append(VoidKey("offline_dataset", ("dataset", "path", "tokenizer"), problem))
+        if void:
+            raise VoidKeyError(void, mistakes)
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.config.explain import toml_place
 from switchtitan.config.load import Check
+from switchtitan.config.section import VoidKey
 from switchtitan.config.toml_text import toml_value
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
@@ -116,18 +118,19 @@ def check_model_device(
     return []
 
 
-def check_precision(training: TrainingConfig, device: str) -> list[str]:
+def check_precision(training: TrainingConfig, device: str) -> list[str | VoidKey]:
     """TF32 and deterministic algorithms are choices of a GPU."""
-    problems = []
+    problems: list[str | VoidKey] = []
     if training.tf32 and device != "cuda":
         problems.append(
             "[training] tf32 = true has no effect without a GPU: a CPU has no TF32; remove it"
         )
     elif training.tf32 and training.dtype != "float32":
-        problems.append(
+        problem = (
             f"[training] tf32 = true has no effect with dtype = {toml_value(training.dtype)}: "
             'GPUs with TF32 then train in bfloat16; remove it, or set dtype = "float32"'
         )
+        problems.append(VoidKey("training.tf32", ("training.dtype",), problem))
     if training.deterministic and device != "cuda":
         problems.append(
             "[training] deterministic = true has no effect on a CPU, where runs are deterministic "
@@ -160,10 +163,10 @@ def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[
 
 def check_optimizer(
     method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig, num_ranks: int
-) -> list[str]:
+) -> list[str | VoidKey]:
     """The optimizer must fit the method, the compiler and the ranks, and its keys must matter."""
     name = f"[optimizer] name = {toml_value(optimizer.name)}"
-    problems = []
+    problems: list[str | VoidKey] = []
     if method.optimizers is not None and optimizer.name not in method.optimizers:
         able = [
             able_name
@@ -188,57 +191,68 @@ def check_optimizer(
     if compile.optimizer and not optimizer.can_compile:
         problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
     if optimizer.other_lr is not None and method.treats_all_parameters:
-        problems.append(
+        problem = (
             f"[optimizer] other_lr = {optimizer.other_lr:g} has no effect: "
             f"[method] name = {toml_value(method.name)} trains all parameters alike; remove it"
         )
+        problems.append(VoidKey("optimizer.other_lr", ("method.name",), problem))
     return problems
 
 
 def check_frozen_weights(
     method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
-) -> list[str]:
+) -> list[VoidKey]:
     """Keys for frozen weights need a method that freezes weights."""
     if method.freezes_weights:
         return []
-    ineffective = []
+    ineffective: list[tuple[str, str, str]] = []
     if parallelism.frozen_weights != "shard":
-        ineffective.append(f'[parallelism] frozen_weights = "{parallelism.frozen_weights}"')
+        ineffective.append(("parallelism", "frozen_weights", parallelism.frozen_weights))
     if training.frozen_dtype != "float32":
-        ineffective.append(f'[training] frozen_dtype = "{training.frozen_dtype}"')
+        ineffective.append(("training", "frozen_dtype", training.frozen_dtype))
     return [
-        f"{key} has no effect: [method] name = {toml_value(method.name)} trains all weights; "
-        "remove it, or choose a method that freezes weights"
-        for key in ineffective
+        VoidKey(
+            f"{section}.{key}",
+            ("method.name",),
+            f"{toml_place((section, key), value)} has no effect: "
+            f"{toml_place(('method', 'name'), method.name)} trains all weights; "
+            "remove it, or choose a method that freezes weights",
+        )
+        for section, key, value in ineffective
     ]
 
 
-def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str]:
+def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str | VoidKey]:
     """An evaluation needs at least one sequence, and its split must exist."""
     limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
-    problems = [
+    problems: list[str | VoidKey] = [
         f"[evaluation] {key} = {tokens}: {limit}"
         for key, tokens in (("tokens", evaluation.tokens), ("test_tokens", evaluation.test_tokens))
         if tokens is not None and tokens < data.seq_len
     ]
     if evaluation.test_tokens is not None and data.test_fraction is None:
-        problems.append(
+        problem = (
             f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; "
             "set [data] test_fraction, or remove test_tokens"
         )
+        problems.append(VoidKey("evaluation.test_tokens", ("data.test_fraction",), problem))
     return problems
 
 
 def check_loss_spike(
     loss_spike: LossSpikeConfig, training: TrainingConfig, checkpoint: CheckpointConfig
-) -> list[str]:
+) -> list[VoidKey]:
     """A rollback needs a full window of losses and a checkpoint before the end of the run."""
     if loss_spike.factor is None:
         return []
     key = f"[loss_spike] factor = {loss_spike.factor} has no effect"
     return [
-        f"{key}: {name} = {steps} is not below [training] steps = {training.steps}; lower it, or "
-        "remove factor"
+        VoidKey(
+            "loss_spike.factor",
+            ("training.steps",),
+            f"{key}: {name} = {steps} is not below [training] steps = {training.steps}; lower it, "
+            "or remove factor",
+        )
         for name, steps in (
             ("window", loss_spike.window),
             ("[checkpoint] interval", checkpoint.interval),

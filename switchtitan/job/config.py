@@ -1,6 +1,6 @@
 """The configuration of a training run, and its command line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from switchtitan.config.fields import KeyPath
 from switchtitan.config.load import Check, load_config
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import QUICKSTART, find_config
+from switchtitan.config.void_keys import print_note
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DataConfig
 from switchtitan.distributed.config import (
@@ -84,6 +85,7 @@ def parse_arguments(
     num_ranks: int | None = None,
     overrides_heading: str | None = None,
     checks: Sequence[Check] | None = None,
+    say: Callable[[str], None] = print_note,
 ) -> JobConfig:
     """Load the configuration of a command line: `--config FILE --section.key value ...`.
 
@@ -92,6 +94,7 @@ def parse_arguments(
         num_ranks: number of ranks, which some keys must fit; by default the launcher's.
         overrides_heading: for keys in `argv` that a program made: their heading in error messages.
         checks: checks between sections; by default those for training on `num_ranks` ranks.
+        say: called with a note on each key of the file that the command line leaves no effect.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -104,7 +107,7 @@ def parse_arguments(
     elif checks is None:
         checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
     expansions: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
-    config = load_config(arguments, file, JobConfig, checks, overrides_heading, expansions)
+    config = load_config(arguments, file, JobConfig, checks, overrides_heading, expansions, say)
     if arguments.wants_help:
         _print_help(config, describes_all=HELP_ALL in arguments.flags)
         raise SystemExit(0)

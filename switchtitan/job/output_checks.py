@@ -1,14 +1,16 @@
 """Checks of what a run reports: metrics, traces and snapshots of memory."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
+from switchtitan.config.section import VoidKey
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.observability import COUNTED_STEP, MetricsConfig, ProfilerConfig
 
 
 def check_communication(
     metrics: MetricsConfig, training: TrainingConfig, num_ranks: int
-) -> list[str]:
+) -> list[str | VoidKey]:
     """Counting communication needs several ranks, and the step that is counted."""
     if not metrics.communication:
         return []
@@ -16,10 +18,11 @@ def check_communication(
     if num_ranks == 1:
         return [f"{key}: one rank sends nothing; remove it, or start several ranks"]
     if training.steps < COUNTED_STEP:
-        return [
+        problem = (
             f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = "
             f"{training.steps}; remove it, or train longer"
-        ]
+        )
+        return [VoidKey("metrics.communication", ("training.steps",), problem)]
     return []
 
 
@@ -33,17 +36,21 @@ def check_trackers(metrics: MetricsConfig) -> list[str]:
     ]
 
 
-def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str]:
+def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> Sequence[str | VoidKey]:
     """The ranks to trace must exist, and what to trace needs a trace."""
     used = {"memory": profiler.enabled}
     used["ranks"] = profiler.enabled or profiler.memory_snapshot_step is not None
-    problems = [
-        f"[profiler] {key} has no effect without enabled = true; remove it, or set enabled"
+    void = [
+        VoidKey(
+            f"profiler.{key}",
+            ("profiler.enabled", "profiler.memory_snapshot_step"),
+            f"[profiler] {key} has no effect without enabled = true; remove it, or set enabled",
+        )
         for key, is_used in used.items()
         if not is_used and getattr(profiler, key) not in (False, (0,))
     ]
-    if problems or profiler.ranks == "all":
-        return problems
+    if void or profiler.ranks == "all":
+        return void
     if not profiler.ranks:
         return ["[profiler] ranks = []: traces nothing; name a rank, or set enabled = false"]
     return [
@@ -55,7 +62,7 @@ def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str]:
 
 def check_memory_snapshot(
     profiler: ProfilerConfig, training: TrainingConfig, device: str
-) -> list[str]:
+) -> list[str | VoidKey]:
     """A snapshot of GPU memory needs a GPU, and a step of the run."""
     step = profiler.memory_snapshot_step
     if step is None:
@@ -64,7 +71,8 @@ def check_memory_snapshot(
     if device != "cuda":
         return [f"{key} without a GPU: only torch's GPU memory has a history; remove it"]
     if step > training.steps:
-        return [f"{key}: [training] steps = {training.steps}; lower it, or remove it"]
+        problem = f"{key}: [training] steps = {training.steps}; lower it, or remove it"
+        return [VoidKey("profiler.memory_snapshot_step", ("training.steps",), problem)]
     return []
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.config.section import Section
+from switchtitan.config.section import Section, VoidKey, VoidKeyError
 
 
 class RunConfig(Section):
@@ -84,9 +84,8 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _check_prompts(self) -> "EvaluationConfig":
         if not self.prompts and "prompt_tokens" in self.model_fields_set:
-            raise ValueError(
-                "prompt_tokens has no effect without prompts; set prompts, or remove it"
-            )
+            problem = "prompt_tokens has no effect without prompts; set prompts, or remove it"
+            raise VoidKeyError([VoidKey("prompt_tokens", ("prompts",), problem)])
         return self
 
 
@@ -123,7 +122,8 @@ class LossSpikeConfig(Section):
     @model_validator(mode="after")
     def _check_factor(self) -> "LossSpikeConfig":
         if self.factor is None and (keys := self.model_fields_set - {"factor"}):
-            raise ValueError(
+            problem = (
                 f"{', '.join(sorted(keys))}: no effect without factor; set factor, or remove them"
             )
+            raise VoidKeyError([VoidKey(key, ("factor",), problem) for key in sorted(keys)])
         return self

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import (
     LanguageModel,
     OptimizerConfig,
@@ -206,7 +207,8 @@ class ReloraConfig(LowRankConfig):
                 "lower it or increase reset_interval"
             )
         if self.reset_moments == "zero" and "prune_ratio" in self.model_fields_set:
-            raise ValueError('prune_ratio has no effect with reset_moments = "zero"; remove it')
+            problem = 'prune_ratio has no effect with reset_moments = "zero"; remove it'
+            raise VoidKeyError([VoidKey("prune_ratio", ("reset_moments",), problem)])
         return self
 
 

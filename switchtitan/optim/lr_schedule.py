@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.config.section import Section
+from switchtitan.config.section import Section, VoidKey, VoidKeyError
 
 
 class LRScheduleConfig(Section):
@@ -22,7 +22,8 @@ class LRScheduleConfig(Section):
     @model_validator(mode="after")
     def _check_min_factor(self) -> "LRScheduleConfig":
         if self.decay == "constant" and "min_factor" in self.model_fields_set:
-            raise ValueError('min_factor has no effect with decay = "constant"; remove it')
+            problem = 'min_factor has no effect with decay = "constant"; remove it'
+            raise VoidKeyError([VoidKey("min_factor", ("decay",), problem)])
         return self
 
 

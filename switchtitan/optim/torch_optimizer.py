@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
 from switchtitan.optim.adamw import (
@@ -222,9 +223,8 @@ class SGDConfig(OptimizerConfig):
     @model_validator(mode="after")
     def _check_nesterov(self) -> "SGDConfig":
         if self.nesterov and self.momentum == 0:
-            raise ValueError(
-                "nesterov has no effect with momentum = 0; remove it or increase momentum"
-            )
+            problem = "nesterov has no effect with momentum = 0; remove it or increase momentum"
+            raise VoidKeyError([VoidKey("nesterov", ("momentum",), problem)])
         return self
 
 

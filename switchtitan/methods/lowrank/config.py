@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import MethodConfig
 
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,10 +49,11 @@ class LowRankConfig(MethodConfig):
     @model_validator(mode="after")
     def _check_contraction(self) -> "LowRankConfig":
         if self.dropout and self.contraction != "cheapest":
-            raise ValueError(
+            problem = (
                 f"contraction = {self.contraction!r} has no effect on training with "
                 f"dropout = {self.dropout:g}, which is always factored; remove one of the two"
             )
+            raise VoidKeyError([VoidKey("contraction", ("dropout",), problem)])
         return self
 
     def draws_in_forward(self) -> bool:

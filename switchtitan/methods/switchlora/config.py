@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.methods.lowrank.config import LowRankConfig
 
 
@@ -57,12 +58,14 @@ class SwitchLoraConfig(LowRankConfig):
                 "increase interval or lower freeze_steps"
             )
         if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
-            raise ValueError('decay_ratio has no effect with decay = "constant"; remove it')
+            problem = 'decay_ratio has no effect with decay = "constant"; remove it'
+            raise VoidKeyError([VoidKey("decay_ratio", ("decay",), problem)])
         for key in ("candidates_dtype", "candidates_device"):
             if self.candidates == "constant" and key in self.model_fields_set:
-                raise ValueError(
+                problem = (
                     f"{key} = {getattr(self, key)!r} has no effect with "
                     'candidates = "constant", '
                     'which stores none; remove it or set candidates = "swap"'
                 )
+                raise VoidKeyError([VoidKey(key, ("candidates",), problem)])
         return self

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
@@ -143,9 +144,10 @@ class LlamaFamilyConfig(ModelConfig):
             if value is None and key in needed:
                 raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
             if value is not None and key not in needed:
-                raise ValueError(
+                problem = (
                     f"{key} = {value} has no effect with rope_type = {self.rope_type!r}; remove it"
                 )
+                raise VoidKeyError([VoidKey(key, ("rope_type",), problem)])
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if low is not None and high is not None and high <= low:
             raise ValueError(
@@ -170,6 +172,13 @@ class LlamaFamilyConfig(ModelConfig):
             biased_layers=self.biased_layers,
         )
 
+    @classmethod
+    def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
+        """See `Section.implied_by`."""
+        if key != "size" or value not in SIZES:
+            return {}
+        return dict(zip(_SIZE_KEYS, SIZES[str(value)], strict=True))
+
     def architecture(self) -> dict[str, object]:
         """Returns name and dimensions: equal models are equal, however their keys were given."""
         return {"name": self.name, **self.dimensions().architecture()}
@@ -177,7 +186,7 @@ class LlamaFamilyConfig(ModelConfig):
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
         """See `contracts.ModelConfig`."""
-        return read_config(found)
+        return {"size": None, **read_config(found)}
 
     def huggingface_config(self, seq_len: int) -> dict[str, object]:
         """Returns the config.json of transformers' class for this model."""

@@ -114,3 +114,19 @@ def test_the_section_takes_no_keys_from_a_base(load: Callable[..., Shape], tmp_p
     (tmp_path / "base.toml").write_text('[shape]\nname = "round"\nsides = 7\ncolor = "green"')
     assert load('base = "base.toml"\n[shape]\nsource = "square.txt"') == Square(sides=4)
     assert load('base = "base.toml"\n[shape]\nsides = 3') == Round(sides=3, color="green")
+
+
+def test_the_command_line_s_key_wins_over_keys_of_the_file(
+    load: Callable[..., Shape], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = '[shape]\nname = "round"\nsides = 7\ncolor = "blue"'
+    assert load(text, "--shape.source", "square.txt") == Square(sides=4, color="blue")
+    assert capsys.readouterr().err.splitlines() == [
+        'note: --shape.source square.txt: kept shape.color = "blue", meant for name = "round"',
+        f"note: --shape.source square.txt: dropped shape.sides = 7 of {tmp_path / 'run.toml'}: "
+        "--shape.source sets it",
+    ]
+    with pytest.raises(ConfigError, match=r"--shape.sides 7: contradicts source"):
+        load(text, "--shape.source", "square.txt", "--shape.sides", "7")
+    with pytest.raises(ConfigError, match=r"--shape.name round: contradicts source"):
+        load(text, "--shape.source", "square.txt", "--shape.name", "round")

@@ -235,14 +235,6 @@ def test_a_mistake_on_the_command_line_is_shown_as_it_was_typed(
     ]
 
 
-def test_a_key_that_the_overriding_name_does_not_have_is_reported_with_a_fix(load: Load) -> None:
-    message = message_of(load, GOOD + "interval = 3\n", "--method.name", "lora")
-    assert message.splitlines()[2:] == [
-        '  [method] interval = 3: unknown key; it is a key of [method] name = "switch"; '
-        "with --method.name, choose a file for that name, or remove this line"
-    ]
-
-
 def test_all_mistakes_are_in_one_message_grouped_by_source(load: Load) -> None:
     def check_rank(method: Switch, training: Training) -> list[str]:
         raise AssertionError("runs only when both sections are valid")
