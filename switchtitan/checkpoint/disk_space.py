@@ -54,7 +54,7 @@ def check_room(folder: Path, config: CheckpointConfig, num_bytes: int, num_saves
     """
     if num_saves == 0:
         return
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     num_more = num_additional_checkpoints(
         len(list_step_folders(folder)), num_saves, config.keep_latest
     )
@@ -82,7 +82,7 @@ def check_room(folder: Path, config: CheckpointConfig, num_bytes: int, num_saves
 
 def warn_if_next_does_not_fit(folder: Path, num_bytes: int) -> None:
     """Logs a warning if there is no room for another checkpoint of `num_bytes`."""
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     if num_bytes > free:
         logger.warning(
             "the next checkpoint will not fit: it takes about %s, but %s are free for %s; free "
@@ -93,6 +93,7 @@ def warn_if_next_does_not_fit(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Returns the free space of the disk of `folder`, which need not exist."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(nearest).free

@@ -1,4 +1,6 @@
-"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process."""
+"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process.
+
+`--dry-run` only says what would be trained."""
 
 import logging
 import signal
@@ -15,7 +17,7 @@ from switchtitan.distributed.board import Board
 from switchtitan.distributed.launcher import is_launched
 from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
 from switchtitan.errors import UserError, exit_for, exit_for_stop
-from switchtitan.job.config import parse_arguments
+from switchtitan.job.config import DRY_RUN, parse_arguments
 from switchtitan.observability import configure_logging
 from switchtitan.training.run_lock import lock_output_dir
 from switchtitan.training.signals import ExitNow, StopSignals
@@ -31,6 +33,9 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with status 2 for a user's mistake, 128 + n after signal n; docs/USAGE.md has
             all statuses.
     """
+    if DRY_RUN in argv:
+        _dry_run(argv)
+        return
     load = OtherLoad()
     try:
         with StopSignals(is_launched()) as signals:
@@ -47,6 +52,13 @@ def main(argv: Sequence[str]) -> None:
                 exit_for_stop(signal_number_of(stop))
     except ExitNow as ending:
         ending.exit()
+
+
+def _dry_run(argv: Sequence[str]) -> None:
+    # Imported here: training does not use it.
+    from switchtitan.cli import dry_run
+
+    dry_run.main(argv)
 
 
 def train(argv: Sequence[str], load: OtherLoad, signals: StopSignals) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_
 from switchtitan.errors import RanksDisagreeError
@@ -87,6 +88,8 @@ class RowExchange:
         Raises:
             RanksDisagreeError: if not; the ranks' weights are no longer those of one model.
         """
+        if is_fake(self._disagreement):
+            return  # it has a shape and no value, as all tensors of an estimate
         disagreement = self._disagreement.to(torch.int32)
         if self._group is not None and self._group.size() < dist.get_world_size():
             dist.all_reduce(disagreement, op=dist.ReduceOp.MAX)

@@ -35,7 +35,9 @@ from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 
-_USAGE = "switchtitan train [--config FILE]"
+DRY_RUN = "--dry-run"
+"""The option of `train` that only says what would be trained."""
+_USAGE = f"switchtitan train [--config FILE] [{DRY_RUN}]"
 _INTRODUCTION = """\
 Train the model that a TOML file describes. The default file is the quickstart.
 Every key of the file is also an option; `none` means no value.
@@ -100,7 +102,7 @@ def parse_arguments(
         ConfigError: with all mistakes in one message.
         SystemExit: with status 0, after `--help` or `--help-all`.
     """
-    arguments = split_arguments(argv)
+    arguments = split_arguments(argv, flags=(DRY_RUN,))
     file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
     if arguments.wants_help:
         checks = ()
@@ -122,7 +124,8 @@ def _print_help(config: JobConfig, describes_all: bool) -> None:
     if describes_all:
         print_full_help(dict(config), _USAGE, _INTRODUCTION, names)
     else:
-        print_short_help(dict(config), _USAGE, _INTRODUCTION, _COMMON_KEYS, names)
+        options = {DRY_RUN: "Only say what would be trained; write nothing."}
+        print_short_help(dict(config), _USAGE, _INTRODUCTION, _COMMON_KEYS, names, options=options)
 
 
 def _model_in_folder(folder: str) -> dict[str, object]:

@@ -45,10 +45,17 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
     It determines the meaning of the tensors and of the position in the data.
     """
     return {
+        **identity_without_corpus(config),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+    }
+
+
+def identity_without_corpus(config: JobConfig) -> dict:
+    """Returns the part of `run_identity` that is known before the corpus is prepared."""
+    return {
         "model": MODELS.comparable(config.model.model_dump(mode="json")),
         "method": METHODS.comparable(config.method.model_dump(mode="json")),
         "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "data": {"seq_len": config.data.seq_len},
         "training": config.training.model_dump(
             mode="json", include={"global_batch_size", "frozen_dtype"}
