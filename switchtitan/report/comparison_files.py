@@ -7,8 +7,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from switchtitan.errors import ConfigError
+from switchtitan.files import exists
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.report.run_files import RunRecord, read_run
+from switchtitan.report.run_files import Count, RunRecord, read_run
 
 _REPORTS_FOLDER, _RUNS_FOLDER = "reports", "runs"
 _MAX_FILE_BYTES = 1 << 26
@@ -23,7 +24,7 @@ class Sample(_Parsed):
 
     mean: float | None
     std: float | None
-    num: int
+    num: Count
 
 
 class StepTime(_Parsed):
@@ -42,13 +43,13 @@ class Row(_Parsed):
     title: str
     rate: float | None
     is_interior: bool | None
-    selection: dict[str, float | None]
-    num_diverged: int
+    selection: dict[float, float | None]
+    num_diverged: Count
     loss: Sample | None
     perplexity: Sample | None
     difference: Sample | None
     effective_rank: Sample | None
-    num_trainable: int | None
+    num_trainable: Count | None
     state_gib: float | None
     peak_gib: float | None
     tokens_per_s: float | None
@@ -82,8 +83,8 @@ class ComparisonResults(_Parsed):
 
     comparison: str
     """Its declaration as TOML."""
-    num_runs_finished: int
-    num_runs: int
+    num_runs_finished: Count
+    num_runs: Count
     rows: list[Row]
     gaps: list[Gap]
     runs: list[FinishedRun]
@@ -169,4 +170,4 @@ def _run_folder(folder: Path, run: FinishedRun) -> Path:
     """Returns a run's folder, also if the comparison was moved or called from another folder."""
     given = Path(run.folder)
     beside = folder.resolve().parents[1] / _RUNS_FOLDER / given.parent.name / given.name
-    return beside if beside.is_dir() else given
+    return beside if exists(beside) else given

@@ -223,8 +223,9 @@ def _selection_section(rows: Sequence[Row]) -> Contents | None:
     lines = {}
     for place, row in enumerate(rows):
         known = sorted(
-            (float(rate), math.inf if loss is None else loss)
+            (rate, math.inf if loss is None else loss)
             for rate, loss in row.selection.items()
+            if math.isfinite(rate)
         )
         if known:
             rates, losses = zip(*known, strict=True)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -49,12 +50,23 @@ def render(contents: Mapping[str, object]) -> str:
 
 
 def embedded(contents: Mapping[str, object]) -> str:
-    """Returns JSON that cannot end the script element it is in, nor start a comment there."""
-    text = json.dumps(contents, allow_nan=False, separators=(",", ":"))
+    """Returns JSON that cannot end the script element it is in, nor start a comment there.
+
+    A number that is not finite, which JSON does not have, becomes null.
+    """
+    text = json.dumps(_finite(contents), allow_nan=False, separators=(",", ":"))
     # Outside of strings, JSON has none of these.
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_output(output: Path) -> None:

@@ -5,13 +5,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from switchtitan.config.load import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.errors import CheckpointError, ConfigError
+from switchtitan.files import exists
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
 from switchtitan.observability.curves import Curve, read_curves
 from switchtitan.observability.profile_report import SUMMARY_FILE
@@ -27,6 +28,8 @@ _RECORD_HEADER = struct.Struct("<QI")
 """Of a record of an event file: length and checksum; the data and their checksum follow."""
 _CHECKSUM_BYTES = 4
 ModelT = TypeVar("ModelT")
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+"""A number that can be converted to a float."""
 
 
 class _Parsed(BaseModel):
@@ -36,17 +39,17 @@ class _Parsed(BaseModel):
 class NumParameters(_Parsed):
     """Sizes of a model."""
 
-    trainable: int
-    frozen: int
-    buffers: int = 0
+    trainable: Count
+    frozen: Count
+    buffers: Count = 0
 
 
 class Results(_Parsed):
     """What a report shows of `results.json`."""
 
-    step: int
+    step: Count
     diverged: bool = False
-    tokens_seen: int | None = None
+    tokens_seen: Count | None = None
     validation_loss: float | None = Field(None, alias="loss/validation")
     test_loss: float | None = Field(None, alias="loss/test")
     tokens_per_s: float | None = Field(None, alias="throughput/tokens_per_s")
@@ -54,7 +57,7 @@ class Results(_Parsed):
     peak_memory_gib: float | None = Field(None, alias="memory/peak_gib")
     compute_dtype: str | None = None
     device: str | None = None
-    num_ranks: int | None = None
+    num_ranks: Count | None = None
     commit: str | None = None
     num_parameters: NumParameters | None = None
 
@@ -62,7 +65,7 @@ class Results(_Parsed):
 class RegionTimes(_Parsed):
     """A region in a trace, per step."""
 
-    num_calls: int
+    num_calls: Count
     host_ms: float
     device_ms: float
 
@@ -71,7 +74,7 @@ class OperationTimes(_Parsed):
     """An operation in a trace."""
 
     name: str
-    num_calls: int
+    num_calls: Count
     self_ms: float
     share: float
 
@@ -79,8 +82,8 @@ class OperationTimes(_Parsed):
 class RankProfile(_Parsed):
     """The summary of one rank's trace."""
 
-    rank: int
-    num_steps: int
+    rank: Count
+    num_steps: Count
     step_ms: float
     regions: dict[str, RegionTimes]
     operations: list[OperationTimes]
@@ -111,7 +114,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ConfigError: if there is no such folder, or it is no run's.
     """
-    if not folder.is_dir():
+    if not (exists(folder) and folder.is_dir()):
         raise ConfigError(f"{folder}: no such folder; expected the output folder of a run")
     notes: list[str] = []
     curves = _read_curves(folder, notes)
