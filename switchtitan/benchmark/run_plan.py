@@ -26,6 +26,7 @@ from switchtitan.data.corpus_files import check_sizes, read_index
 from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, dtype_on
 from switchtitan.distributed.world import device_name, device_type
+from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.throughput import peak_flops_per_s
 from switchtitan.training.description import (
@@ -147,6 +148,11 @@ def plan_run(config: JobConfig, num_ranks: int) -> RunPlan:
 
 def _plan_data(config: JobConfig) -> DataPlan:
     """Opens the corpus if it is prepared, without comparing checksums, which may write a file."""
+    if config.data.sources:
+        raise ConfigError(
+            "--dry-run plans no mixture ([data] sources); run `switchtitan prepare` with the same "
+            "configuration, which prepares its sources and describes them"
+        )
     plan = plan_corpus(config.data)
     if not plan.is_prepared:
         return DataPlan(plan, None)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from switchtitan.contracts import Batch, SummedLoss
 from switchtitan.data import (
     Corpus,
-    TokenSequences,
     build_train_batches,
     build_validation_batches,
     open_corpus,
 )
+from switchtitan.data.loader import HeldOutSequences
 from switchtitan.distributed.world import World
 from switchtitan.job.config import JobConfig
 from switchtitan.training.evaluate import Evaluator, Evaluators
@@ -34,7 +34,7 @@ def build_batches(
     Their `close` ends the processes that read them.
     """
     return build_train_batches(
-        corpus.split("train", config.data.seq_len),
+        corpus.train_split(config.data.seq_len),
         seed=config.job.seed,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
@@ -50,12 +50,12 @@ def build_batches(
 def build_evaluators(
     config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
 ) -> Evaluators:
-    validation = corpus.split("validation", config.data.seq_len)
+    validation = corpus.held_out_split("validation", config.data.seq_len)
     test_tokens = config.evaluation.test_tokens
     test = None
     if test_tokens is not None:
         test = build_evaluator(
-            config, corpus.split("test", config.data.seq_len), test_tokens, loss, world
+            config, corpus.held_out_split("test", config.data.seq_len), test_tokens, loss, world
         )
     return Evaluators(
         build_evaluator(config, validation, config.evaluation.tokens, loss, world),
@@ -83,7 +83,7 @@ def build_prompts(config: JobConfig, corpus: Corpus, world: World) -> "Prompts":
 
 def build_evaluator(
     config: JobConfig,
-    sequences: TokenSequences,
+    sequences: HeldOutSequences,
     num_tokens: int,
     loss: SummedLoss,
     world: World,

@@ -12,7 +12,7 @@ from switchtitan.data.text_batches import TextBatches
 from switchtitan.data.text_bytes import num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
-from switchtitan.errors import ConfigError
+from switchtitan.errors import ConfigError, CorpusError
 from switchtitan.generation.text import prefix_ids
 
 SplitName = Literal["validation", "test"]
@@ -62,7 +62,7 @@ def held_out_split(
     Raises:
         CorpusError: if there is no such split, or it is shorter than one sequence.
     """
-    sequences = corpus.split(split, shape.seq_len)
+    sequences = corpus.held_out_split(split, shape.seq_len)
     batches = build_validation_batches(
         sequences,
         num_sequences=num_tokens // shape.seq_len,
@@ -75,7 +75,10 @@ def held_out_split(
         batches,
         len(batches),
         num_scored,
-        num_text_bytes(sequences.read(0, num_scored + 1), corpus.tokenizer()),
+        sum(
+            num_text_bytes(tokens, corpus.tokenizer())
+            for tokens in sequences.stretches(batches.num_sequences)
+        ),
     )
 
 
@@ -94,6 +97,11 @@ def held_out_documents(
     Raises:
         CorpusError: if there is no such split, or it is shorter than one sequence.
     """
+    if corpus.parts:
+        raise CorpusError(
+            "the corpus is a mixture, and the model has another tokenizer; pass --corpus FOLDER, "
+            f"the corpus of one source, such as {corpus.folder}"
+        )
     stream, num_context = _context(own)
     num_bytes = 0
     for text in _documents(corpus, split):

@@ -31,7 +31,10 @@ def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | 
     if not folder.is_dir():
         return None
     index = read_index(folder)
-    expected = metadata.identity_value("corpus", "fingerprint")
+    corpus = metadata.identity.get("corpus")
+    # Of a mixture, the first source has the tokenizer.
+    is_mixture = isinstance(corpus, dict) and "first_source" in corpus
+    expected = metadata.identity_value("corpus", "first_source" if is_mixture else "fingerprint")
     if index.fingerprint != expected:
         raise CorpusError(
             f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "

@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
         if config is None:
             return
         corpus = open_corpus(config)
-        verify_files(corpus.folder, corpus.index)
+        for source in corpus.sources:
+            verify_files(source.folder, source.index)
     except UserError as error:
         exit_for(error)
     print(summary(corpus))
@@ -73,6 +74,14 @@ def read_data_config(argv: Sequence[str]) -> DataConfig | None:
 
 def summary(corpus: Corpus) -> str:
     """Returns a summary of the corpus."""
+    if corpus.parts:
+        summaries = [summary(source) for source in corpus.sources]
+        return "\n\n".join(
+            [
+                *summaries,
+                f"mixture      {corpus.description}\nfingerprint  {corpus.fingerprint}",
+            ]
+        )
     index = corpus.index
     lines = [
         f"folder       {corpus.folder}",

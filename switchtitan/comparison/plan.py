@@ -162,7 +162,8 @@ def check_corpus(comparison: ComparisonConfig) -> None:
     config = first_run(comparison, comparison.row(comparison.baseline)).config()
     corpus = open_corpus(config.data)
     for split in ("train", "validation", "test"):
-        corpus.split(split, config.data.seq_len)
+        for source in corpus.sources:
+            source.split(split, config.data.seq_len)
 
 
 def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:

@@ -32,10 +32,11 @@ def toml_value(value: object) -> str:
     if isinstance(value, (str, PurePath)):
         # TOML's string escapes are those of JSON, except that TOML escapes DEL too.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, Section):
-        return toml_value({name: getattr(value, name) for name in type(value).model_fields})
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Section):
+        # A table in a list: TOML has no null, and its keys without a value are optional.
+        return toml_value(value.model_dump(exclude_none=True))
     if isinstance(value, Mapping):
         return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
     return str(value)

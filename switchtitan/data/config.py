@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from switchtitan.config.section import Section, VoidKey, VoidKeyError
 from switchtitan.data.sources import DATASETS
@@ -19,6 +19,26 @@ TRAINED_TOKENIZER = "train"
 DEFAULT_TRAINED_VOCAB_SIZE = 4096
 DEFAULT_VALIDATION_FRACTION = 0.02
 DEFAULT_MAX_DOCUMENT_SHARE = 0.02
+
+
+class MixedSource(Section):
+    """One source of a mixture, `[[data.sources]]`."""
+
+    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    """Its share of the training sequences, relative to the other weights; above 0."""
+    dataset: DatasetName
+    """See `[data] dataset`."""
+    path: Path | None = None
+    """See `[data] path`."""
+    text_column: str | None = None
+    """See `[data] text_column`."""
+    hub_config: str | None = None
+    """See `[data] hub_config`."""
+    hub_split: str | None = None
+    """See `[data] hub_split`."""
+
+
+_SOURCE_KEYS = tuple(key for key in MixedSource.model_fields if key != "weight")
 
 
 class DataConfig(Section):
@@ -43,6 +63,10 @@ class DataConfig(Section):
     hub_split: str | None = None
     """For "hub": the split to read, of which documents are held out. Default: "train", with
     "validation" for validation if the dataset has it."""
+    sources: tuple[MixedSource, ...] = ()
+    """A mixture, as `[[data.sources]]` tables with the keys weight, dataset, path, text_column,
+    hub_config and hub_split. The other keys of `[data]` are for all sources; `tokenizer = "train"`
+    trains it on the first one. A source that ends starts again."""
     tokenizer: str = TRAINED_TOKENIZER
     """A `tokenizer.json` or a folder with one, a name on the Hugging Face hub (e.g. "t5-base"), or
     "train": a byte-level BPE trained on the corpus."""
@@ -108,6 +132,21 @@ class DataConfig(Section):
             return False
         return self.path is None or (self.dataset == "hub" and not exists(self.path.expanduser()))
 
+    def source_config(self, number: int, tokenizer: str) -> "DataConfig":
+        """The configuration of one source of a mixture, without keys that have no effect on it."""
+        source = self.sources[number]
+        row = DATASETS[source.dataset]
+        keys: dict[str, object] = {key: getattr(source, key) for key in _SOURCE_KEYS}
+        keys |= {"sources": (), "tokenizer": tokenizer}
+        if tokenizer != TRAINED_TOKENIZER:
+            keys["vocab_size"] = None
+        if row.has_own_splits:
+            keys |= {"validation_fraction": None, "test_fraction": None}
+            keys["max_document_share"] = DEFAULT_MAX_DOCUMENT_SHARE
+        if not row.can_skip_records:
+            keys["on_bad_record"] = "stop"
+        return self.model_copy(update=keys)
+
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""
         assert self.offline_dataset is not None
@@ -126,6 +165,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _each_setting_has_an_effect(self) -> "DataConfig":
+        if self.sources:
+            return self._checked_mixture()
         mistakes: list[str] = []
         void: list[VoidKey] = []
         row = DATASETS[self.dataset]
@@ -211,6 +252,35 @@ class DataConfig(Section):
             void.append(VoidKey("offline_dataset", ("dataset", "path", "tokenizer"), problem))
         if void:
             raise VoidKeyError(void, mistakes)
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    def _checked_mixture(self) -> "DataConfig":
+        mistakes = [
+            f"{key} = {str(getattr(self, key))!r} has no effect with sources; leave it out, or add "
+            "it to a source"
+            for key in _SOURCE_KEYS
+            if getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if self.offline_dataset is not None:
+            mistakes.append(
+                f"offline_dataset = {self.offline_dataset!r} has no effect with sources; leave it "
+                "out"
+            )
+        for number in range(len(self.sources)):
+            # A later source takes the tokenizer that was trained on the first one.
+            is_later = number > 0 and self.tokenizer == TRAINED_TOKENIZER
+            keys = self.source_config(
+                number, "trained/tokenizer.json" if is_later else self.tokenizer
+            )
+            try:
+                DataConfig.model_validate(keys.model_dump())
+            except ValidationError as error:
+                mistakes += [
+                    f"sources[{number}]: {detail['msg'].removeprefix('Value error, ')}"
+                    for detail in error.errors()
+                ]
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

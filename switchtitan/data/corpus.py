@@ -1,12 +1,14 @@
 """Open a prepared corpus, the same one on every rank."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
-from switchtitan.data.config import DataConfig
+from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
 from switchtitan.data.corpus_files import (
     CorpusIndex,
     check_sizes,
@@ -15,6 +17,13 @@ from switchtitan.data.corpus_files import (
     verify_files,
 )
 from switchtitan.data.corpus_plan import plan_corpus
+from switchtitan.data.mixture import (
+    PERIOD,
+    InterleavedSequences,
+    MixedSequences,
+    Schedule,
+    schedule_of,
+)
 from switchtitan.data.prepare import prepare_planned_corpus
 from switchtitan.data.token_sequences import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
@@ -60,6 +69,9 @@ class Corpus:
     index: CorpusIndex
     fallback_for: str | None
     """The requested corpus and why it was unavailable; None if this is the requested corpus."""
+    parts: tuple["MixedPart", ...] = ()
+    """Of a mixture: all sources. Folder and index are those of the first one, whose tokenizer all
+    have."""
 
     @property
     def name(self) -> str:
@@ -68,7 +80,22 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that identify the tokens and the tokenizer on any machine."""
-        return self.index.fingerprint
+        if not self.parts:
+            return self.index.fingerprint
+        contents = [[part.corpus.fingerprint, part.count] for part in self.parts]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
+
+    @property
+    def skipped_records(self) -> int:
+        """Malformed records that were left out."""
+        return sum(part.corpus.index.skipped_records for part in self.parts) or (
+            0 if self.parts else self.index.skipped_records
+        )
+
+    @property
+    def sources(self) -> "tuple[Corpus, ...]":
+        """The corpora that were prepared: all of a mixture, or this one."""
+        return tuple(part.corpus for part in self.parts) or (self,)
 
     @property
     def vocab_size(self) -> int:
@@ -82,6 +109,10 @@ class Corpus:
     @property
     def description(self) -> str:
         """The documents, for people and for a run's metadata, and the fallback if there was one."""
+        if self.parts:
+            return "mixture of " + " + ".join(
+                f"{part.count / PERIOD:.2%} {part.corpus.description}" for part in self.parts
+            )
         description = self.index.source
         if self.index.skipped_records:
             description += f", without {self.index.skipped_records:,} malformed records"
@@ -93,8 +124,31 @@ class Corpus:
         """The tokenizer whose ids the corpus holds."""
         return read_tokenizer(self.folder, self.index.tokenizer.eos_token)
 
+    def train_split(self, seq_len: int) -> TokenSequences | MixedSequences:
+        """The training sequences, of all sources of a mixture. Errors: see `split`."""
+        if not self.parts:
+            return self.split("train", seq_len)
+        return MixedSequences(
+            [part.corpus.split("train", seq_len) for part in self.parts],
+            [part.corpus.name for part in self.parts],
+            self._schedule(),
+        )
+
+    def held_out_split(
+        self, name: Literal["validation", "test"], seq_len: int
+    ) -> TokenSequences | InterleavedSequences:
+        """Held-out sequences, of all sources of a mixture in their shares. Errors: see `split`."""
+        if not self.parts:
+            return self.split(name, seq_len)
+        return InterleavedSequences(
+            [part.corpus.split(name, seq_len) for part in self.parts], self._schedule()
+        )
+
+    def _schedule(self) -> Schedule:
+        return Schedule(tuple(part.count for part in self.parts))
+
     def split(self, name: Literal["train", "validation", "test"], seq_len: int) -> TokenSequences:
-        """The sequences of one split.
+        """The sequences of one split of a corpus that is no mixture.
 
         Raises:
             CorpusError: if there is no such split, it is shorter than one sequence, or a shard is
@@ -134,6 +188,15 @@ class Corpus:
         check_vocabulary(self.vocab_size, model_vocab_size, f"the tokenizer of {self.folder}")
 
 
+@dataclass(frozen=True)
+class MixedPart:
+    """A source of a mixture."""
+
+    corpus: Corpus
+    count: int
+    """Its sequences in `PERIOD`."""
+
+
 def open_corpus(
     config: DataConfig,
     *,
@@ -157,10 +220,35 @@ def open_corpus(
         CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
             is not the main rank's, or the tokenizer has more tokens than the model.
     """
-    corpus = _open_together(config, ranks, show_progress, model_vocab_size)
+    if config.sources:
+        corpus = _open_mixture(config, ranks, show_progress, model_vocab_size)
+    else:
+        corpus = _open_together(config, ranks, show_progress, model_vocab_size)
     if model_vocab_size is not None:
         corpus.check_vocabulary(model_vocab_size)
     return corpus
+
+
+def _open_mixture(
+    config: DataConfig, ranks: Ranks | None, show_progress: bool, model_vocab_size: int | None
+) -> Corpus:
+    schedule = schedule_of([source.weight for source in config.sources])
+    corpora: list[Corpus] = []
+    for number in range(len(config.sources)):
+        tokenizer = config.tokenizer
+        if corpora and tokenizer == TRAINED_TOKENIZER:
+            tokenizer = str(corpora[0].folder)
+        source = config.source_config(number, tokenizer)
+        opened = _open_together(source, ranks, show_progress, model_vocab_size)
+        for other, earlier in enumerate(corpora):
+            if earlier.fingerprint == opened.fingerprint:
+                raise CorpusError(
+                    f"[data] sources[{number}]: holds the same tokens as sources[{other}]; leave "
+                    "it out, and add its weight to the other"
+                )
+        corpora.append(opened)
+    parts = tuple(map(MixedPart, corpora, schedule.counts))
+    return Corpus(corpora[0].folder, corpora[0].index, None, parts)
 
 
 def _open_together(

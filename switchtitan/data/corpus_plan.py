@@ -59,6 +59,7 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
         CorpusError: if a file is missing, or the hub is needed and cannot be reached and there is
             no fallback.
     """
+    assert not config.sources, "each source of a mixture is a corpus"
     plan = plan_from_name(config)
     needs_hub = config.needs_hub_dataset or (
         config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)

@@ -11,15 +11,19 @@ from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.sampler import rank_positions, sequence_index
+from switchtitan.data.mixture import InterleavedSequences, MixedSequences
+from switchtitan.data.sampler import rank_positions
 from switchtitan.data.token_sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)
 
+TrainSequences = TokenSequences | MixedSequences
+HeldOutSequences = TokenSequences | InterleavedSequences
+
 
 def build_train_batches(
-    sequences: TokenSequences,
+    sequences: TrainSequences,
     *,
     seed: int,
     global_batch_size: int,
@@ -67,7 +71,7 @@ def build_train_batches(
         )
     order = _RankOrder(
         seed=seed,
-        num_sequences=len(sequences),
+        sequences=sequences,
         global_batch_size=global_batch_size,
         local_batch_size=local_batch_size,
         rank=rank,
@@ -88,11 +92,11 @@ def build_train_batches(
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
         )
-    return _steps(loader, global_batch_size // per_micro_step, sequences)
+    return _steps(loader, order, global_batch_size // per_micro_step)
 
 
 def build_validation_batches(
-    sequences: TokenSequences,
+    sequences: HeldOutSequences,
     *,
     num_sequences: int,
     local_batch_size: int,
@@ -121,7 +125,7 @@ class ValidationBatches:
 
     def __init__(
         self,
-        sequences: TokenSequences,
+        sequences: HeldOutSequences,
         num_sequences: int,
         local_batch_size: int,
         rank: int,
@@ -167,7 +171,7 @@ class _RankOrder(Sampler[list[int]]):
         self,
         *,
         seed: int,
-        num_sequences: int,
+        sequences: TrainSequences,
         global_batch_size: int,
         local_batch_size: int,
         rank: int,
@@ -176,7 +180,7 @@ class _RankOrder(Sampler[list[int]]):
         passed_over: Collection[int],
     ) -> None:
         self.seed = seed
-        self.num_sequences = num_sequences
+        self.sequences = sequences
         self.global_batch_size = global_batch_size
         self.local_batch_size = local_batch_size
         self.rank = rank
@@ -184,10 +188,12 @@ class _RankOrder(Sampler[list[int]]):
         self.start_step = start_step
         self.passed_over = frozenset(passed_over)
 
+    def steps(self) -> Iterator[int]:
+        """Yields the numbers of the steps."""
+        return (step for step in count(self.start_step) if step not in self.passed_over)
+
     def __iter__(self) -> Iterator[list[int]]:
-        for step in count(self.start_step):
-            if step in self.passed_over:
-                continue
+        for step in self.steps():
             for micro_batch in range(
                 self.global_batch_size // (self.num_ranks * self.local_batch_size)
             ):
@@ -199,7 +205,7 @@ class _RankOrder(Sampler[list[int]]):
                     rank=self.rank,
                     num_ranks=self.num_ranks,
                 )
-                yield sequence_index(self.seed, positions, self.num_sequences).tolist()
+                yield self.sequences.ordered(self.seed, positions).tolist()
 
 
 _WORKER_ENDS_AFTER_S = 600
@@ -215,11 +221,13 @@ def _outlive_signals(_worker: int) -> None:
 
 
 def _steps(
-    loader: StatefulDataLoader[Batch], micro_batches: int, sequences: TokenSequences
+    loader: StatefulDataLoader[Batch], order: _RankOrder, micro_batches: int
 ) -> Generator[list[Batch], None, None]:
     batches = iter(loader)
+    sequences = order.sequences
+    epochs = sequences.epochs(order.start_step * order.global_batch_size)
     try:
-        while True:
+        for number in order.steps():
             try:
                 step = [next(batches) for _ in range(micro_batches)]
             except CorpusError as error:
@@ -229,6 +237,10 @@ def _steps(
             except RuntimeError:
                 sequences.check_unchanged()  # a worker dies if its file is truncated
                 raise
+            before, epochs = epochs, sequences.epochs((number + 1) * order.global_batch_size)
+            for name, old, new in zip(sequences.names, before, epochs, strict=True):
+                if new > old:
+                    logger.info("step %d begins epoch %d of %s", number + 1, new + 1, name)
             yield step
     finally:
         # torch ends workers when their iterator is collected. An error's traceback keeps it until

@@ -1,6 +1,6 @@
 """The sequences of a split, from memory-mapped token files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from switchtitan.data.corpus_files import damage, state_of
+from switchtitan.data.sampler import sequence_index
 from switchtitan.errors import CorpusError
 from switchtitan.files import sha256_of_file
 
@@ -46,6 +47,8 @@ class TokenSequences(Dataset[TokenSequence]):
         CorpusError: if the shards are shorter than one sequence and its last target, or a file has
             the wrong size.
     """
+
+    names = ("the training split",)
 
     def __init__(
         self,
@@ -106,6 +109,22 @@ class TokenSequences(Dataset[TokenSequence]):
         first = index * self.seq_len
         tokens = torch.from_numpy(self.read(first, first + self.seq_len + 1))
         return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
+
+    def ordered(self, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the indices of the sequences at positions [...] of the endless global order."""
+        return sequence_index(seed, positions, len(self))
+
+    def epochs(self, position: int) -> list[int]:
+        """Returns how often each source was read to its end before a position of that order."""
+        return [position // len(self)]
+
+    def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
+        """Yields the tokens of the first sequences, joined where they follow one another.
+
+        The first token of each stretch is only the context of the others.
+        """
+        if num_sequences:
+            yield self.read(0, num_sequences * self.seq_len + 1)
 
     def read(self, first: int, end: int) -> NDArray[np.int64]:
         """Returns the tokens [first, end) of the joined shards.

@@ -46,7 +46,12 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
     """
     return {
         **identity_without_corpus(config),
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "corpus": {
+            "name": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            # The source of a mixture whose tokenizer the run has.
+            **({"first_source": corpus.index.fingerprint} if corpus.parts else {}),
+        },
     }
 
 
@@ -262,7 +267,7 @@ def run_facts(
         "corpus": {
             "name": corpus.name,
             "fingerprint": corpus.fingerprint,
-            "skipped_records": corpus.index.skipped_records,
+            "skipped_records": corpus.skipped_records,
         },
         "num_parameters": count_parameters(model),
     }

@@ -28,7 +28,7 @@ def tokens_read_per_s(config: JobConfig, rounds: int, steps_per_round: int) -> N
 
     Skips the first batches, during which worker processes start, and those that they prefetch.
     """
-    sequences = open_corpus(config.data).split("train", config.data.seq_len)
+    sequences = open_corpus(config.data).train_split(config.data.seq_len)
     training = config.training
     batches = build_train_batches(
         sequences,

@@ -38,7 +38,7 @@ def leave_world() -> Iterator[None]:
 
 def identity(folder: Path, method: str, *overrides: str) -> dict[str, dict]:
     config = tiny_config(folder, method, *overrides)
-    corpus = SimpleNamespace(name="a stand-in", fingerprint="abc")
+    corpus = SimpleNamespace(name="a stand-in", fingerprint="abc", parts=())
     return run_identity(config, cast(Corpus, corpus))
 
 

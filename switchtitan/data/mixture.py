@@ -1,0 +1,179 @@
+"""Mixtures: which source the sequence at a position of the global order comes from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from switchtitan.data.sampler import sequence_index
+from switchtitan.data.token_sequences import TokenSequence, TokenSequences
+from switchtitan.errors import ConfigError
+
+PERIOD = 10_000
+"""Positions after which the choice of sources repeats: weights are rounded to multiples of one in
+10 000. Which sequences a source gives does not repeat."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sources by position. Of the first p positions, source k has `counts[k] / PERIOD * p` of them,
+    within one.
+
+    Args:
+        counts: [sources], positions of each source in a period; they add up to `PERIOD`.
+    """
+
+    counts: tuple[int, ...]
+
+    @cached_property
+    def _sources(self) -> NDArray[np.int64]:
+        """[PERIOD], the source at each position.
+
+        R. Tijdeman, "The chairman assignment problem" (1980): of the sources that are behind, the
+        one whose next turn is due first. With exact integers, so that all machines agree.
+        """
+        num_sources = len(self.counts)
+        slack = max(2 * num_sources - 2, 1)
+        given = [0] * num_sources
+        chosen = np.empty(PERIOD, dtype=np.int64)
+        for position in range(PERIOD):
+            # Behind by so much, times PERIOD: the share of position + 1, less what it was given.
+            behind = [
+                count * (position + 1) - PERIOD * own
+                for count, own in zip(self.counts, given, strict=True)
+            ]
+            ready = [k for k in range(num_sources) if slack * behind[k] >= PERIOD]
+            # Fractions (PERIOD * (1 - 1 / slack) - behind) / count, compared without rounding.
+            best = ready[0] if ready else int(np.argmax(behind))
+            for k in ready[1:]:
+                left = (PERIOD * (slack - 1) - slack * behind[k]) * self.counts[best]
+                if left < (PERIOD * (slack - 1) - slack * behind[best]) * self.counts[k]:
+                    best = k
+            given[best] += 1
+            chosen[position] = best
+        return chosen
+
+    @cached_property
+    def _counts_before(self) -> NDArray[np.int64]:
+        """[PERIOD + 1, sources], positions of each source before a position."""
+        is_of = self._sources[:, None] == np.arange(len(self.counts))
+        return np.concatenate([np.zeros((1, len(self.counts)), np.int64), np.cumsum(is_of, axis=0)])
+
+    def places(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the source of each position, and the position in that source's own order."""
+        periods, offsets = np.divmod(np.asarray(positions, dtype=np.int64), PERIOD)
+        sources = self._sources[offsets]
+        within = self._counts_before[offsets, sources]
+        return sources, periods * np.asarray(self.counts)[sources] + within
+
+    def num_given(self, position: int) -> list[int]:
+        """Returns how many of the positions below `position` each source has."""
+        periods, offset = divmod(position, PERIOD)
+        given = periods * np.asarray(self.counts) + self._counts_before[offset]
+        return [int(number) for number in given]
+
+    def position_of(self, source: int, number: int) -> int:
+        """Returns the position of a source's sequence `number`, counted from 0."""
+        periods, rest = divmod(number, self.counts[source])
+        return periods * PERIOD + int(np.flatnonzero(self._sources == source)[rest])
+
+
+def schedule_of(weights: Sequence[float]) -> Schedule:
+    """Returns the schedule whose shares are the weights, rounded to multiples of one in 10 000.
+
+    Raises:
+        ConfigError: if a weight would be rounded to nothing.
+    """
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
+    counts = np.floor(shares).astype(int)
+    remainders = np.argsort(-(shares - counts), kind="stable")
+    counts[remainders[: PERIOD - int(counts.sum())]] += 1
+    if not counts.all():
+        small = int(np.argmin(counts))
+        raise ConfigError(
+            f"[data] sources[{small}].weight = {weights[small]}: expected at least "
+            f"{sum(weights) / PERIOD:g}, one part in {PERIOD:,} of all weights; increase it, or "
+            "leave the source out"
+        )
+    return Schedule(tuple(counts.tolist()))
+
+
+class MixedSequences(Dataset[TokenSequence]):
+    """The training sequences of several sources.
+
+    Index i is sequence i of the first source, then of the second one, and so on. A source that ends
+    starts again in another order.
+
+    Args:
+        parts: all with one `seq_len`.
+        names: of the sources, for messages.
+    """
+
+    def __init__(
+        self, parts: Sequence[TokenSequences], names: Sequence[str], schedule: Schedule
+    ) -> None:
+        self._parts = tuple(parts)
+        self.names = tuple(names)
+        self._schedule = schedule
+        self.seq_len = parts[0].seq_len
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        """See `TokenSequences`."""
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        if index < 0 or source == len(self._parts):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return self._parts[source][index - int(self._ends[source]) + len(self._parts[source])]
+
+    def ordered(self, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `TokenSequences`."""
+        sources, places = self._schedule.places(positions)
+        indices = np.empty_like(places)
+        for source, part in enumerate(self._parts):
+            is_own = sources == source
+            first = int(self._ends[source]) - len(part)
+            indices[is_own] = first + sequence_index(seed, places[is_own], len(part))
+        return indices
+
+    def epochs(self, position: int) -> list[int]:
+        """See `TokenSequences`."""
+        given = self._schedule.num_given(position)
+        return [number // len(part) for number, part in zip(given, self._parts, strict=True)]
+
+    def check_unchanged(self) -> None:
+        """See `TokenSequences`."""
+        for part in self._parts:
+            part.check_unchanged()
+
+
+class InterleavedSequences(Dataset[TokenSequence]):
+    """The held-out sequences of several sources in their shares, until the first source ends."""
+
+    def __init__(self, parts: Sequence[TokenSequences], schedule: Schedule) -> None:
+        self._parts = tuple(parts)
+        self._schedule = schedule
+        self.seq_len = parts[0].seq_len
+        self._num_sequences = min(
+            schedule.position_of(source, len(part)) for source, part in enumerate(parts)
+        )
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        """See `TokenSequences`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        (source,), (place,) = self._schedule.places(np.array([index]))
+        return self._parts[int(source)][int(place)]
+
+    def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
+        """See `TokenSequences`."""
+        for part, number in zip(self._parts, self._schedule.num_given(num_sequences), strict=True):
+            yield from part.stretches(number)
