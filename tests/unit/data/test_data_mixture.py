@@ -135,7 +135,7 @@ def test_each_source_has_its_share_and_is_read_in_epochs(corpus: Corpus) -> None
 
 
 def test_the_start_of_an_epoch_is_logged(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="switchtitan.data.loader")
     smallest = corpus.sources[2]
     per_epoch = len(smallest.split("train", SEQ_LEN)) * 10 // 2  # positions, at a share of 0.2
     batches_of(corpus, per_epoch // 8 + 2, 1)
