@@ -6,6 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from switchtitan.checkpoint import Checkpointer, read_metadata
 from switchtitan.checkpoint.load import CheckpointTensors
+from switchtitan.checkpoint.verify import check_contents
 from switchtitan.contracts import Batch
+from switchtitan.errors import CheckpointError
 from switchtitan.job.sections import LossSpikeConfig
 from switchtitan.training.divergence import divergence
 from switchtitan.training.stepper import Stepper, StepResult, TrainState
@@ -90,6 +93,7 @@ class LossSpikeGuard:
 
         Raises:
             TrainingDivergedError: if the run has had as many rollbacks as it may have.
+            CheckpointError: on every rank, if the checkpoint is damaged or missing.
         """
         for spike in self._spikes():
             logger.warning("%s", spike)
@@ -131,6 +135,8 @@ class LossSpikeGuard:
             logger.warning("cannot roll back: there is no checkpoint yet")
             return False
         stepper, state = self._stepper, self._stepper.state
+        world = stepper.world
+        world.together(lambda: _check_undamaged(checkpoint) if world.is_main else None)
         saved = TrainState(**read_metadata(checkpoint).train_state)  # type: ignore[arg-type]
         # Earlier batches are in the checkpoint's weights.
         before = max(spike.position - self._config.batches_before, saved.num_batches)
@@ -146,6 +152,17 @@ class LossSpikeGuard:
         stepper.batches = self._open_batches()
         logger.warning("rolled back to %s; passing over batches %d to %d", checkpoint, first, last)
         return True
+
+
+def _check_undamaged(checkpoint: Path) -> None:
+    # Files may change after a save has read them back.
+    try:
+        check_contents(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot roll back after a loss spike: {error}; the same command resumes from the "
+            "newest complete checkpoint, if there is one"
+        ) from error
 
 
 def loss_limit(recent: list[float], factor: float) -> float:

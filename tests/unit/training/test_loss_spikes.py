@@ -5,6 +5,7 @@ import json
 import signal
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ from support.spikes import (
 from support.tiny import full_tensors, tiny_config, tiny_trainer
 
 from switchtitan.distributed.world import stop_world
-from switchtitan.errors import ConfigError
+from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.training.divergence import TrainingDivergedError
 from switchtitan.training.loss_spikes import loss_limit
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.stepper import StepResult, TrainState
 from switchtitan.training.stop import NeverStop, Stopped
 
 LATE_READS = (*GUARD, "--metrics.interval", "100", "--data.num_workers", "1")
@@ -164,6 +165,31 @@ def test_a_spike_before_the_first_checkpoint_is_trained_on(corpora, caplog):
     trainer.train()
     assert "cannot roll back: there is no checkpoint yet" in caplog.text
     assert results_of(folder)["rollbacks"] == 0
+
+
+def test_a_checkpoint_that_was_damaged_after_its_save_is_not_rolled_back_to(corpora):
+    folder = corpora / "damaged"
+    trainer = tiny_trainer(folder, "switchlora", *GUARD)
+    raise_loss_of_batch(trainer.stepper, BAD_BATCH)
+    step = trainer.stepper.step
+
+    def damaging_step() -> StepResult:
+        if trainer.stepper.state.step == 12:
+            trainer.checkpointer.finish()
+            flip_a_bit(folder / "run" / "checkpoints" / "step-000000010")
+        return step()
+
+    trainer.stepper.step = damaging_step
+    with pytest.raises(CheckpointError, match=r"cannot roll back .*step-000000010.* is corrupted"):
+        trainer.train()
+    assert trainer.stepper.state.num_rollbacks == 0
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    (file,) = checkpoint.glob("*.distcp")
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
 
 
 def test_a_nan_before_the_first_checkpoint_ends_the_run(corpora):
