@@ -131,11 +131,12 @@ def _open(file: Path) -> tuple[int, bool]:
 
     Raises:
         FileNotFoundError: if the folder does not exist, or the file has been deleted meanwhile.
+        OSError: if the file is a link: its target is not written.
     """
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
     except FileExistsError:
-        return os.open(file, os.O_RDWR), False
+        return os.open(file, os.O_RDWR | os.O_NOFOLLOW), False
 
 
 def _write(descriptor: int, owner: Owner) -> bytes:
@@ -282,6 +283,11 @@ def _taken(output_dir: Path, owner: Owner | None, *, may_delete: bool = True) ->
 
 def _cannot_lock(output_dir: Path, error: OSError) -> ConfigError:
     file = output_dir / LOCK_FILE
+    if error.errno == errno.ELOOP and file.is_symlink():
+        return ConfigError(
+            f"[job] output_dir = {str(output_dir)!r}: {file} is a link; delete it, or choose "
+            "another output_dir"
+        )
     if not isinstance(error, PermissionError) or not os.path.lexists(file):
         return cannot_write(output_dir, error)
     try:

@@ -377,6 +377,20 @@ def test_an_owner_that_may_live_is_respected(output_dir, world, with_or_without_
     assert (output_dir / LOCK_FILE).read_bytes() == before
 
 
+@pytest.mark.parametrize("target", ["missing", "notes.txt"])
+def test_a_link_in_place_of_the_lock_is_refused_and_not_followed(output_dir, world, target):
+    output_dir.mkdir(parents=True)
+    (output_dir / "notes.txt").write_text("notes")
+    (output_dir / LOCK_FILE).symlink_to(target)
+    with (
+        pytest.raises(ConfigError, match=f"{LOCK_FILE} is a link; delete it"),
+        lock_output_dir(output_dir, world),
+    ):
+        pass
+    assert (output_dir / "notes.txt").read_text() == "notes"
+    assert not (output_dir / "missing").exists()
+
+
 def test_without_file_locks_an_unknown_owner_is_respected(
     output_dir, world, without_locks, monkeypatch
 ):
