@@ -289,7 +289,7 @@ class RunStop:
                 math.inf if is_over else last + 1,
                 has_work=is_over or any(has_work for _, has_work, _ in passed_by_rank),
             )
-        elif time.monotonic() > self._answers_by:
+        elif time.monotonic() > self._answers_by and self._signals.ending is None:
             lost = board.missing(_PASSED)
             reason = f"cannot save: {describe_lost(board, lost)}"
             if is_first_of_others(board, lost):
