@@ -223,6 +223,7 @@ class _Preparation:
                 progress=progress,
                 split_of=self._split_of(split),
                 on_batch=advance,
+                save=self._write_progress,
                 segment_tokens=self._segment_tokens,
             )
             if after is None:
@@ -328,14 +329,19 @@ class _Preparation:
                     num_bytes = file_inside(self._partial, shard.file).stat().st_size
                     if num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
                         raise ValueError(f"{shard.file} has {num_bytes} bytes")
+            for shard in progress.unfinished.values():
+                # More may have been written before the stop, but not less.
+                if file_inside(self._partial, shard.file).stat().st_size < 2 * shard.tokens:
+                    raise ValueError(f"{shard.file} is truncated")
         except (OSError, ValueError) as error:
             if self._partial.exists():
                 logger.info("cannot resume %s (%s); starting over", self._partial, error)
                 shutil.rmtree(self._partial)
             return Progress()
         logger.info(
-            "resuming a stopped preparation after %d finished segments",
+            "resuming a stopped preparation after %d finished segments and %d tokens more",
             progress.segments,
+            sum(shard.tokens for shard in progress.unfinished.values()),
         )
         return progress
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,13 @@ from switchtitan.errors import CorpusError
 from switchtitan.files import format_bytes
 
 SEGMENT_TOKENS = 1 << 26
-"""Tokens in a segment: the most that is tokenized again after a stop, about a minute on 2 cores."""
+"""Tokens in a segment, which is one file for each split."""
+SAVE_TOKENS = 1 << 22
+"""Tokens after which an unfinished segment is flushed: the most that is tokenized again after a
+stop, a few seconds on 2 cores."""
 
 _BATCH_BYTES = 1 << 21
+_READ_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 4096
 
 
@@ -50,6 +54,8 @@ class Progress(BaseModel):
     """Finished segments of all streams."""
     splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
     """Finished shards by split."""
+    unfinished: dict[str, ShardRecord] = Field(default_factory=dict)
+    """What was flushed of the segment after those, by split."""
 
 
 TokenIds = NDArray[Any]
@@ -191,17 +197,39 @@ def read_ahead(batches: Iterator[T]) -> Iterator[T]:
 
 
 class ShardWriter:
-    """Writes the token file of one split in one segment and computes its checksum."""
+    """Writes the token file of one split in one segment and computes its checksum.
 
-    def __init__(self, file: Path, dtype: str) -> None:
+    Args:
+        flushed: what an earlier process flushed of the file, to go on after it.
+    """
+
+    def __init__(self, file: Path, dtype: str, flushed: ShardRecord | None = None) -> None:
         self._file = file
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        file.unlink(missing_ok=True)  # a link would lead the writes elsewhere
-        self._stream = file.open("xb")
         self._digest = hashlib.sha256()
-        self._documents = 0
-        self._tokens = 0
-        self._bytes_of_text = 0
+        self._documents = flushed.documents if flushed else 0
+        self._tokens = flushed.tokens if flushed else 0
+        self._bytes_of_text = flushed.bytes_of_text if flushed else 0
+        if flushed:
+            self._stream = self._open_again(flushed)
+        else:
+            file.unlink(missing_ok=True)  # a link would lead the writes elsewhere
+            self._stream = file.open("xb")
+
+    def _open_again(self, flushed: ShardRecord) -> BinaryIO:
+        stream = self._file.open("r+b")
+        left = flushed.tokens * self._dtype.itemsize
+        if os.fstat(stream.fileno()).st_size < left:
+            stream.close()
+            raise CorpusError(
+                f"{self._file}: is truncated; delete the folder {self._file.parent} and run again "
+                "to prepare the corpus from scratch"
+            )
+        stream.truncate(left)  # what was written after the flush
+        while block := stream.read(min(left, _READ_BYTES)):
+            self._digest.update(block)
+            left -= len(block)
+        return stream
 
     def write(self, token_ids: TokenIds, eos_id: int, bytes_of_text: int) -> int:
         """Appends one document and its end token; returns the number of tokens written."""
@@ -217,10 +245,15 @@ class ShardWriter:
         return len(tokens)
 
     def finish(self) -> ShardRecord:
-        """Flushes the file to disk and returns its record."""
+        """Flushes the file to disk, closes it and returns its record."""
+        record = self.flush()
+        self._stream.close()
+        return record
+
+    def flush(self) -> ShardRecord:
+        """Flushes the file to disk and returns the record of what was written so far."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._stream.close()
         return ShardRecord(
             file=self._file.name,
             documents=self._documents,
@@ -263,6 +296,7 @@ def write_segment(
     progress: Progress,
     split_of: Callable[[int], str],
     on_batch: Callable[[TokenBatch], None],
+    save: Callable[[Progress], None],
     segment_tokens: int,
 ) -> Progress | None:
     """Writes batches until the segment is full or the stream ends.
@@ -270,6 +304,7 @@ def write_segment(
     Args:
         split_of: maps a document's number in its stream to its split.
         on_batch: called after each batch is written.
+        save: called after each `SAVE_TOKENS` tokens are flushed.
 
     Returns:
         the progress after the segment, or None if the stream was exhausted.
@@ -278,10 +313,21 @@ def write_segment(
         CorpusError: if a file cannot be written.
     """
     writers: dict[str, ShardWriter] = {}
-    documents, num_bytes, num_tokens, position = progress.documents, progress.bytes_of_text, 0, None
+    documents, num_bytes, position = progress.documents, progress.bytes_of_text, None
     skipped = progress.skipped
+    num_tokens = num_saved = sum(shard.tokens for shard in progress.unfinished.values())
+
+    def reached() -> dict[str, object]:
+        counted = {"documents": documents, "bytes_of_text": num_bytes, "skipped": skipped}
+        return {"position": position, **counted}
+
     try:
-        for batch in batches:
+        with explained_write_errors(folder):
+            for split, shard in progress.unfinished.items():
+                writers[split] = ShardWriter(folder / shard.file, dtype, shard)
+        if num_tokens:
+            position = progress.position
+        for batch in batches if num_tokens < segment_tokens else ():
             read = batch.read
             with explained_write_errors(folder):
                 for token_ids, size, text_size in zip(
@@ -298,6 +344,11 @@ def write_segment(
             on_batch(batch)
             if num_tokens >= segment_tokens:
                 break
+            if num_tokens - num_saved >= SAVE_TOKENS:
+                num_saved = num_tokens
+                with explained_write_errors(folder):
+                    flushed = {split: writer.flush() for split, writer in writers.items()}
+                save(progress.model_copy(update={**reached(), "unfinished": flushed}))
         with explained_write_errors(folder):
             finished = {split: writer.finish() for split, writer in writers.items()}
     finally:
@@ -310,11 +361,9 @@ def write_segment(
         splits.setdefault(split, []).append(shard)
     return progress.model_copy(
         update={
-            "position": position,
-            "documents": documents,
-            "bytes_of_text": num_bytes,
-            "skipped": skipped,
+            **reached(),
             "segments": progress.segments + 1,
             "splits": splits,
+            "unfinished": {},
         }
     )

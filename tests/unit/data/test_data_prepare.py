@@ -108,6 +108,49 @@ def test_a_killed_preparation_resumes_after_its_last_segment(
     assert went_on.index == expected.index
 
 
+@pytest.mark.parametrize("num_batches", [1, 4, 9, 14])
+@pytest.mark.usefixtures("small_batches")
+def test_a_stop_within_a_segment_costs_little_and_changes_nothing(
+    num_batches: int,
+    jsonl_config: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus: Corpus,
+) -> None:
+    """All is one segment; it is stopped before batch `num_batches` of 15 is tokenized."""
+    monkeypatch.setattr(segments_module, "SAVE_TOKENS", 300)
+    config = jsonl_config.model_copy(update={"cache_dir": tmp_path})
+    encoded: list[int] = []
+    encode = DocumentTokenizer.encode_documents
+
+    def encode_or_stop(self: DocumentTokenizer, documents: list[str]) -> list[list[int]]:
+        if len(encoded) == num_batches:
+            raise KeyboardInterrupt
+        encoded.append(len(documents))
+        return encode(self, documents)
+
+    monkeypatch.setattr(DocumentTokenizer, "encode_documents", encode_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(config, show_progress=False)
+    (unfinished,) = tmp_path.glob("*.partial")
+    # Written after the last flush, or what a crash left in its place.
+    for file in unfinished.glob("*-00000.bin"):
+        with file.open("ab") as stream:
+            stream.write(b"garbage")
+    encoded.clear()
+    monkeypatch.setattr(DocumentTokenizer, "encode_documents", encode)
+    num_encoded = []
+
+    def encode_and_count(self: DocumentTokenizer, documents: list[str]) -> list[list[int]]:
+        num_encoded.append(len(documents))
+        return encode(self, documents)
+
+    monkeypatch.setattr(DocumentTokenizer, "encode_documents", encode_and_count)
+    resumed = open_prepared(prepare_corpus(config, show_progress=False))
+    assert resumed.index == corpus.index
+    assert sum(num_encoded) <= 120 - 8 * max(0, num_batches - 4)
+
+
 @pytest.mark.usefixtures("small_batches")
 def test_progress_without_its_files_is_not_trusted(
     jsonl_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus
