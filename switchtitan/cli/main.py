@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
     "launch": "Start one process per rank: `switchtitan launch --nproc_per_node 8 train ...`.",
     "prepare": "Tokenize a corpus before training on it.",
+    "inspect": "Show a corpus as the model sees it: counts, and sequences of tokens as text.",
     "evaluate": "Compute loss, perplexity and bits per byte of weights on held-out text.",
     "generate": "Continue a text with a trained model.",
     "lm-eval": "Run tasks of the lm-evaluation-harness on a trained model.",
