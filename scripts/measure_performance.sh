@@ -10,6 +10,7 @@ set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
+help_from_header "$@"
 prepare_environment
 cd -- "$project_root"
 

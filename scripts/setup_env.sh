@@ -14,6 +14,20 @@ fail() {
     exit 2
 }
 
+# help_from_header ARGUMENT ...: with --help, prints the comment at the start of the script, and exits.
+# Call it before `prepare_environment`, which may install for minutes.
+help_from_header() {
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
+            -h | --help)
+                sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
+                exit 0
+                ;;
+        esac
+    done
+}
+
 prepare_environment() {
     local extra="${1:-}" base_python="${PYTHON:-}"
     environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$project_root/.venv}}"

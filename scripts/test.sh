@@ -18,6 +18,7 @@ set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_env.sh"
 
+help_from_header "$@"
 prepare_environment dev
 cd -- "$project_root"
 # Shapes are tiny and several ranks share the cores: more threads would be slower.
