@@ -90,12 +90,18 @@ def format_bytes(num_bytes: int) -> str:
     return f"{size:.3g} {units[0]}"
 
 
-def sha256_of_file(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
+def sha256_of_file(file: Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal.
+
+    Args:
+        on_bytes: called with the number of bytes of each block that was read.
+    """
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """`metadata.json` and `tensors.json` of a checkpoint: their contents, reading and writing."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -203,9 +203,9 @@ def _write_new(file: Path, contents: bytes) -> None:
         sync_file(stream.fileno())
 
 
-def file_record(path: Path) -> FileRecord:
-    """Returns the size and the checksum of the file `path`."""
-    return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+def file_record(path: Path, on_bytes: Callable[[int], object] | None = None) -> FileRecord:
+    """Returns the size and the checksum of the file `path`; see `sha256_of_file`."""
+    return FileRecord(num_bytes=path.stat().st_size, sha256=sha256_of_file(path, on_bytes))
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from switchtitan.checkpoint.metadata import (
 )
 from switchtitan.errors import CheckpointError
 from switchtitan.files import named_errors, sync_file
+from switchtitan.progress import progress_bar
 
 
 class ChecksummingWriter(FileSystemWriter):
@@ -84,7 +85,8 @@ class JsonIndexReader(FileSystemReader):
         return _index_to_dcp(index)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        for item in plan.items:
+        name = f"loading {Path(self.path).name}"
+        for item in progress_bar(name, plan.items, total=len(plan.items), unit="tensors"):
             piece = self._read_piece(item.storage_index)
             part = narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
             target = planner.resolve_tensor(item).detach()

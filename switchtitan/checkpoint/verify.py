@@ -1,6 +1,7 @@
 """Verify that a checkpoint is complete: its sizes, its index, its checksums."""
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from switchtitan.checkpoint.metadata import (
 )
 from switchtitan.errors import CheckpointError
 from switchtitan.files import file_inside
+from switchtitan.progress import progress_bar
 
 _NUM_READERS = 4
 _MAX_ELEMENTS = 1 << 60
@@ -65,8 +67,12 @@ def check_contents(path: Path) -> CheckpointMetadata:
         CheckpointError: names the first problem.
     """
     metadata = check_files(path)
-    with ThreadPoolExecutor(_NUM_READERS) as readers:  # hashlib releases the GIL
-        records = readers.map(lambda name: _read_record(path / name), metadata.files)
+    num_bytes = sum(record.num_bytes for record in metadata.files.values())
+    with (
+        progress_bar(f"verifying {path.name}", total=num_bytes, unit="B") as bar,
+        ThreadPoolExecutor(_NUM_READERS) as readers,  # hashlib releases the GIL
+    ):
+        records = readers.map(lambda name: _read_record(path / name, bar.update), metadata.files)
         for (name, expected), found in zip(metadata.files.items(), records, strict=True):
             if found != expected:
                 raise CheckpointError(
@@ -75,9 +81,9 @@ def check_contents(path: Path) -> CheckpointMetadata:
     return metadata
 
 
-def _read_record(file: Path) -> FileRecord:
+def _read_record(file: Path, on_bytes: Callable[[int], object]) -> FileRecord:
     try:
-        return file_record(file)
+        return file_record(file, on_bytes)
     except OSError as error:  # for example a bad sector
         raise CheckpointError(
             f"{file.parent}: cannot read {file.name}: {error.strerror or error}"

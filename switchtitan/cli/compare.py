@@ -7,6 +7,7 @@ and updates them after every run. The same command resumes a stopped or killed c
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
 
 def train(comparison: Comparison, runner: Runner, folder: Path, config: ComparisonConfig) -> None:
     """Trains the remaining runs, with a progress bar."""
-    with tqdm(unit="run", dynamic_ncols=True) as bar:
+    # None: no bar unless standard error is a terminal.
+    with tqdm(unit="run", dynamic_ncols=True, disable=None) as bar:
 
         def show() -> None:
             state = comparison.state()
@@ -78,6 +80,8 @@ def train(comparison: Comparison, runner: Runner, folder: Path, config: Comparis
         def note(run: Run) -> None:
             show()
             bar.set_postfix_str(f"{run.name} finished")
+            if bar.disable:
+                print(f"{run.name} finished", file=sys.stderr, flush=True)
             report(comparison, folder, config)
 
         show()

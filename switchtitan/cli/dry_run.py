@@ -11,6 +11,7 @@ from switchtitan.files import format_bytes
 from switchtitan.job.config import parse_arguments
 from switchtitan.observability import configure_logging
 from switchtitan.observability.console import format_count, format_duration
+from switchtitan.progress import slow_note
 
 ASSUMED_MFU = 0.4
 """Share of the device's peak for the stated time; an assumption, not a measurement."""
@@ -36,7 +37,9 @@ def main(argv: Sequence[str], num_ranks: int | None = None) -> None:
         configure_logging(is_main=True)
         # What is found is printed below.
         logging.getLogger("switchtitan").setLevel(logging.WARNING)
-        print("\n".join(describe(plan_run(config, num_ranks))))
+        with slow_note("estimating: each operation of a few steps runs on tensors without values"):
+            plan = plan_run(config, num_ranks)
+        print("\n".join(describe(plan)))
     except UserError as error:
         exit_for(error)
 

@@ -31,6 +31,7 @@ from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
 from switchtitan.job.checks import checks_without_device
 from switchtitan.job.config import JobConfig
+from switchtitan.progress import slow_note
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,9 +45,10 @@ def main(argv: Sequence[str]) -> None:
         if options.fit:
             _print_fit(configs, options, argv)
             return
-        estimates = {
-            name: estimate_step(config, options.world_size) for name, config in configs.items()
-        }
+        with slow_note("estimating: each operation of a few steps runs on tensors without values"):
+            estimates = {
+                name: estimate_step(config, options.world_size) for name, config in configs.items()
+            }
     except UserError as error:
         exit_for(error)
     communication = {name: estimate.communication for name, estimate in estimates.items()}
@@ -75,10 +77,11 @@ def _print_fit(
     configs: Mapping[str, JobConfig], options: argparse.Namespace, argv: Sequence[str]
 ) -> None:
     """Estimates and prints the largest micro-batch of each configuration that fits."""
-    fits = {
-        name: largest_batch_sizes(config, options.world_size, options.fit)
-        for name, config in configs.items()
-    }
+    with slow_note("searching the largest batch size: some steps run on tensors without values"):
+        fits = {
+            name: largest_batch_sizes(config, options.world_size, options.fit)
+            for name, config in configs.items()
+        }
     assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
     lines = [
         f"largest local_batch_size that fits on each of {options.world_size} ranks with this much "

@@ -11,7 +11,8 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from switchtitan.errors import CorpusError
-from switchtitan.files import checksum_line, file_inside, sha256_of_file, write_atomically
+from switchtitan.files import checksum_line, exists, file_inside, sha256_of_file, write_atomically
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -175,15 +176,23 @@ def verify_files(folder: Path, index: CorpusIndex, names: Iterable[str] | None =
     Raises:
         CorpusError: for the first file that is missing or differs.
     """
-    expected = index.checksums
-    for name in expected if names is None else names:
-        sha256 = expected[name]
-        try:
-            found = sha256_of_file(folder / name)
-        except OSError as error:
-            raise damage(folder / name, f"the file cannot be read ({error.strerror})") from error
-        if found != sha256:
-            raise damage(folder / name, "the file does not match its checksum")
+    chosen = list(index.checksums if names is None else names)
+    with progress_bar(
+        f"verifying {folder.name}", total=_num_bytes(folder, chosen), unit="B"
+    ) as bar:
+        for name in chosen:
+            try:
+                found = sha256_of_file(folder / name, bar.update)
+            except OSError as error:
+                problem = f"the file cannot be read ({error.strerror})"
+                raise damage(folder / name, problem) from error
+            if found != index.checksums[name]:
+                raise damage(folder / name, "the file does not match its checksum")
+
+
+def _num_bytes(folder: Path, names: Iterable[str]) -> int:
+    files = [folder / name for name in names]
+    return sum(file.stat().st_size for file in files if exists(file))
 
 
 def verify_changed_files(folder: Path, index: CorpusIndex) -> None:

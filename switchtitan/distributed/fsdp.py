@@ -18,6 +18,7 @@ from switchtitan.distributed.kept_weights import keep_frozen_weights
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
+from switchtitan.progress import progress_bar
 
 
 def shard_model(
@@ -132,7 +133,10 @@ def materialize(
             return initial_weights[name][rows.start : rows.stop].to(torch.float32)
         return plain_value(model, seed, name, shape, rows)
 
-    for module_name, module in model.named_modules():
+    modules = list(model.named_modules())
+    for module_name, module in progress_bar(
+        "initializing weights", modules, total=len(modules), unit="modules"
+    ):
         prefix = f"{module_name}." if module_name else ""
         own = dict(module.named_parameters(recurse=False)) | dict(
             module.named_buffers(recurse=False)

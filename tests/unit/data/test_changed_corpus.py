@@ -62,9 +62,9 @@ def num_verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     compute = corpus_files.sha256_of_file
 
-    def note(file: Path) -> str:
+    def note(file: Path, on_bytes: Callable[[int], object]) -> str:
         names.append(file.name)
-        return compute(file)
+        return compute(file, on_bytes)
 
     monkeypatch.setattr(corpus_files, "sha256_of_file", note)
     return names
