@@ -31,8 +31,8 @@ def run(*words: object) -> Outcome:
     """Runs `switchtitan` with these arguments. Its exceptions other than an exit are raised."""
     output, errors = io.StringIO(), io.StringIO()
     status = 0
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    root, own = logging.getLogger(), logging.getLogger("switchtitan")
+    handlers, levels = list(root.handlers), (root.level, own.level)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main([str(word) for word in words])
@@ -40,5 +40,7 @@ def run(*words: object) -> Outcome:
         status = stop.code if isinstance(stop.code, int) else 1
     finally:
         stop_world()
-        root.handlers[:], root.level = handlers, level
+        root.handlers[:] = handlers
+        for logger, level in zip((root, own), levels, strict=True):
+            logger.setLevel(level)
     return Outcome(status, output.getvalue(), errors.getvalue())

@@ -26,7 +26,7 @@ def test_missing_folder_has_no_checkpoint(folder):
 
 
 def test_newest_is_found_by_number_and_logged(saved, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="switchtitan.checkpoint.find"):
         assert find_latest(saved) == saved / "step-000000010"
     assert "step-000000010" in caplog.text
 
