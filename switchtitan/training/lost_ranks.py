@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 5.0
 """A rank that is alive answers within this time, whatever its main thread does."""
 POLL_WHILE_ASKING_S = 0.05
-SHARED_WITHIN_S = 2.0
+SHARED_WITHIN_S = 4.0
 """A rank that is alive looks for failures of others more often."""
 _NUM_SHOWN = 8
 

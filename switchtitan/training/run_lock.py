@@ -249,8 +249,9 @@ def _remove_contents(file: Path, contents: bytes) -> None:
     except OSError:
         return
     try:
-        if _read(file) == contents:
-            try_to_remove(file.unlink)
+        with suppress(OSError):  # of a network file system; the file then names an ended process
+            if _read(file) == contents:
+                try_to_remove(file.unlink)
     finally:
         try_to_remove(claim.unlink)
 

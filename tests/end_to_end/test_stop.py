@@ -23,7 +23,7 @@ def test_the_launcher_passes_a_signal_on_and_no_step_is_lost(corpora: Path) -> N
     number = random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     with start(corpora / "signal", *STEPS, ranks=2) as run:
         run.wait_for(r"\d/40 +\d")
-        time.sleep(random.uniform(0, 0.5))
+        time.sleep(random.uniform(0, 0.2))
         os.kill(run.process.pid, number)
         said = run.ends_with(128 + number)
     assert run.saved_steps() == [run.last_step]
