@@ -199,7 +199,7 @@ class LlamaFamilyConfig(ModelConfig):
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
         """Returns all differences between a config.json and this model."""
         model_type = found.get("model_type", self.huggingface_type)
-        if model_type not in self.huggingface_types:
+        if not isinstance(model_type, str) or model_type not in self.huggingface_types:
             supported = " or ".join(map(repr, sorted(self.huggingface_types)))
             return [f"model_type = {model_type!r}, [model] name = {self.name!r} is {supported}"]
         try:

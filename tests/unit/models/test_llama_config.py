@@ -168,3 +168,10 @@ def test_a_tied_head_costs_the_operations_of_an_untied_one(tied_head: bool) -> N
     dims = LlamaConfig(**{**SHAPES, "tied_head": tied_head, "head_dim": 4}).dimensions()
     blocks = 3 * (36 * (24 + 12 + 12 + 24) + 3 * 36 * 29)
     assert dims.num_flops_per_token(7) == 6 * (blocks + 53 * 36) + 12 * 3 * 24 * 7
+
+
+@pytest.mark.parametrize("model_type", [[1, 2], {"": {}}, None, 3])
+def test_a_model_type_that_is_no_string_differs(model_type: object) -> None:
+    found = LlamaConfig(size="9m").huggingface_config(64) | {"model_type": model_type}
+    (message,) = LlamaConfig(size="9m").check_huggingface_config(found)
+    assert message.startswith(f"model_type = {model_type!r}, ")
