@@ -73,7 +73,7 @@ def _add_option(
     arguments: Arguments, given: Override, section: str | None, flags: Sequence[str]
 ) -> None:
     path = tuple(given.option.removeprefix("--").replace("-", "_").split("."))
-    near = nearest(given.option, (*flags, "--config"), cutoff=0.85)
+    near = nearest(given.option, (*flags, "--config"), cutoff=0.82)
     if given.option in flags:
         arguments.mistakes.append(_mistake(str(given), f"{given.option} has no value; remove it"))
     elif near not in (None, given.option):
