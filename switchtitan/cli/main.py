@@ -28,6 +28,7 @@ COMMANDS = {
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
     "report": "Write curves, configurations and results of runs as one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",
+    "completion": "Print a script with which bash, zsh or fish completes commands and keys.",
     "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
 }
 """Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`;
