@@ -1,5 +1,6 @@
 """Datasets that Hugging Face's `save_to_disk` wrote, with text or with token ids."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from switchtitan.data.sources.tokenized import (
     file_identity,
 )
 from switchtitan.errors import CorpusError
+from switchtitan.files import is_plain_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 IDS_COLUMN = "input_ids"
 MASK_COLUMN = "attention_mask"
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_STATE_FILE = "state.json"
 _ROWS = 256
 _PEEKED_ROWS = 1000
 
@@ -37,6 +40,7 @@ class _Tables:
         from datasets import DatasetDict, load_from_disk  # the import takes a second or two
 
         self.path = path
+        _check_names(path)
         try:
             loaded = load_from_disk(str(path))
         except Exception as error:  # the library raises many kinds for a damaged folder
@@ -84,6 +88,27 @@ class _Tables:
             raise CorpusError(
                 f"{self.where(split)}, rows {first:,} ff.: cannot be read ({error}); replace them"
             ) from error
+
+
+def _check_names(path: Path) -> None:
+    """Checks that the dataset's files are in its own folder.
+
+    Raises:
+        CorpusError: names the one that is not.
+    """
+    for state in sorted(path.rglob(_STATE_FILE)):
+        try:
+            names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CorpusError(
+                f"{state}: damaged ({type(error).__name__}: {error}); save the dataset again"
+            ) from error
+        for name in names:
+            if not isinstance(name, str) or not is_plain_name(name):
+                raise CorpusError(
+                    f"{state}: names the file {name!r}, expected one in its folder; do not use "
+                    "this dataset"
+                )
 
 
 class ArrowTextStream:

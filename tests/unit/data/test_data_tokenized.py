@@ -238,6 +238,18 @@ def test_rows_that_are_no_longer_packed_are_an_error(
         list(make_source("arrow", tmp_path).open_tokens(None, EOS))
 
 
+def test_a_saved_dataset_with_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    write_arrow(tmp_path / "other", DOCUMENTS)
+    write_arrow(tmp_path / "in", DOCUMENTS)
+    file = tmp_path / "in" / "state.json"
+    state = json.loads(file.read_text())
+    (entry,) = state["_data_files"]
+    entry["filename"] = f"../other/{entry['filename']}"
+    file.write_text(json.dumps(state))
+    with pytest.raises(CorpusError, match=r"state\.json: names the file '\.\./other/data"):
+        make_source("arrow", tmp_path / "in")
+
+
 def test_a_folder_that_is_no_saved_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"cannot be loaded .* save_to_disk"):
         make_source("arrow", tmp_path)
