@@ -48,8 +48,7 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
         "|---|---|",
         *rows,
         "",
-        "The model has seen no text but its training corpus, and was not tuned to follow "
-        "instructions. Its license is for its owner to choose.",
+        "The run did not tune it to follow instructions. Its license is for its owner to choose.",
         "",
         "## Configuration of the run",
         "",
@@ -65,8 +64,9 @@ def _chosen(metadata: CheckpointMetadata, section: str) -> str | None:
     values = metadata.identity.get(section)
     if not isinstance(values, dict):
         return None
-    keys = ("name", "size", "rank")
-    return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
+    keys = ("size", "rank")
+    named = [f"{key} {values[key]}" for key in keys if values.get(key) is not None]
+    return ", ".join([str(values.get("name")), *named])
 
 
 def _loss(value: object) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.commands import run
 from support.reported import finish_comparison, write_grid, write_run
 from support.trained import save_run
 
@@ -52,13 +53,35 @@ def folder(corpora: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> Path:
+    """The working directory after every export that is shown."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        for line in dict.fromkeys(shown_commands(["export"])):
+            outcome = run(*shlex.split(line)[1:])
+            assert outcome.status == 0, outcome.errors
+            assert "as the checkpoint's, up to" in outcome.output
+    return folder
+
+
+def test_shown_exports_have_what_the_page_says(exported: Path) -> None:
+    (merged,) = (exported / SHOWN_RUN / "exports").iterdir()
+    for place in (merged, exported / "exports/small", exported / "exports/adapter/base"):
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            file.name for file in place.iterdir()
+        }
+    assert (exported / "exports/adapter/adapter_model.safetensors").is_file()
+    assert "| method | switchlora" in (merged / "README.md").read_text()
+
+
 def test_every_command_is_shown():
     assert {line.split()[1] for line in shown_commands()} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("line", shown_commands())
-def test_a_shown_command_runs(line, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
+def test_a_shown_command_runs(line, exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported)
     _, command, *arguments = shlex.split(line)
     if command == "lm-eval":
         pytest.importorskip("lm_eval", reason="the package lm-eval is not installed")
@@ -70,8 +93,8 @@ def test_a_shown_command_runs(line, folder, monkeypatch, capsys):
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the runs and the comparison of docs/OBSERVE.md."""
     folder = tmp_path_factory.mktemp("reported")
-    for run in (SHOWN_RUN, "outputs/interval_10"):
-        write_run(folder / run)
+    for output_dir in (SHOWN_RUN, "outputs/interval_10"):
+        write_run(folder / output_dir)
     (folder / "outputs" / "comparison").symlink_to(folder / "out")
     finish_comparison(write_grid(folder))
     return folder

@@ -119,7 +119,7 @@ def test_the_model_card_states_method_data_steps_losses_and_command(
     export.main([str(saved), "--folder", str(tmp_path / "out"), "--max-shard-size", "30KB"])
     card = (tmp_path / "out" / "README.md").read_text()
     metadata = read_metadata(saved)
-    assert "| method | name switchlora, rank 6 |" in card
+    assert "| method | switchlora, rank 6 |" in card
     assert "| steps | 7 |" in card
     assert f"| tokens seen | {metadata.train_state['tokens_seen']} |" in card
     assert f"`switchtitan export {saved} --folder {tmp_path / 'out'} --max-shard-size 30KB`" in card
