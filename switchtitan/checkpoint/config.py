@@ -32,7 +32,7 @@ class CheckpointConfig(Section):
 
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, for example to a full disk. "stop": end the run
-    with an error. "continue": go on training, and save again after the next interval; the log,
+    with an error. "continue": continue training, and save again after the next interval; the log,
     TensorBoard and the summary say so. Either way earlier checkpoints stay. A failed save of the
     last step is always an error."""
 
