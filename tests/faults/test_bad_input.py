@@ -371,7 +371,7 @@ def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("{")
     command = ("prepare", "--dataset", "jsonl", "--path", tmp_path / "in", "--vocab_size", 270)
-    monkeypatch.setattr(files, "_text_of_line", fail)
+    monkeypatch.setattr(files, "text_of_line", fail)
     words = (*command, "--cache_dir", tmp_path / "out")
     with pytest.raises(KeyError):
         check_refused("planted", tmp_path / "in", words, "a.jsonl")
