@@ -130,7 +130,10 @@ def test_the_course_has_a_panel_only_if_a_run_measured_it(
     ("arguments", "message"),
     [
         (["no/such/run"], "no complete checkpoint at no/such/run: expected"),
-        (["{full}", "{wider}"], "hold different models ([model] hidden_size = 20 and 24)"),
+        (
+            ["{full}", "{wider}"],
+            "hold different models ([model] head_dim = 10 and 12; hidden_size = 20 and 24)",
+        ),
         (["{full}", "--label", "run={lora-1}"], "two runs have the same label"),
         (
             ["{full}", "--layers", "c_proj"],
