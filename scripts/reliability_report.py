@@ -126,12 +126,11 @@ def _markdown(rows: list[Row], environment: dict[str, list[str]]) -> str:
 
 
 def _source(environment: dict[str, list[str]]) -> str:
-    form, torch, cpu, commit = (
-        ", ".join(environment[name]) for name in ("form", "torch", "cpu", "commit")
-    )
+    form, torch, cpu = (", ".join(environment[name]) for name in ("form", "torch", "cpu"))
+    commits = ", ".join(commit[:7] for commit in environment["commit"])
     return (
-        f"{form.capitalize()} form, torch {torch}, CPU capability {cpu}, commit {commit}:\n"
-        "[sums](measurements/faults.json)"
+        f"{form.capitalize()} form, torch {torch}, CPU capability {cpu}:\n"
+        f"[sums](measurements/faults.json), commit {commits}"
     )
 
 

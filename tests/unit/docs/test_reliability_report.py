@@ -67,7 +67,8 @@ def test_tables_are_made_from_the_sums(tmp_path):
     assert "| all |  | 12 |" in written
     assert "| test_a | 3 | 1 | 202 |" in written
     assert "| one thing | 2 | 0 | 1.5 |" in written
-    assert "Long form, torch 2.13, CPU capability AVX2, commit abc, def" in written
+    assert "Long form, torch 2.13, CPU capability AVX2:\n" in written
+    assert "(measurements/faults.json), commit abc, def" in written
     assert "old" not in written
     _, _, stops = written.partition("<!-- faults stops -->")
     assert stops.strip().startswith(reliability_report.NOT_MEASURED.strip())
