@@ -76,7 +76,9 @@ def test_the_page_works_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "Once upon" in printed["generate outputs/continued"]
     tokens = shown_code["tokens"]
     (line,) = re.findall(r"(?m)^switchtitan generate outputs/continued .*$", first)
-    answer = json.loads(run_line(f"{line} --dtype float32 --json -").output)
+    output = run_line(f"{line} --dtype float32 --json -").output
+    # Commands of this process may have set the log to INFO, on stdout.
+    answer = json.loads(output[output.index("{") :])
     assert tokens[0].tolist()[-len(answer["tokens"]) :] == answer["tokens"]
     with torch.no_grad():
         merged, separate = (shown_code[name](tokens).logits for name in ("model", "adapted"))
