@@ -22,6 +22,8 @@ _COMMON = {"fault", "at", "environment"}
 _ADDED = {"seconds"}
 """Measured numbers that are summed all the same."""
 
+_ROUNDING = 1e-9
+
 Fact = str | int | float
 Row = dict[str, Fact]
 
@@ -138,6 +140,7 @@ def _cell(fact: Fact | None) -> str:
     if fact is None:
         return ""
     if isinstance(fact, float):
+        fact = fact if abs(fact) > _ROUNDING else 0.0  # of a fit
         return f"{fact:.3g}" if abs(fact) < 100 else f"{fact:.0f}"
     return str(fact)
 

@@ -75,6 +75,14 @@ def test_tables_are_made_from_the_sums(tmp_path):
     assert reliability_report.with_tables(written, file) == written
 
 
+def test_the_rounding_of_a_fit_is_zero():
+    assert [reliability_report._cell(slope) for slope in (-3e-14, 2.5e-7, 1234.5)] == [
+        "0",
+        "2.5e-07",
+        "1234",
+    ]
+
+
 def test_a_missing_file_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         reliability_report.main([str(tmp_path / "faults.jsonl")])
