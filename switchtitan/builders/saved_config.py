@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from switchtitan.checkpoint import CheckpointMetadata
-from switchtitan.config.load import parse_toml
+from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten
 from switchtitan.distributed.world import device_type
 from switchtitan.job.checks import evaluation_checks

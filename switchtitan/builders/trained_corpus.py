@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from switchtitan.checkpoint.metadata import CheckpointMetadata
-from switchtitan.config.load import parse_toml
+from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten
 from switchtitan.data.corpus_files import CorpusIndex, read_index
 from switchtitan.errors import CheckpointError, CorpusError

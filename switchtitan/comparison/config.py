@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from switchtitan.config.load import load_table, read_toml
+from switchtitan.config.load import load_table
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
+from switchtitan.config.toml_files import read_toml
 from switchtitan.errors import ConfigError
 
 

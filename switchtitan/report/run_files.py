@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from switchtitan.config.load import parse_toml
+from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import exists

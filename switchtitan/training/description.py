@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import switchtitan
 from switchtitan.checkpoint import CheckpointMetadata
-from switchtitan.config.load import parse_toml
+from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data import Corpus

@@ -9,9 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from switchtitan.config.command_line import split_arguments
-from switchtitan.config.load import load_config, load_table, read_toml, read_with_bases
+from switchtitan.config.load import load_config, load_table
 from switchtitan.config.section import NamedSection, Section
 from switchtitan.config.shipped import FOLDER
+from switchtitan.config.toml_files import read_toml, read_with_bases
 from switchtitan.errors import ConfigError
 from switchtitan.registry import Component, Registry
 
