@@ -43,13 +43,13 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
         _check_tensors(path, read_tensors_index(path), tensors)
 
     run_together(check, group=None)
-    run_together(lambda: _read_into_(path, tensors), group=None)
+    run_together(lambda: _read_into_(path, read_tensors_index(path), tensors), group=None)
 
 
 class SavedTensors:
     """The tensors of a checkpoint whose names start with a prefix, read on request.
 
-    The prefix is removed from the names. Needs no process group.
+    Reads the index once. The prefix is removed from the names. Needs no process group.
 
     Raises:
         CheckpointError: if the checkpoint is not complete or has no such tensor.
@@ -58,11 +58,12 @@ class SavedTensors:
     def __init__(self, path: Path, prefix: str = "") -> None:
         check_files(path)
         self._path, self._prefix = path, prefix
+        self._index = read_tensors_index(path)
         self.on_meta: dict[str, Tensor] = {
             name.removeprefix(prefix): torch.empty(
                 record.shape, dtype=dtype_named(record.dtype), device="meta"
             )
-            for name, record in read_tensors_index(path).tensors.items()
+            for name, record in self._index.tensors.items()
             if name.startswith(prefix)
         }
         """All names, with shapes and dtypes."""
@@ -77,7 +78,9 @@ class SavedTensors:
         """
         tensors = {name: torch.empty_like(self.on_meta[name], device="cpu") for name in names}
         try:
-            _read_into_(self._path, {f"{self._prefix}{name}": t for name, t in tensors.items()})
+            named = {f"{self._prefix}{name}": tensor for name, tensor in tensors.items()}
+            records = {name: self._index.tensors[name] for name in named}
+            _read_into_(self._path, TensorsIndex(tensors=records), named)
         except CheckpointException as error:
             raise_unwrapped(error)
         return tensors
@@ -93,14 +96,14 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     return saved.read(saved.on_meta)
 
 
-def _read_into_(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _read_into_(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor]) -> None:
     assert not any(tensor.is_meta for tensor in tensors.values()), (
         "meta tensors cannot be loaded in place"
     )
     with warnings.catch_warnings():
         ignore_warning_about_single_process()
         # Each rank reads the pieces that it needs; no joint planning.
-        dcp.load(dict(tensors), storage_reader=JsonIndexReader(path), no_dist=True)
+        dcp.load(dict(tensors), storage_reader=JsonIndexReader(path, index), no_dist=True)
 
 
 def _check_tensors(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor]) -> None:

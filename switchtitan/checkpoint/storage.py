@@ -31,7 +31,6 @@ from switchtitan.checkpoint.metadata import (
     Piece,
     TensorRecord,
     TensorsIndex,
-    read_tensors_index,
     write_tensors_index,
 )
 from switchtitan.errors import CheckpointError
@@ -73,10 +72,17 @@ class JsonIndexReader(FileSystemReader):
     """Reads the index from `tensors.json`, and tensors with `torch.load(weights_only=True)`.
 
     A piece must hold what the index says, and take no more memory than its bytes in the file.
+
+    Args:
+        index: the contents of `tensors.json`.
     """
 
+    def __init__(self, folder: Path, index: TensorsIndex) -> None:
+        super().__init__(folder)
+        self._index = index
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        index = read_tensors_index(Path(self.path))
+        index = self._index
         self._records = {
             MetadataIndex(name, torch.Size(piece.offsets)): (tensor.dtype, piece.sizes)
             for name, tensor in index.tensors.items()

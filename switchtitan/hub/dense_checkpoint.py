@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import SavedTensors, read_metadata
+from switchtitan.checkpoint import CheckpointMetadata, SavedTensors, read_metadata
 from switchtitan.contracts import LanguageModel, LowRankUpdate, Method, ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
@@ -30,9 +30,14 @@ class DenseCheckpoint:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.config = saved_model_config(checkpoint)
+        metadata = read_metadata(checkpoint)
+        self.config = _restore(checkpoint, metadata, MODELS)
         """The plain model's section."""
-        self._method = _saved_method(checkpoint)
+        self._method: Method = METHODS.build(
+            _restore(checkpoint, metadata, METHODS),
+            metadata.step,
+            metadata.identity_number("job", "seed"),
+        )
         self._saved = SavedTensors(checkpoint, prefix="model.")
         trained = {name for name, _ in self.prepared_model().named_parameters()}
         on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
@@ -113,17 +118,13 @@ def saved_model_config(checkpoint: Path) -> ModelConfig:
     Raises:
         CheckpointError: if this version does not know its model.
     """
-    return _restore(checkpoint, MODELS)
+    return _restore(checkpoint, read_metadata(checkpoint), MODELS)
 
 
-def _saved_method(checkpoint: Path) -> Method:
-    metadata = read_metadata(checkpoint)
-    seed = metadata.identity_number("job", "seed")
-    return METHODS.build(_restore(checkpoint, METHODS), metadata.step, seed)
-
-
-def _restore(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:
-    section = read_metadata(checkpoint).identity.get(registry.kind)
+def _restore(
+    checkpoint: Path, metadata: CheckpointMetadata, registry: Registry[ConfigT, Any]
+) -> ConfigT:
+    section = metadata.identity.get(registry.kind)
     if not isinstance(section, dict):
         raise CheckpointError(f"{checkpoint}: metadata.json has no section for the {registry.kind}")
     try:
