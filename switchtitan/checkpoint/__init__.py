@@ -10,7 +10,7 @@ from switchtitan.checkpoint.find import (
     find_given,
     find_latest,
 )
-from switchtitan.checkpoint.load import SavedTensors, load_tensors_, read_tensors
+from switchtitan.checkpoint.load import SavedTensors, load_tensors_
 from switchtitan.checkpoint.metadata import CheckpointMetadata, read_metadata
 
 __all__ = [
@@ -26,5 +26,4 @@ __all__ = [
     "find_latest",
     "load_tensors_",
     "read_metadata",
-    "read_tensors",
 ]

@@ -86,16 +86,6 @@ class SavedTensors:
         return tensors
 
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Returns the tensors whose names start with `prefix`, see `SavedTensors`.
-
-    Raises:
-        CheckpointError: if the checkpoint is not complete or has no such tensor.
-    """
-    saved = SavedTensors(path, prefix)
-    return saved.read(saved.on_meta)
-
-
 def _read_into_(path: Path, index: TensorsIndex, tensors: Mapping[str, Tensor]) -> None:
     assert not any(tensor.is_meta for tensor in tensors.values()), (
         "meta tensors cannot be loaded in place"

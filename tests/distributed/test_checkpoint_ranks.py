@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.checkpoints import read_tensors
 from support.ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from switchtitan.checkpoint import CheckpointConfig, Checkpointer, load_tensors_, read_tensors
+from switchtitan.checkpoint import CheckpointConfig, Checkpointer, load_tensors_
 from switchtitan.checkpoint.agreement import run_together
 from switchtitan.checkpoint.checkpointer import POLL_INTERVAL
 from switchtitan.checkpoint.metadata import read_tensors_index

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import read_tensors
 from support.disk_faults import CASES, Case
 from support.failing_disk import Fault, build, preloaded, set_faults
 from support.ranks import run_on_ranks
 from support.tiny import full_tensors, tiny_trainer
 
-from switchtitan.checkpoint import read_tensors
 from switchtitan.checkpoint.verify import check_contents
 from switchtitan.errors import CheckpointError
 from switchtitan.observability import FAILED_SAVES

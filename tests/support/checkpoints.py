@@ -1,4 +1,5 @@
-"""Checkpoints with other metadata, as another version, another run or an attacker would write."""
+"""Checkpoints with other metadata, as another version, another run or an attacker would write;
+reading all of one."""
 
 import hashlib
 import json
@@ -6,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from switchtitan.checkpoint import SavedTensors
 from switchtitan.checkpoint.metadata import file_record
 
 
@@ -38,3 +42,9 @@ def update_file_records(checkpoint: Path) -> None:
             metadata["files"][name] = file_record(checkpoint / name).model_dump()
 
     rewrite_metadata(checkpoint, update)
+
+
+def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors of a checkpoint whose names start with `prefix`, see `SavedTensors`."""
+    saved = SavedTensors(checkpoint, prefix)
+    return saved.read(saved.on_meta)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import read_tensors
 from support.disk_faults import CASES
 from support.failing_disk import (
     Call,
@@ -21,7 +22,7 @@ from support.failing_disk import (
 )
 from torch import Tensor
 
-from switchtitan.checkpoint import CheckpointConfig, Checkpointer, read_tensors
+from switchtitan.checkpoint import CheckpointConfig, Checkpointer
 from switchtitan.checkpoint.find import find_latest
 from switchtitan.checkpoint.verify import check_contents
 from switchtitan.errors import CheckpointError

@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 import torch
-from support.checkpoints import rewrite_metadata
+from support.checkpoints import read_tensors, rewrite_metadata
 
-from switchtitan.checkpoint import find_latest, load_tensors_, read_tensors
+from switchtitan.checkpoint import find_latest, load_tensors_
 from switchtitan.checkpoint.metadata import file_record
 from switchtitan.checkpoint.verify import check_files
 from switchtitan.errors import CheckpointError

@@ -7,12 +7,12 @@ from typing import Literal
 
 import pytest
 import torch
+from support.checkpoints import read_tensors
 from support.tiny import tiny_config, tiny_trainer, train_steps
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from switchtitan.builders.trainer import build_trainer
-from switchtitan.checkpoint import read_tensors
 from switchtitan.cli import export
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
