@@ -16,19 +16,17 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes
 from switchtitan.hub.weight_files import check_shapes
+from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
 GENERATION_NAME = "generation_config.json"
-_DELAY_S = 3.0
-"""Shorter work shows no progress bar."""
 
 
 class DenseWeights(Protocol):
@@ -149,9 +147,7 @@ def _write_weights(
 ) -> None:
     shards = _split_into_shards(weights.shapes, dtype.itemsize, max_shard_bytes)
     file_of: dict[str, str] = {}
-    with tqdm(
-        total=len(weights.shapes), desc="exporting", unit=" weights", delay=_DELAY_S, disable=None
-    ) as progress:
+    with progress_bar("exporting", total=len(weights.shapes), unit="weights") as progress:
         for number, names in enumerate(shards, start=1):
             file_name = WEIGHTS_NAME
             if len(shards) > 1:

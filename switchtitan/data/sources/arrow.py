@@ -1,9 +1,10 @@
 """Datasets that Hugging Face's `save_to_disk` wrote, with text or with token ids."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _STATE_FILE = "state.json"
 _ROWS = 256
 _PEEKED_ROWS = 1000
+
+_Document = TypeVar("_Document", str | BadRecord, TokenDocument | BadRecord)
 
 
 class _Tables:
@@ -111,33 +114,30 @@ def _check_names(path: Path) -> None:
                 )
 
 
-class ArrowTextStream:
-    """The texts of one split."""
+class _Rows(Generic[_Document]):
+    """The documents of one split, one in each row.
+
+    Args:
+        read: yields the documents from a row on.
+        position: as of `position()`.
+    """
 
     def __init__(
-        self, tables: _Tables, split: str | None, column: str, position: Position | None
+        self, read: Callable[[int], Iterator[_Document]], position: Position | None
     ) -> None:
         (self._row,) = checked_position(position, "row")
-        self._tables, self._split, self._column = tables, split, column
-        self._texts = self._read(self._row)
+        self._documents: Iterator[_Document] = read(self._row)
 
-    def __iter__(self) -> "ArrowTextStream":
+    def __iter__(self) -> "_Rows[_Document]":
         return self
 
-    def __next__(self) -> str | BadRecord:
-        text = next(self._texts)
+    def __next__(self) -> _Document:
+        document = next(self._documents)
         self._row += 1
-        return text
+        return document
 
     def position(self) -> Position:
         return {"row": self._row}
-
-    def _read(self, start: int) -> Iterator[str | BadRecord]:
-        where = self._tables.where(self._split)
-        for first in range(start, self._tables.num_rows(self._split), _ROWS):
-            rows = self._tables.rows(self._split, first, first + _ROWS, [self._column])
-            for number, value in enumerate(rows.column(0), start=first + 1):
-                yield text_of_value(value, f"{where}, row {number}: column {self._column!r}")
 
 
 class ArrowTextSource:
@@ -159,53 +159,15 @@ class ArrowTextSource:
     def identity(self) -> Mapping[str, object]:
         return {**self._tables.identity(), "text_column": self._column}
 
-    def open(self, split: str | None, position: Position | None = None) -> ArrowTextStream:
-        return ArrowTextStream(self._tables, split, self._column, position)
+    def open(self, split: str | None, position: Position | None = None) -> _Rows[str | BadRecord]:
+        return _Rows(partial(self._read, split), position)
 
-
-class ArrowTokenStream:
-    """The rows of token ids of one split, a document each."""
-
-    def __init__(
-        self, tables: _Tables, split: str | None, eos_id: int, position: Position | None
-    ) -> None:
-        (self._row,) = checked_position(position, "row")
-        self._tables, self._split, self._eos_id = tables, split, eos_id
-        self._documents = self._read(self._row)
-
-    def __iter__(self) -> "ArrowTokenStream":
-        return self
-
-    def __next__(self) -> TokenDocument | BadRecord:
-        document = next(self._documents)
-        self._row += 1
-        return document
-
-    def position(self) -> Position:
-        return {"row": self._row}
-
-    def _read(self, start: int) -> Iterator[TokenDocument | BadRecord]:
-        columns = [name for name in (IDS_COLUMN, MASK_COLUMN) if name in self._tables.columns]
-        where = self._tables.where(self._split)
-        for first in range(start, self._tables.num_rows(self._split), _ROWS):
-            rows = self._tables.rows(self._split, first, first + _ROWS, columns)
-            for number, row in enumerate(rows.to_pylist(), start=first + 1):
-                yield self._document(row, f"{where}, row {number}")
-
-    def _document(self, row: dict[str, Any], where: str) -> TokenDocument | BadRecord:
-        ids, mask = row[IDS_COLUMN], row.get(MASK_COLUMN)
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            return BadRecord(f"{where}: {IDS_COLUMN} is no list of integers", "fix the dataset")
-        if mask is not None:
-            if len(mask) != len(ids):
-                return BadRecord(
-                    f"{where}: {len(ids)} {IDS_COLUMN}, but {len(mask)} of {MASK_COLUMN}",
-                    "fix the dataset",
-                )
-            ids = [token for token, is_kept in zip(ids, mask, strict=True) if is_kept]
-        if ids and ids[-1] == self._eos_id:
-            del ids[-1]
-        return TokenDocument(np.array(ids, dtype=np.int64), where)
+    def _read(self, split: str | None, start: int) -> Iterator[str | BadRecord]:
+        where = self._tables.where(split)
+        for first in range(start, self._tables.num_rows(split), _ROWS):
+            rows = self._tables.rows(split, first, first + _ROWS, [self._column])
+            for number, value in enumerate(rows.column(0), start=first + 1):
+                yield text_of_value(value, f"{where}, row {number}: column {self._column!r}")
 
 
 class ArrowTokenSource(TokenizedSource):
@@ -234,8 +196,18 @@ class ArrowTokenSource(TokenizedSource):
     ) -> TokenStream:
         length = self._packed[split]
         if length is None:
-            return ArrowTokenStream(self._tables, split, eos_id, position)
+            return _Rows(partial(self._read, split, eos_id), position)
         return FlatStream([self._flat(split, length)], eos_id, position)
+
+    def _read(
+        self, split: str | None, eos_id: int, start: int
+    ) -> Iterator[TokenDocument | BadRecord]:
+        columns = [name for name in (IDS_COLUMN, MASK_COLUMN) if name in self._tables.columns]
+        where = self._tables.where(split)
+        for first in range(start, self._tables.num_rows(split), _ROWS):
+            rows = self._tables.rows(split, first, first + _ROWS, columns)
+            for number, row in enumerate(rows.to_pylist(), start=first + 1):
+                yield _document(row, f"{where}, row {number}", eos_id)
 
     def _packed_length(self, split: str | None) -> int | None:
         """The length of the first rows if they are packed, otherwise None."""
@@ -261,6 +233,22 @@ class ArrowTokenSource(TokenizedSource):
             return values[first - first_row * length : end - first_row * length]
 
         return FlatTokens(where, self._tables.num_rows(split) * length, read)
+
+
+def _document(row: dict[str, Any], where: str, eos_id: int) -> TokenDocument | BadRecord:
+    ids, mask = row[IDS_COLUMN], row.get(MASK_COLUMN)
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        return BadRecord(f"{where}: {IDS_COLUMN} is no list of integers", "fix the dataset")
+    if mask is not None:
+        if len(mask) != len(ids):
+            return BadRecord(
+                f"{where}: {len(ids)} {IDS_COLUMN}, but {len(mask)} of {MASK_COLUMN}",
+                "fix the dataset",
+            )
+        ids = [token for token, is_kept in zip(ids, mask, strict=True) if is_kept]
+    if ids and ids[-1] == eos_id:
+        del ids[-1]
+    return TokenDocument(np.array(ids, dtype=np.int64), where)
 
 
 def arrow_source(keys: SourceKeys) -> Source | TokenizedSource:

@@ -13,7 +13,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
 from switchtitan.models.llama.dimensions import LlamaDimensions
 from switchtitan.models.llama.huggingface import differences, read_config, write_config
-from switchtitan.models.llama.rope import Rope, RopeType
+from switchtitan.models.llama.rope import ROPE_KEYS, Rope, RopeType
 
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "9m": (128, 352, 4, 4),
@@ -31,17 +31,6 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 MAX_WIDTH = 1 << 24
 """Largest dimension of a matrix, so that the bytes of one are a 64-bit number."""
 _SIZE_KEYS = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
-_ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("rope_factor",),
-    "llama3": (
-        "rope_factor",
-        "rope_low_freq_factor",
-        "rope_high_freq_factor",
-        "rope_original_positions",
-    ),
-}
-"""The keys that each `rope_type` needs."""
 
 
 class LlamaFamilyConfig(ModelConfig):
@@ -138,8 +127,8 @@ class LlamaFamilyConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _check_rope(self) -> Self:
-        needed = _ROPE_KEYS[self.rope_type]
-        for key in _ROPE_KEYS["llama3"]:
+        needed = ROPE_KEYS[self.rope_type]
+        for key in ROPE_KEYS["llama3"]:
             value = getattr(self, key)
             if value is None and key in needed:
                 raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
@@ -159,7 +148,7 @@ class LlamaFamilyConfig(ModelConfig):
         """Returns the table's row for `size` with the overrides applied."""
         row = dict(zip(_SIZE_KEYS, SIZES[self.size] if self.size else (0, 0, 0, 0), strict=True))
         sizes = {key: getattr(self, key) or row[key] for key in _SIZE_KEYS}
-        rope = {key.removeprefix("rope_"): getattr(self, key) for key in _ROPE_KEYS[self.rope_type]}
+        rope = {key.removeprefix("rope_"): getattr(self, key) for key in ROPE_KEYS[self.rope_type]}
         return LlamaDimensions(
             **sizes,
             num_kv_heads=self.num_kv_heads or sizes["num_heads"],

@@ -11,6 +11,7 @@ from typing import Any
 
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.dimensions import LlamaDimensions
+from switchtitan.models.llama.rope import ROPE_KEYS
 
 _THEIR_KEYS = {
     "hidden_size": "hidden_size",
@@ -30,16 +31,6 @@ _THEIR_KEYS = {
     "rope_original_positions": "original_max_position_embeddings",
 }
 """Keys of `[model]` that the function of the weights depends on -> those of config.json."""
-_SCALING_KEYS = {
-    "default": (),
-    "linear": ("rope_factor",),
-    "llama3": (
-        "rope_factor",
-        "rope_low_freq_factor",
-        "rope_high_freq_factor",
-        "rope_original_positions",
-    ),
-}
 
 
 def read_config(found: Mapping[str, Any]) -> dict[str, object]:
@@ -74,7 +65,7 @@ def read_config(found: Mapping[str, Any]) -> dict[str, object]:
 def write_config(dims: LlamaDimensions, max_positions: int) -> dict[str, object]:
     """Returns a config.json that all versions of transformers read, without the class's name."""
     ours = _plain_keys(dims)
-    scaling = {_THEIR_KEYS[key]: ours[key] for key in _SCALING_KEYS[dims.rope.kind]}
+    scaling = {_THEIR_KEYS[key]: ours[key] for key in ROPE_KEYS[dims.rope.kind]}
     written = {
         _THEIR_KEYS[key]: value for key, value in ours.items() if not key.startswith("rope_")
     }
@@ -109,7 +100,7 @@ def differences(theirs: Mapping[str, object], dims: LlamaDimensions) -> list[str
 def _plain_keys(dims: LlamaDimensions) -> dict[str, object]:
     """Returns the model's values of the keys in `_THEIR_KEYS`, without those of other scalings."""
     rope = {f"rope_{key}": value for key, value in asdict(dims.rope).items()}
-    rope_keys = ("rope_theta", *_SCALING_KEYS[dims.rope.kind])
+    rope_keys = ("rope_theta", *ROPE_KEYS[dims.rope.kind])
     return {
         **{key: value for key, value in asdict(dims).items() if key in _THEIR_KEYS},
         "rope_type": dims.rope.kind,
@@ -194,12 +185,12 @@ def _read_rope(reader: _Reader) -> dict[str, object]:
         "rope_theta": reader.positive("rope_theta", float, 10000.0, among=theta_from)
     }
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _SCALING_KEYS:
-        supported = ", ".join(map(repr, _SCALING_KEYS))
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        supported = ", ".join(map(repr, ROPE_KEYS))
         reader.add(f"rope_type = {kind!r}: expected one of {supported}")
         return keys
     keys["rope_type"] = kind
-    for key in _SCALING_KEYS[kind]:
+    for key in ROPE_KEYS[kind]:
         number = int if key == "rope_original_positions" else float
         keys[key] = reader.positive(_THEIR_KEYS[key], number, among=rope)
     return keys

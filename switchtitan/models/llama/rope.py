@@ -9,6 +9,17 @@ from torch import Tensor
 
 RopeType = Literal["default", "linear", "llama3"]
 """Kinds of scaling; see `Rope`."""
+ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("rope_factor",),
+    "llama3": (
+        "rope_factor",
+        "rope_low_freq_factor",
+        "rope_high_freq_factor",
+        "rope_original_positions",
+    ),
+}
+"""The keys of `[model]` that each `rope_type` needs."""
 
 
 @dataclass(frozen=True)
