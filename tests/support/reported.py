@@ -4,7 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from support.tiny import TINY
+from support import declared_comparison
+from support.declared_comparison import GRID
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.plan import Run
@@ -24,32 +25,6 @@ rank = {rank}
 [training]
 steps = {num_steps}
 dtype = "float32"
-"""
-GRID = """
-name = "two"
-config = "base.toml"
-output_dir = "{folder}/out"
-selection_seed = 1
-report_seeds = [2, 3]
-baseline = "dense"
-max_widenings = 0
-communication_ranks = 2
-[[rows]]
-name = "dense"
-learning_rates = [1e-3, 2e-3, 4e-3]
-set.method = {{ name = "full_rank" }}
-[[rows]]
-name = "thin"
-learning_rates = [1e-2, 2e-2, 4e-2]
-set.method = {{ name = "lora", rank = 4 }}
-[[rows]]
-name = "thin-balanced"
-learning_rate_of = "thin"
-set.method = {{ name = "lora", rank = 4, init = "balanced" }}
-[[gaps]]
-from_row = "thin"
-to_row = "dense"
-rows = ["thin-balanced"]
 """
 
 
@@ -111,18 +86,9 @@ def write_run(folder: Path, final: float = 3.0, rank: int = 8, name: str = "run"
 
 
 def write_grid(folder: Path) -> Path:
-    """Writes the file that declares a comparison of three rows."""
-    base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
-    for given, changed in {
-        "[evaluation]": "[evaluation]\ntest_tokens = 160",
-        "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
-        "tensorboard = false": "tensorboard = true",
-    }.items():
-        base = base.replace(given, changed)
-    (folder / "base.toml").write_text(base)
-    file = folder / "grid.toml"
-    file.write_text(GRID.format(folder=folder))
-    return file
+    """Writes the file that declares a comparison of three rows, whose rates are not widened."""
+    grid = GRID.replace("max_widenings = 1", "max_widenings = 0")
+    return declared_comparison.write_grid(folder, grid)
 
 
 def finish_comparison(file: Path, num_reported: int | None = None) -> Path:

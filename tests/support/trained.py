@@ -7,18 +7,24 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from support.tiny import tiny_trainer, train_steps
+from switchtitan.training.trainer import Trainer
 
 
-def save_run(folder: Path, method: str = "switchlora", *overrides: str, num_steps: int = 7) -> Path:
-    """Trains a tiny run and saves it; returns its folder."""
+def train_and_save(folder: Path, method: str, *overrides: str, num_steps: int = 7) -> Trainer:
+    """Trains a tiny run, saves and closes it; its folder is `folder / "run"`."""
     trainer = tiny_trainer(folder, method, *overrides)
     train_steps(trainer, num_steps)
     trainer.save()
     trainer.checkpointer.finish()
-    trainer.stepper.close()
-    trainer.reporter.close()
+    trainer.close()
     # As in a process of its own, in which no run has set up its log.
     logging.getLogger("switchtitan").setLevel(logging.WARNING)
+    return trainer
+
+
+def save_run(folder: Path, method: str = "switchlora", *overrides: str, num_steps: int = 7) -> Path:
+    """Trains a tiny run and saves it; returns its folder."""
+    train_and_save(folder, method, *overrides, num_steps=num_steps)
     return folder / "run"
 
 

@@ -4,29 +4,18 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from support.smallest import SMALLEST
 
 from switchtitan.builders.saved_config import saved_config
 from switchtitan.checkpoint import CheckpointMetadata
 
-SAVED = """
-[job]
-name = "a"
-output_dir = "outputs/a"
-[model]
-name = "llama"
-size = "9m"
-[method]
-name = "full_rank"
-[optimizer]
-name = "adamw"
-lr = 1e-3
-[training]
-steps = 5
-global_batch_size = 2
-local_batch_size = 1
+SAVED = (
+    SMALLEST.format(folder="outputs/a")
+    + """
 [data]
 dataset = "pystdlib"
 """
+)
 
 
 @pytest.mark.parametrize(

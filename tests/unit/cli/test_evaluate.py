@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from support.tiny import METHOD_KEYS, tiny_config, tiny_trainer, train_steps
+from support.tiny import METHOD_KEYS, tiny_config
+from support.trained import train_and_save
 
 from switchtitan.builders.saved_config import saved_config
 from switchtitan.checkpoint import CheckpointMetadata, layout
@@ -15,14 +16,8 @@ from switchtitan.files import sha256_of_file
 
 def saved_run(folder, method):
     """Trains a tiny run, saves it, and returns its own validation loss."""
-    trainer = tiny_trainer(folder, method)
-    train_steps(trainer, 7)
-    trainer.save()
-    trainer.checkpointer.finish()
-    loss = trainer.evaluators.validation(trainer.stepper.model)
-    trainer.stepper.close()
-    trainer.reporter.close()
-    return loss
+    trainer = train_and_save(folder, method)
+    return trainer.evaluators.validation(trainer.stepper.model)
 
 
 @pytest.mark.parametrize("method", METHOD_KEYS)

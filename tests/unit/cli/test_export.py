@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import rewrite_metadata
-from support.tiny import tiny_trainer, train_steps
+from support.trained import train_and_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -25,12 +25,7 @@ TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
 
 
 def logits_of_a_saved_run(folder: Path, method: str) -> torch.Tensor:
-    trainer = tiny_trainer(folder, method)
-    train_steps(trainer, 7)
-    trainer.save()
-    trainer.checkpointer.finish()
-    trainer.stepper.close()
-    trainer.reporter.close()
+    trainer = train_and_save(folder, method)
     with torch.no_grad():
         return trainer.stepper.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
 

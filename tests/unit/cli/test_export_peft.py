@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from support.commands import run
-from support.tiny import tiny_trainer, train_steps
+from support.trained import train_and_save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
@@ -25,14 +25,9 @@ from switchtitan.hub.verify_export import verify_export
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
 
 
-def save_run(folder: Path, method: str, *overrides: str) -> tuple[Path, Tensor]:
+def saved_run(folder: Path, method: str) -> tuple[Path, Tensor]:
     """Trains a few steps; returns the run's folder and its logits."""
-    trainer = tiny_trainer(folder, method, *overrides)
-    train_steps(trainer, 7)
-    trainer.save()
-    trainer.checkpointer.finish()
-    trainer.stepper.close()
-    trainer.reporter.close()
+    trainer = train_and_save(folder, method)
     with torch.no_grad():
         logits = trainer.stepper.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
     return folder / "run", logits
@@ -41,7 +36,7 @@ def save_run(folder: Path, method: str, *overrides: str) -> tuple[Path, Tensor]:
 @pytest.fixture(scope="module")
 def exported(corpora: Path) -> tuple[Path, Path, Tensor]:
     """A run, its adapter and its logits."""
-    run_folder, logits = save_run(corpora / "export-peft", "switchlora")
+    run_folder, logits = saved_run(corpora / "export-peft", "switchlora")
     folder = corpora / "export-peft" / "adapter"
     export.main([str(run_folder), "--folder", str(folder), "--format", "peft"])
     return run_folder, folder, logits
@@ -49,7 +44,7 @@ def exported(corpora: Path) -> tuple[Path, Path, Tensor]:
 
 @pytest.mark.parametrize("method", ["lora", "relora"])
 def test_peft_computes_the_logits_of_a_run(corpora: Path, method: str) -> None:
-    run_folder, ours = save_run(corpora / f"export-peft-{method}", method)
+    run_folder, ours = saved_run(corpora / f"export-peft-{method}", method)
     folder = run_folder.parent / "adapter"
     export.main([str(run_folder), "--folder", str(folder), "--format", "peft"])
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -97,7 +92,7 @@ def test_the_comparison_of_logits_finds_another_scale(
 def test_a_method_without_factors_has_no_adapter(
     corpora: Path, method: str, tmp_path: Path
 ) -> None:
-    run_folder, _ = save_run(corpora / f"export-peft-{method}", method)
+    run_folder, _ = saved_run(corpora / f"export-peft-{method}", method)
     words = ("export", run_folder, "--folder", tmp_path / "out", "--format", "peft")
     run(*words).check_refused("--format peft", "no low-rank factors")
     assert not (tmp_path / "out").exists()

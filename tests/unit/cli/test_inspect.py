@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.smallest import SMALLEST
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.cli import inspect
@@ -85,22 +86,8 @@ def test_a_configuration_names_the_corpus(
     identity = corpus.folder.parent.parent / "in"
     file = tmp_path / "run.toml"
     file.write_text(
-        f"""
-[job]
-name = "a"
-output_dir = "{tmp_path}"
-[model]
-name = "llama"
-size = "9m"
-[method]
-name = "full_rank"
-[optimizer]
-name = "adamw"
-lr = 1e-3
-[training]
-steps = 5
-global_batch_size = 2
-local_batch_size = 1
+        SMALLEST.format(folder=tmp_path)
+        + f"""
 [data]
 seq_len = 8
 vocab_size = 300

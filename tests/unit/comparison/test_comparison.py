@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.tiny import TINY
+from support.declared_comparison import GRID, write_grid
 
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
@@ -16,33 +16,6 @@ from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.errors import ConfigError
 
-GRID = """
-name = "two"
-config = "base.toml"
-output_dir = "{folder}/out"
-selection_seed = 1
-report_seeds = [2, 3]
-baseline = "dense"
-max_widenings = 1
-communication_ranks = 2
-[[rows]]
-name = "dense"
-learning_rates = [1e-3, 2e-3, 4e-3]
-set.method = {{ name = "full_rank" }}
-[[rows]]
-name = "thin"
-learning_rates = [1e-2, 2e-2, 4e-2]
-set.method = {{ name = "lora", rank = 4 }}
-[[rows]]
-name = "thin-balanced"
-learning_rate_of = "thin"
-set.method = {{ name = "lora", rank = 4, init = "balanced" }}
-[[gaps]]
-from_row = "thin"
-to_row = "dense"
-rows = ["thin-balanced"]
-"""
-
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> ComparisonConfig:
@@ -52,18 +25,7 @@ def comparison(tmp_path: Path) -> ComparisonConfig:
 def declare(
     folder: Path, changes: dict[str, str] | None = None, grid: str = GRID
 ) -> ComparisonConfig:
-    base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
-    fitting = {
-        "[evaluation]": "[evaluation]\ntest_tokens = 160",
-        "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
-        "tensorboard = false": "tensorboard = true",
-    }
-    for given, changed in (fitting | (changes or {})).items():
-        assert given in base, given
-        base = base.replace(given, changed)
-    (folder / "base.toml").write_text(base)
-    (folder / "grid.toml").write_text(grid.format(folder=folder))
-    return load_comparison(folder / "grid.toml")
+    return load_comparison(write_grid(folder, grid, changes))
 
 
 def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: object) -> None:

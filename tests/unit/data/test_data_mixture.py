@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support.smallest import SMALLEST
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.config.section import Section
@@ -24,23 +25,7 @@ from switchtitan.data.mixture import PERIOD, Schedule, schedule_of
 from switchtitan.errors import ConfigError, CorpusError
 from switchtitan.job.config import parse_arguments
 
-REST = """
-[job]
-name = "a"
-output_dir = "outputs/a"
-[model]
-name = "llama"
-size = "9m"
-[method]
-name = "full_rank"
-[optimizer]
-name = "adamw"
-lr = 1e-3
-[training]
-steps = 5
-global_batch_size = 2
-local_batch_size = 1
-"""
+REST = SMALLEST.format(folder="outputs/a")
 WEIGHTS = (5.0, 3.0, 2.0)
 SEQ_LEN = 11
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.held_weights import HeldWeights
-from support.tiny import tiny_trainer, train_steps
+from support.trained import save_run
 from torch import Tensor
 
 from switchtitan.checkpoint import find_given, read_metadata
@@ -22,13 +22,7 @@ from switchtitan.hub.verify_export import verify_export
 @pytest.fixture(scope="module")
 def saved(corpora: Path) -> Path:
     """A run's checkpoint."""
-    trainer = tiny_trainer(corpora / "verify", "switchlora")
-    train_steps(trainer, 7)
-    trainer.save()
-    trainer.checkpointer.finish()
-    trainer.stepper.close()
-    trainer.reporter.close()
-    return find_given(corpora / "verify" / "run")
+    return find_given(save_run(corpora / "verify"))
 
 
 @pytest.mark.parametrize(
