@@ -200,7 +200,7 @@ class ShardWriter:
     """Writes the token file of one split in one segment and computes its checksum.
 
     Args:
-        flushed: what an earlier process flushed of the file, to go on after it.
+        flushed: what an earlier process flushed of the file, to continue after it.
     """
 
     def __init__(self, file: Path, dtype: str, flushed: ShardRecord | None = None) -> None:

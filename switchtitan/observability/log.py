@@ -37,7 +37,7 @@ def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = N
 
 
 class _ConsoleHandler(logging.Handler):
-    """If nobody reads standard output any more, says so once; the program goes on."""
+    """If nobody reads standard output any more, says so once; the program continues."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()

@@ -155,7 +155,7 @@ class Reporter:
             sink.write_histograms(step, values)
 
     def report_profile(self, step: int, summaries: Sequence["ProfileSummary"]) -> None:
-        """Writes tables and pictures of traces to TensorBoard, and as files beside them."""
+        """Writes tables and pictures of traces to TensorBoard, and as files next to them."""
         if not self._is_main:
             return
         # Imports matplotlib.

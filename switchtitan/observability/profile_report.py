@@ -13,7 +13,7 @@ from switchtitan.observability.profile_summary import OUTSIDE_STEP, ProfileSumma
 from switchtitan.regions import STEP
 
 SUMMARY_FILE = "profile_summary"
-"""Name of the summary's files beside the trace, without `.md` or `.json`."""
+"""Name of the summary's files next to the trace, without `.md` or `.json`."""
 _ORDER = ("data", "forward", "backward", "reduce", "clip", "update", "switch")
 _MAX_RANKS = 16
 """Ranks with a column of their own in a table, at most."""

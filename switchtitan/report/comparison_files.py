@@ -169,5 +169,5 @@ def _read_runs(
 def _run_folder(folder: Path, run: FinishedRun) -> Path:
     """Returns a run's folder, also if the comparison was moved or called from another folder."""
     given = Path(run.folder)
-    beside = folder.resolve().parents[1] / _RUNS_FOLDER / given.parent.name / given.name
-    return beside if exists(beside) else given
+    own = folder.resolve().parents[1] / _RUNS_FOLDER / given.parent.name / given.name
+    return own if exists(own) else given

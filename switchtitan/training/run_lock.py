@@ -44,7 +44,7 @@ _MAX_BYTES = 1 << 16
 def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     """Keeps every other process from training in the folder, until the context ends.
 
-    After an error, a background save may go on until the process ends. The lock does so too.
+    After an error, a background save may continue until the process ends. The lock does so too.
 
     The main rank holds a POSIX lock, which ends with its process and is not inherited by workers.
     On a file system without locks it creates a file that names the process. The file of a process
@@ -240,7 +240,7 @@ def _delete_if_ended(output_dir: Path, deadline: float | None) -> float:
 def _remove_contents(file: Path, contents: bytes) -> None:
     """Deletes a lock file unless it has other contents, or another process is deleting it.
 
-    Of several processes that have read the same contents, one at a time goes on: it holds a second
+    Of several processes that have read the same contents, one at a time continues: it holds a second
     file. So none can delete what a new owner has created since.
     """
     claim = file.with_name(f"{file.name}.{hashlib.sha256(contents).hexdigest()[:16]}")

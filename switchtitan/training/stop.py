@@ -69,7 +69,7 @@ class Stop(Protocol):
         ...
 
     def is_due(self) -> int | None:
-        """Returns the signal for which the run must save and stop here; None to go on."""
+        """Returns the signal for which the run must save and stop here; None to continue."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A bit that flips on one of two ranks is found and named; without the check the run goes on."""
+"""A bit that flips on one of two ranks is found and named; without the check the run continues."""
 
 from functools import partial
 
@@ -108,7 +108,7 @@ def check_runs(rank, folder):
             trainer.train()
         assert trainer.stepper.state.step == found_at
         assert not list((folder / interval / "run").glob("checkpoints/step-*"))
-    # A control: without any check the run goes on and saves.
+    # A control: without any check the run continues and saves.
     trainer = build(folder / "none", "switchlora", *keys, "0")
     trainer.tensors.check_state = lambda numbers: None
     flip_after_step(trainer, 4, rank)

@@ -67,7 +67,7 @@ STARTS = {
 
 @dataclass(frozen=True)
 class Runs:
-    """A finished run, its copy, another run of the same shapes, and how the first one goes on."""
+    """A finished run, its copy, another run of the same shapes, and how the first one continues."""
 
     home: Path
     pristine: Path

@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command goes on with what would have happened."""
+"""Killed at any moment, the same command continues with what would have happened."""
 
 import random
 import shutil

@@ -14,7 +14,7 @@ from support.tiny import METHOD_KEYS, TINY, tiny_config
 from switchtitan.hub.huggingface import parameter_shapes
 
 NUM_STEPS, INTERVAL = 8, 4
-"""Of the run that is damaged. Its command then goes on for `INTERVAL` steps more."""
+"""Of the run that is damaged. Its command then continues for `INTERVAL` steps more."""
 
 Damage = Callable[[Path, random.Random], None]
 

@@ -99,7 +99,7 @@ def environment(
 
 @contextmanager
 def preloaded(library: Path) -> Iterator[None]:
-    """Processes that are started anew in this context, not forked, have the library loaded."""
+    """Processes that are started in this context, not forked, have the library loaded."""
     before = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = str(library)
     try:

@@ -80,7 +80,7 @@ class FlatStream:
     """The documents of flat tokens; what follows the last end token is a document too.
 
     Args:
-        pieces: read in order; a document does not go on from one to the next.
+        pieces: read in order; a document does not continue from one to the next.
         position: as of `position()`.
     """
 

@@ -1,4 +1,4 @@
-"""Checks of what a save does before training goes on, on fake CUDA tensors."""
+"""Checks of what a save does before training continues, on fake CUDA tensors."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext

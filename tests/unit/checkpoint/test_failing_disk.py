@@ -1,4 +1,4 @@
-"""Whatever fails while a checkpoint is written, earlier ones stay whole and training can go on."""
+"""Whatever fails while a checkpoint is written, earlier ones stay complete and training can continue."""
 
 import json
 import logging
