@@ -240,8 +240,8 @@ def _delete_if_ended(output_dir: Path, deadline: float | None) -> float:
 def _remove_contents(file: Path, contents: bytes) -> None:
     """Deletes a lock file unless it has other contents, or another process is deleting it.
 
-    Of several processes that have read the same contents, one at a time continues: it holds a second
-    file. So none can delete what a new owner has created since.
+    Of several processes that have read the same contents, one at a time continues: it holds a
+    second file. So none can delete what a new owner has created since.
     """
     claim = file.with_name(f"{file.name}.{hashlib.sha256(contents).hexdigest()[:16]}")
     try:

@@ -1,4 +1,4 @@
-"""Whatever fails while a checkpoint is written, earlier ones stay complete and training can continue."""
+"""If a write of a checkpoint fails, earlier ones stay complete and training can continue."""
 
 import json
 import logging
