@@ -239,7 +239,7 @@ PLANTS: dict[str, tuple[object, str, Callable]] = {
     f"run/checkpoints/{NEWEST}/__0_0.distcp": (
         verify,
         "_read_record",
-        lambda file: read_metadata(file.parent).files[file.name],
+        lambda file, on_bytes: read_metadata(file.parent).files[file.name],
     ),
     "corpora/pystdlib-*/train-00000.bin": (corpus, "verify_files", lambda *arguments: None),
 }

@@ -12,7 +12,7 @@ from support.fuzzing import FuzzError, fuzz, num_cases
 from support.mutations import EXTREME_NUMBERS, STRANGE_STRINGS, mutate_bytes, mutate_json
 from support.tiny import METHOD_KEYS, TINY
 
-from switchtitan.config import load
+from switchtitan.config import toml_files
 from switchtitan.config.toml_text import toml_value
 from switchtitan.job.config import parse_arguments
 
@@ -92,7 +92,7 @@ def test_a_planted_fault_is_found(file: Path, monkeypatch: pytest.MonkeyPatch) -
     def read_without_checks(path: Path) -> dict[str, Any]:
         return tomli.loads(path.read_text(encoding="utf-8"))
 
-    monkeypatch.setattr(load, "read_toml", read_without_checks)
+    monkeypatch.setattr(toml_files, "read_toml", read_without_checks)
 
     def damage(draw: random.Random) -> bytes:
         data = mutate_bytes(VALID[0].encode(), draw)
