@@ -107,8 +107,6 @@ class MethodConfig(NamedSection):
 
     optimizers: ClassVar[frozenset[str] | None] = None
     """Names of the optimizers that the method can train with; None for all."""
-    treats_all_parameters: ClassVar[bool] = False
-    """Whether the method trains all parameters alike: `[optimizer] other_lr` has no effect."""
 
     def draws_in_forward(self) -> bool:
         """Return whether the replaced layers draw random numbers in training, such as dropout.
@@ -144,7 +142,8 @@ class OptimizerConfig(NamedSection):
     """Peak learning rate, above 0."""
     other_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate, above 0, of parameters that the method does not change: embedding, norms,
-    head, biases, and layers that are not targets. Default: lr. Has no effect with full_rank."""
+    head, biases, and layers that are not targets. With full_rank: of all parameters but the weights
+    of the linear layers in the model's blocks. Default: lr."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""
     decay_norms: bool = False

@@ -163,10 +163,10 @@ def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[
 
 def check_optimizer(
     method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig, num_ranks: int
-) -> list[str | VoidKey]:
-    """The optimizer must fit the method, the compiler and the ranks, and its keys must matter."""
+) -> list[str]:
+    """The optimizer must fit the method, the compiler and the ranks."""
     name = f"[optimizer] name = {toml_value(optimizer.name)}"
-    problems: list[str | VoidKey] = []
+    problems: list[str] = []
     if method.optimizers is not None and optimizer.name not in method.optimizers:
         able = [
             able_name
@@ -190,12 +190,6 @@ def check_optimizer(
         )
     if compile.optimizer and not optimizer.can_compile:
         problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
-    if optimizer.other_lr is not None and method.treats_all_parameters:
-        problem = (
-            f"[optimizer] other_lr = {optimizer.other_lr:g} has no effect: "
-            f"[method] name = {toml_value(method.name)} trains all parameters alike; remove it"
-        )
-        problems.append(VoidKey("optimizer.other_lr", ("method.name",), problem))
     return problems
 
 

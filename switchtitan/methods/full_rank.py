@@ -1,6 +1,8 @@
 """Full-rank training, the baseline."""
 
-from typing import ClassVar, Literal
+from typing import Literal
+
+from torch import nn
 
 from switchtitan.contracts import (
     LanguageModel,
@@ -17,7 +19,6 @@ class FullRankConfig(MethodConfig):
 
     name: Literal["full_rank"] = "full_rank"
     """The method."""
-    treats_all_parameters: ClassVar[bool] = True
 
     def draws_in_forward(self) -> bool:
         """See `contracts.MethodConfig`."""
@@ -30,6 +31,20 @@ class FullRank(Method[FullRankConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(
-            config, trained_parameters(model, blocks=model.blocks()), compile_step, self.seed
-        )
+        parameters = trained_parameters(model, linear_weights(model), model.blocks())
+        return OPTIMIZERS.build(config, parameters, compile_step, self.seed)
+
+
+def linear_weights(model: LanguageModel) -> set[str]:
+    """Returns the names of the weights of the linear layers in the model's blocks.
+
+    These are the weights that low-rank methods change by default, so that `[optimizer] lr` and
+    `other_lr` apply to the same layers with every method. Found by type, so that they do not depend
+    on a model's names.
+    """
+    return {
+        f"{block_name}.{name}.weight"
+        for block_name, block in model.blocks().items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }

@@ -36,12 +36,12 @@ class ParameterGroup(NamedTuple):
 
 
 def trained_parameters(
-    model: nn.Module, treated: Collection[str] | None = None, blocks: Iterable[str] = ()
+    model: nn.Module, treated: Collection[str], blocks: Iterable[str] = ()
 ) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order.
 
     Args:
-        treated: names of the parameters that the method changes; None for all.
+        treated: names of the parameters that the method changes.
         blocks: qualified names of the model's blocks, see `contracts.LanguageModel.blocks`.
     """
     prefixes = tuple(f"{block}." for block in blocks)
@@ -49,7 +49,7 @@ def trained_parameters(
         TrainedParameter(
             name,
             parameter,
-            is_other=treated is not None and name not in treated,
+            is_other=name not in treated,
             is_in_block=name.startswith(prefixes),
         )
         for name, parameter in model.named_parameters()

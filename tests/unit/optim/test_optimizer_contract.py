@@ -40,9 +40,7 @@ def test_every_optimizer_is_held_to_the_contract():
     [pytest.param(name, marks=needs_torchao if name == "adamw8bit" else ()) for name in KEYS],
 )
 def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, optimizer, method):
-    keys = overrides(optimizer)
-    if method == "lora":
-        keys = (*keys, "--optimizer.other_lr", str(float(KEYS[optimizer][1]) / 2))
+    keys = (*overrides(optimizer), "--optimizer.other_lr", str(float(KEYS[optimizer][1]) / 2))
     straight = tiny_trainer(corpora / f"optimizer-straight-{optimizer}-{method}", method, *keys)
     losses = train_steps(straight, 24)
     straight.stepper.close()
@@ -81,12 +79,6 @@ def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, opti
             (*overrides("adafactor"), "--compile.optimizer", "true"),
             1,
             r"cannot be compiled",
-        ),
-        (
-            "full_rank",
-            ("--optimizer.other_lr", "1e-3"),
-            1,
-            r"other_lr = 0.001 has no effect: .*full_rank",
         ),
         ("lora", ("--optimizer.decay_norms", "true"), 1, r"decay_norms has no effect"),
         ("lora", (*overrides("sgd"), "--optimizer.momentum", "0"), 1, r"nesterov has no effect"),
