@@ -1,11 +1,11 @@
 """What a training run would do, found without training, and without writing anything."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from switchtitan.benchmark.data_plan import DataPlan, plan_data
 from switchtitan.benchmark.estimate import StepEstimate, estimate_step
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.builders.start import read_state
@@ -22,11 +22,8 @@ from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, list_step_folders
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus, build_train_batches
-from switchtitan.data.corpus_files import check_sizes, read_index
-from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus
 from switchtitan.distributed.compute_dtype import ComputeDtype, dtype_on
 from switchtitan.distributed.world import device_name, device_type
-from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.throughput import peak_flops_per_s
 from switchtitan.training.description import (
@@ -37,15 +34,6 @@ from switchtitan.training.description import (
 )
 from switchtitan.training.output_folder import check_writable
 from switchtitan.training.stepper import TrainState
-
-
-@dataclass(frozen=True)
-class DataPlan:
-    """The corpus of a run, which may have to be prepared."""
-
-    plan: CorpusPlan
-    corpus: Corpus | None
-    """None if it is not prepared."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +109,7 @@ def plan_run(config: JobConfig, num_ranks: int) -> RunPlan:
     checkpoints = config.job.output_dir / CHECKPOINTS_FOLDER
     check_writable(config.job.output_dir)
     check_given_paths(checkpoints, config.checkpoint)
-    data = _plan_data(config)
+    data = plan_data(config.data, config.model.vocab_size)
     start = _plan_start(config, data.corpus)
     if data.corpus is not None:
         _check_batches(config, data.corpus, num_ranks)
@@ -146,23 +134,6 @@ def plan_run(config: JobConfig, num_ranks: int) -> RunPlan:
     )
 
 
-def _plan_data(config: JobConfig) -> DataPlan:
-    """Opens the corpus if it is prepared, without comparing checksums, which may write a file."""
-    if config.data.sources:
-        raise ConfigError(
-            "--dry-run plans no mixture ([data] sources); run `switchtitan prepare` with the same "
-            "configuration, which prepares its sources and describes them"
-        )
-    plan = plan_corpus(config.data)
-    if not plan.is_prepared:
-        return DataPlan(plan, None)
-    index = read_index(plan.folder)
-    check_sizes(plan.folder, index)
-    corpus = Corpus(plan.folder, index, plan.fallback_for)
-    corpus.check_vocabulary(config.model.vocab_size)
-    return DataPlan(plan, corpus)
-
-
 def _plan_start(config: JobConfig, corpus: Corpus | None) -> StartPlan:
     folder = config.job.output_dir / CHECKPOINTS_FOLDER
     check_output_folder(folder, config.checkpoint.resume)
@@ -182,7 +153,7 @@ def _check_batches(config: JobConfig, corpus: Corpus, num_ranks: int) -> None:
     """Checks that the splits are long enough."""
     seq_len = config.data.seq_len
     batches = build_train_batches(
-        corpus.split("train", seq_len),
+        corpus.train_split(seq_len),
         seed=config.job.seed,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
@@ -190,9 +161,9 @@ def _check_batches(config: JobConfig, corpus: Corpus, num_ranks: int) -> None:
         num_ranks=num_ranks,
     )
     batches.close()
-    corpus.split("validation", seq_len)
+    corpus.held_out_split("validation", seq_len)
     if config.evaluation.test_tokens is not None:
-        corpus.split("test", seq_len)
+        corpus.held_out_split("test", seq_len)
 
 
 def _measure_state(config: JobConfig, num_ranks: int) -> tuple[dict[str, int], int]:
@@ -211,11 +182,3 @@ def _plan_disk(config: JobConfig, checkpoint_bytes: int, num_saves: int) -> Disk
         else 0
     )
     return DiskPlan(checkpoint_bytes, num_saves, num_more, free_bytes(folder))
-
-
-def num_epochs(plan: RunPlan) -> float | None:
-    """Passes over the training split in the steps to come; None if it is not prepared."""
-    if plan.data.corpus is None:
-        return None
-    num_tokens = plan.data.corpus.index.num_tokens("train")
-    return plan.num_steps * plan.tokens_per_step / num_tokens if num_tokens else math.inf

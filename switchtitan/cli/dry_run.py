@@ -4,7 +4,8 @@ import logging
 import os
 from collections.abc import Sequence
 
-from switchtitan.benchmark.run_plan import RunPlan, num_epochs, plan_run
+from switchtitan.benchmark.data_plan import SourcePlan
+from switchtitan.benchmark.run_plan import RunPlan, plan_run
 from switchtitan.distributed.launcher import num_ranks_from_launcher
 from switchtitan.errors import UserError, exit_for
 from switchtitan.files import format_bytes
@@ -81,22 +82,31 @@ def _parameters(plan: RunPlan) -> str:
 
 
 def _data(plan: RunPlan) -> list[str]:
-    data = plan.data
-    lines = [data.plan.source.description]
-    if data.plan.fallback_for is not None:
-        lines.append(f"FALLBACK for {data.plan.fallback_for}")
-    if data.corpus is None:
-        return [*lines, f"not prepared: would be prepared in {data.plan.folder}"]
-    num_tokens = data.corpus.index.num_tokens("train")
-    return [*lines, f"prepared in {data.plan.folder}: {num_tokens:,} tokens to train on"]
+    return [line for source in plan.data.sources for line in _source(source)]
+
+
+def _source(source: SourcePlan) -> list[str]:
+    share = "" if source.share is None else f"{source.share:.2%} "
+    lines = [share + source.description]
+    if source.fallback_for is not None:
+        lines.append(f"FALLBACK for {source.fallback_for}")
+    if source.folder is None:
+        return [*lines, "not prepared: would be prepared with the first source's tokenizer"]
+    if source.corpus is None:
+        return [*lines, f"not prepared: would be prepared in {source.folder}"]
+    num_tokens = source.corpus.index.num_tokens("train")
+    return [*lines, f"prepared in {source.folder}: {num_tokens:,} tokens to train on"]
 
 
 def _steps(plan: RunPlan) -> list[str]:
     if plan.num_steps == 0:
         return ["none to come: the run has finished; increase [training] steps to train longer"]
-    epochs = num_epochs(plan)
-    passes = "" if epochs is None else f", {epochs:.3g} passes over the training split"
     num_tokens = plan.num_steps * plan.tokens_per_step
+    epochs = plan.data.epochs(num_tokens)
+    passes = ""
+    if epochs is not None:
+        split = "split" if len(epochs) == 1 else "splits"
+        passes = f", {' and '.join(f'{n:.3g}' for n in epochs)} passes over the training {split}"
     return [
         f"{plan.num_steps:,} of {plan.tokens_per_step:,} tokens: "
         f"{format_count(num_tokens)} tokens{passes}"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeVar
@@ -232,21 +232,36 @@ def open_corpus(
 def _open_mixture(
     config: DataConfig, ranks: Ranks | None, show_progress: bool, model_vocab_size: int | None
 ) -> Corpus:
-    schedule = schedule_of([source.weight for source in config.sources])
+    schedule_of([source.weight for source in config.sources])  # checks the weights first
     corpora: list[Corpus] = []
     for number in range(len(config.sources)):
-        tokenizer = config.tokenizer
-        if corpora and tokenizer == TRAINED_TOKENIZER:
-            tokenizer = str(corpora[0].folder)
-        source = config.source_config(number, tokenizer)
-        opened = _open_together(source, ranks, show_progress, model_vocab_size)
-        for other, earlier in enumerate(corpora):
-            if earlier.fingerprint == opened.fingerprint:
+        source = config.source_config(number, mixture_tokenizer(config, corpora))
+        corpora.append(_open_together(source, ranks, show_progress, model_vocab_size))
+    return mix(config, corpora)
+
+
+def mixture_tokenizer(config: DataConfig, earlier: Sequence[Corpus]) -> str:
+    """Returns the key `tokenizer` of the next source of a mixture, after the `earlier` ones."""
+    if earlier and config.tokenizer == TRAINED_TOKENIZER:
+        return str(earlier[0].folder)
+    return config.tokenizer
+
+
+def mix(config: DataConfig, corpora: Sequence[Corpus]) -> Corpus:
+    """Returns the mixture of the prepared sources of `config`, in its order.
+
+    Raises:
+        ConfigError: if a weight would be rounded to nothing.
+        CorpusError: if two sources hold the same tokens.
+    """
+    for number, corpus in enumerate(corpora):
+        for other, earlier in enumerate(corpora[:number]):
+            if earlier.fingerprint == corpus.fingerprint:
                 raise CorpusError(
                     f"[data] sources[{number}]: holds the same tokens as sources[{other}]; leave "
                     "it out, and add its weight to the other"
                 )
-        corpora.append(opened)
+    schedule = schedule_of([source.weight for source in config.sources])
     parts = tuple(map(MixedPart, corpora, schedule.counts))
     return Corpus(corpora[0].folder, corpora[0].index, None, parts)
 

@@ -10,6 +10,7 @@ from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.benchmark.run_plan import plan_run
+from switchtitan.config.toml_text import toml_value
 from switchtitan.distributed.world import stop_world
 from switchtitan.training.description import count_parameters
 
@@ -89,6 +90,43 @@ def test_a_corpus_that_is_missing_would_be_prepared(tmp_path: Path) -> None:
     assert f"a new run in {config.job.output_dir}" in outcome.output
     assert "not prepared: would be prepared in " in outcome.output
     assert "passes over" not in outcome.output
+
+
+def test_a_mixture_is_described_before_and_after_it_is_prepared(tmp_path: Path) -> None:
+    for name, line in {"words": "all rows of a matrix", "more": "x = y @ w.t() + b"}.items():
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            text = f"{line} {number}\n" * (20 + number)
+            (tmp_path / name / f"{number}.txt").write_text(text)
+    tiny_config(tmp_path, "full_rank")
+    file = tmp_path / f"full_rank-{os.getpid()}.toml"
+    sources = [
+        {"weight": 3, "dataset": "text", "path": str(tmp_path / "words")},
+        {"weight": 1, "dataset": "text", "path": str(tmp_path / "more")},
+    ]
+    mixture = ["--data.max_bytes", "none", "--data.sources"]
+    words = ["train", "--config", file, *mixture, toml_value(sources)]
+    before = contents(tmp_path)
+    outcome = run(*words, "--dry-run")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert contents(tmp_path) == before
+    assert "75.00% " in outcome.output
+    assert "25.00% " in outcome.output
+    assert "not prepared: would be prepared in " in outcome.output
+    assert "would be prepared with the first source's tokenizer" in outcome.output
+    assert "passes over" not in outcome.output
+
+    assert run(*words, "--training.steps", "1").status == 0
+    outcome = run(*words, "--dry-run")
+    assert (outcome.status, outcome.errors) == (0, "")
+    prepared = re.findall(r"prepared in \S+: ([\d,]+) tokens to train on", outcome.output)
+    num_tokens = [int(number.replace(",", "")) for number in prepared]
+    passes = re.search(r"(\S+) and (\S+) passes over the training splits", outcome.output)
+    assert passes is not None
+    found = [float(number) for number in passes.groups()]
+    run_tokens = 39 * 128
+    expected = [0.75 * run_tokens / num_tokens[0], 0.25 * run_tokens / num_tokens[1]]
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_several_ranks_are_described_without_starting_them(tmp_path: Path) -> None:
