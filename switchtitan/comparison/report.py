@@ -10,7 +10,7 @@ from pathlib import Path
 
 from switchtitan.comparison.comparison import ComparisonState
 from switchtitan.comparison.results import RunResult
-from switchtitan.comparison.statistics import Summary
+from switchtitan.comparison.statistics import Difference, Summary
 from switchtitan.comparison.table import GapReport, RowReport
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.files import write_atomically
@@ -50,13 +50,15 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
     parts.append(
         f"Learning rates were chosen by the validation loss with seed {config.selection_seed}. "
         f"Losses are on the test split: mean ± standard deviation over seeds {seeds}. "
-        "A difference smaller than its standard deviation is a tie."
+        f"Differences to {config.baseline} are taken seed by seed, with 95 % intervals "
+        "(Student's t). p is adjusted by Holm's method over the rows of the table. A row differs "
+        "if p is below 0.05; no difference is shown if the interval holds zero."
     )
     parts.append(_table(rows, _columns(config.baseline, config.communication_ranks)))
     parts.append(_LEGEND)
     if gaps:
         titles = {row.name: row.title for row in config.rows}
-        parts.append("Shares of differences in test loss:")
+        parts.append("Shares of differences in test loss, with 95 % intervals (Fieller's):")
         parts.append(
             "\n".join(
                 f"- {titles[gap.row]}, from {titles[gap.start]} to {titles[gap.end]}: {_share(gap)}"
@@ -148,6 +150,8 @@ def _columns(baseline: str, num_ranks: int) -> dict[str, Callable[[RowReport], s
         "test loss": lambda row: _plus_minus(row.loss, 4),
         "perplexity": lambda row: _plus_minus(row.perplexity, 3),
         f"loss - {baseline}'s": lambda row: _difference(row.difference),
+        "p": lambda row: UNKNOWN if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
+        "verdict": lambda row: row.verdict or UNKNOWN,
         "effective rank": lambda row: _plus_minus(row.effective_rank, 1),
         "trainable, M": lambda row: _number(row.num_trainable, 3, 1e-6),
         "state, MiB": lambda row: _number(row.state_gib, 1, 1024),
@@ -192,24 +196,28 @@ def _plus_minus(summary: Summary | None, digits: int) -> str:
     return f"{summary.mean:.{digits}f}{deviation}{runs}"
 
 
-def _difference(summary: Summary | None) -> str:
-    if summary is None or not math.isfinite(summary.mean):
+def _difference(of: Difference | None) -> str:
+    if of is None or not math.isfinite(of.mean):
         return UNKNOWN
-    if summary.std is None:
-        return f"{summary.mean:+.4f} (one seed)"
-    return f"{summary.mean:+.4f} ± {summary.std:.4f}{', tie' if summary.is_tie else ''}"
+    if of.low is None:
+        return f"{of.mean:+.4f} (one seed)"
+    return f"{of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})"
 
 
-def _share(gap: GapReport) -> str:
-    if gap.gap is None or not math.isfinite(gap.gap.mean):
+def _share(of: GapReport) -> str:
+    if of.gap is None or not math.isfinite(of.gap.mean):
         return "not yet known."
-    width = f"the difference of {_plus_minus(gap.gap, 4)}"
-    if gap.gap.is_tie or gap.gap.mean <= 0:
-        return f"{width} is {'a tie' if gap.gap.is_tie else 'not positive'}; share not reported."
-    if gap.share is None:
+    width = f"the difference of {_difference(of.gap)}"
+    if of.gap.low is not None and of.gap.holds_zero:
+        return f"the interval of {width} holds zero; share not reported."
+    if of.gap.mean <= 0:
+        return f"{width} is not positive; share not reported."
+    if of.share is None:
         return "not yet known."
-    deviation = f" ± {100 * gap.share.std:.0f}" if gap.share.std is not None else ""
-    return f"closes {100 * gap.share.mean:.0f}{deviation} % of {width}."
+    if of.share.low is None or of.share.high is None:
+        return f"closes {100 * of.share.mean:.0f} % of {width}."
+    interval = f"{100 * of.share.low:.0f} to {100 * of.share.high:.0f} %"
+    return f"closes {100 * of.share.mean:.0f} % ({interval}) of {width}."
 
 
 def _number(value: float | None, digits: int, factor: float = 1.0) -> str:

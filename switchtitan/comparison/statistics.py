@@ -1,13 +1,16 @@
-"""Means, standard deviations and differences over seeds."""
+"""Means, differences and shares over seeds, with 95 % intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtr, stdtrit  # scipy.stats takes seconds to import
 
 BySeed = Mapping[int, float]
 """One result of a row, by seed."""
+LEVEL = 0.05
+"""Two equal rows are called different with at most this probability."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,35 @@ class Summary:
     """With Bessel's correction; None for a single value."""
     num: int
 
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus another one, seed by seed: the paired t-test."""
+
+    mean: float
+    std: float | None
+    num: int
+    low: float | None
+    """Lower end of the 95 % interval of the mean; None for a single seed or a diverged run."""
+    high: float | None
+    p: float | None
+    """Probability of a mean this far from zero if both rows are equal: two-sided, not adjusted."""
+
     @property
-    def is_tie(self) -> bool:
-        """Of differences: whether the mean is within one standard deviation of zero."""
-        return self.std is not None and abs(self.mean) <= self.std
+    def holds_zero(self) -> bool:
+        """Whether the interval holds zero, or is not known."""
+        return self.low is None or self.high is None or self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of a gap, with its 95 % interval; the interval is None for a single seed."""
+
+    mean: float
+    """The ratio of the mean differences."""
+    low: float | None
+    high: float | None
+    num: int
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -33,37 +61,62 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(float(np.mean(values)), std, len(values))
 
 
-_T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-"""Student's t at 97.5 % for 1 to 20 degrees of freedom; the last one is used for more."""
-
-
 def interval_of_mean(mean: float, std: float | None, num: int) -> tuple[float, float] | None:
     """Returns the 95 % interval of the mean of a normal sample; None for a single value."""
     if std is None or num < 2:
         return None
-    half = _T_QUANTILES[min(num - 1, len(_T_QUANTILES)) - 1] * std / math.sqrt(num)
+    half = _t_quantile(num) * std / math.sqrt(num)
     return mean - half, mean + half
 
 
-def difference(row: BySeed, baseline: BySeed) -> Summary | None:
+def difference(row: BySeed, baseline: BySeed) -> Difference | None:
     """Returns row minus baseline, seed by seed; None without a shared seed.
 
     Runs with the same seed share data order and initial weights.
     """
     shared = sorted(row.keys() & baseline.keys())
-    return summarize([row[seed] - baseline[seed] for seed in shared]) if shared else None
+    if not shared:
+        return None
+    of = summarize([row[seed] - baseline[seed] for seed in shared])
+    low, high = interval_of_mean(of.mean, of.std, of.num) or (None, None)
+    return Difference(of.mean, of.std, of.num, low, high, _p_value(of))
 
 
-def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Summary | None:
+def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
+    """Returns Holm's adjusted p-values of the rows whose p-value is known.
+
+    Calling a row different if its adjusted p-value is below 5 % calls any of several equal rows
+    different with a probability of at most 5 %, whether or not the rows depend on each other.
+    (Holm 1979, "A simple sequentially rejective multiple test procedure")
+    """
+    known = sorted((p, row) for row, p in p_values.items() if p is not None)
+    largest = 0.0
+    result = {}
+    for place, (p, row) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - place) * p))
+        result[row] = largest
+    return result
+
+
+def verdict(of: Difference, adjusted_p: float | None) -> str | None:
+    """Returns what a difference shows, in words; None for a single seed or a diverged run."""
+    if of.p is None or adjusted_p is None:
+        return None
+    if of.holds_zero:
+        return "no difference shown"
+    return "differs" if adjusted_p < LEVEL else "no difference shown after Holm's correction"
+
+
+def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Share | None:
     """Computes the share of the difference from `start` to `end` that a row closes.
 
+    The interval is Fieller's, for a ratio of two means of paired normal samples: all shares that a
+    paired t-test of (start - row) - share * (start - end) does not reject. It is finite exactly if
+    the interval of the gap does not hold zero. (Fieller 1954, "Some problems in interval
+    estimation", J. R. Stat. Soc. B 16, p. 175)
+
     Returns:
-        The ratio of the mean differences over the seeds that all three share, and its standard
-        deviation by the jackknife (leaving out one seed at a time): ratios of single seeds have no
-        mean if a difference may be near zero. None without a shared seed or a difference.
+        None without a shared seed, with a run that diverged, or if the gap's interval holds zero.
     """
     shared = sorted(row.keys() & start.keys() & end.keys())
     if not shared:
@@ -72,13 +125,30 @@ def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Summary | None:
     gap = np.array([start[seed] - end[seed] for seed in shared])
     if not np.isfinite(way).all() or not np.isfinite(gap).all() or gap.mean() == 0:
         return None
-    num = len(shared)
+    num, share = len(shared), float(way.mean() / gap.mean())
     if num == 1:
-        return Summary(float(way[0] / gap[0]), None, 1)
-    gaps_left = np.array([np.delete(gap, i).mean() for i in range(num)])
-    if (gaps_left == 0).any():
-        return Summary(float(way.mean() / gap.mean()), None, num)
-    left_out = np.array([np.delete(way, i).mean() for i in range(num)]) / gaps_left
-    # The standard error of the mean, times sqrt(n): a standard deviation as for the other results.
-    error = math.sqrt((num - 1) / num * float(((left_out - left_out.mean()) ** 2).sum()))
-    return Summary(float(way.mean() / gap.mean()), error * math.sqrt(num), num)
+        return Share(share, None, None, 1)
+    # Squared half widths of the intervals of both means, and their covariance, as quadratic form.
+    covariance = np.cov(way, gap, ddof=1) * _t_quantile(num) ** 2 / num
+    # The ends solve square * x^2 - 2 * linear * x + constant = 0.
+    square = gap.mean() ** 2 - covariance[1, 1]
+    linear = way.mean() * gap.mean() - covariance[0, 1]
+    constant = way.mean() ** 2 - covariance[0, 0]
+    if square <= 0:
+        return None
+    # Rounding can make the root of a share without deviation slightly negative.
+    root = math.sqrt(max(0.0, float(linear**2 - square * constant)))
+    return Share(share, float((linear - root) / square), float((linear + root) / square), num)
+
+
+def _t_quantile(num: int) -> float:
+    """Returns the 97.5 % quantile of Student's t for the mean of `num` values."""
+    return float(stdtrit(num - 1, 1 - LEVEL / 2))
+
+
+def _p_value(of: Summary) -> float | None:
+    if of.std is None or not math.isfinite(of.mean):
+        return None
+    if of.std == 0:
+        return 1.0 if of.mean == 0 else 0.0
+    return float(2 * stdtr(of.num - 1, -abs(of.mean) / (of.std / math.sqrt(of.num))))

@@ -13,7 +13,17 @@ from switchtitan.comparison.config import RowConfig
 from switchtitan.comparison.measure import Measurements
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.selection import is_interior
-from switchtitan.comparison.statistics import BySeed, Summary, difference, share_of_gap, summarize
+from switchtitan.comparison.statistics import (
+    BySeed,
+    Difference,
+    Share,
+    Summary,
+    adjusted,
+    difference,
+    share_of_gap,
+    summarize,
+    verdict,
+)
 from switchtitan.spectra.spectrum import summarize as summarize_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.trainer import loss_metrics
@@ -36,8 +46,12 @@ class RowReport:
     loss: Summary | None
     """Test loss over the reported seeds."""
     perplexity: Summary | None
-    difference: Summary | None
+    difference: Difference | None
     """Test loss minus the baseline's, seed by seed."""
+    adjusted_p: float | None
+    """p-value of the difference, with Holm's correction over the rows of the table."""
+    verdict: str | None
+    """What the difference shows."""
     effective_rank: Summary | None
     """Effective rank of the linear layers' change since step 0, averaged over layers."""
     num_trainable: int | None
@@ -58,16 +72,30 @@ class GapReport:
     row: str
     start: str
     end: str
-    gap: Summary | None
+    gap: Difference | None
     """Loss of `start` minus loss of `end`, seed by seed."""
-    share: Summary | None
-    """None if the gap is a tie or not positive."""
+    share: Share | None
+    """None if the gap's interval holds zero, or the gap is not positive."""
 
 
 def report_rows(state: ComparisonState, measured: Mapping[str, Measurements]) -> list[RowReport]:
     """Returns one report for each row of the comparison, in its order."""
-    baseline = losses_by_seed(state, state.config.baseline)
-    return [_report_row(state, row, baseline, measured.get(row.name)) for row in state.config.rows]
+    losses = {row.name: losses_by_seed(state, row.name) for row in state.config.rows}
+    baseline = losses.pop(state.config.baseline)
+    differences = {
+        row: of for row, by_seed in losses.items() if (of := difference(by_seed, baseline))
+    }
+    adjusted_p = adjusted({row: of.p for row, of in differences.items()})
+    return [
+        _report_row(
+            state,
+            row,
+            measured.get(row.name),
+            differences.get(row.name),
+            adjusted_p.get(row.name),
+        )
+        for row in state.config.rows
+    ]
 
 
 def report_gaps(state: ComparisonState) -> list[GapReport]:
@@ -76,7 +104,7 @@ def report_gaps(state: ComparisonState) -> list[GapReport]:
     for declared in state.config.gaps:
         start, end = (losses_by_seed(state, name) for name in (declared.from_row, declared.to_row))
         gap = difference(start, end)
-        is_open = gap is not None and gap.mean > 0 and not gap.is_tie
+        is_open = gap is not None and gap.mean > 0
         for row in declared.rows:
             share = share_of_gap(losses_by_seed(state, row), start, end) if is_open else None
             reports.append(GapReport(row, declared.from_row, declared.to_row, gap, share))
@@ -89,7 +117,11 @@ def losses_by_seed(state: ComparisonState, row: str) -> BySeed:
 
 
 def _report_row(
-    state: ComparisonState, row: RowConfig, baseline: BySeed, measured: Measurements | None
+    state: ComparisonState,
+    row: RowConfig,
+    measured: Measurements | None,
+    against_baseline: Difference | None,
+    adjusted_p: float | None,
 ) -> RowReport:
     results = [result for result in state.report if result.run.row == row.name]
     finished = [result for result in results if not result.has_diverged]
@@ -108,7 +140,9 @@ def _report_row(
         )
         if losses
         else None,
-        difference=None if row.name == state.config.baseline else difference(losses, baseline),
+        difference=against_baseline,
+        adjusted_p=adjusted_p,
+        verdict=None if against_baseline is None else verdict(against_baseline, adjusted_p),
         effective_rank=summarize(ranks) if (ranks := _effective_ranks(finished)) else None,
         num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,

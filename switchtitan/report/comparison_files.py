@@ -27,6 +27,22 @@ class Sample(_Parsed):
     num: Count
 
 
+class Difference(Sample):
+    """A difference of two rows, with the 95 % interval of its mean."""
+
+    low: float | None
+    high: float | None
+
+
+class Share(_Parsed):
+    """A share of a gap, with its 95 % interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    num: Count
+
+
 class StepTime(_Parsed):
     """Step time divided by the baseline's, with its interval, and bytes that a rank sends."""
 
@@ -47,7 +63,9 @@ class Row(_Parsed):
     num_diverged: Count
     loss: Sample | None
     perplexity: Sample | None
-    difference: Sample | None
+    difference: Difference | None
+    adjusted_p: float | None
+    verdict: str | None
     effective_rank: Sample | None
     num_trainable: Count | None
     state_gib: float | None
@@ -62,8 +80,8 @@ class Gap(_Parsed):
     row: str
     start: str
     end: str
-    gap: Sample | None
-    share: Sample | None
+    gap: Difference | None
+    share: Share | None
 
 
 class FinishedRun(_Parsed):

@@ -10,7 +10,7 @@ import numpy as np
 from switchtitan.comparison.statistics import interval_of_mean
 from switchtitan.observability.console import format_count
 from switchtitan.report.charts import Lines, Metric, chart
-from switchtitan.report.comparison_files import ComparisonRecord, Row, Sample
+from switchtitan.report.comparison_files import ComparisonRecord, Difference, Row, Sample, Share
 from switchtitan.report.points import Line, plain
 from switchtitan.report.run_files import RunRecord
 from switchtitan.report.run_report import Contents, curve_sections
@@ -22,6 +22,7 @@ from switchtitan.report.tables import (
     mark_lowest,
     number_cell,
     table,
+    text_cell,
     without_unknown,
 )
 
@@ -103,20 +104,27 @@ def _result_section(record: ComparisonRecord, baseline: str | None) -> Contents:
     rows = record.results.rows
     titles = {row.name: row.title for row in rows}
     intervals = [
-        _intervals("Test loss", rows, [row.loss for row in rows], losses, is_difference=False),
+        _intervals(
+            "Test loss",
+            rows,
+            {row.name: (row.loss, _sample(row.loss, 4)) for row in rows},
+            losses,
+            has_zero=False,
+        ),
         _intervals(
             f"Test loss minus that of {titles.get(baseline or '', 'the baseline')}, seed by seed",
             rows,
-            [row.difference for row in rows],
+            {row.name: (row.difference, _difference(row.difference)) for row in rows},
             differences,
-            is_difference=True,
+            has_zero=True,
         ),
     ]
     return {
         "id": "results",
         "title": "Results",
         "note": "Losses are on the test split: mean ± standard deviation over the reported seeds. "
-        "A difference smaller than its deviation is a tie.",
+        "Differences: 95 % intervals of the mean over seeds (paired, Student's t); p is adjusted "
+        "by Holm's method over the rows.",
         "tables": [_table(rows, titles.get(baseline or "", "the baseline"))],
         "intervals": [of for of in intervals if of["rows"]],
         "folded": [_gaps(record)] if record.results.gaps else [],
@@ -129,7 +137,15 @@ def _table(rows: Sequence[Row], baseline: str) -> Contents:
         Column("test loss"): [_sample(row.loss, 4) for row in rows],
         Column("95 % interval", "of the mean test loss"): [_interval(row.loss) for row in rows],
         Column("perplexity"): [_sample(row.perplexity, 3) for row in rows],
-        Column(f"minus {baseline}"): [_difference(row.difference) for row in rows],
+        Column(f"minus {baseline}", "seed by seed, with the 95 % interval"): [
+            _difference(row.difference) for row in rows
+        ],
+        Column("p", "adjusted by Holm's method over the rows"): [
+            number_cell(row.adjusted_p, ".2g") for row in rows
+        ],
+        Column("verdict", "differs: p is below 0.05", is_text=True): [
+            text_cell(row.verdict) for row in rows
+        ],
         Column("effective rank", "of the weights' change"): [
             _sample(row.effective_rank, 1) for row in rows
         ],
@@ -166,21 +182,22 @@ def _table(rows: Sequence[Row], baseline: str) -> Contents:
 def _intervals(
     title: str,
     rows: Sequence[Row],
-    samples: Sequence[Sample | None],
+    samples: Mapping[str, tuple[Sample | None, Cell]],
     by_seed: Mapping[str, Mapping[int, float]],
     *,
-    is_difference: bool,
+    has_zero: bool,
 ) -> Contents:
+    """Returns what a picture of intervals shows, with the text of each sample's cell."""
     shown = []
-    for place, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+    for place, row in enumerate(rows):
+        sample, shown_cell = samples[row.name]
         if sample is None or sample.mean is None:
             continue
         low, high = interval_of_mean(sample.mean, sample.std, sample.num) or (None, None)
-        text = _sample(sample, 4)["text"] if not is_difference else _difference(sample)["text"]
         shown.append(
             {
                 "series": place,
-                "text": text,
+                "text": shown_cell["text"],
                 "mean": sample.mean,
                 "deviation": sample.std,
                 "low": low,
@@ -188,7 +205,7 @@ def _intervals(
                 "points": plain(list(by_seed.get(row.name, {}).values())),
             }
         )
-    return {"title": title, "note": _MARKS, "zero": is_difference, "rows": shown}
+    return {"title": title, "note": _MARKS, "zero": has_zero, "rows": shown}
 
 
 def _losses_by_seed(record: ComparisonRecord) -> dict[str, dict[int, float]]:
@@ -208,10 +225,12 @@ def _gaps(record: ComparisonRecord) -> Contents:
         {
             Column("from", is_text=True): [cell(titles.get(of.start, of.start)) for of in gaps],
             Column("to", is_text=True): [cell(titles.get(of.end, of.end)) for of in gaps],
-            Column("difference"): [_sample(of.gap, 4) for of in gaps],
-            Column("share closed", "unknown if the difference is a tie or not positive"): [
-                _sample(of.share, 0, percent=True) for of in gaps
-            ],
+            Column("difference"): [_difference(of.gap) for of in gaps],
+            Column(
+                "share closed",
+                "with its 95 % interval (Fieller's); unknown if the interval of the difference "
+                "holds zero",
+            ): [_share(of.share) for of in gaps],
         },
         [places.get(of.row) for of in gaps],
         [titles.get(of.row, of.row) for of in gaps],
@@ -267,16 +286,24 @@ def _rate(row: Row) -> Cell:
     return cell(f"{row.rate:g}" + (" (edge)" if hint else ""), row.rate, hint)
 
 
-def _sample(sample: Sample | None, digits: int, *, percent: bool = False) -> Cell:
+def _sample(sample: Sample | None, digits: int) -> Cell:
     if sample is None:
         return cell(None)
     if sample.mean is None:
         return cell("diverged", math.inf)
-    factor, unit = (100, " %") if percent else (1, "")
-    deviation = "" if sample.std is None else f" ± {factor * sample.std:.{digits}f}"
-    return cell(
-        f"{factor * sample.mean:.{digits}f}{deviation}{unit}", sample.mean, f"{sample.num} seed(s)"
+    deviation = "" if sample.std is None else f" ± {sample.std:.{digits}f}"
+    return cell(f"{sample.mean:.{digits}f}{deviation}", sample.mean, f"{sample.num} seed(s)")
+
+
+def _share(share: Share | None) -> Cell:
+    if share is None:
+        return cell(None)
+    interval = (
+        ""
+        if share.low is None or share.high is None
+        else f" ({100 * share.low:.0f} to {100 * share.high:.0f} %)"
     )
+    return cell(f"{100 * share.mean:.0f} %{interval}", share.mean, f"{share.num} seed(s)")
 
 
 def _interval(sample: Sample | None) -> Cell:
@@ -288,9 +315,9 @@ def _interval(sample: Sample | None) -> Cell:
     return cell(f"{interval[0]:.4f} to {interval[1]:.4f}", interval[1] - interval[0])
 
 
-def _difference(sample: Sample | None) -> Cell:
-    if sample is None or sample.mean is None:
+def _difference(of: Difference | None) -> Cell:
+    if of is None or of.mean is None:
         return cell(None)
-    deviation = " (one seed)" if sample.std is None else f" ± {sample.std:.4f}"
-    tie = ", tie" if sample.std is not None and abs(sample.mean) <= sample.std else ""
-    return cell(f"{sample.mean:+.4f}{deviation}{tie}", sample.mean)
+    known = of.low is not None and of.high is not None
+    interval = f"({of.low:+.4f} to {of.high:+.4f})" if known else "(one seed)"
+    return cell(f"{of.mean:+.4f} {interval}", of.mean, f"{of.num} seed(s)")

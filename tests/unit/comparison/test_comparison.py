@@ -1,6 +1,7 @@
 """The stages of a comparison, over runs whose results the tests write."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,23 +139,44 @@ def test_the_report_has_losses_differences_and_shares(comparison):
     text = markdown(state, rows, gaps)
     assert "| thin | 0.02 | 3.1025 ± 0.0007 |" in text
     assert (
-        "thin-balanced, from thin to dense: closes 50 ± 0 % of the difference of 1.0000 ± 0.0000."
-        in text
+        "thin-balanced, from thin to dense: closes 50 % (50 to 50 %) of the difference of "
+        "+1.0000 (+1.0000 to +1.0000)." in text
     )
+    assert by_name["thin"].verdict == by_name["thin-balanced"].verdict == "differs"
+    assert by_name["dense"].verdict is None
     assert "commit abc" in text
     assert json.loads(json_text(state, rows, gaps))["num_runs_finished"] == 12
     assert len(runs_csv(state).splitlines()) == 13
 
 
-def test_no_share_is_reported_of_a_gap_that_is_a_tie(comparison):
+def test_no_share_is_reported_of_a_gap_whose_interval_holds_zero(comparison):
     finish_all(comparison, distance_to(2e-3, 2e-2))
     for run, loss in zip(Comparison(comparison).due(), (3.0, 3.1, 3.0, 3.2, 3.1, 3.0), strict=True):
         finish(run, 1.0, loss)
-    gaps = report_gaps(Comparison(comparison).state())
+    state = Comparison(comparison).state()
+    rows, gaps = report_rows(state, {}), report_gaps(state)
     # dense - thin is -0.1 with one seed and +0.1 with the other.
-    assert gaps[0].gap.is_tie
+    assert gaps[0].gap.holds_zero
     assert gaps[0].share is None
-    assert "is a tie; share not reported" in markdown(Comparison(comparison).state(), [], gaps)
+    assert {row.verdict for row in rows if row.name != "dense"} == {"no difference shown"}
+    text = markdown(state, rows, gaps)
+    assert "holds zero; share not reported" in text
+    assert "tie" not in text
+
+
+def test_p_values_are_corrected_over_the_rows_of_the_table(comparison):
+    finish_all(comparison, distance_to(2e-3, 2e-2))
+    # Seed by seed, both rows differ from dense by 0.10 and 0.11: |t| is 21, p is 0.03.
+    losses = {("dense", 2): 3.0, ("dense", 3): 3.1}
+    losses |= {(row, 2): 3.1 for row in ("thin", "thin-balanced")}
+    losses |= {(row, 3): 3.21 for row in ("thin", "thin-balanced")}
+    for run in Comparison(comparison).due():
+        finish(run, 1.0, losses[run.row, run.seed])
+    thin = report_rows(Comparison(comparison).state(), {})[1]
+    assert thin.difference.p == pytest.approx(2 / math.pi * math.atan(1 / 21), rel=1e-6)
+    assert thin.adjusted_p == pytest.approx(2 * thin.difference.p)
+    assert not thin.difference.holds_zero
+    assert thin.verdict == "no difference shown after Holm's correction"
 
 
 def test_the_share_of_a_row_without_runs_is_not_yet_known(comparison):
