@@ -33,8 +33,8 @@ class CheckpointConfig(Section):
     on_failure: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, for example to a full disk. "stop": end the run
     with an error. "continue": continue training, and save again after the next interval; the log,
-    TensorBoard and the summary say so. Either way earlier checkpoints stay. A failed save of the
-    last step is always an error."""
+    TensorBoard and the summary say so. A failed save of the step at which the run ends is tried
+    once more, then it is an error. Either way earlier checkpoints stay."""
 
     grace_s: int = Field(default=300, ge=1)
     """Seconds, at least 1, between a signal that stops the run and the end of its last save. A save

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import Checkpointer
+from switchtitan.checkpoint.layout import step_of
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, abbreviate
@@ -87,7 +88,7 @@ class Trainer:
         self.profiler = profiler
         self.hooks = hooks
         self.stop = stop or NeverStop()
-        self._saved_step = stepper.state.step
+        self._start_step = stepper.state.step
         self.spikes = spikes
         self.region_times = region_times
         self._running_loss = RunningLoss(stepper.world.device)
@@ -136,7 +137,6 @@ class Trainer:
         with self.throughput.excluded(), region("save"):
             self._stop_if_weights_diverged()
             self.checkpointer.save(state.step, self.tensors(), asdict(state))
-        self._saved_step = state.step
 
     def check_ranks(self) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
@@ -184,13 +184,14 @@ class Trainer:
         try:
             with self.stop.steps(self._resume_hint):
                 self._run_steps()
-                self.checkpointer.finish()
+                self._save_last_step()
         except (TrainingDivergedError, RanksDisagreeError, KeyboardInterrupt) as error:
             # All ranks are alive, and a save in progress has a valid state to resume from.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(state.step, state.num_skipped)
             if isinstance(error, KeyboardInterrupt):
+                self._raise_if_unsaved()
                 logger.info("stopped at step %d; %s", state.step, self._resume_hint())
             raise
         self._finalize()
@@ -275,13 +276,28 @@ class Trainer:
     def _save_and_stop(self, signal_number: int) -> NoReturn:
         # Losses not read yet may have a spike, which must not be saved.
         self._has_rolled_back()
-        step = self.stepper.state.step
-        if step > self._saved_step:
-            self.save()
-        self.checkpointer.finish()
-        self.checkpointer.raise_last_failure()
-        logger.info("stopped at step %d; %s", step, self._resume_hint())
+        self._save_last_step()
+        self._raise_if_unsaved()
+        logger.info("stopped at step %d; %s", self.stepper.state.step, self._resume_hint())
         raise Stopped(signal_number)
+
+    def _save_last_step(self) -> None:
+        """Saves the step at which the run ends, again if its save failed; waits for the save."""
+        self.checkpointer.finish()
+        if not self._is_saved:
+            self.save()
+            self.checkpointer.finish()
+
+    def _raise_if_unsaved(self) -> None:
+        if not self._is_saved:
+            self.checkpointer.raise_last_failure()
+
+    @property
+    def _is_saved(self) -> bool:
+        """Whether the last step done can be resumed from; not yet while a save is in progress."""
+        newest = self.checkpointer.latest
+        saved_step = self._start_step if newest is None else step_of(newest)
+        return self.stepper.state.step == saved_step
 
     def _must_read_losses(self, step: int) -> bool:
         """Whether something is due that must not see a loss spike, or waits for the device anyway.
@@ -301,7 +317,6 @@ class Trainer:
         if self.spikes is None or not self.spikes.has_rolled_back():
             return False
         self._running_loss = RunningLoss(self.stepper.world.device)
-        self._saved_step = self.stepper.state.step
         self.reporter.rewind(self.stepper.state.step)
         self.throughput.rewind(self.stepper.state.step)
         return True
