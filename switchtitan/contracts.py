@@ -226,7 +226,7 @@ class LanguageModel(nn.Module, ABC):
         self.call_block: CallBlock = default_call_block
         """How `forward` calls each block. Activation offloading replaces it."""
         self.free_kept_weights: Callable[[], None] = nothing_kept
-        """Frees the weights that stay gathered for a whole step. Sharding replaces it."""
+        """Frees the weights that stay gathered for an entire step. Sharding replaces it."""
 
     @property
     @abstractmethod
@@ -244,7 +244,7 @@ class LanguageModel(nn.Module, ABC):
         """Return the modules outside the blocks that are gathered apart from each other, in order.
 
         The modules of one list are gathered together, before its first module is called. All other
-        weights outside the blocks are gathered together for the whole pass. Default: none.
+        weights outside the blocks are gathered together for the entire pass. Default: none.
         """
         return []
 
@@ -306,7 +306,7 @@ class Reparametrized(Protocol):
             weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`.
             generator_for: local name -> generator, the same on every rank.
             rows: local name -> the rows to return, of all parameters and buffers; by default all.
-                Those of `weight` are whole blocks of `distributed.initial_draws`.
+                Those of `weight` are complete blocks of `distributed.initial_draws`.
         """
         ...
 

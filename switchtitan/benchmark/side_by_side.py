@@ -21,7 +21,7 @@ from switchtitan.training.stepper import Stepper
 WARM_UP_STEPS = 3
 """Untimed steps of each configuration: they compile, allocate and fill caches."""
 _PROCESS_KEYS = ("tf32", "deterministic")
-"""Keys of `[training]` that set torch's behavior for the whole process."""
+"""Keys of `[training]` that set torch's behavior for the process."""
 _RECOMPILE_LIMIT = 256
 """Graphs that torch.compile may keep per function. The default, 8, suits one model; here several
 share their functions."""
@@ -172,6 +172,6 @@ def _check_process_keys(configs: Mapping[str, JobConfig]) -> None:
         if len(set(values.values())) > 1:
             found = ", ".join(f"{toml_value(value)} in {name}" for name, value in values.items())
             raise ConfigError(
-                f"[training] {key} = {found}: expected one value, since it holds for the whole "
+                f"[training] {key} = {found}: expected one value, since it holds for the "
                 "process, in which all are timed; time them in separate runs"
             )

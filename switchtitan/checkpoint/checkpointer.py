@@ -90,7 +90,7 @@ class Checkpointer:
 
     @property
     def num_failed_saves(self) -> int:
-        """Saves that failed; the run went on (`on_failure = "continue"`)."""
+        """Saves that failed; the run continued (`on_failure = "continue"`)."""
         return self._num_failed_saves
 
     @property
@@ -246,7 +246,7 @@ class Checkpointer:
         self._num_failed_saves += 1
         if self._is_main:
             logger.error(
-                "%s. Training goes on; the newest complete checkpoint is %s",
+                "%s. Training continues; the newest complete checkpoint is %s",
                 error,
                 self.resume_point or "none yet",
             )

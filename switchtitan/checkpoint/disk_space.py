@@ -28,7 +28,7 @@ def estimate_bytes(tensors: Iterable[Tensor], num_ranks: int) -> int:
 
 
 def num_additional_checkpoints(num_present: int, num_saves: int, keep_latest: int) -> int:
-    """Returns how many checkpoints need room besides those present, at the time of the most.
+    """Returns how many checkpoints need room in addition to those present, at the time of the most.
 
     Args:
         num_present: checkpoints in the folder that pruning counts.

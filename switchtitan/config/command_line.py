@@ -37,7 +37,7 @@ def split_arguments(
 
     Args:
         section: keys of this section may be given without it, e.g. `--path` for `--data.path`.
-        flags: options without a value, besides `--help` and `--help-all`.
+        flags: options without a value, other than `--help` and `--help-all`.
     """
     arguments = Arguments()
     flags = (HELP, HELP_ALL, *flags)

@@ -31,7 +31,7 @@ def print_short_help(
         common: dotted keys in order; those that the sections do not have are left out.
         names: section -> allowed values of its key `name`, for sections that a registry chooses.
         has_prefixes: whether keys include their section, e.g. `--data.path` instead of `--path`.
-        options: the command's own options, besides --config and the helps, with a sentence each.
+        options: the command's own options, without --config and the helps, with a sentence each.
     """
     columns = _columns()
     lines = [*_head(usage, introduction, has_prefixes), ""]

@@ -50,7 +50,7 @@ class Reporter:
         facts: hardware, versions and sizes, added to `results.json`.
         first_validation: first validation metrics of a resumed run, shown in the summary.
         hparams: values of the configuration by which TensorBoard compares runs.
-        trackers: what metrics are written to besides TensorBoard.
+        trackers: what metrics are written to in addition to TensorBoard.
     """
 
     def __init__(

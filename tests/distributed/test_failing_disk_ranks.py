@@ -1,4 +1,4 @@
-"""Training goes on when one rank's disk fails, and computes the same as with a healthy disk."""
+"""Training continues when one rank's disk fails, and computes the same as with a healthy disk."""
 
 import json
 import logging
@@ -114,13 +114,14 @@ def train_on_failing_disks(rank: int, folder: Path, num_ranks: int) -> None:
             assert results[FAILED_SAVES] == num_failed
             assert results["loss/validation"] == healthy["loss/validation"]
             assert read_curves(home / "run")[FAILED_SAVES][1][-1] == num_failed
-            assert lines.count("Training goes on; the newest complete checkpoint is") == num_failed
+            message = "Training continues; the newest complete checkpoint is"
+            assert lines.count(message) == num_failed
             assert re.search(f"^failed saves +{num_failed}$", lines, re.MULTILINE)
             if failing_rank == 0:
                 assert "could not write the spectra" in lines
                 assert "TensorBoard lacks points until that succeeds" in lines
         else:
-            assert "Training goes on" not in lines
+            assert "Training continues" not in lines
 
 
 def error_of(function: Callable[[], object]) -> str:

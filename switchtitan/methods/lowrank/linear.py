@@ -46,7 +46,7 @@ class InitialFactors(Protocol):
 
         Args:
             weight: rows `rows["weight"]` of the plain layer's weight [out, in].
-            rows: local name -> the rows to return; of `weight`, whole blocks of `initial_draws`.
+            rows: local name -> the rows to return; of `weight`, complete blocks of `initial_draws`.
         """
         ...
 
@@ -264,7 +264,7 @@ def without_update(
     Multiplies block by block, so that a block's bits do not depend on the number of ranks.
 
     Args:
-        weight: rows `rows` of W [out, in], whole blocks of `initial_draws`.
+        weight: rows `rows` of W [out, in], complete blocks of `initial_draws`.
         lora_a, lora_b: [rank, in] and [rank, out].
     """
     result = torch.empty_like(weight)
