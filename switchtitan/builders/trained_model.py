@@ -56,8 +56,8 @@ class TrainedModel:
 def open_trained_model(path: Path, config: ModelConfig | None = None) -> TrainedModel:
     """Reads a run's newest checkpoint, a given checkpoint, or other weights.
 
-    Other weights are a folder in Hugging Face's layout or a safetensors file; those of the original
-    implementation need `config`.
+    Other weights are a folder in Hugging Face's layout, a LoRA adapter's folder or a safetensors
+    file; those of the original implementation need `config`.
 
     Args:
         config: the plain model's section; by default the checkpoint's, or the one that a

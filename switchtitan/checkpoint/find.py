@@ -105,7 +105,8 @@ def check_given_paths(folder: Path, config: CheckpointConfig) -> None:
     if weights is not None and not exists(Path(weights)) and not list_step_folders(folder):
         raise CheckpointError(
             f"[checkpoint] initial_weights = {weights!r}: no such file or folder; expected a "
-            "safetensors file, a folder in Hugging Face's layout or a checkpoint"
+            "safetensors file, a folder in Hugging Face's layout, an adapter's folder or a "
+            "checkpoint"
         )
 
 

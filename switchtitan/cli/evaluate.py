@@ -4,8 +4,8 @@
     switchtitan evaluate TARGET --text FILE
 
 A checkpoint of any method is merged into dense weights, and evaluated in its run's dtype, on its
-run's corpus or other text. Other weights (a folder in Hugging Face's layout, a safetensors file)
-need --corpus, --text or --config, which says model and corpus."""
+run's corpus or other text. Other weights (a folder in Hugging Face's layout, a LoRA adapter's
+folder, a safetensors file) need --corpus, --text or --config, which says model and corpus."""
 
 import argparse
 import logging

@@ -3,8 +3,8 @@
     switchtitan generate TARGET --prompt TEXT [--max-new-tokens N] [--temperature T] [--top-p P]
     switchtitan generate TARGET --prompt-file FILE
 
-TARGET is a run, a checkpoint or a folder in Hugging Face's layout. Prints the prompt and its
-continuation as it comes, and the speed on standard error."""
+TARGET is a run, a checkpoint, a folder in Hugging Face's layout or a LoRA adapter's folder. Prints
+the prompt and its continuation as it comes, and the speed on standard error."""
 
 import argparse
 import logging

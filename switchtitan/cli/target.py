@@ -10,7 +10,8 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         "target",
         type=Path,
         metavar="TARGET",
-        help="a run's folder, a checkpoint, a Hugging Face folder or a safetensors file",
+        help="a run's folder, a checkpoint, a Hugging Face folder, a LoRA adapter's folder (of "
+        "switchtitan or PEFT) or a safetensors file",
     )
     parser.add_argument(
         "--tokenizer",

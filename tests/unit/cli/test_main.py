@@ -44,6 +44,15 @@ def test_every_command_has_a_module_and_a_help(command, capsys):
     assert f"switchtitan {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["evaluate", "generate", "lm-eval"])
+def test_help_says_that_a_target_may_be_an_adapter(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    help_of_target = capsys.readouterr().out.partition("\npositional arguments:")[2]
+    help_of_target = " ".join(help_of_target.partition("\noptions:")[0].split())
+    assert "adapter's folder (of switchtitan or PEFT)" in help_of_target
+
+
 @pytest.mark.parametrize("picture", PICTURES)
 def test_every_picture_has_a_help(picture, capsys):
     with pytest.raises(SystemExit) as stopped:
