@@ -45,6 +45,17 @@ def test_readme_has_at_most_200_lines_and_says_early_that_no_gpu_has_run_the_cod
     assert any("No GPU has run this code yet" in line for line in lines[:20])
 
 
+def pages_without_link(readme: str) -> set[str]:
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    return {page for page in pages if f"]({page})" not in readme}
+
+
+def test_readme_links_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert pages_without_link(readme) == set()
+    assert pages_without_link(readme.replace("](docs/DATA.md)", "")) == {"docs/DATA.md"}
+
+
 def test_link_checks_can_fail(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
