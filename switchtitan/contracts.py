@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtim
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from switchtitan.config.section import NamedSection, VoidKey, VoidKeyError
 
@@ -79,6 +80,13 @@ class ModelConfig(NamedSection):
         Default: none. A tied head, for example, is `{"lm_head.weight": "embed_tokens.weight"}`.
         """
         return {}
+
+    def on_any_machine(self) -> Self:
+        """Return this section with kernels that need no special device or package.
+
+        Its model computes the same function. Saved models are opened with it. Default: unchanged.
+        """
+        return self
 
     @abstractmethod
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

@@ -32,7 +32,12 @@ def saved_config(metadata: CheckpointMetadata) -> JobConfig:
 def load_for_evaluation(file: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Loads a configuration and checks only what an evaluation needs.
 
+    Its model has kernels that this machine has; see `ModelConfig.on_any_machine`.
+
     Raises:
         ConfigError: if it is invalid.
     """
-    return parse_arguments(["--config", file, *overrides], checks=evaluation_checks(device_type()))
+    config = parse_arguments(
+        ["--config", file, *overrides], checks=evaluation_checks(device_type())
+    )
+    return config.model_copy(update={"model": config.model.on_any_machine()})

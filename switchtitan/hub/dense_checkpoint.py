@@ -31,7 +31,7 @@ class DenseCheckpoint:
 
     def __init__(self, checkpoint: Path) -> None:
         metadata = read_metadata(checkpoint)
-        self.config = _restore(checkpoint, metadata, MODELS)
+        self.config = _restore(checkpoint, metadata, MODELS).on_any_machine()
         """The plain model's section."""
         self._method: Method = METHODS.build(
             _restore(checkpoint, metadata, METHODS),
@@ -113,12 +113,12 @@ def read_dense_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def saved_model_config(checkpoint: Path) -> ModelConfig:
-    """Returns the section `[model]` of the run that saved a checkpoint.
+    """Returns the section `[model]` of the run that saved a checkpoint, for any machine.
 
     Raises:
         CheckpointError: if this version does not know its model.
     """
-    return _restore(checkpoint, read_metadata(checkpoint), MODELS)
+    return _restore(checkpoint, read_metadata(checkpoint), MODELS).on_any_machine()
 
 
 def _restore(

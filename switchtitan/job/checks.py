@@ -70,7 +70,7 @@ def evaluation_checks(device: str) -> list[Check]:
     """Return the checks for an evaluation without training, on a device of type `device`."""
     support = bf16_support(torch.device(device))
     return [
-        partial(check_model_device, support=support, device=device),
+        partial(check_model_in_evaluation, support=support, device=device),
         check_evaluation,
         check_vocabulary,
     ]
@@ -116,6 +116,13 @@ def check_model_device(
     except EnvironmentMismatchError as error:
         return [str(error)]
     return []
+
+
+def check_model_in_evaluation(
+    model: ModelConfig, training: TrainingConfig, support: Bf16Support, device: str
+) -> list[str]:
+    """As `check_model_device`, with kernels that every machine has."""
+    return check_model_device(model.on_any_machine(), training, support, device)
 
 
 def check_precision(training: TrainingConfig, device: str) -> list[str | VoidKey]:

@@ -200,6 +200,13 @@ class LlamaFamilyConfig(ModelConfig):
         """See `contracts.ModelConfig`."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}
 
+    def on_any_machine(self) -> Self:
+        """Replaces flash_attn by sdpa, which attends to the same tokens. See
+        `contracts.ModelConfig`."""
+        if self.attention != "flash_attn":
+            return self
+        return self.model_copy(update={"attention": "sdpa"})
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns (out, in) of every linear layer and an untied head, by qualified module name."""
         return self.dimensions().linear_shapes()

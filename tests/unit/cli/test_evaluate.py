@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.checkpoints import rewrite_metadata
 from support.tiny import METHOD_KEYS, tiny_config
 from support.trained import train_and_save
 
@@ -105,6 +106,25 @@ def test_keys_of_training_do_not_stop_an_evaluation(corpora, tmp_path, monkeypat
         evaluate.main(arguments)
     assert stopped.value.code == 2
     assert "[evaluation] tokens = 15" in capsys.readouterr().err
+
+
+def test_a_model_trained_with_flash_attention_is_used_without_it(corpora, tmp_path, capsys):
+    folder = corpora / "evaluate-flash"
+    own = saved_run(folder, "lora")
+    (checkpoint,) = (folder / "run" / "checkpoints").iterdir()
+
+    def set_attention(metadata):
+        assert metadata["identity"]["model"]["attention"] == "sdpa"
+        metadata["identity"]["model"]["attention"] = "flash_attn"
+        config = metadata["run"]["config"]
+        assert 'attention = "sdpa"' in config
+        metadata["run"]["config"] = config.replace('attention = "sdpa"', 'attention = "flash_attn"')
+
+    rewrite_metadata(checkpoint, set_attention)
+    evaluate.main([str(folder / "run")])
+    assert f"loss        {own:.4f}" in capsys.readouterr().out
+    export.main(["--checkpoint", str(folder / "run"), "--folder", str(tmp_path / "exported")])
+    assert "flash_attn" not in (tmp_path / "exported" / "config.json").read_text()
 
 
 def test_a_checkpoint_of_a_compiled_run_is_evaluated_without_a_compiler(tmp_path, monkeypatch):
