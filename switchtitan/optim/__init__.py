@@ -1,16 +1,10 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import (
-    AdamW,
-    AdamWConfig,
-    TrainedParameter,
-    adamw_for_others,
-    require_adamw,
-    trained_parameters,
-)
+from switchtitan.optim.adamw import AdamW, AdamWConfig, adamw_for_others, require_adamw
 from switchtitan.optim.adamw8bit import AdamW8bitConfig, build_adamw8bit
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
+from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 from switchtitan.optim.torch_optimizer import (
     AdafactorConfig,
     MuonConfig,

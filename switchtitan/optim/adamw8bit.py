@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import as_shard_of, local
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.optim.adamw import AdamBetas, TrainedParameter
+from switchtitan.optim.adamw import AdamBetas
+from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
 _MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE, _MIN_ELEMENTS = 256, 64, 4096

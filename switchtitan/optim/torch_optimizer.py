@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
-from switchtitan.optim.adamw import (
-    AdamKeys,
-    AdamW,
-    TrainedParameter,
-    lr_metrics,
-    parameter_groups,
-)
+from switchtitan.optim.adamw import AdamKeys, AdamW
+from switchtitan.optim.parameters import TrainedParameter, lr_metrics, parameter_groups
+from switchtitan.optim.split_optimizer import SplitOptimizer
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups with `params`, `lr` and `weight_decay`."""
@@ -178,35 +174,6 @@ class FullTensorOptimizer(TorchOptimizer):
             held.grad = None
             held.data = held.new_empty(0)
         self._optimizer.param_groups = groups
-
-
-class SplitOptimizer:
-    """Several optimizers of disjoint parameters as one; a `contracts.TrainingOptimizer`."""
-
-    def __init__(self, parts: list[TrainingOptimizer]) -> None:
-        self._parts = parts
-
-    def step(self) -> None:
-        for part in self._parts:
-            part.step()
-
-    def zero_grad(self) -> None:
-        for part in self._parts:
-            part.zero_grad()
-
-    def set_lr(self, lr_factor: float) -> None:
-        for part in self._parts:
-            part.set_lr(lr_factor)
-
-    def metrics(self) -> dict[str, float]:
-        return {tag: value for part in self._parts for tag, value in part.metrics().items()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {key: tensor for part in self._parts for key, tensor in part.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for part in self._parts:
-            part.load_state_dict(state)
 
 
 class SGDConfig(OptimizerConfig):
