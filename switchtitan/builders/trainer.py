@@ -1,6 +1,5 @@
 """Builds a `Trainer`: everything that a run needs."""
 
-import switchtitan
 from switchtitan.builders.data import build_batches, build_evaluators, open_checked_corpus
 from switchtitan.builders.reports import (
     build_hooks,
@@ -21,6 +20,7 @@ from switchtitan.distributed.world import World
 from switchtitan.job.config import JobConfig
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import configure_logging
+from switchtitan.observability.environment import versions
 from switchtitan.training.description import (
     comparable_identity,
     describe_run,
@@ -142,7 +142,7 @@ def build_checkpointer(
         config.checkpoint,
         identity=identity,
         metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
-        versions={"switchtitan": switchtitan.__version__},
+        versions=versions(),
         comparable_identity=comparable_identity,
         is_main=world.is_main,
         group=world.host_group,

@@ -68,7 +68,7 @@ class Checkpointer:
         self._config = config
         self._identity = json.loads(json.dumps(dict(identity)))
         self._metadata = json.loads(json.dumps(dict(metadata)))
-        self._versions = {"torch": torch.__version__, **(versions or {})}
+        self._versions = dict(versions or {})
         self._comparable_identity = comparable_identity
         self._is_main = is_main
         self._group = group

@@ -20,9 +20,19 @@ def describe_environment() -> dict[str, str | int | None]:
         "bfloat16": bf16_support(device).evidence,
         "num_cpus": num_cores(),
         "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "switchtitan": switchtitan.__version__,
+        **versions(),
         "commit": commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of torch and this package, for files.
+
+    Without torch's build, such as "+cu130": the device is recorded with them.
+    """
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "switchtitan": switchtitan.__version__,
     }
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-import switchtitan
 from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
@@ -25,7 +24,7 @@ from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.observability import configure_logging
-from switchtitan.observability.environment import commit
+from switchtitan.observability.environment import commit, versions
 from switchtitan.training.stepper import TrainState
 
 logger = logging.getLogger(__name__)
@@ -262,7 +261,7 @@ def run_facts(
         "device": device_name(world.device),
         "num_ranks": world.size,
         "num_threads": torch.get_num_threads(),
-        "versions": {"switchtitan": switchtitan.__version__, "torch": torch.__version__},
+        "versions": versions(),
         "commit": commit() if world.is_main else None,
         "corpus": {
             "name": corpus.name,

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from switchtitan.observability.environment import commit
+from switchtitan.observability.environment import commit, versions
 
 IS_LONG = os.environ.get("SWITCHTITAN_FAULTS") == "long"
 """Whether fault tests run in full, as `./scripts/test.sh --faults` does."""
@@ -33,7 +33,7 @@ def record(fault: str, **facts: str | int | float) -> None:
 @lru_cache(1)
 def _environment() -> dict[str, str | None]:
     return {
-        "torch": torch.__version__.partition("+")[0],
+        "torch": versions()["torch"],
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "commit": commit(),
         "form": "long" if IS_LONG else "short",

@@ -58,7 +58,7 @@ def _facts(capability: str) -> dict[str, str]:
     return {
         "compute capability": capability,
         "driver": _driver() or "unknown",
-        "torch": torch.__version__,
+        "torch": str(environment["torch"]),
         "CUDA of torch": torch.version.cuda or f"none (HIP {torch.version.hip})",
         "NCCL": _nccl() or "none",
         "flash-attn": _version("flash-attn") or "not installed",

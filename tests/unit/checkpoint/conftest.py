@@ -40,6 +40,7 @@ def make_checkpointer(folder: Path) -> MakeCheckpointer:
             CheckpointConfig(**config),
             identity={"model": {"size": "9m"}, "corpus": "abc"},
             metadata={"corpus": "a stand-in"},
+            versions={"torch": "2.0"},
             is_main=True,
             group=None,
             background_group=None,

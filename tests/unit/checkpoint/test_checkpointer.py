@@ -43,7 +43,7 @@ def test_saved_state_loads_bitwise(make_checkpointer, tensors, async_save):
     assert (metadata.step, metadata.train_state) == (1000, {"tokens_seen": 5})
     assert metadata.identity == {"model": {"size": "9m"}, "corpus": "abc"}
     assert metadata.run["corpus"] == "a stand-in"
-    assert metadata.versions["torch"] == torch.__version__
+    assert metadata.versions == {"torch": "2.0"}
     found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     load_tensors_(checkpointer.latest, found)
     assert_same(found, tensors)

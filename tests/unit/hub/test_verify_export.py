@@ -17,6 +17,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
 from switchtitan.hub.verify_export import verify_export
+from switchtitan.observability.environment import versions
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,7 @@ def test_the_model_card_states_method_data_steps_losses_and_command(
     assert "| steps | 7 |" in card
     assert f"| tokens seen | {metadata.train_state['tokens_seen']} |" in card
     assert f"`switchtitan export {saved} --folder {tmp_path / 'out'} --max-shard-size 30KB`" in card
+    assert f"| trained with | torch {versions()['torch']}, switchtitan 0" in card
     assert metadata.config.strip() in card
 
 
