@@ -29,6 +29,11 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
         assert given.specifier.contains(first.version), given.name
 
 
+def test_the_packages_of_the_site_are_in_dev_so_that_ci_builds_it() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras["docs"]) <= set(extras["dev"])
+
+
 def test_dependencies_have_ranges() -> None:
     for given in map(Requirement, RANGES):
         operators = {part.operator for part in given.specifier}

@@ -1,6 +1,5 @@
 """mkdocs builds the site of README.md and docs/ without a warning, and its links work."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs: pip install '.[docs]'"
-)
 
 ROOT = Path(__file__).parents[3]
 ROOT_PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
