@@ -43,7 +43,13 @@ from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import materialize, shard_model
 from switchtitan.distributed.world import World, start_world, temporary_world
-from switchtitan.errors import ConfigError, CorpusError, UserError, exit_for
+from switchtitan.errors import (
+    ConfigError,
+    CorpusError,
+    UserError,
+    exit_for,
+    exit_for_interrupt,
+)
 from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import EvaluationConfig
 from switchtitan.models import MODELS
@@ -66,12 +72,15 @@ def main(argv: Sequence[str]) -> None:
         result = evaluate(options)
         if result is None:
             return
+        # Before the file, which may fail to be written.
+        if options.json != Path("-"):
+            _print_summary(result)
         if options.json is not None:
             write_json(options.json, result)
     except UserError as error:
         exit_for(error)
-    if options.json != Path("-"):
-        _print_summary(result)
+    except KeyboardInterrupt as stop:
+        exit_for_interrupt(stop, "\nstopped; nothing was written")
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -189,15 +198,27 @@ def open_held_out(
         "tokenizer": "the corpus's" if own_tokenizer is None else "the model's",
     }
     assert num_tokens is not None
-    if options.tokens is None and split in corpus.index.splits:
-        # A default is no request for more than there is.
-        num_tokens = min(num_tokens, max(corpus.index.num_tokens(split), shape.seq_len))
+    _check_split(corpus, split)
     if own_tokenizer is None:
         corpus.check_vocabulary(trained.config.vocab_size)
+        if options.tokens is None:
+            # A default is no request for more than there is.
+            num_sequences = len(corpus.held_out_split(split, shape.seq_len))
+            num_tokens = min(num_tokens, num_sequences * shape.seq_len)
         return held_out_split(corpus, split, num_tokens, shape, world), described
     _check_vocabulary(trained, own_tokenizer.vocab_size)
     held_out = held_out_documents(corpus, split, num_tokens, own_tokenizer, shape, world)
     return held_out, described
+
+
+def _check_split(corpus: Corpus, split: SplitName) -> None:
+    for source in corpus.sources:
+        if split not in source.index.splits:
+            raise ConfigError(
+                f"--split {split}: the corpus in {source.folder} has no {split} split, only "
+                f"{', '.join(source.index.splits)}; leave --split out, or prepare a corpus with "
+                "[data] test_fraction"
+            )
 
 
 def _other_tokenizer(

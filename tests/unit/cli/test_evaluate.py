@@ -10,7 +10,8 @@ from support.trained import train_and_save
 from switchtitan.builders.saved_config import saved_config
 from switchtitan.checkpoint import CheckpointMetadata, layout
 from switchtitan.cli import evaluate, export
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config.toml_text import resolved_toml, toml_value
+from switchtitan.data import open_corpus
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.files import sha256_of_file
 
@@ -46,12 +47,65 @@ def test_an_export_has_the_loss_of_its_checkpoint_and_tokens_are_counted(corpora
     assert "validation, 64 tokens" in capsys.readouterr().out
     for wrong, message in (
         (["--tokens", "15"], "--tokens 15: expected at least one sequence"),
-        (["--split", "test"], "has no test split"),
+        (["--split", "test"], "error: --split test: the corpus in "),
     ):
         with pytest.raises(SystemExit) as stopped:
             evaluate.main([*arguments, *wrong])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def mixture(tmp_path, *options):
+    """The option with a mixture of a short source, and a long one that has most sequences."""
+    for name, count in (("short", 30), ("long", 300)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            text = f"{name} rows of matrix {number}\n" * (3 + number % 7)
+            (tmp_path / name / f"{number}.txt").write_text(text)
+    sources = [
+        {"weight": weight, "dataset": "text", "path": str(tmp_path / name)}
+        for weight, name in ((1, "short"), (9, "long"))
+    ]
+    return ["--data.max_bytes", "none", "--data.sources", toml_value(sources), *options]
+
+
+@pytest.mark.parametrize("tokens", ["160", "1000000"], ids=["some", "all"])
+def test_the_loss_of_a_mixture_equals_its_runs(corpora, tmp_path, tokens, capsys):
+    folder = corpora / f"evaluate-mixture-{tokens}"
+    options = mixture(tmp_path, "--evaluation.tokens", tokens, "--data.validation_fraction", "0.2")
+    trainer = train_and_save(folder, "lora", *options)
+    own = trainer.evaluators.validation(trainer.stepper.model)
+    capsys.readouterr()
+    evaluate.main([str(folder / "run"), "--json", "-"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["loss"] == pytest.approx(own, rel=1e-5)
+    first, _ = open_corpus(tiny_config(folder, "lora", *options).data).sources
+    num_first = first.index.num_tokens("validation")
+    # Negative control: the mixture has more held-out tokens than its first source.
+    assert (result["tokens"] > num_first) == (tokens == "1000000")
+
+
+def test_a_result_is_printed_before_a_file_that_cannot_be_written(corpora, capsys):
+    folder = corpora / "evaluate-unwritable"
+    own = saved_run(folder, "lora")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(folder / "run"), "--json", str(folder)])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert f"loss        {own:.4f}" in shown.out
+    assert f"--json {folder}: the file cannot be written" in shown.err
+
+
+def test_ctrl_c_ends_with_one_line(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["some/run"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped; nothing was written\n"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
