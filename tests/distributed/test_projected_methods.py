@@ -12,9 +12,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from switchtitan.contracts import MethodConfig, TrainingOptimizer
 from switchtitan.distributed.replicas import check_replicas
-from switchtitan.methods import METHODS, galore
+from switchtitan.methods import METHODS
 from switchtitan.methods.apollo import ApolloConfig
-from switchtitan.methods.galore import GaloreConfig, leading_singular_vectors
+from switchtitan.methods.galore import GaloreConfig
+from switchtitan.methods.projected import singular_bases
+from switchtitan.methods.projected.singular_bases import leading_singular_vectors
 from switchtitan.optim import AdamWConfig
 
 NUM_STEPS = 10
@@ -78,7 +80,7 @@ def check_bases_of_replicas(
     model = draw_model(mesh=mesh)
     optimizer = build(CONFIGS["galore"], model)
     if has_perturbed_replica and mesh.get_local_rank(0) == 1:
-        galore.leading_singular_vectors = perturbed
+        singular_bases.leading_singular_vectors = perturbed
     give_gradients(model, next(draw_gradients(1)), mesh)
     optimizer.step()
     # Raises if a bit of a weight, a moment or a basis differs between replicas.

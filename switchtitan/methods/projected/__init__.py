@@ -1,11 +1,13 @@
 """Shared code of methods that train full weights from low-rank projections of their gradients."""
 
+from switchtitan.methods.projected.directions import AdamDirections
 from switchtitan.methods.projected.optimizer import (
     PackedRows,
     ProjectedOptimizer,
     build_projected_optimizer,
     sum_packed,
 )
+from switchtitan.methods.projected.singular_bases import refresh_bases_
 from switchtitan.methods.projected.weights import (
     ProjectedConfig,
     ProjectedWeight,
@@ -14,6 +16,7 @@ from switchtitan.methods.projected.weights import (
 )
 
 __all__ = [
+    "AdamDirections",
     "PackedRows",
     "ProjectedConfig",
     "ProjectedOptimizer",
@@ -21,5 +24,6 @@ __all__ = [
     "build_projected_optimizer",
     "is_right",
     "project",
+    "refresh_bases_",
     "sum_packed",
 ]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.errors import ConfigError
-from switchtitan.methods.galore import Galore, GaloreConfig, leading_singular_vectors
+from switchtitan.methods.galore import Galore, GaloreConfig
+from switchtitan.methods.projected.singular_bases import leading_singular_vectors
 from switchtitan.optim import AdamWConfig
 
 CONFIG = GaloreConfig(rank=RANK, update_interval=4, targets=TARGETS, scale=0.6)
