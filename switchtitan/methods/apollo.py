@@ -13,6 +13,8 @@ from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, local, shard_group
 from switchtitan.methods.projected import (
+    TINY_NORM,
+    NormGrowthLimiter,
     PackedRows,
     ProjectedConfig,
     ProjectedWeight,
@@ -21,9 +23,6 @@ from switchtitan.methods.projected import (
     sum_packed,
 )
 from switchtitan.optim import AdamWConfig, require_adamw
-
-_TINY_NORM = 1e-8
-"""Added to norms in denominators, as in the authors' code."""
 
 
 class ApolloConfig(ProjectedConfig):
@@ -92,11 +91,7 @@ class ApolloRule:
         self._rows = PackedRows([weight.exp_avg for weight in self._left])
         first = weights[0].parameter
         self._group = shard_group(first)
-        # The first update is not limited.
-        self._update_norms = torch.full(
-            (len(weights),), torch.inf, dtype=first.dtype, device=local(first).device
-        )
-        self._num_limited = torch.zeros((), device=local(first).device)
+        self._limiter = NormGrowthLimiter(len(weights), config.max_norm_growth, local(first))
         self._drawn: int | None = None
         self._measure: Callable[..., Tensor] = (
             torch.compile(advance_and_measure_, fullgraph=True, dynamic=False)
@@ -108,7 +103,7 @@ class ApolloRule:
         """See `projected.optimizer.UpdateRule`."""
         self._draw_bases(step // self._config.update_interval)
         factors, update_squares = zip(*self._factors_and_squares(), strict=True)
-        limiters = self._limit(torch.stack(update_squares).sqrt())
+        limiters = self._limiter.divisors(torch.stack(update_squares).sqrt())
         for weight, factor, limiter in zip(self._weights, factors, limiters.unbind(), strict=True):
             scaling = factor.unsqueeze(1 if weight.is_right else 0)
             coefficients = scaling * (step_size * self._config.scale) / limiter
@@ -118,12 +113,11 @@ class ApolloRule:
             parameter.addcmul_(weight.local_grad, coefficients, value=-1)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the fraction of weights whose update was limited in the last step."""
-        return {"projection/limited_share": float(self._num_limited) / len(self._weights)}
+        return self._limiter.metrics()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns `projection.update_norms`, [weights]: the last updates' norms, initially inf."""
-        return {"projection.update_norms": self._update_norms}
+        """Returns the norms of the last updates; bases are drawn again."""
+        return self._limiter.state_dict()
 
     def _draw_bases(self, number: int) -> None:
         """Draws the `number`-th basis of each weight, normal with variance 1 / rank."""
@@ -176,14 +170,6 @@ class ApolloRule:
             eps=self._adam.eps,
         )
 
-    def _limit(self, norms: Tensor) -> Tensor:
-        """Returns the divisor of each update, [weights], and stores the limited norms."""
-        limit = self._config.max_norm_growth
-        limiters = (norms / (self._update_norms + _TINY_NORM)).clamp(min=limit) / limit
-        self._update_norms.copy_(norms / limiters)
-        self._num_limited = (limiters > 1).sum()
-        return limiters
-
 
 def advance_and_measure_(
     grad: Tensor,
@@ -216,5 +202,5 @@ def advance_and_measure_(
 def _factors(squares: Tensor) -> tuple[Tensor, Tensor]:
     """Returns s, [channels], and ||s G||^2, 0-dim, from the sums of squares of N, R and G."""
     direction, low_rank_grad, grad = squares
-    factors = direction.sqrt() / (low_rank_grad.sqrt() + _TINY_NORM)
+    factors = direction.sqrt() / (low_rank_grad.sqrt() + TINY_NORM)
     return factors, (factors.square() * grad).sum()

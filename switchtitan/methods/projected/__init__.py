@@ -1,6 +1,7 @@
 """Shared code of methods that train full weights from low-rank projections of their gradients."""
 
 from switchtitan.methods.projected.directions import AdamDirections
+from switchtitan.methods.projected.limiter import TINY_NORM, NormGrowthLimiter
 from switchtitan.methods.projected.optimizer import (
     PackedRows,
     ProjectedOptimizer,
@@ -16,7 +17,9 @@ from switchtitan.methods.projected.weights import (
 )
 
 __all__ = [
+    "TINY_NORM",
     "AdamDirections",
+    "NormGrowthLimiter",
     "PackedRows",
     "ProjectedConfig",
     "ProjectedOptimizer",
