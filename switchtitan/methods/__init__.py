@@ -2,6 +2,7 @@
 
 from switchtitan.contracts import Method, MethodConfig
 from switchtitan.methods.apollo import Apollo, ApolloConfig
+from switchtitan.methods.fira import Fira, FiraConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.galore import Galore, GaloreConfig
 from switchtitan.methods.lora import Lora, LoraConfig
@@ -13,6 +14,7 @@ METHODS: Registry[MethodConfig, Method] = Registry(
     "method",
     {
         "apollo": Component(ApolloConfig, Apollo),
+        "fira": Component(FiraConfig, Fira),
         "full_rank": Component(FullRankConfig, FullRank),
         "galore": Component(GaloreConfig, Galore),
         "lora": Component(LoraConfig, Lora),

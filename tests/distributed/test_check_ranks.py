@@ -37,6 +37,10 @@ HELD = {
     ("relora", BF16): ["optimizer.reset.rounding_keys"],
     ("full_rank", BF16_MOMENTS): ["optimizer.lm_head.weight.rounding_key"],
     ("galore", ()): ["optimizer.model.layers.0.mlp.up_proj.weight.basis"],
+    ("fira", ()): [
+        "optimizer.model.layers.0.mlp.up_proj.weight.basis",
+        "optimizer.projection.update_norms",
+    ],
     ("apollo", ()): [
         "optimizer.model.layers.0.mlp.up_proj.weight.basis",
         "optimizer.projection.update_norms",

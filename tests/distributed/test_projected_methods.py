@@ -1,4 +1,4 @@
-"""GaLore and APOLLO on several ranks equal one rank, with few collectives."""
+"""GaLore, Fira and APOLLO on several ranks equal one rank, with few collectives."""
 
 from math import sqrt
 
@@ -14,6 +14,7 @@ from switchtitan.contracts import MethodConfig, TrainingOptimizer
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.methods import METHODS
 from switchtitan.methods.apollo import ApolloConfig
+from switchtitan.methods.fira import FiraConfig
 from switchtitan.methods.galore import GaloreConfig
 from switchtitan.methods.projected import singular_bases
 from switchtitan.methods.projected.singular_bases import leading_singular_vectors
@@ -23,12 +24,13 @@ NUM_STEPS = 10
 INTERVAL = 4
 CONFIGS: dict[str, MethodConfig] = {
     "galore": GaloreConfig(rank=RANK, update_interval=INTERVAL, targets=TARGETS),
+    "fira": FiraConfig(rank=RANK, update_interval=INTERVAL, targets=TARGETS),
     "apollo": ApolloConfig(rank=RANK, update_interval=INTERVAL, targets=TARGETS),
     "apollo_mini": ApolloConfig(
         rank=1, update_interval=INTERVAL, targets=TARGETS, scaling="tensor", scale=sqrt(7)
     ),
 }
-COLLECTIVES_BETWEEN_REFRESHES = {"galore": 2, "apollo": 2, "apollo_mini": 2}
+COLLECTIVES_BETWEEN_REFRESHES = {"galore": 2, "fira": 3, "apollo": 2, "apollo_mini": 2}
 ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), weight_decay=0.1, decay_norms=True)
 
 
@@ -109,6 +111,6 @@ def test_replicas_have_the_same_bases_although_their_devices_round_differently(l
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_updates_are_equal_on_any_number_of_ranks_with_two_collectives(num_ranks):
+def test_updates_are_equal_on_any_number_of_ranks_with_few_collectives(num_ranks):
     """On four ranks, one rank holds no row of five, and none of a rank of three."""
     run_on_ranks(num_ranks, compare_with_one_rank, num_ranks)

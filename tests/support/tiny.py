@@ -19,6 +19,7 @@ METHOD_KEYS = {
     # 20 steps are between two updates of the basis.
     "apollo": "rank = 6\nupdate_interval = 7",
     "apollo_mini": 'rank = 1\nupdate_interval = 7\nscaling = "tensor"',
+    "fira": "rank = 6\nupdate_interval = 7",
     "full_rank": "",
     "galore": "rank = 6\nupdate_interval = 7",
     "lora": "rank = 6",

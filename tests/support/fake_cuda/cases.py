@@ -120,7 +120,7 @@ _OFTEN = {
     # Of 6 vectors, 1 and 2 in turn. Their counterparts are frozen for two steps.
     "switchlora": ("--method.interval", "4"),
     "relora": ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1"),
-    **dict.fromkeys(("galore", "apollo", "apollo_mini"), ("--method.update_interval", "2")),
+    **dict.fromkeys(("galore", "fira", "apollo", "apollo_mini"), ("--method.update_interval", "2")),
 }
 """Method -> settings with this period: bases are renewed in steps 3, 5, ..., and resets follow
 steps 2, 4, ..."""

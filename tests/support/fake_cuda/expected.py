@@ -68,7 +68,7 @@ def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
         return {read.split(":")[0] for read in reads} == {
             "_local_scalar_dense at optim/torch_optimizer.py"
         }
-    if cases.CASES[name][0] == "galore" and number % cases.PERIOD == 1:
+    if cases.CASES[name][0] in ("galore", "fira") and number % cases.PERIOD == 1:
         # Decompositions check on the host whether they converged.
         return set(operations) <= _DECOMPOSITIONS
     return reads == []

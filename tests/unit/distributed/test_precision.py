@@ -106,7 +106,8 @@ class RecordProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("method", "step"), [("switchlora", 1), ("relora", 9), ("galore", 1), ("apollo", 1)]
+    ("method", "step"),
+    [("switchlora", 1), ("relora", 9), ("galore", 1), ("fira", 1), ("apollo", 1)],
 )
 def test_updates_multiply_in_fp32_while_training_uses_tf32(corpora, method, step):
     trainer = tiny_trainer(corpora / f"precision-{method}", method)

@@ -343,7 +343,7 @@ def test_help_all_describes_every_key(
         for key in type(getattr(config, section)).model_fields:
             assert f"--{section}.{key} " in text
     assert "(default: 16)" in text
-    assert 'One of "apollo", "full_rank",' in text
+    assert 'One of "apollo", "fira",' in text
     assert "An integer >= 1. Number of vectors in each factor" in text
 
 
@@ -359,7 +359,7 @@ def test_help_names_every_key_and_describes_a_few_on_two_screens(
     assert "--help-all" in words
     assert "--training.steps" in words
     assert "--training.dtype" not in words
-    assert "One of apollo, full_rank," in text
+    assert "One of apollo, fira," in text
 
 
 def test_every_key_has_a_docstring(parse: Callable[..., JobConfig]) -> None:
