@@ -1,4 +1,4 @@
-"""Norms of tensors that are sharded over ranks."""
+"""Norms and sums of tensors that are sharded over ranks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from switchtitan.distributed.shards import local, shard_group
+from switchtitan.regions import region
 
 
 def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
@@ -59,3 +60,14 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
     names = [name for parts in alike.values() for name in parts]
     found = {name for name, is_spoiled in zip(names, spoiled.tolist(), strict=True) if is_spoiled}
     return [name for name in tensors if name in found]
+
+
+def sum_packed(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Sums each tensor over the ranks of `group` in one collective; `tensors` without a group."""
+    if group is None or not tensors:
+        return tensors
+    with region("reduce"):
+        packed = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(packed, group=group)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

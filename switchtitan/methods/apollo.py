@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.host_copies import to_device
+from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import copy_from_full_, local, shard_group
 from switchtitan.methods.projected import (
@@ -20,7 +21,6 @@ from switchtitan.methods.projected import (
     ProjectedWeight,
     build_projected_optimizer,
     project,
-    sum_packed,
 )
 from switchtitan.optim import AdamWConfig, require_adamw
 

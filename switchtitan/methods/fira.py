@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.shards import local, shard_group
 from switchtitan.methods.projected import (
     TINY_NORM,
@@ -21,7 +22,6 @@ from switchtitan.methods.projected import (
     build_projected_optimizer,
     project,
     refresh_bases_,
-    sum_packed,
 )
 from switchtitan.optim import AdamWConfig, require_adamw
 

@@ -6,7 +6,6 @@ from switchtitan.methods.projected.optimizer import (
     PackedRows,
     ProjectedOptimizer,
     build_projected_optimizer,
-    sum_packed,
 )
 from switchtitan.methods.projected.singular_bases import refresh_bases_
 from switchtitan.methods.projected.weights import (
@@ -28,5 +27,4 @@ __all__ = [
     "is_right",
     "project",
     "refresh_bases_",
-    "sum_packed",
 ]

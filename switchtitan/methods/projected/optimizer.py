@@ -212,14 +212,3 @@ class PackedRows:
                 packed.split(self._sizes, dim=1), self._rows_per_rank, self._shapes, strict=True
             )
         ]
-
-
-def sum_packed(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Sums each tensor over the ranks of `group` in one collective; `tensors` without a group."""
-    if group is None or not tensors:
-        return tensors
-    with region("reduce"):
-        packed = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(packed, group=group)
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
