@@ -64,10 +64,10 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["relora", "galore", "apollo", "apollo_mini"])
+@pytest.mark.parametrize("method", ["relora", "galore", "fira", "apollo", "apollo_mini"])
 def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
-    """The steps include a reset of ReLoRA and new projections of GaLore and APOLLO. The test above
-    covers SwitchLoRA."""
+    """The steps include a reset of ReLoRA and new projections of GaLore, Fira and APOLLO. The test
+    above covers SwitchLoRA."""
     losses = []
     for overrides in ((), COMPILED):
         trainer = tiny_trainer(corpora / "compiled-methods", method, *overrides)
