@@ -6,6 +6,8 @@ from typing import Protocol
 
 STEP = "step"
 """The region around all others of an optimizer step."""
+OUTSIDE_STEP = ("evaluate", "save", "report")
+"""Regions outside of steps, which are timed per call."""
 
 
 class RegionObserver(Protocol):

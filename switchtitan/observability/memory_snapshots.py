@@ -23,7 +23,7 @@ class MemorySnapshots:
     Args:
         output_dir: of the run; snapshots go to its folder `SNAPSHOTS_FOLDER`.
         step: after which to write a snapshot; the history of allocations is recorded from the start
-            of the context. None: a snapshot of memory that ran out has no history.
+            of the context to there. None: a snapshot of memory that ran out has no history.
         is_asked_for: whether this rank writes the one after `step`.
     """
 
@@ -40,10 +40,12 @@ class MemorySnapshots:
         self._is_on_gpu = device.type == "cuda"
         self._step = step
         self._is_asked_for = is_asked_for
+        self._is_recording = False
 
     def __enter__(self) -> "MemorySnapshots":
         if self._is_on_gpu and self._step is not None:
             torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
+            self._is_recording = True
         return self
 
     def __exit__(
@@ -59,7 +61,10 @@ class MemorySnapshots:
         self._stop_recording()
 
     def around(self, step: int) -> AbstractContextManager[None]:
-        """See `training.hooks.Hook`."""
+        """Ends the recording if the run resumed after the step. See `training.hooks.Hook`."""
+        if self._is_recording and self._step is not None and step > self._step:
+            logger.warning("no snapshot of GPU memory: this run started after step %d", self._step)
+            self._stop_recording()
         return nullcontext()
 
     def is_due(self, step: int) -> bool:
@@ -78,8 +83,9 @@ class MemorySnapshots:
         return {}
 
     def _stop_recording(self) -> None:
-        if self._step is not None:
+        if self._is_recording:
             torch.cuda.memory._record_memory_history(enabled=None)
+            self._is_recording = False
 
     def _write(self, moment: str) -> None:
         """Writes a snapshot; an error of the disk must not hide that memory ran out."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from switchtitan.files import write_atomically
-from switchtitan.observability.profile_summary import OUTSIDE_STEP, ProfileSummary
-from switchtitan.regions import STEP
+from switchtitan.observability.profile_summary import ProfileSummary
+from switchtitan.regions import OUTSIDE_STEP, STEP
 
 SUMMARY_FILE = "profile_summary"
 """Name of the summary's files next to the trace, without `.md` or `.json`."""

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchtitan.regions import STEP
+from switchtitan.regions import OUTSIDE_STEP, STEP
 
 NUM_OPERATIONS = 20
 """Operations in a summary: those with the most self time."""
@@ -74,10 +74,6 @@ class ProfileSummary:
         }
         total = sum(times.values())
         return times.get(region, 0.0) / total if total else 0.0
-
-
-OUTSIDE_STEP = ("evaluate", "save", "report")
-"""Regions outside of steps."""
 
 
 def read_summary(trace: Path, rank: int, regions: Collection[str]) -> ProfileSummary:

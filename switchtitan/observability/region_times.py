@@ -6,10 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from switchtitan.regions import STEP, observe_regions, stop_observing_regions
-
-PER_CALL = ("evaluate", "save", "report")
-"""Regions outside of steps, whose mean is over their calls."""
+from switchtitan.regions import OUTSIDE_STEP, STEP, observe_regions, stop_observing_regions
 
 
 class RegionTimes:
@@ -52,18 +49,18 @@ class RegionTimes:
         """Returns the mean times in milliseconds since the last call, by TensorBoard tag.
 
         Regions of a step: per step, without regions inside them; their sum and `time/other_ms` is
-        `time/step_ms`. Regions of `PER_CALL`: per call. On a GPU only what the device has done:
+        `time/step_ms`. Regions of `OUTSIDE_STEP`: per call. On a GPU only what the device has done:
         call it when the host has waited for the device anyway.
         """
         self._add_passed()
         seconds, num_calls = self._seconds, self._num_calls
         self._seconds, self._num_calls = defaultdict(float), Counter()
         milliseconds = {
-            name: 1000 * seconds[name] / num_calls[name] for name in PER_CALL if num_calls[name]
+            name: 1000 * seconds[name] / num_calls[name] for name in OUTSIDE_STEP if num_calls[name]
         }
         num_steps = num_calls[STEP]
         if num_steps:
-            inside = [name for name in num_calls if name not in (*PER_CALL, STEP)]
+            inside = [name for name in num_calls if name not in (*OUTSIDE_STEP, STEP)]
             of_step = {name: 1000 * seconds[name] / num_steps for name in inside}
             other = 1000 * seconds[STEP] / num_steps
             milliseconds |= of_step

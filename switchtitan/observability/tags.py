@@ -4,6 +4,8 @@ TensorBoard sorts groups of cards, and cards in a group, by name. The metrics th
 state are in the first group, and in this order.
 """
 
+from switchtitan.regions import OUTSIDE_STEP, STEP
+
 FIRST_GROUP = "basics"
 """Sorts before all other groups."""
 
@@ -28,7 +30,7 @@ def metric_of(tag: str) -> str:
 
 CHARTS = {
     "Loss": {"training and validation": [tag_of("loss/train"), tag_of("loss/validation")]},
-    "Time": {"milliseconds of a step by region": ["time/(?!step|evaluate|save|report).*"]},
+    "Time": {"milliseconds of a step by region": [f"time/(?!{'|'.join((STEP, *OUTSIDE_STEP))}).*"]},
     "Gradient": {"norm": ["optimizer/grad_norm"]},
 }
 """The layout of TensorBoard's page "Custom scalars": category -> chart -> patterns of tags."""

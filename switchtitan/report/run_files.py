@@ -130,6 +130,12 @@ def read_run(folder: Path) -> RunRecord:
         notes.append(
             f"no {RESULTS_FILE}: the run is not finished; its figures are the last reported ones"
         )
+    if results is not None and _has_continued(results, curves):
+        notes.append(
+            f"{RESULTS_FILE} is of step {results.step}, after which the run continued: the figures "
+            "are the last reported ones"
+        )
+        results = None
     profile_file = folder / TENSORBOARD_FOLDER / f"{SUMMARY_FILE}.json"
     return RunRecord(
         folder,
@@ -178,6 +184,13 @@ def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
     for name in broken_event_files(folder / TENSORBOARD_FOLDER):
         notes.append(f"{name} ends within a record: points after it are missing")
     return curves
+
+
+def _has_continued(results: Results, curves: Mapping[str, Curve]) -> bool:
+    """Whether steps were reported after those of the results."""
+    last = max((steps[-1] for steps, _ in curves.values() if steps), default=0)
+    # A step that diverges is reported, and does not count.
+    return last > results.step + results.diverged
 
 
 def _read_config(folder: Path, notes: list[str]) -> dict[str, str]:

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from switchtitan.observability.profile_summary import OUTSIDE_STEP
-from switchtitan.regions import STEP
+from switchtitan.regions import OUTSIDE_STEP, STEP
 from switchtitan.report.charts import Lines, draw_metrics, metrics_of, num_curves_of
 from switchtitan.report.points import MAX_POINTS, Line, points_of_curve
 from switchtitan.report.run_files import RankProfile, RunRecord

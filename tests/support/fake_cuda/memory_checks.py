@@ -49,6 +49,12 @@ def snapshots_of_other_ends(folder: str) -> dict[str, Any]:
         python_api.memory_calls.clear()
         snapshots.after(7)
         found["calls"] = list(python_api.memory_calls)
+    with MemorySnapshots(root / "resumed", 0, CUDA, 7) as snapshots:
+        python_api.memory_calls.clear()
+        for step in (8, 9):
+            with snapshots.around(step):
+                found[f"resumed at {step}"] = list(python_api.memory_calls)
+    found["resumed at the end"] = list(python_api.memory_calls)
     MemorySnapshots(root / "other rank", 1, CUDA, 7, is_asked_for=False).after(7)
     (root / "disk").write_text("a file instead of a folder")
     try:

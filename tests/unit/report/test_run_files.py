@@ -126,3 +126,18 @@ def test_unknown_keys_of_later_versions_are_ignored(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(results(3.0) | {"later": [1]}))
     assert read_run(tmp_path).notes == ()
+
+
+def test_results_before_the_run_continued_are_not_its_results(tmp_path: Path) -> None:
+    """As after `[training] steps` was increased and the resumed run was killed."""
+    write_run(tmp_path, final=3.0)
+    early = results(4.0) | {"step": NUM_STEPS - 2}
+    (tmp_path / "results.json").write_text(json.dumps(early))
+    run = read_run(tmp_path)
+    assert run.results is None
+    (note,) = run.notes
+    assert note.startswith(f"results.json is of step {NUM_STEPS - 2}, after which the run")
+    # The step at which a run diverges is reported, and does not count.
+    diverged = early | {"step": NUM_STEPS - 1, "diverged": True}
+    (tmp_path / "results.json").write_text(json.dumps(diverged))
+    assert read_run(tmp_path).results is not None
