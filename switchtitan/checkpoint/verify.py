@@ -1,8 +1,10 @@
 """Verify that a checkpoint is complete: its sizes, its index, its checksums."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,10 +31,14 @@ from switchtitan.progress import progress_bar
 _NUM_READERS = 4
 _MAX_ELEMENTS = 1 << 60
 """torch counts bytes and strides in 64 bits."""
+Box = tuple[Sequence[int], Sequence[int]]
+"""Offsets and sizes, one of each per dimension."""
+_MAX_SPLIT_DIMS = 4
+"""Dimensions that pieces may divide; FSDP and tensor parallelism divide one or two."""
 
 
 def check_files(path: Path) -> CheckpointMetadata:
-    """Checks the sizes of all files and that the index covers every tensor. Cheap.
+    """Checks the sizes of all files and that the index has every element of a tensor once. Cheap.
 
     Raises:
         CheckpointError: names the first problem.
@@ -94,7 +100,8 @@ def _check_index(path: Path, index: TensorsIndex, metadata: CheckpointMetadata) 
     for name, tensor in index.tensors.items():
         if not _is_covered(tensor):
             raise CheckpointError(
-                f"{path}: the pieces of {name} do not cover its shape {list(tensor.shape)}"
+                f"{path}: the pieces of {name} do not cover its shape {list(tensor.shape)} "
+                "exactly once"
             )
         for piece in tensor.pieces:
             file = metadata.files.get(piece.file)
@@ -116,20 +123,58 @@ def _item_bytes(dtype_name: str) -> int:
 
 
 def _is_covered(tensor: TensorRecord) -> bool:
-    """Whether a tensor's pieces cover its shape.
-
-    Pieces do not overlap (DCP checks this when it plans a save), so comparing numbers of elements
-    suffices."""
+    """Whether every element of a tensor is in exactly one piece."""
     if math.prod(max(1, length) for length in tensor.shape) >= _MAX_ELEMENTS:
         return False  # only a tensor without elements could have such a file
-    inside = all(
-        len(piece.offsets) == len(piece.sizes) == len(tensor.shape)
-        and all(
-            offset >= 0 and size >= 0 and offset + size <= length
-            for offset, size, length in zip(piece.offsets, piece.sizes, tensor.shape, strict=True)
-        )
-        for piece in tensor.pieces
-    )
+    # DCP finds a piece by its offsets.
     distinct = len({piece.offsets for piece in tensor.pieces}) == len(tensor.pieces)
-    num_elements = sum(math.prod(piece.sizes) for piece in tensor.pieces)
-    return inside and distinct and num_elements == math.prod(tensor.shape)
+    return distinct and tiles(
+        tensor.shape, [(piece.offsets, piece.sizes) for piece in tensor.pieces]
+    )
+
+
+def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Returns whether `boxes` are within `shape`, do not overlap and leave no gap.
+
+    Takes time and memory for the boxes' corners, not for elements. The number of boxes that hold an
+    element is the sum over all corners at or before it of their signs: + at a start, - at an end,
+    multiplied over dimensions. So two sets of boxes hold all elements equally often if and only if
+    the signs at each corner add up to the same.
+    """
+    if not all(_is_inside(shape, box) for box in boxes):
+        return False
+    if math.prod(shape) == 0:
+        return True
+    filled = [box for box in boxes if math.prod(box[1]) > 0]
+    # The corners in a dimension that no box divides are those of the shape.
+    split = [
+        dim for dim, length in enumerate(shape) if any(sizes[dim] != length for _, sizes in filled)
+    ]
+    if len(split) > _MAX_SPLIT_DIMS:
+        return False
+    pieces = (
+        ([offsets[dim] for dim in split], [sizes[dim] for dim in split])
+        for offsets, sizes in filled
+    )
+    lengths = [shape[dim] for dim in split]
+    return _corner_signs(pieces) == _corner_signs([([0] * len(split), lengths)])
+
+
+def _is_inside(shape: Sequence[int], box: Box) -> bool:
+    offsets, sizes = box
+    return len(offsets) == len(sizes) == len(shape) and all(
+        offset >= 0 and size >= 0 and offset + size <= length
+        for offset, size, length in zip(offsets, sizes, shape, strict=True)
+    )
+
+
+def _corner_signs(boxes: Iterable[Box]) -> dict[tuple[int, ...], int]:
+    """Returns the sum of signs at each corner, without those that cancel."""
+    signs: Counter[tuple[int, ...]] = Counter()
+    for offsets, sizes in boxes:
+        ends = [
+            ((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)
+        ]
+        for corner in product(*ends):
+            signs[tuple(place for place, _ in corner)] += math.prod(sign for _, sign in corner)
+    return {corner: sign for corner, sign in signs.items() if sign}

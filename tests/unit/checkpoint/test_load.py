@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,12 @@ def test_malicious_tensor_pickle_is_refused(saved, tensors, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def overlap(tensor: dict[str, Any]) -> None:
+    """As many elements as the shape [5, 7] has, but row 1 twice and row 4 in no piece."""
+    (piece,) = tensor["pieces"]
+    tensor["pieces"] = [piece | {"sizes": [2, 7]}, piece | {"offsets": [1, 0], "sizes": [3, 7]}]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -126,6 +133,7 @@ def test_malicious_tensor_pickle_is_refused(saved, tensors, tmp_path):
         (lambda tensor: tensor.update(shape=[5, 8]), "do not cover"),
         (lambda tensor: tensor["pieces"][0].update(offsets=[1, 0]), "do not cover"),
         (lambda tensor: tensor["pieces"].append(dict(tensor["pieces"][0])), "do not cover"),
+        (overlap, "do not cover its shape .* exactly once"),
     ],
 )
 def test_index_that_does_not_fit_is_refused(saved, tensors, change, message):
