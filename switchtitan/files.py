@@ -4,6 +4,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,30 +14,53 @@ from switchtitan.errors import EnvironmentMismatchError
 
 _READ_BYTES = 1 << 22
 _MAX_NAME_BYTES = 255
+_LEFTOVER_AFTER_S = 3600.0
 
 
 def write_atomically(file: Path, contents: str | bytes) -> None:
     """Write a file durably. Readers see either the old or the new contents, never a part of them.
 
-    If it fails, the old contents stay, and no other file.
+    Of several writers at the same time, the last one wins. If it fails, the old contents stay, and
+    no other file. A process that is killed leaves a file `<name>.<process>-<random>.new`, which a
+    write of the same file deletes once it is an hour old.
 
     Args:
         contents: a string is encoded as UTF-8.
     """
-    partial = file.with_name(file.name + ".new")
+    # A name that nobody can know: a link in its place would lead the write elsewhere.
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
     try:
         with named_errors(file):
-            partial.unlink(missing_ok=True)  # a link would lead the write elsewhere
             with partial.open("xb") as stream:
                 stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
                 stream.flush()
                 os.fsync(stream.fileno())
+                written_at = os.fstat(stream.fileno()).st_mtime
             os.replace(partial, file)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
     sync_folder(file.parent)
+    _remove_leftovers(file, written_at - _LEFTOVER_AFTER_S)
+
+
+def _remove_leftovers(file: Path, older_than: float) -> None:
+    """Delete what killed processes have left of writes of `file`.
+
+    Args:
+        older_than: by the file system's clock, which other hosts see too.
+    """
+    # Names of older versions have no process.
+    pattern = re.compile(re.escape(file.name) + r"(\.\d+-[0-9a-f]{8})?\.new")
+    with suppress(OSError):
+        for entry in os.scandir(file.parent):
+            if (
+                pattern.fullmatch(entry.name)
+                and entry.stat(follow_symlinks=False).st_mtime < older_than
+            ):
+                with suppress(OSError):
+                    os.unlink(entry.path)
 
 
 def sync_folder(folder: Path) -> None:

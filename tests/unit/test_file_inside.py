@@ -1,3 +1,5 @@
+import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,11 @@ def test_a_snapshot_of_the_hugging_face_cache_links_to_its_blobs(tmp_path: Path)
         file_inside(snapshot, "other")
 
 
-def test_an_atomic_write_follows_no_link(folder: Path, tmp_path: Path) -> None:
-    (folder / "index.json.new").symlink_to("../outside")
-    write_atomically(folder / "index.json", "new")
+def test_an_atomic_write_follows_no_link(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
+    (folder / f"index.json.{os.getpid()}-00000000.new").symlink_to("../outside")
+    with pytest.raises(FileExistsError):
+        write_atomically(folder / "index.json", "new")
     assert (tmp_path / "outside").read_text() == "secret"
-    assert (folder / "index.json").read_text() == "new"

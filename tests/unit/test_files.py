@@ -4,7 +4,10 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,56 @@ def test_a_failed_write_leaves_the_old_contents(tmp_path, monkeypatch):
         write_atomically(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def write_during_another_write(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second writer writes all of its contents while the first one flushes."""
+    fsync = os.fsync
+
+    def second_writer(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(file, "of the second writer, and longer")
+        assert file.read_text() == "of the second writer, and longer"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", second_writer)
+    write_atomically(file, "of the first writer")
+    assert file.read_text() == "of the first writer"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_two_writers_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
+    write_during_another_write(tmp_path / "file", monkeypatch)
+
+
+def test_writers_with_the_same_temporary_file_are_found(tmp_path, monkeypatch):
+    """The check above can fail."""
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
+    with pytest.raises(FileExistsError):
+        write_during_another_write(tmp_path / "file", monkeypatch)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_deletes_what_killed_writers_of_the_same_file_left_an_hour_ago(tmp_path):
+    old = ["file.71-0123abcd.new", "file.new", "other.71-0123abcd.new", "file.txt.new"]
+    for name in (*old, "file.72-0123abcd.new"):
+        (tmp_path / name).touch()
+    two_hours_ago = time.time() - 7200
+    for name in old:
+        os.utime(tmp_path / name, (two_hours_ago, two_hours_ago))
+    write_atomically(tmp_path / "file", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "file", "file.72-0123abcd.new", "file.txt.new", "other.71-0123abcd.new",
+    ]  # fmt: skip
 
 
 def test_folders_are_made_down_to_the_last_one(tmp_path):
