@@ -27,6 +27,30 @@ def write_atomically(file: Path, contents: str | bytes) -> None:
     Args:
         contents: a string is encoded as UTF-8.
     """
+    with _written_beside(file, contents) as partial:
+        os.replace(partial, file)
+
+
+def create_atomically(file: Path, contents: str | bytes) -> None:
+    """Write a new file durably, as `write_atomically` does; it appears with its contents.
+
+    Raises:
+        FileExistsError: if it exists.
+        OSError: also if the file system has no hard links.
+    """
+    with _written_beside(file, contents) as partial:
+        try:
+            os.link(partial, file)
+        except FileExistsError:
+            # Network file systems answer so to a repeated request that has succeeded.
+            if partial.stat().st_nlink == 1:
+                raise
+        partial.unlink()
+
+
+@contextmanager
+def _written_beside(file: Path, contents: str | bytes) -> Iterator[Path]:
+    """Yield a flushed temporary file, to be given its name; deletes it after an error."""
     # A name that nobody can know: a link in its place would lead the write elsewhere.
     partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
     try:
@@ -36,7 +60,7 @@ def write_atomically(file: Path, contents: str | bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
                 written_at = os.fstat(stream.fileno()).st_mtime
-            os.replace(partial, file)
+            yield partial
     except BaseException:
         with suppress(OSError):
             partial.unlink()

@@ -52,18 +52,29 @@ def parse_owner(contents: bytes) -> Owner | None:
 
 
 def may_be_alive(owner: Owner, own: Owner) -> bool:
-    """Whether `owner` may still run, as seen from this process, `own`."""
-    if owner.host == own.host and not _differ(owner.pid_namespace, own.pid_namespace):
-        return _is_running(owner, own)
+    """Whether `owner` may still run, as seen from this process, `own`.
+
+    Its process is looked up only if it is of this host, this boot and this namespace of process
+    IDs. Another boot may be that of another machine with the same host name, as containers and
+    clones have. Of all others, only a process that Slurm has requeued has ended.
+    """
+    if is_here(owner, own) and not _differ(owner.pid_namespace, own.pid_namespace):
+        return _is_running(owner)
     # It may only have lost its connection. Slurm ends all processes of a job before it requeues
     # it. A name that torchrun's users choose (RDZV_ID) says nothing: two runs may share it.
     is_of_job = own.slurm_job is not None and own.slurm_job == owner.slurm_job
     return not (is_of_job and own.slurm_restarts > owner.slurm_restarts)
 
 
-def _is_running(owner: Owner, own: Owner) -> bool:
-    if _differ(owner.boot_id, own.boot_id):
-        return False
+def is_here(owner: Owner, own: Owner) -> bool:
+    """Whether `owner` has the host name of this process, `own`, and was not of another boot.
+
+    Without /proc, the name alone counts.
+    """
+    return owner.host == own.host and not _differ(owner.boot_id, own.boot_id)
+
+
+def _is_running(owner: Owner) -> bool:
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
-import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +15,8 @@ from pathlib import Path
 from switchtitan.checkpoint.background import join_writers
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
-from switchtitan.training.lock_owner import Owner, may_be_alive, parse_owner, this_process
+from switchtitan.files import create_atomically
+from switchtitan.training.lock_owner import Owner, is_here, may_be_alive, parse_owner, this_process
 from switchtitan.training.output_folder import (
     cannot_write,
     check_writable,
@@ -48,7 +49,9 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
 
     The main rank holds a POSIX lock, which ends with its process and is not inherited by workers.
     On a file system without locks it creates a file that names the process. The file of a process
-    that has ended is deleted; on another host, only a process that Slurm has requeued has ended.
+    that has ended is deleted, and one that names nobody for some seconds. Only a process of this
+    host and this boot can be looked up: of others, which may be of another machine with the same
+    host name, only one that Slurm has requeued has ended.
 
     Raises:
         ConfigError: on every rank, if another process trains there, or the folder cannot be
@@ -96,15 +99,17 @@ def _acquire(output_dir: Path, held: ExitStack) -> None:
     while True:
         create_folder(output_dir, held)
         try:
-            descriptor, is_new = _open(file)
+            is_new = not os.path.lexists(file)
+            if is_new and not _has_locks(output_dir):
+                if _own_new_file(file, held):
+                    return
+                continue
+            descriptor = _open(file, may_create=is_new)
         except FileNotFoundError:
             continue  # another process has deleted the file, or a folder that it created
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _WITHOUT_LOCKS and is_new:
-                _own_new_file(file, descriptor, held)
-                return
             _close(descriptor)
             if error.errno in _WITHOUT_LOCKS:
                 deadline = _delete_if_ended(output_dir, deadline)
@@ -126,25 +131,34 @@ def _acquire(output_dir: Path, held: ExitStack) -> None:
     _write(descriptor, own)
 
 
-def _open(file: Path) -> tuple[int, bool]:
-    """Returns a descriptor, and whether this call has created the file.
+def _has_locks(folder: Path) -> bool:
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try:
+            fcntl.lockf(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                return False
+            raise
+    return True
+
+
+def _open(file: Path, may_create: bool) -> int:
+    """Returns a descriptor.
 
     Raises:
         FileNotFoundError: if the folder does not exist, or the file has been deleted meanwhile.
         OSError: if the file is a link: its target is not written.
     """
-    try:
-        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
-    except FileExistsError:
-        return os.open(file, os.O_RDWR | os.O_NOFOLLOW), False
+    if may_create:
+        with suppress(FileExistsError):
+            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    return os.open(file, os.O_RDWR | os.O_NOFOLLOW)
 
 
-def _write(descriptor: int, owner: Owner) -> bytes:
-    contents = owner.model_dump_json().encode()
+def _write(descriptor: int, owner: Owner) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, contents, 0)
+    os.pwrite(descriptor, owner.model_dump_json().encode(), 0)
     os.fsync(descriptor)
-    return contents
 
 
 def _wait(output_dir: Path, deadline: float | None) -> float:
@@ -154,18 +168,18 @@ def _wait(output_dir: Path, deadline: float | None) -> float:
         deadline: None on the first call.
 
     Raises:
-        ConfigError: if the owner is on this host, or the time is over, which is short as long as
-            the file does not name one: its owner is just writing or deleting it.
+        ConfigError: if the owner is of this host and boot, or the time is over, which is short as
+            long as the file does not name one: its owner is just writing or deleting it.
     """
     owner = _named_owner(output_dir / LOCK_FILE)
-    is_here = owner is not None and owner.host == socket.gethostname()
+    is_of_host = owner is not None and is_here(owner, this_process(has_kernel_lock=True))
     if deadline is None and owner is None:
         deadline = time.monotonic() + _CHANGES_WITHIN_S
-    elif deadline is None and owner is not None and not is_here:
+    elif deadline is None and owner is not None and not is_of_host:
         logger.info("waiting for the lock of %s", owner.host)
         deadline = time.monotonic() + _LEASE_S
-    if deadline is None or is_here or time.monotonic() > deadline:
-        raise _taken(output_dir, owner, may_delete=owner is not None and not is_here)
+    if deadline is None or is_of_host or time.monotonic() > deadline:
+        raise _taken(output_dir, owner, may_delete=owner is not None and not is_of_host)
     time.sleep(_CHANGE_POLL_S if owner is None else _POLL_S)
     return deadline
 
@@ -173,7 +187,7 @@ def _wait(output_dir: Path, deadline: float | None) -> float:
 def _named_owner(file: Path) -> Owner | None:
     """Returns the owner of a locked file; None while the file still names a killed one."""
     owner, own = parse_owner(_read(file)), this_process(has_kernel_lock=True)
-    if owner is not None and owner.host == own.host and not may_be_alive(owner, own):
+    if owner is not None and is_here(owner, own) and not may_be_alive(owner, own):
         return None
     return owner
 
@@ -197,20 +211,28 @@ def _close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _own_new_file(file: Path, descriptor: int, held: ExitStack) -> None:
-    """Without kernel locks: owns the file that this process has created; closes it."""
+def _own_new_file(file: Path, held: ExitStack) -> bool:
+    """Without kernel locks: creates the file and owns it; returns whether that succeeded.
+
+    The file appears with its contents, so a process that is killed leaves none that names nobody.
+    """
+    contents = this_process(has_kernel_lock=False).model_dump_json().encode()
     try:
-        contents = _write(descriptor, this_process(has_kernel_lock=False))
+        create_atomically(file, contents)
+    except FileExistsError:
+        return False
     except BaseException:
-        try_to_remove(file.unlink)
+        _remove_contents(file, contents)
         raise
-    finally:
-        _close(descriptor)
     held.callback(_remove_contents, file, contents)
+    return True
 
 
 def _delete_if_ended(output_dir: Path, deadline: float | None) -> float:
     """Without kernel locks: deletes the file of a process that has ended.
+
+    An empty file stays of a process that was killed while it created the file, on another node,
+    whose file system has locks, or by an older version. It is deleted if it stays empty.
 
     Returns until when to try again, by the monotonic clock. Another process may create the file
     next, even before this one.
@@ -228,10 +250,11 @@ def _delete_if_ended(output_dir: Path, deadline: float | None) -> float:
     owner = parse_owner(contents)
     if owner is not None and may_be_alive(owner, this_process(has_kernel_lock=False)):
         raise _taken(output_dir, owner)
-    if owner is not None:
+    is_over = time.monotonic() > deadline
+    if owner is not None or (is_over and contents == b""):
         _remove_contents(file, contents)
     if file.exists():
-        if time.monotonic() > deadline:
+        if is_over:
             raise _taken(output_dir, owner)
         time.sleep(_CHANGE_POLL_S)
     return deadline

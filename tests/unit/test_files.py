@@ -13,6 +13,7 @@ import pytest
 
 from switchtitan.errors import EnvironmentMismatchError, abbreviate
 from switchtitan.files import (
+    create_atomically,
     format_bytes,
     lock,
     make_folder,
@@ -71,6 +72,26 @@ def test_writers_with_the_same_temporary_file_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
     with pytest.raises(FileExistsError):
         write_during_another_write(tmp_path / "file", monkeypatch)
+
+
+def test_a_file_is_created_once(tmp_path):
+    create_atomically(tmp_path / "file", "first")
+    with pytest.raises(FileExistsError):
+        create_atomically(tmp_path / "file", "second")
+    assert (tmp_path / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_repeated_request_of_a_network_file_system_has_created_the_file(tmp_path, monkeypatch):
+    link = os.link
+
+    def link_twice(*arguments: Path) -> None:
+        link(*arguments)
+        link(*arguments)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    create_atomically(tmp_path / "file", "contents")
+    assert (tmp_path / "file").read_text() == "contents"
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):

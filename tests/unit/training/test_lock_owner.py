@@ -45,11 +45,17 @@ def test_a_process_that_its_parent_has_not_waited_for_has_ended(own):
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    "of_owner", [{"start_ticks": 1}, {"boot_id": "earlier"}], ids=lambda values: next(iter(values))
-)
-def test_a_process_id_that_is_used_again_does_not_keep_a_lock(own, of_owner):
-    assert not may_be_alive(own.model_copy(update=of_owner), own)
+def test_a_process_id_that_is_used_again_does_not_keep_a_lock(own):
+    assert not may_be_alive(own.model_copy(update={"start_ticks": 1}), own)
+
+
+@needs_proc
+def test_a_process_of_another_boot_may_be_alive_on_a_machine_with_the_same_name(own, monkeypatch):
+    owner = own.model_copy(update={"boot_id": "other", "start_ticks": 1, "slurm_job": "71"})
+    assert may_be_alive(owner, own)
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not may_be_alive(owner, this_process(has_kernel_lock=False))
 
 
 @needs_proc

@@ -138,7 +138,7 @@ def test_an_owner_that_has_not_replaced_the_name_of_a_killed_one_is_waited_for(
     assert owner.stdout.readline() == "owns\n"
     file = output_dir / LOCK_FILE
     named, wait = file.read_bytes(), run_lock._wait
-    write_owner(output_dir, pid=owner.pid, boot_id="earlier")
+    write_owner(output_dir, pid=owner.pid, start_ticks=1)
 
     def wait_and_name_owner(*args):
         deadline = wait(*args)
@@ -155,13 +155,13 @@ def test_an_owner_that_has_not_replaced_the_name_of_a_killed_one_is_waited_for(
     owner.wait(60)
 
 
-def start_elsewhere(output_dir: Path) -> subprocess.Popen:
-    """Starts an owner and lets its file name another host."""
+def start_elsewhere(output_dir: Path, **values: str) -> subprocess.Popen:
+    """Starts an owner and lets its file name another host, or other values."""
     owner = start(output_dir)
     go(owner)
     assert owner.stdout.readline() == "owns\n"
     file = output_dir / LOCK_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "elsewhere"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | (values or {"host": "elsewhere"})))
     return owner
 
 
@@ -204,6 +204,21 @@ def test_a_lock_that_another_host_keeps_is_respected(
         pass
     assert time.monotonic() - started >= 0.5
     assert caplog.messages == ["waiting for the lock of elsewhere"]
+    owner.kill()
+    owner.wait(60)
+
+
+def test_the_lock_of_a_machine_with_the_same_name_is_waited_for(
+    output_dir, world, polling, caplog, monkeypatch
+):
+    monkeypatch.setattr(run_lock, "_LEASE_S", 0.2)
+    owner, host = start_elsewhere(output_dir, boot_id="other"), socket.gethostname()
+    with (
+        pytest.raises(ConfigError, match=rf"process {owner.pid} on {host}, .* delete "),
+        lock_output_dir(output_dir, world),
+    ):
+        pass
+    assert caplog.messages == [f"waiting for the lock of {host}"]
     owner.kill()
     owner.wait(60)
 
@@ -284,13 +299,18 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["with locks", "without locks"])
-def with_or_without_locks(request: pytest.FixtureRequest) -> bool:
+def with_or_without_locks(request: pytest.FixtureRequest) -> None:
     if request.param == "without locks":
         request.getfixturevalue("without_locks")
-    return request.param == "with locks"
 
 
-@pytest.mark.parametrize("function", ["open", "ftruncate", "pwrite", "fsync"])
+WRITES = [("with locks", function) for function in ("open", "ftruncate", "pwrite", "fsync")]
+WRITES += [("without locks", function) for function in ("fsync", "link")]
+
+
+@pytest.mark.parametrize(
+    ("with_or_without_locks", "function"), WRITES, indirect=["with_or_without_locks"]
+)
 def test_a_disk_without_space_is_an_error_of_the_user(
     output_dir, world, with_or_without_locks, monkeypatch, function
 ):
@@ -363,10 +383,20 @@ def test_without_file_locks_the_file_of_a_process_that_has_ended_is_taken_over(
     assert not list(output_dir.iterdir())
 
 
-@pytest.mark.parametrize("host", [socket.gethostname(), "elsewhere"])
-def test_an_owner_that_may_live_is_respected(output_dir, world, with_or_without_locks, host):
+@pytest.mark.parametrize(
+    ("host", "values"),
+    [
+        (socket.gethostname(), {}),
+        (socket.gethostname(), {"boot_id": "other", "start_ticks": 1}),
+        ("elsewhere", {}),
+    ],
+    ids=["this host", "another machine of the same name", "another host"],
+)
+def test_an_owner_that_may_live_is_respected(
+    output_dir, world, with_or_without_locks, host, values
+):
     # With locks: another node may see the same file system without.
-    before = write_owner(output_dir, host=host, since="2026-01-02")
+    before = write_owner(output_dir, host=host, since="2026-01-02", **values)
     message = (
         rf"process {os.getpid()} on {host}, started 2026-01-02, trains in this folder; .* "
         f"or delete .*{LOCK_FILE} if it is known to have ended, or choose another output_dir$"
@@ -396,13 +426,75 @@ def test_without_file_locks_an_unknown_owner_is_respected(
 ):
     monkeypatch.setattr(run_lock, "_CHANGES_WITHIN_S", 0.1)
     output_dir.mkdir(parents=True)
-    (output_dir / LOCK_FILE).touch()
+    (output_dir / LOCK_FILE).write_text("of an unknown kind")
     with (
         pytest.raises(ConfigError, match=f"another process trains .* delete .*{LOCK_FILE}"),
         lock_output_dir(output_dir, world),
     ):
         pass
-    assert (output_dir / LOCK_FILE).exists()
+    assert (output_dir / LOCK_FILE).read_text() == "of an unknown kind"
+
+
+def test_without_file_locks_an_empty_file_is_deleted_after_some_time(
+    output_dir, world, without_locks, monkeypatch
+):
+    monkeypatch.setattr(run_lock, "_CHANGES_WITHIN_S", 0.3)
+    output_dir.mkdir(parents=True)
+    (output_dir / LOCK_FILE).touch()
+    started = time.monotonic()
+    with lock_output_dir(output_dir, world):
+        assert time.monotonic() - started > 0.3
+        assert json.loads((output_dir / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not list(output_dir.iterdir())
+
+
+KILLED = """
+import errno, fcntl, os, signal, sys
+from pathlib import Path
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import start_world
+from switchtitan.training import run_lock
+
+def refuse(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+def write_in_place(file, contents):
+    with file.open("xb") as stream:
+        os.fsync(stream.fileno())
+        stream.write(contents)
+
+fcntl.lockf = refuse
+if "in place" in sys.argv:
+    run_lock.create_atomically = write_in_place
+world = start_world(ParallelismConfig())
+setattr(os, sys.argv[2], lambda *args, **keys: os.kill(os.getpid(), signal.SIGKILL))
+with run_lock.lock_output_dir(Path(sys.argv[1]), world):
+    pass
+"""
+
+
+def kill_in(function: str, output_dir: Path, *options: str) -> None:
+    """Kills a process that locks the folder, in its first call of a function of `os`."""
+    command = [sys.executable, "-c", KILLED, str(output_dir), function, *options]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("function", ["fsync", "link"])
+def test_without_file_locks_a_kill_while_the_file_is_created_leaves_none(
+    output_dir, world, without_locks, function
+):
+    kill_in(function, output_dir)
+    assert not (output_dir / LOCK_FILE).exists()
+    started = time.monotonic()
+    with lock_output_dir(output_dir, world):
+        pass
+    assert time.monotonic() - started < run_lock._CHANGES_WITHIN_S
+
+
+def test_a_kill_during_a_write_in_place_is_found(output_dir):
+    """The check above can fail."""
+    kill_in("fsync", output_dir, "in place")
+    assert (output_dir / LOCK_FILE).read_bytes() == b""
 
 
 def test_without_file_locks_an_owner_that_lost_the_folder_leaves_the_new_file(
@@ -489,7 +581,7 @@ def test_of_two_that_start_at_the_same_instant_one_owns_the_folder(tmp_path, loc
     for number in range(20):
         folder = tmp_path / f"run-{number}"
         if is_left:
-            write_owner(folder, boot_id="earlier")
+            write_owner(folder, start_ticks=1)
         start_at = time.time() + 0.02
         assert answers(lambda at=start_at, to=folder: f"{at} {to}\n") == ["owns\n", "refused\n"]
         assert answers(lambda: "\n") == ["ended\n"] * 2
