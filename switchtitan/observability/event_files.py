@@ -2,10 +2,12 @@
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tensorboard.compat import tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -18,13 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 _ALMOST_FULL_BYTES = 1 << 20
+_WRITE_ERRORS = (OSError, tf.errors.OpError)
+"""With TensorFlow, event files are written by it."""
 
 
 class TensorBoardWriter:
     """Appends to the event files in `folder`.
 
-    If that fails, for example on a full disk, points are dropped, with a warning, until it succeeds
-    again. A new file is begun then, because readers stop at an incomplete record.
+    If that fails, for example on a full disk, an error of the disk or in a folder that was deleted,
+    points are dropped, with one warning, until it succeeds again. A new file is begun then, because
+    readers stop at an incomplete record.
 
     Args:
         start_step: steps done before this run. TensorBoard drops later points of an interrupted
@@ -37,6 +42,8 @@ class TensorBoardWriter:
         self._writer: SummaryWriter | None = None
         self._has_failed = False
         self._has_session = False
+        if not isinstance(threading.excepthook, _WithoutWriteErrors):
+            threading.excepthook = _WithoutWriteErrors(threading.excepthook)
         self._attempt(lambda writer: None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -125,7 +132,7 @@ class TensorBoardWriter:
             add(self._writer)
             if is_flushed:
                 self._writer.flush()
-        except OSError as error:
+        except _WRITE_ERRORS as error:
             self._writer = None
             self._fail(error)
             return
@@ -134,7 +141,7 @@ class TensorBoardWriter:
             logger.warning("TensorBoard's points are written again to %s", self._folder)
         self._has_failed = False
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         if not self._has_failed:
             logger.warning(
                 "could not write to %s (%s); TensorBoard lacks points until that succeeds",
@@ -144,10 +151,8 @@ class TensorBoardWriter:
         self._has_failed = True
 
     def _check_writable(self) -> None:
-        """Writes a file after an error, and if the disk is almost full.
-
-        The thread of an event file prints a traceback for each error.
-        """
+        """Writes a file after an error, and if the disk is almost full: what an event file lacks is
+        known at the next write only."""
         if self._has_failed or _is_almost_full(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             probe = self._folder / ".writable"
@@ -156,6 +161,21 @@ class TensorBoardWriter:
             finally:
                 with suppress(OSError):
                     probe.unlink()
+
+
+class _WithoutWriteErrors:
+    """A `threading.excepthook` that prints no traceback for an event file that cannot be written.
+
+    The thread that writes it passes the error on to the next call of its writer, which warns.
+    """
+
+    def __init__(self, hook: Callable[[threading.ExceptHookArgs], object]) -> None:
+        self._hook = hook
+
+    def __call__(self, error: threading.ExceptHookArgs) -> None:
+        is_writer = type(error.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(error.exc_value, _WRITE_ERRORS)):
+            self._hook(error)
 
 
 def _is_almost_full(folder: Path) -> bool:
