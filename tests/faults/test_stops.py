@@ -1,9 +1,12 @@
 """Stopped by signals at any moments, the same command loses no step and changes no bit."""
 
+import math
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from support.interrupted_runs import (
 )
 from support.kills import Kill, run
 
+from switchtitan.training.stop import RunStop
 from switchtitan.training.trainer import Trainer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -49,24 +53,38 @@ def stop_arguments(folder: Path, saves: str) -> list[str]:
     return [*arguments(folder, is_async=saves == "async"), *keys, "--job.stop_signal", "SIGUSR1"]
 
 
-def check_stop(folder: Path, number: int, codes: list[int], printed: str, step_before: int) -> None:
-    """Checks a run that received the signal `number`.
+def check_stop(
+    folder: Path,
+    stop: Kill,
+    codes: list[int],
+    printed: str,
+    step_before: int,
+) -> list[int]:
+    """Checks a run that received a signal; returns the step that it has lost, if any.
+
+    A run that is told to stop before the end of its first step ends at once. That step may end
+    while the ranks agree on this; it is lost, and the only one that may be.
 
     Args:
         codes: exit statuses of all ranks.
         printed: by rank 0.
         step_before: the step from which the run resumed.
     """
-    assert codes == [128 + number] * len(codes), printed
+    assert codes == [128 + stop.number] * len(codes), printed
     assert "Traceback" not in printed
     assert not (folder / "run" / "run.lock").exists()
     check_folders(folder)
     steps = steps_in(printed)
     last_step = step_before + len(steps)
     assert steps == list(range(step_before + 1, last_step + 1))
+    is_before_first_step = stop.phase == "start-up" or (stop.phase, stop.call) == ("training", 1)
+    if is_before_first_step and len(steps) == 1 and "stopped at step" not in printed:
+        assert newest_step(folder) == step_before, printed
+        return steps
     assert newest_step(folder) == last_step, printed
     if steps and last_step < NUM_STEPS:
         assert f"stopped at step {last_step}; the same command resumes from" in printed
+    return []
 
 
 def random_stop(source: random.Random, phase: str, num_ranks: int) -> Kill:
@@ -102,6 +120,7 @@ def test_a_stopped_run_loses_no_step_and_ends_as_if_it_had_not_been_stopped(
     source = random.Random(f"{num_ranks} {saves}")
     own, log = stop_arguments(tmp_path, saves), tmp_path / "log"
     stopped: list[tuple[str, int]] = []
+    lost: list[int] = []
     for _ in range(MAX_RUNS):
         phase = PHASES[saves][len(stopped)]
         stop = random_stop(source, phase, num_ranks)
@@ -111,14 +130,15 @@ def test_a_stopped_run_loses_no_step_and_ends_as_if_it_had_not_been_stopped(
         if codes == [0] * num_ranks:  # otherwise nothing would be left to do
             shutil.rmtree(tmp_path / "run")
             log.unlink()
+            lost.clear()
             continue
-        check_stop(tmp_path, stop.number, codes, printed, step_before)
+        lost += check_stop(tmp_path, stop, codes, printed, step_before)
         stopped.append((phase, stop.number))
         if len(stopped) == NUM_STOPS[num_ranks]:
             break
     assert len(stopped) == NUM_STOPS[num_ranks]
     assert run(own, num_ranks, log) == [0] * num_ranks
-    assert steps_in(log.read_text()) == list(range(1, NUM_STEPS + 1))
+    assert steps_in(log.read_text()) == sorted([*range(1, NUM_STEPS + 1), *lost])
     assert outcome(tmp_path) == undisturbed(num_ranks)
     for phase, number in stopped:
         name = "background save" if (phase, saves) == ("save", "async") else phase
@@ -132,7 +152,37 @@ def test_all_ranks_learn_of_a_stop_before_the_first_step(rank: int, tmp_path: Pa
     stop = Kill("start-up", call=1, delay_s=0.1, rank=rank, number=signal.SIGTERM)
     log = tmp_path / "log"
     codes = run(stop_arguments(tmp_path, "sync"), 4, log, stop)
-    check_stop(tmp_path, stop.number, codes, log.read_text(), step_before=0)
+    check_stop(tmp_path, stop, codes, log.read_text(), step_before=0)
+
+
+def end_first_step_while_ranks_agree() -> None:
+    """The signal is known before the first step counts, and the answer after it was reported."""
+    note_step, agree = RunStop.note_step, RunStop._agree
+
+    def wait_until(claim: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not claim() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def note_when_asked(stop: RunStop) -> None:
+        wait_until(lambda: stop._hold < math.inf)
+        note_step(stop)
+
+    def agree_after_step(stop: RunStop, stop_at: float, has_work: bool) -> None:
+        wait_until(lambda: stop._num_passed > 0)
+        agree(stop, stop_at, has_work)
+
+    RunStop.note_step, RunStop._agree = note_when_asked, agree_after_step
+
+
+def test_a_first_step_that_ends_while_the_ranks_agree_is_the_only_one_lost(tmp_path: Path) -> None:
+    stop = Kill("training", call=1, delay_s=0.0, number=signal.SIGTERM)
+    log, own = tmp_path / "log", stop_arguments(tmp_path, "sync")
+    codes = run(own, 2, log, stop, end_first_step_while_ranks_agree)
+    printed = log.read_text()
+    assert check_stop(tmp_path, stop, codes, printed, step_before=0) == [1]
+    with pytest.raises(AssertionError):  # a later step must be saved
+        check_stop(tmp_path, replace(stop, call=2), codes, printed, step_before=0)
 
 
 def save_nothing_at_a_stop() -> None:
@@ -151,4 +201,4 @@ def test_a_stop_that_saves_nothing_is_found(tmp_path: Path) -> None:
     log = tmp_path / "log"
     codes = run(stop_arguments(tmp_path, "sync"), 1, log, stop, save_nothing_at_a_stop)
     with pytest.raises(AssertionError, match="stopped at step"):
-        check_stop(tmp_path, stop.number, codes, log.read_text(), step_before=0)
+        check_stop(tmp_path, stop, codes, log.read_text(), step_before=0)
