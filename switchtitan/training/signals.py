@@ -115,12 +115,16 @@ class StopSignals:
             self._previous[number] = signal.signal(number, self._handle)
 
     def defer(self, on_stop: Callable[[int], None]) -> None:
-        """Calls `on_stop(number)` in this object's thread for the first signal, from now on."""
+        """Calls `on_stop(number)` in this object's thread for the first signal, from now on.
+
+        For one that came before, calls it at once. If it has raised, other code has swallowed that,
+        such as a destructor.
+        """
         with self._lock:
             self._on_stop = on_stop
-            earlier = None if self._has_raised else self.received
+            earlier = self.received
             if earlier is not None:
-                self._exit_at = None
+                self._exit_at, self._has_raised = None, False
         if earlier is not None:
             on_stop(earlier)
 

@@ -104,6 +104,31 @@ def test_a_signal_before_the_first_step_is_done_exits_at_once() -> None:
         assert ending.value.status == 143
 
 
+def swallow_an_interrupt(signals: StopSignals, stop: RunStop) -> int:
+    """Returns the number of steps after code that ignores the interrupt of a signal before them."""
+    with suppress(KeyboardInterrupt):
+        send_and_wait(signal.SIGTERM)
+    wait_until(lambda: signals.received is not None)
+    return take_steps(stop, lambda step: time.sleep(0.1), num_steps=10)
+
+
+def test_a_signal_before_the_steps_whose_interrupt_is_swallowed_exits_at_their_start() -> None:
+    with single_rank() as (signals, stop), pytest.raises(ExitNow) as ending:
+        swallow_an_interrupt(signals, stop)
+    assert ending.value.status == 143
+
+
+def test_a_swallowed_interrupt_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail."""
+
+    def defer(signals: StopSignals, on_stop: Callable[[int], None]) -> None:
+        signals._on_stop, signals._exit_at = on_stop, None
+
+    monkeypatch.setattr(StopSignals, "defer", defer)
+    with single_rank() as (signals, stop):
+        assert swallow_an_interrupt(signals, stop) == 10
+
+
 def test_a_signal_after_the_last_step_interrupts() -> None:
     with single_rank() as (signals, stop):
 
