@@ -1,5 +1,6 @@
 """The `[data]` section: corpus, tokenizer, sequence length and the cache of prepared corpora."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -7,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from switchtitan.config.section import Section, VoidKey, VoidKeyError
 from switchtitan.data.sources import DATASETS
+from switchtitan.data.sources.dataset import Dataset
 from switchtitan.files import exists
 
 if TYPE_CHECKING:
@@ -167,11 +169,42 @@ class DataConfig(Section):
     def _each_setting_has_an_effect(self) -> "DataConfig":
         if self.sources:
             return self._checked_mixture()
-        mistakes: list[str] = []
-        void: list[VoidKey] = []
         row = DATASETS[self.dataset]
+        mistakes = self._missing_keys(row)
+        void = [
+            *self._void_for_dataset(row),
+            *self._void_with_own_splits(row),
+            *self._void_for_tokenizer_and_hub(),
+        ]
+        if void:
+            raise VoidKeyError(void, mistakes)
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    def _missing_keys(self, row: Dataset) -> list[str]:
+        """Says which keys the dataset needs and lacks."""
+        mistakes = []
         if row.path == "required" and self.path is None:
             mistakes.append(f"dataset = {self.dataset!r} needs path: the file or folder to read")
+        if row.holds_tokens and self.tokenizer == TRAINED_TOKENIZER:
+            mistakes.append(
+                f"dataset = {self.dataset!r} holds token ids and needs tokenizer: the "
+                "tokenizer.json, folder or name on the hub of the one that made them"
+            )
+        return mistakes
+
+    def _void_for_dataset(self, row: Dataset) -> list[VoidKey]:
+        """Returns the keys that this dataset does not read."""
+        void = []
+
+        def add(key: str, datasets: str) -> None:
+            problem = (
+                f"{key} = {getattr(self, key)!r} has an effect only with dataset = {datasets}; "
+                "leave it out"
+            )
+            void.append(VoidKey(key, ("dataset",), problem))
+
         if row.path == "unused" and self.path is not None:
             problem = (
                 f"path = {str(self.path)!r} has no effect with dataset = {self.dataset!r}; "
@@ -179,61 +212,38 @@ class DataConfig(Section):
             )
             void.append(VoidKey("path", ("dataset",), problem))
         if self.text_column is not None and not row.has_text_column:
-            with_columns = ", ".join(
-                repr(name) for name, row in DATASETS.items() if row.has_text_column
-            )
-            problem = (
-                f"text_column = {self.text_column!r} has an effect only with dataset = "
-                f"{with_columns}; leave it out"
-            )
-            void.append(VoidKey("text_column", ("dataset",), problem))
+            add("text_column", _names(lambda row: row.has_text_column))
         for key in ("hub_config", "hub_split"):
             if getattr(self, key) is not None and not row.has_hub_keys:
-                problem = (
-                    f"{key} = {getattr(self, key)!r} has an effect only with dataset = 'hub'; "
-                    "leave it out"
-                )
-                void.append(VoidKey(key, ("dataset",), problem))
-        if row.holds_tokens and self.tokenizer == TRAINED_TOKENIZER:
-            mistakes.append(
-                f"dataset = {self.dataset!r} holds token ids and needs tokenizer: the "
-                "tokenizer.json, folder or name on the hub of the one that made them"
-            )
+                add(key, "'hub'")
         if self.on_bad_record != "stop" and not row.can_skip_records:
-            can_skip = ", ".join(
-                repr(name) for name, row in DATASETS.items() if row.can_skip_records
+            add("on_bad_record", _names(lambda row: row.can_skip_records))
+        return void
+
+    def _void_with_own_splits(self, row: Dataset) -> list[VoidKey]:
+        """Returns the keys that divide a dataset, if it is divided already."""
+        # The offline dataset may not be.
+        if not row.has_own_splits or self.offline_dataset is not None:
+            return []
+        given = {
+            "validation_fraction": self.validation_fraction is not None,
+            "test_fraction": self.test_fraction is not None,
+            "max_document_share": self.max_document_share not in (None, DEFAULT_MAX_DOCUMENT_SHARE),
+        }
+        return [
+            VoidKey(
+                key,
+                ("dataset", "offline_dataset"),
+                f"{key} = {getattr(self, key)} has no effect with dataset = {self.dataset!r}, "
+                "which has its own splits; leave it out",
             )
-            problem = (
-                f"on_bad_record = {self.on_bad_record!r} has an effect only with dataset = "
-                f"{can_skip}; leave it out"
-            )
-            void.append(VoidKey("on_bad_record", ("dataset",), problem))
-        if (
-            row.has_own_splits
-            and self.validation_fraction is not None
-            and self.offline_dataset is None
-        ):
-            problem = (
-                f"validation_fraction = {self.validation_fraction} has no effect with "
-                f"dataset = {self.dataset!r}, which has its own split; leave it out"
-            )
-            void.append(VoidKey("validation_fraction", ("dataset", "offline_dataset"), problem))
-        if row.has_own_splits and self.test_fraction is not None and self.offline_dataset is None:
-            problem = (
-                f"test_fraction = {self.test_fraction} has no effect with "
-                f"dataset = {self.dataset!r}, which has its own splits; leave it out"
-            )
-            void.append(VoidKey("test_fraction", ("dataset", "offline_dataset"), problem))
-        if (
-            row.has_own_splits
-            and self.max_document_share not in (None, DEFAULT_MAX_DOCUMENT_SHARE)
-            and self.offline_dataset is None
-        ):
-            problem = (
-                f"max_document_share = {self.max_document_share} has no effect with "
-                f"dataset = {self.dataset!r}, which has its own split; leave it out"
-            )
-            void.append(VoidKey("max_document_share", ("dataset", "offline_dataset"), problem))
+            for key, is_given in given.items()
+            if is_given
+        ]
+
+    def _void_for_tokenizer_and_hub(self) -> list[VoidKey]:
+        """Returns the keys of a trained tokenizer without one, and of the hub without the hub."""
+        void = []
         if (
             self.vocab_size is not None
             and self.tokenizer != TRAINED_TOKENIZER
@@ -250,11 +260,7 @@ class DataConfig(Section):
                 "hub; leave it out"
             )
             void.append(VoidKey("offline_dataset", ("dataset", "path", "tokenizer"), problem))
-        if void:
-            raise VoidKeyError(void, mistakes)
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
-        return self
+        return void
 
     def _checked_mixture(self) -> "DataConfig":
         mistakes = [
@@ -284,3 +290,8 @@ class DataConfig(Section):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+
+def _names(has: Callable[[Dataset], bool]) -> str:
+    """Returns the names of the datasets that have something."""
+    return ", ".join(repr(name) for name, row in DATASETS.items() if has(row))
