@@ -57,18 +57,7 @@ def build_train_batches(
         ConfigError: if the global batch size is not such a multiple.
         CorpusError: if the split has fewer sequences than a global batch.
     """
-    per_micro_step = num_ranks * local_batch_size
-    if global_batch_size % per_micro_step:
-        raise ConfigError(
-            f"[training] global_batch_size = {global_batch_size}: expected a multiple of ranks x "
-            f"local_batch_size = {num_ranks} x {local_batch_size} = {per_micro_step}"
-        )
-    if len(sequences) < global_batch_size:
-        raise CorpusError(
-            f"[training] global_batch_size = {global_batch_size}: the training split has "
-            f"{len(sequences):,} sequences of {sequences.seq_len} tokens, fewer than one global "
-            "batch; lower it, lower [data] seq_len or use a larger corpus"
-        )
+    _check_global_batch_size(global_batch_size, local_batch_size, num_ranks, sequences)
     order = _RankOrder(
         seed=seed,
         sequences=sequences,
@@ -92,7 +81,7 @@ def build_train_batches(
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
         )
-    return _steps(loader, order, global_batch_size // per_micro_step)
+    return _steps(loader, order, global_batch_size // (num_ranks * local_batch_size))
 
 
 def build_validation_batches(
@@ -218,6 +207,23 @@ def _outlive_signals(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_ENDS_AFTER_S))
+
+
+def _check_global_batch_size(
+    global_batch_size: int, local_batch_size: int, num_ranks: int, sequences: TrainSequences
+) -> None:
+    per_micro_step = num_ranks * local_batch_size
+    if global_batch_size % per_micro_step:
+        raise ConfigError(
+            f"[training] global_batch_size = {global_batch_size}: expected a multiple of ranks x "
+            f"local_batch_size = {num_ranks} x {local_batch_size} = {per_micro_step}"
+        )
+    if len(sequences) < global_batch_size:
+        raise CorpusError(
+            f"[training] global_batch_size = {global_batch_size}: the training split has "
+            f"{len(sequences):,} sequences of {sequences.seq_len} tokens, fewer than one global "
+            "batch; lower it, lower [data] seq_len or use a larger corpus"
+        )
 
 
 def _steps(
