@@ -248,6 +248,13 @@ class LanguageModel(nn.Module, ABC):
         They are the units of sharding, activation checkpointing and compilation.
         """
 
+    def output_head(self) -> nn.Module | None:
+        """Return the module that maps hidden states to logits, for optimizers that treat it apart.
+
+        Default: None. Those optimizers then refuse the model.
+        """
+        return None
+
     def outer_units(self) -> list[list[nn.Module]]:
         """Return the modules outside the blocks that are gathered apart from each other, in order.
 

@@ -31,7 +31,9 @@ class FullRank(Method[FullRankConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        parameters = trained_parameters(model, linear_weights(model), model.blocks())
+        parameters = trained_parameters(
+            model, linear_weights(model), model.blocks(), model.output_head()
+        )
         return OPTIMIZERS.build(config, parameters, compile_step, self.seed)
 
 

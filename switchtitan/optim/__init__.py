@@ -5,6 +5,7 @@ from switchtitan.optim.adamw import AdamW, AdamWConfig, adamw_for_others, requir
 from switchtitan.optim.adamw8bit import AdamW8bitConfig, build_adamw8bit
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
+from switchtitan.optim.scale import ScaleConfig, build_scale
 from switchtitan.optim.torch_optimizer import (
     AdafactorConfig,
     MuonConfig,
@@ -22,6 +23,7 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
         "adamw": Component(AdamWConfig, AdamW),
         "adamw8bit": Component(AdamW8bitConfig, build_adamw8bit),
         "muon": Component(MuonConfig, build_muon),
+        "scale": Component(ScaleConfig, build_scale),
         "sgd": Component(SGDConfig, build_sgd),
     },
 )

@@ -18,6 +18,11 @@ class TrainedParameter(NamedTuple):
     """Whether the method does not change it, so that `[optimizer] other_lr` applies."""
     is_in_block: bool = False
     """Whether it belongs to a block of the model, not to the embedding, last norm or head."""
+    is_head: bool = False
+    """Whether it belongs to the module that maps hidden states to logits, and to no other."""
+    input_dim: int = 1
+    """Of a matrix, the dimension over the inputs of the linear map: 1 for [out, in]; 0 if it is
+    stored transposed, like an embedding [vocabulary, dim]."""
 
 
 class ParameterGroup(NamedTuple):
@@ -29,21 +34,34 @@ class ParameterGroup(NamedTuple):
 
 
 def trained_parameters(
-    model: nn.Module, treated: Collection[str], blocks: Iterable[str] = ()
+    model: nn.Module,
+    treated: Collection[str],
+    blocks: Iterable[str] = (),
+    head: nn.Module | None = None,
 ) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order.
 
     Args:
         treated: names of the parameters that the method changes.
         blocks: qualified names of the model's blocks, see `contracts.LanguageModel.blocks`.
+        head: see `contracts.LanguageModel.output_head`. A tied head has no parameter of its own.
     """
     prefixes = tuple(f"{block}." for block in blocks)
+    of_head = set() if head is None else set(head.parameters())
+    of_embeddings = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
     return [
         TrainedParameter(
             name,
             parameter,
             is_other=name not in treated,
             is_in_block=name.startswith(prefixes),
+            is_head=parameter in of_head and parameter not in of_embeddings,
+            input_dim=0 if parameter in of_embeddings else 1,
         )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
@@ -55,12 +73,12 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Groups parameters by learning rate and weight decay, in order of first occurrence."""
     groups: dict[tuple[float, float], ParameterGroup] = {}
-    for name, parameter, is_other, _ in parameters:
-        lr = config.lr if config.other_lr is None or not is_other else config.other_lr
-        decays = config.decay_norms or parameter.ndim > 1
+    for entry in parameters:
+        lr = config.lr if config.other_lr is None or not entry.is_other else config.other_lr
+        decays = config.decay_norms or entry.parameter.ndim > 1
         weight_decay = config.weight_decay if decays else 0.0
         group = groups.setdefault((lr, weight_decay), ParameterGroup({}, lr, weight_decay))
-        group.parameters[name] = parameter
+        group.parameters[entry.name] = entry.parameter
     return list(groups.values())
 
 

@@ -16,6 +16,7 @@ KEYS = {
     "adafactor": ("--optimizer.name", "adafactor", "--optimizer.lr", "0.1"),
     "adamw_bf16": ("--optimizer.lr", "1e-2", "--optimizer.moments_dtype", "bfloat16"),
     "adamw8bit": ("--optimizer.name", "adamw8bit", "--optimizer.lr", "1e-2"),
+    "scale": ("--optimizer.name", "scale", "--optimizer.lr", "1e-2"),
     "sgd": ("--optimizer.name", "sgd", "--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }
 if not HAS_TORCHAO:

@@ -190,6 +190,10 @@ class Llama(LanguageModel):
         """Returns the blocks by qualified name, in order."""
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}
 
+    def output_head(self) -> nn.Module:
+        """See `contracts.LanguageModel`. A tied head has no weight of its own."""
+        return self.lm_head
+
     def outer_units(self) -> list[list[nn.Module]]:
         """Returns the embedding, and the last norm with the head; nothing if the head is tied."""
         if self.dims.tied_head:

@@ -98,6 +98,8 @@ CASES: dict[str, list[str]] = {
     "skip": ["full_rank", "--training.on_nonfinite", "skip"],
     "sgd": ["full_rank", "--optimizer.name", "sgd"],
     "sgd, low rank": ["lora", "--optimizer.name", "sgd"],
+    "scale": ["full_rank", "--optimizer.name", "scale"],
+    "scale, low rank": ["lora", "--optimizer.name", "scale"],
     "adafactor": ["full_rank", "--optimizer.name", "adafactor"],
     "muon": ["full_rank", "--optimizer.name", "muon"],
     "tied head": ["switchlora", *_TIED, *_LLAMA3],
@@ -146,6 +148,7 @@ COUNTED_ON_CPU = {
     "sharded accumulation, HSDP",
     "frozen weights gathered once",
     "frozen weights gathered once, HSDP",
+    "scale",
     "tied head",
     "biases",
 }

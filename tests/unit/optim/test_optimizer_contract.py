@@ -16,6 +16,7 @@ KEYS = {
     "adamw": ("--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.01"),
     "adamw8bit": ("--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.01"),
     "muon": ("--optimizer.lr", "2e-2"),
+    "scale": ("--optimizer.lr", "1e-2", "--optimizer.weight_decay", "0.01"),
     "sgd": ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }
 
