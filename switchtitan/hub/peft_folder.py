@@ -1,7 +1,6 @@
 """Write and read LoRA adapters in the layout of Hugging Face's PEFT."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,24 +15,15 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, read_config, read_dense
+from switchtitan.hub.huggingface import CONFIG_NAME, read_dense
+from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, AdapterConfig
 from switchtitan.hub.weight_files import find_weight_files
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 BASE_FOLDER = "base"
 """The frozen model, inside the adapter's folder."""
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_NOT_SUPPORTED = {
-    "use_dora": (None, False),
-    "fan_in_fan_out": (None, False),
-    "bias": (None, "none"),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "megatron_config": (None,),
-}
-"""Key of an adapter's configuration -> the values that mean a plain adapter."""
 
 
 class BaseWeights:
@@ -122,10 +112,8 @@ class Adapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._config_file = folder / ADAPTER_CONFIG_NAME
-        self._config = read_config(self._config_file)
-        _check_kind(self._config_file, self._config)
-        self.base = _base_of(folder, self._config)
+        self._config = AdapterConfig(folder)
+        self.base = _base_of(folder, self._config.base)
         (self._file,) = find_weight_files(file_inside(folder, ADAPTER_NAME), ADAPTER_NAME)
         matches = {name: _FACTOR.fullmatch(name) for name in self._open(lambda file: file.keys())}
         for name, match in matches.items():
@@ -151,7 +139,7 @@ class Adapter:
                 f"{self._file}: {layer}: factors of shape {shapes[0]} and {shapes[1]} do not fit "
                 f"the weight of shape {shapes[2]}"
             )
-        scale = _scale(self._config_file, self._config, layer, lora_a.shape[0])
+        scale = self._config.scale_of(layer, lora_a.shape[0])
         return torch.addmm(weight.float(), lora_b, lora_a, alpha=scale)
 
     def _read(self, layer: str, factor: str) -> Tensor:
@@ -179,40 +167,16 @@ def read_adapted(folder: Path) -> dict[str, Tensor]:
     return {name: adapter.updated(name, weight) for name, weight in weights.items()}
 
 
-def _base_of(folder: Path, config: Mapping[str, Any]) -> Path:
+def _base_of(folder: Path, named: object) -> Path:
     own = folder / BASE_FOLDER
     if own.is_dir():
         return own
-    named = config.get("base_model_name_or_path")
     if isinstance(named, str) and "\0" not in named and (Path(named) / CONFIG_NAME).is_file():
         return Path(named)
     raise CheckpointError(
         f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path = {named!r}: no such folder; "
         f"put the base model into {own}"
     )
-
-
-def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
-    hint = "merge the adapter with PEFT's merge_and_unload() first"
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{file}: peft_type = {config.get('peft_type')!r}: expected 'LORA'; {hint}"
-        )
-    for key, allowed in _NOT_SUPPORTED.items():
-        if config.get(key) not in allowed:
-            raise CheckpointError(f"{file}: {key} = {config[key]!r} is not supported; {hint}")
-
-
-def _scale(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{file}: alpha_pattern = {patterns!r}: expected an object")
-    # As PEFT matches them: the full name or its end.
-    named = [alpha for key, alpha in patterns.items() if layer == key or layer.endswith(f".{key}")]
-    alpha = named[0] if named else config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: lora_alpha = {alpha!r}: expected a number")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _most_frequent(values: Iterable[Any]) -> Any:
