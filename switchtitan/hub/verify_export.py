@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from switchtitan.contracts import LanguageModel
+from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -19,9 +19,8 @@ from switchtitan.hub.weight_files import find_weight_files
 from switchtitan.models import MODELS
 
 _NUM_TOKENS = 64
-_LARGEST_ERRORS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Largest relative error by stored dtype. The sums of merged and of separate factors differ by
-rounding; weights in bfloat16 are rounded to 8 bits, and the errors of layers add up."""
+_LARGEST_ERROR = 1e-4
+"""Largest relative error. Sums of merged and of separate factors differ by rounding in fp32."""
 
 ReadTensors = Callable[[Iterable[str]], Mapping[str, Tensor]]
 """Names of a model's parameters -> their values."""
@@ -30,7 +29,9 @@ ReadTensors = Callable[[Iterable[str]], Mapping[str, Tensor]]
 def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype) -> float:
     """Compares the logits of a checkpoint, with its factors, and of an exported folder.
 
-    Computes in fp32 on 64 random tokens. Holds the weights outside the blocks and one block.
+    Computes in fp32 on 64 random tokens. Holds the weights outside the blocks and one block. A
+    folder in bfloat16 has to compute the logits of the checkpoint's rounded weights, and these
+    weights, before they are rounded, those of the checkpoint.
 
     Args:
         checkpoint: what was exported.
@@ -38,7 +39,8 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
         dtype: of its weights.
 
     Returns:
-        The root mean square of the difference, divided by that of the checkpoint's logits.
+        The root mean square of the difference, with that of rounding, divided by that of the
+        checkpoint's logits.
 
     Raises:
         CheckpointError: if the folder cannot be read, or computes other logits.
@@ -48,23 +50,41 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
         (1, _NUM_TOKENS),
         generator=torch.Generator().manual_seed(0),
     )
-    expected = _logits(checkpoint.prepared_model(), _reader_of_checkpoint(checkpoint), tokens)
+    trained = _logits(checkpoint.prepared_model(), _reader_of_checkpoint(checkpoint), tokens)
     adapter = Adapter(folder) if is_adapter(folder) else None
     base = folder if adapter is None else adapter.base
     keys = read_model_folder(base)
     config = MODELS[str(keys["name"])].config_type.model_validate(keys)
-    with torch.device("meta"):
-        model = MODELS.build(config)
-    found = _logits(model.requires_grad_(False).eval(), _reader_of_folder(base, adapter), tokens)
-    difference = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    error = float(difference)
-    if not error <= _LARGEST_ERRORS[dtype]:
+    found = _logits(_plain_model(config), _reader_of_folder(base, adapter), tokens)
+    expected = trained
+    if dtype != torch.float32:
+        reader = _reader_of_merged if adapter is None else _reader_of_adapted
+        model = _plain_model(checkpoint.config)
+        _check(_logits(model, reader(checkpoint, torch.float32), tokens), trained)
+        expected = _logits(model, reader(checkpoint, dtype), tokens)
+    _check(found, expected)
+    return _relative_error(found, trained)
+
+
+def _check(found: Tensor, expected: Tensor) -> None:
+    error = _relative_error(found, expected)
+    if not error <= _LARGEST_ERROR:
         raise CheckpointError(
             f"the exported model computes other logits than the checkpoint: relative error "
-            f"{error:.2g}, expected at most {_LARGEST_ERRORS[dtype]:g}; please report this. "
+            f"{error:.2g}, expected at most {_LARGEST_ERROR:g}; please report this. "
             "--no-verify writes the folder without this check"
         )
-    return error
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    difference = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    return float(difference)
+
+
+def _plain_model(config: ModelConfig) -> LanguageModel:
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -98,6 +118,34 @@ def _reader_of_checkpoint(checkpoint: DenseCheckpoint) -> ReadTensors:
         names = set(names)
         values = checkpoint.read_trained({module_of(name) for name in names})
         return {name: value.float() for name, value in values.items() if name in names}
+
+    return read
+
+
+def _reader_of_merged(checkpoint: DenseCheckpoint, dtype: torch.dtype) -> ReadTensors:
+    """Reads the merged weights, rounded to `dtype`."""
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: value.to(dtype).float() for name, value in checkpoint.read(names).items()}
+
+    return read
+
+
+def _reader_of_adapted(checkpoint: DenseCheckpoint, dtype: torch.dtype) -> ReadTensors:
+    """Reads the base weights plus their updates; weights and factors are rounded to `dtype`."""
+    updates = checkpoint.low_rank_updates()
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        values = {}
+        for name, value in checkpoint.read_base(names).items():
+            values[name] = value.to(dtype).float()
+            if (layer := module_of(name)) in updates and name == f"{layer}.weight":
+                update = checkpoint.read_low_rank_update(layer)
+                lora_a, lora_b = (
+                    factor.to(dtype).float() for factor in (update.lora_a, update.lora_b)
+                )
+                values[name] = values[name] + update.scale * (lora_b.t() @ lora_a)
+        return values
 
     return read
 

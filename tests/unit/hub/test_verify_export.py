@@ -16,6 +16,7 @@ from switchtitan.cli import export
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
+from switchtitan.hub.peft_folder import ADAPTER_NAME
 from switchtitan.hub.verify_export import verify_export
 from switchtitan.observability.environment import versions
 
@@ -37,14 +38,15 @@ def test_exports_compute_the_logits_of_their_checkpoint(
     assert least <= verify_export(DenseCheckpoint(saved), tmp_path / "out", dtype) < most
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("damage", ["weight", "rope_theta", "rms_norm_eps"])
-def test_another_model_is_found(saved: Path, tmp_path: Path, damage: str) -> None:
+def test_another_model_is_found(
+    saved: Path, tmp_path: Path, damage: str, dtype: torch.dtype
+) -> None:
     out = tmp_path / "out"
-    export.export(saved, out, torch.float32, is_verified=False)
+    export.export(saved, out, dtype, is_verified=False)
     if damage == "weight":
-        weights = load_file(out / "model.safetensors")
-        weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
-        save_file(weights, out / "model.safetensors")
+        damage_weights(out / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
     else:
         config = json.loads((out / "config.json").read_text())
         values = {"rope_theta": 20_000.0, "rms_norm_eps": 1e-3}
@@ -52,11 +54,38 @@ def test_another_model_is_found(saved: Path, tmp_path: Path, damage: str) -> Non
         config.get("rope_parameters", {}).update({damage: values[damage]})
         (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
-        verify_export(DenseCheckpoint(saved), out, torch.float32)
+        verify_export(DenseCheckpoint(saved), out, dtype)
 
 
+def damage_weights(file: Path, name: str) -> None:
+    weights = load_file(file)
+    weights[name] *= 1.01
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (ADAPTER_NAME, "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"),
+        (ADAPTER_NAME, "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),
+        ("base/model.safetensors", "model.layers.1.mlp.up_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_adapter_is_found(
+    saved: Path, tmp_path: Path, file: str, name: str, dtype: torch.dtype
+) -> None:
+    out = tmp_path / "out"
+    export.export(saved, out, dtype, is_adapter=True, is_verified=False)
+    assert verify_export(DenseCheckpoint(saved), out, dtype) < 2e-2
+    damage_weights(out / file, name)
+    with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
+        verify_export(DenseCheckpoint(saved), out, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_export_with_other_logits_is_not_kept(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     def read_wrongly(self: DenseCheckpoint, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: 1.01 * value for name, value in read(self, names).items()}
@@ -64,7 +93,7 @@ def test_an_export_with_other_logits_is_not_kept(
     read = DenseCheckpoint.read
     monkeypatch.setattr(DenseCheckpoint, "read", read_wrongly)
     with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
-        export.export(saved, tmp_path / "out", torch.float32)
+        export.export(saved, tmp_path / "out", dtype)
     assert list(tmp_path.iterdir()) == []
 
 
