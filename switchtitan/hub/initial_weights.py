@@ -19,6 +19,7 @@ from switchtitan.hub.huggingface import (
     without_copies,
 )
 from switchtitan.hub.original import SCALE_FILE, is_original, read_original_dense
+from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
 from switchtitan.hub.peft_folder import folder_of_model, is_adapter, read_adapted
 
 
@@ -74,13 +75,18 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
 
 
 def fingerprint(source: Path) -> str:
-    """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata."""
+    """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata.
+
+    That of an adapter covers its configuration, which has the scale of its factors.
+    """
     if source.is_dir():
         metadata = source / METADATA_FILE
         folders = {source: None, folder_of_model(source): None}  # an ordered set
         weights = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         files = [metadata] if metadata.is_file() else weights
         files = files or sorted([*source.glob("*.bin"), *source.glob(SCALE_FILE)])
+        if is_adapter(source):
+            files.append(source / ADAPTER_CONFIG_NAME)
     else:
         files = [source]
     return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
