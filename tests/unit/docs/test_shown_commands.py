@@ -1,15 +1,20 @@
-"""The commands for trained models that docs/USAGE.md and the README show run as shown."""
+"""The commands that docs/USAGE.md, the README and other pages show run as shown.
+
+Runs and configurations that a page does not name are tiny ones. Those of other commands are read by
+`test_every_command.py`."""
 
 import importlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support.commands import run
 from support.reported import finish_comparison, write_grid, write_run
+from support.tiny import METHOD_KEYS, TINY
 from support.trained import save_run
 
 ROOT = Path(__file__).parents[3]
@@ -107,3 +112,47 @@ def test_a_shown_report_is_written(line, reported, monkeypatch, capsys):
     file = capsys.readouterr().out.strip()
     assert '"notes":[]' in Path(file).read_text()  # nothing is missing
     assert file in ("report.html", "comparison.html")
+
+
+@pytest.mark.parametrize("line", shown_commands(["plot run"]))
+def test_a_shown_picture_of_a_run_is_drawn(line, reported, monkeypatch):
+    monkeypatch.chdir(reported)
+    outcome = run(*shlex.split(line)[1:])
+    assert outcome.status == 0, outcome.errors
+    assert Path(line.split()[-1]).is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    shown_commands(["plot spectrum"], ["docs/COMPARISONS.md"])
+    + shown_commands(["export"], ["docs/PERFORMANCE.md"]),
+)
+def test_a_command_shown_for_any_run_runs(line, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without_exports = shutil.ignore_patterns("exports")
+    for place in ("RUN", "outputs/RUN"):
+        shutil.copytree(exported / SHOWN_RUN, tmp_path / place, ignore=without_exports)
+    outcome = run(*shlex.split(line.replace("[outputs/RUN ...] ", ""))[1:])
+    assert outcome.status == 0, outcome.errors
+    written = "spectra.png" if line.endswith("spectra.png") else "RUN/exports"
+    assert (tmp_path / written).exists()
+
+
+# The page's ranks and numbers of ranks need a larger layer and fewer sequences than `TINY`.
+SMALL = (
+    *("--model.hidden_size", "72", "--model.intermediate_size", "76"),
+    *("--model.num_kv_heads", "2", "--training.local_batch_size", "1"),
+    *("--compile.blocks", "false", "--compile.loss", "false", "--compile.optimizer", "false"),
+)
+
+
+@pytest.mark.parametrize("line", shown_commands(["benchmark", "estimate"], ["docs/COMPARISONS.md"]))
+def test_a_cost_shown_for_any_file_is_printed(line, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    keys = METHOD_KEYS["switchlora"]
+    Path("FILE").write_text(TINY.format(folder=folder, method="switchlora", method_keys=keys))
+    is_timed = line.startswith("switchtitan benchmark step ")
+    few = ("--rounds", "2", "--steps-per-round", "1") if is_timed else ()
+    outcome = run(*shlex.split(line)[1:], *SMALL, *few)
+    assert outcome.status == 0, outcome.errors
+    assert json.loads(outcome.output.splitlines()[-1])["command"].startswith(line)
