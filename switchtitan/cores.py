@@ -68,7 +68,8 @@ class OtherLoad:
         return (
             f"other processes keep about {busy:.1f} of {num_cores} cores busy, and all threads "
             f"wait for the slowest: OMP_NUM_THREADS={max(1, round(num_cores - busy))} is probably "
-            f"faster than {num_threads} threads"
+            f"faster than {num_threads} threads; to change it, stop this run and start it again "
+            "with that variable set"
         )
 
     def _busy_s(self) -> float:

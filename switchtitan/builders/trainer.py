@@ -87,7 +87,9 @@ def build_trainer(
     checkpointer.check_room(tensors(), schedule.num_saves_after(state.step))
 
     start_output(config, resolved, world, state)
-    describe_run(config, world, stepper.model, corpus, compute_dtype, checkpoint, changes)
+    describe_run(
+        config, world, stepper.model, corpus, compute_dtype, checkpoint, changes, state.step
+    )
     facts = run_facts(config, world, stepper.model, corpus, compute_dtype)
     reporter = build_reporter(config, resolved, world, state, facts)
     return Trainer(

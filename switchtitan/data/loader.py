@@ -100,9 +100,10 @@ def build_validation_batches(
     own."""
     if num_sequences > len(sequences):
         logger.warning(
-            "requested %d validation sequences; using all %d of the held-out split",
-            num_sequences,
+            "the held-out split has %d of the %d sequences asked for by [evaluation] tokens or "
+            "test_tokens; using all of them",
             len(sequences),
+            num_sequences,
         )
     return ValidationBatches(
         sequences, min(num_sequences, len(sequences)), local_batch_size, rank, num_ranks

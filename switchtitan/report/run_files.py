@@ -1,6 +1,5 @@
 """Reads what a run left in its folder. What is missing or damaged is noted, not an error."""
 
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,12 +17,11 @@ from switchtitan.observability.curves import Curve, read_curves
 from switchtitan.observability.profile_report import SUMMARY_FILE
 from switchtitan.spectra.spectra_files import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.spectrum import Spectra
-from switchtitan.training.description import CONFIG_FILE
+from switchtitan.training.description import CONFIG_FILE, newest_config_file
 
 _MAX_FILE_BYTES = 1 << 24
 _MAX_VALUE_LENGTH = 300
 """Characters of a configuration's value that are shown."""
-_RESUMED_CONFIG = re.compile(r"config-from-step-(\d+)\.toml")
 _RECORD_HEADER = struct.Struct("<QI")
 """Of a record of an event file: length and checksum; the data and their checksum follow."""
 _CHECKSUM_BYTES = 4
@@ -195,12 +193,7 @@ def _has_continued(results: Results, curves: Mapping[str, Curve]) -> bool:
 
 def _read_config(folder: Path, notes: list[str]) -> dict[str, str]:
     """Reads the configuration of the run's last part, if it was resumed with another."""
-    resumed = {
-        int(match.group(1)): file
-        for file in folder.iterdir()
-        if (match := _RESUMED_CONFIG.fullmatch(file.name))
-    }
-    file = resumed[max(resumed)] if resumed else folder / CONFIG_FILE
+    file, step = newest_config_file(folder)
     if not file.exists():
         notes.append(f"no {CONFIG_FILE}: the configuration is not known")
         return {}
@@ -209,8 +202,8 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, str]:
     except (OSError, ValueError, ConfigError) as error:
         notes.append(f"{file.name} cannot be read: {error}")
         return {}
-    if resumed:
-        notes.append(f"the configuration is that from step {max(resumed)} on ({file.name})")
+    if step:
+        notes.append(f"the configuration is that from step {step} on ({file.name})")
     return {key: _shortened(toml_value(value)) for key, value in values.items()}
 
 

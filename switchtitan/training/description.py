@@ -1,6 +1,7 @@
 """The run's folder, and its description in the log, the results and the checkpoints."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -103,8 +104,13 @@ def describe_run(
     compute_dtype: ComputeDtype,
     checkpoint: Path | None,
     changes: list[str],
+    step: int,
 ) -> None:
-    """Logs the model, corpus, devices, dtype, starting point, and changes since the checkpoint."""
+    """Logs the model, corpus, devices, dtype, starting point, and changes since the checkpoint.
+
+    Args:
+        step: optimizer steps done before.
+    """
     counts = [
         f"{number / 1e6:.2f} M {kind}" for kind, number in count_parameters(model).items() if number
     ]
@@ -145,7 +151,8 @@ def describe_run(
             "are fastest with; multiples of 8 are",
             ", ".join(map(str, widths)),
         )
-    if config.compile.blocks or config.compile.loss or config.compile.optimizer:
+    compiles = config.compile.blocks or config.compile.loss or config.compile.optimizer
+    if compiles and step < config.training.steps:
         logger.info(
             "compiling: the first step takes a minute or more; later runs use the cache; "
             "speed and ETA are measured from the second step"
@@ -284,12 +291,33 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 CONFIG_FILE = "config.toml"
 """File in the output folder with the configuration that the run started with."""
+_RESUMED_CONFIG = re.compile(r"config-from-step-(\d+)\.toml")
+
+
+def newest_config_file(output_dir: Path) -> tuple[Path, int]:
+    """Returns the file with the configuration of a run's last part, and the step it is from."""
+    files = {0: output_dir / CONFIG_FILE}
+    for file in output_dir.iterdir():
+        if match := _RESUMED_CONFIG.fullmatch(file.name):
+            files[int(match.group(1))] = file
+    step = max(files)
+    return files[step], step
+
+
+def write_config(output_dir: Path, resolved: str, step: int) -> None:
+    """Writes the configuration that a run has from `step` on, if it is another than before."""
+    if step == 0:
+        write_atomically(output_dir / CONFIG_FILE, resolved)
+        return
+    newest, _ = newest_config_file(output_dir)
+    if not newest.is_file() or newest.read_text(encoding="utf-8") != resolved:
+        write_atomically(output_dir / f"config-from-step-{step}.toml", resolved)
 
 
 def start_output(config: JobConfig, resolved: str, world: World, state: TrainState) -> None:
     """Opens the run's log file and writes its configuration.
 
-    A resumed run writes its configuration next to the first one.
+    A resumed run writes its configuration next to the first one, if it is another.
 
     Raises:
         OutputError: on every rank, if that fails.
@@ -302,8 +330,7 @@ def start_output(config: JobConfig, resolved: str, world: World, state: TrainSta
         try:
             configure_logging(is_main=True, log_file=output_dir / "train.log")
             if state.step < config.training.steps:
-                name = f"config-from-step-{state.step}.toml" if state.step else CONFIG_FILE
-                write_atomically(output_dir / name, resolved)
+                write_config(output_dir, resolved, state.step)
         except OSError as error:
             raise OutputError(
                 f"[job] output_dir = {str(output_dir)!r}: cannot be written ({error}); free space, "

@@ -164,7 +164,8 @@ class Trainer:
             self._do_work_after_step()
         if state.step >= schedule.num_steps:
             logger.info(
-                "training already complete (%d/%d steps); increase [training] steps to continue",
+                "training already complete: step %d, and [training] steps = %d; increase steps to "
+                "continue",
                 state.step,
                 schedule.num_steps,
             )

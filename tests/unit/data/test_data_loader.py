@@ -144,7 +144,7 @@ def test_validation_can_be_iterated_again_and_warns_if_short(
     batches = build_validation_batches(
         sequences, num_sequences=10_000_000, local_batch_size=5, rank=0, num_ranks=1
     )
-    assert f"using all {len(sequences)}" in caplog.text
+    assert f"has {len(sequences)} of the " in caplog.text
     assert batches.num_sequences == len(sequences)
     first, again = next(iter(batches)), next(iter(batches))
     assert torch.equal(first.tokens, again.tokens)

@@ -23,8 +23,10 @@ from switchtitan.training.description import (
     crosses_nodes_needlessly,
     head_notice,
     keys_without_effect,
+    newest_config_file,
     run_identity,
     unaligned_widths,
+    write_config,
 )
 
 NEW_KEYS = ("candidates", "reset_moments")
@@ -313,3 +315,16 @@ def test_widths_that_are_not_aligned_are_found(
     model = build_plain_model(config)
     build_method(config).prepare_model(model)
     assert unaligned_widths(model) == expected
+
+
+def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
+    write_config(tmp_path, "lr = 1", 0)
+    write_config(tmp_path, "lr = 1", 3)
+    assert newest_config_file(tmp_path) == (tmp_path / "config.toml", 0)
+    write_config(tmp_path, "lr = 2", 5)
+    write_config(tmp_path, "lr = 2", 11)
+    assert newest_config_file(tmp_path) == (tmp_path / "config-from-step-5.toml", 5)
+    write_config(tmp_path, "lr = 1", 12)
+    newest, step = newest_config_file(tmp_path)
+    assert (newest.read_text(), step) == ("lr = 1", 12)
+    assert len([*tmp_path.iterdir()]) == 3
