@@ -116,6 +116,9 @@ class MethodConfig(NamedSection):
     optimizers: ClassVar[frozenset[str] | None] = None
     """Names of the optimizers that the method can train with; None for all."""
 
+    keeps_initial_weights: ClassVar[bool] = True
+    """Whether a run starts from exactly the weights that it is given, up to rounding."""
+
     def draws_in_forward(self) -> bool:
         """Return whether the replaced layers draw random numbers in training, such as dropout.
 
@@ -309,6 +312,10 @@ class LanguageModel(nn.Module, ABC):
 class Reparametrized(Protocol):
     """A module that replaces a plain layer and initializes its tensors from that layer's weight."""
 
+    def plain_shape(self) -> tuple[int, int]:
+        """Return the shape of the plain layer's weight, [out, in]."""
+        ...
+
     def initial_tensors(
         self,
         weight: Tensor,
@@ -318,7 +325,8 @@ class Reparametrized(Protocol):
         """Return fp32 values of its parameters and buffers, by local name.
 
         Args:
-            weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`.
+            weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`, or all
+                rows if the module has no parameter `weight`.
             generator_for: local name -> generator, the same on every rank.
             rows: local name -> the rows to return, of all parameters and buffers; by default all.
                 Those of `weight` are complete blocks of `distributed.initial_draws`.

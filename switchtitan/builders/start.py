@@ -67,6 +67,11 @@ def read_warm_start(config: JobConfig) -> tuple[TrainState, dict[str, Tensor] | 
 
     source, weights = read_initial_weights(Path(config.checkpoint.initial_weights), config.model)
     logger.info("initial weights: %s", source)
+    if not config.method.keeps_initial_weights:
+        logger.warning(
+            "[method] name = %r starts from an approximation of the initial weights",
+            config.method.name,
+        )
     return TrainState(initial_weights=str(source), initial_fingerprint=fingerprint(source)), weights
 
 

@@ -148,9 +148,13 @@ def materialize(
         ]
         held = {name: row_range(tensor) for name, tensor in own.items()}
         rows = dict(held)
+        shapes = {name: own[name].shape for name in plain}
         if isinstance(module, Reparametrized):
-            rows["weight"] = covering_blocks(own["weight"].shape, held["weight"])
-        values = {name: plain_rows(prefix + name, own[name].shape, rows[name]) for name in plain}
+            shapes["weight"] = torch.Size(module.plain_shape())
+            rows["weight"] = _rows_to_start_from(module, held)
+        values = {
+            name: plain_rows(prefix + name, shape, rows[name]) for name, shape in shapes.items()
+        }
         if isinstance(module, Reparametrized):
             values |= module.initial_tensors(
                 values["weight"], partial(_generator_for_local, seed, prefix), rows
@@ -159,6 +163,16 @@ def materialize(
             first = held[name].start - rows[name].start
             with torch.no_grad():
                 local(tensor).copy_(values[name][first : first + len(held[name])])
+
+
+def _rows_to_start_from(module: Reparametrized, held: Mapping[str, range]) -> range:
+    """Returns the rows of the plain weight that a module's initial tensors follow from.
+
+    Args:
+        held: the rows that this rank holds, of each tensor of the module.
+    """
+    shape = module.plain_shape()
+    return covering_blocks(shape, held["weight"]) if "weight" in held else range(shape[0])
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

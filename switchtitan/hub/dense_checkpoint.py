@@ -38,6 +38,7 @@ class DenseCheckpoint:
             metadata.step,
             metadata.identity_number("job", "seed"),
         )
+        self.method_name = self._method.config.name
         self._saved = SavedTensors(checkpoint, prefix="model.")
         trained = {name for name, _ in self.prepared_model().named_parameters()}
         on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}

@@ -36,8 +36,8 @@ class BaseWeights:
     def __init__(self, checkpoint: DenseCheckpoint) -> None:
         if not checkpoint.low_rank_updates():
             raise CheckpointError(
-                "--format peft: the run's method has no low-rank factors; export it without "
-                "--format"
+                f"--format peft: [method] name = {checkpoint.method_name!r} has no frozen weights "
+                "with a low-rank update; export it without --format"
             )
         self._checkpoint = checkpoint
         self.shapes: Mapping[str, tuple[int, ...]] = checkpoint.shapes

@@ -23,6 +23,7 @@ METHOD_KEYS = {
     "full_rank": "",
     "galore": "rank = 6\nupdate_interval = 7",
     "lora": "rank = 6",
+    "low_rank": "rank = 6",
     # Resets after 9, 18, 27 and 36 steps; step 20 is inside a learning rate warmup.
     "relora": "rank = 6\nreset_interval = 9\nrestart_warmup_steps = 4",
     # Every layer switches 6 / 5 vectors of each factor per step.

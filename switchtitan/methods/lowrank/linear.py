@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ from switchtitan.methods.lowrank.contraction import (
 GAIN = 1 / math.sqrt(3)
 """The gain of a leaky ReLU with slope sqrt(5), as in Kaiming-uniform initialization of linear
 layers."""
+
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+"""The class of the layers that replace linear ones."""
 
 
 class LayerShape(NamedTuple):
@@ -116,6 +120,10 @@ class LowRankLinear(nn.Module):
             out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
         return out if self.bias is None else out + self.bias
 
+    def plain_shape(self) -> tuple[int, int]:
+        """See `contracts.Reparametrized`."""
+        return self.out_features, self.in_features
+
     def initial_tensors(
         self,
         weight: Tensor,
@@ -165,8 +173,8 @@ def low_rank_layer_for(
 
 
 def replace_linears(
-    model: nn.Module, targets: Iterable[str], build: Callable[[str, nn.Linear], LowRankLinear]
-) -> dict[str, LowRankLinear]:
+    model: nn.Module, targets: Iterable[str], build: Callable[[str, nn.Linear], LayerT]
+) -> dict[str, LayerT]:
     """Replaces every `nn.Linear` whose local name is in `targets` by `build(name, linear)`.
 
     New layers are on the same device.
@@ -183,7 +191,7 @@ def replace_linears(
     }
     if problems := check_targets(targets, linears):
         raise ConfigError(problems[0])
-    replaced: dict[str, LowRankLinear] = {}
+    replaced: dict[str, LayerT] = {}
     for name, linear in linears.items():
         parent_name, _, local_name = name.rpartition(".")
         if local_name in targets:

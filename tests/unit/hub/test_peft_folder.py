@@ -89,13 +89,13 @@ def test_the_comparison_of_logits_finds_another_scale(
         verify_export(checkpoint, copy, torch.float32)
 
 
-@pytest.mark.parametrize("method", ["full_rank", "galore"])
-def test_a_method_without_factors_has_no_adapter(
+@pytest.mark.parametrize("method", ["full_rank", "galore", "low_rank"])
+def test_a_method_without_frozen_weights_has_no_adapter(
     corpora: Path, method: str, tmp_path: Path
 ) -> None:
     run_folder, _ = saved_run(corpora / f"export-peft-{method}", method)
     words = ("export", run_folder, "--folder", tmp_path / "out", "--format", "peft")
-    run(*words).check_refused("--format peft", "no low-rank factors")
+    run(*words).check_refused("--format peft", f"name = {method!r} has no frozen weights")
     assert not (tmp_path / "out").exists()
 
 

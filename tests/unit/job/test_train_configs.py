@@ -48,15 +48,14 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
         assert dims.num_kv_heads == dims.num_heads
     around = 2 * config.model.vocab_size * hidden + (2 * num_layers + 1) * hidden
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
-    # Only methods with factors have alpha.
-    if "alpha" not in method:
+    if method["name"] not in ("low_rank", "lora", "relora", "switchlora"):
         return {"trainable": around + dense, "frozen": 0, "buffers": 0}
     # Sum of out + in over the seven layers of all blocks. In each, min(out, in) is the hidden size.
     sides = num_layers * (4 * 2 * hidden + 3 * (hidden + wide))
     assert hidden <= wide
     return {
         "trainable": around + method["rank"] * sides,
-        "frozen": dense,
+        "frozen": 0 if method["name"] == "low_rank" else dense,
         "buffers": hidden * sides if method["name"] == "switchlora" else 0,
     }
 

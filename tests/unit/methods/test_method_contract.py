@@ -189,7 +189,19 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(tmp_path, trai
     assert (untrained - run.saved_logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("method", METHOD_KEYS)
+EXACT = [
+    method
+    for method in METHOD_KEYS
+    if METHODS[method.removesuffix(MINI)].config_type.keeps_initial_weights
+]
+"""Methods that start from exactly the weights that they are given."""
+
+
+def test_only_a_product_without_a_frozen_weight_approximates_initial_weights():
+    assert set(METHOD_KEYS) - set(EXACT) == {"low_rank"}
+
+
+@pytest.mark.parametrize("method", EXACT)
 def test_warm_start_computes_what_the_full_rank_checkpoint_does(corpora, trained, method):
     dense = trained("full_rank")
     warm = warm_started(corpora / f"contract-warm-{method}", method, dense.checkpoint)

@@ -1,0 +1,154 @@
+"""Low rank without a frozen weight: every adapted layer is a product B A."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from switchtitan.contracts import (
+    LanguageModel,
+    Method,
+    MethodConfig,
+    OptimizerConfig,
+    TrainingOptimizer,
+)
+from switchtitan.distributed.initial_draws import GeneratorFor
+from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
+from switchtitan.methods.lowrank.linear import replace_linears, take
+from switchtitan.methods.lowrank.method import FACTORS
+from switchtitan.methods.projected import is_right
+from switchtitan.methods.projected.singular_bases import leading_singular_vectors
+from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
+
+
+class LowRankProductConfig(MethodConfig):
+    """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. Initially, B A is
+    the best approximation of the plain layer's initial weight (arXiv 2105.01029), which every rank
+    decomposes on its CPU at the start. `[checkpoint] initial_weights` are approximated in the same
+    way. `[spectrum]` measures the difference from the weights that were approximated."""
+
+    name: Literal["low_rank"] = "low_rank"
+    """The method."""
+    keeps_initial_weights: ClassVar[bool] = False
+    rank: int = Field(ge=1)
+    """Number of vectors in each factor: at least 1, and below the smaller dimension of every
+    adapted layer."""
+    targets: Targets = ADAPTED_LINEARS
+    """Local names of the linear layers to factorize; by default all of attention and MLP. All other
+    parameters train at full rank."""
+
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return False
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """See `contracts.MethodConfig`."""
+        return check_rank(self.rank, self.targets, linear_shapes)
+
+
+class ProductLinear(nn.Module):
+    """y = x (B A)^T (+ bias).
+
+    Shapes: `lora_a` [rank, in], `lora_b` [rank, out]. B is stored transposed, as in
+    `lowrank.LowRankLinear`. Two products take the fewest operations of all ways to compute it, as
+    long as the factors have fewer elements than B A.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank = rank
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(torch.empty(rank, self.out_features))
+        self.bias = None if linear.bias is None else nn.Parameter(torch.empty(self.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
+
+    def plain_shape(self) -> tuple[int, int]:
+        """See `contracts.Reparametrized`."""
+        return self.out_features, self.in_features
+
+    def initial_tensors(
+        self,
+        weight: Tensor,
+        generator_for: GeneratorFor,
+        rows: Mapping[str, range] | None = None,
+    ) -> dict[str, Tensor]:
+        """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
+        factors = dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
+        rows = rows or {name: range(self.rank) for name in FACTORS}
+        return {name: take(factor, rows[name]) for name, factor in factors.items()}
+
+    def sharded_buffers(self) -> tuple[str, ...]:
+        """See `contracts.Reparametrized`."""
+        return ()
+
+    def host_buffers(self) -> tuple[str, ...]:
+        """See `contracts.Reparametrized`."""
+        return ()
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
+
+
+class LowRank(Method[LowRankProductConfig]):
+    """Linear layers become `ProductLinear`; all parameters train."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Replaces every targeted linear layer."""
+        replace_linears(
+            model, self.config.targets, lambda _, linear: ProductLinear(linear, self.config.rank)
+        )
+
+    def build_optimizer(
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
+        return OPTIMIZERS.build(config, self._trained_parameters(model), compile_step, self.seed)
+
+    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns B A for layers with factors, and all other tensors, in fp32."""
+        dense = super().dense_weights(tensors)
+        for name in tensors:
+            layer, _, local_name = name.rpartition(".")
+            if local_name == FACTORS[0]:
+                lora_a, lora_b = (dense.pop(f"{layer}.{factor}") for factor in FACTORS)
+                dense[f"{layer}.weight"] = lora_b.t() @ lora_a
+        return dense
+
+    def _trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
+        layers = [name for name, module in model.named_modules() if _is_product(module)]
+        factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
+        trained = trained_parameters(model, factors, model.blocks(), model.output_head())
+        transposed = {f"{name}.{FACTORS[1]}" for name in layers}
+        return [
+            entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained
+        ]
+
+
+def _is_product(module: nn.Module) -> bool:
+    return isinstance(module, ProductLinear)
+
+
+def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns factors whose product is the best approximation of a weight [out, in] by rank.
+
+    A = sqrt(S) V^T and B^T = sqrt(S) U^T with the leading `rank` singular values and vectors
+    ("spectral initialization", arXiv 2105.01029). Decomposed in fp64 on the weight's device.
+
+    Returns:
+        A [rank, in] and B transposed, [rank, out], in the dtype of the weight.
+    """
+    matrix = weight.to(torch.float64)
+    basis = leading_singular_vectors(matrix, rank)
+    # Rows are S U^T if the basis is V, otherwise S V^T.
+    scaled = (matrix @ basis).t() if is_right(matrix) else basis.t() @ matrix
+    roots = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).sqrt()
+    # A weight of a lower rank has singular values of zero.
+    of_basis, of_other = basis.t() * roots, scaled / roots.clamp(min=torch.finfo(roots.dtype).tiny)
+    lora_a, lora_b = (of_basis, of_other) if is_right(matrix) else (of_other, of_basis)
+    return lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()
