@@ -81,6 +81,10 @@ class ModelConfig(NamedSection):
         """
         return {}
 
+    def has_tied_head(self) -> bool:
+        """Return whether the head multiplies by the embedding's weight. Default: False."""
+        return False
+
     def on_any_machine(self) -> Self:
         """Return this section with kernels that need no special device or package.
 
@@ -147,6 +151,8 @@ class OptimizerConfig(NamedSection):
     """Whether `[compile] optimizer` can be set."""
     max_ranks: ClassVar[int | None] = None
     """Largest number of ranks that it supports; None for no limit."""
+    needs_head: ClassVar[bool] = False
+    """Whether it treats the head's weight apart, so that the head must not be tied."""
     package: ClassVar[str | None] = None
     """The package that it needs, which switchtitan's extra of the same name installs."""
     lr: float = Field(gt=0)

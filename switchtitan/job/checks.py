@@ -56,6 +56,7 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         check_method,
         check_method_length,
         partial(check_optimizer, num_ranks=num_ranks),
+        check_head,
         check_frozen_weights,
         check_evaluation,
         check_loss_spike,
@@ -198,6 +199,17 @@ def check_optimizer(
     if compile.optimizer and not optimizer.can_compile:
         problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
     return problems
+
+
+def check_head(model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
+    """An optimizer that treats the head apart needs one with a weight of its own."""
+    if not (optimizer.needs_head and model.has_tied_head()):
+        return []
+    return [
+        f"[optimizer] name = {toml_value(optimizer.name)}: treats the head's weight apart, and the "
+        "model's head is tied to the embedding; untie it (for LLaMA, [model] tied_head = false), "
+        "or choose another optimizer"
+    ]
 
 
 def check_frozen_weights(

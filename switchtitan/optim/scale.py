@@ -32,6 +32,7 @@ class ScaleConfig(AdamBetas):
     name: Literal["scale"] = "scale"
     """The optimizer."""
     can_compile: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = True
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the running mean of the head's gradients, in [0, 1)."""
     vector_lr: float | None = Field(default=None, gt=0)
@@ -63,9 +64,9 @@ class Scale:
         heads = [entry for entry in trained if entry.is_head and entry.parameter.ndim == 2]
         if not heads:
             raise ConfigError(
-                '[optimizer] name = "scale": keeps momentum for the head alone, and the model has '
-                "no head with a trained weight of its own; untie it (for LLaMA, [model] tied_head "
-                "= false), or choose another optimizer"
+                '[optimizer] name = "scale": keeps momentum for the head alone, and the model '
+                "names no head with a weight of its own (LanguageModel.output_head); choose "
+                "another optimizer"
             )
         self._config, self._lr_factor = config, 1.0
         matrices = [entry for entry in trained if entry.parameter.ndim == 2]

@@ -196,6 +196,10 @@ class LlamaFamilyConfig(ModelConfig):
         except ConfigError as error:
             return [str(error)]
 
+    def has_tied_head(self) -> bool:
+        """See `contracts.ModelConfig`."""
+        return self.tied_head
+
     def weight_copies(self) -> dict[str, str]:
         """See `contracts.ModelConfig`."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}

@@ -71,6 +71,12 @@ def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, opti
             1,
             r"galore.* cannot train with it; choose adamw, or .*full_rank, lora",
         ),
+        (
+            "full_rank",
+            (*overrides("scale"), "--model.tied_head", "true"),
+            1,
+            r'"scale": treats the head.* tied to the embedding; untie it',
+        ),
         ("apollo", overrides("muon"), 1, r"apollo.* cannot train with it"),
         ("relora", overrides("adafactor"), 1, r"relora.* cannot train with it"),
         ("switchlora", overrides("sgd"), 1, r"switchlora.* cannot train with it"),

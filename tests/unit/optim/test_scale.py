@@ -3,16 +3,15 @@
 import pytest
 import torch
 from support.scale_parameters import HEAD, SHAPES, TRANSPOSED, give_gradients, start, trained
-from support.tiny import tiny_config, tiny_trainer
+from support.tiny import tiny_config
 from torch import Tensor, nn
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
-from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim import OPTIMIZERS, trained_parameters
 from switchtitan.optim.scale import Scale, ScaleConfig
 
 CONFIG = ScaleConfig(
@@ -146,10 +145,18 @@ def test_methods_tell_which_parameters_are_the_head_and_stored_transposed(tmp_pa
         assert optimizer._over_rows == expected
 
 
-def test_a_tied_head_is_refused(corpora):
-    keys = ("--optimizer.name", "scale", "--model.tied_head", "true")
-    try:
-        with pytest.raises(ConfigError, match=r'"scale".*no head .* untie it'):
-            tiny_trainer(corpora / "scale-tied", "full_rank", *keys)
-    finally:
-        stop_world()
+def test_a_model_that_names_no_head_is_refused():
+    named = start()
+    headless = [entry._replace(is_head=False) for entry in trained(named)]
+    with pytest.raises(ConfigError, match=r'"scale".* names no head .*choose another optimizer'):
+        OPTIMIZERS.build(CONFIG, headless, False, 0)
+
+
+def test_a_tied_head_is_no_head(tmp_path):
+    config = tiny_config(tmp_path, "full_rank", "--model.tied_head", "true")
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    parameters = trained_parameters(model, (), model.blocks(), model.output_head())
+    assert not any(entry.is_head for entry in parameters)
+    (embedding,) = (entry for entry in parameters if entry.input_dim == 0)
+    assert embedding.name == "model.embed_tokens.weight"
