@@ -30,7 +30,7 @@ class TrainedModel:
     """The checkpoint, or the file or folder of weights."""
     config: ModelConfig
     tensors: dict[str, Tensor]
-    """Dense weights by the plain model's names."""
+    """Dense weights by the plain model's names. `load` takes them out."""
     metadata: CheckpointMetadata | None
     """Of the checkpoint; None for other weights."""
     found_config: dict[str, Any]
@@ -45,10 +45,15 @@ class TrainedModel:
         return given if isinstance(given, int) and given > 0 else None
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-        """Returns the plain model, unsharded, for passes without gradients."""
+        """Returns the plain model, unsharded, for passes without gradients.
+
+        Takes the weights out of `tensors`, one at a time, so that memory does not hold the model in
+        both dtypes.
+        """
         with torch.device("meta"):
             model = MODELS.build(self.config)
-        weights = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+        names = list(self.tensors)
+        weights = {name: self.tensors.pop(name).to(device, dtype) for name in names}
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -94,7 +99,7 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
 
     Args:
         given: a `tokenizer.json`, or a folder with one; by default that of the run's corpus, or the
-            one next to the weights.
+            one next to the weights, or next to those of an adapter's base.
 
     Raises:
         CorpusError: if there is none, or it cannot be read.
@@ -102,7 +107,9 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
     tokenizer = find_tokenizer(trained, given)
     if tokenizer is None:
         where = (
-            trained.source if trained.metadata is None else find_corpus(trained.metadata).absolute()
+            " or ".join(map(str, _folders_of(trained.source)))
+            if trained.metadata is None
+            else find_corpus(trained.metadata).absolute()
         )
         raise CorpusError(
             f"no tokenizer of {trained.source}: there is none in {where}; pass --tokenizer FILE, a "
@@ -129,8 +136,8 @@ def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
         folder = find_corpus(trained.metadata)
         index = trained_corpus(folder, trained.metadata)
         return None if index is None else read_tokenizer(folder, index.tokenizer.eos_token)
-    folder = trained.source if trained.source.is_dir() else trained.source.parent
-    return read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    found = _find_beside(trained.source, "tokenizer.json")
+    return None if found is None else read_tokenizer(found.parent)
 
 
 def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:
@@ -158,10 +165,23 @@ def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
 
 
 def _read_beside(trained: TrainedModel, name: str) -> dict[str, Any]:
-    if trained.metadata is not None:
-        return {}
-    folder = trained.source if trained.source.is_dir() else trained.source.parent
-    return _read_if_present(folder / name)
+    file = None if trained.metadata is not None else _find_beside(trained.source, name)
+    return {} if file is None else read_config(file)
+
+
+def _find_beside(source: Path, name: str) -> Path | None:
+    files = (folder / name for folder in _folders_of(source))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _folders_of(source: Path) -> list[Path]:
+    """Returns the folder of the weights, and of an adapter also that of its base.
+
+    PEFT does not copy the base's tokenizer.
+    """
+    if not source.is_dir():
+        return [source.parent]
+    return list(dict.fromkeys([source, folder_of_model(source)]))
 
 
 def _read_if_present(file: Path) -> dict[str, Any]:

@@ -153,6 +153,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, object] | None:
         compute_dtype = dtype_on(world.device, key, saved)
         shard_model(model, world.shard_mesh, compute_dtype.dtype, ParallelismConfig())
         materialize(model, world.device, 0, trained.tensors)
+        trained.tensors.clear()
         batches = _with_progress(held_out, world)
         loss = Evaluator(batches, CrossEntropy(compile_regions=False), world)(model)
         if not world.is_main:
