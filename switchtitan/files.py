@@ -128,6 +128,16 @@ def sync_file(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def sync_tree(folder: Path) -> None:
+    """Flush all files and folders in `folder` to disk, and itself."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root, name)
+            with file.open("rb") as stream, named_errors(file):
+                os.fsync(stream.fileno())
+        sync_folder(Path(root))
+
+
 def format_bytes(num_bytes: int) -> str:
     """Return a size with three digits in a fitting unit: 12 bytes, 1.5 KiB, 340 MiB, 2.04 GiB."""
     if num_bytes < 1024:

@@ -4,7 +4,6 @@ Writing changes neither names nor values.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
@@ -21,6 +20,7 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes
+from switchtitan.hub.new_folder import new_folder
 from switchtitan.hub.weight_files import check_shapes
 from switchtitan.progress import progress_bar
 
@@ -56,8 +56,8 @@ def export_dense(
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Writes to a partial folder and renames it when it is complete. Holds one weights file and one
-    layer in memory.
+    Writes to a partial folder and renames it when it is complete; see `new_folder`. Holds one
+    weights file and one layer in memory.
 
     Args:
         weights: all weights of the plain model.
@@ -74,6 +74,7 @@ def export_dense(
         CheckpointError: if the folder is not empty, names or shapes do not match the model, or
             transformers has no class for it.
         CorpusError: if the tokenizer cannot be read or has no token `eos_id`.
+        OutputError: if the folder cannot be written, or another process is writing it.
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
@@ -86,25 +87,13 @@ def export_dense(
         "the model to export",
         "Export the merged, dense weights.",
     )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"{folder} exists and is not empty; choose another folder or remove it first"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
+    with new_folder(folder) as partial:
         _write_json(partial / CONFIG_NAME, {**huggingface_config, **_stored_as(dtype, eos_id)})
         _write_json(partial / GENERATION_NAME, _generation_config(eos_id))
         if tokenizer_file is not None:
             _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
         _write_weights(weights, partial, dtype, max_shard_bytes)
         finish(partial)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
