@@ -10,7 +10,8 @@ import logging
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +20,14 @@ from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.data.corpus_files import TOKENIZER_FILE
-from switchtitan.errors import UserError, exit_for
+from switchtitan.errors import (
+    UserError,
+    exit_for,
+    exit_for_interrupt,
+    interrupt_on_sigterm,
+)
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.export_folder import MAX_SHARD_BYTES, export_dense
+from switchtitan.hub.export_folder import MAX_SHARD_BYTES, DenseWeights, export_dense
 from switchtitan.hub.model_card import write_model_card
 from switchtitan.hub.peft_folder import BASE_FOLDER, BaseWeights, write_adapter
 from switchtitan.hub.verify_export import verify_export
@@ -34,26 +40,42 @@ _ADAPTER_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class Target:
+    """What to write, and where."""
+
+    folder: Path
+    """Absent or empty."""
+    dtype: torch.dtype = torch.float32
+    """Of the stored weights."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Maximum size of a weights file."""
+    verify: Callable[[DenseCheckpoint, Path, torch.dtype], float] | None = verify_export
+    """Compares the logits before the folder gets its name; returns their relative error."""
+    command: str = "switchtitan export"
+    """For the model card."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Exports the given checkpoint and prints a summary."""
     options = read_options(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    interrupt_on_sigterm()
     try:
         checkpoint = find_given(options.checkpoint)
-        folder = options.folder or export_folder(checkpoint)
-        print(
-            export(
-                checkpoint,
-                folder,
-                getattr(torch, options.dtype),
-                options.max_shard_size,
-                is_adapter=options.format == "peft",
-                is_verified=not options.no_verify,
-                command=shlex.join(["switchtitan", "export", *argv]),
-            )
+        target = Target(
+            options.folder or export_folder(checkpoint),
+            getattr(torch, options.dtype),
+            options.max_shard_size,
+            None if options.no_verify else verify_export,
+            shlex.join(["switchtitan", "export", *argv]),
         )
+        export = export_adapter if options.format == "peft" else export_merged
+        print(export(checkpoint, target))
     except UserError as error:
         exit_for(error)
+    except KeyboardInterrupt as stop:
+        exit_for_interrupt(stop, "interrupted; run the same command to export")
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,67 +150,79 @@ def export_folder(checkpoint: Path) -> Path:
     )
 
 
-def export(
-    checkpoint: Path,
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    is_adapter: bool = False,
-    is_verified: bool = True,
-    command: str = "switchtitan export",
-) -> str:
-    """Writes `checkpoint` to `folder` and returns a summary.
-
-    Args:
-        max_shard_bytes: maximum size of a weights file.
-        is_adapter: whether to write a PEFT adapter and its base model.
-        is_verified: whether to compare the logits before the folder gets its name.
-        command: for the model card.
+def export_merged(checkpoint: Path, target: Target) -> str:
+    """Writes a checkpoint's merged weights and returns a summary.
 
     Raises:
         CheckpointError: if the checkpoint is corrupted, transformers has no class for its model,
-            `folder` is not empty, or its logits differ.
+            the folder is not empty, or its logits differ.
         CorpusError: if the corpus folder exists but is damaged or holds another corpus.
+        OutputError: if the folder cannot be written, or another process is writing it.
     """
+    weights = DenseCheckpoint(checkpoint)
+    described = ("merged in float32", _DENSE_FILES)
+    return _export(checkpoint, weights, weights, target, lambda partial: None, *described)
+
+
+def export_adapter(checkpoint: Path, target: Target) -> str:
+    """Writes a PEFT adapter and its base model, and returns a summary.
+
+    Raises:
+        CheckpointError: as `export_merged`, and if the checkpoint has no low-rank factors.
+        CorpusError: as `export_merged`.
+        OutputError: as `export_merged`.
+    """
+    weights = DenseCheckpoint(checkpoint)
+
+    def add_adapter(partial: Path) -> None:
+        _move_into_base(partial)
+        write_adapter(weights, partial, target.folder.resolve() / BASE_FOLDER, target.dtype)
+
+    described = ("an adapter and its base", _ADAPTER_FILES)
+    return _export(checkpoint, weights, BaseWeights(weights), target, add_adapter, *described)
+
+
+def _export(
+    checkpoint: Path,
+    weights: DenseCheckpoint,
+    stored: DenseWeights,
+    target: Target,
+    add_files: Callable[[Path], None],
+    form: str,
+    card: str,
+) -> str:
     metadata = read_metadata(checkpoint)
     corpus_folder = find_corpus(metadata)
     index = trained_corpus(corpus_folder, metadata)
-    weights = DenseCheckpoint(checkpoint)
     error: float | None = None
 
     def finish(partial: Path) -> None:
         nonlocal error
-        files = _DENSE_FILES
-        if is_adapter:
-            files = _ADAPTER_FILES
-            _move_into_base(partial)
-            write_adapter(weights, partial, folder.resolve() / BASE_FOLDER, dtype)
-        if is_verified:
-            error = verify_export(weights, partial, dtype)
-        write_model_card(metadata, partial, command, files)
+        add_files(partial)
+        if target.verify is not None:
+            error = target.verify(weights, partial, target.dtype)
+        write_model_card(metadata, partial, target.command, card)
 
     export_dense(
-        BaseWeights(weights) if is_adapter else weights,
+        stored,
         weights.config,
-        folder,
-        dtype,
+        target.folder,
+        target.dtype,
         seq_len=metadata.identity_number("data", "seq_len"),
         tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
         eos_id=index.tokenizer.eos_id if index else None,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=target.max_shard_bytes,
         finish=finish,
     )
     tokenizer = (
         f"that of {corpus_folder}" if index else f"none: the run's corpus is not at {corpus_folder}"
     )
-    stored = str(dtype).removeprefix("torch.")
-    form = "an adapter and its base" if is_adapter else "merged in float32"
     compared = "not compared" if error is None else f"as the checkpoint's, up to {error:.1e}"
     return "\n".join(
         [
             f"checkpoint  {checkpoint}",
-            f"folder      {folder}",
-            f"weights     {stored}, {form}",
+            f"folder      {target.folder}",
+            f"weights     {str(target.dtype).removeprefix('torch.')}, {form}",
             f"tokenizer   {tokenizer}",
             f"logits      {compared}",
         ]

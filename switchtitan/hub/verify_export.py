@@ -1,6 +1,7 @@
 """Compare the logits of an exported folder with those of its checkpoint, one block at a time."""
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -126,7 +127,11 @@ def _reader_of_merged(checkpoint: DenseCheckpoint, dtype: torch.dtype) -> ReadTe
     """Reads the merged weights, rounded to `dtype`."""
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: value.to(dtype).float() for name, value in checkpoint.read(names).items()}
+        values: dict[str, Tensor] = {}
+        for _, group in groupby(names, module_of):
+            read_values = checkpoint.read(group)
+            values.update((name, value.to(dtype).float()) for name, value in read_values.items())
+        return values
 
     return read
 
@@ -136,15 +141,17 @@ def _reader_of_adapted(checkpoint: DenseCheckpoint, dtype: torch.dtype) -> ReadT
     updates = checkpoint.low_rank_updates()
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        values = {}
-        for name, value in checkpoint.read_base(names).items():
-            values[name] = value.to(dtype).float()
-            if (layer := module_of(name)) in updates and name == f"{layer}.weight":
+        values: dict[str, Tensor] = {}
+        for layer, group in groupby(names, module_of):
+            read_values = checkpoint.read_base(group)
+            values.update((name, value.to(dtype).float()) for name, value in read_values.items())
+            if layer in updates:
                 update = checkpoint.read_low_rank_update(layer)
                 lora_a, lora_b = (
                     factor.to(dtype).float() for factor in (update.lora_a, update.lora_b)
                 )
-                values[name] = values[name] + update.scale * (lora_b.t() @ lora_a)
+                weight = f"{layer}.weight"
+                values[weight] = values[weight] + update.scale * (lora_b.t() @ lora_a)
         return values
 
     return read

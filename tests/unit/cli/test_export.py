@@ -3,6 +3,9 @@
 import importlib
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import rewrite_metadata
+from support.commands import run
 from support.trained import train_and_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,3 +133,47 @@ def test_one_checkpoint_is_given_by_position_or_by_name(
         script.read_options(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def saved(corpora: Path) -> Path:
+    logits_of_a_saved_run(corpora / "export-stopped", "switchlora")
+    return corpora / "export-stopped" / "run"
+
+
+@pytest.mark.parametrize("place", ["file/x", "/proc/x"])
+def test_a_folder_that_cannot_be_written_is_one_message(
+    saved: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    run("export", saved, "--folder", tmp_path / place).check_refused(place, "cannot be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+_EXPORT_AND_STOP = """
+import os, sys
+from switchtitan.cli import export, main
+
+signal_number = int(sys.argv.pop())
+if signal_number:
+    export.write_model_card = lambda *args: os.kill(os.getpid(), signal_number)
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (0, 0)]
+)
+def test_a_stopped_export_is_one_line_and_leaves_nothing(
+    saved: Path, tmp_path: Path, signal_number: int, status: int
+) -> None:
+    words = ["export", str(saved), "--folder", str(tmp_path / "out"), str(int(signal_number))]
+    ended = subprocess.run(
+        [sys.executable, "-c", _EXPORT_AND_STOP, *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    # The control is an export without a signal.
+    interrupted = "interrupted; run the same command to export" in ended.stderr
+    assert interrupted == bool(signal_number)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if signal_number else ["out"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.cli import export
+from switchtitan.cli.export import Target
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -33,7 +34,7 @@ def saved(corpora: Path) -> Path:
 def test_exports_compute_the_logits_of_their_checkpoint(
     saved: Path, tmp_path: Path, dtype: torch.dtype, least: float, most: float
 ) -> None:
-    export.export(saved, tmp_path / "out", dtype, max_shard_bytes=20_000, is_verified=False)
+    export.export_merged(saved, Target(tmp_path / "out", dtype, 20_000, verify=None))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert least <= verify_export(DenseCheckpoint(saved), tmp_path / "out", dtype) < most
 
@@ -44,7 +45,7 @@ def test_another_model_is_found(
     saved: Path, tmp_path: Path, damage: str, dtype: torch.dtype
 ) -> None:
     out = tmp_path / "out"
-    export.export(saved, out, dtype, is_verified=False)
+    export.export_merged(saved, Target(out, dtype, verify=None))
     if damage == "weight":
         damage_weights(out / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
     else:
@@ -76,7 +77,7 @@ def test_another_adapter_is_found(
     saved: Path, tmp_path: Path, file: str, name: str, dtype: torch.dtype
 ) -> None:
     out = tmp_path / "out"
-    export.export(saved, out, dtype, is_adapter=True, is_verified=False)
+    export.export_adapter(saved, Target(out, dtype, verify=None))
     assert verify_export(DenseCheckpoint(saved), out, dtype) < 2e-2
     damage_weights(out / file, name)
     with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
@@ -93,7 +94,7 @@ def test_an_export_with_other_logits_is_not_kept(
     read = DenseCheckpoint.read
     monkeypatch.setattr(DenseCheckpoint, "read", read_wrongly)
     with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
-        export.export(saved, tmp_path / "out", dtype)
+        export.export_merged(saved, Target(tmp_path / "out", dtype))
     assert list(tmp_path.iterdir()) == []
 
 
