@@ -1,12 +1,14 @@
 """A trained model as the lm-evaluation-harness calls it. Needs the package lm-eval."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,6 +50,7 @@ class HarnessModel(TemplateLM):
         self._max_length = max_length
         self._batch_size = batch_size
         self._device = device
+        self._samplers: dict[Sampling, Sampler] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -81,11 +84,27 @@ class HarnessModel(TemplateLM):
         return [sum(score for score, _ in islice(scores, count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the continuation of each text, up to a string in `until`."""
-        return [
-            self._continue(*request.args)
-            for request in tqdm(requests, desc="continuing texts", disable=disable_tqdm or None)
-        ]
+        """Returns the continuation of each text, up to a string in `until`.
+
+        Texts are drawn with one generator for all calls: a repeated request gets another text, and
+        the same calls of another `HarnessModel` the same ones."""
+        texts = [""] * len(requests)
+        prompts = [self._prompt(*request.args) for request in requests]
+        groups: dict[tuple[Sampling, int], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault((prompt.sampling, prompt.num_tokens), []).append(index)
+        with tqdm(
+            total=len(requests), desc="continuing texts", disable=disable_tqdm or None
+        ) as progress:
+            for group in groups.values():
+                # Long ones first, as in `_score`.
+                group.sort(key=lambda index: -len(prompts[index].ids))
+                for indices in _in_groups(group, self._batch_size):
+                    batch = self._continue([prompts[index] for index in indices])
+                    for index, text in zip(indices, batch, strict=True):
+                        texts[index] = text
+                    progress.update(len(indices))
+        return texts
 
     def _loglikelihood_tokens(
         self,
@@ -146,32 +165,74 @@ class HarnessModel(TemplateLM):
         for own, hits in zip(chances.split(sizes), is_largest.split(sizes), strict=True):
             yield own.double().sum().item(), bool(hits.all())
 
-    def _continue(self, context: str, settings: dict[str, Any]) -> str:
+    def _prompt(self, context: str, settings: dict[str, Any]) -> "_Prompt":
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         num_tokens = min(
             int(settings.get("max_gen_toks", DEFAULT_NEW_TOKENS)), self._max_length - 1
         )
-        prompt = self.tok_encode(context)[-(self._max_length - num_tokens) :]
-        prompt = prompt or [self.eot_token_id]
+        ids = self.tok_encode(context)[-(self._max_length - num_tokens) :]
         is_drawn = settings.get("do_sample", False)
         sampling = Sampling(
             temperature=float(settings.get("temperature", 1.0)) if is_drawn else 0.0,
             top_k=settings.get("top_k"),
             top_p=settings.get("top_p"),
         )
-        stream = TextStream(self._tokenizer, prompt)
-        text = ""
-        for (token,) in continuations(
-            self._model, [prompt], Sampler(sampling), num_tokens, self._device
-        ):
-            if token in self._stops:
+        ends = [end for end in until if end]
+        return _Prompt(ids or [self.eot_token_id], ends, num_tokens, sampling)
+
+    def _continue(self, prompts: Sequence["_Prompt"]) -> list[str]:
+        """Returns the continuations of prompts with one sampling and number of tokens."""
+        sampling, num_tokens = prompts[0].sampling, prompts[0].num_tokens
+        sampler = self._samplers.setdefault(sampling, Sampler(sampling))
+        answers = [_Answer(self._tokenizer, prompt, self._stops) for prompt in prompts]
+        ids = [prompt.ids for prompt in prompts]
+        for tokens in continuations(self._model, ids, sampler, num_tokens, self._device):
+            for answer, token in zip(answers, tokens, strict=True):
+                answer.add(token)
+            if all(answer.is_complete for answer in answers):
                 break
-            text += stream.add(token)
-            if any(end and end in text for end in until):
-                break
-        text += stream.rest()
-        ends = [text.index(end) for end in until if end and end in text]
+        return [answer.text() for answer in answers]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A text to continue."""
+
+    ids: list[int]
+    ends: list[str]
+    """Strings that end the continuation."""
+    num_tokens: int
+    """The most new tokens."""
+    sampling: Sampling
+
+
+class _Answer:
+    """The continuation of one prompt, which grows by a token at a time until it is complete.
+
+    Args:
+        stops: tokens that complete it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: _Prompt, stops: frozenset[int]) -> None:
+        self.is_complete = False
+        self._stream = TextStream(tokenizer, prompt.ids)
+        self._ends = prompt.ends
+        self._stops = stops
+        self._text = ""
+
+    def add(self, token: int) -> None:
+        """Appends a token, unless the continuation is complete."""
+        if self.is_complete or token in self._stops:
+            self.is_complete = True
+            return
+        self._text += self._stream.add(token)
+        self.is_complete = any(end in self._text for end in self._ends)
+
+    def text(self) -> str:
+        """Returns the text before the first of the strings that end it."""
+        text = self._text + self._stream.rest()
+        ends = [text.index(end) for end in self._ends if end in text]
         return text[: min(ends)] if ends else text
 
 
