@@ -86,13 +86,16 @@ def summary(corpus: Corpus) -> str:
     lines = [
         f"folder       {corpus.folder}",
         f"source       {corpus.description}",
+        *([] if index.revision is None else [f"revision     {index.revision}"]),
         f"tokenizer    {corpus.vocab_size:,} tokens, documents end in {index.tokenizer.eos_token}",
     ]
     for split, shards in index.splits.items():
         num_bytes = sum(shard.bytes_of_text for shard in shards)
+        # Sources of token ids have none.
+        text = f", {num_bytes / 1e6:,.1f} MB of text" if num_bytes else ""
         lines.append(
             f"{split:<12} {index.num_tokens(split):,} tokens, {index.num_documents(split):,} "
-            f"documents, {num_bytes / 1e6:,.1f} MB of text{_cut(index, split)}"
+            f"documents{text}{_cut(index, split)}"
         )
     lines.append(f"fingerprint  {corpus.fingerprint} (all checksums match)")
     return "\n".join(lines)

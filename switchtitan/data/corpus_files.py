@@ -76,6 +76,8 @@ class CorpusIndex(_Record):
     document_caps: dict[str, _Count] = Field(default_factory=dict)
     """Held-out splits with documents that were cut: the most tokens of one document, its end
     included."""
+    revision: str | None = None
+    """The commit of a dataset on the Hugging Face hub; None for other sources."""
     fingerprint: str
     versions: dict[str, str]
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +46,7 @@ from switchtitan.data.segments import (
     token_batches,
     write_segment,
 )
-from switchtitan.data.sources import DATASETS, TokenizedSource
+from switchtitan.data.sources import DATASETS, HubDataset, TokenizedSource
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -132,17 +133,36 @@ def _check_splits(plan: CorpusPlan) -> None:
             )
 
 
+def _pinned(progress: Progress, plan: CorpusPlan) -> tuple[Progress, CorpusPlan]:
+    """Returns a plan that reads one commit of a dataset on the hub: the one of `progress`, or the
+    newest one, which `progress` then has.
+
+    Raises:
+        CorpusError: if the hub does not answer.
+    """
+    source = plan.source
+    if not isinstance(source, HubDataset):
+        return progress, plan
+    revision = progress.revision or source.newest_revision()
+    if revision is None:
+        return progress, plan
+    logger.info("reading commit %s of the dataset", revision)
+    pinned = replace(plan, source=source.at_revision(revision))
+    return progress.model_copy(update={"revision": revision}), pinned
+
+
 class _Preparation:
     """One preparation of one corpus, new or resumed."""
 
     def __init__(self, plan: CorpusPlan, show_progress: bool, segment_tokens: int) -> None:
-        self._plan = plan
-        self._config = plan.config
-        self._source = plan.source
         self._partial = plan.folder.with_name(plan.folder.name + ".partial")
         self._show_progress = show_progress
         self._segment_tokens = segment_tokens
         self._num_reported = 0
+        self._progress, plan = _pinned(self._read_progress(), plan)
+        self._plan = plan
+        self._config = plan.config
+        self._source = plan.source
         self._limits = Limits(plan.max_documents, self._config.max_bytes)
         self._streams: tuple[str | None, ...] = self._source.splits or (None,)
         _check_splits(plan)
@@ -153,7 +173,7 @@ class _Preparation:
     def run(self, model_vocab_size: int | None) -> None:
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
         self._mention_uncut_corpus()
-        progress = self._read_progress()
+        progress = self._progress
         tokenizer = self._tokenizer(progress)
         if model_vocab_size is not None:
             check_vocabulary(
@@ -161,6 +181,8 @@ class _Preparation:
                 model_vocab_size,
                 f"the tokenizer ([data] tokenizer = {self._config.tokenizer!r})",
             )
+        if isinstance(self._source, TokenizedSource):
+            self._source = self._source.for_vocabulary(tokenizer.vocab_size)
         self._partial.mkdir(parents=True, exist_ok=True)
         if progress.eos_token is None:
             with explained_write_errors(self._partial):
@@ -230,11 +252,12 @@ class _Preparation:
                 break
             progress = after
             self._write_progress(progress)
+            is_text = not isinstance(source, TokenizedSource)
             logger.info(
-                "finished segment %d: %d documents, %.1f MB of text so far",
+                "finished segment %d: %d documents%s so far",
                 progress.segments,
                 progress.documents,
-                progress.bytes_of_text / 1e6,
+                f", {progress.bytes_of_text / 1e6:.1f} MB of text" if is_text else "",
             )
         progress = progress.model_copy(
             update={
@@ -400,6 +423,7 @@ class _Preparation:
             splits=splits,
             skipped_records=progress.skipped,
             document_caps=caps,
+            revision=progress.revision,
             fingerprint=fingerprint_of(tokenizer_sha256, dtype, splits),
             versions={
                 "switchtitan": __version__,
@@ -409,7 +433,8 @@ class _Preparation:
             },
         )
         # Earlier versions read an index without newer keys.
-        unused = {key for key in ("skipped_records", "document_caps") if not getattr(index, key)}
+        newer = ("skipped_records", "document_caps", "revision")
+        unused = {key for key in newer if not getattr(index, key)}
         contents = index.model_dump_json(indent=2, exclude=unused)
         with explained_write_errors(self._partial.parent):
             write_index(self._partial, contents)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from switchtitan.data.corpus_files import ShardRecord
 from switchtitan.data.sources import BadRecord, DocumentStream, TokenDocument, TokenStream
-from switchtitan.data.sources.tokenized import FIX_TOKENIZER
+from switchtitan.data.sources.tokenized import FIX_TOKENIZER, NO_TOKEN
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 from switchtitan.files import format_bytes
@@ -50,6 +50,8 @@ class Progress(BaseModel):
     """Bytes of those documents."""
     skipped: int = 0
     """Malformed records that were left out of all streams."""
+    revision: str | None = None
+    """The commit of a dataset on the hub; None for other sources."""
     segments: int = 0
     """Finished segments of all streams."""
     splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
@@ -163,6 +165,8 @@ def _bad_ids(document: TokenDocument, vocab_size: int | None) -> BadRecord | Non
     low, high = int(document.ids.min()), int(document.ids.max())
     if 0 <= low <= high < vocab_size:
         return None
+    if low == NO_TOKEN:
+        return BadRecord(f"{document.where}: a token is missing (null)", "fix the dataset")
     return BadRecord(
         f"{document.where}: holds the token {low if low < 0 else high}, but the tokenizer has "
         f"{vocab_size:,}",

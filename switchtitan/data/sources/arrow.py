@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from switchtitan.data.sources.dataset import BadRecord, Position, Source, SourceKeys
 from switchtitan.data.sources.files import text_of_value
 from switchtitan.data.sources.tokenized import (
+    FIX_TOKENIZER,
+    NO_TOKEN,
     FlatStream,
     FlatTokens,
     TokenDocument,
@@ -224,7 +226,10 @@ class ArrowTokenSource(TokenizedSource):
             first_row = first // length
             rows = self._tables.rows(split, first_row, -(-end // length), [IDS_COLUMN])
             ids = rows.column(0).combine_chunks()
-            values = ids.flatten().to_numpy(zero_copy_only=False)
+            tokens = ids.flatten()
+            if tokens.null_count:
+                tokens = tokens.cast("int64").fill_null(NO_TOKEN)
+            values = tokens.to_numpy(zero_copy_only=False)
             if len(values) != length * len(ids) or ids.null_count:
                 raise CorpusError(
                     f"{where}, rows {first_row + 1:,} ff.: expected {length} tokens in each row, "
@@ -232,7 +237,9 @@ class ArrowTokenSource(TokenizedSource):
                 )
             return values[first - first_row * length : end - first_row * length]
 
-        return FlatTokens(where, self._tables.num_rows(split) * length, read)
+        fix = f"{FIX_TOKENIZER}, or add a column {MASK_COLUMN!r} if each row is a document"
+        name = f"{where}, rows of {length} tokens without {MASK_COLUMN!r}, which are joined"
+        return FlatTokens(name, self._tables.num_rows(split) * length, read, fix)
 
 
 def _document(row: dict[str, Any], where: str, eos_id: int) -> TokenDocument | BadRecord:

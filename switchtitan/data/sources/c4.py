@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from switchtitan.data.sources.arrow import arrow_source
-from switchtitan.data.sources.dataset import Position, Source, SourceKeys
-from switchtitan.data.sources.hub import HubStream
+from switchtitan.data.sources.dataset import HubDataset, Position, Source, SourceKeys
+from switchtitan.data.sources.hub import HubStream, newest_commit
 from switchtitan.data.sources.tokenized import TokenizedSource
 from switchtitan.errors import CorpusError
 from switchtitan.files import exists
@@ -14,11 +14,12 @@ HUB_NAME = "allenai/c4"
 DATA_FILES = {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*.json.gz"}
 
 
-class C4Source:
+class C4Source(HubDataset):
     """C4's own train and validation splits.
 
     Args:
         path: a local copy of the hub's folder; None streams from the hub.
+        revision: the commit to read from the hub; None for the newest one.
 
     Raises:
         CorpusError: if the local copy lacks files.
@@ -27,8 +28,9 @@ class C4Source:
     splits: tuple[str, ...] = ("train", "validation")
     num_bytes: int | None = None
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, revision: str | None = None) -> None:
         self._path = path
+        self._revision = revision
         if path is not None:
             for pattern in DATA_FILES.values():
                 if not any(path.glob(pattern)):
@@ -57,16 +59,37 @@ class C4Source:
 
         where = str(self._path or HUB_NAME)
         try:
-            dataset = load_dataset(where, data_files=DATA_FILES, split=split, streaming=True)
+            dataset = load_dataset(
+                where,
+                data_files=DATA_FILES,
+                split=split,
+                streaming=True,
+                revision=self._revision,
+            )
             dataset = dataset.select_columns(["text"])
             if position is not None:
                 dataset.load_state_dict(position)
             return HubStream(dataset, where, "text")
         except Exception as error:  # See HubStream.
-            raise CorpusError(
-                f"{where}: C4 cannot be opened ({type(error).__name__}: {error}); check the "
-                "connection, or set [data] path to a local copy"
-            ) from error
+            raise _cannot_open(where, error) from error
+
+    def newest_revision(self) -> str | None:
+        if self._path is not None:
+            return None
+        try:
+            return newest_commit(HUB_NAME)
+        except Exception as error:  # See HubStream.
+            raise _cannot_open(HUB_NAME, error) from error
+
+    def at_revision(self, revision: str) -> "C4Source":
+        return C4Source(self._path, revision)
+
+
+def _cannot_open(where: str, error: Exception) -> CorpusError:
+    return CorpusError(
+        f"{where}: C4 cannot be opened ({type(error).__name__}: {error}); check the connection, or "
+        "set [data] path to a local copy"
+    )
 
 
 def c4_source(keys: SourceKeys) -> C4Source:

@@ -1,5 +1,6 @@
 """The interface of corpus sources: documents in a fixed order, from any position reached before."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,22 @@ class Source(Protocol):
         """Opens one of `splits`, or all documents if there are none, at the start or at
         `position`."""
         ...
+
+
+class HubDataset(ABC):
+    """A source on the Hugging Face hub, whose documents may change with a commit."""
+
+    @abstractmethod
+    def newest_revision(self) -> str | None:
+        """Asks the hub for the newest commit; None for a local copy.
+
+        Raises:
+            CorpusError: if the hub does not answer.
+        """
+
+    @abstractmethod
+    def at_revision(self, revision: str) -> "Source":
+        """Returns the source as of a commit."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchtitan.data.sources.dataset import BadRecord, Position, SourceKeys
+from switchtitan.data.sources.dataset import BadRecord, HubDataset, Position, SourceKeys
 from switchtitan.errors import CorpusError, abbreviate
 
 if TYPE_CHECKING:
@@ -55,17 +56,21 @@ class HubStream:
         return dict(self._dataset.state_dict())
 
 
-class HubSource:
+class HubSource(HubDataset):
     """A dataset by name.
 
     `hub_split` is the split to read, of which documents are held out. By default, "train" is read,
     and "validation" is the validation split if the dataset has one.
+
+    Args:
+        revision: the commit to read; None for the newest one.
     """
 
     num_bytes: int | None = None
 
-    def __init__(self, keys: SourceKeys) -> None:
+    def __init__(self, keys: SourceKeys, revision: str | None = None) -> None:
         self._keys = keys
+        self._revision = revision
         self._name = str(keys.needed_path())
         self._column = keys.text_column or "text"
 
@@ -82,7 +87,9 @@ class HubSource:
         from datasets import get_dataset_split_names
 
         try:
-            names = get_dataset_split_names(self._name, self._keys.hub_config)
+            names = get_dataset_split_names(
+                self._name, self._keys.hub_config, revision=self._revision
+            )
         except Exception as error:  # see HubStream
             raise self._cannot_open(error) from error
         if "train" not in names:
@@ -106,12 +113,29 @@ class HubSource:
 
         split = split or self._keys.hub_split or "train"
         try:
-            dataset = load_dataset(self._name, self._keys.hub_config, split=split, streaming=True)
+            dataset = load_dataset(
+                self._name,
+                self._keys.hub_config,
+                split=split,
+                streaming=True,
+                revision=self._revision,
+            )
             if position is not None:
                 dataset.load_state_dict(position)
             return HubStream(dataset, f"{self._name}, {split}", self._column)
         except Exception as error:  # see HubStream
             raise self._cannot_open(error) from error
+
+    def newest_revision(self) -> str | None:
+        if Path(self._name).is_dir():
+            return None
+        try:
+            return newest_commit(self._name)
+        except Exception as error:  # see HubStream
+            raise self._cannot_open(error) from error
+
+    def at_revision(self, revision: str) -> "HubSource":
+        return HubSource(self._keys, revision)
 
     def _cannot_open(self, error: Exception) -> CorpusError:
         return CorpusError(
@@ -119,6 +143,14 @@ class HubSource:
             "expected the name of a dataset on the Hugging Face hub, or a folder with its files; "
             "check hub_config, hub_split and the connection"
         )
+
+
+def newest_commit(name: str) -> str | None:
+    """Asks the hub for the newest commit of a dataset. Raises the errors of the hub's client."""
+    from huggingface_hub import HfApi
+
+    commit: str | None = HfApi().dataset_info(name).sha
+    return commit
 
 
 def hub_source(keys: SourceKeys) -> HubSource:

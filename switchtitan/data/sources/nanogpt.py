@@ -1,7 +1,9 @@
-"""Token files in nanoGPT's layout: little-endian uint16, no header."""
+"""Token files in nanoGPT's layout: little-endian uint16 or uint32, no header."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +18,15 @@ from switchtitan.data.sources.tokenized import (
 )
 from switchtitan.errors import CorpusError
 
+_MAX_UINT16_TOKENS = 1 << 16
 _LLM_C_MAGIC = 20240520
 """First number of llm.c's token files, which have a header."""
 
 
 class NanoGptSource(TokenizedSource):
     """`train.bin` and `val.bin` in a folder, which are its own splits, or other `*.bin` files.
+
+    They hold uint16; with a tokenizer of more than 65 536 tokens, uint32.
 
     Args:
         path: the folder, or one file.
@@ -32,6 +37,7 @@ class NanoGptSource(TokenizedSource):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._dtype: np.dtype[Any] = np.dtype("<u2")
         names = {"train": path / "train.bin", "validation": path / "val.bin"}
         self._files: dict[str | None, list[Path]]
         if all(file.is_file() for file in names.values()):
@@ -49,10 +55,25 @@ class NanoGptSource(TokenizedSource):
         root = self._path if self._path.is_dir() else self._path.parent
         return {"kind": "nanogpt", "files": file_identity(root, self._all_files())}
 
+    def for_vocabulary(self, vocab_size: int) -> "NanoGptSource":
+        if vocab_size <= _MAX_UINT16_TOKENS:
+            return self
+        source = copy.copy(self)
+        source._dtype = np.dtype("<u4")
+        for file in self._all_files():
+            size = file.stat().st_size
+            if size % source._dtype.itemsize:
+                raise CorpusError(
+                    f"{file}: has {size:,} bytes, expected uint32 tokens, since the tokenizer has "
+                    f"{vocab_size:,} tokens; set [data] tokenizer to the one that made them"
+                )
+        return source
+
     def open_tokens(
         self, split: str | None, eos_id: int, position: Position | None = None
     ) -> FlatStream:
-        return FlatStream([_flat(file) for file in self._files[split]], eos_id, position)
+        pieces = [_flat(file, self._dtype) for file in self._files[split]]
+        return FlatStream(pieces, eos_id, position)
 
     def _all_files(self) -> list[Path]:
         return [file for files in self._files.values() for file in files]
@@ -76,9 +97,9 @@ def _checked_size(file: Path) -> int:
     return size
 
 
-def _flat(file: Path) -> FlatTokens:
-    size = file.stat().st_size // 2
-    tokens: NDArray[np.uint16] = (
-        np.memmap(file, dtype="<u2", mode="r") if size else np.empty(0, dtype="<u2")
+def _flat(file: Path, dtype: np.dtype[Any]) -> FlatTokens:
+    size = file.stat().st_size
+    tokens: NDArray[np.integer] = (
+        np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
     )
     return FlatTokens(str(file), len(tokens), lambda first, end: tokens[first:end])

@@ -1,5 +1,6 @@
 """Documents that are tokenized already, and the interface of their sources."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from numpy.typing import NDArray
 from switchtitan.data.sources.dataset import BadRecord, Position
 from switchtitan.errors import CorpusError
 
+logger = logging.getLogger(__name__)
+
 MAX_DOCUMENT_TOKENS = 1 << 26
 """A flat file without an end of document for so long was made with another tokenizer."""
 
 _BLOCK_TOKENS = 1 << 20
 
 FIX_TOKENIZER = "set [data] tokenizer to the one that made the tokens"
+NO_TOKEN = -1
+"""In place of a token that is missing. Documents with it are malformed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,14 @@ class TokenizedSource(ABC):
     def identity(self) -> Mapping[str, object]:
         """See `Source`."""
 
+    def for_vocabulary(self, vocab_size: int) -> "TokenizedSource":
+        """Returns the source as it is read if the tokenizer has `vocab_size` tokens.
+
+        Raises:
+            CorpusError: if its files cannot be of such a tokenizer.
+        """
+        return self
+
     @abstractmethod
     def open_tokens(
         self, split: str | None, eos_id: int, position: Position | None = None
@@ -74,6 +87,8 @@ class FlatTokens:
     num_tokens: int
     read: Callable[[int, int], NDArray[np.integer]]
     """Called with first and end; returns the tokens between them."""
+    fix: str = FIX_TOKENIZER
+    """What to do if there is no end token."""
 
 
 class FlatStream:
@@ -110,12 +125,14 @@ class FlatStream:
             piece = self._pieces[number]
             held: list[NDArray[np.integer]] = []
             num_held, at = 0, start
+            has_end = start > 0  # a position is after an end
             while at < piece.num_tokens:
                 block = piece.read(at, min(at + _BLOCK_TOKENS, piece.num_tokens))
                 first = 0
                 for end in np.flatnonzero(block == self._eos_id).tolist():
                     ids = np.concatenate([*held, block[first:end]])
                     held, num_held, first = [], 0, end + 1
+                    has_end = True
                     yield number, at + first, _document(piece, at + end - len(ids), ids)
                 held.append(block[first:])
                 num_held += len(block) - first
@@ -123,8 +140,16 @@ class FlatStream:
                 if num_held > MAX_DOCUMENT_TOKENS:
                     raise CorpusError(
                         f"{piece.name}: no end-of-document token {self._eos_id} in "
-                        f"{num_held:,} tokens; {FIX_TOKENIZER}"
+                        f"{num_held:,} tokens; {piece.fix}"
                     )
+            if num_held and not has_end:
+                logger.warning(
+                    "%s: no end-of-document token %d in %s tokens, so they are one document; %s",
+                    piece.name,
+                    self._eos_id,
+                    f"{num_held:,}",
+                    piece.fix,
+                )
             if num_held:
                 yield number, at, _document(piece, at - num_held, np.concatenate(held))
             start = 0

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from support.token_files import write_megatron, write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
+from switchtitan.cli.prepare import summary
 from switchtitan.data import DATASETS, Corpus, DataConfig, open_corpus, plan_corpus
 from switchtitan.data.sources import SourceKeys, TokenDocument, TokenizedSource, TokenStream
 from switchtitan.data.sources import tokenized as tokenized_module
@@ -191,6 +192,95 @@ def test_a_tokenizer_whose_end_token_never_comes_is_refused(
     write_nanogpt(tmp_path / "a.bin", DOCUMENTS, EOS)
     with pytest.raises(CorpusError, match=r"no end-of-document token 999 in .* set \[data\]"):
         list(make_source("nanogpt", tmp_path).open_tokens(None, 999))
+
+
+def write_nanogpt_uint32(file: Path, documents: list[list[int]], eos_id: int) -> None:
+    flat = [token for ids in documents for token in (*ids, eos_id)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(np.array(flat, dtype="<u4").tobytes())
+
+
+def test_tokens_of_a_large_vocabulary_are_read_as_uint32(tmp_path: Path) -> None:
+    large = [[token * 20_000 for token in ids] for ids in DOCUMENTS]
+    write_nanogpt_uint32(tmp_path / "a.bin", large, EOS)
+    source = make_source("nanogpt", tmp_path)
+    assert ids_of(source.for_vocabulary(160_001).open_tokens(None, EOS)) == large
+    # Negative control: as uint16 they are other documents.
+    assert source.for_vocabulary(1 << 16) is source
+    assert ids_of(source.open_tokens(None, EOS)) != large
+    with (tmp_path / "a.bin").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(CorpusError, match=r"a\.bin: has .*expected uint32 tokens, since the token"):
+        source.for_vocabulary((1 << 16) + 1)
+
+
+def test_a_corpus_of_a_large_vocabulary_has_its_tokens(tmp_path: Path) -> None:
+    config = config_of("nanogpt", tmp_path / "bin")
+    # Tokens 0 to 3 of the tokenizer get these ids.
+    tokenizer = save_tokenizer(Path(config.tokenizer), "</s>", ids_from=70_000)
+    eos = read_tokenizer(tokenizer).eos_id
+    documents = [[70_000 + token % 3 for token in ids] for ids in DOCUMENTS]
+    for name in ("train", "val"):
+        write_nanogpt_uint32(tmp_path / "bin" / f"{name}.bin", documents, eos)
+    corpus = open_corpus(config, show_progress=False)
+    assert corpus.index.dtype == "uint32"
+    expected = [token for ids in documents for token in (*ids, eos)]
+    assert tokens_of(corpus, "train") == expected
+
+
+@pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
+def test_a_null_in_packed_rows_is_a_malformed_record(on_bad_record: str, tmp_path: Path) -> None:
+    config = config_of("arrow", tmp_path / "in", on_bad_record=on_bad_record)
+    eos = eos_of(config)
+    rows: list[list[int | None]] = [[0, 1, eos], [1, None, eos], [2, 2, eos], [1, 1, eos]]
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(str(tmp_path / "in"))
+    if on_bad_record == "stop":
+        with pytest.raises(CorpusError, match=r"token 3 ff\.: a token is missing \(null\)"):
+            open_corpus(config, show_progress=False)
+        return
+    corpus = open_corpus(config, show_progress=False)
+    assert corpus.index.skipped_records == 1
+    assert tokens_of(corpus, "validation") == [0, 1, eos]
+    assert tokens_of(corpus, "train") == [2, 2, eos, 1, 1, eos]
+
+
+def test_joined_rows_without_an_end_token_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_arrow(tmp_path / "in", [[4, 5, 6, 7]] * 20)
+    assert ids_of(make_source("arrow", tmp_path / "in").open_tokens(None, EOS)) == [
+        [4, 5, 6, 7] * 20
+    ]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "rows of 4 tokens without 'attention_mask', which are joined" in message
+    assert f"no end-of-document token {EOS} in 80 tokens, so they are one document" in message
+    assert "add a column 'attention_mask' if each row is a document" in message
+    # Negative control: one end token is enough, also after a position.
+    caplog.clear()
+    write_arrow(tmp_path / "ended", [[4, 5, EOS, 7]] + [[4, 5, 6, 7]] * 20)
+    stream = make_source("arrow", tmp_path / "ended").open_tokens(None, EOS)
+    next(stream)
+    ids_of(make_source("arrow", tmp_path / "ended").open_tokens(None, EOS, stream.position()))
+    list(stream)
+    assert not caplog.records
+
+
+def test_the_size_of_text_is_left_out_for_token_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="switchtitan")
+    config = config_of("nanogpt", tmp_path / "bin")
+    documents = [[token % 3 for token in ids] for ids in DOCUMENTS]
+    write_nanogpt(tmp_path / "bin" / "a.bin", documents, eos_of(config))
+    shown = summary(open_corpus(config, show_progress=False))
+    assert "61 documents so far" in caplog.text
+    assert "MB of text" not in caplog.text + shown
+    # Negative control: a corpus of text has one.
+    (tmp_path / "text.jsonl").write_text('{"text": "a b a"}\n' * 20)
+    caplog.clear()
+    shown = summary(open_corpus(config_of("jsonl", tmp_path / "text.jsonl"), show_progress=False))
+    assert "MB of text so far" in caplog.text
+    assert shown.count("MB of text") == 2
 
 
 def damaged_index(field: int, value: int) -> bytes:
