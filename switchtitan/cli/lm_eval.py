@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,11 +23,13 @@ from switchtitan.builders.trained_model import (
     stop_tokens,
 )
 from switchtitan.cli.lm_eval_results import (
-    earlier_tasks,
+    Place,
+    check_place,
     place_of,
     print_table,
     write_results,
 )
+from switchtitan.cli.lm_eval_tasks import Questions, ask
 from switchtitan.cli.record import check_json_option, write_json
 from switchtitan.cli.target import add_target_options
 from switchtitan.config.command_line import positive_int
@@ -35,10 +37,10 @@ from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import (
-    ConfigError,
     EnvironmentMismatchError,
     UserError,
     exit_for,
+    exit_for_interrupt,
 )
 from switchtitan.training.description import compute_dtype_of
 
@@ -53,13 +55,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_package()
         check_json_option(options.json)
-        result = run_tasks(options)
-        if options.json is not None:
-            write_json(options.json, result)
+        put_results(run_tasks(options), options.json)
     except UserError as error:
         exit_for(error)
-    if options.json != Path("-"):
-        print_table(result)
+    except KeyboardInterrupt as stop:
+        exit_for_interrupt(stop, "\nstopped; nothing was written")
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -100,6 +100,19 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="sequences in one pass (default: 8)",
     )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="FOLDER",
+        help="where results go, without TensorBoard (default: `lm_eval` in the run's folder or "
+        "next to the weights)",
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code",
+        "--confirm_run_unsafe_code",
+        action="store_true",
+        help="allow tasks that run code written by the model, such as humaneval",
+    )
     return parser.parse_args(argv)
 
 
@@ -116,11 +129,31 @@ def check_package() -> None:
         )
 
 
-def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the tasks and writes their results; returns them.
+class Results(NamedTuple):
+    """What the harness found."""
+
+    place: Place
+    """Where it is to be written."""
+    weights: Path
+    tasks: dict[str, dict[str, Any]]
+    """Metrics and settings by task."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the contents of `--json FILE`."""
+        return {
+            "weights": str(self.weights),
+            "fingerprint": self.place.fingerprint,
+            "step": self.place.step,
+            "tasks": self.tasks,
+            "file": str(self.place.file),
+        }
+
+
+def run_tasks(options: argparse.Namespace) -> Results:
+    """Runs the tasks; returns their results and where they are to be written.
 
     Raises:
-        UserError: if the model or a task cannot be read, or the results cannot be written.
+        UserError: if the model or a task cannot be read, or results could not be written.
     """
     section = None if options.config is None else load_for_evaluation(options.config).model
     trained = open_trained_model(options.target, section)
@@ -131,11 +164,12 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
     use_full_precision(device.type)
     saved = None if trained.metadata is None else compute_dtype_of(trained.metadata)
     compute_dtype = dtype_on(device, options.dtype, saved)
-    place = place_of(trained)
+    place = place_of(trained, options.folder)
+    check_place(place)
 
     from switchtitan.builders.harness_model import HarnessModel
 
-    found = _evaluate(
+    found = ask(
         HarnessModel(
             trained.load(device, compute_dtype.dtype),
             documents,
@@ -144,15 +178,23 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
             batch_size=options.batch_size,
             device=device,
         ),
-        options,
+        Questions(
+            options.tasks,
+            options.include_path,
+            options.num_fewshot,
+            options.limit,
+            options.confirm_run_unsafe_code,
+        ),
     )
     settings = {
         "limit": options.limit,
         "compute_dtype": compute_dtype.name,
         "lm_eval_version": importlib.metadata.version("lm_eval"),
     }
+    # Of a part of the questions, which must not replace the result of all.
+    suffix = "" if options.limit is None else f"-limit-{options.limit}"
     tasks = {
-        task: {
+        task + suffix: {
             **metrics,
             "version": found.get("versions", {}).get(task),
             "num_fewshot": found.get("n-shot", {}).get(task),
@@ -160,50 +202,25 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
         }
         for task, metrics in found["results"].items()
     }
-    result = {
-        "weights": str(trained.source),
-        "step": place.step,
-        "tasks": earlier_tasks(place.file) | tasks,
-    }
-    write_results(place, result, tasks)
-    return {**result, "tasks": tasks, "file": str(place.file)}
+    return Results(place, trained.source, tasks)
 
 
-def _evaluate(model: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Calls the harness; returns its results."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def put_results(results: Results, json_file: Path | None) -> None:
+    """Prints the results, and writes them to `--json FILE` and to their place.
 
-    if options.include_path is not None and not options.include_path.is_dir():
-        raise ConfigError(
-            f"--include-path {options.include_path}: no such folder; expected one with the YAML "
-            "files of tasks"
-        )
-    included = None if options.include_path is None else str(options.include_path)
-    manager = TaskManager(include_path=included)
-    unknown = [task for task in options.tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise ConfigError(
-            f"--tasks {','.join(unknown)}: the harness has no such task; `lm-eval ls tasks` lists "
-            "all, and --include-path FOLDER adds your own"
-        )
+    Raises:
+        UserError: if a file cannot be written. The others are.
+    """
+    is_table = json_file != Path("-")
+    if is_table:
+        print_table(results.tasks)
     try:
-        found: dict[str, Any] = simple_evaluate(
-            model=model,
-            tasks=options.tasks,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            task_manager=manager,
-            log_samples=False,
-        )
-    # Of `datasets` and the hub's client: files that are missing, and connections that fail.
-    except OSError as error:
-        raise ConfigError(
-            f"--tasks {','.join(options.tasks)}: the data of a task cannot be read "
-            f"({' '.join(str(error).split())}); download it once where the hub can be reached, or "
-            "name a task of local files"
-        ) from error
-    return found
+        if json_file is not None:
+            write_json(json_file, results.as_record())
+    finally:
+        write_results(results.place, results.weights, results.tasks)
+    if is_table:
+        print(f"results: {results.place.file}")
 
 
 def _names(word: str) -> list[str]:

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.trained import save_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,20 +164,27 @@ def test_scores_are_those_of_transformers_logits(run, theirs, tasks, capsys):
 @needs_harness
 @pytest.mark.slow
 def test_results_of_a_run_are_kept_beside_it_and_shown_in_tensorboard(run, tasks, capsys):
-    arguments = ("--include_path", str(tasks), "--limit", "2")
+    arguments = ("--include_path", str(tasks))
     lm_eval.main([str(run), "--tasks", "local_choice", *arguments])
-    assert "local_choice  acc " in capsys.readouterr().out
-    lm_eval.main([str(run), "--tasks", "local_text", *arguments])
-    results = json.loads((run / "lm_eval" / "step-000000007.json").read_text())
+    shown = capsys.readouterr().out
+    file = run / "lm_eval" / "step-000000007.json"
+    assert "local_choice  acc " in shown
+    assert shown.endswith(f"results: {file}\n")
+    lm_eval.main([str(run), "--tasks", "local_choice,local_text", *arguments, "--limit", "1"])
+    results = json.loads(file.read_text())
     assert results["step"] == 7
-    # The second call keeps what the first one found.
-    assert results["tasks"].keys() >= {"local_choice", "local_text"}
-    choice = results["tasks"]["local_choice"]
-    assert (choice["limit"], choice["num_fewshot"], choice["version"]) == (2, 0, 3.0)
+    # The second call keeps what the first one found: that of all questions.
+    assert {"local_choice", "local_choice-limit-1", "local_text-limit-1"} <= results["tasks"].keys()
+    choice, limited = (results["tasks"][f"local_choice{end}"] for end in ("", "-limit-1"))
+    assert (choice["limit"], choice["num_fewshot"], choice["version"]) == (None, 0, 3.0)
+    assert limited["limit"] == 1
+    # Negative control: one question has another score.
+    assert choice["acc,none"] != limited["acc,none"]
     events = EventAccumulator(str(run / "tensorboard" / "lm_eval"))
     events.Reload()
-    (point,) = events.Scalars("lm_eval/local_choice/acc")[-1:]
-    assert (point.step, point.value) == (7, pytest.approx(choice["acc,none"]))
+    for task, found in (("local_choice", choice), ("local_choice-limit-1", limited)):
+        (point,) = events.Scalars(f"lm_eval/{task}/acc")[-1:]
+        assert (point.step, point.value) == (7, pytest.approx(found["acc,none"]))
 
 
 @needs_harness
@@ -199,6 +208,142 @@ def test_an_answer_ends_before_the_string_that_ends_it(run, tasks, theirs, capsy
     (tasks / "local_answer.yaml").write_text(text.replace('["UNTIL"]', json.dumps([cut])))
     arguments = ("--tasks", "local_answer", "--include-path", tasks, "--dtype", "float32")
     assert scored(capsys, run, *arguments)["local_answer"]["exact_match,none"] == 1.0
+
+
+@needs_harness
+@pytest.mark.slow
+def test_results_of_other_weights_in_a_folder_are_kept_apart(run, tasks, tmp_path, capsys):
+    folder = tmp_path / "weights"
+    shutil.copytree(exported(run), folder, ignore=shutil.ignore_patterns("lm_eval"))
+    arguments = (folder, "--tasks", "local_text", "--include-path", tasks)
+    old = scored(capsys, *arguments)["local_text"]["bits_per_byte,none"]
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    new = scored(capsys, *arguments)["local_text"]["bits_per_byte,none"]
+    assert new != old
+    first, second = sorted((folder / "lm_eval").iterdir(), key=lambda file: len(file.name))
+    assert first.name == "results.json"
+    found = [json.loads(file.read_text()) for file in (first, second)]
+    assert [row["tasks"]["local_text"]["bits_per_byte,none"] for row in found] == [old, new]
+    assert second.name == f"results-{found[1]['fingerprint'][:8]}.json"
+    # Negative control: the same weights add to their file.
+    scored(capsys, *arguments, "--limit", 1)
+    assert len(list((folder / "lm_eval").iterdir())) == 2
+    assert json.loads(second.read_text())["tasks"].keys() == {"local_text", "local_text-limit-1"}
+
+
+def fails(capsys, *arguments):
+    """The message of a command that ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        lm_eval.main([*map(str, arguments)])
+    assert stopped.value.code == 2
+    return capsys.readouterr()
+
+
+@needs_harness
+@pytest.mark.slow
+def test_a_place_that_cannot_be_written_is_an_error_before_the_tasks_run(
+    run, tasks, tmp_path, monkeypatch, capsys
+):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    arguments = (run, "--tasks", "local_choice", "--include-path", tasks)
+    with monkeypatch.context() as patched:
+        patched.setattr(lm_eval, "ask", lambda *_: pytest.fail("the tasks ran"))
+        message = fails(capsys, *arguments, "--folder", blocked).err
+    assert f"{blocked}: the results cannot be written there" in message
+    assert "pass --folder FOLDER" in message
+    # Negative control: another folder has the results.
+    lm_eval.main([*map(str, arguments), "--folder", str(tmp_path / "results")])
+    assert (tmp_path / "results" / "step-000000007.json").is_file()
+
+
+@needs_harness
+@pytest.mark.slow
+def test_results_that_cannot_be_written_are_printed(run, tasks, tmp_path, monkeypatch, capsys):
+    def fill_disk(file, contents):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("switchtitan.cli.lm_eval_results.write_atomically", fill_disk)
+    file = tmp_path / "result.json"
+    arguments = (run, "--tasks", "local_choice", "--include-path", tasks, "--json", file)
+    shown = fails(capsys, *arguments)
+    assert "local_choice  acc " in shown.out
+    assert "local_choice" in json.loads(file.read_text())["tasks"]
+    assert "the results cannot be written" in shown.err
+    assert "results:" not in shown.out
+    # And the other way round.
+    monkeypatch.undo()
+    place = tmp_path / "results" / "step-000000007.json"
+    shown = fails(capsys, *arguments[:-1], tmp_path, "--folder", place.parent)
+    assert f"--json {tmp_path}: the file cannot be written" in shown.err
+    assert "local_choice" in json.loads(place.read_text())["tasks"]
+
+
+@needs_harness
+@pytest.mark.slow
+def test_tasks_that_run_code_must_be_allowed(run, tasks, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    file = tasks / "local_choice.yaml"
+    file.write_text(file.read_text() + "unsafe_code: true\n")
+    arguments = (run, "--tasks", "local_choice", "--include-path", tasks)
+    message = fails(capsys, *arguments).err
+    assert "--tasks local_choice: a task runs code that the model writes" in message
+    assert "pass --confirm-run-unsafe-code" in message
+    lm_eval.main([*map(str, arguments), "--confirm-run-unsafe-code"])
+    assert "local_choice  acc " in capsys.readouterr().out
+
+
+@needs_harness
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "doc_to_text: question",
+            'doc_to_text: "{{no_such_column.word}}"',
+            "the harness cannot run a task (UndefinedError: 'no_such_column' is undefined)",
+        ),
+        ("metric_list:", "no_such_key: [1", "the harness has no such task; fix {file} ("),
+        ("output_type: multiple_choice", "output_type: no_such_type", "the harness cannot run"),
+    ],
+    ids=["template", "yaml", "output type"],
+)
+def test_a_mistake_in_a_task_is_one_error(run, tasks, old, new, message, capsys):
+    file = tasks / "local_choice.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    found = fails(capsys, run, "--tasks", "local_choice", "--include-path", tasks).err
+    assert f"error: --tasks local_choice: {message.format(file=file)}" in found
+    assert "Traceback" not in found
+
+
+@needs_harness
+@pytest.mark.slow
+def test_an_error_of_the_model_is_no_mistake_in_a_task(run, tasks, monkeypatch):
+    from switchtitan.builders import harness_model
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(harness_model.HarnessModel, "_score_batch", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lm_eval.main([str(run), "--tasks", "local_choice", "--include-path", str(tasks)])
+
+
+@needs_harness
+def test_ctrl_c_ends_with_one_line(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm_eval, "run_tasks", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        lm_eval.main(["some/run", "--tasks", "x"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped; nothing was written\n"
 
 
 @needs_harness
