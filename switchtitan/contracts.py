@@ -149,8 +149,6 @@ class OptimizerConfig(NamedSection):
 
     can_compile: ClassVar[bool] = True
     """Whether `[compile] optimizer` can be set."""
-    max_ranks: ClassVar[int | None] = None
-    """Largest number of ranks that it supports; None for no limit."""
     needs_head: ClassVar[bool] = False
     """Whether it treats the head's weight apart, so that the head must not be tied."""
     package: ClassVar[str | None] = None
@@ -244,6 +242,8 @@ class LanguageModel(nn.Module, ABC):
         """How `forward` calls each block. Activation offloading replaces it."""
         self.free_kept_weights: Callable[[], None] = nothing_kept
         """Frees the weights that stay gathered for an entire step. Sharding replaces it."""
+        self.compute_dtype = torch.float32
+        """dtype in which it multiplies. Sharding sets it."""
 
     @property
     @abstractmethod

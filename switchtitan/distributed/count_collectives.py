@@ -50,6 +50,7 @@ _PASSES = {
     "broadcast": 1,
     "gather": 1,
     "scatter": 1,
+    "all_to_all": 1,
 }
 """Number of passes round the ring. An all_reduce is a reduce_scatter and an all_gather
 (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
@@ -65,8 +66,8 @@ class CollectiveCount:
 
 
 CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter". Kinds
-that did not occur have zeros."""
+"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter",
+"all_to_all". Kinds that did not occur have zeros."""
 
 
 class CountCommunication(CountingMode):
@@ -75,9 +76,9 @@ class CountCommunication(CountingMode):
     Bytes are those that each rank sends with ring algorithms, which send the fewest bytes possible.
     For a full (unsharded) tensor of S bytes and n ranks: all_gather and reduce_scatter (n-1)/n S,
     all_reduce 2 (n-1)/n S, broadcast (n-1)/n S averaged over ranks. Gather and scatter send shards
-    directly to or from one rank: (n-1)/n of a shard on average. S includes the rows with which
-    FSDP2 pads uneven shards. Other NCCL algorithms, such as trees, and protocol overhead are not
-    modeled.
+    directly to or from one rank: (n-1)/n of a shard on average. All_to_all sends directly too:
+    (n-1)/n of a rank's input on average. S includes the rows with which FSDP2 pads uneven shards.
+    Other NCCL algorithms, such as trees, and protocol overhead are not modeled.
     """
 
     def __init__(self) -> None:
@@ -170,6 +171,7 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     "broadcast_": ("broadcast", _first),
     "gather_": ("gather", _second),
     "scatter_": ("scatter", _first),
+    "alltoall_base_": ("all_to_all", _second),
     # _c10d_functional, which DTensors use.
     "all_gather_into_tensor": ("all_gather", _result),
     "all_gather_into_tensor_out": ("all_gather", _result),
@@ -184,4 +186,4 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
     "broadcast": ("broadcast", _first),
 }
 """Operation -> its kind, and a function that returns the tensors that count, given (arguments,
-result): full tensors, but for gather and scatter a shard."""
+result): full tensors, but for gather and scatter a shard, and for all_to_all a rank's input."""

@@ -33,6 +33,7 @@ def shard_model(
     With `frozen_weights = "replicate"`, frozen parameters are full plain tensors on every rank, in
     their own dtype. Callers must apply identical updates on every rank.
     """
+    model.compute_dtype = compute_dtype
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,

@@ -55,7 +55,7 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         partial(check_mesh, num_ranks=num_ranks),
         check_method,
         check_method_length,
-        partial(check_optimizer, num_ranks=num_ranks),
+        check_optimizer,
         check_head,
         check_frozen_weights,
         check_evaluation,
@@ -170,9 +170,9 @@ def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[
 
 
 def check_optimizer(
-    method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig, num_ranks: int
+    method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig
 ) -> list[str]:
-    """The optimizer must fit the method, the compiler and the ranks."""
+    """The optimizer must fit the method and the compiler, and its package must be installed."""
     name = f"[optimizer] name = {toml_value(optimizer.name)}"
     problems: list[str] = []
     if method.optimizers is not None and optimizer.name not in method.optimizers:
@@ -185,11 +185,6 @@ def check_optimizer(
             f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
             f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
             f"{', '.join(sorted(able))}"
-        )
-    if optimizer.max_ranks is not None and num_ranks > optimizer.max_ranks:
-        problems.append(
-            f"{name}: trains on at most {optimizer.max_ranks} rank(s), not on {num_ranks}; "
-            "start fewer, or choose another optimizer"
         )
     if optimizer.package is not None and importlib.util.find_spec(optimizer.package) is None:
         problems.append(

@@ -32,7 +32,11 @@ class FullRank(Method[FullRankConfig]):
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         parameters = trained_parameters(
-            model, linear_weights(model), model.blocks(), model.output_head()
+            model,
+            linear_weights(model),
+            model.blocks(),
+            model.output_head(),
+            model.compute_dtype,
         )
         return OPTIMIZERS.build(config, parameters, compile_step, self.seed)
 

@@ -123,7 +123,9 @@ class LowRank(Method[LowRankProductConfig]):
     def _trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         layers = [name for name, module in model.named_modules() if _is_product(module)]
         factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
-        trained = trained_parameters(model, factors, model.blocks(), model.output_head())
+        trained = trained_parameters(
+            model, factors, model.blocks(), model.output_head(), model.compute_dtype
+        )
         transposed = {f"{name}.{FACTORS[1]}" for name in layers}
         return [
             entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained

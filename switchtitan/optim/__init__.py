@@ -4,14 +4,13 @@ from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.optim.adamw import AdamW, AdamWConfig, adamw_for_others, require_adamw
 from switchtitan.optim.adamw8bit import AdamW8bitConfig, build_adamw8bit
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
+from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 from switchtitan.optim.scale import ScaleConfig, build_scale
 from switchtitan.optim.torch_optimizer import (
     AdafactorConfig,
-    MuonConfig,
     SGDConfig,
     build_adafactor,
-    build_muon,
     build_sgd,
 )
 from switchtitan.registry import Component, Registry

@@ -13,6 +13,7 @@ from switchtitan.contracts import OptimizerConfig
 from switchtitan.distributed.shards import local
 from switchtitan.errors import ConfigError
 from switchtitan.optim.parameters import (
+    LearningRates,
     ParameterGroup,
     TrainedParameter,
     lr_metrics,
@@ -108,14 +109,7 @@ class AdamW:
             name: torch.zeros((), device=parameter.device)
             for name, parameter in self._parameters.items()
         }
-        device = next(
-            (parameter.device for parameter in self._parameters.values()), torch.device("cpu")
-        )
-        # Tensors: torch.compile would recompile for every new Python number.
-        self._lrs: list[Tensor | float] = [
-            torch.tensor(group.lr, device=device) if compile_step else group.lr
-            for group in self._groups
-        ]
+        self._lrs = LearningRates(self._groups, as_tensors=compile_step)
         self._update = _build_update(config, compile_step)
         self._rounded_update = (
             RoundedUpdate(self._parameters, config.betas, config.eps, seed, compile_step)
@@ -169,12 +163,7 @@ class AdamW:
 
     def set_lr(self, lr_factor: float) -> None:
         self._lr_factor = lr_factor
-        for index, group in enumerate(self._groups):
-            lr = self._lrs[index]
-            if isinstance(lr, Tensor):
-                lr.fill_(group.lr * lr_factor)
-            else:
-                self._lrs[index] = group.lr * lr_factor
+        self._lrs.set_factor(lr_factor)
 
     def metrics(self) -> dict[str, float]:
         return lr_metrics(self._config, self._lr_factor)
@@ -203,9 +192,9 @@ class AdamW:
 
 
 def adamw_for_others(
-    config: AdamWConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+    config: AdamKeys, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> AdamW:
-    """Returns AdamW for the few parameters that a method does not change.
+    """Returns AdamW for the few parameters that another rule does not update.
 
     Compiled only if moments are in bf16: torch's fused kernel updates few tensors in one pass.
     """

@@ -1,9 +1,10 @@
 """The parameters that an optimizer trains, and their learning rates."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from switchtitan.contracts import OptimizerConfig
 
@@ -23,6 +24,8 @@ class TrainedParameter(NamedTuple):
     input_dim: int = 1
     """Of a matrix, the dimension over the inputs of the linear map: 1 for [out, in]; 0 if it is
     stored transposed, like an embedding [vocabulary, dim]."""
+    compute_dtype: torch.dtype = torch.float32
+    """dtype in which the model multiplies by it."""
 
 
 class ParameterGroup(NamedTuple):
@@ -38,6 +41,7 @@ def trained_parameters(
     treated: Collection[str],
     blocks: Iterable[str] = (),
     head: nn.Module | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order.
 
@@ -45,6 +49,7 @@ def trained_parameters(
         treated: names of the parameters that the method changes.
         blocks: qualified names of the model's blocks, see `contracts.LanguageModel.blocks`.
         head: see `contracts.LanguageModel.output_head`. A tied head has no parameter of its own.
+        compute_dtype: dtype in which the model multiplies.
     """
     prefixes = tuple(f"{block}." for block in blocks)
     of_head = set() if head is None else set(head.parameters())
@@ -62,6 +67,7 @@ def trained_parameters(
             is_in_block=name.startswith(prefixes),
             is_head=parameter in of_head and parameter not in of_embeddings,
             input_dim=0 if parameter in of_embeddings else 1,
+            compute_dtype=compute_dtype,
         )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
@@ -88,3 +94,32 @@ def lr_metrics(config: OptimizerConfig, lr_factor: float) -> dict[str, float]:
     if config.other_lr is not None:
         rates["optimizer/other_lr"] = config.other_lr * lr_factor
     return rates
+
+
+class LearningRates:
+    """The current learning rate of each group, in order.
+
+    Args:
+        as_tensors: keep them on the groups' devices, since torch.compile would recompile for every
+            new Python number.
+    """
+
+    def __init__(self, groups: list[ParameterGroup], as_tensors: bool) -> None:
+        self._groups = groups
+        self._rates: list[Tensor | float] = [
+            torch.tensor(group.lr, device=next(iter(group.parameters.values())).device)
+            if as_tensors
+            else group.lr
+            for group in groups
+        ]
+
+    def __iter__(self) -> Iterator[Tensor | float]:
+        return iter(self._rates)
+
+    def set_factor(self, lr_factor: float) -> None:
+        """Sets every rate to its peak times `lr_factor`."""
+        for index, (rate, group) in enumerate(zip(self._rates, self._groups, strict=True)):
+            if isinstance(rate, Tensor):
+                rate.fill_(group.lr * lr_factor)
+            else:
+                self._rates[index] = group.lr * lr_factor

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from switchtitan.contracts import TrainingOptimizer
+from switchtitan.contracts import TrainingOptimizer, replicated_values
 
 
 class SplitOptimizer:
@@ -25,6 +25,12 @@ class SplitOptimizer:
 
     def metrics(self) -> dict[str, float]:
         return {tag: value for part in self._parts for tag, value in part.metrics().items()}
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns those of all parts; see `contracts.HoldsReplicated`."""
+        return {
+            key: tensor for part in self._parts for key, tensor in replicated_values(part).items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         return {key: tensor for part in self._parts for key, tensor in part.state_dict().items()}

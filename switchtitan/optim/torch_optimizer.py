@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
-from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.parameters import TrainedParameter, lr_metrics, parameter_groups
-from switchtitan.optim.split_optimizer import SplitOptimizer
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups with `params`, `lr` and `weight_decay`."""
@@ -212,24 +210,6 @@ class AdafactorConfig(OptimizerConfig):
     """Updates are scaled down to this root mean square, above 0."""
 
 
-class MuonConfig(AdamKeys):
-    """`[optimizer] name = "muon"`: `torch.optim.Muon` for the matrices in the model's blocks, AdamW
-    for all other parameters. Both use the same learning rate and decoupled weight decay, since
-    Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). One rank only,
-    since an update needs the full matrix."""
-
-    name: Literal["muon"] = "muon"
-    """The optimizer."""
-    can_compile: ClassVar[bool] = False
-    max_ranks: ClassVar[int | None] = 1
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Decay rate of the running sum of gradients, in [0, 1)."""
-    nesterov: bool = True
-    """Nesterov momentum."""
-    ns_steps: int = Field(default=5, ge=1)
-    """Newton-Schulz iterations that orthogonalize an update, at least 1."""
-
-
 def build_sgd(
     config: SGDConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
@@ -247,21 +227,3 @@ def build_adafactor(
         d=config.clip_threshold,
     )
     return FullTensorOptimizer(config, parameters, build)
-
-
-def build_muon(
-    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
-) -> TrainingOptimizer:
-    parameters = list(parameters)
-    matrices = [p for p in parameters if p.is_in_block and p.parameter.ndim == 2]
-    others = [p for p in parameters if not (p.is_in_block and p.parameter.ndim == 2)]
-    build = partial(
-        torch.optim.Muon,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        ns_steps=config.ns_steps,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return SplitOptimizer(
-        [TorchOptimizer(config, matrices, build), AdamW(config, others, seed=seed)]
-    )

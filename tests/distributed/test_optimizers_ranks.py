@@ -1,4 +1,4 @@
-"""torch optimizers on several ranks train as on one, and resume on another number of ranks."""
+"""Optimizers on several ranks train as on one, and resume on another number of ranks."""
 
 import shutil
 
@@ -16,6 +16,7 @@ KEYS = {
     "adafactor": ("--optimizer.name", "adafactor", "--optimizer.lr", "0.1"),
     "adamw_bf16": ("--optimizer.lr", "1e-2", "--optimizer.moments_dtype", "bfloat16"),
     "adamw8bit": ("--optimizer.name", "adamw8bit", "--optimizer.lr", "1e-2"),
+    "muon": ("--optimizer.name", "muon", "--optimizer.lr", "2e-2"),
     "scale": ("--optimizer.name", "scale", "--optimizer.lr", "1e-2"),
     "sgd": ("--optimizer.name", "sgd", "--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
 }

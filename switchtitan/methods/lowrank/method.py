@@ -58,7 +58,9 @@ class LowRankMethod(Method[LowRankSection]):
         """Returns the factors and the parameters outside of low-rank layers."""
         layers = low_rank_layers(model)
         factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
-        trained = trained_parameters(model, factors, model.blocks(), model.output_head())
+        trained = trained_parameters(
+            model, factors, model.blocks(), model.output_head(), model.compute_dtype
+        )
         transposed = {f"{name}.{FACTORS[1]}" for name in layers}
         return [
             entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained

@@ -31,6 +31,7 @@ _LLAMA3 = (
 )
 _LINEAR = ("--model.rope_type", "linear", "--model.rope_factor", "2")
 _QWEN2 = ("--model.name", "qwen2")
+_MUON = ("--optimizer.name", "muon")
 # Matrices of at least 4096 elements have moments in 8 bits.
 _WIDE = ("--model.hidden_size", "64", "--model.intermediate_size", "128")
 
@@ -101,7 +102,9 @@ CASES: dict[str, list[str]] = {
     "scale": ["full_rank", "--optimizer.name", "scale"],
     "scale, low rank": ["lora", "--optimizer.name", "scale"],
     "adafactor": ["full_rank", "--optimizer.name", "adafactor"],
-    "muon": ["full_rank", "--optimizer.name", "muon"],
+    "muon": ["full_rank", *_MUON],
+    "muon, HSDP": ["full_rank", *_MUON, *_HSDP],
+    "muon, low rank, bf16 compute": ["lora", *_MUON, "--training.dtype", "bfloat16"],
     "tied head": ["switchlora", *_TIED, *_LLAMA3],
     "tied head, accumulation, HSDP": ["full_rank", *_TIED, *_ACCUMULATE, *_HSDP],
     "biases": ["switchlora", *_QWEN2, *_LINEAR],
@@ -109,11 +112,6 @@ CASES: dict[str, list[str]] = {
 }
 if HAS_TORCHAO:
     CASES["adamw8bit"] = ["full_rank", "--optimizer.name", "adamw8bit", *_WIDE]
-
-
-def num_ranks_of(settings: list[str]) -> int:
-    """Returns the number of ranks of a case: Muon trains on one."""
-    return 1 if "muon" in settings else NUM_RANKS
 
 
 PERIOD = 2
@@ -151,16 +149,18 @@ COUNTED_ON_CPU = {
     "scale",
     "tied head",
     "biases",
+    "muon",
+    "muon, HSDP",
 }
 """Cases whose collectives are compared with those of the same run on a CPU."""
 
 
 def config_of(folder: Path, settings: list[str]) -> JobConfig:
-    """Returns the configuration of a case, on its number of ranks."""
+    """Returns the configuration of a case, on `NUM_RANKS` ranks."""
     method, *overrides = settings
     if _SHALLOW[0] not in overrides:
         overrides += _SHALLOW
     if method != "full_rank":
         overrides += _TARGETS
     overrides += _OFTEN.get(method, ())
-    return tiny_config(folder, method, *_BASE, *overrides, num_ranks=num_ranks_of(settings))
+    return tiny_config(folder, method, *_BASE, *overrides, num_ranks=NUM_RANKS)

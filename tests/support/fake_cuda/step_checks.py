@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.fake_cuda import python_api
-from support.fake_cuda.cases import CASES, config_of, num_ranks_of
+from support.fake_cuda.cases import CASES, NUM_RANKS, config_of
 from support.fake_cuda.checks import kernels_of_switch
 from support.fake_cuda.copies import FindBlockingCopies
 from support.fake_cuda.races import FindRaces
@@ -65,10 +65,9 @@ def observed_stepper(
     folder: Path, settings: list[str], rank_from_end: int
 ) -> Iterator[tuple[Stepper, FindRaces]]:
     """Yields the stepper of a case after its first step, and what has observed its accesses."""
-    num_ranks = num_ranks_of(settings)
-    rank = rank_from_end % num_ranks
+    rank = rank_from_end % NUM_RANKS
     races = FindRaces()
-    with fake_cuda_stepper(config_of(folder, settings), num_ranks, rank) as stepper:
+    with fake_cuda_stepper(config_of(folder, settings), NUM_RANKS, rank) as stepper:
         with FindHostReads(races):
             stepper.step()
         yield stepper, races
@@ -121,10 +120,8 @@ def collectives_on_cpu(
     """
     collectives = {}
     for name, number in num_steps.items():
-        settings = CASES[name]
-        num_ranks = num_ranks_of(settings)
-        config, rank = config_of(folder, settings), rank_from_end % num_ranks
-        with without_initial_values(), fake_stepper(config, num_ranks, rank) as stepper:
+        config, rank = config_of(folder, CASES[name]), rank_from_end % NUM_RANKS
+        with without_initial_values(), fake_stepper(config, NUM_RANKS, rank) as stepper:
             stepper.step()
             collectives[name] = [_collectives_of(stepper) for _ in range(number - 1)]
     return collectives

@@ -58,6 +58,7 @@ def shard() -> torch.Tensor:
             "scatter",
             FULL / 5 * 4 / 5,
         ),
+        (lambda: dist.all_to_all_single(full(), full()), "all_to_all", FULL * 4 / 5),
     ],
 )
 def test_bytes_are_those_of_a_ring(collective, kind, bytes_sent) -> None:
@@ -92,6 +93,7 @@ def test_collectives_of_dtensors_are_counted() -> None:
         "broadcast": 0,
         "gather": 0,
         "scatter": 0,
+        "all_to_all": 0,
     }
 
 
@@ -110,9 +112,9 @@ def test_barriers_send_nothing_and_unknown_collectives_raise() -> None:
     with CountCommunication() as counter:
         dist.barrier()
         assert set(counter.counts.values()) == {CollectiveCount(0, 0.0)}
-        dist.all_to_all_single(full(), full())
+        dist.all_to_all(list(full().split(1)), list(full().split(1)))
     with pytest.raises(
-        NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall"
+        NotImplementedError, match=r"no rule for counting the bytes of c10d\.alltoall_\."
     ):
         counter.counts  # noqa: B018
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
-from switchtitan.optim.torch_optimizer import AdafactorConfig, MuonConfig, SGDConfig, TorchOptimizer
+from switchtitan.optim.torch_optimizer import AdafactorConfig, SGDConfig, TorchOptimizer
 
 LR, OTHER_LR, DECAY = 0.03, 0.007, 0.2
 SHAPES = {
@@ -23,18 +23,17 @@ SHAPES = {
 METHOD_TREATS = ("layers.0.proj.weight",)
 KEYS = {"lr": LR, "other_lr": OTHER_LR, "weight_decay": DECAY}
 ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)
-# The section, and the class of torch for matrices in blocks and for all other parameters.
-CHOICES: dict[str, tuple[OptimizerConfig, Callable, Callable]] = {
-    "adamw": (AdamWConfig(**KEYS), ADAMW, ADAMW),
-    "sgd": (SGDConfig(**KEYS, momentum=0.8, nesterov=True),)
-    + (partial(torch.optim.SGD, momentum=0.8, nesterov=True),) * 2,
-    "sgd_without_momentum": (SGDConfig(**KEYS, momentum=0.0),) + (torch.optim.SGD,) * 2,
-    "adafactor": (AdafactorConfig(**KEYS, beta2_decay=-0.7, eps=1e-2, clip_threshold=1.5),)
-    + (partial(torch.optim.Adafactor, beta2_decay=-0.7, eps=(None, 1e-2), d=1.5),) * 2,
-    "muon": (
-        MuonConfig(**KEYS, momentum=0.9),
-        partial(torch.optim.Muon, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw"),
-        ADAMW,
+# The section, and the class of torch.
+CHOICES: dict[str, tuple[OptimizerConfig, Callable]] = {
+    "adamw": (AdamWConfig(**KEYS), ADAMW),
+    "sgd": (
+        SGDConfig(**KEYS, momentum=0.8, nesterov=True),
+        partial(torch.optim.SGD, momentum=0.8, nesterov=True),
+    ),
+    "sgd_without_momentum": (SGDConfig(**KEYS, momentum=0.0), torch.optim.SGD),
+    "adafactor": (
+        AdafactorConfig(**KEYS, beta2_decay=-0.7, eps=1e-2, clip_threshold=1.5),
+        partial(torch.optim.Adafactor, beta2_decay=-0.7, eps=(None, 1e-2), d=1.5),
     ),
 }
 
@@ -56,13 +55,11 @@ def ours(
 
 def by_hand(choice: str, named: dict[str, nn.Parameter]) -> dict[str, torch.optim.Optimizer]:
     """One optimizer of torch for each parameter, with its rate and decay written out."""
-    _, for_matrices, for_others = CHOICES[choice]
+    _, build = CHOICES[choice]
     rates = {"embed.weight": (OTHER_LR, DECAY), "layers.0.proj.weight": (LR, DECAY)}
     rates |= {"layers.0.norm.weight": (OTHER_LR, 0.0), "head.weight": (OTHER_LR, DECAY)}
     return {
-        name: (for_matrices if name in METHOD_TREATS else for_others)(
-            [parameter], lr=rates[name][0], weight_decay=rates[name][1]
-        )
+        name: build([parameter], lr=rates[name][0], weight_decay=rates[name][1])
         for name, parameter in named.items()
     }
 
@@ -188,7 +185,7 @@ def test_adafactor_gives_torch_one_parameter_at_a_time():
 
 def test_both_rates_are_reported():
     named = parameters(SHAPES)
-    optimizer = ours(CHOICES["muon"][0], named)
+    optimizer = ours(CHOICES["adamw"][0], named)
     optimizer.set_lr(0.25)
     assert optimizer.metrics() == {"optimizer/lr": 0.25 * LR, "optimizer/other_lr": 0.25 * OTHER_LR}
     assert ours(SGDConfig(lr=LR), parameters(SHAPES)).metrics() == {"optimizer/lr": LR}

@@ -1,0 +1,246 @@
+"""Muon on sharded matrices.
+
+The momentum of a matrix's gradient is orthogonalized: for G = U S V^T, the update is about U V^T
+(Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"). Updates are scaled
+to the root mean square of AdamW's, so that both take the same learning rate and weight decay (Liu
+et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from switchtitan.config.section import VoidKey, VoidKeyError
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.compilation import compile_if
+from switchtitan.distributed.matrix_exchange import MatrixExchange
+from switchtitan.distributed.shards import local
+from switchtitan.optim.adamw import AdamKeys, adamw_for_others
+from switchtitan.optim.parameters import (
+    LearningRates,
+    TrainedParameter,
+    lr_metrics,
+    parameter_groups,
+)
+from switchtitan.optim.split_optimizer import SplitOptimizer
+
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315
+"""a, b and c of X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al. 2024)."""
+_MIN_NORM = 1e-7
+"""A matrix is divided by its norm, but by no less than this."""
+_RMS_OF_ADAMW = 0.2
+"""The root mean square of AdamW's updates without the learning rate (arXiv 2502.16982, eq. 4)."""
+_MAX_ELEMENTS = 1 << 26
+"""The most elements of matrices that are orthogonalized at a time, which bounds temporary memory;
+at least one matrix."""
+
+
+class MuonConfig(AdamKeys):
+    """`[optimizer] name = "muon"`: Muon (Jordan et al. 2024) for the matrices in the model's
+    blocks, AdamW for all other parameters. Both use the same learning rate and decoupled weight
+    decay, since Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). A
+    matrix has one moment, in fp32. An update needs the full matrix: ranks that share the model
+    share the matrices, and orthogonalize them in the run's compute dtype; replicas repeat the
+    work."""
+
+    name: Literal["muon"] = "muon"
+    """The optimizer."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of the running mean of gradients, in [0, 1)."""
+    nesterov: bool = True
+    """Nesterov momentum; has no effect with momentum = 0."""
+    ns_steps: int = Field(default=5, ge=1)
+    """Newton-Schulz iterations that orthogonalize an update, at least 1."""
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> "MuonConfig":
+        if self.momentum == 0 and "nesterov" in self.model_fields_set:
+            problem = "nesterov has no effect with momentum = 0; remove it or increase momentum"
+            raise VoidKeyError([VoidKey("nesterov", ("momentum",), problem)])
+        return self
+
+
+class Muon:
+    """Updates matrices by their orthogonalized momentum; a `contracts.TrainingOptimizer`.
+
+    Momentum is sharded like the parameters. A step takes two collectives in all: rows of momentum
+    travel to the owner of their matrix, and rows of the update travel back. See `MatrixExchange`.
+    Replicas compute the same updates, so that none of it crosses the slower links between them.
+
+    Args:
+        parameters: matrices [out, in], fp32; a gradient that is missing on one rank is missing on
+            all.
+        compile_step: compile all but the collectives.
+    """
+
+    def __init__(
+        self, config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool
+    ) -> None:
+        trained = list(parameters)
+        self._config, self._lr_factor = config, 1.0
+        self._groups = parameter_groups(config, trained)
+        self._parameters = {
+            name: parameter
+            for group in self._groups
+            for name, parameter in group.parameters.items()
+        }
+        self._dtype = trained[0].compute_dtype if trained else torch.float32
+        self._momenta = {
+            name: torch.zeros_like(parameter, requires_grad=False)
+            for name, parameter in self._parameters.items()
+        }
+        self._lrs = LearningRates(self._groups, compile_step)
+        self._exchanges: dict[tuple[str, ...], MatrixExchange] = {}
+        compile_it = compile_if(compile_step)
+        self._advance: Callable[..., list[Tensor]] = compile_it(
+            partial(advance_, momentum=config.momentum, nesterov=config.nesterov)
+        )
+        self._orthogonalize: Callable[..., list[Tensor]] = compile_it(
+            partial(orthogonalize_all, num_steps=config.ns_steps)
+        )
+        self._subtract: Callable[..., None] = compile_it(subtract_)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates every parameter that has a gradient."""
+        grads = {
+            name: local(parameter.grad)
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
+        }
+        if not grads:
+            return
+        updates = self._orthogonalized(grads)
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            names = [name for name in group.parameters if name in grads]
+            if names:
+                self._subtract(
+                    [local(group.parameters[name]) for name in names],
+                    [updates[name] for name in names],
+                    lr,
+                    group.weight_decay,
+                )
+
+    def _orthogonalized(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Advances momentum; returns this rank's rows of the updates."""
+        names = tuple(grads)
+        exchange = self._exchange_of(names)
+        parts = self._advance([local(self._momenta[name]) for name in names], list(grads.values()))
+        batches = exchange.collect(parts)
+        del parts  # frees memory before more is allocated
+        if batches:
+            batches = self._orthogonalize(batches)
+        return dict(zip(names, exchange.distribute(batches), strict=True))
+
+    def _exchange_of(self, names: tuple[str, ...]) -> MatrixExchange:
+        if names not in self._exchanges:
+            matrices = [self._parameters[name] for name in names]
+            costs = [orthogonalization_cost(*matrix.shape) for matrix in matrices]
+            self._exchanges[names] = MatrixExchange(matrices, costs, self._dtype)
+        return self._exchanges[names]
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def set_lr(self, lr_factor: float) -> None:
+        self._lr_factor = lr_factor
+        self._lrs.set_factor(lr_factor)
+
+    def metrics(self) -> dict[str, float]:
+        return lr_metrics(self._config, self._lr_factor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns `<parameter>.momentum`, like the parameter."""
+        return {f"{name}.momentum": momentum for name, momentum in self._momenta.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for key, tensor in self.state_dict().items():
+            tensor.copy_(state[key])
+
+
+def advance_(
+    momenta: list[Tensor], grads: list[Tensor], *, momentum: float, nesterov: bool
+) -> list[Tensor]:
+    """Moves each momentum, in place, towards its gradient; returns what is to be orthogonalized.
+
+    A running mean, where Jordan et al. have a sum: the two differ by a factor, which cancels.
+    """
+    torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    return list(torch._foreach_lerp(grads, momenta, momentum)) if nesterov else momenta
+
+
+def orthogonalize_all(batches: list[Tensor], *, num_steps: int) -> list[Tensor]:
+    """Returns `orthogonalize` of each batch, a part of it at a time."""
+    results = []
+    for batch in batches:
+        count = max(1, _MAX_ELEMENTS // batch[0].numel())
+        parts = [orthogonalize(part, num_steps) for part in batch.split(count)]
+        results.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return results
+
+
+def orthogonalize(matrices: Tensor, num_steps: int) -> Tensor:
+    """Returns about U V^T for each matrix U S V^T, scaled to AdamW's root mean square.
+
+    Newton-Schulz iterations (Jordan et al. 2024): singular values become 0.7 to 1.2 rather than 1.
+    The scale is 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982, sec. 2.2).
+
+    Args:
+        matrices: [count, rows, columns]; products are computed in their dtype.
+    """
+    num_rows, num_columns = matrices.shape[1:]
+    is_tall = num_rows > num_columns
+    # X X^T is the smaller product for wide matrices.
+    x = matrices.mT if is_tall else matrices
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = (x / norms.clamp(min=_MIN_NORM)).to(x.dtype)
+    for step in range(num_steps):
+        # In the last product, so that the result is rounded once.
+        scale = _RMS_OF_ADAMW * math.sqrt(max(num_rows, num_columns))
+        a, b, c = (k * (scale if step == num_steps - 1 else 1.0) for k in _COEFFICIENTS)
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
+
+
+def orthogonalization_cost(num_rows: int, num_columns: int) -> float:
+    """Returns the multiplications of one iteration for a matrix."""
+    small, large = sorted((num_rows, num_columns))
+    return float(2 * small * small * large + small**3)
+
+
+def subtract_(
+    parameters: list[Tensor], updates: list[Tensor], lr: Tensor | float, weight_decay: float
+) -> None:
+    """Moves fp32 parameters against updates of any dtype, with decoupled weight decay."""
+    if weight_decay:
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+    if isinstance(lr, Tensor):
+        # Compiled, so that the product takes no memory.
+        steps = torch._foreach_mul([update.to(torch.float32) for update in updates], lr)
+        torch._foreach_sub_(parameters, steps)
+    else:
+        torch._foreach_add_(parameters, updates, alpha=-lr)
+
+
+def build_muon(
+    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+) -> TrainingOptimizer:
+    matrices, others = list[TrainedParameter](), list[TrainedParameter]()
+    for trained in parameters:
+        is_matrix = trained.is_in_block and trained.parameter.ndim == 2
+        (matrices if is_matrix else others).append(trained)
+    return SplitOptimizer(
+        [
+            Muon(config, matrices, compile_step),
+            adamw_for_others(config, others, compile_step, seed),
+        ]
+    )

@@ -1,0 +1,239 @@
+"""Muon steps as `torch.optim.Muon` and as its formula in fp64; its state is saved by name."""
+
+import math
+
+import pytest
+import torch
+from support.optimizer_steps import draw, parameters, train
+from torch import Tensor, nn
+
+from switchtitan.contracts import HoldsReplicated, TrainingOptimizer
+from switchtitan.optim import OPTIMIZERS, TrainedParameter, muon
+from switchtitan.optim.muon import MuonConfig, orthogonalize, orthogonalize_all
+
+LR, OTHER_LR, DECAY, MOMENTUM = 0.03, 0.007, 0.2, 0.9
+# Tall, wide, square, and two of one shape.
+MATRICES = {
+    "layers.0.up.weight": (9, 5),
+    "layers.0.down.weight": (5, 9),
+    "layers.0.square.weight": (6, 6),
+    "layers.1.up.weight": (9, 5),
+}
+SHAPES = {
+    "embed.weight": (11, 5),
+    **MATRICES,
+    "layers.0.norm.weight": (5,),
+    "layers.0.other.weight": (4, 7),
+    "head.weight": (11, 5),
+}
+KEYS = {"lr": LR, "other_lr": OTHER_LR, "weight_decay": DECAY, "momentum": MOMENTUM}
+NUM_STEPS = 12
+
+
+def ours(
+    named: dict[str, nn.Parameter],
+    compute_dtype: torch.dtype = torch.float32,
+    compile_step: bool = False,
+    **keys: object,
+) -> TrainingOptimizer:
+    trained = [
+        TrainedParameter(
+            name,
+            parameter,
+            is_other=name not in MATRICES,
+            is_in_block=name.startswith("layers."),
+            compute_dtype=compute_dtype,
+        )
+        for name, parameter in named.items()
+    ]
+    return OPTIMIZERS.build(MuonConfig(**(KEYS | keys)), trained, compile_step, 0)
+
+
+def lr_of(name: str) -> float:
+    return LR if name in MATRICES else OTHER_LR
+
+
+def by_formula(matrix: Tensor, num_steps: int = 5) -> Tensor:
+    """Newton-Schulz in fp64 on singular values: p(s) = a s + b s^3 + c s^5, from s / |S|."""
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / torch.linalg.vector_norm(s)
+    for _ in range(num_steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ vh * 0.2 * math.sqrt(max(matrix.shape))
+
+
+def train_by_formula(nesterov: bool) -> dict[str, Tensor]:
+    """The matrices after `NUM_STEPS` steps in fp64, by Jordan et al.'s sums of gradients."""
+    names = [name for name in SHAPES if name.startswith("layers.") and len(SHAPES[name]) == 2]
+    values = {name: parameters(SHAPES)[name].detach().double() for name in names}
+    sums = {name: torch.zeros_like(value) for name, value in values.items()}
+    for step in range(NUM_STEPS):
+        grads = dict(zip(SHAPES, draw(SHAPES, step), strict=True))
+        for name in names:
+            lr = lr_of(name) * (step + 1) / 12
+            sums[name] = MOMENTUM * sums[name] + grads[name]
+            update = grads[name] + MOMENTUM * sums[name] if nesterov else sums[name]
+            values[name] = values[name] * (1 - lr * DECAY) - lr * by_formula(update)
+    return values
+
+
+def train_by_torch(nesterov: bool) -> dict[str, nn.Parameter]:
+    """One torch optimizer for each parameter. Muon's products are in bf16."""
+    named = parameters(SHAPES)
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name, parameter in named.items():
+        if name.startswith("layers.") and parameter.ndim == 2:
+            optimizers[name] = torch.optim.Muon(
+                [parameter],
+                lr=lr_of(name),
+                momentum=MOMENTUM,
+                nesterov=nesterov,
+                weight_decay=DECAY,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        else:
+            decay = DECAY if parameter.ndim > 1 else 0.0
+            optimizers[name] = torch.optim.AdamW(
+                [parameter], lr=lr_of(name), weight_decay=decay, fused=True
+            )
+    for step in range(NUM_STEPS):
+        for (name, optimizer), grad in zip(optimizers.items(), draw(SHAPES, step), strict=True):
+            optimizer.param_groups[0]["lr"] = lr_of(name) * ((step + 1) / 12)
+            named[name].grad = grad
+            optimizer.step()
+    return named
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_in_fp32_equal_the_formula_in_fp64(nesterov):
+    named, start = parameters(SHAPES), parameters(SHAPES)
+    train(ours(named, nesterov=nesterov), named, range(NUM_STEPS))
+    for name, expected in train_by_formula(nesterov).items():
+        # Iterations multiply the rounding of small singular values, 6e-8, by up to 3.4^5 = 500.
+        error = (named[name].detach() - expected).abs().max()
+        assert error < 1e-4 * (expected - start[name].detach()).abs().max(), name
+    # Shows that the check above can fail.
+    other = train_by_formula(not nesterov)[name]
+    assert (named[name].detach() - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_in_bf16_equal_torch_s_muon_to_rounding(nesterov):
+    named, start = parameters(SHAPES), parameters(SHAPES)
+    train(ours(named, torch.bfloat16, nesterov=nesterov), named, range(NUM_STEPS))
+    exact = train_by_formula(nesterov)
+    for name, expected in train_by_torch(nesterov).items():
+        if name not in exact:
+            assert torch.equal(named[name], expected), name
+            continue
+        moved = (expected - start[name]).abs().max()
+        # torch's own difference from fp64 is of this size.
+        error_of_torch = (expected - exact[name]).abs().max()
+        assert 1e-4 * moved < error_of_torch < 0.05 * moved
+        assert (named[name] - expected).abs().max() < 0.05 * moved, name
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 5), (2, 4, 9), (1, 9, 4), (2, 1, 6)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scale = 0.2 * math.sqrt(max(shape[1:]))
+    values = torch.linalg.svdvals(orthogonalize(matrices, 9) / scale)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    if shape == (3, 5, 5):
+        # Shows that the check above can fail: one iteration is too few.
+        assert torch.linalg.svdvals(orthogonalize(matrices, 1) / scale).min() < 0.6
+
+
+def test_a_zero_gradient_moves_nothing_but_by_decay():
+    named = parameters(SHAPES)
+    optimizer = ours(named, weight_decay=0.0)
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, start in parameters(SHAPES).items():
+        assert torch.equal(named[name], start), name
+
+
+def test_a_parameter_without_a_gradient_stays():
+    named, start = parameters(SHAPES), parameters(SHAPES)
+    optimizer = ours(named)
+    without = "layers.0.up.weight"
+    for step in (0, 1):
+        for (name, parameter), grad in zip(named.items(), draw(SHAPES, step), strict=True):
+            parameter.grad = None if name == without and step == 0 else grad
+        optimizer.step()
+        assert torch.equal(named[without], start[without]) == (step == 0)
+    assert not torch.equal(named["layers.1.up.weight"], start["layers.1.up.weight"])
+
+
+def test_large_batches_are_orthogonalized_in_parts(monkeypatch):
+    batches = [torch.randn(5, 4, 6), torch.randn(1, 40, 50)]
+    expected = orthogonalize_all(batches, num_steps=5)
+    sizes = []
+
+    def recorded(matrices: Tensor, num_steps: int) -> Tensor:
+        sizes.append(len(matrices))
+        return orthogonalize(matrices, num_steps)
+
+    monkeypatch.setattr(muon, "_MAX_ELEMENTS", 50)
+    monkeypatch.setattr(muon, "orthogonalize", recorded)
+    for part, of_all in zip(orthogonalize_all(batches, num_steps=5), expected, strict=True):
+        torch.testing.assert_close(part, of_all, rtol=1e-5, atol=1e-5)
+    assert sizes == [2, 2, 1, 1]
+
+
+def test_state_is_one_momentum_per_matrix_and_moves_into_a_fresh_optimizer():
+    straight = parameters(SHAPES)
+    train(ours(straight), straight, range(9))
+
+    first = parameters(SHAPES)
+    optimizer = ours(first)
+    train(optimizer, first, range(4))
+    saved = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
+    momenta = {key: tensor for key, tensor in saved.items() if key.startswith("layers.0.up.")}
+    assert {key: tensor.shape for key, tensor in momenta.items()} == {
+        "layers.0.up.weight.momentum": (9, 5)
+    }
+    copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in first.items()}
+    fresh = ours(copies)
+    state = fresh.state_dict()
+    assert state.keys() == saved.keys()
+    for key, tensor in state.items():
+        tensor.copy_(saved[key])
+    fresh.load_state_dict(state)
+    train(fresh, copies, range(4, 9))
+    for name, expected in straight.items():
+        assert torch.equal(copies[name], expected), name
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_is_the_same_to_rounding_and_compiles_once(compute_dtype):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    named, eager = parameters(SHAPES), parameters(SHAPES)
+    optimizer = ours(named, compute_dtype, compile_step=True)
+    train(optimizer, named, range(2))
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, named, range(2, NUM_STEPS))
+    # Momentum, orthogonalization, and the update of each of two rates.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs == 4
+    train(ours(eager, compute_dtype), eager, range(NUM_STEPS))
+    tolerance = 1e-5 if compute_dtype == torch.float32 else 1e-2
+    for name, expected in eager.items():
+        torch.testing.assert_close(named[name], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_replicated_values_are_those_of_both_parts():
+    named = parameters(SHAPES)
+    rounded = ours(named, moments_dtype="bfloat16")
+    assert isinstance(rounded, HoldsReplicated)
+    assert "head.weight.rounding_key" in rounded.replicated()
+    assert ours(named).replicated() == {}
+
+
+def test_both_rates_are_reported():
+    optimizer = ours(parameters(SHAPES))
+    optimizer.set_lr(0.25)
+    assert optimizer.metrics() == {"optimizer/lr": 0.25 * LR, "optimizer/other_lr": 0.25 * OTHER_LR}
