@@ -125,6 +125,7 @@ def check_estimates(
         (1, [("lora",)]),
         (2, [("full_rank",), ("switchlora",), ("switchlora", *REPLICATED)]),
         (2, [("switchlora", *KEPT)]),
+        (2, [("full_rank", "--optimizer.name", "muon")]),
     ],
 )
 def test_real_ranks_hold_send_and_compute_the_estimates(
@@ -202,6 +203,22 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
     memory = estimate_step(tiny_config(tmp_path, "full_rank", "--optimizer.name", "sgd"), 1).memory
     # One momentum for each weight.
     assert memory.most["optimizer"] == memory.most["trained"]
+
+
+def test_muon_has_one_moment_for_matrices_in_blocks_and_two_for_all_else(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "full_rank", "--optimizer.name", "muon")
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    shapes = config.model.linear_shapes()
+    in_blocks = sum(numels[f"{name}.weight"] for name in shapes if name.startswith("model.layers."))
+    others = len(numels) - 7 * config.model.num_layers
+    memory = estimate_step(config, 1).memory
+    # fp32, and a step count for each of AdamW's parameters.
+    expected = 4 * (2 * sum(numels.values()) - in_blocks + others)
+    assert memory.most["optimizer"] == expected
+    with_adamw = estimate_step(tiny_config(tmp_path, "full_rank"), 1).memory
+    assert with_adamw.most["optimizer"] > expected
 
 
 def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from switchtitan.distributed.count_collectives import (
     CommunicationCounts,
     CountCommunication,
 )
+from switchtitan.distributed.shards import rows_per_rank
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.methods.switchlora.schedule import SwitchSchedule
@@ -256,6 +257,19 @@ def test_replicas_exchange_shards_of_gradients(tmp_path: Path) -> None:
     # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
     norms = 4 * (sum(map(len, units(config))) + 1) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
+
+
+def test_muon_sends_momentum_to_owners_and_updates_back(tmp_path: Path) -> None:
+    keys = ("full_rank", "--optimizer.name", "muon", "--training.dtype", "bfloat16")
+    config = tiny_config(tmp_path, *keys, num_ranks=2)
+    with_adamw = tiny_config(tmp_path, "full_rank", *keys[3:], num_ranks=2)
+    counts, usual = (communication_of_a_step(c, 2) for c in (config, with_adamw))
+    shapes = config.model.linear_shapes()
+    in_blocks = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+    # Both ranks own half of the matrices of each shape, so that each sends half of its rows.
+    rows = sum(rows_per_rank(out, 2) * width for out, width in in_blocks)
+    assert counts["all_to_all"] == CollectiveCount(2, 2 * 2 * rows / 2)
+    assert {**counts, "all_to_all": usual["all_to_all"]} == usual
 
 
 def test_one_rank_sends_nothing(tmp_path: Path) -> None:
