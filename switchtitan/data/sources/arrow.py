@@ -238,7 +238,7 @@ class ArrowTokenSource(TokenizedSource):
             return values[first - first_row * length : end - first_row * length]
 
         fix = f"{FIX_TOKENIZER}, or add a column {MASK_COLUMN!r} if each row is a document"
-        name = f"{where}, rows of {length} tokens without {MASK_COLUMN!r}, which are joined"
+        name = f"{where}, joined rows of {length} tokens"
         return FlatTokens(name, self._tables.num_rows(split) * length, read, fix)
 
 

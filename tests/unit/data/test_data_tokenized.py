@@ -252,7 +252,7 @@ def test_joined_rows_without_an_end_token_are_said(
         [4, 5, 6, 7] * 20
     ]
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "rows of 4 tokens without 'attention_mask', which are joined" in message
+    assert "joined rows of 4 tokens: " in message
     assert f"no end-of-document token {EOS} in 80 tokens, so they are one document" in message
     assert "add a column 'attention_mask' if each row is a document" in message
     # Negative control: one end token is enough, also after a position.
