@@ -442,6 +442,17 @@ class Method(ABC, Generic[MethodConfigT]):
         """
         return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
+    def starting_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Return the dense weight that a run starts from, for telemetry of its change.
+
+        Default: the same. Others set `keeps_initial_weights` to False in their section.
+
+        Args:
+            name: the plain model's parameter.
+            weight: its initial value, drawn or given, fp32.
+        """
+        return weight
+
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
         """Return the layers whose weight is `weight` plus a low-rank update, by qualified name.
 

@@ -43,11 +43,14 @@ def build_rank_telemetry(
     from switchtitan.spectra.telemetry import RankTelemetry
     from switchtitan.spectra.weight_change import Origin
 
-    origin = Origin(config.model, config.job.seed, state.initial_weights, state.initial_fingerprint)
+    method = build_method(config)
+    origin = Origin(
+        config.model, config.job.seed, state.initial_weights, state.initial_fingerprint, method
+    )
     if state.step > 0:
         origin.open()
     return RankTelemetry(
-        dense_weights=build_method(config).dense_weights,
+        dense_weights=method.dense_weights,
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
         start_step=state.step,

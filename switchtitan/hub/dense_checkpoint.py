@@ -33,11 +33,7 @@ class DenseCheckpoint:
         metadata = read_metadata(checkpoint)
         self.config = _restore(checkpoint, metadata, MODELS).on_any_machine()
         """The plain model's section."""
-        self._method: Method = METHODS.build(
-            _restore(checkpoint, metadata, METHODS),
-            metadata.step,
-            metadata.identity_number("job", "seed"),
-        )
+        self._method = saved_method(checkpoint)
         self.method_name = self._method.config.name
         self._saved = SavedTensors(checkpoint, prefix="model.")
         trained = {name for name, _ in self.prepared_model().named_parameters()}
@@ -120,6 +116,17 @@ def saved_model_config(checkpoint: Path) -> ModelConfig:
         CheckpointError: if this version does not know its model.
     """
     return _restore(checkpoint, read_metadata(checkpoint), MODELS).on_any_machine()
+
+
+def saved_method(checkpoint: Path) -> Method:
+    """Returns the method of the run that saved a checkpoint.
+
+    Raises:
+        CheckpointError: if this version does not know it.
+    """
+    metadata = read_metadata(checkpoint)
+    section = _restore(checkpoint, metadata, METHODS)
+    return METHODS.build(section, metadata.step, metadata.identity_number("job", "seed"))
 
 
 def _restore(

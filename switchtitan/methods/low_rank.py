@@ -28,7 +28,7 @@ class LowRankProductConfig(MethodConfig):
     """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. Initially, B A is
     the best approximation of the plain layer's initial weight (arXiv 2105.01029), which every rank
     decomposes on its CPU at the start. `[checkpoint] initial_weights` are approximated in the same
-    way. `[spectrum]` measures the difference from the weights that were approximated."""
+    way."""
 
     name: Literal["low_rank"] = "low_rank"
     """The method."""
@@ -119,6 +119,14 @@ class LowRank(Method[LowRankProductConfig]):
                 lora_a, lora_b = (dense.pop(f"{layer}.{factor}") for factor in FACTORS)
                 dense[f"{layer}.weight"] = lora_b.t() @ lora_a
         return dense
+
+    def starting_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Returns the nearest weight of the rank for layers with factors."""
+        layer, _, local_name = name.rpartition(".")
+        if local_name != "weight" or layer.rpartition(".")[2] not in self.config.targets:
+            return weight
+        lora_a, lora_b = balanced_factors(weight, self.config.rank)
+        return lora_b.t() @ lora_a
 
     def _trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         layers = [name for name, module in model.named_modules() if _is_product(module)]

@@ -9,10 +9,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from switchtitan.checkpoint import read_metadata
-from switchtitan.contracts import LanguageModel, ModelConfig
+from switchtitan.contracts import LanguageModel, Method, ModelConfig
 from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
+from switchtitan.hub.dense_checkpoint import (
+    read_dense_checkpoint,
+    saved_method,
+    saved_model_config,
+)
 from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.models import MODELS
 from switchtitan.spectra.spectrum import select_layers, singular_values
@@ -32,6 +36,8 @@ class Origin:
     """The path that initial weights were read from; None if all were drawn from the seed."""
     fingerprint: str | None
     """The checksum of these weights, see `initial_weights.fingerprint`."""
+    method: Method
+    """The run's method, which may start from other weights than these."""
 
     def block_names(self) -> list[str]:
         """Returns the qualified names of the model's blocks, in order."""
@@ -45,8 +51,9 @@ class Origin:
             CheckpointError: if the weights that were read have moved or changed.
         """
         model = self._plain_model()
+        start = self.method.starting_weight
         if self.initial_weights is None:
-            return lambda name, shape: plain_value(model, self.seed, name, shape)
+            return lambda name, shape: start(name, plain_value(model, self.seed, name, shape))
         source = Path(self.initial_weights)
         if not source.exists() or fingerprint(source) != self.fingerprint:
             raise CheckpointError(
@@ -55,7 +62,7 @@ class Origin:
                 "[spectrum] interval = none"
             )
         weights = read_initial_weights(source, self.model_config).tensors
-        return lambda name, shape: weights[name].to(torch.float32)
+        return lambda name, shape: start(name, weights[name].to(torch.float32))
 
     def _plain_model(self) -> LanguageModel:
         with torch.device("meta"):
@@ -133,4 +140,5 @@ def checkpoint_origin(checkpoint: Path) -> Origin:
         seed=metadata.identity_number("job", "seed"),
         initial_weights=None if path is None else str(path),
         fingerprint=None if fingerprint is None else str(fingerprint),
+        method=saved_method(checkpoint),
     )

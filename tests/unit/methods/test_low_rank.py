@@ -12,8 +12,10 @@ from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
 from switchtitan.methods.low_rank import ProductLinear, balanced_factors
 from switchtitan.models import MODELS
+from switchtitan.spectra.weight_change import checkpoint_origin, checkpoint_spectra
 
 RANK = 3
 SHAPES = [(7, 5), (5, 5), (5, 9)]
@@ -117,6 +119,25 @@ def test_a_run_starts_from_the_weights_nearest_to_those_of_the_plain_model(corpo
             torch.testing.assert_close(
                 lora_b.double().T @ lora_a.double(), nearest(drawn, 6), rtol=0, atol=1e-7
             )
+
+
+def test_the_change_of_a_weight_has_at_most_twice_the_rank(corpora):
+    """The change from the plain initial weights would have all ranks."""
+    checkpoint = saved(corpora / "low-rank-change", "low_rank")
+    spectra = checkpoint_spectra(checkpoint, ["*.up_proj"])
+    assert len(spectra) == 2
+    for values in spectra.values():
+        assert len(values) == 20
+        assert values[12:].max() < 1e-4 * values[0]
+    dense = read_dense_checkpoint(checkpoint)
+    origin = checkpoint_origin(checkpoint)
+    with torch.device("meta"):
+        plain = MODELS.build(origin.model_config)
+    for layer in spectra:
+        name = f"{layer}.weight"
+        drawn = plain_value(plain, origin.seed, name, dense[name].shape)
+        values = torch.linalg.svdvals(dense[name] - drawn)
+        assert values[12:].max() > 1e-2 * values[0]
 
 
 def saved(folder: Path, method: str) -> Path:
