@@ -1,7 +1,7 @@
 """Builds a run's corpus, training batches and evaluators."""
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from switchtitan.contracts import Batch, SummedLoss
 from switchtitan.data import (
@@ -10,7 +10,6 @@ from switchtitan.data import (
     build_validation_batches,
     open_corpus,
 )
-from switchtitan.data.loader import HeldOutSequences
 from switchtitan.distributed.world import World
 from switchtitan.job.config import JobConfig
 from switchtitan.training.evaluate import Evaluator, Evaluators
@@ -18,6 +17,7 @@ from switchtitan.training.stepper import TrainState
 
 # Imported where it is built: most runs have no prompts.
 if TYPE_CHECKING:
+    from switchtitan.data.text_bytes import TextSize
     from switchtitan.training.prompts import Prompts
 
 
@@ -50,16 +50,12 @@ def build_batches(
 def build_evaluators(
     config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
 ) -> Evaluators:
-    validation = corpus.held_out_split("validation", config.data.seq_len)
-    test_tokens = config.evaluation.test_tokens
-    test = None
-    if test_tokens is not None:
-        test = build_evaluator(
-            config, corpus.held_out_split("test", config.data.seq_len), test_tokens, loss, world
-        )
+    tokens, test_tokens = config.evaluation.tokens, config.evaluation.test_tokens
     return Evaluators(
-        build_evaluator(config, validation, config.evaluation.tokens, loss, world),
-        test,
+        build_evaluator(config, corpus, "validation", tokens, loss, world),
+        None
+        if test_tokens is None
+        else build_evaluator(config, corpus, "test", test_tokens, loss, world),
         build_prompts(config, corpus, world) if config.evaluation.prompts else None,
     )
 
@@ -83,11 +79,13 @@ def build_prompts(config: JobConfig, corpus: Corpus, world: World) -> "Prompts":
 
 def build_evaluator(
     config: JobConfig,
-    sequences: HeldOutSequences,
+    corpus: Corpus,
+    split: Literal["validation", "test"],
     num_tokens: int,
     loss: SummedLoss,
     world: World,
 ) -> Evaluator:
+    sequences = corpus.held_out_split(split, config.data.seq_len)
     batches = build_validation_batches(
         sequences,
         num_sequences=num_tokens // config.data.seq_len,
@@ -95,4 +93,11 @@ def build_evaluator(
         rank=world.rank,
         num_ranks=world.size,
     )
-    return Evaluator(batches, loss, world)
+
+    def read_size() -> "TextSize":
+        # Imported here: it is called once, at the end of a run.
+        from switchtitan.data.text_bytes import size_of_sequences
+
+        return size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
+
+    return Evaluator(batches, loss, world, read_size)

@@ -1,6 +1,5 @@
 """Builds what a trained model is evaluated on: a split of a prepared corpus, or a text."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal, NamedTuple
 from switchtitan.contracts import Batch
 from switchtitan.data import Corpus, build_validation_batches
 from switchtitan.data.text_batches import TextBatches
-from switchtitan.data.text_bytes import num_text_bytes
+from switchtitan.data.text_bytes import TextSize, size_of_sequences
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError, CorpusError
@@ -34,20 +33,8 @@ class HeldOut:
     batches: Iterable[Batch]
     """This rank's; it has a length."""
     num_batches: int
-    num_tokens: int
-    """Tokens that are predicted, over all ranks."""
-    num_bytes: int
-    """UTF-8 bytes of their text. Ends of documents have none."""
-
-    def bits_per_byte(self, loss: float) -> float | None:
-        """Returns the bits that the model needs for one byte of text; None without text.
-
-        Args:
-            loss: the mean over the tokens, in nats.
-        """
-        if self.num_bytes == 0:
-            return None
-        return loss * self.num_tokens / (math.log(2) * self.num_bytes)
+    size: TextSize
+    """Over all ranks."""
 
 
 _TOKENS_READ = 1 << 16
@@ -70,16 +57,8 @@ def held_out_split(
         rank=world.rank,
         num_ranks=world.size,
     )
-    num_scored = batches.num_sequences * shape.seq_len
-    return HeldOut(
-        batches,
-        len(batches),
-        num_scored,
-        sum(
-            num_text_bytes(tokens, corpus.tokenizer())
-            for tokens in sequences.stretches(batches.num_sequences)
-        ),
-    )
+    size = size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
+    return HeldOut(batches, len(batches), size)
 
 
 def held_out_documents(
@@ -164,7 +143,7 @@ def _held_out(
         rank=world.rank,
         num_ranks=world.size,
     )
-    return HeldOut(batches, len(batches), batches.num_targets, num_bytes)
+    return HeldOut(batches, len(batches), TextSize(batches.num_targets, num_bytes))
 
 
 def _documents(corpus: Corpus, split: SplitName) -> Iterator[str]:

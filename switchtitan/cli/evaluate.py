@@ -163,11 +163,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, object] | None:
         **described,
         "compute_dtype": compute_dtype.name,
         "seq_len": shape.seq_len,
-        "tokens": held_out.num_tokens,
-        "bytes": held_out.num_bytes,
+        "tokens": held_out.size.num_tokens,
+        "bytes": held_out.size.num_bytes,
         "loss": loss,
         "perplexity": perplexity_of(loss),
-        "bits_per_byte": held_out.bits_per_byte(loss),
+        "bits_per_byte": held_out.size.bits_per_byte(loss),
     }
 
 

@@ -1,13 +1,52 @@
-"""The number of UTF-8 bytes of the text that tokens stand for."""
+"""The number of UTF-8 bytes of the text that tokens stand for, and bits per byte."""
 
 import json
+import math
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
 from switchtitan.data.tokenizer import DocumentTokenizer
+
+
+class TextSize(NamedTuple):
+    """The size of text that a model is evaluated on."""
+
+    num_tokens: int
+    """Tokens that are predicted."""
+    num_bytes: int
+    """UTF-8 bytes of their text. Ends of documents have none."""
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Returns the bits that the model needs for one byte of text; None without text.
+
+        Args:
+            loss: the mean over the tokens, in nats.
+        """
+        if self.num_bytes == 0:
+            return None
+        return loss * self.num_tokens / (math.log(2) * self.num_bytes)
+
+
+class Stretches(Protocol):
+    """Sequences of tokens of which neighbours can be read together."""
+
+    seq_len: int
+
+    def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]: ...
+
+
+def size_of_sequences(
+    sequences: Stretches, num_sequences: int, documents: DocumentTokenizer
+) -> TextSize:
+    """Returns the size of the first sequences, whose text it reads."""
+    num_bytes = sum(
+        num_text_bytes(tokens, documents) for tokens in sequences.stretches(num_sequences)
+    )
+    return TextSize(num_sequences * sequences.seq_len, num_bytes)
 
 
 def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> int:

@@ -50,6 +50,8 @@ class Results(_Parsed):
     tokens_seen: Count | None = None
     validation_loss: float | None = Field(None, alias="loss/validation")
     test_loss: float | None = Field(None, alias="loss/test")
+    validation_bits_per_byte: float | None = Field(None, alias="bits_per_byte/validation")
+    test_bits_per_byte: float | None = Field(None, alias="bits_per_byte/test")
     tokens_per_s: float | None = Field(None, alias="throughput/tokens_per_s")
     wall_time_s: float | None = Field(None, alias="throughput/wall_time_s")
     peak_memory_gib: float | None = Field(None, alias="memory/peak_gib")

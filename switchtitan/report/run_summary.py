@@ -27,6 +27,12 @@ def summary_table(records: Sequence[RunRecord]) -> dict[str, object]:
         Column("final val. loss"): [_final_loss(record) for record in records],
         Column("best val. loss"): [_best_loss(record) for record in records],
         Column("test loss"): [number_cell(of.test_loss if of else None, ".4f") for of in results],
+        Column("val. bits/byte"): [
+            number_cell(of.validation_bits_per_byte if of else None, ".4f") for of in results
+        ],
+        Column("test bits/byte"): [
+            number_cell(of.test_bits_per_byte if of else None, ".4f") for of in results
+        ],
         Column("tokens/s"): [_speed(record) for record in records],
         Column("peak memory", "GiB, of the main rank"): [_memory(record) for record in records],
         Column("wall time", "of the run's last process"): [
@@ -51,8 +57,9 @@ def summary_table(records: Sequence[RunRecord]) -> dict[str, object]:
     }
     for title in ("final val. loss", "best val. loss", "test loss"):
         mark_lowest(columns[Column(title)])
-    if all(of["text"] == UNKNOWN for of in columns[Column("test loss")]):
-        del columns[Column("test loss")]
+    for title in ("test loss", "val. bits/byte", "test bits/byte"):
+        if all(of["text"] == UNKNOWN for of in columns[Column(title)]):
+            del columns[Column(title)]
     return table("Summary", columns, list(range(len(records))))
 
 

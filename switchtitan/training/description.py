@@ -266,6 +266,7 @@ def run_facts(
         "compute_dtype": compute_dtype.name,
         "compute_dtype_reason": compute_dtype.reason,
         "device": device_name(world.device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_ranks": world.size,
         "num_threads": torch.get_num_threads(),
         "versions": versions(),

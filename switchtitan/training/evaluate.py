@@ -11,8 +11,9 @@ from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
 
-# Imported where it is built: most runs have no prompts.
+# Imported where they are built: most runs have no prompts, and a text is counted at the end.
 if TYPE_CHECKING:
+    from switchtitan.data.text_bytes import TextSize
     from switchtitan.training.prompts import Prompts
 
 
@@ -30,12 +31,24 @@ class Evaluator:
     Args:
         batches: this rank's batches, read once per evaluation. All ranks have the same number, of
             the same shape.
+        read_size: returns the size of all ranks' text, which it reads; None if it is not known.
     """
 
-    def __init__(self, batches: Iterable[Batch], summed_loss: SummedLoss, world: World) -> None:
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        summed_loss: SummedLoss,
+        world: World,
+        read_size: "Callable[[], TextSize] | None" = None,
+    ) -> None:
         self._batches = batches
         self._summed_loss = summed_loss
         self._world = world
+        self._read_size = read_size
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Returns a loss of this evaluator in bits per byte; None if that is not known."""
+        return None if self._read_size is None else self._read_size().bits_per_byte(loss)
 
     @torch.no_grad()
     def __call__(
@@ -79,3 +92,19 @@ class Evaluators(NamedTuple):
     """Evaluates the trained model once; None without a test split."""
     prompts: "Prompts | None" = None
     """Continued after each evaluation on the validation split; None without prompts."""
+
+    def bits_per_byte(
+        self, validation_loss: float | None, test_loss: float | None
+    ) -> dict[str, float | None]:
+        """Returns losses of both splits in bits per byte, by tag; None if unknown.
+
+        Reads the text of both splits, which takes seconds for many tokens.
+        """
+        losses = {"validation": validation_loss, "test": test_loss}
+        evaluators = {"validation": self.validation, "test": self.test}
+        return {
+            f"bits_per_byte/{split}": None
+            if loss is None or (evaluator := evaluators[split]) is None
+            else evaluator.bits_per_byte(loss)
+            for split, loss in losses.items()
+        }

@@ -365,6 +365,8 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
+        if self.stepper.world.is_main:
+            values |= self.evaluators.bits_per_byte(state.last_validation_loss, test_loss)
         failed_saves = self._failed_saves()
         # The times of the last evaluation and save.
         if last_values := self._region_times() | failed_saves:

@@ -15,6 +15,7 @@ from support.spoiled import spoil_next_gradient
 from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.data import open_corpus
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS
@@ -144,6 +145,15 @@ def test_the_trained_model_is_evaluated_once_on_the_test_split(corpora):
     assert results["tokens_seen"] == 4 * 8 * 16
     assert results["loss/test"] == trainer.evaluators.test(trainer.stepper.model)
     assert results["loss/test"] != trainer.evaluators.validation(trainer.stepper.model)
+    corpus = open_corpus(tiny_config(corpora / "test-split", "full_rank", *TEST_SPLIT).data)
+    sequences = corpus.split("test", 16)
+    num_scored = 16 * len(sequences)
+    assert num_scored < 320, "the split is shorter than test_tokens"
+    scored = sequences.read(0, num_scored + 1)[1:].tolist()
+    text = corpus.tokenizer().tokenizer.decode(scored, skip_special_tokens=True)
+    bits = results["loss/test"] * num_scored / math.log(2)
+    assert results["bits_per_byte/test"] == pytest.approx(bits / len(text.encode()))
+    assert results["bits_per_byte/validation"] is None, "the run is too short for an evaluation"
     plain = MODELS.build(tiny_config(corpora / "test-split", "full_rank").model)
     num_trained = sum(parameter.numel() for parameter in plain.parameters())
     assert results["num_parameters"] == {"trainable": num_trained, "frozen": 0, "buffers": 0}
