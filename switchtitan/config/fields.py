@@ -126,8 +126,12 @@ def _describe(annotation: object, metadata: Sequence[object]) -> str:
         if get_origin(annotation) is list or items[-1] is Ellipsis:
             return f"a list of items, each {_describe(items[0], [])}" + bounds
         return f"a list of {len(items)} items, each {_describe(items[0], [])}"
+    if get_origin(annotation) is dict and items:
+        return f"a table of keys, each with {_describe(items[1], [])}"
     if is_section_type(annotation):
         return "a table"
+    if annotation is Any:
+        return "a value"
     return _NAMES.get(annotation, str(annotation)) + bounds  # type: ignore[call-overload]
 
 
