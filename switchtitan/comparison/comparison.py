@@ -1,13 +1,15 @@
-"""The stages of a comparison: choose learning rates, widen the grid, train the reported runs."""
+"""The stages of a comparison: choose the rows' values, then train the reported runs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from switchtitan.comparison.config import ComparisonConfig
-from switchtitan.comparison.plan import Run, report_runs, selection_runs
-from switchtitan.comparison.results import RunResult, read_result
-from switchtitan.comparison.selection import best_rate, is_interior, widened
+from switchtitan.comparison.plan import Run, report_runs
+from switchtitan.comparison.results import RunResult, config_sha256, read_result, result_of
+from switchtitan.comparison.runs_csv import RunKey, read_finished_runs
+from switchtitan.comparison.tuning import Tuning, tune
+from switchtitan.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -15,67 +17,52 @@ TrainAll = Callable[[list[Run]], None]
 """Trains runs; returns when all are finished."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ComparisonState:
     """The finished runs of a comparison, and what follows from them."""
 
     config: ComparisonConfig
-    rates: dict[str, list[float]] = field(default_factory=dict)
-    """Learning rates of each row that chooses one, including those added so far."""
-    selection: list[RunResult] = field(default_factory=list)
+    tuning: Tuning
+    selection: list[RunResult]
+    """The finished runs that choose values."""
     report: list[RunResult] = field(default_factory=list)
-    chosen: dict[str, float] = field(default_factory=dict)
-    """The chosen rate of each such row, when all selection runs are finished."""
-    num_runs: int = 0
-    """Number of known runs. A wider grid adds more."""
+    """The finished runs that are reported."""
+    due: tuple[Run, ...] = ()
+    """The unfinished runs of the current stage; empty if the comparison is complete."""
 
-    def losses(self, row: str) -> dict[float, float]:
-        """Returns validation losses of a row's finished selection runs, by rate."""
-        return {
-            result.run.learning_rate: result.validation_loss
-            for result in self.selection
-            if result.run.row == row
-        }
+    @property
+    def num_runs(self) -> int:
+        """Number of known runs. A wider grid adds more."""
+        num_reported = len(self.config.rows) * len(self.config.report_seeds)
+        return len(self.tuning.runs) + self.tuning.num_later + num_reported
 
 
 class Comparison:
-    """A resumable comparison: it reads finished runs from their folders."""
+    """A resumable comparison: it reads finished runs from their folders, or from a CSV file.
 
-    def __init__(self, config: ComparisonConfig) -> None:
+    Args:
+        corpus_fingerprint: the fingerprint of the corpus of all runs; None: not checked.
+
+    Raises:
+        ConfigError: if the CSV file of finished runs cannot be read.
+    """
+
+    def __init__(self, config: ComparisonConfig, corpus_fingerprint: str | None = None) -> None:
         self._config = config
+        self._corpus_fingerprint = corpus_fingerprint
+        self._in_file = read_finished_runs(config.finished_runs) if config.finished_runs else {}
         self._results: dict[Run, RunResult] = {}
+        self._digests: dict[Run, str] = {}
 
     def state(self) -> ComparisonState:
         """Returns the current state."""
-        config = self._config
-        choosing = [row for row in config.rows if row.learning_rates]
-        state = ComparisonState(config, {row.name: list(row.learning_rates) for row in choosing})
-        for widening in range(config.max_widenings + 1):
-            runs = selection_runs(config, state.rates)
-            state.selection = self._finished(runs)
-            state.num_runs = len(runs) + len(config.rows) * len(config.report_seeds)
-            if len(state.selection) < len(runs):
-                return state
-            losses = {name: state.losses(name) for name in state.rates}
-            at_edge = [name for name in losses if not is_interior(losses[name])]
-            if not at_edge or widening == config.max_widenings:
-                break
-            state.rates = {
-                name: widened(rates, losses[name]) for name, rates in state.rates.items()
-            }
-        state.chosen = {name: best_rate(state.losses(name)) for name in state.rates}
-        state.report = self._finished(report_runs(config, state.chosen))
-        return state
-
-    def due(self) -> list[Run]:
-        """Returns the unfinished runs of the current stage; empty if the comparison is complete."""
-        state = self.state()
-        runs = (
-            report_runs(self._config, state.chosen)
-            if state.chosen
-            else selection_runs(self._config, state.rates)
-        )
-        return [run for run in runs if not self.is_finished(run)]
+        tuning = tune(self._config, self._loss)
+        selection = self._finished(tuning.runs)
+        if tuning.due:
+            return ComparisonState(self._config, tuning, selection, due=tuning.due)
+        runs = report_runs(self._config, tuning.chosen)
+        due = tuple(run for run in runs if not self.is_finished(run))
+        return ComparisonState(self._config, tuning, selection, self._finished(runs), due)
 
     def is_finished(self, run: Run) -> bool:
         """Whether a run has a result."""
@@ -83,18 +70,42 @@ class Comparison:
 
     def run(self, train_all: TrainAll) -> None:
         """Trains all remaining runs."""
-        while runs := self.due():
-            stage = "for the report" if self.state().chosen else "to choose learning rates"
-            logger.info("training %d run(s) %s", len(runs), stage)
-            train_all(runs)
+        while (state := self.state()).due:
+            stage = "to choose values" if state.tuning.due else "for the report"
+            logger.info("training %d run(s) %s", len(state.due), stage)
+            train_all(list(state.due))
 
-    def _finished(self, runs: list[Run]) -> list[RunResult]:
+    def _loss(self, run: Run) -> float | None:
+        result = self._result(run)
+        return None if result is None else result.validation_loss
+
+    def _finished(self, runs: Iterable[Run]) -> list[RunResult]:
         return [result for run in runs if (result := self._result(run)) is not None]
 
     def _result(self, run: Run) -> RunResult | None:
         if run not in self._results:
-            result = read_result(run)
+            result = read_result(run) or self._result_in_file(run)
             if result is None:
                 return None
+            self._check_corpus(result)
             self._results[run] = result
         return self._results[run]
+
+    def _result_in_file(self, run: Run) -> RunResult | None:
+        if not self._in_file:
+            return None
+        if run not in self._digests:
+            self._digests[run] = config_sha256(run.config())
+        digest = self._digests[run]
+        figures = self._in_file.get(RunKey(digest, run.seed))
+        return None if figures is None else result_of(run, figures, digest, has_folder=False)
+
+    def _check_corpus(self, result: RunResult) -> None:
+        found, expected = result.figures["corpus"]["fingerprint"], self._corpus_fingerprint
+        if expected not in (None, found):
+            place = result.run.folder if result.has_folder else self._config.finished_runs
+            raise ConfigError(
+                f"{place}: {result.run.name} was trained on a corpus with the fingerprint {found}, "
+                f"and this machine's has {expected}; use the same corpus, or another output_dir "
+                "without finished_runs"
+            )

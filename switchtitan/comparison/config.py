@@ -1,38 +1,67 @@
-"""The file that declares a comparison: its rows, their learning rates, and the seeds."""
+"""The file that declares a comparison: its rows, the values to choose from, and the seeds."""
 
+import math
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from switchtitan.comparison.selection import is_rate
 from switchtitan.config.load import load_table
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
 from switchtitan.config.toml_files import read_toml
 from switchtitan.errors import ConfigError
 
+LEARNING_RATE = "optimizer.lr"
+TUNED_SECTIONS = ("method", "optimizer")
+"""The sections in which rows may differ."""
+
 
 class RowConfig(Section):
-    """A row of the table: a method with its keys."""
+    """A row of the table: a method and an optimizer with their keys."""
 
     name: str
     """Name of the row, also in file names: letters, digits, `.`, `_` and `-`."""
     label: str | None = None
     """Name in tables and plots. Default: `name`."""
     learning_rates: tuple[float, ...] = ()
-    """Peak learning rates to choose from, increasing. At least three, and the same number as in
-    every other row."""
+    """Values of `optimizer.lr` to choose from; the same as `tune."optimizer.lr"`."""
+    tune: dict[str, tuple[int | float, ...]] = Field(default_factory=dict)
+    """Values to choose from, increasing, by a key of `axes`: at least three of a learning rate, at
+    least two of other keys, and the same number as in every other row that tunes the key."""
+    start: dict[str, int | float] = Field(default_factory=dict)
+    """The value of a tuned key until it is its turn, one of those to choose from. Default: the
+    middle one, of two the lower."""
     learning_rate_of: str | None = None
-    """Use the rate chosen for this row instead, e.g. for an ablation that changes one of its
+    """Use all values chosen for this row instead, e.g. for an ablation that changes one of its
     keys."""
     set: dict[str, dict[str, Any]]
-    """Keys that differ from `config`, by section."""
+    """Keys of [method] and [optimizer] that differ from `config`, by section."""
 
     @property
     def title(self) -> str:
         return self.label or self.name
+
+    @property
+    def values(self) -> dict[str, tuple[float, ...]]:
+        """The values to choose from, by dotted key."""
+        of_lr = {LEARNING_RATE: self.learning_rates} if self.learning_rates else {}
+        return of_lr | {
+            key: tuple(map(float, values)) if is_rate(key) else values
+            for key, values in self.tune.items()
+        }
+
+    @property
+    def start_values(self) -> dict[str, float]:
+        """The first value of each tuned key."""
+        return {
+            key: self.start.get(key, values[(len(values) - 1) // 2])
+            for key, values in self.values.items()
+        }
 
     @field_validator("name")
     @classmethod
@@ -44,18 +73,36 @@ class RowConfig(Section):
         return name
 
     @model_validator(mode="after")
-    def _check_rates(self) -> "RowConfig":
-        if (self.learning_rate_of is None) != bool(self.learning_rates):
-            raise ValueError("give either learning_rates or learning_rate_of")
-        rates = self.learning_rates
-        if rates and (
-            len(rates) < 3 or rates[0] <= 0 or any(high <= low for low, high in pairwise(rates))
-        ):
+    def _check_values(self) -> "RowConfig":
+        if self.learning_rates and LEARNING_RATE in self.tune:
+            raise ValueError(f"give either learning_rates or tune.{LEARNING_RATE!r}, not both")
+        if (self.learning_rate_of is None) != bool(self.values):
             raise ValueError(
-                f"learning_rates = {list(rates)}: expected at least three, above 0 and increasing, "
-                "so that the best one can be between two others"
+                "give either learning_rates or learning_rate_of (or `tune` instead of the first)"
             )
+        for key, values in self.values.items():
+            given = "learning_rates" if self.learning_rates and key == LEARNING_RATE else key
+            _check_increasing(f"{given} = {list(values)}", key, values)
+        for key, value in self.start.items():
+            tried = self.values.get(key)
+            if tried is None:
+                raise ValueError(f"start: the row does not tune {key!r}; remove it")
+            if value not in tried:
+                raise ValueError(f"start: {key} = {value:g}: expected one of {list(tried)}")
         return self
+
+
+def _check_increasing(place: str, key: str, values: Sequence[float]) -> None:
+    is_increasing = all(low < high for low, high in pairwise(values))
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{place}: expected finite numbers")
+    if is_rate(key) and (len(values) < 3 or values[0] <= 0 or not is_increasing):
+        raise ValueError(
+            f"{place}: expected at least three, above 0 and increasing, "
+            "so that the best one can be between two others"
+        )
+    if len(values) < 2 or not is_increasing:
+        raise ValueError(f"{place}: expected at least two, increasing")
 
 
 class GapConfig(Section):
@@ -79,16 +126,22 @@ class ComparisonConfig(Section):
     output_dir: Path
     """Folder for runs and reports, relative to the working directory."""
     selection_seed: int = Field(ge=0)
-    """Seed of the runs that choose each row's learning rate by validation loss."""
+    """Seed of the runs that choose each row's values by the validation loss after the last step."""
     report_seeds: tuple[int, ...] = Field(min_length=1)
     """Seeds of the runs whose loss on the test split is reported; without `selection_seed`."""
     baseline: str
     """The row with which the losses and step times of the others are compared."""
+    axes: tuple[str, ...] = Field(default=(LEARNING_RATE,), min_length=1)
+    """The tuned keys, in the order in which they are chosen: each one with the other keys at their
+    best values so far. A key can be repeated."""
     max_widenings: int = Field(default=2, ge=0)
-    """Maximum number of times that every row gets one more rate, because the best rate of some row
-    is its lowest or highest one."""
+    """Maximum number of times that every row gets one more value of a learning rate, because the
+    best one of some row is its lowest or highest one. For each of `axes`."""
     communication_ranks: int = Field(default=8, ge=2)
     """Number of ranks for which the bytes sent in a step are counted."""
+    finished_runs: Path | None = None
+    """A `runs.csv` of an earlier report, relative to this file: a run whose configuration and seed
+    it has is finished, also without its folder."""
     rows: tuple[RowConfig, ...]
     """The rows of the table."""
     gaps: tuple[GapConfig, ...] = ()
@@ -115,12 +168,8 @@ class ComparisonConfig(Section):
             f"rows: two have the name {name!r}"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
-        choosing = {row.name: row.learning_rates for row in self.rows if row.learning_rates}
-        if len({len(rates) for rates in choosing.values()}) > 1:
-            counts = ", ".join(f"{name} has {len(rates)}" for name, rates in choosing.items())
-            mistakes.append(
-                f"every row must have the same number of learning_rates, for fairness: {counts}"
-            )
+        choosing = [row.name for row in self.rows if row.values]
+        mistakes += self._mistakes_in_axes()
         referred = [("baseline", self.baseline)]
         for row in self.rows:
             if row.learning_rate_of is not None:
@@ -136,15 +185,45 @@ class ComparisonConfig(Section):
             raise ValueError("; ".join(mistakes))
         return self
 
+    def _mistakes_in_axes(self) -> list[str]:
+        mistakes = []
+        for key in dict.fromkeys(self.axes):
+            section, _, name = key.partition(".")
+            if section not in TUNED_SECTIONS or not name:
+                mistakes.append(f"axes: {key!r}: expected a key of [method] or [optimizer]")
+            counts = {row.name: len(row.values[key]) for row in self.rows if key in row.values}
+            if not counts:
+                mistakes.append(f"axes: no row tunes {key!r}; remove it")
+            if len(set(counts.values())) > 1:
+                listed = ", ".join(f"{row} has {count}" for row, count in counts.items())
+                mistakes.append(
+                    f"every row that tunes {key} must have the same number of values, for "
+                    f"fairness: {listed}"
+                )
+        for row in self.rows:
+            if unknown := [key for key in row.values if key not in self.axes]:
+                mistakes.append(
+                    f"rows.{row.name}: tunes {', '.join(unknown)}, which axes does not have"
+                )
+            if row.values and self.axes[0] not in row.values:
+                mistakes.append(
+                    f"rows.{row.name}: expected values of {self.axes[0]} to choose from"
+                )
+        return mistakes
+
     def row(self, name: str) -> RowConfig:
         """Returns the row called `name`."""
         return next(row for row in self.rows if row.name == name)
+
+    def tuned_row(self, row: RowConfig) -> RowConfig:
+        """Returns the row whose chosen values a row uses."""
+        return row if row.learning_rate_of is None else self.row(row.learning_rate_of)
 
 
 def load_comparison(file: Path) -> ComparisonConfig:
     """Reads the file that declares a comparison.
 
-    The result's `config` is relative to the working directory.
+    The paths of the result are relative to the working directory.
 
     Raises:
         ConfigError: with all mistakes in one message.
@@ -160,4 +239,7 @@ def load_comparison(file: Path) -> ComparisonConfig:
             "expected a file like those in train_configs/comparisons/"
         )
     declared = load_table(file, ComparisonConfig)
-    return declared.model_copy(update={"config": file.parent / declared.config})
+    update = {"config": file.parent / declared.config}
+    if declared.finished_runs is not None:
+        update["finished_runs"] = file.parent / declared.finished_runs
+    return declared.model_copy(update=update)

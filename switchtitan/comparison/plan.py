@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchtitan.comparison.config import ComparisonConfig, RowConfig
+from switchtitan.comparison.config import TUNED_SECTIONS, ComparisonConfig, RowConfig
 from switchtitan.config.toml_text import toml_value
 from switchtitan.data import open_corpus
 from switchtitan.errors import ConfigError
@@ -12,7 +12,13 @@ from switchtitan.job.config import JobConfig, parse_arguments
 
 MIN_STEPS = 8
 """Steps needed for timing: three for warm-up, five timed."""
-_KEYS_SET_BY_COMPARISON = ("optimizer.lr", "job.seed", "job.name", "job.output_dir")
+_KEYS_OF_JOB = ("job.seed", "job.name", "job.output_dir")
+"""Keys that the comparison sets, besides the tuned ones."""
+
+
+def short_name(key: str) -> str:
+    """Returns the name of a tuned key in tables and folders: without `optimizer.`."""
+    return key.removeprefix("optimizer.")
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Run:
     """A training run."""
 
     row: str
-    learning_rate: float
+    tuned: tuple[tuple[str, float], ...]
+    """Values of the tuned keys, in the order of the axes."""
     seed: int
     folder: Path
     arguments: tuple[str, ...]
@@ -28,7 +35,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.row} lr {self.learning_rate:g} seed {self.seed}"
+        values = " ".join(f"{short_name(key)} {value:g}" for key, value in self.tuned)
+        return f"{self.row} {values} seed {self.seed}"
+
+    def value(self, key: str) -> float | None:
+        """Returns the value of a tuned key; None if the row does not tune it."""
+        return dict(self.tuned).get(key)
 
     def config(self) -> JobConfig:
         """Returns the configuration of the run.
@@ -67,62 +79,44 @@ class Run:
         )
 
 
-def plan_run(comparison: ComparisonConfig, row: RowConfig, learning_rate: float, seed: int) -> Run:
-    """Returns the run of a row with a learning rate and a seed, in its own folder.
+def plan_run(
+    comparison: ComparisonConfig, row: RowConfig, values: Mapping[str, float], seed: int
+) -> Run:
+    """Returns the run of a row with values of its tuned keys and a seed, in its own folder.
 
     Raises:
         ConfigError: if the row sets a key that the comparison sets.
     """
-    folder = comparison.output_dir / "runs" / row.name / f"lr-{learning_rate:g}-seed-{seed}"
+    tuned = tuple((key, values[key]) for key in dict.fromkeys(comparison.axes) if key in values)
+    label = "-".join(f"{short_name(key)}-{value:g}" for key, value in tuned) + f"-seed-{seed}"
+    folder = comparison.output_dir / "runs" / row.name / label
     keys: dict[str, object] = {
         f"{section}.{key}": value
         for section, keys in row.set.items()
         for key, value in keys.items()
     }
-    for key in _KEYS_SET_BY_COMPARISON:
+    for key in (*values, *_KEYS_OF_JOB):
         if key in keys:
             raise ConfigError(
                 f"row {row.name}: set.{key} has no effect: the comparison sets it; remove it"
             )
-    keys |= {
-        "optimizer.lr": learning_rate,
+    keys |= dict(tuned) | {
         "job.seed": seed,
-        "job.name": f"{row.name}-lr-{learning_rate:g}-seed-{seed}",
+        "job.name": f"{row.name}-{label}",
         "job.output_dir": str(folder),
     }
     arguments = ["--config", str(comparison.config)]
     for key, value in keys.items():
         arguments += [f"--{key}", value if isinstance(value, str) else toml_value(value)]
-    return Run(row.name, learning_rate, seed, folder, tuple(arguments))
+    return Run(row.name, tuned, seed, folder, tuple(arguments))
 
 
-def selection_runs(comparison: ComparisonConfig, rates: Mapping[str, Sequence[float]]) -> list[Run]:
-    """Returns all runs that choose rates, middle rates first, for early results of all rows."""
-    runs = []
-    for place in range(max(map(len, rates.values()), default=0)):
-        for name, of_row in rates.items():
-            from_the_middle = sorted(
-                of_row, key=lambda rate: abs(of_row.index(rate) - (len(of_row) - 1) / 2)
-            )
-            runs.append(
-                plan_run(
-                    comparison,
-                    comparison.row(name),
-                    from_the_middle[place],
-                    comparison.selection_seed,
-                )
-            )
-    return runs
-
-
-def report_runs(comparison: ComparisonConfig, chosen: Mapping[str, float]) -> list[Run]:
-    """Returns all runs that are reported, seed by seed.
-
-    Args:
-        chosen: the chosen rate of each row that chooses one.
-    """
+def report_runs(
+    comparison: ComparisonConfig, chosen: Mapping[str, Mapping[str, float]]
+) -> list[Run]:
+    """Returns all runs that are reported, with the chosen values of each row."""
     return [
-        plan_run(comparison, row, chosen[row.learning_rate_of or row.name], seed)
+        plan_run(comparison, row, chosen[comparison.tuned_row(row).name], seed)
         for seed in comparison.report_seeds
         for row in comparison.rows
     ]
@@ -132,7 +126,7 @@ def check_plan(comparison: ComparisonConfig) -> None:
     """Checks before any run that all rows can be trained, reported and measured.
 
     Raises:
-        ConfigError: if they cannot, or if rows differ in more than method and learning rate.
+        ConfigError: if they cannot, or if rows differ in more than method and optimizer.
     """
     configs = {row.name: first_run(comparison, row).config() for row in comparison.rows}
     baseline = configs[comparison.baseline]
@@ -140,21 +134,29 @@ def check_plan(comparison: ComparisonConfig) -> None:
         differing = [
             section
             for section in type(baseline).model_fields
-            if section not in ("job", "method") and not _is_same(section, config, baseline)
+            if section not in ("job", *TUNED_SECTIONS)
+            and getattr(config, section) != getattr(baseline, section)
         ]
         if differing:
             raise ConfigError(
                 f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from "
-                f"{comparison.baseline}'s; rows may differ only in [method] and the learning rate; "
+                f"{comparison.baseline}'s; rows may differ only in [method] and [optimizer]; "
                 f"set it for all rows in {comparison.config}"
             )
+    for row in comparison.rows:
+        for key, values in comparison.tuned_row(row).values.items():
+            for value in values:
+                first_run(comparison, row, {key: value}).config()
     _check_reportable(comparison, baseline)
     for row in comparison.rows:
         first_run(comparison, row).config_on(comparison.communication_ranks)
 
 
-def check_corpus(comparison: ComparisonConfig) -> None:
+def check_corpus(comparison: ComparisonConfig) -> str:
     """Prepares the corpus if it is missing, and checks that it has all splits.
+
+    Returns:
+        its fingerprint.
 
     Raises:
         CorpusError: if it has not.
@@ -164,6 +166,7 @@ def check_corpus(comparison: ComparisonConfig) -> None:
     for split in ("train", "validation", "test"):
         for source in corpus.sources:
             source.split(split, config.data.seq_len)
+    return corpus.fingerprint
 
 
 def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
@@ -181,7 +184,7 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
     if config.evaluation.interval > config.training.steps:
         problems.append(
             f"[evaluation] interval = {config.evaluation.interval}: expected at most [training] "
-            f"steps = {config.training.steps}: the final validation loss chooses the rates"
+            f"steps = {config.training.steps}: the final validation loss chooses the values"
         )
     if not config.metrics.tensorboard:
         problems.append(
@@ -195,18 +198,13 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
         raise ConfigError("\n".join(f"{comparison.config}: {problem}" for problem in problems))
 
 
-def first_run(comparison: ComparisonConfig, row: RowConfig) -> Run:
-    """Returns a row's run at its lowest declared rate, for uses that do not depend on the rate."""
-    rate = (
-        row.learning_rates[0]
-        if row.learning_rates
-        else comparison.row(row.learning_rate_of or "").learning_rates[0]
-    )
-    return plan_run(comparison, row, rate, comparison.selection_seed)
+def first_run(
+    comparison: ComparisonConfig, row: RowConfig, changes: Mapping[str, float] | None = None
+) -> Run:
+    """Returns a row's run at its lowest declared values, for uses that do not depend on them.
 
-
-def _is_same(section: str, config: JobConfig, baseline: JobConfig) -> bool:
-    ours, theirs = getattr(config, section), getattr(baseline, section)
-    if section == "optimizer":
-        return ours.model_dump(exclude={"lr"}) == theirs.model_dump(exclude={"lr"})
-    return bool(ours == theirs)
+    Args:
+        changes: values of tuned keys that it has instead.
+    """
+    lowest = {key: values[0] for key, values in comparison.tuned_row(row).values.items()}
+    return plan_run(comparison, row, lowest | dict(changes or {}), comparison.selection_seed)

@@ -52,7 +52,7 @@ def draw_curves(state: ComparisonState) -> Figure:
         runs = [
             result
             for result in state.report
-            if result.run.row == row.name and not result.has_diverged
+            if result.run.row == row.name and result.has_folder and not result.has_diverged
         ]
         if not runs:
             continue

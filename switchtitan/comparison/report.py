@@ -1,23 +1,27 @@
 """The report of a comparison as Markdown, JSON and CSV."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from switchtitan.comparison.comparison import ComparisonState
+from switchtitan.comparison.config import ComparisonConfig
+from switchtitan.comparison.plan import short_name
 from switchtitan.comparison.results import RunResult
+from switchtitan.comparison.runs_csv import run_record, runs_csv
 from switchtitan.comparison.statistics import Difference, Summary
-from switchtitan.comparison.table import GapReport, RowReport
+from switchtitan.comparison.table import GapReport, RowReport, is_at_edge
+from switchtitan.comparison.tuning import Tried
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.files import write_atomically
 
 UNKNOWN = "-"
 _LEGEND = (
-    "(edge): the best learning rate is the lowest or the highest one tried. Effective rank: exp of "
+    "(edge): the best learning rate is the lowest or the highest one tried. Bits per byte: nats of "
+    "all tokens / (ln 2 x UTF-8 bytes of their text). Effective rank: exp of "
     "the entropy of the normalized singular values of a layer's change since step 0, averaged over "
     "layers. Two factors that are both random at the start change their product by up to twice "
     "their rank. State: all that a checkpoint contains, i.e. weights, optimizer state and other "
@@ -34,27 +38,27 @@ def write_report(
 ) -> None:
     """Writes `report.md`, `results.json` and `runs.csv` to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    records = _records(state)
     write_atomically(folder / "report.md", markdown(state, rows, gaps))
-    write_atomically(folder / "results.json", json_text(state, rows, gaps))
-    write_atomically(folder / "runs.csv", runs_csv(state))
+    write_atomically(folder / "results.json", json_text(state, rows, gaps, records))
+    write_atomically(folder / "runs.csv", runs_csv(records, state.config.axes))
 
 
 def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
     """Returns the report as Markdown."""
     config, done = state.config, len(state.selection) + len(state.report)
     parts = [f"# {config.name}", f"{done} of {state.num_runs} runs are finished."]
-    facts = _facts(state)
-    if facts:
-        parts.append(facts)
+    parts += [text for text in (_facts(state), _without_folders(state)) if text]
     seeds = ", ".join(map(str, config.report_seeds))
     parts.append(
-        f"Learning rates were chosen by the validation loss with seed {config.selection_seed}. "
+        f"{', '.join(map(short_name, config.axes))} of each row: chosen by the validation loss "
+        f"after the last step, with seed {config.selection_seed}. "
         f"Losses are on the test split: mean ± standard deviation over seeds {seeds}. "
         f"Differences to {config.baseline} are taken seed by seed, with 95 % intervals "
         "(Student's t). p is adjusted by Holm's method over the rows of the table. A row differs "
         "if p is below 0.05; no difference is shown if the interval holds zero."
     )
-    parts.append(_table(rows, _columns(config.baseline, config.communication_ranks)))
+    parts.append(_table(rows, _columns(config)))
     parts.append(_LEGEND)
     if gaps:
         titles = {row.name: row.title for row in config.rows}
@@ -66,37 +70,48 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
             )
         )
     parts.append(
-        "## Choice of the learning rate\n\n"
-        "Validation loss by learning rate. The chosen rate is bold."
+        "## Choice of values\n\n"
+        "Validation loss by value, with the other keys as chosen before. The chosen value is bold."
     )
-    parts.append("\n".join(_selection_line(row) for row in rows if row.selection))
+    for place, key in enumerate(config.axes):
+        lines = [
+            _tried_line(row, tried) for row in rows for tried in row.tried if tried.place == place
+        ]
+        if lines:
+            parts += [f"{short_name(key)}:", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def json_text(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
-    """Returns all results as JSON; a number that is not finite becomes null."""
+def json_text(
+    state: ComparisonState,
+    rows: Sequence[RowReport],
+    gaps: Sequence[GapReport],
+    records: Sequence[Mapping[str, object]],
+) -> str:
+    """Returns all results as JSON; a number that is not finite becomes null.
+
+    Args:
+        records: the columns of each finished run.
+    """
+    folders = [
+        str(result.run.folder) if result.has_folder else None for _, result in _staged(state)
+    ]
     contents = {
         "comparison": resolved_toml(state.config),
         "num_runs_finished": len(state.selection) + len(state.report),
         "num_runs": state.num_runs,
-        "rows": [_with_string_keys(asdict(row)) for row in rows],
+        "rows": [asdict(row) | {"tried": list(map(_tried_record, row.tried))} for row in rows],
         "gaps": [asdict(gap) for gap in gaps],
-        "runs": [_run_record(stage, result) for stage, result in _staged(state)],
+        "runs": [
+            dict(record) | {"folder": folder}
+            for record, folder in zip(records, folders, strict=True)
+        ],
     }
     return json.dumps(_finite(contents), indent=2) + "\n"
 
 
-def runs_csv(state: ComparisonState) -> str:
-    """Returns one CSV line per finished run."""
-    stream = io.StringIO()
-    columns = (
-        "stage", "row", "learning_rate", "seed", "diverged", "validation_loss", "test_loss",
-        "tokens_per_s", "peak_gib", "state_gib", "num_trainable", "commit",
-    )  # fmt: skip
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_run_record(stage, result) for stage, result in _staged(state))
-    return stream.getvalue()
+def _records(state: ComparisonState) -> list[dict[str, object]]:
+    return [run_record(stage, result, state.config.axes) for stage, result in _staged(state)]
 
 
 def _staged(state: ComparisonState) -> list[tuple[str, RunResult]]:
@@ -105,28 +120,9 @@ def _staged(state: ComparisonState) -> list[tuple[str, RunResult]]:
     ]
 
 
-def _run_record(stage: str, result: RunResult) -> dict[str, object]:
-    figures = result.figures
-    return {
-        "stage": stage,
-        "row": result.run.row,
-        "learning_rate": result.run.learning_rate,
-        "seed": result.run.seed,
-        "diverged": result.has_diverged,
-        "validation_loss": result.validation_loss,
-        "test_loss": result.test_loss,
-        "tokens_per_s": figures.get("throughput/tokens_per_s"),
-        "peak_gib": figures.get("memory/peak_gib"),
-        "state_gib": figures.get("memory/state_gib"),
-        "num_trainable": figures.get("num_parameters", {}).get("trainable"),
-        "commit": figures.get("commit"),
-        "folder": str(result.run.folder),
-    }
-
-
 def _facts(state: ComparisonState) -> str:
     """Returns one sentence about tokens, corpus, versions and hardware of the finished runs."""
-    figures = [result.figures for _, result in _staged(state) if result.figures]
+    figures = [result.figures for _, result in _staged(state) if not result.has_diverged]
     if not figures:
         return ""
 
@@ -143,12 +139,25 @@ def _facts(state: ComparisonState) -> str:
     )
 
 
-def _columns(baseline: str, num_ranks: int) -> dict[str, Callable[[RowReport], str]]:
+def _without_folders(state: ComparisonState) -> str:
+    number = sum(not result.has_folder for _, result in _staged(state))
+    if not number:
+        return ""
+    return (
+        f"{number} of these runs are from {state.config.finished_runs}: their folders are not on "
+        "this machine, and their curves are missing."
+    )
+
+
+def _columns(config: ComparisonConfig) -> dict[str, Callable[[RowReport], str]]:
+    baseline = config.baseline
     return {
         "": lambda row: row.title,
-        "rate": lambda row: _rate(row),
+        **{short_name(key): partial(_value, key=key) for key in config.axes},
         "test loss": lambda row: _plus_minus(row.loss, 4),
         "perplexity": lambda row: _plus_minus(row.perplexity, 3),
+        "test bits/byte": lambda row: _plus_minus(row.test_bits_per_byte, 4),
+        "validation bits/byte": lambda row: _plus_minus(row.validation_bits_per_byte, 4),
         f"loss - {baseline}'s": lambda row: _difference(row.difference),
         "p": lambda row: UNKNOWN if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
         "verdict": lambda row: row.verdict or UNKNOWN,
@@ -158,9 +167,7 @@ def _columns(baseline: str, num_ranks: int) -> dict[str, Callable[[RowReport], s
         "peak, GiB": lambda row: _number(row.peak_gib, 2),
         "tokens/s": lambda row: _number(row.tokens_per_s, 0),
         f"step / {baseline}'s": lambda row: _ratio(row),
-        f"MiB sent per step, {num_ranks} ranks": lambda row: _number(
-            row.measured and row.measured.bytes_per_step, 2, 2**-20
-        ),
+        f"MiB sent per step, {config.communication_ranks} ranks": _mib_sent,
     }
 
 
@@ -170,20 +177,22 @@ def _table(rows: Sequence[RowReport], columns: Mapping[str, Callable[[RowReport]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _selection_line(row: RowReport) -> str:
-    def cell(rate: float) -> str:
-        loss = row.selection[rate]
-        text = f"{rate:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "diverged")
-        return f"**{text}**" if rate == row.rate else text
+def _tried_line(row: RowReport, tried: Tried) -> str:
+    is_known = bool(row.values)
 
-    edge = " (at the edge of the grid)" if row.is_interior is False else ""
-    return f"- {row.title}: {', '.join(cell(rate) for rate in sorted(row.selection))}{edge}"
+    def cell(value: float) -> str:
+        loss = tried.losses[value]
+        text = f"{value:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "diverged")
+        return f"**{text}**" if is_known and value == tried.best else text
+
+    edge = " (at the edge of the grid)" if is_known and tried.is_interior is False else ""
+    return f"- {row.title}: {', '.join(cell(value) for value in sorted(tried.losses))}{edge}"
 
 
-def _rate(row: RowReport) -> str:
-    if row.rate is None:
+def _value(row: RowReport, key: str) -> str:
+    if key not in row.values:
         return UNKNOWN
-    return f"{row.rate:g}" + (" (edge)" if row.is_interior is False else "")
+    return f"{row.values[key]:g}" + (" (edge)" if is_at_edge(row, key) else "")
 
 
 def _plus_minus(summary: Summary | None, digits: int) -> str:
@@ -224,6 +233,10 @@ def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
     return UNKNOWN if value is None else f"{value * factor:.{digits}f}"
 
 
+def _mib_sent(row: RowReport) -> str:
+    return _number(None if row.measured is None else row.measured.bytes_per_step, 2, 2**-20)
+
+
 def _ratio(row: RowReport) -> str:
     measured = row.measured
     if measured is None:
@@ -232,8 +245,14 @@ def _ratio(row: RowReport) -> str:
     return f"{measured.step_ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _with_string_keys(record: dict) -> dict:
-    return record | {"selection": {f"{rate:g}": loss for rate, loss in record["selection"].items()}}
+def _tried_record(tried: Tried) -> dict[str, object]:
+    losses = {f"{value:g}": loss for value, loss in tried.losses.items()}
+    return {
+        "key": tried.key,
+        "place": tried.place,
+        "is_interior": tried.is_interior,
+        "losses": losses,
+    }
 
 
 def _finite(value: object) -> object:

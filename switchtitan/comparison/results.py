@@ -1,5 +1,6 @@
 """The results of finished runs."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.training.description import CONFIG_FILE
 
+_KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
+"""Keys that change no result: names and folders."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -21,11 +25,24 @@ class RunResult:
     test_loss: float
     figures: dict[str, Any]
     """The contents of the run's `results.json`."""
+    config_sha256: str
+    """See the function of this name."""
+    has_folder: bool = True
+    """Whether the run's folder has its curves; False if the result is from a CSV file."""
 
     @property
     def has_diverged(self) -> bool:
         """Whether its gradients or its loss are not finite."""
         return not math.isfinite(self.test_loss)
+
+
+def config_sha256(config: JobConfig) -> str:
+    """Returns a checksum of a run's resolved configuration, without its name and folders.
+
+    Runs with the same checksum compute the same, on the same corpus and with the same code.
+    """
+    contents = config.model_dump(mode="json", exclude=_KEYS_OF_A_MACHINE)
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def read_result(run: Run) -> RunResult | None:
@@ -42,13 +59,23 @@ def read_result(run: Run) -> RunResult | None:
     if not file.exists():
         return None
     figures = json.loads(file.read_text(encoding="utf-8"))
-    if figures.get("diverged"):
-        return RunResult(run, math.inf, math.inf, figures)
-    if figures["step"] != config.training.steps:
+    if not figures.get("diverged") and figures["step"] != config.training.steps:
         return None
-    return RunResult(
-        run, _or_inf(figures["loss/validation"]), _or_inf(figures["loss/test"]), figures
-    )
+    return result_of(run, figures, config_sha256(config))
+
+
+def result_of(
+    run: Run, figures: dict[str, Any], digest: str, *, has_folder: bool = True
+) -> RunResult:
+    """Returns the result of a finished run from the contents of its `results.json`.
+
+    Args:
+        digest: the checksum of its configuration.
+    """
+    if figures.get("diverged"):
+        return RunResult(run, math.inf, math.inf, figures, digest, has_folder)
+    validation_loss, test_loss = figures["loss/validation"], figures["loss/test"]
+    return RunResult(run, _or_inf(validation_loss), _or_inf(test_loss), figures, digest, has_folder)
 
 
 def _or_inf(loss: float) -> float:

@@ -1,19 +1,25 @@
-"""Chooses each row's learning rate, and widens the grid if the best rate is at its edge."""
+"""Chooses the best value of a key, and widens a grid of rates if the best one is at its edge."""
 
 from collections.abc import Mapping, Sequence
 
 Losses = Mapping[float, float]
-"""Validation loss by learning rate; inf if the run diverged."""
+"""Validation loss by value; inf if the run diverged."""
 
 
-def best_rate(losses: Losses) -> float:
-    """Returns the rate of the lowest loss; of equal losses, the lowest rate."""
-    return min(sorted(losses), key=lambda rate: losses[rate])
+def is_rate(key: str) -> bool:
+    """Whether a dotted key is a learning rate, whose values are spaced by ratios and widened."""
+    name = key.rpartition(".")[2]
+    return name == "lr" or name.endswith("_lr")
+
+
+def best_value(losses: Losses) -> float:
+    """Returns the value of the lowest loss; of equal losses, the lowest value."""
+    return min(sorted(losses), key=lambda value: losses[value])
 
 
 def is_interior(losses: Losses) -> bool:
-    """Whether the best rate is between two others."""
-    return min(losses) < best_rate(losses) < max(losses)
+    """Whether the best value is between two others."""
+    return min(losses) < best_value(losses) < max(losses)
 
 
 def widened(rates: Sequence[float], losses: Losses) -> list[float]:
@@ -23,7 +29,7 @@ def widened(rates: Sequence[float], losses: Losses) -> list[float]:
     middle, the end with the lower loss counts as nearest.
     """
     rates = sorted(rates)
-    place = rates.index(best_rate(losses))
+    place = rates.index(best_value(losses))
     from_low, from_high = place, len(rates) - 1 - place
     goes_up = from_high < from_low or (
         from_high == from_low and losses[rates[-1]] < losses[rates[0]]

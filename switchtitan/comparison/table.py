@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from statistics import median
 
-from switchtitan.checkpoint import find_given
-from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder_name
 from switchtitan.comparison.comparison import ComparisonState
 from switchtitan.comparison.config import RowConfig
+from switchtitan.comparison.effective_rank import effective_rank
 from switchtitan.comparison.measure import Measurements
 from switchtitan.comparison.results import RunResult
-from switchtitan.comparison.selection import is_interior
 from switchtitan.comparison.statistics import (
     BySeed,
     Difference,
@@ -24,8 +20,7 @@ from switchtitan.comparison.statistics import (
     summarize,
     verdict,
 )
-from switchtitan.spectra.spectrum import summarize as summarize_spectra
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.comparison.tuning import Tried
 from switchtitan.training.trainer import loss_metrics
 
 
@@ -35,17 +30,18 @@ class RowReport:
 
     name: str
     title: str
-    rate: float | None
-    """The chosen learning rate."""
-    is_interior: bool | None
-    """Whether the rate is between two tried ones; None for a row that uses another row's rate."""
-    selection: dict[float, float]
-    """Validation loss by learning rate, with the selection seed."""
+    values: dict[str, float]
+    """The chosen values by tuned key; empty while they are not known."""
+    tried: tuple[Tried, ...]
+    """What was tried of each key in turn; empty for a row that uses another row's values."""
     num_diverged: int
     """Number of reported runs that diverged."""
     loss: Summary | None
     """Test loss over the reported seeds."""
     perplexity: Summary | None
+    validation_bits_per_byte: Summary | None
+    """Over the reported seeds, like all that follows."""
+    test_bits_per_byte: Summary | None
     difference: Difference | None
     """Test loss minus the baseline's, seed by seed."""
     adjusted_p: float | None
@@ -111,6 +107,12 @@ def report_gaps(state: ComparisonState) -> list[GapReport]:
     return reports
 
 
+def is_at_edge(row: RowReport, key: str) -> bool:
+    """Whether the chosen value of a learning rate is the lowest or the highest one tried."""
+    last = [tried for tried in row.tried if tried.key == key][-1:]
+    return bool(row.values) and any(tried.is_interior is False for tried in last)
+
+
 def losses_by_seed(state: ComparisonState, row: str) -> BySeed:
     """Returns test losses of a row's reported runs, by seed."""
     return {result.run.seed: result.test_loss for result in state.report if result.run.row == row}
@@ -126,13 +128,12 @@ def _report_row(
     results = [result for result in state.report if result.run.row == row.name]
     finished = [result for result in results if not result.has_diverged]
     losses = losses_by_seed(state, row.name)
-    selection = state.losses(row.name)
+    ranks = [rank for result in finished if (rank := effective_rank(result)) is not None]
     return RowReport(
         name=row.name,
         title=row.title,
-        rate=state.chosen.get(row.learning_rate_of or row.name),
-        is_interior=is_interior(selection) if row.name in state.chosen else None,
-        selection=selection,
+        values=dict(state.tuning.chosen.get(state.config.tuned_row(row).name, {})),
+        tried=state.tuning.tried.get(row.name, ()),
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
         perplexity=summarize(
@@ -140,10 +141,12 @@ def _report_row(
         )
         if losses
         else None,
+        validation_bits_per_byte=_summary_of(finished, "bits_per_byte/validation"),
+        test_bits_per_byte=_summary_of(finished, "bits_per_byte/test"),
         difference=against_baseline,
         adjusted_p=adjusted_p,
         verdict=None if against_baseline is None else verdict(against_baseline, adjusted_p),
-        effective_rank=summarize(ranks) if (ranks := _effective_ranks(finished)) else None,
+        effective_rank=summarize(ranks) if ranks else None,
         num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,
         peak_gib=max(
@@ -168,15 +171,7 @@ def _median_speed(finished: list[RunResult]) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _effective_ranks(finished: list[RunResult]) -> list[float]:
-    """Returns effective ranks of the runs whose last checkpoint still exists."""
-    checkpoints = [
-        result.run.folder / CHECKPOINTS_FOLDER / step_folder_name(result.figures["step"])
-        for result in finished
-    ]
-    return [_effective_rank(checkpoint) for checkpoint in checkpoints if checkpoint.exists()]
-
-
-@cache
-def _effective_rank(checkpoint: Path) -> float:
-    return summarize_spectra(checkpoint_spectra(find_given(checkpoint))).effective
+def _summary_of(finished: list[RunResult], figure: str) -> Summary | None:
+    """Returns a figure over the runs that know it: results of earlier versions lack some."""
+    known = [value for result in finished if (value := result.figures.get(figure)) is not None]
+    return summarize(known) if known else None

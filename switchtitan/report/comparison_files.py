@@ -52,17 +52,27 @@ class StepTime(_Parsed):
     bytes_per_step: float
 
 
+class Tried(_Parsed):
+    """What a row has tried of a key: validation losses by value, None if the run diverged."""
+
+    key: str
+    place: Count
+    is_interior: bool | None
+    losses: dict[float, float | None]
+
+
 class Row(_Parsed):
     """A row of the comparison's table."""
 
     name: str
     title: str
-    rate: float | None
-    is_interior: bool | None
-    selection: dict[float, float | None]
+    values: dict[str, float]
+    tried: list[Tried]
     num_diverged: Count
     loss: Sample | None
     perplexity: Sample | None
+    validation_bits_per_byte: Sample | None
+    test_bits_per_byte: Sample | None
     difference: Difference | None
     adjusted_p: float | None
     verdict: str | None
@@ -89,11 +99,11 @@ class FinishedRun(_Parsed):
 
     stage: str
     row: str
-    learning_rate: float
     seed: int
     diverged: bool
     test_loss: float | None
-    folder: str
+    folder: str | None
+    """None if the run is known from a CSV file only."""
 
 
 class ComparisonResults(_Parsed):
@@ -174,8 +184,11 @@ def _read_runs(
     for of in results.runs:
         if of.stage != "report" or of.diverged:
             continue
+        if of.folder is None:
+            notes.append(f"{of.row}, seed {of.seed}: from finished_runs; its curves are missing")
+            continue
         try:
-            record = read_run(_run_folder(folder, of))
+            record = read_run(_run_folder(folder, of.folder))
         except ConfigError as error:
             notes.append(f"{of.row}, seed {of.seed}: {error}")
             continue
@@ -184,8 +197,8 @@ def _read_runs(
     return runs
 
 
-def _run_folder(folder: Path, run: FinishedRun) -> Path:
+def _run_folder(folder: Path, of_run: str) -> Path:
     """Returns a run's folder, also if the comparison was moved or called from another folder."""
-    given = Path(run.folder)
+    given = Path(of_run)
     own = folder.resolve().parents[1] / _RUNS_FOLDER / given.parent.name / given.name
     return own if exists(own) else given

@@ -7,10 +7,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from switchtitan.comparison.plan import short_name
 from switchtitan.comparison.statistics import interval_of_mean
 from switchtitan.observability.console import format_count
-from switchtitan.report.charts import Lines, Metric, chart
-from switchtitan.report.comparison_files import ComparisonRecord, Difference, Row, Sample, Share
+from switchtitan.report.charts import Lines
+from switchtitan.report.chosen_values import chosen_cell, selection_section
+from switchtitan.report.comparison_files import (
+    ComparisonRecord,
+    Difference,
+    Row,
+    Sample,
+    Share,
+)
 from switchtitan.report.points import Line, plain
 from switchtitan.report.run_files import RunRecord
 from switchtitan.report.run_report import Contents, curve_sections
@@ -66,7 +74,7 @@ def comparison_report(record: ComparisonRecord) -> Contents:
                 *curve_sections(
                     curves, "Curves by row", "Mean ± standard deviation over the reported seeds."
                 ),
-                _selection_section(results.rows),
+                selection_section(results.rows),
                 _declaration_section(results.comparison),
             )
             if section is not None
@@ -132,11 +140,17 @@ def _result_section(record: ComparisonRecord, baseline: str | None) -> Contents:
 
 
 def _table(rows: Sequence[Row], baseline: str) -> Contents:
+    keys = dict.fromkeys(key for row in rows for key in row.values)
     columns = {
-        Column("rate", "the chosen learning rate"): [_rate(row) for row in rows],
+        **{
+            Column(short_name(key), "the chosen value"): [chosen_cell(row, key) for row in rows]
+            for key in keys
+        },
         Column("test loss"): [_sample(row.loss, 4) for row in rows],
         Column("95 % interval", "of the mean test loss"): [_interval(row.loss) for row in rows],
         Column("perplexity"): [_sample(row.perplexity, 3) for row in rows],
+        Column("test bits/byte"): [_sample(row.test_bits_per_byte, 4) for row in rows],
+        Column("val. bits/byte"): [_sample(row.validation_bits_per_byte, 4) for row in rows],
         Column(f"minus {baseline}", "seed by seed, with the 95 % interval"): [
             _difference(row.difference) for row in rows
         ],
@@ -238,28 +252,6 @@ def _gaps(record: ComparisonRecord) -> Contents:
     )
 
 
-def _selection_section(rows: Sequence[Row]) -> Contents | None:
-    lines = {}
-    for place, row in enumerate(rows):
-        known = sorted(
-            (rate, math.inf if loss is None else loss)
-            for rate, loss in row.selection.items()
-            if math.isfinite(rate)
-        )
-        if known:
-            rates, losses = zip(*known, strict=True)
-            lines[place] = {"x": list(rates), "y": plain(losses)}
-    if not lines:
-        return None
-    title = Metric("Validation loss", "with the selection seed")
-    across = {"across": "learning rate", "is_log_across": True, "is_scatter": True}
-    return {
-        "id": "selection",
-        "title": "Choice of the learning rate",
-        "charts": [chart("selection", title, lines, **across)],  # type: ignore[arg-type]
-    }
-
-
 def _declaration_section(declaration: str) -> Contents:
     lines = [line for line in declaration.splitlines() if line.strip()]
     return {
@@ -277,13 +269,6 @@ def _declared(declaration: str, key: str) -> str | None:
         return None if line is None else str(json.loads(line.group(1)))
     except ValueError:
         return None
-
-
-def _rate(row: Row) -> Cell:
-    if row.rate is None:
-        return cell(None)
-    hint = "the lowest or the highest one tried" if row.is_interior is False else ""
-    return cell(f"{row.rate:g}" + (" (edge)" if hint else ""), row.rate, hint)
 
 
 def _sample(sample: Sample | None, digits: int) -> Cell:

@@ -61,12 +61,15 @@ def results(final: float, step: int = NUM_STEPS) -> dict[str, object]:
         "tokens_seen": 128 * step,
         "loss/validation": final + 0.1,
         "loss/test": final + 0.2,
+        "bits_per_byte/validation": (final + 0.1) / 2,
+        "bits_per_byte/test": (final + 0.2) / 2,
         "throughput/tokens_per_s": 1234.5,
         "throughput/wall_time_s": 95.0,
         "memory/peak_gib": 1.5,
         "memory/state_gib": 0.5,
         "compute_dtype": "float32",
         "device": "CPU",
+        "cpu_capability": "AVX2",
         "num_ranks": 2,
         "num_threads": 1,
         "commit": "0123456789abcdef",
@@ -99,8 +102,8 @@ def finish_comparison(file: Path, num_reported: int | None = None) -> Path:
     """
     config = load_comparison(file)
     comparison = Comparison(config)
-    while runs := comparison.due():
-        is_last = bool(comparison.state().chosen)
+    while runs := (state := comparison.state()).due:
+        is_last = bool(state.tuning.chosen)
         for run in runs[: num_reported if is_last else None]:
             _finish(run)
         if is_last and num_reported is not None:
@@ -113,7 +116,7 @@ def finish_comparison(file: Path, num_reported: int | None = None) -> Path:
 
 def _finish(run: Run) -> None:
     of_row = {"dense": 3.0, "thin": 3.2, "thin-balanced": 3.1}[run.row]
-    distance = abs(math.log(run.learning_rate / (2e-3 if run.row == "dense" else 2e-2)))
+    distance = abs(math.log(run.value("optimizer.lr") / (2e-3 if run.row == "dense" else 2e-2)))
     final = of_row + 0.1 * distance + 0.02 * math.sin(run.seed + of_row)
     write_curves(run.folder, final, num_steps=run.config().training.steps)
     (run.folder / "config.toml").write_text(resolved_toml(run.config()))

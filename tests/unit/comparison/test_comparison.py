@@ -2,19 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from support.declared_comparison import GRID, write_grid
+from support.finished_runs import finish, finish_due
 
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
 from switchtitan.comparison.plan import Run, check_plan, plan_run
-from switchtitan.comparison.report import json_text, markdown, runs_csv
+from switchtitan.comparison.report import markdown, write_report
 from switchtitan.comparison.results import read_result
-from switchtitan.comparison.table import report_gaps, report_rows
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.comparison.runs_csv import run_record, runs_csv
+from switchtitan.comparison.table import is_at_edge, report_gaps, report_rows
 from switchtitan.errors import ConfigError
 
 
@@ -29,37 +30,6 @@ def declare(
     return load_comparison(write_grid(folder, grid, changes))
 
 
-def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: object) -> None:
-    """Writes the files of a finished run, without checkpoints and curves."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.toml").write_text(resolved_toml(run.config()))
-    results = {
-        "step": 40,
-        "tokens_seen": 5120,
-        "loss/validation": validation_loss,
-        "loss/test": test_loss,
-        "throughput/tokens_per_s": 100.0,
-        "memory/peak_gib": 1.5,
-        "memory/state_gib": 0.5,
-        "device": "CPU",
-        "num_threads": 1,
-        "versions": {"torch": "2"},
-        "commit": "abc",
-        "corpus": {"name": "c", "fingerprint": "f"},
-        "num_parameters": {"trainable": 7},
-    }
-    (run.folder / "results.json").write_text(json.dumps(results | other))
-
-
-def finish_all(
-    comparison: ComparisonConfig, loss_of: Callable[[Run], float], **other: object
-) -> list[Run]:
-    runs = Comparison(comparison).due()
-    for run in runs:
-        finish(run, loss_of(run), loss_of(run) + 1, **other)
-    return runs
-
-
 def distance_to(dense: float, thin: float) -> Callable[[Run], float]:
     """A loss that increases with the distance to each row's best rate, and slightly with the
     seed."""
@@ -67,62 +37,71 @@ def distance_to(dense: float, thin: float) -> Callable[[Run], float]:
     height = {"dense": 1.0, "thin": 2.0, "thin-balanced": 1.5}
 
     def loss(run: Run) -> float:
-        ratio = max(run.learning_rate / best[run.row], best[run.row] / run.learning_rate)
+        ratio = max(
+            run.value("optimizer.lr") / best[run.row], best[run.row] / run.value("optimizer.lr")
+        )
         return height[run.row] + ratio / 10 + 0.001 * run.seed
 
     return loss
 
 
-def rates(runs: list[Run], row: str) -> list[float]:
-    return [run.learning_rate for run in runs if run.row == row]
+def chosen_rates(**rates: float) -> dict[str, dict[str, float]]:
+    return {row: {"optimizer.lr": rate} for row, rate in rates.items()}
+
+
+def rates(runs: Iterable[Run], row: str) -> list[float]:
+    return [run.value("optimizer.lr") for run in runs if run.row == row]
 
 
 def test_middle_rates_are_tried_first_and_no_rate_is_chosen_before_all_are_tried(comparison):
-    runs = Comparison(comparison).due()
-    assert [(run.row, run.learning_rate) for run in runs[:2]] == [("dense", 2e-3), ("thin", 2e-2)]
+    runs = Comparison(comparison).state().due
+    assert [(run.row, run.value("optimizer.lr")) for run in runs[:2]] == [
+        ("dense", 2e-3),
+        ("thin", 2e-2),
+    ]
     assert {run.seed for run in runs} == {1}
     assert sorted(rates(runs, "thin")) == [1e-2, 2e-2, 4e-2]
     assert rates(runs, "thin-balanced") == []
     for run in runs[:-1]:
         finish(run, 1.0)
-    assert Comparison(comparison).due() == runs[-1:]
-    assert Comparison(comparison).state().chosen == {}
+    assert Comparison(comparison).state().due == runs[-1:]
+    assert Comparison(comparison).state().tuning.chosen == {}
 
 
 def test_bracketed_rates_are_reported_on_the_other_seeds(comparison):
-    finish_all(comparison, distance_to(2e-3, 2e-2))
-    runs = finish_all(comparison, distance_to(2e-3, 2e-2))
+    finish_due(comparison, distance_to(2e-3, 2e-2))
+    runs = finish_due(comparison, distance_to(2e-3, 2e-2))
     assert [(run.seed, run.row) for run in runs] == [
         (seed, row) for seed in (2, 3) for row in ("dense", "thin", "thin-balanced")
     ]
     assert set(rates(runs, "thin-balanced")) == {2e-2}
     state = Comparison(comparison).state()
-    assert state.chosen == {"dense": 2e-3, "thin": 2e-2}
+    assert state.tuning.chosen == chosen_rates(dense=2e-3, thin=2e-2)
     assert state.num_runs == len(state.selection) + len(state.report) == 12
-    assert Comparison(comparison).due() == []
+    assert Comparison(comparison).state().due == ()
 
 
 def test_a_best_rate_at_the_edge_widens_the_grid_of_every_row(comparison):
     loss = distance_to(8e-3, 2e-2)
-    finish_all(comparison, loss)
-    widening = finish_all(comparison, loss)
+    finish_due(comparison, loss)
+    widening = finish_due(comparison, loss)
     assert rates(widening, "dense") == [8e-3]
     # The best rate is in the middle, and both ends have the same loss: the lower end is widened.
     assert rates(widening, "thin") == [5e-3]
     state = Comparison(comparison).state()
     # The grid is widened only once: the best rate is still the highest, which the report states.
-    assert state.chosen == {"dense": 8e-3, "thin": 2e-2}
+    assert state.tuning.chosen == chosen_rates(dense=8e-3, thin=2e-2)
     rows = {row.name: row for row in report_rows(state, {})}
-    assert rows["dense"].is_interior is False
-    assert rows["thin"].is_interior is True
-    assert rows["thin-balanced"].is_interior is None
+    assert is_at_edge(rows["dense"], "optimizer.lr")
+    assert not is_at_edge(rows["thin"], "optimizer.lr")
+    assert not is_at_edge(rows["thin-balanced"], "optimizer.lr")
     assert "0.008 (edge)" in markdown(state, list(rows.values()), [])
 
 
-def test_the_report_has_losses_differences_and_shares(comparison):
+def test_the_report_has_losses_differences_and_shares(comparison, tmp_path):
     loss = distance_to(2e-3, 2e-2)
-    finish_all(comparison, loss)
-    finish_all(comparison, loss)
+    finish_due(comparison, loss)
+    finish_due(comparison, loss)
     state = Comparison(comparison).state()
     rows, gaps = report_rows(state, {}), report_gaps(state)
     by_name = {row.name: row for row in rows}
@@ -133,7 +112,7 @@ def test_the_report_has_losses_differences_and_shares(comparison):
     # Seeds shift all rows alike, so the differences are constant.
     assert by_name["thin"].difference.mean == pytest.approx(1.0)
     assert by_name["thin"].difference.std == pytest.approx(0.0, abs=1e-12)
-    assert by_name["thin"].selection == pytest.approx({1e-2: 2.201, 2e-2: 2.101, 4e-2: 2.201})
+    assert by_name["thin"].tried[0].losses == pytest.approx({1e-2: 2.201, 2e-2: 2.101, 4e-2: 2.201})
     assert by_name["thin"].peak_gib is None
     assert gaps[0].share.mean == pytest.approx(0.5)
     text = markdown(state, rows, gaps)
@@ -145,13 +124,17 @@ def test_the_report_has_losses_differences_and_shares(comparison):
     assert by_name["thin"].verdict == by_name["thin-balanced"].verdict == "differs"
     assert by_name["dense"].verdict is None
     assert "commit abc" in text
-    assert json.loads(json_text(state, rows, gaps))["num_runs_finished"] == 12
-    assert len(runs_csv(state).splitlines()) == 13
+    written = tmp_path / "report"
+    write_report(written, state, rows, gaps)
+    assert json.loads((written / "results.json").read_text())["num_runs_finished"] == 12
+    assert len((written / "runs.csv").read_text().splitlines()) == 13
 
 
 def test_no_share_is_reported_of_a_gap_whose_interval_holds_zero(comparison):
-    finish_all(comparison, distance_to(2e-3, 2e-2))
-    for run, loss in zip(Comparison(comparison).due(), (3.0, 3.1, 3.0, 3.2, 3.1, 3.0), strict=True):
+    finish_due(comparison, distance_to(2e-3, 2e-2))
+    for run, loss in zip(
+        Comparison(comparison).state().due, (3.0, 3.1, 3.0, 3.2, 3.1, 3.0), strict=True
+    ):
         finish(run, 1.0, loss)
     state = Comparison(comparison).state()
     rows, gaps = report_rows(state, {}), report_gaps(state)
@@ -165,12 +148,12 @@ def test_no_share_is_reported_of_a_gap_whose_interval_holds_zero(comparison):
 
 
 def test_p_values_are_corrected_over_the_rows_of_the_table(comparison):
-    finish_all(comparison, distance_to(2e-3, 2e-2))
+    finish_due(comparison, distance_to(2e-3, 2e-2))
     # Seed by seed, both rows differ from dense by 0.10 and 0.11: |t| is 21, p is 0.03.
     losses = {("dense", 2): 3.0, ("dense", 3): 3.1}
     losses |= {(row, 2): 3.1 for row in ("thin", "thin-balanced")}
     losses |= {(row, 3): 3.21 for row in ("thin", "thin-balanced")}
-    for run in Comparison(comparison).due():
+    for run in Comparison(comparison).state().due:
         finish(run, 1.0, losses[run.row, run.seed])
     thin = report_rows(Comparison(comparison).state(), {})[1]
     assert thin.difference.p == pytest.approx(2 / math.pi * math.atan(1 / 21), rel=1e-6)
@@ -180,8 +163,8 @@ def test_p_values_are_corrected_over_the_rows_of_the_table(comparison):
 
 
 def test_the_share_of_a_row_without_runs_is_not_yet_known(comparison):
-    finish_all(comparison, distance_to(2e-3, 2e-2))
-    for run in Comparison(comparison).due():
+    finish_due(comparison, distance_to(2e-3, 2e-2))
+    for run in Comparison(comparison).state().due:
         if run.row != "thin-balanced":
             finish(run, 1.0, {"dense": 2.0, "thin": 3.0}[run.row] + 0.1 * run.seed)
     state = Comparison(comparison).state()
@@ -191,16 +174,19 @@ def test_the_share_of_a_row_without_runs_is_not_yet_known(comparison):
 
 
 def test_a_diverged_run_is_never_chosen_and_is_in_the_report(comparison):
-    for run in Comparison(comparison).due():
-        finish(run, 1.0, **({"diverged": True} if run.learning_rate in (2e-3, 4e-2) else {}))
+    for run in Comparison(comparison).state().due:
+        finish(
+            run, 1.0, **({"diverged": True} if run.value("optimizer.lr") in (2e-3, 4e-2) else {})
+        )
     state = Comparison(comparison).state()
-    assert state.losses("dense")[2e-3] == float("inf")
+    assert state.tuning.tried["dense"][0].losses[2e-3] == float("inf")
     assert "0.002: diverged" in markdown(state, report_rows(state, {}), [])
-    assert "selection,thin,0.04,1,True" in runs_csv(state)
+    records = [run_record("selection", result, ["optimizer.lr"]) for result in state.selection]
+    assert "selection,thin,0.04,1,True" in runs_csv(records, ["optimizer.lr"])
 
 
 def test_only_a_run_with_all_its_steps_counts(comparison):
-    run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
+    run = plan_run(comparison, comparison.row("thin"), {"optimizer.lr": 1e-2}, 1)
     assert read_result(run) is None
     finish(run, 1.0, step=20)
     assert read_result(run) is None
@@ -211,7 +197,7 @@ def test_only_a_run_with_all_its_steps_counts(comparison):
 
 
 def test_a_run_with_other_settings_is_refused(comparison):
-    run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
+    run = plan_run(comparison, comparison.row("thin"), {"optimizer.lr": 1e-2}, 1)
     finish(run, 1.0)
     saved = run.folder / "config.toml"
     saved.write_text(saved.read_text().replace("warmup_steps = 3", "warmup_steps = 4"))
@@ -248,7 +234,7 @@ def test_a_plan_whose_report_would_fail_is_refused_before_any_run(tmp_path, chan
     ("keys", "message"),
     [
         ("set.model = {{ hidden_size = 24 }}", r"row thin: \[model\] differs from dense's"),
-        ("set.optimizer = {{ weight_decay = 0.1 }}", r"row thin: \[optimizer\] differs"),
+        ("set.training = {{ max_grad_norm = 0.5 }}", r"row thin: \[training\] differs"),
         ("set.optimizer = {{ lr = 0.1 }}", r"row thin: set\.optimizer\.lr has no effect"),
         ("set.job = {{ seed = 3 }}", r"row thin: set\.job\.seed has no effect"),
     ],
@@ -268,7 +254,7 @@ def test_bytes_are_counted_in_as_few_micro_batches_as_fit(tmp_path):
             "local_batch_size = 2": "local_batch_size = 12",
         },
     )
-    run = plan_run(comparison, comparison.row("thin"), 1e-2, 1)
+    run = plan_run(comparison, comparison.row("thin"), {"optimizer.lr": 1e-2}, 1)
     assert [run.config_on(num_ranks).training.local_batch_size for num_ranks in (1, 2, 3, 4)] == [
         12,
         6,

@@ -10,7 +10,7 @@ from switchtitan.files import try_lock
 
 
 def run_in(folder: Path, *arguments: str) -> Run:
-    return Run("row", 0.1, 1, folder, arguments)
+    return Run("row", (("optimizer.lr", 0.1),), 1, folder, arguments)
 
 
 def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from switchtitan.comparison.selection import best_rate, is_interior, widened
+from switchtitan.comparison.selection import best_value, is_interior, is_rate, widened
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from switchtitan.comparison.selection import best_rate, is_interior, widened
     ],
 )
 def test_the_best_rate_and_whether_it_is_between_two_others(losses, rate, interior):
-    assert best_rate(losses) == rate
+    assert best_value(losses) == rate
     assert is_interior(losses) is interior
 
 
@@ -36,3 +36,10 @@ def test_the_best_rate_and_whether_it_is_between_two_others(losses, rate, interi
 )
 def test_a_wider_grid_has_one_more_rate_for_every_row(losses, expected):
     assert widened(list(losses), losses) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rates_are_told_from_other_keys():
+    assert is_rate("optimizer.lr")
+    assert is_rate("optimizer.other_lr")
+    assert not is_rate("optimizer.weight_decay")
+    assert not is_rate("method.interval")

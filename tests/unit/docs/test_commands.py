@@ -51,18 +51,24 @@ def test_commands_exist():
     assert not {(page, command) for page, command in found if command not in COMMANDS}
 
 
-def test_the_comparison_shown_is_valid(tmp_path):
-    (shown,) = re.findall(
+def test_the_comparison_shown_is_valid_and_with_several_keys_too(tmp_path):
+    shown, several_keys, finished_runs = re.findall(
         r"(?ms)^```toml\n(.*?)^```", (ROOT / "docs" / "COMPARISONS.md").read_text()
     )
+    axes, row = several_keys.split("[[rows]]")
+    top, first, _, *others = shown.split("[[rows]]")
+    extended = "[[rows]]".join([top + axes + finished_runs, first, row, *others])
     file = tmp_path / "shown.toml"
-    file.write_text(shown)
     shutil.copy(
         ROOT / "train_configs" / "comparisons" / "llama_1m_pystdlib.toml", tmp_path / "base.toml"
     )
-    comparison = load_comparison(file)
-    check_plan(comparison)
-    assert [row.name for row in comparison.rows] == ["full_rank", "lora-r16", "lora-r16-balanced"]
+    for text, num_tuned in ((shown, 1), (extended, 3)):
+        file.write_text(text)
+        comparison = load_comparison(file)
+        check_plan(comparison)
+        names = [row.name for row in comparison.rows]
+        assert names == ["full_rank", "lora-r16", "lora-r16-balanced"]
+        assert len(comparison.row("lora-r16").values) == num_tuned
 
 
 def test_files_named_exist():

@@ -45,7 +45,10 @@ def test_rows_have_the_figures_of_the_results(folder: Path) -> None:
         cells = dict(zip(titles, line["cells"], strict=True))
         loss = row["loss"]
         assert cells["test loss"]["text"] == f"{loss['mean']:.4f} ± {loss['std']:.4f}"
-        assert cells["rate"]["value"] == row["rate"]
+        assert cells["lr"]["value"] == row["values"]["optimizer.lr"]
+        bits = row["test_bits_per_byte"]
+        assert cells["test bits/byte"]["text"] == f"{bits['mean']:.4f} ± {bits['std']:.4f}"
+        assert cells["verdict"]["text"] == (row["verdict"] or "–")
         difference = cells["minus dense"]["text"]
         assert "peak, GiB" not in cells  # of CPUs it is not known
         assert (difference == "–") == (row["name"] == "dense")

@@ -1,0 +1,180 @@
+"""The CSV file of a comparison's runs: written with each report, and read as finished runs.
+
+With such a file a comparison continues on another machine, without the folders of its runs.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from switchtitan.comparison.effective_rank import effective_rank
+from switchtitan.comparison.results import RunResult
+from switchtitan.errors import ConfigError
+
+_FIGURES = {
+    "steps": ("step",),
+    "tokens": ("tokens_seen",),
+    "validation_loss": ("loss/validation",),
+    "test_loss": ("loss/test",),
+    "validation_bits_per_byte": ("bits_per_byte/validation",),
+    "test_bits_per_byte": ("bits_per_byte/test",),
+    "tokens_per_s": ("throughput/tokens_per_s",),
+    "peak_gib": ("memory/peak_gib",),
+    "state_gib": ("memory/state_gib",),
+    "num_trainable": ("num_parameters", "trainable"),
+    "device": ("device",),
+    "cpu_capability": ("cpu_capability",),
+    "num_threads": ("num_threads",),
+    "torch": ("versions", "torch"),
+    "commit": ("commit",),
+    "corpus": ("corpus", "name"),
+    "corpus_fingerprint": ("corpus", "fingerprint"),
+}
+"""Columns, and where a run's `results.json` has their values."""
+
+
+class RunKey(NamedTuple):
+    """What identifies a run on any machine."""
+
+    config_sha256: str
+    seed: int
+
+
+def _none_if_empty(value: object) -> object:
+    return None if value == "" else value
+
+
+_Number = Annotated[float | None, BeforeValidator(_none_if_empty)]
+_Count = Annotated[int | None, Field(ge=0), BeforeValidator(_none_if_empty)]
+_Text = Annotated[str | None, BeforeValidator(_none_if_empty)]
+
+
+class _Line(BaseModel):
+    """A line of the file; the columns of tuned keys are for people."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    seed: int = Field(ge=0)
+    diverged: bool
+    config_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    effective_rank: _Number
+    steps: int = Field(ge=1)
+    tokens: _Count
+    validation_loss: _Number
+    test_loss: _Number
+    validation_bits_per_byte: _Number
+    test_bits_per_byte: _Number
+    tokens_per_s: _Number
+    peak_gib: _Number
+    state_gib: _Number
+    num_trainable: _Count
+    device: _Text
+    cpu_capability: _Text
+    num_threads: _Count
+    torch: _Text
+    commit: _Text
+    corpus: str = Field(min_length=1)
+    corpus_fingerprint: str = Field(min_length=1)
+
+
+def run_record(stage: str, result: RunResult, axes: Sequence[str]) -> dict[str, object]:
+    """Returns the columns of a finished run: tuned keys, results, machine, code and corpus."""
+    run, figures = result.run, result.figures
+    record: dict[str, object] = {"stage": stage, "row": run.row}
+    record |= {key: run.value(key) for key in dict.fromkeys(axes)}
+    record |= {"seed": run.seed, "diverged": result.has_diverged}
+    record |= {column: _find(figures, path) for column, path in _FIGURES.items()}
+    # A diverged run's results have no losses.
+    record |= {"validation_loss": result.validation_loss, "test_loss": result.test_loss}
+    record["effective_rank"] = effective_rank(result)
+    record["config_sha256"] = result.config_sha256
+    return record
+
+
+def runs_csv(records: Iterable[Mapping[str, object]], axes: Sequence[str]) -> str:
+    """Returns one CSV line per finished run, from their columns."""
+    stream = io.StringIO()
+    tuned = dict.fromkeys(axes)
+    figures = [*_FIGURES, "effective_rank", "config_sha256"]
+    columns = ["stage", "row", *tuned, "seed", "diverged", *figures]
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue()
+
+
+def read_finished_runs(file: Path) -> dict[RunKey, dict[str, Any]]:
+    """Reads the finished runs of a CSV file that a report has written.
+
+    Returns:
+        the contents of their `results.json`, as far as the file has them.
+
+    Raises:
+        ConfigError: if the file cannot be read, or a line is no run.
+    """
+    place = f"finished_runs = {str(file)!r}"
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = reader.fieldnames or []
+            if missing := [name for name in _Line.model_fields if name not in columns]:
+                raise ConfigError(
+                    f"{place}: has no column {', '.join(missing)}; expected the runs.csv of a "
+                    "comparison's report, written by this version"
+                )
+            lines = [(reader.line_num, line) for line in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(
+            f"{place}: cannot be read ({error}); expected the runs.csv of a comparison's report"
+        ) from error
+    runs: dict[RunKey, dict[str, Any]] = {}
+    for number, line in lines:
+        key, figures = _parse(line, f"{place}, line {number}")
+        if runs.setdefault(key, figures) != figures:
+            raise ConfigError(
+                f"{place}, line {number}: an earlier line has other results of the same "
+                "configuration and seed; keep one of them"
+            )
+    return runs
+
+
+def _parse(line: dict[str, str], place: str) -> tuple[RunKey, dict[str, Any]]:
+    try:
+        parsed = _Line.model_validate(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        column = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"{place}: {column} = {first['input']!r}: {first['msg']}; restore the line, or remove "
+            "it, so that the run is trained again"
+        ) from error
+    losses = (parsed.validation_loss, parsed.test_loss)
+    if not parsed.diverged and not all(loss is not None and math.isfinite(loss) for loss in losses):
+        raise ConfigError(
+            f"{place}: validation_loss and test_loss of a run that has not diverged: expected "
+            "finite numbers; remove the line, so that the run is trained again"
+        )
+    figures: dict[str, Any] = {"effective_rank": parsed.effective_rank}
+    if parsed.diverged:
+        figures["diverged"] = True
+    for column, path in _FIGURES.items():
+        _insert(figures, path, getattr(parsed, column))
+    return RunKey(parsed.config_sha256, parsed.seed), figures
+
+
+def _find(figures: Mapping[str, Any], path: tuple[str, ...]) -> object:
+    value: Any = figures
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _insert(figures: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    for name in path[:-1]:
+        figures = figures.setdefault(name, {})
+    figures[path[-1]] = value
