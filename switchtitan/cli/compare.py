@@ -1,14 +1,16 @@
-"""Runs or resumes a declared comparison of methods and reports the finished runs.
+"""Runs or resumes declared comparisons of methods and reports the finished runs.
 
-switchtitan compare train_configs/comparisons/rank_16.toml --jobs 2
+switchtitan compare train_configs/comparisons/rank_16.toml [FILE ...] --jobs 2
 
 Writes report.md, results.json, runs.csv and pictures to `<output_dir>/reports/<name of the file>`,
-and updates them after every run. The same command resumes a stopped or killed comparison."""
+and updates them after every run. The same command resumes a stopped or killed comparison. Several
+files are run one after the other."""
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ from switchtitan.files import try_lock
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the comparison that the command line names."""
+    """Runs the comparisons that the command line names, one after the other."""
     options = read_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Otherwise tensorboard logs every event file that it reads.
@@ -44,27 +46,64 @@ def main(argv: Sequence[str]) -> None:
     # Spectra for a report must not compete with the runs for cores.
     torch.set_num_threads(1)
     try:
-        config = load_comparison(options.file)
-        check_plan(config)
-        folder = config.output_dir / "reports" / options.file.stem
-        with try_lock(folder / "lock", key="output_dir") as lock:
-            if lock is None:
-                raise ConfigError(
-                    f"{folder}: another process is running this comparison; wait for it, or stop it"
-                )
-            comparison = Comparison(config)
-            if not options.report_only:
-                check_corpus(config)
-                with logging_redirect_tqdm():
-                    train(comparison, Runner(options.jobs), folder, config)
-                report(comparison, folder, config)
-                measure(config, folder)
-            report(comparison, folder, config)
+        # All files are checked before the first run of any.
+        for folder, config in load_all(options.files).items():
+            if options.report_only:
+                with locked(folder):
+                    report(Comparison(config), folder, config)
+            else:
+                run(config, folder, Runner(options.jobs))
+            print(folder / "report.md", flush=True)
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt as stop:
         exit_for_interrupt(stop, "interrupted; run the same command to resume")
-    print(folder / "report.md")
+
+
+def load_all(files: Sequence[Path]) -> dict[Path, ComparisonConfig]:
+    """Reads and checks comparisons; returns them by the folder of their reports.
+
+    Raises:
+        ConfigError: if one is invalid, or two have the same folder.
+    """
+    loaded: dict[Path, ComparisonConfig] = {}
+    for file in files:
+        config = load_comparison(file)
+        check_plan(config)
+        folder = config.output_dir / "reports" / file.stem
+        if folder in loaded:
+            raise ConfigError(
+                f"{file}: another of these files has the same name and output_dir, so both would "
+                f"report to {folder}; rename one"
+            )
+        loaded[folder] = config
+    return loaded
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a report's folder.
+
+    Raises:
+        ConfigError: if another process holds it.
+    """
+    with try_lock(folder / "lock", key="output_dir") as lock:
+        if lock is None:
+            raise ConfigError(
+                f"{folder}: another process is running this comparison; wait for it, or stop it"
+            )
+        yield
+
+
+def run(config: ComparisonConfig, folder: Path, runner: Runner) -> None:
+    """Trains the remaining runs of a comparison, reports all, and measures the rows."""
+    with locked(folder):
+        comparison = Comparison(config, check_corpus(config))
+        with logging_redirect_tqdm():
+            train(comparison, runner, folder, config)
+        report(comparison, folder, config)
+        measure(config, folder)
+        report(comparison, folder, config)
 
 
 def train(comparison: Comparison, runner: Runner, folder: Path, config: ComparisonConfig) -> None:
@@ -103,11 +142,15 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line; argparse exits with status 2 on an error."""
     parser = argparse.ArgumentParser(
         prog="switchtitan compare",
-        description="Runs a declared comparison of methods.",
+        description="Runs declared comparisons of methods, one after the other.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="the TOML file that declares the comparison"
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="a TOML file that declares a comparison",
     )
     parser.add_argument(
         "--jobs",

@@ -27,8 +27,6 @@ from switchtitan.benchmark.acceptance import __main__ as acceptance
 from switchtitan.benchmark.sides import load_sides, split_overrides
 from switchtitan.cli import benchmark, compare, estimate
 from switchtitan.cli.prepare import read_data_config
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.plan import check_plan
 from switchtitan.job.checks import checks_without_device
 from switchtitan.job.config import parse_arguments
 
@@ -144,7 +142,7 @@ def read_estimate(words: Sequence[str]) -> None:
 
 
 def read_compare(command: Shown, folder: Path) -> None:
-    check_plan(load_comparison(compare.read_options(command.words[2:]).file))
+    compare.load_all(compare.read_options(command.words[2:]).files)
 
 
 def read_prepare(command: Shown, folder: Path) -> None:
