@@ -127,13 +127,14 @@ def _facts(state: ComparisonState) -> str:
         return ""
 
     def distinct(find: Callable[[dict], object]) -> str:
-        return " and ".join(sorted({str(find(of_run)) for of_run in figures}))
+        return " and ".join(sorted({str(find(of_run) or "unknown") for of_run in figures}))
 
     return (
         f"{figures[0]['tokens_seen'] / 1e6:.2f} M tokens per run of corpus "
         f"{distinct(lambda f: f['corpus']['name'])} "
         f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), "
         f"torch {distinct(lambda f: f['versions']['torch'])}, {distinct(lambda f: f['device'])}, "
+        f"CPU capability {distinct(lambda f: f.get('cpu_capability'))}, "
         f"{distinct(lambda f: f['num_threads'])} thread(s), "
         f"commit {distinct(lambda f: f.get('commit'))}."
     )
