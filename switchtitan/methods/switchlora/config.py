@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.switchlora.rate import Decay
 
 
 class SwitchLoraConfig(LowRankConfig):
@@ -32,7 +33,7 @@ class SwitchLoraConfig(LowRankConfig):
     interval: float = Field(default=40, gt=0)
     """Mean number of steps between two switches of one vector at the start of training; at least
     2 * freeze_steps."""
-    decay: Literal["exponential", "sigmoid", "constant"] = "exponential"
+    decay: Decay = "exponential"
     """How the switching frequency falls during training; `constant` does not change it."""
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
     """Fraction of the run, in (0, 1], after which the frequency has fallen to 0.3 (exponential) or

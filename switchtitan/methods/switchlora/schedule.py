@@ -7,6 +7,7 @@ import numpy as np
 
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.rate import switch_rate
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
@@ -22,22 +23,6 @@ class VectorSpan(NamedTuple):
     vectors: range
 
 
-def switch_rate(config: SwitchLoraConfig, num_steps: int) -> np.ndarray:
-    """Returns the factor on the switching frequency at every step, [num_steps].
-
-    "exponential": 0.3^((t+1) / (decay_ratio T))
-    "sigmoid": 1 - 1/(1 + exp(-10 (t / (decay_ratio T) - 1)))
-    "constant": 1
-    """
-    t = np.arange(num_steps, dtype=np.float64)
-    horizon = config.decay_ratio * num_steps
-    if config.decay == "exponential":
-        return 0.3 ** ((t + 1) / horizon)
-    if config.decay == "sigmoid":
-        return 1 - 1 / (1 + np.exp(-10 * (t / horizon - 1)))
-    return np.ones(num_steps)
-
-
 class SwitchSchedule:
     """The number of vectors of each factor that each layer requests to switch at a step.
 
@@ -49,7 +34,8 @@ class SwitchSchedule:
 
     def __init__(self, config: SwitchLoraConfig, num_steps: int, num_layers: int) -> None:
         # rank * (sum of rates) / interval, in this order: exact where the quotient is an integer.
-        running_sum = config.rank * np.cumsum(switch_rate(config, num_steps)) / config.interval
+        rates = switch_rate(config.decay, config.decay_ratio, num_steps)
+        running_sum = config.rank * np.cumsum(rates) / config.interval
         self._running_sum = np.concatenate([[0.0], running_sum])
         # i + 0.5 keeps phases away from 0 and 1, where rounding of the sum could delay a switch.
         self._phase = (np.arange(num_layers) + 0.5) / _GOLDEN_RATIO % 1.0
