@@ -85,7 +85,8 @@ def time_switches_side_by_side(
             raise ConfigError(
                 f"{name}: [method] name = {method.name!r}: has no switches; set it to 'switchlora'"
             )
-        never = config.model_copy(update={"method": method.model_copy(update={"interval": _NEVER})})
+        rarely = method.model_copy(update={"interval": _NEVER, "switches_per_vector": None})
+        never = config.model_copy(update={"method": rarely})
         updates[name] = _MarkedSwitches()
         sides[name] = config, updates[name]
         sides[_without(name)] = never, _MarkedSwitches()

@@ -6,7 +6,12 @@ from pydantic import Field, model_validator
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.methods.lowrank.config import LowRankConfig
-from switchtitan.methods.switchlora.rate import Decay
+from switchtitan.methods.switchlora.rate import Decay, switch_rate
+
+_ROUNDING = 1e-9
+"""Relative rounding that an interval may have which follows from a number of switches."""
+_DOWN = 0.995
+"""Three digits of a number times this are at most the number."""
 
 
 class SwitchLoraConfig(LowRankConfig):
@@ -32,7 +37,11 @@ class SwitchLoraConfig(LowRankConfig):
     on a CPU. Only with swap."""
     interval: float = Field(default=40, gt=0)
     """Mean number of steps between two switches of one vector at the start of training; at least
-    2 * freeze_steps."""
+    2 * freeze_steps. Not with switches_per_vector."""
+    switches_per_vector: float | None = Field(default=None, gt=0)
+    """Mean number of switches of each vector in a run of training.steps, instead of interval, which
+    then follows from it, decay and decay_ratio, so that a longer run switches as often. Default:
+    interval decides."""
     decay: Decay = "exponential"
     """How the switching frequency falls during training; `constant` does not change it."""
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
@@ -52,7 +61,9 @@ class SwitchLoraConfig(LowRankConfig):
                 "rank = 1 never switches, since the switched vectors of A and of B must differ; "
                 "use at least 2"
             )
-        if self.interval < 2 * self.freeze_steps:
+        if self.switches_per_vector is not None:
+            self._check_interval_is_unset()
+        elif self.interval < 2 * self.freeze_steps:
             raise ValueError(
                 f"interval = {self.interval:g} is below 2 * freeze_steps = "
                 f"{2 * self.freeze_steps}: vectors would be switched while frozen; "
@@ -70,3 +81,47 @@ class SwitchLoraConfig(LowRankConfig):
                 )
                 raise VoidKeyError([VoidKey(key, ("candidates",), problem)])
         return self
+
+    def _check_interval_is_unset(self) -> None:
+        if "interval" not in self.model_fields_set:
+            return
+        problem = (
+            f"interval = {self.interval:g} and switches_per_vector = {self.switches_per_vector:g} "
+            "both say how often vectors are switched; remove one of the two"
+        )
+        raise VoidKeyError(
+            [
+                VoidKey("interval", ("switches_per_vector",), problem),
+                VoidKey("switches_per_vector", ("interval",), problem),
+            ]
+        )
+
+    def interval_in(self, num_steps: int) -> float:
+        """Returns `interval`, or the one that follows from `switches_per_vector`.
+
+        Each vector is switched (sum of rates) / interval times in a run of `num_steps` steps.
+        """
+        if self.switches_per_vector is None:
+            return self.interval
+        return self._sum_of_rates(num_steps) / self.switches_per_vector
+
+    def check_length(self, num_steps: int) -> list[str]:
+        """See `contracts.MethodConfig`."""
+        if self.switches_per_vector is None:
+            return []
+        # Below it, `SwitchCounts.limited` would drop switches: in each span of freeze_steps steps,
+        # at least one, it allows floor(rank / 2) of the rank / interval per step.
+        least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
+        interval = self.interval_in(num_steps)
+        if interval >= least * (1 - _ROUNDING):
+            return []
+        limit = self._sum_of_rates(num_steps) / least
+        return [
+            f"[method] switches_per_vector = {self.switches_per_vector:g}: a run of [training] "
+            f"steps = {num_steps} would switch a vector every {interval:.3g} steps at its start, "
+            f"but rank = {self.rank} and freeze_steps = {self.freeze_steps} need at least "
+            f"{least:.3g}; use at most {_DOWN * limit:.3g}, increase steps, or lower freeze_steps"
+        ]
+
+    def _sum_of_rates(self, num_steps: int) -> float:
+        return float(switch_rate(self.decay, self.decay_ratio, num_steps).sum())

@@ -35,7 +35,7 @@ class SwitchSchedule:
     def __init__(self, config: SwitchLoraConfig, num_steps: int, num_layers: int) -> None:
         # rank * (sum of rates) / interval, in this order: exact where the quotient is an integer.
         rates = switch_rate(config.decay, config.decay_ratio, num_steps)
-        running_sum = config.rank * np.cumsum(rates) / config.interval
+        running_sum = config.rank * np.cumsum(rates) / config.interval_in(num_steps)
         self._running_sum = np.concatenate([[0.0], running_sum])
         # i + 0.5 keeps phases away from 0 and 1, where rounding of the sum could delay a switch.
         self._phase = (np.arange(num_layers) + 0.5) / _GOLDEN_RATIO % 1.0

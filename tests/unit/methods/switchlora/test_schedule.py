@@ -121,6 +121,63 @@ def test_vector_is_switched_as_often_as_the_closed_form_says(interval):
     )
 
 
+def switches_of_vectors(config, num_steps, num_layers):
+    """The switches of each vector of A in a run, within the limits, [layers, rank]."""
+    num_candidates = np.full(num_layers, 10 * config.rank)
+    schedule = SwitchSchedule(config, num_steps, num_layers)
+    counts = SwitchCounts(num_layers, config.freeze_steps)
+    for step in range(num_steps):
+        requested = schedule.requested(step)
+        counts.advance(counts.limited(requested, config.rank, num_candidates))
+    vectors = np.arange(config.rank)
+    return (counts.num_switched[:, None] + config.rank - 1 - vectors) // config.rank
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(("rank", "freeze_steps"), [(6, 0), (7, 0), (7, 3), (16, 5)])
+def test_each_vector_is_switched_as_often_as_asked_in_a_run_of_any_length(
+    decay, rank, freeze_steps
+):
+    generator = np.random.default_rng(rank)
+    keys = {} if decay == "constant" else {"decay_ratio": 0.3}
+    num_checked = 0
+    for num_steps in (1, 13, 371, 1500):
+        for wanted in (0.4, 3.0, 9.4, *generator.uniform(0.01, 20, 2)):
+            config = SwitchLoraConfig(
+                rank=rank,
+                switches_per_vector=wanted,
+                decay=decay,
+                freeze_steps=freeze_steps,
+                **keys,
+            )
+            if config.check_length(num_steps):
+                continue  # too many for so few steps
+            found = switches_of_vectors(config, num_steps, 11)
+            assert np.abs(found - wanted).max() < 1, (num_steps, wanted)
+            num_checked += 1
+    assert num_checked > 6
+
+
+def test_interval_switches_more_often_in_a_longer_run():
+    config = config_with("constant", rank=7, interval=40)
+    short, long = (switches_of_vectors(config, steps, 3).mean() for steps in (371, 1500))
+    assert short == pytest.approx(371 / 40, abs=0.5)
+    assert long == pytest.approx(1500 / 40, abs=0.5)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_largest_number_that_is_accepted_meets_no_limit(decay):
+    keys = {"rank": 7, "decay": decay, "freeze_steps": 4}
+    refused = SwitchLoraConfig(switches_per_vector=1e6, **keys).check_length(500)
+    (problem,) = refused
+    assert problem.startswith("[method] switches_per_vector = 1e+06: ")
+    largest = float(problem.partition("use at most ")[2].partition(",")[0])
+    config = SwitchLoraConfig(switches_per_vector=largest, **keys)
+    assert not config.check_length(500)
+    assert SwitchLoraConfig(switches_per_vector=1.01 * largest, **keys).check_length(500)
+    assert np.abs(switches_of_vectors(config, 500, 11) - largest).max() < 1
+
+
 @pytest.mark.parametrize("freeze_steps", [0, 1, 3, 5])
 def test_limits_hold_whatever_is_asked_for(freeze_steps):
     generator = np.random.default_rng(5)
