@@ -75,11 +75,13 @@ class MatrixExchange:
         Args:
             parts: this rank's rows of each matrix.
         """
-        packed = self._empty(sum(self._sizes))
-        own = self._own_rows(packed)
-        copy_all_(list(zip(own, [parts[place] for place in self._order], strict=True)))
+        parts = [parts[place] for place in self._order]
         if self._group is None:
-            return [blocks[0] for blocks in self._blocks(packed)]
+            batches = [self._empty(batch.num_matrices, *batch.shape) for batch in self._batches]
+            copy_all_(list(zip(_matrices(batches), parts, strict=True)))
+            return batches
+        packed = self._empty(sum(self._sizes))
+        copy_all_(list(zip(self._own_rows(packed), parts, strict=True)))
         received = self._empty(sum(self._own_sizes))
         with region("reduce"):
             dist.all_to_all_single(
@@ -91,22 +93,24 @@ class MatrixExchange:
         return batches
 
     def distribute(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Returns this rank's rows of each matrix; they share memory.
+        """Returns this rank's rows of each matrix; they share memory, on one rank with `batches`.
 
         Args:
             batches: the matrices that this rank owns, as `collect` returned them.
         """
-        packed = self._empty(sum(self._own_sizes))
-        for rows, of_batch in self._paired(packed, batches):
-            rows.copy_(of_batch)
-        received = packed
-        if self._group is not None:
+        if self._group is None:
+            own = _matrices(batches)
+        else:
+            packed = self._empty(sum(self._own_sizes))
+            for rows, of_batch in self._paired(packed, batches):
+                rows.copy_(of_batch)
             received = self._empty(sum(self._sizes))
             with region("reduce"):
                 dist.all_to_all_single(
                     received, packed, self._sizes_of_owners, self._own_sizes, group=self._group
                 )
-        parts = dict(zip(self._order, self._own_rows(received), strict=True))
+            own = self._own_rows(received)
+        parts = dict(zip(self._order, own, strict=True))
         return [parts[place] for place in range(len(parts))]
 
     def _own_rows(self, packed: Tensor) -> list[Tensor]:
@@ -145,6 +149,10 @@ class MatrixExchange:
             if num_left:
                 pairs.append((blocks[num_full, :, :num_left], batch[:, num_full * chunk :]))
         return pairs
+
+
+def _matrices(batches: Sequence[Tensor]) -> list[Tensor]:
+    return [matrix for batch in batches for matrix in batch.unbind()]
 
 
 def balanced_owners(costs: Sequence[float], num_ranks: int) -> list[int]:

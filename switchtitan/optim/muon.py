@@ -7,7 +7,7 @@ et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -36,8 +36,8 @@ _MIN_NORM = 1e-7
 _RMS_OF_ADAMW = 0.2
 """The root mean square of AdamW's updates without the learning rate (arXiv 2502.16982, eq. 4)."""
 _MAX_ELEMENTS = 1 << 26
-"""The most elements of matrices that are orthogonalized at a time, which bounds temporary memory;
-at least one matrix."""
+"""The most elements of matrices that an uncompiled operation updates or orthogonalizes at a time,
+which bounds temporary memory; at least one matrix."""
 
 
 class MuonConfig(AdamKeys):
@@ -98,7 +98,7 @@ class Muon:
         self._exchanges: dict[tuple[str, ...], MatrixExchange] = {}
         compile_it = compile_if(compile_step)
         self._advance: Callable[..., list[Tensor]] = compile_it(
-            partial(advance_, momentum=config.momentum, nesterov=config.nesterov)
+            partial(advance_, momentum=config.momentum, nesterov=config.nesterov, dtype=self._dtype)
         )
         self._orthogonalize: Callable[..., list[Tensor]] = compile_it(
             partial(orthogonalize_all, num_steps=config.ns_steps)
@@ -166,20 +166,50 @@ class Muon:
 
 
 def advance_(
-    momenta: list[Tensor], grads: list[Tensor], *, momentum: float, nesterov: bool
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Moves each momentum, in place, towards its gradient; returns what is to be orthogonalized.
 
     A running mean, where Jordan et al. have a sum: the two differ by a factor, which cancels.
+
+    Args:
+        dtype: of the result, unless it is the momentum itself.
     """
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    return list(torch._foreach_lerp(grads, momenta, momentum)) if nesterov else momenta
+    if not nesterov:
+        return momenta
+    updates: list[Tensor] = []
+    for places in spans_of_elements(grads, _MAX_ELEMENTS):
+        some = torch._foreach_lerp(grads[places], momenta[places], momentum)
+        updates += [update.to(dtype) for update in some]
+    return updates
+
+
+def spans_of_elements(tensors: Sequence[Tensor], max_elements: int) -> list[slice]:
+    """Returns consecutive slices of `tensors` of at most so many elements, or one tensor, each."""
+    spans: list[slice] = []
+    start = num_elements = 0
+    for place, tensor in enumerate(tensors):
+        if place > start and num_elements + tensor.numel() > max_elements:
+            spans.append(slice(start, place))
+            start, num_elements = place, 0
+        num_elements += tensor.numel()
+    return [*spans, slice(start, len(tensors))]
 
 
 def orthogonalize_all(batches: list[Tensor], *, num_steps: int) -> list[Tensor]:
-    """Returns `orthogonalize` of each batch, a part of it at a time."""
-    results = []
-    for batch in batches:
+    """Returns `orthogonalize` of each batch, a part of it at a time.
+
+    Empties `batches`, so that memory of those that are done is free for the results.
+    """
+    results: list[Tensor] = []
+    while batches:
+        batch = batches.pop(0)
         count = max(1, _MAX_ELEMENTS // batch[0].numel())
         parts = [orthogonalize(part, num_steps) for part in batch.split(count)]
         results.append(parts[0] if len(parts) == 1 else torch.cat(parts))

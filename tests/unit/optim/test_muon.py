@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import HoldsReplicated, TrainingOptimizer
 from switchtitan.optim import OPTIMIZERS, TrainedParameter, muon
-from switchtitan.optim.muon import MuonConfig, orthogonalize, orthogonalize_all
+from switchtitan.optim.muon import (
+    MuonConfig,
+    orthogonalize,
+    orthogonalize_all,
+    spans_of_elements,
+)
 
 LR, OTHER_LR, DECAY, MOMENTUM = 0.03, 0.007, 0.2, 0.9
 # Tall, wide, square, and two of one shape.
@@ -169,7 +174,7 @@ def test_a_parameter_without_a_gradient_stays():
 
 def test_large_batches_are_orthogonalized_in_parts(monkeypatch):
     batches = [torch.randn(5, 4, 6), torch.randn(1, 40, 50)]
-    expected = orthogonalize_all(batches, num_steps=5)
+    expected = orthogonalize_all(list(batches), num_steps=5)
     sizes = []
 
     def recorded(matrices: Tensor, num_steps: int) -> Tensor:
@@ -181,6 +186,18 @@ def test_large_batches_are_orthogonalized_in_parts(monkeypatch):
     for part, of_all in zip(orthogonalize_all(batches, num_steps=5), expected, strict=True):
         torch.testing.assert_close(part, of_all, rtol=1e-5, atol=1e-5)
     assert sizes == [2, 2, 1, 1]
+    assert batches == []
+
+
+def test_spans_cover_all_tensors_with_few_elements_each():
+    tensors = [torch.empty(size) for size in (3, 4, 9, 1, 2, 2)]
+    spans = spans_of_elements(tensors, 7)
+    assert [place for span in spans for place in range(len(tensors))[span]] == list(range(6))
+    assert [[len(tensor) for tensor in tensors[span]] for span in spans] == [
+        [3, 4],
+        [9],
+        [1, 2, 2],
+    ]
 
 
 def test_state_is_one_momentum_per_matrix_and_moves_into_a_fresh_optimizer():
