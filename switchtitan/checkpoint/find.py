@@ -31,16 +31,21 @@ def find_latest(folder: Path) -> Path | None:
         CheckpointFormatError: if this version does not read the newest checkpoint's format.
     """
     for path in list_step_folders(folder):
-        try:
-            check_contents(path)
-        except CheckpointFormatError:
-            raise
-        except CheckpointError as error:
-            logger.warning("skipping an incomplete checkpoint: %s", error)
-            continue
-        logger.info("the newest complete checkpoint is %s", path)
-        return path
+        if _is_complete(path):
+            logger.info("the newest complete checkpoint is %s", path)
+            return path
     return None
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        check_contents(path)
+    except CheckpointFormatError:
+        raise
+    except CheckpointError as error:
+        logger.warning("skipping an incomplete checkpoint: %s", error)
+        return False
+    return True
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -84,6 +89,22 @@ def find_given(path: Path) -> Path:
         f"no complete checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE}, "
         "a folder of such folders, or a run's output folder"
     )
+
+
+def find_all(path: Path) -> list[Path]:
+    """Returns all complete checkpoints of the run or folder at `path`, oldest first, or the one at
+    `path`. Verifies checksums; logs which incomplete ones were skipped.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the format of one.
+        CheckpointError: if there is none.
+    """
+    if not (path / METADATA_FILE).is_file():
+        for folder in (path, path / CHECKPOINTS_FOLDER):
+            complete = [found for found in list_step_folders(folder) if _is_complete(found)]
+            if complete:
+                return complete[::-1]
+    return [find_given(path)]
 
 
 def check_given_paths(folder: Path, config: CheckpointConfig) -> None:

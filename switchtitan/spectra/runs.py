@@ -99,18 +99,23 @@ def check_same_model(runs: Sequence[RunSpectra]) -> None:
     """
     first = runs[0]
     for other in runs[1:]:
-        one, another = first.model.architecture(), other.model.architecture()
-        differing = [
-            f"{key} = {one.get(key)!r} and {another.get(key)!r}"
-            for key in sorted(one.keys() | another.keys())
-            if one.get(key) != another.get(key)
-        ]
+        differing = model_differences(first.model, other.model)
         if differing:
             raise ConfigError(
                 f"{first.checkpoint} and {other.checkpoint} hold different models ([model] "
                 f"{'; '.join(differing)}); ranks are comparable only within one model; draw "
                 "separate pictures"
             )
+
+
+def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Returns each key in which two models differ, with both values; not the attention kernel."""
+    first, second = one.architecture(), other.architecture()
+    return [
+        f"{key} = {first.get(key)!r} and {second.get(key)!r}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+    ]
 
 
 def average(runs: Sequence[RunSpectra]) -> GroupSpectra:

@@ -73,7 +73,9 @@ class RankTelemetry:
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:
         dense = self._dense_weights(tensors)
-        changes = weight_changes(dense, self._origin, linear_layers(dense, self._origin))
+        shapes = {name: weight.shape for name, weight in dense.items()}
+        layers = linear_layers(shapes, self._origin.block_names())
+        changes = weight_changes(dense, self._origin, layers)
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         try:
             # Those in between are left by a stopped run that resumed from an earlier checkpoint.

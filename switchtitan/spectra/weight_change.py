@@ -1,6 +1,6 @@
 """Compute the change of linear layers since step 0. Initial weights are drawn or read again."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,17 +69,17 @@ class Origin:
             return MODELS.build(self.model_config)
 
 
-def linear_layers(merged: Mapping[str, Tensor], origin: Origin) -> list[str]:
+def linear_layers(shapes: Mapping[str, Sequence[int]], block_names: Iterable[str]) -> list[str]:
     """Returns the qualified names of the linear layers in the blocks, without embedding and head.
 
     Args:
-        merged: the dense weights, by the plain model's names.
+        shapes: of the dense weights, by the plain model's names.
     """
-    blocks = tuple(f"{block}." for block in origin.block_names())
+    blocks = tuple(f"{block}." for block in block_names)
     return [
         name.removesuffix(".weight")
-        for name, weight in merged.items()
-        if name.startswith(blocks) and weight.ndim == 2
+        for name, shape in shapes.items()
+        if name.startswith(blocks) and len(shape) == 2
     ]
 
 
@@ -112,7 +112,8 @@ def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> di
         ConfigError: if a pattern matches no layer.
     """
     origin, merged = checkpoint_origin(checkpoint), read_dense_checkpoint(checkpoint)
-    layers = select_layers(linear_layers(merged, origin), patterns)
+    shapes = {name: weight.shape for name, weight in merged.items()}
+    layers = select_layers(linear_layers(shapes, origin.block_names()), patterns)
     changes = tqdm(
         weight_changes(merged, origin, layers),
         desc=str(checkpoint),

@@ -6,7 +6,13 @@ import pytest
 import torch
 from support.checkpoints import rewrite_metadata
 
-from switchtitan.checkpoint import check_output_folder, find_checkpoint, find_given, find_latest
+from switchtitan.checkpoint import (
+    check_output_folder,
+    find_all,
+    find_checkpoint,
+    find_given,
+    find_latest,
+)
 from switchtitan.checkpoint.metadata import FORMAT_VERSION
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 
@@ -165,3 +171,17 @@ def test_resuming_from_an_older_checkpoint_may_not_mix_with_newer_ones(saved):
     check_output_folder(saved, str(saved / "step-000000010"))
     check_output_folder(saved, str(saved))
     check_output_folder(saved, str(saved.parent))
+
+
+def test_all_complete_checkpoints_are_found_oldest_first(saved, caplog):
+    expected = [saved / f"step-{step:09d}" for step in (1, 2, 10)]
+    assert find_all(saved) == expected
+    assert find_all(expected[1]) == [expected[1]]
+    (expected[1] / "__0_0.distcp").unlink()
+    assert find_all(saved) == [expected[0], expected[2]]
+    assert "skipping an incomplete checkpoint" in caplog.text
+
+
+def test_a_folder_without_checkpoints_has_none_to_find(tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint at"):
+        find_all(tmp_path)
