@@ -245,6 +245,7 @@ READERS: dict[str, Callable[[Shown, Path], None]] = {
     "switchtitan evaluate": read_by_module,
     "switchtitan export": read_by_module,
     "switchtitan generate": read_by_module,
+    "switchtitan geometry": read_by_module,
     "switchtitan lm-eval": read_by_module,
     "switchtitan plot run": read_by_module,
     "switchtitan plot spectrum": read_by_module,

@@ -138,6 +138,19 @@ def test_a_command_shown_for_any_run_runs(line, exported, tmp_path, monkeypatch)
     assert (tmp_path / written).exists()
 
 
+@pytest.mark.parametrize("line", shown_commands(["geometry"], ["docs/COMPARISONS.md"]))
+def test_a_shown_geometry_is_measured(line, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("outputs/RUN", "outputs/OTHER"):
+        shutil.copytree(exported / SHOWN_RUN / "checkpoints", tmp_path / place / "checkpoints")
+    few = ("--tokens", "64", "--random", "1", "--points", "1")
+    outcome = run(*shlex.split(line.replace("[outputs/RUN ...] ", ""))[1:], *few)
+    assert outcome.status == 0, outcome.errors
+    (measured,) = json.loads((tmp_path / "geometry.json").read_text())["runs"]
+    assert measured["activations"][0]["mean"]["linear_cka"] == pytest.approx(1)
+    assert (tmp_path / "geometry.png").is_file()
+
+
 # The page's ranks and numbers of ranks need a larger layer and fewer sequences than `TINY`.
 SMALL = (
     *("--model.hidden_size", "72", "--model.intermediate_size", "76"),
