@@ -158,6 +158,7 @@ def _columns(config: ComparisonConfig) -> dict[str, Callable[[RowReport], str]]:
         "test loss": lambda row: _plus_minus(row.loss, 4),
         "perplexity": lambda row: _plus_minus(row.perplexity, 3),
         "test bits/byte": lambda row: _plus_minus(row.test_bits_per_byte, 4),
+        "validation loss": lambda row: _plus_minus(row.validation_loss, 4),
         "validation bits/byte": lambda row: _plus_minus(row.validation_bits_per_byte, 4),
         f"loss - {baseline}'s": lambda row: _difference(row.difference),
         "p": lambda row: UNKNOWN if row.adjusted_p is None else f"{row.adjusted_p:.2g}",

@@ -1,5 +1,6 @@
 """The table of a comparison: one report per row."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -39,6 +40,7 @@ class RowReport:
     loss: Summary | None
     """Test loss over the reported seeds."""
     perplexity: Summary | None
+    validation_loss: Summary | None
     validation_bits_per_byte: Summary | None
     """Over the reported seeds, like all that follows."""
     test_bits_per_byte: Summary | None
@@ -137,12 +139,16 @@ def _report_row(
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
         perplexity=summarize(
-            [loss_metrics("test", loss)["perplexity/test"] for loss in losses.values()]
+            [
+                loss_metrics("test", loss)["perplexity/test"] if math.isfinite(loss) else loss
+                for loss in losses.values()
+            ]
         )
         if losses
         else None,
-        validation_bits_per_byte=_summary_of(finished, "bits_per_byte/validation"),
-        test_bits_per_byte=_summary_of(finished, "bits_per_byte/test"),
+        validation_loss=_summary_of(results, "loss/validation"),
+        validation_bits_per_byte=_summary_of(results, "bits_per_byte/validation"),
+        test_bits_per_byte=_summary_of(results, "bits_per_byte/test"),
         difference=against_baseline,
         adjusted_p=adjusted_p,
         verdict=None if against_baseline is None else verdict(against_baseline, adjusted_p),
@@ -171,7 +177,11 @@ def _median_speed(finished: list[RunResult]) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _summary_of(finished: list[RunResult], figure: str) -> Summary | None:
-    """Returns a figure over the runs that know it: results of earlier versions lack some."""
-    known = [value for result in finished if (value := result.figures.get(figure)) is not None]
+def _summary_of(results: list[RunResult], figure: str) -> Summary | None:
+    """Returns a figure over the runs, inf of those that diverged.
+
+    Results of earlier versions lack some figures, and are left out.
+    """
+    values = [math.inf if result.has_diverged else result.figures.get(figure) for result in results]
+    known = [value for value in values if value is not None]
     return summarize(known) if known else None

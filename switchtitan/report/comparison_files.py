@@ -71,6 +71,7 @@ class Row(_Parsed):
     num_diverged: Count
     loss: Sample | None
     perplexity: Sample | None
+    validation_loss: Sample | None
     validation_bits_per_byte: Sample | None
     test_bits_per_byte: Sample | None
     difference: Difference | None

@@ -150,6 +150,7 @@ def _table(rows: Sequence[Row], baseline: str) -> Contents:
         Column("95 % interval", "of the mean test loss"): [_interval(row.loss) for row in rows],
         Column("perplexity"): [_sample(row.perplexity, 3) for row in rows],
         Column("test bits/byte"): [_sample(row.test_bits_per_byte, 4) for row in rows],
+        Column("val. loss"): [_sample(row.validation_loss, 4) for row in rows],
         Column("val. bits/byte"): [_sample(row.validation_bits_per_byte, 4) for row in rows],
         Column(f"minus {baseline}", "seed by seed, with the 95 % interval"): [
             _difference(row.difference) for row in rows

@@ -274,3 +274,19 @@ def test_a_wrong_key_of_a_row_is_reported_with_the_row(tmp_path):
     ) as error:
         check_plan(declare(tmp_path, grid=grid))
     assert "command line" not in str(error.value)
+
+
+def test_a_row_with_a_diverged_run_has_no_mean(comparison):
+    finish_due(comparison, distance_to(2e-3, 2e-2))
+    for run in Comparison(comparison).state().due:
+        has_diverged = (run.row, run.seed) == ("thin", 3)
+        finish(run, 2.0, 3.0, **({"diverged": True} if has_diverged else {}))
+    dense, thin, _ = report_rows(Comparison(comparison).state(), {})
+    assert (dense.validation_loss.mean, dense.test_bits_per_byte.mean) == (2.0, 1.5)
+    assert thin.num_diverged == 1
+    of_thin = (thin.loss, thin.perplexity, thin.validation_loss, thin.test_bits_per_byte)
+    assert {summary.mean for summary in (*of_thin, thin.difference)} == {math.inf}
+    assert (thin.verdict, thin.adjusted_p) == (None, None)
+    assert "| thin | 0.02 | diverged |" in markdown(
+        Comparison(comparison).state(), [dense, thin], []
+    )

@@ -8,9 +8,9 @@ from switchtitan.report.comparison_files import Row
 LR, DECAY = "optimizer.lr", "optimizer.weight_decay"
 UNKNOWN = dict.fromkeys(
     (
-        "loss", "perplexity", "validation_bits_per_byte", "test_bits_per_byte", "difference",
-        "adjusted_p", "verdict", "effective_rank", "num_trainable", "state_gib", "peak_gib",
-        "tokens_per_s", "measured",
+        "loss", "perplexity", "validation_bits_per_byte", "test_bits_per_byte", "validation_loss",
+        "difference", "adjusted_p", "verdict", "effective_rank", "num_trainable", "state_gib",
+        "peak_gib", "tokens_per_s", "measured",
     )
 )  # fmt: skip
 

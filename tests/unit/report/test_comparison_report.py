@@ -48,6 +48,9 @@ def test_rows_have_the_figures_of_the_results(folder: Path) -> None:
         assert cells["lr"]["value"] == row["values"]["optimizer.lr"]
         bits = row["test_bits_per_byte"]
         assert cells["test bits/byte"]["text"] == f"{bits['mean']:.4f} ± {bits['std']:.4f}"
+        validation = row["validation_loss"]["mean"]
+        assert cells["val. loss"]["text"].startswith(f"{validation:.4f} ± ")
+        assert validation == pytest.approx(loss["mean"] - 0.1)
         assert cells["verdict"]["text"] == (row["verdict"] or "–")
         difference = cells["minus dense"]["text"]
         assert "peak, GiB" not in cells  # of CPUs it is not known
