@@ -30,6 +30,7 @@ RUNS = [
     ("switchlora", (*ON_HOST, *SHORT, *FROZEN_IN_BF16, *FROZEN_REPLICATED)),
     ("relora", FROZEN_IN_BF16),
     ("relora", FROZEN_REPLICATED),
+    ("full_rank", ("--optimizer.name", "muon")),
 ]
 
 

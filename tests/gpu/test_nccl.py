@@ -57,11 +57,15 @@ def assert_same_losses(losses: list[float], expected: list[float]) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_all_gpus_train_as_one_does(corpora: Path, method: str) -> None:
-    sharded, single = corpora / f"nccl {method}", corpora / f"nccl {method} on one"
-    run_on_gpus(num_gpus(), train, sharded, method, (), num_gpus(), NUM_STEPS)
-    run_on_gpus(1, train, single, method, (), 1, NUM_STEPS)
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [*((method, ()) for method in METHODS), ("full_rank", ("--optimizer.name", "muon"))],
+)
+def test_all_gpus_train_as_one_does(corpora: Path, method: str, keys: tuple[str, ...]) -> None:
+    name = " ".join(["nccl", method, *keys])
+    sharded, single = corpora / name, corpora / f"{name} on one"
+    run_on_gpus(num_gpus(), train, sharded, method, keys, num_gpus(), NUM_STEPS)
+    run_on_gpus(1, train, single, method, keys, 1, NUM_STEPS)
     losses, _ = result(sharded, num_gpus(), NUM_STEPS)
     assert_same_losses(losses, result(single, 1, NUM_STEPS)[0])
     assert losses[-1] < losses[0]

@@ -272,6 +272,16 @@ def test_muon_sends_momentum_to_owners_and_updates_back(tmp_path: Path) -> None:
     assert {**counts, "all_to_all": usual["all_to_all"]} == usual
 
 
+@pytest.mark.parametrize("method", ["full_rank", "lora", "low_rank"])
+def test_muon_exchanges_rows_in_the_compute_dtype(tmp_path: Path, method: str) -> None:
+    sent = {}
+    for dtype in ("float32", "bfloat16"):
+        keys = ("--optimizer.name", "muon", "--training.dtype", dtype)
+        config = tiny_config(tmp_path, method, *keys, num_ranks=2)
+        sent[dtype] = communication_of_a_step(config, 2)["all_to_all"].bytes_sent
+    assert sent["float32"] == 2 * sent["bfloat16"] > 0
+
+
 def test_one_rank_sends_nothing(tmp_path: Path) -> None:
     counts = communication_of_a_step(tiny_config(tmp_path, "switchlora"), 1)
     assert {count.bytes_sent for count in counts.values()} == {0.0}
