@@ -49,10 +49,12 @@ class SwitchLoraConfig(LowRankConfig):
     0.5 (sigmoid) of its initial value. Not with constant."""
     freeze_steps: int = Field(default=5, ge=0)
     """Steps for which the counterpart of a switched vector gets no update; at least 0."""
-    reset_moments: Literal["counterpart", "momentum", "both", "none"] = "counterpart"
+    reset_moments: Literal["counterpart", "momentum", "rescaled", "both", "none"] = "counterpart"
     """Which optimizer state a switch resets, step counts included: that of the `counterpart` (the
     paired vector in the other factor), of `both` vectors, or `none`. `momentum` resets only the
-    counterpart's first moment, so that its next updates are small instead of large."""
+    counterpart's first moment, so that its next updates are small instead of large. `rescaled` does
+    that and multiplies its second moment by |new|^2 / |old|^2 of the switched vector, since its
+    gradient is proportional to that vector; if either norm is zero, the counterpart is reset."""
 
     @model_validator(mode="after")
     def _check_switching(self) -> "SwitchLoraConfig":

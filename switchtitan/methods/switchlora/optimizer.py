@@ -25,7 +25,11 @@ from switchtitan.methods.switchlora.schedule import (
     VectorSpan,
     plan_layer_switch,
 )
-from switchtitan.methods.switchlora.switch import FreezeTimers, fold_into_weight_
+from switchtitan.methods.switchlora.switch import (
+    FreezeTimers,
+    fold_into_weight_,
+    squared_norm_ratios,
+)
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamWConfig
 from switchtitan.regions import region
@@ -96,9 +100,9 @@ class SwitchLoraOptimizer:
         self._counts.advance(counts)
         self._last_counts = counts
         self._last_frozen = still_frozen + counts if self._config.freeze_steps else still_frozen
-        self._exchange_vectors(switches, checksum)
+        ratios = self._exchange_vectors(switches, checksum)
         counterparts = [span for switch in switches for span in switch.counterparts()]
-        self._reset_moments(switches, counterparts)
+        self._reset_moments(switches, counterparts, ratios)
         self._timers.start(counterparts)
         self._next = self._plan()
         self._candidates.prefetch(self._next[1])
@@ -130,11 +134,14 @@ class SwitchLoraOptimizer:
             for layer in np.flatnonzero(counts).tolist()
         ]
 
-    def _exchange_vectors(self, switches: list[LayerSwitch], checksum: int) -> None:
+    def _exchange_vectors(self, switches: list[LayerSwitch], checksum: int) -> Tensor | None:
         """Exchanges vectors for candidates.
 
         The number of operations does not depend on the number of vectors: one fold into each
         layer's weight, and a few list operations for the rest.
+
+        Returns:
+            |new|^2 / |old|^2 of each vector, in the order of the counterparts, if it is needed.
         """
         factors = [rows for switch in switches for rows in self._factors[switch.layer]]
         # For both factors: the rows I switched in A, then the rows J switched in B.
@@ -148,7 +155,7 @@ class SwitchLoraOptimizer:
             checksum,
         )
         if not switches:
-            return
+            return None
         vectors = gathered[: len(factors)]
         incoming = self._candidates.take(switches, gathered[len(factors) :])
         outgoing = [
@@ -156,6 +163,8 @@ class SwitchLoraOptimizer:
             for (switch, factor), rows in zip(product(switches, FACTORS), vectors, strict=True)
         ]
         self._candidates.put_back(switches, outgoing)
+        is_rescaled = self._config.reset_moments == "rescaled"
+        ratios = squared_norm_ratios(incoming, outgoing) if is_rescaled else None
         # In place: `outgoing` are views of `vectors` and now hold old - new.
         torch._foreach_sub_(outgoing, incoming)
         roundings = self._rounding.of_event(self._counts.step)
@@ -172,12 +181,18 @@ class SwitchLoraOptimizer:
                 roundings[switch.layer],
             )
         write_rows_(factors, [spans for switch in switches for spans in switch.vectors], incoming)
+        return ratios
 
-    def _reset_moments(self, switches: list[LayerSwitch], counterparts: list[VectorSpan]) -> None:
+    def _reset_moments(
+        self, switches: list[LayerSwitch], counterparts: list[VectorSpan], ratios: Tensor | None
+    ) -> None:
         if self._config.reset_moments == "counterpart":
             self._vectors.reset(counterparts)
         elif self._config.reset_moments == "momentum":
             self._vectors.reset_first_moments(counterparts)
+        elif self._config.reset_moments == "rescaled" and ratios is not None:
+            self._vectors.reset_first_moments(counterparts)
+            self._vectors.rescale_second_moments(counterparts, ratios)
         elif self._config.reset_moments == "both":
             self._vectors.reset(
                 counterparts + [span for switch in switches for span in switch.switched()]

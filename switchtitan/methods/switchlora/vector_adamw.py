@@ -13,7 +13,7 @@ from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.schedule import FACTORS, VectorSpan
-from switchtitan.methods.switchlora.switch import fill_vectors_
+from switchtitan.methods.switchlora.switch import fill_vectors_, places_in_table, scale_rows_
 from switchtitan.optim import AdamWConfig
 
 _ELEMENTS_PER_CALL = 2**25
@@ -110,6 +110,24 @@ class VectorAdamW:
     def reset_first_moments(self, spans: list[VectorSpan]) -> None:
         """Zeroes only these vectors' first moments."""
         _zero_all_(self._views(self._exp_avg, spans))
+
+    @torch.no_grad()
+    def rescale_second_moments(self, spans: list[VectorSpan], ratios: Tensor) -> None:
+        """Multiplies these vectors' second moments by `ratios`; keeps their step counts.
+
+        A vector whose ratio is zero or not finite gets a second moment and a step count of zero.
+
+        Args:
+            ratios: [vectors], in the order of `spans`; the same on every rank.
+        """
+        if not spans:
+            return
+        is_usable = (ratios > 0) & ratios.isfinite()
+        places = places_in_table(self.num_steps, spans)
+        steps = self.num_steps.view(-1)
+        steps.index_copy_(0, places, steps[places] * is_usable)
+        moments = [self._exp_avg_sq[self._index_of(span)] for span in spans]
+        scale_rows_(moments, [span.vectors for span in spans], ratios.where(is_usable, 0))
 
     @torch.no_grad()
     def step(self, update_mask: Tensor) -> None:
@@ -220,12 +238,12 @@ class VectorAdamW:
 
     def _views(self, moments: list[ShardedRows], spans: list[VectorSpan]) -> list[Tensor]:
         """Returns this rank's rows of these vectors."""
-        num_layers = self.num_steps.shape[1]
         return [
-            view
-            for factor, layer, vectors in spans
-            for view in moments[factor * num_layers + layer].views((vectors,))
+            view for span in spans for view in moments[self._index_of(span)].views((span.vectors,))
         ]
+
+    def _index_of(self, span: VectorSpan) -> int:
+        return span.factor * self.num_steps.shape[1] + span.layer
 
     def zero_grad(self) -> None:
         for parameter in self._factors:

@@ -1,6 +1,7 @@
 """Switches are counted and timed inside training steps; costs do not grow with their number."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,32 +37,39 @@ def test_views_and_allocations_are_not_counted() -> None:
 
 
 def switching_optimizer(
-    num_layers: int, num_per_step: int, candidates_dtype: torch.dtype = torch.float32
+    num_layers: int,
+    num_per_step: int,
+    candidates_dtype: torch.dtype = torch.float32,
+    **keys: Any,
 ) -> SwitchLoraOptimizer:
     layers = [build_layer(64, 48, 24, 1.0, torch.float32, seed) for seed in range(num_layers)]
     for layer in layers:
         for name, candidates in list(layer.named_buffers()):
             setattr(layer, name, candidates.to(candidates_dtype))
-    config = SwitchLoraConfig(rank=24, interval=24 / num_per_step, freeze_steps=1, decay="constant")
+    config = SwitchLoraConfig(
+        rank=24, interval=24 / num_per_step, freeze_steps=1, decay="constant", **keys
+    )
     optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers, 100)
     set_gradients(layers, 0.0)
     return optimizer
 
 
-def operations_of_switches(num_layers: int, num_per_step: int) -> int:
+def operations_of_switches(num_layers: int, num_per_step: int, **keys: Any) -> int:
     """Operations of a step in which no ring wraps around."""
-    optimizer = switching_optimizer(num_layers, num_per_step)
+    optimizer = switching_optimizer(num_layers, num_per_step, **keys)
     with CountOperations() as counter:
         optimizer.switch()
     assert optimizer.metrics()["switch/vectors_switched"] == 2 * num_layers * num_per_step
     return counter.num_operations
 
 
-def test_switching_more_vectors_needs_no_more_operations() -> None:
-    one = operations_of_switches(num_layers=3, num_per_step=1)
-    assert operations_of_switches(num_layers=3, num_per_step=8) == one
+@pytest.mark.parametrize("reset_moments", ["counterpart", "rescaled"])
+def test_switching_more_vectors_needs_no_more_operations(reset_moments: str) -> None:
+    count = partial(operations_of_switches, reset_moments=reset_moments)
+    one = count(num_layers=3, num_per_step=1)
+    assert count(num_layers=3, num_per_step=8) == one
     # One fold into the weight for each further layer.
-    assert operations_of_switches(num_layers=5, num_per_step=1) == one + 2
+    assert count(num_layers=5, num_per_step=1) == one + 2
 
 
 class RecordListLayouts(TorchDispatchMode):
@@ -85,9 +93,14 @@ class RecordListLayouts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("reset_moments", ["counterpart", "rescaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lists_of_a_switch_are_contiguous_and_of_one_dtype_each(dtype: torch.dtype) -> None:
-    optimizer = switching_optimizer(num_layers=3, num_per_step=2, candidates_dtype=dtype)
+def test_lists_of_a_switch_are_contiguous_and_of_one_dtype_each(
+    dtype: torch.dtype, reset_moments: str
+) -> None:
+    optimizer = switching_optimizer(
+        num_layers=3, num_per_step=2, candidates_dtype=dtype, reset_moments=reset_moments
+    )
     with RecordListLayouts() as recorded:
         optimizer.switch()
     for are_contiguous, dtypes in recorded.layouts:

@@ -198,6 +198,15 @@ BALANCED = {
         },
         {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "momentum"},
         {"decay": "constant", "interval": 6.1, "freeze_steps": 2, "reset_moments": "momentum"},
+        {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "rescaled"},
+        # B and its candidates are zero: a norm of zero resets.
+        {
+            "decay": "constant",
+            "interval": 6.1,
+            "freeze_steps": 2,
+            "init": "lora",
+            "reset_moments": "rescaled",
+        },
         {
             "candidates": "constant",
             "decay": "constant",
@@ -222,6 +231,8 @@ BALANCED = {
         "reset-both",
         "momentum",
         "momentum-freeze",
+        "rescaled",
+        "rescaled-lora",
         "constant",
         "constant-lora",
     ],
@@ -237,10 +248,38 @@ def test_compiled_updates_follow_them_too():
     torch._dynamo.reset()
 
 
-def check_whole_run(config, compile_step):
-    """Switches, freezing and weight decay together, every tensor after every step."""
+@pytest.mark.slow
+def test_switches_with_rescaled_moments_recompile_nothing():
+    torch._dynamo.reset()
+    config = SwitchLoraConfig(
+        rank=RANK, decay="constant", interval=6.1, freeze_steps=2, reset_moments="rescaled"
+    )
+    model, optimizer = build_ours(config, compile_step=True)
+    run_step(model, optimizer, 0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(1, 20):
+            run_step(model, optimizer, step)
+    assert optimizer.metrics()["switch/vectors_switched_total"] > 100
+    torch._dynamo.reset()
+
+
+def test_a_second_moment_that_is_not_rescaled_is_found():
+    config = SwitchLoraConfig(
+        rank=RANK, decay="constant", interval=6.1, freeze_steps=0, reset_moments="rescaled"
+    )
+    other = config.model_copy(update={"reset_moments": "momentum"})
+    with pytest.raises(AssertionError, match="step 1: Tensor-likes are not close"):
+        check_whole_run(config, compile_step=False, rules=other)
+
+
+def check_whole_run(config, compile_step, rules=None):
+    """Switches, freezing and weight decay together, every tensor after every step.
+
+    Args:
+        rules: the configuration of the reference; by default `config`.
+    """
     ours, optimizer = build_ours(config, compile_step=compile_step)
-    theirs, their_layers, reference = build_reference(config, reference_rates(config))
+    theirs, their_layers, reference = build_reference(rules or config, reference_rates(config))
     for step in range(NUM_STEPS):
         assert run_step(ours, optimizer, step) == pytest.approx(
             run_step(theirs, reference, step), abs=TOLERANCE

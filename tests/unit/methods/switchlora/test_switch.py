@@ -12,11 +12,17 @@ from support.switchlora_layers import (
 from support.tiny import tiny_trainer, train_steps
 
 from switchtitan.distributed.fsdp import free_gathered_weights
-from switchtitan.distributed.shards import local
+from switchtitan.distributed.shards import ShardedRows, local
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.schedule import FACTOR_A, FACTOR_B, VectorSpan
-from switchtitan.methods.switchlora.switch import FreezeTimers, fold_into_weight_
+from switchtitan.methods.switchlora.switch import (
+    FreezeTimers,
+    fold_into_weight_,
+    places_in_table,
+    scale_rows_,
+    squared_norm_ratios,
+)
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -391,3 +397,51 @@ def test_timer_started_again_counts_from_the_start():
         assert torch.equal(~timers.update_mask(), standing)
         timers.advance()
     assert timers.update_mask().all()
+
+
+def test_ratios_of_squared_norms_are_in_the_order_of_the_vectors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5), (1, 7), (3, 5), (1, 4), (2, 7)]
+    new, old = (
+        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for _ in range(2)
+    )
+    expected = [
+        sum(x * x for x in new_row) / sum(x * x for x in old_row)
+        for new_rows, old_rows in zip(new, old, strict=True)
+        for new_row, old_row in zip(new_rows.tolist(), old_rows.tolist(), strict=True)
+    ]
+    found = squared_norm_ratios(new, old)
+    torch.testing.assert_close(found, found.new_tensor(expected), rtol=1e-14, atol=0)
+
+
+def test_a_norm_of_zero_gives_no_usable_ratio():
+    zero, one = torch.zeros(1, 3), torch.ones(1, 3)
+    ratios = squared_norm_ratios([one, zero, zero, one], [zero, one, zero, one])
+    assert ((ratios > 0) & ratios.isfinite()).tolist() == [False, False, False, True]
+
+
+def test_only_the_rows_of_the_spans_are_scaled():
+    targets = [torch.ones(4, 5), torch.ones(3, 7), torch.ones(6, 5)]
+    rows = [ShardedRows(target) for target in targets]
+    factors = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
+    scale_rows_(
+        [rows[0], rows[1], rows[2], rows[0]],
+        [range(1, 2), range(2, 3), range(4, 6), range(3, 4)],
+        factors,
+    )
+    assert [target[:, 0].tolist() for target in targets] == [
+        [1, 2, 1, 6],
+        [1, 1, 3],
+        [1, 1, 1, 1, 4, 5],
+    ]
+    assert all((target == target[:, :1]).all() for target in targets)
+
+
+def test_places_of_vectors_in_a_table_are_those_of_its_indices():
+    table = torch.zeros(2, 3, 5)
+    spans = [VectorSpan(FACTOR_B, 2, range(3, 5)), VectorSpan(FACTOR_A, 1, range(1))]
+    table.view(-1)[places_in_table(table, spans)] = torch.tensor([1.0, 2.0, 3.0])
+    assert table[FACTOR_B, 2].tolist() == [0, 0, 0, 1, 2]
+    assert table[FACTOR_A, 1].tolist() == [3, 0, 0, 0, 0]
+    assert table.count_nonzero() == 3
