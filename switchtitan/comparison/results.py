@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchtitan.comparison.plan import Run
+from switchtitan.config.section import Section
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
@@ -14,6 +15,8 @@ from switchtitan.training.description import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
 """Keys that change no result: names and folders."""
+DEFAULTS_VERSION = 1
+"""Increase it when the default of a key changes: earlier runs had the default of then."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,28 @@ class RunResult:
 
 
 def config_sha256(config: JobConfig) -> str:
-    """Returns a checksum of a run's resolved configuration, without its name and folders.
+    """Returns a checksum of a run's configuration, without its name and folders.
 
-    Runs with the same checksum compute the same, on the same corpus and with the same code.
+    Runs with the same checksum compute the same, on the same corpus and with the same code. It
+    covers the keys that differ from their defaults, so that a later version with more keys knows
+    the runs of an earlier one.
     """
-    contents = config.model_dump(mode="json", exclude=_KEYS_OF_A_MACHINE)
+    contents: dict[str, Any] = {
+        section: {
+            key: value
+            for key, value in values.model_dump(mode="json").items()
+            if key not in _KEYS_OF_A_MACHINE.get(section, ()) and _is_set(values, key)
+        }
+        for section, values in config
+    }
+    contents["defaults"] = DEFAULTS_VERSION
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _is_set(section: Section, key: str) -> bool:
+    """Whether a key differs from its default, or names the section's class."""
+    field = type(section).model_fields[key]
+    return key == "name" or getattr(section, key) != field.get_default(call_default_factory=True)
 
 
 def read_result(run: Run) -> RunResult | None:

@@ -93,3 +93,20 @@ def test_the_checksum_of_a_configuration_ignores_names_and_folders_only(tmp_path
     ]
     digests = {config_sha256(other.config()) for other in (run, *others)}
     assert len(digests) == 5
+
+
+def test_a_key_at_its_default_does_not_change_the_checksum(tmp_path):
+    """A later version with one more key has the same checksums."""
+    comparison = declare(tmp_path)
+    config = plan_run(comparison, comparison.row("thin"), {"optimizer.lr": 1e-2}, 1).config()
+    digest = config_sha256(config)
+
+    class LaterMetrics(type(config.metrics)):
+        added: int = 3
+
+    def with_added(value):
+        metrics = LaterMetrics(**config.metrics.model_dump(), added=value)
+        return config_sha256(config.model_copy(update={"metrics": metrics}))
+
+    assert with_added(3) == digest
+    assert with_added(4) != digest
