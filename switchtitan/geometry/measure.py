@@ -36,6 +36,11 @@ PARTS = {
     "activations": "similarity of each block's output to the other run's",
 }
 """Part -> what it measures."""
+PRINCIPAL = "principal directions"
+"""A piece of a part that needs more checkpoints."""
+_TOO_FEW_FOR_PRINCIPAL = (
+    "{} has less than 3 checkpoints ({}); keep more with [checkpoint] interval and keep_latest"
+)
 FORWARD_PARTS = ("sharpness", "barriers", "activations")
 """Parts that run the model."""
 
@@ -98,11 +103,11 @@ class Geometry:
     activations: dict[int, Mapping[str, Similarity]] | None = None
     """Against the other run: step -> block -> similarity."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Part -> why it was not measured."""
+    """Part, or a piece of one -> why it was not measured."""
 
 
 def check(run: Run, other: Run | None, options: Options) -> dict[str, str]:
-    """Returns the parts that cannot be measured, with the reason, if they were not asked for.
+    """Returns what cannot be measured and was not asked for, with the reason.
 
     Raises:
         ConfigError: if one was asked for, or the other run cannot be compared.
@@ -125,12 +130,17 @@ def check(run: Run, other: Run | None, options: Options) -> dict[str, str]:
     for part, reason in obstacles.items():
         if options.parts is not None and part in options.parts:
             raise ConfigError(f"--parts {part}: {reason}")
-    if options.num_principal and len(run.steps) < 3:
-        raise ConfigError(
-            f"--principal {options.num_principal}: {run.folder} has {len(run.steps)} checkpoints, "
-            "and principal directions need 3; keep more with [checkpoint] interval and keep_latest"
+    left_out = obstacles if options.parts is None else {}
+    num_principal = _most_principal(run)
+    if num_principal == 0 and (options.parts is None or "sharpness" in options.parts):
+        left_out[PRINCIPAL] = _TOO_FEW_FOR_PRINCIPAL.format(run.folder, len(run.steps))
+    if options.num_principal is not None and options.num_principal > num_principal:
+        reason = left_out.get(PRINCIPAL) or (
+            f"{run.folder} has {len(run.steps)} checkpoints, so at most {num_principal} principal "
+            "directions; lower it"
         )
-    return obstacles if options.parts is None else {}
+        raise ConfigError(f"--principal {options.num_principal}: {reason}")
+    return left_out
 
 
 def measure(run: Run, other: Run | None, options: Options) -> Geometry:
@@ -197,7 +207,7 @@ def _principal_directions(
 ) -> Sequence[tuple[Weights, float]]:
     count = options.num_principal
     if count is None:
-        count = DEFAULT_NUM_PRINCIPAL if len(run.steps) > 2 else 0
+        count = min(DEFAULT_NUM_PRINCIPAL, _most_principal(run))
     if count == 0:
         return []
     names = perturbed_names(weights)
@@ -207,6 +217,14 @@ def _principal_directions(
     return [
         (scaled_to_weights(principal.direction, weights), principal.share) for principal in found
     ]
+
+
+def _most_principal(run: Run) -> int:
+    """Returns the number of principal directions of the run's checkpoints; 0 for less than three.
+
+    Two points have one, but it is only the line between them.
+    """
+    return len(run.steps) - 1 if len(run.steps) > 2 else 0
 
 
 def _measure_barriers(

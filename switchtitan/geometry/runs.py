@@ -79,7 +79,8 @@ class Run:
 
     def read_all(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """Returns all dense fp32 weights of a checkpoint, on `device`."""
-        bar = progress_bar(f"{self.label}: reading", self.names, total=None, unit="tensors")
+        names = self.names
+        bar = progress_bar(f"{self.label}: reading", names, total=len(names), unit="tensors")
         return {name: self.read(step, [name])[name].to(device) for name in bar}
 
 

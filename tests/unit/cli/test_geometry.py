@@ -26,6 +26,7 @@ def runs(corpora: Path) -> dict[str, Path]:
         ("low", "switchlora", ()),
         ("full", "full_rank", ()),
         ("wider", "full_rank", ("--model.hidden_size", "24")),
+        ("corpus", "full_rank", ("--data.vocab_size", "268")),
     ):
         folder = corpora / f"geometry-{name}"
         options = (*every_five, "--training.steps", "15", "--evaluation.interval", "100")
@@ -34,7 +35,8 @@ def runs(corpora: Path) -> dict[str, Path]:
     save_run(corpora / "geometry-short", "lora", num_steps=3)
     stop_world()
     return {
-        name: corpora / f"geometry-{name}" / "run" for name in ("low", "full", "wider", "short")
+        name: corpora / f"geometry-{name}" / "run"
+        for name in ("low", "full", "wider", "corpus", "short")
     }
 
 
@@ -149,7 +151,9 @@ def test_tables_are_printed_and_what_is_left_out_is_said(runs, tmp_path):
     assert outcome.status == 0, outcome.errors
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
     short, full = json.loads(file.read_text())["runs"]
-    assert short["left_out"].keys() == {"updates", "barriers", "activations"}
+    assert short["left_out"].keys() == {
+        *("updates", "barriers", "activations", "principal directions")
+    }
     assert full["left_out"].keys() == {"activations"}
     assert (len(short["weights"]), short["updates"]) == (1, [])
     assert short["sharpness"]["principal"] == []
@@ -174,18 +178,33 @@ def test_parts_and_steps_can_be_chosen(runs):
     assert not found.keys() & {"sharpness", "barriers", "activations"}
 
 
+def test_a_model_with_a_tied_head_is_measured(corpora):
+    tied = save_run(
+        corpora / "geometry-tied", "full_rank", "--model.tied_head", "true", num_steps=2
+    )
+    outcome = run("geometry", tied, "--parts", "sharpness", "weights", *TOKENS, "--json", "-")
+    assert outcome.status == 0, outcome.errors
+    (found,) = json.loads(outcome.output)["runs"]
+    outcome = run("evaluate", tied, *TOKENS, "--dtype", "float32", "--json", "-")
+    loss = json.loads(outcome.output)["loss"]
+    assert found["sharpness"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no/such/run"], "no complete checkpoint at no/such/run: expected"),
         (["{short}", "--parts", "updates"], "has one checkpoint, step 3, and an update is between"),
         (["{short}", "--parts", "barriers"], "--parts barriers: "),
-        (["{short}", "--principal", "1"], "has 1 checkpoints, and principal directions need 3"),
+        (["{short}", "--principal", "1"], "--principal 1: "),
+        (["{short}", "--principal", "1"], "has less than 3 checkpoints (1); keep more"),
+        (["{full}", "--principal", "3"], "has 3 checkpoints, so at most 2 principal directions"),
         (["{full}", "--parts", "activations"], "--parts activations: they are compared with"),
         (
             ["{full}", "--against", "{wider}"],
             "hold different models ([model] head_dim = 10 and 12; hidden_size = 20 and 24)",
         ),
+        (["{full}", "--against", "{corpus}"], "were trained on different corpora"),
         (["{full}", "--against", "{short}"], "have no checkpoint of the same step: 5, 10, 15 and"),
         (["{full}", "--against", "{full}"], "is the run itself; choose another run"),
         (["{full}", "--steps", "7"], "has no such checkpoint; it has 5, 10, 15"),
