@@ -1,5 +1,6 @@
 """The section `[method] name = "switchlora"`."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,16 @@ from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.switchlora.rate import Decay, switch_rate
 
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "gentle": {
+        "candidates": "constant",
+        "switches_per_vector": 9.4,
+        "decay": "constant",
+        "freeze_steps": 0,
+        "reset_moments": "momentum",
+    }
+}
+"""Name -> the keys that it sets. `gentle` are the "gentler keys" of docs/RESULTS.md."""
 _ROUNDING = 1e-9
 """Relative rounding that an interval may have which follows from a number of switches."""
 _DOWN = 0.995
@@ -21,6 +32,11 @@ class SwitchLoraConfig(LowRankConfig):
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     name: Literal["switchlora"] = "switchlora"
     """The method."""
+    preset: Literal["gentle"] | None = None
+    """Sets several keys, except those that are set themselves: `gentle` sets
+    candidates = "constant", switches_per_vector = 9.4 (unless interval is set), decay = "constant",
+    freeze_steps = 0 and reset_moments = "momentum", the gentler keys of docs/RESULTS.md. The saved
+    configuration has these keys, and no preset. Default: none, the published keys."""
     init: Literal["switchlora", "lora"] = "switchlora"
     """Initial values of factors and candidates: `switchlora` balances the gradients of both factors
     (the paper's initial standard deviations); `lora` draws A at random and sets B and its
@@ -56,6 +72,28 @@ class SwitchLoraConfig(LowRankConfig):
     that and multiplies its second moment by |new|^2 / |old|^2 of the switched vector, since its
     gradient is proportional to that vector; if either norm is zero, the counterpart is reset."""
 
+    @classmethod
+    def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
+        """See `Section.implied_by`."""
+        if key != "preset" or not isinstance(value, str) or value not in PRESETS:
+            return {}
+        # A file's interval would take the place of switches_per_vector.
+        return {**PRESETS[value], "interval": None}
+
+    @model_validator(mode="after")
+    def _expand_preset(self) -> "SwitchLoraConfig":
+        """Replaces `preset` by its keys."""
+        # Not with mode="before": pydantic then rejects the lists of a file, which are no tuples.
+        if self.preset is None:
+            return self
+        given = self.model_fields_set
+        keys = {key: value for key, value in PRESETS[self.preset].items() if key not in given}
+        if "interval" in given:
+            keys.pop("switches_per_vector", None)
+        self.__dict__.update(keys, preset=None)
+        given.update(keys)
+        return self
+
     @model_validator(mode="after")
     def _check_switching(self) -> "SwitchLoraConfig":
         if self.rank == 1:
@@ -73,7 +111,7 @@ class SwitchLoraConfig(LowRankConfig):
             )
         if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
             problem = 'decay_ratio has no effect with decay = "constant"; remove it'
-            raise VoidKeyError([VoidKey("decay_ratio", ("decay",), problem)])
+            raise VoidKeyError([VoidKey("decay_ratio", ("decay", "preset"), problem)])
         for key in ("candidates_dtype", "candidates_device"):
             if self.candidates == "constant" and key in self.model_fields_set:
                 problem = (
@@ -81,7 +119,7 @@ class SwitchLoraConfig(LowRankConfig):
                     'candidates = "constant", '
                     'which stores none; remove it or set candidates = "swap"'
                 )
-                raise VoidKeyError([VoidKey(key, ("candidates",), problem)])
+                raise VoidKeyError([VoidKey(key, ("candidates", "preset"), problem)])
         return self
 
     def _check_interval_is_unset(self) -> None:

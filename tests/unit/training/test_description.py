@@ -29,7 +29,7 @@ from switchtitan.training.description import (
     write_config,
 )
 
-NEW_KEYS = ("candidates", "reset_moments", "switches_per_vector")
+NEW_KEYS = ("candidates", "reset_moments", "switches_per_vector", "preset")
 
 
 @pytest.fixture(autouse=True)

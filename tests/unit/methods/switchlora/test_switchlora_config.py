@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_config
 
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config.fields import choices
+from switchtitan.config.toml_text import resolved_toml, toml_value
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.methods import METHODS
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.config import PRESETS, SwitchLoraConfig
 
 
 def load_tiny(folder: Path, keys: str, *overrides: str) -> JobConfig:
@@ -94,3 +95,99 @@ def test_too_many_switches_for_the_run_are_refused(tmp_path: Path):
     ) in str(caught.value)
     keys = 'switches_per_vector = 9.4\ndecay = "constant"\nfreeze_steps = 0'
     assert load_tiny(tmp_path, keys).method.check_length(40) == []
+
+
+GENTLE = {
+    "candidates": "constant",
+    "switches_per_vector": 9.4,
+    "decay": "constant",
+    "freeze_steps": 0,
+    "reset_moments": "momentum",
+}
+
+
+def test_gentle_sets_its_keys_and_no_others():
+    config = SwitchLoraConfig(rank=16, preset="gentle")
+    assert config == SwitchLoraConfig(rank=16, **GENTLE)
+    assert config != SwitchLoraConfig(rank=16)
+    # The rows of docs/RESULTS.md have interval 160 in 1500 steps.
+    assert config.interval_in(1500) == pytest.approx(160, rel=5e-3)
+
+
+def test_the_documentation_of_presets_has_their_keys():
+    field = SwitchLoraConfig.model_fields["preset"]
+    assert choices(field) == list(PRESETS)
+    for keys in PRESETS.values():
+        for key, value in keys.items():
+            assert f"{key} = {toml_value(value)}" in (field.description or "")
+
+
+@pytest.mark.parametrize(
+    ("keys", "changed"),
+    [
+        ("freeze_steps = 1", {"freeze_steps": 1}),
+        # Values that are the defaults of a run without a preset.
+        ('candidates = "swap"', {"candidates": "swap"}),
+        ('decay = "exponential"\ndecay_ratio = 0.8', {"decay": "exponential", "decay_ratio": 0.8}),
+        ("switches_per_vector = 3", {"switches_per_vector": 3}),
+        ("interval = 40", {"switches_per_vector": None, "interval": 40}),
+    ],
+)
+def test_keys_that_are_set_win_over_the_preset(
+    tmp_path: Path, keys: str, changed: dict[str, object]
+):
+    config = load_tiny(tmp_path, f'preset = "gentle"\n{keys}')
+    assert config.method == SwitchLoraConfig(rank=6, **{**GENTLE, **changed})
+    assert loads_again(config, tmp_path)
+    # Also on the command line, over a file with the preset.
+    options = [word for line in keys.split("\n") for word in f"--method.{line}".split(" = ")]
+    again = load_tiny(tmp_path, 'preset = "gentle"', *[word.strip('"') for word in options])
+    assert again == config
+
+
+def test_a_saved_configuration_has_the_keys_of_the_preset_and_no_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_tiny(tmp_path, 'preset = "gentle"')
+    lines = resolved_toml(config).splitlines()
+    assert 'preset = "none"' in lines
+    for key, value in GENTLE.items():
+        assert f"{key} = {toml_value(value)}" in lines
+    assert {"# interval = 40", "# decay_ratio = 0.1"} <= set(lines)
+    # Even if a later version gives the preset another meaning.
+    monkeypatch.setitem(PRESETS, "gentle", {"freeze_steps": 3})
+    assert SwitchLoraConfig(rank=6, preset="gentle").freeze_steps == 3
+    assert loads_again(config, tmp_path)
+
+
+def test_a_preset_on_the_command_line_replaces_the_files_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    keys = (
+        'interval = 5\ndecay_ratio = 0.2\nfreeze_steps = 2\nreset_moments = "both"\n'
+        'candidates_dtype = "bfloat16"'
+    )
+    config = load_tiny(tmp_path, keys, "--method.preset", "gentle")
+    assert config.method == SwitchLoraConfig(rank=6, **GENTLE)
+    notes = capsys.readouterr().err
+    for line in keys.split("\n"):
+        assert f"method.{line}" in notes
+    kept = load_tiny(tmp_path, keys, "--method.preset", "gentle", "--method.freeze_steps", "1")
+    assert kept.method == SwitchLoraConfig(rank=6, **{**GENTLE, "freeze_steps": 1})
+
+
+def test_a_key_that_the_preset_leaves_no_effect_is_an_error(tmp_path: Path):
+    with pytest.raises(ConfigError, match='decay_ratio has no effect with decay = "constant"'):
+        load_tiny(tmp_path, 'preset = "gentle"\ndecay_ratio = 0.2')
+    with pytest.raises(ConfigError, match="candidates_device = 'host' has no effect"):
+        load_tiny(tmp_path, 'preset = "gentle"\ncandidates_device = "host"')
+
+
+def test_an_unknown_preset_names_the_known_ones(tmp_path: Path):
+    with pytest.raises(ConfigError, match='preset = "gentel": expected "gentle", or "none"'):
+        load_tiny(tmp_path, 'preset = "gentel"')
+    with pytest.raises(ConfigError, match=r'--method\.preset 3: expected "gentle", or "none"'):
+        load_tiny(tmp_path, "", "--method.preset", "3")
+    assert load_tiny(tmp_path, 'preset = "gentle"', "--method.preset", "none") == load_tiny(
+        tmp_path, ""
+    )
