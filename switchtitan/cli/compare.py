@@ -52,7 +52,11 @@ def main(argv: Sequence[str]) -> None:
                 with locked(folder):
                     report(Comparison(config), folder, config)
             else:
-                run(config, folder, Runner(options.jobs))
+                with locked(folder):
+                    comparison = run(config, folder, Runner(options.jobs))
+                    if not options.skip_measurements:
+                        measure(config, folder)
+                        report(comparison, folder, config)
             print(folder / "report.md", flush=True)
     except UserError as error:
         exit_for(error)
@@ -95,15 +99,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def run(config: ComparisonConfig, folder: Path, runner: Runner) -> None:
-    """Trains the remaining runs of a comparison, reports all, and measures the rows."""
-    with locked(folder):
-        comparison = Comparison(config, check_corpus(config))
-        with logging_redirect_tqdm():
-            train(comparison, runner, folder, config)
-        report(comparison, folder, config)
-        measure(config, folder)
-        report(comparison, folder, config)
+def run(config: ComparisonConfig, folder: Path, runner: Runner) -> Comparison:
+    """Trains the remaining runs of a comparison, and reports and returns all."""
+    comparison = Comparison(config, check_corpus(config))
+    with logging_redirect_tqdm():
+        train(comparison, runner, folder, config)
+    report(comparison, folder, config)
+    return comparison
 
 
 def train(comparison: Comparison, runner: Runner, folder: Path, config: ComparisonConfig) -> None:
@@ -160,5 +162,10 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--report-only", action="store_true", help="do not train; report the finished runs"
+    )
+    parser.add_argument(
+        "--skip-measurements",
+        action="store_true",
+        help="leave step times and bytes out, which need a machine without other work",
     )
     return parser.parse_args(argv)
