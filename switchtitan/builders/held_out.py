@@ -106,8 +106,9 @@ def held_out_text(
     try:
         text = file.read_bytes().decode()
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--text {file}: cannot be read ({error}); expected a UTF-8 file"
+            f"--text {file}: cannot be read ({reason}); expected a UTF-8 file"
         ) from error
     encoding = own.tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids

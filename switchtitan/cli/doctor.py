@@ -2,8 +2,8 @@
 
     switchtitan doctor [--json] [--network] [--output-dir FOLDER]
 
-Each line is `ok`, `warning` (training works, perhaps slowly or without an extra) or `missing`, with
-what to do. Exit status 1 if training could not work at all, else 0."""
+Each line is `ok`, `optional` (an extra that is not installed), `warning` (training works, perhaps
+slowly) or `missing`, with what to do. Exit status 1 if training could not work at all, else 0."""
 
 import argparse
 import json
@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> None:
     if options.json:
         record = {"can_train": can_train, "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(record, indent=2))
-    elif not can_train:
+    elif can_train:
+        print("training works here")
+    else:
         print("training cannot work here: see what is missing above")
     if not can_train:
         raise SystemExit(1)

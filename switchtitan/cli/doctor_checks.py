@@ -21,8 +21,9 @@ from switchtitan.cores import num_cores
 from switchtitan.distributed.limits import num_open_files
 from switchtitan.files import format_bytes
 
-Status = Literal["ok", "warning", "missing"]
+Status = Literal["ok", "optional", "warning", "missing"]
 OK: Final = "ok"
+OPTIONAL: Final = "optional"
 WARNING: Final = "warning"
 MISSING: Final = "missing"
 _GIB = 1 << 30
@@ -203,7 +204,7 @@ def extra_package(extra: str, module: str, purpose: str) -> Finding:
     if spec is not None and spec.origin is not None:
         return Finding(extra, OK, f"{module} is installed, {purpose}")
     fix = f"run pip install 'switchtitan[{extra}]' if you need it"
-    return Finding(extra, WARNING, f"{module} is not installed, {purpose}", fix)
+    return Finding(extra, OPTIONAL, f"{module} is not installed, {purpose}", fix)
 
 
 def nearest_folder(folder: Path) -> Path:
