@@ -66,6 +66,8 @@ CASES: dict[str, list[str]] = {
         *("--method.init", "lora"),
         *("--optimizer.other_lr", "1e-3"),
     ],
+    "rescale moments": ["switchlora", "--method.reset_moments", "rescaled"],
+    "rescale moments, HSDP": ["switchlora", "--method.reset_moments", "rescaled", *_HSDP],
     "keep moments, freeze nothing": [
         "switchlora",
         *("--method.reset_moments", "none"),

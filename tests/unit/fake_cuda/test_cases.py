@@ -32,6 +32,8 @@ NOT_TRACED = {
     ("method", "decay", "sigmoid"),
     ("method", "init", "balanced"),
     ("optimizer", "decay_norms", True),
+    # It sets other keys.
+    ("method", "preset", "gentle"),
 }
 """(section, key, value)."""
 
