@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.gpus import own_gpu, unusable_gpu
@@ -34,6 +34,15 @@ T = TypeVar("T")
 
 _LONG_TIMEOUT = timedelta(days=30)
 """For collectives in which ranks wait for hours of another rank's work."""
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Sets the time after which a collective of the group fails.
+
+    Torch 2.15 made the function public and warns of the private one, all that 2.13 has.
+    """
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(timeout, group)
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,11 @@ class World:
     @contextmanager
     def _long_timeout(self) -> Iterator[None]:
         # Not a group of its own: each gloo group has a connection to every other rank.
-        _set_pg_timeout(_LONG_TIMEOUT, self.host_group)
+        set_group_timeout(self.host_group, _LONG_TIMEOUT)
         try:
             yield
         finally:
-            _set_pg_timeout(self.timeout, self.host_group)
+            set_group_timeout(self.host_group, self.timeout)
 
     def synchronize(self) -> None:
         """Waits until this rank's device has completed all queued work."""
@@ -188,7 +197,7 @@ def start_world(config: ParallelismConfig) -> World:
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for dimension in mesh.mesh_dim_names or ():
         # Groups that are split off get torch's default instead: 10 minutes with NCCL.
-        _set_pg_timeout(timeout, mesh.get_group(dimension))
+        set_group_timeout(mesh.get_group(dimension), timeout)
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     return World(
         rank,

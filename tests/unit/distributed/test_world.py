@@ -1,11 +1,13 @@
 """Environments of launchers in which ranks cannot meet."""
 
 import socket
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.world import start_world
+from switchtitan.distributed.world import set_group_timeout, start_world, stop_world
 from switchtitan.errors import EnvironmentMismatchError
 
 COMPLETE = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -46,3 +48,17 @@ def test_ranks_that_stay_alone_are_told_so(launcher: pytest.MonkeyPatch, rank: s
     launcher.setenv("RANK", rank)
     with pytest.raises(EnvironmentMismatchError, match=rf"{port}: 2 ranks did not meet there"):
         start_world(ParallelismConfig(timeout_s=1))
+
+
+def test_timeouts_are_set_by_the_public_function_where_torch_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = start_world(ParallelismConfig())
+    calls: list[tuple] = []
+    monkeypatch.setattr(dist, "set_timeout", lambda *given: calls.append(given), raising=False)
+    set_group_timeout(world.host_group, timedelta(seconds=7))
+    assert calls == [(timedelta(seconds=7), world.host_group)]
+    monkeypatch.undo()
+    set_group_timeout(world.host_group, timedelta(seconds=7))
+    assert len(calls) == 1
+    stop_world()
