@@ -66,9 +66,9 @@ class Run:
         ]
         if not fitting:
             raise ConfigError(
-                f"communication_ranks = {num_ranks} (default: 8), ranks for which bytes are "
-                f"counted: [training] global_batch_size = {training.global_batch_size} is not a "
-                "multiple of it; change either"
+                f"communication_ranks = {num_ranks}: [training] global_batch_size = "
+                f"{training.global_batch_size} is not a multiple of the ranks for which bytes are "
+                "counted (default: 8); change either"
             )
         return self._parsed(
             [*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks
