@@ -197,6 +197,8 @@ def file_inside(folder: Path, name: str) -> Path:
         root, target = folder.resolve(), (folder / name).resolve()
     except RuntimeError as error:  # Python before 3.13
         raise ValueError(f"{name!r} is a link to itself") from error
+    if target.is_symlink():  # Python since 3.13
+        raise ValueError(f"{name!r} is a link to itself")
     is_snapshot = root.parent.name == "snapshots"
     roots = [root, root.parent.parent / "blobs"] if is_snapshot else [root]
     if not any(target.is_relative_to(allowed) for allowed in roots):

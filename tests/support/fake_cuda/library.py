@@ -18,17 +18,27 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def has_cuda_build() -> bool:
+    """Whether torch is built with CUDA, and so has a device of its own to register."""
+    return (_torch_folder() / "lib" / "libtorch_cuda.so").exists()
+
+
 def load() -> None:
     """Adds a CUDA device that does nothing to the torch that this process imports later."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    torch_folder = Path(spec.origin).parent
+    torch_folder = _torch_folder()
     library = _build(torch_folder)
     # Loaded globally, since the library needs their symbols.
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _torch_folder() -> Path:
+    """The folder of the package torch, which is not imported."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def _build(torch_folder: Path) -> Path:

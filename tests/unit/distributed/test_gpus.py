@@ -1,5 +1,6 @@
 """GPUs that torch cannot use are distinguished from machines without one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(
     obstacle = unusable_gpu(tmp_path, tmp_path)
     assert obstacle is not None
     # The reason is torch's own.
-    assert "cannot use it (Torch not compiled with CUDA enabled)" in obstacle
+    assert re.search(r"cannot use it \((Torch not compiled with CUDA|Found no NVIDIA)", obstacle)
     assert "CUDA_VISIBLE_DEVICES= to train on the CPU" in obstacle
     for value in ("", "-1", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
