@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.optim import AdamWConfig
+
+ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2, decay_norms=True)
+NUM_STEPS = 22
 TARGETS = ("q_proj", "up_proj", "down_proj")
 RANK = 3
 
@@ -62,6 +67,44 @@ def give_gradients(
 ) -> None:
     for name, parameter in model.named_parameters():
         parameter.grad = _placed(gradients[name].clone(), mesh)
+
+
+def lr_factor(step: int) -> float:
+    return (step + 1) / NUM_STEPS
+
+
+def steps_next_to_adamw(
+    model: OddModel, optimizer: TrainingOptimizer
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Steps the optimizer of a drawn model; yields the gradients and the rate of each step.
+
+    No step but the first compiles. Parameters that are not projected must equal those that torch's
+    AdamW trains.
+    """
+    plain = draw_model()
+    others = [
+        name for name, _ in plain.named_parameters() if name.removesuffix(".weight") not in TARGETS
+    ]
+    adamw = torch.optim.AdamW(
+        [plain.get_parameter(name) for name in others],
+        betas=ADAM.betas,
+        eps=ADAM.eps,
+        weight_decay=ADAM.weight_decay,
+        fused=True,
+    )
+    for step, gradients in enumerate(draw_gradients(NUM_STEPS)):
+        lr = ADAM.lr * lr_factor(step)
+        optimizer.set_lr(lr_factor(step))
+        adamw.param_groups[0]["lr"] = lr
+        give_gradients(model, gradients)
+        give_gradients(plain, gradients)
+        # Rates change in every step, bases in every fourth.
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            optimizer.step()
+        adamw.step()
+        for name in others:
+            assert torch.equal(model.get_parameter(name), plain.get_parameter(name)), name
+        yield gradients, lr
 
 
 def _placed(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
