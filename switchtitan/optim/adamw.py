@@ -18,6 +18,7 @@ from switchtitan.optim.parameters import (
     TrainedParameter,
     lr_metrics,
     parameter_groups,
+    parameters_of,
 )
 from switchtitan.optim.rounded_moments import RoundedUpdate
 
@@ -92,11 +93,7 @@ class AdamW:
     ) -> None:
         self._config, self._lr_factor = config, 1.0
         self._groups = parameter_groups(config, parameters)
-        self._parameters = {
-            name: parameter
-            for group in self._groups
-            for name, parameter in group.parameters.items()
-        }
+        self._parameters = parameters_of(self._groups)
         is_rounded = config.moments_dtype == "bfloat16"
         dtype = torch.bfloat16 if is_rounded else None
         self._exp_avg = {

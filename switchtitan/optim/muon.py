@@ -26,6 +26,7 @@ from switchtitan.optim.parameters import (
     TrainedParameter,
     lr_metrics,
     parameter_groups,
+    parameters_of,
 )
 from switchtitan.optim.split_optimizer import SplitOptimizer
 
@@ -84,11 +85,7 @@ class Muon:
         trained = list(parameters)
         self._config, self._lr_factor = config, 1.0
         self._groups = parameter_groups(config, trained)
-        self._parameters = {
-            name: parameter
-            for group in self._groups
-            for name, parameter in group.parameters.items()
-        }
+        self._parameters = parameters_of(self._groups)
         self._dtype = trained[0].compute_dtype if trained else torch.float32
         self._momenta = {
             name: torch.zeros_like(parameter, requires_grad=False)

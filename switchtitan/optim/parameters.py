@@ -74,6 +74,11 @@ def trained_parameters(
     ]
 
 
+def parameters_of(groups: Iterable[ParameterGroup]) -> dict[str, nn.Parameter]:
+    """Returns the parameters of all groups, in order, by qualified name."""
+    return {name: parameter for group in groups for name, parameter in group.parameters.items()}
+
+
 def parameter_groups(
     config: OptimizerConfig, parameters: Iterable[TrainedParameter]
 ) -> list[ParameterGroup]:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
-from switchtitan.optim.parameters import TrainedParameter, lr_metrics, parameter_groups
+from switchtitan.optim.parameters import (
+    TrainedParameter,
+    lr_metrics,
+    parameter_groups,
+    parameters_of,
+)
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups with `params`, `lr` and `weight_decay`."""
@@ -42,7 +47,7 @@ class TorchOptimizer:
     ) -> None:
         self._config = config
         groups = parameter_groups(config, parameters)
-        self._parameters = {name: p for group in groups for name, p in group.parameters.items()}
+        self._parameters = parameters_of(groups)
         self._held = self._tensors_to_hold()
         self._peak_lrs = [group.lr for group in groups]
         self._optimizer = build(
