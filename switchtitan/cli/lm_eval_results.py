@@ -47,7 +47,7 @@ def place_of(trained: TrainedModel, folder: Path | None) -> Place:
     own = fingerprint(source)
     file = (folder or home / RESULTS_FOLDER) / f"{name}.json"
     if file.exists() and _read(file).get(_FINGERPRINT) != own:
-        # Results of other weights, or of none that can be told: they stay as they are.
+        # Results of other or unknown weights: they stay as they are.
         file = file.with_stem(f"{name}-{own[:_NUM_DIGITS]}")
     # A folder of its own: TensorBoard reads the newest file of a folder, and a run may be writing.
     events = home / TENSORBOARD_FOLDER / RESULTS_FOLDER

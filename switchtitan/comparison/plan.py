@@ -13,7 +13,7 @@ from switchtitan.job.config import JobConfig, parse_arguments
 MIN_STEPS = 8
 """Steps needed for timing: three for warm-up, five timed."""
 _KEYS_OF_JOB = ("job.seed", "job.name", "job.output_dir")
-"""Keys that the comparison sets, besides the tuned ones."""
+"""Keys that the comparison sets, in addition to the tuned ones."""
 
 
 def short_name(key: str) -> str:

@@ -37,7 +37,7 @@ def write_grid(folder: Path, grid: str = GRID, changes: Mapping[str, str] | None
     """Writes the file that declares a comparison, and its base.
 
     Args:
-        changes: parts of the base -> their replacements, besides those that a comparison needs.
+        changes: parts of the base -> their replacements, next to those of every comparison.
     """
     base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
     fitting = {

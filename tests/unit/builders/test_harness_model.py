@@ -1,4 +1,4 @@
-"""Continuations for the lm-evaluation-harness: in batches, and drawn anew for repeats."""
+"""Continuations for the lm-evaluation-harness: in batches, and other draws for repeats."""
 
 import importlib.util
 from types import SimpleNamespace
