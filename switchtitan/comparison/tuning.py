@@ -33,8 +33,9 @@ class Tried:
 
     @property
     def is_interior(self) -> bool | None:
-        """Whether the best value is between two others; None if the key is no learning rate."""
-        return is_interior(self.losses) if is_rate(self.key) else None
+        """Whether the best value is between two others; None if the key is no learning rate, or
+        no run is finished."""
+        return is_interior(self.losses) if self.losses and is_rate(self.key) else None
 
 
 @dataclass(frozen=True)

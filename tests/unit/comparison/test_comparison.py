@@ -130,6 +130,17 @@ def test_the_report_has_losses_differences_and_shares(comparison, tmp_path):
     assert len((written / "runs.csv").read_text().splitlines()) == 13
 
 
+def test_a_report_can_be_written_after_the_first_run(comparison, tmp_path):
+    run, *_ = Comparison(comparison).state().due
+    finish(run, 2.0, 3.0)
+    state = Comparison(comparison).state()
+    write_report(tmp_path / "report", state, report_rows(state, {}), report_gaps(state))
+    written = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert written["num_runs_finished"] == 1
+    tried = {row["name"]: row["tried"] for row in written["rows"]}
+    assert [(of["losses"], of["is_interior"]) for of in tried["thin"]] == [({}, None)]
+
+
 def test_no_share_is_reported_of_a_gap_whose_interval_holds_zero(comparison):
     finish_due(comparison, distance_to(2e-3, 2e-2))
     for run, loss in zip(
