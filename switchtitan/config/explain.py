@@ -65,12 +65,14 @@ class Draft:
     origins: Mapping[KeyPath, str] = field(default_factory=dict)
     """The file of each key that is not in `file`."""
     file: str = ""
+    files: Sequence[str] = ()
+    """`file`, its base, the base of that, and so on."""
     overrides: Mapping[KeyPath, Override] = field(default_factory=dict)
     overrides_heading: str | None = None
     """For overrides that a program made: the heading under which they are shown, as in a file."""
     mistakes: list[Mistake] = field(default_factory=list)
     changes: dict[KeyPath, Override] = field(default_factory=dict)
-    """Keys whose value differs from the file's, or that were dropped -> the override behind it."""
+    """Keys whose value differs from the file's, or that an override dropped -> that override."""
     notes: list[str] = field(default_factory=list)
     """What was dropped."""
 

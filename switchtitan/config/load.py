@@ -82,6 +82,7 @@ def load_config(
         given.table,
         origins=given.origins,
         file=str(file),
+        files=given.files,
         overrides=arguments.overrides,
         overrides_heading=overrides_heading,
         mistakes=list(arguments.mistakes),
@@ -89,7 +90,7 @@ def load_config(
     expanded = expand(draft, expansions)
     _choose_classes(draft)
     _apply_overrides(draft)
-    _drop_what_overrides_imply(draft)
+    _drop_what_others_imply(draft)
     for path, keys in expanded.items():
         fill_in(draft, path, keys)
     for section in draft.table.keys() - types.keys():
@@ -190,11 +191,11 @@ def _apply_overrides(draft: Draft) -> None:
             target[path[-1]] = value
 
 
-def _drop_what_overrides_imply(draft: Draft) -> None:
-    for path in draft.overrides:
-        value, section_type = draft.value(path), draft.chosen.get(path[0])
-        if value and section_type is not None and len(path) == 2:
-            drop_implied(draft, path, section_type.implied_by(path[1], value[0]))
+def _drop_what_others_imply(draft: Draft) -> None:
+    for section, section_type in draft.chosen.items():
+        given = draft.table.get(section)
+        for key, value in list(given.items()) if isinstance(given, dict) else ():
+            drop_implied(draft, (section, key), section_type.implied_by(key, value))
 
 
 def _add_undotted_error(draft: Draft, option: str) -> None:

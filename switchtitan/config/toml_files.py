@@ -20,7 +20,9 @@ class TomlFile:
 
     table: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
-    """The file of each key and table; the last one if several have it."""
+    """The file of each key and table; the one that is nearest if several have it."""
+    files: list[str] = field(default_factory=list)
+    """The file, its base, the base of that, and so on."""
 
 
 def read_with_bases(file: Path, types: SectionTypes, alone: Collection[KeyPath] = ()) -> TomlFile:
@@ -57,7 +59,7 @@ def read_with_bases(file: Path, types: SectionTypes, alone: Collection[KeyPath] 
             raise ConfigError(
                 f"{place}: a file cannot be based on itself: {cycle} -> {at}; remove this line"
             )
-    merged = TomlFile()
+    merged = TomlFile(files=[str(path) for path, _ in chain.values()])
     for path, table in reversed(chain.values()):
         for section in types:
             above, below = table.get(section), merged.table.get(section)

@@ -1,7 +1,8 @@
 """Keys of a file that the command line leaves without effect: dropped with a note, not refused.
 
-A key that is void by the file alone, or that the command line itself sets, stays an error. So does
-every void key if a program made the overrides, as for the rows of a comparison.
+So are keys of a base that the file over it leaves without effect. A key that is void by one file
+alone, or that the command line itself sets, stays an error. So does every key that is void by
+overrides that a program made, as for the rows of a comparison.
 """
 
 import os
@@ -41,37 +42,38 @@ def void_keys(error: ValidationError, section: str) -> list[VoidKey]:
 
 
 def drop_void(draft: Draft, void: VoidKey) -> bool:
-    """Drop a key if it stands in a file and the command line has changed what makes it void.
+    """Drop a key if the command line, or a file over the one that has it, has made it void.
 
     Returns:
         Whether it was dropped.
     """
     path = tuple(void.key.split("."))
-    paths = [tuple(key.split(".")) for key in void.because]
-    causes = [draft.changes[cause] for cause in paths if cause in draft.changes]
-    if not causes or not _is_droppable(draft, path):
+    causes = [_cause_over(draft, tuple(key.split(".")), path) for key in void.because]
+    cause = next((cause for cause in causes if cause is not None), None)
+    if cause is None:
         return False
-    _drop(draft, [path], causes[0], "it has no effect now")
+    _drop(draft, [path], cause, "it has no effect now")
     return True
 
 
 def drop_implied(draft: Draft, source: KeyPath, implied: Mapping[str, object]) -> None:
-    """Drop keys of a file that contradict what the command line's key at `source` sets.
+    """Drop keys of a file that contradict what the key at `source` sets, on the command line or in
+    a file over that one.
 
     Args:
         implied: keys of the same section, and the values that they get.
     """
-    if source not in draft.changes:
-        return
-    paths = [
-        (source[0], key)
+    causes = {
+        path: cause
         for key, value in implied.items()
-        if draft.value((source[0], key)) not in ((), *_spellings(value))
-        and _is_droppable(draft, (source[0], key))
-    ]
-    if paths:
-        reason = f"--{'.'.join(source)} sets {'it' if len(paths) == 1 else 'them'}"
-        _drop(draft, paths, draft.changes[source], reason)
+        if draft.value(path := (source[0], key)) not in ((), *_spellings(value))
+        and (cause := _cause_over(draft, source, path)) is not None
+    }
+    if causes:
+        cause = next(iter(causes.values()))
+        dashes = "--" if isinstance(cause, Override) else ""
+        reason = f"{dashes}{'.'.join(source)} sets {'it' if len(causes) == 1 else 'them'}"
+        _drop(draft, list(causes), cause, reason)
 
 
 def drop_for_name(
@@ -114,13 +116,25 @@ def drop_for_name(
         draft.notes.append(f"{cause}: kept {keys}, meant for name = {toml_value(former)}")
 
 
+def _cause_over(draft: Draft, source: KeyPath, path: KeyPath) -> Override | str | None:
+    """Return the override that changed the key at `source`, or the file that has it, if the key at
+    `path` stands in a file below and can be dropped."""
+    if source in draft.changes:
+        return draft.changes[source] if _is_droppable(draft, path) else None
+    if {source, path} & draft.overrides.keys() or not draft.value(source) or not draft.value(path):
+        return None
+    depth_of = {file: depth for depth, file in enumerate(draft.files)}
+    file = draft.origin(source)
+    return file if depth_of[file] < depth_of[draft.origin(path)] else None
+
+
 def _is_droppable(draft: Draft, path: KeyPath) -> bool:
     return (
         draft.overrides_heading is None and path not in draft.overrides and draft.value(path) != ()
     )
 
 
-def _drop(draft: Draft, paths: Sequence[KeyPath], cause: Override, reason: str) -> None:
+def _drop(draft: Draft, paths: Sequence[KeyPath], cause: Override | str, reason: str) -> None:
     keys = ", ".join(_shown(draft, path) for path in paths)
     places = dict.fromkeys(draft.origin(path) for path in paths)
     draft.notes.append(f"{cause}: dropped {keys} of {', '.join(places)}: {reason}")
@@ -128,8 +142,9 @@ def _drop(draft: Draft, paths: Sequence[KeyPath], cause: Override, reason: str) 
         table = draft.value(path[:-1])[0]
         assert isinstance(table, dict), "a key of a section"
         del table[path[-1]]
-        # What only this key gave an effect is void now, too.
-        draft.changes[path] = cause
+        if isinstance(cause, Override):
+            # What only this key gave an effect is void now, too.
+            draft.changes[path] = cause
 
 
 def _shown(draft: Draft, path: KeyPath) -> str:

@@ -164,9 +164,9 @@ class LlamaFamilyConfig(ModelConfig):
     @classmethod
     def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
         """See `Section.implied_by`."""
-        if key != "size" or value not in SIZES:
+        if key != "size" or not isinstance(value, str) or value not in SIZES:
             return {}
-        return dict(zip(_SIZE_KEYS, SIZES[str(value)], strict=True))
+        return dict(zip(_SIZE_KEYS, SIZES[value], strict=True))
 
     def architecture(self) -> dict[str, object]:
         """Returns name and dimensions: equal models are equal, however their keys were given."""

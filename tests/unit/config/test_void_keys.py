@@ -1,4 +1,5 @@
-"""The command line drops keys of a file that it leaves without effect, and says so."""
+"""The command line drops keys of a file that it leaves without effect, and so does a file those of
+its base; both say so."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,7 +54,8 @@ class Switch(NamedSection):
 
     @classmethod
     def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
-        return {"width": {"s": 1, "m": 2}[str(value)]} if key == "size" and value else {}
+        widths: dict[object, int] = {"s": 1, "m": 2}
+        return {"width": widths[value]} if key == "size" and value in widths else {}
 
 
 METHODS: Registry = Registry(
@@ -77,14 +79,20 @@ Load = Callable[..., tuple[Job, list[str]]]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def load_text(text: str, *argv: str, heading: str | None = None) -> tuple[Job, list[str]]:
+    def load_text(
+        text: str, *argv: str, heading: str | None = None, base: str | None = None
+    ) -> tuple[Job, list[str]]:
         file = tmp_path / "job.toml"
-        file.write_text(text)
+        file.write_text(text if base is None else f'base = "base.toml"\n{text}')
+        (tmp_path / "base.toml").write_text(base or "")
         notes: list[str] = []
         job = load_config(
             split_arguments(argv), file, Job, [check_short], heading, say=notes.append
         )
-        return job, [note.replace(str(file), "FILE") for note in notes]
+        names = {str(file): "FILE", str(tmp_path / "base.toml"): "BASE"}
+        for path, name in names.items():
+            notes = [note.replace(path, name) for note in notes]
+        return job, notes
 
     return load_text
 
@@ -191,6 +199,51 @@ def test_a_key_that_sets_others_drops_those_that_contradict_it(load: Load) -> No
     assert both == (Job(schedule=Schedule(), method=Switch(size="m", width=7)), [])
     in_file = load(text + 'size = "m"\n', "--method.rank", "2")
     assert in_file == (Job(schedule=Schedule(), method=Switch(size="m", width=1, rank=2)), [])
+
+
+@pytest.mark.parametrize("heading", [None, "in row x:"])
+def test_a_key_of_the_base_that_the_file_makes_void_is_dropped_with_a_note(
+    load: Load, heading: str | None
+) -> None:
+    job, notes = load('[schedule]\ndecay = "constant"\n', base=DECAYS, heading=heading)
+    assert job.schedule == Schedule(decay="constant")
+    assert notes == [
+        "FILE: dropped schedule.decay_ratio = 0.2 of BASE: it has no effect now",
+        "FILE: dropped schedule.decay_start = 3 of BASE: it has no effect now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "argv"),
+    [
+        # Void by the base alone, or set by the file or the command line itself.
+        ("", DECAYS + 'decay = "constant"\n', []),
+        ('[schedule]\ndecay = "constant"\ndecay_ratio = 0.2\n', DECAYS, []),
+        ("[schedule]\ndecay_ratio = 0.2\n", SWITCH + '[schedule]\ndecay = "constant"\n', []),
+        ('[schedule]\ndecay = "constant"\n', DECAYS, ["--schedule.decay_ratio", "0.3"]),
+    ],
+)
+def test_other_void_keys_of_files_with_a_base_are_errors(
+    load: Load, text: str, base: str, argv: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="decay_ratio has no effect without decay"):
+        load(text, *argv, base=base)
+
+
+def test_a_key_that_sets_others_drops_those_of_the_base_that_contradict_it(load: Load) -> None:
+    width = SWITCH + "width = 1\n"
+    job, notes = load('[method]\nsize = "m"\n', base=width)
+    assert job.method == Switch(size="m")
+    assert notes == ["FILE: dropped method.width = 1 of BASE: method.size sets it"]
+    for text, base, expected in (
+        ('[method]\nsize = "s"\n', width, Switch(size="s", width=1)),
+        ('[method]\nsize = "m"\nwidth = 7\n', width, Switch(size="m", width=7)),
+        ("[method]\nwidth = 7\n", SWITCH + 'size = "m"\n', Switch(size="m", width=7)),
+        ("[method]\nrank = 2\n", width + 'size = "m"\n', Switch(size="m", width=1, rank=2)),
+    ):
+        assert load(text, base=base) == (Job(schedule=Schedule(), method=expected), [])
+    kept = load('[method]\nsize = "m"\n', "--method.width", "7", base=width)
+    assert kept == (Job(schedule=Schedule(), method=Switch(size="m", width=7)), [])
 
 
 @pytest.mark.parametrize(("rank", "is_printed"), [(None, True), ("0", True), ("1", False)])

@@ -176,6 +176,32 @@ def test_a_preset_on_the_command_line_replaces_the_files_keys(
     assert kept.method == SwitchLoraConfig(rank=6, **{**GENTLE, "freeze_steps": 1})
 
 
+def test_a_preset_of_a_file_replaces_its_bases_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base = (
+        'interval = 5\ndecay_ratio = 0.2\nfreeze_steps = 2\nreset_moments = "both"\n'
+        'candidates_dtype = "bfloat16"'
+    )
+    load_tiny(tmp_path, base)
+    file = tmp_path / "file.toml"
+    file.write_text('base = "other.toml"\n[method]\npreset = "gentle"\n')
+    config = parse_arguments(["--config", str(file)], 1)
+    assert config.method == SwitchLoraConfig(rank=6, **GENTLE)
+    assert loads_again(config, tmp_path)
+    notes = capsys.readouterr().err
+    for line in base.split("\n"):
+        assert f"method.{line}" in notes
+    file.write_text(file.read_text() + "freeze_steps = 1\n")
+    fewer = ("--method.switches_per_vector", "2")
+    kept = parse_arguments(["--config", str(file), "--method.decay", "exponential", *fewer], 1)
+    expected = GENTLE | {"freeze_steps": 1, "decay": "exponential", "decay_ratio": 0.2}
+    expected |= {"switches_per_vector": 2}
+    assert kept.method == SwitchLoraConfig(rank=6, **expected)
+    without = parse_arguments(["--config", str(file), "--method.preset", "none"], 1)
+    assert without == load_tiny(tmp_path, base, "--method.freeze_steps", "1")
+
+
 def test_a_key_that_the_preset_leaves_no_effect_is_an_error(tmp_path: Path):
     with pytest.raises(ConfigError, match='decay_ratio has no effect with decay = "constant"'):
         load_tiny(tmp_path, 'preset = "gentle"\ndecay_ratio = 0.2')
