@@ -40,7 +40,7 @@ class RowConfig(Section):
     """Use all values chosen for this row instead, e.g. for an ablation that changes one of its
     keys."""
     set: dict[str, dict[str, Any]]
-    """Keys of [method] and [optimizer] that differ from `config`, by section."""
+    """Keys of [method], [optimizer] and [compile] that differ from `config`, by section."""
 
     @property
     def title(self) -> str:

@@ -127,7 +127,7 @@ def check_plan(comparison: ComparisonConfig) -> None:
     """Checks before any run that all rows can be trained, reported and measured.
 
     Raises:
-        ConfigError: if they cannot, or if rows differ in more than method and optimizer.
+        ConfigError: if they cannot, or if rows differ in more than method, optimizer and compile.
     """
     configs = {row.name: first_run(comparison, row).config() for row in comparison.rows}
     baseline = configs[comparison.baseline]
@@ -135,14 +135,14 @@ def check_plan(comparison: ComparisonConfig) -> None:
         differing = [
             section
             for section in type(baseline).model_fields
-            if section not in ("job", *TUNED_SECTIONS)
+            if section not in ("job", "compile", *TUNED_SECTIONS)
             and getattr(config, section) != getattr(baseline, section)
         ]
         if differing:
             raise ConfigError(
                 f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from "
-                f"{comparison.baseline}'s; rows may differ only in [method] and [optimizer]; "
-                f"set it for all rows in {comparison.config}"
+                f"{comparison.baseline}'s; rows may differ only in [method], [optimizer] and "
+                f"[compile]; set it for all rows in {comparison.config}"
             )
     for row in comparison.rows:
         for key, values in comparison.tuned_row(row).values.items():

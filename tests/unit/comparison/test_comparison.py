@@ -257,6 +257,15 @@ def test_rows_that_differ_in_more_than_their_methods_are_refused(tmp_path, keys,
         check_plan(comparison)
 
 
+def test_a_row_whose_optimizer_cannot_be_compiled_can_say_so(tmp_path):
+    compiled = {"[compile]": "[compile]\noptimizer = true"}
+    grid = GRID.replace("set.method", 'set.optimizer = {{ name = "scale" }}\nset.method', 1)
+    with pytest.raises(ConfigError, match=r"\[compile\] optimizer = true"):
+        check_plan(declare(tmp_path, compiled, grid))
+    grid = grid.replace("set.method", "set.compile = {{ optimizer = false }}\nset.method", 1)
+    check_plan(declare(tmp_path, compiled, grid))
+
+
 def test_bytes_are_counted_in_as_few_micro_batches_as_fit(tmp_path):
     comparison = declare(
         tmp_path,
