@@ -94,9 +94,9 @@ def draw_seeds(losses: Losses) -> Figure:
 
 def main() -> None:
     """Writes both pictures."""
-    ablations = read_losses("rank_16_runs.csv", "validation")
-    ablations |= read_losses("switchlora_ablations_runs.csv", "validation")
-    fresh = read_losses("rank_16_gentler_runs.csv", "test")
+    ablations = read_losses("rank_16.csv", "validation")
+    ablations |= read_losses("switchlora_ablations.csv", "validation")
+    fresh = read_losses("rank_16_gentler.csv", "test")
     draw_ablations(ablations).savefig(FOLDER.parent / "ablations.png", dpi=120)
     draw_seeds(fresh).savefig(FOLDER.parent / "fresh_seeds.png", dpi=120)
 
