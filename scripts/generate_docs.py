@@ -1,11 +1,12 @@
-"""Generates docs/CONFIGURATION.md and the tables of docs/PERFORMANCE.md and docs/RELIABILITY.md.
+"""Generates docs/CONFIGURATION.md, docs/RESULTS.md, and tables of other pages of docs/.
 
     python scripts/generate_docs.py [--check]
 
 --check writes nothing and exits with status 1 if a file is outdated. CONFIGURATION.md is generated
-from the sections. The table between `<!-- table NAME -->` and `<!-- end -->` is generated from
+from the sections, and RESULTS.md from the CSV files of docs/results by `scripts/results_page.py`.
+In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
 docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`;
-`scripts/reliability_report.py` makes the tables of faults."""
+`scripts/reliability_report.py` makes the tables of faults in RELIABILITY.md."""
 
 import argparse
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import reliability_report
+import results_page
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
@@ -57,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     texts = {
         CONFIGURATION: configuration_page(),
+        results_page.RESULTS: results_page.results_page(),
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
         reliability_report.RELIABILITY: reliability_report.with_tables(
             reliability_report.RELIABILITY.read_text(), reliability_report.SUMS

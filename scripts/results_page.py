@@ -1,0 +1,113 @@
+"""Makes docs/RESULTS.md from docs/results/RESULTS.md.jinja and the CSV files next to it.
+
+`scripts/generate_docs.py` writes and checks the page. In the template every number from our runs is
+an expression. Numbers with a decimal point, a percent sign or a deviation are refused elsewhere,
+except in backticks (values of keys) and in `{% call published() %}` (figures of papers)."""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import results_tables
+from jinja2 import Environment, StrictUndefined, nodes
+from results_data import changes, read_comparison
+
+from switchtitan.comparison.statistics import LEVEL
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "RESULTS.md"
+FOLDER = ROOT / "docs" / "results"
+TEMPLATE = "RESULTS.md.jinja"
+REPORTED = "reported.csv"
+"""Figures without a CSV file of their runs, as an earlier version of the page reported them."""
+
+_LEVEL = f"{100 * (1 - LEVEL):.0f} %"
+_PUBLISHED = "published"
+_FUNCTIONS = (
+    *("interval", "percent", "number", "mean", "millions", "seeds"),
+    *("results_table", "changes_table", "ablation_table"),
+)
+"""Functions of `results_tables` that the template can call."""
+_CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", re.DOTALL)
+# Not in names (`ratio-0.4`) and versions (`2.13.0`).
+_NUMBER = re.compile(r"(?<![\w.])(?<!\w-)[+-]?(?:\d*\.\d+(?!\.?\d)|\d+(?= ?%)|\d+(?= ?±))(?:\s?%)?")
+
+
+def results_page(folder: Path = FOLDER) -> str:
+    """Returns docs/RESULTS.md, from the template and the CSV files in `folder`.
+
+    Raises:
+        ValueError: if the template has a number from no expression, or a claim that does not hold.
+        UndefinedError: if the template has an unknown name.
+    """
+    source = (folder / TEMPLATE).read_text(encoding="utf-8")
+    if typed := typed_numbers(source):
+        raise ValueError(
+            f"{TEMPLATE}: numbers that no expression computes: {', '.join(typed)}; compute them "
+            "from the CSV files, or mark values of keys as code and figures of papers as published"
+        )
+    environment = _environment()
+    environment.globals.update(
+        comparison=partial(read_comparison, folder),
+        cost_table=partial(results_tables.cost_table, folder / REPORTED),
+    )
+    return environment.from_string(source).render()
+
+
+def typed_numbers(source: str) -> list[str]:
+    """Returns the numbers of a template's text that no expression computes, with what follows."""
+    text = _CODE_OR_LINK.sub(" ", "".join(_literals(Environment().parse(source))))
+    return [
+        text[match.start() : match.end() + 20].split("\n")[0] for match in _NUMBER.finditer(text)
+    ]
+
+
+def _literals(node: nodes.Node) -> Iterator[str]:
+    """Yields all text and constants of a template, without what is marked as published."""
+    if isinstance(node, nodes.CallBlock) and _is_published(node.call):
+        return
+    if isinstance(node, nodes.TemplateData):
+        yield node.data
+    elif isinstance(node, nodes.Const):
+        yield f" {node.value} " if isinstance(node.value, str | float) else " "
+    elif isinstance(node, nodes.Output):
+        for part in node.nodes:
+            if isinstance(part, nodes.Const):
+                yield str(part.value)
+            else:
+                yield from _literals(part)
+    else:
+        for child in node.iter_child_nodes():
+            yield from _literals(child)
+
+
+def _is_published(call: nodes.Call) -> bool:
+    return isinstance(call.node, nodes.Name) and call.node.name == _PUBLISHED
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.globals.update({name: getattr(results_tables, name) for name in _FUNCTIONS})
+    environment.globals.update(
+        {_PUBLISHED: published, "require": require, "changes": changes, "level": _LEVEL}
+    )
+    return environment
+
+
+def published(caller: Callable[[], str]) -> str:
+    """Returns the text of a block with figures of papers."""
+    return caller()
+
+
+def require(holds: bool, claim: str) -> str:
+    """Returns nothing, as a check of a sentence next to it.
+
+    Raises:
+        ValueError: if the claim does not hold.
+    """
+    if not holds:
+        raise ValueError(f"{TEMPLATE}: the CSV files do not show: {claim}; change the sentence")
+    return ""

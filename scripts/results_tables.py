@@ -1,0 +1,189 @@
+"""The numbers and tables of docs/RESULTS.md as text."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from results_data import Comparison, Versus, changes
+
+from switchtitan.comparison.plan import short_name
+from switchtitan.comparison.statistics import Difference, Share, summarize
+from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.rate import switch_rate
+
+UNKNOWN = "-"
+_DIVERGED = "diverged"
+_DIGITS = 3
+_MIB_PER_GIB = 1024
+
+
+def interval(of: Versus | Difference) -> str:
+    """Returns a difference with its interval."""
+    found = of.difference if isinstance(of, Versus) else of
+    if not math.isfinite(found.mean):
+        return _DIVERGED
+    if found.low is None or found.high is None:
+        return f"{_signed(found.mean)} (one seed)"
+    return f"{_signed(found.mean)} ({_signed(found.low)} to {_signed(found.high)})"
+
+
+def _signed(value: float) -> str:
+    if not math.isfinite(value):
+        return _DIVERGED
+    rounded = round(value, _DIGITS) or 0.0  # no -0.000
+    return f"{rounded:+.{_DIGITS}f}"
+
+
+def percent(share: Share | None) -> str:
+    """Returns a share with its interval."""
+    if share is None:
+        return UNKNOWN
+    if share.low is None or share.high is None:
+        return f"{100 * share.mean:.0f} % (one seed)"
+    return f"{100 * share.mean:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f} %)"
+
+
+def number(value: float, digits: int = _DIGITS) -> str:
+    """Returns a number with a fixed number of decimals."""
+    return f"{value:.{digits}f}"
+
+
+def mean(values: Sequence[float], digits: int = _DIGITS) -> str:
+    """Returns mean and standard deviation."""
+    of = summarize(values)
+    if not math.isfinite(of.mean):
+        return _DIVERGED
+    return f"{of.mean:.{digits}f}" + (f" ± {of.std:.{digits}f}" if of.std is not None else "")
+
+
+def millions(value: float) -> str:
+    """Returns a number in millions."""
+    return f"{value / 1e6:.2f} M"
+
+
+def seeds(of: Comparison) -> str:
+    """Returns the seeds of a comparison as words: `2, 3 and 4`."""
+    *first, last = map(str, of.seeds)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def results_table(of: Comparison) -> str:
+    """Returns the table of a comparison: values of tuned keys, loss, distances to the baseline.
+
+    Distances that differ from zero after Holm's correction are bold.
+    """
+    baseline = of.title(of.baseline)
+    keys = dict.fromkeys(of.declared.axes)
+    header = ["", *map(short_name, keys), "test loss"]
+    header += [f"test loss minus {baseline}'s", f"validation loss minus {baseline}'s"]
+    lines = []
+    for row in of.rows:
+        cells = [of.title(row), *(_value(of, row, key) for key in keys)]
+        cells.append(_mean_loss(of, row))
+        cells += [_cell(of, row, of.baseline, split) for split in ("test", "validation")]
+        lines.append(cells)
+    return _table(header, lines)
+
+
+def ablation_table(of: Comparison, rows: Sequence[str]) -> str:
+    """Returns the table of SwitchLoRA's keys: the baseline, and `rows` minus the baseline.
+
+    p-values are adjusted over `rows`.
+    """
+    header = ["", "switches of a vector", "test loss"]
+    header += ["test loss minus published keys'", "validation loss minus published keys'"]
+    lines = []
+    for row in (of.baseline, *rows):
+        cells = [of.title(row), _num_switches(of, row), _mean_loss(of, row)]
+        cells += [_cell(of, row, of.baseline, split, rows) for split in ("test", "validation")]
+        lines.append(cells)
+    return _table(header, lines)
+
+
+def changes_table(before: Comparison, after: Comparison) -> str:
+    """Returns the table of distances in test loss in two comparisons, and of their change."""
+    baseline = before.title(before.baseline)
+    header = ["", f"minus {baseline}'s, one rate", f"minus {baseline}'s, own rates"]
+    header += ["first minus second", "share of the first"]
+    lines = [
+        [
+            of.title,
+            _signed(of.before.mean),
+            _signed(of.after.mean),
+            _bold(interval(of.change), of.change.differs),
+            percent(of.share),
+        ]
+        for of in changes(before, after)
+    ]
+    return _table(header, lines)
+
+
+def cost_table(reported: Path, *comparisons: Comparison) -> str:
+    """Returns what the rows of comparisons train and store, and the rank of what they change.
+
+    A row that several comparisons have is taken from the first.
+
+    Args:
+        reported: CSV file of effective ranks of comparisons whose own file does not have them.
+    """
+    with reported.open(newline="", encoding="utf-8") as stream:
+        known = list(csv.DictReader(stream))
+    header = ["", "rank", "trained parameters", "state, MiB", "effective rank of the change"]
+    lines: list[list[str]] = []
+    for of in comparisons:
+        for row in of.rows:
+            rank = getattr(of.config(row).method, "rank", None)
+            cells = [of.title(row), UNKNOWN if rank is None else str(rank)]
+            if any(cells == line[:2] for line in lines):
+                continue
+            cells.append(millions(max(of.values(row, "num_trainable"))))
+            cells.append(f"{max(of.values(row, 'state_gib')) * _MIB_PER_GIB:.1f}")
+            cells += [_effective_rank(known, of, row)]
+            lines.append(cells)
+    return _table(header, lines)
+
+
+def _effective_rank(known: Sequence[dict[str, str]], of: Comparison, row: str) -> str:
+    if values := of.values(row, "effective_rank"):
+        return mean(values, digits=1)
+    lines = [line for line in known if (line["comparison"], line["row"]) == (of.name, row)]
+    return f"{lines[0]['mean']} ± {lines[0]['std']}" if lines else UNKNOWN
+
+
+def _mean_loss(of: Comparison, row: str) -> str:
+    loss = summarize(list(of.losses(row).values())).mean
+    return f"{loss:.{_DIGITS}f}" if math.isfinite(loss) else _DIVERGED
+
+
+def _value(of: Comparison, row: str, key: str) -> str:
+    chosen = of.chosen(row)
+    if key not in chosen:
+        return UNKNOWN
+    return f"{chosen[key]:g}" + (" (edge)" if of.is_at_edge(row, key) else "")
+
+
+def _num_switches(of: Comparison, row: str) -> str:
+    """Returns how often a vector is switched in a run."""
+    config = of.config(row)
+    if not isinstance(config.method, SwitchLoraConfig):
+        return UNKNOWN
+    steps = config.training.steps
+    rates = switch_rate(config.method.decay, config.method.decay_ratio, steps)
+    return f"{rates.sum() / config.method.interval_in(steps):.1f}"
+
+
+def _cell(of: Comparison, row: str, other: str, split: str, family: Sequence[str] = ()) -> str:
+    if row == other:
+        return UNKNOWN
+    versus = of.versus(row, other, split, family)
+    return _bold(interval(versus), versus.differs)
+
+
+def _bold(text: str, is_bold: bool) -> str:
+    return f"**{text}**" if is_bold else text
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])

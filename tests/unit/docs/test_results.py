@@ -1,0 +1,270 @@
+"""docs/RESULTS.md: every number from our runs is computed from the CSV files of docs/results."""
+
+import csv
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import results_data
+import results_page
+import results_tables
+from jinja2 import UndefinedError
+from scipy import stats
+from support.finished_runs import RESULTS
+
+from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.plan import Run, report_runs
+from switchtitan.comparison.results import result_of
+from switchtitan.comparison.runs_csv import run_record, runs_csv
+from switchtitan.errors import ConfigError
+
+PAGE = results_page.RESULTS.read_text()
+README = (results_page.ROOT / "README.md").read_text()
+INTERVAL = re.compile(r"[+-]?\d[\d.]*(?: %)? \([^)]* to [^)]*\)")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the template and the CSV files."""
+    return Path(shutil.copytree(results_page.FOLDER, tmp_path / "results"))
+
+
+def change_losses(file: Path, row: str, by: float) -> None:
+    with file.open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    for line in lines:
+        if line["row"] == row:
+            line["test_loss"] = str(float(line["test_loss"]) + by)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def write_runs(folder: Path, name: str, loss: Callable[[Run], float]) -> list[str]:
+    """Writes the CSV file of a declared comparison, with made-up losses; returns its lines."""
+    declared = load_comparison(results_data.DECLARATIONS / f"{name}.toml")
+    chosen = {row.name: {key: values[1] for key, values in row.values.items()}
+              for row in declared.rows}  # fmt: skip
+    records = []
+    for run in report_runs(declared, chosen):
+        losses = {"loss/test": loss(run), "loss/validation": loss(run) - 0.1}
+        figures = RESULTS | losses | {"bits_per_byte/test": 1.5 + run.seed / 100}
+        digest = hashlib.sha256(run.name.encode()).hexdigest()
+        result = result_of(run, figures, digest, has_folder=False)
+        records.append(run_record("report", result, declared.axes))
+    text = runs_csv(records, declared.axes)
+    (folder / f"{name}.csv").write_text(text)
+    return text.splitlines(keepends=True)
+
+
+def made_up_loss(run: Run, distance: float) -> float:
+    """Full rank differs by seed, and the distance of other rows by seed, row and comparison."""
+    return 3 + run.seed / 100 + made_up_distance(run.seed, run.row, distance)
+
+
+def made_up_distance(seed: int, row: str, distance: float) -> float:
+    noise = ((7 + round(100 * distance)) * seed + 3 * len(row)) % 5 - 2
+    return 0 if row == "full_rank" else distance + noise / 500
+
+
+def test_the_page_is_what_the_files_give():
+    assert results_page.results_page() == PAGE
+
+
+def test_every_csv_file_is_behind_the_page():
+    files = {file.name for file in results_page.FOLDER.glob("*.csv")}
+    assert files
+    assert all(f"results/{name})" in PAGE for name in files)
+
+
+def test_another_loss_gives_another_page(folder):
+    change_losses(folder / "rank_16.csv", "galore-r16", 0.01)
+    changed = results_page.results_page(folder)
+    assert changed != PAGE
+    assert "GaLore | 0.01 | 3.109 | **+0.149" in changed
+
+
+def test_a_sentence_that_the_losses_do_not_support_is_an_error(folder):
+    change_losses(folder / "rank_16.csv", "apollo-r16", 0.1)
+    with pytest.raises(ValueError, match="do not show: APOLLO is ahead; change the sentence"):
+        results_page.results_page(folder)
+
+
+def test_differences_are_those_of_a_paired_t_test():
+    losses: dict[str, list[float]] = {}
+    with (results_page.FOLDER / "rank_32.csv").open() as stream:
+        for line in csv.DictReader(stream):
+            if line["stage"] == "report":
+                losses.setdefault(line["row"], []).append(float(line["test_loss"]))
+    paired = stats.ttest_rel(losses["switchlora-r32"], losses["full_rank"])
+    low, high = paired.confidence_interval()
+    of = results_data.read_comparison(results_page.FOLDER, "rank_32")
+    assert of.rows == list(losses)
+    versus = of.versus("switchlora-r32", "full_rank")
+    assert (versus.difference.low, versus.difference.high) == pytest.approx((low, high))
+    assert versus.difference.p == pytest.approx(paired.pvalue)
+    assert f"SwitchLoRA | 0.02 | 2.914 | -0.046 ({low:+.3f} to {high:+.3f})" in PAGE
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "a loss of 2.9602",
+        "-0.0348 on test",
+        "closes 92 % of the gap",
+        "closes 92 to 95 % of it",
+        "92 ± 19",
+        "5.3 times LoRA's.",
+        "from .5 on",
+        "{{ 2.9602 }}",
+        "{{ 92 }} %",
+        "{{ '2.96' }}",
+        "{% for x in ('a 2.96',) %}{{ x }}{% endfor %}",
+        "{% if true %}2.96{% endif %}",
+        "`0.1` and 0.2 and `0.3`",
+    ],
+)
+def test_a_number_that_is_typed_by_hand_is_refused(folder, typed):
+    template = folder / results_page.TEMPLATE
+    template.write_text(template.read_text() + typed)
+    assert results_page.typed_numbers(typed)
+    with pytest.raises(ValueError, match="numbers that no expression computes"):
+        results_page.results_page(folder)
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        "the ratio `0.1` of 5 frozen steps, seeds 2, 3 and 4",
+        "```bash\nswitchtitan train --method.decay_ratio 0.1\n```",
+        "torch 2.13.0 and [arXiv 2406.06564](https://arxiv.org/abs/2406.06564)",
+        "{% call published() %}34.06, 5 % of it{% endcall %}",
+        "{{ level }}, {{ number(x, 3) }}",
+        "{{ keys.losses('switchlora-r16-decay-ratio-0.4') }}",
+    ],
+)
+def test_values_of_keys_published_figures_and_expressions_are_no_typed_numbers(allowed):
+    assert results_page.typed_numbers(allowed) == []
+
+
+def test_an_unknown_name_is_an_error(folder):
+    (folder / results_page.TEMPLATE).write_text("{{ eigth }}")
+    with pytest.raises(UndefinedError, match="eigth"):
+        results_page.results_page(folder)
+
+
+def test_a_comparison_without_a_file_has_no_results(folder):
+    for file in folder.glob("o*_rate_*.csv"):
+        file.unlink()
+    page = results_page.results_page(folder)
+    assert page.count(") has no results yet.") == 4
+    assert "[Not known yet](#" in page
+
+
+def test_an_unfinished_comparison_says_how_many_runs_it_has(folder):
+    lines = write_runs(folder, "own_rate_python", lambda run: made_up_loss(run, 0.1))
+    (folder / "own_rate_python.csv").write_text("".join(lines[:8]))
+    page = results_page.results_page(folder)
+    assert f"own_rate_python.toml): 7 of {len(lines) - 1} runs are reported." in page
+    assert "Own rates, seeds" not in page.partition("### On English prose")[0]
+
+
+def test_finished_comparisons_say_how_much_is_the_rate(folder):
+    for name, distance in (("one_rate", 0.1), ("own_rate", 0.04)):
+        for corpus in ("python", "english"):
+            write_runs(folder, f"{name}_{corpus}", lambda run, d=distance: made_up_loss(run, d))
+    page = results_page.results_page(folder)
+    assert "has no results yet" not in page
+    assert "Not known yet" not in page
+    assert "[own_rate_english.csv](results/own_rate_english.csv): CPU, CPU capability AVX2," in page
+    assert not [line for line in page.splitlines() if len(line) > 120]
+    one = results_data.read_comparison(folder, "one_rate_python")
+    own = results_data.read_comparison(folder, "own_rate_python")
+    found = {of.title: of for of in results_data.changes(one, own)}
+    assert len(found) == len(one.declared.rows) - 1
+    before, after = (
+        [made_up_distance(seed, "lora-r16", distance) for seed in one.seeds]
+        for distance in (0.1, 0.04)
+    )
+    lora = found["LoRA"]
+    assert lora.before.mean == pytest.approx(mean(before))
+    assert lora.after.mean == pytest.approx(mean(after))
+    paired = stats.ttest_rel(before, after).confidence_interval()
+    assert (lora.change.difference.low, lora.change.difference.high) == pytest.approx(paired)
+    assert lora.share.mean == pytest.approx(1 - mean(after) / mean(before))
+    assert lora.share.low < lora.share.mean < lora.share.high
+    change, share = results_tables.interval(lora.change), results_tables.percent(lora.share)
+    row = f"| LoRA | {mean(before):+.3f} | {mean(after):+.3f} | **{change}** | {share} |"
+    assert row in page.partition("### On Python code")[2]
+    assert f"{change}, a share of {share}" in page.partition("## How much")[0]
+
+
+def test_a_row_reported_with_different_rates_is_an_error(folder):
+    file = folder / "rank_32.csv"
+    file.write_text(file.read_text().replace("report,lora-r32,0.02,3", "report,lora-r32,0.01,3"))
+    of = results_data.read_comparison(folder, "rank_32")
+    with pytest.raises(ValueError, match="lora-r32 is reported with different values"):
+        of.chosen("lora-r32")
+
+
+def test_a_best_rate_at_the_end_of_its_grid_is_marked(folder):
+    file = folder / "rank_32.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(s for s in lines if not s.startswith("selection,lora-r32,0.04")))
+    of = results_data.read_comparison(folder, "rank_32")
+    assert "| LoRA | 0.02 (edge) |" in results_tables.results_table(of)
+    assert "(edge) |" not in PAGE
+
+
+def test_a_line_that_is_no_run_is_an_error(folder):
+    file = folder / "rank_32.csv"
+    file.write_text(file.read_text() + "report,lora-r32\n")
+    with pytest.raises(ValueError, match=r"rank_32.csv, line 54"):
+        results_data.read_comparison(folder, "rank_32")
+    lines = write_runs(folder, "own_rate_python", lambda run: made_up_loss(run, 0.1))
+    (folder / "own_rate_python.csv").write_text(lines[0] + lines[1].replace(",False,", ",maybe,"))
+    with pytest.raises(ConfigError, match="line 2: diverged"):
+        results_data.read_comparison(folder, "own_rate_python")
+
+
+def test_two_results_of_one_run_are_an_error(folder):
+    change_losses(folder / "rank_32.csv", "full_rank", 0.01)
+    with pytest.raises(ValueError, match=r"full_rank.*keep one"):
+        results_data.read_comparison(folder, "rank_16", "rank_32")
+
+
+def test_a_diverged_run_is_no_number(folder):
+    lines = write_runs(folder, "one_rate_python", lambda run: made_up_loss(run, 0.1))
+    diverged = [
+        re.sub(r",False,(\d+,\d+),[\d.]+,[\d.]+,", r",True,\1,,,", line)
+        if ",lora-r16," in line and "report,lora-r16" in line else line
+        for line in lines
+    ]  # fmt: skip
+    assert diverged != lines
+    (folder / "one_rate_python.csv").write_text("".join(diverged))
+    of = results_data.read_comparison(folder, "one_rate_python")
+    (line,) = [s for s in results_tables.results_table(of).splitlines() if "| LoRA |" in s]
+    assert line.endswith("| diverged | diverged | diverged |")
+
+
+def readme_results(readme: str) -> str:
+    return readme.partition("## Results")[2].partition("\n## ")[0]
+
+
+def missing_from_page(section: str) -> list[str]:
+    """The numbers and intervals of a section that docs/RESULTS.md does not have."""
+    typed = [re.split(r"[ ,;)|]", text)[0] for text in results_page.typed_numbers(section)]
+    return [text for text in [*INTERVAL.findall(section), *typed] if text not in PAGE]
+
+
+def test_the_readme_quotes_the_page():
+    section = readme_results(README)
+    assert len(INTERVAL.findall(section)) > 10
+    assert missing_from_page(section) == []
+    assert missing_from_page(section.replace("+0.090 (", "+0.091 (", 1)) != []
+    assert missing_from_page(section + "closes 92 ± 19.1 % of it") != []
