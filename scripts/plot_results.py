@@ -1,0 +1,61 @@
+"""Draws docs/ablations.png and docs/fresh_seeds.png from the CSV files of docs/results.
+
+python scripts/plot_results.py
+"""
+
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from results_data import Comparison, read_comparison
+
+from switchtitan.comparison.statistics import interval_of_mean
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def draw_ablations(of: Comparison) -> Figure:
+    """Draws each row's difference in validation loss to the baseline, with its interval."""
+    rows = [row for row in of.rows if row.startswith(of.baseline) and row != of.baseline]
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        found = of.versus(row, of.baseline, "validation").difference
+        interval = interval_of_mean(found.mean, found.std, found.num)
+        half = interval[1] - found.mean if interval else None
+        axes.errorbar(found.mean, place, xerr=half, fmt="o", color="C0", capsize=3)
+    axes.axvline(0.0, color="gray", linewidth=1)
+    axes.set_yticks(range(len(rows)), [of.title(row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("validation loss minus published keys', 95 % interval of three seeds")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_seeds(of: Comparison) -> Figure:
+    """Draws the test loss of every run, with the mean of each row."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.margins(y=0.12)
+    for place, row in enumerate(of.rows):
+        values = list(of.losses(row).values())
+        axes.plot(values, [place] * len(values), "o", color="C0", alpha=0.7)
+        axes.plot(statistics.mean(values), place, "|", color="black", markersize=18)
+    axes.set_yticks(range(len(of.rows)), [of.title(row) for row in of.rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("test loss on seeds 5, 6 and 7; the bar is their mean")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Writes both pictures."""
+    results = DOCS / "results"
+    keys = read_comparison(results, "switchlora_ablations", "rank_16")
+    fresh = read_comparison(results, "rank_16_gentler")
+    draw_ablations(keys).savefig(DOCS / "ablations.png", dpi=120)
+    draw_seeds(fresh).savefig(DOCS / "fresh_seeds.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
