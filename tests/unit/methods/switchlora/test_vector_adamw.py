@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchtitan.distributed.adjacent import allocate_adjacent
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
-from switchtitan.methods.switchlora import vector_adamw
+from switchtitan.methods.switchlora import factor_groups, vector_adamw
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamWConfig
 
@@ -113,7 +113,7 @@ def test_zero_grad_forgets_gradients():
 @pytest.mark.parametrize("is_adjacent", [False, True])
 @pytest.mark.parametrize("elements_per_call", [1, 2 * RANK * 5, 2**25])
 def test_groups_of_any_size_and_place_compute_the_same(monkeypatch, elements_per_call, is_adjacent):
-    monkeypatch.setattr(vector_adamw, "_ELEMENTS_PER_CALL", elements_per_call)
+    monkeypatch.setattr(factor_groups, "_ELEMENTS_PER_CALL", elements_per_call)
     # Widths 5, 7 and 4: four factors, four and two.
     shapes = {"first": (7, 5), "second": (5, 7), "third": (4, 5), "fourth": (4, 7)}
     layers = {
@@ -136,28 +136,9 @@ def test_groups_of_any_size_and_place_compute_the_same(monkeypatch, elements_per
         optimizer.step(all_moving(layers))
         reference.step()
     if elements_per_call > 1:
-        assert is_adjacent == all(matrix is not None for matrix in optimizer._matrices)
+        assert is_adjacent == all(matrix is not None for matrix in optimizer._factors._matrices)
     for ours, other in zip(factors_of(layers), theirs, strict=True):
         torch.testing.assert_close(ours, other, rtol=0, atol=TOLERANCE[torch.float64])
-
-
-@pytest.mark.parametrize("num_layers", [1, 8, 11])
-def test_groups_hold_every_factor_once_and_those_of_one_width_are_equally_many(
-    monkeypatch, num_layers
-):
-    monkeypatch.setattr(vector_adamw, "_ELEMENTS_PER_CALL", 8 * RANK * 7)
-    layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, lora_init) for index in range(num_layers)}
-    layers["other"] = LowRankLinear(11, 5, RANK, 0.5, lora_init)  # its B is as wide as their A
-    groups = VectorAdamW(AdamWConfig(lr=0.05), layers, compile_step=False)._groups
-    held = [factor for group in groups for factor in group.factors]
-    assert sorted(held) == list(range(2 * (num_layers + 1)))
-    sizes: dict[int, set[int]] = {}
-    for group in groups:
-        assert group.exp_avg.shape == group.exp_avg_sq.shape
-        assert len(group.exp_avg) == len(group.factors) * RANK
-        assert group.exp_avg.numel() <= 8 * RANK * 7
-        sizes.setdefault(group.exp_avg.shape[1], set()).add(len(group.factors))
-    assert all(len(of_width) == 1 for of_width in sizes.values())
 
 
 def test_a_replaced_shard_is_found_again():
@@ -170,10 +151,11 @@ def test_a_replaced_shard_is_found_again():
         factor.grad = torch.ones_like(factor)
     optimizer.step(all_moving(layers))
     # As FSDP replaces the local shard of a DTensor.
-    optimizer._factors[0] = torch.nn.Parameter(torch.ones_like(optimizer._factors[0]))
-    optimizer._factors[0].grad = torch.ones_like(optimizer._factors[0])
+    factors = optimizer._factors.factors
+    factors[0] = torch.nn.Parameter(torch.ones_like(factors[0]))
+    factors[0].grad = torch.ones_like(factors[0])
     optimizer.step(all_moving(layers))
-    assert (optimizer._factors[0] < 1).all()
+    assert (factors[0] < 1).all()
 
 
 def test_a_matrix_and_all_coefficients_take_one_kernel_each():
