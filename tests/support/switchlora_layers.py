@@ -10,6 +10,7 @@ from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import balanced_candidates_init, candidate_shapes
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
 
 
@@ -47,8 +48,8 @@ def build_optimizer(
 ) -> SwitchLoraOptimizer:
     """An optimizer of these layers only, named layer0, layer1, ...; no full-rank parameters."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
-    dense = AdamW(adamw, [])
-    return SwitchLoraOptimizer(config, adamw, named, dense, num_steps, seed, False, candidates)
+    rule, dense = VectorAdamW(adamw, named, False), AdamW(adamw, [])
+    return SwitchLoraOptimizer(config, named, rule, dense, num_steps, seed, False, candidates)
 
 
 def set_gradients(layers: list[LowRankLinear], value: float) -> None:

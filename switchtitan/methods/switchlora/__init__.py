@@ -1,6 +1,7 @@
 """SwitchLoRA (arXiv 2406.06564).
 
-`schedule` decides; `init`, `switch` and `vector_adamw` compute; `candidates` and `optimizer` apply.
+`schedule` decides; `init`, `switch` and the rules that update the factors (`factor_rule`) compute;
+`candidates` and `optimizer` apply.
 """
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig

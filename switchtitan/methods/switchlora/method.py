@@ -18,6 +18,7 @@ from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidate
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import adamw_for_others, require_adamw
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
             )
         return SwitchLoraOptimizer(
             self.config,
-            adamw,
             layers,
+            VectorAdamW(adamw, layers, compile_step),
             dense,
             self.num_steps,
             self.seed,

@@ -14,6 +14,7 @@ from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.factor_rule import FactorRule, HasSecondMoments
 from switchtitan.methods.switchlora.init import num_candidates
 from switchtitan.methods.switchlora.schedule import (
     FACTOR_A,
@@ -30,8 +31,6 @@ from switchtitan.methods.switchlora.switch import (
     fold_into_weight_,
     squared_norm_ratios,
 )
-from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
-from switchtitan.optim import AdamWConfig
 from switchtitan.regions import region
 
 
@@ -43,6 +42,7 @@ class SwitchLoraOptimizer:
 
     Args:
         layers: the low-rank layers, by qualified name.
+        rule: trains the factors of `layers`.
         dense: trains all other parameters.
         num_steps: length of the run, which sets the switching schedule.
         seed: the job's seed, from which the rounding of bf16 weights follows.
@@ -52,8 +52,8 @@ class SwitchLoraOptimizer:
     def __init__(
         self,
         config: SwitchLoraConfig,
-        adamw: AdamWConfig,
         layers: dict[str, LowRankLinear],
+        rule: FactorRule,
         dense: TrainingOptimizer,
         num_steps: int,
         seed: int,
@@ -66,8 +66,8 @@ class SwitchLoraOptimizer:
             (ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in self._layers
         ]
         self._weights = [ShardedRows(layer.weight) for layer in self._layers]
+        self._rule = rule
         self._dense = dense
-        self._vectors = VectorAdamW(adamw, layers, compile_step)
         self._candidates = StoredCandidates(self._layers) if candidates is None else candidates
         self._num_candidates = np.array(
             [num_candidates(layer.out_features, layer.in_features) for layer in self._layers]
@@ -110,7 +110,7 @@ class SwitchLoraOptimizer:
     @torch.no_grad()
     def update(self) -> None:
         """Updates all parameters that are not frozen. The second half of a step."""
-        self._vectors.step(self._timers.update_mask())
+        self._rule.step(self._timers.update_mask())
         self._timers.advance()
         self._dense.step()
 
@@ -187,23 +187,24 @@ class SwitchLoraOptimizer:
         self, switches: list[LayerSwitch], counterparts: list[VectorSpan], ratios: Tensor | None
     ) -> None:
         if self._config.reset_moments == "counterpart":
-            self._vectors.reset(counterparts)
+            self._rule.reset(counterparts)
         elif self._config.reset_moments == "momentum":
-            self._vectors.reset_first_moments(counterparts)
+            self._rule.reset_momentum(counterparts)
         elif self._config.reset_moments == "rescaled" and ratios is not None:
-            self._vectors.reset_first_moments(counterparts)
-            self._vectors.rescale_second_moments(counterparts, ratios)
+            assert isinstance(self._rule, HasSecondMoments), "the configuration is checked"
+            self._rule.reset_momentum(counterparts)
+            self._rule.rescale_second_moments(counterparts, ratios)
         elif self._config.reset_moments == "both":
-            self._vectors.reset(
+            self._rule.reset(
                 counterparts + [span for switch in switches for span in switch.switched()]
             )
 
     def zero_grad(self) -> None:
-        self._vectors.zero_grad()
+        self._rule.zero_grad()
         self._dense.zero_grad()
 
     def set_lr(self, lr_factor: float) -> None:
-        self._vectors.set_lr(lr_factor)
+        self._rule.set_lr(lr_factor)
         self._dense.set_lr(lr_factor)
 
     def metrics(self) -> dict[str, float]:
@@ -232,7 +233,7 @@ class SwitchLoraOptimizer:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the dense optimizer's state, the factors' moments, and the counts `switch.*`.
+        """Returns the state of the dense optimizer and of the rule, and the counts `switch.*`.
 
         Candidates still in flight are first written to the model's buffers.
         """
@@ -240,21 +241,18 @@ class SwitchLoraOptimizer:
         self._candidates.flush()
         return (
             self._dense.state_dict()
-            | self._vectors.state_dict()
+            | self._rule.state_dict()
             | {
                 "switch.step": torch.tensor(self._counts.step),
                 "switch.num_switched": torch.from_numpy(self._counts.num_switched.copy()),
                 "switch.recent": torch.from_numpy(self._counts.recent.copy()),
-                "switch.vector_steps": self._vectors.num_steps,
                 "switch.freeze_steps_left": self._timers.steps_left,
             }
         )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._dense.load_state_dict(state)
-        for key, tensor in self._vectors.state_dict().items():
-            tensor.copy_(state[key])
-        self._vectors.num_steps.copy_(state["switch.vector_steps"])
+        self._rule.load_state_dict(state)
         self._timers.steps_left.copy_(state["switch.freeze_steps_left"])
         self._counts.step = int(state["switch.step"])
         self._counts.num_switched = state["switch.num_switched"].cpu().numpy().copy()

@@ -37,8 +37,8 @@ class Coefficients(NamedTuple):
 class VectorAdamW:
     """AdamW on A and B of all layers, with bias corrections from each vector's own step count.
 
-    (SwitchLoRA, arXiv 2406.06564, sec. 3.) Equals torch's AdamW as long as no vector is reset or
-    frozen. Factors of one width are updated as one matrix, see `FactorGroups`.
+    A `FactorRule` (SwitchLoRA, arXiv 2406.06564, sec. 3). Equals torch's AdamW as long as no vector
+    is reset or frozen. Factors of one width are updated as one matrix, see `FactorGroups`.
 
     Args:
         layers: by qualified name, all of one rank.
@@ -81,7 +81,7 @@ class VectorAdamW:
         )
 
     @torch.no_grad()
-    def reset_first_moments(self, spans: list[VectorSpan]) -> None:
+    def reset_momentum(self, spans: list[VectorSpan]) -> None:
         """Zeroes only these vectors' first moments."""
         zero_all_(self._factors.views(self._exp_avg, spans))
 
@@ -146,9 +146,16 @@ class VectorAdamW:
         self._factors.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns `<layer>.lora_a.exp_avg` and so on, sharded like the factors."""
+        """Returns `<layer>.lora_a.exp_avg` and so on, sharded like the factors, and
+        `switch.vector_steps`, which is `num_steps`."""
         exp_avg = self._factors.by_name("exp_avg", self._exp_avg)
-        return exp_avg | self._factors.by_name("exp_avg_sq", self._exp_avg_sq)
+        exp_avg_sq = self._factors.by_name("exp_avg_sq", self._exp_avg_sq)
+        return exp_avg | exp_avg_sq | {"switch.vector_steps": self.num_steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for key, tensor in self.state_dict().items():
+            tensor.copy_(state[key])
 
 
 def vector_coefficients(

@@ -14,6 +14,7 @@ from support.fake_cuda.stepper import fake_cuda_stepper, without_initial_values
 from support.tiny import tiny_config
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy
 
@@ -60,13 +61,14 @@ def kernels_of_updates(
             optimizer = stepper.optimizer
             assert isinstance(optimizer, SwitchLoraOptimizer)
             stepper.compute_gradients()
-            vectors = optimizer._vectors
+            rule = optimizer._rule
+            assert isinstance(rule, VectorAdamW)
             update_mask = optimizer._timers.update_mask()
             with CountKernels() as kernels:
                 if is_compiled:
-                    vectors._coefficients = _as_one_kernel(vectors._coefficients, kernels)
-                    vectors._update = _as_one_kernel(vectors._update, kernels)
-                vectors.step(update_mask)
+                    rule._coefficients = _as_one_kernel(rule._coefficients, kernels)
+                    rule._update = _as_one_kernel(rule._update, kernels)
+                rule.step(update_mask)
         results[name] = dict(kernels.counts)
     return results
 

@@ -10,6 +10,7 @@ import torch
 from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear, lora_init
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
 
 GOLDEN = Path(__file__).parents[3] / "data" / "golden" / "linear_multi.npz"
@@ -44,10 +45,9 @@ def build(golden, compile_step):
         layer.lora_b.copy_(torch.from_numpy(golden["mlp.init.B"]).T)
     config = SwitchLoraConfig(rank=RANK, interval=10, decay="constant", freeze_steps=FREEZE_STEPS)
     adamw = AdamWConfig(lr=hyper["lr"])
-    dense = AdamW(adamw, [])
-    optimizer = SwitchLoraOptimizer(
-        config, adamw, {"mlp": layer}, dense, NUM_STEPS, 0, compile_step
-    )
+    layers, dense = {"mlp": layer}, AdamW(adamw, [])
+    rule = VectorAdamW(adamw, layers, compile_step)
+    optimizer = SwitchLoraOptimizer(config, layers, rule, dense, NUM_STEPS, 0, compile_step)
     return layer, optimizer
 
 
