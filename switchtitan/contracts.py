@@ -139,6 +139,14 @@ class MethodConfig(NamedSection):
         """Return error messages for a run of `num_steps` optimizer steps; none by default."""
         return []
 
+    def check_optimizer(self, optimizer: "OptimizerConfig") -> list[str]:
+        """Return error messages for keys that do not fit the optimizer; none by default.
+
+        Args:
+            optimizer: one of `optimizers`.
+        """
+        return []
+
 
 MethodConfigT = TypeVar("MethodConfigT", bound=MethodConfig)
 """The class of a method's section."""

@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 # ReLoRA resets after 9 and 18 steps, and is saved during its restart warmup. GaLore and APOLLO
 # update bases after 7 and 14 steps.
 NUM_STEPS, SAVED_STEP, NUM_STILL_STEPS = 20, 10, 12
-# Sums over ranks have another order; Adam amplifies that for gradients near zero.
+# Sums over ranks have another order; Adam amplifies that for gradients near zero, Muon for singular
+# values near zero.
 RELATIVE_LOSS_TOLERANCE = 1e-5
 # In running order. All resume from the checkpoints of the first.
 LAYOUTS = {
@@ -25,10 +26,12 @@ LAYOUTS = {
     "two_by_two": (4, ("--parallelism.replicate", "2")),
 }
 CONSTANT = ("--method.candidates", "constant")
+MUON = ("--optimizer.name", "muon")
 ON_HOST = ("--method.candidates_dtype", "bfloat16", "--method.candidates_device", "host")
 VARIANTS = {
     "constant candidates": ("switchlora", CONSTANT),
     "candidates on the host": ("switchlora", ON_HOST),
+    "muon": ("switchlora", MUON),
 }
 RUNS = {method: (method, ()) for method in METHOD_KEYS} | VARIANTS
 RESUMED_IN = ("two", "one", "four")

@@ -8,10 +8,12 @@ from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear
 from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.factor_muon import FactorMuon
 from switchtitan.methods.switchlora.init import balanced_candidates_init, candidate_shapes
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
+from switchtitan.optim.muon import MuonConfig
 
 
 def build_layer(
@@ -40,7 +42,7 @@ def build_layer(
 
 def build_optimizer(
     config: SwitchLoraConfig,
-    adamw: AdamWConfig,
+    keys: AdamWConfig | MuonConfig,
     layers: list[LowRankLinear],
     num_steps: int,
     candidates: Candidates | None = None,
@@ -48,7 +50,12 @@ def build_optimizer(
 ) -> SwitchLoraOptimizer:
     """An optimizer of these layers only, named layer0, layer1, ...; no full-rank parameters."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
-    rule, dense = VectorAdamW(adamw, named, False), AdamW(adamw, [])
+    dense = AdamW(keys, [])
+    rule = (
+        FactorMuon(keys, named, torch.float32, False)
+        if isinstance(keys, MuonConfig)
+        else VectorAdamW(keys, named, False)
+    )
     return SwitchLoraOptimizer(config, named, rule, dense, num_steps, seed, False, candidates)
 
 

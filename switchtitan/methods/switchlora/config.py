@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from switchtitan.config.section import VoidKey, VoidKeyError
+from switchtitan.contracts import OptimizerConfig
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.switchlora.rate import Decay, switch_rate
 
@@ -29,7 +30,7 @@ class SwitchLoraConfig(LowRankConfig):
     """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564)."""
 
     resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
-    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     preset: Literal["gentle"] | None = None
@@ -70,7 +71,9 @@ class SwitchLoraConfig(LowRankConfig):
     paired vector in the other factor), of `both` vectors, or `none`. `momentum` resets only the
     counterpart's first moment, so that its next updates are small instead of large. `rescaled` does
     that and multiplies its second moment by |new|^2 / |old|^2 of the switched vector, since its
-    gradient is proportional to that vector; if either norm is zero, the counterpart is reset."""
+    gradient is proportional to that vector; if either norm is zero, the counterpart is reset. With
+    [optimizer] name = "muon", whose only state is momentum, `momentum` does the same as
+    `counterpart`, and `rescaled` is an error."""
 
     @classmethod
     def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
@@ -161,6 +164,16 @@ class SwitchLoraConfig(LowRankConfig):
             f"steps = {num_steps} would switch a vector every {interval:.3g} steps at its start, "
             f"but rank = {self.rank} and freeze_steps = {self.freeze_steps} need at least "
             f"{least:.3g}; use at most {_DOWN * limit:.3g}, increase steps, or lower freeze_steps"
+        ]
+
+    def check_optimizer(self, optimizer: OptimizerConfig) -> list[str]:
+        """See `contracts.MethodConfig`."""
+        if self.reset_moments != "rescaled" or optimizer.name != "muon":
+            return []
+        return [
+            '[method] reset_moments = "rescaled": [optimizer] name = "muon" has no second moments '
+            'to rescale; set reset_moments to "counterpart", "momentum", "both" or "none", or name '
+            'to "adamw"'
         ]
 
     def _sum_of_rates(self, num_steps: int) -> float:

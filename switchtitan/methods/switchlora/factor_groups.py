@@ -5,7 +5,7 @@ from operator import is_
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchtitan.distributed.adjacent import as_one_matrix, with_local
 from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
@@ -98,9 +98,8 @@ class FactorGroups:
             for group in self.groups
         ]
 
-    def rows_of(self, of_groups: list[Tensor]) -> list[ShardedRows]:
-        """Returns each factor's rows of the groups' matrices, sharded like the factor; they share
-        memory.
+    def split(self, of_groups: list[Tensor]) -> list[Tensor]:
+        """Returns this rank's rows of each factor, [held, width], which share memory with these.
 
         Args:
             of_groups: [vectors, width] for each group.
@@ -111,12 +110,24 @@ class FactorGroups:
                 group.factors, matrix.split(len(matrix) // len(group.factors)), strict=True
             ):
                 parts[factor] = part
+        return parts
+
+    def rows_of(self, of_groups: list[Tensor]) -> list[ShardedRows]:
+        """Returns each factor's rows, sharded like the factor; they share memory with these.
+
+        Args:
+            of_groups: [vectors, width] for each group, of the factors' dtype.
+        """
         return [
             ShardedRows(with_local(factor.detach(), part))
-            for factor, part in zip(self.factors, parts, strict=True)
+            for factor, part in zip(self.factors, self.split(of_groups), strict=True)
         ]
 
-    def by_name(self, key: str, rows: list[ShardedRows]) -> dict[str, Tensor]:
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """Returns the factors by qualified name."""
+        return dict(zip(self._names, self.factors, strict=True))
+
+    def state(self, key: str, rows: list[ShardedRows]) -> dict[str, Tensor]:
         """Returns `<layer>.lora_a.<key>` and so on, sharded like the factors."""
         return {
             f"{name}.{key}": of_factor.matrix

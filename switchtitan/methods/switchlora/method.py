@@ -16,10 +16,13 @@ from switchtitan.methods.lowrank import (
 )
 from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.factor_muon import FactorMuon
+from switchtitan.methods.switchlora.factor_rule import FactorRule
 from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import adamw_for_others, require_adamw
+from switchtitan.optim.muon import MuonConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +39,16 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        adamw = require_adamw(config)
         layers = low_rank_layers(model)
         others = [p for p in self.trained_parameters(model) if p.is_other]
-        dense = adamw_for_others(adamw, others, compile_step, self.seed)
+        rule: FactorRule
+        if isinstance(config, MuonConfig):
+            rule = FactorMuon(config, layers, model.compute_dtype, compile_step)
+            dense = adamw_for_others(config, others, compile_step, self.seed)
+        else:
+            adamw = require_adamw(config)
+            rule = VectorAdamW(adamw, layers, compile_step)
+            dense = adamw_for_others(adamw, others, compile_step, self.seed)
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
                 "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "
@@ -49,7 +58,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         return SwitchLoraOptimizer(
             self.config,
             layers,
-            VectorAdamW(adamw, layers, compile_step),
+            rule,
             dense,
             self.num_steps,
             self.seed,

@@ -148,8 +148,8 @@ class VectorAdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `<layer>.lora_a.exp_avg` and so on, sharded like the factors, and
         `switch.vector_steps`, which is `num_steps`."""
-        exp_avg = self._factors.by_name("exp_avg", self._exp_avg)
-        exp_avg_sq = self._factors.by_name("exp_avg_sq", self._exp_avg_sq)
+        exp_avg = self._factors.state("exp_avg", self._exp_avg)
+        exp_avg_sq = self._factors.state("exp_avg_sq", self._exp_avg_sq)
         return exp_avg | exp_avg_sq | {"switch.vector_steps": self.num_steps}
 
     @torch.no_grad()

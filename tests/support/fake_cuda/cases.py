@@ -106,6 +106,14 @@ CASES: dict[str, list[str]] = {
     "adafactor": ["full_rank", "--optimizer.name", "adafactor"],
     "muon": ["full_rank", *_MUON],
     "muon, HSDP": ["full_rank", *_MUON, *_HSDP],
+    "muon, switched": ["switchlora", *_MUON, "--training.dtype", "bfloat16"],
+    "muon, switched, HSDP": [
+        "switchlora",
+        *_MUON,
+        *_HSDP,
+        *("--method.reset_moments", "both"),
+        *("--optimizer.weight_decay", "0.1"),
+    ],
     "muon, low rank, bf16 compute": ["lora", *_MUON, "--training.dtype", "bfloat16"],
     "tied head": ["switchlora", *_TIED, *_LLAMA3],
     "tied head, accumulation, HSDP": ["full_rank", *_TIED, *_ACCUMULATE, *_HSDP],
@@ -153,6 +161,8 @@ COUNTED_ON_CPU = {
     "biases",
     "muon",
     "muon, HSDP",
+    "muon, switched",
+    "muon, switched, HSDP",
 }
 """Cases whose collectives are compared with those of the same run on a CPU."""
 

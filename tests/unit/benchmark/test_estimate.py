@@ -24,6 +24,7 @@ from switchtitan.models import MODELS
 from switchtitan.training.stepper import Stepper
 
 SEQ_LEN = 16
+MUON = ("--optimizer.name", "muon")
 REPLICATED = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
 KEPT = (
     *("--parallelism.frozen_weights", "gather_once", "--parallelism.blocks_per_unit", "2"),
@@ -91,13 +92,16 @@ def check_estimates(
             # A real process group frees reduced tensors asynchronously.
             lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
             assert lasting.items() <= estimate.memory.most.items(), method
-            # Not in a checkpoint: a learning rate in fp32, a flag, and a number for each vector.
+            # Not in a checkpoint: AdamW's learning rate in fp32, a flag, and a number for each
+            # vector.
             num_vectors = sum(
                 local(parameter).shape[0]
                 for name, parameter in stepper.model.named_parameters()
                 if "lora_" in name
             )
-            counted["optimizer"] += 4 + 1 + 8 * num_vectors if counted["buffers"] else 0
+            num_rates = 0 if "muon" in side else 1
+            if counted["buffers"]:
+                counted["optimizer"] += 4 * num_rates + 1 + 8 * num_vectors
             assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
         allocated = min(
             peak_extra_bytes(stepper.step, stepper.world.device) for _ in range(NUM_PROFILED_STEPS)
@@ -125,7 +129,7 @@ def check_estimates(
         (1, [("lora",)]),
         (2, [("full_rank",), ("switchlora",), ("switchlora", *REPLICATED)]),
         (2, [("switchlora", *KEPT)]),
-        (2, [("full_rank", "--optimizer.name", "muon")]),
+        (2, [("full_rank", *MUON), ("switchlora", *MUON)]),
     ],
 )
 def test_real_ranks_hold_send_and_compute_the_estimates(
@@ -219,6 +223,20 @@ def test_muon_has_one_moment_for_matrices_in_blocks_and_two_for_all_else(tmp_pat
     assert memory.most["optimizer"] == expected
     with_adamw = estimate_step(tiny_config(tmp_path, "full_rank"), 1).memory
     assert with_adamw.most["optimizer"] > expected
+
+
+def test_muon_has_one_moment_for_factors_and_no_step_counts(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "switchlora", *MUON)
+    with_adamw, with_muon = (
+        estimate_step(config, 1).memory.most["optimizer"]
+        for config in (tiny_config(tmp_path, "switchlora"), config)
+    )
+    shapes = config.model.linear_shapes()
+    layers = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+    rank, num_factors = 6, 2 * len(layers)
+    moments = rank * sum(out + width for out, width in layers)
+    # fp32. Also AdamW's learning rate, which is a tensor.
+    assert with_adamw - with_muon == 4 * (moments + rank * num_factors + 1)
 
 
 def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path: Path) -> None:

@@ -272,7 +272,23 @@ def test_muon_sends_momentum_to_owners_and_updates_back(tmp_path: Path) -> None:
     assert {**counts, "all_to_all": usual["all_to_all"]} == usual
 
 
-@pytest.mark.parametrize("method", ["full_rank", "lora", "low_rank"])
+def test_muon_on_factors_adds_two_collectives_to_those_of_a_switch(tmp_path: Path) -> None:
+    keys = ("--optimizer.name", "muon")
+    config = tiny_config(tmp_path, "switchlora", *keys, num_ranks=2)
+    with_adamw = tiny_config(tmp_path, "switchlora", num_ranks=2)
+    counts, usual = (communication_of_a_step(c, 2) for c in (config, with_adamw))
+    shapes = config.model.linear_shapes()
+    in_blocks = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+    # 6 vectors of each factor, 3 on each rank; a rank sends half of its rows each way.
+    sent = 2 * 4 * sum(3 * width for shape in in_blocks for width in shape) / 2
+    assert counts["all_to_all"].num_calls == 2
+    # Owners may have unequal work.
+    assert counts["all_to_all"].bytes_sent == pytest.approx(sent, rel=0.3)
+    assert usual["all_to_all"].num_calls == 0
+    assert {**counts, "all_to_all": usual["all_to_all"]} == usual
+
+
+@pytest.mark.parametrize("method", ["full_rank", "lora", "low_rank", "switchlora"])
 def test_muon_exchanges_rows_in_the_compute_dtype(tmp_path: Path, method: str) -> None:
     sent = {}
     for dtype in ("float32", "bfloat16"):

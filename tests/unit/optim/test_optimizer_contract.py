@@ -35,10 +35,16 @@ def test_every_optimizer_is_held_to_the_contract():
     assert set(KEYS) == set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("method", ["full_rank", "lora"])
 @pytest.mark.parametrize(
-    "optimizer",
-    [pytest.param(name, marks=needs_torchao if name == "adamw8bit" else ()) for name in KEYS],
+    ("method", "optimizer"),
+    [
+        *(
+            pytest.param(method, name, marks=needs_torchao if name == "adamw8bit" else ())
+            for method in ("full_rank", "lora")
+            for name in KEYS
+        ),
+        ("switchlora", "muon"),
+    ],
 )
 def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, optimizer, method):
     keys = (*overrides(optimizer), "--optimizer.other_lr", str(float(KEYS[optimizer][1]) / 2))
@@ -77,7 +83,16 @@ def test_the_loss_falls_and_resuming_equals_a_straight_run_bitwise(corpora, opti
         ),
         ("apollo", overrides("muon"), r"apollo.* cannot train with it"),
         ("relora", overrides("adafactor"), r"relora.* cannot train with it"),
-        ("switchlora", overrides("sgd"), r"switchlora.* cannot train with it"),
+        (
+            "switchlora",
+            overrides("sgd"),
+            r"switchlora.* cannot train with it; choose adamw or muon, or ",
+        ),
+        (
+            "switchlora",
+            (*overrides("muon"), "--method.reset_moments", "rescaled"),
+            r'reset_moments = "rescaled": \[optimizer\] name = "muon" has no second moments',
+        ),
         (
             "full_rank",
             (*overrides("adafactor"), "--compile.optimizer", "true"),

@@ -17,6 +17,7 @@ from switchtitan.distributed.world import stop_world
 from switchtitan.training.stepper import RunningLoss
 
 NUM_STEPS = 200
+MUON = ("--optimizer.name", "muon")
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +80,12 @@ def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full_rank", "lora"])
+@pytest.mark.parametrize("method", ["full_rank", "lora", "switchlora"])
 def test_muon_compiles_in_the_first_step_and_trains_as_it_does_uncompiled(corpora, method):
-    keys = ("--optimizer.name", "muon")
-    trainer = tiny_trainer(corpora / "muon", method, *keys)
+    trainer = tiny_trainer(corpora / "muon", method, *MUON)
     expected = train_steps(trainer, 10)
     trainer.stepper.close()
-    trainer = tiny_trainer(corpora / "compiled-muon", method, *keys, *COMPILED)
+    trainer = tiny_trainer(corpora / "compiled-muon", method, *MUON, *COMPILED)
     losses = train_steps(trainer, 1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses += train_steps(trainer, 9)
@@ -172,9 +172,11 @@ def reads_back_in_ten_steps(folder, method: str, *overrides: str) -> list[str]:
     return record.found
 
 
-@pytest.mark.parametrize("method", METHOD_KEYS)
-def test_a_step_reads_nothing_back_from_the_device(corpora, method):
-    assert reads_back_in_ten_steps(corpora / "no-sync", method) == []
+@pytest.mark.parametrize(
+    ("method", "overrides"), [*((method, ()) for method in METHOD_KEYS), ("switchlora", MUON)]
+)
+def test_a_step_reads_nothing_back_from_the_device(corpora, method, overrides):
+    assert reads_back_in_ten_steps(corpora / "no-sync", method, *overrides) == []
 
 
 def test_the_record_sees_the_values_that_skipping_updates_reads(corpora):
@@ -191,6 +193,7 @@ CHECKPOINTED = ("--activation_checkpoint.mode", "full")
 STEPS_TO_WATCH = [
     *((method, ()) for method in METHOD_KEYS),
     *((method, CHECKPOINTED) for method in ("full_rank", "switchlora")),
+    ("switchlora", MUON),
     *(
         pytest.param(method, COMPILED, marks=pytest.mark.slow)
         for method in ("galore", "switchlora")
