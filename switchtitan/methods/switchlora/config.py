@@ -64,6 +64,10 @@ class SwitchLoraConfig(LowRankConfig):
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
     """Fraction of the run, in (0, 1], after which the frequency has fallen to 0.3 (exponential) or
     0.5 (sigmoid) of its initial value. Not with constant."""
+    order: Literal["ring", "least_moving"] = "ring"
+    """Which vectors of a layer are switched first. Each is switched equally often with either:
+    `ring` takes them in turn; `least_moving` takes first those whose gradients cancel out over
+    time. It needs an even rank of at least 4 and an interval of at least 4 * freeze_steps and 4."""
     freeze_steps: int = Field(default=5, ge=0)
     """Steps for which the counterpart of a switched vector gets no update; at least 0."""
     reset_moments: Literal["counterpart", "momentum", "rescaled", "both", "none"] = "counterpart"
@@ -104,8 +108,19 @@ class SwitchLoraConfig(LowRankConfig):
                 "rank = 1 never switches, since the switched vectors of A and of B must differ; "
                 "use at least 2"
             )
+        if self.order == "least_moving" and (self.rank % 2 or self.rank < 4):
+            raise ValueError(
+                f"order = 'least_moving' needs an even rank of at least 4, not {self.rank}: halves "
+                "of the vectors take turns; use another rank, or order = 'ring'"
+            )
         if self.switches_per_vector is not None:
             self._check_interval_is_unset()
+        elif self.order == "least_moving" and self.interval < self._least_interval():
+            raise ValueError(
+                f"interval = {self.interval:g}: order = 'least_moving' needs at least 4 and "
+                f"4 * freeze_steps = {4 * self.freeze_steps}, so that enough vectors are not "
+                "frozen; increase interval, lower freeze_steps, or set order = 'ring'"
+            )
         elif self.interval < 2 * self.freeze_steps:
             raise ValueError(
                 f"interval = {self.interval:g} is below 2 * freeze_steps = "
@@ -152,9 +167,7 @@ class SwitchLoraConfig(LowRankConfig):
         """See `contracts.MethodConfig`."""
         if self.switches_per_vector is None:
             return []
-        # Below it, `SwitchCounts.limited` would drop switches: in each span of freeze_steps steps,
-        # at least one, it allows floor(rank / 2) of the rank / interval per step.
-        least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
+        least = self._least_interval()
         interval = self.interval_in(num_steps)
         if interval >= least * (1 - _ROUNDING):
             return []
@@ -175,6 +188,12 @@ class SwitchLoraConfig(LowRankConfig):
             'to rescale; set reset_moments to "counterpart", "momentum", "both" or "none", or name '
             'to "adamw"'
         ]
+
+    def _least_interval(self) -> float:
+        """Returns the interval below which `SwitchCounts.limited` could drop switches: in each span
+        of freeze_steps steps, at least one, it allows a half of the vectors, or a quarter."""
+        part = self.rank // 2 / self.rank if self.order == "ring" else 1 / 4
+        return max(self.freeze_steps, 1) / part
 
     def _sum_of_rates(self, num_steps: int) -> float:
         return float(switch_rate(self.decay, self.decay_ratio, num_steps).sum())

@@ -150,6 +150,24 @@ class FactorGroups:
             grads.append(factor.grad)
         return local_shards(grads)
 
+    @torch.no_grad()
+    def ratios_to_gradients(self, of_groups: list[Tensor]) -> Tensor:
+        """Returns the norms of vectors over those of their gradients, [2, layers, rank].
+
+        Zero for a gradient of zero, and for vectors of other ranks.
+
+        Args:
+            of_groups: [vectors, width] for each group.
+        """
+        table = torch.zeros(self.table_shape, dtype=self._dtype, device=self._device)
+        grads = self.gradients()
+        for group, matrix in zip(self.groups, of_groups, strict=True):
+            norms = torch.linalg.vector_norm(stacked(grads, group), dim=1)
+            ratios = torch.linalg.vector_norm(matrix, dim=1) / norms
+            places = self.places[group.vectors]
+            table.view(-1).index_copy_(0, places, torch.where(norms > 0, ratios, 0))
+        return table
+
     def zero_grad(self) -> None:
         for parameter in self.factors:
             parameter.grad = None

@@ -37,6 +37,9 @@ class FactorMuon:
         layers: by qualified name, all of one rank.
         compute_dtype: of products and of the rows that ranks exchange.
         compile_step: compile all but the collectives and copies.
+
+    Attributes:
+        momentum: see `FactorRule`.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class FactorMuon:
         compute_dtype: torch.dtype,
         compile_step: bool,
     ) -> None:
+        self.momentum = config.momentum
         self._factors = FactorGroups(layers)
         self._momentum_of_groups = self._factors.new_moments()
         self._momentum = self._factors.rows_of(self._momentum_of_groups)
@@ -111,6 +115,10 @@ class FactorMuon:
         if batches:
             batches = self._orthogonalize(batches)
         return self._exchange.distribute(batches)
+
+    def momentum_ratios(self) -> Tensor:
+        """See `FactorRule`."""
+        return self._factors.ratios_to_gradients(self._momentum_of_groups)
 
     def zero_grad(self) -> None:
         self._factors.zero_grad()

@@ -12,7 +12,12 @@ class FactorRule(Protocol):
 
     Its methods never make the host wait for the device. State and updates of a vector do not depend
     on the number of ranks, up to rounding.
+
+    Attributes:
+        momentum: beta of the running mean of gradients, m = beta m + (1 - beta) g.
     """
+
+    momentum: float
 
     def step(self, update_mask: Tensor) -> None:
         """Update every vector from its gradient; collective.
@@ -29,6 +34,13 @@ class FactorRule(Protocol):
 
     def reset_momentum(self, spans: list[VectorSpan]) -> None:
         """Zero only the means of these vectors' gradients."""
+        ...
+
+    def momentum_ratios(self) -> Tensor:
+        """Return |m| / |g| of each vector, its mean gradient and its gradient, [2, layers, rank].
+
+        Zero for a gradient of zero, and for vectors of other ranks. `step` comes after it.
+        """
         ...
 
     def zero_grad(self) -> None: ...

@@ -16,6 +16,7 @@ from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidat
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.factor_rule import FactorRule, HasSecondMoments
 from switchtitan.methods.switchlora.init import num_candidates
+from switchtitan.methods.switchlora.order import LeastMovingOrder, RingOrder, SwitchOrder
 from switchtitan.methods.switchlora.schedule import (
     FACTOR_A,
     FACTOR_B,
@@ -24,7 +25,6 @@ from switchtitan.methods.switchlora.schedule import (
     SwitchCounts,
     SwitchSchedule,
     VectorSpan,
-    plan_layer_switch,
 )
 from switchtitan.methods.switchlora.switch import (
     FreezeTimers,
@@ -76,6 +76,11 @@ class SwitchLoraOptimizer:
         self._counts = SwitchCounts(len(layers), config.freeze_steps)
         factor = self._layers[0].lora_a
         self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
+        self._order: SwitchOrder = RingOrder(config.rank)
+        if config.order == "least_moving":
+            self._order = LeastMovingOrder(
+                config, num_steps, len(layers), rule.momentum, factor.device
+            )
         self._exchange = RowExchange(shard_group(factor), factor.device)
         self._rounding = StochasticRounding(layers, seed, compile_step)
         self._next: tuple[np.ndarray, list[LayerSwitch]] | None = None
@@ -95,12 +100,15 @@ class SwitchLoraOptimizer:
         The first half of a step, with all the cost of switching.
         """
         counts, switches = self._plan() if self._next is None else self._next
-        checksum = _checksum(self._counts.step, self._counts.num_switched, counts)
+        checksum = self._checksum(counts)
         still_frozen = self._counts.recent.sum(0)
+        step = self._counts.step
+        due = self._order.due(self._counts.num_switched)
         self._counts.advance(counts)
         self._last_counts = counts
         self._last_frozen = still_frozen + counts if self._config.freeze_steps else still_frozen
-        ratios = self._exchange_vectors(switches, checksum)
+        ratios = self._exchange_vectors(switches, checksum, due)
+        self._order.advance(step, self._counts.num_switched, switches)
         counterparts = [span for switch in switches for span in switch.counterparts()]
         self._reset_moments(switches, counterparts, ratios)
         self._timers.start(counterparts)
@@ -115,27 +123,31 @@ class SwitchLoraOptimizer:
         self._dense.step()
 
     def _plan(self) -> tuple[np.ndarray, list[LayerSwitch]]:
-        """Plans the next step's switches, as a pure function of the counts so far.
+        """Plans the next step's switches, as a pure function of the counts and the order so far.
 
         Returns:
             The number of vectors for each layer, [layers], and the switches of layers with any.
         """
         counts = self._counts.limited(
-            self._schedule.requested(self._counts.step), self._config.rank, self._num_candidates
+            self._schedule.requested(self._counts.step),
+            self._config.rank,
+            self._num_candidates,
+            self._order.window,
         )
         return counts, [
-            plan_layer_switch(
+            self._order.plan(
                 layer,
                 int(self._counts.num_switched[layer]),
                 int(counts[layer]),
-                self._config.rank,
                 int(self._num_candidates[layer]),
             )
             for layer in np.flatnonzero(counts).tolist()
         ]
 
-    def _exchange_vectors(self, switches: list[LayerSwitch], checksum: int) -> Tensor | None:
-        """Exchanges vectors for candidates.
+    def _exchange_vectors(
+        self, switches: list[LayerSwitch], checksum: int, due: np.ndarray
+    ) -> Tensor | None:
+        """Exchanges vectors for candidates, after the order of layers that are due was measured.
 
         The number of operations does not depend on the number of vectors: one fold into each
         layer's weight, and a few list operations for the rest.
@@ -150,10 +162,15 @@ class SwitchLoraOptimizer:
             for switch in switches
             for _ in FACTORS
         ]
-        gathered = self._exchange.gather(
-            [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)],
-            checksum,
-        )
+        requests = [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)]
+        if len(due):
+            # One matrix [2 * layers, rank].
+            table = self._rule.momentum_ratios().flatten(0, 1)
+            requests.append(RowRequest(ShardedRows(table), (range(len(table)),)))
+        gathered = self._exchange.gather(requests, checksum)
+        if len(due):
+            movement = gathered.pop().unflatten(0, (len(FACTORS), -1))
+            self._order.measure(due, self._counts.step - 1, movement)
         if not switches:
             return None
         vectors = gathered[: len(factors)]
@@ -226,7 +243,7 @@ class SwitchLoraOptimizer:
     def replicated(self) -> dict[str, Tensor]:
         """Returns a checksum of all plans so far, and the random keys; see
         `contracts.HoldsReplicated`."""
-        values = {"plans": torch.tensor(self._exchange.history)}
+        values = {"plans": torch.tensor(self._exchange.history)} | self._order.state_dict()
         values |= self._rounding.replicated() | self._candidates.replicated()
         return replicated_values(self._dense) | {
             f"switch.{name}": tensor for name, tensor in values.items()
@@ -248,6 +265,7 @@ class SwitchLoraOptimizer:
                 "switch.recent": torch.from_numpy(self._counts.recent.copy()),
                 "switch.freeze_steps_left": self._timers.steps_left,
             }
+            | {f"switch.{name}": tensor for name, tensor in self._order.state_dict().items()}
         )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -257,9 +275,13 @@ class SwitchLoraOptimizer:
         self._counts.step = int(state["switch.step"])
         self._counts.num_switched = state["switch.num_switched"].cpu().numpy().copy()
         self._counts.recent = state["switch.recent"].cpu().numpy().copy()
+        self._order.load_state_dict(
+            {key.removeprefix("switch."): tensor for key, tensor in state.items()}
+        )
         self._next = None
         self._candidates.discard()
 
-
-def _checksum(step: int, num_switched: np.ndarray, counts: np.ndarray) -> int:
-    return zlib.crc32(np.concatenate([[step], num_switched, counts]).tobytes()) & 0x7FFFFFFF
+    def _checksum(self, counts: np.ndarray) -> int:
+        """Returns a checksum of a step's plan."""
+        plan = np.concatenate([[self._counts.step], self._counts.num_switched, counts])
+        return zlib.crc32(plan.tobytes(), self._order.checksum) & 0x7FFFFFFF

@@ -63,13 +63,23 @@ class SwitchCounts:
         self.num_switched = np.zeros(num_layers, dtype=np.int64)
         self.recent = np.zeros((max(freeze_steps - 1, 0), num_layers), dtype=np.int64)
 
-    def limited(self, requested: np.ndarray, rank: int, num_candidates: np.ndarray) -> np.ndarray:
+    def limited(
+        self,
+        requested: np.ndarray,
+        rank: int,
+        num_candidates: np.ndarray,
+        window: int | None = None,
+    ) -> np.ndarray:
         """Limits a request to the vectors of each factor that may be switched now, [layers].
 
         No vector is switched while it is frozen, and no candidate is taken and overwritten at once:
-        k <= floor(rank / 2) - (frozen vectors of one factor) and k <= candidates - rank.
+        k <= window - (frozen vectors of one factor) and k <= candidates - rank.
+
+        Args:
+            window: see `SwitchOrder`; by default that of a ring, floor(rank / 2).
         """
-        allowed = np.minimum(rank // 2 - self.recent.sum(0), num_candidates - rank)
+        window = rank // 2 if window is None else window
+        allowed = np.minimum(window - self.recent.sum(0), num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
 
     def advance(self, counts: np.ndarray) -> None:

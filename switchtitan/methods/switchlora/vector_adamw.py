@@ -47,12 +47,14 @@ class VectorAdamW:
     Attributes:
         num_steps: [2, layers, rank] fp32, the updates of each vector, including those while it was
             frozen; the same on every rank.
+        momentum: beta1.
     """
 
     def __init__(
         self, config: AdamWConfig, layers: dict[str, LowRankLinear], compile_step: bool
     ) -> None:
         self._config = config
+        self.momentum = config.betas[0]
         self._factors = FactorGroups(layers)
         first = self._factors.factors[0]
         self.num_steps = torch.zeros(self._factors.table_shape, device=first.device)
@@ -102,6 +104,10 @@ class VectorAdamW:
         steps.index_copy_(0, places, steps[places] * is_usable)
         moments = [self._exp_avg_sq[self._factors.index_of(span)] for span in spans]
         scale_rows_(moments, [span.vectors for span in spans], ratios.where(is_usable, 0))
+
+    def momentum_ratios(self) -> Tensor:
+        """See `FactorRule`."""
+        return self._factors.ratios_to_gradients(self._exp_avg_of_groups)
 
     @torch.no_grad()
     def step(self, update_mask: Tensor) -> None:

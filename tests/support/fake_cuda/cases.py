@@ -15,6 +15,7 @@ _TARGETS = ("--method.targets", "q_proj", "v_proj", "up_proj")
 _SHALLOW, _TWO_BLOCKS, _DEEP = (("--model.num_layers", str(number)) for number in (1, 2, 3))
 
 _ON_HOST = ("--method.candidates_device", "host")
+_LEAST_MOVING = ("--method.order", "least_moving", "--method.freeze_steps", "1")
 _BF16 = ("--training.frozen_dtype", "bfloat16")
 _REPLICATED = ("--parallelism.frozen_weights", "replicate")
 _HSDP = ("--parallelism.replicate", "2")
@@ -68,6 +69,13 @@ CASES: dict[str, list[str]] = {
     ],
     "rescale moments": ["switchlora", "--method.reset_moments", "rescaled"],
     "rescale moments, HSDP": ["switchlora", "--method.reset_moments", "rescaled", *_HSDP],
+    "least moving": ["switchlora", *_LEAST_MOVING],
+    "least moving, constant candidates, HSDP": [
+        "switchlora",
+        *_LEAST_MOVING,
+        *_HSDP,
+        *("--method.candidates", "constant"),
+    ],
     "keep moments, freeze nothing": [
         "switchlora",
         *("--method.reset_moments", "none"),
@@ -135,7 +143,7 @@ _OFTEN = {
 """Method -> settings with this period: bases are renewed in steps 3, 5, ..., and resets follow
 steps 2, 4, ..."""
 
-LONG = {"switchlora", "host candidates", "relora"}
+LONG = {"switchlora", "host candidates", "least moving", "relora"}
 """Cases of which all steps up to the tenth are observed, with switches of many other vectors."""
 _NUM_STEPS_OF_LONG = 10
 
@@ -149,6 +157,7 @@ COUNTED_ON_CPU = {
     *METHOD_KEYS,
     *(f"{method}, HSDP" for method in METHOD_KEYS),
     "host candidates",
+    "least moving",
     "replicated weights",
     "accumulation",
     "accumulation, HSDP",

@@ -75,5 +75,7 @@ def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
 
 
 def _is_documented_wait(name: str, waits: list[str]) -> bool:
-    """Whether the host waits at most for vectors that were put back two steps ago."""
-    return waits == [] or ("host candidates" in name and waits == ["Event.synchronize"])
+    """Whether the host waits at most for vectors that were put back two steps ago, or for what an
+    earlier step has measured: the last one, since cases switch often."""
+    may_wait = "host candidates" in name or "least moving" in name
+    return waits == [] or (may_wait and waits == ["Event.synchronize"])

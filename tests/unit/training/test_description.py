@@ -29,7 +29,7 @@ from switchtitan.training.description import (
     write_config,
 )
 
-NEW_KEYS = ("candidates", "reset_moments", "switches_per_vector", "preset")
+NEW_KEYS = ("candidates", "reset_moments", "switches_per_vector", "preset", "order")
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +64,16 @@ def test_an_identity_saved_before_its_keys_existed_is_equal(tmp_path: Path, deca
 
 @pytest.mark.parametrize(
     ("key", "value", "default"),
-    [("candidates", "constant", "swap"), ("reset_moments", "both", "counterpart")],
+    [
+        ("candidates", "constant", "swap"),
+        ("reset_moments", "both", "counterpart"),
+        ("order", "least_moving", "ring"),
+    ],
 )
 def test_a_new_key_with_another_value_is_refused(
     tmp_path: Path, key: str, value: str, default: str
 ):
-    now = identity(tmp_path, "switchlora", f"--method.{key}", value)
+    now = identity(tmp_path, "switchlora", f"--method.{key}", value, "--method.interval", "8")
     old = now | {"method": without(now["method"], *NEW_KEYS)}
     with pytest.raises(
         CheckpointError, match=f"method.{key}: saved with '{default}', now '{value}'"
