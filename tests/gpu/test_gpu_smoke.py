@@ -31,6 +31,7 @@ RUNS = [
     ("relora", FROZEN_IN_BF16),
     ("relora", FROZEN_REPLICATED),
     ("full_rank", ("--optimizer.name", "muon")),
+    ("switchlora", ("--optimizer.name", "muon")),
 ]
 
 

@@ -59,7 +59,10 @@ def assert_same_losses(losses: list[float], expected: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("method", "keys"),
-    [*((method, ()) for method in METHODS), ("full_rank", ("--optimizer.name", "muon"))],
+    [
+        *((method, ()) for method in METHODS),
+        *((method, ("--optimizer.name", "muon")) for method in ("full_rank", "switchlora")),
+    ],
 )
 def test_all_gpus_train_as_one_does(corpora: Path, method: str, keys: tuple[str, ...]) -> None:
     name = " ".join(["nccl", method, *keys])
