@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,8 @@ from switchtitan.comparison.statistics import (
 )
 from switchtitan.job.config import JobConfig
 
+_MIN_SEEDS = 3
+"""The fewest seeds of which an interval says something."""
 DECLARATIONS = Path(__file__).parents[1] / "train_configs" / "comparisons"
 
 _Number = Annotated[float | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -117,17 +119,14 @@ class Comparison:
         self._titles = {row.name: row.title for row in declared.rows}
 
     @property
-    def num_declared(self) -> int:
-        """Number of runs that are to be reported."""
-        return len(self.declared.rows) * len(self.seeds)
+    def missing_seeds(self) -> list[int]:
+        """The declared seeds that are not reported, because some row has no run of them."""
+        return [seed for seed in self.declared.report_seeds if seed not in self.seeds]
 
     @property
-    def num_finished(self) -> int:
-        return sum(len(self.losses(row.name)) for row in self.declared.rows)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.num_finished == self.num_declared
+    def is_reported(self) -> bool:
+        """Whether there are seeds enough for an interval."""
+        return len(self.seeds) >= _MIN_SEEDS
 
     @property
     def rows(self) -> list[str]:
@@ -235,7 +234,19 @@ def read_comparison(folder: Path, name: str, *others: str) -> Comparison:
         if runs.setdefault(key, run) != run:
             raise ValueError(f"{', '.join(map(str, files))}: two lines of {key}; keep one")
     seeds = {seed for each in declared for seed in each.report_seeds}
+    if not others:
+        seeds = _finished_seeds(declared[0], list(runs.values()))
     return Comparison(name, declared[0], list(runs.values()), sorted(seeds))
+
+
+def _finished_seeds(declared: ComparisonConfig, runs: Sequence[FinishedRun]) -> set[int]:
+    """Returns the declared seeds of which every row has a run."""
+    finished = {(run.row, run.seed) for run in runs if run.stage == "report"}
+    return {
+        seed
+        for seed in declared.report_seeds
+        if all((row.name, seed) in finished for row in declared.rows)
+    }
 
 
 def _read_runs(file: Path) -> list[FinishedRun]:
@@ -258,11 +269,14 @@ def changes(before: Comparison, after: Comparison, split: str = "test") -> list[
     """Returns how each row's distance to the baseline changes between two comparisons.
 
     Both have the same rows, seeds, data order and initial weights, so distances are compared seed
-    by seed, and their changes are paired t-tests. p-values are adjusted over the rows.
+    by seed, over the seeds that both report, and their changes are paired t-tests. p-values are
+    adjusted over the rows.
     """
     rows = [row for row in before.rows if row in after.rows and row != before.baseline]
+    shared = set(before.seeds) & set(after.seeds)
     pairs: Mapping[str, tuple[BySeed, BySeed]] = {
-        row: (before.distances(row, split), after.distances(row, split)) for row in rows
+        row: (_of(before.distances(row, split), shared), _of(after.distances(row, split), shared))
+        for row in rows
     }
     changed = {row: _difference(first, second) for row, (first, second) in pairs.items()}
     adjusted_p = adjusted({row: of.p for row, of in changed.items()})
@@ -277,6 +291,10 @@ def changes(before: Comparison, after: Comparison, split: str = "test") -> list[
         )
         for row, (first, second) in pairs.items()
     ]
+
+
+def _of(values: BySeed, seeds: Set[int]) -> BySeed:
+    return {seed: value for seed, value in values.items() if seed in seeds}
 
 
 def _difference(row: BySeed, other: BySeed) -> Difference:

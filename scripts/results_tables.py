@@ -64,7 +64,17 @@ def millions(value: float) -> str:
 
 def seeds(of: Comparison) -> str:
     """Returns the seeds of a comparison as words: `2, 3 and 4`."""
-    *first, last = map(str, of.seeds)
+    return _words(of.seeds)
+
+
+def missing(of: Comparison) -> str:
+    """Returns the declared seeds that have not run, in words; an empty string if all have."""
+    found = of.missing_seeds
+    return f" ({_words(found)} did not run)" if found else ""
+
+
+def _words(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
     return f"{', '.join(first)} and {last}" if first else last
 
 

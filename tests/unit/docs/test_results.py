@@ -166,12 +166,28 @@ def test_a_comparison_without_a_file_has_no_results(folder):
     assert "[Not known yet](#" in page
 
 
-def test_an_unfinished_comparison_says_how_many_runs_it_has(folder):
-    lines = write_runs(folder, "own_rate_python", lambda run: made_up_loss(run, 0.1))
-    (folder / "own_rate_python.csv").write_text("".join(lines[:8]))
-    page = results_page.results_page(folder)
-    assert f"own_rate_python.toml): 7 of {len(lines) - 1} runs are reported." in page
-    assert "Own rates, seeds" not in page.partition("### On English prose")[0]
+def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
+    write_runs(folder, "one_rate_python", lambda run: made_up_loss(run, 0.1))
+    header, *lines = write_runs(folder, "own_rate_python", lambda run: made_up_loss(run, 0.04))
+    seeds = [int(line["seed"]) for line in csv.DictReader([header, *lines])]
+    of_four = [line for line, seed in zip(lines, seeds, strict=True) if seed <= 4]
+    of_five = [line for line, seed in zip(lines, seeds, strict=True) if seed == 5]
+    (folder / "own_rate_python.csv").write_text("".join([header, *of_four, *of_five[:-1]]))
+    page = results_page.results_page(folder).partition("### On English prose")[0]
+    assert "Own rates, seeds 2, 3 and 4 (5 and 6 did not run), " in page
+    assert "One rate for all parameters, seeds 2, 3, 4, 5 and 6, " in page
+    one, own = (
+        results_data.read_comparison(folder, name)
+        for name in ("one_rate_python", "own_rate_python")
+    )
+    assert {of.change.difference.num for of in results_data.changes(one, own)} == {3}
+    assert {of.before.num for of in results_data.changes(one, own)} == {3}
+
+    of_three = [line for line, seed in zip(lines, seeds, strict=True) if seed <= 3]
+    (folder / "own_rate_python.csv").write_text("".join([header, *of_three, *of_five[:-1]]))
+    page = results_page.results_page(folder).partition("### On English prose")[0]
+    assert "own_rate_python.toml) has no results yet." in page
+    assert "Own rates, seeds" not in page
 
 
 def test_finished_comparisons_say_how_much_is_the_rate(folder):
