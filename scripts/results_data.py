@@ -156,6 +156,11 @@ class Comparison:
         """Returns the reported losses of a row, by seed."""
         return {run.seed: run.loss(split) for run in self._reported(row)}
 
+    def mean_loss(self, row: str, split: str = "test") -> str:
+        """Returns the mean of a row's reported losses as text."""
+        losses = list(self.losses(row, split).values())
+        return f"{sum(losses) / len(losses):.3f}"
+
     def values(self, row: str, column: str) -> list[float]:
         """Returns a column of a row's runs; empty in older files, which do not have it."""
         values = [getattr(run, column) for run in self._reported(row)]

@@ -72,6 +72,12 @@ def made_up_distance(seed: int, row: str, distance: float) -> float:
     return 0 if row == "full_rank" else distance + noise / 500
 
 
+def remove_claims(folder: Path) -> None:
+    """Lets a page be made of losses that were made up, and do not show what its sentences say."""
+    template = folder / results_page.TEMPLATE
+    template.write_text(re.sub(r"\{\{-? require\(.*\) \}\}", "", template.read_text()))
+
+
 def test_the_page_is_what_the_files_give():
     assert results_page.results_page() == PAGE
 
@@ -161,12 +167,14 @@ def test_an_unknown_name_is_an_error(folder):
 def test_a_comparison_without_a_file_has_no_results(folder):
     for file in folder.glob("o*_rate_*.csv"):
         file.unlink()
+    remove_claims(folder)
     page = results_page.results_page(folder)
     assert page.count(") has no results yet.") == 4
-    assert "[Not known yet](#" in page
+    assert page.count("has not been compared yet") == 2
 
 
 def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
+    remove_claims(folder)
     write_runs(folder, "one_rate_python", lambda run: made_up_loss(run, 0.1))
     header, *lines = write_runs(folder, "own_rate_python", lambda run: made_up_loss(run, 0.04))
     seeds = [int(line["seed"]) for line in csv.DictReader([header, *lines])]
@@ -191,12 +199,13 @@ def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
 
 
 def test_finished_comparisons_say_how_much_is_the_rate(folder):
+    remove_claims(folder)
     for name, distance in (("one_rate", 0.1), ("own_rate", 0.04)):
         for corpus in ("python", "english"):
             write_runs(folder, f"{name}_{corpus}", lambda run, d=distance: made_up_loss(run, d))
     page = results_page.results_page(folder)
     assert "has no results yet" not in page
-    assert "Not known yet" not in page
+    assert "has not been compared yet" not in page
     assert "[own_rate_english.csv](results/own_rate_english.csv): CPU, CPU capability AVX2," in page
     assert not [line for line in page.splitlines() if len(line) > 120]
     one = results_data.read_comparison(folder, "one_rate_python")
@@ -217,7 +226,7 @@ def test_finished_comparisons_say_how_much_is_the_rate(folder):
     change, share = results_tables.interval(lora.change), results_tables.percent(lora.share)
     row = f"| LoRA | {mean(before):+.3f} | {mean(after):+.3f} | **{change}** | {share} |"
     assert row in page.partition("### On Python code")[2]
-    assert f"{change}, a share of {share}" in page.partition("## How much")[0]
+    assert f"- LoRA: {change}" in page.partition("## How much")[0]
 
 
 def test_a_row_reported_with_different_rates_is_an_error(folder):
