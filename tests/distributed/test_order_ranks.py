@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import run_on_ranks
+from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, run_in_layouts
 from support.tiny import full_tensors, tiny_trainer, train_steps
 
 from switchtitan.distributed.count_collectives import CountCommunication
@@ -14,14 +14,6 @@ pytestmark = pytest.mark.distributed
 # 0.75 switches per step: half a lap of 6 vectors takes 4 steps.
 KEYS = ("--method.interval", "8", "--method.order")
 NUM_STEPS = 18
-LAYOUTS = {
-    "one": (1, ()),
-    "two": (2, ()),
-    "four": (4, ()),
-    "two_by_two": (4, ("--parallelism.replicate", "2")),
-}
-# Sums over ranks have another order; Adam amplifies that for gradients near zero.
-RELATIVE_LOSS_TOLERANCE = 1e-5
 
 
 def train(rank: int, folder: Path, layout: str) -> None:
@@ -53,11 +45,7 @@ def train(rank: int, folder: Path, layout: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(corpora: Path) -> dict[str, dict]:
-    folder = corpora / "orders"
-    folder.mkdir()
-    for layout, (num_ranks, _) in LAYOUTS.items():
-        run_on_ranks(num_ranks, train, folder, layout)
-    return {layout: torch.load(folder / f"{layout}.pt") for layout in LAYOUTS}
+    return run_in_layouts(corpora / "orders", train)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

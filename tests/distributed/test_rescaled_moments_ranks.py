@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import run_on_ranks
+from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, run_in_layouts
 from support.tiny import full_tensors, tiny_trainer, train_steps
 
 from switchtitan.distributed.count_collectives import CountCommunication
@@ -12,14 +12,6 @@ from switchtitan.distributed.count_collectives import CountCommunication
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 12
-LAYOUTS = {
-    "one": (1, ()),
-    "two": (2, ()),
-    "four": (4, ()),
-    "two_by_two": (4, ("--parallelism.replicate", "2")),
-}
-# Sums over ranks have another order; Adam amplifies that for gradients near zero.
-RELATIVE_LOSS_TOLERANCE = 1e-5
 
 
 def train(rank: int, folder: Path, layout: str) -> None:
@@ -48,11 +40,7 @@ def train(rank: int, folder: Path, layout: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(corpora: Path) -> dict[str, dict]:
-    folder = corpora / "rescaled-moments"
-    folder.mkdir()
-    for layout, (num_ranks, _) in LAYOUTS.items():
-        run_on_ranks(num_ranks, train, folder, layout)
-    return {layout: torch.load(folder / f"{layout}.pt") for layout in LAYOUTS}
+    return run_in_layouts(corpora / "rescaled-moments", train)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_on_ranks
+from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, run_in_layouts
 from support.tiny import METHOD_KEYS, full_tensors, tiny_trainer, train_steps
 
 from switchtitan.distributed.blocks import CallWithInputOnHost
@@ -15,16 +15,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 # ReLoRA resets after 9 and 18 steps, and is saved during its restart warmup. GaLore and APOLLO
 # update bases after 7 and 14 steps.
 NUM_STEPS, SAVED_STEP, NUM_STILL_STEPS = 20, 10, 12
-# Sums over ranks have another order; Adam amplifies that for gradients near zero, Muon for singular
-# values near zero.
-RELATIVE_LOSS_TOLERANCE = 1e-5
-# In running order. All resume from the checkpoints of the first.
-LAYOUTS = {
-    "two": (2, ()),
-    "one": (1, ()),
-    "four": (4, ()),
-    "two_by_two": (4, ("--parallelism.replicate", "2")),
-}
 CONSTANT = ("--method.candidates", "constant")
 MUON = ("--optimizer.name", "muon")
 ON_HOST = ("--method.candidates_dtype", "bfloat16", "--method.candidates_device", "host")
@@ -34,6 +24,7 @@ VARIANTS = {
     "muon": ("switchlora", MUON),
 }
 RUNS = {method: (method, ()) for method in METHOD_KEYS} | VARIANTS
+# From the checkpoints of the layout that runs first.
 RESUMED_IN = ("two", "one", "four")
 # Updates change no bit, so factors equal candidates.
 STILL = ("--optimizer.lr", "1e-30", "--method.freeze_steps", "0")
@@ -101,11 +92,7 @@ def train(folder, method, overrides, num_ranks, num_steps, is_saved=False):
 @pytest.fixture(scope="module")
 def runs(corpora):
     """Recorded runs[layout][name]."""
-    folder = corpora / "layouts"
-    folder.mkdir()
-    for layout, (num_ranks, _) in LAYOUTS.items():
-        run_on_ranks(num_ranks, train_in_layout, folder, layout)
-    return {layout: torch.load(folder / f"{layout}.pt") for layout in LAYOUTS}
+    return run_in_layouts(corpora / "layouts", train_in_layout)
 
 
 @pytest.mark.parametrize("name", RUNS)
