@@ -1,10 +1,12 @@
 """SwitchLoRA layers with an optimizer, without a model."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.shards import Spans
 from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear
 from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -14,6 +16,17 @@ from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
+
+
+def least_moving(rank: int, interval: float, freeze_steps: int, **keys: Any) -> SwitchLoraConfig:
+    """A configuration whose switches are spread evenly; vectors that move least come first."""
+    keys = {"decay": "constant", "order": "least_moving"} | keys
+    return SwitchLoraConfig(rank=rank, interval=interval, freeze_steps=freeze_steps, **keys)
+
+
+def flat(spans: Spans) -> list[int]:
+    """The vectors of spans, in order."""
+    return [vector for span in spans for vector in span]
 
 
 def build_layer(

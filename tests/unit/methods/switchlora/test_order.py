@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.switchlora_layers import flat, least_moving
 from support.tiny import tiny_config
 
 from switchtitan.errors import ConfigError
-from switchtitan.methods.switchlora import SwitchLoraConfig, order
+from switchtitan.methods.switchlora import order
 from switchtitan.methods.switchlora.order import LeastMovingOrder, RingOrder, least_first
 from switchtitan.methods.switchlora.schedule import (
     SwitchCounts,
@@ -20,19 +21,6 @@ NUM_LAYERS = 5
 # (rank, interval, freeze_steps): often and seldom; a window of one vector and of many; the most
 # switches that are accepted.
 SETTINGS = [(4, 4, 1), (4, 40, 5), (6, 4, 0), (8, 20, 5), (10, 9.3, 2), (16, 106, 0), (24, 16, 4)]
-
-
-def least_moving(rank, interval, freeze_steps, **keys):
-    return SwitchLoraConfig(
-        rank=rank,
-        interval=interval,
-        freeze_steps=freeze_steps,
-        **{"decay": "constant", "order": "least_moving"} | keys,
-    )
-
-
-def flat(spans):
-    return [place for span in spans for place in span]
 
 
 def plans_of(switch_order, config, num_steps, movement_of, measured=None):

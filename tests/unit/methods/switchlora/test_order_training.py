@@ -8,6 +8,8 @@ from support.switchlora_layers import (
     build_layer,
     build_optimizer,
     effective_weight,
+    flat,
+    least_moving,
     relative_change,
 )
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
@@ -15,26 +17,12 @@ from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import stop_world
 from switchtitan.methods import METHODS
-from switchtitan.methods.switchlora import SwitchLoraConfig, order
+from switchtitan.methods.switchlora import order
 from switchtitan.methods.switchlora.order import least_first
 from switchtitan.methods.switchlora.schedule import FACTOR_A, FACTOR_B
 from switchtitan.models import MODELS
 from switchtitan.optim import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
-
-
-def least_moving(rank, interval, freeze_steps, **keys):
-    return SwitchLoraConfig(
-        rank=rank,
-        interval=interval,
-        freeze_steps=freeze_steps,
-        **{"decay": "constant", "order": "least_moving"} | keys,
-    )
-
-
-def flat(spans):
-    return [place for span in spans for place in span]
-
 
 SHAPES = [(31, 29), (23, 40)]  # (out, in)
 RANK = 8
