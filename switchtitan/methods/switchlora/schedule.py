@@ -68,7 +68,7 @@ class SwitchCounts:
         requested: np.ndarray,
         rank: int,
         num_candidates: np.ndarray,
-        window: int | None = None,
+        window: int,
     ) -> np.ndarray:
         """Limits a request to the vectors of each factor that may be switched now, [layers].
 
@@ -76,9 +76,8 @@ class SwitchCounts:
         k <= window - (frozen vectors of one factor) and k <= candidates - rank.
 
         Args:
-            window: see `SwitchOrder`; by default that of a ring, floor(rank / 2).
+            window: see `SwitchOrder`.
         """
-        window = rank // 2 if window is None else window
         allowed = np.minimum(window - self.recent.sum(0), num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
 

@@ -128,7 +128,7 @@ def switches_of_vectors(config, num_steps, num_layers):
     counts = SwitchCounts(num_layers, config.freeze_steps)
     for step in range(num_steps):
         requested = schedule.requested(step)
-        counts.advance(counts.limited(requested, config.rank, num_candidates))
+        counts.advance(counts.limited(requested, config.rank, num_candidates, config.rank // 2))
     vectors = np.arange(config.rank)
     return (counts.num_switched[:, None] + config.rank - 1 - vectors) // config.rank
 
@@ -187,7 +187,7 @@ def test_limits_hold_whatever_is_asked_for(freeze_steps):
     bound_by_freeze = bound_by_candidates = 0
     for _ in range(400):
         requested = generator.integers(0, 9, 5)
-        switched = counts.limited(requested, rank, num_candidates)
+        switched = counts.limited(requested, rank, num_candidates, rank // 2)
         counts.advance(switched)
         frozen = (
             sum(history[-(freeze_steps - 1) :], np.zeros(5, dtype=int)) if freeze_steps > 1 else 0
@@ -244,7 +244,7 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(
     for _ in range(500):
         before = int(counts.num_switched[0])
         requested = generator.integers(0, most_asked + 1, 1)
-        limited = counts.limited(requested, rank, np.array([num_candidates]))
+        limited = counts.limited(requested, rank, np.array([num_candidates]), rank // 2)
         counts.advance(limited)
         count = int(limited[0])
         plan = plan_layer_switch(7, before, count, rank, num_candidates)
