@@ -9,8 +9,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from results_data import Comparison, read_comparison
 
-from switchtitan.comparison.statistics import interval_of_mean
-
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -21,8 +19,7 @@ def draw_ablations(of: Comparison) -> Figure:
     axes = figure.subplots()
     for place, row in enumerate(rows):
         found = of.versus(row, of.baseline, "validation").difference
-        interval = interval_of_mean(found.mean, found.std, found.num)
-        half = interval[1] - found.mean if interval else None
+        half = None if found.high is None else found.high - found.mean
         axes.errorbar(found.mean, place, xerr=half, fmt="o", color="C0", capsize=3)
     axes.axvline(0.0, color="gray", linewidth=1)
     axes.set_yticks(range(len(rows)), [of.title(row) for row in rows])

@@ -156,11 +156,6 @@ class Comparison:
         """Returns the reported losses of a row, by seed."""
         return {run.seed: run.loss(split) for run in self._reported(row)}
 
-    def mean_loss(self, row: str, split: str = "test") -> str:
-        """Returns the mean of a row's reported losses as text."""
-        losses = list(self.losses(row, split).values())
-        return f"{sum(losses) / len(losses):.3f}"
-
     def values(self, row: str, column: str) -> list[float]:
         """Returns a column of a row's runs; empty in older files, which do not have it."""
         values = [getattr(run, column) for run in self._reported(row)]
@@ -238,8 +233,9 @@ def read_comparison(folder: Path, name: str, *others: str) -> Comparison:
         key = (run.stage, run.row, run.seed, *sorted(run.values.items()))
         if runs.setdefault(key, run) != run:
             raise ValueError(f"{', '.join(map(str, files))}: two lines of {key}; keep one")
-    seeds = {seed for each in declared for seed in each.report_seeds}
-    if not others:
+    if others:
+        seeds = {seed for each in declared for seed in each.report_seeds}
+    else:
         seeds = _finished_seeds(declared[0], list(runs.values()))
     return Comparison(name, declared[0], list(runs.values()), sorted(seeds))
 

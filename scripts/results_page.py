@@ -25,7 +25,7 @@ REPORTED = "reported.csv"
 _LEVEL = f"{100 * (1 - LEVEL):.0f} %"
 _PUBLISHED = "published"
 _FUNCTIONS = (
-    *("interval", "percent", "number", "mean", "millions", "seeds", "missing"),
+    *("interval", "percent", "number", "mean", "millions", "seeds", "missing", "mean_loss"),
     *("results_table", "changes_table", "ablation_table"),
 )
 """Functions of `results_tables` that the template can call."""

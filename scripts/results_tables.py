@@ -90,7 +90,7 @@ def results_table(of: Comparison) -> str:
     lines = []
     for row in of.rows:
         cells = [of.title(row), *(_value(of, row, key) for key in keys)]
-        cells.append(_mean_loss(of, row))
+        cells.append(mean_loss(of, row))
         cells += [_cell(of, row, of.baseline, split) for split in ("test", "validation")]
         lines.append(cells)
     return _table(header, lines)
@@ -105,7 +105,7 @@ def ablation_table(of: Comparison, rows: Sequence[str]) -> str:
     header += ["test loss minus published keys'", "validation loss minus published keys'"]
     lines = []
     for row in (of.baseline, *rows):
-        cells = [of.title(row), _num_switches(of, row), _mean_loss(of, row)]
+        cells = [of.title(row), _num_switches(of, row), mean_loss(of, row)]
         cells += [_cell(of, row, of.baseline, split, rows) for split in ("test", "validation")]
         lines.append(cells)
     return _table(header, lines)
@@ -161,7 +161,8 @@ def _effective_rank(known: Sequence[dict[str, str]], of: Comparison, row: str) -
     return f"{lines[0]['mean']} ± {lines[0]['std']}" if lines else UNKNOWN
 
 
-def _mean_loss(of: Comparison, row: str) -> str:
+def mean_loss(of: Comparison, row: str) -> str:
+    """Returns the mean of a row's test losses."""
     loss = summarize(list(of.losses(row).values())).mean
     return f"{loss:.{_DIGITS}f}" if math.isfinite(loss) else _DIVERGED
 
