@@ -62,7 +62,7 @@ def check_stop(
 ) -> list[int]:
     """Checks a run that received a signal; returns the step that it has lost, if any.
 
-    A run that is told to stop before the end of its first step ends at once. That step may end
+    A run that gets the signal before the end of its first step stops at once. That step may end
     while the ranks agree on this; it is lost, and the only one that may be.
 
     Args:

@@ -1,4 +1,4 @@
-"""A process that has ended is told from one that may run."""
+"""A process that has ended is distinguished from one that may run."""
 
 import os
 import socket
