@@ -37,6 +37,14 @@ measure_step() {
         "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
+measure_methods() { # what an update costs beside full rank's; rank hidden/4
+    local scale=optimizer.name=scale,compile.optimizer=false
+    benchmark step $F $F:optimizer.name=muon $F:$scale $F:method.name=low_rank,method.rank=128 \
+        $F:method.name=galore,method.rank=128 $F:method.name=fira,method.rank=128 \
+        $F:method.name=apollo,method.rank=128 $S $S:method.preset=gentle,optimizer.name=muon \
+        "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 4 --steps-per-round 1 --json "$1"
+}
+
 measure_host() { # matrices so small that the host is the limit
     local size=train_configs/llama_350m narrow=(--model.hidden_size 64 --model.intermediate_size 176 --model.num_heads 4)
     OMP_NUM_THREADS=1 benchmark step "${size}_full_rank.toml" "${size}_full_rank.toml:parallelism.blocks_per_unit=1" \
@@ -171,7 +179,7 @@ measure_offload() {
 }
 
 if [ $# = 0 ]; then
-    set -- step host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
+    set -- step methods host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
         state one_gpu one_gpu_1b fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches offload
 fi
 for name in "$@"; do

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "RESULTS.md"
 FOLDER = ROOT / "docs" / "results"
 TEMPLATE = "RESULTS.md.jinja"
+GEOMETRY = "geometry_python.csv"
+"""What `scripts/measure_geometry.py` measured."""
 REPORTED = "reported.csv"
 """Figures without a CSV file of their runs, as an earlier version of the page reported them."""
 
@@ -51,6 +53,8 @@ def results_page(folder: Path = FOLDER) -> str:
     environment.globals.update(
         comparison=partial(read_comparison, folder),
         cost_table=partial(results_tables.cost_table, folder / REPORTED),
+        geometry_table=partial(results_tables.geometry_table, folder / GEOMETRY),
+        has_geometry=(folder / GEOMETRY).exists(),
     )
     return environment.from_string(source).render()
 

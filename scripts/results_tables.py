@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from results_data import Comparison, Versus, changes
@@ -152,6 +152,24 @@ def cost_table(reported: Path, *comparisons: Comparison) -> str:
             cells += [_effective_rank(known, of, row)]
             lines.append(cells)
     return _table(header, lines)
+
+
+def geometry_table(file: Path, columns: Mapping[str, tuple[str, int]]) -> str:
+    """Returns columns of the CSV file of `scripts/measure_geometry.py`, a line for each run.
+
+    Args:
+        columns: heading -> column of the file, and the digits after the decimal point.
+    """
+    with file.open(newline="", encoding="utf-8") as stream:
+        lines = [
+            [run["title"], *(_decimal(run[column], digits) for column, digits in columns.values())]
+            for run in csv.DictReader(stream)
+        ]
+    return _table(["", *columns], lines)
+
+
+def _decimal(text: str, digits: int) -> str:
+    return f"{float(text):.{digits}f}" if text else UNKNOWN
 
 
 def _effective_rank(known: Sequence[dict[str, str]], of: Comparison, row: str) -> str:

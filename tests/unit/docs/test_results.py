@@ -1,10 +1,8 @@
 """docs/RESULTS.md: every number from our runs is computed from the CSV files of docs/results."""
 
 import csv
-import hashlib
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -14,12 +12,8 @@ import results_page
 import results_tables
 from jinja2 import UndefinedError
 from scipy import stats
-from support.finished_runs import RESULTS
+from support.made_up_runs import made_up_distance, made_up_loss, write_runs
 
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.plan import Run, report_runs
-from switchtitan.comparison.results import result_of
-from switchtitan.comparison.runs_csv import run_record, runs_csv
 from switchtitan.errors import ConfigError
 
 PAGE = results_page.RESULTS.read_text()
@@ -43,33 +37,6 @@ def change_losses(file: Path, row: str, by: float) -> None:
         writer = csv.DictWriter(stream, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-
-
-def write_runs(folder: Path, name: str, loss: Callable[[Run], float]) -> list[str]:
-    """Writes the CSV file of a declared comparison, with made-up losses; returns its lines."""
-    declared = load_comparison(results_data.DECLARATIONS / f"{name}.toml")
-    chosen = {row.name: {key: values[1] for key, values in row.values.items()}
-              for row in declared.rows}  # fmt: skip
-    records = []
-    for run in report_runs(declared, chosen):
-        losses = {"loss/test": loss(run), "loss/validation": loss(run) - 0.1}
-        figures = RESULTS | losses | {"bits_per_byte/test": 1.5 + run.seed / 100}
-        digest = hashlib.sha256(run.name.encode()).hexdigest()
-        result = result_of(run, figures, digest, has_folder=False)
-        records.append(run_record("report", result, declared.axes))
-    text = runs_csv(records, declared.axes)
-    (folder / f"{name}.csv").write_text(text)
-    return text.splitlines(keepends=True)
-
-
-def made_up_loss(run: Run, distance: float) -> float:
-    """Full rank differs by seed, and the distance of other rows by seed, row and comparison."""
-    return 3 + run.seed / 100 + made_up_distance(run.seed, run.row, distance)
-
-
-def made_up_distance(seed: int, row: str, distance: float) -> float:
-    noise = ((7 + round(100 * distance)) * seed + 3 * len(row)) % 5 - 2
-    return 0 if row == "full_rank" else distance + noise / 500
 
 
 def remove_claims(folder: Path) -> None:
@@ -203,6 +170,8 @@ def test_finished_comparisons_say_how_much_is_the_rate(folder):
     for name, distance in (("one_rate", 0.1), ("own_rate", 0.04)):
         for corpus in ("python", "english"):
             write_runs(folder, f"{name}_{corpus}", lambda run, d=distance: made_up_loss(run, d))
+    for name in ("preset_python", "optimizers_python"):
+        write_runs(folder, name, lambda run: made_up_loss(run, 0.1))
     page = results_page.results_page(folder)
     assert "has no results yet" not in page
     assert "has not been compared yet" not in page

@@ -1,0 +1,138 @@
+"""Measures the geometry of every method for docs/RESULTS.md: docs/results/geometry_python.csv.
+
+    python scripts/measure_geometry.py [--jobs N]
+
+Trains each row of `SOURCES` once more, with the values that its comparison selected, on one seed,
+and keeps several checkpoints. Then `switchtitan geometry` measures all of them against full rank.
+The same command continues a run that was stopped."""
+
+import argparse
+import csv
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from results_data import DECLARATIONS, read_comparison
+
+from switchtitan.cli.record import write_json
+from switchtitan.comparison.config import ComparisonConfig, load_comparison
+from switchtitan.comparison.plan import Run, plan_run
+from switchtitan.comparison.results import read_result
+from switchtitan.comparison.runner import Runner
+from switchtitan.geometry.activations import mean_similarity
+from switchtitan.geometry.measure import Geometry, Options, measure
+from switchtitan.geometry.report import as_json
+from switchtitan.geometry.runs import open_run
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+OUTPUT = Path("outputs/geometry_python")
+CSV_FILE = RESULTS / "geometry_python.csv"
+SEED = 2
+CHECKPOINTS = ("--checkpoint.interval", "200", "--checkpoint.keep_latest", "5")
+RELORA = ("relora-r16", "ReLoRA")
+"""The row that no comparison of this size has. It trains with LoRA's values."""
+RELORA_KEYS = {"name": "relora", "rank": 16, "reset_interval": 200, "restart_warmup_steps": 20}
+SOURCES = {
+    "own_rate_python": (
+        *("full_rank", "lora-r16", "lora-balanced-r16", "switchlora-r16"),
+        *("galore-r16", "apollo-r16"),
+    ),
+    "preset_python": ("switchlora-gentle-r16", "switchlora-gentle-muon-r16"),
+    "optimizers_python": ("muon", "scale", "fira-r16", "low-rank-r16"),
+}
+"""Comparison -> the rows that are measured with the values that it selected."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains what has not been trained, and writes the CSV file and all numbers as JSON."""
+    parser = argparse.ArgumentParser(prog="scripts/measure_geometry.py", allow_abbrev=False)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
+    jobs = parser.parse_args(argv).jobs
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    runs = planned(RESULTS)
+    Runner(jobs).run_all(
+        list(runs.values()),
+        lambda run: read_result(run) is not None,
+        lambda run: logging.info("%s finished", run.name),
+    )
+    trained = {title: open_run(title, run.folder) for title, run in runs.items()}
+    full_rank, *_ = trained.values()
+    options = Options(parts=None)
+    measured = [
+        measure(run, None if run is full_rank else full_rank, options) for run in trained.values()
+    ]
+    write_json(OUTPUT / "geometry.json", as_json(measured, options))
+    with CSV_FILE.open("w", newline="", encoding="utf-8") as stream:
+        rows = [numbers(geometry) for geometry in measured]
+        writer = csv.DictWriter(stream, rows[-1], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def planned(folder: Path) -> dict[str, Run]:
+    """Returns the runs by title, full rank first, with the values in the CSV files of `folder`."""
+    runs = {}
+    for name, rows in SOURCES.items():
+        found = read_comparison(folder, name)
+        declared = load_comparison(DECLARATIONS / f"{name}.toml")
+        for row in rows:
+            runs[found.title(row)] = _plan(declared, row, found.chosen(row))
+            if row == "lora-r16":
+                relora = _with_row(declared, row, RELORA, RELORA_KEYS)
+                runs[RELORA[1]] = _plan(relora, RELORA[0], found.chosen(row))
+    return runs
+
+
+def _plan(declared: ComparisonConfig, row: str, values: Mapping[str, float]) -> Run:
+    placed = declared.model_copy(update={"output_dir": OUTPUT})
+    run = plan_run(placed, placed.row(row), values, SEED)
+    return replace(run, arguments=(*run.arguments, *CHECKPOINTS))
+
+
+def _with_row(
+    declared: ComparisonConfig, like: str, named: tuple[str, str], method: Mapping[str, object]
+) -> ComparisonConfig:
+    """Returns a comparison with one more row: that of another method, tuned like an old one."""
+    name, label = named
+    update = {"name": name, "label": label, "set": {"method": dict(method)}}
+    row = declared.row(like).model_copy(update=update)
+    return declared.model_copy(update={"rows": (*declared.rows, row)})
+
+
+def numbers(geometry: Geometry) -> dict[str, object]:
+    """Returns the columns of the CSV file: means over layers, directions and blocks.
+
+    Those of weights, sharpness and activations are of the newest checkpoint, those of updates of
+    the change between the last two checkpoints.
+    """
+    spectral, sharpness, barriers = geometry.spectral, geometry.sharpness, geometry.barriers
+    if spectral is None or sharpness is None or barriers is None:
+        raise ValueError(f"{geometry.run.label}: not everything was measured: {geometry.left_out}")
+    weight, update = spectral.weights[-1].mean, spectral.updates[-1].mean
+    columns: dict[str, object] = {
+        "title": geometry.run.label,
+        "steps": " ".join(map(str, geometry.run.steps)),
+        "tokens": geometry.num_tokens,
+        "loss": sharpness.loss,
+    }
+    for kind, found in (("weight", weight), ("update", update)):
+        columns |= {f"{kind}_{key}": value for key, value in found._asdict().items()}
+    del columns["weight_relative_norm"]  # of a weight to itself
+    columns |= {
+        "random_sharpness": sharpness.mean_random,
+        "principal_sharpness": sharpness.principal[0],
+        "largest_barrier": max(barrier.height for barrier in barriers.values()),
+    }
+    if geometry.barriers_to_other and geometry.activations:
+        *_, barrier = geometry.barriers_to_other.values()
+        *_, blocks = geometry.activations.values()
+        columns["barrier_to_full_rank"] = barrier.height
+        similarity = mean_similarity(list(blocks.values()))._asdict()
+        columns |= {f"activation_{key}": value for key, value in similarity.items()}
+    return columns
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

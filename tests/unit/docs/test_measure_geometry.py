@@ -1,0 +1,115 @@
+"""scripts/measure_geometry.py: the runs and the columns of docs/results/geometry_python.csv."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import measure_geometry
+import pytest
+import results_tables
+import torch
+from support.made_up_runs import made_up_loss, write_runs
+from torch import Tensor
+
+from switchtitan.geometry.activations import Similarity
+from switchtitan.geometry.landscape import Barrier
+from switchtitan.geometry.matrices import matrix_geometry
+from switchtitan.geometry.measure import Geometry, Sharpness
+from switchtitan.geometry.spectral import Layers, SpectralGeometry, WeightGeometry
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for name in measure_geometry.SOURCES:
+        write_runs(tmp_path, name, lambda run: made_up_loss(run, 0.1))
+    return tmp_path
+
+
+def test_every_method_is_trained_with_the_values_that_were_selected_for_it(results):
+    runs = measure_geometry.planned(results)
+    configs = {title: run.config() for title, run in runs.items()}
+    methods = {config.method.name for config in configs.values()}
+    assert methods == {
+        *("full_rank", "lora", "switchlora", "relora", "low_rank", "galore", "fira", "apollo")
+    }
+    assert {config.optimizer.name for config in configs.values()} == {"adamw", "muon", "scale"}
+    assert next(iter(runs)) == "full rank"
+    # `write_runs` selects the second value of every key.
+    assert (configs["LoRA"].optimizer.lr, configs["LoRA"].optimizer.other_lr) == (2e-2, 1e-2)
+    assert configs["ReLoRA"].optimizer == configs["LoRA"].optimizer
+    for config in configs.values():
+        assert (config.checkpoint.interval, config.checkpoint.keep_latest) == (200, 5)
+        assert config.training.steps == 1000
+        assert config.job.seed == measure_geometry.SEED
+    assert len({run.folder for run in runs.values()}) == len(runs)
+
+
+def test_columns_are_those_of_the_newest_checkpoint_and_the_last_change(run_with_two_layers):
+    columns = measure_geometry.numbers(run_with_two_layers)
+    assert columns["loss"] == 2.5
+    # Two layers with effective ranks 4 (equal values) and 1 (one value), and their last change.
+    assert columns["weight_effective_rank"] == pytest.approx((4 + 1) / 2)
+    assert columns["update_stable_rank"] == pytest.approx((2 + 1) / 2)
+    assert "weight_relative_norm" not in columns
+    assert columns["update_relative_norm"] == pytest.approx((2**0.5 / 4 + 1 / 8) / 2)
+    assert columns["random_sharpness"] == pytest.approx(0.2)
+    assert columns["principal_sharpness"] == 0.7
+    assert columns["largest_barrier"] == 0.05
+    assert columns["barrier_to_full_rank"] == 1.5
+    assert columns["activation_linear_cka"] == pytest.approx(0.85)
+
+
+def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
+    rows = [measure_geometry.numbers(run_with_two_layers)]
+    del rows[0]["barrier_to_full_rank"]
+    file = tmp_path / "geometry.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], "barrier_to_full_rank"], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    columns = {"effective rank": ("weight_effective_rank", 1), "loss": ("loss", 3)}
+    columns |= {"barrier": ("barrier_to_full_rank", 2)}
+    table = results_tables.geometry_table(file, columns)
+    assert table.splitlines()[-1] == "| GaLore | 2.5 | 2.500 | - |"
+
+
+@pytest.fixture
+def run_with_two_layers() -> Geometry:
+    """A run whose checkpoints, singular values and losses were made up."""
+    even, single = torch.ones(4), torch.tensor([3.0, 0.0, 0.0, 0.0])
+    first = WeightGeometry(None, 200, layers(single, single))
+    last = WeightGeometry(None, 400, layers(even, single))
+    earlier = WeightGeometry(0, 200, layers(single, single, norms=(1.0, 1.0)))
+    change = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    updates = [earlier, WeightGeometry(200, 400, layers(*change, norms=(4.0, 8.0)))]
+    found = Geometry(
+        RunOfSteps("GaLore", [200, 400]),  # type: ignore[arg-type]
+        num_tokens=64,
+        spectral=SpectralGeometry([first, last], updates, []),
+        sharpness=Sharpness(400, 2.5, random=[0.1, 0.3], principal=[0.7, 0.9], principal_shares=[]),
+    )
+    found.barriers = {(0, 200): barrier(0.05), (200, 400): barrier(-0.01)}
+    found.barriers_to_other = {200: barrier(0.5), 400: barrier(1.5)}
+    block = Similarity(linear_cka=0.8, cosine=0.5, relative_l2=1.0)
+    found.activations = {
+        200: {"0": block},
+        400: {"0": block, "1": block._replace(linear_cka=0.9)},
+    }
+    return found
+
+
+class RunOfSteps(NamedTuple):
+    label: str
+    steps: list[int]
+
+
+def layers(*values: Tensor, norms: Sequence[float | None] = (None, None)) -> Layers:
+    return {
+        str(number): matrix_geometry(of_layer.double(), norm)
+        for number, (of_layer, norm) in enumerate(zip(values, norms, strict=True))
+    }
+
+
+def barrier(height: float) -> Barrier:
+    return Barrier(height, 0.5, [0.0, 0.5, 1.0], [1.0, 1.0 + height, 1.0])
