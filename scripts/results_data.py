@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from switchtitan.comparison.config import LEARNING_RATE, ComparisonConfig, load_comparison
 from switchtitan.comparison.plan import first_run
 from switchtitan.comparison.runs_csv import read_finished_runs
+from switchtitan.comparison.selection import is_rate
 from switchtitan.comparison.statistics import (
     BySeed,
     Difference,
@@ -177,7 +178,9 @@ class Comparison:
         return first
 
     def is_at_edge(self, row: str, key: str) -> bool:
-        """Whether the chosen value of a key is the lowest or the highest one tried."""
+        """Whether the chosen value of a learning rate is the lowest or the highest one tried."""
+        if not is_rate(key):
+            return False
         runs = (run for run in self._runs if run.stage == "selection" and run.row == row)
         tried = {run.values[key] for run in runs if key in run.values}
         return bool(tried) and self.chosen(row)[key] in (min(tried), max(tried))
