@@ -8,19 +8,21 @@ The same command continues a run that was stopped."""
 
 import argparse
 import csv
+import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from results_data import DECLARATIONS, read_comparison
+from results_data import read_comparison
 
 from switchtitan.cli.record import write_json
-from switchtitan.comparison.config import ComparisonConfig, load_comparison
+from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.plan import Run, plan_run
 from switchtitan.comparison.results import read_result
 from switchtitan.comparison.runner import Runner
+from switchtitan.files import write_atomically
 from switchtitan.geometry.activations import mean_similarity
 from switchtitan.geometry.measure import Geometry, Options, measure
 from switchtitan.geometry.report import as_json
@@ -64,11 +66,7 @@ def main(argv: Sequence[str]) -> None:
         measure(run, None if run is full_rank else full_rank, options) for run in trained.values()
     ]
     write_json(OUTPUT / "geometry.json", as_json(measured, options))
-    with CSV_FILE.open("w", newline="", encoding="utf-8") as stream:
-        rows = [numbers(geometry) for geometry in measured]
-        writer = csv.DictWriter(stream, rows[-1], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_atomically(CSV_FILE, table([numbers(geometry) for geometry in measured]))
 
 
 def planned(folder: Path) -> dict[str, Run]:
@@ -76,11 +74,10 @@ def planned(folder: Path) -> dict[str, Run]:
     runs = {}
     for name, rows in SOURCES.items():
         found = read_comparison(folder, name)
-        declared = load_comparison(DECLARATIONS / f"{name}.toml")
         for row in rows:
-            runs[found.title(row)] = _plan(declared, row, found.chosen(row))
+            runs[found.title(row)] = _plan(found.declared, row, found.chosen(row))
             if row == "lora-r16":
-                relora = _with_row(declared, row, RELORA, RELORA_KEYS)
+                relora = _with_row(found.declared, row, RELORA, RELORA_KEYS)
                 runs[RELORA[1]] = _plan(relora, RELORA[0], found.chosen(row))
     return runs
 
@@ -99,6 +96,16 @@ def _with_row(
     update = {"name": name, "label": label, "set": {"method": dict(method)}}
     row = declared.row(like).model_copy(update=update)
     return declared.model_copy(update={"rows": (*declared.rows, row)})
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Returns rows as CSV, with all columns that one of them has."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def numbers(geometry: Geometry) -> dict[str, object]:

@@ -131,7 +131,9 @@ class Comparison:
 
     @property
     def rows(self) -> list[str]:
-        """The rows that have a run for every seed, in declared order."""
+        """The rows that have a run for every seed, in declared order; none without a seed."""
+        if not self.seeds:
+            return []
         names = [row.name for row in self.declared.rows]
         return [name for name in names if len(self.losses(name)) == len(self.seeds)]
 
@@ -170,9 +172,15 @@ class Comparison:
         """Returns the values of the tuned keys with which a row's runs are reported.
 
         Raises:
-            ValueError: if the runs have different ones.
+            ValueError: if no run is reported, or the runs have different ones.
         """
-        first, *others = [run.values for run in self._reported(row)]
+        reported = [run.values for run in self._reported(row)]
+        if not reported:
+            raise ValueError(
+                f"{self.name}.csv: no seed of which every row has a run; finish "
+                f"`switchtitan compare train_configs/comparisons/{self.name}.toml` first"
+            )
+        first, *others = reported
         if any(values != first for values in others):
             raise ValueError(f"row {row} is reported with different values: {first}, {others}")
         return first
@@ -203,7 +211,12 @@ class Comparison:
         return Versus(differences[row], adjusted_p.get(row))
 
     def share(self, row: str, start: str, end: str, split: str = "test") -> Share | None:
-        """Returns the share of the difference from `start` to `end` that a row closes."""
+        """Returns the share of the difference from `start` to `end` that a row closes.
+
+        None unless the interval of that difference is above zero.
+        """
+        if self.versus(start, end, split).mean <= 0:
+            return None
         return share_of_gap(*(self.losses(name, split) for name in (row, start, end)))
 
     def distances(self, row: str, split: str = "test") -> BySeed:

@@ -265,9 +265,5 @@ def build_muon(
     for trained in parameters:
         is_matrix = trained.is_in_block and trained.parameter.ndim == 2
         (matrices if is_matrix else others).append(trained)
-    return SplitOptimizer(
-        [
-            Muon(config, matrices, compile_step),
-            adamw_for_others(config, others, compile_step, seed),
-        ]
-    )
+    adamw = adamw_for_others(config, others, compile_step, seed)
+    return SplitOptimizer([Muon(config, matrices, compile_step), adamw]) if matrices else adamw

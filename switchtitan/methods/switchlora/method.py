@@ -22,8 +22,7 @@ from switchtitan.methods.switchlora.init import candidate_buffers, initial_facto
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import adamw_for_others, require_adamw
-from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.muon import MuonConfig, build_muon
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +41,16 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     ) -> TrainingOptimizer:
         layers = low_rank_layers(model)
         others = [p for p in self.trained_parameters(model) if p.is_other]
-        keys: AdamKeys
         rule: FactorRule
+        dense: TrainingOptimizer
         if isinstance(config, MuonConfig):
-            keys, rule = config, FactorMuon(config, layers, model.compute_dtype, compile_step)
+            rule = FactorMuon(config, layers, model.compute_dtype, compile_step)
+            # Layers that are not targets are matrices in blocks.
+            dense = build_muon(config, others, compile_step, self.seed)
         else:
-            keys = adamw = require_adamw(config)
+            adamw = require_adamw(config)
             rule = VectorAdamW(adamw, layers, compile_step)
-        dense = adamw_for_others(keys, others, compile_step, self.seed)
+            dense = adamw_for_others(adamw, others, compile_step, self.seed)
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
                 "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "

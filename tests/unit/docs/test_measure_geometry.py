@@ -1,6 +1,5 @@
 """scripts/measure_geometry.py: the runs and the columns of docs/results/geometry_python.csv."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -61,17 +60,20 @@ def test_columns_are_those_of_the_newest_checkpoint_and_the_last_change(run_with
 
 
 def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
-    rows = [measure_geometry.numbers(run_with_two_layers)]
-    del rows[0]["barrier_to_full_rank"]
+    row = measure_geometry.numbers(run_with_two_layers)
+    full_rank = {key: value for key, value in row.items() if key != "barrier_to_full_rank"}
     file = tmp_path / "geometry.csv"
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], "barrier_to_full_rank"], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    file.write_text(measure_geometry.table([full_rank | {"title": "full rank"}, row]))
     columns = {"effective rank": ("weight_effective_rank", 1), "loss": ("loss", 3)}
     columns |= {"barrier": ("barrier_to_full_rank", 2)}
-    table = results_tables.geometry_table(file, columns)
-    assert table.splitlines()[-1] == "| GaLore | 2.5 | 2.500 | - |"
+    *_, first, last = results_tables.geometry_table(file, columns).splitlines()
+    assert first == "| full rank | 2.5 | 2.500 | - |"
+    assert last == "| GaLore | 2.5 | 2.500 | 1.50 |"
+
+
+def test_a_comparison_that_is_not_finished_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"own_rate_python\.csv: no seed .* finish `switchtitan"):
+        measure_geometry.planned(tmp_path)
 
 
 @pytest.fixture

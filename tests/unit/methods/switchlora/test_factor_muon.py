@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.switchlora_layers import build_layer, build_optimizer
+from support.tiny import tiny_trainer
 from torch import nn
 
 from switchtitan.distributed.adjacent import allocate_adjacent
@@ -249,3 +250,13 @@ def test_momentum_is_reset_for_whom_the_setting_names(reset_moments, freeze_step
                 elif p > 0 and freeze_steps == 0:
                     assert momentum.min() > 0.09  # of two steps or more
     assert not any("vector_steps" in key or "exp_avg" in key for key in state)
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora"])
+def test_layers_that_are_not_targets_train_with_muon_as_well(corpora, method):
+    keys = ("--method.targets", "q_proj", "--optimizer.name", "muon")
+    trainer = tiny_trainer(corpora / f"targets-{method}", method, *keys)
+    names = {name for name in trainer.stepper.optimizer.state_dict() if "layers.0" in name}
+    trainer.stepper.close()
+    assert "model.layers.0.self_attn.k_proj.weight.momentum" in names
+    assert not [name for name in names if "proj" in name and not name.endswith(".momentum")]

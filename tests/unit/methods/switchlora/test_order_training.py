@@ -114,15 +114,20 @@ def test_vectors_whose_gradients_cancel_out_come_before_those_whose_gradients_ag
     assert np.median(known[~agreeing]) < 0.2
 
 
-@pytest.mark.parametrize("reset_moments", ["counterpart", "momentum", "rescaled", "both", "none"])
-@pytest.mark.parametrize("freeze_steps", [0, 3])
+RESETS = [
+    (reset_moments, freeze_steps)
+    for reset_moments in ("counterpart", "momentum", "rescaled", "both", "none")
+    for freeze_steps in (0, 3)
+    if reset_moments != "none" or freeze_steps == 0  # a frozen vector's first moment decays
+]
+
+
+@pytest.mark.parametrize(("reset_moments", "freeze_steps"), RESETS)
 def test_equal_gradients_move_equally_with_every_reset(monkeypatch, reset_moments, freeze_steps):
     values = []
     monkeypatch.setattr(
         order, "least_first", lambda of, most: (values.append(of), least_first(of, most))[1]
     )
-    if reset_moments == "none" and freeze_steps:
-        return  # a frozen vector's first moment decays
     config = least_moving(RANK, 24, freeze_steps, reset_moments=reset_moments)
     check_equal_movements(values, *build(config), tolerance=1e-9)
 
