@@ -282,6 +282,17 @@ def _read_runs(file: Path) -> list[FinishedRun]:
     return runs
 
 
+def between(
+    first: Comparison, row: str, second: Comparison, other: str, split: str = "test"
+) -> Difference:
+    """Returns a row of one comparison minus one of another, over the seeds that both report.
+
+    Raises:
+        ValueError: if they share no seed.
+    """
+    return _difference(first.losses(row, split), second.losses(other, split))
+
+
 def changes(before: Comparison, after: Comparison, split: str = "test") -> list[Change]:
     """Returns how each row's distance to the baseline changes between two comparisons.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import results_tables
 from jinja2 import Environment, StrictUndefined, nodes
-from results_data import changes, read_comparison
+from results_data import between, changes, read_comparison
 
 from switchtitan.comparison.statistics import LEVEL
 
@@ -95,9 +95,8 @@ def _environment() -> Environment:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.globals.update({name: getattr(results_tables, name) for name in _FUNCTIONS})
-    environment.globals.update(
-        {_PUBLISHED: published, "require": require, "changes": changes, "level": _LEVEL}
-    )
+    environment.globals.update({_PUBLISHED: published, "require": require, "level": _LEVEL})
+    environment.globals.update({"changes": changes, "between": between})
     return environment
 
 
