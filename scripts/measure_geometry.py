@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from results_data import read_comparison
 
 from switchtitan.cli.record import write_json
@@ -32,6 +33,8 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OUTPUT = Path("outputs/geometry_python")
 CSV_FILE = RESULTS / "geometry_python.csv"
 SEED = 2
+NUM_TOKENS = 16_384
+"""Of the validation split, on which losses and activations are computed."""
 CHECKPOINTS = ("--checkpoint.interval", "200", "--checkpoint.keep_latest", "5")
 RELORA = ("relora-r16", "ReLoRA")
 """The row that no comparison of this size has. It trains with LoRA's values."""
@@ -50,7 +53,9 @@ SOURCES = {
 def main(argv: Sequence[str]) -> None:
     """Trains what has not been trained, and writes the CSV file and all numbers as JSON."""
     parser = argparse.ArgumentParser(prog="scripts/measure_geometry.py", allow_abbrev=False)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, and then threads; default: 1"
+    )
     jobs = parser.parse_args(argv).jobs
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     runs = planned(RESULTS)
@@ -61,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
     )
     trained = {title: open_run(title, run.folder) for title, run in runs.items()}
     full_rank, *_ = trained.values()
-    options = Options(parts=None)
+    options = Options(parts=None, num_tokens=NUM_TOKENS)
+    torch.set_num_threads(jobs)
     measured = [
         measure(run, None if run is full_rank else full_rank, options) for run in trained.values()
     ]
