@@ -28,7 +28,7 @@ _LEVEL = f"{100 * (1 - LEVEL):.0f} %"
 _PUBLISHED = "published"
 _FUNCTIONS = (
     *("interval", "percent", "number", "mean", "millions", "seeds", "missing", "mean_loss"),
-    *("results_table", "changes_table", "ablation_table"),
+    *("results_table", "changes_table", "ablation_table", "geometry_table"),
 )
 """Functions of `results_tables` that the template can call."""
 _CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", re.DOTALL)
@@ -53,8 +53,7 @@ def results_page(folder: Path = FOLDER) -> str:
     environment.globals.update(
         comparison=partial(read_comparison, folder),
         cost_table=partial(results_tables.cost_table, folder / REPORTED),
-        geometry_table=partial(results_tables.geometry_table, folder / GEOMETRY),
-        has_geometry=(folder / GEOMETRY).exists(),
+        geometry=results_tables.read_geometry(folder / GEOMETRY),
     )
     return environment.from_string(source).render()
 

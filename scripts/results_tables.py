@@ -154,22 +154,40 @@ def cost_table(reported: Path, *comparisons: Comparison) -> str:
     return _table(header, lines)
 
 
-def geometry_table(file: Path, columns: Mapping[str, tuple[str, int]]) -> str:
-    """Returns columns of the CSV file of `scripts/measure_geometry.py`, a line for each run.
+Geometry = dict[str, dict[str, float]]
+"""What `scripts/measure_geometry.py` measured: title of a run -> column -> value."""
+
+
+def read_geometry(file: Path) -> Geometry:
+    """Reads the CSV file of `scripts/measure_geometry.py`; empty if there is none."""
+    if not file.exists():
+        return {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        return {
+            run.pop("title"): {
+                column: float(text)
+                for column, text in run.items()
+                if text != "" and column != "steps"
+            }
+            for run in csv.DictReader(stream)
+        }
+
+
+def geometry_table(geometry: Geometry, columns: Mapping[str, tuple[str, int]]) -> str:
+    """Returns columns of the measured geometry, a line for each run.
 
     Args:
         columns: heading -> column of the file, and the digits after the decimal point.
     """
-    with file.open(newline="", encoding="utf-8") as stream:
-        lines = [
-            [run["title"], *(_decimal(run[column], digits) for column, digits in columns.values())]
-            for run in csv.DictReader(stream)
-        ]
+    lines = [
+        [title, *(_decimal(run.get(column), digits) for column, digits in columns.values())]
+        for title, run in geometry.items()
+    ]
     return _table(["", *columns], lines)
 
 
-def _decimal(text: str, digits: int) -> str:
-    return f"{float(text):.{digits}f}" if text else UNKNOWN
+def _decimal(value: float | None, digits: int) -> str:
+    return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
 def _effective_rank(known: Sequence[dict[str, str]], of: Comparison, row: str) -> str:

@@ -66,9 +66,12 @@ def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
     file.write_text(measure_geometry.table([full_rank | {"title": "full rank"}, row]))
     columns = {"effective rank": ("weight_effective_rank", 1), "loss": ("loss", 3)}
     columns |= {"barrier": ("barrier_to_full_rank", 2)}
-    *_, first, last = results_tables.geometry_table(file, columns).splitlines()
+    measured = results_tables.read_geometry(file)
+    assert measured["full rank"]["loss"] == 2.5
+    *_, first, last = results_tables.geometry_table(measured, columns).splitlines()
     assert first == "| full rank | 2.5 | 2.500 | - |"
     assert last == "| GaLore | 2.5 | 2.500 | 1.50 |"
+    assert results_tables.read_geometry(tmp_path / "none.csv") == {}
 
 
 def test_a_comparison_that_is_not_finished_is_an_error(tmp_path):
