@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from results_data import read_comparison
+from results_page import FOLDER, GEOMETRY
 
 from switchtitan.cli.record import write_json
-from switchtitan.comparison.config import ComparisonConfig
+from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.comparison.plan import Run, plan_run
 from switchtitan.comparison.results import read_result
 from switchtitan.comparison.runner import Runner
@@ -29,16 +30,25 @@ from switchtitan.geometry.measure import Geometry, Options, measure
 from switchtitan.geometry.report import as_json
 from switchtitan.geometry.runs import open_run
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OUTPUT = Path("outputs/geometry_python")
-CSV_FILE = RESULTS / "geometry_python.csv"
+CSV_FILE = FOLDER / GEOMETRY
 SEED = 2
 NUM_TOKENS = 16_384
 """Of the validation split, on which losses and activations are computed."""
 CHECKPOINTS = ("--checkpoint.interval", "200", "--checkpoint.keep_latest", "5")
-RELORA = ("relora-r16", "ReLoRA")
+RELORA = {
+    "name": "relora-r16",
+    "label": "ReLoRA",
+    "set": {
+        "method": {
+            "name": "relora",
+            "rank": 16,
+            "reset_interval": 200,
+            "restart_warmup_steps": 20,
+        }
+    },
+}
 """The row that no comparison of this size has. It trains with LoRA's values."""
-RELORA_KEYS = {"name": "relora", "rank": 16, "reset_interval": 200, "restart_warmup_steps": 20}
 SOURCES = {
     "own_rate_python": (
         *("full_rank", "lora-r16", "lora-balanced-r16", "switchlora-r16"),
@@ -58,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     )
     jobs = parser.parse_args(argv).jobs
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    runs = planned(RESULTS)
+    runs = planned(FOLDER)
     Runner(jobs).run_all(
         list(runs.values()),
         lambda run: read_result(run) is not None,
@@ -80,28 +90,19 @@ def planned(folder: Path) -> dict[str, Run]:
     runs = {}
     for name, rows in SOURCES.items():
         found = read_comparison(folder, name)
-        for row in rows:
-            runs[found.title(row)] = _plan(found.declared, row, found.chosen(row))
-            if row == "lora-r16":
-                relora = _with_row(found.declared, row, RELORA, RELORA_KEYS)
-                runs[RELORA[1]] = _plan(relora, RELORA[0], found.chosen(row))
+        placed = found.declared.model_copy(update={"output_dir": OUTPUT})
+        for row in map(placed.row, rows):
+            values = found.chosen(row.name)
+            runs[row.title] = _plan(placed, row, values)
+            if row.name == "lora-r16":
+                relora = row.model_copy(update=RELORA)
+                runs[relora.title] = _plan(placed, relora, values)
     return runs
 
 
-def _plan(declared: ComparisonConfig, row: str, values: Mapping[str, float]) -> Run:
-    placed = declared.model_copy(update={"output_dir": OUTPUT})
-    run = plan_run(placed, placed.row(row), values, SEED)
+def _plan(placed: ComparisonConfig, row: RowConfig, values: Mapping[str, float]) -> Run:
+    run = plan_run(placed, row, values, SEED)
     return replace(run, arguments=(*run.arguments, *CHECKPOINTS))
-
-
-def _with_row(
-    declared: ComparisonConfig, like: str, named: tuple[str, str], method: Mapping[str, object]
-) -> ComparisonConfig:
-    """Returns a comparison with one more row: that of another method, tuned like an old one."""
-    name, label = named
-    update = {"name": name, "label": label, "set": {"method": dict(method)}}
-    row = declared.row(like).model_copy(update=update)
-    return declared.model_copy(update={"rows": (*declared.rows, row)})
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

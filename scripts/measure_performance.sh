@@ -37,7 +37,7 @@ measure_step() {
         "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
-measure_methods() { # what an update costs beside full rank's; rank hidden/4
+measure_methods() { # updates compared with full rank's, at rank hidden/4
     local scale=optimizer.name=scale,compile.optimizer=false
     benchmark step $F $F:optimizer.name=muon $F:$scale $F:method.name=low_rank,method.rank=128 \
         $F:method.name=galore,method.rank=128 $F:method.name=fira,method.rank=128 \
