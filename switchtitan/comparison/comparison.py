@@ -38,19 +38,19 @@ class ComparisonState:
 
 
 class Comparison:
-    """A resumable comparison: it reads finished runs from their folders, or from a CSV file.
+    """A resumable comparison: it reads finished runs from their folders, or from CSV files.
 
     Args:
         corpus_fingerprint: the fingerprint of the corpus of all runs; None: not checked.
 
     Raises:
-        ConfigError: if the CSV file of finished runs cannot be read.
+        ConfigError: if a CSV file of finished runs cannot be read.
     """
 
     def __init__(self, config: ComparisonConfig, corpus_fingerprint: str | None = None) -> None:
         self._config = config
         self._corpus_fingerprint = corpus_fingerprint
-        self._in_file = read_finished_runs(config.finished_runs) if config.finished_runs else {}
+        self._in_file = read_finished_runs(*config.finished_runs)
         self._results: dict[Run, RunResult] = {}
         self._digests: dict[Run, str] = {}
 
@@ -103,7 +103,8 @@ class Comparison:
     def _check_corpus(self, result: RunResult) -> None:
         found, expected = result.figures["corpus"]["fingerprint"], self._corpus_fingerprint
         if expected not in (None, found):
-            place = result.run.folder if result.has_folder else self._config.finished_runs
+            files = ", ".join(map(str, self._config.finished_runs))
+            place = result.run.folder if result.has_folder else files
             raise ConfigError(
                 f"{place}: {result.run.name} was trained on a corpus with the fingerprint {found}, "
                 f"and this machine's has {expected}; use the same corpus, or another output_dir "

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,7 @@ from switchtitan.errors import ConfigError
 
 LEARNING_RATE = "optimizer.lr"
 TUNED_SECTIONS = ("method", "optimizer")
-"""The sections in which rows may differ."""
+"""The sections in which rows differ, beside [compile], and which have the tuned keys."""
 
 
 class RowConfig(Section):
@@ -40,7 +40,8 @@ class RowConfig(Section):
     """Use all values chosen for this row instead, e.g. for an ablation that changes one of its
     keys."""
     set: dict[str, dict[str, Any]]
-    """Keys of [method], [optimizer] and [compile] that differ from `config`, by section."""
+    """Keys of [method], [optimizer] and [compile], and of sections in `differ_in`, that differ
+    from `config`, by section. With `optimizer.lr`, the row chooses no values."""
 
     @property
     def title(self) -> str:
@@ -53,6 +54,15 @@ class RowConfig(Section):
         return of_lr | {
             key: tuple(map(float, values)) if is_rate(key) else values
             for key, values in self.tune.items()
+        }
+
+    @property
+    def given_values(self) -> dict[str, Any]:
+        """The values of `set`, by dotted key."""
+        return {
+            f"{section}.{key}": value
+            for section, keys in self.set.items()
+            for key, value in keys.items()
         }
 
     @property
@@ -76,9 +86,11 @@ class RowConfig(Section):
     def _check_values(self) -> "RowConfig":
         if self.learning_rates and LEARNING_RATE in self.tune:
             raise ValueError(f"give either learning_rates or tune.{LEARNING_RATE!r}, not both")
-        if (self.learning_rate_of is None) != bool(self.values):
+        sources = (self.learning_rate_of, self.values, LEARNING_RATE in self.given_values)
+        if sum(map(bool, sources)) != 1:
             raise ValueError(
-                "give either learning_rates or learning_rate_of (or `tune` instead of the first)"
+                "give either learning_rates or learning_rate_of (or `tune` instead of the first, "
+                "or the rate in set.optimizer if nothing is to be chosen)"
             )
         for key, values in self.values.items():
             given = "learning_rates" if self.learning_rates and key == LEARNING_RATE else key
@@ -139,9 +151,11 @@ class ComparisonConfig(Section):
     best one of some row is its lowest or highest one. For each of `axes`."""
     communication_ranks: int = Field(default=8, ge=2)
     """Number of ranks for which the bytes sent in a step are counted."""
-    finished_runs: Path | None = None
-    """A `runs.csv` of an earlier report, relative to this file: a run whose configuration and seed
-    it has is finished, also without its folder."""
+    differ_in: tuple[Literal["model", "training"], ...] = ()
+    """Further sections in which rows may differ, e.g. to compare them after the same time."""
+    finished_runs: tuple[Path, ...] = ()
+    """The `runs.csv` of earlier reports, relative to this file: a run whose configuration and seed
+    one of them has is finished, also without its folder."""
     rows: tuple[RowConfig, ...]
     """The rows of the table."""
     gaps: tuple[GapConfig, ...] = ()
@@ -192,7 +206,7 @@ class ComparisonConfig(Section):
             if section not in TUNED_SECTIONS or not name:
                 mistakes.append(f"axes: {key!r}: expected a key of [method] or [optimizer]")
             counts = {row.name: len(row.values[key]) for row in self.rows if key in row.values}
-            if not counts:
+            if not counts and any(row.values for row in self.rows):
                 mistakes.append(f"axes: no row tunes {key!r}; remove it")
             if len(set(counts.values())) > 1:
                 listed = ", ".join(f"{row} has {count}" for row, count in counts.items())
@@ -239,7 +253,8 @@ def load_comparison(file: Path) -> ComparisonConfig:
             "expected a file like those in train_configs/comparisons/"
         )
     declared = load_table(file, ComparisonConfig)
-    update = {"config": file.parent / declared.config}
-    if declared.finished_runs is not None:
-        update["finished_runs"] = file.parent / declared.finished_runs
+    update = {
+        "config": file.parent / declared.config,
+        "finished_runs": tuple(file.parent / runs for runs in declared.finished_runs),
+    }
     return declared.model_copy(update=update)

@@ -27,7 +27,7 @@ class Run:
 
     row: str
     tuned: tuple[tuple[str, float], ...]
-    """Values of the tuned keys, in the order of the axes."""
+    """Values of the tuned keys, in the order of the axes; of a row that tunes none, those given."""
     seed: int
     folder: Path
     arguments: tuple[str, ...]
@@ -88,19 +88,16 @@ def plan_run(
     Raises:
         ConfigError: if the row sets a key that the comparison sets.
     """
-    tuned = tuple((key, values[key]) for key in dict.fromkeys(comparison.axes) if key in values)
-    label = "-".join(f"{short_name(key)}-{value:g}" for key, value in tuned) + f"-seed-{seed}"
-    folder = comparison.output_dir / "runs" / row.name / label
-    keys: dict[str, object] = {
-        f"{section}.{key}": value
-        for section, keys in row.set.items()
-        for key, value in keys.items()
-    }
+    keys = row.given_values
     for key in (*values, *_KEYS_OF_JOB):
         if key in keys:
             raise ConfigError(
                 f"row {row.name}: set.{key} has no effect: the comparison sets it; remove it"
             )
+    known = keys | dict(values)
+    tuned = tuple((key, known[key]) for key in dict.fromkeys(comparison.axes) if key in known)
+    label = "-".join(f"{short_name(key)}-{value:g}" for key, value in tuned) + f"-seed-{seed}"
+    folder = comparison.output_dir / "runs" / row.name / label
     keys |= dict(tuned) | {
         "job.seed": seed,
         "job.name": f"{row.name}-{label}",
@@ -115,9 +112,9 @@ def plan_run(
 def report_runs(
     comparison: ComparisonConfig, chosen: Mapping[str, Mapping[str, float]]
 ) -> list[Run]:
-    """Returns all runs that are reported, with the chosen values of each row."""
+    """Returns all runs that are reported, with the chosen values of each row that has some."""
     return [
-        plan_run(comparison, row, chosen[comparison.tuned_row(row).name], seed)
+        plan_run(comparison, row, chosen.get(comparison.tuned_row(row).name, {}), seed)
         for seed in comparison.report_seeds
         for row in comparison.rows
     ]
@@ -127,7 +124,7 @@ def check_plan(comparison: ComparisonConfig) -> None:
     """Checks before any run that all rows can be trained, reported and measured.
 
     Raises:
-        ConfigError: if they cannot, or if rows differ in more than method, optimizer and compile.
+        ConfigError: if they cannot, or if rows differ in a section in which they may not.
     """
     configs = {row.name: first_run(comparison, row).config() for row in comparison.rows}
     baseline = configs[comparison.baseline]
@@ -135,20 +132,22 @@ def check_plan(comparison: ComparisonConfig) -> None:
         differing = [
             section
             for section in type(baseline).model_fields
-            if section not in ("job", "compile", *TUNED_SECTIONS)
+            if section not in ("job", "compile", *TUNED_SECTIONS, *comparison.differ_in)
             and getattr(config, section) != getattr(baseline, section)
         ]
         if differing:
             raise ConfigError(
                 f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from "
-                f"{comparison.baseline}'s; rows may differ only in [method], [optimizer] and "
-                f"[compile]; set it for all rows in {comparison.config}"
+                f"{comparison.baseline}'s; rows may differ only in [method], [optimizer], "
+                f"[compile] and the sections of differ_in; set it for all rows in "
+                f"{comparison.config}"
             )
     for row in comparison.rows:
         for key, values in comparison.tuned_row(row).values.items():
             for value in values:
                 first_run(comparison, row, {key: value}).config()
-    _check_reportable(comparison, baseline)
+    for config in configs.values():
+        _check_reportable(comparison, config)
     for row in comparison.rows:
         first_run(comparison, row).config_on(comparison.communication_ranks)
 

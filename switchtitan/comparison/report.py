@@ -130,7 +130,7 @@ def _facts(state: ComparisonState) -> str:
         return " and ".join(sorted({str(find(of_run) or "unknown") for of_run in figures}))
 
     return (
-        f"{figures[0]['tokens_seen'] / 1e6:.2f} M tokens per run of corpus "
+        f"{distinct(lambda f: round(f['tokens_seen'] / 1e6, 2))} M tokens per run of corpus "
         f"{distinct(lambda f: f['corpus']['name'])} "
         f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), "
         f"torch {distinct(lambda f: f['versions']['torch'])}, {distinct(lambda f: f['device'])}, "
@@ -145,8 +145,8 @@ def _without_folders(state: ComparisonState) -> str:
     if not number:
         return ""
     return (
-        f"{number} of these runs are from {state.config.finished_runs}: their folders are not on "
-        "this machine, and their curves are missing."
+        f"{number} of these runs are from {', '.join(map(str, state.config.finished_runs))}: their "
+        "folders are not on this machine, and their curves are missing."
     )
 
 

@@ -6,7 +6,7 @@ With such a file a comparison continues on another machine, without the folders 
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -108,15 +108,29 @@ def runs_csv(records: Iterable[Mapping[str, object]], axes: Sequence[str]) -> st
     return stream.getvalue()
 
 
-def read_finished_runs(file: Path) -> dict[RunKey, dict[str, Any]]:
-    """Reads the finished runs of a CSV file that a report has written.
+def read_finished_runs(*files: Path) -> dict[RunKey, dict[str, Any]]:
+    """Reads the finished runs of CSV files that reports have written.
 
     Returns:
-        the contents of their `results.json`, as far as the file has them.
+        the contents of their `results.json`, as far as the files have them.
 
     Raises:
-        ConfigError: if the file cannot be read, or a line is no run.
+        ConfigError: if a file cannot be read, a line is no run, or two lines have other results of
+            the same run.
     """
+    runs: dict[RunKey, dict[str, Any]] = {}
+    for file in files:
+        for place, key, figures in _read_file(file):
+            if runs.setdefault(key, figures) != figures:
+                raise ConfigError(
+                    f"{place}: an earlier line has other results of the same configuration and "
+                    "seed; keep one of them"
+                )
+    return runs
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, RunKey, dict[str, Any]]]:
+    """Yields each run of a file, with its place there."""
     place = f"finished_runs = {str(file)!r}"
     try:
         with file.open(newline="", encoding="utf-8") as stream:
@@ -132,15 +146,8 @@ def read_finished_runs(file: Path) -> dict[RunKey, dict[str, Any]]:
         raise ConfigError(
             f"{place}: cannot be read ({error}); expected the runs.csv of a comparison's report"
         ) from error
-    runs: dict[RunKey, dict[str, Any]] = {}
     for number, line in lines:
-        key, figures = _parse(line, f"{place}, line {number}")
-        if runs.setdefault(key, figures) != figures:
-            raise ConfigError(
-                f"{place}, line {number}: an earlier line has other results of the same "
-                "configuration and seed; keep one of them"
-            )
-    return runs
+        yield f"{place}, line {number}", *_parse(line, f"{place}, line {number}")
 
 
 def _parse(line: dict[str, str], place: str) -> tuple[RunKey, dict[str, Any]]:

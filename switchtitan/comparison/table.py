@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from switchtitan.comparison.comparison import ComparisonState
-from switchtitan.comparison.config import RowConfig
+from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.comparison.effective_rank import effective_rank
 from switchtitan.comparison.measure import Measurements
 from switchtitan.comparison.results import RunResult
@@ -32,7 +32,7 @@ class RowReport:
     name: str
     title: str
     values: dict[str, float]
-    """The chosen values by tuned key; empty while they are not known."""
+    """The chosen values by tuned key, or those given; empty while they are not known."""
     tried: tuple[Tried, ...]
     """What was tried of each key in turn; empty for a row that uses another row's values."""
     num_diverged: int
@@ -134,7 +134,8 @@ def _report_row(
     return RowReport(
         name=row.name,
         title=row.title,
-        values=dict(state.tuning.chosen.get(state.config.tuned_row(row).name, {})),
+        values=_given(state.config, row)
+        | dict(state.tuning.chosen.get(state.config.tuned_row(row).name, {})),
         tried=state.tuning.tried.get(row.name, ()),
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
@@ -166,6 +167,11 @@ def _report_row(
         tokens_per_s=_median_speed(finished),
         measured=measured,
     )
+
+
+def _given(config: ComparisonConfig, row: RowConfig) -> dict[str, float]:
+    given = row.given_values
+    return {key: given[key] for key in config.axes if key in given}
 
 
 def _median_speed(finished: list[RunResult]) -> float | None:

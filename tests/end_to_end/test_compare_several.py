@@ -89,7 +89,7 @@ def continue_without_folders(file: Path, folder: Path) -> None:
     (first, _) = write_two(folder)
     lines = (report / "runs.csv").read_text().splitlines(keepends=True)
     (folder / "before.csv").write_text("".join(lines[:-1]))
-    first.write_text('finished_runs = "before.csv"\n' + first.read_text())
+    first.write_text('finished_runs = ["before.csv"]\n' + first.read_text())
     output, _ = (process := start(first, *QUICK)).communicate(timeout=600)
     assert process.returncode == 0, output
     assert len(finished(folder)) == 1

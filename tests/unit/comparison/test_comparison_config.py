@@ -94,6 +94,11 @@ def test_the_common_configuration_is_relative_to_the_file(tmp_path):
         ('baseline = "dense"', 'baseline = "dense"\nseeds = 3', "seeds = 3: unknown key"),
         (
             'baseline = "dense"',
+            'baseline = "dense"\ndiffer_in = ["data"]',
+            r'differ_in = \["data"\]: expected',
+        ),
+        (
+            'baseline = "dense"',
             'baseline = "dense"\naxes = ["optimizer.lr", "optimizer.other_lr"]',
             "axes: no row tunes 'optimizer.other_lr'; remove it",
         ),
@@ -207,9 +212,28 @@ def test_axes_that_are_unfair_or_do_not_fit_the_rows_are_refused(
 
 
 def test_the_file_of_finished_runs_is_relative_to_the_comparison(tmp_path):
-    named = GRID.replace('baseline = "dense"', 'baseline = "dense"\nfinished_runs = "a/runs.csv"')
-    assert load(tmp_path, named).finished_runs == tmp_path / "a" / "runs.csv"
-    assert load(tmp_path, GRID).finished_runs is None
+    named = GRID.replace('baseline = "dense"', 'baseline = "dense"\nfinished_runs = ["a/runs.csv"]')
+    assert load(tmp_path, named).finished_runs == (tmp_path / "a" / "runs.csv",)
+    several = named.replace('"a/runs.csv"', '"a/runs.csv", "b.csv"')
+    assert load(tmp_path, several).finished_runs[1] == tmp_path / "b.csv"
+    assert load(tmp_path, GRID).finished_runs == ()
+
+
+def test_the_learning_rate_of_a_row_has_one_source(tmp_path):
+    given = "set.optimizer = { lr = 1e-2 }\n[[rows]]"
+    tuned = GRID.replace('[[rows]]\nname = "thin"', f'{given}\nname = "thin"')
+    with pytest.raises(
+        ConfigError, match=r"or the rate in set\.optimizer if nothing is to be chosen"
+    ):
+        load(tmp_path, tuned)
+    fixed = tuned.replace("learning_rates = [1e-3, 2e-3, 4e-3]\n", "")
+    assert load(tmp_path, fixed).rows[0].given_values["optimizer.lr"] == 1e-2
+
+
+def test_a_comparison_may_tune_nothing(tmp_path):
+    fixed = re.sub("learning_rate.* = .*", "set.optimizer = { lr = 1e-2 }", GRID)
+    comparison = load(tmp_path, fixed)
+    assert [row.values for row in comparison.rows] == [{}, {}, {}]
 
 
 def test_folders_of_shipped_comparisons_keep_their_names():

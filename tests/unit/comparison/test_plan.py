@@ -6,6 +6,7 @@ from support.declared_comparison import GRID, write_grid
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
 from switchtitan.comparison.plan import check_plan, first_run, plan_run, report_runs
 from switchtitan.comparison.results import config_sha256
+from switchtitan.comparison.tuning import tune
 from switchtitan.errors import ConfigError
 
 AXES = 'axes = ["optimizer.lr", "optimizer.weight_decay"]\n[[rows]]'
@@ -62,6 +63,53 @@ def test_rows_may_differ_in_no_other_section(tmp_path, section):
     message = rf"row thin: \[{section}\] differs from dense's; rows may differ only in \[method\]"
     with pytest.raises(ConfigError, match=message):
         check_plan(comparison)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("training", "steps = 20"), ("model", "hidden_size = 24")]
+)
+def test_rows_may_differ_in_declared_sections(tmp_path, section, key):
+    grid = GRID.replace(ROW, f"{ROW}set.{section} = {{{{ {key} }}}}\n")
+    declared = grid.replace("[[rows]]", f'differ_in = ["{section}"]\n[[rows]]', 1)
+    comparison = declare(tmp_path, declared)
+    check_plan(comparison)
+    thin, dense = (
+        first_run(comparison, comparison.row(name)).config().model_dump()[section]
+        for name in ("thin", "dense")
+    )
+    name, value = key.split(" = ")
+    assert thin[name] == int(value) != dense[name]
+    other = {"training": "model", "model": "training"}[section]
+    with pytest.raises(ConfigError, match=rf"row thin: \[{section}\] differs"):
+        check_plan(declare(tmp_path, declared.replace(f'["{section}"]', f'["{other}"]')))
+
+
+def test_every_row_of_another_length_must_be_reportable(tmp_path):
+    grid = GRID.replace(ROW, f"{ROW}set.training = {{{{ steps = 5 }}}}\n")
+    with pytest.raises(ConfigError, match=r"\[training\] steps = 5: expected at least 8"):
+        check_plan(
+            declare(tmp_path, grid.replace("[[rows]]", 'differ_in = ["training"]\n[[rows]]', 1))
+        )
+
+
+def test_a_row_with_given_values_is_reported_with_them(tmp_path):
+    given = f"{ROW}set.optimizer = {{{{ lr = 3e-2, weight_decay = 0.1 }}}}\n"
+    grid = with_decay().replace("learning_rates = [1e-2, 2e-2, 4e-2]\n" + DECAY + "\n", "", 1)
+    grid = grid.replace(ROW, given).replace(
+        'learning_rate_of = "thin"', 'learning_rate_of = "dense"'
+    )
+    comparison = declare(tmp_path, grid)
+    check_plan(comparison)
+    tuning = tune(comparison, lambda run: None)
+    assert {run.row for run in tuning.runs} == {"dense"}
+    chosen = {"dense": {"optimizer.lr": 2e-3, "optimizer.weight_decay": 0.0}}
+    runs = [run for run in report_runs(comparison, chosen) if run.row == "thin"]
+    assert [run.name for run in runs] == [
+        "thin lr 0.03 weight_decay 0.1 seed 2",
+        "thin lr 0.03 weight_decay 0.1 seed 3",
+    ]
+    optimizer = runs[0].config().optimizer
+    assert (optimizer.lr, optimizer.weight_decay) == (3e-2, 0.1)
 
 
 def test_a_value_that_fits_no_configuration_is_refused_before_any_run(tmp_path):

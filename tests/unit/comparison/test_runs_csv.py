@@ -20,7 +20,7 @@ from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.errors import ConfigError
 from switchtitan.report.comparison_files import read_comparison
 
-CONTINUED = GRID.replace("[[rows]]", 'finished_runs = "runs.csv"\n[[rows]]', 1)
+CONTINUED = GRID.replace("[[rows]]", 'finished_runs = ["runs.csv"]\n[[rows]]', 1)
 
 
 def loss(run: Run) -> float:
@@ -106,6 +106,25 @@ def test_runs_in_the_file_are_finished_without_their_folders(csv_file, continued
     # Negative control: without the file, everything is to be trained.
     without = load_comparison(write_grid(csv_file.parent))
     assert len(Comparison(without).state().due) == 6
+
+
+def test_runs_can_be_in_several_files(csv_file):
+    """Both have some in common, and neither has all."""
+    lines = csv_file.read_text().splitlines(keepends=True)
+    parts = [csv_file.with_name(name) for name in ("a.csv", "b.csv")]
+    parts[0].write_text("".join(lines[:8]))
+    parts[1].write_text("".join([lines[0], *lines[6:]]))
+    grid = CONTINUED.replace('"runs.csv"', '"a.csv", "b.csv"')
+    both = load_comparison(write_grid(csv_file.parent, grid))
+    state = report(both, csv_file.parent / "after")
+    assert state.due == ()
+    assert (
+        f"12 of these runs are from {parts[0]}, {parts[1]}:"
+        in (csv_file.parent / "after" / "report.md").read_text()
+    )
+    change(parts[1], 0, {"test_loss": "1.0"})
+    with pytest.raises(ConfigError, match=r"b.csv', line 2: an earlier line has other results"):
+        Comparison(both)
 
 
 def test_the_report_says_that_curves_are_missing(csv_file, continued):
