@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from switchtitan.comparison.statistics import (
     verdict,
 )
 from switchtitan.job.config import JobConfig
+from switchtitan.models.llama.config import LlamaFamilyConfig
 
 _MIN_SEEDS = 3
 """The fewest seeds of which an interval says something."""
@@ -155,9 +156,36 @@ class Comparison:
         """Returns the configuration of a row, at its lowest declared values of tuned keys."""
         return first_run(self.declared, self.declared.row(row)).config()
 
+    def num_in_blocks(self, row: str) -> int:
+        """Returns the parameters of a row's linear layers in blocks, as without a method."""
+        model = self.config(row).model
+        if not isinstance(model, LlamaFamilyConfig):
+            raise ValueError(f"{self.name}.csv: row {row}: {model.name} has no known linear layers")
+        dims = model.dimensions()
+        attention = 2 * dims.hidden_size * (dims.q_size + dims.kv_size)
+        return dims.num_layers * (attention + 3 * dims.hidden_size * dims.intermediate_size)
+
     def losses(self, row: str, split: str = "test") -> BySeed:
         """Returns the reported losses of a row, by seed."""
         return {run.seed: run.loss(split) for run in self._reported(row)}
+
+    def sizes(self, row: str, ends: Iterable[str]) -> dict[float, BySeed]:
+        """Returns test losses of a method at several sizes, by parameters in blocks and seed.
+
+        Args:
+            row: start of the rows' names.
+            ends: their ends, one for each size.
+        """
+        names = [f"{row}-{end}" for end in ends]
+        return {self.num_in_blocks(name): self.losses(name) for name in names}
+
+    def size_distances(self, row: str, other: str, ends: Iterable[str]) -> dict[float, BySeed]:
+        """Returns the losses of a method minus another's at several sizes, as `sizes` does."""
+        losses, others = self.sizes(row, ends), self.sizes(other, ends)
+        return {
+            size: {seed: loss - others[size][seed] for seed, loss in of_size.items()}
+            for size, of_size in losses.items()
+        }
 
     def values(self, row: str, column: str) -> list[float]:
         """Returns a column of a row's runs; empty in older files, which do not have it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import results_tables
 from jinja2 import Environment, StrictUndefined, nodes
 from results_data import between, changes, read_comparison
+from results_laws import fit_laws, per_doubling
 
 from switchtitan.comparison.statistics import LEVEL
 
@@ -29,6 +30,7 @@ _PUBLISHED = "published"
 _FUNCTIONS = (
     *("interval", "percent", "number", "mean", "millions", "seeds", "missing", "mean_loss"),
     *("results_table", "changes_table", "ablation_table", "geometry_table"),
+    *("size_table", "law_table"),
 )
 """Functions of `results_tables` that the template can call."""
 _CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", re.DOTALL)
@@ -96,6 +98,7 @@ def _environment() -> Environment:
     environment.globals.update({name: getattr(results_tables, name) for name in _FUNCTIONS})
     environment.globals.update({_PUBLISHED: published, "require": require, "level": _LEVEL})
     environment.globals.update({"changes": changes, "between": between})
+    environment.globals.update({"fit_laws": fit_laws, "per_doubling": per_doubling})
     return environment
 
 

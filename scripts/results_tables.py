@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from results_data import Comparison, Versus, changes
+from results_laws import Laws
 
 from switchtitan.comparison.plan import short_name
 from switchtitan.comparison.statistics import Difference, Share, summarize
@@ -152,6 +153,54 @@ def cost_table(reported: Path, *comparisons: Comparison) -> str:
             cells += [_effective_rank(known, of, row)]
             lines.append(cells)
     return _table(header, lines)
+
+
+def size_table(of: Comparison, methods: Mapping[str, str], settings: Mapping[str, str]) -> str:
+    """Returns the distances to full rank at several sizes, a column each.
+
+    p-values are adjusted over the methods, at each size by itself.
+
+    Args:
+        methods: name in the first column -> start of the rows' names. The first one is full rank,
+            whose losses are given instead.
+        settings: heading -> end of the rows' names.
+    """
+    full, *others = methods.values()
+    lines = [
+        ["full rank's test loss", *(mean_loss(of, f"{full}-{end}") for end in settings.values())]
+    ]
+    for title, start in list(methods.items())[1:]:
+        cells = [
+            _cell(
+                of, f"{start}-{end}", f"{full}-{end}", "test", [f"{name}-{end}" for name in others]
+            )
+            for end in settings.values()
+        ]
+        lines.append([title, *cells])
+    return _table(["", *settings], lines)
+
+
+def law_table(laws: Laws, slopes: Mapping[str, Difference]) -> str:
+    """Returns what was fitted over sizes: a line for each row of `laws`.
+
+    Args:
+        slopes: row -> change of its distance to full rank when the size doubles.
+    """
+    lines = [
+        [
+            row,
+            _plain_interval(law.scale),
+            _plain_interval(law.exponent),
+            interval(slopes[row]) if row in slopes else UNKNOWN,
+        ]
+        for row, law in laws.rows.items()
+    ]
+    return _table(["", "A", "a", "change of the distance when N doubles"], lines)
+
+
+def _plain_interval(of: Difference) -> str:
+    """Returns a value that is no difference, with its interval and without a plus."""
+    return interval(of).replace("+", "")
 
 
 Geometry = dict[str, dict[str, float]]

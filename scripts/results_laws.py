@@ -1,0 +1,130 @@
+"""How the losses of rows depend on the size of the model, fitted over sizes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from switchtitan.comparison.statistics import BySeed, Difference, difference
+
+Sizes = Mapping[float, BySeed]
+"""Losses of a row by number of parameters, and by seed."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """L = E + A (N / N0)^-a of a row, with N0 the smallest size. Means over fits of each seed."""
+
+    scale: Difference
+    """A, in nats per token: what the loss of the smallest model has above E."""
+    exponent: Difference
+    """a: the excess over E halves when N grows by 2^(1/a)."""
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Laws of several rows with one E, the loss that no size goes below."""
+
+    floor: Difference
+    rows: dict[str, Law]
+
+
+def fit_laws(losses: Mapping[str, Sizes]) -> Laws:
+    """Fits L = E + A (N / N0)^-a to the rows, with one E for all, for each seed by itself.
+
+    With the least sum of squares in L. (Form: Kaplan et al. 2020, arXiv 2001.08361, and Hoffmann
+    et al. 2022, arXiv 2203.15556, with tokens in proportion to N.)
+
+    Args:
+        losses: row -> sizes; all rows have the same sizes and seeds.
+
+    Returns:
+        means over seeds with their 95 % intervals. They hold what differs from seed to seed, not
+        the error of the form.
+
+    Raises:
+        ValueError: if there are fewer than three sizes, or rows have different sizes or seeds.
+    """
+    sizes = sorted(next(iter(losses.values())))
+    seeds = sorted(next(iter(losses.values()))[sizes[0]])
+    if len(sizes) < 3:
+        raise ValueError(f"a law has three parameters, and there are only {len(sizes)} sizes")
+    for row, of_row in losses.items():
+        if sorted(of_row) != sizes or any(sorted(of_row[size]) != seeds for size in sizes):
+            raise ValueError(f"row {row} has other sizes or seeds than the first row")
+    fits = {
+        seed: _fit(
+            np.array(sizes) / sizes[0],
+            np.array([[losses[row][size][seed] for size in sizes] for row in losses]),
+        )
+        for seed in seeds
+    }
+    return Laws(
+        _mean({seed: floor for seed, (floor, _, _) in fits.items()}),
+        {
+            row: Law(
+                _mean({seed: scales[place] for seed, (_, scales, _) in fits.items()}),
+                _mean({seed: exponents[place] for seed, (_, _, exponents) in fits.items()}),
+            )
+            for place, row in enumerate(losses)
+        },
+    )
+
+
+def _fit(
+    sizes: NDArray[np.float64], losses: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Fits the laws of one seed.
+
+    Args:
+        sizes: [sizes], relative to the smallest.
+        losses: [rows, sizes].
+
+    Returns:
+        E, and the A [rows] and a [rows] of each row.
+    """
+    num_rows, lowest = len(losses), losses.min()
+
+    def residuals(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        scales, exponents = parameters[1:].reshape(2, num_rows, 1)
+        return (parameters[0] + scales * sizes**-exponents - losses).ravel()
+
+    def fit_from(floor: float) -> tuple[float, NDArray[np.float64]]:
+        # With E known, the logarithm of the excess is linear in that of the size.
+        slopes, starts = np.polyfit(np.log(sizes), np.log(losses - floor).T, 1)
+        start = np.concatenate([[floor], np.exp(starts), -slopes])
+        bounds = ([0.0] + [-np.inf] * 2 * num_rows, [lowest] + [np.inf] * 2 * num_rows)
+        found = least_squares(residuals, start, bounds=bounds, x_scale="jac", xtol=1e-12)
+        return float(found.cost), found.x
+
+    # The sum of squares can have several minima.
+    _, best = min(
+        (fit_from(share * lowest) for share in (0.05, 0.3, 0.5, 0.7, 0.9)),
+        key=lambda fit: fit[0],
+    )
+    scales, exponents = best[1:].reshape(2, num_rows)
+    return float(best[0]), scales, exponents
+
+
+def per_doubling(distances: Sizes) -> Difference:
+    """Returns how much a distance changes when the size doubles: the slope over log2 N by seed.
+
+    Args:
+        distances: of a row to full rank, by size and seed.
+    """
+    sizes = sorted(distances)
+    seeds = sorted(distances[sizes[0]])
+    slopes = {
+        seed: float(np.polyfit(np.log2(sizes), [distances[size][seed] for size in sizes], 1)[0])
+        for seed in seeds
+    }
+    return _mean(slopes)
+
+
+def _mean(values: BySeed) -> Difference:
+    found = difference(values, dict.fromkeys(values, 0.0))
+    if found is None:
+        raise ValueError("there is no seed")
+    return found
