@@ -93,9 +93,7 @@ class Change:
     before: Difference
     after: Difference
     change: Versus
-    """`before` minus `after`, seed by seed: positive if the distance becomes smaller."""
-    share: Share | None
-    """The change as a share of `before`; None if the interval of `before` holds zero."""
+    """`after` minus `before`, seed by seed."""
 
 
 class Comparison:
@@ -334,7 +332,7 @@ def changes(before: Comparison, after: Comparison, split: str = "test") -> list[
         row: (_of(before.distances(row, split), shared), _of(after.distances(row, split), shared))
         for row in rows
     }
-    changed = {row: _difference(first, second) for row, (first, second) in pairs.items()}
+    changed = {row: _difference(second, first) for row, (first, second) in pairs.items()}
     adjusted_p = adjusted({row: of.p for row, of in changed.items()})
     return [
         Change(
@@ -342,8 +340,6 @@ def changes(before: Comparison, after: Comparison, split: str = "test") -> list[
             before=_difference(first, dict.fromkeys(first, 0.0)),
             after=_difference(second, dict.fromkeys(second, 0.0)),
             change=Versus(changed[row], adjusted_p.get(row)),
-            # A change is the share of the way from the first distance to none.
-            share=share_of_gap(second, first, dict.fromkeys(first, 0.0)),
         )
         for row, (first, second) in pairs.items()
     ]

@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from results_data import Comparison, Versus, changes
 from results_laws import Laws
+from scipy.stats import rankdata
 
 from switchtitan.comparison.plan import short_name
 from switchtitan.comparison.statistics import Difference, Share, summarize
@@ -116,14 +118,13 @@ def changes_table(before: Comparison, after: Comparison) -> str:
     """Returns the table of distances in test loss in two comparisons, and of their change."""
     baseline = before.title(before.baseline)
     header = ["", f"minus {baseline}'s, one rate", f"minus {baseline}'s, own rates"]
-    header += ["first minus second", "share of the first"]
+    header.append("change")
     lines = [
         [
             of.title,
             _signed(of.before.mean),
             _signed(of.after.mean),
             _bold(interval(of.change), of.change.differs),
-            percent(of.share),
         ]
         for of in changes(before, after)
     ]
@@ -233,6 +234,13 @@ def geometry_table(geometry: Geometry, columns: Mapping[str, tuple[str, int]]) -
         for title, run in geometry.items()
     ]
     return _table(["", *columns], lines)
+
+
+def rank_correlation(geometry: Geometry, first: str, second: str) -> float:
+    """Returns Spearman's rank correlation of two columns of the measured geometry over its runs."""
+    columns = [[run[column] for run in geometry.values()] for column in (first, second)]
+    ranks = [rankdata(values) for values in columns]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _decimal(value: float | None, digits: int) -> str:
