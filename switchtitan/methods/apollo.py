@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.seeds import generator_for
@@ -93,11 +94,7 @@ class ApolloRule:
         self._group = shard_group(first)
         self._limiter = NormGrowthLimiter(len(weights), config.max_norm_growth, local(first))
         self._drawn: int | None = None
-        self._measure: Callable[..., Tensor] = (
-            torch.compile(advance_and_measure_, fullgraph=True, dynamic=False)
-            if compile_step
-            else advance_and_measure_
-        )
+        self._measure: Callable[..., Tensor] = compile_if(compile_step)(advance_and_measure_)
 
     def update(self, step: int, step_size: float, decay_factor: float) -> None:
         """See `projected.optimizer.UpdateRule`."""

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.shards import local, shard_group
 from switchtitan.methods.projected import (
@@ -96,10 +97,8 @@ class FiraRule:
         self._group = shard_group(first)
         self._limiter = NormGrowthLimiter(len(weights), config.max_norm_growth, local(first))
         self._directions = AdamDirections(adam, compile_step)
-        self._measure: Callable[..., tuple[Tensor, Tensor]] = (
-            torch.compile(factors_and_square, fullgraph=True, dynamic=False)
-            if compile_step
-            else factors_and_square
+        self._measure: Callable[..., tuple[Tensor, Tensor]] = compile_if(compile_step)(
+            factors_and_square
         )
 
     def update(self, step: int, step_size: float, decay_factor: float) -> None:

@@ -18,10 +18,10 @@ from switchtitan.contracts import (
 from switchtitan.distributed.initial_draws import GeneratorFor
 from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
 from switchtitan.methods.lowrank.linear import replace_linears, take
-from switchtitan.methods.lowrank.method import FACTORS
+from switchtitan.methods.lowrank.method import FACTORS, parameters_with_factors
 from switchtitan.methods.projected import is_right
 from switchtitan.methods.projected.singular_bases import leading_singular_vectors
-from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
+from switchtitan.optim import OPTIMIZERS
 
 
 class LowRankProductConfig(MethodConfig):
@@ -108,7 +108,9 @@ class LowRank(Method[LowRankProductConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, self._trained_parameters(model), compile_step, self.seed)
+        layers = [name for name, module in model.named_modules() if _is_product(module)]
+        trained = parameters_with_factors(model, layers)
+        return OPTIMIZERS.build(config, trained, compile_step, self.seed)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns B A for layers with factors, and all other tensors, in fp32."""
@@ -127,17 +129,6 @@ class LowRank(Method[LowRankProductConfig]):
             return weight
         lora_a, lora_b = balanced_factors(weight, self.config.rank)
         return lora_b.t() @ lora_a
-
-    def _trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
-        layers = [name for name, module in model.named_modules() if _is_product(module)]
-        factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
-        trained = trained_parameters(
-            model, factors, model.blocks(), model.output_head(), model.compute_dtype
-        )
-        transposed = {f"{name}.{FACTORS[1]}" for name in layers}
-        return [
-            entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained
-        ]
 
 
 def _is_product(module: nn.Module) -> bool:

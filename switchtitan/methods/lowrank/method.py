@@ -1,6 +1,6 @@
 """The base class of methods that train low-rank factors and freeze the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -27,6 +27,22 @@ from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the parameters A and B of a `LowRankLinear`."""
+
+
+def parameters_with_factors(model: LanguageModel, layers: Iterable[str]) -> list[TrainedParameter]:
+    """Returns all trained parameters; those treated are the factors of `layers`.
+
+    Args:
+        layers: names of layers with the factors A [rank, in] and B, stored transposed [rank, out].
+    """
+    names = [[f"{layer}.{factor}" for factor in FACTORS] for layer in layers]
+    treated = {name for pair in names for name in pair}
+    transposed = {second for _, second in names}
+    trained = trained_parameters(
+        model, treated, model.blocks(), model.output_head(), model.compute_dtype
+    )
+    return [entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained]
+
 
 LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
 """The configuration class of a low-rank method."""
@@ -56,15 +72,7 @@ class LowRankMethod(Method[LowRankSection]):
 
     def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         """Returns the factors and the parameters outside of low-rank layers."""
-        layers = low_rank_layers(model)
-        factors = {f"{name}.{factor}" for name in layers for factor in FACTORS}
-        trained = trained_parameters(
-            model, factors, model.blocks(), model.output_head(), model.compute_dtype
-        )
-        transposed = {f"{name}.{FACTORS[1]}" for name in layers}
-        return [
-            entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained
-        ]
+        return parameters_with_factors(model, low_rank_layers(model))
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.rounding import random_bits, round_to_bf16, rounding_key
 from switchtitan.distributed.seeds import splitmix32
 from switchtitan.distributed.shards import row_range
@@ -43,11 +44,7 @@ class StochasticRounding:
         if first.weight.dtype != first.lora_a.dtype:
             keys = [rounding_key(seed, name) for name in layers]
             self._keys = torch.tensor(keys, dtype=torch.int32, device=first.lora_a.device)
-        self._add_ = (
-            torch.compile(add_rounded_, fullgraph=True, dynamic=False)
-            if compile_step
-            else add_rounded_
-        )
+        self._add_: Callable[..., None] = compile_if(compile_step)(add_rounded_)
 
     def of_event(self, number: int) -> list[Rounding | None]:
         """Returns the rounding for each weight; None for weights of the factors' dtype.

@@ -1,8 +1,10 @@
 """Adam's directions from projected gradients."""
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
+from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.shards import local
 from switchtitan.methods.projected.weights import ProjectedWeight
 from switchtitan.optim import AdamWConfig
@@ -20,9 +22,7 @@ class AdamDirections:
 
     def __init__(self, adam: AdamWConfig, compile_step: bool) -> None:
         self._adam = adam
-        self._direction = (
-            torch.compile(direction_, fullgraph=True, dynamic=False) if compile_step else direction_
-        )
+        self._direction: Callable[..., Tensor] = compile_if(compile_step)(direction_)
 
     def advance(self, weight: ProjectedWeight, low_rank_grad: Tensor) -> Tensor:
         """Updates the moments from this rank's rows of R; returns those of N."""
