@@ -142,8 +142,12 @@ class Comparison:
 
     @property
     def num_tokens(self) -> int:
-        """Training tokens of a run."""
-        config = self.config(self.baseline)
+        """Training tokens of a run of the baseline."""
+        return self.num_tokens_of(self.baseline)
+
+    def num_tokens_of(self, row: str) -> int:
+        """Returns the training tokens of a run of a row."""
+        config = self.config(row)
         return config.training.steps * config.training.global_batch_size * config.data.seq_len
 
     def title(self, row: str) -> str:

@@ -149,9 +149,7 @@ def cost_table(reported: Path, *comparisons: Comparison) -> str:
             cells = [of.title(row), UNKNOWN if rank is None else str(rank)]
             if any(cells == line[:2] for line in lines):
                 continue
-            cells.append(millions(max(of.values(row, "num_trainable"))))
-            cells.append(f"{max(of.values(row, 'state_gib')) * _MIB_PER_GIB:.1f}")
-            cells += [_effective_rank(known, of, row)]
+            cells += [*_size(of, row), _effective_rank(known, of, row)]
             lines.append(cells)
     return _table(header, lines)
 
@@ -179,6 +177,32 @@ def size_table(of: Comparison, methods: Mapping[str, str], settings: Mapping[str
         ]
         lines.append([title, *cells])
     return _table(["", *settings], lines)
+
+
+def budget_table(of: Comparison, budgets: Mapping[str, Sequence[str]]) -> str:
+    """Returns rows that share a budget with full rank: what they train, and their distance to it.
+
+    p-values are adjusted over all rows of the table.
+
+    Args:
+        budgets: what a row shares with full rank -> such rows.
+    """
+    header = ["", "the same", "tokens", "parameters", "state, MiB", "test loss"]
+    header.append(f"minus {of.title(of.baseline)}'s")
+    family = [row for rows in budgets.values() for row in rows]
+    lines = []
+    for budget, rows in {UNKNOWN: [of.baseline], **budgets}.items():
+        for row in rows:
+            cells = [of.title(row), budget, millions(of.num_tokens_of(row)), *_size(of, row)]
+            cells += [mean_loss(of, row), _cell(of, row, of.baseline, "test", family)]
+            lines.append(cells)
+    return _table(header, lines)
+
+
+def _size(of: Comparison, row: str) -> list[str]:
+    """Returns the trained parameters of a row, and its state in MiB."""
+    state = max(of.values(row, "state_gib")) * _MIB_PER_GIB
+    return [millions(max(of.values(row, "num_trainable"))), f"{state:.1f}"]
 
 
 def law_table(laws: Laws, slopes: Mapping[str, Difference]) -> str:
