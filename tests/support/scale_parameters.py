@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from support.optimizer_steps import draw
 from switchtitan.optim import TrainedParameter
@@ -21,8 +21,11 @@ TREATED = ("layers.0.proj.weight", "layers.0.proj.lora_b")
 
 
 def placed(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The tensor, sharded along dimension 0 over a mesh."""
-    return value if mesh is None else distribute_tensor(value, mesh, [Shard(0)])
+    """The tensor, sharded along dimension 0 over a mesh, or over the last dimension of one with
+    replicas."""
+    if mesh is None:
+        return value
+    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
 
 
 def start(mesh: DeviceMesh | None = None) -> dict[str, nn.Parameter]:
