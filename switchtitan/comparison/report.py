@@ -216,8 +216,10 @@ def _difference(of: Difference | None) -> str:
 
 
 def _share(of: GapReport) -> str:
-    if of.gap is None or not math.isfinite(of.gap.mean):
+    if of.gap is None:
         return "not yet known."
+    if not math.isfinite(of.gap.mean):
+        return "a run diverged; share not reported."
     width = f"the difference of {_difference(of.gap)}"
     if of.gap.low is not None and of.gap.holds_zero:
         return f"the interval of {width} holds zero; share not reported."

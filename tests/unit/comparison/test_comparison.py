@@ -306,6 +306,7 @@ def test_a_row_with_a_diverged_run_has_no_mean(comparison):
     of_thin = (thin.loss, thin.perplexity, thin.validation_loss, thin.test_bits_per_byte)
     assert {summary.mean for summary in (*of_thin, thin.difference)} == {math.inf}
     assert (thin.verdict, thin.adjusted_p) == (None, None)
-    assert "| thin | 0.02 | diverged |" in markdown(
-        Comparison(comparison).state(), [dense, thin], []
-    )
+    state = Comparison(comparison).state()
+    text = markdown(state, [dense, thin], report_gaps(state))
+    assert "| thin | 0.02 | diverged |" in text
+    assert "thin-balanced, from thin to dense: a run diverged; share not reported." in text
