@@ -92,7 +92,8 @@ def planned(folder: Path) -> dict[str, Run]:
         found = read_comparison(folder, name)
         placed = found.declared.model_copy(update={"output_dir": OUTPUT})
         for row in map(placed.row, rows):
-            values = found.chosen(row.name)
+            chosen = found.chosen(row.name)
+            values = {key: chosen[key] for key in chosen if key not in row.given_values}
             runs[row.title] = _plan(placed, row, values)
             if row.name == "lora-r16":
                 relora = row.model_copy(update=RELORA)

@@ -221,7 +221,7 @@ class Comparison:
             return False
         runs = (run for run in self._runs if run.stage == "selection" and run.row == row)
         tried = {run.values[key] for run in runs if key in run.values}
-        return bool(tried) and self.chosen(row)[key] in (min(tried), max(tried))
+        return len(tried) > 1 and self.chosen(row)[key] in (min(tried), max(tried))
 
     def versus(
         self, row: str, other: str, split: str = "test", family: Sequence[str] = ()

@@ -180,12 +180,13 @@ def size_table(of: Comparison, methods: Mapping[str, str], settings: Mapping[str
 
 
 def budget_table(of: Comparison, budgets: Mapping[str, Sequence[str]]) -> str:
-    """Returns rows that share a budget with full rank: what they train, and their distance to it.
+    """Returns rows that share a budget with another row: what they train, and their distance to
+    the baseline.
 
     p-values are adjusted over all rows of the table.
 
     Args:
-        budgets: what a row shares with full rank -> such rows.
+        budgets: what rows share, and with which row -> such rows.
     """
     header = ["", "the same", "tokens", "parameters", "state, MiB", "test loss"]
     header.append(f"minus {of.title(of.baseline)}'s")

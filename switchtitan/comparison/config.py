@@ -86,12 +86,7 @@ class RowConfig(Section):
     def _check_values(self) -> "RowConfig":
         if self.learning_rates and LEARNING_RATE in self.tune:
             raise ValueError(f"give either learning_rates or tune.{LEARNING_RATE!r}, not both")
-        sources = (self.learning_rate_of, self.values, LEARNING_RATE in self.given_values)
-        if sum(map(bool, sources)) != 1:
-            raise ValueError(
-                "give either learning_rates or learning_rate_of (or `tune` instead of the first, "
-                "or the rate in set.optimizer if nothing is to be chosen)"
-            )
+        self._check_source_of_rate()
         for key, values in self.values.items():
             given = "learning_rates" if self.learning_rates and key == LEARNING_RATE else key
             _check_increasing(f"{given} = {list(values)}", key, values)
@@ -102,6 +97,24 @@ class RowConfig(Section):
             if value not in tried:
                 raise ValueError(f"start: {key} = {value:g}: expected one of {list(tried)}")
         return self
+
+    def _check_source_of_rate(self) -> None:
+        gives_rate = LEARNING_RATE in self.given_values
+        if self.learning_rate_of is None and not self.values and not gives_rate:
+            raise ValueError(
+                f"row {self.name} has no learning rate; give learning_rates (or `tune`), "
+                "learning_rate_of, or `set.optimizer = { lr = ... }` if nothing is to be chosen"
+            )
+        if self.learning_rate_of is not None and (self.values or gives_rate):
+            other = "set.optimizer.lr" if gives_rate else ", ".join(self.values)
+            raise ValueError(
+                f"row {self.name}: give either learning_rate_of = {self.learning_rate_of!r} or "
+                f"{other}, not both"
+            )
+        if LEARNING_RATE in self.values and gives_rate:
+            raise ValueError(
+                f"row {self.name}: set.{LEARNING_RATE} has no effect: the row chooses it; remove it"
+            )
 
 
 def _check_increasing(place: str, key: str, values: Sequence[float]) -> None:
@@ -129,7 +142,8 @@ class GapConfig(Section):
 
 
 class ComparisonConfig(Section):
-    """A comparison whose rows train and evaluate on the same tokens in the same order."""
+    """A comparison whose rows train and evaluate on the same tokens in the same order, unless they
+    differ in [training]."""
 
     name: str = Field(min_length=1)
     """The title of the report."""
@@ -182,6 +196,11 @@ class ComparisonConfig(Section):
             f"rows: two have the name {name!r}"
             for name in sorted({n for n in names if names.count(n) > 1})
         ]
+        titles = [row.title for row in self.rows]
+        mistakes += [
+            f"rows: two have the label {title!r}; tables and plots need different ones"
+            for title in sorted({t for t in titles if titles.count(t) > max(1, names.count(t))})
+        ]
         choosing = [row.name for row in self.rows if row.values]
         mistakes += self._mistakes_in_axes()
         referred = [("baseline", self.baseline)]
@@ -193,8 +212,15 @@ class ComparisonConfig(Section):
             referred += [("gaps.rows", row) for row in gap.rows]
         for key, name in referred:
             known = choosing if key.endswith("learning_rate_of") else names
-            if name not in known:
-                mistakes.append(f"{key} = {name!r}: expected one of {', '.join(known)}")
+            if name in known:
+                continue
+            if name in names:
+                mistakes.append(
+                    f"{key} = {name!r}: that row chooses no values itself; repeat its values in "
+                    "`set`, or name the row that chooses them"
+                )
+            else:
+                mistakes.append(f"{key} = {name!r}: expected one of {', '.join(known or names)}")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
@@ -206,7 +232,7 @@ class ComparisonConfig(Section):
             if section not in TUNED_SECTIONS or not name:
                 mistakes.append(f"axes: {key!r}: expected a key of [method] or [optimizer]")
             counts = {row.name: len(row.values[key]) for row in self.rows if key in row.values}
-            if not counts and any(row.values for row in self.rows):
+            if not counts and not any(key in row.given_values for row in self.rows):
                 mistakes.append(f"axes: no row tunes {key!r}; remove it")
             if len(set(counts.values())) > 1:
                 listed = ", ".join(f"{row} has {count}" for row, count in counts.items())

@@ -111,7 +111,8 @@ def _time_steps(run: Run, baseline: Run) -> tuple[float, ...]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(num_threads(1))
     configs = {"row": run.config(), "baseline": baseline.config()}
-    rounds = min(ROUNDS, (configs["row"].training.steps - WARM_UP_STEPS) // STEPS_PER_ROUND)
+    num_steps = min(config.training.steps for config in configs.values())
+    rounds = min(ROUNDS, (num_steps - WARM_UP_STEPS) // STEPS_PER_ROUND)
     times = time_steps_side_by_side(configs, rounds, STEPS_PER_ROUND)
     ratio = ratio_of_steps(times["row"], times["baseline"])
     return times["row"].median_s, ratio.value, ratio.low, ratio.high

@@ -27,7 +27,8 @@ class Run:
 
     row: str
     tuned: tuple[tuple[str, float], ...]
-    """Values of the tuned keys, in the order of the axes; of a row that tunes none, those given."""
+    """Values of the tuned keys, in the order of the axes; of a row that chooses none, those that it
+    gives."""
     seed: int
     folder: Path
     arguments: tuple[str, ...]
@@ -35,11 +36,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        values = " ".join(f"{short_name(key)} {value:g}" for key, value in self.tuned)
-        return f"{self.row} {values} seed {self.seed}"
+        values = [f"{short_name(key)} {value:g}" for key, value in self.tuned]
+        return " ".join([self.row, *values, f"seed {self.seed}"])
 
     def value(self, key: str) -> float | None:
-        """Returns the value of a tuned key; None if the row does not tune it."""
+        """Returns the value of a tuned key; None if the row does not have it."""
         return dict(self.tuned).get(key)
 
     def config(self) -> JobConfig:
@@ -94,9 +95,10 @@ def plan_run(
             raise ConfigError(
                 f"row {row.name}: set.{key} has no effect: the comparison sets it; remove it"
             )
-    known = keys | dict(values)
+    known = values or given_values(comparison, row)
     tuned = tuple((key, known[key]) for key in dict.fromkeys(comparison.axes) if key in known)
-    label = "-".join(f"{short_name(key)}-{value:g}" for key, value in tuned) + f"-seed-{seed}"
+    parts = [f"{short_name(key)}-{value:g}" for key, value in tuned]
+    label = "-".join([*parts, f"seed-{seed}"])
     folder = comparison.output_dir / "runs" / row.name / label
     keys |= dict(tuned) | {
         "job.seed": seed,
@@ -107,6 +109,16 @@ def plan_run(
     for key, value in keys.items():
         arguments += [f"--{key}", value if isinstance(value, str) else toml_value(value)]
     return Run(row.name, tuned, seed, folder, tuple(arguments))
+
+
+def given_values(comparison: ComparisonConfig, row: RowConfig) -> dict[str, float]:
+    """Returns the numbers that a row gives for keys of the axes, by dotted key."""
+    given = row.given_values
+    return {
+        key: given[key]
+        for key in comparison.axes
+        if isinstance(given.get(key), int | float) and not isinstance(given[key], bool)
+    }
 
 
 def report_runs(
@@ -136,18 +148,21 @@ def check_plan(comparison: ComparisonConfig) -> None:
             and getattr(config, section) != getattr(baseline, section)
         ]
         if differing:
+            allowed = [section for section in differing if section in ("model", "training")]
+            or_allow = f", or allow it with differ_in = {toml_value(allowed)}" if allowed else ""
             raise ConfigError(
                 f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from "
-                f"{comparison.baseline}'s; rows may differ only in [method], [optimizer], "
-                f"[compile] and the sections of differ_in; set it for all rows in "
-                f"{comparison.config}"
+                f"{comparison.baseline}'s; rows may differ only in [method], [optimizer] and "
+                f"[compile]; set it for all rows in {comparison.config}{or_allow}"
             )
     for row in comparison.rows:
         for key, values in comparison.tuned_row(row).values.items():
             for value in values:
                 first_run(comparison, row, {key: value}).config()
-    for config in configs.values():
-        _check_reportable(comparison, config)
+    _check_reportable(str(comparison.config), baseline)
+    for name, config in configs.items():
+        if config.training != baseline.training:
+            _check_reportable(f"row {name}", config)
     for row in comparison.rows:
         first_run(comparison, row).config_on(comparison.communication_ranks)
 
@@ -169,7 +184,7 @@ def check_corpus(comparison: ComparisonConfig) -> str:
     return corpus.fingerprint
 
 
-def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
+def _check_reportable(place: str, config: JobConfig) -> None:
     problems = []
     if config.training.dtype == "auto":
         problems.append(
@@ -195,7 +210,7 @@ def _check_reportable(comparison: ComparisonConfig, config: JobConfig) -> None:
             f"[training] steps = {config.training.steps}: expected at least {MIN_STEPS}"
         )
     if problems:
-        raise ConfigError("\n".join(f"{comparison.config}: {problem}" for problem in problems))
+        raise ConfigError("\n".join(f"{place}: {problem}" for problem in problems))
 
 
 def first_run(

@@ -1,6 +1,7 @@
 """Plots of a comparison: losses over training, against step time and against memory."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ def write_pictures(folder: Path, state: ComparisonState, rows: Sequence[RowRepor
     if timed:
         pictures["loss_against_time.png"] = draw_against(
             timed,
-            lambda row: row.measured.step_ratio,  # type: ignore[union-attr]
-            f"step time / {state.config.baseline}'s",
+            partial(_time, baseline=next(row for row in rows if row.name == state.config.baseline)),
+            f"step time x steps / {state.config.baseline}'s",
         )
     finished = [row for row in rows if row.loss is not None and row.state_gib is not None]
     if finished:
@@ -41,6 +42,13 @@ def write_pictures(folder: Path, state: ComparisonState, rows: Sequence[RowRepor
         paths.append(folder / name)
         write_picture(figure, paths[-1])
     return paths
+
+
+def _time(row: RowReport, baseline: RowReport) -> float:
+    """Returns the time of a row's steps divided by that of the baseline's."""
+    assert row.measured is not None
+    longer = row.num_steps / baseline.num_steps if row.num_steps and baseline.num_steps else 1.0
+    return row.measured.step_ratio * longer
 
 
 def draw_curves(state: ComparisonState) -> Figure:

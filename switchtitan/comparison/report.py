@@ -51,9 +51,8 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
     parts += [text for text in (_facts(state), _without_folders(state)) if text]
     seeds = ", ".join(map(str, config.report_seeds))
     parts.append(
-        f"{', '.join(map(short_name, config.axes))} of each row: chosen by the validation loss "
-        f"after the last step, with seed {config.selection_seed}. "
-        f"Losses are on the test split: mean ± standard deviation over seeds {seeds}. "
+        f"{_source_of_values(config)} Losses are on the test split: mean ± standard deviation "
+        f"over seeds {seeds}. "
         f"Differences to {config.baseline} are taken seed by seed, with 95 % intervals "
         "(Student's t). p is adjusted by Holm's method over the rows of the table. A row differs "
         "if p is below 0.05; no difference is shown if the interval holds zero."
@@ -69,10 +68,11 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
                 for gap in gaps
             )
         )
-    parts.append(
-        "## Choice of values\n\n"
-        "Validation loss by value, with the other keys as chosen before. The chosen value is bold."
-    )
+    if any(row.values for row in config.rows):
+        parts.append(
+            "## Choice of values\n\nValidation loss by value, with the other keys as chosen "
+            "before. The chosen value is bold."
+        )
     for place, key in enumerate(config.axes):
         lines = [
             _tried_line(row, tried) for row in rows for tried in row.tried if tried.place == place
@@ -120,6 +120,19 @@ def _staged(state: ComparisonState) -> list[tuple[str, RunResult]]:
     ]
 
 
+def _source_of_values(config: ComparisonConfig) -> str:
+    """Returns one sentence about where the values of the tuned keys come from."""
+    keys = ", ".join(map(short_name, config.axes))
+    giving = [row.title for row in config.rows if not config.tuned_row(row).values]
+    if len(giving) == len(config.rows):
+        return f"{keys} of each row: given."
+    given = f" Given for {', '.join(giving)}." if giving else ""
+    return (
+        f"{keys} of each row: chosen by the validation loss after the last step, with seed "
+        f"{config.selection_seed}.{given}"
+    )
+
+
 def _facts(state: ComparisonState) -> str:
     """Returns one sentence about tokens, corpus, versions and hardware of the finished runs."""
     figures = [result.figures for _, result in _staged(state) if not result.has_diverged]
@@ -129,8 +142,10 @@ def _facts(state: ComparisonState) -> str:
     def distinct(find: Callable[[dict], object]) -> str:
         return " and ".join(sorted({str(find(of_run) or "unknown") for of_run in figures}))
 
+    tokens = sorted({round(of_run["tokens_seen"] / 1e6, 2) for of_run in figures})
     return (
-        f"{distinct(lambda f: round(f['tokens_seen'] / 1e6, 2))} M tokens per run of corpus "
+        f"{' to '.join(f'{value:.2f}' for value in dict.fromkeys((tokens[0], tokens[-1])))} "
+        "M tokens per run of corpus "
         f"{distinct(lambda f: f['corpus']['name'])} "
         f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), "
         f"torch {distinct(lambda f: f['versions']['torch'])}, {distinct(lambda f: f['device'])}, "
@@ -155,6 +170,7 @@ def _columns(config: ComparisonConfig) -> dict[str, Callable[[RowReport], str]]:
     return {
         "": lambda row: row.title,
         **{short_name(key): partial(_value, key=key) for key in config.axes},
+        **({"M tokens": lambda row: _number(row.num_tokens, 2, 1e-6)} if config.differ_in else {}),
         "test loss": lambda row: _plus_minus(row.loss, 4),
         "perplexity": lambda row: _plus_minus(row.perplexity, 3),
         "test bits/byte": lambda row: _plus_minus(row.test_bits_per_byte, 4),

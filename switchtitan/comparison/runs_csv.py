@@ -119,12 +119,14 @@ def read_finished_runs(*files: Path) -> dict[RunKey, dict[str, Any]]:
             the same run.
     """
     runs: dict[RunKey, dict[str, Any]] = {}
+    places: dict[RunKey, str] = {}
     for file in files:
         for place, key, figures in _read_file(file):
+            first = places.setdefault(key, place)
             if runs.setdefault(key, figures) != figures:
                 raise ConfigError(
                     f"{place}: an earlier line has other results of the same configuration and "
-                    "seed; keep one of them"
+                    f"seed ({first}); keep one of them"
                 )
     return runs
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from switchtitan.comparison.comparison import ComparisonState
-from switchtitan.comparison.config import ComparisonConfig, RowConfig
+from switchtitan.comparison.config import RowConfig
 from switchtitan.comparison.effective_rank import effective_rank
 from switchtitan.comparison.measure import Measurements
+from switchtitan.comparison.plan import given_values
 from switchtitan.comparison.results import RunResult
 from switchtitan.comparison.statistics import (
     BySeed,
@@ -32,7 +33,7 @@ class RowReport:
     name: str
     title: str
     values: dict[str, float]
-    """The chosen values by tuned key, or those given; empty while they are not known."""
+    """The chosen values by tuned key, and those given; empty while values are being chosen."""
     tried: tuple[Tried, ...]
     """What was tried of each key in turn; empty for a row that uses another row's values."""
     num_diverged: int
@@ -52,6 +53,10 @@ class RowReport:
     """What the difference shows."""
     effective_rank: Summary | None
     """Effective rank of the linear layers' change since step 0, averaged over layers."""
+    num_steps: int | None
+    """Optimizer steps of a run."""
+    num_tokens: int | None
+    """Training tokens of a run."""
     num_trainable: int | None
     state_gib: float | None
     """Size of weights, optimizer state and candidates: all that a checkpoint contains."""
@@ -134,8 +139,7 @@ def _report_row(
     return RowReport(
         name=row.name,
         title=row.title,
-        values=_given(state.config, row)
-        | dict(state.tuning.chosen.get(state.config.tuned_row(row).name, {})),
+        values=_values(state, row),
         tried=state.tuning.tried.get(row.name, ()),
         num_diverged=len(results) - len(finished),
         loss=summarize(list(losses.values())) if losses else None,
@@ -154,6 +158,8 @@ def _report_row(
         adjusted_p=adjusted_p,
         verdict=None if against_baseline is None else verdict(against_baseline, adjusted_p),
         effective_rank=summarize(ranks) if ranks else None,
+        num_steps=finished[0].figures["step"] if finished else None,
+        num_tokens=finished[0].figures["tokens_seen"] if finished else None,
         num_trainable=finished[0].figures["num_parameters"]["trainable"] if finished else None,
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,
         peak_gib=max(
@@ -169,9 +175,11 @@ def _report_row(
     )
 
 
-def _given(config: ComparisonConfig, row: RowConfig) -> dict[str, float]:
-    given = row.given_values
-    return {key: given[key] for key in config.axes if key in given}
+def _values(state: ComparisonState, row: RowConfig) -> dict[str, float]:
+    if state.tuning.due:
+        return {}
+    chosen = state.tuning.chosen.get(state.config.tuned_row(row).name, {})
+    return given_values(state.config, row) | dict(chosen)
 
 
 def _median_speed(finished: list[RunResult]) -> float | None:

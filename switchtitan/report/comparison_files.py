@@ -78,6 +78,8 @@ class Row(_Parsed):
     adjusted_p: float | None
     verdict: str | None
     effective_rank: Sample | None
+    num_tokens: Count | None = None
+    """Training tokens of a run; earlier versions did not write them."""
     num_trainable: Count | None
     state_gib: float | None
     peak_gib: float | None

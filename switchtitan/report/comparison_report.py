@@ -143,9 +143,10 @@ def _table(rows: Sequence[Row], baseline: str) -> Contents:
     keys = dict.fromkeys(key for row in rows for key in row.values)
     columns = {
         **{
-            Column(short_name(key), "the chosen value"): [chosen_cell(row, key) for row in rows]
+            Column(short_name(key), "chosen, or given"): [chosen_cell(row, key) for row in rows]
             for key in keys
         },
+        **_tokens_column(rows),
         Column("test loss"): [_sample(row.loss, 4) for row in rows],
         Column("95 % interval", "of the mean test loss"): [_interval(row.loss) for row in rows],
         Column("perplexity"): [_sample(row.perplexity, 3) for row in rows],
@@ -192,6 +193,14 @@ def _table(rows: Sequence[Row], baseline: str) -> Contents:
     mark_lowest(columns[Column("test loss")])
     known = without_unknown(columns)
     return table("Results", known, list(range(len(rows))), rows_title="row")
+
+
+def _tokens_column(rows: Sequence[Row]) -> dict[Column, list[Cell]]:
+    """Returns the tokens of the rows' runs if they differ."""
+    if len({row.num_tokens for row in rows if row.num_tokens is not None}) < 2:
+        return {}
+    column = Column("M tokens", "training tokens of a run")
+    return {column: [number_cell(row.num_tokens, ".2f", 1e-6) for row in rows]}
 
 
 def _intervals(

@@ -80,11 +80,26 @@ def test_the_common_configuration_is_relative_to_the_file(tmp_path):
             'name = "th/in"',
             r"\[\[rows\]\] number 2, name = \"th/in\": expected letters",
         ),
-        ('learning_rate_of = "thin"', "", "give either learning_rates or learning_rate_of"),
+        ('learning_rate_of = "thin"', "", "row thin-balanced has no learning rate; give"),
+        (
+            'learning_rate_of = "thin"',
+            'learning_rate_of = "thin"\nset.optimizer = { lr = 1e-2 }',
+            "give either learning_rate_of = 'thin' or set.optimizer.lr, not both",
+        ),
+        (
+            'learning_rate_of = "thin"',
+            'learning_rate_of = "thin"\nlearning_rates = [1e-2, 2e-2, 4e-2]',
+            "give either learning_rate_of = 'thin' or optimizer.lr, not both",
+        ),
+        (
+            'name = "thin-balanced"',
+            'name = "thin-balanced"\nlabel = "thin"',
+            "two have the label 'thin'",
+        ),
         (
             'learning_rate_of = "thin"',
             'learning_rate_of = "thin-balanced"',
-            "expected one of dense, thin$",
+            "thin-balanced': that row chooses no values itself; repeat its values",
         ),
         (
             'rows = ["thin-balanced"]',
@@ -219,21 +234,34 @@ def test_the_file_of_finished_runs_is_relative_to_the_comparison(tmp_path):
     assert load(tmp_path, GRID).finished_runs == ()
 
 
-def test_the_learning_rate_of_a_row_has_one_source(tmp_path):
-    given = "set.optimizer = { lr = 1e-2 }\n[[rows]]"
-    tuned = GRID.replace('[[rows]]\nname = "thin"', f'{given}\nname = "thin"')
-    with pytest.raises(
-        ConfigError, match=r"or the rate in set\.optimizer if nothing is to be chosen"
-    ):
-        load(tmp_path, tuned)
-    fixed = tuned.replace("learning_rates = [1e-3, 2e-3, 4e-3]\n", "")
-    assert load(tmp_path, fixed).rows[0].given_values["optimizer.lr"] == 1e-2
+GIVEN = "set.optimizer = { lr = 1e-2 }"
+
+
+def test_a_row_may_give_its_rate_instead_of_choosing_it(tmp_path):
+    both = GRID.replace('name = "dense"', f'name = "dense"\n{GIVEN}')
+    with pytest.raises(ConfigError, match=r"set.optimizer.lr has no effect: the row chooses it"):
+        load(tmp_path, both)
+    given = both.replace("learning_rates = [1e-3, 2e-3, 4e-3]\n", "")
+    assert load(tmp_path, given).rows[0].given_values["optimizer.lr"] == 1e-2
+    of_given = given.replace('learning_rate_of = "thin"', 'learning_rate_of = "dense"')
+    with pytest.raises(ConfigError, match="'dense': that row chooses no values itself; repeat"):
+        load(tmp_path, of_given)
+
+
+def test_a_row_may_give_its_rate_and_choose_another_key(tmp_path):
+    axes = 'axes = ["optimizer.weight_decay"]'
+    grid = re.sub("learning_rate.* = .*", f"{GIVEN}\n{DECAY}", GRID)
+    rows = load(tmp_path, grid.replace("[[rows]]", f"{axes}\n[[rows]]", 1)).rows
+    assert [row.values for row in rows] == [{"optimizer.weight_decay": (0.0, 0.1)}] * 3
 
 
 def test_a_comparison_may_tune_nothing(tmp_path):
     fixed = re.sub("learning_rate.* = .*", "set.optimizer = { lr = 1e-2 }", GRID)
     comparison = load(tmp_path, fixed)
     assert [row.values for row in comparison.rows] == [{}, {}, {}]
+    unknown = fixed.replace("[[rows]]", 'axes = ["optimizer.lrr"]\n[[rows]]', 1)
+    with pytest.raises(ConfigError, match=r"axes: no row tunes 'optimizer.lrr'; remove it"):
+        load(tmp_path, unknown)
 
 
 def test_folders_of_shipped_comparisons_keep_their_names():

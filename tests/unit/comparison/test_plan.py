@@ -61,8 +61,10 @@ def test_rows_may_differ_in_no_other_section(tmp_path, section):
     }[section]
     comparison = declare(tmp_path, GRID.replace(ROW, f"{ROW}set.{section} = {{{{ {key} }}}}\n"))
     message = rf"row thin: \[{section}\] differs from dense's; rows may differ only in \[method\]"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         check_plan(comparison)
+    can_be_allowed = f'or allow it with differ_in = ["{section}"]' in str(error.value)
+    assert can_be_allowed == (section in ("training", "model"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_rows_may_differ_in_declared_sections(tmp_path, section, key):
 
 def test_every_row_of_another_length_must_be_reportable(tmp_path):
     grid = GRID.replace(ROW, f"{ROW}set.training = {{{{ steps = 5 }}}}\n")
-    with pytest.raises(ConfigError, match=r"\[training\] steps = 5: expected at least 8"):
+    with pytest.raises(ConfigError, match=r"row thin: \[training\] steps = 5: expected at least 8"):
         check_plan(
             declare(tmp_path, grid.replace("[[rows]]", 'differ_in = ["training"]\n[[rows]]', 1))
         )

@@ -197,7 +197,7 @@ def test_finished_comparisons_say_how_much_is_the_rate(folder):
 
 
 def test_rows_with_the_same_budget_have_their_own_tokens(folder):
-    heading = "## What do rows reach with the same time, bytes or memory?"
+    heading = "## What do rows reach with the same time, bytes or state?"
     (folder / "budgets_python.csv").unlink(missing_ok=True)
     remove_claims(folder)
     assert heading not in results_page.results_page(folder)
