@@ -37,12 +37,12 @@ measure_step() {
         "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
-measure_methods() { # updates compared with full rank's, at rank hidden/4
-    local scale=optimizer.name=scale,compile.optimizer=false
-    benchmark step $F $F:optimizer.name=muon $F:$scale $F:method.name=low_rank,method.rank=128 \
-        $F:method.name=galore,method.rank=128 $F:method.name=fira,method.rank=128 \
-        $F:method.name=apollo,method.rank=128 $S $S:method.preset=gentle,optimizer.name=muon \
-        "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 4 --steps-per-round 1 --json "$1"
+measure_methods() { # steps compared with full rank's, at rank hidden/8
+    local scale=optimizer.name=scale,compile.optimizer=false low=method.rank=64
+    benchmark step $F $F:optimizer.name=muon $F:$scale $F:method.name=low_rank,$low \
+        $F:method.name=galore,$low $F:method.name=fira,$low $F:method.name=apollo,$low \
+        $S:$low $S:$low,method.preset=gentle $S:$low,method.preset=gentle,optimizer.name=muon \
+        "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
 measure_host() { # matrices so small that the host is the limit
