@@ -201,16 +201,16 @@ def test_rows_with_the_same_budget_have_their_own_tokens(folder):
     (folder / "budgets_python.csv").unlink(missing_ok=True)
     remove_claims(folder)
     assert heading not in results_page.results_page(folder)
-    write_runs(folder, "budgets_python", lambda run: made_up_loss(run, -0.1 * ("838" in run.row)))
+    write_runs(folder, "budgets_python", lambda run: made_up_loss(run, -0.1 * ("826" in run.row)))
     section = results_page.results_page(folder).partition(heading)[2].partition("\n## ")[0]
     lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
     assert len(lines) == 12, "full rank, and each of the nine other rows once"
     tokens = {title.removeprefix("| "): text for title, _, text, *_ in lines[2:]}
     assert tokens["full rank"] == tokens["full rank, hidden 100"] == "2.05 M"
-    assert tokens["full rank, Muon, 838 steps"] == "1.72 M"
+    assert tokens["full rank, Muon, 826 steps"] == "1.69 M"
     assert tokens["W = B A, 2060 steps"] == "4.22 M"
     bold = [line for line in lines if "**" in line[-1]]
-    assert [line[0] for line in bold] == ["| full rank, Muon, 838 steps"]
+    assert [line[0] for line in bold] == ["| full rank, Muon, 826 steps"]
 
 
 def test_a_row_reported_with_different_rates_is_an_error(folder):
