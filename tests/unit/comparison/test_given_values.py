@@ -144,6 +144,9 @@ def test_a_short_baseline_is_timed_in_as_many_rounds_as_it_has(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "time_steps_side_by_side", time)
+    # It changes its process, which here is that of the other tests.
+    monkeypatch.setattr(measure.logging, "disable", lambda level: None)
+    monkeypatch.setattr(measure.torch, "set_num_threads", lambda number: None)
     runs = [plan_run(comparison, comparison.row(name), {}, 1) for name in ("thin", "dense")]
     with pytest.raises(KeyboardInterrupt):
         measure._time_steps(*runs)
