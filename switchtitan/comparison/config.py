@@ -18,7 +18,7 @@ from switchtitan.errors import ConfigError
 
 LEARNING_RATE = "optimizer.lr"
 TUNED_SECTIONS = ("method", "optimizer")
-"""The sections in which rows differ, beside [compile], and which have the tuned keys."""
+"""The sections in which rows differ and that have the tuned keys."""
 
 
 class RowConfig(Section):
