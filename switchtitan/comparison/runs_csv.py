@@ -118,17 +118,16 @@ def read_finished_runs(*files: Path) -> dict[RunKey, dict[str, Any]]:
         ConfigError: if a file cannot be read, a line is no run, or two lines have other results of
             the same run.
     """
-    runs: dict[RunKey, dict[str, Any]] = {}
-    places: dict[RunKey, str] = {}
+    runs: dict[RunKey, tuple[str, dict[str, Any]]] = {}
     for file in files:
         for place, key, figures in _read_file(file):
-            first = places.setdefault(key, place)
-            if runs.setdefault(key, figures) != figures:
+            first, known = runs.setdefault(key, (place, figures))
+            if known != figures:
                 raise ConfigError(
                     f"{place}: an earlier line has other results of the same configuration and "
                     f"seed ({first}); keep one of them"
                 )
-    return runs
+    return {key: figures for key, (_, figures) in runs.items()}
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, RunKey, dict[str, Any]]]:
