@@ -31,7 +31,7 @@ KEPT = (
     *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
     "false",
 )
-NUM_MEASURED_STEPS = 3
+NUM_MEASURED_STEPS = 5
 NUM_PROFILED_STEPS = 10
 """In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
 minimum is that of a step in which it does not."""
@@ -78,10 +78,8 @@ def check_estimates(
         )
         stepper = tiny_stepper(config)
         stepper.step()
-        measured = min(
-            (measure_step(stepper, SEQ_LEN) for _ in range(NUM_MEASURED_STEPS)),
-            key=lambda step: sum(step.memory.at_peak.values()),
-        )
+        steps = [measure_step(stepper, SEQ_LEN) for _ in range(NUM_MEASURED_STEPS)]
+        measured = min(steps, key=lambda step: sum(step.memory.at_peak.values()))
         assert measured.communication == estimate.communication, method
         assert measured.forward_backward_flops == estimate.forward_backward_flops, method
         counted = count_state(stepper)
@@ -89,9 +87,10 @@ def check_estimates(
         if rank == 0:
             # Allocation and release do not depend on values.
             assert measured.memory.at_peak == estimate.memory.at_peak, method
-            # A real process group frees reduced tensors asynchronously.
-            lasting = {kind: measured.memory.most[kind] for kind in KINDS if kind != TEMPORARY}
-            assert lasting.items() <= estimate.memory.most.items(), method
+            # A real process group frees reduced tensors asynchronously, in some steps late.
+            for kind in KINDS.keys() - {TEMPORARY}:
+                most = [step.memory.most[kind] for step in steps]
+                assert min(most) == estimate.memory.most[kind], (method, kind, most)
             # Not in a checkpoint: AdamW's learning rate in fp32, a flag, and a number for each
             # vector.
             num_vectors = sum(

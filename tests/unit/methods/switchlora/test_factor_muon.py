@@ -178,8 +178,10 @@ def test_a_vector_that_was_reset_moves_as_far_as_the_others():
     """Its momentum is a tenth of theirs or less, but orthogonalized rows are of one size."""
     rank, width = 4, 40
     layers = {"layer": LowRankLinear(width, 50, rank, 0.5, lora_init)}
-    optimizer = FactorMuon(MuonConfig(lr=0.05), layers, torch.float32, False)
     factor, generator = layers["layer"].lora_a, torch.Generator().manual_seed(0)
+    nn.init.zeros_(factor)
+    nn.init.zeros_(layers["layer"].lora_b)
+    optimizer = FactorMuon(MuonConfig(lr=0.05), layers, torch.float32, False)
     mean = torch.randn(rank, width, generator=generator)
     moving = torch.ones(2, 1, rank, dtype=torch.bool)
     layers["layer"].lora_b.grad = torch.zeros_like(layers["layer"].lora_b)
