@@ -19,6 +19,7 @@ from switchtitan.comparison.statistics import (
     Share,
     adjusted,
     difference,
+    mean_over_seeds,
     share_of_gap,
     verdict,
 )
@@ -341,8 +342,8 @@ def changes(before: Comparison, after: Comparison, split: str = "test") -> list[
     return [
         Change(
             title=before.title(row),
-            before=_difference(first, dict.fromkeys(first, 0.0)),
-            after=_difference(second, dict.fromkeys(second, 0.0)),
+            before=mean_over_seeds(first),
+            after=mean_over_seeds(second),
             change=Versus(changed[row], adjusted_p.get(row)),
         )
         for row, (first, second) in pairs.items()

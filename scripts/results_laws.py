@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from switchtitan.comparison.statistics import BySeed, Difference, difference
+from switchtitan.comparison.statistics import BySeed, Difference, mean_over_seeds
 
 Sizes = Mapping[float, BySeed]
 """Losses of a row by number of parameters, and by seed."""
@@ -62,11 +62,11 @@ def fit_laws(losses: Mapping[str, Sizes]) -> Laws:
         for seed in seeds
     }
     return Laws(
-        _mean({seed: floor for seed, (floor, _, _) in fits.items()}),
+        mean_over_seeds({seed: floor for seed, (floor, _, _) in fits.items()}),
         {
             row: Law(
-                _mean({seed: scales[place] for seed, (_, scales, _) in fits.items()}),
-                _mean({seed: exponents[place] for seed, (_, _, exponents) in fits.items()}),
+                mean_over_seeds({seed: scales[place] for seed, (_, scales, _) in fits.items()}),
+                mean_over_seeds({seed: powers[place] for seed, (_, _, powers) in fits.items()}),
             )
             for place, row in enumerate(losses)
         },
@@ -120,11 +120,4 @@ def per_doubling(distances: Sizes) -> Difference:
         seed: float(np.polyfit(np.log2(sizes), [distances[size][seed] for size in sizes], 1)[0])
         for seed in seeds
     }
-    return _mean(slopes)
-
-
-def _mean(values: BySeed) -> Difference:
-    found = difference(values, dict.fromkeys(values, 0.0))
-    if found is None:
-        raise ValueError("there is no seed")
-    return found
+    return mean_over_seeds(slopes)

@@ -123,9 +123,15 @@ def read_finished_runs(*files: Path) -> dict[RunKey, dict[str, Any]]:
         for place, key, figures in _read_file(file):
             first, known = runs.setdefault(key, (place, figures))
             if known != figures:
+                paths = {name: (name,) for name in ("diverged", "effective_rank")} | _FIGURES
+                differing = [
+                    column
+                    for column, path in paths.items()
+                    if _find(known, path) != _find(figures, path)
+                ]
                 raise ConfigError(
-                    f"{place}: an earlier line has other results of the same configuration and "
-                    f"seed ({first}); keep one of them"
+                    f"{place}: an earlier line ({first}) has the same configuration and seed, and "
+                    f"another {', '.join(differing)}; keep one of them"
                 )
     return {key: figures for key, (_, figures) in runs.items()}
 

@@ -82,6 +82,18 @@ def difference(row: BySeed, baseline: BySeed) -> Difference | None:
     return Difference(of.mean, of.std, of.num, low, high, _p_value(of))
 
 
+def mean_over_seeds(values: BySeed) -> Difference:
+    """Returns the mean of a value that is a difference already, with its interval and t-test.
+
+    Raises:
+        ValueError: if there is no seed.
+    """
+    found = difference(values, dict.fromkeys(values, 0.0))
+    if found is None:
+        raise ValueError("a mean needs the value of at least one seed")
+    return found
+
+
 def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
     """Returns Holm's adjusted p-values of the rows whose p-value is known.
 

@@ -228,5 +228,6 @@ def test_two_results_of_one_run_are_an_error(csv_file):
     csv_file.write_text("".join([*lines, lines[1]]))
     assert len(read_finished_runs(csv_file)) == 12, "the same result again is none"
     change(csv_file, 12, {"test_loss": "1.0"})
-    with pytest.raises(ConfigError, match="line 14: an earlier line has other results"):
+    message = r"line 14: an earlier line \(.*line 2\) has .* another test_loss; keep one"
+    with pytest.raises(ConfigError, match=message):
         read_finished_runs(csv_file)

@@ -11,6 +11,7 @@ from switchtitan.comparison.statistics import (
     adjusted,
     difference,
     interval_of_mean,
+    mean_over_seeds,
     share_of_gap,
     summarize,
 )
@@ -70,6 +71,15 @@ def test_a_single_seed_and_a_diverged_run_show_no_difference():
         assert found.holds_zero
     assert difference({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}).p == 1.0
     assert difference({1: 1.0, 2: 1.0}, {1: 0.5, 2: 0.5}).p == 0.0
+
+
+def test_the_mean_of_differences_is_that_of_the_rows():
+    row, other = {2: 1.3, 3: 2.2, 4: 3.5}, {2: 1.0, 3: 2.0, 4: 3.1}
+    assert mean_over_seeds({seed: row[seed] - other[seed] for seed in row}) == difference(
+        row, other
+    )
+    with pytest.raises(ValueError, match="at least one seed"):
+        mean_over_seeds({})
 
 
 def test_adjusted_p_values_are_holms():
