@@ -8,6 +8,7 @@ from switchtitan.methods.galore import Galore, GaloreConfig
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.low_rank import LowRank, LowRankProductConfig
 from switchtitan.methods.relora import Relora, ReloraConfig
+from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.registry import Component, Registry
 
@@ -21,6 +22,7 @@ METHODS: Registry[MethodConfig, Method] = Registry(
         "lora": Component(LoraConfig, Lora),
         "low_rank": Component(LowRankProductConfig, LowRank),
         "relora": Component(ReloraConfig, Relora),
+        "sltrain": Component(SltrainConfig, Sltrain),
         "switchlora": Component(SwitchLoraConfig, SwitchLora),
     },
 )

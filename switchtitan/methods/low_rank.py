@@ -24,14 +24,9 @@ from switchtitan.methods.projected.singular_bases import leading_singular_vector
 from switchtitan.optim import OPTIMIZERS
 
 
-class LowRankProductConfig(MethodConfig):
-    """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. Initially, B A is
-    the best approximation of the plain layer's initial weight (arXiv 2105.01029), which every rank
-    decomposes on its CPU at the start. `[checkpoint] initial_weights` are approximated in the same
-    way."""
+class ProductConfig(MethodConfig):
+    """The shape of a product without a frozen weight."""
 
-    name: Literal["low_rank"] = "low_rank"
-    """The method."""
     keeps_initial_weights: ClassVar[bool] = False
     rank: int = Field(ge=1)
     """Number of vectors in each factor: at least 1, and below the smaller dimension of every
@@ -47,6 +42,16 @@ class LowRankProductConfig(MethodConfig):
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """See `contracts.MethodConfig`."""
         return check_rank(self.rank, self.targets, linear_shapes)
+
+
+class LowRankProductConfig(ProductConfig):
+    """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. Initially, B A is
+    the best approximation of the plain layer's initial weight (arXiv 2105.01029), which every rank
+    decomposes on its CPU at the start. `[checkpoint] initial_weights` are approximated in the same
+    way."""
+
+    name: Literal["low_rank"] = "low_rank"
+    """The method."""
 
 
 class ProductLinear(nn.Module):

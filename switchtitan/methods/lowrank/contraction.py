@@ -79,7 +79,7 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tens
 def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     # Merged again: saving it in the forward pass would take [out, in] for every layer.
     return grad @ _merge(
-        _cast_in_backward(weight, grad), lora_a, _copy_in_backward(lora_b, grad), scale
+        _cast_in_backward(weight, grad), lora_a, copy_in_backward(lora_b, grad), scale
     )
 
 
@@ -111,11 +111,12 @@ def _define_in_backward(
     return operation
 
 
-_copy_in_backward = _define_in_backward(
+copy_in_backward = _define_in_backward(
     "copy_in_backward",
     lambda factor, grad: factor.clone(),
     lambda factor, grad: torch.empty_like(factor),
 )
+"""(factor, gradient) -> a copy of the factor, made in the backward pass, compiled or not."""
 _cast_copy_in_backward = _define_in_backward(
     "cast_copy_in_backward",
     lambda weight, grad: weight.to(grad.dtype, copy=True),

@@ -48,14 +48,19 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
         assert dims.num_kv_heads == dims.num_heads
     around = 2 * config.model.vocab_size * hidden + (2 * num_layers + 1) * hidden
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
-    if method["name"] not in ("low_rank", "lora", "relora", "switchlora"):
+    if method["name"] not in ("low_rank", "lora", "relora", "sltrain", "switchlora"):
         return {"trainable": around + dense, "frozen": 0, "buffers": 0}
     # Sum of out + in over the seven layers of all blocks. In each, min(out, in) is the hidden size.
     sides = num_layers * (4 * 2 * hidden + 3 * (hidden + wide))
     assert hidden <= wide
+    sparse = 0
+    if method["name"] == "sltrain":
+        # The input of six layers is the hidden size.
+        by_hidden, by_wide = (round(method["density"] * size) for size in (hidden, wide))
+        sparse = num_layers * ((4 * hidden + 2 * wide) * by_hidden + hidden * by_wide)
     return {
-        "trainable": around + method["rank"] * sides,
-        "frozen": 0 if method["name"] == "low_rank" else dense,
+        "trainable": around + method["rank"] * sides + sparse,
+        "frozen": 0 if method["name"] in ("low_rank", "sltrain") else dense,
         "buffers": hidden * sides if method["name"] == "switchlora" else 0,
     }
 

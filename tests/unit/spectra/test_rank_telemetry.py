@@ -17,6 +17,7 @@ from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import CheckpointError
 from switchtitan.methods import METHODS
+from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
 from switchtitan.spectra.spectra_files import read_spectra
 from switchtitan.training.trainer import Trainer
@@ -77,6 +78,22 @@ def nearest_of_rank(rank: int, weights: dict[str, torch.Tensor]) -> dict[str, to
     return nearest
 
 
+def with_places_of(
+    seed: int, nearest: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The same with the plain weight at the places of a sparse matrix, two in each row or more."""
+    start = dict(nearest)
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight"):
+            num_per_row = round(0.1 * weight.shape[1])
+            layer_seed = generator_for(seed, f"{name.removesuffix('.weight')}.support")
+            columns = support(
+                tuple(weight.shape), num_per_row, layer_seed.initial_seed(), weight.device
+            )
+            start[name] = nearest[name].scatter(1, columns, weight.gather(1, columns))
+    return start
+
+
 def expected_spectra(weights, initial) -> dict[str, torch.Tensor]:
     return {
         name.removesuffix(".weight"): torch.linalg.svdvals((weight - initial[name]).double())
@@ -108,8 +125,9 @@ def test_measured_ranks_equal_those_of_merged_minus_initial_weights(corpora, met
     measured = read_spectra(folder / "run" / "spectra")
     assert list(measured) == list(reported) == [10, 20, 25]
     initial = drawn_weights(folder)
-    if method == "low_rank":
-        initial = nearest_of_rank(6, initial)
+    if method in ("low_rank", "sltrain"):
+        nearest = nearest_of_rank(6, initial)
+        initial = with_places_of(42, nearest, initial) if method == "sltrain" else nearest
     expected = expected_spectra(merged_weights(folder, method, trainer), initial)
     assert_spectra_are(measured[25], expected)
     ranks = reported[25]
