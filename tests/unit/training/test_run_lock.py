@@ -28,7 +28,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.world import start_world
+from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import ConfigError
 from switchtitan.training.run_lock import lock_output_dir
 
@@ -45,6 +45,8 @@ try:
         sys.stdin.readline()
 except ConfigError as error:
     print(error, flush=True)
+# Threads of a process group that live on at the exit can abort the process.
+stop_world()
 """
 
 
