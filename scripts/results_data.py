@@ -241,6 +241,14 @@ class Comparison:
         adjusted_p = adjusted({name: of.p for name, of in differences.items()})
         return Versus(differences[row], adjusted_p.get(row))
 
+    def pairs(self, pairs: Sequence[tuple[str, str]], split: str = "test") -> list[Versus]:
+        """Returns the differences of pairs (row, other), with p-values adjusted over the pairs."""
+        differences = [
+            _difference(self.losses(row, split), self.losses(other, split)) for row, other in pairs
+        ]
+        adjusted_p = adjusted({str(place): of.p for place, of in enumerate(differences)})
+        return [Versus(of, adjusted_p.get(str(place))) for place, of in enumerate(differences)]
+
     def share(self, row: str, start: str, end: str, split: str = "test") -> Share | None:
         """Returns the share of the difference from `start` to `end` that a row closes.
 
@@ -357,5 +365,5 @@ def _of(values: BySeed, seeds: Set[int]) -> BySeed:
 def _difference(row: BySeed, other: BySeed) -> Difference:
     found = difference(row, other)
     if found is None:
-        raise ValueError("the two comparisons share no seed")
+        raise ValueError("the two rows share no seed")
     return found

@@ -84,6 +84,21 @@ def test_differences_are_those_of_a_paired_t_test():
     assert f"SwitchLoRA | 0.02 | 2.914 | -0.046 ({low:+.3f} to {high:+.3f})" in PAGE
 
 
+def test_p_values_of_pairs_are_adjusted_over_the_pairs():
+    of = results_data.read_comparison(results_page.FOLDER, "preset_python")
+    pairs = [
+        ("switchlora-gentle-r16", "lora-balanced-r16"),
+        ("switchlora-gentle-muon-r16", "full_rank"),
+    ]
+    found = of.pairs(pairs)
+    p_values = [
+        stats.ttest_rel(*(list(of.losses(row).values()) for row in pair)).pvalue for pair in pairs
+    ]
+    assert [each.difference.p for each in found] == pytest.approx(p_values)
+    assert p_values[0] > p_values[1]
+    assert [each.adjusted_p for each in found] == pytest.approx([p_values[0], 2 * p_values[1]])
+
+
 @pytest.mark.parametrize(
     "typed",
     [
