@@ -34,8 +34,7 @@ def interval(of: Versus | Difference) -> str:
 def _signed(value: float) -> str:
     if not math.isfinite(value):
         return _DIVERGED
-    rounded = round(value, _DIGITS) or 0.0  # no -0.000
-    return f"{rounded:+.{_DIGITS}f}"
+    return f"{value:+.{_DIGITS}f}"  # -0.000 is the end of an interval that does not hold zero
 
 
 def percent(share: Share | None) -> str:
