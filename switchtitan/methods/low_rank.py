@@ -1,7 +1,8 @@
 """Low rank without a frozen weight: every adapted layer is a product B A."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,11 @@ from switchtitan.methods.lowrank.linear import replace_linears, take
 from switchtitan.methods.lowrank.method import FACTORS, parameters_with_factors
 from switchtitan.methods.projected import is_right
 from switchtitan.methods.projected.singular_bases import leading_singular_vectors
-from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim import OPTIMIZERS, TrainedParameter
 
 
 class ProductConfig(MethodConfig):
-    """The shape of a product without a frozen weight."""
+    """The keys of all methods whose layers have factors and no frozen weight."""
 
     keeps_initial_weights: ClassVar[bool] = False
     rank: int = Field(ge=1)
@@ -58,8 +59,7 @@ class ProductLinear(nn.Module):
     """y = x (B A)^T (+ bias).
 
     Shapes: `lora_a` [rank, in], `lora_b` [rank, out]. B is stored transposed, as in
-    `lowrank.LowRankLinear`. Two products take the fewest operations of all ways to compute it, as
-    long as the factors have fewer elements than B A.
+    `lowrank.LowRankLinear`.
     """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -72,6 +72,7 @@ class ProductLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
+        # The fewest operations, as long as the factors have fewer elements than B A.
         return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
 
     def plain_shape(self) -> tuple[int, int]:
@@ -101,38 +102,71 @@ class ProductLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
 
-class LowRank(Method[LowRankProductConfig]):
-    """Linear layers become `ProductLinear`; all parameters train."""
+ProductSection = TypeVar("ProductSection", bound=ProductConfig)
+"""The configuration class of a method with products."""
+
+
+class ProductMethod(Method[ProductSection]):
+    """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
+
+    parts: ClassVar[tuple[str, ...]] = FACTORS
+    """Local names of the parameters that a layer's weight is made of."""
+
+    @abstractmethod
+    def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
+        """Returns the layer that replaces `linear`, by its qualified name."""
+
+    @abstractmethod
+    def initial_parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Returns a layer's initial `parts`, by local name, from the plain weight [out, in]."""
+
+    @abstractmethod
+    def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Returns the weight [out, in] of a layer, from its `parts`."""
+
+    def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
+        """Returns all parameters; those treated are the factors."""
+        layers = [name for name, module in model.named_modules() if _is_product(module)]
+        return parameters_with_factors(model, layers)
 
     def prepare_model(self, model: nn.Module) -> None:
         """Replaces every targeted linear layer."""
-        replace_linears(
-            model, self.config.targets, lambda _, linear: ProductLinear(linear, self.config.rank)
-        )
+        replace_linears(model, self.config.targets, self.build_layer)
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        layers = [name for name, module in model.named_modules() if _is_product(module)]
-        trained = parameters_with_factors(model, layers)
-        return OPTIMIZERS.build(config, trained, compile_step, self.seed)
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns B A for layers with factors, and all other tensors, in fp32."""
+        """Returns the weights of layers with factors, and all other tensors, in fp32."""
         dense = super().dense_weights(tensors)
         for name in tensors:
             layer, _, local_name = name.rpartition(".")
             if local_name == FACTORS[0]:
-                lora_a, lora_b = (dense.pop(f"{layer}.{factor}") for factor in FACTORS)
-                dense[f"{layer}.weight"] = lora_b.t() @ lora_a
+                parts = {part: dense.pop(f"{layer}.{part}") for part in self.parts}
+                dense[f"{layer}.weight"] = self.dense_weight(layer, parts)
         return dense
 
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
-        """Returns the nearest weight of the rank for layers with factors."""
+        """Returns the weight of a layer's initial parts, for layers with factors."""
         layer, _, local_name = name.rpartition(".")
         if local_name != "weight" or layer.rpartition(".")[2] not in self.config.targets:
             return weight
-        lora_a, lora_b = balanced_factors(weight, self.config.rank)
+        return self.dense_weight(layer, self.initial_parts(layer, weight))
+
+
+class LowRank(ProductMethod[LowRankProductConfig]):
+    """The weight of each layer is the product of its factors."""
+
+    def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
+        return ProductLinear(linear, self.config.rank)
+
+    def initial_parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        return dict(zip(FACTORS, balanced_factors(weight, self.config.rank), strict=True))
+
+    def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+        lora_a, lora_b = (parts[factor] for factor in FACTORS)
         return lora_b.t() @ lora_a
 
 
