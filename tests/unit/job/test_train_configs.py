@@ -61,7 +61,7 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
     return {
         "trainable": around + method["rank"] * sides + sparse,
         "frozen": 0 if method["name"] in ("low_rank", "sltrain") else dense,
-        "buffers": hidden * sides if method["name"] == "switchlora" else 0,
+        "buffers": {"switchlora": hidden * sides, "sltrain": 7 * num_layers}.get(method["name"], 0),
     }
 
 

@@ -78,17 +78,17 @@ def nearest_of_rank(rank: int, weights: dict[str, torch.Tensor]) -> dict[str, to
     return nearest
 
 
-def with_places_of(
+def with_values_at_support(
     seed: int, nearest: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The same with the plain weight at the places of a sparse matrix, two in each row or more."""
+    """The same with the plain weight at the positions of a sparse matrix."""
     start = dict(nearest)
     for name, weight in weights.items():
         if name.endswith("_proj.weight"):
             num_per_row = round(0.1 * weight.shape[1])
-            layer_seed = generator_for(seed, f"{name.removesuffix('.weight')}.support")
+            generator = generator_for(seed, f"{name.removesuffix('.weight')}.support")
             columns = support(
-                tuple(weight.shape), num_per_row, layer_seed.initial_seed(), weight.device
+                tuple(weight.shape), num_per_row, torch.tensor([generator.initial_seed()])
             )
             start[name] = nearest[name].scatter(1, columns, weight.gather(1, columns))
     return start
@@ -127,7 +127,7 @@ def test_measured_ranks_equal_those_of_merged_minus_initial_weights(corpora, met
     initial = drawn_weights(folder)
     if method in ("low_rank", "sltrain"):
         nearest = nearest_of_rank(6, initial)
-        initial = with_places_of(42, nearest, initial) if method == "sltrain" else nearest
+        initial = with_values_at_support(42, nearest, initial) if method == "sltrain" else nearest
     expected = expected_spectra(merged_weights(folder, method, trainer), initial)
     assert_spectra_are(measured[25], expected)
     ranks = reported[25]

@@ -189,14 +189,14 @@ def test_the_record_sees_the_values_that_skipping_updates_reads(corpora):
 
 CHECKPOINTED = ("--activation_checkpoint.mode", "full")
 # Methods differ in their layers and updates. For compilation and activation checkpointing there are
-# only two kinds of layers: adapted and plain ones.
+# only three kinds of layers: plain ones, and adapted ones with and without a frozen weight.
 STEPS_TO_WATCH = [
     *((method, ()) for method in METHOD_KEYS),
     *((method, CHECKPOINTED) for method in ("full_rank", "switchlora")),
     ("switchlora", MUON),
     *(
         pytest.param(method, COMPILED, marks=pytest.mark.slow)
-        for method in ("galore", "switchlora")
+        for method in ("galore", "sltrain", "switchlora")
     ),
 ]
 

@@ -200,13 +200,14 @@ def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_gradients_no
     assert not running.all_finite
 
 
+@pytest.mark.parametrize("method", ["sltrain", "switchlora"])
 @pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
-def test_activation_checkpointing_changes_no_loss(corpora, compiled):
+def test_activation_checkpointing_changes_no_loss(corpora, method, compiled):
     losses = {}
     for mode in ("none", "full", "selective"):
         trainer = tiny_trainer(
-            corpora / f"checkpointing-{compiled}-{mode}",
-            "switchlora",
+            corpora / f"checkpointing-{method}-{compiled}-{mode}",
+            method,
             "--activation_checkpoint.mode",
             mode,
             "--compile.blocks",
