@@ -161,6 +161,26 @@ def support(shape: tuple[int, int], num_per_row: int, seed: Tensor) -> Tensor:
     return starts + ((random * (ends[1:] - starts)) >> _NUM_BITS)
 
 
+# Opaque to torch.compile, whose integers do not wrap around.
+_OPERATIONS = torch.library.Library("switchtitan", "FRAGMENT")
+_OPERATIONS.define(
+    "support(Tensor seed, int out_features, int in_features, int num_per_row) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_OPERATIONS.impl(
+    "support",
+    lambda seed, out_features, in_features, num_per_row: support(
+        (out_features, in_features), num_per_row, seed
+    ),
+    "CompositeExplicitAutograd",
+)
+_OPERATIONS.impl(
+    "support",
+    lambda seed, out_features, in_features, num_per_row: seed.new_empty(out_features, num_per_row),
+    "Meta",
+)
+
+
 def initial_parts(weight: Tensor, rank: int, num_per_row: int, seed: int) -> dict[str, Tensor]:
     """Returns a layer's initial parameters, by local name, from the plain weight [out, in].
 
@@ -182,7 +202,11 @@ def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, seed: Tensor) 
 
 
 def _columns(matrix: Tensor, sparse_values: Tensor, seed: Tensor) -> Tensor:
-    return support(_shape_of(matrix), sparse_values.numel() // matrix.shape[0], seed)
+    shape = _shape_of(matrix)
+    columns: Tensor = torch.ops.switchtitan.support.default(
+        seed, *shape, sparse_values.numel() // shape[0]
+    )
+    return columns
 
 
 def _shape_of(matrix: Tensor) -> tuple[int, int]:
