@@ -26,8 +26,8 @@ class TrainedParameter(NamedTuple):
     stored transposed, like an embedding [vocabulary, dim]."""
     compute_dtype: torch.dtype = torch.float32
     """dtype in which the model multiplies by it."""
-    decays: bool | None = None
-    """Whether weight decay applies. None: to matrices, and to others with `decay_norms`."""
+    decays: bool = False
+    """Whether weight decay applies though it is no matrix, without `decay_norms`, too."""
 
 
 class ParameterGroup(NamedTuple):
@@ -88,8 +88,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], ParameterGroup] = {}
     for entry in parameters:
         lr = config.lr if config.other_lr is None or not entry.is_other else config.other_lr
-        is_decayed = entry.parameter.ndim > 1 if entry.decays is None else entry.decays
-        decays = config.decay_norms or is_decayed
+        decays = config.decay_norms or entry.decays or entry.parameter.ndim > 1
         weight_decay = config.weight_decay if decays else 0.0
         group = groups.setdefault((lr, weight_decay), ParameterGroup({}, lr, weight_decay))
         group.parameters[entry.name] = entry.parameter
