@@ -1,15 +1,17 @@
 """Measures the geometry of every method for docs/RESULTS.md: docs/results/geometry_python.csv.
 
-    python scripts/measure_geometry.py [--jobs N]
+    python scripts/measure_geometry.py [--jobs N] [--again]
 
 Trains each row of `SOURCES` once more, with the values that its comparison selected, on one seed,
 and keeps several checkpoints. Then `switchtitan geometry` measures all of them against full rank.
-The same command continues a run that was stopped."""
+The same command continues a run that was stopped. Rows that the CSV file has are kept, if full rank
+is measured as it was; `--again` measures them anew."""
 
 import argparse
 import csv
 import io
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -59,6 +61,11 @@ SOURCES = {
 }
 """Comparison -> the rows that are measured with the values that it selected."""
 
+Row = Mapping[str, object]
+"""A line of the CSV file: column -> value."""
+_ROUNDING = 1e-4
+"""Relative difference up to which two measurements of one run are the same."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Trains what has not been trained, and writes the CSV file and all numbers as JSON."""
@@ -66,9 +73,31 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, and then threads; default: 1"
     )
-    jobs = parser.parse_args(argv).jobs
+    parser.add_argument(
+        "--again", action="store_true", help="measure the rows of the CSV file, too"
+    )
+    options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    runs = planned(FOLDER)
+    known = {} if options.again else known_rows(CSV_FILE)
+    all_runs = planned(FOLDER)
+    full_rank, *_ = all_runs
+    missing = [title for title in all_runs if title not in known]
+    if not missing:
+        logging.info("%s has every row; --again measures them anew", CSV_FILE)
+        return
+    measured = _measure(
+        {title: all_runs[title] for title in dict.fromkeys([full_rank, *missing])}, options.jobs
+    )
+    check_full_rank(known.get(full_rank), measured[full_rank])
+    rows = measured | known
+    write_atomically(CSV_FILE, table([rows[title] for title in all_runs]))
+
+
+def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
+    """Trains the runs that are not finished, and returns the columns of all; full rank is first.
+
+    Writes all numbers as JSON, too.
+    """
     Runner(jobs).run_all(
         list(runs.values()),
         lambda run: read_result(run) is not None,
@@ -82,7 +111,34 @@ def main(argv: Sequence[str]) -> None:
         measure(run, None if run is full_rank else full_rank, options) for run in trained.values()
     ]
     write_json(OUTPUT / "geometry.json", as_json(measured, options))
-    write_atomically(CSV_FILE, table([numbers(geometry) for geometry in measured]))
+    return {geometry.run.label: numbers(geometry) for geometry in measured}
+
+
+def known_rows(file: Path) -> dict[str, Row]:
+    """Returns the rows of a CSV file by title, as text; none without the file."""
+    if not file.exists():
+        return {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        return {row["title"]: dict(row) for row in csv.DictReader(stream)}
+
+
+def check_full_rank(known: Row | None, now: Row) -> None:
+    """Refuses to put rows beside those of a file in which full rank has other values.
+
+    Raises:
+        ValueError: if a column of full rank's row differs by more than rounding.
+    """
+    if known is None:
+        return
+    for column, value in now.items():
+        before = known.get(column)
+        if isinstance(value, float) and (
+            not before or not math.isclose(float(str(before)), value, rel_tol=_ROUNDING)
+        ):
+            raise ValueError(
+                f"{CSV_FILE.name}: full rank's {column} was {before} and is {value} now, so new "
+                "rows cannot be compared with those of the file; measure all of them with --again"
+            )
 
 
 def planned(folder: Path) -> dict[str, Run]:
@@ -106,7 +162,7 @@ def _plan(placed: ComparisonConfig, row: RowConfig, values: Mapping[str, float])
     return replace(run, arguments=(*run.arguments, *CHECKPOINTS))
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Returns rows as CSV, with all columns that one of them has."""
     columns = dict.fromkeys(column for row in rows for column in row)
     text = io.StringIO()
@@ -116,7 +172,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-def numbers(geometry: Geometry) -> dict[str, object]:
+def numbers(geometry: Geometry) -> Row:
     """Returns the columns of the CSV file: means over layers, directions and blocks.
 
     Those of weights, sharpness and activations are of the newest checkpoint, those of updates of

@@ -74,6 +74,46 @@ def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
     assert results_tables.read_geometry(tmp_path / "none.csv") == {}
 
 
+def test_rows_of_the_file_are_kept_and_full_rank_is_measured_with_those_that_are_missing(
+    results, tmp_path, monkeypatch, run_with_two_layers
+):
+    columns = measure_geometry.numbers(run_with_two_layers)
+    trained: list[str] = []
+
+    def measure(runs, jobs):
+        trained.extend(runs)
+        return {title: columns | {"title": title} for title in runs}
+
+    file = tmp_path / "geometry.csv"
+    monkeypatch.setattr(measure_geometry, "FOLDER", results)
+    monkeypatch.setattr(measure_geometry, "CSV_FILE", file)
+    monkeypatch.setattr(measure_geometry, "_measure", measure)
+    titles = list(measure_geometry.planned(results))
+    measure_geometry.main([])
+    assert trained == titles
+    whole = file.read_text()
+
+    trained.clear()
+    measure_geometry.main([])
+    assert not trained
+    measure_geometry.main(["--again"])
+    assert trained == titles
+
+    trained.clear()
+    file.write_text("".join(line for line in whole.splitlines(True) if not line.startswith("Fira")))
+    measure_geometry.main([])
+    assert trained == ["full rank", "Fira"]
+    assert file.read_text() == whole
+
+    changed = whole.replace("full rank,200 400,64,2.5", "full rank,200 400,64,2.6", 1)
+    assert changed != whole
+    without_fira = [line for line in changed.splitlines(True) if not line.startswith("Fira")]
+    file.write_text("".join(without_fira))
+    with pytest.raises(ValueError, match=r"full rank's loss was 2\.6 and is 2\.5 now.*--again"):
+        measure_geometry.main([])
+    assert file.read_text() == "".join(without_fira)
+
+
 def test_a_comparison_that_is_not_finished_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"own_rate_python\.csv: no seed .* finish `switchtitan"):
         measure_geometry.planned(tmp_path)
