@@ -59,9 +59,17 @@ class FinishedRun(BaseModel):
         return {key: float(text) for key, text in named.items() if "." in key and text != ""}
 
     def loss(self, split: str) -> float:
-        """Returns the loss on `validation` or `test`; inf if the run diverged."""
+        """Returns the loss on `validation` or `test`; inf if the run diverged.
+
+        Raises:
+            ValueError: if the run did not diverge and has no loss.
+        """
+        if self.diverged:
+            return math.inf
         loss: float | None = getattr(self, f"{split}_loss")
-        return math.inf if self.diverged or loss is None else loss
+        if loss is None:
+            raise ValueError(f"row {self.row}, seed {self.seed}: no {split}_loss")
+        return loss
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,18 @@ class Comparison:
             for size, of_size in losses.items()
         }
 
+    def change_of_distance(self, row: str, other: str, start: str, end: str) -> Difference:
+        """Returns how much a method's distance to another changes between two settings.
+
+        Args:
+            row, other: starts of the rows' names, as in `sizes`.
+            start, end: ends of the names of the two settings.
+        """
+        (before,), (after,) = (
+            self.size_distances(row, other, [setting]).values() for setting in (start, end)
+        )
+        return mean_over_seeds({seed: after[seed] - before[seed] for seed in before})
+
     def values(self, row: str, column: str) -> list[float]:
         """Returns a column of a row's runs; empty in older files, which do not have it."""
         values = [getattr(run, column) for run in self._reported(row)]
@@ -238,16 +258,15 @@ class Comparison:
         differences = {
             name: of for name in names if (of := difference(self.losses(name, split), against))
         }
-        adjusted_p = adjusted({name: of.p for name, of in differences.items()})
-        return Versus(differences[row], adjusted_p.get(row))
+        return adjusted_for(differences)[row]
 
     def pairs(self, pairs: Sequence[tuple[str, str]], split: str = "test") -> list[Versus]:
         """Returns the differences of pairs (row, other), with p-values adjusted over the pairs."""
-        differences = [
-            _difference(self.losses(row, split), self.losses(other, split)) for row, other in pairs
-        ]
-        adjusted_p = adjusted({str(place): of.p for place, of in enumerate(differences)})
-        return [Versus(of, adjusted_p.get(str(place))) for place, of in enumerate(differences)]
+        differences = {
+            f"{row} minus {other}": _difference(self.losses(row, split), self.losses(other, split))
+            for row, other in pairs
+        }
+        return list(adjusted_for(differences).values())
 
     def share(self, row: str, start: str, end: str, split: str = "test") -> Share | None:
         """Returns the share of the difference from `start` to `end` that a row closes.
@@ -345,17 +364,24 @@ def changes(before: Comparison, after: Comparison, split: str = "test") -> list[
         row: (_of(before.distances(row, split), shared), _of(after.distances(row, split), shared))
         for row in rows
     }
-    changed = {row: _difference(second, first) for row, (first, second) in pairs.items()}
-    adjusted_p = adjusted({row: of.p for row, of in changed.items()})
+    changed = adjusted_for(
+        {row: _difference(second, first) for row, (first, second) in pairs.items()}
+    )
     return [
         Change(
             title=before.title(row),
             before=mean_over_seeds(first),
             after=mean_over_seeds(second),
-            change=Versus(changed[row], adjusted_p.get(row)),
+            change=changed[row],
         )
         for row, (first, second) in pairs.items()
     ]
+
+
+def adjusted_for(differences: Mapping[str, Difference]) -> dict[str, Versus]:
+    """Returns differences by name, with p-values adjusted over all of them."""
+    adjusted_p = adjusted({name: of.p for name, of in differences.items()})
+    return {name: Versus(of, adjusted_p.get(name)) for name, of in differences.items()}
 
 
 def _of(values: BySeed, seeds: Set[int]) -> BySeed:

@@ -30,7 +30,8 @@ _PUBLISHED = "published"
 _FUNCTIONS = (
     *("interval", "percent", "number", "mean", "millions", "seeds", "missing", "mean_loss"),
     *("results_table", "changes_table", "ablation_table", "geometry_table"),
-    *("budget_table", "size_table", "law_table", "rank_correlation"),
+    *("budget_table", "size_table", "rate_table", "distance_table", "law_table"),
+    *("in_words", "num_switches", "rank_correlation"),
 )
 """Functions of `results_tables` that the template can call."""
 _CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", re.DOTALL)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from results_data import Comparison, Versus, changes
+from results_data import Comparison, Versus, adjusted_for, changes
 from results_laws import Laws
 from scipy.stats import rankdata
 
+from switchtitan.comparison.config import LEARNING_RATE
 from switchtitan.comparison.plan import short_name
 from switchtitan.comparison.statistics import Difference, Share, summarize
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
@@ -64,18 +65,23 @@ def millions(value: float) -> str:
     return f"{value / 1e6:.2f} M"
 
 
+def in_words(numbers: Sequence[float]) -> str:
+    """Returns numbers with their decimals, as words: `1.250 and 2.000`."""
+    return _words([number(value) for value in numbers])
+
+
 def seeds(of: Comparison) -> str:
     """Returns the seeds of a comparison as words: `2, 3 and 4`."""
     return _words(of.seeds)
 
 
 def missing(of: Comparison) -> str:
-    """Returns the declared seeds that have not run, in words; an empty string if all have."""
+    """Returns the declared seeds of which a row has no run, in words; empty if there is none."""
     found = of.missing_seeds
-    return f" ({_words(found)} did not run)" if found else ""
+    return f" (not finished: {_words(found)})" if found else ""
 
 
-def _words(numbers: Sequence[int]) -> str:
+def _words(numbers: Sequence[object]) -> str:
     *first, last = map(str, numbers)
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -107,7 +113,7 @@ def ablation_table(of: Comparison, rows: Sequence[str]) -> str:
     header += ["test loss minus published keys'", "validation loss minus published keys'"]
     lines = []
     for row in (of.baseline, *rows):
-        cells = [of.title(row), _num_switches(of, row), mean_loss(of, row)]
+        cells = [of.title(row), num_switches(of, row), mean_loss(of, row)]
         cells += [_cell(of, row, of.baseline, split, rows) for split in ("test", "validation")]
         lines.append(cells)
     return _table(header, lines)
@@ -205,22 +211,57 @@ def _size(of: Comparison, row: str) -> list[str]:
     return [millions(max(of.values(row, "num_trainable"))), f"{state:.1f}"]
 
 
-def law_table(laws: Laws, slopes: Mapping[str, Difference]) -> str:
-    """Returns what was fitted over sizes: a line for each row of `laws`.
+def rate_table(of: Comparison, methods: Mapping[str, str], settings: Mapping[str, str]) -> str:
+    """Returns learning rates at several sizes: of treated weights, and of all others.
 
     Args:
-        slopes: row -> change of its distance to full rank when the size doubles.
+        methods, settings: as in `size_table`.
+    """
+    keys = (LEARNING_RATE, "optimizer.other_lr")
+    lines = [
+        [
+            title,
+            *(
+                ", ".join(_value(of, f"{start}-{end}", key) for key in keys)
+                for end in settings.values()
+            ),
+        ]
+        for title, start in methods.items()
+    ]
+    return _table(["lr, other_lr", *settings], lines)
+
+
+def distance_table(changes: Mapping[str, Mapping[str, Difference]]) -> str:
+    """Returns how distances to full rank change, in bold where they do.
+
+    p-values are adjusted over the rows, in each column by itself.
+
+    Args:
+        changes: heading -> row -> change.
+    """
+    columns = [adjusted_for(of) for of in changes.values()]
+    lines = [
+        [row, *(_bold(interval(of[row]), of[row].differs) for of in columns)] for row in columns[0]
+    ]
+    return _table(["", *changes], lines)
+
+
+def law_table(laws: Laws, power_laws: Laws) -> str:
+    """Returns what was fitted over sizes: a line for each row.
+
+    Args:
+        power_laws: with an E of zero.
     """
     lines = [
         [
             row,
             _plain_interval(law.scale),
             _plain_interval(law.exponent),
-            interval(slopes[row]) if row in slopes else UNKNOWN,
+            _plain_interval(power_laws.rows[row].exponent),
         ]
         for row, law in laws.rows.items()
     ]
-    return _table(["", "A", "a", "change of the distance when N doubles"], lines)
+    return _table(["", "A", "a", "a, if E is 0"], lines)
 
 
 def _plain_interval(of: Difference) -> str:
@@ -291,7 +332,7 @@ def _value(of: Comparison, row: str, key: str) -> str:
     return f"{chosen[key]:g}" + (" (edge)" if of.is_at_edge(row, key) else "")
 
 
-def _num_switches(of: Comparison, row: str) -> str:
+def num_switches(of: Comparison, row: str) -> str:
     """Returns how often a vector is switched in a run."""
     config = of.config(row)
     if not isinstance(config.method, SwitchLoraConfig):

@@ -36,8 +36,8 @@ class ScaleConfig(AdamBetas):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the running mean of the head's gradients, in [0, 1)."""
     vector_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate, above 0, of 1-dim parameters such as norms. Default: as for matrices. The
-    authors' code has 0.02."""
+    """Peak learning rate, above 0, of 1-dim parameters, such as norms and the values of
+    sparse matrices. Default: as for matrices. The authors' code has 0.02."""
 
 
 class Scale:

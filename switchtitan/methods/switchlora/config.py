@@ -77,7 +77,7 @@ class SwitchLoraConfig(LowRankConfig):
     that and multiplies its second moment by |new|^2 / |old|^2 of the switched vector, since its
     gradient is proportional to that vector; if either norm is zero, the counterpart is reset. With
     [optimizer] name = "muon", whose only state is momentum, `momentum` does the same as
-    `counterpart`, and `rescaled` is an error."""
+    `counterpart`, next updates have their usual size, and `rescaled` is an error."""
 
     @classmethod
     def implied_by(cls, key: str, value: object) -> Mapping[str, object]:

@@ -164,7 +164,7 @@ def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
     of_five = [line for line, seed in zip(lines, seeds, strict=True) if seed == 5]
     (folder / "own_rate_python.csv").write_text("".join([header, *of_four, *of_five[:-1]]))
     page = results_page.results_page(folder).partition("### On English prose")[0]
-    assert "Own rates, seeds 2, 3 and 4 (5 and 6 did not run), " in page
+    assert "Own rates, seeds 2, 3 and 4 (not finished: 5 and 6), " in page
     assert "One rate for all parameters, seeds 2, 3, 4, 5 and 6, " in page
     one, own = (
         results_data.read_comparison(folder, name)
