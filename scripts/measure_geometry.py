@@ -4,8 +4,8 @@
 
 Trains each row of `SOURCES` once more, with the values that its comparison selected, on one seed,
 and keeps several checkpoints. Then `switchtitan geometry` measures all of them against full rank.
-The same command continues a run that was stopped. Rows that the CSV file has are kept, if full rank
-is measured as it was; `--again` measures them anew."""
+The same command continues a run that was stopped. Rows that the CSV file has are kept, if they are
+of the same run and full rank is measured as it was; `--again` measures them anew."""
 
 import argparse
 import csv
@@ -68,7 +68,7 @@ _ROUNDING = 1e-4
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains what has not been trained, and writes the CSV file and all numbers as JSON."""
+    """Trains and measures what is missing, and writes the CSV file."""
     parser = argparse.ArgumentParser(prog="scripts/measure_geometry.py", allow_abbrev=False)
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, and then threads; default: 1"
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    known = {} if options.again else known_rows(CSV_FILE)
     all_runs = planned(FOLDER)
+    known = {} if options.again else known_rows(CSV_FILE, all_runs)
     full_rank, *_ = all_runs
     missing = [title for title in all_runs if title not in known]
     if not missing:
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
 def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
     """Trains the runs that are not finished, and returns the columns of all; full rank is first.
 
-    Writes all numbers as JSON, too.
+    Writes all their numbers as JSON, too.
     """
     Runner(jobs).run_all(
         list(runs.values()),
@@ -111,15 +111,23 @@ def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
         measure(run, None if run is full_rank else full_rank, options) for run in trained.values()
     ]
     write_json(OUTPUT / "geometry.json", as_json(measured, options))
-    return {geometry.run.label: numbers(geometry) for geometry in measured}
+    return {
+        title: {"title": title, "run": run.name} | numbers(geometry)
+        for (title, run), geometry in zip(runs.items(), measured, strict=True)
+    }
 
 
-def known_rows(file: Path) -> dict[str, Row]:
-    """Returns the rows of a CSV file by title, as text; none without the file."""
+def known_rows(file: Path, runs: Mapping[str, Run]) -> dict[str, Row]:
+    """Returns the rows of a CSV file that are of `runs`, by title and as text."""
     if not file.exists():
         return {}
     with file.open(newline="", encoding="utf-8") as stream:
-        return {row["title"]: dict(row) for row in csv.DictReader(stream)}
+        rows: dict[str, Row] = {row["title"]: dict(row) for row in csv.DictReader(stream)}
+    return {
+        title: rows[title]
+        for title, run in runs.items()
+        if title in rows and rows[title].get("run") == run.name
+    }
 
 
 def check_full_rank(known: Row | None, now: Row) -> None:
@@ -173,7 +181,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def numbers(geometry: Geometry) -> Row:
-    """Returns the columns of the CSV file: means over layers, directions and blocks.
+    """Returns the measured columns of the CSV file: means over layers, directions and blocks.
 
     Those of weights, sharpness and activations are of the newest checkpoint, those of updates of
     the change between the last two checkpoints.
@@ -183,7 +191,6 @@ def numbers(geometry: Geometry) -> Row:
         raise ValueError(f"{geometry.run.label}: not everything was measured: {geometry.left_out}")
     weight, update = spectral.weights[-1].mean, spectral.updates[-1].mean
     columns: dict[str, object] = {
-        "title": geometry.run.label,
         "steps": " ".join(map(str, geometry.run.steps)),
         "tokens": geometry.num_tokens,
         "loss": sharpness.loss,

@@ -60,7 +60,7 @@ def test_columns_are_those_of_the_newest_checkpoint_and_the_last_change(run_with
 
 
 def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
-    row = measure_geometry.numbers(run_with_two_layers)
+    row = {"title": "GaLore", "run": "galore-r16"} | measure_geometry.numbers(run_with_two_layers)
     full_rank = {key: value for key, value in row.items() if key != "barrier_to_full_rank"}
     file = tmp_path / "geometry.csv"
     file.write_text(measure_geometry.table([full_rank | {"title": "full rank"}, row]))
@@ -82,7 +82,7 @@ def test_rows_of_the_file_are_kept_and_full_rank_is_measured_with_those_that_are
 
     def measure(runs, jobs):
         trained.extend(runs)
-        return {title: columns | {"title": title} for title in runs}
+        return {title: {"title": title, "run": run.name} | columns for title, run in runs.items()}
 
     file = tmp_path / "geometry.csv"
     monkeypatch.setattr(measure_geometry, "FOLDER", results)
@@ -105,7 +105,15 @@ def test_rows_of_the_file_are_kept_and_full_rank_is_measured_with_those_that_are
     assert trained == ["full rank", "Fira"]
     assert file.read_text() == whole
 
-    changed = whole.replace("full rank,200 400,64,2.5", "full rank,200 400,64,2.6", 1)
+    trained.clear()
+    name = measure_geometry.planned(results)["Fira"].name
+    file.write_text(whole.replace(name, name.replace("lr 0.02", "lr 0.04"), 1))
+    measure_geometry.main([])
+    assert trained == ["full rank", "Fira"]
+    assert file.read_text() == whole
+
+    start = f"full rank,{measure_geometry.planned(results)['full rank'].name},200 400,64"
+    changed = whole.replace(f"{start},2.5", f"{start},2.6", 1)
     assert changed != whole
     without_fira = [line for line in changed.splitlines(True) if not line.startswith("Fira")]
     file.write_text("".join(without_fira))
