@@ -112,7 +112,7 @@ def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
     ]
     write_json(OUTPUT / "geometry.json", as_json(measured, options))
     return {
-        title: {"title": title, "run": run.name} | numbers(geometry)
+        title: {"title": title, "run": run.name, **numbers(geometry)}
         for (title, run), geometry in zip(runs.items(), measured, strict=True)
     }
 
