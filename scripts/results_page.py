@@ -11,7 +11,7 @@ from pathlib import Path
 
 import results_tables
 from jinja2 import Environment, StrictUndefined, nodes
-from results_data import between, changes, read_comparison
+from results_data import adjusted_for, between, changes, read_comparison
 from results_laws import fit_laws, per_doubling
 
 from switchtitan.comparison.statistics import LEVEL
@@ -98,7 +98,9 @@ def _environment() -> Environment:
     )
     environment.globals.update({name: getattr(results_tables, name) for name in _FUNCTIONS})
     environment.globals.update({_PUBLISHED: published, "require": require, "level": _LEVEL})
-    environment.globals.update({"changes": changes, "between": between})
+    environment.globals.update(
+        {"changes": changes, "between": between, "adjusted_for": adjusted_for}
+    )
     environment.globals.update({"fit_laws": fit_laws, "per_doubling": per_doubling})
     return environment
 
