@@ -196,6 +196,8 @@ def test_the_page_has_a_section_of_sizes_once_they_ran(tmp_path):
     write_runs(folder, "sizes_python", made_up_loss)
     _, section = results_page.results_page(folder).split(heading)
     section = section.split("\n## ")[0]
-    assert "|  | 0.10 M | 0.22 M | 0.40 M | 0.10 M, 60 tokens |" in section
-    assert section.count("| LoRA | ") == 4
+    assert "| lr, other_lr | 0.10 M | 0.22 M | 0.40 M | 0.10 M, 60 tokens |" in section
+    assert "|  | 0.10 M | 0.22 M |\n" in section
+    assert "|  | 0.40 M | 0.10 M, 60 tokens |\n" in section
+    assert section.count("| LoRA | ") == 5
     assert "{" not in section
