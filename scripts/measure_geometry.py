@@ -4,8 +4,8 @@
 
 Trains each row of `SOURCES` once more, with the values that its comparison selected, on one seed,
 and keeps several checkpoints. Then `switchtitan geometry` measures all of them against full rank.
-The same command continues a run that was stopped. Rows that the CSV file has are kept, if they are
-of the same run and full rank is measured as it was; `--again` measures them anew."""
+The same command continues a run that was stopped. A row of the CSV file is kept if its run has the
+same values, and full rank gives the same numbers. `--again` measures all rows."""
 
 import argparse
 import csv
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         "--jobs", type=int, default=1, help="runs at a time, and then threads; default: 1"
     )
     parser.add_argument(
-        "--again", action="store_true", help="measure the rows of the CSV file, too"
+        "--again", action="store_true", help="measure all rows, also those of the CSV file"
     )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     full_rank, *_ = all_runs
     missing = [title for title in all_runs if title not in known]
     if not missing:
-        logging.info("%s has every row; --again measures them anew", CSV_FILE)
+        logging.info("%s has every row; use --again to measure all of them", CSV_FILE)
         return
     measured = _measure(
         {title: all_runs[title] for title in dict.fromkeys([full_rank, *missing])}, options.jobs
@@ -131,7 +131,7 @@ def known_rows(file: Path, runs: Mapping[str, Run]) -> dict[str, Row]:
 
 
 def check_full_rank(known: Row | None, now: Row) -> None:
-    """Refuses to put rows beside those of a file in which full rank has other values.
+    """Checks that new rows can be compared with those of the CSV file, by full rank's numbers.
 
     Raises:
         ValueError: if a column of full rank's row differs by more than rounding.

@@ -67,7 +67,7 @@ def test_a_given_floor_is_kept_and_the_rest_is_fitted_to_it(floor):
 
 
 def test_noise_as_of_runs_leaves_the_floor_unknown_and_no_floor_of_zero_exponents():
-    """What docs/RESULTS.md says of its fits: E and a cannot be told apart, a power law can."""
+    """What docs/RESULTS.md says of its fits: E is not determined, a power law is."""
     free = results_laws.fit_laws(made_up(noise=8e-3))
     assert max(free.floors.values()) - min(free.floors.values()) > 0.1
     assert all(0 <= floor < 2.9 for floor in free.floors.values())
