@@ -58,6 +58,7 @@ SOURCES = {
     ),
     "preset_python": ("switchlora-gentle-r16", "switchlora-gentle-muon-r16"),
     "optimizers_python": ("muon", "scale", "fira-r16", "low-rank-r16"),
+    "sltrain_python": ("sltrain-r16",),
 }
 """Comparison -> the rows that are measured with the values that it selected."""
 

@@ -1,13 +1,17 @@
-"""Draws docs/ablations.png and docs/fresh_seeds.png from the CSV files of docs/results.
+"""Draws docs/ablations.png, docs/fresh_seeds.png and docs/geometry_loss.png from the CSV files of
+docs/results.
 
 python scripts/plot_results.py
 """
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from results_data import Comparison, read_comparison
+from results_page import GEOMETRY
+from results_tables import read_geometry
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -45,13 +49,32 @@ def draw_seeds(of: Comparison) -> Figure:
     return figure
 
 
+def draw_geometry(measured: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draws every row's loss against the effective rank of its weights and of their last change."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    weights, changes = figure.subplots(ncols=2, sharey=True)
+    for axes, column, title in (
+        (weights, "weight_effective_rank", "effective rank of the weights"),
+        (changes, "update_effective_rank", "effective rank of their change in the last 200 steps"),
+    ):
+        for place, (row, numbers) in enumerate(measured.items()):
+            marker = "osD^v"[place // 10]
+            axes.plot(numbers[column], numbers["loss"], marker, color=f"C{place % 10}", label=row)
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+    weights.set_ylabel("validation loss")
+    changes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def main() -> None:
-    """Writes both pictures."""
+    """Writes the pictures."""
     results = DOCS / "results"
     keys = read_comparison(results, "switchlora_ablations", "rank_16")
     fresh = read_comparison(results, "rank_16_gentler")
     draw_ablations(keys).savefig(DOCS / "ablations.png", dpi=120)
     draw_seeds(fresh).savefig(DOCS / "fresh_seeds.png", dpi=120)
+    draw_geometry(read_geometry(results / GEOMETRY)).savefig(DOCS / "geometry_loss.png", dpi=120)
 
 
 if __name__ == "__main__":
