@@ -260,11 +260,14 @@ class Comparison:
         }
         return adjusted_for(differences)[row]
 
+    def minus(self, row: str, other: str, split: str = "test") -> Difference:
+        """Returns a row minus another one, seed by seed, without a correction."""
+        return _difference(self.losses(row, split), self.losses(other, split))
+
     def pairs(self, pairs: Sequence[tuple[str, str]], split: str = "test") -> list[Versus]:
         """Returns the differences of pairs (row, other), with p-values adjusted over the pairs."""
         differences = {
-            f"{row} minus {other}": _difference(self.losses(row, split), self.losses(other, split))
-            for row, other in pairs
+            f"{row} minus {other}": self.minus(row, other, split) for row, other in pairs
         }
         return list(adjusted_for(differences).values())
 
