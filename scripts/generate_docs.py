@@ -1,9 +1,10 @@
-"""Generates docs/CONFIGURATION.md, docs/RESULTS.md, and tables of other pages of docs/.
+"""Generates docs/CONFIGURATION.md, the pages of results, and tables of other pages of docs/.
 
     python scripts/generate_docs.py [--check]
 
 --check writes nothing and exits with status 1 if a file is outdated. CONFIGURATION.md is generated
-from the sections, and RESULTS.md from the CSV files of docs/results by `scripts/results_page.py`.
+from the sections, and RESULTS.md, RESULTS_ONE_RATE.md and results/README.md from the templates and
+CSV files of docs/results by `scripts/results_page.py`.
 In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
 docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`;
 `scripts/reliability_report.py` makes the tables of faults in RELIABILITY.md."""
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     texts = {
         CONFIGURATION: configuration_page(),
-        results_page.RESULTS: results_page.results_page(),
+        **results_page.results_pages(),
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
         reliability_report.RELIABILITY: reliability_report.with_tables(
             reliability_report.RELIABILITY.read_text(), reliability_report.SUMS

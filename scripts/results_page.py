@@ -1,12 +1,12 @@
-"""Makes docs/RESULTS.md from docs/results/RESULTS.md.jinja and the CSV files next to it.
+"""Makes the pages of results from the templates and the CSV files of docs/results.
 
-`scripts/generate_docs.py` writes and checks the page. In the template every number from our runs is
+`scripts/generate_docs.py` writes and checks the pages. In a template every number from our runs is
 an expression. Numbers with a decimal point, a percent sign or a deviation are refused elsewhere,
 except in backticks (values of keys) and in `{% call published() %}` (figures of papers)."""
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import results_tables
@@ -17,9 +17,16 @@ from results_laws import fit_laws, per_doubling
 from switchtitan.comparison.statistics import LEVEL
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "RESULTS.md"
 FOLDER = ROOT / "docs" / "results"
-TEMPLATE = "RESULTS.md.jinja"
+RESULTS = ROOT / "docs" / "RESULTS.md"
+PAGES = {
+    "RESULTS.md.jinja": RESULTS,
+    "RESULTS_ONE_RATE.md.jinja": ROOT / "docs" / "RESULTS_ONE_RATE.md",
+    "README.md.jinja": FOLDER / "README.md",
+}
+"""Template -> the page that is made of it."""
+DEFINITIONS = "definitions.jinja"
+"""What all templates can use: it is read before each of them."""
 GEOMETRY = "geometry_python.csv"
 """What `scripts/measure_geometry.py` measured."""
 REPORTED = "reported.csv"
@@ -39,26 +46,36 @@ _CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", 
 _NUMBER = re.compile(r"(?<![\w.])(?<!\w-)[+-]?(?:\d*\.\d+(?!\.?\d)|\d+(?= ?%)|\d+(?= ?±))(?:\s?%)?")
 
 
-def results_page(folder: Path = FOLDER) -> str:
-    """Returns docs/RESULTS.md, from the template and the CSV files in `folder`.
+def results_pages(folder: Path = FOLDER) -> dict[Path, str]:
+    """Returns the text of every page, from the templates and the CSV files in `folder`.
 
     Raises:
         ValueError: if the template has a number from no expression, or a claim that does not hold.
         UndefinedError: if the template has an unknown name.
     """
-    source = (folder / TEMPLATE).read_text(encoding="utf-8")
-    if typed := typed_numbers(source):
-        raise ValueError(
-            f"{TEMPLATE}: numbers that no expression computes: {', '.join(typed)}; compute them "
-            "from the CSV files, or mark values of keys as code and figures of papers as published"
-        )
     environment = _environment()
     environment.globals.update(
-        comparison=partial(read_comparison, folder),
+        comparison=cache(partial(read_comparison, folder)),
         cost_table=partial(results_tables.cost_table, folder / REPORTED),
         geometry=results_tables.read_geometry(folder / GEOMETRY),
     )
-    return environment.from_string(source).render()
+    definitions = _checked(folder / DEFINITIONS)
+    return {
+        page: environment.from_string(definitions + _checked(folder / template)).render()
+        for template, page in PAGES.items()
+    }
+
+
+def _checked(template: Path) -> str:
+    """Returns the text of a template, which has no number that no expression computes."""
+    source = template.read_text(encoding="utf-8")
+    if typed := typed_numbers(source):
+        raise ValueError(
+            f"{template.name}: numbers that no expression computes: {', '.join(typed)}; compute "
+            "them from the CSV files, or mark values of keys as code and figures of papers as "
+            "published"
+        )
+    return source
 
 
 def typed_numbers(source: str) -> list[str]:
@@ -117,5 +134,5 @@ def require(holds: bool, claim: str) -> str:
         ValueError: if the claim does not hold.
     """
     if not holds:
-        raise ValueError(f"{TEMPLATE}: the CSV files do not show: {claim}; change the sentence")
+        raise ValueError(f"the CSV files do not show: {claim}; change the sentence")
     return ""

@@ -1,4 +1,4 @@
-"""docs/RESULTS.md: every number from our runs is computed from the CSV files of docs/results."""
+"""Pages of results: every number from our runs is computed from the CSV files of docs/results."""
 
 import csv
 import re
@@ -16,7 +16,9 @@ from support.made_up_runs import made_up_distance, made_up_loss, write_runs
 
 from switchtitan.errors import ConfigError
 
-PAGE = results_page.RESULTS.read_text()
+PAGES = {page: page.read_text() for page in results_page.PAGES.values()}
+PAGE = PAGES[results_page.RESULTS]
+ONE_RATE = results_page.PAGES["RESULTS_ONE_RATE.md.jinja"]
 README = (results_page.ROOT / "README.md").read_text()
 INTERVAL = re.compile(r"[+-]?\d[\d.]*(?: %)? \([^)]* to [^)]*\)")
 
@@ -41,31 +43,33 @@ def change_losses(file: Path, row: str, by: float) -> None:
 
 def remove_claims(folder: Path) -> None:
     """Lets a page be made of losses that were made up, and do not show what its sentences say."""
-    template = folder / results_page.TEMPLATE
-    template.write_text(re.sub(r"\{\{-? require\(.*\) \}\}", "", template.read_text()))
+    for name in results_page.PAGES:
+        template = folder / name
+        template.write_text(re.sub(r"\{\{-? require\(.*\) \}\}", "", template.read_text()))
 
 
-def test_the_page_is_what_the_files_give():
-    assert results_page.results_page() == PAGE
+def test_the_pages_are_what_the_files_give():
+    assert results_page.results_pages() == PAGES
 
 
-def test_every_csv_file_is_behind_the_page():
+def test_every_csv_file_is_behind_the_pages():
     files = {file.name for file in results_page.FOLDER.glob("*.csv")}
     assert files
-    assert all(f"results/{name})" in PAGE for name in files)
+    provenance = PAGES[results_page.FOLDER / "README.md"]
+    assert all(f"[{name}]({name})" in provenance for name in files)
 
 
 def test_another_loss_gives_another_page(folder):
     change_losses(folder / "rank_16.csv", "galore-r16", 0.01)
-    changed = results_page.results_page(folder)
-    assert changed != PAGE
+    changed = results_page.results_pages(folder)[ONE_RATE]
+    assert changed != PAGES[ONE_RATE]
     assert "GaLore | 0.01 | 3.109 | **+0.149" in changed
 
 
 def test_a_sentence_that_the_losses_do_not_support_is_an_error(folder):
     change_losses(folder / "rank_16.csv", "apollo-r16", 0.1)
     with pytest.raises(ValueError, match="do not show: APOLLO is ahead; change the sentence"):
-        results_page.results_page(folder)
+        results_page.results_pages(folder)
 
 
 def test_differences_are_those_of_a_paired_t_test():
@@ -81,7 +85,7 @@ def test_differences_are_those_of_a_paired_t_test():
     versus = of.versus("switchlora-r32", "full_rank")
     assert (versus.difference.low, versus.difference.high) == pytest.approx((low, high))
     assert versus.difference.p == pytest.approx(paired.pvalue)
-    assert f"SwitchLoRA | 0.02 | 2.914 | -0.046 ({low:+.3f} to {high:+.3f})" in PAGE
+    assert f"SwitchLoRA | 0.02 | 2.914 | -0.046 ({low:+.3f} to {high:+.3f})" in PAGES[ONE_RATE]
 
 
 def test_p_values_of_pairs_are_adjusted_over_the_pairs():
@@ -118,11 +122,11 @@ def test_p_values_of_pairs_are_adjusted_over_the_pairs():
     ],
 )
 def test_a_number_that_is_typed_by_hand_is_refused(folder, typed):
-    template = folder / results_page.TEMPLATE
+    template = folder / "RESULTS.md.jinja"
     template.write_text(template.read_text() + typed)
     assert results_page.typed_numbers(typed)
     with pytest.raises(ValueError, match="numbers that no expression computes"):
-        results_page.results_page(folder)
+        results_page.results_pages(folder)
 
 
 @pytest.mark.parametrize(
@@ -141,16 +145,16 @@ def test_values_of_keys_published_figures_and_expressions_are_no_typed_numbers(a
 
 
 def test_an_unknown_name_is_an_error(folder):
-    (folder / results_page.TEMPLATE).write_text("{{ eigth }}")
+    (folder / "RESULTS.md.jinja").write_text("{{ eigth }}")
     with pytest.raises(UndefinedError, match="eigth"):
-        results_page.results_page(folder)
+        results_page.results_pages(folder)
 
 
 def test_a_comparison_without_a_file_has_no_results(folder):
     for file in folder.glob("o*_rate_*.csv"):
         file.unlink()
     remove_claims(folder)
-    page = results_page.results_page(folder)
+    page = results_page.results_pages(folder)[results_page.RESULTS]
     assert page.count(") has no results yet.") == 4
     assert page.count("has not been compared yet") == 2
 
@@ -163,7 +167,9 @@ def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
     of_four = [line for line, seed in zip(lines, seeds, strict=True) if seed <= 4]
     of_five = [line for line, seed in zip(lines, seeds, strict=True) if seed == 5]
     (folder / "own_rate_python.csv").write_text("".join([header, *of_four, *of_five[:-1]]))
-    page = results_page.results_page(folder).partition("### On English prose")[0]
+    page = results_page.results_pages(folder)[results_page.RESULTS].partition(
+        "### On English prose"
+    )[0]
     assert "Own rates, seeds 2, 3 and 4 (not finished: 5 and 6), " in page
     assert "One rate for all parameters, seeds 2, 3, 4, 5 and 6, " in page
     one, own = (
@@ -175,7 +181,9 @@ def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
 
     of_three = [line for line, seed in zip(lines, seeds, strict=True) if seed <= 3]
     (folder / "own_rate_python.csv").write_text("".join([header, *of_three, *of_five[:-1]]))
-    page = results_page.results_page(folder).partition("### On English prose")[0]
+    page = results_page.results_pages(folder)[results_page.RESULTS].partition(
+        "### On English prose"
+    )[0]
     assert "own_rate_python.toml) has no results yet." in page
     assert "Own rates, seeds" not in page
 
@@ -187,10 +195,9 @@ def test_finished_comparisons_say_how_much_is_the_rate(folder):
             write_runs(folder, f"{name}_{corpus}", lambda run, d=distance: made_up_loss(run, d))
     for name in ("preset_python", "optimizers_python"):
         write_runs(folder, name, lambda run: made_up_loss(run, 0.1))
-    page = results_page.results_page(folder)
+    page = results_page.results_pages(folder)[results_page.RESULTS]
     assert "has no results yet" not in page
     assert "has not been compared yet" not in page
-    assert "[own_rate_english.csv](results/own_rate_english.csv): CPU, CPU capability AVX2," in page
     assert not [line for line in page.splitlines() if len(line) > 120]
     one = results_data.read_comparison(folder, "one_rate_python")
     own = results_data.read_comparison(folder, "own_rate_python")
@@ -215,9 +222,13 @@ def test_rows_with_the_same_budget_have_their_own_tokens(folder):
     heading = "## What do rows reach with the same time, bytes or state?"
     (folder / "budgets_python.csv").unlink(missing_ok=True)
     remove_claims(folder)
-    assert heading not in results_page.results_page(folder)
+    assert heading not in results_page.results_pages(folder)[results_page.RESULTS]
     write_runs(folder, "budgets_python", lambda run: made_up_loss(run, -0.1 * ("826" in run.row)))
-    section = results_page.results_page(folder).partition(heading)[2].partition("\n## ")[0]
+    section = (
+        results_page.results_pages(folder)[results_page.RESULTS]
+        .partition(heading)[2]
+        .partition("\n## ")[0]
+    )
     lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
     assert len(lines) == 12, "full rank, and each of the nine other rows once"
     tokens = {title.removeprefix("| "): text for title, _, text, *_ in lines[2:]}

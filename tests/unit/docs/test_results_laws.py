@@ -191,10 +191,11 @@ def test_the_page_has_a_section_of_sizes_once_they_ran(tmp_path):
     folder = Path(shutil.copytree(results_page.FOLDER, tmp_path / "results"))
     heading = "## How does the distance change with size?"
     assert (
-        heading not in results_page.results_page(folder) or (folder / "sizes_python.csv").exists()
+        heading not in results_page.results_pages(folder)[results_page.RESULTS]
+        or (folder / "sizes_python.csv").exists()
     )
     write_runs(folder, "sizes_python", made_up_loss)
-    _, section = results_page.results_page(folder).split(heading)
+    _, section = results_page.results_pages(folder)[results_page.RESULTS].split(heading)
     section = section.split("\n## ")[0]
     assert "| lr, other_lr | 0.10 M | 0.22 M | 0.40 M | 0.10 M, 60 tokens |" in section
     assert "|  | 0.10 M | 0.22 M |\n" in section
