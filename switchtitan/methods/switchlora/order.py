@@ -88,8 +88,8 @@ class _Measurement:
     step: int
     layers: np.ndarray
     """Whose order it decides, [n]."""
-    num_gradients: np.ndarray
-    """[2, layers, rank], gradients in each vector's first moment."""
+    divisors: np.ndarray
+    """[2, layers, rank], see `_divisors`."""
     movement: CopyToHost
     """[2, layers, rank]."""
 
@@ -106,8 +106,9 @@ class LeastMovingOrder(SwitchOrder):
     the previous half, which is that of a ring.
 
     The movement of a vector is |m| / |g|: its gradients' running mean m, as the optimizer has it,
-    divided by 1 - beta^n for n gradients since it was reset, over its gradient g. It is 1 if all
-    gradients are equal; if they cancel out, so do the vector's steps.
+    divided by the sum of their weights in it, over its gradient g. It is 1 if all gradients are
+    equal; if they cancel out, so do the vector's steps. The sum is 1 - beta^n for n gradients since
+    a reset, and falls by beta in a step in which the vector is frozen.
 
     Args:
         momentum: beta of the running mean.
@@ -130,6 +131,9 @@ class LeastMovingOrder(SwitchOrder):
         self._next = np.full_like(self._current, -1)
         # Steps of each vector's last switch; at first as if no counterpart had been frozen since.
         self._last_switched = np.full((len(FACTORS), num_layers, rank), -config.freeze_steps)
+        # `_divisors` at the last switch of each vector's counterpart: what is left after its reset.
+        self._kept_weights = np.zeros(self._last_switched.shape)
+        self._keeps_moments = config.reset_moments == "none"
         self._measurements: deque[_Measurement] = deque()
         self._copies = HostCopies(device)
         self.checksum = zlib.crc32(self._current.tobytes())
@@ -160,18 +164,15 @@ class LeastMovingOrder(SwitchOrder):
         return np.flatnonzero(is_open & is_due.any() & (left <= self._lead + 1))
 
     def measure(self, layers: np.ndarray, step: int, movement: Tensor) -> None:
-        switched, reset = self._last_switched, self._config.reset_moments
-        # The first moments of counterparts are reset, and then frozen.
-        num_gradients = step - switched[[FACTOR_B, FACTOR_A]] - self._config.freeze_steps
-        if reset == "both":
-            num_gradients = np.minimum(num_gradients, step - switched)
-        elif reset == "none":
-            num_gradients = np.full_like(switched, step)
         copy = self._copies.to_host(movement.clone())
-        self._measurements.append(_Measurement(step, layers, num_gradients, copy))
+        self._measurements.append(_Measurement(step, layers, self._divisors(step), copy))
 
     def advance(self, step: int, num_switched: np.ndarray, switches: list[LayerSwitch]) -> None:
+        divisors = self._divisors(step) if self._keeps_moments and switches else self._kept_weights
         for switch in switches:
+            for factor, layer, vectors in switch.counterparts():
+                places = factor, layer, slice(vectors.start, vectors.stop)
+                self._kept_weights[places] = divisors[places]
             for factor, layer, vectors in switch.switched():
                 self._last_switched[factor, layer, vectors.start : vectors.stop] = step
         counts = np.zeros_like(num_switched)
@@ -189,18 +190,41 @@ class LeastMovingOrder(SwitchOrder):
     def state_dict(self) -> dict[str, Tensor]:
         while self._measurements:
             self._read()
-        return {
-            "order": torch.from_numpy(self._current.copy()),
-            "next_order": torch.from_numpy(self._next.copy()),
-            "last_switched": torch.from_numpy(self._last_switched.copy()),
+        tables = {
+            "order": self._current,
+            "next_order": self._next,
+            "last_switched": self._last_switched,
         }
+        if self._keeps_moments:
+            tables["kept_weights"] = self._kept_weights
+        return {key: torch.from_numpy(table.copy()) for key, table in tables.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._measurements.clear()
         self._current, self._next, self._last_switched = (
             state[key].cpu().numpy().copy() for key in ("order", "next_order", "last_switched")
         )
+        if self._keeps_moments:
+            self._kept_weights = state["kept_weights"].cpu().numpy().copy()
         self.checksum = zlib.crc32(self._current.tobytes())
+
+    def _divisors(self, step: int) -> np.ndarray:
+        """Returns the sum of the weights of the gradients in each running mean, [2, layers, rank].
+
+        Before the update at `step`; zero without a gradient. After w at the last switch of the
+        counterpart, or zero if that reset the mean, f frozen steps and n gradients, the sum is
+        beta^(f + n) w + 1 - beta^n.
+        """
+        # The running means of counterparts are reset, and then frozen.
+        num_steps = step - self._last_switched[[FACTOR_B, FACTOR_A]]
+        num_frozen = np.minimum(num_steps, self._config.freeze_steps)
+        num_gradients = num_steps - num_frozen
+        if self._config.reset_moments == "both":
+            num_gradients = np.minimum(num_gradients, step - self._last_switched)
+        beta = self._momentum
+        kept = beta ** (num_frozen + num_gradients) * self._kept_weights
+        weights: np.ndarray = kept + 1 - beta**num_gradients
+        return weights
 
     def _halves(self, orders: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the order of A's vectors and of B's."""
@@ -221,9 +245,9 @@ class LeastMovingOrder(SwitchOrder):
         copied = measured.movement.wait()
         # Fake tensors have no values.
         values = np.zeros(copied.shape) if is_fake(copied) else copied.double().numpy()
-        num_gradients = measured.num_gradients
-        mean = values / (1 - self._momentum ** np.maximum(num_gradients, 1))
-        movement = np.nan_to_num(np.where(num_gradients > 0, mean, _MOVING), nan=_MOVING)[:, layers]
+        movement = np.full(values.shape, _MOVING)
+        np.divide(values, measured.divisors, out=movement, where=measured.divisors > 0)
+        movement = np.nan_to_num(movement, nan=_MOVING)[:, layers]
         switched_a, switched_b = np.split(self._current[layers], [half], axis=1)
         for columns, factor, pairs in (
             (slice(0, half), FACTOR_A, switched_b),
