@@ -24,6 +24,11 @@ def least_moving(rank: int, interval: float, freeze_steps: int, **keys: Any) -> 
     return SwitchLoraConfig(rank=rank, interval=interval, freeze_steps=freeze_steps, **keys)
 
 
+def with_interval(interval: float, **keys: Any) -> SwitchLoraConfig:
+    """A configuration with any interval, also one that is refused because it meets the limits."""
+    return SwitchLoraConfig(**keys).model_copy(update={"interval": interval})
+
+
 def flat(spans: Spans) -> list[int]:
     """The vectors of spans, in order."""
     return [vector for span in spans for vector in span]

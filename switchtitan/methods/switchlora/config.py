@@ -1,5 +1,6 @@
 """The section `[method] name = "switchlora"`."""
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -53,8 +54,8 @@ class SwitchLoraConfig(LowRankConfig):
     """Where candidates are stored: `host` frees GPU memory and prefetches one step ahead. No effect
     on a CPU. Only with swap."""
     interval: float = Field(default=40, gt=0)
-    """Mean number of steps between two switches of one vector at the start of training; at least
-    2 * freeze_steps. Not with switches_per_vector."""
+    """Mean number of steps between two switches of one vector at the start of training. At least
+    2 * freeze_steps and 2, and a little more for an odd rank. Not with switches_per_vector."""
     switches_per_vector: float | None = Field(default=None, gt=0)
     """Mean number of switches of each vector in a run of training.steps, instead of interval, which
     then follows from it, decay and decay_ratio, so that a longer run switches as often. Default:
@@ -121,11 +122,15 @@ class SwitchLoraConfig(LowRankConfig):
                 f"4 * freeze_steps = {4 * self.freeze_steps}, so that enough vectors are not "
                 "frozen; increase interval, lower freeze_steps, or set order = 'ring'"
             )
-        elif self.interval < 2 * self.freeze_steps:
+        elif self.interval < self._least_interval() * (1 - _ROUNDING):
+            has_span = self.freeze_steps > 1
+            span = f"{self.freeze_steps} steps" if has_span else "one step"
             raise ValueError(
-                f"interval = {self.interval:g} is below 2 * freeze_steps = "
-                f"{2 * self.freeze_steps}: vectors would be switched while frozen; "
-                "increase interval or lower freeze_steps"
+                f"interval = {self.interval:g}: expected at least "
+                f"{_rounded_up(self._least_interval())}, since rank = {self.rank} and "
+                f"freeze_steps = {self.freeze_steps} allow {self.rank // 2} switches of each "
+                f"factor's vectors in {span}; increase interval"
+                f"{' or lower freeze_steps' if has_span else ''}"
             )
         if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
             problem = 'decay_ratio has no effect with decay = "constant"; remove it'
@@ -197,3 +202,8 @@ class SwitchLoraConfig(LowRankConfig):
 
     def _sum_of_rates(self, num_steps: int) -> float:
         return float(switch_rate(self.decay, self.decay_ratio, num_steps).sum())
+
+
+def _rounded_up(limit: float) -> str:
+    """Returns a limit with at most two decimals that is not below it, up to rounding."""
+    return f"{math.ceil(limit * (1 - _ROUNDING) * 100) / 100:g}"

@@ -10,6 +10,7 @@ from support.switchlora_layers import (
     effective_weight,
     relative_change,
     set_gradients,
+    with_interval,
 )
 from support.switchlora_reference import constant_candidates
 from support.tiny import full_tensors, tiny_trainer, train_steps
@@ -48,9 +49,9 @@ def switching_layer(
 ) -> tuple[LowRankLinear, SwitchLoraOptimizer]:
     """A layer whose optimizer only switches: learning rate 0 and gradients of zero."""
     out_features, in_features, rank = shape
-    config = SwitchLoraConfig(
+    config = with_interval(
+        rank / num_per_step,
         rank=rank,
-        interval=rank / num_per_step,
         freeze_steps=0,
         decay="constant",
         candidates="constant",

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from support.switchlora_layers import with_interval
 from support.switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
 
 from switchtitan.contracts import Reparametrized
@@ -238,13 +239,13 @@ BALANCED = {
     ],
 )
 def test_whole_model_follows_the_rules_written_out_vector_by_vector(keys):
-    check_whole_run(SwitchLoraConfig(rank=RANK, **keys), compile_step=False)
+    check_whole_run(with_interval(rank=RANK, **keys), compile_step=False)
 
 
 @pytest.mark.slow
 def test_compiled_updates_follow_them_too():
     torch._dynamo.reset()
-    check_whole_run(SwitchLoraConfig(rank=RANK, **BALANCED), compile_step=True)
+    check_whole_run(with_interval(rank=RANK, **BALANCED), compile_step=True)
     torch._dynamo.reset()
 
 
@@ -345,9 +346,7 @@ def test_metric_of_the_last_step_is_the_growth_of_the_total():
 
 @pytest.mark.parametrize("candidates", ["swap", "constant"])
 def test_run_resumes_bitwise_from_its_state(candidates):
-    config = SwitchLoraConfig(
-        rank=RANK, interval=6.5, freeze_steps=3, decay="constant", candidates=candidates
-    )
+    config = with_interval(6.5, rank=RANK, freeze_steps=3, decay="constant", candidates=candidates)
     model, optimizer = build_ours(config)
     for step in range(17):
         run_step(model, optimizer, step)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.rate import switch_rate
@@ -62,8 +63,10 @@ def test_counts_never_stray_from_their_expectation_by_one(decay):
     assert requests.min() == 0
 
 
-@pytest.mark.parametrize("num_per_step", [1, 2, 3, 5])
-@pytest.mark.parametrize("rank", [7, 11, 20, 128])
+@pytest.mark.parametrize(
+    ("rank", "num_per_step"),
+    [(rank, number) for rank in (7, 11, 20, 128) for number in (1, 2, 3, 5) if number <= rank // 2],
+)
 def test_whole_numbers_are_met_in_every_step(rank, num_per_step):
     # 7 / (7 / 3) and the like are not integers in floating point
     config = SwitchLoraConfig(
@@ -176,6 +179,23 @@ def test_the_largest_number_that_is_accepted_meets_no_limit(decay):
     assert not config.check_length(500)
     assert SwitchLoraConfig(switches_per_vector=1.01 * largest, **keys).check_length(500)
     assert np.abs(switches_of_vectors(config, 500, 11) - largest).max() < 1
+
+
+@pytest.mark.parametrize("rank", [2, 3, 7, 12, 20])
+@pytest.mark.parametrize("freeze_steps", [0, 1, 2, 5])
+def test_an_interval_is_refused_if_switches_would_be_dropped(rank, freeze_steps):
+    keys = {"rank": rank, "decay": "constant", "freeze_steps": freeze_steps}
+    with pytest.raises(ValidationError) as caught:
+        SwitchLoraConfig(interval=0.01, **keys)
+    least = float(str(caught.value).partition("expected at least ")[2].partition(",")[0])
+    config = SwitchLoraConfig(interval=least, **keys)
+    assert np.abs(switches_of_vectors(config, 500, 11) - 500 / least).max() < 1
+    # It refuses no more than that.
+    below = 0.97 * least
+    with pytest.raises(ValidationError, match="expected at least"):
+        SwitchLoraConfig(interval=below, **keys)
+    unchecked = config.model_copy(update={"interval": below})
+    assert (switches_of_vectors(unchecked, 500, 11) < 500 / below - 1).all()
 
 
 @pytest.mark.parametrize("freeze_steps", [0, 1, 3, 5])

@@ -8,6 +8,7 @@ from support.switchlora_layers import (
     effective_weight,
     relative_change,
     set_gradients,
+    with_interval,
 )
 from support.tiny import tiny_trainer, train_steps
 
@@ -34,9 +35,7 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
     """A layer whose optimizer only switches: learning rate 0 and gradients of zero."""
     out_features, in_features, rank = shape
     layer = build_layer(out_features, in_features, rank, alpha / rank, dtype, seed)
-    config = SwitchLoraConfig(
-        rank=rank, interval=rank / num_per_step, freeze_steps=0, decay="constant"
-    )
+    config = with_interval(rank / num_per_step, rank=rank, freeze_steps=0, decay="constant")
     optimizer = build_optimizer(config, ADAMW, [layer], num_steps)
     optimizer.set_lr(0.0)
     set_gradients([layer], 0.0)

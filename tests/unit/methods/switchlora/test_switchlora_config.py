@@ -97,6 +97,24 @@ def test_too_many_switches_for_the_run_are_refused(tmp_path: Path):
     assert load_tiny(tmp_path, keys).method.check_length(40) == []
 
 
+def test_an_interval_that_would_drop_switches_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        load_tiny(tmp_path, "interval = 1.5\nfreeze_steps = 0")
+    assert (
+        "[method] interval = 1.5: expected at least 2, since rank = 6 and freeze_steps = 0 allow 3 "
+        "switches of each factor's vectors in one step; increase interval"
+    ) in str(caught.value)
+    odd = ("--method.rank", "7")
+    with pytest.raises(ConfigError) as caught:
+        load_tiny(tmp_path, "interval = 6\nfreeze_steps = 3", *odd)
+    assert (
+        "[method] interval = 6: expected at least 7, since rank = 7 and freeze_steps = 3 allow 3 "
+        "switches of each factor's vectors in 3 steps; increase interval or lower freeze_steps"
+    ) in str(caught.value)
+    load_tiny(tmp_path, "interval = 2\nfreeze_steps = 0")
+    load_tiny(tmp_path, "interval = 7\nfreeze_steps = 3", *odd)
+
+
 GENTLE = {
     "candidates": "constant",
     "switches_per_vector": 9.4,
