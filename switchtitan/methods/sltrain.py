@@ -123,7 +123,9 @@ class Sltrain(ProductMethod[SltrainConfig]):
 
     def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         seed = torch.tensor([self._support_seed(name)], device=parts[SPARSE].device)
-        return _dense(parts["lora_a"], parts["lora_b"], parts[SPARSE], seed)
+        lora_a, lora_b = (parts[factor] for factor in FACTORS)
+        columns = _columns(lora_a, lora_b, parts[SPARSE], seed)
+        return _dense(lora_a, lora_b, parts[SPARSE], columns)
 
     def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         """Returns all parameters; those treated are the factors and the sparse values."""
@@ -192,19 +194,19 @@ def initial_parts(weight: Tensor, rank: int, num_per_row: int, seed: int) -> dic
     return dict(zip((*FACTORS, SPARSE), (lora_a, lora_b, rest.flatten()), strict=True))
 
 
-def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, seed: Tensor) -> Tensor:
+def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, columns: Tensor) -> Tensor:
     """Computes B A + S [out, in] in the dtype of the factors."""
     # An `addmm`, which selective recomputation does not save, as it does a product of activations.
     product = torch.addmm(lora_b.new_zeros(1, 1), lora_b.t(), lora_a, beta=0)
-    columns = _columns(product, sparse_values, seed)
     # The columns of a row are distinct, so this is a sum, and the same on every run.
     return product.scatter_(1, columns, product.gather(1, columns) + sparse_values.view_as(columns))
 
 
-def _columns(matrix: Tensor, sparse_values: Tensor, seed: Tensor) -> Tensor:
-    shape = _shape_of(matrix)
+def _columns(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, seed: Tensor) -> Tensor:
+    """Returns `support` of a layer's parameters."""
+    out_features, in_features = lora_b.shape[1], lora_a.shape[1]
     columns: Tensor = torch.ops.switchtitan.support.default(
-        seed, *shape, sparse_values.numel() // shape[0]
+        seed, out_features, in_features, sparse_values.numel() // out_features
     )
     return columns
 
@@ -221,7 +223,8 @@ class _SparseProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, seed: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, lora_a, lora_b, sparse_values, seed)
-        return F.linear(x, _dense(lora_a, lora_b, sparse_values, seed))
+        columns = _columns(lora_a, lora_b, sparse_values, seed)
+        return F.linear(x, _dense(lora_a, lora_b, sparse_values, columns))
 
     @staticmethod
     def backward(
@@ -229,12 +232,11 @@ class _SparseProduct(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         x, lora_a, lora_b, sparse_values, seed = ctx.saved_tensors
         # Otherwise torch.compile would save the columns.
-        seed = copy_in_backward(seed, grad)
+        columns = _columns(lora_a, lora_b, sparse_values, copy_in_backward(seed, grad))
         grad_x = None
         if ctx.needs_input_grad[0]:
             factor = copy_in_backward(lora_b, grad)
-            grad_x = grad @ _dense(lora_a, factor, sparse_values, seed)
+            grad_x = grad @ _dense(lora_a, factor, sparse_values, columns)
         grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        columns = _columns(grad_weight, sparse_values, seed)
         grad_values = grad_weight.gather(1, columns).flatten()
         return grad_x, lora_b @ grad_weight, lora_a @ grad_weight.t(), grad_values, None

@@ -7,6 +7,7 @@ import torch
 from support.tiny import full_tensors, tiny_config, tiny_stepper, tiny_trainer, train_steps
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.initial_draws import plain_value
@@ -124,6 +125,25 @@ def test_a_layer_saves_its_inputs_alone(is_compiled):
     others = [each for each in saved if each.untyped_storage().data_ptr() not in inputs]
     assert all(each.numel() == 1 for each in others), "the seed, if anything"
     assert len(saved) > len(others)
+
+
+class CountSupports(TorchDispatchMode):
+    """Counts how often positions are computed."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.switchtitan.support.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_pass_computes_the_positions_once():
+    layer, x = build_layer(30, 20), draw(2, 4, 20).double().requires_grad_()
+    with CountSupports() as of_forward:
+        out = layer(x)
+    with CountSupports() as of_backward:
+        out.sum().backward()
+    assert (of_forward.number, of_backward.number) == (1, 1)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
