@@ -52,10 +52,12 @@ class SltrainConfig(ProductConfig):
         for name, (_, in_features) in linear_shapes.items():
             is_adapted = name.rpartition(".")[2] in self.targets
             if is_adapted and _num_per_row(self.density, in_features) >= in_features:
+                # Rounded down.
+                largest = (in_features - 1) * 1000 // in_features / 1000
                 problems.append(
                     f"[method] density = {self.density:g}: expected fewer values than the "
                     f"{in_features} columns of {name}; use a density of at most "
-                    f"{(in_features - 1) / in_features:.3g}, or full rank"
+                    f"{largest:g}, or full rank"
                 )
                 break
         return problems

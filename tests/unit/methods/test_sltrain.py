@@ -15,7 +15,13 @@ from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
 from switchtitan.methods.low_rank import balanced_factors
-from switchtitan.methods.sltrain import SPARSE, Sltrain, SparseProductLinear, support
+from switchtitan.methods.sltrain import (
+    SPARSE,
+    Sltrain,
+    SltrainConfig,
+    SparseProductLinear,
+    support,
+)
 from switchtitan.models import MODELS
 from switchtitan.optim.parameters import parameter_groups
 
@@ -276,3 +282,12 @@ def test_a_dense_sparse_matrix_is_an_error(corpora):
         tiny_trainer(corpora / "sltrain-dense", "sltrain", "--method.density", "0.98")
     tiny_trainer(corpora / "sltrain-dense", "sltrain", "--method.density", "0.95").stepper.close()
     stop_world()
+
+
+@pytest.mark.parametrize("in_features", [2, 3, 128, 1001, 2001, 4096, 11008])
+def test_the_largest_density_that_an_error_names_is_accepted(in_features):
+    shapes = {"q_proj": (in_features, in_features)}
+    (problem,) = SltrainConfig(rank=1, density=0.99999, targets=("q_proj",)).check_model(shapes)
+    largest = float(problem.partition("at most ")[2].partition(",")[0])
+    assert SltrainConfig(rank=1, density=largest, targets=("q_proj",)).check_model(shapes) == []
+    assert largest > 1 - 1 / in_features - 1e-3
