@@ -1,14 +1,12 @@
 """APOLLO: the gradient, scaled as by Adam in a random subspace (arXiv 2412.05270)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.norms import sum_packed
@@ -19,11 +17,12 @@ from switchtitan.methods.projected import (
     NormGrowthLimiter,
     PackedRows,
     ProjectedConfig,
+    ProjectedMethod,
     ProjectedWeight,
-    build_projected_optimizer,
+    direction_,
     project,
 )
-from switchtitan.optim import AdamWConfig, require_adamw
+from switchtitan.optim import AdamWConfig
 
 
 class ApolloConfig(ProjectedConfig):
@@ -43,20 +42,14 @@ class ApolloConfig(ProjectedConfig):
     the paper)."""
 
 
-class Apollo(Method[ApolloConfig]):
+class Apollo(ProjectedMethod[ApolloConfig]):
     """Trains all weights; the optimizer state of the targeted ones is that of a random
     projection."""
 
-    def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
-    ) -> TrainingOptimizer:
-        adamw = require_adamw(config)
-        build_rule = partial(
-            ApolloRule, self.config, adamw, seed=self.seed, compile_step=compile_step
-        )
-        return build_projected_optimizer(
-            model, self.config, adamw, build_rule, compile_step, self.seed
-        )
+    def build_rule(
+        self, adamw: AdamWConfig, weights: list[ProjectedWeight], compile_step: bool
+    ) -> "ApolloRule":
+        return ApolloRule(self.config, adamw, weights, self.seed, compile_step)
 
 
 class ApolloRule:
@@ -188,9 +181,7 @@ def advance_and_measure_(
         grad: G, [out/ranks, in].
         low_rank_grad, exp_avg, exp_avg_sq: R and its moments, this rank's rows.
     """
-    exp_avg.lerp_(low_rank_grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(low_rank_grad, low_rank_grad, value=1 - beta2)
-    direction = exp_avg / (exp_avg_sq.sqrt() + eps)
+    direction = direction_(low_rank_grad, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps)
     return torch.stack(
         [matrix.square().sum(dims).reshape(-1) for matrix in (direction, low_rank_grad, grad)]
     )

@@ -2,14 +2,12 @@
 2410.01623)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.shards import local, shard_group
@@ -19,12 +17,12 @@ from switchtitan.methods.projected import (
     NormGrowthLimiter,
     PackedRows,
     ProjectedConfig,
+    ProjectedMethod,
     ProjectedWeight,
-    build_projected_optimizer,
     project,
     refresh_bases_,
 )
-from switchtitan.optim import AdamWConfig, require_adamw
+from switchtitan.optim import AdamWConfig
 
 
 class FiraConfig(ProjectedConfig):
@@ -42,17 +40,13 @@ class FiraConfig(ProjectedConfig):
     (gamma in the paper)."""
 
 
-class Fira(Method[FiraConfig]):
+class Fira(ProjectedMethod[FiraConfig]):
     """Trains all weights; the optimizer state of the targeted ones is low-rank."""
 
-    def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
-    ) -> TrainingOptimizer:
-        adamw = require_adamw(config)
-        build_rule = partial(FiraRule, self.config, adamw, compile_step=compile_step)
-        return build_projected_optimizer(
-            model, self.config, adamw, build_rule, compile_step, self.seed
-        )
+    def build_rule(
+        self, adamw: AdamWConfig, weights: list[ProjectedWeight], compile_step: bool
+    ) -> "FiraRule":
+        return FiraRule(self.config, adamw, weights, compile_step)
 
 
 class Projected(NamedTuple):

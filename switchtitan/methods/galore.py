@@ -1,23 +1,21 @@
 """GaLore: Adam in the subspace of each gradient's leading singular vectors (arXiv 2403.03507)."""
 
-from functools import partial
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import local
 from switchtitan.methods.projected import (
     AdamDirections,
     PackedRows,
     ProjectedConfig,
+    ProjectedMethod,
     ProjectedWeight,
-    build_projected_optimizer,
     project,
     refresh_bases_,
 )
-from switchtitan.optim import AdamWConfig, require_adamw
+from switchtitan.optim import AdamWConfig
 
 
 class GaloreConfig(ProjectedConfig):
@@ -31,17 +29,13 @@ class GaloreConfig(ProjectedConfig):
     """Updates of the projected weights are multiplied by this (alpha in the paper), above 0."""
 
 
-class Galore(Method[GaloreConfig]):
+class Galore(ProjectedMethod[GaloreConfig]):
     """Trains all weights; the optimizer state of the targeted ones is low-rank."""
 
-    def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
-    ) -> TrainingOptimizer:
-        adamw = require_adamw(config)
-        build_rule = partial(GaloreRule, self.config, adamw, compile_step=compile_step)
-        return build_projected_optimizer(
-            model, self.config, adamw, build_rule, compile_step, self.seed
-        )
+    def build_rule(
+        self, adamw: AdamWConfig, weights: list[ProjectedWeight], compile_step: bool
+    ) -> "GaloreRule":
+        return GaloreRule(self.config, adamw, weights, compile_step)
 
 
 class GaloreRule:

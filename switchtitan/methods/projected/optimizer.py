@@ -1,22 +1,16 @@
 """An optimizer that updates some weights from projected gradients, and the others by AdamW."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer, replicated_values
 from switchtitan.distributed.shards import local, rows_per_rank, shard_group
-from switchtitan.methods.projected.weights import (
-    ProjectedConfig,
-    ProjectedWeight,
-    build_projected_weight,
-    targeted_weights,
-)
-from switchtitan.optim import AdamWConfig, adamw_for_others, trained_parameters
+from switchtitan.methods.projected.weights import ProjectedWeight
+from switchtitan.optim import AdamWConfig
 from switchtitan.regions import region
 
 
@@ -118,27 +112,6 @@ class ProjectedOptimizer:
         for key, tensor in self.state_dict().items():
             tensor.copy_(state[key])
         self._num_steps = int(state["projection.step"])
-
-
-def build_projected_optimizer(
-    model: nn.Module,
-    method: ProjectedConfig,
-    config: AdamWConfig,
-    build_rule: Callable[[list[ProjectedWeight]], UpdateRule],
-    compile_step: bool,
-    seed: int,
-) -> ProjectedOptimizer:
-    """Builds an optimizer whose rule updates the weights of the targeted layers.
-
-    `compile_step` and the job's seed are for the optimizer of all other parameters.
-    """
-    targeted = targeted_weights(model, method.targets)
-    weights = [
-        build_projected_weight(name, parameter, method.rank) for name, parameter in targeted.items()
-    ]
-    others = [p for p in trained_parameters(model, targeted) if p.is_other]
-    dense = adamw_for_others(config, others, compile_step, seed)
-    return ProjectedOptimizer(config, weights, build_rule(weights), dense, method.update_interval)
 
 
 class PackedRows:
