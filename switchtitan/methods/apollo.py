@@ -27,7 +27,8 @@ from switchtitan.optim import AdamWConfig
 
 class ApolloConfig(ProjectedConfig):
     """`[method] name = "apollo"`: APOLLO (arXiv 2412.05270). APOLLO-Mini is rank 1, scaling
-    "tensor" and scale sqrt(128)."""
+    "tensor" and scale sqrt(128). Moments of projected gradients are in fp32 with every `[optimizer]
+    moments_dtype`."""
 
     name: Literal["apollo"] = "apollo"
     """The method."""

@@ -27,7 +27,8 @@ from switchtitan.optim import AdamWConfig
 
 class FiraConfig(ProjectedConfig):
     """`[method] name = "fira"`: Fira (arXiv 2410.01623). Bases are those of GaLore, with the same
-    waits on a GPU."""
+    waits on a GPU. Moments of projected gradients are in fp32 with every `[optimizer]
+    moments_dtype`."""
 
     name: Literal["fira"] = "fira"
     """The method."""

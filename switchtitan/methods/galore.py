@@ -21,7 +21,8 @@ from switchtitan.optim import AdamWConfig
 class GaloreConfig(ProjectedConfig):
     """`[method] name = "galore"`: GaLore (arXiv 2403.03507). On a GPU, the host waits for torch's
     decompositions when bases are renewed, every `update_interval` steps. They run in fp64,
-    slow on GPUs that compute it at 1/64 of the rate of fp32; a larger interval means fewer."""
+    slow on GPUs that compute it at 1/64 of the rate of fp32; a larger interval means fewer. Moments
+    of projected gradients are in fp32 with every `[optimizer] moments_dtype`."""
 
     name: Literal["galore"] = "galore"
     """The method."""

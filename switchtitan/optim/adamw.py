@@ -46,10 +46,8 @@ class AdamKeys(AdamBetas):
     """dtype in which AdamW stores the moments of the parameters that it updates. `bfloat16` halves
     them: updates are computed in fp32, and moments are rounded stochastically, which is unbiased
     and does not depend on the number of ranks; compile the optimizer, since the update takes many
-    kernels otherwise. With SwitchLoRA, GaLore, Fira and APOLLO the key applies to the embedding,
-    norms, head and other parameters that they do not change; the moments of their vectors and
-    projections stay in fp32. With Muon it applies to AdamW's parameters, with all other methods and
-    AdamW to all parameters."""
+    kernels otherwise. A method or optimizer with its own rule for some parameters keeps their
+    moments in fp32, as its section says; the key then applies to all other parameters."""
 
 
 class AdamWConfig(AdamKeys):

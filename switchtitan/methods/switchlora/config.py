@@ -28,7 +28,8 @@ _DOWN = 0.995
 
 
 class SwitchLoraConfig(LowRankConfig):
-    """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564)."""
+    """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564). Moments of A and B are in fp32
+    with every `[optimizer] moments_dtype`."""
 
     resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})

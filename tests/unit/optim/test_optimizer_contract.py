@@ -9,6 +9,7 @@ from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
+from switchtitan.methods import METHODS
 from switchtitan.optim import OPTIMIZERS
 
 KEYS = {
@@ -33,6 +34,14 @@ def overrides(optimizer: str) -> tuple[str, ...]:
 
 def test_every_optimizer_is_held_to_the_contract():
     assert set(KEYS) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_the_documentation_of_keys_names_no_low_rank_method(optimizer):
+    """A method's section says what is special about it."""
+    for key, field in OPTIMIZERS[optimizer].config_type.model_fields.items():
+        words = (field.description or "").lower().replace(",", " ").split()
+        assert not set(words) & (set(METHODS) - {"full_rank"}), key
 
 
 @pytest.mark.parametrize(
