@@ -33,9 +33,9 @@ class FiraConfig(ProjectedConfig):
     name: Literal["fira"] = "fira"
     """The method."""
     scale: float = Field(default=0.25, gt=0)
-    """Whatever is projected back is multiplied by this (alpha in the paper), above 0: the update,
-    and the projected gradient that is subtracted from the gradient to leave the residual. With 1,
-    the residual is orthogonal to the basis."""
+    """Multiplies the update that is projected back (alpha in the paper); above 0. The residual is
+    G - scale R Q^T, with the gradient G, the basis Q and R = G Q; with scale = 1 it is orthogonal
+    to the basis."""
     max_norm_growth: float = Field(default=1.01, gt=1)
     """Largest factor, above 1, by which the norm of a weight's scaled residual may grow in a step
     (gamma in the paper)."""

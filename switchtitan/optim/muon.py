@@ -188,7 +188,10 @@ def advance_(
 
 
 def spans_of_elements(tensors: Sequence[Tensor], max_elements: int) -> list[slice]:
-    """Returns consecutive slices of `tensors` of at most so many elements, or one tensor, each."""
+    """Splits `tensors` into consecutive slices of at most `max_elements` elements.
+
+    A larger tensor is a slice of its own.
+    """
     spans: list[slice] = []
     start = num_elements = 0
     for place, tensor in enumerate(tensors):

@@ -23,7 +23,11 @@ class NormGrowthLimiter:
         self._num_limited = torch.zeros((), device=like.device)
 
     def divisors(self, norms: Tensor) -> Tensor:
-        """Returns the divisor of each update, [weights], and stores the limited norms."""
+        """Returns the divisor of each update, [weights], and stores the limited norms.
+
+        Args:
+            norms: [weights], of the updates, before they are limited.
+        """
         limit = self._max_norm_growth
         divisors = (norms / (self._norms + TINY_NORM)).clamp(min=limit) / limit
         self._norms.copy_(norms / divisors)

@@ -22,9 +22,9 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 }
 """Name -> the keys that it sets. `gentle` are the "gentler keys" of docs/RESULTS.md."""
 _ROUNDING = 1e-9
-"""Relative rounding that an interval may have which follows from a number of switches."""
+"""Relative rounding error allowed in an interval, as computed from switches_per_vector."""
 _DOWN = 0.995
-"""Three digits of a number times this are at most the number."""
+"""Factor that keeps a limit printed with three digits below the exact limit."""
 
 
 class SwitchLoraConfig(LowRankConfig):
