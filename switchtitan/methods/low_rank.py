@@ -46,10 +46,10 @@ class ProductConfig(MethodConfig):
 
 
 class LowRankProductConfig(ProductConfig):
-    """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. Initially, B A is
-    the best approximation of the plain layer's initial weight (arXiv 2105.01029), which every rank
-    decomposes on its CPU at the start. `[checkpoint] initial_weights` are approximated in the same
-    way."""
+    """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
+    best approximation of the layer's usual initial weight (truncated SVD, computed by every process
+    on its CPU; "spectral initialization" in arXiv 2105.01029). `[checkpoint] initial_weights` are
+    approximated in the same way."""
 
     name: Literal["low_rank"] = "low_rank"
     """The method."""

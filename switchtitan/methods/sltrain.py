@@ -31,14 +31,13 @@ _NUM_BITS = 31
 
 
 class SltrainConfig(ProductConfig):
-    """`[method] name = "sltrain"`: W = B A + S, the parametrization of SLTrain (arXiv 2406.02214).
-    S is sparse, and the random positions of its values do not change. Initially, B A is the best
-    approximation of the plain layer's initial weight, which every rank decomposes on its CPU, and S
-    holds the rest at its positions. `[checkpoint] initial_weights` are approximated in the same
-    way. The values of S are trained as one vector: with AdamW, also if `[optimizer] name` is `muon`
-    or `scale`, and with fp32 moments in `adamw8bit`. Unlike the authors', B A has no factor alpha /
-    rank, B does not start at zero, and the positions are spread evenly over each row: as many equal
-    parts as values, one value in each."""
+    """`[method] name = "sltrain"`: W = B A + S (SLTrain, arXiv 2406.02214). S is sparse, with
+    random positions that never change. B A starts as the best approximation of the layer's usual
+    initial weight (truncated SVD, computed by every process on its CPU), and S starts as the
+    residual at its positions. `[checkpoint] initial_weights` are split in the same way. S trains
+    with AdamW if `[optimizer] name` is `muon` or `scale`, and with fp32 moments if it is
+    `adamw8bit`. Differences from the authors' method: there is no factor alpha / rank, B does not
+    start at zero, and each row is divided into equal parts with one value of S in each."""
 
     name: Literal["sltrain"] = "sltrain"
     """The method."""

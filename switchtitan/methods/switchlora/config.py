@@ -28,8 +28,10 @@ _DOWN = 0.995
 
 
 class SwitchLoraConfig(LowRankConfig):
-    """`[method] name = "switchlora"`: SwitchLoRA (arXiv 2406.06564). Moments of A and B are in fp32
-    with every `[optimizer] moments_dtype`."""
+    """`[method] name = "switchlora"`: LoRA whose vectors are replaced during training (SwitchLoRA,
+    arXiv 2406.06564). A switch puts a candidate in place of a vector of A or B and adds the
+    difference to the frozen weight, so the layer's output does not change. Moments of A and B are
+    in fp32 with every `[optimizer] moments_dtype`."""
 
     resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
