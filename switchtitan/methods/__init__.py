@@ -6,7 +6,7 @@ from switchtitan.methods.fira import Fira, FiraConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.galore import Galore, GaloreConfig
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.low_rank import LowRank, LowRankProductConfig
+from switchtitan.methods.product import PlainProduct, PlainProductConfig
 from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
@@ -20,7 +20,7 @@ METHODS: Registry[MethodConfig, Method] = Registry(
         "full_rank": Component(FullRankConfig, FullRank),
         "galore": Component(GaloreConfig, Galore),
         "lora": Component(LoraConfig, Lora),
-        "low_rank": Component(LowRankProductConfig, LowRank),
+        "low_rank": Component(PlainProductConfig, PlainProduct),
         "relora": Component(ReloraConfig, Relora),
         "sltrain": Component(SltrainConfig, Sltrain),
         "switchlora": Component(SwitchLoraConfig, SwitchLora),

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.initial_draws import GeneratorFor
 from switchtitan.distributed.seeds import generator_for, splitmix64
-from switchtitan.methods.low_rank import (
+from switchtitan.methods.lowrank.contraction import copy_in_backward
+from switchtitan.methods.lowrank.linear import take
+from switchtitan.methods.lowrank.method import FACTORS
+from switchtitan.methods.product import (
     ProductConfig,
     ProductLinear,
     ProductMethod,
     balanced_factors,
 )
-from switchtitan.methods.lowrank.contraction import copy_in_backward
-from switchtitan.methods.lowrank.linear import take
-from switchtitan.methods.lowrank.method import FACTORS
 from switchtitan.optim import TrainedParameter
 
 SPARSE = "sparse_values"

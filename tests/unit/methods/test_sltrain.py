@@ -14,7 +14,7 @@ from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
-from switchtitan.methods.low_rank import balanced_factors
+from switchtitan.methods.product import balanced_factors
 from switchtitan.methods.sltrain import (
     SPARSE,
     Sltrain,

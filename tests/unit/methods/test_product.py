@@ -13,7 +13,7 @@ from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
-from switchtitan.methods.low_rank import ProductLinear, balanced_factors
+from switchtitan.methods.product import ProductLinear, balanced_factors
 from switchtitan.models import MODELS
 from switchtitan.spectra.weight_change import checkpoint_origin, checkpoint_spectra
 

@@ -45,7 +45,7 @@ class ProductConfig(MethodConfig):
         return check_rank(self.rank, self.targets, linear_shapes)
 
 
-class LowRankProductConfig(ProductConfig):
+class PlainProductConfig(ProductConfig):
     """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
     best approximation of the layer's usual initial weight (truncated SVD, computed by every process
     on its CPU; "spectral initialization" in arXiv 2105.01029). `[checkpoint] initial_weights` are
@@ -156,7 +156,7 @@ class ProductMethod(Method[ProductSection]):
         return self.dense_weight(layer, self.initial_parts(layer, weight))
 
 
-class LowRank(ProductMethod[LowRankProductConfig]):
+class PlainProduct(ProductMethod[PlainProductConfig]):
     """The weight of each layer is the product of its factors."""
 
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
