@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,12 @@ from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidate
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.factor_muon import FactorMuon
 from switchtitan.methods.switchlora.factor_rule import FactorRule
-from switchtitan.methods.switchlora.init import candidate_buffers, initial_factors, is_candidates
+from switchtitan.methods.switchlora.init import (
+    candidate_buffers,
+    initial_factors,
+    is_candidates,
+    num_candidates,
+)
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import adamw_for_others, require_adamw
@@ -57,6 +63,8 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
                 "accumulates as a random walk (6 % of a layer's norm after 500 switching steps, "
                 'see docs/PERFORMANCE.md); [training] frozen_dtype = "float32" avoids it'
             )
+        if problem := dropped_switches(self.config, layers, self.num_steps):
+            logger.warning(problem)
         return SwitchLoraOptimizer(
             self.config,
             layers,
@@ -83,3 +91,35 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
 
             return HostCandidates(list(layers.values()))
         return StoredCandidates(list(layers.values()))
+
+
+def dropped_switches(
+    config: SwitchLoraConfig, layers: Mapping[str, LowRankLinear], num_steps: int
+) -> str | None:
+    """Returns a warning if a layer has too few unused candidates for the switches of a step.
+
+    `SwitchCounts.limited` drops the others. Not an error: ranks near the smaller dimension of a
+    layer would need very large intervals.
+
+    Args:
+        layers: by qualified name.
+        num_steps: length of the run.
+    """
+    spare = {
+        name: num_candidates(layer.out_features, layer.in_features) - config.rank
+        for name, layer in layers.items()
+    }
+    name = min(spare, key=spare.__getitem__)
+    per_step = config.rank / config.interval_in(num_steps)
+    # Error diffusion requests no more than the next whole number.
+    if np.ceil(per_step * (1 - 1e-9)) <= spare[name]:
+        return None
+    key, remedy = f"interval = {config.interval:g}", "increase it"
+    if config.switches_per_vector is not None:
+        key, remedy = f"switches_per_vector = {config.switches_per_vector:g}", "lower it"
+    return (
+        f"[method] {key}: {per_step:.3g} switches of each factor's vectors are due in a step at "
+        f"the start, but {name} has {spare[name] + config.rank} candidates for rank = "
+        f"{config.rank}, so at most {spare[name]} are made there and the others are dropped; "
+        f"{remedy}, or lower rank"
+    )

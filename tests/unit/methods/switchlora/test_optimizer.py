@@ -330,6 +330,34 @@ def check_metrics(optimizer, reference):
     assert metrics["switch/candidate_coverage"] == pytest.approx(sum(coverage) / len(coverage))
 
 
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        # k_proj has one candidate that is not in use.
+        ({"interval": 5, "freeze_steps": 0}, None),
+        (
+            {"interval": 4, "freeze_steps": 0},
+            "[method] interval = 4: 1.25 switches of each factor's vectors are due in a step at "
+            "the start, but model.layers.0.self_attn.k_proj has 6 candidates for rank = 5, so at "
+            "most 1 are made there and the others are dropped; increase it, or lower rank",
+        ),
+        ({"switches_per_vector": 12, "freeze_steps": 0}, None),
+        ({"switches_per_vector": 15, "freeze_steps": 0}, "switches_per_vector = 15: 1.25 switches"),
+    ],
+)
+def test_switches_that_a_layer_has_too_few_candidates_for_are_said(caplog, keys, warning):
+    config = SwitchLoraConfig(rank=RANK, decay="constant", **keys)
+    _, optimizer = build_ours(config)
+    if warning is None:
+        assert not caplog.text
+    else:
+        assert warning in caplog.text
+    requested = sum(optimizer._schedule.requested(step) for step in range(NUM_STEPS))
+    for _ in range(NUM_STEPS):
+        optimizer.switch()
+    assert (optimizer._counts.num_switched < requested).any() == (warning is not None)
+
+
 def test_metric_of_the_last_step_is_the_growth_of_the_total():
     model, optimizer = build_ours(
         SwitchLoraConfig(rank=RANK, interval=6, freeze_steps=2, decay="constant")
