@@ -17,6 +17,7 @@ from switchtitan.comparison.table import GapReport, RowReport, is_at_edge
 from switchtitan.comparison.tuning import Tried
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.files import write_atomically
+from switchtitan.json_values import finite_or_none
 
 UNKNOWN = "-"
 _LEGEND = (
@@ -107,7 +108,7 @@ def json_text(
             for record, folder in zip(records, folders, strict=True)
         ],
     }
-    return json.dumps(_finite(contents), indent=2) + "\n"
+    return json.dumps(finite_or_none(contents), indent=2) + "\n"
 
 
 def _records(state: ComparisonState) -> list[dict[str, object]]:
@@ -273,12 +274,3 @@ def _tried_record(tried: Tried) -> dict[str, object]:
         "is_interior": tried.is_interior,
         "losses": losses,
     }
-
-
-def _finite(value: object) -> object:
-    """Replaces numbers that are not finite, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

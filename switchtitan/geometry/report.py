@@ -1,6 +1,5 @@
 """What was measured, as tables and as plain values."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -9,6 +8,7 @@ from switchtitan.geometry.landscape import Barrier
 from switchtitan.geometry.matrices import MatrixGeometry
 from switchtitan.geometry.measure import Geometry, Options, Sharpness
 from switchtitan.geometry.spectral import WeightGeometry
+from switchtitan.json_values import finite_or_none
 from switchtitan.spectra.spectrum import NUMERICAL_RANK_THRESHOLD
 
 _SPECTRAL_TITLES = (
@@ -47,16 +47,8 @@ def as_json(measured: Sequence[Geometry], options: Options) -> dict[str, object]
     """Returns all numbers, by layer, direction, point and block; None where one is not finite."""
     return {
         "settings": asdict(options) | {"rank_threshold": NUMERICAL_RANK_THRESHOLD},
-        "runs": [_finite(_run_as_json(geometry)) for geometry in measured],
+        "runs": [finite_or_none(_run_as_json(geometry)) for geometry in measured],
     }
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_as_json(geometry: Geometry) -> dict[str, object]:

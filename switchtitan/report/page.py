@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -13,6 +12,7 @@ from pathlib import Path
 import switchtitan
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
+from switchtitan.json_values import finite_or_none
 
 _SCRIPTS = ("elements", "numbers", "curves", "state", "chart", "pointer", "tables", "bars", "main")
 """Files of the page's code in order; joined into one, since a page opened from a disk may load no
@@ -54,19 +54,11 @@ def embedded(contents: Mapping[str, object]) -> str:
 
     A number that is not finite, which JSON does not have, becomes null.
     """
-    text = json.dumps(_finite(contents), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite_or_none(contents), allow_nan=False, separators=(",", ":"))
     # Outside of strings, JSON has none of these.
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_output(output: Path) -> None:
