@@ -62,10 +62,12 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
     parts.append(_LEGEND)
     if gaps:
         titles = {row.name: row.title for row in config.rows}
+        diverged = {row.name for row in rows if row.num_diverged}
         parts.append("Shares of differences in test loss, with 95 % intervals (Fieller's):")
         parts.append(
             "\n".join(
-                f"- {titles[gap.row]}, from {titles[gap.start]} to {titles[gap.end]}: {_share(gap)}"
+                f"- {titles[gap.row]}, from {titles[gap.start]} to {titles[gap.end]}: "
+                f"{_share(gap, gap.row in diverged)}"
                 for gap in gaps
             )
         )
@@ -232,10 +234,15 @@ def _difference(of: Difference | None) -> str:
     return f"{of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})"
 
 
-def _share(of: GapReport) -> str:
+def _share(of: GapReport, has_diverged: bool) -> str:
+    """Returns the share in words.
+
+    Args:
+        has_diverged: whether a reported run of the row did.
+    """
     if of.gap is None:
         return "not yet known."
-    if not math.isfinite(of.gap.mean):
+    if has_diverged or not math.isfinite(of.gap.mean):
         return "a run diverged; share not reported."
     width = f"the difference of {_difference(of.gap)}"
     if of.gap.low is not None and of.gap.holds_zero:

@@ -78,7 +78,8 @@ class GapReport:
     gap: Difference | None
     """Loss of `start` minus loss of `end`, seed by seed."""
     share: Share | None
-    """None if the gap's interval holds zero, or the gap is not positive."""
+    """None if the gap's interval holds zero or the gap is not positive, if a run diverged, and
+    before the row has a run."""
 
 
 def report_rows(state: ComparisonState, measured: Mapping[str, Measurements]) -> list[RowReport]:

@@ -253,7 +253,7 @@ def _gaps(record: ComparisonRecord) -> Contents:
             Column(
                 "share closed",
                 "with its 95 % interval (Fieller's); unknown if the interval of the difference "
-                "holds zero",
+                "holds zero, or a run diverged",
             ): [_share(of.share) for of in gaps],
         },
         [places.get(of.row) for of in gaps],

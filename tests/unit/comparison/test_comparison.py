@@ -184,6 +184,21 @@ def test_the_share_of_a_row_without_runs_is_not_yet_known(comparison):
     )
 
 
+def test_no_share_is_reported_of_a_row_with_a_diverged_run(comparison):
+    finish_due(comparison, distance_to(2e-3, 2e-2))
+    for run in Comparison(comparison).state().due:
+        loss = {"dense": 2.0, "thin": 3.0, "thin-balanced": 2.5}[run.row] + 0.1 * run.seed
+        has_diverged = (run.row, run.seed) == ("thin-balanced", 3)
+        finish(run, 1.0, loss, **({"diverged": True} if has_diverged else {}))
+    state = Comparison(comparison).state()
+    assert state.due == ()
+    gaps = report_gaps(state)
+    assert (gaps[0].gap.holds_zero, gaps[0].share) == (False, None)
+    assert "thin-balanced, from thin to dense: a run diverged; share not reported." in markdown(
+        state, report_rows(state, {}), gaps
+    )
+
+
 def test_a_diverged_run_is_never_chosen_and_is_in_the_report(comparison):
     for run in Comparison(comparison).state().due:
         finish(
