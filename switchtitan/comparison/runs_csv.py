@@ -173,6 +173,11 @@ def _parse(line: dict[str, str], place: str) -> tuple[RunKey, dict[str, Any]]:
             f"{place}: validation_loss and test_loss of a run that has not diverged: expected "
             "finite numbers; remove the line, so that the run is trained again"
         )
+    if not parsed.diverged and parsed.tokens is None:
+        raise ConfigError(
+            f"{place}: tokens = '' of a run that has not diverged: expected the number of its "
+            "training tokens; restore it, or remove the line, so that the run is trained again"
+        )
     figures: dict[str, Any] = {"effective_rank": parsed.effective_rank}
     if parsed.diverged:
         figures["diverged"] = True

@@ -167,10 +167,17 @@ def test_a_run_of_another_seed_is_not_used(csv_file, continued):
 
 
 def test_a_run_that_diverged_stays_diverged(csv_file, continued):
-    change(csv_file, 0, {"diverged": "True", "validation_loss": "inf", "test_loss": "inf"})
+    diverged = {"diverged": "True", "validation_loss": "inf", "test_loss": "inf", "tokens": ""}
+    rates = [line["optimizer.lr"] for line in lines_of(csv_file)]
+    change(csv_file, rates.index("0.002"), diverged)
+    # Without it, 0.001 and 0.004 would have the same loss.
+    change(csv_file, rates.index("0.004"), {"validation_loss": "2.5"})
+    while finish_due(continued, loss):
+        pass
     state = Comparison(continued).state()
-    assert state.tuning.chosen == {} or state.tuning.chosen["dense"] != {"optimizer.lr": 2e-3}
     assert state.selection[0].has_diverged
+    assert state.tuning.chosen["dense"] == {"optimizer.lr": 1e-3}
+    assert state.tuning.chosen["thin"] == {"optimizer.lr": 2e-2}
 
 
 def test_runs_on_another_corpus_are_refused(csv_file, continued):
@@ -187,6 +194,7 @@ def test_runs_on_another_corpus_are_refused(csv_file, continued):
         ({"test_loss": "nan"}, r"line 3: validation_loss and test_loss .* finite numbers"),
         ({"seed": "-1"}, r"line 3: seed = '-1'"),
         ({"steps": ""}, r"line 3: steps = ''"),
+        ({"tokens": ""}, r"line 3: tokens = '' of a run that has not diverged: expected"),
         ({"diverged": "perhaps"}, r"line 3: diverged = 'perhaps'"),
         ({"config_sha256": "abc"}, r"line 3: config_sha256 = 'abc'"),
         ({"corpus_fingerprint": ""}, r"line 3: corpus_fingerprint = ''"),
