@@ -28,7 +28,7 @@ from switchtitan.comparison.results import read_result
 from switchtitan.comparison.runner import Runner
 from switchtitan.files import write_atomically
 from switchtitan.geometry.activations import mean_similarity
-from switchtitan.geometry.measure import Geometry, Options, measure
+from switchtitan.geometry.measure import Geometry, Options, measure, prepare
 from switchtitan.geometry.report import as_json
 from switchtitan.geometry.runs import open_run
 
@@ -108,9 +108,10 @@ def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
     full_rank, *_ = trained.values()
     options = Options(parts=None, num_tokens=NUM_TOKENS)
     torch.set_num_threads(jobs)
-    measured = [
-        measure(run, None if run is full_rank else full_rank, options) for run in trained.values()
+    prepared = [
+        prepare(run, None if run is full_rank else full_rank, options) for run in trained.values()
     ]
+    measured = [measure(of_run) for of_run in prepared]
     write_json(OUTPUT / "geometry.json", as_json(measured, options))
     return {
         title: {"title": title, "run": run.name, **numbers(geometry)}

@@ -20,13 +20,13 @@ from switchtitan.geometry.measure import (
     FORWARD_PARTS,
     PARTS,
     Options,
-    check,
     measure,
+    prepare,
 )
 from switchtitan.geometry.plots import draw
 from switchtitan.geometry.report import as_json, tables
 from switchtitan.geometry.runs import open_run
-from switchtitan.observability.pictures import write_picture
+from switchtitan.observability.pictures import check_picture_option, write_picture
 
 PARTS_OF = {
     "layers": ("weights", "updates"),
@@ -47,22 +47,23 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         check_json_option(given.json)
+        check_picture_option(given.output)
         options = options_of(given)
         runs = [open_run(label, path, given.steps) for label, path in labelled(given.runs).items()]
         other = None
         if given.against is not None:
             _check_other(given.runs, given.against)
             other = open_run("against", given.against, given.steps)
-        for run in runs:  # all mistakes before hours of measuring
-            check(run, other, options)
-        measured = [measure(run, other, options) for run in runs]
+        # A list: all mistakes in all runs before hours of measuring.
+        prepared = [prepare(run, other, options) for run in runs]
+        measured = [measure(of_run) for of_run in prepared]
+        if given.json is not None:  # first: it has all numbers
+            record = as_json(measured, options)
+            write_json(given.json, {"against": given.against and str(given.against), **record})
         if given.json != Path("-"):
             print(tables(measured))
         if given.output is not None:
             write_picture(draw(measured), given.output)
-        if given.json is not None:
-            record = as_json(measured, options)
-            write_json(given.json, {"against": given.against and str(given.against), **record})
     except UserError as error:
         exit_for(error)
     except KeyboardInterrupt as stop:

@@ -21,13 +21,17 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def check_json_option(file: Path | None) -> None:
-    """Checks that the folder of `--json FILE` exists, before hours of measuring.
+    """Checks that `--json FILE` can be a file in its folder, before hours of measuring.
 
     Raises:
-        ConfigError: if its folder does not exist.
+        ConfigError: if its folder does not exist, or it is a folder itself.
     """
-    if file is not None and not file.absolute().parent.is_dir():
+    if file is None:
+        return
+    if not file.absolute().parent.is_dir():
         raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
+    if file.is_dir():
+        raise ConfigError(f"--json {file}: is a folder; give a file, e.g. {file}/numbers.json")
 
 
 def write_json(file: Path, result: Mapping[str, object]) -> None:

@@ -106,12 +106,49 @@ class Geometry:
     """Part, or a piece of one -> why it was not measured."""
 
 
-def check(run: Run, other: Run | None, options: Options) -> dict[str, str]:
-    """Returns what cannot be measured and was not asked for, with the reason.
+@dataclass(frozen=True)
+class Prepared:
+    """What to measure of a run, after all checks."""
+
+    run: Run
+    other: Run | None
+    options: Options
+    parts: tuple[str, ...]
+    """Keys of `PARTS`."""
+    layers: list[str]
+    """Linear layers with spectra; empty if none are measured."""
+    batches: list[Batch]
+    """Tokens of the validation split; empty if no part runs the model."""
+    left_out: dict[str, str]
+    """Part, or a piece of one -> why it is not measured."""
+
+
+def prepare(run: Run, other: Run | None, options: Options) -> Prepared:
+    """Checks what to measure of a run, and reads its tokens. Measures nothing, which takes hours.
 
     Raises:
-        ConfigError: if one was asked for, or the other run cannot be compared.
+        ConfigError: if a part that was asked for cannot be measured, the other run cannot be
+            compared, a pattern matches no layer, or there are too few tokens.
+        CorpusError: if the run's corpus cannot be read, or has changed.
     """
+    left_out = _left_out(run, other, options)
+    parts = tuple(part for part in options.parts or PARTS if part not in left_out)
+    has_spectra = "weights" in parts or "updates" in parts
+    return Prepared(
+        run,
+        other,
+        options,
+        parts,
+        layers=run.layers(options.layers) if has_spectra else [],
+        batches=validation_batches(run, options.num_tokens)
+        if set(parts) & set(FORWARD_PARTS)
+        else [],
+        left_out=left_out,
+    )
+
+
+def _left_out(run: Run, other: Run | None, options: Options) -> dict[str, str]:
+    """Returns what cannot be measured and was not asked for, with the reason."""
     obstacles = {}
     if len(run.steps) < 2:
         obstacles["updates"] = (
@@ -143,26 +180,23 @@ def check(run: Run, other: Run | None, options: Options) -> dict[str, str]:
     return left_out
 
 
-def measure(run: Run, other: Run | None, options: Options) -> Geometry:
+def measure(prepared: Prepared) -> Geometry:
     """Measures the chosen parts of a run.
 
     Raises:
-        UserError: see `check`; if a checkpoint or the run's corpus cannot be read.
+        CheckpointError: if a checkpoint cannot be read.
     """
-    found = Geometry(run, left_out=check(run, other, options))
-    parts = [part for part in options.parts or PARTS if part not in found.left_out]
-    if "weights" in parts or "updates" in parts:
+    run, other, options = prepared.run, prepared.other, prepared.options
+    parts, batches = prepared.parts, prepared.batches
+    found = Geometry(run, left_out=prepared.left_out)
+    if prepared.layers:
         found.spectral = spectral_geometry(
-            run,
-            run.layers(options.layers),
-            of_weights="weights" in parts,
-            of_updates="updates" in parts,
+            run, prepared.layers, of_weights="weights" in parts, of_updates="updates" in parts
         )
-    if not set(parts) & set(FORWARD_PARTS):
+    if not batches:
         return found
     device = torch.device(device_type())
     use_full_precision(device.type)
-    batches = validation_batches(run, options.num_tokens)
     found.num_tokens = num_targets(batches)
     loss = LossOnTokens(run.model, batches, device)
     if "sharpness" in parts:

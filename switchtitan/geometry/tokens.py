@@ -28,7 +28,8 @@ def validation_batches(run: Run, num_tokens: int) -> list[Batch]:
     seq_len = config.data.seq_len
     if num_tokens < seq_len:
         raise ConfigError(
-            f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
+            f"--tokens {num_tokens}: expected at least one sequence of {run.folder}, [data] "
+            f"seq_len = {seq_len}; increase it"
         )
     corpus = open_corpus(config.data)
     trained_on = run.metadata.identity_value("corpus", "fingerprint")

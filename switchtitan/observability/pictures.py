@@ -9,6 +9,25 @@ from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 
 
+def check_picture_option(file: Path | None) -> None:
+    """Checks that `--output FILE` names a picture's format, before hours of measuring.
+
+    Raises:
+        ConfigError: if its extension is unknown, or it is a folder.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise ConfigError(f"--output {file}: is a folder; give a file, e.g. {file}/picture.png")
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    extension = file.suffix.removeprefix(".").lower()
+    if extension and extension not in known:
+        raise ConfigError(
+            f"--output {file}: unknown picture format {extension!r}; expected one of "
+            f"{', '.join(known)}; change the extension"
+        )
+
+
 def write_picture(figure: Figure, file: Path) -> None:
     """Saves a figure in the format of the file's extension.
 

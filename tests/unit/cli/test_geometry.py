@@ -1,6 +1,7 @@
 """`switchtitan geometry` on tiny runs: the numbers, what is left out, mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from support.trained import save_run
 
 from switchtitan.cli.geometry import read_options
 from switchtitan.distributed.world import stop_world
+from switchtitan.geometry import measure
 from switchtitan.geometry.measure import PARTS
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
 
@@ -20,7 +22,8 @@ TOKENS = ("--tokens", "96")
 
 @pytest.fixture(scope="module")
 def runs(corpora: Path) -> dict[str, Path]:
-    """Runs with three checkpoints, one of another model, and one with a single checkpoint."""
+    """Runs with three checkpoints, one of another model, one with a single checkpoint, and one
+    whose corpus has lost files."""
     every_five = ("--checkpoint.interval", "5", "--checkpoint.keep_latest", "0")
     for name, method, overrides in (
         ("low", "switchlora", ()),
@@ -34,9 +37,14 @@ def runs(corpora: Path) -> dict[str, Path]:
     stop_world()
     save_run(corpora / "geometry-short", "lora", num_steps=3)
     stop_world()
+    cache = Path(shutil.copytree(corpora / "corpora", corpora / "geometry-cache"))
+    save_run(corpora / "geometry-gone", "lora", "--data.cache_dir", str(cache), num_steps=3)
+    stop_world()
+    for file in cache.glob("*/validation-*.bin"):
+        file.unlink()
     return {
         name: corpora / f"geometry-{name}" / "run"
-        for name in ("low", "full", "wider", "corpus", "short")
+        for name in ("low", "full", "wider", "corpus", "short", "gone")
     }
 
 
@@ -211,11 +219,35 @@ def test_a_model_with_a_tied_head_is_measured(corpora):
         (["{full}", "--layers", "c_proj"], "--layers c_proj: matches no layer"),
         (["{full}", "--tokens", "15"], "--tokens 15: expected at least one sequence"),
         (["{full}", "--json", "no/such/x.json"], "--json no/such/x.json: no folder"),
+        (["{full}", "--json", "{full}"], ": is a folder; give a file, e.g. "),
+        (["{full}", "--output", "x.pgn"], "--output x.pgn: unknown picture format 'pgn'; expected"),
+        (["{full}", "--output", "{full}"], ": is a folder; give a file, e.g. "),
+        (["{full}", "{gone}", *TOKENS], "geometry-cache"),
+        (["{full}", "{short}", "--parts", "updates"], "has one checkpoint, step 3"),
     ],
 )
-def test_mistakes_end_with_status_2_and_one_message(runs, arguments, message):
+def test_mistakes_end_with_status_2_and_one_message_before_anything_is_measured(
+    runs, arguments, message, monkeypatch
+):
+    def no_measurement(*_: object, **__: object) -> None:
+        pytest.fail("measured before all mistakes were found")
+
+    monkeypatch.setattr(measure, "spectral_geometry", no_measurement)
+    monkeypatch.setattr(measure, "measure_sharpness", no_measurement)
     given = [argument.format(**runs) for argument in arguments]
     run("geometry", *given).check_refused(message)
+
+
+def test_numbers_are_kept_if_the_picture_cannot_be_written(runs, tmp_path):
+    (tmp_path / "file").touch()
+    outcome = run(
+        *("geometry", runs["short"], "--parts", "weights", "--layers", "q_proj"),
+        *("--json", tmp_path / "x.json", "--output", tmp_path / "file" / "x.png"),
+    )
+    outcome.check_refused("x.png: cannot write the figure")
+    assert "effective" in outcome.output
+    (found,) = json.loads((tmp_path / "x.json").read_text())["runs"]
+    assert len(found["weights"][0]["layers"]) == 2
 
 
 @pytest.mark.parametrize(
