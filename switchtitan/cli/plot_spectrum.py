@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from switchtitan.errors import ConfigError, UserError, exit_for
-from switchtitan.observability.pictures import write_picture
+from switchtitan.observability.pictures import check_picture_option, write_picture
 from switchtitan.spectra.plots import draw, table
 from switchtitan.spectra.runs import (
     GroupSpectra,
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     """Draws the given runs and prints a table."""
     options = read_options(argv)
     try:
+        check_picture_option(options.output)
         labels = labelled(options.runs, options.label)
         spectra = {
             label: [read_run_spectra(run, options.layers) for run in runs]
@@ -35,9 +36,9 @@ def main(argv: Sequence[str]) -> None:
         }
         check_same_model([run for runs in spectra.values() for run in runs])
         groups = {label: average(runs) for label, runs in spectra.items()}
-        write_picture(draw(groups), options.output)
         if options.json is not None:
             write_json(groups, options.json)
+        write_picture(draw(groups), options.output)
     except UserError as error:
         exit_for(error)
     print(table(groups))

@@ -141,7 +141,8 @@ def test_the_course_has_a_panel_only_if_a_run_measured_it(
         ),
         (["--label", "{full}"], "expected NAME=RUN[,RUN...]"),
         ([], "expected at least one RUN"),
-        (["{full}", "--output", "{full}/x.gmp"], "x.gmp: cannot write the figure"),
+        (["no/such/run", "--output", "{full}/x.gmp"], "x.gmp: unknown picture format 'gmp'"),
+        (["{full}", "--output", "{full}/config.toml/x.png"], "x.png: cannot write the figure"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(
