@@ -5,7 +5,8 @@
 Trains each row of `SOURCES` once more, with the values that its comparison selected, on one seed,
 and keeps several checkpoints. Then `switchtitan geometry` measures all of them against full rank.
 The same command continues a run that was stopped. A row of the CSV file is kept if its run has the
-same values, and full rank gives the same numbers. `--again` measures all rows."""
+same configuration, and full rank gives the same numbers. `--again` measures all rows. All numbers
+of a run are in `geometry.json` in its folder."""
 
 import argparse
 import csv
@@ -24,7 +25,7 @@ from results_page import FOLDER, GEOMETRY
 from switchtitan.cli.record import write_json
 from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.comparison.plan import Run, plan_run
-from switchtitan.comparison.results import read_result
+from switchtitan.comparison.results import config_sha256, read_result
 from switchtitan.comparison.runner import Runner
 from switchtitan.files import write_atomically
 from switchtitan.geometry.activations import mean_similarity
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
 def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
     """Trains the runs that are not finished, and returns the columns of all; full rank is first.
 
-    Writes all their numbers as JSON, too.
+    Writes all numbers of a run to its folder, too.
     """
     Runner(jobs).run_all(
         list(runs.values()),
@@ -108,15 +109,21 @@ def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
     full_rank, *_ = trained.values()
     options = Options(parts=None, num_tokens=NUM_TOKENS)
     torch.set_num_threads(jobs)
-    prepared = [
-        prepare(run, None if run is full_rank else full_rank, options) for run in trained.values()
-    ]
-    measured = [measure(of_run) for of_run in prepared]
-    write_json(OUTPUT / "geometry.json", as_json(measured, options))
-    return {
-        title: {"title": title, "run": run.name, **numbers(geometry)}
-        for (title, run), geometry in zip(runs.items(), measured, strict=True)
+    prepared = {
+        title: prepare(run, None if run is full_rank else full_rank, options)
+        for title, run in trained.items()
     }
+    rows = {}
+    for title, run in runs.items():
+        geometry = measure(prepared[title])
+        write_json(run.folder / "geometry.json", as_json([geometry], options))
+        rows[title] = identity(title, run) | numbers(geometry)
+    return rows
+
+
+def identity(title: str, run: Run) -> dict[str, object]:
+    """Returns the columns of the CSV file that say which run a row is of."""
+    return {"title": title, "run": run.name, "config_sha256": config_sha256(run.config())}
 
 
 def known_rows(file: Path, runs: Mapping[str, Run]) -> dict[str, Row]:
@@ -128,7 +135,7 @@ def known_rows(file: Path, runs: Mapping[str, Run]) -> dict[str, Row]:
     return {
         title: rows[title]
         for title, run in runs.items()
-        if title in rows and rows[title].get("run") == run.name
+        if title in rows and identity(title, run).items() <= rows[title].items()
     }
 
 
@@ -182,7 +189,7 @@ def table(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def numbers(geometry: Geometry) -> Row:
+def numbers(geometry: Geometry) -> dict[str, object]:
     """Returns the measured columns of the CSV file: means over layers, directions and blocks.
 
     Those of weights, sharpness and activations are of the newest checkpoint, those of updates of

@@ -282,7 +282,7 @@ def read_geometry(file: Path) -> Geometry:
             run.pop("title"): {
                 column: float(text)
                 for column, text in run.items()
-                if text != "" and column not in ("run", "steps")
+                if text != "" and column not in ("run", "config_sha256", "steps")
             }
             for run in csv.DictReader(stream)
         }

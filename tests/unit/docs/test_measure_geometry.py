@@ -1,6 +1,7 @@
 """scripts/measure_geometry.py: the runs and the columns of docs/results/geometry_python.csv."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from support.made_up_runs import made_up_loss, write_runs
 from torch import Tensor
 
+from switchtitan.comparison.plan import Run
 from switchtitan.geometry.activations import Similarity
 from switchtitan.geometry.landscape import Barrier
 from switchtitan.geometry.matrices import matrix_geometry
@@ -61,7 +63,8 @@ def test_columns_are_those_of_the_newest_checkpoint_and_the_last_change(run_with
 
 
 def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
-    row = {"title": "GaLore", "run": "galore-r16"} | measure_geometry.numbers(run_with_two_layers)
+    row = {"title": "GaLore", "run": "galore-r16", "config_sha256": 64 * "a"}
+    row |= measure_geometry.numbers(run_with_two_layers)
     full_rank = {key: value for key, value in row.items() if key != "barrier_to_full_rank"}
     file = tmp_path / "geometry.csv"
     file.write_text(measure_geometry.table([full_rank | {"title": "full rank"}, row]))
@@ -75,6 +78,35 @@ def test_the_table_has_a_line_for_each_run(tmp_path, run_with_two_layers):
     assert results_tables.read_geometry(tmp_path / "none.csv") == {}
 
 
+def test_the_json_file_of_a_run_is_kept_when_another_run_is_measured(
+    results, tmp_path, monkeypatch, run_with_two_layers
+):
+    runs = {
+        title: replace(run, folder=tmp_path / title)
+        for title, run in measure_geometry.planned(results).items()
+        if title in ("full rank", "Fira", "GaLore")
+    }
+
+    def train(_: object, to_train: Sequence[Run], *__: object) -> None:
+        for run in to_train:
+            run.folder.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(measure_geometry.Runner, "run_all", train)
+    monkeypatch.setattr(measure_geometry, "open_run", lambda title, folder: title)
+    monkeypatch.setattr(measure_geometry, "prepare", lambda run, other, options: run)
+    monkeypatch.setattr(measure_geometry, "measure", lambda run: run_with_two_layers)
+    monkeypatch.setattr(measure_geometry, "as_json", lambda measured, options: {"runs": 1})
+    for title in ("Fira", "GaLore"):
+        rows = measure_geometry._measure({name: runs[name] for name in ("full rank", title)}, 2)
+        assert [row["run"] for row in rows.values()] == [
+            runs["full rank"].name,
+            runs[title].name,
+        ]
+        assert rows[title]["loss"] == 2.5
+    for run in runs.values():
+        assert (run.folder / "geometry.json").exists()
+
+
 def test_rows_of_the_file_are_kept_and_full_rank_is_measured_with_those_that_are_missing(
     results, tmp_path, monkeypatch, run_with_two_layers
 ):
@@ -83,7 +115,9 @@ def test_rows_of_the_file_are_kept_and_full_rank_is_measured_with_those_that_are
 
     def measure(runs, jobs):
         trained.extend(runs)
-        return {title: {"title": title, "run": run.name} | columns for title, run in runs.items()}
+        return {
+            title: measure_geometry.identity(title, run) | columns for title, run in runs.items()
+        }
 
     file = tmp_path / "geometry.csv"
     monkeypatch.setattr(measure_geometry, "FOLDER", results)
@@ -113,8 +147,16 @@ def test_rows_of_the_file_are_kept_and_full_rank_is_measured_with_those_that_are
     assert trained == ["full rank", "Fira"]
     assert file.read_text() == whole
 
-    start = f"full rank,{measure_geometry.planned(results)['full rank'].name},200 400,64"
-    changed = whole.replace(f"{start},2.5", f"{start},2.6", 1)
+    trained.clear()
+    keys = measure_geometry.RELORA["set"]["method"] | {"reset_interval": 100}
+    with monkeypatch.context() as patch:
+        patch.setitem(measure_geometry.RELORA, "set", {"method": keys})
+        measure_geometry.main([])
+    assert trained == ["full rank", "ReLoRA"]
+    assert file.read_text() != whole
+
+    file.write_text(whole)
+    changed = whole.replace(",200 400,64,2.5,", ",200 400,64,2.6,", 1)
     assert changed != whole
     without_fira = [line for line in changed.splitlines(True) if not line.startswith("Fira")]
     file.write_text("".join(without_fira))
