@@ -4,6 +4,7 @@ docs/results.
 python scripts/plot_results.py
 """
 
+import csv
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from results_data import Comparison, read_comparison
 from results_page import GEOMETRY
-from results_tables import read_geometry
+from results_tables import read_geometry, seeds
+
+from switchtitan.comparison.statistics import LEVEL
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -28,7 +31,8 @@ def draw_ablations(of: Comparison) -> Figure:
     axes.axvline(0.0, color="gray", linewidth=1)
     axes.set_yticks(range(len(rows)), [of.title(row) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("validation loss minus published keys', 95 % interval of three seeds")
+    interval = f"{100 * (1 - LEVEL):.0f} % interval of {len(of.seeds)} seeds"
+    axes.set_xlabel(f"validation loss minus published keys', {interval}")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -44,18 +48,40 @@ def draw_seeds(of: Comparison) -> Figure:
         axes.plot(statistics.mean(values), place, "|", color="black", markersize=18)
     axes.set_yticks(range(len(of.rows)), [of.title(row) for row in of.rows])
     axes.invert_yaxis()
-    axes.set_xlabel("test loss on seeds 5, 6 and 7; the bar is their mean")
+    axes.set_xlabel(f"test loss on seeds {seeds(of)}; the bar is their mean")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
-def draw_geometry(measured: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draws every row's loss against the effective rank of its weights and of their last change."""
+def steps_of_last_change(file: Path) -> int:
+    """Returns the steps between the last two checkpoints, from the CSV file of the geometry.
+
+    Raises:
+        ValueError: if it differs between the rows, or there is no row.
+    """
+    with file.open(newline="", encoding="utf-8") as stream:
+        steps = [[int(step) for step in row["steps"].split()] for row in csv.DictReader(stream)]
+    changes = {last - before for *_, before, last in steps}
+    if len(changes) != 1:
+        raise ValueError(
+            f"{file}: the rows' last changes are of {sorted(changes)} steps; expected one number; "
+            "measure all rows at the same steps"
+        )
+    return changes.pop()
+
+
+def draw_geometry(measured: Mapping[str, Mapping[str, float]], steps_of_change: int) -> Figure:
+    """Draws every row's loss against the effective rank of its weights and of their last change.
+
+    Args:
+        steps_of_change: the length of that change.
+    """
+    change = f"their change in the last {steps_of_change} steps"
     figure = Figure(figsize=(11, 5), layout="constrained")
     weights, changes = figure.subplots(ncols=2, sharey=True)
     for axes, column, title in (
         (weights, "weight_effective_rank", "effective rank of the weights"),
-        (changes, "update_effective_rank", "effective rank of their change in the last 200 steps"),
+        (changes, "update_effective_rank", f"effective rank of {change}"),
     ):
         for place, (row, numbers) in enumerate(measured.items()):
             marker = "osD^v"[place // 10]
@@ -74,7 +100,10 @@ def main() -> None:
     fresh = read_comparison(results, "rank_16_gentler")
     draw_ablations(keys).savefig(DOCS / "ablations.png", dpi=120)
     draw_seeds(fresh).savefig(DOCS / "fresh_seeds.png", dpi=120)
-    draw_geometry(read_geometry(results / GEOMETRY)).savefig(DOCS / "geometry_loss.png", dpi=120)
+    geometry = results / GEOMETRY
+    draw_geometry(read_geometry(geometry), steps_of_last_change(geometry)).savefig(
+        DOCS / "geometry_loss.png", dpi=120
+    )
 
 
 if __name__ == "__main__":
