@@ -12,7 +12,12 @@ from switchtitan.distributed.blocks import (
     compile_blocks,
 )
 from switchtitan.distributed.compute_dtype import dtype_on
-from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
+from switchtitan.distributed.fsdp import (
+    cast_frozen_weights,
+    materialize,
+    materialize_to_restore,
+    shard_model,
+)
 from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World
@@ -40,6 +45,7 @@ def build_stepper(
     state: TrainState | None = None,
     loss: SummedLoss | None = None,
     initial_weights: Mapping[str, Tensor] | None = None,
+    is_restored: bool = False,
     on_part: OnPart = ignore_part,
 ) -> Stepper:
     """Build what takes the steps of a run, without evaluation, saving and reports.
@@ -49,9 +55,11 @@ def build_stepper(
     Args:
         batches: see `build_batches`.
         compute_dtype: of activations and gradients; by default the configuration's on this device.
-        state: the run's state, by default a new run's. The caller restores model and optimizer.
+        state: the run's state, by default a new run's.
         loss: by default the configuration's.
         initial_weights: the plain model's weights by name; by default they are random.
+        is_restored: whether the caller restores model and optimizer from a checkpoint. The model's
+            tensors are not initialized then.
     """
     if config.training.deterministic:
         use_deterministic_algorithms()
@@ -61,7 +69,11 @@ def build_stepper(
     method = build_method(config)
     if compute_dtype is None:
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
-    prepare_model(model, method, config, world, compute_dtype, initial_weights)
+    prepare_model(model, method, config, world, compute_dtype)
+    if is_restored:
+        materialize_to_restore(model, world.device, config.job.seed)
+    else:
+        materialize(model, world.device, config.job.seed, initial_weights)
     on_part("model")
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
     on_part("optimizer")
@@ -96,10 +108,8 @@ def prepare_model(
     config: JobConfig,
     world: World,
     compute_dtype: torch.dtype,
-    initial_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Convert a plain model on the meta device to a sharded, initialized one on this rank's
-    device."""
+    """Convert a plain model to a sharded one, both on the meta device."""
     method.prepare_model(model)
     checkpoint_activations(
         model,
@@ -112,4 +122,3 @@ def prepare_model(
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
     shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
-    materialize(model, world.device, config.job.seed, initial_weights)

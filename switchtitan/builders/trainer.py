@@ -78,6 +78,7 @@ def build_trainer(
         state=state,
         loss=loss,
         initial_weights=initial_weights,
+        is_restored=checkpoint is not None,
         on_part=on_part,
     )
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)

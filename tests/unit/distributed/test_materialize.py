@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.fsdp import materialize
+from switchtitan.distributed.fsdp import materialize, materialize_to_restore
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.full_rank import FullRankConfig
@@ -77,3 +77,28 @@ def test_given_weights_are_the_initial_weights(config):
     for name, value in given.items():
         # W - s B A + s B A in fp32; factors of order 1, weights of 0.02.
         torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+
+
+PRODUCTS = [
+    METHODS.restore({"name": "low_rank", "rank": 3}),
+    METHODS.restore({"name": "sltrain", "rank": 3, "density": 0.2}),
+]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *PRODUCTS], ids=lambda config: config.name)
+def test_a_model_with_the_tensors_of_a_checkpoint_computes_what_the_saved_one_does(config):
+    models = []
+    for _ in range(2):
+        with torch.device("meta"):
+            models.append(MODELS.build(MODEL))
+        METHODS.build(config, 10, seed=0).prepare_model(models[-1])
+    saved, restored = models
+    materialize(saved, torch.device("cpu"), 1)
+    materialize_to_restore(restored, torch.device("cpu"), 1)
+    restored.load_state_dict(saved.state_dict(), strict=True)
+    buffers = dict(restored.named_buffers())
+    for name, buffer in saved.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    tokens = torch.arange(10).view(2, 5)
+    documents = torch.zeros_like(tokens)
+    assert torch.equal(restored(tokens, documents), saved(tokens, documents))

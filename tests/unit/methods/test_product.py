@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
+from support.trained import save_run
 from torch import Tensor, nn
 
 from switchtitan.contracts import Reparametrized
@@ -98,6 +99,20 @@ def test_ranks_get_their_rows_of_the_same_factors(shape):
         part = layer.initial_tensors(weight, generator, rows)
         assert torch.equal(part["lora_a"], full["lora_a"][first:last])
         assert torch.equal(part["lora_b"], full["lora_b"][:last])
+
+
+def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch):
+    folder = corpora / "low-rank-resumed"
+    save_run(folder, "low_rank", num_steps=3)
+    stop_world()
+
+    def decompose(*_: object, **__: object) -> None:
+        pytest.fail("decomposed a weight whose factors are in the checkpoint")
+
+    monkeypatch.setattr(ProductLinear, "initial_tensors", decompose)
+    resumed = tiny_trainer(folder, "low_rank")
+    resumed.stepper.close()
+    assert resumed.stepper.state.step == 3
 
 
 def test_a_run_starts_from_the_weights_nearest_to_those_of_the_plain_model(corpora):
