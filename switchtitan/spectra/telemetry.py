@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class RankTelemetry:
-    """Measures singular values of W + s B A - W_init, or W - W_init. Keeps no weights.
+    """Measures singular values of W + s B A - W_init, or W - W_init.
+
+    Keeps no weights, except in host memory of the main rank those that a method computes as W_init.
 
     Args:
         dense_weights: `Method.dense_weights` of the run's method.

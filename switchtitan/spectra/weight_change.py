@@ -1,7 +1,7 @@
 """Compute the change of linear layers since step 0. Initial weights are drawn or read again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,6 +38,10 @@ class Origin:
     """The checksum of these weights, see `initial_weights.fingerprint`."""
     method: Method
     """The run's method, which may start from other weights than these."""
+    _computed: dict[str, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Weights that the method starts from instead, by name, once they are asked for."""
 
     def block_names(self) -> list[str]:
         """Returns the qualified names of the model's blocks, in order."""
@@ -51,9 +55,10 @@ class Origin:
             CheckpointError: if the weights that were read have moved or changed.
         """
         model = self._plain_model()
-        start = self.method.starting_weight
         if self.initial_weights is None:
-            return lambda name, shape: start(name, plain_value(model, self.seed, name, shape))
+            return lambda name, shape: self._start(
+                name, lambda: plain_value(model, self.seed, name, shape)
+            )
         source = Path(self.initial_weights)
         if not source.exists() or fingerprint(source) != self.fingerprint:
             raise CheckpointError(
@@ -62,7 +67,22 @@ class Origin:
                 "[spectrum] interval = none"
             )
         weights = read_initial_weights(source, self.model_config).tensors
-        return lambda name, shape: start(name, weights[name].to(torch.float32))
+        return lambda name, shape: self._start(name, lambda: weights[name].to(torch.float32))
+
+    def _start(self, name: str, plain: Callable[[], Tensor]) -> Tensor:
+        """Returns the weight that the method starts from.
+
+        Keeps it if the method computes another one: that may be a decomposition, which takes longer
+        than the measurement. Others are drawn or read again.
+
+        Args:
+            plain: returns the plain model's weight.
+        """
+        if self.method.config.keeps_initial_weights:
+            return self.method.starting_weight(name, plain())
+        if name not in self._computed:
+            self._computed[name] = self.method.starting_weight(name, plain())
+        return self._computed[name]
 
     def _plain_model(self) -> LanguageModel:
         with torch.device("meta"):

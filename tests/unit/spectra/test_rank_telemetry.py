@@ -138,6 +138,24 @@ def test_measured_ranks_equal_those_of_merged_minus_initial_weights(corpora, met
     assert len(ranks) == 2 + 7 + NUM_LAYERS
 
 
+@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
+def test_starting_weights_that_a_method_computes_are_computed_once(corpora, method, monkeypatch):
+    asked: list[str] = []
+    of_method = type(METHODS.build(tiny_config(corpora, method).method, 1, 0))
+    compute = of_method.starting_weight
+
+    def starting_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        asked.append(name)
+        return compute(self, name, weight)
+
+    monkeypatch.setattr(of_method, "starting_weight", starting_weight)
+    every_5 = ("--spectrum.interval", "5", "--evaluation.interval", "100")
+    folder = corpora / f"rank-once-{method}"
+    train(folder, method, *every_5, "--training.steps", "10")
+    assert list(read_spectra(folder / "run" / "spectra")) == [5, 10]
+    assert len(asked) == len(set(asked)) == NUM_LAYERS
+
+
 def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
     folder = corpora / "rank-tensorboard"
     train(
