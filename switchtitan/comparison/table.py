@@ -165,9 +165,10 @@ def _report_row(
         state_gib=finished[0].figures["memory/state_gib"] if finished else None,
         peak_gib=max(
             (
-                result.figures["memory/peak_gib"]
+                peak
                 for result in finished
                 if result.figures["device"] != "CPU"
+                and (peak := result.figures["memory/peak_gib"]) is not None
             ),
             default=None,
         ),

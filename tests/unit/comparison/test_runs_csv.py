@@ -180,6 +180,17 @@ def test_a_run_that_diverged_stays_diverged(csv_file, continued):
     assert state.tuning.chosen["thin"] == {"optimizer.lr": 2e-2}
 
 
+def test_runs_of_a_gpu_may_lack_figures_of_speed_and_memory(csv_file, continued):
+    for number in range(len(lines_of(csv_file))):
+        change(csv_file, number, {"device": "H100", "peak_gib": "", "tokens_per_s": ""})
+    state = report(continued, csv_file.parent / "after")
+    rows = report_rows(state, {})
+    assert {(row.peak_gib, row.tokens_per_s) for row in rows} == {(None, None)}
+    change(csv_file, len(lines_of(csv_file)) - 1, {"peak_gib": "2.5"})
+    rows = report_rows(Comparison(continued).state(), {})
+    assert [row.peak_gib for row in rows] == [None, None, 2.5]
+
+
 def test_runs_on_another_corpus_are_refused(csv_file, continued):
     assert Comparison(continued, "f").state().due == ()
     with pytest.raises(ConfigError, match=r"runs.csv: dense lr .* fingerprint f, and .* has g"):
