@@ -45,6 +45,11 @@ measure_methods() { # steps compared with full rank's, at rank hidden/8
         "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
+measure_products() { # layers without a frozen weight, at rank hidden/8
+    benchmark step $F $F:method.name=low_rank,method.rank=64 $F:method.name=sltrain,method.rank=64 \
+        "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
+}
+
 measure_host() { # matrices so small that the host is the limit
     local size=train_configs/llama_350m narrow=(--model.hidden_size 64 --model.intermediate_size 176 --model.num_heads 4)
     OMP_NUM_THREADS=1 benchmark step "${size}_full_rank.toml" "${size}_full_rank.toml:parallelism.blocks_per_unit=1" \
@@ -179,7 +184,7 @@ measure_offload() {
 }
 
 if [ $# = 0 ]; then
-    set -- step methods host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
+    set -- step methods products host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
         state one_gpu one_gpu_1b fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches offload
 fi
 for name in "$@"; do

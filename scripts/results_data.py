@@ -133,15 +133,8 @@ class Comparison:
         return [seed for seed in self.declared.report_seeds if seed not in self.seeds]
 
     @property
-    def is_reported(self) -> bool:
-        """Whether there are seeds enough for an interval."""
-        return len(self.seeds) >= _MIN_SEEDS
-
-    @property
     def rows(self) -> list[str]:
-        """The rows that have a run for every seed, in declared order; none without a seed."""
-        if not self.seeds:
-            return []
+        """The rows that have a run for every seed, in declared order."""
         names = [row.name for row in self.declared.rows]
         return [name for name in names if len(self.losses(name)) == len(self.seeds)]
 
@@ -223,15 +216,9 @@ class Comparison:
         """Returns the values of the tuned keys with which a row's runs are reported.
 
         Raises:
-            ValueError: if no run is reported, or the runs have different ones.
+            ValueError: if the runs have different ones.
         """
-        reported = [run.values for run in self._reported(row)]
-        if not reported:
-            raise ValueError(
-                f"{self.name}.csv: no seed of which every row has a run; finish "
-                f"`switchtitan compare train_configs/comparisons/{self.name}.toml` first"
-            )
-        first, *others = reported
+        first, *others = [run.values for run in self._reported(row)]
         if any(values != first for values in others):
             raise ValueError(f"row {row} is reported with different values: {first}, {others}")
         return first
@@ -297,9 +284,10 @@ def read_comparison(folder: Path, name: str, *others: str) -> Comparison:
     """Reads a declared comparison, and others whose runs and seeds count as its own.
 
     Args:
-        folder: has the CSV files. Without one, no run is finished.
+        folder: has the CSV files.
 
     Raises:
+        ValueError: if there are too few seeds of which every row has a run.
         ConfigError, ValueError: if a line of a file is not a finished run.
         ValueError: if two lines have other results of the same run.
     """
@@ -314,6 +302,12 @@ def read_comparison(folder: Path, name: str, *others: str) -> Comparison:
         seeds = {seed for each in declared for seed in each.report_seeds}
     else:
         seeds = _finished_seeds(declared[0], list(runs.values()))
+        if len(seeds) < _MIN_SEEDS:
+            raise ValueError(
+                f"{files[0]}: every row has a run of {len(seeds)} seed(s), and intervals need "
+                f"{_MIN_SEEDS}; finish `switchtitan compare "
+                f"train_configs/comparisons/{name}.toml`, and copy `runs.csv` of its report there"
+            )
     return Comparison(name, declared[0], list(runs.values()), sorted(seeds))
 
 

@@ -5,6 +5,7 @@ an expression. Numbers with a decimal point, a percent sign or a deviation are r
 except in backticks (values of keys) and in `{% call published() %}` (figures of papers)."""
 
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -36,12 +37,21 @@ _LEVEL = f"{100 * (1 - LEVEL):.0f} %"
 _PUBLISHED = "published"
 _FUNCTIONS = (
     *("interval", "percent", "number", "mean", "millions", "seeds", "missing", "mean_loss"),
-    *("results_table", "changes_table", "ablation_table", "geometry_table"),
+    *("overview_table", "results_table", "changes_table", "ablation_table", "geometry_table"),
     *("budget_table", "size_table", "rate_table", "distance_table", "law_table"),
     *("in_words", "num_switches", "rank_correlation"),
 )
 """Functions of `results_tables` that the template can call."""
 _CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", re.DOTALL)
+_WIDTH = 120
+_FENCED = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
+_TEXT = r"(?!- |#|\||<!--|!\[)\S.*"
+"""A line that is no item of a list, heading, row of a table, comment or picture."""
+_PARAGRAPH = re.compile(
+    rf"^(?P<start> *)(?P<marker>(?:- )?)(?P<text>{_TEXT}(?:\n *{_TEXT})*)", re.MULTILINE
+)
+_UNBROKEN = re.compile(r"`[^`]*`|[+-]?\d[\d.]*(?: %)? \([^()]* to [^()]*\)")
+"""Code, and a number with its interval: not broken into two lines."""
 # Not in names (`ratio-0.4`) and versions (`2.13.0`).
 _NUMBER = re.compile(r"(?<![\w.])(?<!\w-)[+-]?(?:\d*\.\d+(?!\.?\d)|\d+(?= ?%)|\d+(?= ?±))(?:\s?%)?")
 
@@ -61,7 +71,7 @@ def results_pages(folder: Path = FOLDER) -> dict[Path, str]:
     )
     definitions = _checked(folder / DEFINITIONS)
     return {
-        page: environment.from_string(definitions + _checked(folder / template)).render()
+        page: wrapped(environment.from_string(definitions + _checked(folder / template)).render())
         for template, page in PAGES.items()
     }
 
@@ -120,6 +130,27 @@ def _environment() -> Environment:
     )
     environment.globals.update({"fit_laws": fit_laws, "per_doubling": per_doubling})
     return environment
+
+
+def wrapped(page: str) -> str:
+    """Returns Markdown with paragraphs and items of lists in lines of at most 120 characters."""
+    parts = _FENCED.split(page)
+    parts[::2] = [_PARAGRAPH.sub(_wrapped, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _wrapped(match: re.Match[str]) -> str:
+    start, marker, text = match.group("start", "marker", "text")
+    text = _UNBROKEN.sub(lambda found: found[0].replace(" ", "\0"), " ".join(text.split()))
+    lines = textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=start + marker,
+        subsequent_indent=start + " " * len(marker),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.replace("\0", " ")
 
 
 def published(caller: Callable[[], str]) -> str:

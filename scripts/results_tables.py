@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from results_data import Comparison, Versus, adjusted_for, changes
+from results_data import Change, Comparison, Versus, adjusted_for, between
 from results_laws import Laws
 from scipy.stats import rankdata
 
@@ -119,21 +119,47 @@ def ablation_table(of: Comparison, rows: Sequence[str]) -> str:
     return _table(header, lines)
 
 
-def changes_table(before: Comparison, after: Comparison) -> str:
-    """Returns the table of distances in test loss in two comparisons, and of their change."""
-    baseline = before.title(before.baseline)
-    header = ["", f"minus {baseline}'s, one rate", f"minus {baseline}'s, own rates"]
-    header.append("change")
-    lines = [
-        [
-            of.title,
-            _signed(of.before.mean),
-            _signed(of.after.mean),
-            _bold(interval(of.change), of.change.differs),
-        ]
-        for of in changes(before, after)
-    ]
+def overview_table(
+    rows: Mapping[str, tuple[Comparison, str, Comparison]], other: Comparison
+) -> str:
+    """Returns rows of several comparisons by their distance to full rank, the best one first.
+
+    Args:
+        rows: name in the first column -> comparison, row, and the comparison with full rank's runs
+            of the same seeds.
+        other: has some of the rows on another corpus.
+    """
+    distances = {
+        title: between(of, row, base, base.baseline) for title, (of, row, base) in rows.items()
+    }
+    header = ["", "trained", "state, MiB", "rank", "Python code", "English prose"]
+    lines = []
+    for title in sorted(rows, key=lambda title: distances[title].mean):
+        of, row, _ = rows[title]
+        ranks = summarize(of.values(row, "effective_rank"))
+        cells = [title, *_size(of, row), f"{ranks.mean:.1f}"]
+        if row == of.baseline:
+            cells += [UNKNOWN, UNKNOWN]
+        else:
+            cells.append(interval(distances[title]))
+            is_there = row in other.rows
+            cells.append(interval(other.minus(row, other.baseline)) if is_there else "")
+        lines.append(cells)
     return _table(header, lines)
+
+
+def changes_table(changed: Mapping[str, Sequence[Change]]) -> str:
+    """Returns how the distances of rows change, in bold where they do.
+
+    Args:
+        changed: heading -> changes of the same rows.
+    """
+    columns = list(changed.values())
+    lines = [
+        [row[0].title, *(_bold(interval(of.change), of.change.differs) for of in row)]
+        for row in zip(*columns, strict=True)
+    ]
+    return _table(["", *changed], lines)
 
 
 def cost_table(reported: Path, *comparisons: Comparison) -> str:
@@ -193,7 +219,7 @@ def budget_table(of: Comparison, budgets: Mapping[str, Sequence[str]]) -> str:
     Args:
         budgets: what rows share, and with which row -> such rows.
     """
-    header = ["", "the same", "tokens", "parameters", "state, MiB", "test loss"]
+    header = ["", "the same", "tokens", "trained", "state, MiB", "test loss"]
     header.append(f"minus {of.title(of.baseline)}'s")
     family = [row for rows in budgets.values() for row in rows]
     lines = []

@@ -20,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "reset_moments": "momentum",
     }
 }
-"""Name -> the keys that it sets. `gentle` are the "gentler keys" of docs/RESULTS.md."""
+"""Name -> the keys that it sets. docs/RESULTS.md compares `gentle` with the published keys."""
 _ROUNDING = 1e-9
 """Relative rounding error allowed in an interval, as computed from switches_per_vector."""
 _DOWN = 0.995
@@ -38,10 +38,10 @@ class SwitchLoraConfig(LowRankConfig):
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     preset: Literal["gentle"] | None = None
-    """Sets several keys, except those that are set themselves: `gentle` sets
-    candidates = "constant", switches_per_vector = 9.4 (unless interval is set), decay = "constant",
-    freeze_steps = 0 and reset_moments = "momentum", the gentler keys of docs/RESULTS.md. The saved
-    configuration has these keys, and no preset. Default: none, the published keys."""
+    """Name of a group of values: `gentle` sets candidates = "constant", switches_per_vector = 9.4
+    (unless interval is set), decay = "constant", freeze_steps = 0 and reset_moments = "momentum"
+    (compared in docs/RESULTS.md). Keys that are set by themselves win. The saved configuration has
+    these keys, and no preset. Default: none, the published keys."""
     init: Literal["switchlora", "lora"] = "switchlora"
     """Initial values of factors and candidates: `switchlora` balances the gradients of both factors
     (the paper's initial standard deviations); `lora` draws A at random and sets B and its

@@ -12,7 +12,7 @@ import results_page
 import results_tables
 from jinja2 import UndefinedError
 from scipy import stats
-from support.made_up_runs import made_up_distance, made_up_loss, write_runs
+from support.made_up_runs import made_up_distance, made_up_loss, remove_claims, write_runs
 
 from switchtitan.errors import ConfigError
 
@@ -39,13 +39,6 @@ def change_losses(file: Path, row: str, by: float) -> None:
         writer = csv.DictWriter(stream, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
-
-
-def remove_claims(folder: Path) -> None:
-    """Lets a page be made of losses that were made up, and do not show what its sentences say."""
-    for name in results_page.PAGES:
-        template = folder / name
-        template.write_text(re.sub(r"\{\{-? require\(.*\) \}\}", "", template.read_text()))
 
 
 def test_the_pages_are_what_the_files_give():
@@ -150,58 +143,56 @@ def test_an_unknown_name_is_an_error(folder):
         results_page.results_pages(folder)
 
 
-def test_a_comparison_without_a_file_has_no_results(folder):
-    for file in folder.glob("o*_rate_*.csv"):
-        file.unlink()
-    remove_claims(folder)
-    page = results_page.results_pages(folder)[results_page.RESULTS]
-    assert page.count(") has no results yet.") == 4
-    assert page.count("has not been compared yet") == 2
+def test_a_comparison_without_a_file_is_an_error(folder):
+    (folder / "preset_python.csv").unlink()
+    with pytest.raises(ValueError, match=r"preset_python.csv: every row has a run of 0 seed\(s\)"):
+        results_page.results_pages(folder)
 
 
 def test_a_seed_counts_once_every_row_has_a_run_of_it(folder):
-    remove_claims(folder)
     write_runs(folder, "one_rate_python", lambda run: made_up_loss(run, 0.1))
     header, *lines = write_runs(folder, "own_rate_python", lambda run: made_up_loss(run, 0.04))
     seeds = [int(line["seed"]) for line in csv.DictReader([header, *lines])]
     of_four = [line for line, seed in zip(lines, seeds, strict=True) if seed <= 4]
     of_five = [line for line, seed in zip(lines, seeds, strict=True) if seed == 5]
     (folder / "own_rate_python.csv").write_text("".join([header, *of_four, *of_five[:-1]]))
-    page = results_page.results_pages(folder)[results_page.RESULTS].partition(
-        "### On English prose"
-    )[0]
-    assert "Own rates, seeds 2, 3 and 4 (not finished: 5 and 6), " in page
-    assert "One rate for all parameters, seeds 2, 3, 4, 5 and 6, " in page
     one, own = (
         results_data.read_comparison(folder, name)
         for name in ("one_rate_python", "own_rate_python")
     )
+    assert results_tables.seeds(own) == "2, 3 and 4"
+    assert results_tables.missing(own) == " (not finished: 5 and 6)"
+    assert results_tables.seeds(one) == "2, 3, 4, 5 and 6"
+    assert results_tables.missing(one) == ""
     assert {of.change.difference.num for of in results_data.changes(one, own)} == {3}
     assert {of.before.num for of in results_data.changes(one, own)} == {3}
 
     of_three = [line for line, seed in zip(lines, seeds, strict=True) if seed <= 3]
     (folder / "own_rate_python.csv").write_text("".join([header, *of_three, *of_five[:-1]]))
-    page = results_page.results_pages(folder)[results_page.RESULTS].partition(
-        "### On English prose"
-    )[0]
-    assert "own_rate_python.toml) has no results yet." in page
-    assert "Own rates, seeds" not in page
+    with pytest.raises(ValueError, match=r"own_rate_python.csv: every row has a run of 2 seed"):
+        results_data.read_comparison(folder, "own_rate_python")
 
 
-def test_finished_comparisons_say_how_much_is_the_rate(folder):
+def test_missing_seeds_are_named_on_the_page(folder):
     remove_claims(folder)
+    lines = write_runs(folder, "same_rates_python", lambda run: made_up_loss(run, 0.1))
+    column = lines[0].split(",").index("seed")
+    before = results_page.results_pages(folder)[results_page.RESULTS]
+    assert "same_rates_python.toml) is declared with more seeds" not in before
+    kept = [line for line in lines if line.split(",")[column] != "11"]
+    (folder / "same_rates_python.csv").write_text("".join(kept))
+    after = results_page.results_pages(folder)[results_page.RESULTS]
+    said = "same_rates_python.toml) is declared with more seeds (not finished: 11)."
+    assert said in " ".join(after.split())
+
+
+def test_the_change_of_a_distance_is_a_paired_t_test(folder):
     for name, distance in (("one_rate", 0.1), ("own_rate", 0.04)):
-        for corpus in ("python", "english"):
-            write_runs(folder, f"{name}_{corpus}", lambda run, d=distance: made_up_loss(run, d))
-    for name in ("preset_python", "optimizers_python"):
-        write_runs(folder, name, lambda run: made_up_loss(run, 0.1))
-    page = results_page.results_pages(folder)[results_page.RESULTS]
-    assert "has no results yet" not in page
-    assert "has not been compared yet" not in page
-    assert not [line for line in page.splitlines() if len(line) > 120]
+        write_runs(folder, f"{name}_python", lambda run, d=distance: made_up_loss(run, d))
     one = results_data.read_comparison(folder, "one_rate_python")
     own = results_data.read_comparison(folder, "own_rate_python")
-    found = {of.title: of for of in results_data.changes(one, own)}
+    changed = results_data.changes(one, own)
+    found = {of.title: of for of in changed}
     assert len(found) == len(one.declared.rows) - 1
     before, after = (
         [made_up_distance(seed, "lora-r16", distance) for seed in one.seeds]
@@ -212,17 +203,42 @@ def test_finished_comparisons_say_how_much_is_the_rate(folder):
     assert lora.after.mean == pytest.approx(mean(after))
     paired = stats.ttest_rel(after, before).confidence_interval()
     assert (lora.change.difference.low, lora.change.difference.high) == pytest.approx(paired)
-    change = results_tables.interval(lora.change)
-    row = f"| LoRA | {mean(before):+.3f} | {mean(after):+.3f} | **{change}** |"
-    assert row in page.partition("### On Python code")[2]
-    assert f"- LoRA: {change}" in page.partition("## How much")[0]
+    table = results_tables.changes_table({"Python": changed, "again": changed}).splitlines()
+    assert table[0] == "|  | Python | again |"
+    change = f"**{results_tables.interval(lora.change)}**"
+    assert f"| LoRA | {change} | {change} |" in table
+
+
+def test_the_overview_has_the_best_row_first_and_distances_to_the_same_seeds(folder):
+    """Distances of rows of other comparisons are to full rank's runs of the seeds they share."""
+    distances = {"preset_python": 0.1, "optimizers_python": 0.05, "own_rate_english": 0.2}
+    of = {}
+    for name, distance in distances.items():
+        write_runs(folder, name, lambda run, d=distance: made_up_loss(run, d))
+        of[name] = results_data.read_comparison(folder, name)
+    preset, today, english = of.values()
+    rows = {
+        "full": (preset, "full_rank", preset),
+        "gentle": (preset, "switchlora-gentle-r16", preset),
+        "Muon": (today, "muon", preset),
+        "control": (preset, "lora-balanced-r16", preset),
+    }
+    _, _, *lines = results_tables.overview_table(rows, english).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in cells][:2] == ["full", "Muon"]
+    found = {row[0]: row[4:] for row in cells}
+    assert found["full"] == ["-", "-"]
+    for title, row, distance in (("gentle", "switchlora-gentle-r16", 0.1), ("Muon", "muon", 0.05)):
+        expected = mean(made_up_distance(seed, row, distance) for seed in preset.seeds)
+        assert float(found[title][0].split()[0]) == pytest.approx(expected, abs=5e-4)
+        assert found[title][1] == ""
+    expected = mean(made_up_distance(seed, "lora-balanced-r16", 0.2) for seed in english.seeds)
+    assert float(found["control"][1].split()[0]) == pytest.approx(expected, abs=5e-4)
 
 
 def test_rows_with_the_same_budget_have_their_own_tokens(folder):
     heading = "## What do rows reach with the same time, bytes or state?"
-    (folder / "budgets_python.csv").unlink(missing_ok=True)
     remove_claims(folder)
-    assert heading not in results_page.results_pages(folder)[results_page.RESULTS]
     write_runs(folder, "budgets_python", lambda run: made_up_loss(run, -0.1 * ("826" in run.row)))
     section = (
         results_page.results_pages(folder)[results_page.RESULTS]
@@ -237,6 +253,25 @@ def test_rows_with_the_same_budget_have_their_own_tokens(folder):
     assert tokens["W = B A, 2060 steps"] == "4.22 M"
     bold = [line for line in lines if "**" in line[-1]]
     assert [line[0] for line in bold] == ["| full rank, Muon, 826 steps"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- one two\n  three\n- four\n", "- one two three\n- four\n"),
+        ("    - one two three four five six\n", "    - one two three\n      four five six\n"),
+        ("# a heading that is long and stays\n\ntext\n", None),
+        ("| a | table | that | is | long |\n| --- |\n", None),
+        ("![a picture with a long text](x.png)\n", None),
+        ("```bash\na command that is long and stays\nsecond\n```\n", None),
+        ("differs by +0.1 (+0.0 to +0.2) here\n", "differs by\n+0.1 (+0.0 to +0.2)\nhere\n"),
+        ("is set with `key = 1` in it now\n", "is set with `key = 1`\nin it now\n"),
+        ("ends in\n-0.1 and goes on\n", "ends in -0.1 and goes\non\n"),
+    ],
+)
+def test_text_is_wrapped_and_what_has_lines_of_its_own_is_not(monkeypatch, text, expected):
+    monkeypatch.setattr(results_page, "_WIDTH", 22)
+    assert results_page.wrapped(text) == (text if expected is None else expected)
 
 
 def test_a_row_reported_with_different_rates_is_an_error(folder):
