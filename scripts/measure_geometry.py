@@ -113,7 +113,7 @@ def _measure(runs: Mapping[str, Run], jobs: int) -> dict[str, Row]:
         title: prepare(run, None if run is full_rank else full_rank, options)
         for title, run in trained.items()
     }
-    rows = {}
+    rows: dict[str, Row] = {}
     for title, run in runs.items():
         geometry = measure(prepared[title])
         write_json(run.folder / "geometry.json", as_json([geometry], options))
