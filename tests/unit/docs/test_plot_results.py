@@ -4,6 +4,7 @@ from pathlib import Path
 
 import plot_results
 import pytest
+import results_data
 from results_data import Comparison, read_comparison
 from results_tables import read_geometry
 from support.made_up_runs import made_up_loss, write_runs
@@ -17,6 +18,11 @@ def finished(folder: Path, name: str, last_seed: int) -> Comparison:
     assert 0 < len(kept) < len(lines)
     (folder / f"{name}.csv").write_text("".join([header, *kept]))
     return read_comparison(folder, name)
+
+
+@pytest.fixture(autouse=True)
+def intervals_of_two_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_data, "_MIN_SEEDS", 2)
 
 
 @pytest.fixture
