@@ -342,8 +342,9 @@ class Reparametrized(Protocol):
             weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`, or all
                 rows if the module has no parameter `weight`.
             generator_for: local name -> generator, the same on every rank.
-            rows: local name -> the rows to return, of all parameters and buffers; by default all.
-                Those of `weight` are complete blocks of `distributed.initial_draws`.
+            rows: local name -> the rows to return; other tensors need not be computed. By default
+                all rows of all parameters and buffers. Those of `weight` are complete blocks of
+                `distributed.initial_draws`.
         """
         ...
 

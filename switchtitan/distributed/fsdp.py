@@ -1,6 +1,6 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -128,42 +128,47 @@ def materialize(
         initial_weights: the plain model's parameters, used instead of drawn values (a warm start).
     """
     _allocate(model, device)
-    _initialize(model, dict(model.named_modules()), seed, initial_weights)
+    names = dict(model.named_parameters()) | dict(model.named_buffers())
+    _initialize(model, names.keys(), seed, initial_weights)
 
 
 @full_precision()
 def materialize_to_restore(model: LanguageModel, device: torch.device, seed: int) -> None:
     """Allocates a meta model's shards on `device` for a checkpoint's values.
 
-    Initial values can take minutes, so only modules with buffers that no checkpoint has get them.
-    The caller overwrites all tensors of the state dict, which are not initialized.
+    Initial values can take minutes, so only buffers that no checkpoint has get them. The caller
+    overwrites all tensors of the state dict, which are not initialized.
     """
     _allocate(model, device)
     saved = model.state_dict().keys()
-    owners = [name.rpartition(".")[0] for name, _ in model.named_buffers() if name not in saved]
-    _initialize(model, {name: model.get_submodule(name) for name in owners}, seed, None)
+    unsaved = {name for name, _ in model.named_buffers() if name not in saved}
+    _initialize(model, unsaved, seed, None)
 
 
 def _initialize(
     model: LanguageModel,
-    modules: Mapping[str, nn.Module],
+    names: Collection[str],
     seed: int,
     initial_weights: Mapping[str, Tensor] | None,
 ) -> None:
-    """Fills the parameters and buffers of some of the model's modules, given by qualified name."""
+    """Fills some of the model's parameters and buffers, given by qualified name."""
 
     def plain_rows(name: str, shape: torch.Size, rows: range) -> Tensor:
         if initial_weights is not None:
             return initial_weights[name][rows.start : rows.stop].to(torch.float32)
         return plain_value(model, seed, name, shape, rows)
 
+    modules = list(model.named_modules())
     for module_name, module in progress_bar(
-        "initializing weights", modules.items(), total=len(modules), unit="modules"
+        "initializing weights", modules, total=len(modules), unit="modules"
     ):
         prefix = f"{module_name}." if module_name else ""
-        own = dict(module.named_parameters(recurse=False)) | dict(
+        tensors = dict(module.named_parameters(recurse=False)) | dict(
             module.named_buffers(recurse=False)
         )
+        own = {name: tensor for name, tensor in tensors.items() if prefix + name in names}
+        if not own:
+            continue
         plain = [
             name
             for name in own

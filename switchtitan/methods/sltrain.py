@@ -99,10 +99,12 @@ class SparseProductLinear(ProductLinear):
         rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
-        parts = initial_parts(weight, self.rank, self.num_per_row, self._seed)
-        tensors = {**parts, _SEED: torch.tensor([self._seed])}
-        rows = rows or {name: range(len(tensor)) for name, tensor in tensors.items()}
-        return {name: take(tensor, rows[name]) for name, tensor in tensors.items()}
+        tensors = {_SEED: torch.tensor([self._seed])}
+        if rows is None or any(part in rows for part in (*FACTORS, SPARSE)):
+            tensors |= initial_parts(weight, self.rank, self.num_per_row, self._seed)
+        if rows is None:
+            return tensors
+        return {name: take(tensors[name], rows[name]) for name in tensors}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, values_per_row={self.num_per_row}"

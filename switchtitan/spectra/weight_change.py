@@ -78,11 +78,13 @@ class Origin:
         Args:
             plain: returns the plain model's weight.
         """
-        if self.method.config.keeps_initial_weights:
-            return self.method.starting_weight(name, plain())
-        if name not in self._computed:
-            self._computed[name] = self.method.starting_weight(name, plain())
-        return self._computed[name]
+        if name in self._computed:
+            return self._computed[name]
+        weight = plain()
+        start = self.method.starting_weight(name, weight)
+        if start is not weight:
+            self._computed[name] = start
+        return start
 
     def _plain_model(self) -> LanguageModel:
         with torch.device("meta"):

@@ -58,7 +58,8 @@ class SwitchLoraConfig(LowRankConfig):
     on a CPU. Only with swap."""
     interval: float = Field(default=40, gt=0)
     """Mean number of steps between two switches of one vector at the start of training. At least
-    2 * freeze_steps and 2, and a little more for an odd rank. Not with switches_per_vector."""
+    2 and 2 * freeze_steps; for an odd rank, rank / (rank // 2) instead of 2. Not with
+    switches_per_vector."""
     switches_per_vector: float | None = Field(default=None, gt=0)
     """Mean number of switches of each vector in a run of training.steps, instead of interval, which
     then follows from it, decay and decay_ratio, so that a longer run switches as often. Default:
@@ -125,15 +126,11 @@ class SwitchLoraConfig(LowRankConfig):
                 f"4 * freeze_steps = {4 * self.freeze_steps}, so that enough vectors are not "
                 "frozen; increase interval, lower freeze_steps, or set order = 'ring'"
             )
-        elif self.interval < self._least_interval() * (1 - _ROUNDING):
-            has_span = self.freeze_steps > 1
-            span = f"{self.freeze_steps} steps" if has_span else "one step"
+        elif self.interval < 2 * self.freeze_steps:
             raise ValueError(
-                f"interval = {self.interval:g}: expected at least "
-                f"{_rounded_up(self._least_interval())}, since rank = {self.rank} and "
-                f"freeze_steps = {self.freeze_steps} allow {self.rank // 2} switches of each "
-                f"factor's vectors in {span}; increase interval"
-                f"{' or lower freeze_steps' if has_span else ''}"
+                f"interval = {self.interval:g} is below 2 * freeze_steps = "
+                f"{2 * self.freeze_steps}: vectors would be switched while frozen; "
+                "increase interval or lower freeze_steps"
             )
         if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
             problem = 'decay_ratio has no effect with decay = "constant"; remove it'
@@ -173,12 +170,20 @@ class SwitchLoraConfig(LowRankConfig):
 
     def check_length(self, num_steps: int) -> list[str]:
         """See `contracts.MethodConfig`."""
-        if self.switches_per_vector is None:
-            return []
         least = self._least_interval()
         interval = self.interval_in(num_steps)
         if interval >= least * (1 - _ROUNDING):
             return []
+        if self.switches_per_vector is None:
+            # Not refused by the section itself: saved runs can still be evaluated and exported.
+            has_span = self.freeze_steps > 1
+            return [
+                f"[method] interval = {interval:g}: expected at least {_rounded_up(least)}, since "
+                f"rank = {self.rank} and freeze_steps = {self.freeze_steps} allow "
+                f"{self.rank // 2} switches of each factor's vectors in "
+                f"{f'{self.freeze_steps} steps' if has_span else 'one step'}; increase interval"
+                f"{' or lower freeze_steps' if has_span else ''}"
+            ]
         limit = self._sum_of_rates(num_steps) / least
         return [
             f"[method] switches_per_vector = {self.switches_per_vector:g}: a run of [training] "

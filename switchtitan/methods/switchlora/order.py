@@ -133,7 +133,8 @@ class LeastMovingOrder(SwitchOrder):
         self._last_switched = np.full((len(FACTORS), num_layers, rank), -config.freeze_steps)
         # `_divisors` at the last switch of each vector's counterpart: what is left after its reset.
         self._kept_weights = np.zeros(self._last_switched.shape)
-        self._keeps_moments = config.reset_moments == "none"
+        # Without frozen steps, they follow from the number of steps.
+        self._keeps_moments = config.reset_moments == "none" and config.freeze_steps > 0
         self._measurements: deque[_Measurement] = deque()
         self._copies = HostCopies(device)
         self.checksum = zlib.crc32(self._current.tobytes())
@@ -221,6 +222,8 @@ class LeastMovingOrder(SwitchOrder):
         num_gradients = num_steps - num_frozen
         if self._config.reset_moments == "both":
             num_gradients = np.minimum(num_gradients, step - self._last_switched)
+        elif self._config.reset_moments == "none" and not self._keeps_moments:
+            num_gradients = np.full_like(num_steps, step)
         beta = self._momentum
         kept = beta ** (num_frozen + num_gradients) * self._kept_weights
         weights: np.ndarray = kept + 1 - beta**num_gradients

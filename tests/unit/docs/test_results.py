@@ -214,13 +214,16 @@ def test_the_overview_has_the_best_row_first_and_distances_to_the_same_seeds(fol
     distances = {"preset_python": 0.1, "optimizers_python": 0.05, "own_rate_english": 0.2}
     of = {}
     for name, distance in distances.items():
-        write_runs(folder, name, lambda run, d=distance: made_up_loss(run, d))
+        # Full rank's loss differs by 0.5 between the first two.
+        shift = 0.5 if name == "optimizers_python" else 0.0
+        write_runs(folder, name, lambda run, d=distance, s=shift: made_up_loss(run, d) + s)
         of[name] = results_data.read_comparison(folder, name)
     preset, today, english = of.values()
     rows = {
         "full": (preset, "full_rank", preset),
         "gentle": (preset, "switchlora-gentle-r16", preset),
-        "Muon": (today, "muon", preset),
+        "Muon": (today, "muon", today),
+        "Muon, other base": (today, "muon", preset),
         "control": (preset, "lora-balanced-r16", preset),
     }
     _, _, *lines = results_tables.overview_table(rows, english).splitlines()
@@ -228,8 +231,12 @@ def test_the_overview_has_the_best_row_first_and_distances_to_the_same_seeds(fol
     assert [row[0] for row in cells][:2] == ["full", "Muon"]
     found = {row[0]: row[4:] for row in cells}
     assert found["full"] == ["-", "-"]
-    for title, row, distance in (("gentle", "switchlora-gentle-r16", 0.1), ("Muon", "muon", 0.05)):
-        expected = mean(made_up_distance(seed, row, distance) for seed in preset.seeds)
+    for title, row, distance, shift in (
+        ("gentle", "switchlora-gentle-r16", 0.1, 0),
+        ("Muon", "muon", 0.05, 0),
+        ("Muon, other base", "muon", 0.05, 0.5),
+    ):
+        expected = mean(made_up_distance(seed, row, distance) for seed in preset.seeds) + shift
         assert float(found[title][0].split()[0]) == pytest.approx(expected, abs=5e-4)
         assert found[title][1] == ""
     expected = mean(made_up_distance(seed, "lora-balanced-r16", 0.2) for seed in english.seeds)

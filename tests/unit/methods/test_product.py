@@ -14,6 +14,7 @@ from switchtitan.distributed.initial_draws import plain_value
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
+from switchtitan.methods import product, sltrain
 from switchtitan.methods.product import ProductLinear, balanced_factors
 from switchtitan.models import MODELS
 from switchtitan.spectra.weight_change import checkpoint_origin, checkpoint_spectra
@@ -101,16 +102,18 @@ def test_ranks_get_their_rows_of_the_same_factors(shape):
         assert torch.equal(part["lora_b"], full["lora_b"][:last])
 
 
-def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch):
-    folder = corpora / "low-rank-resumed"
-    save_run(folder, "low_rank", num_steps=3)
+@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
+def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
+    folder = corpora / f"{method}-resumed"
+    save_run(folder, method, num_steps=3)
     stop_world()
 
     def decompose(*_: object, **__: object) -> None:
         pytest.fail("decomposed a weight whose factors are in the checkpoint")
 
-    monkeypatch.setattr(ProductLinear, "initial_tensors", decompose)
-    resumed = tiny_trainer(folder, "low_rank")
+    for module in (product, sltrain):
+        monkeypatch.setattr(module, "balanced_factors", decompose)
+    resumed = tiny_trainer(folder, method)
     resumed.stepper.close()
     assert resumed.stepper.state.step == 3
 

@@ -115,6 +115,14 @@ def test_an_interval_that_would_drop_switches_is_refused(tmp_path: Path):
     load_tiny(tmp_path, "interval = 7\nfreeze_steps = 3", *odd)
 
 
+def test_a_saved_run_with_a_short_interval_can_still_be_read():
+    """It can be evaluated and exported, although a new one is refused."""
+    saved = {"name": "switchlora", "rank": 7, "interval": 10, "freeze_steps": 5}
+    method = METHODS.restore(saved)
+    assert method.interval == 10
+    assert len(method.check_length(100)) == 1
+
+
 GENTLE = {
     "candidates": "constant",
     "switches_per_vector": 9.4,
