@@ -186,7 +186,7 @@ MISTAKES = {
     "rank 1": (["--method.rank", "1"], ["[method]", "rank = 1 never switches", "at least 2"]),
     "an interval within the freeze": (
         ["--method.interval", "3"],
-        ["interval = 3", "at least 4", "lower freeze_steps"],
+        ["interval = 3", "2 * freeze_steps = 4"],
     ),
     "a batch that does not divide": (
         ["--training.global_batch_size", "7"],

@@ -142,7 +142,7 @@ def test_a_key_that_must_not_be_set_is_unset_when_loaded_again(
             1,
             "[method] reset_interval = 200: expected less than [training] steps = 40",
         ),
-        (["--method.interval", "9"], 1, "[method] interval = 9: expected at least 10"),
+        (["--method.interval", "9"], 1, "[method] interval = 9 is below 2 * freeze_steps = 10"),
         (["--method.targets", "q_prj"], 1, "the model has no linear layer called 'q_prj'"),
         (
             ["--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"],
