@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def check_json_option(file: Path | None) -> None:
         return
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
-    if file.is_dir():
+    if os.path.isdir(file):  # not Path.is_dir, which raises for a name that is too long
         raise ConfigError(f"--json {file}: is a folder; give a file, e.g. {file}/numbers.json")
 
 

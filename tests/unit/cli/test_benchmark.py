@@ -38,7 +38,7 @@ def test_steps_are_compared_in_a_table_and_a_record(
     argv = [
         "step",
         file,
-        f"{file}:method.rank=3",
+        f"{file}:method.rank=4",
         "--rounds",
         "3",
         "--steps-per-round",
@@ -50,12 +50,12 @@ def test_steps_are_compared_in_a_table_and_a_record(
     *_, header, first, second, line = capsys.readouterr().out.splitlines()
     assert header.split()[0] == "ms/step"
     assert first.endswith(f"  {file}")
-    assert second.endswith(f"  {file}:method.rank=3")
+    assert second.endswith(f"  {file}:method.rank=4")
     record = json.loads(line)
     assert record["command"] == "switchtitan benchmark " + " ".join(argv)
     assert record["environment"].items() >= versions().items()
     assert record["environment"]["num_threads"] == torch.get_num_threads()
-    reference, other = record["steps"][file], record["steps"][f"{file}:method.rank=3"]
+    reference, other = record["steps"][file], record["steps"][f"{file}:method.rank=4"]
     assert reference["ratio"] == 1
     assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
     assert len(other["round_medians_s"]) == 3

@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> str:
 def test_estimates_are_in_tables_and_a_record(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [file, f"{file}:method.rank=3", "--world-size", "4", "--job.seed", "1"]
+    argv = [file, f"{file}:method.rank=4", "--world-size", "4", "--job.seed", "1"]
     script.main(argv)
     *text, line = capsys.readouterr().out.splitlines()
     assert "each of 4 ranks" in text[0]
@@ -43,7 +43,7 @@ def test_estimates_are_in_tables_and_a_record(
     record = json.loads(line)
     assert record["command"] == "switchtitan estimate " + " ".join(argv)
     assert record["assumptions"] == [row.removeprefix("- ") for row in text if row.startswith("- ")]
-    first, second = record["estimates"][file], record["estimates"][f"{file}:method.rank=3"]
+    first, second = record["estimates"][file], record["estimates"][f"{file}:method.rank=4"]
     assert first["memory"]["peak"] == sum(first["memory"]["at_peak"].values())
     assert first["memory"]["state"] > second["memory"]["state"]
     assert first["flops"]["ratio"] > second["flops"]["ratio"]

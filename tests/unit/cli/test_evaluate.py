@@ -89,12 +89,20 @@ def test_a_result_is_printed_before_a_file_that_cannot_be_written(corpora, capsy
     folder = corpora / "evaluate-unwritable"
     own = saved_run(folder, "lora")
     capsys.readouterr()
+    too_long = folder / ("x" * 300)
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(folder / "run"), "--json", str(folder)])
+        evaluate.main([str(folder / "run"), "--json", str(too_long)])
     assert stopped.value.code == 2
     shown = capsys.readouterr()
     assert f"loss        {own:.4f}" in shown.out
-    assert f"--json {folder}: the file cannot be written" in shown.err
+    assert f"--json {too_long}: the file cannot be written" in shown.err
+
+
+def test_a_folder_in_place_of_the_file_is_refused_before_the_run_is_read(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(tmp_path / "no-run"), "--json", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"--json {tmp_path}: is a folder; give a file" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_with_one_line(monkeypatch, capsys):
