@@ -249,7 +249,7 @@ class Comparison:
 
     def minus(self, row: str, other: str, split: str = "test") -> Difference:
         """Returns a row minus another one, seed by seed, without a correction."""
-        return _difference(self.losses(row, split), self.losses(other, split))
+        return between(self, row, self, other, split)
 
     def pairs(self, pairs: Sequence[tuple[str, str]], split: str = "test") -> list[Versus]:
         """Returns the differences of pairs (row, other), with p-values adjusted over the pairs."""

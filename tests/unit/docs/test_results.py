@@ -273,7 +273,7 @@ def test_rows_with_the_same_budget_have_their_own_tokens(folder):
         ("```bash\na command that is long and stays\nsecond\n```\n", None),
         ("differs by +0.1 (+0.0 to +0.2) here\n", "differs by\n+0.1 (+0.0 to +0.2)\nhere\n"),
         ("is set with `key = 1` in it now\n", "is set with `key = 1`\nin it now\n"),
-        ("ends in\n-0.1 and goes on\n", "ends in -0.1 and goes\non\n"),
+        ("ends in\n-0.1 and continues\n", "ends in -0.1 and\ncontinues\n"),
     ],
 )
 def test_text_is_wrapped_and_what_has_lines_of_its_own_is_not(monkeypatch, text, expected):
