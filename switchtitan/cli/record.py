@@ -29,9 +29,10 @@ def check_json_option(file: Path | None) -> None:
     """
     if file is None:
         return
-    if not file.absolute().parent.is_dir():
+    # Not Path.is_dir, which raises for a name that is too long.
+    if not os.path.isdir(file.absolute().parent):
         raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
-    if os.path.isdir(file):  # not Path.is_dir, which raises for a name that is too long
+    if os.path.isdir(file):
         raise ConfigError(f"--json {file}: is a folder; give a file, e.g. {file}/numbers.json")
 
 

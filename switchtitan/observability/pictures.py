@@ -1,6 +1,7 @@
 """Figures saved as files."""
 
 import io
+import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ def check_picture_option(file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir():
+    if os.path.isdir(file):  # not Path.is_dir, which raises for a name that is too long
         raise ConfigError(f"--output {file}: is a folder; give a file, e.g. {file}/picture.png")
     known = sorted(Figure().canvas.get_supported_filetypes())
     extension = file.suffix.removeprefix(".").lower()

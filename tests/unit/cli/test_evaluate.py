@@ -105,6 +105,14 @@ def test_a_folder_in_place_of_the_file_is_refused_before_the_run_is_read(tmp_pat
     assert f"--json {tmp_path}: is a folder; give a file" in capsys.readouterr().err
 
 
+def test_a_folder_with_a_name_that_is_too_long_is_missing(tmp_path, capsys):
+    file = tmp_path / ("x" * 300) / "numbers.json"
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(tmp_path / "no-run"), "--json", str(file)])
+    assert stopped.value.code == 2
+    assert f"--json {file}: no folder {file.parent}; create it" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_with_one_line(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt

@@ -143,6 +143,7 @@ def test_the_course_has_a_panel_only_if_a_run_measured_it(
         ([], "expected at least one RUN"),
         (["no/such/run", "--output", "{full}/x.gmp"], "x.gmp: unknown picture format 'gmp'"),
         (["{full}", "--output", "{full}/config.toml/x.png"], "x.png: cannot write the figure"),
+        (["{full}", "--output", "{full}/" + 300 * "x" + ".png"], "x.png: cannot write the figure"),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(
