@@ -12,6 +12,8 @@ from switchtitan.errors import ConfigError
 
 _VISIBLE_WITHIN_S = 10.0
 """Network file systems may show a new file late."""
+_TRIES = 20
+"""Another process may delete a folder that it created between our look at it and its use."""
 
 
 def check_output_dir(output_dir: Path, world: World) -> None:
@@ -43,17 +45,26 @@ def check_writable(output_dir: Path) -> None:
         ConfigError: if not.
     """
     try:
-        nearest = next(
-            path for path in (output_dir, *output_dir.absolute().parents) if path.exists()
-        )
-        is_folder = nearest.is_dir()
+        nearest, problem = _nearest_and_problem(output_dir)
+        for _ in range(_TRIES):
+            if problem is None or nearest.exists():
+                break
+            nearest, problem = _nearest_and_problem(output_dir)
     except OSError as error:  # a folder above it cannot be entered
         raise cannot_write(output_dir, error) from error
-    if not is_folder or not os.access(nearest, os.W_OK):
+    if problem is not None:
         raise ConfigError(
             f"[job] output_dir = {str(output_dir)!r}: expected a writable folder, but {nearest} is "
-            f"{'read-only' if is_folder else 'a file'}; choose another"
+            f"{problem}; choose another"
         )
+
+
+def _nearest_and_problem(folder: Path) -> tuple[Path, str | None]:
+    """Returns the folder, or the nearest above it that exists, and why it cannot be written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return nearest, "a file"
+    return nearest, None if os.access(nearest, os.W_OK) else "read-only"
 
 
 def _check_shared(output_dir: Path, name: str) -> None:
@@ -76,11 +87,12 @@ def _create(file: Path, created: ExitStack) -> None:
     Raises:
         ConfigError: if that fails: permissions may allow what a disk or a server does not.
     """
-    create_folder(file.parent, created)
-    try:
-        file.touch()
-    except OSError as error:
-        raise cannot_write(file.parent, error) from error
+    _retry_without_folder(file.parent, lambda: _create_file(file, created))
+
+
+def _create_file(file: Path, created: ExitStack) -> None:
+    _create_missing(file.parent, created)
+    file.touch()
     created.callback(try_to_remove, file.unlink)
 
 
@@ -90,13 +102,30 @@ def create_folder(folder: Path, created: ExitStack) -> None:
     Raises:
         ConfigError: if that fails.
     """
-    try:
-        for path in (*reversed(folder.parents), folder):
-            if not path.exists():
-                path.mkdir(exist_ok=True)
-                created.callback(try_to_remove, path.rmdir)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    _retry_without_folder(folder, lambda: _create_missing(folder, created))
+
+
+def _create_missing(folder: Path, created: ExitStack) -> None:
+    for path in (*reversed(folder.parents), folder):
+        if not path.exists():
+            path.mkdir(exist_ok=True)
+            created.callback(try_to_remove, path.rmdir)
+
+
+def _retry_without_folder(folder: Path, create: Callable[[], None]) -> None:
+    """Calls `create`, again if another process deleted a folder meanwhile.
+
+    Raises:
+        ConfigError: if it fails otherwise, or that often.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return create()
+        except OSError as error:
+            # mkdir: the folder existed, and no longer does when it asks whether it is one.
+            may_be_deleted = isinstance(error, FileNotFoundError | FileExistsError)
+            if not may_be_deleted or tries_left == 0:
+                raise cannot_write(folder, error) from error
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:

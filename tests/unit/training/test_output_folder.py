@@ -1,7 +1,9 @@
 """A folder in which nothing can be written is refused before any work; nothing is left."""
 
 import errno
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import World, start_world, stop_world
 from switchtitan.errors import ConfigError
-from switchtitan.training.output_folder import check_output_dir
+from switchtitan.training.output_folder import check_output_dir, check_writable, create_folder
 
 
 @pytest.fixture
@@ -37,3 +39,54 @@ def test_a_write_that_fails_despite_permissions_names_the_key(
     with pytest.raises(ConfigError, match=r"^\[job\] output_dir = .*No space left on device"):
         check_output_dir(tmp_path / "a" / "b", world)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("function", ["mkdir", "touch"])
+@pytest.mark.parametrize("is_deleted_once", [True, False], ids=["once", "each time"])
+def test_a_folder_that_another_process_deletes_meanwhile_is_created_again(
+    tmp_path: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    is_deleted_once: bool,
+) -> None:
+    original, deleted = getattr(Path, function), []
+
+    def delete_the_parent_first(path: Path, *args: object, **keys: object) -> None:
+        if path.parent == tmp_path / "a" and not (is_deleted_once and deleted):
+            (tmp_path / "a").rmdir()
+            deleted.append(path)
+        original(path, *args, **keys)
+
+    monkeypatch.setattr(Path, function, delete_the_parent_first)
+    folder = tmp_path / "a" / "b" if function == "mkdir" else tmp_path / "a"
+    if is_deleted_once:
+        check_output_dir(folder, world)
+        assert deleted
+    else:
+        with pytest.raises(ConfigError, match="No such file or directory"):
+            check_output_dir(folder, world)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_another_thread_creates_and_deletes_are_no_error(tmp_path: Path) -> None:
+    has_ended = threading.Event()
+
+    def create_and_delete() -> None:
+        while not has_ended.is_set():
+            with suppress(OSError):
+                (tmp_path / "a").mkdir()
+            with suppress(OSError):
+                (tmp_path / "a").rmdir()
+
+    other = threading.Thread(target=create_and_delete)
+    other.start()
+    try:
+        for _ in range(300):
+            check_writable(tmp_path / "a" / "b")
+            with ExitStack() as created:
+                create_folder(tmp_path / "a" / "b", created)
+                assert (tmp_path / "a" / "b").is_dir()
+    finally:
+        has_ended.set()
+        other.join()
