@@ -14,6 +14,7 @@ _VISIBLE_WITHIN_S = 10.0
 """Network file systems may show a new file late."""
 _TRIES = 20
 """Another process may delete a folder that it created between our look at it and its use."""
+_TRY_AGAIN_S = 0.01
 
 
 def check_output_dir(output_dir: Path, world: World) -> None:
@@ -126,6 +127,7 @@ def _retry_without_folder(folder: Path, create: Callable[[], None]) -> None:
             may_be_deleted = isinstance(error, FileNotFoundError | FileExistsError)
             if not may_be_deleted or tries_left == 0:
                 raise cannot_write(folder, error) from error
+            time.sleep(_TRY_AGAIN_S)
 
 
 def cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -1,7 +1,9 @@
 """A folder in which nothing can be written is refused before any work; nothing is left."""
 
 import errno
+import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -73,11 +75,12 @@ def test_folders_that_another_thread_creates_and_deletes_are_no_error(tmp_path: 
     has_ended = threading.Event()
 
     def create_and_delete() -> None:
+        choose = random.Random(0)
         while not has_ended.is_set():
-            with suppress(OSError):
-                (tmp_path / "a").mkdir()
-            with suppress(OSError):
-                (tmp_path / "a").rmdir()
+            for change in (Path.mkdir, Path.rmdir):
+                with suppress(OSError):
+                    change(tmp_path / "a")
+                time.sleep(choose.uniform(0.0, 2e-4))
 
     other = threading.Thread(target=create_and_delete)
     other.start()
