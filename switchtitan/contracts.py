@@ -165,7 +165,7 @@ class OptimizerConfig(NamedSection):
     """Peak learning rate, above 0."""
     other_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate, above 0, of parameters that the method does not change: embedding, norms,
-    head, biases, and layers that are not targets. With full_rank: of all parameters but the weights
+    head, biases, and layers that are not targets. At full rank: of all parameters but the weights
     of the linear layers in the model's blocks. Default: lr."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""

@@ -164,8 +164,8 @@ class Trainer:
             self._do_work_after_step()
         if state.step >= schedule.num_steps:
             logger.info(
-                "training already complete: step %d, and [training] steps = %d; increase steps to "
-                "continue",
+                "training already complete: step %d, and [training] steps = %d; to continue, start "
+                "it with a larger --training.steps",
                 state.step,
                 schedule.num_steps,
             )
