@@ -218,8 +218,12 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     folder = corpora / "changed-keys"
     tiny_trainer(folder, "lora", "--training.steps", "20").train()
     stop_world()
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO"):
         tiny_trainer(folder, "lora", "--training.steps", "20", "--optimizer.lr", "0.09").train()
+    assert (
+        "training already complete: step 20, and [training] steps = 20; to continue, start it "
+        "with a larger --training.steps" in caplog.messages
+    )
     assert "changed since that checkpoint: optimizer.lr: 0.01 -> 0.09" in caplog.text
     assert not list((folder / "run").glob("config-from-step-*"))
 
