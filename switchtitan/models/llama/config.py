@@ -177,7 +177,7 @@ class LlamaFamilyConfig(ModelConfig):
         """See `contracts.ModelConfig`."""
         return {"size": None, **read_config(found)}
 
-    def huggingface_config(self, seq_len: int) -> dict[str, object]:
+    def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
         """Returns the config.json of transformers' class for this model."""
         return {
             "architectures": [self.huggingface_class],

@@ -1,0 +1,1 @@
+"""CoLA: LLaMA whose linear layers have a bottleneck with a nonlinearity."""
