@@ -1,8 +1,7 @@
-"""Models by name. To add one, add a folder here and a row in `MODELS`."""
+"""Models by name. To add one, add a file or a folder here and a row in `MODELS`."""
 
 from switchtitan.contracts import LanguageModel, ModelConfig
-from switchtitan.models.cola.config import ColaConfig
-from switchtitan.models.cola.model import build_cola
+from switchtitan.models.cola import ColaConfig, build_cola
 from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.models.llama.model import build_llama
 from switchtitan.models.qwen2.config import Qwen2Config

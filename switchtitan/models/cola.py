@@ -1,18 +1,25 @@
-"""The `[model]` section for CoLA."""
+"""CoLA (arXiv 2502.10940): LLaMA whose linear layers are B silu(A x)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.models.llama.config import MAX_WIDTH, LlamaFamilyConfig
 from switchtitan.models.llama.dimensions import LlamaDimensions
+from switchtitan.models.llama.model import Llama
 
 FACTORS = ("factor_a", "factor_b")
 """Local names of the two linear layers that replace each one of a block."""
+SILU_MEAN_SQUARE = 0.3557755
+"""Mean of silu(z)^2 for z of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +32,19 @@ class ColaDimensions(LlamaDimensions):
     def plain_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns LLaMA's (out, in) of the linear layers that the factors replace, by name."""
         shapes = super().linear_shapes()
-        shapes.pop("lm_head", None)
-        return shapes
+        return {name: shape for name, shape in shapes.items() if name != "lm_head"}
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns (out, in) of all factors and an untied head, by qualified name, in order."""
-        plain, name_a, name_b = self.plain_shapes(), *FACTORS
+        factor_a, factor_b = FACTORS
         shapes = {}
-        for name, (out_features, in_features) in plain.items():
-            shapes[f"{name}.{name_a}"] = (self.rank, in_features)
-            shapes[f"{name}.{name_b}"] = (out_features, self.rank)
-        others = {name: s for name, s in super().linear_shapes().items() if name not in plain}
-        return shapes | others
+        for name, (out_features, in_features) in super().linear_shapes().items():
+            if name == "lm_head":
+                shapes[name] = (out_features, in_features)
+            else:
+                shapes[f"{name}.{factor_a}"] = (self.rank, in_features)
+                shapes[f"{name}.{factor_b}"] = (out_features, self.rank)
+        return shapes
 
 
 class ColaConfig(LlamaFamilyConfig):
@@ -85,3 +93,47 @@ class ColaConfig(LlamaFamilyConfig):
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
         """Returns one error: no config.json describes this model."""
         return [f"model_type = {found.get('model_type')!r}, and [model] name = {self.name!r}"]
+
+
+class BottleneckLinear(nn.Module):
+    """y = B silu(A x): [..., in] -> [..., out]. `factor_a` is A, `factor_b` is B."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.factor_a = nn.Linear(in_features, rank, bias=False)
+        self.factor_b = nn.Linear(rank, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor_b(F.silu(self.factor_a(x)))
+
+
+class Cola(Llama):
+    """LLaMA with a `BottleneckLinear` in place of every linear layer of the blocks."""
+
+    dims: ColaDimensions
+
+    def __init__(self, dims: ColaDimensions, backend: str) -> None:
+        super().__init__(dims, backend)
+        for name, (out_features, in_features) in dims.plain_shapes().items():
+            self.set_submodule(name, BottleneckLinear(in_features, out_features, dims.rank))
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Returns the initial value of a parameter or buffer; fp32 on the CPU.
+
+        A is N(0, 1 / in), so that A x has unit variance if x has. B is normal too, so that the
+        outputs then have the variance of LLaMA's, init_std^2 in. The rest is as in LLaMA.
+        """
+        layer, _, local_name = name.removesuffix(".weight").rpartition(".")
+        if local_name not in FACTORS:
+            return super().initial_value(name, shape, generator)
+        _, in_features = self.dims.plain_shapes()[layer]
+        std = in_features**-0.5
+        if local_name == FACTORS[1]:
+            std = self.dims.init_std * math.sqrt(in_features / (self.dims.rank * SILU_MEAN_SQUARE))
+        value = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return value.normal_(0.0, std, generator=generator)
+
+
+def build_cola(config: ColaConfig) -> Cola:
+    """Builds the model on the current default device (the caller sets meta)."""
+    return Cola(config.dimensions(), config.attention)

@@ -1,1 +1,0 @@
-"""CoLA: LLaMA whose linear layers have a bottleneck with a nonlinearity."""
