@@ -79,7 +79,8 @@ def export_dense(
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
         raise CheckpointError(
-            f"[model] name = {config.name!r}: transformers has no class for this model"
+            f"[model] name = {config.name!r}: transformers has no class for this model; evaluate "
+            "and generate read the run's own checkpoint"
         )
     check_shapes(
         weights.shapes,

@@ -23,7 +23,8 @@ VARIANTS = {
     "candidates on the host": ("switchlora", ON_HOST),
     "muon": ("switchlora", MUON),
 }
-RUNS = {method: (method, ()) for method in METHOD_KEYS} | VARIANTS
+COLA = ("--model.name", "cola", "--model.rank", "5")
+RUNS = {method: (method, ()) for method in METHOD_KEYS} | VARIANTS | {"cola": ("full_rank", COLA)}
 # From the checkpoints of the layout that runs first.
 RESUMED_IN = ("two", "one", "four")
 # Updates change no bit, so factors equal candidates.

@@ -32,6 +32,7 @@ _LLAMA3 = (
 )
 _LINEAR = ("--model.rope_type", "linear", "--model.rope_factor", "2")
 _QWEN2 = ("--model.name", "qwen2")
+_COLA = ("--model.name", "cola", "--model.rank", "4")
 _MUON = ("--optimizer.name", "muon")
 # Matrices of at least 4096 elements have moments in 8 bits.
 _WIDE = ("--model.hidden_size", "64", "--model.intermediate_size", "128")
@@ -127,6 +128,8 @@ CASES: dict[str, list[str]] = {
     "tied head, accumulation, HSDP": ["full_rank", *_TIED, *_ACCUMULATE, *_HSDP],
     "biases": ["switchlora", *_QWEN2, *_LINEAR],
     "biases, HSDP": ["full_rank", *_QWEN2, *_TIED, *_HSDP],
+    "CoLA": ["full_rank", *_COLA],
+    "CoLA, HSDP": ["full_rank", *_COLA, *_HSDP],
 }
 if HAS_TORCHAO:
     CASES["adamw8bit"] = ["full_rank", "--optimizer.name", "adamw8bit", *_WIDE]

@@ -13,6 +13,7 @@ from switchtitan.generation.decoding import continuations
 from switchtitan.generation.sampling import Sampler, Sampling
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.models import MODELS
+from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.models.llama.model import Llama
 from switchtitan.models.qwen2.config import Qwen2Config
@@ -54,6 +55,14 @@ CONFIGS = {
         num_layers=2,
         vocab_size=53,
         rope_theta=1e6,
+    ),
+    "cola": ColaConfig(
+        hidden_size=32,
+        num_heads=4,
+        intermediate_size=37,
+        num_layers=2,
+        vocab_size=53,
+        rank=7,
     ),
     "equal heads": LlamaConfig(
         size="9m", hidden_size=24, num_heads=3, intermediate_size=31, num_layers=2, vocab_size=53
@@ -124,7 +133,7 @@ def test_prompts_do_not_affect_each_other(model):
     assert run(model) == [run(model, prompts=[prompt])[0] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "cola"])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path: Path):
     config = CONFIGS[name]
     model = random_model(config)

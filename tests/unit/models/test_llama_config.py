@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from switchtitan.errors import ConfigError, EnvironmentMismatchError
 from switchtitan.models import MODELS
+from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import SIZES, LlamaConfig, LlamaFamilyConfig
 from switchtitan.models.qwen2.config import Qwen2Config
 
@@ -58,6 +59,8 @@ SHAPES = {
         LlamaConfig(**SHAPES, tied_head=True, head_dim=4),
         Qwen2Config(**SHAPES),
         Qwen2Config(**SHAPES, tied_head=True),
+        ColaConfig(**SHAPES, rank=5),
+        ColaConfig(**SHAPES, rank=5, tied_head=True),
     ],
 )
 def test_shapes_equal_those_of_the_built_model(config: LlamaFamilyConfig) -> None:

@@ -1,0 +1,206 @@
+"""CoLA equals transformers' LLaMA with B silu(A x) in place of every linear layer of the blocks."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from support.commands import run
+from support.held_weights import HeldWeights
+from support.tiny import tiny_config, tiny_trainer, train_steps
+from support.trained import train_and_save
+from torch import nn
+from transformers import LlamaConfig as HuggingFaceConfig
+from transformers import LlamaForCausalLM
+
+from switchtitan.errors import CheckpointError, ConfigError
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.methods.full_rank import linear_weights
+from switchtitan.models import MODELS
+from switchtitan.models.cola import SILU_MEAN_SQUARE, BottleneckLinear, ColaConfig
+from switchtitan.models.llama.config import LlamaConfig
+
+KEYS: dict[str, Any] = {
+    "hidden_size": 36,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 29,
+    "num_layers": 2,
+    "vocab_size": 53,
+}
+RANK = 5
+COLA = ("--model.name", "cola", "--model.rank", str(RANK))
+TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % KEYS["vocab_size"]
+DOCUMENTS = torch.zeros_like(TOKENS, dtype=torch.int32)
+
+
+def transformers_model(activation: type[nn.Module]) -> LlamaForCausalLM:
+    """LLaMA of transformers, each of whose linear layers is two, with a function between them."""
+    other = LlamaForCausalLM(
+        HuggingFaceConfig(
+            hidden_size=KEYS["hidden_size"],
+            intermediate_size=KEYS["intermediate_size"],
+            num_hidden_layers=KEYS["num_layers"],
+            num_attention_heads=KEYS["num_heads"],
+            num_key_value_heads=KEYS["num_kv_heads"],
+            vocab_size=KEYS["vocab_size"],
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+        )
+    )
+    for block in other.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    first = nn.Linear(linear.in_features, RANK, bias=False)
+                    second = nn.Linear(RANK, linear.out_features, bias=False)
+                    setattr(part, name, nn.Sequential(first, activation(), second))
+    return other
+
+
+def test_logits_and_gradients_equal_those_of_transformers_layers() -> None:
+    torch.manual_seed(0)
+    ours = MODELS.build(ColaConfig(**KEYS, rank=RANK))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    names = {
+        name: name.replace(".factor_a.", ".0.").replace(".factor_b.", ".2.")
+        for name, _ in ours.named_parameters()
+    }
+    weights = {names[name]: value for name, value in ours.state_dict().items()}
+    theirs = transformers_model(nn.SiLU)
+    theirs.load_state_dict(weights, strict=True)
+    logits, expected = ours(TOKENS, DOCUMENTS), theirs(TOKENS).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    of_theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, of_theirs[names[name]].grad, rtol=1e-3, atol=1e-4
+        )
+    # The control: with products alone, the logits are others.
+    without = transformers_model(nn.Identity)
+    without.load_state_dict(weights, strict=True)
+    assert (without(TOKENS).logits - expected).abs().max() > 0.1
+
+
+def test_the_mean_square_of_silu_is_that_of_a_quadrature() -> None:
+    points, weights = np.polynomial.hermite_e.hermegauss(150)
+    squares = (points / (1 + np.exp(-points))) ** 2
+    assert pytest.approx((weights * squares).sum() / weights.sum(), rel=1e-6) == SILU_MEAN_SQUARE
+
+
+def test_outputs_start_with_the_variance_of_llamas() -> None:
+    shapes = {"hidden_size": 512, "num_heads": 8, "intermediate_size": 768, "num_layers": 1}
+    plain, cola = LlamaConfig(**shapes), ColaConfig(**shapes, rank=96)
+    x = torch.randn(400, 512, generator=torch.Generator().manual_seed(1))
+    spreads = {}
+    for config in (plain, cola):
+        with torch.device("meta"):
+            model = MODELS.build(config)
+        generator = torch.Generator().manual_seed(2)
+        values = {
+            name: model.initial_value(name, parameter.shape, generator)
+            for name, parameter in model.named_parameters()
+            if "gate_proj" in name
+        }
+        model.load_state_dict(values, strict=False, assign=True)
+        gate = model.get_submodule("model.layers.0.mlp.gate_proj")
+        spreads[config.name] = gate(x).std().item()
+    assert spreads["llama"] == pytest.approx(plain.init_std * math.sqrt(512), rel=0.02)
+    assert spreads["cola"] == pytest.approx(spreads["llama"], rel=0.05)
+
+
+def test_norms_and_embedding_start_as_in_llama() -> None:
+    values = []
+    for config in (LlamaConfig(**KEYS), ColaConfig(**KEYS, rank=RANK)):
+        model, generator = MODELS.build(config), torch.Generator().manual_seed(4)
+        values.append(
+            [
+                model.initial_value(name, torch.Size([36]), generator)
+                for name in ("model.embed_tokens.weight", "model.norm.weight")
+            ]
+        )
+    assert all(torch.equal(*pair) for pair in zip(*values, strict=True))
+
+
+def test_flops_are_six_for_each_weight_that_multiplies_and_those_of_attention() -> None:
+    config = ColaConfig(**KEYS, rank=RANK)
+    model = MODELS.build(config)
+    linear = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
+    )
+    of_attention = 12 * KEYS["num_layers"] * KEYS["hidden_size"] * 64
+    assert model.num_flops_per_token(64) == 6 * linear + of_attention
+    assert model.num_flops_per_token(64) < MODELS.build(LlamaConfig(**KEYS)).num_flops_per_token(64)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "rank"),
+        ({"rank": 0}, "greater than or equal to 1"),
+        # Two heads of keys and values have 12 features.
+        ({"rank": 12}, r"rank = 12: expected less than 12, the smaller dimension of .*k_proj"),
+        ({"rank": 5, "max_positions": 64}, "max_positions has no effect with name = 'cola'"),
+    ],
+)
+def test_wrong_keys_are_refused(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ColaConfig(**KEYS, **keys)
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora", "galore", "low_rank"])
+def test_methods_that_need_dense_layers_are_refused(tmp_path: Path, method: str) -> None:
+    with pytest.raises(ConfigError, match=r"no linear layer called 'q_proj'.* it has factor_a"):
+        tiny_config(tmp_path, method, *COLA)
+
+
+def test_lr_is_the_rate_of_both_factors(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "full_rank", *COLA)
+    model = MODELS.build(config.model)
+    factors = {
+        f"{name}.{factor}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, BottleneckLinear)
+        for factor in ("factor_a", "factor_b")
+    }
+    assert linear_weights(model) == factors
+    assert len(factors) == 2 * 7 * config.model.num_layers
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_it_learns(corpora: Path, optimizer: str) -> None:
+    keys = (*COLA, "--optimizer.name", optimizer)
+    trainer = tiny_trainer(corpora / f"cola-{optimizer}", "full_rank", *keys)
+    losses = train_steps(trainer, 12)
+    trainer.stepper.close()
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_run_is_evaluated_generates_text_and_is_not_exported(corpora: Path) -> None:
+    folder = corpora / "cola-commands"
+    train_and_save(folder, "full_rank", *COLA).stepper.close()
+    checkpoint = str(folder / "run")
+    assert "perplexity" in run("evaluate", checkpoint).output
+    assert run("generate", checkpoint, "--prompt", "def ", "--max-new-tokens", "3").status == 0
+    run("export", checkpoint).check_refused(
+        "[model] name = 'cola': transformers has no class for this model; evaluate and generate "
+        "read the run's own checkpoint"
+    )
+    assert not (folder / "run" / "exports").exists()
+
+
+def test_weights_of_llama_are_refused(tmp_path: Path) -> None:
+    plain = LlamaConfig(**KEYS)
+    export_dense(
+        HeldWeights(MODELS.build(plain).state_dict()), plain, tmp_path / "llama", torch.float32, 64
+    )
+    with pytest.raises(CheckpointError, match=r"model_type = 'llama', and \[model\] name = 'cola'"):
+        read_initial_weights(tmp_path / "llama", ColaConfig(**KEYS, rank=RANK))
