@@ -120,14 +120,14 @@ def ablation_table(of: Comparison, rows: Sequence[str]) -> str:
 
 
 def overview_table(
-    rows: Mapping[str, tuple[Comparison, str, Comparison]], other: Comparison
+    rows: Mapping[str, tuple[Comparison, str, Comparison]], others: Sequence[Comparison]
 ) -> str:
     """Returns rows of several comparisons by their distance to full rank, the best one first.
 
     Args:
         rows: name in the first column -> comparison, row, and the comparison with full rank's runs
             of the same seeds.
-        other: has some of the rows on another corpus.
+        others: have some of the rows on another corpus; the first that has a row is taken.
     """
     distances = {
         title: between(of, row, base, base.baseline) for title, (of, row, base) in rows.items()
@@ -136,16 +136,22 @@ def overview_table(
     lines = []
     for title in sorted(rows, key=lambda title: distances[title].mean):
         of, row, _ = rows[title]
-        ranks = summarize(of.values(row, "effective_rank"))
-        cells = [title, *_size(of, row), f"{ranks.mean:.1f}"]
+        cells = [title, *_size(of, row), _comparable_rank(of, row)]
         if row == of.baseline:
             cells += [UNKNOWN, UNKNOWN]
         else:
             cells.append(interval(distances[title]))
-            is_there = row in other.rows
-            cells.append(interval(other.minus(row, other.baseline)) if is_there else "")
+            other = next((other for other in others if row in other.rows), None)
+            cells.append("" if other is None else interval(other.minus(row, other.baseline)))
         lines.append(cells)
     return _table(header, lines)
+
+
+def _comparable_rank(of: Comparison, row: str) -> str:
+    """Returns the mean effective rank of the change, unless the row has another model, in whose
+    layers a rank means something else."""
+    names = {of.config(each).model.name for each in (row, of.baseline)}
+    return f"{summarize(of.values(row, 'effective_rank')).mean:.1f}" if len(names) == 1 else UNKNOWN
 
 
 def changes_table(changed: Mapping[str, Sequence[Change]]) -> str:

@@ -226,7 +226,7 @@ def test_the_overview_has_the_best_row_first_and_distances_to_the_same_seeds(fol
         "Muon, other base": (today, "muon", preset),
         "control": (preset, "lora-balanced-r16", preset),
     }
-    _, _, *lines = results_tables.overview_table(rows, english).splitlines()
+    _, _, *lines = results_tables.overview_table(rows, [english]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in cells][:2] == ["full", "Muon"]
     found = {row[0]: row[4:] for row in cells}

@@ -48,10 +48,12 @@ def expected_counts(config: JobConfig) -> dict[str, int]:
         assert dims.num_kv_heads == dims.num_heads
     around = 2 * config.model.vocab_size * hidden + (2 * num_layers + 1) * hidden
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
-    if method["name"] not in ("low_rank", "lora", "relora", "sltrain", "switchlora"):
-        return {"trainable": around + dense, "frozen": 0, "buffers": 0}
     # Sum of out + in over the seven layers of all blocks. In each, min(out, in) is the hidden size.
     sides = num_layers * (4 * 2 * hidden + 3 * (hidden + wide))
+    if config.model.name == "cola":
+        return {"trainable": around + config.model.rank * sides, "frozen": 0, "buffers": 0}
+    if method["name"] not in ("low_rank", "lora", "relora", "sltrain", "switchlora"):
+        return {"trainable": around + dense, "frozen": 0, "buffers": 0}
     assert hidden <= wide
     sparse = 0
     if method["name"] == "sltrain":
