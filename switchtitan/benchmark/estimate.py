@@ -27,7 +27,7 @@ MEMORY_ASSUMPTIONS = (
 ASSUMPTIONS = (
     *MEMORY_ASSUMPTIONS,
     "FLOPs are those of matrix products and attention; the ratio compares FLOPs, not times, with "
-    "full-rank training without recomputation",
+    "full-rank training of the same model without recomputation",
 )
 """Assumptions of the estimates."""
 _NUM_SIMULATED = 3

@@ -1,12 +1,10 @@
 """CoLA (arXiv 2502.10940): LLaMA whose linear layers are B silu(A x)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -18,18 +16,20 @@ from switchtitan.models.llama.model import Llama
 
 FACTORS = ("factor_a", "factor_b")
 """Local names of the two linear layers that replace each one of a block."""
-SILU_MEAN_SQUARE = 0.3557755
-"""Mean of silu(z)^2 for z of the standard normal distribution."""
+MEAN_SQUARES = {"silu": 0.3557755, "none": 1.0}
+"""Mean of f(z)^2 for z of the standard normal distribution, for each function f."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ColaDimensions(LlamaDimensions):
     """Everything that determines a CoLA model's shapes and function."""
 
-    rank: int = 1
+    rank: int
     """Number of features between the factors."""
+    activation: str
+    """The function between the factors."""
 
-    def plain_shapes(self) -> dict[str, tuple[int, int]]:
+    def replaced_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns LLaMA's (out, in) of the linear layers that the factors replace, by name."""
         shapes = super().linear_shapes()
         return {name: shape for name, shape in shapes.items() if name != "lm_head"}
@@ -51,9 +51,9 @@ class ColaConfig(LlamaFamilyConfig):
     """CoLA (arXiv 2502.10940): LLaMA in which every linear layer of the blocks is B silu(A x), a
     bottleneck of `rank` features. It is a model and not a method, because no dense weight computes
     the same. Train it with `[method] name = "full_rank"`, which trains the factors. It can be
-    evaluated and generate text, and cannot be exported: transformers has no class for it. Two
-    choices are ours: the MLP keeps its gate, and the factors start so that outputs have about the
-    variance of LLaMA's at the start."""
+    evaluated and generate text. It cannot be exported, and has no `from_folder`: transformers has
+    no class for it. The MLP keeps LLaMA's gate. The initial values are ours: outputs start with the
+    mean square of LLaMA's, for inputs of a normal distribution."""
 
     name: Literal["cola"] = "cola"
     """Name of the model."""
@@ -61,10 +61,15 @@ class ColaConfig(LlamaFamilyConfig):
     """Number of features between A and B: at least 1, and below the smaller dimension of every
     linear layer that they replace. The authors' scripts have 128 for size 60m, 256 for 130m and
     350m, 512 for 1b and 1024 for 7b."""
+    activation: Literal["silu", "none"] = "silu"
+    """Function between A and B. "none" is for comparisons: the products B A alone."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal distribution that initializes embedding and head, and that
+    would initialize the linear layers that the factors replace."""
 
     @model_validator(mode="after")
     def _check_rank(self) -> Self:
-        shapes = self.dimensions().plain_shapes()
+        shapes = self.dimensions().replaced_shapes()
         name, shape = min(shapes.items(), key=lambda item: min(item[1]))
         if self.rank >= min(shape):
             raise ValueError(
@@ -84,27 +89,33 @@ class ColaConfig(LlamaFamilyConfig):
         """Returns LLaMA's dimensions and the rank."""
         plain = super().dimensions()
         return ColaDimensions(
-            **{field.name: getattr(plain, field.name) for field in fields(plain)}, rank=self.rank
+            **{field.name: getattr(plain, field.name) for field in fields(plain)},
+            rank=self.rank,
+            activation=self.activation,
         )
 
     def huggingface_config(self, seq_len: int) -> None:
         """Returns None: transformers has no class for this model."""
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Returns one error: no config.json describes this model."""
-        return [f"model_type = {found.get('model_type')!r}, and [model] name = {self.name!r}"]
+        """Returns one error."""
+        return [
+            f"model_type = {found.get('model_type')!r}, and no config.json describes [model] "
+            f"name = {self.name!r}"
+        ]
 
 
 class BottleneckLinear(nn.Module):
-    """y = B silu(A x): [..., in] -> [..., out]. `factor_a` is A, `factor_b` is B."""
+    """y = B f(A x): [..., in] -> [..., out]. `factor_a` is A, `factor_b` is B."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, activation: str) -> None:
         super().__init__()
         self.factor_a = nn.Linear(in_features, rank, bias=False)
+        self.activation = nn.SiLU() if activation == "silu" else nn.Identity()
         self.factor_b = nn.Linear(rank, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.factor_b(F.silu(self.factor_a(x)))
+        return self.factor_b(self.activation(self.factor_a(x)))
 
 
 class Cola(Llama):
@@ -114,22 +125,28 @@ class Cola(Llama):
 
     def __init__(self, dims: ColaDimensions, backend: str) -> None:
         super().__init__(dims, backend)
-        for name, (out_features, in_features) in dims.plain_shapes().items():
-            self.set_submodule(name, BottleneckLinear(in_features, out_features, dims.rank))
+        self._num_inputs: dict[str, int] = {}
+        for name, (out_features, in_features) in dims.replaced_shapes().items():
+            layer = BottleneckLinear(in_features, out_features, dims.rank, dims.activation)
+            self.set_submodule(name, layer)
+            self._num_inputs[name] = in_features
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Returns the initial value of a parameter or buffer; fp32 on the CPU.
+        """Returns the initial value of a parameter; fp32 on the CPU.
 
-        A is N(0, 1 / in), so that A x has unit variance if x has. B is normal too, so that the
-        outputs then have the variance of LLaMA's, init_std^2 in. The rest is as in LLaMA.
+        A is N(0, 1 / in), so that A x is N(0, 1) if x is. B is normal too, and outputs then have
+        the mean square of LLaMA's, init_std^2 in. silu has a mean above zero, so a larger part of
+        an output is the same for all tokens than in LLaMA. The rest is as in LLaMA.
         """
         layer, _, local_name = name.removesuffix(".weight").rpartition(".")
         if local_name not in FACTORS:
             return super().initial_value(name, shape, generator)
-        _, in_features = self.dims.plain_shapes()[layer]
-        std = in_features**-0.5
-        if local_name == FACTORS[1]:
-            std = self.dims.init_std * math.sqrt(in_features / (self.dims.rank * SILU_MEAN_SQUARE))
+        in_features, dims = self._num_inputs[layer], self.dims
+        if local_name == FACTORS[0]:
+            std = in_features**-0.5
+        else:
+            between = dims.rank * MEAN_SQUARES[dims.activation]
+            std = dims.init_std * (in_features / between) ** 0.5
         value = torch.empty(shape, dtype=torch.float32, device="cpu")
         return value.normal_(0.0, std, generator=generator)
 

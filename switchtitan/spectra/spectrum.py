@@ -62,8 +62,13 @@ def numerical_rank(values: Tensor) -> int:
 
 
 def layer_kind(name: str) -> str:
-    """Returns a layer's local name: "model.layers.0.mlp.up_proj" -> "up_proj"."""
-    return name.rpartition(".")[2]
+    """Returns a layer's name within its part of a block: "model.layers.0.mlp.up_proj" -> "up_proj".
+
+    Of a layer outside the blocks, the local name.
+    """
+    parts = name.split(".")
+    index = next((at for at in reversed(range(len(parts))) if parts[at].isdigit()), len(parts))
+    return ".".join(parts[index + 2 :]) or parts[-1]
 
 
 def layers_by_kind(names: Collection[str]) -> dict[str, list[str]]:

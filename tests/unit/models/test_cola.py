@@ -20,9 +20,11 @@ from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.methods.full_rank import linear_weights
+from switchtitan.methods.lowrank.config import ADAPTED_LINEARS
 from switchtitan.models import MODELS
-from switchtitan.models.cola import SILU_MEAN_SQUARE, BottleneckLinear, ColaConfig
+from switchtitan.models.cola import MEAN_SQUARES, BottleneckLinear, ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
+from switchtitan.spectra.spectrum import layers_by_kind
 
 KEYS: dict[str, Any] = {
     "hidden_size": 36,
@@ -85,20 +87,27 @@ def test_logits_and_gradients_equal_those_of_transformers_layers() -> None:
             parameter.grad, of_theirs[names[name]].grad, rtol=1e-3, atol=1e-4
         )
     # The control: with products alone, the logits are others.
-    without = transformers_model(nn.Identity)
-    without.load_state_dict(weights, strict=True)
-    assert (without(TOKENS).logits - expected).abs().max() > 0.1
+    products = MODELS.build(ColaConfig(**KEYS, rank=RANK, activation="none"))
+    products.load_state_dict(ours.state_dict())
+    assert (products(TOKENS, DOCUMENTS) - expected).abs().max() > 0.1
+    theirs = transformers_model(nn.Identity)
+    theirs.load_state_dict(weights, strict=True)
+    found = products(TOKENS, DOCUMENTS)
+    torch.testing.assert_close(found, theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mean_square_of_silu_is_that_of_a_quadrature() -> None:
     points, weights = np.polynomial.hermite_e.hermegauss(150)
     squares = (points / (1 + np.exp(-points))) ** 2
-    assert pytest.approx((weights * squares).sum() / weights.sum(), rel=1e-6) == SILU_MEAN_SQUARE
+    assert (
+        pytest.approx((weights * squares).sum() / weights.sum(), rel=1e-6) == MEAN_SQUARES["silu"]
+    )
 
 
-def test_outputs_start_with_the_variance_of_llamas() -> None:
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_outputs_start_with_the_mean_square_of_llamas(activation: str) -> None:
     shapes = {"hidden_size": 512, "num_heads": 8, "intermediate_size": 768, "num_layers": 1}
-    plain, cola = LlamaConfig(**shapes), ColaConfig(**shapes, rank=96)
+    plain, cola = LlamaConfig(**shapes), ColaConfig(**shapes, rank=96, activation=activation)
     x = torch.randn(400, 512, generator=torch.Generator().manual_seed(1))
     spreads = {}
     for config in (plain, cola):
@@ -112,7 +121,7 @@ def test_outputs_start_with_the_variance_of_llamas() -> None:
         }
         model.load_state_dict(values, strict=False, assign=True)
         gate = model.get_submodule("model.layers.0.mlp.gate_proj")
-        spreads[config.name] = gate(x).std().item()
+        spreads[config.name] = gate(x).square().mean().sqrt().item()
     assert spreads["llama"] == pytest.approx(plain.init_std * math.sqrt(512), rel=0.02)
     assert spreads["cola"] == pytest.approx(spreads["llama"], rel=0.05)
 
@@ -157,7 +166,7 @@ def test_wrong_keys_are_refused(keys: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "galore", "low_rank"])
-def test_methods_that_need_dense_layers_are_refused(tmp_path: Path, method: str) -> None:
+def test_other_methods_find_none_of_their_default_targets(tmp_path: Path, method: str) -> None:
     with pytest.raises(ConfigError, match=r"no linear layer called 'q_proj'.* it has factor_a"):
         tiny_config(tmp_path, method, *COLA)
 
@@ -197,10 +206,24 @@ def test_a_run_is_evaluated_generates_text_and_is_not_exported(corpora: Path) ->
     assert not (folder / "run" / "exports").exists()
 
 
+def test_kinds_of_layers_keep_the_names_of_the_layers_that_factors_replace() -> None:
+    kinds = layers_by_kind(ColaConfig(**KEYS, rank=RANK).linear_shapes())
+    assert len(kinds) == 2 * 7 + 1
+    assert kinds["q_proj.factor_a"] == [
+        f"model.layers.{index}.self_attn.q_proj.factor_a" for index in range(KEYS["num_layers"])
+    ]
+    assert list(layers_by_kind(LlamaConfig(**KEYS).linear_shapes())) == [
+        *ADAPTED_LINEARS,
+        "lm_head",
+    ]
+
+
 def test_weights_of_llama_are_refused(tmp_path: Path) -> None:
     plain = LlamaConfig(**KEYS)
     export_dense(
         HeldWeights(MODELS.build(plain).state_dict()), plain, tmp_path / "llama", torch.float32, 64
     )
-    with pytest.raises(CheckpointError, match=r"model_type = 'llama', and \[model\] name = 'cola'"):
+    with pytest.raises(
+        CheckpointError, match=r"'llama', and no config.json describes \[model\] name = 'cola'"
+    ):
         read_initial_weights(tmp_path / "llama", ColaConfig(**KEYS, rank=RANK))
