@@ -99,9 +99,8 @@ def test_logits_and_gradients_equal_those_of_transformers_layers() -> None:
 def test_the_mean_square_of_silu_is_that_of_a_quadrature() -> None:
     points, weights = np.polynomial.hermite_e.hermegauss(150)
     squares = (points / (1 + np.exp(-points))) ** 2
-    assert (
-        pytest.approx((weights * squares).sum() / weights.sum(), rel=1e-6) == MEAN_SQUARES["silu"]
-    )
+    expected = (weights * squares).sum() / weights.sum()
+    assert MEAN_SQUARES["silu"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["silu", "none"])
@@ -221,7 +220,11 @@ def test_kinds_of_layers_keep_the_names_of_the_layers_that_factors_replace() -> 
 def test_weights_of_llama_are_refused(tmp_path: Path) -> None:
     plain = LlamaConfig(**KEYS)
     export_dense(
-        HeldWeights(MODELS.build(plain).state_dict()), plain, tmp_path / "llama", torch.float32, 64
+        HeldWeights(MODELS.build(plain).state_dict()),
+        plain,
+        tmp_path / "llama",
+        torch.float32,
+        seq_len=64,
     )
     with pytest.raises(
         CheckpointError, match=r"'llama', and no config.json describes \[model\] name = 'cola'"
