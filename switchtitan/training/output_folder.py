@@ -13,7 +13,8 @@ from switchtitan.errors import ConfigError
 _VISIBLE_WITHIN_S = 10.0
 """Network file systems may show a new file late."""
 _TRIES = 20
-"""Another process may delete a folder that it created between our look at it and its use."""
+"""How often to look at a folder, or create it, before a failure is an error: another process may
+delete a folder that it created between our look and our use."""
 _TRY_AGAIN_S = 0.01
 
 
@@ -47,9 +48,10 @@ def check_writable(output_dir: Path) -> None:
     """
     try:
         nearest, problem = _nearest_and_problem(output_dir)
-        for _ in range(_TRIES):
-            if problem is None or nearest.exists():
+        for _ in range(_TRIES - 1):
+            if problem is None:
                 break
+            time.sleep(_TRY_AGAIN_S)
             nearest, problem = _nearest_and_problem(output_dir)
     except OSError as error:  # a folder above it cannot be entered
         raise cannot_write(output_dir, error) from error
