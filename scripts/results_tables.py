@@ -148,8 +148,8 @@ def overview_table(
 
 
 def _comparable_rank(of: Comparison, row: str) -> str:
-    """Returns the mean effective rank of the change, unless the row has another model, in whose
-    layers a rank means something else."""
+    """Returns the mean effective rank of the change, unless the row has a model of another kind, in
+    whose layers a rank means something else."""
     names = {of.config(each).model.name for each in (row, of.baseline)}
     return f"{summarize(of.values(row, 'effective_rank')).mean:.1f}" if len(names) == 1 else UNKNOWN
 

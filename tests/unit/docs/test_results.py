@@ -211,22 +211,24 @@ def test_the_change_of_a_distance_is_a_paired_t_test(folder):
 
 def test_the_overview_has_the_best_row_first_and_distances_to_the_same_seeds(folder):
     """Distances of rows of other comparisons are to full rank's runs of the seeds they share."""
-    distances = {"preset_python": 0.1, "optimizers_python": 0.05, "own_rate_english": 0.2}
+    distances = {"preset_python": 0.1, "optimizers_python": 0.05, "cola_python": 0.3}
+    distances |= {"own_rate_english": 0.2, "preset_english": 0.4}
     of = {}
     for name, distance in distances.items():
         # Full rank's loss differs by 0.5 between the first two.
         shift = 0.5 if name == "optimizers_python" else 0.0
         write_runs(folder, name, lambda run, d=distance, s=shift: made_up_loss(run, d) + s)
         of[name] = results_data.read_comparison(folder, name)
-    preset, today, english = of.values()
+    preset, today, cola, english, newer = of.values()
     rows = {
         "full": (preset, "full_rank", preset),
         "gentle": (preset, "switchlora-gentle-r16", preset),
         "Muon": (today, "muon", today),
         "Muon, other base": (today, "muon", preset),
         "control": (preset, "lora-balanced-r16", preset),
+        "CoLA": (cola, "cola-r16", cola),
     }
-    _, _, *lines = results_tables.overview_table(rows, [english]).splitlines()
+    _, _, *lines = results_tables.overview_table(rows, [english, newer]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in cells][:2] == ["full", "Muon"]
     found = {row[0]: row[4:] for row in cells}
@@ -238,9 +240,14 @@ def test_the_overview_has_the_best_row_first_and_distances_to_the_same_seeds(fol
     ):
         expected = mean(made_up_distance(seed, row, distance) for seed in preset.seeds) + shift
         assert float(found[title][0].split()[0]) == pytest.approx(expected, abs=5e-4)
-        assert found[title][1] == ""
-    expected = mean(made_up_distance(seed, "lora-balanced-r16", 0.2) for seed in english.seeds)
-    assert float(found["control"][1].split()[0]) == pytest.approx(expected, abs=5e-4)
+    assert found["CoLA"][1] == ""
+    # The first comparison with the row counts.
+    for title, row, distance in (("control", "lora-balanced-r16", 0.2), ("Muon", "muon", 0.4)):
+        expected = mean(made_up_distance(seed, row, distance) for seed in english.seeds)
+        assert float(found[title][1].split()[0]) == pytest.approx(expected, abs=5e-4)
+    ranks = {row[0]: row[3] for row in cells}
+    assert ranks["CoLA"] == "-", "its layers have no dense weight"
+    assert ranks["gentle"] == f"{50 + mean(preset.seeds):.1f}"
 
 
 def test_rows_with_the_same_budget_have_their_own_tokens(folder):
