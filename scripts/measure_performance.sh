@@ -47,7 +47,7 @@ measure_methods() { # steps compared with full rank's, at rank hidden/8
 
 measure_products() { # layers without a frozen weight, at rank hidden/8
     benchmark step $F $F:method.name=low_rank,method.rank=64 $F:method.name=sltrain,method.rank=64 \
-        "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
+        $F:model.name=cola,model.rank=64 "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
 measure_host() { # matrices so small that the host is the limit
