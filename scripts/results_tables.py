@@ -47,6 +47,13 @@ def percent(share: Share | None) -> str:
     return f"{100 * share.mean:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f} %)"
 
 
+def p_value(of: Versus) -> str:
+    """Returns the adjusted p-value of a difference: `p 0.012`, or `p < 0.001`."""
+    smallest = 10.0**-_DIGITS
+    is_small = of.adjusted_p < smallest
+    return f"p < {smallest:g}" if is_small else f"p {of.adjusted_p:.{_DIGITS}f}"
+
+
 def number(value: float, digits: int = _DIGITS) -> str:
     """Returns a number with a fixed number of decimals."""
     return f"{value:.{digits}f}"
