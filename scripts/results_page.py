@@ -36,20 +36,10 @@ REPORTED = "reported.csv"
 _LEVEL = f"{100 * (1 - LEVEL):.0f} %"
 _PUBLISHED = "published"
 _FUNCTIONS = (
-    *(
-        "interval",
-        "percent",
-        "p_value",
-        "number",
-        "mean",
-        "millions",
-        "seeds",
-        "missing",
-        "mean_loss",
-    ),
+    *("interval", "percent", "number", "mean", "millions", "seeds", "missing", "mean_loss"),
     *("overview_table", "results_table", "changes_table", "ablation_table", "geometry_table"),
     *("budget_table", "size_table", "rate_table", "distance_table", "law_table"),
-    *("in_words", "num_switches", "rank_correlation"),
+    *("in_words", "p_value", "num_switches", "rank_correlation"),
 )
 """Functions of `results_tables` that the template can call."""
 _CODE_OR_LINK = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", re.DOTALL)

@@ -52,6 +52,19 @@ def test_every_csv_file_is_behind_the_pages():
     assert all(f"[{name}]({name})" in provenance for name in files)
 
 
+def test_a_p_value_below_the_last_digit_is_no_zero():
+    pairs = results_data.read_comparison(results_page.FOLDER, "switching_python").pairs(
+        [
+            ("switchlora-gentle-muon-r16", "lora-balanced-r16"),
+            ("switchlora-gentle-r16", "lora-balanced-r16"),
+        ]
+    )
+    small, large = (results_tables.p_value(pair) for pair in pairs)
+    assert pairs[0].adjusted_p < 0.001 < pairs[1].adjusted_p
+    assert small == "p < 0.001"
+    assert large == f"p {pairs[1].adjusted_p:.3f}"
+
+
 def test_another_loss_gives_another_page(folder):
     change_losses(folder / "rank_16.csv", "galore-r16", 0.01)
     changed = results_page.results_pages(folder)[ONE_RATE]
