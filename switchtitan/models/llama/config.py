@@ -98,9 +98,9 @@ class LlamaFamilyConfig(ModelConfig):
     def _check_size(self) -> Self:
         missing = [key for key in _SIZE_KEYS if getattr(self, key) is None]
         if self.size is None and missing:
+            alone = ", or from_folder alone" if self.huggingface_types else ""
             raise ValueError(
-                f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}, or "
-                "from_folder alone"
+                f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}{alone}"
             )
         dims = self.dimensions()
         if dims.hidden_size % dims.num_heads:

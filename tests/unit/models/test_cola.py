@@ -164,6 +164,14 @@ def test_wrong_keys_are_refused(keys: dict[str, object], message: str) -> None:
         ColaConfig(**KEYS, **keys)
 
 
+def test_a_missing_size_does_not_suggest_a_folder_which_cannot_have_cola() -> None:
+    with pytest.raises(ValidationError, match="size is missing") as cola:
+        ColaConfig(rank=RANK)
+    with pytest.raises(ValidationError, match="or from_folder alone"):
+        LlamaConfig()
+    assert "from_folder" not in str(cola.value)
+
+
 @pytest.mark.parametrize("method", ["lora", "switchlora", "galore", "low_rank"])
 def test_other_methods_find_none_of_their_default_targets(tmp_path: Path, method: str) -> None:
     with pytest.raises(ConfigError, match=r"no linear layer called 'q_proj'.* it has factor_a"):
