@@ -100,7 +100,8 @@ class LlamaFamilyConfig(ModelConfig):
         if self.size is None and missing:
             alone = ", or from_folder alone" if self.huggingface_types else ""
             raise ValueError(
-                f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}{alone}"
+                f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}"
+                f"{alone}"
             )
         dims = self.dimensions()
         if dims.hidden_size % dims.num_heads:
