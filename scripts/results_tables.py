@@ -48,7 +48,9 @@ def percent(share: Share | None) -> str:
 
 
 def p_value(of: Versus) -> str:
-    """Returns the adjusted p-value of a difference: `p 0.012`, or `p < 0.001`."""
+    """Returns the adjusted p-value of a difference: `p 0.012`, or `p < 0.001`; `-` of one seed."""
+    if of.adjusted_p is None:
+        return UNKNOWN
     smallest = 10.0**-_DIGITS
     is_small = of.adjusted_p < smallest
     return f"p < {smallest:g}" if is_small else f"p {of.adjusted_p:.{_DIGITS}f}"

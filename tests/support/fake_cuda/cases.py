@@ -129,7 +129,7 @@ CASES: dict[str, list[str]] = {
     "biases": ["switchlora", *_QWEN2, *_LINEAR],
     "biases, HSDP": ["full_rank", *_QWEN2, *_TIED, *_HSDP],
     "CoLA": ["full_rank", *_COLA],
-    "CoLA, HSDP": ["full_rank", *_COLA, *_HSDP],
+    "CoLA without silu, HSDP": ["full_rank", *_COLA, "--model.activation", "none", *_HSDP],
 }
 if HAS_TORCHAO:
     CASES["adamw8bit"] = ["full_rank", "--optimizer.name", "adamw8bit", *_WIDE]

@@ -151,9 +151,11 @@ def test_a_folder_that_cannot_be_written_is_one_message(
 
 
 _EXPORT_AND_STOP = """
-import os, sys
+import os, signal, sys
 from switchtitan.cli import export, main
 
+# Shells start background jobs with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 signal_number = int(sys.argv.pop())
 if signal_number:
     export.write_model_card = lambda *args: os.kill(os.getpid(), signal_number)
