@@ -47,19 +47,17 @@ def check_writable(output_dir: Path) -> None:
         ConfigError: if not.
     """
     try:
-        nearest, problem = _nearest_and_problem(output_dir)
-        for _ in range(_TRIES - 1):
-            if problem is None:
-                break
-            time.sleep(_TRY_AGAIN_S)
+        for _ in range(_TRIES):
             nearest, problem = _nearest_and_problem(output_dir)
+            if problem is None:
+                return
+            time.sleep(_TRY_AGAIN_S)
     except OSError as error:  # a folder above it cannot be entered
         raise cannot_write(output_dir, error) from error
-    if problem is not None:
-        raise ConfigError(
-            f"[job] output_dir = {str(output_dir)!r}: expected a writable folder, but {nearest} is "
-            f"{problem}; choose another"
-        )
+    raise ConfigError(
+        f"[job] output_dir = {str(output_dir)!r}: expected a writable folder, but {nearest} is "
+        f"{problem}; choose another"
+    )
 
 
 def _nearest_and_problem(folder: Path) -> tuple[Path, str | None]:
