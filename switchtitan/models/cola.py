@@ -1,10 +1,9 @@
 """CoLA (arXiv 2502.10940): LLaMA whose linear layers are B silu(A x)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -36,15 +35,14 @@ class ColaDimensions(LlamaDimensions):
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns (out, in) of all factors and an untied head, by qualified name, in order."""
+        shapes = super().linear_shapes()
         factor_a, factor_b = FACTORS
-        shapes = {}
-        for name, (out_features, in_features) in super().linear_shapes().items():
-            if name == "lm_head":
-                shapes[name] = (out_features, in_features)
-            else:
-                shapes[f"{name}.{factor_a}"] = (self.rank, in_features)
-                shapes[f"{name}.{factor_b}"] = (out_features, self.rank)
-        return shapes
+        factors = {}
+        for name, (out_features, in_features) in self.replaced_shapes().items():
+            del shapes[name]
+            factors[f"{name}.{factor_a}"] = (self.rank, in_features)
+            factors[f"{name}.{factor_b}"] = (out_features, self.rank)
+        return factors | shapes
 
 
 class ColaConfig(LlamaFamilyConfig):
@@ -87,12 +85,8 @@ class ColaConfig(LlamaFamilyConfig):
 
     def dimensions(self) -> ColaDimensions:
         """Returns LLaMA's dimensions and the rank."""
-        plain = super().dimensions()
-        return ColaDimensions(
-            **{field.name: getattr(plain, field.name) for field in fields(plain)},
-            rank=self.rank,
-            activation=self.activation,
-        )
+        plain = vars(super().dimensions())
+        return ColaDimensions(**plain, rank=self.rank, activation=self.activation)
 
     def huggingface_config(self, seq_len: int) -> None:
         """Returns None: transformers has no class for this model."""
@@ -125,14 +119,12 @@ class Cola(Llama):
 
     def __init__(self, dims: ColaDimensions, backend: str) -> None:
         super().__init__(dims, backend)
-        self._num_inputs: dict[str, int] = {}
         for name, (out_features, in_features) in dims.replaced_shapes().items():
             layer = BottleneckLinear(in_features, out_features, dims.rank, dims.activation)
             self.set_submodule(name, layer)
-            self._num_inputs[name] = in_features
 
-    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Returns the initial value of a parameter; fp32 on the CPU.
+    def initial_std(self, name: str) -> float:
+        """See `Llama.initial_std`.
 
         A is N(0, 1 / in), so that A x is N(0, 1) if x is. B is normal too, and outputs then have
         the mean square of LLaMA's, init_std^2 in. silu has a mean above zero, so a larger part of
@@ -140,15 +132,14 @@ class Cola(Llama):
         """
         layer, _, local_name = name.removesuffix(".weight").rpartition(".")
         if local_name not in FACTORS:
-            return super().initial_value(name, shape, generator)
-        in_features, dims = self._num_inputs[layer], self.dims
+            return super().initial_std(name)
+        bottleneck, dims = self.get_submodule(layer), self.dims
+        assert isinstance(bottleneck, BottleneckLinear)
+        in_features = bottleneck.factor_a.in_features
         if local_name == FACTORS[0]:
-            std = in_features**-0.5
-        else:
-            between = dims.rank * MEAN_SQUARES[dims.activation]
-            std = dims.init_std * (in_features / between) ** 0.5
-        value = torch.empty(shape, dtype=torch.float32, device="cpu")
-        return value.normal_(0.0, std, generator=generator)
+            return float(in_features**-0.5)
+        between = dims.rank * MEAN_SQUARES[dims.activation]
+        return float(dims.init_std * (in_features / between) ** 0.5)
 
 
 def build_cola(config: ColaConfig) -> Cola:

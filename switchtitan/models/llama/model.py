@@ -201,13 +201,18 @@ class Llama(LanguageModel):
         return [[self.model.embed_tokens], [self.model.norm, self.lm_head]]
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Returns ones for norms, zeros for biases, otherwise N(0, init_std^2); fp32 on the CPU."""
+        """Returns ones for norms, zeros for biases, otherwise N(0, `initial_std`^2); fp32 on the
+        CPU."""
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float32, device="cpu")
         if name.endswith(".bias"):
             return torch.zeros(shape, dtype=torch.float32, device="cpu")
         value = torch.empty(shape, dtype=torch.float32, device="cpu")
-        return value.normal_(0.0, self.dims.init_std, generator=generator)
+        return value.normal_(0.0, self.initial_std(name), generator=generator)
+
+    def initial_std(self, name: str) -> float:
+        """Returns the standard deviation of a parameter that starts with a normal distribution."""
+        return self.dims.init_std
 
     def num_flops_per_token(self, seq_len: int) -> int:
         """See `LlamaDimensions.num_flops_per_token`."""
