@@ -2,16 +2,14 @@
 # Runs the tests. Sets up the environment.
 #
 #   ./scripts/test.sh                        all tests, on all cores
-#   ./scripts/test.sh --quick                unit tests of less than about five seconds each
-#   ./scripts/test.sh --faults               tests/faults in full, on all cores: an hour or more;
-#                                            all other calls run a sample of its cases.
-#                                            What each test did is appended to the file that
-#                                            SWITCHTITAN_FAULTS_REPORT names; default: a new
-#                                            outputs/faults.jsonl
+#   ./scripts/test.sh --quick                tests/unit: no ranks, no other processes, no compiler
+#   ./scripts/test.sh --faults               tests/faults in full, an hour or more; all other calls
+#                                            run a sample of its cases
+#   ./scripts/test.sh --mutations [-k TEXT]  plants the faults of tests/support/mutations.toml, one
+#                                            at a time; tests must notice each
 #   ./scripts/test.sh tests/unit -k switch   some tests, in one process; arguments are pytest's
 #
-# Tests see no GPU, except those marked `gpu`: with a GPU, the first command runs them last, and fails
-# if all of them are skipped.
+# Tests see no GPU, except those marked `gpu`; with a GPU, the first command runs them last.
 # PYTEST_XDIST_AUTO_NUM_WORKERS=N sets the number of processes; default: one per core, at most 8.
 set -euo pipefail
 
@@ -33,32 +31,25 @@ fi
 export PYTEST_XDIST_AUTO_NUM_WORKERS
 
 # The tests of a file share trained runs, so one process runs them.
-parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=20)
 case "${1:-}" in
     '')
         status=0
-        "$PYTHON" -m pytest "${parallel[@]}" --durations=20 || status=$?
+        "$PYTHON" -m pytest "${parallel[@]}" || status=$?
         if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then
             "$PYTHON" -m pytest -m gpu || status=$?
         fi
         exit "$status"
         ;;
     --quick)
-        exec "$PYTHON" -m pytest "${parallel[@]}" -m "not (slow or distributed or end_to_end)" "${@:2}"
+        exec "$PYTHON" -m pytest "${parallel[@]}" tests/unit "${@:2}"
         ;;
     --faults)
         export SWITCHTITAN_FAULTS=long
-        if [ -z "${SWITCHTITAN_FAULTS_REPORT:-}" ]; then
-            export SWITCHTITAN_FAULTS_REPORT="$project_root/outputs/faults.jsonl"
-            mkdir -p -- "$project_root/outputs"
-            rm -f -- "$SWITCHTITAN_FAULTS_REPORT"
-        fi
-        status=0
-        "$PYTHON" -m pytest "${parallel[@]}" tests/faults "${@:2}" || status=$?
-        printf 'What was tested is in %s. To write docs/RELIABILITY.md from it:\n' \
-            "$SWITCHTITAN_FAULTS_REPORT"
-        printf '  python scripts/reliability_report.py %q\n' "$SWITCHTITAN_FAULTS_REPORT"
-        exit "$status"
+        exec "$PYTHON" -m pytest "${parallel[@]}" tests/faults "${@:2}"
+        ;;
+    --mutations)
+        exec "$PYTHON" tests/support/mutation_ledger.py "${@:2}"
         ;;
     *)
         exec "$PYTHON" -m pytest "$@"

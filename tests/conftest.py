@@ -1,74 +1,51 @@
-"""Fixtures for all tests, and the order in which test files run."""
+"""Fixtures for all tests. The folder of a test is its tier; CONTRIBUTING.md has a table."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.compiled import BACKEND, choose_backend
+
+from switchtitan.distributed.world import stop_world
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+choose_backend()
 
+TESTS = Path(__file__).parent
 # Workers take files in this order, so that none of them is left with a long file at the end.
-_LONG_FIRST = ("end_to_end", "distributed", "slow")
+TIERS = ("end_to_end", "faults", "ranks", "fake_cuda", "compiled", "unit", "gpu")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def tier(item):
+    return item.path.relative_to(TESTS).parts[0]
+
+
+def pytest_configure(config):
     # Tests of CPUs would otherwise train on a device, and ranks that gloo joins would share it.
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            reason = "no CUDA device is visible; where there is one, run ./scripts/test.sh -m gpu"
-            item.add_marker(pytest.mark.skip(reason=reason))
-    items[:] = [item for file in sorted(files.values(), key=_place) for item in file]
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    # Otherwise a GPU that torch cannot use would look like a GPU that passes.
-    if session.config.option.markexpr == "gpu" and _only_skipped(session.config):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if config.option.markexpr == "gpu" and _only_skipped(config):
-        terminalreporter.write_line(
-            "error: all GPU tests were skipped, so nothing was tested on a GPU; fix the reasons "
-            "below, for example the driver, or a torch without CUDA",
-            red=True,
-        )
-
-
-def _only_skipped(config: pytest.Config) -> bool:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    counts = {} if reporter is None else reporter.stats
-    run = ("passed", "failed", "error", "xfailed", "xpassed")
-    return bool(counts.get("skipped")) and not any(counts.get(outcome) for outcome in run)
-
-
-def _place(items: list[pytest.Item]) -> int:
-    names = {mark.name for item in items for mark in item.iter_markers()}
-    return next(
-        (place for place, name in enumerate(_LONG_FIRST) if name in names), len(_LONG_FIRST)
-    )
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: TIERS.index(tier(item)))
+    # With `-m gpu` they run, and fail, where torch sees no GPU: skipped would look like passed.
+    if config.option.markexpr != "gpu":
+        skip = pytest.mark.skip(reason="needs a GPU; where there is one, run pytest -m gpu")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpora(tmp_path_factory):
     """A folder whose runs share one prepared corpus: give tiny runs subfolders of it."""
     return tmp_path_factory.mktemp("tiny")
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler():
     """torch.compile starts without compiled code and counts, and leaves no compiled code."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -77,9 +54,20 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_ranks_left_behind():
-    """Destroy the process group that a module's tests have started."""
+@pytest.fixture(autouse=True)
+def leave_world():
+    """Destroys the process group that a test has started; one of a fixture of its module stays."""
+    was_started = torch.distributed.is_initialized()
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if not was_started:
+        stop_world()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def leave_world_of_module(request):
+    """Destroys what is left at a module's end; tests/compiled and tests/gpu use Inductor."""
+    if request.path.relative_to(TESTS).parts[0] in ("compiled", "gpu"):
+        os.environ[BACKEND] = "inductor"
+    yield
+    os.environ.pop(BACKEND, None)
+    stop_world()

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from support.comparison_runs import finished, start, write_base
 
-pytestmark = pytest.mark.end_to_end
-
 GRID = """
 name = "three rows"
 config = "base.toml"

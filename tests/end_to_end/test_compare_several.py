@@ -4,10 +4,7 @@ import csv
 import time
 from pathlib import Path
 
-import pytest
 from support.comparison_runs import finished, start, write_base
-
-pytestmark = pytest.mark.end_to_end
 
 TWO_AXES = """
 name = "two axes"

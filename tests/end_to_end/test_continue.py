@@ -16,8 +16,6 @@ from switchtitan.checkpoint import read_metadata
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.models import MODELS
 
-pytestmark = pytest.mark.end_to_end
-
 TOKENS = draw_tokens(2, 40)
 STEPS = ("--training.steps", "50", "--checkpoint.interval", "25", "--evaluation.interval", "50")
 

@@ -13,8 +13,6 @@ from support.folders import save_random_model
 
 from switchtitan.data.tokenizer import train_tokenizer
 
-pytestmark = pytest.mark.end_to_end
-
 PAGE = (Path(__file__).parents[2] / "docs" / "CONTINUE.md").read_text()
 SMALLER = {
     "steps = 2000": "steps = 100",

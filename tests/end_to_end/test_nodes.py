@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from support.tiny import METHOD_KEYS, TINY
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
-
 REPOSITORY = Path(__file__).parents[2]
 STEPS = ["--training.steps", "6", "--evaluation.interval", "6", "--checkpoint.interval", "6"]
 

@@ -80,8 +80,6 @@ def outputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.end_to_end
-@pytest.mark.slow
 def test_traces_have_a_summary(outputs):
     for logs in outputs.glob("outputs/*/tensorboard"):
         (summary,) = json.loads((logs / "profile_summary.json").read_text())
@@ -90,8 +88,6 @@ def test_traces_have_a_summary(outputs):
         assert len(list(logs.glob("rank0.*.pt.trace.json"))) == 1
 
 
-@pytest.mark.end_to_end
-@pytest.mark.slow
 def test_tensorboard_shows_the_groups_and_pictures_of_the_page(outputs):
     (command,) = [command for command in COMMANDS if command.startswith("tensorboard")]
     with closing(socket.socket()) as free:

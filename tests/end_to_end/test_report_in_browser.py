@@ -17,8 +17,6 @@ from support.reported import (
     write_run,
 )
 
-pytestmark = pytest.mark.end_to_end
-
 LOSS = "[data-metric='loss/train']"
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 26
 """Margins of a plot in pixels; see page/chart.js."""

@@ -16,8 +16,6 @@ from switchtitan.cli import train
 from switchtitan.distributed.world import stop_world
 from switchtitan.observability import configure_logging
 
-pytestmark = pytest.mark.end_to_end
-
 REPOSITORY = Path(__file__).parents[2]
 
 

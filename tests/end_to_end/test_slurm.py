@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.end_to_end
-
 REPOSITORY = Path(__file__).parents[2]
 STAND_INS = {
     # Runs the command once per node, at the same time; fails if one of them fails.

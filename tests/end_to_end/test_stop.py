@@ -7,13 +7,9 @@ import socket
 import time
 from pathlib import Path
 
-import pytest
 from support.launched_runs import start
 
 from switchtitan.training.signals import SAME_ACTION_S, UNWIND_S
-
-pytestmark = pytest.mark.end_to_end
-
 
 STEPS = ("--training.steps", "40")
 SAVE_IN_STEP_5 = ("--checkpoint.interval", "5")

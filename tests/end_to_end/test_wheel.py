@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.end_to_end
-
 REPOSITORY = Path(__file__).parents[2]
 OVERRIDES = """
     --data.max_bytes 1000000 --data.vocab_size 300 --data.seq_len 64

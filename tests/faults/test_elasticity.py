@@ -12,8 +12,6 @@ from support.tiny import COMPILED, full_tensors, tiny_trainer, train_steps
 
 from switchtitan.training.trainer import Trainer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 NUM_STEPS = 5
 """Of each leg: the fourth reaches a full turn of the switches."""
 LEGS: tuple[tuple[int, tuple[str, ...]], ...] = (

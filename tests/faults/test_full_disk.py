@@ -18,8 +18,6 @@ from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents
 from switchtitan.observability.metrics import FAILED_SAVES
 
-pytestmark = pytest.mark.slow
-
 DISK_BYTES = 16 << 20
 """Room for several checkpoints of about 0.5 MiB, and for a trace."""
 NUM_STEPS, INTERVAL = 8, 2

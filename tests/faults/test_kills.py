@@ -9,8 +9,6 @@ from support.fault_report import IS_LONG, record
 from support.interrupted_runs import Outcome, arguments, check_folders, outcome
 from support.kills import random_kill, run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 NUM_CHAINS = 4 if IS_LONG else 1
 KILLS_PER_CHAIN = 3 if IS_LONG else 1
 MAX_RUNS = 2 * KILLS_PER_CHAIN + 3

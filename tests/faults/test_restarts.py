@@ -8,8 +8,6 @@ import pytest
 from support.fault_report import IS_LONG, record
 from support.launched_runs import start
 
-pytestmark = [pytest.mark.end_to_end]
-
 RUN = ("--training.steps", "9", "--checkpoint.interval", "3")
 
 

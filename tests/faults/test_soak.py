@@ -13,8 +13,6 @@ from support.ranks import run_on_ranks
 from support.soak import RISES, Sampler, Slope, rising, slopes
 from support.tiny import tiny_trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-
 NUM_STEPS = {1: 3000, 2: 1000} if IS_LONG else {1: 140}
 """By the number of ranks."""
 INTERVAL = 20

@@ -26,8 +26,6 @@ from support.kills import Kill, run
 from switchtitan.training.stop import RunStop
 from switchtitan.training.trainer import Trainer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 PHASES = {
     "sync": ("evaluation", "save", "training", "start-up"),
     "async": ("start-up", "save", "evaluation", "training"),

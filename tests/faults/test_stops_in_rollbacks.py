@@ -13,8 +13,6 @@ from support.spikes import BAD_BATCH, PASSED_OVER, raise_loss_of_batch, results_
 from switchtitan.training.stepper import Stepper
 from switchtitan.training.trainer import Trainer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 # Between two saves, nothing reads losses.
 KEYS = ("--checkpoint.interval", "5", "--evaluation.interval", "100", "--metrics.interval", "100")
 KEYS += ("--loss_spike.factor", "12", "--loss_spike.window", "8")

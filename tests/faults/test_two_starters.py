@@ -24,8 +24,6 @@ from switchtitan.cli import train
 from switchtitan.errors import USER_ERROR_STATUS
 from switchtitan.training.run_lock import LOCK_FILE, lock_output_dir
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 NUM_STEPS = 100_000
 REFUSED_WITHIN_S = 4.0
 """Less than the time for which a lock without an owner's name is waited for."""

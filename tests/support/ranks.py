@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from support.compiled import choose_backend
 from switchtitan.distributed.world import stop_world
 
 # Ranks are forked from a process that has imported these: imports take longer than most tests.
@@ -138,6 +139,7 @@ def _run_gpu_rank(
 
 def _prepare_rank(rank: int, num_ranks: int, environ: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    choose_backend()
     # Forked ranks would otherwise share numpy's random state.
     np.random.seed()
     # The fork server has the environment of its start.

@@ -120,8 +120,6 @@ def check_estimates(
         stepper.close()
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "sides"),
     [

@@ -319,8 +319,6 @@ def check_compiled_run(rank: int, folder: Path, expected: CommunicationCounts) -
     assert communication.mib_per_step == pytest.approx(sent_mib, rel=1e-9)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_a_compiled_run_counts_its_third_step_without_recompilation(corpora: Path) -> None:
     expected = communication_of_a_step(
         tiny_config(corpora / "fake", "switchlora", num_ranks=2), 2, step=3
@@ -338,7 +336,6 @@ def check_counts(rank: int, folder: Path, expected: dict[str, CommunicationCount
         assert counter.counts == counts, method
 
 
-@pytest.mark.distributed
 def test_two_real_ranks_communicate_the_same(corpora: Path) -> None:
     expected = {
         method: communication_of_a_step(tiny_config(corpora / "fake", method, num_ranks=2), 2)

@@ -104,7 +104,6 @@ def test_a_timed_step_that_is_skipped_is_refused(
     assert not dist.is_initialized()
 
 
-@pytest.mark.slow
 def test_alternating_compiled_models_recompiles_nothing(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,7 +192,6 @@ def test_saves_are_timed_and_leave_no_files(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_startup_is_split_into_its_parts(
     script: ModuleType, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

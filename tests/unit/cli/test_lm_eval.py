@@ -121,7 +121,6 @@ def scored(capsys, *arguments):
 
 
 @needs_harness
-@pytest.mark.slow
 def test_scores_are_those_of_transformers_logits(run, theirs, tasks, capsys):
     model, tokenizer = theirs
     arguments = ("--tasks", ",".join(TASKS), "--include-path", tasks, "--batch-size", 3)
@@ -162,7 +161,6 @@ def test_scores_are_those_of_transformers_logits(run, theirs, tasks, capsys):
 
 
 @needs_harness
-@pytest.mark.slow
 def test_results_of_a_run_are_kept_beside_it_and_shown_in_tensorboard(run, tasks, capsys):
     arguments = ("--include_path", str(tasks))
     lm_eval.main([str(run), "--tasks", "local_choice", *arguments])
@@ -188,7 +186,6 @@ def test_results_of_a_run_are_kept_beside_it_and_shown_in_tensorboard(run, tasks
 
 
 @needs_harness
-@pytest.mark.slow
 def test_results_of_other_weights_are_kept_next_to_them(run, tasks, capsys):
     scored(capsys, exported(run), "--tasks", "local_text", "--include-path", tasks)
     results = json.loads((exported(run) / "lm_eval" / "results.json").read_text())
@@ -197,7 +194,6 @@ def test_results_of_other_weights_are_kept_next_to_them(run, tasks, capsys):
 
 
 @needs_harness
-@pytest.mark.slow
 def test_an_answer_ends_before_the_string_that_ends_it(run, tasks, theirs, capsys):
     (row, _) = json.loads((tasks / "local_answer.json").read_text())
     cut = row["answer"][1:3]
@@ -211,7 +207,6 @@ def test_an_answer_ends_before_the_string_that_ends_it(run, tasks, theirs, capsy
 
 
 @needs_harness
-@pytest.mark.slow
 def test_results_of_other_weights_in_a_folder_are_kept_apart(run, tasks, tmp_path, capsys):
     folder = tmp_path / "weights"
     shutil.copytree(exported(run), folder, ignore=shutil.ignore_patterns("lm_eval"))
@@ -243,7 +238,6 @@ def fails(capsys, *arguments):
 
 
 @needs_harness
-@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_an_error_before_the_tasks_run(
     run, tasks, tmp_path, monkeypatch, capsys
 ):
@@ -261,7 +255,6 @@ def test_a_place_that_cannot_be_written_is_an_error_before_the_tasks_run(
 
 
 @needs_harness
-@pytest.mark.slow
 def test_results_that_cannot_be_written_are_printed(run, tasks, tmp_path, monkeypatch, capsys):
     def fill_disk(file, contents):
         raise OSError(28, "No space left on device")
@@ -283,7 +276,6 @@ def test_results_that_cannot_be_written_are_printed(run, tasks, tmp_path, monkey
 
 
 @needs_harness
-@pytest.mark.slow
 def test_tasks_that_run_code_must_be_allowed(run, tasks, monkeypatch, capsys):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     file = tasks / "local_choice.yaml"
@@ -297,7 +289,6 @@ def test_tasks_that_run_code_must_be_allowed(run, tasks, monkeypatch, capsys):
 
 
 @needs_harness
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -322,7 +313,6 @@ def test_a_mistake_in_a_task_is_one_error(run, tasks, old, new, message, capsys)
 
 
 @needs_harness
-@pytest.mark.slow
 def test_an_error_of_the_model_is_no_mistake_in_a_task(run, tasks, monkeypatch):
     from switchtitan.builders import harness_model
 
@@ -367,7 +357,6 @@ def test_mistakes_end_with_status_2_and_one_message(arguments, message, run, cap
 
 
 @needs_harness
-@pytest.mark.slow
 def test_missing_data_of_a_task_is_an_error(run, tasks, capsys):
     (tasks / "local_text.json").unlink()
     with pytest.raises(SystemExit) as stopped:

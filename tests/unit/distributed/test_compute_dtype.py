@@ -196,6 +196,5 @@ def check_mixed_ranks(rank: int) -> None:
     assert agree_on_dtype("auto", world).name == "bfloat16"
 
 
-@pytest.mark.distributed
 def test_ranks_of_mixed_hardware_agree() -> None:
     run_on_ranks(2, check_mixed_ranks)

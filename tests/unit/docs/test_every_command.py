@@ -40,7 +40,7 @@ CASES = [
     pytest.param(
         command,
         id=shlex.join(command.words),
-        marks=[pytest.mark.slow] if command.reader in SLOW else [],
+        marks=() if command.reader in SLOW else [],
     )
     for command in COMMANDS
 ]
@@ -59,7 +59,6 @@ def test_a_parser_takes_every_command_and_refuses_another_option(
         read(wrong, tmp_path / "b")
 
 
-@pytest.mark.slow
 def test_every_measurement_gives_options_that_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,7 +160,6 @@ def test_reading_more_tokens_than_the_cache_holds_is_an_error(model):
         model(tokens, torch.zeros_like(tokens, dtype=torch.int32), cache=cache)
 
 
-@pytest.mark.slow
 def test_continuations_between_compiled_steps_compile_nothing_and_change_no_weight(
     corpora: Path, fresh_compiler: None
 ):

@@ -48,7 +48,6 @@ def test_sdpa_is_causal_softmax_attention_over_the_packed_sequence(
     torch.testing.assert_close(backend.load()(*inputs, None), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_flex_is_softmax_attention_inside_each_document(
     inputs: tuple[Tensor, Tensor, Tensor], document_ids: Tensor
 ) -> None:

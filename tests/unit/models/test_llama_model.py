@@ -113,7 +113,6 @@ def test_a_later_token_never_changes_earlier_logits() -> None:
         assert (after[:, position:] - before[:, position:]).abs().amax(-1).min() > 1e-4
 
 
-@pytest.mark.slow
 def test_flex_keeps_documents_apart_and_sdpa_does_not() -> None:
     flex, sdpa = build(attention="flex"), build(attention="sdpa")
     tokens, document_ids = draw_tokens(1, 12)

@@ -13,7 +13,6 @@ START, STOP = f"record(max_entries={MAX_EVENTS})", "record(enabled=None)"
 
 
 @needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [None, 7])
 def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
     tmp_path: Path, step: int | None
@@ -25,7 +24,6 @@ def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_snapshots_are_written_on_request_and_not_after_other_errors(tmp_path: Path) -> None:
     found = run_check(memory_checks.snapshots_of_other_ends, str(tmp_path))
     assert found["due"] == [7]

@@ -66,7 +66,7 @@ def test_parameters_stay_close_to_those_of_fp32_moments_and_state_is_plain():
 
 
 @needs_torchao
-@pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=())])
 def test_a_fresh_optimizer_with_the_saved_state_resumes_bitwise(compile_step):
     straight, first = parameters(SHAPES), parameters(SHAPES)
     train(build(straight, compile_step), straight, range(6))

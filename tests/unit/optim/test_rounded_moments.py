@@ -120,7 +120,6 @@ def test_small_changes_of_the_second_moment_are_kept_in_the_mean_and_lost_by_nea
     assert (follow_average(num_steps, is_nearest=True) == 1).all()
 
 
-@pytest.mark.slow
 def test_compiled_it_rounds_alike_and_compiles_in_the_first_step_only():
     named, eager = parameters(SHAPES), parameters(SHAPES)
     optimizer, of_eager = build(BF16, named, compile_step=True), build(BF16, eager)
@@ -136,7 +135,7 @@ def test_compiled_it_rounds_alike_and_compiles_in_the_first_step_only():
         assert (optimizer.state_dict()[key] != tensor).sum() <= 1, key
 
 
-@pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compile_step", [False, pytest.param(True, marks=())])
 def test_a_fresh_optimizer_with_the_saved_state_resumes_bitwise(compile_step):
     straight, first = parameters(SHAPES), parameters(SHAPES)
     train(build(BF16, straight, compile_step), straight, range(6))

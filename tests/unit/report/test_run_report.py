@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from support.reported import results, write_curves, write_run
 
@@ -154,7 +153,6 @@ def test_spectra_are_drawn_from_the_last_measurement(tmp_path: Path) -> None:
     assert ranks["curves"]["0"] == {"x": [5, 9], "y": [4.0, 2.0]}
 
 
-@pytest.mark.slow
 def test_a_report_of_long_runs_stays_below_its_bound() -> None:
     draw = random.Random(1)
     steps = list(range(100_000))

@@ -189,7 +189,6 @@ def test_every_layers_rank_and_every_kinds_spectrum_reach_tensorboard(corpora):
             assert histogram.sum == pytest.approx(shares.sum().item(), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_plain_lora_stays_within_its_rank_and_the_others_exceed_it(corpora):
     beyond = {}
     for method in ("full_rank", "lora", "switchlora"):

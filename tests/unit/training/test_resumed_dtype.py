@@ -113,7 +113,6 @@ def test_an_evaluation_computes_in_the_checkpoints_dtype(
     assert json.loads((tmp_path / "result.json").read_text())["compute_dtype"] == "bfloat16"
 
 
-@pytest.mark.slow
 def test_without_native_bf16_a_run_computes_in_fp32_and_says_why(corpora: Path) -> None:
     """In a new process, because oneDNN reads the variable once."""
     folder = corpora / "avx2"

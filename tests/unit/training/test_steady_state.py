@@ -35,7 +35,6 @@ def num_graph_breaks() -> int:
     return sum(counters["graph_break"].values())
 
 
-@pytest.mark.slow
 def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora):
     trainer = tiny_trainer(
         corpora / "steady",
@@ -64,7 +63,6 @@ def test_no_graph_break_and_no_recompilation_in_200_steps_with_switches(corpora)
     assert num_compilations() == num_compiled
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["relora", "galore", "fira", "apollo", "apollo_mini"])
 def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
     """The steps include a reset of ReLoRA and new projections of GaLore, Fira and APOLLO. The test
@@ -79,7 +77,6 @@ def test_compiled_methods_train_as_they_do_uncompiled(corpora, method):
     assert num_graph_breaks() == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full_rank", "lora", "switchlora"])
 def test_muon_compiles_in_the_first_step_and_trains_as_it_does_uncompiled(corpora, method):
     trainer = tiny_trainer(corpora / "muon", method, *MUON)
@@ -95,7 +92,6 @@ def test_muon_compiles_in_the_first_step_and_trains_as_it_does_uncompiled(corpor
     assert num_graph_breaks() == 0
 
 
-@pytest.mark.slow
 def test_the_count_includes_the_compilation_for_a_batch_of_another_shape(corpora):
     """Shows that the check above can fail."""
     trainer = tiny_trainer(corpora / "unsteady", "full_rank", *COMPILED)
@@ -194,10 +190,7 @@ STEPS_TO_WATCH = [
     *((method, ()) for method in METHOD_KEYS),
     *((method, CHECKPOINTED) for method in ("full_rank", "switchlora")),
     ("switchlora", MUON),
-    *(
-        pytest.param(method, COMPILED, marks=pytest.mark.slow)
-        for method in ("galore", "sltrain", "switchlora")
-    ),
+    *(pytest.param(method, COMPILED, marks=()) for method in ("galore", "sltrain", "switchlora")),
 ]
 
 

@@ -201,7 +201,7 @@ def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_gradients_no
 
 
 @pytest.mark.parametrize("method", ["sltrain", "switchlora"])
-@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=())])
 def test_activation_checkpointing_changes_no_loss(corpora, method, compiled):
     losses = {}
     for mode in ("none", "full", "selective"):

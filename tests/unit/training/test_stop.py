@@ -174,7 +174,6 @@ def test_a_process_that_is_forked_has_its_own_signals() -> None:
         assert signals.received is None
 
 
-@pytest.mark.distributed
 def test_ranks_that_are_steps_apart_stop_after_the_same_step() -> None:
     run_on_ranks(3, _steps_apart)
 

@@ -96,7 +96,6 @@ def relative_error(kept: Tensor, exact: Tensor) -> float:
     return ((kept.double() - exact).mean() / exact.mean()).item()
 
 
-@pytest.mark.slow
 def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses() -> None:
     """The relative error of the mean is at most 1e-7 for one change, 1e-5 after 500."""
     num_changes, out_features, in_features, num_draws = 500, 512, 1024, 16

@@ -242,14 +242,12 @@ def test_whole_model_follows_the_rules_written_out_vector_by_vector(keys):
     check_whole_run(with_interval(rank=RANK, **keys), compile_step=False)
 
 
-@pytest.mark.slow
 def test_compiled_updates_follow_them_too():
     torch._dynamo.reset()
     check_whole_run(with_interval(rank=RANK, **BALANCED), compile_step=True)
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
 def test_switches_with_rescaled_moments_recompile_nothing():
     torch._dynamo.reset()
     config = SwitchLoraConfig(
