@@ -151,6 +151,7 @@ def train(folder, name):
     one.checkpoint = trainer.checkpointer.latest
     one.changed_by_saving = differing(full_tensors(trainer), saved)
     one.saved_parameters = copies(gather_on_main(model.named_parameters(), is_main=True))
+    one.saved_buffers = copies(gather_on_main(model.named_buffers(), is_main=True))
     one.saved_optimizer = copies(stepper.optimizer.state_dict())
     one.saved_logits = logits(model)
     one.losses += train_steps(trainer, num_steps - saved_step)
@@ -225,6 +226,8 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(trained, name)
         (torch.float32, "cpu")
     }
     assert not differing(read_dense_checkpoint(one.checkpoint), dense)
+    with_buffers = method_of(one.config).dense_weights(one.saved_parameters | one.saved_buffers)
+    assert not differing(with_buffers, dense)
     plain = MODELS.build(one.config.model)
     untrained = logits(plain)
     plain.load_state_dict(dense, strict=True)
