@@ -83,9 +83,9 @@ class DataConfig(Section):
     """The fraction of documents held out for validation, above 0 and at most 0.5; default 0.02.
     "c4" has its own validation split."""
     test_fraction: float | None = Field(default=None, gt=0.0, le=0.5)
-    """The fraction of documents held out as a test split, above 0 and at most 0.5, for a final loss
-    on text that no choice was based on (`[evaluation] test_tokens`). Default: no test split. "c4"
-    has none."""
+    """The fraction of the other documents held out as a test split, above 0 and at most 0.5, for a
+    final loss on text that no choice was based on (`[evaluation] test_tokens`). Default: no test
+    split. "c4" has none."""
     max_document_share: float | None = Field(default=DEFAULT_MAX_DOCUMENT_SHARE, gt=0.0, lt=1.0)
     """The largest share of a held-out split that one document may have, above 0 and below 1; a
     longer document is cut at its end. A split of n documents allows at least 2 / n. "none": no

@@ -16,6 +16,7 @@ from switchtitan.data.config import (
     DataConfig,
 )
 from switchtitan.data.corpus_files import FORMAT_VERSION
+from switchtitan.data.held_out import period_of
 from switchtitan.data.sources import DATASETS, Source, SourceKeys, TokenizedSource
 from switchtitan.data.tokenizer import is_cached, read_tokenizer
 from switchtitan.errors import CorpusError
@@ -106,6 +107,9 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     if config.test_fraction is not None and is_split_here:
         # Only if set, so that corpora without a test split keep their folder names.
         identity["test_fraction"] = config.test_fraction
+    if is_split_here and not _has_whole_periods(config):
+        # Earlier versions rounded 1 / fraction: their corpora hold out another share.
+        identity["held_out"] = "the fractions as given"
     if config.max_document_share is not None and is_split_here:
         # Earlier versions did not cut documents: without the key, their corpora are found.
         identity["max_document_share"] = config.max_document_share
@@ -133,6 +137,11 @@ def _check_for_tokens(config: DataConfig, source: TokenizedSource) -> None:
 def validation_fraction(config: DataConfig) -> float:
     """The fraction of documents held out if the corpus does not have its own splits."""
     return config.validation_fraction or DEFAULT_VALIDATION_FRACTION
+
+
+def _has_whole_periods(config: DataConfig) -> bool:
+    fractions = (validation_fraction(config), config.test_fraction)
+    return all(period_of(given).denominator == 1 for given in fractions if given is not None)
 
 
 def _tokenizer_identity(config: DataConfig) -> str:

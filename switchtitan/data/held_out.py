@@ -1,8 +1,10 @@
 """Which documents are held out, and how much of a long one."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,24 @@ from switchtitan.data.segments import ShardWriter
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 
-def is_held_out(document: int, period: int, first: int = 0) -> bool:
+def period_of(fraction: float) -> Fraction:
+    """Returns the number of documents of which one is held out: 1 / fraction, as written."""
+    return 1 / Fraction(str(fraction))
+
+
+def is_held_out(document: int, period: Fraction | int, first: int = 0) -> bool:
     """Whether a document is held out: number `first`, and one of each later `period` documents.
 
     A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, spread over
-    the full corpus, and never empty."""
-    block, place = divmod(document, period)
+    the full corpus, and never empty. A period that is not whole, at least 2, has blocks of two
+    lengths: 5/2 has blocks of 3 and 2 documents in turn."""
+    block = document // period
+    start, end = math.ceil(block * period), math.ceil((block + 1) * period)
     if block == 0:
-        return place == first
+        return document == first
     salt = first.to_bytes(8, "little")
     chosen = hashlib.blake2b(block.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
-    return place == int.from_bytes(chosen, "little") % period
+    return document - start == int.from_bytes(chosen, "little") % (end - start)
 
 
 def document_cap(lengths: NDArray[np.int64], max_share: float) -> int:

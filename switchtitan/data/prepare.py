@@ -33,7 +33,7 @@ from switchtitan.data.corpus_plan import (
     plan_from_name,
     validation_fraction,
 )
-from switchtitan.data.held_out import cut_long_documents, is_held_out
+from switchtitan.data.held_out import cut_long_documents, is_held_out, period_of
 from switchtitan.data.segments import (
     SEGMENT_TOKENS,
     Limits,
@@ -166,9 +166,9 @@ class _Preparation:
         self._limits = Limits(plan.max_documents, self._config.max_bytes)
         self._streams: tuple[str | None, ...] = self._source.splits or (None,)
         _check_splits(plan)
-        self._period = round(1 / validation_fraction(self._config))
+        self._period = period_of(validation_fraction(self._config))
         test_fraction = self._config.test_fraction
-        self._test_period = None if test_fraction is None else round(1 / test_fraction)
+        self._test_period = None if test_fraction is None else period_of(test_fraction)
 
     def run(self, model_vocab_size: int | None) -> None:
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)

@@ -250,9 +250,10 @@ def check_devices_alike(store: dist.Store, device: str, num_ranks: int, timeout:
     Raises:
         EnvironmentMismatchError: on every rank, if some ranks have no GPU.
     """
-    num_gpus = store.add("gpus", device == "cuda")
+    store.add("gpus", device == "cuda")
     if store.add("ranks", 1) == num_ranks:
-        store.set("num_gpus", str(num_gpus))
+        # Read again: others may have added since this rank did.
+        store.set("num_gpus", str(store.add("gpus", 0)))
     store.wait(["num_gpus"], timeout)
     num_gpus = int(store.get("num_gpus"))
     if num_gpus not in (0, num_ranks):

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import CheckpointMetadata, SavedTensors, read_metadata
-from switchtitan.contracts import LanguageModel, LowRankUpdate, Method, ModelConfig
+from switchtitan.contracts import (
+    LanguageModel,
+    LowRankUpdate,
+    Method,
+    ModelConfig,
+    Reparametrized,
+)
 from switchtitan.distributed.precision import full_precision
+from switchtitan.distributed.seeds import generator_for
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
@@ -46,11 +53,32 @@ class DenseCheckpoint:
         """Shapes of the weights by the plain model's names."""
 
     def prepared_model(self) -> LanguageModel:
-        """Returns the model as the method trains it, on the meta device, without gradients."""
+        """Returns the model as the method trains it, without gradients.
+
+        Its parameters are on the meta device. In the layers that the method replaces, buffers that
+        no checkpoint has have their values, and the others, the method's state, are None.
+        """
         with torch.device("meta"):
             model = MODELS.build(self.config)
             self._method.prepare_model(model)
+        saved = model.state_dict().keys()
+        for name, buffer in list(model.named_buffers()):
+            layer, _, local_name = name.rpartition(".")
+            module = model.get_submodule(layer)
+            if isinstance(module, Reparametrized):
+                computed = None if name in saved else self._computed(module, name, len(buffer))
+                setattr(module, local_name, computed)
         return model.requires_grad_(False).eval()
+
+    def _computed(self, module: Reparametrized, name: str, num_rows: int) -> Tensor:
+        """Returns the initial value of a buffer that does not depend on the layer's weight."""
+        layer, _, local_name = name.rpartition(".")
+        tensors = module.initial_tensors(
+            torch.empty(module.plain_shape(), device="meta"),
+            lambda local_name: generator_for(self._method.seed, f"{layer}.{local_name}"),
+            {local_name: range(num_rows)},
+        )
+        return tensors[local_name]
 
     @full_precision()
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -91,11 +91,13 @@ def _plain_model(config: ModelConfig) -> LanguageModel:
 @torch.no_grad()
 @full_precision()
 def _logits(model: LanguageModel, read: ReadTensors, tokens: Tensor) -> Tensor:
-    """Returns the logits [1, seq, vocabulary] of a model on the meta device.
+    """Returns the logits [1, seq, vocabulary] of a model whose parameters are on the meta device.
 
     Args:
         read: returns fp32 values.
     """
+    # What is computed from a tensor without values is skipped in places, and no error is raised.
+    assert not any(buffer.is_meta for buffer in model.buffers())
     names_of = {
         block: [f"{name}.{local}" for local, _ in block.named_parameters()]
         for name, block in model.blocks().items()
@@ -105,11 +107,14 @@ def _logits(model: LanguageModel, read: ReadTensors, tokens: Tensor) -> Tensor:
 
     def call(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
         values = read(names_of[block])
+        assert values.keys() == set(names_of[block])
         local = {name.removeprefix(prefixes[block]): value for name, value in values.items()}
         return functional_call(block, local, (hidden, *args))
 
     model.call_block = call
-    outer = read([name for name, _ in model.named_parameters() if name not in in_blocks])
+    outer_names = {name for name, _ in model.named_parameters() if name not in in_blocks}
+    outer = read(outer_names)
+    assert outer.keys() == outer_names
     documents = torch.zeros_like(tokens, dtype=torch.int32)
     return functional_call(model, dict(outer), (tokens, documents))
 

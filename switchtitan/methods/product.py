@@ -109,20 +109,17 @@ ProductSection = TypeVar("ProductSection", bound=ProductConfig)
 class ProductMethod(Method[ProductSection]):
     """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
 
-    parts: ClassVar[tuple[str, ...]] = FACTORS
-    """Local names of the parameters that a layer's weight is made of."""
-
     @abstractmethod
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
         """Returns the layer that replaces `linear`, by its qualified name."""
 
     @abstractmethod
     def initial_parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Returns a layer's initial `parts`, by local name, from the plain weight [out, in]."""
+        """Returns a layer's initial parameters by local name, from the plain weight [out, in]."""
 
     @abstractmethod
     def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weight [out, in] of a layer, from its `parts`."""
+        """Returns the weight [out, in] of a layer, from its parameters by local name."""
 
     def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         """Returns all parameters; those treated are the factors."""
@@ -139,14 +136,20 @@ class ProductMethod(Method[ProductSection]):
         return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the weights of layers with factors, and all other tensors, in fp32."""
-        dense = super().dense_weights(tensors)
-        for name in tensors:
+        """Returns the weights of layers with factors, and all other weights, in fp32."""
+        first_factor = f".{FACTORS[0]}"
+        parts: dict[str, dict[str, Tensor]] = {
+            name.removesuffix(first_factor): {} for name in tensors if name.endswith(first_factor)
+        }
+        dense: dict[str, Tensor] = {}
+        for name, tensor in super().dense_weights(tensors).items():
             layer, _, local_name = name.rpartition(".")
-            if local_name == FACTORS[0]:
-                parts = {part: dense.pop(f"{layer}.{part}") for part in self.parts}
-                dense[f"{layer}.weight"] = self.dense_weight(layer, parts)
-        return dense
+            if layer in parts and local_name != "bias":
+                parts[layer][local_name] = tensor
+            else:
+                dense[name] = tensor
+        made = {f"{layer}.weight": self.dense_weight(layer, parts[layer]) for layer in parts}
+        return dense | made
 
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
         """Returns the weight of a layer's initial parts, for layers with factors."""

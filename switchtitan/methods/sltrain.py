@@ -1,7 +1,7 @@
 """SLTrain (arXiv 2406.02214): every adapted layer is a product B A plus a sparse matrix."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +112,6 @@ class SparseProductLinear(ProductLinear):
 
 class Sltrain(ProductMethod[SltrainConfig]):
     """The weight of each layer is the product of its factors plus a sparse matrix."""
-
-    parts: ClassVar[tuple[str, ...]] = (*FACTORS, SPARSE)
 
     def build_layer(self, name: str, linear: nn.Linear) -> SparseProductLinear:
         return SparseProductLinear(

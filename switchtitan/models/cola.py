@@ -50,8 +50,9 @@ class ColaConfig(LlamaFamilyConfig):
     bottleneck of `rank` features. It is a model and not a method, because no dense weight computes
     the same. Train it with `[method] name = "full_rank"`, which trains the factors. It can be
     evaluated and generate text. It cannot be exported, and has no `from_folder`: transformers has
-    no class for it. The MLP keeps LLaMA's gate. The initial values are ours: outputs start with the
-    mean square of LLaMA's, for inputs of a normal distribution."""
+    no class for it. The MLP keeps LLaMA's gate with its silu, as the authors' configurations of
+    sizes 60m and 130m do; those of 350m, 1b and 7b leave that silu out. The initial values are
+    ours: outputs start with the mean square of LLaMA's, for inputs of a normal distribution."""
 
     name: Literal["cola"] = "cola"
     """Name of the model."""

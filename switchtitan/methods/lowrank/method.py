@@ -81,12 +81,12 @@ class LowRankMethod(Method[LowRankSection]):
         return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns W + s B A for layers with factors, and all other tensors, in fp32."""
+        """Returns W + s B A for layers with factors, and all other weights, in fp32."""
         updates = self.low_rank_updates(tensors)
         dense = {}
         for name, tensor in super().dense_weights(tensors).items():
             layer_name, _, local_name = name.rpartition(".")
-            if local_name in FACTORS:
+            if layer_name in updates and local_name not in ("weight", "bias"):
                 continue
             if local_name == "weight" and layer_name in updates:
                 update = updates[layer_name]

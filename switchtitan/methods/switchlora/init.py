@@ -40,11 +40,6 @@ def candidate_shapes(out_features: int, in_features: int) -> dict[str, tuple[int
     return {"candidates_a": (count, in_features), "candidates_b": (count, out_features)}
 
 
-def is_candidates(name: str) -> bool:
-    """Whether the tensor of this qualified name holds candidates."""
-    return name.endswith((".candidates_a", ".candidates_b"))
-
-
 def candidate_buffers(
     config: SwitchLoraConfig, out_features: int, in_features: int
 ) -> dict[str, LayerBuffer]:

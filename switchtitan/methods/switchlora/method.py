@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.methods.lowrank import (
@@ -22,7 +21,6 @@ from switchtitan.methods.switchlora.factor_rule import FactorRule
 from switchtitan.methods.switchlora.init import (
     candidate_buffers,
     initial_factors,
-    is_candidates,
     num_candidates,
 )
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
@@ -74,12 +72,6 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
             self.seed,
             compile_step,
             self._candidates_of(layers),
-        )
-
-    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `LowRankMethod.dense_weights`; candidates are left out."""
-        return super().dense_weights(
-            {name: tensor for name, tensor in tensors.items() if not is_candidates(name)}
         )
 
     def _candidates_of(self, layers: dict[str, LowRankLinear]) -> Candidates:

@@ -50,7 +50,8 @@ class LlamaFamilyConfig(ModelConfig):
     """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads;
     unset: set these four."""
     hidden_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
-    """Width of the residual stream; unset: from `size`. A multiple of num_heads."""
+    """Width of the residual stream; unset: from `size`. A multiple of num_heads unless head_dim is
+    set."""
     intermediate_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
     5461 of size 1b is not one, and 5504 is the next."""
@@ -104,10 +105,11 @@ class LlamaFamilyConfig(ModelConfig):
                 f"{alone}"
             )
         dims = self.dimensions()
-        if dims.hidden_size % dims.num_heads:
+        if self.head_dim is None and dims.hidden_size % dims.num_heads:
             raise ValueError(
                 f"hidden_size = {dims.hidden_size} is not a multiple of "
-                f"num_heads = {dims.num_heads}; choose num_heads among the divisors of hidden_size"
+                f"num_heads = {dims.num_heads}; choose num_heads among the divisors of "
+                "hidden_size, or set head_dim"
             )
         if dims.head_dim % 2:
             raise ValueError(
@@ -239,3 +241,13 @@ class LlamaConfig(LlamaFamilyConfig):
 
     name: Literal["llama"] = "llama"
     """Name of the model."""
+
+    def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
+        """See `contracts.ModelConfig`."""
+        written = super().huggingface_config(seq_len)
+        dims = self.dimensions()
+        if written is not None and dims.hidden_size % dims.num_heads:
+            # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
+            written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            written["sliding_window"] = None
+        return written

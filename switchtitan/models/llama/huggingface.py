@@ -52,7 +52,8 @@ def read_config(found: Mapping[str, Any]) -> dict[str, object]:
     keys["num_kv_heads"] = reader.positive("num_key_value_heads", int, keys["num_heads"])
     hidden_size, num_heads = keys["hidden_size"], keys["num_heads"]
     if isinstance(hidden_size, int) and isinstance(num_heads, int):
-        keys["head_dim"] = reader.positive("head_dim", int, hidden_size // num_heads)
+        head_dim, rest = divmod(hidden_size, num_heads)
+        keys["head_dim"] = reader.positive("head_dim", int, None if rest else head_dim)
     keys["norm_eps"] = reader.positive("rms_norm_eps", float, 1e-6)
     keys["init_std"] = reader.positive("initializer_range", float, 0.02)
     keys["max_positions"] = reader.positive("max_position_embeddings", int, None)
