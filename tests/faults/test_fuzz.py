@@ -210,16 +210,6 @@ def architecture(folder, home):
     return damage_one_of(folder, change_json), read
 
 
-def original_folder(folder, home):
-    weights = random_weights(home.model)
-    layer = next(name for name in weights if "q_proj" in name).removesuffix(".weight")
-    out, into = weights[f"{layer}.weight"].shape
-    factors = {f"{layer}.lora_A": torch.ones(3, into), f"{layer}.lora_B": torch.ones(out, 3)}
-    torch.save(weights | factors, folder / "pytorch_model.bin")
-    (folder / "switch_lora_config.json").write_text('{"r": 3, "lora_alpha": 2.0}')
-    return damage_one_of(folder, change_json), lambda: read_initial_weights(folder, home.model)
-
-
 # Checkpoints.
 
 
@@ -427,7 +417,6 @@ TARGETS = {
     "safetensors": (safetensors_file, 10_000, 30, 0.3),
     "Hugging Face's layout": (hugging_face_folder, 10_000, 30, 0.3),
     "architecture": (architecture, 10_000, 25, 0.1),
-    "the original's layout": (original_folder, 10_000, 10, 0.05),
     "checkpoint": (checkpoint, 1000, 10, 1.0),
     "crafted checkpoint": (crafted_checkpoint, 20_000, 30, 0.2),
     "corpus": (corpus, 2000, 30, 0.3),

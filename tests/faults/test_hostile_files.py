@@ -14,7 +14,6 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support.checkpoints import change_index, rewrite_metadata, update_file_records
@@ -23,7 +22,6 @@ from support.fuzzing import limited_cpu_time
 from support.held_weights import HeldWeights
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
-from support.word_tokenizer import save_tokenizer
 
 from switchtitan.data import DataConfig, prepare_corpus
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
@@ -224,12 +222,6 @@ def test_a_pickle_in_a_parquet_file_does_not_run(payload, tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "texts" / "a.parquet")
     words = ("--path", tmp_path / "texts", "--cache_dir", tmp_path / "out", "--vocab_size", 270)
     assert run("prepare", "--dataset", "parquet", *words).status == 0
-
-
-def test_pickled_arrays_are_no_corpus(corpus, trace):
-    with (corpus / "train-00000.bin").open("wb") as file:
-        np.save(file, np.array([Payload(trace)], dtype=object), allow_pickle=True)
-    corpus.check_refused("train-00000.bin")
 
 
 @pytest.mark.parametrize(
@@ -487,54 +479,6 @@ def test_a_bad_document_is_named_and_leaves_no_corpus(kind, tmp_path):
     Given(tmp_path / "in", "prepare", "--dataset", dataset, *words).check_refused(named)
     # What a stopped preparation leaves, but no corpus.
     assert all(path.suffix in (".lock", ".partial") for path in (tmp_path / "out").iterdir())
-
-
-def without_end(file):
-    table = json.loads(file.read_text()) | {"added_tokens": []}
-    file.write_text(json.dumps(table))
-
-
-BAD_TOKENIZERS = {
-    "cut": lambda file: file.write_text(file.read_text()[:99]),
-    "a number": lambda file: file.write_text("3"),
-    "no end of documents": without_end,
-    "missing": Path.unlink,
-    "bad settings": lambda file: file.with_name("tokenizer_config.json").write_text("[" * 99_999),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_TOKENIZERS)
-def test_a_bad_tokenizer_is_named(kind, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text('{"text": "a b"}\n' * 9)
-    BAD_TOKENIZERS[kind](save_tokenizer(tmp_path / "tokenizer" / "tokenizer.json", "</s>"))
-    words = ("--path", tmp_path / "in", "--cache_dir", tmp_path / "out", "--tokenizer")
-    given = Given(tmp_path, "prepare", "--dataset", "jsonl", *words, tmp_path / "tokenizer")
-    given.check_refused("tokenizer")
-
-
-def change_tensors(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-NORM = "model.norm.weight"
-BAD_WEIGHTS = {
-    "shape": (NORM, lambda tensors: tensors.update({NORM: torch.ones(3)})),
-    "missing": (NORM, lambda tensors: tensors.pop(NORM)),
-    "extra": ("more.weight", lambda tensors: tensors.update({"more.weight": torch.ones(1)})),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_WEIGHTS)
-def test_weights_that_do_not_fit_are_named(kind, weights):
-    named, change = BAD_WEIGHTS[kind]
-    change_tensors(weights.folder, change)
-    weights.check_refused(named)
 
 
 @pytest.mark.parametrize("command", ["export", "train"])

@@ -94,11 +94,19 @@ def arguments(folder: Path, cache_dir: Path, is_async: bool) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.toml"
     text = TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
-    text = text.replace("steps = 40", f"steps = {NUM_STEPS}")
-    text = text.replace("[checkpoint]\ninterval = 20", f"[checkpoint]\ninterval = {INTERVAL}")
-    text = text.replace("interval = 20\ntokens = 160", "interval = 3\ntokens = 320")
-    text = text.replace("[job]", '[job]\nstop_signal = "SIGUSR1"')
-    file.write_text(text.replace("async_save = false", f"async_save = {str(is_async).lower()}"))
+    for before, after in (
+        ("steps = 40", f"steps = {NUM_STEPS}"),
+        ("[checkpoint]\ninterval = 20", f"[checkpoint]\ninterval = {INTERVAL}"),
+        ("interval = 20\ntokens", "interval = 3\ntokens"),
+        ("[job]", '[job]\nstop_signal = "SIGUSR1"'),
+        ("async_save = false", f"async_save = {str(is_async).lower()}"),
+        # Less to compute in a step.
+        ("num_layers = 2", "num_layers = 1"),
+        ("local_batch_size = 2", "local_batch_size = 4"),
+    ):
+        assert before in text, before
+        text = text.replace(before, after)
+    file.write_text(text)
     return ["--config", str(file), "--data.cache_dir", str(cache_dir)]
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from switchtitan.checkpoint import load_tensors_, read_metadata
 from switchtitan.checkpoint.staging import HostCopies, own_share
-from switchtitan.checkpoint.verify import check_contents
+from switchtitan.checkpoint.verify import check_contents, check_files
 
 
 def copies(tensors):
@@ -280,16 +280,25 @@ INDICES_THAT_DO_NOT_FIT = {
     "piece twice": lambda tensor: tensor["pieces"].append(dict(tensor["pieces"][0])),
     "overlap": overlap,
     "short piece": lambda tensor: tensor["pieces"][0].update(num_bytes=8),
-    "unknown dtype": lambda tensor: tensor.update(dtype="load"),
 }
 
 
-@pytest.mark.parametrize("name", INDICES_THAT_DO_NOT_FIT)
-def test_an_index_that_does_not_fit_is_refused(saved, name):
+def change_entry(saved, change):
     index = json.loads((saved / "tensors.json").read_text())
-    INDICES_THAT_DO_NOT_FIT[name](index["tensors"]["model.layers.0.weight"])
+    change(index["tensors"]["model.layers.0.weight"])
     change_index(saved, index)
-    with refused("'load'" if name == "unknown dtype" else "model.layers.0.weight"):
+
+
+@pytest.mark.parametrize("name", INDICES_THAT_DO_NOT_FIT)
+def test_an_index_that_does_not_fit_is_refused_before_tensors_are_read(saved, name):
+    change_entry(saved, INDICES_THAT_DO_NOT_FIT[name])
+    with refused("model.layers.0.weight"):
+        check_files(saved)
+
+
+def test_an_unknown_dtype_is_refused(saved):
+    change_entry(saved, lambda tensor: tensor.update(dtype="load"))
+    with refused("'load'"):
         read_tensors(saved)
 
 
