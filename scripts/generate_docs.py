@@ -6,8 +6,7 @@
 from the sections, and RESULTS.md, RESULTS_ONE_RATE.md and results/README.md from the templates and
 CSV files of docs/results by `scripts/results_page.py`.
 In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
-docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`;
-`scripts/reliability_report.py` makes the tables of faults in RELIABILITY.md."""
+docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`."""
 
 import argparse
 import json
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import reliability_report
 import results_page
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
@@ -62,9 +60,6 @@ def main(argv: Sequence[str]) -> None:
         CONFIGURATION: configuration_page(),
         **results_page.results_pages(),
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
-        reliability_report.RELIABILITY: reliability_report.with_tables(
-            reliability_report.RELIABILITY.read_text(), reliability_report.SUMS
-        ),
     }
     outdated = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text

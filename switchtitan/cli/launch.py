@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,13 +141,13 @@ def run_ranks(options: argparse.Namespace) -> None:
         raise SystemExit(1) from error
     except (RendezvousError, dist.DistError) as error:
         # On a machine that only lost the others, which may have ended first.
-        started = sorted(set(folder.glob(_RANKS_FOLDERS)) - earlier)
+        started = last_start(set(folder.glob(_RANKS_FOLDERS)) - earlier)
         reason, status = describe_lost_rendezvous(options, error, started)
         print(f"error: {reason}", file=sys.stderr)
         raise SystemExit(status) from error
     except SignalException as error:
         # The ranks say whether they have saved.
-        for recorded in recorded_ends(sorted(set(folder.glob(_RANKS_FOLDERS)) - earlier)):
+        for recorded in recorded_ends(last_start(set(folder.glob(_RANKS_FOLDERS)) - earlier)):
             if recorded[EXIT_STATUS_KEY] < _SIGNALS_FROM:
                 exit_as(recorded)
         raise SystemExit(128 + error.sigval) from error
@@ -263,6 +263,13 @@ def exit_as(recorded: dict[str, Any]) -> NoReturn:
     status = recorded[EXIT_STATUS_KEY]
     print(final_line(recorded["message"], status), file=sys.stderr)
     raise SystemExit(status) from None
+
+
+def last_start(ranks_folders: Collection[Path]) -> list[Path]:
+    """Returns the folders of the ranks that were started last: those before were restarted."""
+    numbers = {folder: int(folder.name.rpartition("_")[2]) for folder in ranks_folders}
+    last = max(numbers.values(), default=0)
+    return sorted(folder for folder, number in numbers.items() if number == last)
 
 
 def recorded_ends(ranks_folders: Sequence[Path]) -> list[dict[str, Any]]:

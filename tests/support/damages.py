@@ -112,6 +112,6 @@ def make_run(home: Path, seed: int, max_bytes: int) -> None:
     assert outcome.status == 0, outcome
 
 
-def train(home: Path, num_steps: int) -> Outcome:
+def train(home: Path, num_steps: int, *keys: object) -> Outcome:
     """Gives the run's command, with a number of steps."""
-    return run("train", "--config", home / "run.toml", "--training.steps", num_steps)
+    return run("train", "--config", home / "run.toml", "--training.steps", num_steps, *keys)

@@ -11,7 +11,13 @@ FILES = {
     "metadata": "*.partial/metadata.json",
     "checksum": "*.partial/metadata.json.sha256",
 }
-ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EROFS")
+TEXTS = {
+    "EIO": "Input/output error",
+    "ENOSPC": "No space left on device",
+    "EDQUOT": "Disk quota exceeded",
+    "EROFS": "Read-only file system",
+}
+ERRORS = tuple(TEXTS)
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,12 @@ class Case:
     """Whether a failed save's folder has its final name, and is complete."""
     leaves: str = ""
     """The name of a folder that is only deleted at the next save."""
-    message: str = ""
+    warning: str = ""
     """Part of the error or warning; default: the error's text."""
+
+    @property
+    def message(self) -> str:
+        return self.warning or TEXTS.get(self.faults[0].outcome, "")
 
 
 def _cases() -> dict[str, Case]:
@@ -40,7 +50,7 @@ def _cases() -> dict[str, Case]:
         for outcome in ("lost", "flip"):
             cases[f"write of the {name}: {outcome}"] = Case(
                 (Fault("write", path, outcome),),
-                message="differs from what was written|is corrupted|lies outside|cannot read",
+                warning="differs from what was written|is corrupted|lies outside|cannot read",
             )
     cases["read-back of the tensor file: EIO"] = Case((Fault("read", FILES["tensor file"], "EIO"),))
     for error in ERRORS:
@@ -53,23 +63,23 @@ def _cases() -> dict[str, Case]:
         cases[f"fsync of the folder: {error}"] = Case(
             (Fault("fsync", "*/checkpoints", error),),
             is_visible=True,
-            message="may not survive a power failure",
+            warning="may not survive a power failure",
         )
         cases[f"rename before pruning: {error}"] = Case(
             (Fault("rename", "*.deleting", error),),
             is_saved=True,
-            message="could not delete an older checkpoint",
+            warning="could not delete an older checkpoint",
         )
         cases[f"pruning: {error}"] = Case(
             (Fault("unlink", "*.deleting/*", error, at=2),),
             is_saved=True,
             leaves=".step-000000001.deleting",
-            message="could not delete an older checkpoint",
+            warning="could not delete an older checkpoint",
         )
         cases[f"fsync after pruning: {error}"] = Case(
             (Fault("fsync", "*/checkpoints", error, at=2),),
             is_saved=True,
-            message="could not delete an older checkpoint",
+            warning="could not delete an older checkpoint",
         )
         cases[f"everything from the tensor file on: {error}"] = Case(
             tuple(
@@ -82,3 +92,24 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
+
+OF_FIRST_RANK = tuple(
+    CASES[f"{call}: EIO"] for call in ("write of the metadata", "rename", "fsync of the folder")
+)
+OF_SECOND_RANK = tuple(
+    Case((Fault(operation, "*.partial/__1_0.distcp", outcome),), is_saved=outcome == "short")
+    for operation, outcome in [
+        ("create", "ENOSPC"),
+        ("write", "EIO"),
+        ("write", "short"),
+        ("write", "flip"),
+        ("fsync", "EIO"),
+        ("read", "EIO"),
+    ]
+)
+METRICS = (
+    Case((Fault("write", "*.tfevents.*", "ENOSPC"),), is_saved=True),
+    Case((), is_saved=True),
+    Case((Fault("create", "*/spectra/*", "EROFS"),), is_saved=True),
+)
+"""Files of the first rank that are not part of a checkpoint; spectra are due after step 4."""

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, started by a launcher if they have several ranks."""
+"""Training runs in interpreters of their own, most started by `switchtitan launch`."""
 
 import os
 import re
@@ -10,69 +10,72 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from support.tiny import METHOD_KEYS, TINY
+from support.interrupted import arguments, saved_steps
 
 PROGRAM = """\
-import errno, fcntl, os, signal, sys, time
-from switchtitan.checkpoint.storage import ChecksummingWriter
+import os, signal, sys
 from switchtitan.cli.train import main
+from switchtitan.training import stop
 from switchtitan.training.stepper import Stepper
 
-fault = os.environ["FAULT"]
-rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-write_data, step = ChecksummingWriter.write_data, Stepper.step
+step = Stepper.step
 
-num_saves = 0
-
-def write_slowly(*args):
-    global num_saves
-    num_saves += 1
-    if num_saves > 1:
-        time.sleep(30)
-    return write_data(*args)
-
-def step_with_fault(stepper):
-    if stepper.state.step == 7:
-        if fault == "hang" and rank == "1":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if fault == "die" and (rank, attempt) in (("1", "0"), ("0", "1")):
+def die_in_step_7(stepper):
+    if stepper.state.step == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
     return step(stepper)
 
-def refuse(*args):
-    raise OSError(errno.ENOLCK, "No locks available")
-
-if "NO_LOCKS" in os.environ:
-    fcntl.lockf = refuse
-if fault == "slow":
-    ChecksummingWriter.write_data = write_slowly
-elif fault != "none":
-    Stepper.step = step_with_fault
+stop._POLL_S = 0.02
+Stepper.step = die_in_step_7
 main(sys.argv[1:])
 """
-"""Trains, with a fault that a variable names. `slow`: the second save takes half a minute. `hang`:
-rank 1 is suspended. `die`: rank 1 is killed, and rank 0 after the first restart."""
+"""Trains; rank 1 is killed in step 7 unless it was restarted."""
+FAIL_IN_A_SAVE = """\
+import sys, time
+from pathlib import Path
+from switchtitan.checkpoint import Checkpointer
+from switchtitan.cli import train
+from switchtitan.training.trainer import Trainer
 
-LAUNCH = ("launch", "--nproc_per_node", "2", "--rdzv_backend", "c10d")
-LAUNCH += ("--rdzv_endpoint", "localhost:0")
+complete, after_step = Checkpointer._complete, Trainer._after_step
+
+def complete_when_allowed(checkpointer, *args):
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.02)
+    return complete(checkpointer, *args)
+
+def fail_during_a_save(trainer, result):
+    after_step(trainer, result)
+    if trainer.checkpointer.is_writing:
+        raise RuntimeError("out of memory")
+
+Checkpointer._complete = complete_when_allowed
+Trainer._after_step = fail_during_a_save
+train.main(sys.argv[2:])
+"""
+"""Trains on one rank, and fails while its first save is in progress."""
+LAUNCH = ("-m", "switchtitan", "launch", "--nproc_per_node", "2", "--max-restarts", "2")
+LAUNCH += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
 
 
 class Run:
-    """A training run in processes of its own session."""
+    """A launcher and its two ranks in a session of their own."""
 
     def __init__(self, process: subprocess.Popen, output: Path, folder: Path) -> None:
         self.process = process
-        self.output = output
-        self.checkpoints = folder / "run" / "checkpoints"
+        self._output = output
+        self._folder = folder
 
     @property
     def said(self) -> str:
-        return self.output.read_text()
+        return self._output.read_text()
 
-    @property
-    def last_step(self) -> int:
-        """The last step that it has reported."""
-        return max((int(step) for step in re.findall(r"(\d+)/\d+ +\d", self.said)), default=0)
+    def reported_steps(self, num_steps: int) -> list[int]:
+        return [int(step) for step in re.findall(rf"(\d+)/{num_steps} +\d", self.said)]
+
+    def saved_steps(self) -> list[int]:
+        return saved_steps(self._folder)
 
     def ranks(self) -> list[int]:
         """The processes that the launcher has started."""
@@ -83,66 +86,26 @@ class Run:
             if b"--config" in Path(f"/proc/{child}/cmdline").read_bytes()
         ]
 
-    def saved_steps(self) -> list[int]:
-        names = (path.name for path in self.checkpoints.glob("step-*"))
-        return sorted(int(name.removeprefix("step-")) for name in names if "." not in name)
-
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 180
         while not re.search(text, self.said):
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
             time.sleep(0.02)
 
-    def ends_with(self, status: int) -> str:
-        """Waits for the end; returns the output."""
-        assert self.process.wait(timeout=120) == status, self.said
-        assert not (self.checkpoints.parent / "run.lock").exists()
-        return self.said
-
-
-def write_config(folder: Path) -> Path:
-    """Writes the configuration of a run that evaluates every 10 steps, and saves the last one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = METHOD_KEYS["switchlora"]
-    text = TINY.format(folder=folder, method="switchlora", method_keys=keys)
-    text = text.replace("num_workers = 0", "num_workers = 1").replace(
-        "[checkpoint]\ninterval = 20", "[checkpoint]\ninterval = 100000"
-    )
-    file = folder / "job.toml"
-    file.write_text(text.replace("interval = 20", "interval = 10"))
-    return file
-
 
 @contextmanager
-def start(
-    folder: Path,
-    *arguments: str,
-    ranks: int = 1,
-    fault: str = "none",
-    has_locks: bool = True,
-    options: tuple[str, ...] = (),
-) -> Iterator[Run]:
-    """Starts a run of its own process group.
-
-    Args:
-        arguments: of `train`.
-        has_locks: whether the file system has kernel locks.
-        options: of `switchtitan launch`, which starts several ranks.
-    """
-    config, script, output = write_config(folder), folder / "program.py", folder / "output.txt"
+def launched(folder: Path, cache_dir: Path, *keys: str) -> Iterator[Run]:
+    """Starts a run on two ranks, of which one is killed in step 7."""
+    own = arguments(folder, cache_dir, is_async=False)
+    script, output = folder / "program.py", folder / "output.txt"
     script.write_text(PROGRAM)
-    launcher = () if ranks == 1 else ("-m", "switchtitan", *LAUNCH, *options)
-    command = [sys.executable, *launcher, str(script), "--config", str(config), *arguments]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
-    if not has_locks:
-        environ["NO_LOCKS"] = ""
     with output.open("w") as printed:
         process = subprocess.Popen(
-            command,
+            [sys.executable, *LAUNCH, str(script), *own, *keys],
             stdout=printed,
             stderr=subprocess.STDOUT,
-            env=environ,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             # In the background, a shell starts programs that ignore it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -157,3 +120,13 @@ def start(
         with suppress(ProcessLookupError):  # ranks that hang outlive their launcher
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def start_failing_in_a_save(may_complete: Path, *words: str) -> subprocess.Popen:
+    """Starts a run that fails during a save in the background; the save ends once a file exists."""
+    return subprocess.Popen(
+        [sys.executable, "-c", FAIL_IN_A_SAVE, str(may_complete), *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

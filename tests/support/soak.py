@@ -1,14 +1,15 @@
-"""Measures what a long run holds, and how fast that grows."""
+"""Measures what a long run holds, and whether that grows."""
 
 import ctypes
 import gc
 import os
+import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from support.leftovers import num_tensors
@@ -26,33 +27,34 @@ RISES: dict[str, float] = {
     # The lengths of numbers in the indices differ.
     "checkpoints_bytes": 16 << 10,
 }
-"""Quantity -> its greatest rise between the first and the last sample, by a straight line."""
-GROWING = "other_files_bytes"
-"""Events, spectra and the log grow with the steps, by design."""
+"""Quantity -> its greatest rise between the first and the last sample, by a straight line. Events,
+spectra and the log grow with the steps, by design."""
 
 
-class Slope(NamedTuple):
-    """A least-squares line through the samples after the warm-up."""
+class _Hook:
+    """A hook of the trainer that is due every `interval` steps."""
 
-    per_1000_steps: float
-    rise: float
-    """Over all of these samples."""
-
-
-class Sampler:
-    """A hook of the trainer that measures its process every `interval` steps."""
-
-    def __init__(self, trainer: Trainer, output_dir: Path, interval: int) -> None:
-        self._trainer = trainer
-        self._output_dir = output_dir
+    def __init__(self, interval: int) -> None:
         self._interval = interval
-        self.samples: dict[int, dict[str, float]] = {}
 
-    def around(self, step: int) -> AbstractContextManager[None]:
+    def around(self, step: int) -> nullcontext:
         return nullcontext()
 
     def is_due(self, step: int) -> bool:
         return step % self._interval == 0
+
+    def results(self) -> dict:
+        return {}
+
+
+class Sampler(_Hook):
+    """Measures its process."""
+
+    def __init__(self, trainer: Trainer, output_dir: Path, interval: int) -> None:
+        super().__init__(interval)
+        self._trainer = trainer
+        self._checkpoints = output_dir / "checkpoints"
+        self.samples: dict[int, dict[str, float]] = {}
 
     def after(self, step: int) -> None:
         while self._trainer.checkpointer.is_writing:
@@ -61,46 +63,56 @@ class Sampler:
         dist.barrier()  # the main rank renames and deletes checkpoints
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        self.samples[step] = self._measure()
-
-    def results(self) -> dict[str, float | None]:
-        return {}
-
-    def _measure(self) -> dict[str, float]:
-        resident = Path("/proc/self/statm").read_text().split()
-        checkpoints = _num_bytes(self._output_dir / "checkpoints")
-        return {
-            "memory_bytes": int(resident[1]) * _PAGE_BYTES,
+        files = [path for path in self._checkpoints.rglob("*") if path.is_file()]
+        self.samples[step] = {
+            "memory_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,
             "shared_memory_bytes": _shared_memory_bytes(),
             "open_files": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")),
             "tensors": num_tensors(),
-            "checkpoints_bytes": checkpoints,
-            GROWING: _num_bytes(self._output_dir) - checkpoints,
+            "checkpoints_bytes": sum(path.stat().st_size for path in files),
         }
 
 
+class Leaks(_Hook):
+    """Keeps some of everything before each sample."""
+
+    def __init__(self, output_dir: Path, interval: int) -> None:
+        super().__init__(interval)
+        self._checkpoints = output_dir / "checkpoints"
+        self._end = threading.Event()
+        self._kept: list[object] = []
+        self._files: list[int] = []
+
+    def after(self, step: int) -> None:
+        self._kept.append(bytearray(os.urandom(4 << 20)))
+        self._kept.append(torch.ones(1 << 14).share_memory_())
+        self._kept += [torch.ones(1) for _ in range(3)]
+        self._files.append(os.open(os.devnull, os.O_RDONLY))
+        threading.Thread(target=self._end.wait, daemon=True).start()
+        self._checkpoints.mkdir(exist_ok=True)
+        (self._checkpoints / f"left-{step}").write_bytes(bytes(20_000))
+
+    def close(self) -> None:
+        self._end.set()
+        for descriptor in self._files:
+            os.close(descriptor)
+
+
 def _shared_memory_bytes() -> int:
-    (line,) = (
-        line for line in Path("/proc/self/status").read_text().splitlines() if "RssShmem" in line
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if "RssShmem" in line)
     return int(line.split()[1]) << 10
 
 
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def slopes(samples: dict[int, dict[str, float]], warmup_steps: int) -> dict[str, Slope]:
-    """Returns the slope of each quantity after `warmup_steps`."""
+def rising(samples: dict[int, dict[str, float]], warmup_steps: int) -> dict[str, float]:
+    """Returns the quantities that rise by more than `RISES`: by how much, by a least-squares line
+    through the samples after the warm-up."""
     steps = [step for step in samples if step > warmup_steps]
     found = {}
-    for name in samples[steps[0]]:
+    for name, bound in RISES.items():
         slope, _ = np.polyfit(steps, [samples[step][name] for step in steps], 1)
-        found[name] = Slope(1000 * float(slope), float(slope) * (steps[-1] - steps[0]))
+        rise = float(slope) * (steps[-1] - steps[0])
+        if rise > bound:
+            found[name] = rise
     return found
-
-
-def rising(found: dict[str, Slope]) -> list[str]:
-    """Returns the quantities that rise by more than `RISES`."""
-    return [name for name, bound in RISES.items() if found[name].rise > bound]

@@ -1,19 +1,13 @@
-"""A small state on one process without torch.distributed, and ways to damage its checkpoint."""
-
-from collections.abc import Callable, Mapping
-from pathlib import Path
+"""A small state on one process without torch.distributed."""
 
 import pytest
 import torch
-from torch import Tensor
 
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer
 
-MakeCheckpointer = Callable[..., Checkpointer]
-
 
 @pytest.fixture
-def tensors() -> dict[str, Tensor]:
+def tensors():
     generator = torch.Generator().manual_seed(3)
     return {
         "model.layers.0.weight": torch.randn(5, 7, generator=generator),
@@ -25,19 +19,16 @@ def tensors() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return tmp_path / "run" / "checkpoints"
 
 
 @pytest.fixture
-def make_checkpointer(folder: Path) -> MakeCheckpointer:
-    def make(
-        comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
-        **config: object,
-    ) -> Checkpointer:
+def make_checkpointer(folder):
+    def make(comparable_identity=dict, **config):
         return Checkpointer(
             folder,
-            CheckpointConfig(**config),
+            CheckpointConfig(**{"async_save": False, **config}),
             identity={"model": {"size": "9m"}, "corpus": "abc"},
             metadata={"corpus": "a stand-in"},
             versions={"torch": "2.0"},

@@ -1,0 +1,249 @@
+"""Any file of a run is damaged, then the same command is given again.
+
+The run uses the previous checkpoint, or refuses by name, or the damage is harmless. Where it goes
+on, its end is bitwise that of the undisturbed run: never a wrong weight, nor another run's state.
+"""
+
+import json
+import multiprocessing
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, delete, make_run, swap_in, train
+from support.long_form import IS_LONG
+
+from switchtitan.checkpoint.verify import check_contents
+from switchtitan.training.stepper import Stepper
+
+END = NUM_STEPS + INTERVAL
+NEWEST, PREVIOUS = f"step-{NUM_STEPS:09d}", f"step-{NUM_STEPS - INTERVAL:09d}"
+CHECKPOINT_FILES = (
+    "metadata.json", "metadata.json.sha256", "tensors.json", "__0_0.distcp", ".metadata",
+)  # fmt: skip
+IN_NEWEST = {f"newest: {name}": f"run/checkpoints/{NEWEST}/{name}" for name in CHECKPOINT_FILES}
+IN_PREVIOUS = {
+    f"previous: {name}": f"run/checkpoints/{PREVIOUS}/{name}" for name in CHECKPOINT_FILES
+}
+READ = {
+    "corpus: index.json": "corpora/pystdlib-*/index.json",
+    "corpus: checksum of the index": "corpora/pystdlib-*/index.json.sha256",
+    "corpus: tokenizer.json": "corpora/pystdlib-*/tokenizer.json",
+    "corpus: training tokens": "corpora/pystdlib-*/train-00000.bin",
+    "corpus: validation tokens": "corpora/pystdlib-*/validation-*.bin",
+    "initial weights": "weights.safetensors",
+}
+NEVER_READ = {
+    "spectra": f"run/spectra/{NEWEST}.safetensors",
+    "results.json": "run/results.json",
+    "TensorBoard's events": "run/tensorboard/events.*",
+    "config.toml": "run/config.toml",
+    "train.log": "run/train.log",
+}
+"""By a run that trains on: later files are written next to them."""
+FILES = IN_NEWEST | IN_PREVIOUS | READ | NEVER_READ
+"""Kind of a file -> its place in the run's home."""
+SHORT = ("newest: __0_0.distcp", "corpus: training tokens", "initial weights", "results.json")
+FOLDERS = {
+    "newest checkpoint": (f"run/checkpoints/{NEWEST}", "previous", "refused"),
+    "previous checkpoint": (f"run/checkpoints/{PREVIOUS}", "harmless", "harmless"),
+    "all checkpoints": ("run/checkpoints", "started over", "refused"),
+    # Prepared again, the corpus is the same.
+    "corpus": ("corpora/pystdlib-*/", "harmless", "refused"),
+    "spectra": ("run/spectra", "harmless", "harmless"),
+    "TensorBoard": ("run/tensorboard", "harmless", "harmless"),
+}
+"""Kind of a folder -> its place, and what follows if it is deleted, or another run's."""
+STARTS = {
+    f"resuming from FOLDER/checkpoints/{NEWEST}\n": "harmless",
+    f"resuming from FOLDER/checkpoints/{PREVIOUS}\n": "previous",
+    "starting a new run in FOLDER\n": "started over",
+}
+"""What a run logs -> its outcome."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A finished run, its copy, another run of the same shapes, and how the first one continues."""
+
+    home: Path
+    pristine: Path
+    other: Path
+    end: dict
+
+    def restore(self):
+        shutil.rmtree(self.home)
+        shutil.copytree(self.pristine, self.home)
+
+
+def end_of(home):
+    """What a run leaves after its last step: equal for equal runs."""
+    metadata = check_contents(home / "run" / "checkpoints" / f"step-{END:09d}")
+    results = json.loads((home / "run" / "results.json").read_text())
+    spectra = home / "run" / "spectra" / f"step-{END:09d}.safetensors"
+    return {
+        "tensors": {
+            name: file.sha256
+            for name, file in metadata.files.items()
+            if name != ".metadata"  # holds the save's random id
+        },
+        "state": json.loads(json.dumps(metadata.train_state)),
+        "results": {key: results[key] for key in ("step", "loss/validation", "seed", "corpus")},
+        "spectra": spectra.read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damages")
+    home, pristine, other = folder / "run", folder / "pristine", folder / "other"
+    make_run(home, seed=3, max_bytes=60_000)
+    make_run(other, seed=4, max_bytes=150_000)
+    shutil.copytree(home, pristine)
+    assert train(home, END).status == 0
+    return Runs(home, pristine, other, end_of(home))
+
+
+def place(home, pattern):
+    (found,) = home.glob(pattern)
+    return found
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def use(runs, *names):
+    """Gives the command again, checks how it ends, and returns its outcome.
+
+    Args:
+        names: one of these is in the message of a refusal.
+    """
+    before = contents(runs.home)
+    outcome = train(runs.home, END)
+    if outcome.status == 2:
+        outcome.check_refused()
+        assert any(name in outcome.errors for name in names), outcome.errors
+        # So the undamaged file, put back, is all that the run needs.
+        assert contents(runs.home) == before
+        return "refused"
+    assert outcome.status == 0, (outcome.output[-3000:], outcome.errors[-3000:])
+    assert end_of(runs.home) == runs.end
+    said = outcome.output.replace(f"{runs.home}/run", "FOLDER")
+    (found,) = [name for start, name in STARTS.items() if start in said]
+    return found
+
+
+def damages_of(kind, runs):
+    """Each way to damage a kind of file, by name."""
+    pattern = FILES[kind]
+    damages = {**IN_PLACE, "swapped with another run's": swap_in(place(runs.other, pattern))}
+    if kind in IN_NEWEST or kind in IN_PREVIOUS:
+        swapped = {NEWEST: PREVIOUS, PREVIOUS: NEWEST}
+        sibling = "/".join(swapped.get(part, part) for part in pattern.split("/"))
+        damages["swapped with another step's"] = swap_in(place(runs.pristine, sibling))
+    return damages
+
+
+def expected_outcome(kind, name):
+    if kind in IN_NEWEST:
+        return "previous"
+    if kind in IN_PREVIOUS or kind in NEVER_READ:
+        return "harmless"
+    if (kind, name) == ("corpus: checksum of the index", "deleted"):
+        return "harmless"  # as in a corpus of version 0.2.0
+    return "refused"
+
+
+@pytest.mark.parametrize("kind", FILES if IS_LONG else SHORT)
+def test_a_damaged_file(runs, kind):
+    chosen = [*damages_of(kind, runs).items()]
+    if not IS_LONG:
+        chosen = [random.Random(kind).choice(chosen)]
+    for number, (name, damage) in enumerate(chosen):
+        runs.restore()
+        file = place(runs.home, FILES[kind])
+        before = file.read_bytes()
+        damage(file, random.Random(f"{kind} {number}"))
+        if file.exists() and file.read_bytes() == before:
+            # Where tensors are stored is equal in runs of the same shapes.
+            assert file.name == "tensors.json", name
+            continue
+        assert use(runs, file.name, str(file.parent)) == expected_outcome(kind, name), name
+
+
+@pytest.mark.parametrize("kind", FOLDERS if IS_LONG else ["corpus"])
+def test_a_folder_that_is_deleted_or_another_runs(runs, kind):
+    pattern, if_deleted, if_swapped = FOLDERS[kind]
+    swap = swap_in(place(runs.other, pattern))
+    for damage, expected in ((delete, if_deleted), (swap, if_swapped)):
+        runs.restore()
+        damage(place(runs.home, pattern), random.Random(kind))
+        assert use(runs, "the checkpoint belongs to another run") == expected, damage
+
+
+@pytest.mark.parametrize("name", IN_PLACE if IS_LONG else ["one bit"])
+def test_damage_to_all_checkpoints(runs, name):
+    runs.restore()
+    for step in (NEWEST, PREVIOUS):
+        file = place(runs.home, f"run/checkpoints/{step}/__0_0.distcp")
+        IN_PLACE[name](file, random.Random(f"{name} {step}"))
+    assert use(runs, str(runs.home / "run" / "checkpoints")) == "refused"
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, "swapped"] if IS_LONG else ["swapped"])
+def test_damaged_results_of_a_finished_run_are_written_again(runs, name):
+    """The same command has nothing to train. Other numbers in the file have no checksum."""
+    runs.restore()
+    file = place(runs.home, "run/results.json")
+    expected = json.loads(file.read_text())
+    damages = {**IN_PLACE, "swapped": swap_in(runs.other / "run" / "results.json")}
+    damages[name](file, random.Random(name))
+    assert train(runs.home, NUM_STEPS).status == 0
+    found = json.loads(file.read_text())
+    for key in ("step", "loss/validation", "seed", "corpus"):
+        assert found[key] == expected[key], key
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[: len(data) : 2] = bytes(byte ^ 1 for byte in data[: len(data) : 2])
+    file.write_bytes(data)
+
+
+def replace(file):
+    other = file.with_name("other")
+    shutil.copyfile(file, other)
+    flip(other)
+    other.replace(file)
+
+
+CHANGES = [(replace, 1), (replace, 0), (flip, 0), (flip, 1)]
+
+
+@pytest.mark.parametrize(("change", "num_workers"), CHANGES if IS_LONG else CHANGES[:1])
+def test_a_corpus_that_changes_while_a_run_reads_it_is_refused(
+    runs, change, num_workers, monkeypatch
+):
+    runs.restore()
+    shard, step = place(runs.home, READ["corpus: training tokens"]), Stepper.step
+    keys = ("--data.num_workers", num_workers)
+
+    def step_and_change(stepper):
+        result = step(stepper)
+        if stepper.state.step == NUM_STEPS + 3:
+            change(shard)
+        return result
+
+    with monkeypatch.context() as planted:
+        planted.setattr(Stepper, "step", step_and_change)
+        outcome = train(runs.home, 40, *keys)
+    outcome.check_refused(str(shard), "checksum")
+    # The exit of a process waits for them.
+    assert not multiprocessing.active_children()
+    # Restored, the run resumes from its last checkpoint.
+    flip(shard)
+    assert train(runs.home, END).status == 0
+    assert end_of(runs.home) == runs.end

@@ -1,0 +1,187 @@
+"""Killed or stopped at any moment, the same command ends as if nothing had happened."""
+
+import random
+import shutil
+import signal
+import socket
+from functools import lru_cache
+
+import pytest
+from support.interrupted import (
+    INTERVAL,
+    NUM_STEPS,
+    Interrupt,
+    arguments,
+    check_folders,
+    end_first_step_while_ranks_agree,
+    outcome,
+    random_interrupt,
+    run,
+    save_slowly,
+    save_slowly_and_interrupt,
+    saved_steps,
+    steps_in,
+    stop_main_rank_in_step_7,
+)
+from support.long_form import IS_LONG, num_cases
+
+from switchtitan.errors import LostRankError, SaveAbandonedError
+
+SHORT = [
+    ("killed", "start-up", 2),
+    ("killed", "training", 2),
+    ("killed", "save", 1),
+    ("killed", "async save", 2),
+    ("stopped", "start-up", 2),
+    ("stopped", "training", 2),
+    ("stopped", "save", 2),
+    ("stopped", "async save", 1),
+]
+LONG = [
+    ("killed", phase, num_ranks)
+    for phase in ("start-up", "preparation", "training", "save", "async save", "pruning")
+    for num_ranks in (1, 2)
+] + [
+    ("stopped", phase, num_ranks)
+    for phase in ("start-up", "training", "evaluation", "save", "async save")
+    for num_ranks in (1, 2, 4)
+]
+NUM_CHAINS, INTERRUPTS = num_cases(4, 1), num_cases(3, 1)
+"""Chains of a row, and interrupts of a chain."""
+MAX_RUNS = 2 * INTERRUPTS + 6
+"""A run ends undisturbed if it does not reach the drawn moment."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("interrupted")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    """The outcome for a number of ranks."""
+
+    @lru_cache
+    def outcome_on(num_ranks):
+        folder = home / str(num_ranks)
+        own = arguments(folder, home / "corpora", is_async=True)
+        assert run(own, num_ranks, folder / "log") == [0] * num_ranks
+        return outcome(folder)
+
+    return outcome_on
+
+
+def check_stop(folder, stop, codes, printed, step_before):
+    """Checks a run that was told to stop; returns the step that it has lost, if any.
+
+    A run that gets the signal before the end of its first step stops at once. That step may end
+    while the ranks agree on this; it is lost, and the only one that may be.
+
+    Args:
+        codes: exit statuses of all ranks.
+        printed: by rank 0.
+        step_before: the step from which the run resumed.
+    """
+    assert codes == [128 + stop.number] * len(codes), printed
+    assert "Traceback" not in printed
+    assert not (folder / "run" / "run.lock").exists()
+    steps = steps_in(printed)
+    newest, last_step = max(saved_steps(folder), default=0), step_before + len(steps)
+    assert steps == list(range(step_before + 1, last_step + 1))
+    is_before_first_step = stop.phase == "start-up" or (stop.phase, stop.call) == ("training", 1)
+    if is_before_first_step and len(steps) == 1 and "stopped at step" not in printed:
+        assert newest == step_before, printed
+        return steps
+    assert newest == last_step, printed
+    if steps and last_step < NUM_STEPS:
+        assert f"stopped at step {last_step}; the same command resumes from" in printed
+    return []
+
+
+@pytest.mark.parametrize("chain", range(NUM_CHAINS))
+@pytest.mark.parametrize(("end", "phase", "num_ranks"), LONG if IS_LONG else SHORT)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    undisturbed, home, end, phase, num_ranks, chain, tmp_path
+):
+    expected = undisturbed(num_ranks)
+    source = random.Random(f"{end} {phase} {num_ranks} {chain}")
+    cache_dir = (tmp_path if phase == "preparation" else home) / "corpora"
+    own = arguments(tmp_path, cache_dir, is_async=phase != "save")
+    log, is_killed, num_interrupts, lost = tmp_path / "log", end == "killed", 0, []
+    for _ in range(MAX_RUNS):
+        interrupt = random_interrupt(
+            source, phase.removeprefix("async "), num_ranks, is_killed=is_killed
+        )
+        before = max(saved_steps(tmp_path), default=0)
+        size = log.stat().st_size if log.exists() else 0
+        codes = run(own, num_ranks, log, interrupt)
+        check_folders(tmp_path)
+        if codes == [0] * num_ranks:  # otherwise nothing would be left to do
+            shutil.rmtree(tmp_path / "run")
+            shutil.rmtree(tmp_path / "corpora", ignore_errors=True)
+            log.unlink()
+            lost.clear()
+            continue
+        if not is_killed:
+            lost += check_stop(tmp_path, interrupt, codes, log.read_text()[size:], before)
+        num_interrupts += 1
+        if num_interrupts == INTERRUPTS:
+            break
+    assert num_interrupts == INTERRUPTS
+    assert run(own, num_ranks, log) == [0] * num_ranks
+    assert outcome(tmp_path) == expected
+    if not is_killed:
+        assert steps_in(log.read_text()) == sorted([*range(1, NUM_STEPS + 1), *lost])
+
+
+@pytest.mark.skipif(not IS_LONG, reason="part of the long form")
+def test_a_first_step_that_ends_while_the_ranks_agree_is_the_only_one_lost(home, tmp_path):
+    stop = Interrupt("training", call=1, number=signal.SIGTERM)
+    own, log = arguments(tmp_path, home / "corpora", is_async=False), tmp_path / "log"
+    codes = run(own, 2, log, stop, end_first_step_while_ranks_agree)
+    assert check_stop(tmp_path, stop, codes, log.read_text(), step_before=0) == [1]
+
+
+STOP_IN_STEP_6 = Interrupt("training", call=6, rank=None, number=signal.SIGTERM)
+SLOW_SAVES = {
+    "a second signal": (1, (), save_slowly_and_interrupt, 130),
+    "the end of the grace period": (
+        2,
+        ("--checkpoint.grace_s", "1"),
+        save_slowly,
+        SaveAbandonedError.exit_status,
+    ),
+}
+"""Ranks, keys, what is planted in the ranks, and their exit status."""
+
+
+@pytest.mark.parametrize("reason", SLOW_SAVES)
+def test_a_save_that_takes_too_long_is_abandoned_and_leaves_the_one_before(home, reason, tmp_path):
+    num_ranks, keys, plant, status = SLOW_SAVES[reason]
+    own, log = arguments(tmp_path, home / "corpora", is_async=False), tmp_path / "log"
+    codes = run([*own, *keys], num_ranks, log, STOP_IN_STEP_6, plant)
+    assert codes == [status] * num_ranks, log.read_text()
+    assert saved_steps(tmp_path) == [INTERVAL]
+    last = log.read_text().strip().splitlines()[-1]
+    expected = "stopped at once by SIGINT" if num_ranks == 1 else "[checkpoint] grace_s = 1"
+    assert expected in last
+
+
+HANGS = {
+    # Found by a collective, and by the ranks' agreement on where to stop.
+    "alone": (("--parallelism.timeout_s", "4"), None, "did not answer within"),
+    "after a signal": ((), stop_main_rank_in_step_7, "cannot save: rank 1 "),
+}
+
+
+@pytest.mark.parametrize("when", HANGS if IS_LONG else ["after a signal"])
+def test_a_rank_that_hangs_is_named(home, when, tmp_path):
+    keys, plant, said = HANGS[when]
+    own, log = arguments(tmp_path, home / "corpora", is_async=False), tmp_path / "log"
+    hang = Interrupt("training", call=7, rank=1, number=signal.SIGSTOP)
+    codes = run([*own, *keys], 2, log, hang, plant)
+    printed = log.read_text()
+    assert codes[0] == LostRankError.exit_status, printed
+    assert said in printed
+    assert f"rank 1 on {socket.gethostname()}" in printed
+    assert saved_steps(tmp_path) == [INTERVAL]
