@@ -1,15 +1,13 @@
-"""Training continues when one rank's disk fails, and computes the same as with a healthy disk."""
+"""Training continues when one of two ranks' disks fails, and computes the same as with a healthy
+disk."""
 
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import read_tensors
-from support.disk_faults import CASES, Case
 from support.failing_disk import Fault, build, preloaded, set_faults
 from support.ranks import run_on_ranks
 from support.tiny import full_tensors, tiny_trainer
@@ -18,36 +16,41 @@ from switchtitan.checkpoint.verify import check_contents
 from switchtitan.errors import CheckpointError
 from switchtitan.observability import FAILED_SAVES
 from switchtitan.observability.curves import read_curves
-from switchtitan.training.trainer import Trainer
 
-OF_FIRST_RANK = tuple(
-    case
-    for name, case in CASES.items()
-    if name.endswith((": EIO", ": short", ": flip")) and not name.startswith("create")
-)
-OF_SECOND_RANK = tuple(
-    Case((Fault(operation, "*.partial/__1_0.distcp", outcome),), is_saved=outcome == "short")
-    for operation, outcome in [
-        ("create", "ENOSPC"),
-        ("write", "EIO"),
-        ("write", "ENOSPC"),
-        ("write", "short"),
-        ("write", "flip"),
-        ("fsync", "EIO"),
-        ("read", "EIO"),
-    ]
-)
-METRICS = (
-    Case((Fault("write", "*.tfevents.*", "ENOSPC"),), is_saved=True),
-    Case((), is_saved=True),
-    Case((Fault("create", "*/spectra/*", "EROFS"),), is_saved=True),
-)
-"""Files of the first rank that are not part of a checkpoint; spectra are due after step 4."""
+TENSORS_OF = {rank: f"*.partial/__{rank}_0.distcp" for rank in (0, 1)}
+# For each rank: the faults that its saves meet, one after the other; None of them are lost.
+SAVED = [
+    # Files of the first rank that are not part of a checkpoint; spectra are due after step 4,
+    # before its save.
+    Fault("write", "*.tfevents.*", "ENOSPC"),
+    None,
+    Fault("create", "*/spectra/*", "EROFS"),
+    Fault("write", "*.partial/metadata.json", "short"),
+]
+FAILED = [
+    Fault("fsync", TENSORS_OF[0], "EIO"),
+    Fault("write", "*.partial/tensors.json", "EIO"),
+    Fault("rename", "*.partial", "EIO"),
+    Fault("fsync", "*.partial", "EIO"),
+]
+OF_RANKS = [
+    [*SAVED, *FAILED],
+    [
+        Fault("create", TENSORS_OF[1], "ENOSPC"),
+        Fault("write", TENSORS_OF[1], "EIO"),
+        Fault("write", TENSORS_OF[1], "short"),
+        Fault("write", TENSORS_OF[1], "ENOSPC"),
+        Fault("write", TENSORS_OF[1], "flip"),
+        Fault("fsync", TENSORS_OF[1], "EIO"),
+        Fault("read", TENSORS_OF[1], "EIO"),
+    ],
+]
+NUM_FAILED = [4, 6]
+NUM_STEPS = 9
+LAST = f"step-{NUM_STEPS:09d}"
 
 
-def trainer_of(
-    folder: Path, num_ranks: int, num_steps: int, on_failure: str = "continue"
-) -> Trainer:
+def trainer_of(folder, num_steps, on_failure="continue"):
     return tiny_trainer(
         folder,
         "switchlora",
@@ -57,28 +60,26 @@ def trainer_of(
         *("--checkpoint.on_failure", on_failure),
         *("--metrics.tensorboard", "true"),
         *("--spectrum.interval", "4"),
-        num_ranks=num_ranks,
+        num_ranks=2,
     )
 
 
-def inject(trainer: Trainer, has_faults: bool, cases: Sequence[Case]) -> None:
-    """Each save of a rank that has faults meets the next case."""
-    save, remaining = trainer.checkpointer.save, iter(cases)
+def inject(trainer, faults):
+    """Each save of this rank meets the next fault."""
+    save, remaining = trainer.checkpointer.save, iter(faults)
 
-    def save_on_failing_disk(*args) -> None:
+    def save_on_failing_disk(*args):
         trainer.checkpointer.finish()
-        case = next(remaining, None)
-        if has_faults:
-            set_faults(*(case.faults if case else ()))
+        fault = next(remaining, None)
+        set_faults(*([fault] if fault else []))
         save(*args)
 
     trainer.checkpointer.save = save_on_failing_disk
 
 
-def train(folder: Path, num_ranks: int, num_steps: int, failing: bool, cases: Sequence[Case]):
-    trainer = trainer_of(folder, num_ranks, num_steps)
-    inject(trainer, failing, cases)
-    lines: list[str] = []
+def train(folder, faults):
+    trainer, lines = trainer_of(folder, NUM_STEPS), []
+    inject(trainer, faults)
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("switchtitan").addHandler(handler)
@@ -87,82 +88,83 @@ def train(folder: Path, num_ranks: int, num_steps: int, failing: bool, cases: Se
     return trainer, full_tensors(trainer), "\n".join(lines)
 
 
-def train_on_failing_disks(rank: int, folder: Path, num_ranks: int) -> None:
-    # A third of them on two ranks, where steps take longer.
-    of_first = OF_FIRST_RANK[::2] if num_ranks == 1 else OF_FIRST_RANK[1::6]
-    of_ranks = [(*METRICS, *of_first), OF_SECOND_RANK][:num_ranks]
-    num_steps = max(map(len, of_ranks)) + 1
-    _, expected, _ = train(folder / "healthy", num_ranks, num_steps, False, ())
-    healthy = json.loads((folder / "healthy" / "run" / "results.json").read_text())
-    assert FAILED_SAVES not in healthy
-    for failing_rank, cases in enumerate(of_ranks):
-        home = folder / f"failing-{failing_rank}"
-        trainer, found, lines = train(home, num_ranks, num_steps, rank == failing_rank, cases)
-        num_failed = sum(not case.is_saved for case in cases)
+def results_of(folder):
+    return json.loads((folder / "run" / "results.json").read_text())
+
+
+def train_on_failing_disks(rank, folder):
+    _, expected, _ = train(folder / "healthy", [])
+    for failing_rank, faults in enumerate(OF_RANKS):
+        home, num_failed = folder / f"failing-{failing_rank}", NUM_FAILED[failing_rank]
+        trainer, found, lines = train(home, faults if rank == failing_rank else [])
         assert trainer.checkpointer.num_failed_saves == num_failed
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-        last = home / "run" / "checkpoints" / f"step-{num_steps:09d}"
+        check_equal(found, expected)
+        last = home / "run" / "checkpoints" / LAST
         assert trainer.checkpointer.latest == last
-        check_contents(last)
         if rank == 0:
-            saved = read_tensors(last)
-            assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
-            results = json.loads((home / "run" / "results.json").read_text())
-            assert results[FAILED_SAVES] == num_failed
-            assert results["loss/validation"] == healthy["loss/validation"]
-            assert read_curves(home / "run")[FAILED_SAVES][1][-1] == num_failed
-            message = "Training continues; the newest complete checkpoint is"
-            assert lines.count(message) == num_failed
-            assert re.search(f"^failed saves +{num_failed}$", lines, re.MULTILINE)
+            check_contents(last)
+            check_equal(read_tensors(last), expected)
+            check_reports(home, folder / "healthy", lines, num_failed)
             if failing_rank == 0:
                 assert "could not write the spectra" in lines
-                assert "TensorBoard lacks points until that succeeds" in lines
+                assert "TensorBoard lacks points" in lines
         else:
             assert "Training continues" not in lines
 
 
-def error_of(function: Callable[[], object]) -> str:
-    with pytest.raises(CheckpointError) as error:
-        function()
-    return str(error.value)
+def check_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def fail_to_the_end(rank: int, folder: Path, num_ranks: int) -> None:
+def check_reports(home, healthy, lines, num_failed):
+    results = results_of(home)
+    assert results[FAILED_SAVES] == num_failed
+    assert FAILED_SAVES not in results_of(healthy)
+    assert results["loss/validation"] == results_of(healthy)["loss/validation"]
+    assert read_curves(home / "run")[FAILED_SAVES][1][-1] == num_failed
+    assert lines.count("Training continues; ") == num_failed
+    assert re.search(f"^failed saves +{num_failed}$", lines, re.MULTILINE)
+
+
+def fail_to_the_end(rank, folder):
     """The disk of the last rank fails, in every save or in the last one."""
-    fault = Fault("write", f"*.partial/__{num_ranks - 1}_0.distcp", "ENOSPC", times=0)
-    failing = rank == num_ranks - 1
-    stop = trainer_of(folder / "stop", num_ranks, 4, on_failure="stop")
-    inject(stop, failing, [Case(()), Case((fault,))])
+    fault = Fault("write", TENSORS_OF[1], "ENOSPC", times=0) if rank == 1 else None
+    stop = trainer_of(folder / "stop", 4, on_failure="stop")
+    inject(stop, [None, fault])
     message = error_of(stop.train)
     assert "cannot save step 2" in message
     assert "No space left on device" in message
     assert stop.checkpointer.latest.name == "step-000000001"
     # Found by the poll or the save of the next step.
     assert stop.stepper.state.step in (2, 3)
-    last = trainer_of(folder / "last", num_ranks, 3)
+    last = trainer_of(folder / "last", 3)
     # The last step is saved again.
-    inject(last, failing, [Case(()), Case((fault,)), Case((fault,)), Case((fault,))])
+    inject(last, [None, fault, fault, fault])
     message = error_of(last.train)
-    assert "the last checkpoint was not saved, the same command resumes from" in message
     assert "step-000000001: cannot save step 3" in message
     if rank == 0:  # which writes them, perhaps after the others have ended
-        assert json.loads((folder / "last" / "run" / "results.json").read_text())[FAILED_SAVES] == 3
+        assert results_of(folder / "last")[FAILED_SAVES] == 3
     set_faults()
-    again = trainer_of(folder / "last", num_ranks, 3)
+    again = trainer_of(folder / "last", 3)
     assert again.stepper.state.step == 1
     again.train()
     assert again.checkpointer.latest.name == "step-000000003"
 
 
-def train_then_fail_to_the_end(rank: int, folder: Path, num_ranks: int) -> None:
-    train_on_failing_disks(rank, folder, num_ranks)
-    fail_to_the_end(rank, folder, num_ranks)
+def error_of(function):
+    with pytest.raises(CheckpointError) as error:
+        function()
+    return str(error.value)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_training_goes_on_and_its_weights_are_those_of_a_healthy_disk(corpora, num_ranks):
-    folder = corpora / f"failing-disk-{num_ranks}"
+def train_then_fail_to_the_end(rank, folder):
+    train_on_failing_disks(rank, folder)
+    fail_to_the_end(rank, folder)
+
+
+def test_training_goes_on_and_its_weights_are_those_of_a_healthy_disk(corpora):
+    folder = corpora / "failing-disk"
     folder.mkdir()
     with preloaded(build(folder)):
-        run_on_ranks(num_ranks, train_then_fail_to_the_end, folder, num_ranks, start_method="spawn")
+        run_on_ranks(2, train_then_fail_to_the_end, folder, start_method="spawn")
