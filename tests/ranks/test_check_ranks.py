@@ -1,27 +1,26 @@
 """A bit that flips on one of two ranks is found and named; without the check the run continues."""
 
-from functools import partial
-
 import pytest
 import torch
-from support.ranks import run_on_ranks
+from support.insides import exchanged_plans
+from support.layouts import asked_for
+from support.ranks import run_rows_on_ranks
 from support.tiny import tiny_trainer, train_steps
-from torch import Tensor
 
 from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError
-from switchtitan.training.stepper import StepResult
-from switchtitan.training.trainer import Trainer
 
 REPLICATED = ("--parallelism.replicate", "2")
+WHOLE = ("--parallelism.frozen_weights", "replicate")
 CONSTANT = ("--method.candidates", "constant")
 BF16 = ("--training.frozen_dtype", "bfloat16")
 BF16_MOMENTS = ("--optimizer.moments_dtype", "bfloat16")
 NO_SAVES = ("--checkpoint.interval", "100", "--evaluation.interval", "100")
 WEIGHT = "model.model.layers.1.mlp.up_proj.weight"
-# (method, overrides) -> tensors that both ranks hold.
+BASIS = "optimizer.model.layers.0.mlp.up_proj.weight.basis"
+# Method and keys -> tensors that both ranks hold.
 HELD = {
-    ("switchlora", REPLICATED): [
+    ("switchlora", *REPLICATED): [
         WEIGHT,
         "model.model.embed_tokens.weight",
         "model.model.layers.0.self_attn.q_proj.lora_a",
@@ -32,119 +31,131 @@ HELD = {
         "optimizer.switch.vector_steps",
         "optimizer.switch.freeze_steps_left",
     ],
-    ("switchlora", ()): ["optimizer.switch.vector_steps", "optimizer.lm_head.weight.step"],
-    ("switchlora", CONSTANT): ["optimizer.switch.candidate_keys"],
-    ("relora", BF16): ["optimizer.reset.rounding_keys"],
-    ("full_rank", BF16_MOMENTS): ["optimizer.lm_head.weight.rounding_key"],
-    ("galore", ()): ["optimizer.model.layers.0.mlp.up_proj.weight.basis"],
-    ("fira", ()): [
-        "optimizer.model.layers.0.mlp.up_proj.weight.basis",
-        "optimizer.projection.update_norms",
+    ("switchlora", *WHOLE): [
+        WEIGHT,
+        "optimizer.switch.vector_steps",
+        "optimizer.lm_head.weight.step",
     ],
-    ("apollo", ()): [
-        "optimizer.model.layers.0.mlp.up_proj.weight.basis",
-        "optimizer.projection.update_norms",
-    ],
-    ("apollo", REPLICATED): ["optimizer.model.layers.1.mlp.down_proj.weight.basis"],
+    ("switchlora", *CONSTANT): ["optimizer.switch.candidate_keys"],
+    ("relora", *BF16): ["optimizer.reset.rounding_keys"],
+    ("full_rank", *BF16_MOMENTS): ["optimizer.lm_head.weight.rounding_key"],
+    ("galore",): [BASIS],
+    ("fira",): [BASIS, "optimizer.projection.update_norms"],
+    ("apollo", *REPLICATED): [BASIS],
 }
+# Number of steps between checks -> the step in which the first check finds a flip after step 4;
+# without checks that before the save at the end.
+FOUND_AT = {"3": 6, "0": 8}
 
 
-def flip_bit(tensor: Tensor) -> None:
+def flip_bit(tensor):
     """Flips the lowest bit of the first element."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = local(tensor.detach()).view(integers[tensor.element_size()])
     bits.view(-1)[0] ^= 1
 
 
-def check_that_flips_are_found(rank, folder):
-    for (method, overrides), names in HELD.items():
-        trainer = build(folder, method, *overrides)
-        train_steps(trainer, 3)
-        trainer.check_ranks()
-        tensors = trainer.tensors.held()
-        for name in names:
-            flips = partial(flip_bit, tensors[name]) if rank == 1 else lambda: None
-            flips()
-            with pytest.raises(RanksDisagreeError, match=rf"\({name}: rank 0 against rank 1[;)]"):
-                trainer.check_ranks()
-            flips()
-            trainer.check_ranks()
-        trainer.stepper.close()
-
-
-def check_that_other_counts_are_found(rank, folder):
-    trainer = build(folder, "switchlora")
+def check_that_flips_are_found(rank, folder, method, keys, names):
+    trainer = tiny_trainer(folder, method, *keys, num_ranks=2)
     train_steps(trainer, 3)
-    optimizer, state = trainer.stepper.optimizer, trainer.stepper.state
-    for holder, attribute, name in [
-        (state, "tokens_seen", "training.tokens_seen"),
-        (state, "num_skipped", "training.batches_skipped"),
-        (optimizer._counts, "step", "optimizer.switch.step"),
-        (optimizer._counts, "num_switched", "optimizer.switch.num_switched"),
-        (optimizer._exchange, "history", "optimizer.switch.plans"),
-    ]:
-        right = getattr(holder, attribute)
-        if rank == 0:
-            setattr(holder, attribute, right + 1)
-        with pytest.raises(RanksDisagreeError, match=rf"\({name}: rank 0 against rank 1[;)]"):
-            trainer.check_ranks()
-        setattr(holder, attribute, right)
+    trainer.check_ranks()
+    tensors = trainer.tensors.held()
+    for name in names:
+        if rank == 1:
+            flip_bit(tensors[name])
+        check_refused(trainer, name)
+        if rank == 1:
+            flip_bit(tensors[name])
         trainer.check_ranks()
     trainer.stepper.close()
 
 
-def check_methods_agree(rank, folder):
-    for method in ("relora", "galore", "apollo_mini"):
-        trainer = build(folder, method, *REPLICATED)
-        # With new projections, in step 8, and a reset of ReLoRA, after step 9.
-        train_steps(trainer, 10)
+def check_refused(trainer, name):
+    with pytest.raises(RanksDisagreeError, match=rf"\({name}: rank 0 against rank 1[;)]"):
         trainer.check_ranks()
-        trainer.stepper.close()
 
 
-def check_runs(rank, folder):
-    keys = (*REPLICATED, *NO_SAVES, "--training.steps", "8", "--parallelism.check_interval")
-    # Found by the first check after the flip. Without checks, only before the save at the end.
-    for interval, found_at in (("3", 6), ("0", 8)):
-        trainer = build(folder / interval, "switchlora", *keys, interval)
-        flip_after_step(trainer, 4, rank)
-        with pytest.raises(RanksDisagreeError, match=rf"{WEIGHT}: rank 0 against rank 1"):
-            trainer.train()
-        assert trainer.stepper.state.step == found_at
-        assert not list((folder / interval / "run").glob("checkpoints/step-*"))
-    # A control: without any check the run continues and saves.
-    trainer = build(folder / "none", "switchlora", *keys, "0")
+def check_that_other_counts_are_found(rank, folder):
+    trainer = tiny_trainer(folder, "switchlora", num_ranks=2)
+    train_steps(trainer, 3)
+    for holder, attribute, name in (
+        (trainer.stepper.state, "tokens_seen", "training.tokens_seen"),
+        (trainer.stepper.state, "num_skipped", "training.batches_skipped"),
+        (exchanged_plans(trainer.stepper.optimizer), "history", "optimizer.switch.plans"),
+    ):
+        right = getattr(holder, attribute)
+        setattr(holder, attribute, right + (rank == 0))
+        check_refused(trainer, name)
+        setattr(holder, attribute, right)
+        trainer.check_ranks()
+    optimizer = trainer.stepper.optimizer
+    for name in ("switch.step", "switch.num_switched"):
+        state = optimizer.state_dict()
+        right = state[name].clone()
+        optimizer.load_state_dict(state | {name: right + (rank == 0)})
+        check_refused(trainer, f"optimizer.{name}")
+        optimizer.load_state_dict(state | {name: right})
+        trainer.check_ranks()
+    trainer.stepper.close()
+
+
+def check_run(rank, folder, interval, found_at):
+    trainer = trainer_with_flip(rank, folder, interval)
+    with pytest.raises(RanksDisagreeError, match=rf"{WEIGHT}: rank 0 against rank 1"):
+        trainer.train()
+    assert trainer.stepper.state.step == found_at
+    assert not list((folder / "run").glob("checkpoints/step-*"))
+
+
+def check_run_without_checks(rank, folder):
+    """A control: the run continues and saves."""
+    trainer = trainer_with_flip(rank, folder, "0")
     trainer.tensors.check_state = lambda numbers: None
-    flip_after_step(trainer, 4, rank)
     trainer.train()
-    assert list((folder / "none" / "run").glob("checkpoints/step-*"))
+    assert list((folder / "run").glob("checkpoints/step-*"))
 
 
-def flip_after_step(trainer: Trainer, number: int, rank: int) -> None:
+def trainer_with_flip(rank, folder, interval):
+    """A run of 8 steps in which a bit of rank 1 flips after step 4."""
+    keys = (*REPLICATED, *NO_SAVES, "--training.steps", "8")
+    keys += ("--parallelism.check_interval", interval)
+    trainer = tiny_trainer(folder, "switchlora", *keys, num_ranks=2)
     step, weight = trainer.stepper.step, trainer.tensors()[WEIGHT]
 
-    def flipping_step() -> StepResult:
+    def flipping_step():
         result = step()
-        if rank == 1 and trainer.stepper.state.step == number:
+        if rank == 1 and trainer.stepper.state.step == 4:
             flip_bit(weight)
         return result
 
     trainer.stepper.step = flipping_step
+    return trainer
 
 
-def build(folder, method, *overrides):
-    return tiny_trainer(folder, method, *overrides, num_ranks=2)
+CHECKS = {
+    **{
+        " ".join((method, *keys)): (check_that_flips_are_found, method, keys, names)
+        for (method, *keys), names in HELD.items()
+    },
+    "other counts": (check_that_other_counts_are_found,),
+    **{f"checks every {n} steps": (check_run, n, found_at) for n, found_at in FOUND_AT.items()},
+    "no checks": (check_run_without_checks,),
+}
 
 
-def check_all(rank, folder):
-    check_that_flips_are_found(rank, folder / "flips")
-    check_that_other_counts_are_found(rank, folder / "counts")
-    check_methods_agree(rank, folder / "agree")
-    check_runs(rank, folder / "runs")
+def check_one(rank, name, folder):
+    check, *args = CHECKS[name]
+    check(rank, folder / name, *args)
 
 
-def test_a_flipped_bit_on_one_rank_is_found_and_named(corpora):
+@pytest.fixture(scope="module")
+def errors(corpora, request):
     folder = corpora / "check-ranks"
-    for name in ("flips", "counts", "agree", "runs"):
-        (folder / name).mkdir(parents=True)
-    run_on_ranks(2, check_all, folder)
+    folder.mkdir()
+    names = [name for name in CHECKS if name in asked_for(request)]
+    return run_rows_on_ranks(2, check_one, names, folder)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_differs_on_one_rank_is_found_and_named(errors, name):
+    assert name not in errors, errors[name]

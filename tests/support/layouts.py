@@ -1,12 +1,13 @@
 """The numbers of ranks on which tests of sharding train, and how they are compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from support.ranks import run_on_ranks
+from support.ranks import run_rows_on_ranks
 
 # In running order.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -21,16 +22,55 @@ RELATIVE_LOSS_TOLERANCE = 1e-5
 singular values near zero."""
 
 
-def run_in_layouts(folder: Path, train: Callable[[int, Path, str], None]) -> dict[str, Any]:
-    """Calls `train(rank, folder, layout)` on the ranks of each layout.
+def asked_for(request: pytest.FixtureRequest) -> set[object]:
+    """Returns all parameters of the module's selected tests, so that others need not be run."""
+    return {
+        value
+        for item in request.session.items
+        if item.path == request.path and isinstance(item, pytest.Function)
+        for value in (item.callspec.params.values() if hasattr(item, "callspec") else ())
+    }
+
+
+class Recorded:
+    """What rows of a table compute: one session of ranks for many rows, when they are needed.
 
     Args:
-        folder: is created; `train` saves its results as `<layout>.pt` in it.
-
-    Returns:
-        the results, by layout.
+        folder: of all runs; is created.
+        run: `run(rank, row, folder, session)` returns what rank 0 records.
+        sessions: name -> number of ranks and rows, in running order.
     """
-    folder.mkdir()
-    for layout, (num_ranks, _) in LAYOUTS.items():
-        run_on_ranks(num_ranks, train, folder, layout)
-    return {layout: torch.load(folder / f"{layout}.pt") for layout in LAYOUTS}
+
+    def __init__(
+        self,
+        folder: Path,
+        run: Callable[[int, str, Path, str], Any],
+        sessions: Mapping[str, tuple[int, Sequence[str]]],
+    ) -> None:
+        folder.mkdir()
+        self._folder, self._run, self._sessions = folder, run, sessions
+        self._errors: dict[str, dict[str, str]] = {}
+
+    def __call__(self, session: str, row: str) -> Any:
+        """Returns what a row recorded; fails with its error."""
+        for earlier, (num_ranks, rows) in self._sessions.items():
+            if earlier not in self._errors:
+                self._errors[earlier] = run_rows_on_ranks(
+                    num_ranks, _run_and_save, rows, self._run, self._folder, earlier
+                )
+            if earlier == session:
+                break
+        assert row not in self._errors[session], f"{session}: {self._errors[session][row]}"
+        return torch.load(_file(self._folder, session, row))
+
+
+def _run_and_save(
+    rank: int, row: str, run: Callable[[int, str, Path, str], Any], folder: Path, session: str
+) -> None:
+    recorded = run(rank, row, folder, session)
+    if rank == 0:
+        torch.save(recorded, _file(folder, session, row))
+
+
+def _file(folder: Path, session: str, row: str) -> Path:
+    return folder / f"{session} {row}.pt"

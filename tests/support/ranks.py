@@ -5,7 +5,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,43 @@ def run_on_ranks(
         AssertionError: if a rank raised, died, or did not finish in time.
     """
     _run_all(_run_rank, num_ranks, function, args, timeout_s, start_method)
+
+
+def run_rows_on_ranks(
+    num_ranks: int,
+    function: Callable[..., None],
+    rows: Iterable[str],
+    *args: object,
+    timeout_s: float = 1500,
+) -> dict[str, str]:
+    """Calls `function(rank, row, *args)` for each row, all rows in the same ranks.
+
+    A row that fails, or hangs, ends its ranks; the rows after it get new ones.
+
+    Returns:
+        The errors of the rows that failed, by row.
+    """
+    pending, errors = list(rows), dict[str, str]()
+    while pending:
+        with tempfile.TemporaryDirectory() as done:
+            try:
+                run_on_ranks(
+                    num_ranks, _call_rows, done, function, pending, args, timeout_s=timeout_s
+                )
+                return errors
+            except AssertionError as error:
+                failed, *pending = pending[len(os.listdir(done)) :]
+                errors[failed] = f"{failed}: {error}"
+    return errors
+
+
+def run_forked(function: Callable[..., None], *args: object, timeout_s: float = 300) -> None:
+    """Calls `function(*args)` in a process of its own, without a launcher's variables.
+
+    Raises:
+        AssertionError: as `run_on_ranks`.
+    """
+    _run_all(_run_alone, 1, function, args, timeout_s)
 
 
 def run_on_gpus(
@@ -124,6 +161,37 @@ def _run_rank(
     dist.destroy_process_group()
 
 
+def _call_rows(
+    rank: int, done: str, function: Callable[..., None], rows: list[str], args: tuple
+) -> None:
+    for place, row in enumerate(rows):
+        function(rank, row, *args)
+        dist.barrier()
+        if rank == 0:
+            Path(done, str(place)).touch()
+
+
+def _run_alone(
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    environ: dict[str, str],
+    function: Callable[..., None],
+    args: tuple,
+) -> None:
+    _prepare_rank(rank, num_ranks, environ | {"CUDA_VISIBLE_DEVICES": ""})
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        del os.environ[name]
+    _call(rank, folder, lambda _, *args: function(*args), args)
+
+
 def _run_gpu_rank(
     rank: int,
     num_ranks: int,
@@ -157,7 +225,8 @@ def _prepare_rank(rank: int, num_ranks: int, environ: dict[str, str]) -> None:
 def _call(rank: int, folder: str, function: Callable[..., None], args: tuple) -> None:
     try:
         function(rank, *args)
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
     except BaseException:
         Path(folder, f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)

@@ -1,0 +1,532 @@
+"""What optimizers and methods do with shards, over 2, 4 and 2 x 2 of four ranks: the same as with
+full tensors, and with few collectives."""
+
+import math
+from collections import Counter
+from functools import partial
+from math import sqrt
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from support import scale_parameters
+from support.insides import draw_in_small_blocks
+from support.layouts import asked_for
+from support.optimizer_steps import draw, parameters
+from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
+from support.ranks import run_rows_on_ranks
+from support.tiny import full_tensors, tiny_config, tiny_trainer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.profiler import ProfilerActivity, profile
+
+from switchtitan.data import open_corpus
+from switchtitan.distributed.count_collectives import CountCommunication
+from switchtitan.distributed.fsdp import materialize
+from switchtitan.distributed.matrix_exchange import MatrixExchange
+from switchtitan.distributed.replicas import check_replicas
+from switchtitan.distributed.row_exchange import RowExchange, RowRequest
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.shards import (
+    ShardedRows,
+    copy_from_full_,
+    full_tensor,
+    local,
+    row_range,
+    shard_buffer,
+    shard_group,
+    write_rows_,
+)
+from switchtitan.errors import RanksDisagreeError
+from switchtitan.methods import METHODS
+from switchtitan.methods.apollo import ApolloConfig
+from switchtitan.methods.fira import FiraConfig
+from switchtitan.methods.galore import GaloreConfig
+from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.projected import singular_bases
+from switchtitan.methods.projected.singular_bases import leading_singular_vectors
+from switchtitan.methods.relora import merge_and_restart_, prune_at_random_, prune_by_magnitude_
+from switchtitan.models import MODELS
+from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.scale import ScaleConfig
+
+NUM_RANKS = 4
+CPU = torch.device("cpu")
+
+
+def mesh_of(name):
+    """Two pairs of ranks that do the same, four shards, or two replicas of two shards."""
+    if name == "4":
+        return init_device_mesh("cpu", (4,))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return mesh["shard"] if name == "2" else mesh
+
+
+def sharded(value, mesh):
+    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
+
+
+# Muon. Over 2 and 4 ranks: even, uneven, and fewer rows than ranks. Two of one shape.
+SHAPES = {
+    "layers.0.even.weight": (8, 5),
+    "layers.0.uneven.weight": (7, 9),
+    "layers.1.uneven.weight": (7, 9),
+    "layers.0.short.weight": (2, 6),
+    "layers.0.tall.weight": (13, 3),
+    "layers.0.norm.weight": (5,),
+    "head.weight": (11, 5),
+}
+MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2 and "layers" in name]
+
+
+def muon(mesh=None, compute_dtype=torch.float32):
+    named = parameters(SHAPES)
+    if mesh is not None:
+        named = {name: nn.Parameter(sharded(value.detach(), mesh)) for name, value in named.items()}
+    trained = [
+        TrainedParameter(name, p, is_in_block="layers" in name, compute_dtype=compute_dtype)
+        for name, p in named.items()
+    ]
+    return named, OPTIMIZERS.build(MuonConfig(lr=0.02, weight_decay=0.1), trained, False, 0)
+
+
+def give_muon_gradients(named, step, mesh=None):
+    for parameter, grad in zip(named.values(), draw(SHAPES, step), strict=True):
+        parameter.grad = grad if mesh is None else sharded(grad, mesh)
+
+
+def check_muon(mesh):
+    (named, optimizer), (split, split_optimizer) = muon(), muon(mesh)
+    for step in range(8):
+        give_muon_gradients(named, step)
+        give_muon_gradients(split, step, mesh)
+        optimizer.step()
+        split_optimizer.step()
+    check_replicas(split | split_optimizer.state_dict(), CPU)
+    of_one = {**named, **optimizer.state_dict()}
+    for name, tensor in (split | split_optimizer.state_dict()).items():
+        # Batches of another size may be multiplied in another order, in fp32.
+        torch.testing.assert_close(
+            full_tensor(tensor).detach(), of_one[name].detach(), rtol=1e-5, atol=1e-5
+        )
+    for name, value in parameters(SHAPES).items():
+        assert (named[name] - value).abs().max() > 1e-2, name
+
+
+def check_matrix_exchange(mesh, dtype, matrices=MATRICES):
+    values = [
+        torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(n)).to(dtype)
+        for n, name in enumerate(matrices)
+    ]
+    split = [sharded(value, mesh) for value in values]
+    exchange = MatrixExchange(split, [float(value.numel()) for value in values], dtype)
+    batches = exchange.collect([local(matrix) for matrix in split])
+    owned = [matrix for batch in batches for matrix in batch]
+    for matrix in owned:
+        assert sum(matrix.shape == value.shape and torch.equal(matrix, value) for value in values)
+    num_owned = torch.tensor(len(owned))
+    dist.all_reduce(num_owned, group=shard_group(split[0]))
+    assert num_owned == len(values)
+    parts = exchange.distribute([2 * batch for batch in batches])
+    for part, matrix in zip(parts, split, strict=True):
+        assert torch.equal(part, 2 * local(matrix))
+
+
+def check_muon_collectives(mesh):
+    for dtype in (torch.float32, torch.bfloat16):
+        named, optimizer = muon(mesh, dtype)
+        for step in range(2):
+            give_muon_gradients(named, step, mesh)
+            with CountCommunication() as counter:
+                optimizer.step()
+            counts = {kind: count for kind, count in counter.counts.items() if count.num_calls}
+            assert counts.keys() == {"all_to_all"}
+            assert counts["all_to_all"].num_calls == 2
+        sent = torch.tensor(counts["all_to_all"].bytes_sent)
+        dist.all_reduce(sent, group=mesh.get_group())
+        # Half of its rows each way, those that pad uneven shards included.
+        rows = sum(-(-SHAPES[name][0] // 2) * SHAPES[name][1] for name in MATRICES)
+        assert sent == 2 * 2 * rows * dtype.itemsize / 2
+
+
+# SCALE. On four shards, one rank holds no row of three, five, six or nine.
+def check_scale(mesh):
+    config = ScaleConfig(lr=0.03, other_lr=0.007, weight_decay=0.2, momentum=0.8)
+    named, split = scale_parameters.start(), scale_parameters.start(mesh)
+    optimizer, split_optimizer = (
+        OPTIMIZERS.build(config, scale_parameters.trained(given), False, 0)
+        for given in (named, split)
+    )
+    for step in range(8):
+        scale_parameters.give_gradients(named, step)
+        scale_parameters.give_gradients(split, step, mesh)
+        assert num_collectives(optimizer.step) == 0
+        assert num_collectives(split_optimizer.step) == 1
+        for name, parameter in split.items():
+            # Sums over ranks have another order: 6e-8 a step.
+            torch.testing.assert_close(
+                parameter.full_tensor(), named[name], rtol=2e-6, atol=2e-6, msg=f"{name} {step}"
+            )
+    check_replicas(split | split_optimizer.state_dict(), CPU)
+
+
+def num_collectives(part):
+    with CommDebugMode() as communication:
+        part()
+    return communication.get_total_counts()
+
+
+# GaLore, Fira and APOLLO. One of four ranks holds no row of five, and none of three.
+INTERVAL = 4
+PROJECTED = {"rank": RANK, "update_interval": INTERVAL, "targets": TARGETS}
+# With the number of collectives in steps that keep their bases.
+PROJECTING = {
+    "galore": (GaloreConfig(**PROJECTED), 2),
+    "fira": (FiraConfig(**PROJECTED), 3),
+    "apollo": (ApolloConfig(**PROJECTED), 2),
+    "apollo_mini": (ApolloConfig(**PROJECTED | {"rank": 1}, scaling="tensor", scale=sqrt(7)), 2),
+}
+ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), weight_decay=0.1, decay_norms=True)
+
+
+def projecting(name, model):
+    return METHODS.build(PROJECTING[name][0], 10, 3).build_optimizer(model, ADAM, False)
+
+
+def check_projected(mesh):
+    for name, (_, num_between) in PROJECTING.items():
+        model, split_model = draw_model(), draw_model(mesh=mesh)
+        optimizer, split_optimizer = projecting(name, model), projecting(name, split_model)
+        for step, gradients in enumerate(draw_gradients(10)):
+            give_gradients(model, gradients)
+            give_gradients(split_model, gradients, mesh)
+            assert num_collectives(optimizer.step) == 0
+            num_together = num_collectives(split_optimizer.step)
+            assert step % INTERVAL == 0 or num_together == num_between, name
+            for key, parameter in split_model.named_parameters():
+                # Equal gradients give equal bases; sums over ranks have another order: 6e-8 a step.
+                torch.testing.assert_close(
+                    parameter.full_tensor(),
+                    model.get_parameter(key),
+                    rtol=2e-6,
+                    atol=2e-6,
+                    msg=f"{name} {key} {step}",
+                )
+        state = split_optimizer.state_dict()
+        for key, tensor in optimizer.state_dict().items():
+            torch.testing.assert_close(
+                full_tensor(state[key]), tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}"
+            )
+
+
+def perturbed(grad, rank):
+    """What a device that rounds differently would compute."""
+    return leading_singular_vectors(grad, rank) + 1e-3
+
+
+def check_bases_of_replicas(layout, has_perturbed_replica):
+    mesh = init_device_mesh("cpu", layout, mesh_dim_names=("replicate", "shard"))
+    model, alone = draw_model(mesh=mesh), draw_model()
+    optimizer, optimizer_alone = projecting("galore", model), projecting("galore", alone)
+    give_gradients(model, next(draw_gradients(1)), mesh)
+    give_gradients(alone, next(draw_gradients(1)))
+    with pytest.MonkeyPatch.context() as patched:
+        if has_perturbed_replica and mesh.get_local_rank(0) == 1:
+            patched.setattr(singular_bases, "leading_singular_vectors", perturbed)
+        optimizer.step()
+    optimizer_alone.step()
+    # Raises if a bit of a weight, a moment or a basis differs between replicas.
+    state = optimizer.state_dict() | dict(model.named_parameters())
+    check_replicas({name: tensor for name, tensor in state.items() if tensor.ndim == 2}, CPU)
+    bases = {
+        name: tensor for name, tensor in optimizer_alone.state_dict().items() if "basis" in name
+    }
+    assert len(bases) == len(TARGETS)
+    for name, expected in bases.items():
+        tolerance = 2e-3 if has_perturbed_replica else 1e-6
+        torch.testing.assert_close(full_tensor(state[name]), expected, rtol=0, atol=tolerance)
+
+
+# ReLoRA. 11 rows of W, 3 of A and B: uneven over 2 ranks; one of 4 holds none of A and B.
+def check_reset(mesh):
+    one, several = reset_and_prune(None), reset_and_prune(mesh)
+    assert one["magnitude.b.exp_avg"].any()
+    assert not one["lora_b"].any()
+    # A product of fewer rows may sum in another order: roundings of 6e-8 of values of order 1.
+    torch.testing.assert_close(several.pop("weight"), one["weight"], rtol=0, atol=1e-6)
+    for name, tensor in several.items():
+        assert torch.equal(tensor, one[name]), name
+
+
+def reset_and_prune(mesh):
+    layer = LowRankLinear(5, 11, 3, 0.5, lora_init)
+    if mesh is not None:
+        fully_shard(layer, mesh=mesh)
+    for name, parameter in layer.named_parameters():
+        copy_from_full_(parameter, torch.randn(parameter.shape, generator=generator_for(0, name)))
+    moments = {
+        f"{how}.{name}.{key}": torch.zeros_like(factor, requires_grad=False)
+        for how in ("magnitude", "lot")
+        for name, factor in (("a", layer.lora_a), ("b", layer.lora_b))
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    for name, moment in moments.items():
+        # Rounded, so that there are ties, which ranks must break equally.
+        drawn = torch.randn(moment.shape, generator=generator_for(1, name))
+        copy_from_full_(moment, drawn.mul_(4).round_().abs_())
+    merge_and_restart_(layer, generator_for(2, "lora_a"))
+    for name in ("a", "b"):
+        by_magnitude = moments[f"magnitude.{name}.exp_avg"], moments[f"magnitude.{name}.exp_avg_sq"]
+        prune_by_magnitude_(*by_magnitude, 0.6)
+        by_lot = moments[f"lot.{name}.exp_avg"], moments[f"lot.{name}.exp_avg_sq"]
+        prune_at_random_(*by_lot, 0.6, generator_for(3, name))
+    return {
+        name: full_tensor(tensor.detach())
+        for name, tensor in (dict(layer.named_parameters()) | moments).items()
+    }
+
+
+# Replicas.
+def check_differing_replicas(mesh):
+    values, rank = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), dist.get_rank()
+    tensors = {
+        "full": values.clone(),
+        "number": torch.tensor(7),
+        "split": sharded(values, mesh),
+        "vector": sharded(values[:, 0].contiguous(), mesh),
+        # The second shard has no row.
+        "short": sharded(values[:1].to(torch.bfloat16), mesh),
+        "bytes": sharded((10 * values).to(torch.int8) | 1, mesh),
+    }
+    check_replicas(tensors, CPU)
+    for name, changed_ranks, named in (
+        ("full", [1], "rank 1 against ranks 0, 2, 3"),
+        ("full", [0, 2], "ranks 0, 2 against ranks 1, 3"),
+        ("number", [3], "rank 3 against ranks 0, 1, 2"),
+        ("split", [2], "rank 0 against rank 2"),
+        ("vector", [3], "rank 1 against rank 3"),
+        ("short", [0], "rank 0 against rank 2"),
+        ("bytes", [2], "rank 0 against rank 2"),
+    ):
+        if rank in changed_ranks:
+            negate_first(tensors[name])
+        with pytest.raises(RanksDisagreeError, match=rf"\({name}: {named}\)"):
+            check_replicas(tensors, CPU)
+        if rank in changed_ranks:
+            negate_first(tensors[name])
+        check_replicas(tensors, CPU)
+    # Equal on both replicas.
+    if rank in (1, 3):
+        negate_first(tensors["split"])
+    check_replicas(tensors, CPU)
+
+
+def negate_first(tensor):
+    flat = local(tensor).view(-1)
+    flat[0] = -flat[0]
+
+
+def check_shards_alone(mesh):
+    parts = sharded(torch.zeros(8, 3), mesh)
+    local(parts).fill_(dist.get_rank())
+    check_replicas({"parts": parts}, CPU)
+
+
+# Rows of SwitchLoRA. Over 4 and over 2 ranks: uneven, and fewer than ranks.
+ROW_SHAPES = [(11, 3), (6, 5), (3, 7), (1, 2)]
+
+
+def bits(tensor):
+    """The bit patterns: nan equals itself, and -0.0 differs from 0.0."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+def draw_rows(shape, dtype):
+    """Random values, a denormal one, -0.0, nan and -inf."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]), dtype=dtype)
+    values.view(-1)[min(2, values.numel() - 1)] = torch.finfo(dtype).smallest_normal / 3
+    values[0, 0] = -0.0
+    values[-1, -1] = math.nan
+    values[shape[0] // 2, 1] = -math.inf
+    return values
+
+
+def buffer_of(value, mesh):
+    tensor = shard_buffer(torch.empty_like(value), mesh)
+    copy_from_full_(tensor, value)
+    return tensor
+
+
+def masked(value, tensor):
+    """The full value, with zeros in rows that this rank does not hold."""
+    held = row_range(tensor)
+    rest = torch.zeros_like(value)
+    rest[held.start : held.stop] = value[held.start : held.stop]
+    return rest
+
+
+def spans_of(num_rows):
+    """The last and the first rows, as at the end of a ring."""
+    if num_rows < 3:
+        return (range(num_rows),)
+    return range(num_rows - 2, num_rows), range(num_rows // 2)
+
+
+def check_row_exchange(mesh):
+    dtypes = torch.float32, torch.float64, torch.bfloat16
+    values = [draw_rows(shape, dtype) for shape in ROW_SHAPES for dtype in dtypes]
+    tensors = [buffer_of(value, mesh) for value in values]
+    spans = [spans_of(len(value)) for value in values]
+    indices = [[row for span in wanted for row in span] for wanted in spans]
+    exchange = RowExchange(shard_group(tensors[0]), CPU)
+    requests = [
+        RowRequest(ShardedRows(t), wanted) for t, wanted in zip(tensors, spans, strict=True)
+    ]
+    with CountCommunication() as communication:
+        gathered = exchange.gather(requests, checksum=0x7FFFFFFF)
+    assert sum(count.num_calls for count in communication.counts.values()) == 1, "for all dtypes"
+    exchange.check()
+    for rows, value, wanted in zip(gathered, values, indices, strict=True):
+        assert rows.dtype == value.dtype
+        assert torch.equal(bits(rows), bits(value[wanted]))
+
+    parts = [
+        RowRequest(ShardedRows(masked(value, tensor)), (range(len(value)),))
+        for value, tensor in zip(values, tensors, strict=True)
+    ]
+    for rows, value in zip(exchange.gather(parts, checksum=2), values, strict=True):
+        assert torch.equal(bits(rows), bits(value)), "each rank fills in its rows of a plain tensor"
+
+    new = [-2 * rows - 1 for rows in gathered]
+    for dtype in dtypes:
+        places = [place for place, value in enumerate(values) if value.dtype == dtype]
+        write_rows_(
+            [ShardedRows(tensors[place]) for place in places],
+            [spans[place] for place in places],
+            [new[place] for place in places],
+        )
+    everything = [RowRequest(ShardedRows(t), (range(len(t)),)) for t in tensors]
+    again = exchange.gather(everything, checksum=1)
+    for value, wanted, rows, found in zip(values, indices, new, again, strict=True):
+        value[wanted] = rows
+        assert torch.equal(bits(found), bits(value))
+
+
+def check_disagreement(mesh):
+    tensor, is_ahead = buffer_of(torch.zeros(11, 3), mesh), dist.get_rank() == 2
+    exchange = RowExchange(shard_group(tensor), CPU)
+    exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
+    exchange.check()
+    # One rank is a step ahead, and requests more rows.
+    request = RowRequest(ShardedRows(tensor), (range(2 + is_ahead),))
+    exchange.gather([request], checksum=7 + is_ahead)
+    exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
+    # On every rank, also in the other replica, whose own ranks agree.
+    with pytest.raises(RanksDisagreeError, match="ranks disagree"):
+        exchange.check()
+
+
+# Runs on four ranks.
+def check_initial_values(folder):
+    """Bitwise those of an unsharded model, which has the same loss."""
+    # So that tiny tensors have several blocks, whose borders are inside shards.
+    draw_in_small_blocks(64, 5)
+    keys = ("--parallelism.replicate", "2")
+    trainer = tiny_trainer(folder / "initial", "switchlora", *keys, num_ranks=NUM_RANKS)
+    config = tiny_config(folder / "initial", "switchlora", *keys, num_ranks=NUM_RANKS)
+    with torch.device("meta"):
+        alone = MODELS.build(config.model)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(alone)
+    materialize(alone, CPU, config.job.seed)
+    tensors = full_tensors(trainer)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(bits(tensors[f"model.{name}"]), bits(value)), name
+    # The ten held-out sequences count once each, though ranks read batches of two.
+    held_out = open_corpus(config.data).split("validation", config.data.seq_len)
+    sequences = [held_out[index] for index in range(10)]
+    tokens = torch.stack([sequence.tokens for sequence in sequences])
+    documents = torch.stack([sequence.document_ids for sequence in sequences])
+    with torch.no_grad():
+        logits = alone(tokens[:, :-1], documents).double()
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    # fp32 logits of other batches: roundings of 6e-8 in about ten operations.
+    loss = trainer.evaluators.validation(trainer.stepper.model)
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def check_collectives_of_runs(folder):
+    """A step reduces each unit's gradient once; a switch is one collective."""
+    for name, method, keys, num_micro_batches, num_in_update in (
+        ("switching", "switchlora", (), 1, 1),
+        ("accumulating", "switchlora", ("--training.local_batch_size", "1"), 2, 1),
+        ("replicated", "switchlora", ("--parallelism.frozen_weights", "replicate"), 1, 1),
+        ("dense", "full_rank", (), 1, 0),
+    ):
+        trainer = tiny_trainer(folder / name, method, *keys, num_ranks=NUM_RANKS)
+        micro_batches = next(trainer.stepper.batches)
+        assert len(micro_batches) == num_micro_batches
+        of_gradients = collectives_of(partial(trainer.stepper.forward_backward, micro_batches))
+        reduced = sum(n for kind, n in of_gradients.items() if "reduce_scatter" in kind)
+        assert reduced == 4, "embedding, two blocks and head"
+        of_update = collectives_of(trainer.stepper.optimizer.step)
+        in_update = sum(n for kind, n in of_update.items() if "allreduce" in kind)
+        assert in_update == of_update.total() == num_in_update, (name, of_update)
+        trainer.stepper.close()
+
+
+def collectives_of(part):
+    """Number of calls of each collective in `part`, by torch's name."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        part()
+    return Counter(event.name for event in recorded.events() if event.name.startswith("c10d::"))
+
+
+CHECKS = {
+    **{f"muon on {name}": (check_muon, name) for name in ("2", "4", "2x2")},
+    "matrix exchange on 2": (check_matrix_exchange, "2", torch.float32),
+    "matrix exchange on 4": (check_matrix_exchange, "4", torch.bfloat16),
+    "matrix exchange on 2x2": (check_matrix_exchange, "2x2", torch.float32),
+    "owners of no matrix": (check_matrix_exchange, "4", torch.float32, MATRICES[:2]),
+    "collectives of muon": (check_muon_collectives, "2"),
+    **{f"scale on {name}": (check_scale, name) for name in ("2", "4", "2x2")},
+    **{f"projections on {name}": (check_projected, name) for name in ("2", "4")},
+    **{
+        f"bases of {layout}, perturbed: {perturbed}": (check_bases_of_replicas, layout, perturbed)
+        for layout in ((2, 2), (4, 1))
+        for perturbed in (False, True)
+    },
+    **{f"reset on {name}": (check_reset, name) for name in ("2", "4")},
+    "differing replicas": (check_differing_replicas, "2x2"),
+    "shards without replicas": (check_shards_alone, "4"),
+    **{f"row exchange on {name}": (check_row_exchange, name) for name in ("2", "4", "2x2")},
+    **{f"disagreement on {name}": (check_disagreement, name) for name in ("4", "2x2")},
+    "collectives of runs": (check_collectives_of_runs,),
+    "initial values": (check_initial_values,),
+}
+
+
+def check_one(rank, name, folder):
+    check, *args = CHECKS[name]
+    if not args:
+        check(folder)
+    elif isinstance(args[0], str):
+        check(mesh_of(args[0]), *args[1:])
+    else:
+        check(*args)
+
+
+@pytest.fixture(scope="module")
+def errors(corpora, request):
+    names = [name for name in CHECKS if name in asked_for(request)]
+    return run_rows_on_ranks(NUM_RANKS, check_one, names, corpora)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_shards_compute_what_full_tensors_do_with_few_collectives(errors, name):
+    assert name not in errors, errors[name]

@@ -1,0 +1,338 @@
+"""The start of ranks: what they agree on, what each costs, and how a launcher reports their end."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.insides import wait_for_shared_folders
+from support.ranks import run_forked, run_on_ranks
+from support.tiny import tiny_config
+from support.tiny_documents import make_documents, write_json_lines
+
+from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.checkpoint import CheckpointConfig, Checkpointer
+from switchtitan.checkpoint.agreement import run_together
+from switchtitan.data import DataConfig, open_corpus
+from switchtitan.distributed import compute_dtype
+from switchtitan.distributed.compute_dtype import Bf16Support, agree_on_dtype
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.limits import num_open_files
+from switchtitan.distributed.world import start_world
+from switchtitan.errors import ConfigError, CorpusError
+
+
+# Two "nodes" of two ranks.
+def check_start(rank, folder):
+    world = start_world(ParallelismConfig(timeout_s=120))
+    count_files(world, folder)
+    node = folder / f"node-{rank // 2}"
+    if rank % 2 == 0:
+        node.mkdir(parents=True)
+    dist.barrier()
+    world = dataclasses.replace(world, is_node_main=rank % 2 == 0)
+    check_agreement(world)
+    check_mixed_hardware(world)
+    check_corpora(world, node)
+    check_folders(world, folder, node)
+    check_timeouts(world)
+
+
+def count_files(world, folder):
+    group = world.new_host_group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    (folder / f"{world.size}-{world.rank}").write_text(str(len(os.listdir("/proc/self/fd"))))
+    dist.barrier()
+
+
+def check_agreement(world):
+    """An error of one rank is the same error on all."""
+
+    def fail():
+        if world.rank == 2:
+            raise CorpusError("no such file")
+        return world.rank
+
+    with pytest.raises(CorpusError, match=r"^rank 2 on \S+: no such file$"):
+        world.together(fail)
+    assert world.together(lambda: 10 * world.rank) == [0, 10, 20, 30]
+
+    def crash():
+        if world.rank == 0:
+            raise KeyError("a bug")
+
+    expected = (KeyError, "bug") if world.rank == 0 else (RuntimeError, "rank 0: KeyError: 'a bug'")
+    with pytest.raises(expected[0], match=expected[1]):
+        world.together(crash)
+
+
+def check_mixed_hardware(world):
+    """bf16 only if all ranks multiply it."""
+    supports = [Bf16Support(rank != 1, f"of rank {rank}") for rank in range(world.size)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compute_dtype, "bf16_support", lambda device: supports[world.rank])
+        chosen = agree_on_dtype("auto", world)
+        assert chosen.name == "float32"
+        assert "rank 1: of rank 1" in chosen.reason
+        patched.setattr(compute_dtype, "bf16_support", lambda device: supports[0])
+        assert agree_on_dtype("auto", world).name == "bfloat16"
+
+
+def check_corpora(world, node):
+    documents = make_documents(60)
+    if world.is_node_main:
+        write_json_lines(node / "text" / "a.jsonl", documents)
+    dist.barrier()
+    config = DataConfig(
+        dataset="jsonl", path=node / "text", vocab_size=300, cache_dir=node / "corpora"
+    )
+    opened = open_corpus(config, ranks=world, show_progress=False)
+    assert opened.folder.parent == node / "corpora"
+    assert len(set(world.gather(opened.fingerprint))) == 1
+
+    def refused(*words):
+        with pytest.raises(CorpusError, match=r"^rank 2 on ") as error:
+            open_corpus(config, ranks=world, show_progress=False)
+        assert all(word in str(error.value) for word in words)
+
+    # One node's own copy is damaged.
+    (tokens,) = opened.folder.glob("train-*.bin")
+    intact = tokens.read_bytes()
+    dist.barrier()
+    if world.rank == 2:
+        tokens.write_bytes(bytes(len(intact)))
+    dist.barrier()
+    refused("train-", "node-1")
+    if world.rank == 2:
+        tokens.write_bytes(intact)
+
+    # One node reads other documents.
+    if world.rank == 2:
+        write_json_lines(node / "text" / "a.jsonl", documents[1:])
+    dist.barrier()
+    refused("cache_dir")
+
+    # One node has no documents, so only the other can prepare.
+    if world.rank == 2:
+        (node / "text" / "a.jsonl").unlink()
+    dist.barrier()
+    refused("text")
+
+
+def check_folders(world, folder, node):
+    from switchtitan.training.output_folder import check_output_dir
+
+    wait_for_shared_folders(1.0)
+    check_output_dir(folder / "shared" / "run", world)
+    with pytest.raises(ConfigError, match=r"^rank 2 on .*output_dir"):
+        check_output_dir(node / "outputs" / "run", world)
+    if world.is_main:
+        (folder / "file").touch()
+    with pytest.raises(ConfigError, match=r"output_dir = .*file is a file"):
+        check_output_dir(folder / "file" / "run", world)
+    dist.barrier()
+    assert not (folder / "shared").exists()
+    assert not (node / "outputs").exists()
+
+
+def check_timeouts(world):
+    """Waits for a rank's work may be long; other waits may not."""
+    world = dataclasses.replace(world, timeout=timedelta(seconds=1))
+
+    def work():
+        if world.rank != 0:
+            time.sleep(2)
+
+    world.together(lambda: None)  # afterwards the group has the timeout of this world
+    world.together(work)
+    work()
+    if world.rank == 0:  # alone, so that no other rank's timeout closes its connections
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            run_together(lambda: None, world.host_group)
+
+
+def test_two_nodes_agree_or_fail_alike_and_each_rank_costs_the_files_that_the_limit_counts(
+    tmp_path,
+):
+    run_on_ranks(4, check_start, tmp_path)
+    run_on_ranks(2, start_and_count_files, tmp_path)
+    few, many = (int((tmp_path / name).read_text()) for name in ("2-1", "4-1"))
+    assert many - few == num_open_files(4, "cpu") - num_open_files(2, "cpu")
+    assert few < num_open_files(2, "cpu")
+
+
+def start_and_count_files(rank, folder):
+    count_files(start_world(ParallelismConfig()), folder)
+
+
+def step_with_few_files(folder):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    batch = ("--training.global_batch_size", "512", "--training.local_batch_size", "1")
+    with fake_stepper(tiny_config(folder, "switchlora", *batch, num_ranks=512), 512) as stepper:
+        stepper.step()
+
+
+def test_512_fake_ranks_build_and_step_with_1024_open_files(tmp_path):
+    run_forked(step_with_few_files, tmp_path)
+
+
+def check_openmp_teams(folder):
+    """No thread but the main one keeps an OpenMP team, since a team slows down all others."""
+    torch.set_num_threads(2)
+    values, growth = torch.randn(1 << 20), {}
+
+    def num_other_threads():
+        values.exp()  # the main thread has its team
+        return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+    @contextlib.contextmanager
+    def measured(name, expected):
+        before = num_other_threads()
+        yield
+        deadline = time.monotonic() + 10
+        # Threads that have ended disappear a moment later.
+        while num_other_threads() != before + expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        growth[name] = num_other_threads() - before
+
+    world = start_world(ParallelismConfig())
+    # A plan of more than 32 KiB, and a tensor that is copied in parallel.
+    tensors = {f"weight{index}": torch.ones(3) for index in range(500)} | {"large": values}
+    for is_async in (False, True):
+        checkpointer = Checkpointer(
+            folder / str(is_async),
+            CheckpointConfig(async_save=is_async),
+            identity={},
+            metadata={},
+            is_main=True,
+            group=world.host_group,
+            background_group=world.new_host_group(),
+        )
+        with measured(f"async_save = {is_async}", 0):
+            for step in (1, 2):
+                checkpointer.save(step, tensors, {})
+                checkpointer.finish()
+    torch.set_num_threads(2)  # undoes the limit for threads that start later
+    group = dist.new_group(backend="gloo")
+    with measured("without the limit", 1):
+        dist.all_gather_object([None], list(range(100_000)), group=group)
+    assert growth == {"async_save = False": 0, "async_save = True": 0, "without the limit": 1}
+
+
+def test_saves_leave_no_openmp_team_behind(tmp_path):
+    run_forked(check_openmp_teams, tmp_path)
+
+
+# A launcher, in a process that has imported torch already; its ranks need little of the package.
+CONFIG = """\
+[job]
+name = "tiny"
+output_dir = "outputs/tiny"
+[model]
+name = "llama"
+size = "9m"
+[method]
+name = "full_rank"
+[optimizer]
+name = "adamw"
+lr = 0.02
+[training]
+steps = 40
+global_batch_size = 12
+local_batch_size = 2
+"""
+ONE_NODE = (
+    *("--nnodes", "1", "--nproc_per_node", "2"),
+    *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+)
+
+
+def launch_here(folder, words):
+    """Writes how the launcher ended, and its standard output and error."""
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    from switchtitan.cli.main import main
+
+    try:
+        main(["launch", *words])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    (folder / "status").write_text(json.dumps(status))
+
+
+def launch(folder, script, *argv, options=ONE_NODE):
+    """Returns the exit status and standard error of a launcher."""
+    (folder / "job.toml").write_text(CONFIG)
+    (folder / "ranks.py").write_text(script)
+    run_forked(launch_here, folder, [*options, "ranks.py", "--config", "job.toml", *argv])
+    assert (folder / "stdout").read_text() == ""
+    return json.loads((folder / "status").read_text()), (folder / "stderr").read_text()
+
+
+def test_an_invalid_configuration_starts_no_rank(tmp_path):
+    status, errors = launch(tmp_path, "print('started')", "--training.global_batch_size", "6")
+    assert status == 2
+    assert errors.count("error: ") == 1
+    assert "global_batch_size = 6" in errors
+    assert "ranks x local_batch_size" in errors
+
+
+@pytest.mark.parametrize(("status", "num_starts"), [(2, 1), (6, 2)])
+def test_an_error_is_printed_once_and_only_a_lost_rank_is_restarted(tmp_path, status, num_starts):
+    script = (
+        "import os\n"
+        "from switchtitan.errors import UserError, exit_for\n"
+        'open(f\'{os.environ["RANK"]}-{os.environ["TORCHELASTIC_RESTART_COUNT"]}\', "w")\n'
+        'error = UserError("broken")\n'
+        f"error.exit_status = {status}\n"
+        "exit_for(error)\n"
+    )
+    ended = launch(tmp_path, script, options=(*ONE_NODE, "--max-restarts", "1"))
+    assert ended == (status, "error: broken\n")
+    assert len({file.name[-1] for file in tmp_path.glob("[01]-*")}) == num_starts
+
+
+def test_a_crash_keeps_its_traceback(tmp_path):
+    status, errors = launch(tmp_path, "raise RuntimeError('broken')\n")
+    assert status == 1
+    assert "RuntimeError: broken" in errors
+    assert "exitcode  : 1" in errors
+
+
+def test_status_2_without_a_message_is_a_crash(tmp_path):
+    status, _ = launch(tmp_path, "raise SystemExit(2)\n")
+    assert status == 1
+
+
+def test_successful_ranks_exit_with_status_0(tmp_path):
+    # A file for each rank, since concurrent output may interleave.
+    script = (
+        "import os\n"
+        'open(f\'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\', "w").close()\n'
+    )
+    status, _ = launch(tmp_path, script)
+    assert status == 0
+    assert sorted(file.name for file in tmp_path.glob("rank *")) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_a_machine_that_nobody_joins_says_so(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "static"]
+    options += ["--node_rank", "1", "--rdzv_endpoint", endpoint, "--rdzv_conf", "timeout=1"]
+    status, errors = launch(tmp_path, "", options=options)
+    assert status == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert f"RDZV_ENDPOINT={endpoint}" in line
+    assert "Traceback" not in errors

@@ -1,0 +1,270 @@
+"""What blocks keep for the backward pass: in each mode of recomputation, and in host memory."""
+
+import gc
+
+import pytest
+import torch
+from support.tiny import tiny_config, tiny_stepper
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.contracts import default_call_block
+from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations
+from switchtitan.distributed.config import ActivationCheckpointConfig
+from switchtitan.distributed.fsdp import materialize
+from switchtitan.distributed.host_copies import HostCopies
+from switchtitan.methods import METHODS
+from switchtitan.methods.lora import LoraConfig
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+NUM_BLOCKS, BATCH, SEQ, DIM, HIDDEN = 3, 7, 16, 20, 28
+MODEL = LlamaConfig(
+    size="9m",
+    hidden_size=DIM,
+    intermediate_size=HIDDEN,
+    num_layers=NUM_BLOCKS,
+    num_heads=2,
+    num_kv_heads=1,
+    vocab_size=31,
+)
+WEIGHT_SHAPES = {(20, 20), (10, 20), (28, 20), (20, 28)}
+PARTITIONED = "aot_eager_decomp_partition"
+"""Partitions as for Inductor, without generating code."""
+
+
+def build_model(mode, backend=None, dropout=0.0):
+    with torch.device("meta"):
+        model = MODELS.build(MODEL)
+    method = LoraConfig(rank=6, init="balanced", dropout=dropout)
+    METHODS.build(method, 10, seed=0).prepare_model(model)
+    checkpoint_activations(
+        model, ActivationCheckpointConfig(mode=mode), preserve_rng_state=method.draws_in_forward()
+    )
+    if backend is not None:
+        for block in model.blocks().values():
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+    materialize(model, torch.device("cpu"), seed=1)
+    return model
+
+
+def loss_of(model):
+    tokens = torch.randint(31, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    return model(tokens, torch.zeros(BATCH, SEQ, dtype=torch.int32)).square().sum()
+
+
+def gradients_of(model):
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss_of(model).backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+class LiveResults(TorchDispatchMode):
+    """Records the results of all operations without keeping them alive."""
+
+    def __init__(self):
+        super().__init__()
+        self._results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, Tensor):
+                storage = StorageWeakRef(result.untyped_storage())
+                self._results.append((tuple(result.shape), storage))
+        return results
+
+    def shapes(self, apart_from):
+        """Shapes of live results that share no memory with a module's parameters."""
+        gc.collect()
+        held = {StorageWeakRef(p.untyped_storage()).cdata for p in apart_from.parameters()}
+        return {
+            shape for shape, ref in self._results if not ref.expired() and ref.cdata not in held
+        }
+
+
+def saved_shapes(model, compiled):
+    """Shapes saved for the backward pass, without the model's tensors."""
+    if not compiled:
+        with LiveResults() as results:
+            loss = loss_of(model)
+        shapes = results.shapes(apart_from=model)
+        del loss
+        return shapes
+    # A compiled block saves the tensors that selective checkpointing keeps.
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss_of(model)
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return {tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in held}
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled"), [("selective", False), ("selective", True), ("full", False)]
+)
+def test_modes_save_the_documented_tensors_and_have_equal_gradients(mode, compiled):
+    plain, model = build_model("none"), build_model(mode, PARTITIONED if compiled else None)
+    widest = {(BATCH * SEQ, HIDDEN), (BATCH, SEQ, HIDDEN)}
+    assert widest & saved_shapes(plain, False)
+    alive = saved_shapes(model, compiled)
+    # Matrix products of the MLP, and no merged weight.
+    assert bool(widest & alive) == (mode == "selective")
+    assert not WEIGHT_SHAPES & alive
+    for ours, expected in zip(gradients_of(model), gradients_of(plain), strict=True):
+        # The same operations; other fusions round differently in fp32.
+        bound = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=bound)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_gives_bitwise_the_same_gradients(mode, dropout):
+    plain = gradients_of(build_model("none", dropout=dropout))
+    for ours, expected in zip(gradients_of(build_model(mode, dropout=dropout)), plain, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(("dropout", "is_preserved"), [("0", False), ("0.1", True)])
+def test_only_a_run_with_dropout_saves_the_state_of_random_numbers(
+    corpora, monkeypatch, dropout, is_preserved
+):
+    reads, read = [], torch.get_rng_state
+    keys = ("--activation_checkpoint.mode", "full", "--method.dropout", dropout)
+    stepper = tiny_stepper(tiny_config(corpora / f"rng-{dropout}", "switchlora", *keys))
+    monkeypatch.setattr(torch, "get_rng_state", lambda: reads.append(1) or read())
+    stepper.step()
+    stepper.close()
+    assert bool(reads) == is_preserved
+
+
+class Attend(torch.autograd.Function):
+    """As in the package flash-attn: the operation has no backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = torch.ops.flash_attn._flash_attn_forward(x)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        (result,) = ctx.saved_tensors
+        return grad * result
+
+
+class Attention(nn.Module):
+    """A model of one block, that is itself."""
+
+    def forward(self, x):
+        return Attend.apply(x.exp()).exp()
+
+    def blocks(self):
+        return {"block": self}
+
+
+@pytest.mark.parametrize(("mode", "num_calls"), [("selective", 1), ("full", 2)])
+def test_selective_keeps_the_result_of_the_package_flash_attn(mode, num_calls):
+    """A stand-in under the name of the package's operation; `full` shows that calls are counted."""
+    calls, model = [], Attention()
+    checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
+    with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
+        library.define("_flash_attn_forward(Tensor x) -> Tensor")
+        library.impl("_flash_attn_forward", lambda x: calls.append(1) or x * 2, "CPU")
+        model(torch.tensor([0.1, 0.2], requires_grad=True)).sum().backward()
+    assert len(calls) == num_calls
+
+
+# Inputs of blocks in host memory.
+class RecordedCopies(HostCopies):
+    """Records copies in order: ("out" or "back", index of the tensor)."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.events, self.shapes, self._numbers = [], [], {}
+
+    def to_host(self, tensor):
+        copy = super().to_host(tensor)
+        self._numbers[id(copy)] = len(self.shapes)
+        self.events.append(("out", len(self.shapes)))
+        self.shapes.append(tuple(tensor.shape))
+        return copy
+
+    def back_to_device(self, copy):
+        self.events.append(("back", self._numbers[id(copy)]))
+        return super().back_to_device(copy)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_in_host_memory_are_freed_until_they_are_needed_and_change_nothing(compiled):
+    counter = CompileCounterWithBackend(PARTITIONED)
+    model = build_model("full", counter if compiled else None)
+    kept = gradients_of(model)
+    copies, on_device = RecordedCopies(), []
+    offload = CallWithInputOnHost(copies)
+
+    def remembering(call_block):
+        def call(block, hidden, *args):
+            on_device.append(StorageWeakRef(hidden.untyped_storage()))
+            return call_block(block, hidden, *args)
+
+        return call
+
+    def num_alive():
+        return sum(not storage.expired() for storage in on_device)
+
+    model.call_block = remembering(default_call_block)
+    loss = loss_of(model)
+    assert num_alive() == NUM_BLOCKS, "the test must see the inputs"
+    del loss
+    on_device.clear()
+    model.call_block = remembering(offload)
+    loss = loss_of(model)
+    assert num_alive() == 1, "the last block's input, which backward needs first"
+    assert not on_device[-1].expired()
+    assert len(offload.tensors_on_host()) == NUM_BLOCKS
+    loss.backward()
+    assert num_alive() == 0
+    assert offload.tensors_on_host() == []
+    for ours, expected in zip(gradients_of(model), kept, strict=True):
+        assert torch.equal(ours, expected)
+    assert copies.shapes == [(BATCH, SEQ, DIM)] * 2 * NUM_BLOCKS, "must be exactly block inputs"
+    assert counter.frame_count == compiled
+
+
+def test_each_input_but_the_last_is_fetched_one_block_ahead():
+    copies, model = RecordedCopies(), build_model("full")
+    offload = CallWithInputOnHost(copies)
+
+    def call(block, hidden, *args):
+        number = len(copies.shapes)
+        output = offload(block, hidden, *args)
+        # Called when the gradient reaches the block, before its backward pass.
+        output.register_hook(lambda grad: copies.events.append(("needed", number)))
+        return output
+
+    model.call_block = call
+    loss_of(model).backward()
+    assert copies.events == [
+        *(("out", number) for number in range(NUM_BLOCKS)),
+        *(("needed", 2), ("back", 1), ("needed", 1), ("back", 0), ("needed", 0)),
+    ]
+
+
+def test_a_forward_pass_without_a_backward_pass_frees_its_inputs():
+    model = build_model("full")
+    expected = gradients_of(model)
+    model.call_block = CallWithInputOnHost(HostCopies(torch.device("cpu")))
+    abandoned = loss_of(model)
+    assert len(model.call_block.tensors_on_host()) == NUM_BLOCKS
+    with torch.no_grad():
+        loss_of(model)
+    assert len(model.call_block.tensors_on_host()) == NUM_BLOCKS
+    del abandoned
+    for ours, plain in zip(gradients_of(model), expected, strict=True):
+        assert torch.equal(ours, plain)
+    assert model.call_block.tensors_on_host() == []

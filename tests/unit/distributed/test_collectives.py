@@ -1,0 +1,244 @@
+"""What is sent: collectives and bytes are counted as a ring sends them, on ranks whose collectives
+do nothing; and what is computed before sending."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.tiny import tiny_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.two_tensor import TwoTensor
+
+from switchtitan.benchmark.steppers import batch_without_values, fake_stepper
+from switchtitan.distributed.count_collectives import (
+    CollectiveCount,
+    CountCommunication,
+    CountingMode,
+)
+from switchtitan.distributed.fsdp import free_gathered_weights
+from switchtitan.distributed.matrix_exchange import MatrixExchange, balanced_owners
+from switchtitan.distributed.replicas import check_replicas, fingerprint
+from switchtitan.distributed.row_exchange import padded_length
+from switchtitan.distributed.shards import rows_per_rank
+from switchtitan.models.llama.model import Llama
+
+NUM_RANKS = 5
+FULL = 5 * 3 * 4
+"""Bytes of [5, 3] in fp32."""
+
+
+@pytest.fixture
+def ranks():
+    """Rank 2 of five."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=NUM_RANKS)
+
+
+def full():
+    return torch.zeros(NUM_RANKS, 3)
+
+
+def parts():
+    return list(full().split(1))
+
+
+def shard():
+    return torch.zeros(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("collective", "kind", "bytes_sent"),
+    [
+        (lambda: dist.all_gather_into_tensor(full(), shard()), "all_gather", FULL * 4 / 5),
+        (lambda: dist.all_gather(parts(), shard()), "all_gather", FULL * 4 / 5),
+        (lambda: dist.reduce_scatter_tensor(shard(), full()), "reduce_scatter", FULL * 4 / 5),
+        (lambda: dist.reduce_scatter(shard(), parts()), "reduce_scatter", FULL * 4 / 5),
+        (lambda: dist.all_reduce(full()), "all_reduce", 2 * FULL * 4 / 5),
+        (lambda: dist.all_reduce(full().bfloat16()), "all_reduce", FULL * 4 / 5),
+        (lambda: dist.broadcast(full(), src=2), "broadcast", FULL * 4 / 5),
+        (lambda: dist.gather(shard(), parts(), dst=2), "gather", FULL / 5 * 4 / 5),
+        (lambda: dist.scatter(shard(), parts(), src=2), "scatter", FULL / 5 * 4 / 5),
+        (lambda: dist.all_to_all_single(full(), full()), "all_to_all", FULL * 4 / 5),
+        # A smaller group sends less.
+        (lambda: dist.all_reduce(full(), group=dist.new_group([1, 2])), "all_reduce", FULL),
+    ],
+)
+def test_bytes_are_those_of_a_ring(ranks, collective, kind, bytes_sent):
+    with CountCommunication() as counter:
+        collective()
+    counts = dict(counter.counts)
+    assert counts.pop(kind) == CollectiveCount(1, pytest.approx(bytes_sent))
+    assert set(counts.values()) == {CollectiveCount(0, 0.0)}
+
+
+def test_collectives_of_dtensors_are_counted_also_in_backward(ranks):
+    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    sharded = DTensor.from_local(shard().requires_grad_(), mesh, [Shard(0)])
+    partial_sums = DTensor.from_local(full(), mesh, [Partial()])
+    with CountCommunication() as counter:
+        loss = sharded.full_tensor(grad_placements=[Partial()]).sum()
+        partial_sums.redistribute(placements=[Shard(0)]).to_local()
+        partial_sums.redistribute(placements=[Replicate()]).to_local()
+    once = CollectiveCount(1, pytest.approx(FULL * 4 / 5))
+    counts = {kind: count for kind, count in counter.counts.items() if count.num_calls}
+    assert counts == {
+        "all_gather": once,
+        "reduce_scatter": once,
+        "all_reduce": CollectiveCount(1, pytest.approx(2 * FULL * 4 / 5)),
+    }
+    with CountCommunication() as counter:
+        loss.backward()
+    assert {kind for kind, count in counter.counts.items() if count.num_calls} == {"reduce_scatter"}
+
+
+def test_barriers_send_nothing_and_unknown_collectives_raise(ranks):
+    with CountCommunication() as counter:
+        dist.barrier()
+        assert set(counter.counts.values()) == {CollectiveCount(0, 0.0)}
+        dist.all_to_all(parts(), parts())
+    with pytest.raises(NotImplementedError, match="alltoall_"):
+        counter.counts  # noqa: B018
+
+
+class RecordOperations(CountingMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def count(self, func, args, kwargs, result):
+        self.names.append(func.name())
+
+
+def test_an_operation_on_a_tensor_of_two_is_counted_as_one_on_each():
+    two = TwoTensor(torch.ones(3), torch.ones(3))
+    with RecordOperations() as recorded:
+        torch.abs(two)
+    assert recorded.names == ["aten::abs", "aten::abs"]
+
+
+# Weights between steps.
+def evaluate(stepper, seq_len):
+    batch = batch_without_values(2, seq_len)
+    loss = partial(stepper.loss, targets=batch.targets, divisor=1)
+    with torch.no_grad():
+        for _ in range(3):
+            stepper.model(batch.tokens, batch.document_ids, loss)
+    free_gathered_weights(stepper.model)
+
+
+@pytest.mark.parametrize(("method", "is_freed"), [("full_rank", "true"), ("lora", "false")])
+def test_a_step_after_an_evaluation_sends_what_one_before_it_sends(tmp_path, method, is_freed):
+    keys = ("--parallelism.reshard_after_forward", is_freed)
+    config = tiny_config(tmp_path, method, *keys, num_ranks=2)
+    with fake_stepper(config, 2) as stepper:
+        stepper.step()
+        counts = []
+        for _ in range(2):
+            with CountCommunication() as communication:
+                stepper.step()
+            counts.append(communication.counts)
+            evaluate(stepper, config.data.seq_len)
+    assert counts[0]["all_gather"].num_calls >= 3
+    assert counts[1] == counts[0]
+
+
+def test_frozen_weights_outside_the_units_are_sharded_between_steps_too(tmp_path, monkeypatch):
+    def freeze_embedding(model):
+        model.model.embed_tokens.weight.requires_grad_(False)
+        return []
+
+    monkeypatch.setattr(Llama, "outer_units", freeze_embedding)
+    keys = ("--parallelism.frozen_weights", "gather_once")
+    with fake_stepper(tiny_config(tmp_path, "switchlora", *keys, num_ranks=2), 2) as stepper:
+        for _ in range(2):
+            stepper.step()
+            for name, parameter in stepper.model.named_parameters():
+                assert isinstance(parameter, DTensor), name
+
+
+def test_a_unit_without_modules_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Llama, "outer_units", lambda model: [[]])
+    refusal = pytest.raises(ValueError, match=r"outer_units\(\)")
+    with refusal, fake_stepper(tiny_config(tmp_path, "lora"), 1):
+        pass
+
+
+# Exchanges of matrices and rows. On ranks: see tests/ranks/test_primitives_ranks.py.
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 50])
+def test_owners_share_the_cost(num_ranks):
+    costs = [float(1 + place % 7 + 10 * (place % 3 == 0)) for place in range(41)]
+    loads = [0.0] * num_ranks
+    for cost, owner in zip(costs, balanced_owners(costs, num_ranks), strict=True):
+        loads[owner] += cost
+    # Of the best that any owners could have (Graham 1969).
+    assert max(loads) <= 4 / 3 * max(sum(costs) / num_ranks, max(costs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_rank_batches_matrices_of_one_shape(dtype):
+    matrices = [torch.randn(shape) for shape in [(3, 5), (4, 2), (3, 5), (5, 3)]]
+    exchange = MatrixExchange(matrices, [1.0] * len(matrices), dtype)
+    batches = exchange.collect(matrices)
+    expected = {
+        (2, 3, 5): torch.stack([matrices[0], matrices[2]]),
+        (1, 4, 2): matrices[1][None],
+        (1, 5, 3): matrices[3][None],
+    }
+    assert len(batches) == len(expected)
+    for batch in batches:
+        assert batch.dtype == dtype
+        assert torch.equal(batch, expected[tuple(batch.shape)].to(dtype))
+    for matrix, part in zip(matrices, exchange.distribute(batches), strict=True):
+        assert torch.equal(part, matrix.to(dtype))
+
+
+def test_padding_adds_at_most_an_eighth_and_similar_lengths_are_mostly_padded_alike():
+    for length in [2**14 + 1, 99_999, 2**20, 2**20 + 1, 2**24 - 1, 2**24 + 1, 13_000_001]:
+        assert length <= padded_length(length) < length * 1.125
+    pairs = [(length, length + length // 1000) for length in range(20_000, 400_000, 777)]
+    num_equal = sum(padded_length(first) == padded_length(second) for first, second in pairs)
+    assert num_equal / len(pairs) > 0.95
+
+
+@pytest.mark.parametrize(("num_rows", "num_ranks"), [(12, 4), (13, 4), (3, 4), (1, 1), (17, 5)])
+def test_rows_per_rank_equal_those_of_torch_chunk(num_rows, num_ranks):
+    first = torch.empty(num_rows, 2).chunk(num_ranks)[0]
+    assert rows_per_rank(num_rows, num_ranks) == len(first)
+
+
+# Fingerprints of replicas.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9), (11,), (3, 8)])
+def test_a_fingerprint_depends_on_every_value_and_its_position(dtype, shape):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    own = fingerprint(tensor)
+    assert own.shape == ()
+    assert torch.equal(own, fingerprint(tensor.clone()))
+    flat = tensor.view(-1)
+    for index in range(len(flat)):
+        before = flat[index].clone()
+        flat[index] = -before  # one bit
+        assert fingerprint(tensor) != own
+        flat[index] = before
+    for first in range(len(flat)):
+        for second in range(first):
+            swapped = flat.clone()
+            swapped[[first, second]] = flat[[second, first]]
+            assert fingerprint(swapped.view(shape)) != own or flat[first] == flat[second]
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_a_fingerprint_does_not_depend_on_the_place_in_memory(width):
+    values = torch.randn(5, width)
+    wider = torch.zeros(6, width + 3)
+    wider[1:, 1 : width + 1] = values
+    shifted = torch.cat([torch.zeros(1), values.flatten()])[1:].view(5, width)
+    for copy in (wider[1:, 1 : width + 1], shifted, values.t().contiguous().t()):
+        assert torch.equal(copy, values)
+        assert torch.equal(fingerprint(copy), fingerprint(values))
+
+
+def test_a_single_process_has_no_replicas_to_compare():
+    check_replicas({"weight": torch.zeros(2, 3)}, torch.device("cpu"))

@@ -1,0 +1,340 @@
+"""Which dtype computes, in which precision updates multiply, and how bf16 is rounded."""
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from support.tiny import tiny_trainer, train_steps
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.distributed import compute_dtype
+from switchtitan.distributed.compute_dtype import (
+    Bf16Support,
+    ComputeDtype,
+    agree_on_dtype,
+    bf16_support,
+    choose_dtype,
+    cpu_support,
+    gpu_support,
+)
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.precision import (
+    allow_tf32,
+    full_precision,
+    use_deterministic_algorithms,
+    use_full_precision,
+)
+from switchtitan.distributed.rounding import random_bits, round_to_bf16
+from switchtitan.distributed.world import start_world
+from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.job.checks import check_dtype
+from switchtitan.job.sections import TrainingConfig
+
+NATIVE = Bf16Support(True, "it multiplies bf16")
+EMULATED = Bf16Support(False, "it lacks bf16")
+MATMUL = torch.backends.cuda.matmul
+
+
+# The compute dtype.
+@pytest.mark.parametrize(
+    ("machine", "in_onednn", "has_avx512_bf16", "is_native"),
+    [
+        ("x86_64", True, True, True),
+        ("AMD64", True, True, True),
+        # AVX-512 without AVX512-BF16: oneDNN converts to fp32 and back.
+        ("x86_64", True, False, False),
+        # ONEDNN_MAX_CPU_ISA=AVX2
+        ("x86_64", False, True, False),
+        ("aarch64", True, False, True),
+        ("aarch64", False, False, False),
+        # A torch without oneDNN, or whose private function has another name.
+        ("x86_64", None, True, False),
+        ("arm64", None, False, False),
+    ],
+)
+def test_a_cpu_needs_bf16_instructions_that_torch_uses(
+    machine, in_onednn, has_avx512_bf16, is_native
+):
+    assert cpu_support(machine, in_onednn, has_avx512_bf16).is_native == is_native
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "amd_architecture", "is_native"),
+    [
+        ("NVIDIA A100", (8, 0), None, True),
+        ("Tesla T4", (7, 5), None, False),
+        # torch for ROCm says a capability that looks like NVIDIA's.
+        ("AMD Instinct MI50", (10, 3), "gfx906:sramecc+:xnack-", False),
+        ("AMD Instinct MI210", (10, 3), "gfx90a:sramecc+:xnack-", True),
+        ("AMD Radeon RX 6800", (10, 3), "gfx1030", False),
+        ("AMD Radeon RX 7900 XTX", (10, 3), "gfx1100", True),
+    ],
+)
+def test_a_gpu_needs_matrix_instructions_for_bf16(name, capability, amd_architecture, is_native):
+    support = gpu_support(name, capability, amd_architecture)
+    assert support.is_native == is_native
+    assert name in support.evidence
+
+
+def test_this_cpu_is_asked_without_an_error():
+    support = bf16_support(torch.device("cpu"))
+    assert support.evidence
+    if support.is_native:
+        assert torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize(
+    ("key", "supports", "saved", "name", "reason"),
+    [
+        ("auto", [NATIVE], None, "bfloat16", "it multiplies bf16"),
+        ("auto", [EMULATED], None, "float32", "it lacks bf16"),
+        ("auto", [NATIVE, NATIVE, EMULATED], None, "float32", "rank 2: it lacks bf16"),
+        ("auto", [NATIVE], "float32", "float32", "checkpoint"),
+        ("auto", [EMULATED], "bfloat16", "bfloat16", "checkpoint"),
+        ("float32", [NATIVE], "bfloat16", "float32", "[training] dtype"),
+        ("bfloat16", [EMULATED], None, "bfloat16", "[training] dtype"),
+    ],
+)
+def test_the_key_comes_before_the_checkpoint_and_that_before_the_devices(
+    key, supports, saved, name, reason
+):
+    chosen = choose_dtype(key, supports, saved)
+    assert chosen == ComputeDtype(name, chosen.reason)
+    assert reason in chosen.reason
+    assert chosen.dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    ("key", "support", "device", "is_refused"),
+    [
+        ("bfloat16", EMULATED, "cuda", True),
+        ("bfloat16", NATIVE, "cuda", False),
+        ("bfloat16", EMULATED, "cpu", False),
+        ("auto", EMULATED, "cuda", False),
+        ("float32", EMULATED, "cuda", False),
+    ],
+)
+def test_only_bf16_on_a_gpu_without_it_is_refused(key, support, device, is_refused):
+    training = TrainingConfig(steps=1, global_batch_size=1, local_batch_size=1, dtype=key)
+    problems = check_dtype(training, support, device)
+    assert len(problems) == is_refused
+    assert all('dtype = "bfloat16"' in problem for problem in problems)
+
+
+def test_emulation_is_a_warning_on_a_cpu_and_an_error_on_a_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(compute_dtype, "bf16_support", lambda device: EMULATED)
+    world = start_world(ParallelismConfig())
+    with caplog.at_level("WARNING"):
+        assert agree_on_dtype("auto", world).name == "float32"
+        assert caplog.text == ""
+        assert agree_on_dtype("auto", world, saved="bfloat16").name == "bfloat16"
+    assert "it lacks bf16" in caplog.text
+    on_gpu = replace(world, device=torch.device("cuda", 0))  # nothing is computed on it
+    for key, saved in (("bfloat16", None), ("auto", "bfloat16")):
+        with pytest.raises(EnvironmentMismatchError, match=r"\[training\] dtype = .*it lacks bf16"):
+            agree_on_dtype(key, on_gpu, saved)
+    assert agree_on_dtype("auto", on_gpu).name == "float32"
+
+
+# The precision of products.
+@pytest.fixture
+def precision(monkeypatch):
+    """Restores what precision functions set."""
+    for variable in ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(variable, raising=False)
+    yield monkeypatch
+    monkeypatch.undo()
+    use_full_precision("cpu")
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_everything_that_rounds_is_switched_off(precision):
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    MATMUL.allow_bf16_reduced_precision_reduction = True
+    MATMUL.allow_fp16_reduced_precision_reduction = True
+    use_full_precision("cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not MATMUL.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    assert MATMUL.fp32_precision == "ieee"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert not MATMUL.allow_bf16_reduced_precision_reduction
+    assert not MATMUL.allow_fp16_reduced_precision_reduction
+
+
+def test_a_variable_that_torch_cannot_override_is_refused_on_a_gpu(precision):
+    precision.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    use_full_precision("cuda")
+    precision.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    use_full_precision("cpu")
+    with pytest.raises(EnvironmentMismatchError, match="NVIDIA_TF32_OVERRIDE=1"):
+        use_full_precision("cuda")
+
+
+def test_full_precision_restores_what_was_set_outside(precision):
+    allow_tf32()
+    with full_precision():
+        assert not MATMUL.allow_tf32
+        with full_precision():
+            pass
+        assert not MATMUL.allow_tf32
+    assert MATMUL.allow_tf32
+    with pytest.raises(ZeroDivisionError), full_precision():
+        raise ZeroDivisionError
+    assert MATMUL.allow_tf32
+
+
+class RecordProducts(TorchDispatchMode):
+    """The precision that is set at each product of matrices."""
+
+    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+
+    def __init__(self):
+        super().__init__()
+        self.precisions = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.PRODUCTS:
+            self.precisions.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "step"),
+    [
+        ("switchlora", (), 1),
+        ("relora", ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1"), 2),
+        ("galore", (), 1),
+        ("fira", (), 1),
+        ("apollo", (), 1),
+    ],
+)
+def test_updates_multiply_in_fp32_while_training_uses_tf32(corpora, precision, method, keys, step):
+    trainer = tiny_trainer(corpora / f"precision-{method}", method, *keys)
+    stepper = trainer.stepper
+    allow_tf32()
+    train_steps(trainer, step - 1)
+    with RecordProducts() as gradients:
+        stepper.compute_gradients()
+    assert set(gradients.precisions) == {"high"}
+    with RecordProducts() as updates:
+        stepper.update()
+    assert len(updates.precisions) > 10
+    assert set(updates.precisions) == {"highest"}
+    stepper.close()
+
+
+def test_rank_telemetry_merges_in_fp32_while_training_uses_tf32(corpora, precision):
+    keys = ("--spectrum.interval", "1", "--training.steps", "1")
+    trainer = tiny_trainer(corpora / "precision-telemetry", "switchlora", *keys)
+    allow_tf32()
+    train_steps(trainer, 1)
+    (telemetry,) = trainer.hooks
+    with RecordProducts() as merges:
+        telemetry.after(1)
+    trainer.close()
+    # B A and a Gram matrix of each of seven layers in two blocks.
+    assert len(merges.precisions) == 2 * 7 * 2
+    assert set(merges.precisions) == {"highest"}
+    assert MATMUL.allow_tf32
+
+
+def unpool(values):
+    """torch has no deterministic implementation, as it says for any device."""
+    indices = torch.zeros(1, 1, 5, dtype=torch.int64)
+    return torch.nn.functional.max_unpool1d(values.view(1, 1, 5), indices, 1)
+
+
+def test_operations_without_a_deterministic_algorithm_raise_compiled_ones_too(precision):
+    compiled = torch.compile(unpool, backend="aot_eager")
+    for function in (unpool, compiled):
+        function(torch.ones(5))
+    use_deterministic_algorithms()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    # The compiled region is compiled again.
+    for function in (unpool, compiled):
+        with pytest.raises(Exception, match="does not have a deterministic implementation"):
+            function(torch.ones(5))
+
+
+def test_another_workspace_of_cublas_is_refused(precision):
+    precision.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(EnvironmentMismatchError, match="CUBLAS_WORKSPACE_CONFIG=:0:0"):
+        use_deterministic_algorithms()
+    precision.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    use_deterministic_algorithms()
+
+
+# Stochastic rounding.
+def key(number):
+    return torch.tensor(number, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "value", [1.0 + 2**-9, -0.3, 1e-3, -7.7e5, 3.1e38, 2.0**-129 + 2.0**-140, 0.0, -2.5]
+)
+def test_over_all_bits_the_mean_is_exact_and_only_neighbours_come_up(value):
+    values = torch.full((2**16,), value)
+    rounded = round_to_bf16(values, torch.arange(2**16, dtype=torch.int32))
+    assert rounded.dtype == torch.bfloat16
+    # fp64 holds the sum of so many bf16 values of like size.
+    assert rounded.double().mean() == values[0].double()
+    exact = values[0].double().abs()
+    seen = rounded.double().abs().unique()
+    assert len(seen) == (1 if exact == exact.bfloat16().double() else 2)
+    assert seen[0] <= exact <= seen[-1]
+    if len(seen) == 2:
+        between = torch.nextafter(seen[0].bfloat16(), torch.tensor(math.inf, dtype=torch.bfloat16))
+        assert between.double() == seen[1]
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2**15, 2**16 - 1])
+def test_what_is_not_finite_stays_so(bits):
+    # Both infinities; then nan as CUDA makes it, with its sign set, and as the CPU makes it.
+    patterns = [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000]
+    signed = torch.tensor([pattern - (pattern >> 31 << 32) for pattern in patterns])
+    rounded = round_to_bf16(
+        signed.int().view(torch.float32), torch.full((5,), bits, dtype=torch.int32)
+    )
+    assert rounded[:2].tolist() == [math.inf, -math.inf]
+    assert rounded[2:].isnan().all()
+
+
+def chi_square_per_degree(counts):
+    expected = counts.sum() / counts.numel()
+    return (((counts - expected) ** 2 / expected).sum() / (counts.numel() - 1)).item()
+
+
+def test_bits_are_uniform_and_independent_of_their_neighbours():
+    bits = random_bits(key(12345), 0, 512, 1024)
+    assert bits.min() >= 0
+    assert bits.max() < 2**16
+    assert bits.dtype == torch.int32
+    other = random_bits(key(12346), 0, 512, 1024)
+    pairs = {
+        "halves": (bits, bits % 256),
+        "rows": (bits[1:], bits[:-1] >> 8),
+        "columns": (bits[:, 1:], bits[:, :-1] >> 8),
+        "second columns": (bits[:, 2:], bits[:, :-2] >> 8),
+        "diagonals": (bits[1:, 1:], bits[:-1, :-1] >> 8),
+        "events": (bits, other >> 8),
+    }
+    for name, (first, second) in pairs.items():
+        counts = torch.bincount(((first >> 8) * 256 + second).flatten(), minlength=2**16).double()
+        # Some 2^16 degrees of freedom: the deviation is 0.0055; five of them.
+        assert chi_square_per_degree(counts) == pytest.approx(1, abs=0.028), name
+    for part in range(16):
+        ones = ((bits >> part) & 1).double().mean().item()
+        assert ones == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(bits.numel())), part
+
+
+def test_a_part_of_the_rows_gets_the_bits_of_the_whole():
+    full = random_bits(key(-7), 0, 11, 5)
+    assert torch.equal(random_bits(key(-7), 4, 3, 5), full[4:7])
+    assert random_bits(key(-7), 11, 0, 5).shape == (0, 5)

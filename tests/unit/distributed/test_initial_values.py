@@ -1,0 +1,264 @@
+"""Initial values: drawn in blocks of rows from the seed and the name, equal on any number of ranks,
+or given; and dropout, drawn from the seed and the step."""
+
+import itertools
+
+import pytest
+import torch
+from support.tiny import tiny_trainer, train_steps
+
+from switchtitan.contracts import Reparametrized
+from switchtitan.distributed.fsdp import materialize, materialize_to_restore
+from switchtitan.distributed.initial_draws import (
+    RandomRows,
+    block_size,
+    covering_blocks,
+    plain_value,
+    split_blocks,
+)
+from switchtitan.distributed.seeds import generator_for, seed_dropout
+from switchtitan.distributed.shards import rows_per_rank
+from switchtitan.methods import METHODS
+from switchtitan.methods.full_rank import FullRankConfig
+from switchtitan.methods.lora import LoraConfig
+from switchtitan.methods.switchlora import SwitchLoraConfig
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+
+LARGE = (900, 620)
+"""More elements than one block may have; 900 rows are not a multiple of 16 blocks."""
+
+
+# Seeds.
+def test_a_generator_depends_only_on_seed_and_name():
+    def draw(seed, name):
+        return torch.rand(3, generator=generator_for(seed, name)).tolist()
+
+    first = draw(1, "layer.weight")
+    torch.rand(5)
+    assert draw(1, "layer.weight") == first
+    assert len({tuple(draw(seed, name)) for seed in (1, 2) for name in ("a", "b", "1:a")}) == 6
+
+
+def test_dropout_depends_only_on_seed_step_and_rank():
+    def draw(*place):
+        seed_dropout(*place)
+        return tuple(torch.rand(3).tolist())
+
+    places = [(seed, step, rank) for seed in (1, 11) for step in (0, 1, 12) for rank in (0, 1, 2)]
+    drawn = {place: draw(*place) for place in places}
+    assert len(set(drawn.values())) == len(places)
+    assert all(draw(*place) == values for place, values in drawn.items())
+
+
+def losses_with_dropout(folder, num_steps, dropout="0.3", evaluates=False):
+    # Earlier draws of the process must not matter.
+    torch.seed()
+    trainer = tiny_trainer(folder, "switchlora", "--method.dropout", dropout)
+    losses = []
+    for _ in range(num_steps):
+        losses += train_steps(trainer, 1)
+        if evaluates:
+            trainer.evaluators.validation(trainer.stepper.model)
+    if trainer.stepper.state.step == 3:
+        trainer.save()
+        trainer.checkpointer.finish()
+    trainer.stepper.close()
+    return losses
+
+
+def test_a_run_with_dropout_resumes_bitwise_and_an_evaluation_does_not_change_it(corpora):
+    straight = losses_with_dropout(corpora / "dropout", 5)
+    first = losses_with_dropout(corpora / "dropout-resumed", 3, evaluates=True)
+    assert first + losses_with_dropout(corpora / "dropout-resumed", 2) == straight
+    without = losses_with_dropout(corpora / "dropout-none", 1, dropout="0.0")
+    assert without != straight[:1], "dropout has no effect"
+
+
+# Blocks.
+def rows_of_rank(num_rows, rank, num_ranks):
+    chunk = rows_per_rank(num_rows, num_ranks)
+    return range(min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows))
+
+
+def normal_rows(shape, name="a", drawn=None):
+    def draw(block, generator):
+        if drawn is not None:
+            drawn.append(block[0])
+        return torch.empty(block).normal_(generator=generator)
+
+    return RandomRows(name, shape, draw, lambda block_name: generator_for(3, block_name))
+
+
+@pytest.mark.parametrize("shape", [LARGE, (33, 20000), (600_000,), (7, 5), (1, 600_000)])
+def test_blocks_cover_all_rows_once(shape):
+    rows = range(shape[0])
+    blocks = split_blocks(shape, covering_blocks(shape, rows))
+    assert list(itertools.chain(*blocks)) == list(rows)
+    assert all(len(block) == block_size(shape) for block in blocks[:-1])
+    assert len(blocks) == 1 if torch.Size(shape).numel() <= 2**19 else 1 <= len(blocks) <= 16
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 1000])
+def test_rows_do_not_depend_on_the_number_of_ranks(num_ranks):
+    full = normal_rows(LARGE)[range(LARGE[0])]
+    parts = [
+        normal_rows(LARGE)[rows_of_rank(LARGE[0], rank, num_ranks)] for rank in range(num_ranks)
+    ]
+    assert torch.equal(torch.cat(parts), full)
+
+
+def test_a_small_tensor_is_drawn_at_once_a_large_one_starts_alike_and_a_rank_draws_its_own_blocks():
+    full = torch.empty(40, 50).normal_(generator=generator_for(3, "a"))
+    assert torch.equal(normal_rows((40, 50))[range(40)], full)
+    size, drawn = block_size(LARGE), []
+    assert size < LARGE[0]
+    first = torch.empty(size, LARGE[1]).normal_(generator=generator_for(3, "a"))
+    assert torch.equal(normal_rows(LARGE)[range(size)], first)
+    normal_rows(LARGE, drawn=drawn)[range(113, 226)]
+    assert sum(drawn) <= 113 + 2 * size
+
+
+def test_values_of_all_blocks_are_normal_and_unrelated():
+    values = normal_rows(LARGE)[range(LARGE[0])].double()
+    count = values.numel()
+    # Five standard errors: of the mean 1 / sqrt(n), of the second moment sqrt(2 / n), of the
+    # fourth sqrt(96 / n).
+    assert abs(values.mean().item()) < 5 / count**0.5
+    assert values.square().mean().item() == pytest.approx(1, abs=5 * (2 / count) ** 0.5)
+    assert values.pow(4).mean().item() == pytest.approx(3, abs=5 * (96 / count) ** 0.5)
+    size = block_size(LARGE)
+    blocks = values[: LARGE[0] // size * size].reshape(-1, size * LARGE[1])
+    correlations = torch.corrcoef(blocks)[~torch.eye(len(blocks), dtype=torch.bool)]
+    assert correlations.abs().max() < 5.5 / blocks.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("lora", {"init": "lora"}),
+        ("lora", {"init": "balanced"}),
+        ("switchlora", {}),
+        ("switchlora", {"candidates": "constant"}),
+    ],
+)
+@pytest.mark.parametrize("shape", [LARGE, LARGE[::-1]])
+def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
+    out_features, in_features = shape
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"proj": torch.nn.Linear(in_features, out_features, False)})
+    section = METHODS[method].config_type(name=method, rank=100, targets=("proj",), **keys)
+    METHODS.build(section, 10, seed=0).prepare_model(model)
+    layer = model["proj"]
+    assert isinstance(layer, Reparametrized)
+    weight = normal_rows(shape, "weight")
+    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    numbers = {name: tensor.shape[0] for name, tensor in tensors.items()}
+
+    def generator(name):
+        return generator_for(1, name)
+
+    full = layer.initial_tensors(weight[range(out_features)], generator)
+    for num_ranks in (2, 3, 8):
+        for rank in range(num_ranks):
+            own = {name: rows_of_rank(count, rank, num_ranks) for name, count in numbers.items()}
+            rows = own | {"weight": covering_blocks(shape, own["weight"])}
+            drawn = layer.initial_tensors(weight[rows["weight"]], generator, rows)
+            assert drawn.keys() == full.keys() == numbers.keys()
+            for name, wanted in rows.items():
+                assert torch.equal(drawn[name], full[name][wanted.start : wanted.stop]), name
+    merged = full["weight"] + layer.scale * full["lora_b"].t() @ full["lora_a"]
+    # W - s B A + s B A in fp32, terms of order 1.
+    torch.testing.assert_close(merged, weight[range(out_features)], rtol=0, atol=4e-6)
+
+
+def test_the_plain_value_has_the_configured_deviation():
+    config = LlamaConfig(
+        size="9m", hidden_size=132, num_heads=3, vocab_size=5000, num_layers=1, init_std=0.02
+    )
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    place = (model, 1, "model.embed_tokens.weight", torch.Size((5000, 132)))
+    value = plain_value(*place).double()
+    assert value.std().item() == pytest.approx(0.02, rel=5 / (2 * value.numel()) ** 0.5)
+    assert abs(value.mean().item()) < 5 * 0.02 / value.numel() ** 0.5
+    assert torch.equal(plain_value(*place, range(1700, 2100)).double(), value[1700:2100])
+
+
+# Models.
+MODEL = LlamaConfig(
+    size="9m",
+    hidden_size=12,
+    intermediate_size=18,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    vocab_size=31,
+)
+CONFIGS = [FullRankConfig(), LoraConfig(rank=3, init="balanced"), SwitchLoraConfig(rank=3)]
+PRODUCTS = [
+    METHODS.restore({"name": "low_rank", "rank": 3}),
+    METHODS.restore({"name": "sltrain", "rank": 3, "density": 0.2}),
+]
+
+
+def model_of(config):
+    with torch.device("meta"):
+        model = MODELS.build(MODEL)
+    method = METHODS.build(config, 10, seed=0)
+    method.prepare_model(model)
+    return model, method
+
+
+def values(config, seed):
+    model, _ = model_of(config)
+    materialize(model, torch.device("cpu"), seed)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_values_depend_on_the_seed_and_no_two_tensors_share_their_random_numbers(config):
+    first, again, other = (values(config, seed) for seed in (1, 1, 2))
+    for name, value in first.items():
+        assert torch.equal(again[name], value), name
+        assert torch.equal(other[name], value) == (value.std() == 0), name
+    # Compared after scaling, since bounds differ by layer. Factors copy candidates.
+    beginnings = [
+        tuple((value.flatten()[:20] / value.flatten()[0]).round(decimals=3).tolist())
+        for name, value in first.items()
+        if value.std() > 0 and not name.endswith((".lora_a", ".lora_b"))
+    ]
+    assert len(set(beginnings)) == len(beginnings) >= 16
+
+
+def test_full_rank_values_are_those_of_the_model():
+    model = MODELS.build(MODEL)
+    for name, value in values(FullRankConfig(), 5).items():
+        expected = model.initial_value(name, value.shape, generator_for(5, name))
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_given_weights_are_the_initial_weights(config):
+    given = values(FullRankConfig(), 7)
+    model, method = model_of(config)
+    materialize(model, torch.device("cpu"), 1, given)
+    merged = method.dense_weights(dict(model.named_parameters()))
+    assert merged.keys() == given.keys()
+    for name, value in given.items():
+        # W - s B A + s B A in fp32; factors of order 1, weights of 0.02.
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *PRODUCTS], ids=lambda config: config.name)
+def test_a_model_with_the_tensors_of_a_checkpoint_computes_what_the_saved_one_does(config):
+    (saved, _), (restored, _) = model_of(config), model_of(config)
+    materialize(saved, torch.device("cpu"), 1)
+    materialize_to_restore(restored, torch.device("cpu"), 1)
+    restored.load_state_dict(saved.state_dict(), strict=True)
+    buffers = dict(restored.named_buffers())
+    for name, buffer in saved.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    tokens = torch.arange(10).view(2, 5)
+    documents = torch.zeros_like(tokens)
+    assert torch.equal(restored(tokens, documents), saved(tokens, documents))
