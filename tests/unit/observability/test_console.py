@@ -1,123 +1,114 @@
+"""Lines on the console and in the log file, of one rank or of several."""
+
+import io
+import logging
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
+from switchtitan.observability import configure_logging
 from switchtitan.observability.console import (
-    CONSOLE_WIDTH,
     ConsoleTable,
     format_count,
     format_duration,
-    format_summary,
 )
 
-LARGE = {
-    "loss/train": 999.123456,
-    "loss/validation": 12.3456,
-    "perplexity/validation": 229123.4,
-    "optimizer/lr": 2.123e-02,
-    "optimizer/grad_norm": 12345.6,
-    "throughput/tokens_per_s": 123.4e6,
-    "throughput/tflop_per_s_per_device": 1307.4,
-    "throughput/mfu": 1.0,
-    "memory/peak_gib": 139.8,
-    "throughput/eta_s": 99 * 86400 + 23 * 3600,
-    "switch/vectors_switched": 12.0,
-}
 
-
-@pytest.mark.parametrize("num_steps", [7, 40_000, 1_000_000])
-def test_every_line_fits_the_console_and_columns_line_up(num_steps):
-    table = ConsoleTable(num_steps)
-    lines = table.lines(num_steps, LARGE)
-    assert len(lines) == 3
-    assert all(len(line) <= CONSOLE_WIDTH for line in lines)
-    header, row, _ = lines
-    assert len(header) == len(row) == len(table.lines(1, LARGE)[0])
-
-
-def test_row_shows_the_reported_values():
-    header, row = ConsoleTable(40_000).lines(
-        1000,
-        {
-            "loss/train": 3.14159,
-            "optimizer/lr": 0.02,
-            "throughput/tokens_per_s": 12_345.0,
-            "throughput/tflop_per_s_per_device": 0.5,
-            "throughput/mfu": 0.4123,
-            "throughput/eta_s": 11_220.0,
-        },
-    )
+def test_a_row_shows_the_reported_values():
+    values = {
+        "loss/train": 3.14159,
+        "optimizer/lr": 0.02,
+        "throughput/tokens_per_s": 12_345.0,
+        "throughput/tflop_per_s_per_device": 0.5,
+        "throughput/mfu": 0.4123,
+        "throughput/eta_s": 11_220.0,
+    }
+    header, row = ConsoleTable(40_000).lines(1000, values)
     assert header.split() == ["step", "loss", "lr", "tokens/s", "TFLOP/s", "MFU", "ETA"]
     assert row.split() == ["1000/40000", "3.1416", "2.00e-02", "12.3k", "0.500", "41.2%", "3h07m"]
+    (line,) = ConsoleTable(300).lines(20, {"loss/validation": 2.9957, "perplexity/validation": 20})
+    assert "2.9957" in line
 
 
-def test_a_row_without_speed_and_time_left_has_the_same_columns():
-    table = ConsoleTable(100)
-    measured = {
-        "throughput/tokens_per_s": 700.0,
-        "throughput/tflop_per_s_per_device": 0.5,
-        "throughput/eta_s": 90.0,
-    }
-    lines = table.lines(1, {"loss/train": 8.0}) + table.lines(10, {"loss/train": 7.0} | measured)
-    assert [line.split() for line in lines] == [
-        ["step", "loss", "tokens/s", "TFLOP/s", "ETA"],
-        ["1/100", "8.0000", "-", "-", "-"],
-        ["10/100", "7.0000", "700", "0.500", "1m30s"],
-    ]
-
-
-def test_validation_has_a_separate_line():
-    lines = ConsoleTable(300).lines(
-        20, {"loss/validation": math.log(20), "perplexity/validation": 20.0}
-    )
-    assert lines == [" 20/300 validation loss 2.9957, perplexity 20.00"]
-
-
-def test_header_repeats_after_some_rows_and_when_columns_change():
-    table = ConsoleTable(100, header_interval=3)
-    values = {"loss/train": 1.0}
-    assert [len(table.lines(step, values)) for step in range(1, 8)] == [2, 1, 1, 2, 1, 1, 2]
-    assert len(table.lines(8, values | {"memory/peak_gib": 1.0})) == 2
-
-
-def test_non_finite_values_are_shown():
-    _, row = ConsoleTable(100).lines(
-        1, {"loss/train": math.nan, "optimizer/grad_norm": math.inf, "throughput/eta_s": math.inf}
-    )
+def test_values_that_are_not_finite_are_shown():
+    values = {"loss/train": math.nan, "optimizer/grad_norm": math.inf, "throughput/eta_s": math.inf}
+    _, row = ConsoleTable(100).lines(1, values)
     assert row.split() == ["1/100", "nan", "inf", "-", "-", "?"]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.05, "0.05"),
-        (7, "7"),
-        (999.4, "999"),
-        (999.6, "1k"),
-        (1234, "1.23k"),
-        (45.6e6, "45.6M"),
-        (1e17, "1e+05T"),
-    ],
-)
-def test_counts_have_three_digits_and_a_unit(value, text):
-    assert format_count(value) == text
+def test_counts_have_three_digits_and_a_unit_and_durations_two_units():
+    counts = (0.05, 7, 999.4, 999.6, 1234, 45.6e6)
+    assert [format_count(of) for of in counts] == ["0.05", "7", "999", "1k", "1.23k", "45.6M"]
+    durations = (0.4, 59.6, 187, 7500, 4 * 86400 + 11 * 3600)
+    texts = ["0s", "1m00s", "3m07s", "2h05m", "4d11h"]
+    assert [format_duration(of) for of in durations] == texts
+
+
+@pytest.fixture
+def log(tmp_path):
+    """The log of this package, which is as before at the end."""
+    root, package = logging.getLogger(), logging.getLogger("switchtitan")
+    handlers, levels = list(root.handlers), (root.level, package.level)
+    yield logging.getLogger("switchtitan.some.part")
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
+    ("rank", "expected"),
     [
-        (0.4, "0s"),
-        (59.6, "1m00s"),
-        (187, "3m07s"),
-        (7500, "2h05m"),
-        (4 * 86400 + 11 * 3600, "4d11h"),
+        (0, "info 3\nwarning: careful\nwarning: other warning\n"),
+        (3, "[rank 3] warning: careful\n[rank 3] warning: other warning\n"),
     ],
 )
-def test_durations_have_two_units(seconds, text):
-    assert format_duration(seconds) == text
+def test_one_rank_prints_information_and_all_print_warnings_once(log, capsys, rank, expected):
+    for _ in range(2):
+        configure_logging(is_main=rank == 0, rank=rank)
+    log.debug("debug")
+    log.info("info %d", 3)
+    log.warning("careful")
+    logging.getLogger("other").info("other info")
+    logging.getLogger("other").warning("other warning")
+    assert capsys.readouterr().out == expected
 
 
-def test_summary_aligns_values_between_rules():
-    lines = format_summary([("a", "1"), ("longer", "2")])
-    assert lines[1:3] == ["a       1", "longer  2"]
-    assert lines[0] == lines[-1] == "-" * CONSOLE_WIDTH
+def test_the_main_rank_appends_to_a_log_file_with_time_and_logger(log, tmp_path):
+    path = tmp_path / "new" / "train.log"
+    for _ in range(2):
+        configure_logging(is_main=True, log_file=path)
+        log.info("info")
+    configure_logging(is_main=False, rank=1, log_file=path)
+    log.warning("other rank")
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("INFO switchtitan.some.part: info")
+
+
+def test_lines_do_not_break_a_progress_bar(log, monkeypatch):
+    from tqdm import tqdm
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    configure_logging(is_main=True)
+    with tqdm(total=10, file=terminal, ncols=40) as bar:
+        bar.update(3)
+        log.info("info")
+    # A terminal shows the part of a line after the last carriage return.
+    assert "info" in [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_said_once_and_the_console_goes_on(log, capsys):
+    configure_logging(is_main=True, log_file=Path("/dev/full"))
+    for number in range(3):
+        log.info("line %d", number)
+    configure_logging(is_main=True)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    (warning,) = (line for line in lines if "No space left on device" in line)
+    assert [line for line in lines if line != warning] == ["line 0", "line 1", "line 2"]

@@ -1,19 +1,91 @@
-"""Event files: incomplete records and failing disks lose the points concerned, and no others."""
+"""Event files: one point per step, whatever ended the run before; and what a reporter writes."""
 
+import json
 import logging
+import math
 import os
 import shutil
-import sys
 import threading
-from pathlib import Path
 
 import pytest
-from support.failing_disk import Fault, build, call_preloaded, set_faults
-from support.small_disk import Filler, small_disk
+import torch
 
-from switchtitan.observability import TENSORBOARD_FOLDER, event_files
+from switchtitan.observability import TENSORBOARD_FOLDER, MetricsConfig, Reporter
 from switchtitan.observability.curves import read_curves
 from switchtitan.observability.event_files import TensorBoardWriter
+from switchtitan.observability.tags import metric_of, tag_of
+
+METRICS = [
+    "checkpoint/failed_saves",
+    "communication/all_gather_mib",
+    "data/tokens_seen",
+    "loss/test",
+    "loss/train",
+    "loss/validation",
+    "memory/peak_gib",
+    "optimizer/grad_norm",
+    "optimizer/lr",
+    "optimizer/other_lr",
+    "perplexity/validation",
+    "switch/vectors_switched",
+    "throughput/mfu",
+    "throughput/tokens_per_s",
+    "time/forward_ms",
+]
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+
+
+def write_steps(folder, steps, start_step=0, metric="loss/train"):
+    writer = TensorBoardWriter(folder / TENSORBOARD_FOLDER, start_step)
+    for step in steps:
+        writer.write(step, {metric: 1 / step})
+    writer.close()
+
+
+# ---- Tags
+
+
+def test_the_first_cards_are_loss_validation_loss_learning_rate_and_speed():
+    """TensorBoard sorts groups, then tags, by name."""
+    shown = sorted(METRICS, key=lambda metric: tag_of(metric).partition("/"))
+    assert shown[:4] == ["loss/train", "loss/validation", "optimizer/lr", "throughput/tokens_per_s"]
+
+
+def test_every_tag_names_its_metric():
+    assert [metric_of(tag_of(metric)) for metric in METRICS] == METRICS
+    assert [metric_of(metric) for metric in METRICS] == METRICS
+    assert len({tag_of(metric) for metric in METRICS}) == len(METRICS)
+
+
+def test_a_run_that_an_earlier_version_began_has_one_curve(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / TENSORBOARD_FOLDER)) as old:
+        for step in (1, 2, 3):
+            old.add_scalar("loss/train", 1 / step, step)
+    write_steps(tmp_path, (4, 5), start_step=3)
+    assert read_curves(tmp_path)["loss/train"][0] == [1, 2, 3, 4, 5]
+
+
+# ---- Ends of a run
+
+
+@pytest.mark.parametrize(
+    ("start_step", "steps", "expected"),
+    [(3, (4, 5, 6), [1, 2, 3, 4, 5, 6]), (0, (1, 2), [1, 2]), (5, (6,), [1, 2, 3, 4, 5, 6])],
+)
+def test_a_resumed_run_and_one_that_starts_over_have_one_point_per_step(
+    tmp_path, start_step, steps, expected
+):
+    write_steps(tmp_path, range(1, 6))
+    write_steps(tmp_path, steps, start_step)
+    assert read_curves(tmp_path)["loss/train"][0] == expected
+
 
 DAMAGES = {
     "within the header": lambda data: data[: len(data) - record_size(data) + 10],
@@ -27,7 +99,7 @@ DAMAGES = {
 }
 
 
-def record_size(data: bytes) -> int:
+def record_size(data):
     """Size of the last record of an event file."""
     start = 0
     while start < len(data):
@@ -38,135 +110,134 @@ def record_size(data: bytes) -> int:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_points_before_and_after_a_crash_in_the_middle_of_a_record_are_read(tmp_path, damage):
-    folder = tmp_path / TENSORBOARD_FOLDER
-    writer = TensorBoardWriter(folder, start_step=0)
-    for step in range(1, 6):
-        writer.write(step, {"loss/train": 1 / step})
-    writer.close()
-    (file,) = folder.iterdir()
+    write_steps(tmp_path, range(1, 6))
+    (file,) = (tmp_path / TENSORBOARD_FOLDER).iterdir()
     data = DAMAGES[damage](file.read_bytes())
     file.unlink()
     # Files are read in the order of their names, which begin with the second of their start.
-    (folder / "events.out.tfevents.0000000001.host").write_bytes(data)
-    steps, _ = read_curves(tmp_path)["loss/train"]
+    file.with_name("events.out.tfevents.0000000001.host").write_bytes(data)
     complete = 5 if damage in ("zeros after a power failure", "garbage") else 4
-    assert steps == list(range(1, complete + 1))
-    # The run resumes from step 3.
-    resumed = TensorBoardWriter(folder, start_step=3)
-    for step in range(4, 8):
-        resumed.write(step, {"loss/train": 1 / step})
-    resumed.close()
+    assert read_curves(tmp_path)["loss/train"][0] == list(range(1, complete + 1))
+    write_steps(tmp_path, range(4, 8), start_step=3)
     steps, values = read_curves(tmp_path)["loss/train"]
     assert steps == list(range(1, 8))
     assert values == pytest.approx([1 / step for step in steps])
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_points_are_dropped_with_one_warning_until_the_disk_recovers(tmp_path, caplog):
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_points_are_dropped_with_one_warning_until_the_folder_is_back(tmp_path, caplog, is_deleted):
     folder = tmp_path / TENSORBOARD_FOLDER
     writer = TensorBoardWriter(folder, start_step=0)
     writer.write(1, {"loss": 1.0})
-    away = folder.rename(tmp_path / "away")
-    folder.write_text("a file instead of a folder")
+    if is_deleted:
+        shutil.rmtree(folder)
+    else:
+        away = folder.rename(tmp_path / "away")
+        folder.write_text("a file instead of a folder")
     for step in (2, 3, 4):
         writer.write(step, {"loss": 0.5})
-    assert caplog.text.count("TensorBoard lacks points until that succeeds") == 1
-    folder.unlink()
-    away.rename(folder)
+    if not is_deleted:
+        folder.unlink()
+        away.rename(folder)
     writer.write(5, {"loss": 0.25})
     writer.close()
+    assert caplog.text.count("TensorBoard lacks points until that succeeds") == 1
     assert "are written again" in caplog.text
-    assert read_curves(tmp_path)["loss"] == ([1, 5], [1.0, 0.25])
+    steps, values = read_curves(tmp_path)["loss"]
+    assert (steps[-1], values[-1]) == (5, 0.25)
+    assert (1 in steps) == (not is_deleted)
     assert not list(folder.glob(".writable"))
 
 
-def test_an_unwritable_folder_does_not_stop_a_run(tmp_path: Path, caplog):
-    (tmp_path / TENSORBOARD_FOLDER).write_text("a file instead of a folder")
-    writer = TensorBoardWriter(tmp_path / TENSORBOARD_FOLDER, start_step=0)
-    writer.write(1, {"loss": 1.0})
-    writer.close()
-    assert "TensorBoard lacks points" in caplog.text
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_ends_no_thread_with_a_traceback(tmp_path, caplog):
-    with small_disk(tmp_path / "disk", 2 << 20) as disk:
-        writer, filler = TensorBoardWriter(disk / TENSORBOARD_FOLDER, start_step=0), Filler(disk)
-        writer.write(1, {"loss/train": 1.0})
-        filler.fill()
-        for step in (2, 3):
-            writer.write(step, {"loss/train": 1.0})
-        filler.free()
-        writer.write(4, {"loss/train": 1.0})
-        writer.close()
-        assert read_curves(disk)["loss/train"][0] == [1, 4]
-    assert caplog.text.count("lacks points until that succeeds") == 1
-
-
-DISK_ERRORS = [("write", "EIO"), ("write", "EDQUOT"), ("create", "EROFS")]
-
-
-def write_on_failing_disk(folder: Path, has_hook: bool) -> None:
-    """Runs in a process with the library; its second and third points meet errors."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    if not has_hook:  # a planted fault
-        event_files._WithoutWriteErrors.__call__ = lambda self, error: self._hook(error)
-    for operation, error in DISK_ERRORS:
-        home = folder / f"{operation}-{error}"
-        print(home.name, file=sys.stderr)
-        writer = TensorBoardWriter(home / TENSORBOARD_FOLDER, start_step=0)
-        writer.write(1, {"loss": 1.0})
-        set_faults(Fault(operation, f"{home}*", error, times=0))
-        for step in (2, 3):
-            writer.write(step, {"loss": 0.5})
-        set_faults()
-        writer.write(4, {"loss": 0.25})
-        writer.close()
-        steps, _ = read_curves(home)["loss"]
-        assert {1, 4} <= set(steps), steps
-
-
-def said_on_failing_disk(folder: Path, capfd: pytest.CaptureFixture[str], has_hook: bool) -> str:
-    call_preloaded(build(folder), write_on_failing_disk, folder, has_hook)
-    return capfd.readouterr().err
-
-
-def test_an_error_of_the_disk_is_one_warning_without_a_traceback(tmp_path, capfd):
-    said = said_on_failing_disk(tmp_path, capfd, has_hook=True)
-    assert "Traceback" not in said
-    for operation, error in DISK_ERRORS:
-        warnings = said.split(f"{operation}-{error}\n")[1].split("\n")[:2]
-        assert "TensorBoard lacks points until that succeeds" in warnings[0], said
-        assert "are written again" in warnings[1], said
-
-
-def test_a_traceback_of_the_writing_thread_is_found(tmp_path, capfd):
-    """The check above can fail."""
-    assert "Traceback" in said_on_failing_disk(tmp_path, capfd, has_hook=False)
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_folder_that_is_deleted_is_created_again(tmp_path, caplog):
-    folder = tmp_path / TENSORBOARD_FOLDER
-    writer = TensorBoardWriter(folder, start_step=0)
-    writer.write(1, {"loss": 1.0})
-    shutil.rmtree(folder)
-    for step in (2, 3, 4):
-        writer.write(step, {"loss": 1 / step})
-    writer.close()
-    assert caplog.text.count("lacks points until that succeeds") == 1
-    assert read_curves(tmp_path)["loss"][0][-1] == 4
-
-
 def test_errors_of_other_threads_are_printed(tmp_path, monkeypatch):
-    found: list[object] = []
+    found = []
     monkeypatch.setattr(threading, "excepthook", found.append)
     TensorBoardWriter(tmp_path, start_step=0).close()
 
-    def fail() -> None:
+    def fail():
         raise OSError("of another thread")
 
     thread = threading.Thread(target=fail)
     thread.start()
     thread.join()
     assert len(found) == 1
+
+
+# ---- What a reporter writes
+
+
+def reporter_of(folder, config=None, **arguments):
+    arguments = {"num_steps": 100, "is_main": True} | arguments
+    return Reporter(config or MetricsConfig(), folder, **arguments)
+
+
+def test_scalars_histograms_description_and_keys_of_a_run_are_in_its_event_file(tmp_path, capsys):
+    from tensorboard.plugins.hparams import metadata
+
+    keys = {"optimizer.lr": 0.5, "method.name": "switchlora", "compile.loss": True, "job.seed": 3}
+    shares = torch.tensor([[0.0, 0.25, 1.0], [1e-7, 0.5, 0.5]])
+    reporter = reporter_of(tmp_path, description='[model]\nname = "llama"', hparams=keys)
+    for step in (1, 10):
+        reporter.advance(step)
+        reporter.report(step, {"loss/train": step / 2, "switch/vectors_switched": 3.0})
+        reporter.report_histograms(step, {"rank/spectrum/q_proj": shares})
+    reporter.summary({"step": 10})
+    reporter.close()
+    assert read_curves(tmp_path) == {
+        "loss/train": ([1, 10], [0.5, 5.0]),
+        "switch/vectors_switched": ([1, 10], [3.0, 3.0]),
+    }
+    # All in one folder: `SummaryWriter.add_hparams` would make another.
+    folder = tmp_path / TENSORBOARD_FOLDER
+    assert not [place for place in folder.iterdir() if place.is_dir()]
+    events = read_events(folder)
+    (text,) = events.Tensors("configuration/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == '    [model]\n    name = "llama"'
+    first, second = events.Histograms("rank/spectrum/q_proj")
+    assert (first.step, second.step) == (1, 10)
+    histogram = second.histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (6, 0, 1)
+    assert histogram.sum == pytest.approx(shares.double().sum().item())
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert {key: getattr(value, value.WhichOneof("kind")) for key, value in found.items()} == keys
+    content = events.SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
+    assert metadata.parse_session_end_info_plugin_data(content).status == 1  # success
+    # There is no progress bar without a terminal.
+    assert "\r" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("is_main", "config"), [(False, MetricsConfig()), (True, MetricsConfig(tensorboard=False))]
+)
+def test_other_ranks_and_disabled_tensorboard_write_nothing(tmp_path, caplog, is_main, config):
+    with caplog.at_level(logging.INFO, "switchtitan"):
+        reporter = reporter_of(tmp_path, config, is_main=is_main, description="x")
+        reporter.report(1, {"loss/train": 1.0})
+        reporter.report_histograms(1, {"rank/spectrum/q_proj": torch.ones(3)})
+        reporter.close()
+    assert list(tmp_path.iterdir()) == []
+    assert bool(caplog.text) == is_main
+
+
+def test_reports_are_due_each_interval_and_at_both_ends(tmp_path):
+    config = MetricsConfig(interval=10)
+    reporter = reporter_of(tmp_path, config, num_steps=25, start_step=3, is_main=False)
+    assert [step for step in range(4, 26) if reporter.is_due(step)] == [4, 10, 20, 25]
+
+
+def test_the_summary_of_a_resumed_run_starts_at_its_first_validation(tmp_path, caplog):
+    def validation(loss):
+        return {"loss/validation": loss, "perplexity/validation": math.exp(loss)}
+
+    reporter = reporter_of(tmp_path, num_steps=40, start_step=20, first_validation=validation(6.0))
+    reporter.report(40, validation(3.0))
+    values = {"throughput/tokens_per_s": 12345.0, "throughput/wall_time_s": 187.0}
+    with caplog.at_level(logging.INFO, "switchtitan"):
+        reporter.summary({"loss/test": 3.25, **values}, checkpoint=tmp_path / "step")
+    reporter.close()
+    for part in ("6.0000 -> 3.0000", "403.43 -> 20.09", "3.2500", "12.3k since step 20", "3m07s"):
+        assert part in caplog.text
+    assert str(tmp_path / "step") in caplog.text
+    assert json.loads((tmp_path / "results.json").read_text())["loss/test"] == 3.25

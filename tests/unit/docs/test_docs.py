@@ -1,0 +1,139 @@
+"""Commands, options, keys and files that the README and docs/ name exist, and links resolve."""
+
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tomli
+from support.commands import run
+
+from switchtitan.cli.main import COMMANDS
+from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.plan import check_plan
+from switchtitan.config.fields import dotted_keys
+from switchtitan.config.load import section_types
+from switchtitan.config.toml_text import flatten
+from switchtitan.job.config import JobConfig
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What docs/USAGE.md shows as mistakes, and what stands for any key.
+NOT_KEYS = {"optimizer.learning_rate", "training.step", "section.key"}
+SECTIONS = set(JobConfig.model_fields)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def named(pattern):
+    """Everything that `pattern` matches on a page, by page."""
+    return {(page.name, match) for page in PAGES for match in re.findall(pattern, page.read_text())}
+
+
+@cache
+def all_keys():
+    keys = set()
+    for section, chosen in section_types(JobConfig).items():
+        for config_type in chosen.values() if isinstance(chosen, dict) else [chosen]:
+            keys |= set(dotted_keys({section: config_type}))
+    return keys
+
+
+def test_keys_exist():
+    found = named(r"--(\w+\.\w+)")
+    found |= {(page, ".".join(key)) for page, key in named(r"`\[(\w+)\] (\w+)")}
+    assert ("USAGE.md", "training.steps") in found
+    assert not {(page, key) for page, key in found if key not in all_keys() | NOT_KEYS}
+
+
+def test_keys_of_shown_files_exist():
+    found = set()
+    for page in PAGES:
+        for block in re.findall(r"(?ms)^```toml\n(.*?)^```", page.read_text()):
+            sections = {name: of for name, of in tomli.loads(block).items() if name in SECTIONS}
+            found |= {(page.name, key) for key in flatten(sections)}
+    assert ("DATA.md", "data.sources") in found
+    # docs/EXTENDING.md adds keys, and tests/end_to_end/test_extending.py trains with them.
+    assert not {key for page, key in found if page != "EXTENDING.md" and key not in all_keys()}
+
+
+def test_commands_exist():
+    found = named(r"(?m)^switchtitan ([\w-]+)") | named(r"`switchtitan ([\w-]+)")
+    assert {command for _, command in found} >= {"train", "export", "compare", "benchmark", "plot"}
+    assert {(page, name) for page, name in found if name not in COMMANDS} <= {
+        ("README.md", "pretrains")
+    }
+
+
+def shown_commands():
+    """The words of every `switchtitan COMMAND ...` in a block of shell commands."""
+    for page in PAGES:
+        for block in re.findall(r"(?ms)^```bash\n(.*?)^```", page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("switchtitan "):
+                    yield line.partition(" #")[0].split()[1:]
+
+
+SHOWN = list(shown_commands())
+
+
+@pytest.mark.parametrize("command", sorted({words[0] for words in SHOWN}))
+def test_options_of_shown_commands_exist(command):
+    for words in (words for words in SHOWN if words[0] == command):
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        start = words[:2] if command in ("benchmark", "plot") else words[:1]
+        outcome = run(*start, "--help")
+        assert outcome.status == 0, outcome.errors
+        listed = set(re.findall(r"--[\w-]+", outcome.output))
+        sections_omitted = {f"--{key.rpartition('.')[2]}" for key in all_keys()}
+        of_data = sections_omitted if command in ("prepare", "inspect") else set()
+        assert {option for option in options if "." not in option} <= listed | of_data
+
+
+def test_files_exist():
+    found = named(r"(?<![\w./])((?:train_configs|scripts|switchtitan|docs)/[\w./]+\.\w+)")
+    guide = (ROOT / "docs" / "EXTENDING.md").read_text()
+    added = set(re.findall(r"(?m)^# (switchtitan/\S+)", guide))
+    assert not {
+        (page, file) for page, file in found if not (ROOT / file).exists() and file not in added
+    }
+
+
+def without_code(page):
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """The anchors of the page's headings, as GitHub makes them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", without_code(page))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_and_anchors_resolve(page):
+    for link in LINK.findall(without_code(page)):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_links_every_page():
+    links = set(LINK.findall((ROOT / "README.md").read_text()))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= links
+
+
+def test_the_comparison_shown_is_valid_and_with_several_keys_too(tmp_path):
+    page = (ROOT / "docs" / "COMPARISONS.md").read_text()
+    shown, several_keys, finished_runs = re.findall(r"(?ms)^```toml\n(.*?)^```", page)
+    axes, row = several_keys.split("[[rows]]")
+    top, first, _, *others = shown.split("[[rows]]")
+    extended = "[[rows]]".join([top + axes + finished_runs, first, row, *others])
+    base = ROOT / "train_configs" / "comparisons" / "llama_1m_pystdlib.toml"
+    shutil.copy(base, tmp_path / "base.toml")
+    for text, num_tuned in ((shown, 1), (extended, 3)):
+        (tmp_path / "shown.toml").write_text(text)
+        comparison = load_comparison(tmp_path / "shown.toml")
+        check_plan(comparison)
+        assert len(comparison.row("lora-r16").values) == num_tuned

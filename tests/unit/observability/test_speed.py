@@ -1,0 +1,184 @@
+"""Speed, times of regions, memory and environment that a run reports."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchtitan.observability import Throughput, peak_flops_per_s, peak_memory_gib
+from switchtitan.observability import region_times as module
+from switchtitan.observability.environment import describe_environment, versions
+from switchtitan.observability.region_times import RegionTimes
+from switchtitan.regions import STEP, region
+
+CPU = torch.device("cpu")
+STATUS = Path("/proc/self/status")
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, `clock.now`, also that of regions."""
+    clock = Clock()
+    monkeypatch.setattr(module.time, "perf_counter", clock)
+    return clock
+
+
+def throughput_of(clock, **arguments):
+    defaults = {
+        "tokens_per_step": 600,
+        "flops_per_token": 4e9,
+        "num_devices": 2,
+        "peak_flops_per_s": 3e12,
+        "num_steps": 110,
+        "start_step": 10,
+    }
+    return Throughput(**(defaults | arguments), clock=clock)
+
+
+def test_speed_is_tokens_over_time(clock):
+    throughput = throughput_of(clock)
+    clock.now += 99
+    assert throughput.measure(11) == {}, "it includes compilation"
+    clock.now += 20
+    expected = {
+        "throughput/tokens_per_s": 300,  # 10 steps of 600 tokens in 20 s
+        "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 4e9 on 2 devices
+        "throughput/mfu": 0.2,
+        "throughput/eta_s": 89 * 2,
+    }
+    assert throughput.measure(21) == pytest.approx(expected)
+    unknown = throughput_of(clock, peak_flops_per_s=None, num_steps=11)
+    clock.now += 5
+    values = unknown.measure(11)
+    assert "throughput/mfu" not in values
+    # The only window of a run of one step.
+    assert values["throughput/tokens_per_s"] == unknown.mean_tokens_per_s == pytest.approx(120)
+    assert values["throughput/eta_s"] == 0
+
+
+def test_excluded_time_counts_for_the_time_left_only(clock):
+    throughput = throughput_of(clock)
+    clock.now += 50  # compilation
+    throughput.measure(20)
+    clock.now += 10
+    with throughput.excluded():
+        clock.now += 20
+    values = throughput.measure(30)
+    assert values["throughput/tokens_per_s"] == pytest.approx(600)
+    assert values["throughput/eta_s"] == pytest.approx(80 * 3)
+    assert throughput.mean_tokens_per_s == pytest.approx(600)
+    assert throughput.wall_time_s == pytest.approx(80)
+    clock.now += 20
+    assert throughput.measure(40)["throughput/tokens_per_s"] == pytest.approx(300)
+    assert throughput.mean_tokens_per_s == pytest.approx(400)  # 20 steps in 30 s
+
+
+@pytest.mark.parametrize("compile_s", [0, 60, 600])
+@pytest.mark.parametrize("evaluate_s", [0, 5])
+def test_the_time_left_is_within_a_third_of_the_truth(clock, compile_s, evaluate_s):
+    """Steps of 1 s, the first also compiles; an evaluation after every 25th step."""
+    throughput = throughput_of(clock, start_step=0, num_steps=200)
+    shown = {}
+    for step in range(1, 201):
+        clock.now += 1 + (compile_s if step == 1 else 0)
+        if step == 1 or step % 10 == 0:
+            shown[step] = clock.now, throughput.measure(step).get("throughput/eta_s")
+        if step % 25 == 0:
+            with throughput.excluded():
+                clock.now += evaluate_s
+    assert shown.pop(1)[1] is None
+    for step, (now, time_left_s) in shown.items():
+        # The last evaluations weigh much in the last steps: 1 s for each evaluation that is left.
+        assert time_left_s == pytest.approx(clock.now - now, rel=0.3, abs=2 * evaluate_s), step
+
+
+def test_a_slow_start_is_forgotten_and_periodic_work_is_not(clock):
+    throughput = throughput_of(clock, start_step=0, num_steps=1000)
+    for step in range(1, 61):
+        clock.now += 30 if step == 1 else 5 if step <= 11 else 1
+        values = throughput.measure(step)
+    assert values["throughput/eta_s"] == pytest.approx(940)
+    for step in range(61, 401):
+        clock.now += 11 if step % 10 == 0 else 1
+        values = throughput.measure(step)
+    assert values["throughput/eta_s"] == pytest.approx(600 * 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI300X", 1307.4),
+        ("cpu", None),
+        ("Tesla V100-SXM2-16GB", None),  # multiplies no bf16
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_the_peak_is_known_of_the_exact_device_only(name, teraflops):
+    expected = None if teraflops is None else pytest.approx(teraflops * 1e12)
+    assert peak_flops_per_s(name) == expected
+
+
+def step(clock):
+    with region(STEP):
+        clock.now += 0.001  # in no other region
+        with region("forward"):
+            clock.now += 0.010
+        with region("update"):
+            clock.now += 0.020
+            with region("switch"):
+                clock.now += 0.004
+            clock.now += 0.030
+
+
+def test_times_of_regions_are_means_over_steps_without_regions_inside(clock):
+    times = RegionTimes(CPU)
+    step(clock)
+    with times:
+        step(clock)
+        step(clock)
+        with region("evaluate"):
+            clock.now += 0.5
+        measured = times.means()
+        assert times.means() == {}, "each time counts once"
+        with region("report"):
+            clock.now += 0.1
+            assert times.means() == {}, "it has not ended"
+        assert times.means() == pytest.approx({"time/report_ms": 100})
+    step(clock)
+    assert times.means() == {}
+    expected = {"forward": 10, "update": 50, "switch": 4, "other": 1, "step": 65, "evaluate": 500}
+    assert measured == pytest.approx({f"time/{name}_ms": ms for name, ms in expected.items()})
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="needs Linux")
+def test_the_peak_of_memory_is_the_kernels():
+    (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    # getrusage also knows the peak of what this process was before it started Python.
+    assert 0.99 * int(peak_kib) / 2**20 < peak_memory_gib(CPU) < 100
+
+
+@pytest.mark.parametrize(
+    ("build", "version"),
+    [
+        ("2.13.0", "2.13.0"),
+        ("2.13.0+cu130", "2.13.0"),
+        ("2.14.0.dev20261120+cu130", "2.14.0.dev20261120"),
+    ],
+)
+def test_recorded_versions_have_no_name_of_a_build(monkeypatch, build, version):
+    monkeypatch.setattr(torch, "__version__", build)
+    assert versions()["torch"] == describe_environment()["torch"] == version
+    assert all(re.fullmatch(r"[\w.]+", found) for found in versions().values())

@@ -1,0 +1,111 @@
+"""Ranks of matrices with a known spectrum, of layers' names, and files of measurements."""
+
+import pytest
+import torch
+
+from switchtitan.errors import CheckpointError, ConfigError
+from switchtitan.spectra.spectra_files import drop_spectra_after, read_spectra, write_spectra
+from switchtitan.spectra.spectrum import (
+    effective_rank,
+    layers_by_kind,
+    mean_normalized_spectrum,
+    normalized_by_kind,
+    numerical_rank,
+    select_layers,
+    singular_values,
+    summarize,
+)
+
+
+def matrix_with(values, num_rows, num_columns):
+    """Returns a matrix with these singular values, zeros otherwise, in random orthonormal bases."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64))[0]
+        for size in (num_rows, num_columns)
+    )
+    return (left * torch.tensor(values, dtype=torch.float64) @ right.T).float()
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (11, 6), (8, 8)])
+def test_singular_values_equal_those_of_svd(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = singular_values(matrix)
+    assert values.shape == (min(shape),)
+    # fp64, then one rounding to fp32.
+    expected = torch.linalg.svdvals(matrix.double()).float()
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_ranks_of_equal_singular_values_are_their_number(rank):
+    values = singular_values(matrix_with([2.5] * rank, 13, 7))
+    # The zeros are fp32 roundings of about 1e-7 in the matrix, in the entropy times their log.
+    assert effective_rank(values) == pytest.approx(rank, rel=2e-5)
+    assert numerical_rank(values) == rank
+
+
+def test_ranks_of_unequal_singular_values_and_of_zeros_match_a_hand_calculation():
+    # Shares 1/2, 1/4, 1/4: the entropy is 1.5 log 2.
+    for scale in (1, 100):
+        assert effective_rank(scale * torch.tensor([2.0, 1.0, 1.0, 0.0])) == pytest.approx(2**1.5)
+    # Above one percent of the largest.
+    assert numerical_rank(torch.tensor([3.0, 0.5, 0.031, 0.029, 0.0])) == 3
+    unchanged = singular_values(torch.zeros(4, 6))
+    assert (effective_rank(unchanged), numerical_rank(unchanged)) == (0, 0)
+
+
+def test_a_summary_averages_over_layers_and_kinds():
+    spectra = {
+        "model.layers.0.self_attn.q_proj": torch.ones(4),
+        "model.layers.0.mlp.up_proj": torch.tensor([1.0, 0.0]),
+        "model.layers.1.self_attn.q_proj": torch.tensor([5.0, 5.0, 0.0, 0.0]),
+    }
+    summary = summarize(spectra)
+    assert summary.effective == summary.numerical == pytest.approx((4 + 1 + 2) / 3)
+    assert summary.effective_by_kind == pytest.approx({"q_proj": 3, "up_proj": 1})
+    assert summary.effective_by_layer == pytest.approx(dict(zip(spectra, (4, 1, 2), strict=True)))
+    assert list(layers_by_kind(spectra)) == ["q_proj", "up_proj"]
+
+
+def test_spectra_are_normalized_layer_by_layer():
+    spectra = {
+        "0.q": torch.tensor([4.0, 2.0, 1.0]),
+        "0.up": torch.zeros(2),
+        "1.q": torch.tensor([0.5, 0.25, 0.0]),
+    }
+    # Powers of two: no rounding.
+    by_kind = {kind: shares.tolist() for kind, shares in normalized_by_kind(spectra).items()}
+    assert by_kind == {"q": [1, 0.5, 0.25, 1, 0.5, 0], "up": [0, 0]}
+    # Shorter and unchanged layers count as zero.
+    mean = mean_normalized_spectrum(spectra)
+    torch.testing.assert_close(mean, torch.tensor([2, 1, 0.25]) / 3, rtol=1e-6, atol=0)
+
+
+def test_layers_are_selected_by_kind_or_name():
+    names = [f"model.layers.{index}.mlp.{kind}" for index in (0, 1) for kind in ("up", "down")]
+    assert select_layers(names, ["*"]) == names
+    assert select_layers(names, ["up"]) == names[::2]
+    assert select_layers(names, ["*.1.*"]) == names[2:]
+    with pytest.raises(ConfigError, match="side"):
+        select_layers(names, ["up", "side"])
+
+
+def test_measurements_are_read_by_step_and_later_ones_dropped(tmp_path):
+    folder = tmp_path / "spectra"
+    assert read_spectra(folder) == {}
+    drop_spectra_after(folder, 0)
+    assert list(tmp_path.iterdir()) == []
+    for step, value in ((20, 2.0), (3, 3.0), (3, 4.0), (30, 5.0)):
+        write_spectra(folder, step, {"a": torch.tensor([value, 1.0]), "b": torch.ones(1)})
+    (folder / "notes.txt").write_text("mine")
+    measured = read_spectra(folder)
+    assert {step: of["a"][0].item() for step, of in measured.items()} == {3: 4, 20: 2, 30: 5}
+    assert list(measured) == [3, 20, 30]
+    drop_spectra_after(folder, 20)
+    assert list(read_spectra(folder)) == [3, 20]
+    assert (folder / "notes.txt").exists()
+    file = write_spectra(folder, 10, {"a": torch.ones(9)})
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=file.name):
+        read_spectra(folder)
