@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from support.held_weights import HeldWeights
-from support.tiny import COMPILED, full_tensors, tiny_trainer, train_steps
+from support.tiny import full_tensors, tiny_trainer, train_steps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from switchtitan.data.tokenizer import train_tokenizer
@@ -21,6 +21,7 @@ from switchtitan.models.qwen2.config import Qwen2Config
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 17, 3, 44, 9], [8], [30, 31, 32, 2, 1, 52, 7, 7]]
+COMPILED_BLOCKS = ("--compile.blocks", "true")
 GREEDY = Sampler(Sampling(temperature=0))
 SHAPE = {"num_layers": 2, "vocab_size": 53, "num_heads": 4}
 LLAMA3 = {
@@ -131,7 +132,7 @@ def test_continuations_between_compiled_steps_compile_nothing_and_change_no_weig
 ):
     ends = []
     for is_interrupted in (False, True):
-        trainer = tiny_trainer(corpora / "decoding", "switchlora", *COMPILED)
+        trainer = tiny_trainer(corpora / "decoding", "switchlora", *COMPILED_BLOCKS)
         train_steps(trainer, 2)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for _ in range(3):
