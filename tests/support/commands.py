@@ -2,11 +2,18 @@
 
 import contextlib
 import io
+import json
 import logging
-from typing import NamedTuple
+import re
+import signal
+from typing import Any, NamedTuple
 
 from switchtitan.cli.main import main
 from switchtitan.distributed.world import stop_world
+
+_ERROR = re.compile(r"^(?:switchtitan[\w -]*: )?error: ", re.MULTILINE)
+"""The start of a message: of the product, or of argparse."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 class Outcome(NamedTuple):
@@ -21,9 +28,9 @@ class Outcome(NamedTuple):
         """Checks that the command ended with status 2 and one message with all `parts`."""
         assert self.status == 2, (self.status, self.output[-2000:], self.errors[-2000:])
         assert "Traceback (most recent call last)" not in self.errors
-        messages = [line for line in self.errors.splitlines() if line.startswith("error: ")]
+        messages = list(_ERROR.finditer(self.errors))
         assert len(messages) == 1, self.errors
-        text = self.errors[self.errors.index("error: ") :]
+        text = self.errors[messages[0].start() :]
         assert all(part in text for part in parts), (parts, text)
 
 
@@ -33,6 +40,7 @@ def run(*words: object) -> Outcome:
     status = 0
     root, own = logging.getLogger(), logging.getLogger("switchtitan")
     handlers, levels = list(root.handlers), (root.level, own.level)
+    actions = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main([str(word) for word in words])
@@ -40,7 +48,17 @@ def run(*words: object) -> Outcome:
         status = stop.code if isinstance(stop.code, int) else 1
     finally:
         stop_world()
+        for number, action in actions.items():
+            signal.signal(number, action)
         root.handlers[:] = handlers
         for logger, level in zip((root, own), levels, strict=True):
             logger.setLevel(level)
     return Outcome(status, output.getvalue(), errors.getvalue())
+
+
+def result_of(*words: object) -> dict[str, Any]:
+    """Runs a command that must succeed; returns what it prints with `--json -`."""
+    outcome = run(*words, "--json", "-")
+    assert outcome.status == 0, outcome.errors
+    result: dict[str, Any] = json.loads(outcome.output)
+    return result

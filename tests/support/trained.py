@@ -2,12 +2,50 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from support.commands import run
 from support.tiny import tiny_trainer, train_steps
+from switchtitan.distributed.world import stop_world
 from switchtitan.training.trainer import Trainer
+
+TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
+_EVERY_FIVE_STEPS = (
+    *("--training.steps", "15", "--evaluation.interval", "15", "--metrics.tensorboard", "true"),
+    *("--checkpoint.interval", "5", "--checkpoint.keep_latest", "0", "--spectrum.interval", "5"),
+)
+
+
+class Trained(NamedTuple):
+    """A finished run of SwitchLoRA, with checkpoints and spectra after 5, 10 and 15 steps."""
+
+    run: Path
+    config: Path
+    exported: Path
+    loss: float
+    """On the validation split, from the run itself."""
+    logits: torch.Tensor
+    """Of `TOKENS`, from the model that was trained."""
+
+
+def train_and_export(folder: Path) -> Trained:
+    """Trains a tiny run in `folder / "run"`, and exports its newest checkpoint."""
+    trainer = tiny_trainer(folder, "switchlora", *_EVERY_FIVE_STEPS)
+    trainer.train()
+    with torch.no_grad():
+        logits = trainer.stepper.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
+    stop_world()
+    # As in a process of its own, in which no run has set up its log.
+    logging.getLogger("switchtitan").setLevel(logging.WARNING)
+    (config,) = folder.glob("*.toml")
+    outcome = run("export", folder / "run")
+    assert outcome.status == 0, outcome.errors
+    exported = folder / "run" / "exports" / "step-000000015"
+    loss = trainer.stepper.state.last_validation_loss
+    assert loss is not None
+    return Trained(folder / "run", config, exported, loss, logits)
 
 
 def train_and_save(folder: Path, method: str, *overrides: str, num_steps: int = 7) -> Trainer:
@@ -30,6 +68,8 @@ def save_run(folder: Path, method: str = "switchlora", *overrides: str, num_step
 
 def save_qwen(folder: Path, tokenizer_folder: Path, **settings: object) -> None:
     """Saves a random Qwen2 with clearly different logits, and a tokenizer of 270 tokens."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -1,27 +1,28 @@
-"""Files are replaced atomically, locked once, and a file system without locks is a clear error."""
+"""Files are replaced atomically and locked once; names of foreign files stay in their folder."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from switchtitan.errors import EnvironmentMismatchError, abbreviate
 from switchtitan.files import (
     create_atomically,
+    file_inside,
     format_bytes,
     lock,
     make_folder,
     sha256_of_file,
-    sync_file,
     try_lock,
     write_atomically,
 )
+from switchtitan.json_values import finite_or_none
 
 
 @pytest.mark.parametrize("contents", ["tëxt\n", b"\x00\xff"])
@@ -33,75 +34,53 @@ def test_a_file_is_replaced_and_nothing_is_left_over(tmp_path, contents):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_failed_write_leaves_the_old_contents(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_contents(tmp_path, monkeypatch, error):
     file = tmp_path / "file"
     write_atomically(file, "old")
 
-    def full_disk(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fail(descriptor):
+        raise error
 
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
         write_atomically(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 
 
-def write_during_another_write(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second writer writes all of its contents while the first one flushes."""
-    fsync = os.fsync
+def test_two_writers_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
+    file, fsync = tmp_path / "file", os.fsync
 
-    def second_writer(descriptor: int) -> None:
+    def write_too(descriptor):
+        """A second writer writes all of its contents while the first one flushes."""
         monkeypatch.setattr(os, "fsync", fsync)
         write_atomically(file, "of the second writer, and longer")
         assert file.read_text() == "of the second writer, and longer"
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", second_writer)
+    monkeypatch.setattr(os, "fsync", write_too)
     write_atomically(file, "of the first writer")
     assert file.read_text() == "of the first writer"
-    assert list(file.parent.iterdir()) == [file]
+    assert list(tmp_path.iterdir()) == [file]
 
 
-def test_two_writers_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
-    write_during_another_write(tmp_path / "file", monkeypatch)
-
-
-def test_writers_with_the_same_temporary_file_are_found(tmp_path, monkeypatch):
-    """The check above can fail."""
-    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
-    with pytest.raises(FileExistsError):
-        write_during_another_write(tmp_path / "file", monkeypatch)
-
-
-def test_a_file_is_created_once(tmp_path):
+def test_a_file_is_created_once(tmp_path, monkeypatch):
     create_atomically(tmp_path / "file", "first")
     with pytest.raises(FileExistsError):
         create_atomically(tmp_path / "file", "second")
     assert (tmp_path / "file").read_text() == "first"
-    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
-
-
-def test_a_repeated_request_of_a_network_file_system_has_created_the_file(tmp_path, monkeypatch):
     link = os.link
 
-    def link_twice(*arguments: Path) -> None:
+    def link_twice(*arguments):
+        """A network file system repeats a request that has succeeded."""
         link(*arguments)
         link(*arguments)
 
     monkeypatch.setattr(os, "link", link_twice)
-    create_atomically(tmp_path / "file", "contents")
-    assert (tmp_path / "file").read_text() == "contents"
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "file", "new")
-    assert not list(tmp_path.iterdir())
+    create_atomically(tmp_path / "other", "contents")
+    assert (tmp_path / "other").read_text() == "contents"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_write_deletes_what_killed_writers_of_the_same_file_left_an_hour_ago(tmp_path):
@@ -112,40 +91,14 @@ def test_a_write_deletes_what_killed_writers_of_the_same_file_left_an_hour_ago(t
     for name in old:
         os.utime(tmp_path / name, (two_hours_ago, two_hours_ago))
     write_atomically(tmp_path / "file", "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "file", "file.72-0123abcd.new", "file.txt.new", "other.71-0123abcd.new",
-    ]  # fmt: skip
+    kept = {"file", "file.72-0123abcd.new", "file.txt.new", "other.71-0123abcd.new"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_folders_are_made_down_to_the_last_one(tmp_path):
     make_folder(tmp_path / "a" / "b" / "c")
     make_folder(tmp_path / "a" / "b" / "c")
     assert (tmp_path / "a" / "b" / "c").is_dir()
-
-
-def test_a_flushed_file_can_be_read(tmp_path):
-    with (tmp_path / "file").open("wb") as stream:
-        stream.write(b"data")
-        stream.flush()
-        sync_file(stream.fileno())
-    assert (tmp_path / "file").read_bytes() == b"data"
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1 KiB"),
-        (1536, "1.5 KiB"),
-        (340 << 20, "340 MiB"),
-        (1000 << 20, "0.977 GiB"),
-        (2190433321, "2.04 GiB"),
-        (1 << 62, "4 EiB"),
-    ],
-)
-def test_sizes_have_three_digits_and_a_fitting_unit(num_bytes, text):
-    assert format_bytes(num_bytes) == text
 
 
 def test_a_checksum_is_that_of_all_bytes(tmp_path):
@@ -179,27 +132,98 @@ def test_a_lock_is_waited_for(tmp_path):
     assert order == ["first", "second"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_a_clear_error(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_a_users_error(tmp_path, monkeypatch):
     def unsupported(descriptor, operation):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with (
-        pytest.raises(
-            EnvironmentMismatchError,
-            match=r"^output_dir: .*lock has no file locks .*set output_dir to",
-        ),
+        pytest.raises(EnvironmentMismatchError, match=r"^output_dir: .*No locks available"),
         try_lock(tmp_path / "lock", key="output_dir"),
     ):
         pass
-    with (
-        pytest.raises(EnvironmentMismatchError, match=os.strerror(number)),
-        lock(tmp_path / "lock", lambda: None, key="output_dir"),
-    ):
-        pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that somebody else may have written, beside a secret."""
+    (tmp_path / "outside").write_text("secret")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("own")
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../outside", "/etc/passwd", "b/a", "./a", "a/", "a\0b", "\ud800", "x" * 300],
+)
+def test_paths_are_no_names(folder, name):
+    with pytest.raises(ValueError):  # noqa: PT011
+        file_inside(folder, name)
+
+
+@pytest.mark.parametrize("target", ["../outside", "/etc/passwd", "../missing", "link", ".."])
+def test_a_link_out_of_the_folder_is_refused(folder, target):
+    (folder / "link").symlink_to(target)
+    with pytest.raises(ValueError, match=r"outside of the folder|link to itself"):
+        file_inside(folder, "link")
+
+
+def test_links_within_the_folder_and_links_to_it_are_followed(folder, tmp_path):
+    (folder / "link").symlink_to("a")
+    (tmp_path / "elsewhere").symlink_to(folder)
+    assert file_inside(folder, "link").read_text() == "own"
+    assert file_inside(tmp_path / "elsewhere", "link").read_text() == "own"
+    assert file_inside(folder, "missing") == folder / "missing"
+
+
+def test_a_snapshot_of_the_hugging_face_cache_links_to_its_blobs_only(tmp_path):
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "0123",
+        tmp_path / "models--a--b/blobs",
+    )
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "ab12").write_text("weights")
+    (blobs / "cd34").symlink_to("/etc/passwd")
+    links = {"model.safetensors": "blobs/ab12", "config.json": "blobs/cd34", "other": "refs"}
+    for name, target in links.items():
+        (snapshot / name).symlink_to(f"../../{target}")
+    assert file_inside(snapshot, "model.safetensors").read_text() == "weights"
+    for name in ("config.json", "other"):
+        with pytest.raises(ValueError, match="outside of the folder"):
+            file_inside(snapshot, name)
+
+
+def test_an_atomic_write_follows_no_link(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
+    (folder / f"index.json.{os.getpid()}-00000000.new").symlink_to("../outside")
+    with pytest.raises(FileExistsError):
+        write_atomically(folder / "index.json", "new")
+    assert (tmp_path / "outside").read_text() == "secret"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (1000 << 20, "0.977 GiB"),
+        (2190433321, "2.04 GiB"),
+        (1 << 62, "4 EiB"),
+    ],
+)
+def test_sizes_have_three_digits_and_a_fitting_unit(num_bytes, text):
+    assert format_bytes(num_bytes) == text
 
 
 def test_long_lists_are_abbreviated():
     assert abbreviate("abcd") == "a, b, c, d"
     assert abbreviate("abcdef") == "a, b, c, d and 2 more"
+
+
+def test_numbers_that_are_not_finite_become_null_at_any_depth():
+    value = {"list": [1, float("inf"), [-float("inf")]], "tuple": ({"deep": float("nan")}, "inf")}
+    expected = {"list": [1, None, [None]], "tuple": [{"deep": None}, "inf"]}
+    assert json.loads(json.dumps(finite_or_none(value), allow_nan=False)) == expected

@@ -1,270 +1,170 @@
-"""Estimates without hardware equal measurements on real ranks, and formulas."""
-
-from collections.abc import Sequence
-from pathlib import Path
+"""Estimates of a step follow from formulas; tests/ranks compares them with real ranks."""
 
 import pytest
 import torch
-from support.ranks import run_on_ranks
-from support.tiny import tiny_config, tiny_stepper
-from torch import Tensor
+from support.estimates import estimate_all_micro_batches
+from support.tiny import tiny_config
 
-from switchtitan.benchmark.estimate import StepEstimate, estimate_step, measure_step
-from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
-from switchtitan.benchmark.peak_memory import peak_extra_bytes
-from switchtitan.contracts import Batch, TrainingOptimizer
-from switchtitan.distributed.shards import local
+from switchtitan.benchmark.estimate import communication_of_a_step, estimate_step
+from switchtitan.benchmark.fit import (
+    MAX_BATCH_SIZE,
+    USABLE_SHARE,
+    largest_batch_size,
+    largest_batch_sizes,
+)
+from switchtitan.distributed.count_collectives import CollectiveCount
+from switchtitan.distributed.shards import rows_per_rank
+from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import (
     cheapest_contraction,
     factored,
     merged,
     num_flops,
 )
+from switchtitan.methods.switchlora.schedule import SwitchSchedule
 from switchtitan.models import MODELS
-from switchtitan.training.stepper import Stepper
 
 SEQ_LEN = 16
+NUM_LAYERS = 2
+GIB = 2**30
 MUON = ("--optimizer.name", "muon")
-REPLICATED = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
-KEPT = (
-    *("--parallelism.frozen_weights", "gather_once", "--parallelism.blocks_per_unit", "2"),
-    *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
-    "false",
-)
-NUM_MEASURED_STEPS = 5
-NUM_PROFILED_STEPS = 10
-"""In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
-minimum is that of a step in which it does not."""
+BF16 = ("--training.dtype", "bfloat16")
 
 
-def num_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(local(tensor).nbytes for tensor in tensors)
+def one_pass(folder, method, *keys, num_ranks=1):
+    """A configuration whose steps have one micro-batch, unless the keys say more: a step on fake
+    tensors takes a second."""
+    if "--training.global_batch_size" not in keys:
+        keys = (*keys, "--training.global_batch_size", f"{2 * num_ranks}")
+    return tiny_config(folder, method, *keys, num_ranks=num_ranks)
 
 
-def kept_state(optimizer: TrainingOptimizer) -> list[Tensor]:
-    """Tensors of an optimizer's state_dict that it does not create for the call."""
-    first, second = optimizer.state_dict(), optimizer.state_dict()
-    return [
-        tensor
-        for key, tensor in first.items()
-        if local(tensor).data_ptr() == local(second[key]).data_ptr() or local(tensor).numel() == 0
+def memory_of(folder, method, *keys, num_ranks=1):
+    return estimate_step(one_pass(folder, method, *keys, num_ranks=num_ranks), num_ranks).memory
+
+
+def sent_by(folder, method, *keys, num_ranks=2):
+    """What a rank sends in its second step."""
+    config = one_pass(folder, method, *keys, num_ranks=num_ranks)
+    return communication_of_a_step(config, num_ranks)
+
+
+def plain_model(config):
+    with torch.device("meta"):
+        return MODELS.build(config.model)
+
+
+def shapes_in_blocks(config):
+    """[out, in] of each linear layer of the blocks."""
+    shapes = config.model.linear_shapes()
+    return [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+
+
+def units(config):
+    """Parameters of each FSDP2 unit: the embedding, each block, and last norm with head."""
+    model = plain_model(config)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    blocks = [list(block.parameters()) for block in model.blocks().values()]
+    embedding, *rest = [
+        [parameter for module in modules for parameter in module.parameters()]
+        for modules in model.outer_units()
     ]
+    return [embedding, *blocks, *rest]
 
 
-def count_state(stepper: Stepper) -> dict[str, int]:
-    """Bytes of a real stepper's tensors by kind; runs a step."""
-    parameters = list(stepper.model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    counted = {
-        "trained": num_bytes(trained),
-        "frozen": num_bytes([parameter for parameter in parameters if not parameter.requires_grad]),
-        "buffers": num_bytes(list(stepper.model.buffers())),
-        "optimizer": num_bytes(kept_state(stepper.optimizer)),
-    }
-    result = stepper.compute_gradients()
-    counted["gradients"] = num_bytes([p.grad for p in trained if p.grad is not None])
-    stepper.optimizer.step()
-    stepper.finish_step(result)
-    return counted
+def padded_numel(parameters, num_ranks):
+    """Number of values sent: dimension 0 is padded to equal shards."""
+    return sum(
+        -(-p.shape[0] // num_ranks) * num_ranks * (p.numel() // p.shape[0]) for p in parameters
+    )
 
 
-def check_estimates(
-    rank: int, folder: Path, num_ranks: int, expected: dict[tuple[str, ...], StepEstimate]
-) -> None:
-    for index, (side, estimate) in enumerate(expected.items()):
-        method, *overrides = side
-        config = tiny_config(
-            folder / f"real-{num_ranks}-{index}", method, *overrides, num_ranks=num_ranks
-        )
-        stepper = tiny_stepper(config)
-        stepper.step()
-        steps = [measure_step(stepper, SEQ_LEN) for _ in range(NUM_MEASURED_STEPS)]
-        measured = min(steps, key=lambda step: sum(step.memory.at_peak.values()))
-        assert measured.communication == estimate.communication, method
-        assert measured.forward_backward_flops == estimate.forward_backward_flops, method
-        counted = count_state(stepper)
-        # Other ranks' shards may be smaller.
-        if rank == 0:
-            # Allocation and release do not depend on values.
-            assert measured.memory.at_peak == estimate.memory.at_peak, method
-            # A real process group frees reduced tensors asynchronously, in some steps late.
-            for kind in KINDS.keys() - {TEMPORARY}:
-                most = [step.memory.most[kind] for step in steps]
-                assert min(most) == estimate.memory.most[kind], (method, kind, most)
-            # Not in a checkpoint: AdamW's learning rate in fp32, a flag, and a number for each
-            # vector.
-            num_vectors = sum(
-                local(parameter).shape[0]
-                for name, parameter in stepper.model.named_parameters()
-                if "lora_" in name
-            )
-            num_rates = 0 if "muon" in side else 1
-            if counted["buffers"]:
-                counted["optimizer"] += 4 * num_rates + 1 + 8 * num_vectors
-            assert {kind: estimate.memory.most[kind] for kind in STATE} == counted, method
-        allocated = min(
-            peak_extra_bytes(stepper.step, stepper.world.device) for _ in range(NUM_PROFILED_STEPS)
-        )
-        if rank == 0:
-            lasting_kinds = [kind for kind in STATE if kind != GRADIENTS]
-            expected_bytes = estimate.memory.peak - sum(
-                estimate.memory.most[kind] for kind in lasting_kinds
-            )
-            # Two numbers of 8 bytes and one of 4 for each token of a batch, not in an estimate. A
-            # peak in the update is after the batch was freed.
-            batches = config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
-            # 1 % for scalars. A CPU's products in bf16 allocate workspaces, not in an estimate.
-            tolerance = 0.05 if config.training.dtype == "bfloat16" else 0.01
-            low, high = expected_bytes, expected_bytes + batches
-            assert low * (1 - tolerance) <= allocated <= high * (1 + tolerance), method
-        stepper.close()
+# FLOPs
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "sides"),
-    [
-        (1, [("lora",)]),
-        (2, [("full_rank",), ("switchlora",), ("switchlora", *REPLICATED)]),
-        (2, [("switchlora", *KEPT)]),
-        (2, [("full_rank", *MUON), ("switchlora", *MUON)]),
-    ],
-)
-def test_real_ranks_hold_send_and_compute_the_estimates(
-    corpora: Path, num_ranks: int, sides: list[tuple[str, ...]]
-) -> None:
-    """Each side is a method with overrides."""
-    expected = {
-        side: estimate_step(tiny_config(corpora / "fake", *side, num_ranks=num_ranks), num_ranks)
-        for side in sides
-    }
-    run_on_ranks(num_ranks, check_estimates, corpora, num_ranks, expected)
-
-
-def test_full_rank_flops_equal_the_formula(tmp_path: Path) -> None:
-    found = estimate_step(tiny_config(tmp_path, "full_rank", num_ranks=2), 2)
+def test_full_rank_flops_equal_the_formula(tmp_path):
+    found = estimate_step(one_pass(tmp_path, "full_rank", num_ranks=2), 2)
     assert found.forward_backward_flops == found.full_rank_flops
     assert found.flops_ratio == 1
 
 
 @pytest.mark.parametrize(("local_batch_size", "contraction"), [(1, factored), (2, merged)])
-def test_low_rank_flops_equal_those_of_the_contraction(
-    tmp_path: Path, local_batch_size: int, contraction: object
-) -> None:
-    num_micro_batches, rank = 2, 6
-    batches = (
-        *("--training.local_batch_size", str(local_batch_size)),
-        *("--training.global_batch_size", str(num_micro_batches * local_batch_size)),
-    )
-    config = tiny_config(tmp_path, "lora", *batches)
+def test_low_rank_flops_equal_those_of_the_contraction(tmp_path, local_batch_size, contraction):
+    num_micro_batches, rank = 1, 6
+    keys = ("--training.local_batch_size", f"{local_batch_size}", "--training.global_batch_size")
+    config = tiny_config(tmp_path, "lora", *keys, f"{num_micro_batches * local_batch_size}")
     found = estimate_step(config, 1)
     num_tokens = local_batch_size * SEQ_LEN
-    with torch.device("meta"):
-        plain = MODELS.build(config.model)
-    shapes = [
-        (module.out_features, module.in_features)
-        for name, module in plain.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    ]
     # The square layers at least: the cheapest of the three contractions for this many tokens.
     assert cheapest_contraction(20, 20, rank, num_tokens) is contraction
     extra = sum(
         num_flops(cheapest_contraction(*shape, rank, num_tokens), *shape, rank, num_tokens)
         - 6 * shape[0] * shape[1] * num_tokens
-        for shape in shapes
+        for shape in shapes_in_blocks(config)
     )
     expected = found.full_rank_flops + num_micro_batches * extra
-    assert found.forward_backward_flops == expected
-    assert found.update_flops == 0
+    assert (found.forward_backward_flops, found.update_flops) == (expected, 0)
     assert found.flops_ratio == expected / found.full_rank_flops
 
 
-@pytest.mark.parametrize("method", ["full_rank", "switchlora", "galore"])
-def test_many_micro_batches_are_estimated_from_few(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = ("--training.local_batch_size", "1", "--training.global_batch_size", "14")
-    config = tiny_config(tmp_path, method, *batches, num_ranks=2)
-    estimated = estimate_step(config, 2)
-    simulated = []
-
-    def count(stepper: Stepper, micro_batches: list[Batch]) -> Tensor:
-        simulated.append(len(micro_batches))
-        return forward_backward(stepper, micro_batches)
-
-    forward_backward = Stepper.forward_backward
-    monkeypatch.setattr(Stepper, "forward_backward", count)
-    assert estimate_step(config, 2) == estimated
-    assert max(simulated) == 3
-    monkeypatch.setattr("switchtitan.benchmark.estimate._NUM_SIMULATED", 7)
-    assert estimate_step(config, 2) == estimated
-    assert max(simulated) == 7
+def test_many_micro_batches_are_estimated_from_few(tmp_path):
+    keys = ("--training.local_batch_size", "1", "--training.global_batch_size", "10")
+    config = tiny_config(tmp_path, "full_rank", *keys, num_ranks=2)
+    assert estimate_step(config, 2) == estimate_all_micro_batches(config, 2)
 
 
-def test_the_state_of_a_torch_optimizer_is_counted(tmp_path: Path) -> None:
-    memory = estimate_step(tiny_config(tmp_path, "full_rank", "--optimizer.name", "sgd"), 1).memory
+# Memory
+
+
+def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
+    memory = memory_of(tmp_path, "full_rank", "--optimizer.name", "sgd")
     # One momentum for each weight.
     assert memory.most["optimizer"] == memory.most["trained"]
 
 
-def test_muon_has_one_moment_for_matrices_in_blocks_and_two_for_all_else(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "full_rank", "--optimizer.name", "muon")
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
-    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    shapes = config.model.linear_shapes()
-    in_blocks = sum(numels[f"{name}.weight"] for name in shapes if name.startswith("model.layers."))
-    others = len(numels) - 7 * config.model.num_layers
-    memory = estimate_step(config, 1).memory
+def test_muon_has_one_moment_for_matrices_in_blocks_and_two_for_all_else(tmp_path):
+    config = tiny_config(tmp_path, "full_rank", *MUON)
+    numels = [parameter.numel() for parameter in plain_model(config).parameters()]
+    in_blocks = sum(out * width for out, width in shapes_in_blocks(config))
+    num_others = len(numels) - 7 * NUM_LAYERS
     # fp32, and a step count for each of AdamW's parameters.
-    expected = 4 * (2 * sum(numels.values()) - in_blocks + others)
-    assert memory.most["optimizer"] == expected
-    with_adamw = estimate_step(tiny_config(tmp_path, "full_rank"), 1).memory
-    assert with_adamw.most["optimizer"] > expected
+    expected = 4 * (2 * sum(numels) - in_blocks + num_others)
+    assert memory_of(tmp_path, "full_rank", *MUON).most["optimizer"] == expected
+    assert memory_of(tmp_path, "full_rank").most["optimizer"] > expected
 
 
-def test_muon_has_one_moment_for_factors_and_no_step_counts(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "switchlora", *MUON)
+def test_muon_has_one_moment_for_factors_and_no_step_counts(tmp_path):
+    layers = shapes_in_blocks(tiny_config(tmp_path, "switchlora"))
     with_adamw, with_muon = (
-        estimate_step(config, 1).memory.most["optimizer"]
-        for config in (tiny_config(tmp_path, "switchlora"), config)
+        memory_of(tmp_path, "switchlora", *keys).most["optimizer"] for keys in ((), MUON)
     )
-    shapes = config.model.linear_shapes()
-    layers = [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
     rank, num_factors = 6, 2 * len(layers)
     moments = rank * sum(out + width for out, width in layers)
     # fp32. Also AdamW's learning rate, which is a tensor.
     assert with_adamw - with_muon == 4 * (moments + rank * num_factors + 1)
 
 
-def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path: Path) -> None:
-    keys = {
-        "neither": (),
-        "kept": ("--parallelism.frozen_weights", "gather_once"),
-        "sharded": ("--parallelism.accumulate_gradients", "sharded"),
-    }
-    memory = {
-        name: estimate_step(
-            tiny_config(tmp_path, "switchlora", *("--model.num_layers", "6", *key), num_ranks=2), 2
-        ).memory
-        for name, key in keys.items()
-    }
-    with torch.device("meta"):
-        plain = MODELS.build(tiny_config(tmp_path, "full_rank", "--model.num_layers", "6").model)
-    weights = 4 * sum(
-        module.weight.numel()
-        for block in plain.blocks().values()
-        for module in block.modules()
-        if isinstance(module, torch.nn.Linear)
+def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path):
+    layers = ("--model.num_layers", "4", "--training.global_batch_size", "8")
+    neither, kept, sharded = (
+        memory_of(tmp_path, "lora", *layers, *keys, num_ranks=2)
+        for keys in (
+            (),
+            ("--parallelism.frozen_weights", "gather_once"),
+            ("--parallelism.accumulate_gradients", "sharded"),
+        )
     )
-    assert memory["neither"].most["gathered"] < weights <= memory["kept"].most["gathered"]
-    assert memory["kept"].state == memory["neither"].state
+    shapes = shapes_in_blocks(tiny_config(tmp_path, "full_rank", *layers))
+    weights = 4 * sum(out * width for out, width in shapes)
+    assert neither.most["gathered"] < weights <= kept.most["gathered"]
+    assert kept.state == neither.state
     unreduced = "unreduced gradients"
-    assert memory["sharded"].most[unreduced] < memory["neither"].most[unreduced] / 2
+    assert sharded.most[unreduced] < neither.most[unreduced] / 2
 
 
-def test_activation_checkpointing_trades_memory_for_flops(tmp_path: Path) -> None:
+def test_activation_checkpointing_trades_memory_for_flops(tmp_path):
     plain, checkpointed = (
-        estimate_step(tiny_config(tmp_path, "full_rank", "--activation_checkpoint.mode", mode), 1)
+        estimate_step(one_pass(tmp_path, "full_rank", "--activation_checkpoint.mode", mode), 1)
         for mode in ("none", "full")
     )
     assert checkpointed.memory.most["activations"] < plain.memory.most["activations"]
@@ -272,48 +172,243 @@ def test_activation_checkpointing_trades_memory_for_flops(tmp_path: Path) -> Non
     assert checkpointed.flops_ratio > plain.flops_ratio
 
 
-def test_block_inputs_in_host_memory_are_not_in_the_sums(tmp_path: Path) -> None:
+def test_block_inputs_in_host_memory_are_not_in_the_sums(tmp_path):
+    batches = ("--training.global_batch_size", "4")
+    keys = ("--model.num_layers", "4", "--activation_checkpoint.mode", "full", *batches)
     kept, offloaded = (
-        estimate_step(
-            tiny_config(
-                tmp_path,
-                "full_rank",
-                *("--model.num_layers", "4"),
-                *("--activation_checkpoint.mode", "full"),
-                *("--activation_checkpoint.offload", offload),
-            ),
-            1,
-        ).memory
+        memory_of(tmp_path, "full_rank", *keys, "--activation_checkpoint.offload", offload)
         for offload in ("false", "true")
     )
     # Two sequences of 16 tokens, hidden size 20, fp32.
     num_bytes_of_block = 2 * 16 * 20 * 4
     num_bytes = 4 * num_bytes_of_block
-    assert kept.most["host"] == 0
-    assert offloaded.most["host"] == num_bytes
+    assert (kept.most["host"], offloaded.most["host"]) == (0, num_bytes)
     # The last block's input stays on the device, since backward starts with it.
-    assert (
-        kept.most["activations"] - offloaded.most["activations"] == num_bytes - num_bytes_of_block
-    )
+    saved = kept.most["activations"] - offloaded.most["activations"]
+    assert saved == num_bytes - num_bytes_of_block
     assert offloaded.state == kept.state
     # During a block's backward pass, its own input and the one before it are on the device.
     assert kept.peak - num_bytes < offloaded.peak <= kept.peak - num_bytes_of_block
 
 
-def test_the_peak_is_at_most_the_sum_of_the_maxima(tmp_path: Path) -> None:
-    memory = estimate_step(tiny_config(tmp_path, "switchlora"), 1).memory
+def test_the_peak_is_at_most_the_sum_of_the_maxima(tmp_path):
+    memory = memory_of(tmp_path, "switchlora")
     assert all(memory.at_peak[kind] <= memory.most[kind] for kind in memory.most)
     assert memory.state < memory.peak <= sum(memory.most.values())
 
 
-@pytest.mark.parametrize("is_freed", ["true", "false"])
-def test_embedding_and_head_are_counted_as_gathered(tmp_path: Path, is_freed: str) -> None:
+@pytest.mark.parametrize(("is_freed", "at_once"), [("true", 1), ("false", 2)])
+def test_embedding_and_head_are_counted_as_gathered(tmp_path, is_freed, at_once):
     """They are units of their own: the hooks of their own calls gather them."""
     keys = ("--model.vocab_size", "4000", "--parallelism.reshard_after_forward", is_freed)
-    config = tiny_config(tmp_path, "full_rank", *keys, num_ranks=2)
-    memory = estimate_step(config, 2).memory
-    dtype_bytes = 4 if config.training.dtype == "float32" else 2
-    matrix = 4000 * config.model.dimensions().hidden_size * dtype_bytes
-    at_once = 1 if is_freed == "true" else 2
-    blocks = memory.most["gathered"] - at_once * matrix
-    assert 0 < blocks < matrix
+    matrix = 4000 * 20 * 4
+    memory = memory_of(tmp_path, "full_rank", *keys, num_ranks=2)
+    assert 0 < memory.most["gathered"] - at_once * matrix < matrix
+
+
+# The largest micro-batch
+
+PEAKS = {
+    "linear": lambda size: GIB * (100 + 10 * size),
+    "convex": lambda size: GIB * max(400, 100 + 20 * size),
+    "concave": lambda size: GIB * min(100 + 30 * size, 700 + size),
+    "steps": lambda size: GIB * (100 + 50 * (size // 7)),
+}
+
+
+@pytest.mark.parametrize("peak", PEAKS.values(), ids=PEAKS)
+def test_the_largest_size_is_that_of_trying_all(peak):
+    for limit in range(90 * GIB, 1000 * GIB, 10 * GIB):
+        fitting = [size for size in range(1, MAX_BATCH_SIZE + 1) if peak(size) <= limit]
+        assert largest_batch_size(peak, limit) == max(fitting, default=0)
+
+
+def test_few_estimates_suffice_where_peaks_are_almost_linear():
+    tried = []
+
+    def peak(size):
+        tried.append(size)
+        return PEAKS["linear"](size)
+
+    assert largest_batch_size(peak, 455 * GIB) == 35
+    assert len(tried) == len(set(tried)) <= 4
+
+
+def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
+    """They are measured in one run, whose batches change their size."""
+    method = "galore"
+    kept = ("--parallelism.reshard_after_forward", "false")
+    memory_gib = 0.003
+    fit = largest_batch_sizes(tiny_config(tmp_path, method, *kept), 1, [memory_gib, 1e-6])
+    largest = fit.batch_sizes[memory_gib]
+    assert fit.batch_sizes[1e-6] == 0
+    assert fit.peaks[largest] <= USABLE_SHARE * memory_gib * GIB < fit.peaks[largest + 1]
+    for size in (largest, largest + 1):
+        keys = ("--training.local_batch_size", f"{size}", "--training.global_batch_size")
+        assert fit.peaks[size] == memory_of(tmp_path, method, *keys, f"{2 * size}", *kept).peak
+
+
+# Communication
+
+
+@pytest.mark.parametrize(
+    ("method", "num_ranks", "dtype", "bytes_per_value", "reshard", "local_batch_size"),
+    [
+        ("lora", 4, "float32", 4, "true", 2),
+        ("full_rank", 3, "bfloat16", 2, "true", 1),
+        ("lora", 2, "bfloat16", 2, "false", 1),
+    ],
+)
+def test_gathers_and_reductions_follow_from_the_parameters(
+    tmp_path, method, num_ranks, dtype, bytes_per_value, reshard, local_batch_size
+):
+    num_passes = 2
+    config = tiny_config(
+        tmp_path,
+        method,
+        *("--training.dtype", dtype, "--training.local_batch_size", f"{local_batch_size}"),
+        *("--training.global_batch_size", f"{num_passes * num_ranks * local_batch_size}"),
+        *("--parallelism.reshard_after_forward", reshard),
+        num_ranks=num_ranks,
+    )
+    parts = units(config)
+    # The embedding is not needed in the backward pass; the last block and the head are kept.
+    gathers = [1, *[2] * (NUM_LAYERS - 1), 1, 1]
+    if reshard == "false":
+        gathers, num_passes = [1] * len(parts), 1
+    gathered = sum(
+        times * padded_numel(unit, num_ranks) for times, unit in zip(gathers, parts, strict=True)
+    )
+    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in parts]
+    share = (num_ranks - 1) / num_ranks
+    counts = communication_of_a_step(config, num_ranks)
+    assert counts["all_gather"] == CollectiveCount(
+        num_passes * sum(gathers), pytest.approx(num_passes * gathered * bytes_per_value * share)
+    )
+    # In fp32, once per step for any number of micro-batches.
+    reduced = 4 * sum(padded_numel(unit, num_ranks) for unit in trained) * share
+    assert counts["reduce_scatter"] == CollectiveCount(len(parts), pytest.approx(reduced))
+    # Clipping: one norm of each trained tensor, and whether the loss is finite, summed at once.
+    num_values = sum(map(len, trained)) + 1
+    norms = CollectiveCount(1, pytest.approx(2 * share * 4 * num_values))
+    assert counts["all_reduce"] == norms
+    assert counts["broadcast"].num_calls == 0
+
+
+def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path):
+    num_ranks, step = 4, 2
+    config = tiny_config(tmp_path, "switchlora", num_ranks=num_ranks)
+    without = sent_by(tmp_path, "lora", num_ranks=num_ranks)
+    with_switch = sent_by(tmp_path, "switchlora", num_ranks=num_ranks)
+    widths = [sum(p.shape) for unit in units(config) for p in unit if not p.requires_grad]
+    schedule = SwitchSchedule(config.method, config.training.steps, len(widths))
+    requested = zip(schedule.requested(step - 1), widths, strict=True)
+    # For both factors: vectors out, vectors in and counterparts; and each rank's checksum.
+    num_words = num_ranks + sum(3 * count * width for count, width in requested)
+    assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1
+    num_bytes = with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent
+    # Padding is at most an eighth, or 1024 words for short buffers.
+    most = num_words + max(num_words / 8, 1024)
+    assert num_words <= num_bytes / (2 * 3 / 4 * 4) <= most
+    for kind in ("all_gather", "reduce_scatter", "broadcast"):
+        assert with_switch[kind] == without[kind]
+
+
+def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
+    num_ranks, num_micro_batches = 4, 2
+    keys = (*BF16, "--training.local_batch_size", "1")
+    batch = ("--training.global_batch_size", f"{num_ranks * num_micro_batches}")
+    sharded, once, never = (
+        sent_by(tmp_path, "lora", *keys, *batch, *kept, num_ranks=num_ranks)
+        for kept in (
+            ("--parallelism.frozen_weights", "shard"),
+            ("--parallelism.frozen_weights", "gather_once"),
+            ("--parallelism.frozen_weights", "replicate"),
+        )
+    )
+    _, *blocks, _ = units(tiny_config(tmp_path, "lora", num_ranks=num_ranks))
+    frozen = [
+        padded_numel([weight for weight in block if not weight.requires_grad], num_ranks)
+        for block in blocks
+    ]
+    num_bytes = 2 * 3 / 4  # bf16, of which a rank sends three quarters
+    # In the forward and in the backward pass; the last block is kept in between.
+    a_pass = 2 * sum(frozen) - frozen[-1]
+    gathered = {"sharded": sharded, "once": once, "never": never}
+    sent = {name: counts["all_gather"] for name, counts in gathered.items()}
+    assert sent["sharded"].num_calls == sent["never"].num_calls
+    assert sent["once"].num_calls == sent["never"].num_calls + NUM_LAYERS
+    for name, values in (("sharded", num_micro_batches * a_pass), ("once", sum(frozen))):
+        expected = sent["never"].bytes_sent + num_bytes * values
+        assert sent[name].bytes_sent == pytest.approx(expected, rel=1e-9)
+    for kind in ("reduce_scatter", "all_reduce", "broadcast"):
+        assert sharded[kind] == once[kind] == never[kind]
+
+
+def test_a_unit_of_several_blocks_sends_the_same_bytes_in_fewer_collectives(tmp_path):
+    keys = ("--model.num_layers", "3", "--parallelism.reshard_after_forward", "false")
+    single, double = (
+        sent_by(tmp_path, "lora", *keys, "--parallelism.blocks_per_unit", size)
+        for size in ("1", "2")
+    )
+    for kind in ("all_gather", "reduce_scatter"):
+        assert (single[kind].num_calls, double[kind].num_calls) == (3 + 2, 2 + 2)
+        assert double[kind].bytes_sent == pytest.approx(single[kind].bytes_sent, rel=1e-9)
+
+
+def test_sharded_accumulation_reduces_every_micro_batch_and_replicas_once(tmp_path):
+    keys = ("--training.global_batch_size", "24", "--parallelism.replicate", "2")
+    full, sharded = (
+        sent_by(
+            tmp_path, "full_rank", *keys, "--parallelism.accumulate_gradients", kind, num_ranks=4
+        )
+        for kind in ("full", "sharded")
+    )
+    assert sharded["reduce_scatter"].num_calls == 3 * full["reduce_scatter"].num_calls
+    assert sharded["reduce_scatter"].bytes_sent == 3 * full["reduce_scatter"].bytes_sent
+    for kind in ("all_gather", "all_reduce"):
+        assert sharded[kind] == full[kind]
+
+
+def test_replicas_exchange_shards_of_gradients(tmp_path):
+    config = one_pass(tmp_path, "full_rank", "--parallelism.replicate", "2", num_ranks=4)
+    counts = communication_of_a_step(config, 4)
+    num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
+    assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 2, num_bytes / 2)
+    # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
+    norms = 4 * (sum(map(len, units(config))) + 1) + 2 * 3 / 4 * 4
+    assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
+
+
+def test_muon_sends_momentum_to_owners_and_updates_back(tmp_path):
+    counts, usual = (sent_by(tmp_path, "full_rank", *BF16, *keys) for keys in (MUON, ()))
+    shapes = shapes_in_blocks(tiny_config(tmp_path, "full_rank"))
+    # Both ranks own half of the matrices of each shape, so that each sends half of its rows.
+    rows = sum(rows_per_rank(out, 2) * width for out, width in shapes)
+    assert counts["all_to_all"] == CollectiveCount(2, 2 * 2 * rows / 2)
+    assert {**counts, "all_to_all": usual["all_to_all"]} == usual
+
+
+def test_muon_on_factors_adds_two_collectives_to_those_of_a_switch(tmp_path):
+    counts, usual = (sent_by(tmp_path, "switchlora", *keys) for keys in (MUON, ()))
+    shapes = shapes_in_blocks(tiny_config(tmp_path, "switchlora"))
+    # 6 vectors of each factor, 3 on each rank; a rank sends half of its rows each way.
+    sent = 2 * 4 * sum(3 * width for shape in shapes for width in shape) / 2
+    assert counts["all_to_all"].num_calls == 2
+    # Owners may have unequal work.
+    assert counts["all_to_all"].bytes_sent == pytest.approx(sent, rel=0.3)
+    assert usual["all_to_all"].num_calls == 0
+    assert {**counts, "all_to_all": usual["all_to_all"]} == usual
+
+
+def test_muon_exchanges_rows_of_factors_in_the_compute_dtype(tmp_path):
+    long, short = (
+        sent_by(tmp_path, "lora", *MUON, "--training.dtype", dtype)["all_to_all"].bytes_sent
+        for dtype in ("float32", "bfloat16")
+    )
+    assert long == 2 * short > 0
+
+
+def test_one_rank_sends_nothing(tmp_path):
+    counts = sent_by(tmp_path, "lora", num_ranks=1)
+    assert {count.bytes_sent for count in counts.values()} == {0.0}

@@ -2,14 +2,14 @@
 
 import json
 import weakref
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support.folders import save_random_model
-from torch import Tensor
+from support.smallest import SMALLEST
 
+from switchtitan.builders.saved_config import saved_config
 from switchtitan.builders.trained_model import (
     TrainedModel,
     find_tokenizer,
@@ -22,41 +22,34 @@ from switchtitan.errors import CorpusError
 from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
 from switchtitan.hub.peft_folder import ADAPTER_NAME
 
-CPU = torch.device("cpu")
 
-
-class WatchedTensors(dict[str, Tensor]):
+class WatchedTensors(dict):
     """Counts the tensors in memory each time that one is taken out."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors):
         super().__init__({name: tensor.clone() for name, tensor in tensors.items()})
         self.references = [weakref.ref(tensor) for tensor in self.values()]
-        self.num_alive: list[int] = []
+        self.num_alive = []
 
-    def pop(self, name: str) -> Tensor:  # type: ignore[override]
+    def pop(self, name):
         self.num_alive.append(sum(reference() is not None for reference in self.references))
         return super().pop(name)
 
 
-def test_loading_frees_each_weight_after_its_conversion(tmp_path: Path) -> None:
+def test_loading_frees_each_weight_after_its_conversion(tmp_path):
     opened = open_trained_model(save_random_model("llama", tmp_path / "model"))
     given = dict(opened.tensors)
     tensors = WatchedTensors(given)
     trained = TrainedModel(opened.source, opened.config, tensors, None, opened.found_config)
-    model = trained.load(CPU, torch.bfloat16)
+    model = trained.load(torch.device("cpu"), torch.bfloat16)
     assert not trained.tensors
     assert tensors.num_alive == list(range(len(given), 0, -1))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, given[name].to(torch.bfloat16))
-    # The control: in their own dtype there is no copy, and all stay.
-    tensors = WatchedTensors(given)
-    trained = TrainedModel(opened.source, opened.config, tensors, None, opened.found_config)
-    model = trained.load(CPU, torch.float32)
-    assert tensors.num_alive == [len(given)] * len(given)
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path):
     """A folder with a tokenizer and two stop tokens."""
     folder = save_random_model("llama", tmp_path / "model")
     (folder / "tokenizer.json").write_text(train_tokenizer(["one two three"] * 3, 270).serialized)
@@ -64,44 +57,54 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, base: Path) -> Path:
-    """Writes an adapter as PEFT does: without the files of its base."""
+@pytest.fixture
+def adapter(base, tmp_path):
+    """An adapter as PEFT writes it: without the files of its base."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "adapter"
     folder.mkdir()
     layer = "base_model.model.model.layers.0.mlp.up_proj"
     factors = {"A": torch.zeros(2, 54), "B": torch.zeros(77, 2)}
-    save_file(
-        {f"{layer}.lora_{name}.weight": factor for name, factor in factors.items()},
-        folder / ADAPTER_NAME,
-    )
+    tensors = {f"{layer}.lora_{name}.weight": factor for name, factor in factors.items()}
+    save_file(tensors, folder / ADAPTER_NAME)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
     (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config))
     return folder
 
 
-def test_an_adapter_has_the_tokenizer_and_the_stops_of_its_base(base: Path, tmp_path: Path) -> None:
-    trained = open_trained_model(make_adapter(tmp_path / "adapter", base))
+def test_an_adapter_has_the_tokenizer_and_the_stops_of_its_base_or_its_own(base, adapter):
+    trained = open_trained_model(adapter)
     tokenizer = open_tokenizer(trained)
     assert tokenizer.sha256 == read_tokenizer(base).sha256
     assert stop_tokens(trained, tokenizer) == {5, 8}
-
-
-def test_an_adapters_own_tokenizer_and_stops_count(base: Path, tmp_path: Path) -> None:
-    folder = make_adapter(tmp_path / "adapter", base)
     own = train_tokenizer(["four five six"] * 3, 280)
-    (folder / "tokenizer.json").write_text(own.serialized)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
-    trained = open_trained_model(folder)
+    (adapter / "tokenizer.json").write_text(own.serialized)
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    trained = open_trained_model(adapter)
     tokenizer = open_tokenizer(trained)
-    assert tokenizer.sha256 == read_tokenizer(folder).sha256 != read_tokenizer(base).sha256
+    assert tokenizer.sha256 == read_tokenizer(adapter).sha256 != read_tokenizer(base).sha256
     assert stop_tokens(trained, tokenizer) == {9}
 
 
-def test_without_a_tokenizer_both_folders_are_named(base: Path, tmp_path: Path) -> None:
+def test_without_a_tokenizer_both_folders_are_named(base, adapter):
     (base / "tokenizer.json").unlink()
-    folder = make_adapter(tmp_path / "adapter", base)
-    trained = open_trained_model(folder)
+    trained = open_trained_model(adapter)
     assert find_tokenizer(trained) is None
-    with pytest.raises(CorpusError, match=rf"none in {folder} or {base}; pass --tokenizer"):
+    with pytest.raises(CorpusError, match=rf"{adapter} or {base}.*--tokenizer"):
         open_tokenizer(trained)
-    with pytest.raises(CorpusError, match=rf"none in {base}; pass --tokenizer"):
-        open_tokenizer(open_trained_model(base))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("", None), ("max_document_share = 0.02", 0.02)], ids=["older", "newer"]
+)
+def test_a_run_without_the_key_had_documents_that_were_not_cut(line, expected):
+    saved = SMALLEST.format(folder="outputs/a") + f'[data]\ndataset = "pystdlib"\n{line}'
+    assert saved_config(SimpleNamespace(config=saved)).data.max_document_share == expected
+
+
+def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    saved = SMALLEST.format(folder="outputs/a") + '[data]\ndataset = "pystdlib"\n'
+    config = saved_config(SimpleNamespace(config=saved + "[compile]\nblocks = true\n"))
+    assert config.compile.blocks

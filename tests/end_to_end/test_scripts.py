@@ -1,0 +1,321 @@
+"""The scripts in bash with stand-ins for Python and Slurm, and commands as real processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from switchtitan.errors import CLOSED_OUTPUT_STATUS
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = """\
+#!/bin/sh
+echo "$*" >> "{log}"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip install "*) exit {pip_status} ;;
+    *version_info*) exit {is_too_old} ;;
+esac
+"""
+
+
+class Machine:
+    """A copy of the scripts in a folder with a space in its name, and a Python that records."""
+
+    def __init__(self, folder):
+        self.project, self.log, self.path = folder / "the project", folder / "calls", folder / "bin"
+        (self.project / "scripts").mkdir(parents=True)
+        for name in ("scripts/setup_env.sh", "run_train.sh", "pyproject.toml"):
+            shutil.copy(REPOSITORY / name, self.project / name)
+        self.log.touch()
+        self.path.mkdir()
+        for tool in ("bash", "sh", "cksum", "cp", "dirname", "flock", "mkdir"):
+            (self.path / tool).symlink_to(shutil.which(tool))
+        self.add_python()
+
+    def add_python(self, pip_status=0, is_too_old=0):
+        file = self.path / "python3"
+        file.write_text(PYTHON.format(log=self.log, pip_status=pip_status, is_too_old=is_too_old))
+        file.chmod(0o755)
+
+    def run(self, *arguments, **variables):
+        """Returns the status and standard error."""
+        done = subprocess.run(
+            ["bash", str(self.project / "run_train.sh"), *arguments],
+            env={"PATH": str(self.path), "NGPU": "1", **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stderr
+
+    def calls(self, start):
+        return [line for line in self.log.read_text().splitlines() if line.startswith(start)]
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def test_the_project_is_installed_once_and_again_after_a_change_or_a_failure(machine):
+    machine.add_python(pip_status=1)
+    status, errors = machine.run()
+    assert status == 2
+    assert "error: the installation failed" in errors
+    assert not machine.calls("-m switchtitan")
+    machine.add_python()
+    shutil.rmtree(machine.project / ".venv")
+    assert machine.run()[0] == 0
+    assert machine.run() == (0, "")
+    assert len(machine.calls("-m pip install")) == 2
+    assert machine.calls("-m pip install")[-1].endswith(f"--editable {machine.project}")
+    (machine.project / "pyproject.toml").write_text("[project]\nversion = 2\n")
+    machine.run()
+    assert len(machine.calls("-m pip install")) == 3
+    machine.add_python(is_too_old=1)
+    shutil.rmtree(machine.project / ".venv")
+    assert "no Python 3.10 or newer" in machine.run()[1]
+
+
+TWO_NODES = {"NNODES": "2", "RDZV_ENDPOINT": "host:29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"NGPU": "two"}, "NGPU=two"),
+        ({"NGPU": "0"}, "NGPU=0"),
+        ({"NNODES": "2"}, "RDZV_ENDPOINT"),
+        ({"NODE_RANK": "first"}, "NODE_RANK=first"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1"),
+        ({**TWO_NODES, "NODE_RANK": "1", "RDZV_CONF": "timeout=9,is_host=1"}, "RDZV_CONF=timeout"),
+    ],
+)
+def test_run_train_refuses_a_bad_environment(machine, variables, expected):
+    status, errors = machine.run(**variables)
+    assert status == 2
+    assert expected in errors.splitlines()[-1]
+    assert not machine.calls("-m switchtitan")
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"NGPU": "1"}, "-m switchtitan train --config my file.toml"),
+        ({"NGPU": "2"}, "-m switchtitan launch --nnodes 1 --nproc_per_node 2 --rdzv_backend c10d"),
+        ({"NGPU": "2"}, "--rdzv_backend c10d --rdzv_endpoint localhost:0"),
+        (
+            {**TWO_NODES, "NODE_RANK": "1"},
+            "--rdzv_backend static --node_rank 1 --rdzv_endpoint host:29500 ",
+        ),
+        (
+            {**TWO_NODES, "RDZV_CONF": "is_host=1,join_timeout=9"},
+            "--rdzv_backend c10d --rdzv_endpoint host:29500 --rdzv_id switchtitan "
+            "--rdzv_conf is_host=1,join_timeout=9 train",
+        ),
+    ],
+)
+def test_run_train_starts_the_right_command(machine, variables, command):
+    machine.run("--config", "my file.toml", OMP_NUM_THREADS="1", **variables)
+    last_call = machine.log.read_text().splitlines()[-1]
+    assert command in last_call
+    assert last_call.endswith("train --config my file.toml")
+
+
+STAND_INS = {
+    # Runs the command once per node, at the same time; fails if one of them fails.
+    "srun": """\
+#!/usr/bin/env bash
+echo "$*" > srun-options
+while [[ "$1" == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & nodes[node]=$!; done
+status=0
+for node in 0 1; do wait "${nodes[node]}" || status=$?; done
+exit "$status"
+""",
+    "scontrol": """\
+#!/usr/bin/env bash
+echo "$*" >> scontrol-calls
+[ "$1" != show ] || printf 'node-a\\nnode-b\\n'
+""",
+    "scancel": """\
+#!/usr/bin/env bash
+echo "scancel $*" >> scontrol-calls
+kill -TERM $(cat pid-0 pid-1)
+""",
+}
+RUN_TRAIN = """\
+#!/usr/bin/env bash
+for argument in "$@"; do
+    echo "$NNODES $NODE_RANK $RDZV_ENDPOINT $RDZV_ID [$argument]" >> "node-$NODE_RANK"
+done
+trap 'exit "${STOPPED_STATUS:-143}"' TERM
+echo $$ > "new-$NODE_RANK"; mv "new-$NODE_RANK" "pid-$NODE_RANK"
+# Without this script's output: a reader of it would wait for `sleep`.
+if [ -n "${LASTS_S:-}" ]; then sleep "$LASTS_S" > /dev/null 2>&1 & wait "$!"; fi
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A repository's folder with the script for Slurm; its other scripts are stand-ins."""
+    project = tmp_path / "the project"
+    (project / "scripts" / "slurm").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    files = {tmp_path / "bin" / name: text for name, text in STAND_INS.items()}
+    files[project / "run_train.sh"] = RUN_TRAIN
+    files[project / "scripts" / "setup_env.sh"] = "prepare_environment() { touch prepared; }\n"
+    for file, text in files.items():
+        file.write_text(text)
+        file.chmod(0o755)
+    shutil.copy(REPOSITORY / "scripts" / "slurm" / "train.sbatch", tmp_path / "spooled")
+    return project
+
+
+def submit(project, **variables):
+    environment = {
+        "PATH": f"{project.parent / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(project),
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NAME": "switchtitan",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+    }
+    return subprocess.Popen(
+        ["bash", str(project.parent / "spooled"), "--config", "my file.toml"],
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("status", ["0", "2"])
+def test_each_node_of_slurm_runs_one_launcher_with_its_index(cluster, status):
+    job = submit(cluster, STATUS=status)
+    assert job.communicate(timeout=60) == ("", None)
+    assert job.returncode == int(status)
+    assert (cluster / "prepared").exists()
+    for node in (0, 1):
+        expected = f"2 {node} node-a:24567 1234567"
+        lines = (cluster / f"node-{node}").read_text().splitlines()
+        assert lines == [f"{expected} [--config]", f"{expected} [my file.toml]"]
+    assert "--ntasks-per-node=1" in (cluster / "srun-options").read_text()
+    assert "requeue" not in (cluster / "scontrol-calls").read_text()
+
+
+def wait_for_nodes(project):
+    deadline = time.monotonic() + 30
+    while not all((project / f"pid-{node}").exists() for node in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_job_of_slurm_is_stopped_and_requeued_before_its_time_limit(cluster):
+    job = submit(cluster, LASTS_S="60")
+    wait_for_nodes(cluster)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=60)
+    assert output.startswith("the time limit is near")
+    calls = (cluster / "scontrol-calls").read_text().splitlines()
+    assert calls[-2:] == ["scancel --signal=TERM 1234567", "requeue 1234567"]
+    assert job.returncode == 143
+
+
+@pytest.mark.parametrize(("status", "is_requeued"), [("143", True), ("5", True), ("0", False)])
+def test_a_job_is_requeued_after_slurm_has_stopped_the_run(cluster, status, is_requeued):
+    """Slurm sends SIGTERM to the processes of srun, not to the script, before a pre-emption."""
+    job = submit(cluster, LASTS_S="60", STOPPED_STATUS=status)
+    wait_for_nodes(cluster)
+    for node in (0, 1):
+        os.kill(int((cluster / f"pid-{node}").read_text()), signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert ("requeue 1234567" in (cluster / "scontrol-calls").read_text()) == is_requeued
+    assert job.returncode == int(status)
+
+
+# Commands
+
+ABORTS_AT_THE_END = """
+import atexit, os, sys
+from switchtitan.cli import main
+class Aborts:
+    def __del__(self):
+        os.abort()
+main.kept = Aborts()
+atexit.register(print, "at exit")
+print("torch" in sys.modules)
+main.run(["no-such-command"])
+"""
+BREAKS_ANOTHER_PIPE = """
+import os
+from switchtitan.cli import main
+def write(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"x")
+main.main = write
+main.run(["train"])
+"""
+
+
+def run_python(*words, output=subprocess.PIPE):
+    # As a user's: with a buffer.
+    environment = {key: os.environ[key] for key in os.environ if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, *words],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+
+
+def test_a_failed_command_keeps_its_status_whatever_it_leaves_behind():
+    done = run_python("-c", ABORTS_AT_THE_END)
+    assert done.returncode == 2
+    assert "no-such-command" in done.stderr
+    # GNU's OpenMP would read its variables before they are set.
+    assert done.stdout.split() == ["False", "at", "exit"]
+
+
+def test_a_command_that_nobody_reads_ends_quietly_and_another_broken_pipe_is_an_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_python("-m", "switchtitan", "--help", output=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED_OUTPUT_STATUS, "")
+    done = run_python("-c", BREAKS_ANOTHER_PIPE)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
+
+
+def test_the_wheel_has_the_package_and_the_configurations(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("switchtitan", "train_configs"):
+        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
+    expected = {
+        f"switchtitan/train_configs/{file.relative_to(source / 'train_configs')}"
+        for file in (source / "train_configs").rglob("*.toml")
+    }
+    # Also files that are no Python, such as the page of a report.
+    package = (source / "switchtitan").rglob("*.*")
+    expected |= {str(file.relative_to(source)) for file in package if file.is_file()}
+    pip = ("-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps")
+    done = run_python(*pip, "--no-build-isolation", "-w", str(tmp_path), str(source))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not expected - set(zipfile.ZipFile(wheel).namelist())

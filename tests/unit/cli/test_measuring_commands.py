@@ -1,0 +1,209 @@
+"""Commands that measure, plan and describe: one run of each, and the numbers that are theirs."""
+
+import hashlib
+import json
+
+import pytest
+from support.commands import result_of, run
+from support.declared_comparison import GRID, write_grid
+from support.reported import finish_comparison
+from support.tiny_documents import make_documents, write_json_lines
+
+from switchtitan.benchmark.fit import MAX_BATCH_SIZE
+from switchtitan.data import DataConfig, build_train_batches, open_corpus
+
+ONCE = ("--rounds", 1, "--calls-per-round", 1)
+
+
+def record_of(*words):
+    """The JSON in the last line of a command's output."""
+    outcome = run(*words)
+    assert outcome.status == 0, outcome.errors
+    return json.loads(outcome.output.splitlines()[-1])
+
+
+# benchmark
+
+
+def test_steps_are_compared_in_a_table_and_a_record(trained):
+    file = str(trained.config)
+    words = ("step", file, f"{file}:method.rank=4", "--rounds", 2, "--steps-per-round", 2)
+    outcome = run("benchmark", *words)
+    assert outcome.status == 0, outcome.errors
+    *_, first, second, line = outcome.output.splitlines()
+    assert first.endswith(f"  {file}")
+    assert second.endswith(f"  {file}:method.rank=4")
+    record = json.loads(line)
+    assert record["command"] == "switchtitan benchmark " + " ".join(map(str, words))
+    reference, other = record["steps"].values()
+    assert reference["ratio"] == 1
+    assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
+    assert 0 < other["optimizer_s"] < other["step_s"]
+
+
+def test_communication_is_counted_and_a_record_can_go_to_a_file(trained, tmp_path):
+    file = tmp_path / "counts.json"
+    words = ("communication", trained.config, "--num-ranks", 4, "--step", 1)
+    outcome = run("benchmark", *words, "--json", file)
+    assert outcome.status == 0, outcome.errors
+    assert "{" not in outcome.output
+    (counts,) = json.loads(file.read_text())["communication"].values()
+    # One micro-batch: two blocks forward and backward, and the rest once.
+    assert counts["all_gather"]["num_calls"] == 5
+    assert counts["broadcast"] == {"num_calls": 0, "bytes_sent": 0}
+
+
+def test_layers_are_timed_in_every_contraction():
+    shape = ("--shape", "24x16", "--rank", 2, "--tokens", 5, "--dtype", "float32")
+    (layer,) = record_of("benchmark", "layer", *shape, *ONCE)["layers"].values()
+    assert list(layer["calls"]) == ["full rank", "factored", "merged", "dense_gradient"]
+    assert layer["flops"]["full rank"] == 6 * 24 * 16 * 5
+    # Few tokens: building W + s B A would cost more than it saves.
+    assert layer["chosen"] == "factored" == min(layer["flops"], key=layer["flops"].get)
+
+
+def test_loading_is_compared_with_training(trained):
+    loading = ("loader", trained.config, "--training-tokens-per-s", 10)
+    loaded = record_of("benchmark", *loading, *ONCE)
+    assert loaded["ratio"] == loaded["tokens_read_per_s"] / 10
+    assert not loaded["training_was_measured"]
+
+
+# estimate
+
+
+def test_estimates_are_in_a_record_and_auto_is_bfloat16(trained):
+    sides = [f"{trained.config}:training.dtype={key}" for key in ("auto", "bfloat16", "float32")]
+    record = record_of("estimate", *sides, "--world-size", 2)
+    auto, short, long = (record["estimates"][side] for side in sides)
+    assert auto == short
+    assert auto["memory"]["peak"] < long["memory"]["peak"]
+    assert long["memory"]["peak"] == sum(long["memory"]["at_peak"].values())
+    assert record["command"] == f"switchtitan estimate {' '.join(sides)} --world-size 2"
+
+
+def test_the_largest_micro_batch_that_fits_is_in_a_record(trained):
+    record = record_of("estimate", trained.config, "--world-size", 2, "--fit", 1e-4, 80)
+    (found,) = record["fits"].values()
+    assert found["batch_size"] == {"0.0001": 0, "80": MAX_BATCH_SIZE}
+
+
+# train --dry-run
+
+
+def contents(folder):
+    """Time and checksum of every file."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        (path, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in files
+    ]
+
+
+def test_a_dry_run_says_where_a_run_would_resume_and_writes_nothing(trained):
+    before = contents(trained.run)
+    words = ("train", "--config", trained.config, "--optimizer.lr", "0.5", "--dry-run")
+    outcome = run(*words)
+    assert (outcome.status, outcome.errors) == (0, "")
+    checkpoint = trained.run / "checkpoints" / "step-000000015"
+    assert f"would resume from {checkpoint}: step 15 of 40" in outcome.output
+    assert "optimizer.lr: 0.01 -> 0.5" in outcome.output
+    assert contents(trained.run) == before
+
+
+# Corpora
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspected")
+    write_json_lines(folder / "in" / "a.jsonl", make_documents(60))
+    keys = ("--dataset", "jsonl", "--path", folder / "in", "--vocab_size", 300)
+    outcome = run("prepare", *keys, "--cache_dir", folder / "corpora")
+    assert outcome.status == 0, outcome.errors
+    (index,) = (folder / "corpora").glob("jsonl-*/index.json")
+    assert str(index.parent) in outcome.output
+    config = DataConfig(
+        dataset="jsonl", path=folder / "in", vocab_size=300, cache_dir=folder / "corpora"
+    )
+    corpus = open_corpus(config, show_progress=False)
+    assert corpus.folder == index.parent
+    return corpus
+
+
+def test_a_seed_shows_what_a_run_with_it_reads_first(corpus):
+    words = (corpus.folder, "--seq-len", 40, "--num", 2)
+    result = result_of("inspect", *words, "--seed", 7)
+    assert result["fingerprint"] == corpus.fingerprint
+    batches = build_train_batches(
+        corpus.train_split(40),
+        seed=7,
+        global_batch_size=2,
+        local_batch_size=2,
+        rank=0,
+        num_ranks=1,
+    )
+    (batch,) = next(batches)
+    batches.close()
+    documents = [sequence["documents"] for sequence in result["sequences"]]
+    shown = [[token for piece in pieces for token in piece["tokens"]] for pieces in documents]
+    assert shown == batch.tokens.tolist()
+    for piece in documents[0]:
+        assert piece["ends"] == (piece["tokens"][-1] == corpus.eos_id)
+    text = run("inspect", *words).output
+    assert f"{corpus.index.num_tokens('train'):,} tokens" in text
+
+
+# Pages, and what this machine has
+
+
+def test_runs_become_one_page_in_which_a_name_stays_text(trained, tmp_path):
+    hostile = tmp_path / "<" / "script><b>"
+    hostile.mkdir(parents=True)
+    for file in (trained.run / "config.toml", trained.run / "results.json"):
+        (hostile / file.name).write_bytes(file.read_bytes())
+    (hostile / "tensorboard").symlink_to(trained.run / "tensorboard")
+    page = tmp_path / "out" / "page.html"
+    outcome = run("report", trained.run, hostile, "--output", page)
+    assert (outcome.status, outcome.output) == (0, f"{page}\n")
+    assert "<b>" not in page.read_text()
+    picture = tmp_path / "out" / "curves.png"
+    assert run("plot", "run", trained.run, "--output", picture).status == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_comparison_of_a_command_is_reported(tmp_path):
+    files = []
+    for name, seeds in (("first", "[2, 3]"), ("second", "[4]")):
+        grid = GRID.replace("report_seeds = [2, 3]", f"report_seeds = {seeds}")
+        file = write_grid(tmp_path, grid.replace("max_widenings = 1", "max_widenings = 0"))
+        files.append(file.rename(file.with_name(f"{name}.toml")))
+        finish_comparison(files[-1])
+    outcome = run("compare", *files, "--report-only")
+    assert outcome.status == 0, outcome.errors
+    reports = [tmp_path / "out" / "reports" / name for name in ("first", "second")]
+    assert outcome.output.split() == [str(folder / "report.md") for folder in reports]
+    num_lines = [len((folder / "runs.csv").read_text().splitlines()) for folder in reports]
+    # Six runs choose rates of both, and three rows are reported on two seeds and on one.
+    assert num_lines == [1 + 6 + 6, 1 + 6 + 3]
+
+
+def test_a_machine_that_runs_tests_can_train_but_not_into_a_folder_of_the_system(tmp_path):
+    outcome = run("doctor", "--output-dir", tmp_path / "outputs")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output.splitlines()[-1] == "training works here"
+    assert list(tmp_path.iterdir()) == []
+    refused = run("doctor", "--json", "--output-dir", "/proc/outputs")
+    assert refused.status == 1
+    record = json.loads(refused.output)
+    assert not record["can_train"]
+    (writing,) = [found for found in record["findings"] if found["name"] == "writing"]
+    assert writing["status"] == "missing"
+
+
+def test_help_and_completion_name_every_command():
+    help_text, script = run("--help").output, run("completion", "bash").output
+    for word in ("train", "evaluate", "lm-eval", "estimate"):
+        assert word in help_text
+        assert word in script
+    assert "--training.steps" in script

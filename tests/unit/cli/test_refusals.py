@@ -1,0 +1,195 @@
+"""What commands refuse: status 2 and one message that names the key and what was given."""
+
+import pytest
+from support.commands import run
+from support.declared_comparison import write_grid
+from support.tiny import TINY
+from support.trained import save_qwen
+
+# A row: words, and two parts of the message. Names in braces are of `places`.
+TRAIN = [
+    # Keys that do not exist or do not fit.
+    ("--training.step 9", "--training.step 9", "steps"),
+    ("--trainning.steps 9", "--trainning.steps 9", "training"),
+    ("--method.rank 10", "[method] rank = 10", "at most 9"),
+    ("--training.global_batch_size 7", "[training] global_batch_size = 7", "6 or 8"),
+    ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
+    ("--config missing.toml", "missing.toml", "no such file"),
+    # What is not there.
+    ("--data.dataset text --data.path no/books", "[data] path = ", "no/books"),
+    ("--data.tokenizer no/tokenizer.json --data.vocab_size none", "[data] tokenizer", "no/token"),
+    ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no such folder"),
+    ("--checkpoint.initial_weights no/w {elsewhere}", "[checkpoint] initial_weights", "'no/w'"),
+    # What does not fit the corpus.
+    ("--data.vocab_size 300", "[data] vocab_size = 300", "[model] vocab_size = 271"),
+    ("--data.seq_len 900000 --evaluation.tokens 900000 {new_run}", "seq_len = 900000", "900,001"),
+    ("--training.global_batch_size 900000 {new_run}", "global_batch_size = 900000", "corpus"),
+    # What does not fit the checkpoints in the run's folder.
+    ("--model.intermediate_size 30", "model.intermediate_size", "saved with 28, now 30"),
+    ("--method.rank 5", "method.rank", "saved with 6, now 5"),
+    ("--data.max_bytes 150000", "corpus.name", "saved with 'pystdlib-"),
+    ("--config {lora}", "method.name", "saved with 'switchlora', now 'lora'"),
+    ("--checkpoint.resume never", "[checkpoint] resume = 'never'", "checkpoints"),
+]
+TRAINED = [
+    ("evaluate no/run", "no/run", "no complete checkpoint"),
+    ("evaluate", "required", "TARGET"),
+    ("evaluate {run} --tokens 15", "--tokens 15", "[data] seq_len = 16"),
+    ("evaluate {run} --split test", "--split test", "validation"),
+    ("evaluate {other}", "{other}", "--corpus"),
+    ("evaluate {run} --text no/file", "--text no/file", "cannot be read"),
+    ("evaluate {run} --text {empty}", "--text {empty}", "no text"),
+    ("evaluate {run} --text {latin}", "--text {latin}", "UTF-8"),
+    ("evaluate {run} --text {empty} --split test", "--split test", "--text"),
+    ("evaluate {run} --corpus no/corpus", "--corpus no/corpus", "index.json"),
+    ("evaluate {run} --corpus a --text b", "--text", "--corpus"),
+    ("evaluate no/run --json {folder}", "--json {folder}", "is a folder"),
+    ("evaluate no/run --json no/x.json", "--json no/x.json", "no folder"),
+    ("evaluate no/run --json {long}/x.json", "--json", "no folder"),
+    ("evaluate {run} --json {long}", "--json {long}", "cannot be written"),
+    ("generate no/run --prompt x", "no/run", "no complete checkpoint"),
+    ("generate {run}", "--prompt", "required"),
+    ("generate {run} --prompt-file no/file", "--prompt-file no/file", "cannot be read"),
+    ("generate {run} --prompt x --top-p 1.5", "--top-p", "1.5"),
+    ("generate {run} --prompt x --temperature nan", "--temperature", "nan"),
+    ("generate {run} --prompt x --seed -1", "--seed", "-1"),
+    ("generate {run} --prompt x --temperature 0 --top-k 3", "--top-k", "--temperature 0"),
+    ("generate {run} --prompt x --tokenizer no/file", "--tokenizer no/file", "no file"),
+    ("generate {other} --prompt x", "no tokenizer", "{other}"),
+    ("generate {other} --prompt größe --tokenizer {export}", "vocabulary of 200", "--tokenizer"),
+    ("export no/run", "no/run", "no complete checkpoint"),
+    ("export", "required", "CHECKPOINT"),
+    ("export a --checkpoint b", "--checkpoint", "not allowed"),
+    ("export {run} --dtype float16", "--dtype", "float16"),
+    ("export {run} --max-shard-size 5", "--max-shard-size", "5"),
+    ("export {run} --folder {empty}/x", "{empty}/x", "cannot be written"),
+    ("export {run} --folder /proc/x", "/proc/x", "cannot be written"),
+    ("geometry no/run", "no/run", "no complete checkpoint"),
+    ("geometry {run} --steps 7", "7", "5, 10, 15"),
+    ("geometry {run} --parts activations", "--parts activations", "--against"),
+    ("geometry {run} --against {run}", "--against", "itself"),
+    ("lm-eval {run} --tasks a --limit 0", "--limit", "0"),
+    ("plot spectrum {run} --output x.png --layers c_proj", "--layers c_proj", "q_proj"),
+    ("plot spectrum {run} --output x.png --label run={run}", "same label", "run"),
+    ("plot run {run} --output {folder}/x.gmp", "x.gmp", "cannot write"),
+    ("plot run {folder} --output x.png", "{folder}", "no TensorBoard"),
+]
+OTHERS = [
+    ("trian", "trian", "train"),
+    ("plot spectra", "spectra", "spectrum"),
+    ("completion csh", "csh", "bash"),
+    ("prepare --dataset textt", "--dataset textt", '"text"'),
+    ("prepare --data.pth x", "--data.pth x", "path"),
+    ("prepare --dataset text --path no/folder", "no/folder", "no such"),
+    ("inspect {folder}", "{folder}", "index.json"),
+    ("compare missing.toml", "missing.toml", "no such file"),
+    ("compare {grid} {grid}", "{grid}", "output_dir"),
+    ("compare {grid} {bad_grid}", "baseline", "dens"),
+    ("report {run} no/run --output {folder}/x.html", "no/run", "no such folder"),
+    ("report {run} {folder} --output {folder}/x.html", "{folder}", "not the folder of a run"),
+    ("report {run} --output {latin}", "{latin}", "not a report"),
+    ("report {run} --output {folder}", "{folder}", "is a folder"),
+    ("benchmark", "step", "layer"),
+    ("benchmark step {config} --rounds 0", "--rounds", "0"),
+    ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),
+    ("benchmark step {config} --training.steps 9", "steps = 9", "at least 53"),
+    ("benchmark step {config} --json no/x.json", "--json no/x.json", "no folder"),
+    ("benchmark communication {config}", "--num-ranks", "required"),
+    ("benchmark switch {lora}", "[method] name = 'lora'", "switches"),
+    ("benchmark layer --shape 8x6 --rank 6", "6", "[8, 6]"),
+    ("benchmark layer --model.size 9m", "--model.size", "layer"),
+    ("estimate {config}", "--world-size", "required"),
+    ("estimate {config} --world-size 0", "--world-size", "0"),
+    ("estimate {config} --world-size 3", "global_batch_size", "3"),
+    ("estimate {config}:method.rnk=3 --world-size 2", "method.rnk=3", "rank"),
+    ("estimate {config} --world-size 2 --fit 24GB", "--fit", "24GB"),
+]
+LAUNCH = [
+    ("--nproc_per_node 2 train --config {config} --training.step 9", "--training.step 9", "steps"),
+    ("--nproc_per_node auto train --config {config} --dry-run", "--dry-run", "--nproc_per_node"),
+    ("--nnodes 2 --rdzv_backend c10d train", "RDZV_ENDPOINT is not set", "HOST:PORT"),
+    ("{two} --rdzv_endpoint node-1 train", "RDZV_ENDPOINT=node-1", "HOST:PORT"),
+    ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
+    ("{two} --rdzv_endpoint node-1:65536 train", "RDZV_ENDPOINT=node-1:65536", "HOST:PORT"),
+    ("{two} --rdzv_endpoint fe80::1:1x train", "RDZV_ENDPOINT=fe80::1:1x", "HOST:PORT"),
+    (
+        "{two} --rdzv_endpoint no-host.invalid:1 train",
+        "RDZV_ENDPOINT=no-host.invalid:1",
+        "resolved",
+    ),
+    (
+        "--nnodes 2 --master_addr no-host.invalid --master_port 29501 train",
+        "--master_addr no-host.invalid --master_port 29501",
+        "resolved",
+    ),
+    (
+        "--nnodes 2 --node_rank 2 --rdzv_backend static --rdzv_endpoint localhost:29500 train",
+        "NODE_RANK=2",
+        "NNODES=2",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def places(trained, tmp_path_factory):
+    """Names for the rows; what they name must not change."""
+    home = tmp_path_factory.mktemp("refused")
+    (home / "folder").mkdir()
+    (home / "empty").write_text("")
+    (home / "latin").write_bytes("größe".encode("latin-1"))
+    save_qwen(home / "other", trained.exported, vocab_size=200)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (home / "other" / name).unlink()
+    lora = TINY.format(folder=trained.run.parent, method="lora", method_keys="rank = 6")
+    (home / "lora.toml").write_text(lora)
+    grid = write_grid(home)
+    bad = grid.read_text().replace('baseline = "dense"', 'baseline = "dens"')
+    grid.with_name("bad.toml").write_text(bad)
+    names = ("folder", "empty", "latin", "other")
+    before = [contents(trained.run), contents(home)]
+    yield {
+        **{name: home / name for name in names},
+        "run": trained.run,
+        "config": trained.config,
+        "export": trained.exported,
+        "lora": home / "lora.toml",
+        "grid": grid,
+        "bad_grid": grid.with_name("bad.toml"),
+        "long": home / "folder" / ("x" * 300),
+        "elsewhere": "--job.output_dir another/run --data.cache_dir no_corpora",
+        "new_run": "--job.output_dir another/run",
+        "two": "--nnodes 2 --rdzv_backend c10d",
+    }
+    assert [contents(trained.run), contents(home)] == before
+
+
+def contents(folder):
+    """Modification time and size of every file."""
+    stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
+
+
+def check_refused(command, row, places, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    words, *parts = (text.format(**places) for text in row)
+    run(*command, *words.split()).check_refused(*parts)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("row", TRAINED + OTHERS, ids=lambda row: row[0])
+def test_a_mistake_ends_a_command_with_one_message(row, places, tmp_path, monkeypatch):
+    check_refused((), row, places, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("row", TRAIN, ids=lambda row: row[0])
+def test_a_mistake_ends_training_before_anything_is_written(row, places, tmp_path, monkeypatch):
+    command = ["train", "--training.steps", "20"]
+    if "--config" not in row[0]:
+        command += ["--config", places["config"]]
+    check_refused(command, row, places, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("row", LAUNCH, ids=lambda row: row[0])
+def test_a_mistake_ends_the_launcher_before_a_rank_starts(row, places, tmp_path, monkeypatch):
+    monkeypatch.setattr("switchtitan.cli.launch.run_ranks", lambda _: pytest.fail("started ranks"))
+    check_refused(("launch",), row, places, tmp_path, monkeypatch)

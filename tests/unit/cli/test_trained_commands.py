@@ -1,0 +1,358 @@
+"""Commands that read a trained model give the numbers of transformers, of the run, of formulas."""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.checkpoints import rewrite_metadata
+from support.commands import result_of, run
+from support.tiny import tiny_config
+from support.tiny_documents import make_documents, write_json_lines
+from support.trained import TOKENS, save_qwen, train_and_save
+
+from switchtitan.config.toml_text import toml_value
+from switchtitan.data import DataConfig, open_corpus
+from switchtitan.data.tokenizer import train_tokenizer
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
+from switchtitan.spectra.spectra_files import read_spectra
+from switchtitan.spectra.spectrum import summarize
+
+TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
+PROMPT = "def größe(self):\n    return "
+FLOAT32 = ("--dtype", "float32")
+# Differences of fp32 logits between implementations, which are about 1e-6 of them; merging rounds
+# each weight once.
+CLOSE = {"rel": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def corpus(trained):
+    """The run's prepared corpus."""
+    return open_corpus(tiny_config(trained.run.parent, "full_rank").data)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A folder that transformers saved: another architecture and tokenizer than the run's."""
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer = train_tokenizer([TEXT, "import json\nfrom typing import Any\n"], 262)
+    (folder / "tokenizer.json").write_text(tokenizer.serialized)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save_qwen(folder, folder)
+    return folder
+
+
+@pytest.fixture(params=["run", "export", "other"])
+def target(request, trained, other):
+    """A model as a command takes it, and as transformers takes it."""
+    return {
+        "run": (trained.run, trained.exported),
+        "export": (trained.exported, trained.exported),
+        "other": (other, other),
+    }[request.param]
+
+
+def theirs(folder):
+    """transformers' model and tokenizer of a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def nats(folder, stream, seq_len):
+    """The sum of transformers' losses over windows of a stream, each token a target once."""
+    model, _ = theirs(folder)
+    total = 0.0
+    for start in range(0, len(stream) - 1, seq_len):
+        window = torch.tensor(stream[start : start + seq_len + 1])
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0]
+        total += F.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+    return total
+
+
+def bits_per_byte(total_nats, text):
+    return pytest.approx(total_nats / math.log(2) / len(text.encode()), **CLOSE)
+
+
+# evaluate
+
+
+def test_a_checkpoint_and_its_export_have_the_loss_of_the_run(trained):
+    result = result_of("evaluate", trained.run)
+    assert result["loss"] == pytest.approx(trained.loss, **CLOSE)
+    assert (result["split"], result["tokens"]) == ("validation", 160)
+    shown = run("evaluate", trained.run)
+    assert f"{trained.loss:.4f}" in shown.output
+    assert f"{result['bits_per_byte']:.4f}" in shown.output
+    assert shown.errors == ""  # no progress bar without a terminal
+    of_export = result_of("evaluate", trained.exported, "--config", trained.config)
+    assert of_export["loss"] == pytest.approx(trained.loss, **CLOSE)
+    # Four sequences of 16.
+    assert result_of("evaluate", trained.run, "--tokens", 70)["tokens"] == 64
+
+
+def test_all_of_a_mixture_has_the_loss_of_its_run(corpora, tmp_path):
+    for name, count in (("short", 30), ("long", 300)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            text = f"{name} rows of matrix {number}\n" * (3 + number % 7)
+            (tmp_path / name / f"{number}.txt").write_text(text)
+    sources = [
+        {"weight": weight, "dataset": "text", "path": str(tmp_path / name)}
+        for weight, name in ((1, "short"), (9, "long"))
+    ]
+    keys = (
+        *("--data.max_bytes", "none", "--data.sources", toml_value(sources)),
+        *("--data.validation_fraction", "0.2", "--evaluation.tokens", "1000000"),
+    )
+    folder = corpora / "evaluate-mixture"
+    trainer = train_and_save(folder, "lora", *keys, num_steps=2)
+    own = trainer.evaluators.validation(trainer.stepper.model)
+    result = result_of("evaluate", folder / "run")
+    assert result["loss"] == pytest.approx(own, **CLOSE)
+    first, _ = open_corpus(tiny_config(folder, "lora", *keys).data).sources
+    assert result["tokens"] > first.index.num_tokens("validation")
+
+
+def test_keys_of_training_do_not_stop_an_evaluation(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    text = trained.config.read_text().replace("global_batch_size = 8", "global_batch_size = 7")
+    for section, key in (
+        ("metrics", "communication = true"),
+        ("parallelism", "replicate = 2"),
+        ("compile", "blocks = true"),
+    ):
+        text = text.replace(f"[{section}]", f"[{section}]\n{key}")
+    (tmp_path / "training.toml").write_text(text)
+    result = result_of("evaluate", trained.run, "--config", tmp_path / "training.toml")
+    assert result["loss"] == pytest.approx(trained.loss, **CLOSE)
+
+
+def test_a_model_trained_with_flash_attention_is_evaluated_without_it(trained, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000015"
+    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
+
+    def set_attention(metadata):
+        metadata["identity"]["model"]["attention"] = "flash_attn"
+        config = metadata["run"]["config"]
+        assert 'attention = "sdpa"' in config
+        metadata["run"]["config"] = config.replace('attention = "sdpa"', 'attention = "flash_attn"')
+
+    rewrite_metadata(checkpoint, set_attention)
+    result = result_of("evaluate", tmp_path / "run")
+    assert result["loss"] == pytest.approx(trained.loss, **CLOSE)
+
+
+def test_a_text_has_the_loss_and_bits_per_byte_of_transformers(target, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    words = ("evaluate", target[0], "--text", tmp_path / "text", "--seq-len", 16, *FLOAT32)
+    result = result_of(*words)
+    _, tokenizer = theirs(target[1])
+    tokens = tokenizer(TEXT)["input_ids"]
+    expected = nats(target[1], [tokenizer.eos_token_id, *tokens], 16)
+    assert (result["tokens"], result["bytes"]) == (len(tokens), len(TEXT.encode()))
+    assert result["loss"] == pytest.approx(expected / len(tokens), **CLOSE)
+    assert result["perplexity"] == pytest.approx(math.exp(expected / len(tokens)), **CLOSE)
+    assert result["bits_per_byte"] == bits_per_byte(expected, TEXT)
+    part = result_of(*words, "--tokens", 20)
+    assert (part["tokens"], part["bytes"]) == (20, len(tokenizer.decode(tokens[:20]).encode()))
+
+
+def test_a_corpus_has_the_loss_and_bits_per_byte_of_transformers(trained, corpus):
+    sequences = corpus.split("validation", 16)
+    stream = [token for index in range(10) for token in sequences[index].tokens[:-1].tolist()]
+    stream.append(sequences[9].tokens[-1].item())
+    text = corpus.tokenizer().tokenizer.decode([t for t in stream[1:] if t != corpus.eos_id])
+    expected = nats(trained.exported, stream, 16)
+    words = ("--corpus", corpus.folder, "--tokens", 160, "--seq-len", 16, *FLOAT32)
+    for weights in (trained.run, trained.exported):
+        result = result_of("evaluate", weights, *words)
+        assert (result["tokens"], result["bytes"]) == (160, len(text.encode()))
+        assert result["loss"] == pytest.approx(expected / 160, **CLOSE)
+        assert result["bits_per_byte"] == bits_per_byte(expected, text)
+        assert (result["tokenizer"], result["split"]) == ("the corpus's", "validation")
+
+
+def test_a_model_with_another_tokenizer_reads_the_text_of_a_corpus(other, tmp_path):
+    write_json_lines(tmp_path / "in" / "a.jsonl", make_documents(200))
+    keys = {"dataset": "jsonl", "path": tmp_path / "in", "cache_dir": tmp_path / "corpora"}
+    data = DataConfig(**keys, vocab_size=300, validation_fraction=0.2)
+    corpus = open_corpus(data, show_progress=False)
+    words = ("--corpus", corpus.folder, "--tokens", 400, "--seq-len", 32, *FLOAT32)
+    result = result_of("evaluate", other, *words)
+    num_tokens = corpus.index.num_tokens("validation")
+    tokens = corpus.split("validation", 1).read(0, num_tokens).tolist()
+    _, tokenizer = theirs(other)
+    stream, text = [tokenizer.eos_token_id], ""
+    while len(stream) - 1 < 400:
+        end = tokens.index(corpus.eos_id)
+        document = corpus.tokenizer().tokenizer.decode(tokens[:end])
+        stream += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+        text += document
+        del tokens[: end + 1]
+    assert not text.isascii()
+    assert (result["tokens"], result["bytes"]) == (len(stream) - 1, len(text.encode()))
+    assert result["tokenizer"] == "the model's"
+    expected = nats(other, stream, 32) / (len(stream) - 1)
+    assert result["loss"] == pytest.approx(expected, **CLOSE)
+
+
+# export
+
+
+def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export(trained, corpus):
+    model, tokenizer = theirs(trained.exported)
+    torch.testing.assert_close(model(TOKENS).logits, trained.logits, rtol=1e-5, atol=1e-5)
+    assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == corpus.eos_id
+
+
+def test_weights_are_stored_in_the_requested_dtype_and_no_folder_is_replaced(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    words = ("export", trained.run, "--folder", tmp_path / "out", "--dtype", "bfloat16")
+    assert run(*words).status == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    run(*words).check_refused(str(tmp_path / "out"), "not empty")
+
+
+def test_an_export_without_the_corpus_has_no_tokenizer(trained, tmp_path):
+    checkpoint = tmp_path / "step-000000015"
+    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
+
+    def move_corpus(metadata):
+        text = json.dumps(metadata["run"])
+        moved = re.sub(r'cache_dir = \\"[^"]*\\"', r'cache_dir = \\"elsewhere\\"', text)
+        metadata["run"] = json.loads(moved)
+
+    rewrite_metadata(checkpoint, move_corpus)
+    outcome = run("export", checkpoint, "--folder", tmp_path / "out")
+    assert outcome.status == 0, outcome.errors
+    assert "none: the run's corpus is not at elsewhere" in outcome.output
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_a_stopped_export_is_one_line_and_leaves_nothing(trained, tmp_path, monkeypatch):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("switchtitan.cli.export.write_model_card", stop)
+    outcome = run("export", trained.run, "--folder", tmp_path / "out")
+    assert outcome.status == 128 + signal.SIGTERM
+    assert len(outcome.errors.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# generate
+
+
+def generated(target, *words):
+    return result_of("generate", target, *words)
+
+
+def test_greedy_text_is_that_of_transformers(target):
+    words = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 40, *FLOAT32)
+    ours = generated(target[0], *words)
+    model, tokenizer = theirs(target[1])
+    given = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(
+        given.input_ids,
+        attention_mask=given.attention_mask,
+        do_sample=False,
+        max_new_tokens=40,
+        pad_token_id=0,
+    )[0, given.input_ids.shape[1] :]
+    assert ours["prompt_tokens"] == given.input_ids[0].tolist()
+    assert ours["tokens"] == tokens.tolist()
+    assert ours["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_prompt_and_text_go_to_stdout_and_the_rest_to_stderr(trained):
+    words = (trained.run, "--prompt", PROMPT, "--max-new-tokens", 20)
+    shown = run("generate", *words, "--seed", 3)
+    assert shown.output == PROMPT + generated(*words, "--seed", 3)["text"] + "\n"
+    assert "tokens/s" in shown.errors
+    assert "the model knows sequences of 16" in shown.errors
+
+
+def test_a_seed_repeats_the_text_and_options_of_drawing_change_it(trained):
+    words = (trained.run, "--prompt", "import ", "--max-new-tokens", 20)
+    first, again, other = (generated(*words, "--seed", seed)["tokens"] for seed in (1, 1, 2))
+    assert first == again != other
+    greedy = generated(*words, "--temperature", 0)["tokens"]
+    assert generated(*words, "--top-k", 1)["tokens"] == greedy != first
+    assert generated(*words, "--top-p", 1e-6)["tokens"] == greedy
+
+
+def test_the_text_ends_where_a_document_ends(trained, tmp_path):
+    """The end token is changed to one that the model chooses."""
+    words = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 9)
+    tokens = generated(trained.exported, *words)["tokens"]
+    shutil.copytree(trained.exported, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokens[4]]}))
+    result = generated(tmp_path, *words)
+    end = tokens.index(tokens[4])
+    assert (result["tokens"], result["stopped_by"]) == (tokens[: end + 1], "end of text")
+
+
+def test_the_prompt_can_come_from_a_file_or_standard_input_or_be_empty(
+    trained, corpus, tmp_path, monkeypatch
+):
+    (tmp_path / "prompt").write_text(PROMPT)
+    words = (trained.run, "--max-new-tokens", 3, "--temperature", 0)
+    given = generated(*words, "--prompt", PROMPT)["text"]
+    assert generated(*words, "--prompt-file", tmp_path / "prompt")["text"] == given
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    assert generated(*words, "--prompt-file", "-")["text"] == given
+    assert generated(*words, "--prompt", "")["prompt_tokens"] == [corpus.eos_id]
+
+
+# Ranks of weights and of updates
+
+
+def test_a_plotted_rank_is_the_one_that_the_run_measured(trained, tmp_path):
+    picture, numbers = tmp_path / "new" / "spectra.png", tmp_path / "numbers.json"
+    outcome = run("plot", "spectrum", trained.run, "--output", picture, "--json", numbers)
+    assert outcome.status == 0, outcome.errors
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (found,) = json.loads(numbers.read_text()).values()
+    spectra = read_spectra(trained.run / "spectra")
+    # The checkpoint's weights are merged again: roundings of an fp32 product.
+    expected = summarize(spectra[15]).effective
+    assert found["effective_rank"]["mean"] == pytest.approx(expected, rel=1e-4)
+    of_kind = {name: values for name, values in spectra[15].items() if name.endswith("up_proj")}
+    assert found["effective_rank_by_kind"]["up_proj"]["mean"] == pytest.approx(
+        summarize(of_kind).effective, rel=1e-4
+    )
+    assert found["course"]["step"] == [5, 10, 15]
+
+
+def test_geometry_has_the_singular_values_of_updates_and_the_loss_of_evaluate(trained):
+    words = ("--tokens", 96, "--points", 1, "--parts", "updates", "barriers")
+    (found,) = result_of("geometry", trained.run, *words)["runs"]
+    weights = {
+        step: read_dense_checkpoint(trained.run / "checkpoints" / f"step-{step:09d}")
+        for step in (5, 10)
+    }
+    name = "model.layers.1.mlp.up_proj"
+    before, after = (weights[step][f"{name}.weight"].double() for step in (5, 10))
+    values = torch.linalg.svdvals(after - before)
+    layer = found["updates"][0]["layers"][name]
+    # Products in fp32.
+    assert layer["norm"] == pytest.approx(values.square().sum().sqrt().item(), rel=1e-5)
+    stable_rank = (values.square().sum() / values[0] ** 2).item()
+    assert layer["stable_rank"] == pytest.approx(stable_rank, rel=1e-5)
+    loss = result_of("evaluate", trained.run, "--tokens", 96, *FLOAT32)["loss"]
+    assert found["barriers"][-1]["losses"][-1] == pytest.approx(loss, rel=1e-5)

@@ -1,0 +1,277 @@
+"""Continuations with a cache are those without one and transformers'; draws follow the softmax."""
+
+import random
+
+import pytest
+import torch
+from support.held_weights import HeldWeights
+from support.tiny import full_tensors, tiny_trainer, train_steps
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from switchtitan.data.tokenizer import train_tokenizer
+from switchtitan.generation.decoding import continuations
+from switchtitan.generation.sampling import Sampler, Sampling, probabilities
+from switchtitan.generation.text import REPLACEMENT, TextStream, prefix_ids, prompt_ids
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.models import MODELS
+from switchtitan.models.cola import ColaConfig
+from switchtitan.models.llama.config import LlamaConfig
+from switchtitan.models.llama.model import Llama
+from switchtitan.models.qwen2.config import Qwen2Config
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 17, 3, 44, 9], [8], [30, 31, 32, 2, 1, 52, 7, 7]]
+COMPILED_BLOCKS = ("--compile.blocks", "true")
+GREEDY = Sampler(Sampling(temperature=0))
+SHAPE = {"num_layers": 2, "vocab_size": 53, "num_heads": 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_positions": 16,
+}
+CONFIGS = {
+    "grouped heads": LlamaConfig(
+        hidden_size=36,
+        num_heads=6,
+        num_kv_heads=2,
+        intermediate_size=29,
+        num_layers=3,
+        vocab_size=53,
+        rope_theta=700.0,
+    ),
+    "long context, tied head": LlamaConfig(
+        **SHAPE,
+        **LLAMA3,
+        hidden_size=28,
+        num_kv_heads=1,
+        head_dim=10,
+        intermediate_size=33,
+        tied_head=True,
+    ),
+    "qwen2": Qwen2Config(
+        **SHAPE, hidden_size=32, num_kv_heads=2, intermediate_size=37, rope_theta=1e6
+    ),
+    "cola": ColaConfig(**SHAPE, hidden_size=32, intermediate_size=37, rank=7),
+}
+
+
+def random_model(config, seed=0):
+    """A model whose logits differ clearly: weights of the usual size give nearly equal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    model = MODELS.build(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return random_model(CONFIGS[request.param])
+
+
+def run(model, choose=GREEDY, num_tokens=12, prompts=PROMPTS):
+    """One list of new tokens per prompt."""
+    steps = list(continuations(model, prompts, choose, num_tokens, CPU))
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+def test_cached_logits_equal_those_of_the_uncached_model(model, monkeypatch):
+    recorded = []
+
+    def choose(logits):
+        recorded.append(logits)
+        return GREEDY(logits)
+
+    tokens = run(model, choose)
+    for row, (prompt, new) in enumerate(zip(PROMPTS, tokens, strict=True)):
+        sequence = torch.tensor([prompt + new[:-1]])
+        with torch.no_grad():
+            expected = model(sequence, torch.zeros_like(sequence, dtype=torch.int32))
+        found = torch.stack([logits[row] for logits in recorded])
+        # Attention with a mask adds up in another order than causal attention: a few roundings.
+        torch.testing.assert_close(found, expected[0, len(prompt) - 1 :], rtol=1e-4, atol=1e-4)
+    # Prompts do not affect each other, and a model may have no cache.
+    assert [run(model, prompts=[prompt])[0] for prompt in PROMPTS] == tokens
+    monkeypatch.setattr(Llama, "new_cache", lambda *_: None)
+    assert run(model) == tokens
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].huggingface_config(64)])
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = CONFIGS[name]
+    model = random_model(config)
+    weights = HeldWeights(model.state_dict())
+    export_dense(weights, config, tmp_path / "out", torch.float32, seq_len=64)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for prompt, ours in zip(PROMPTS, run(model, num_tokens=30), strict=True):
+        generated = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=30,
+            pad_token_id=0,
+        )
+        assert generated[0, len(prompt) :].tolist() == ours
+    assert run(random_model(config, seed=1)) != run(model)  # the tokens depend on the weights
+
+
+def test_reading_more_tokens_than_the_cache_holds_is_an_error(model):
+    cache = model.new_cache(1, 3, CPU)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="holds 3 tokens per sequence, and 4"):
+        model(tokens, torch.zeros_like(tokens, dtype=torch.int32), cache=cache)
+
+
+def test_continuations_between_compiled_steps_compile_nothing_and_change_no_weight(
+    corpora, fresh_compiler
+):
+    ends = []
+    for is_interrupted in (False, True):
+        trainer = tiny_trainer(corpora / "decoding", "switchlora", *COMPILED_BLOCKS)
+        train_steps(trainer, 2)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                if is_interrupted:
+                    run(trainer.stepper.model, num_tokens=4)
+                train_steps(trainer, 1)
+        trainer.stepper.close()
+        ends.append(full_tensors(trainer))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+# Drawing
+
+LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.0, 0.5, 2.5, -1.0]])
+# 99.9 % of draws are below this with 6 degrees of freedom, and more with fewer.
+CRITICAL = 22.46
+
+
+def chi_square(sampling, expected, num_draws=20_000):
+    """Pearson's statistic of draws against the probabilities `expected`."""
+    drawn = torch.tensor(Sampler(sampling, seed=3)(LOGITS.expand(num_draws, -1)))
+    counts = torch.bincount(drawn, minlength=LOGITS.shape[1]).double()
+    mean = expected.double() * num_draws
+    is_possible = mean > 0
+    assert counts[~is_possible].sum() == 0
+    return ((counts - mean)[is_possible] ** 2 / mean[is_possible]).sum().item()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_softmax(temperature):
+    expected = (LOGITS[0] / temperature).softmax(0)
+    assert chi_square(Sampling(temperature), expected) < CRITICAL
+    assert chi_square(Sampling(temperature), (LOGITS[0] / temperature / 1.1).softmax(0)) > CRITICAL
+
+
+def test_top_k_keeps_the_most_probable_tokens():
+    kept = torch.tensor([1, 5, 3])
+    expected = torch.zeros(7)
+    expected[kept] = LOGITS[0, kept].softmax(0)
+    torch.testing.assert_close(probabilities(LOGITS, Sampling(top_k=3))[0], expected)
+    assert chi_square(Sampling(top_k=3), expected) < CRITICAL
+    everything = probabilities(LOGITS, Sampling(top_k=7, top_p=1.0))
+    torch.testing.assert_close(everything, LOGITS.softmax(-1))
+
+
+def test_top_p_keeps_the_fewest_tokens_that_suffice():
+    ordered, order = LOGITS[0].softmax(0).sort(descending=True)
+    sums = ordered.cumsum(0)
+    for num_kept in range(1, 7):
+        # Just below the sum of `num_kept` tokens, all of these are needed.
+        found = probabilities(LOGITS, Sampling(top_p=sums[num_kept - 1].item() - 1e-4))[0]
+        expected = torch.zeros(7)
+        expected[order[:num_kept]] = ordered[:num_kept] / sums[num_kept - 1]
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_seed_repeats_its_tokens_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    many = LOGITS.expand(50, -1)
+    first, again, other = (Sampler(Sampling(), seed)(many) for seed in (5, 5, 6))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+    assert GREEDY(LOGITS) == [1]
+
+
+# Text
+
+TEXT = "Größe: 5 €, 日本語 and 👩‍🔬 emoji. "
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return train_tokenizer([TEXT * 3, "an ordinary text"], 280).tokenizer
+
+
+@pytest.fixture(scope="module")
+def word_pieces():
+    """Like SentencePiece: a word begins with a mark, which at the start of a text is no space."""
+    pieces = ["<unk>", "▁", *"abcdefgh", "▁a", "▁b", "cd", "<0xE2>", "<0x82>", "<0xAC>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("▁", "b"), ("c", "d")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def pieces_of(tokenizer, prompt, tokens):
+    stream = TextStream(tokenizer, prompt)
+    return [*(stream.add(token) for token in tokens), stream.rest()]
+
+
+def test_pieces_are_full_characters(byte_level):
+    pieces = pieces_of(byte_level, [], byte_level.encode(TEXT).ids)
+    assert "".join(pieces) == TEXT
+    assert "" in pieces  # a token that is a part of a character
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    # What never becomes a character comes at the end.
+    assert pieces_of(byte_level, [], byte_level.encode("€").ids[:1]) == ["", REPLACEMENT]
+
+
+def test_pieces_of_random_bytes_are_the_text_of_all(byte_level):
+    drawn = random.Random(0)
+    prompt = byte_level.encode("and ").ids
+    for _ in range(200):
+        ids = [drawn.randrange(1, byte_level.get_vocab_size()) for _ in range(40)]
+        whole = byte_level.decode(prompt + ids)
+        assert "and " + "".join(pieces_of(byte_level, prompt, ids)) == whole
+
+
+def test_pieces_of_random_words_are_the_text_of_all(word_pieces):
+    # Three bytes of one character. The decoder takes back characters before bytes that are none.
+    euro = [word_pieces.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    units = [*([id] for id in range(1, euro[0])), euro]
+    drawn = random.Random(0)
+    for _ in range(200):
+        words = [drawn.choice(units) for _ in range(40)]
+        ids = [id for unit in words for id in unit]
+        cut = len(words[0])
+        pieces = pieces_of(word_pieces, ids[:cut], ids[cut:])
+        assert word_pieces.decode(ids[:cut]) + "".join(pieces) == word_pieces.decode(ids)
+
+
+def test_a_word_after_the_prompt_keeps_its_space(word_pieces):
+    a, b = (word_pieces.token_to_id(piece) for piece in ("▁a", "▁b"))
+    assert pieces_of(word_pieces, [a], [b, a]) == [" b", " a", ""]
+    assert pieces_of(word_pieces, [], [b, a]) == ["b", " a", ""]
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_texts_and_does_not_end(byte_level):
+    tokenizer = Tokenizer.from_str(byte_level.to_str())
+    plain = tokenizer.encode("and").ids
+    assert prompt_ids(tokenizer, "and") == plain
+    for template, expected in (("<b> $A", [9]), ("$A <e>", []), ("<b> $A <e>", [9])):
+        special = [("<b>", 9), ("<e>", 0)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+        assert prefix_ids(tokenizer) == expected
+        assert prompt_ids(tokenizer, "and") == expected + plain

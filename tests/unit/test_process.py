@@ -1,0 +1,249 @@
+"""This process: the cores it may use, its output, its progress, and the regions of its work."""
+
+import io
+import logging
+import os
+import re
+import sys
+import time
+
+import pytest
+
+from switchtitan import progress
+from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
+from switchtitan.observability import configure_logging
+from switchtitan.progress import progress_bar, slow_note
+from switchtitan.regions import observe_regions, region, stop_observing_regions
+
+V1_QUOTA = {"cpu.cfs_quota_us": "400", "cpu.cfs_period_us": "100"}
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        pytest.param("0::/\n", {}, 8, id="no quota"),
+        pytest.param("0::/\n", {"cpu.max": "max 100000"}, 8, id="v2, unlimited"),
+        pytest.param("0::/\n", {"cpu.max": "300000 100000"}, 3, id="v2, in a container"),
+        pytest.param("0::/\n", {"cpu.max": "3200000 100000"}, 8, id="v2, more than the affinity"),
+        pytest.param("0::/\n", {"cpu.max": "250000 100000"}, 2, id="v2, rounded down"),
+        pytest.param("0::/\n", {"cpu.max": "20000 100000"}, 1, id="v2, less than one"),
+        pytest.param("0::/a/b\n", {"a/cpu.max": "2 1", "a/b/cpu.max": "5 1"}, 2, id="v2, parent"),
+        pytest.param("0::/a/b\n", {"a/cpu.max": "6 1", "a/b/cpu.max": "5 1"}, 5, id="v2, own"),
+        pytest.param("0::/b\n", {"a/cpu.max": "2 1"}, 8, id="v2, of another group"),
+        pytest.param("0::/host/x\n", {"cpu.max": "4 1"}, 4, id="v2, the host's path"),
+        pytest.param(
+            "4:cpu,cpuacct:/a\n0::/\n",
+            {f"cpu,cpuacct/a/{name}": value for name, value in V1_QUOTA.items()},
+            4,
+            id="v1",
+        ),
+        pytest.param(
+            "4:cpuset,cpu:/a\n",
+            {f"cpu/{name}": value for name, value in V1_QUOTA.items()},
+            4,
+            id="v1, linked and in a container",
+        ),
+        pytest.param(
+            "4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "9"}, 8, id="-1"
+        ),
+        pytest.param(
+            "4:cpuset:/\n",
+            {f"cpuset/{name}": value for name, value in V1_QUOTA.items()},
+            8,
+            id="v1, another controller",
+        ),
+    ],
+)
+def test_cores_are_those_of_affinity_and_quota(eight_cores, tmp_path, own, files, expected):
+    root, own_cgroups = tmp_path / "cgroup", tmp_path / "own"
+    own_cgroups.write_text(own)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    assert num_cores(root, own_cgroups) == expected
+
+
+def test_a_system_without_control_groups_has_its_affinity(eight_cores, tmp_path):
+    assert num_cores(tmp_path / "missing", tmp_path / "missing") == 8
+
+
+@pytest.mark.parametrize(
+    ("environ", "cores_left", "expected"),
+    [
+        ({}, 8, {}),
+        ({}, 3, {"OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "3"}),
+        ({"LOCAL_WORLD_SIZE": "3"}, 8, {"OMP_NUM_THREADS": "2"}),
+        ({"LOCAL_WORLD_SIZE": ""}, 8, {}),
+        ({"OMP_NUM_THREADS": "5", "RAYON_NUM_THREADS": "6"}, 3, {}),
+    ],
+)
+def test_only_unset_variables_of_threads_get_a_share_of_the_cores(
+    eight_cores, environ, cores_left, expected
+):
+    changed = dict(environ)
+    set_thread_defaults(changed, cores_left)
+    assert changed == environ | expected
+    assert [threads_per_process(8, ranks) for ranks in (1, 3, 8, 9)] == [8, 2, 1, 1]
+
+
+def stat_lines(busy_s):
+    """/proc/stat with user seconds by core, and idle seconds that do not count."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    cores = [
+        f"cpu{core} {round(seconds * ticks)} 0 0 9 9 0 0 0" for core, seconds in busy_s.items()
+    ]
+    return "\n".join(["cpu 1 2 3 4 5 6 7 8", *cores, "intr 5"])
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "own_s", "num_threads", "advised"),
+    [
+        pytest.param({0: 10.0, 1: 10.0, 2: 6.0}, 0, 8, 5, id="several busy cores"),
+        pytest.param({0: 10.0, 1: 0.0}, 0, 7, None, id="enough cores are left"),
+        pytest.param({0: 2.0, 1: 1.0}, 0, 8, None, id="hardly busy"),
+        pytest.param({0: 10.0, 1: 10.0}, 0, 1, None, id="one thread"),
+        pytest.param({8: 10.0, 9: 10.0}, 0, 8, None, id="cores outside the affinity"),
+        pytest.param(dict.fromkeys(range(8), 10.0), 0, 8, 1, id="all busy"),
+        pytest.param({0: 10.0, 1: 10.0}, 20, 8, None, id="own work"),
+    ],
+)
+def test_threads_that_share_cores_with_other_processes_are_advised_against(
+    eight_cores, tmp_path, monkeypatch, busy_s, own_s, num_threads, advised
+):
+    stat, began, own = tmp_path / "stat", time.monotonic(), os.times()
+    stat.write_text(stat_lines(dict.fromkeys(busy_s, 0.0)))
+    monkeypatch.setattr(time, "monotonic", lambda: began)
+    monkeypatch.setattr(os, "times", lambda: own)
+    load = OtherLoad(stat)
+    stat.write_text(stat_lines(busy_s))
+    monkeypatch.setattr(time, "monotonic", lambda: began + 10)
+    used = os.times_result((own.user + own_s, *own[1:]))
+    monkeypatch.setattr(os, "times", lambda: used)
+    warning = load.warning(num_threads, 8)
+    assert (warning is None) == (advised is None)
+    assert advised is None or f"OMP_NUM_THREADS={advised} " in warning
+
+
+@pytest.fixture
+def own_handlers():
+    """Handlers and levels of logging are as before at the end."""
+    loggers = [logging.getLogger(), logging.getLogger("switchtitan")]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
+def test_the_log_goes_on_where_nobody_reads_the_output(own_handlers, tmp_path, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        configure_logging(is_main=True, log_file=tmp_path / "log")
+        for number in range(3):
+            logging.getLogger("switchtitan").info("line %d", number)
+        monkeypatch.undo()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line[-6:] for line in lines] == ["line 0", "line 1", "line 2"]
+    assert capfd.readouterr().err.count("standard output was closed") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def use_terminal(monkeypatch, delay_s=0.01):
+    """What is written on standard error, a terminal; work is slow after `delay_s`.
+
+    Not a fixture: pytest replaces standard error again after the fixtures.
+    """
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "DELAY_S", delay_s)
+    monkeypatch.delenv("RANK", raising=False)
+    return stream
+
+
+def work(num_items):
+    done = []
+    for item in progress_bar("working", range(num_items), total=num_items, unit="items"):
+        time.sleep(0.06)
+        done.append(item)
+    return done
+
+
+def test_slow_work_has_a_bar_and_quick_work_none(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    assert work(4) == [0, 1, 2, 3]
+    assert re.search(r"working: +\d+%.*/4 ", terminal.getvalue())
+    quick = use_terminal(monkeypatch, delay_s=60)
+    assert work(2) == [0, 1]
+    assert quick.getvalue().strip() == ""
+
+
+def test_other_ranks_and_files_have_no_bar(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    monkeypatch.setenv("RANK", "1")
+    work(2)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    work(2)
+    with slow_note("still working", delay_s=0.01):
+        time.sleep(0.1)
+    assert terminal.getvalue() == file.getvalue() == ""
+
+
+def test_a_note_says_that_work_is_slow(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    with slow_note("quick", delay_s=60):
+        pass
+    with slow_note("still working", delay_s=0.01):
+        time.sleep(0.2)
+    assert terminal.getvalue() == "still working\n"
+
+
+class Record:
+    def __init__(self):
+        self.calls = []
+
+    def begin(self, name):
+        self.calls.append(name)
+
+    def end(self):
+        self.calls.append("end")
+
+
+@pytest.fixture
+def record():
+    observer = Record()
+    observe_regions(observer)
+    yield observer
+    stop_observing_regions(observer)
+
+
+def test_an_observer_sees_the_begin_and_the_end_of_nested_regions(record):
+    with region("outer"), region("inner"):
+        record.calls.append("work")
+    with pytest.raises(ValueError, match="within"), region("fails"):
+        raise ValueError("within")
+    assert record.calls == ["outer", "inner", "work", "end", "end", "fails", "end"]
+
+
+def test_an_observer_that_starts_or_stops_inside_a_region_sees_pairs(record):
+    late = Record()
+    with region("first"):
+        observe_regions(late)
+        stop_observing_regions(record)
+        with region("second"):
+            pass
+    stop_observing_regions(late)
+    assert record.calls == ["first", "end"]
+    assert late.calls == ["second", "end"]
