@@ -1,11 +1,14 @@
 """Parameters and gradients for tests of optimizers, equal in every call."""
 
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from switchtitan.contracts import TrainingOptimizer
+from switchtitan.optim.rounded_moments import RoundedUpdate
 
 Shapes = Mapping[str, tuple[int, ...]]
 """By the parameter's name."""
@@ -34,3 +37,13 @@ def train(optimizer: TrainingOptimizer, named: dict[str, nn.Parameter], steps: r
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
+
+
+def limit_elements_per_call(monkeypatch: Any, module: ModuleType, num_elements: int) -> None:
+    """Makes the parts small in which uncompiled operations of a module take large tensors."""
+    monkeypatch.setattr(module, "_MAX_ELEMENTS", num_elements)
+
+
+def rounding_keys(update: RoundedUpdate) -> list[Tensor]:
+    """Of each parameter, in order."""
+    return list(update._keys.values())

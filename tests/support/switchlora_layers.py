@@ -3,11 +3,13 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear
+from switchtitan.methods.switchlora import factor_groups, vector_adamw
 from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.factor_muon import FactorMuon
@@ -16,12 +18,6 @@ from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
-
-
-def least_moving(rank: int, interval: float, freeze_steps: int, **keys: Any) -> SwitchLoraConfig:
-    """A configuration whose switches are spread evenly; vectors that move least come first."""
-    keys = {"decay": "constant", "order": "least_moving"} | keys
-    return SwitchLoraConfig(rank=rank, interval=interval, freeze_steps=freeze_steps, **keys)
 
 
 def with_interval(interval: float, **keys: Any) -> SwitchLoraConfig:
@@ -95,3 +91,36 @@ def effective_weight(layer: LowRankLinear) -> torch.Tensor:
 def relative_change(after: torch.Tensor, before: torch.Tensor) -> float:
     """|after - before| / |before| in Frobenius norms."""
     return ((after - before).norm() / before.norm()).item()
+
+
+def requested_and_switched(
+    optimizer: SwitchLoraOptimizer, num_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Switches `num_steps` times; returns how many vectors of each layer were due and switched."""
+    requested = sum(optimizer._schedule.requested(step) for step in range(num_steps))
+    for _ in range(num_steps):
+        optimizer.switch()
+    return np.asarray(requested), optimizer._counts.num_switched
+
+
+def limit_elements_per_call(monkeypatch: Any, num_elements: int) -> None:
+    """Makes groups of factors small: the number for 10 million elements is one for few."""
+    monkeypatch.setattr(factor_groups, "_ELEMENTS_PER_CALL", num_elements)
+
+
+def limit_elements_in_cache(monkeypatch: Any, num_elements: int) -> None:
+    """Makes the blocks small that a CPU updates at a time."""
+    monkeypatch.setattr(vector_adamw, "_ELEMENTS_IN_CACHE", num_elements)
+
+
+def are_groups_in_place(rule: VectorAdamW | FactorMuon) -> bool:
+    """Whether the factors of every group lie next to each other, so that none was copied."""
+    return all(matrix is not None for matrix in rule._factors._matrices)
+
+
+def replace_first_shard(rule: VectorAdamW, value: float) -> torch.nn.Parameter:
+    """Replaces a parameter, as FSDP replaces the local shard of a DTensor; with a gradient."""
+    factors = rule._factors.factors
+    factors[0] = torch.nn.Parameter(torch.full_like(factors[0], value))
+    factors[0].grad = torch.ones_like(factors[0])
+    return factors[0]

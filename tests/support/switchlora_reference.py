@@ -19,7 +19,7 @@ class ReferenceLayer(nn.Module):
     Args:
         puts_back: whether switched-out vectors become candidates; otherwise they are dropped.
         resets: moments that a switch resets: "counterpart", "both" or "none"; "momentum": only the
-            counterpart's first moment; "rescaled": that, and its second moment is multiplied.
+            counterpart's first moment.
     """
 
     def __init__(
@@ -65,12 +65,6 @@ class ReferenceLayer(nn.Module):
                 self.reset_b(i)
             if self.resets == "momentum":
                 self.moments_b[0][:, i] = 0
-            if self.resets == "rescaled":
-                self.moments_b[0][:, i] = 0
-                if old.any() and new.any():
-                    self.moments_b[1][:, i] *= sum(new**2) / sum(old**2)
-                else:
-                    self.reset_b(i)
             if self.resets == "both":
                 self.reset_a(i)
             self.next_row = (self.next_row + 1) % self.rank
@@ -86,12 +80,6 @@ class ReferenceLayer(nn.Module):
                 self.reset_a(j)
             if self.resets == "momentum":
                 self.moments_a[0][j] = 0
-            if self.resets == "rescaled":
-                self.moments_a[0][j] = 0
-                if old.any() and new.any():
-                    self.moments_a[1][j] *= sum(new**2) / sum(old**2)
-                else:
-                    self.reset_a(j)
             if self.resets == "both":
                 self.reset_b(j)
             self.next_column = (self.next_column + 1) % self.rank

@@ -1,47 +1,243 @@
-"""The loss equals its definition."""
+"""The loss in chunks equals torch's cross entropy of all logits, also with a tied head."""
 
+import copy
 import math
 
+import pytest
 import torch
+import torch.nn.functional as F
+from support.losses import align_rows, record_strides
+from support.tiny import tiny_config
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
+from switchtitan.benchmark.peak_memory import peak_extra_bytes
+from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
-from switchtitan.models.loss import summed_cross_entropy
+from switchtitan.distributed.count_collectives import CountingMode
+from switchtitan.models import MODELS
+from switchtitan.models import loss as loss_module
+from switchtitan.models.head import Head, TiedHead
+from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
 
-VOCABULARY = 13
+VOCABULARY, DIM, DIVISOR = 61, 12, 7
+EAGER = CrossEntropy(compile_regions=False)
 
 
-def draw(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """15 tokens of [3, 5] make 4 chunks of 4, so the last one is padded."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 4 * VOCABULARY)
+
+
+def draw(dtype, shape=(3, 5)):
+    """Hidden states, head and targets, some of which are ignored."""
     generator = torch.Generator().manual_seed(0)
-    logits = (5 * torch.randn(3, 7, VOCABULARY, generator=generator)).to(dtype)
-    return logits, torch.randint(VOCABULARY, (3, 7), generator=generator)
+    hidden = torch.randn(*shape, DIM, generator=generator)
+    head = Head(DIM, VOCABULARY)
+    head.weight.data.normal_(generator=generator)
+    targets = torch.randint(VOCABULARY, shape, generator=generator)
+    targets[0, 2] = targets[-1, -2:] = IGNORED_TARGET
+    return hidden.to(dtype).requires_grad_(), head.to(dtype), targets
 
 
-def by_hand(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """The sum of -log softmax at each target, number by number in float64."""
-    total = 0.0
-    for row, target in zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist(), strict=True):
-        if target != IGNORED_TARGET:
-            total += math.log(math.fsum(map(math.exp, row))) - row[target]
-    return total
-
-
-def test_loss_is_the_sum_of_negative_log_probabilities_in_fp32():
-    for dtype in (torch.float32, torch.bfloat16):
-        logits, targets = draw(dtype)
-        loss = summed_cross_entropy(logits, targets)
-        assert loss.dtype == torch.float32
-        # fp32 rounds 21 terms of order 10 by 6e-8 each; bfloat16 would by 4e-3.
-        assert abs(loss.item() / by_hand(logits, targets) - 1) < 1e-6
-
-
-def test_ignored_targets_have_no_loss_and_no_gradient():
-    logits, targets = draw(torch.float32)
-    logits.requires_grad_()
-    targets[0, 2] = targets[2] = IGNORED_TARGET
-    loss = summed_cross_entropy(logits, targets)
+def of_all_logits(hidden, head, targets):
+    """Loss and gradients by torch's operations, in float64."""
+    hidden = hidden.detach().double().requires_grad_()
+    weight = head.weight.detach().double().requires_grad_()
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    keys = {"ignore_index": IGNORED_TARGET, "reduction": "sum"}
+    loss = F.cross_entropy(logits, targets.flatten(), **keys) / DIVISOR
     loss.backward()
-    assert abs(loss.item() / by_hand(logits, targets) - 1) < 1e-6
-    ignored = targets == IGNORED_TARGET
-    assert not logits.grad[ignored].any()
-    assert logits.grad[~ignored].any(dim=-1).all()
-    assert summed_cross_entropy(logits[2:], targets[2:]).item() == 0.0
+    return loss.item(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [1, 4, 5, 15, 100])
+def test_loss_and_gradients_equal_those_of_all_logits(monkeypatch, tokens_per_chunk):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * tokens_per_chunk * VOCABULARY)
+    # 21 tokens in at most 16 chunks: 11 chunks of 2.
+    hidden, head, targets = draw(torch.float64, (3, 7))
+    expected, grad_hidden, grad_weight = of_all_logits(hidden, head, targets)
+    loss = EAGER(hidden, head, targets, DIVISOR)
+    # Scaled, since callers may scale the loss.
+    (3 * loss).backward()
+    # float64 rounds some hundred terms by 1e-16 each.
+    assert math.isclose(loss.item(), expected, rel_tol=1e-14)
+    torch.testing.assert_close(hidden.grad, 3 * grad_hidden, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(head.weight.grad, 3 * grad_weight, rtol=1e-12, atol=1e-13)
+    with torch.no_grad():
+        assert EAGER(hidden, head, targets, DIVISOR).item() == loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aligned_rows_compute_the_same(monkeypatch, dtype):
+    hidden, head, targets = draw(dtype)
+    loss_fn = CrossEntropy(compile_regions=False)
+    results, strides = [], record_strides(loss_fn)
+    for is_aligned in (False, True):
+        align_rows(monkeypatch, is_aligned)
+        loss = loss_fn(hidden, head, targets, DIVISOR)
+        with torch.no_grad():
+            alone = loss_fn(hidden, head, targets, DIVISOR)
+        results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
+    # 61 numbers take 244 or 122 bytes.
+    assert strides == [VOCABULARY] * 4 + [64] * 4
+    # Products may sum in another order.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_ignored_targets_have_no_gradient_and_no_loss():
+    hidden, head, targets = draw(torch.float32)
+    EAGER(hidden, head, targets).backward()
+    is_ignored = targets == IGNORED_TARGET
+    assert not hidden.grad[is_ignored].any()
+    assert hidden.grad[~is_ignored].any(dim=-1).all()
+    assert EAGER(hidden, head, torch.full_like(targets, IGNORED_TARGET)).item() == 0.0
+
+
+def test_large_logits_neither_overflow_nor_round_in_bfloat16():
+    hidden, head, targets = draw(torch.bfloat16)
+    head.weight.data *= 100
+    logits = F.linear(hidden, head.weight)
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="sum")
+    for loss in (EAGER(hidden, head, targets), summed_cross_entropy(logits, targets)):
+        assert loss.dtype == torch.float32
+        # fp32 rounds 12 terms of order 1000 by 6e-8 each; bfloat16 would by 4e-3.
+        assert math.isclose(loss.item(), expected.item(), rel_tol=1e-6)
+
+
+def test_bfloat16_gradients_are_about_as_good_as_those_of_all_logits():
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(1, 200, DIM, generator=generator).bfloat16().requires_grad_()
+    head = draw(torch.bfloat16)[1]
+    targets = torch.randint(VOCABULARY, (1, 200), generator=generator)
+    _, *exact = of_all_logits(hidden, head, targets)
+
+    def errors(loss):
+        grads = torch.autograd.grad(loss, (hidden, head.weight))
+        pairs = zip(grads, exact, strict=True)
+        return [((grad - true).norm() / true.norm()).item() for grad, true in pairs]
+
+    ours_hidden, ours_weight = errors(EAGER(hidden, head, targets, DIVISOR))
+    plain = summed_cross_entropy(head(hidden), targets) / DIVISOR
+    plain_hidden, plain_weight = errors(plain)
+    assert ours_hidden < 1.01 * plain_hidden
+    # The products of 16 chunks are rounded to bfloat16, accumulated in fp32 and rounded again: a
+    # factor of sqrt(2) for equal independent errors. Accumulating in bfloat16 gives about 4.
+    assert ours_weight < 1.5 * plain_weight
+
+
+def test_either_gradient_is_computed_without_the_other_and_once():
+    hidden, head, targets = draw(torch.float32)
+    both = torch.autograd.grad(EAGER(hidden, head, targets), (hidden, head.weight))
+    of_weight = torch.autograd.grad(EAGER(hidden.detach(), head, targets), head.weight)
+    head.requires_grad_(False)
+    loss = EAGER(hidden, head, targets)
+    of_hidden = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert all(map(torch.equal, (*of_hidden, *of_weight), both))
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+class Doubled(nn.Module):
+    """A head that is not a plain linear layer."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden):
+        return 2 * self.head(hidden)
+
+
+def test_any_other_head_computes_its_own_logits():
+    hidden, head, targets = draw(torch.float32)
+    loss = EAGER(hidden, Doubled(head), targets, DIVISOR)
+    loss.backward()
+    head.weight.data *= 2
+    expected, grad_hidden, _ = of_all_logits(hidden, head, targets)
+    # fp32 sums of 61 and of 12 terms.
+    assert math.isclose(loss.item(), expected, rel_tol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_chunks_share_a_graph_and_compute_the_same():
+    hidden, head, targets = draw(torch.float32)
+    compiled, results = CrossEntropy(compile_regions=True), []
+    for loss_of in (compiled, EAGER):
+        loss = loss_of(hidden, head, targets)
+        with torch.no_grad():
+            alone = loss_of(hidden, head, targets)
+        results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
+    # fp32 sums in another order.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    # One with gradients and one without; the padded last chunk shares them.
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_the_peak_holds_a_fraction_of_the_logits():
+    """16 chunks at 4 + 4 bytes per logit (gradients overwrite logits); 4 + 4 * 3 without chunks."""
+    hidden, head, targets = draw(torch.float32, (4, 240))
+    cpu = torch.device("cpu")
+    ours = peak_extra_bytes(lambda: EAGER(hidden, head, targets).backward(), cpu)
+    plain = peak_extra_bytes(lambda: summed_cross_entropy(head(hidden), targets).backward(), cpu)
+    assert plain > 2 * 4 * 960 * VOCABULARY
+    assert ours < plain / 4
+
+
+class MostLogits(CountingMode):
+    """Finds the most rows of a tensor whose rows are as long as the vocabulary."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.num_rows = 0
+        self.vocabulary = vocabulary
+
+    def count(self, func, args, kwargs, result):
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.num_rows = max(self.num_rows, tensor.numel() // self.vocabulary)
+
+
+def test_a_sharded_model_computes_its_loss_in_chunks(monkeypatch, tmp_path):
+    """FSDP changes the class of the head, and gathers its weight in hooks of its call."""
+    num_ranks = 2
+    batch = ("--training.local_batch_size", "16", "--training.global_batch_size")
+    config = tiny_config(tmp_path, "full_rank", *batch, f"{32 * num_ranks}", num_ranks=num_ranks)
+    num_tokens, vocabulary = 16 * config.data.seq_len, config.model.vocab_size
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * (num_tokens // 4) * vocabulary)
+    with fake_stepper(config, num_ranks) as stepper:
+        with MostLogits(vocabulary) as logits:
+            stepper.step()
+        assert logits.num_rows == num_tokens // 4
+
+
+def test_a_tied_head_has_no_parameter_of_its_own_and_adds_to_the_embeddings_gradient():
+    torch.manual_seed(0)
+    embedding = nn.Embedding(11, 5)
+    head = TiedHead(embedding)
+    assert not list(head.parameters())
+    tokens, targets = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, embedding.weight)[0]
+
+    hidden = embedding(tokens).sin()
+    expected = gradient(summed_cross_entropy(hidden @ embedding.weight.t(), targets))
+    torch.testing.assert_close(gradient(EAGER(embedding(tokens).sin(), head, targets)), expected)
+    # The control: without the embedding's part, the gradient is another one.
+    assert (gradient(EAGER(hidden.detach(), head, targets)) - expected).abs().max() > 0.1
+
+
+def test_a_copy_of_the_model_is_tied_to_its_own_embedding():
+    keys = {"hidden_size": 8, "intermediate_size": 9, "num_layers": 1, "num_heads": 2}
+    model = MODELS.build(MODELS.restore({"name": "llama", "tied_head": True, **keys}))
+    copied = copy.deepcopy(model)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    with torch.no_grad():
+        copied.model.embed_tokens.weight.zero_()
+        assert not copied(tokens, tokens).any()
+        assert model(tokens, tokens).any()

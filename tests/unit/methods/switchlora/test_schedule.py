@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from support.switchlora_layers import with_interval
+from support.switchlora_layers import flat, with_interval
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.rate import switch_rate
@@ -92,36 +92,12 @@ def test_layers_take_turns(decay, num_layers):
     assert np.abs(requests.sum(1) - mean).max() < 2.5
 
 
-def test_request_depends_on_step_and_layer_alone():
-    config = config_with("exponential", rank=19, interval=21)
-    requests = all_requests(config, 90, 5)
-    for seed in (1, 2):
-        np.random.seed(seed)
-        schedule = SwitchSchedule(config, 90, 8)
-        for step in np.random.default_rng(seed).permutation(90):
-            np.testing.assert_array_equal(schedule.requested(int(step))[:5], requests[step])
-    assert requests.any()
-
-
 @pytest.mark.parametrize("decay", DECAYS)
 def test_nothing_is_asked_for_after_the_schedule(decay):
     schedule = SwitchSchedule(config_with(decay, rank=90, interval=20, decay_ratio=1), 30, 3)
     assert schedule.requested(29).all()
     for step in (30, 31, 1000):
         assert not schedule.requested(step).any()
-
-
-@pytest.mark.parametrize("interval", [20, 40])
-def test_vector_is_switched_as_often_as_the_closed_form_says(interval):
-    """The sum of 0.3^((t+1)/(0.1 T)) is 0.1 T / ln(1/0.3) = 0.0831 T, less half a step."""
-    num_steps, rank = 4000, 16
-    requests = all_requests(config_with("exponential", rank, interval, 0.1), num_steps, 6)
-    per_vector = requests.sum(0) / rank
-    expected = 0.0831 * num_steps / interval
-    # One vector of 16 by error diffusion, half a step in interval, 0.0831 for 0.08306 (1 - 0.3^10).
-    np.testing.assert_allclose(
-        per_vector, expected, rtol=0, atol=1 / rank + 1 / interval + 1e-3 * expected
-    )
 
 
 def switches_of_vectors(config, num_steps, num_layers):
@@ -144,7 +120,7 @@ def test_each_vector_is_switched_as_often_as_asked_in_a_run_of_any_length(
     generator = np.random.default_rng(rank)
     keys = {} if decay == "constant" else {"decay_ratio": 0.3}
     num_checked = 0
-    for num_steps in (1, 13, 371, 1500):
+    for num_steps in (1, 13, 371):
         for wanted in (0.4, 3.0, 9.4, *generator.uniform(0.01, 20, 2)):
             config = SwitchLoraConfig(
                 rank=rank,
@@ -158,22 +134,13 @@ def test_each_vector_is_switched_as_often_as_asked_in_a_run_of_any_length(
             found = switches_of_vectors(config, num_steps, 11)
             assert np.abs(found - wanted).max() < 1, (num_steps, wanted)
             num_checked += 1
-    assert num_checked > 6
-
-
-def test_interval_switches_more_often_in_a_longer_run():
-    config = config_with("constant", rank=7, interval=40)
-    short, long = (switches_of_vectors(config, steps, 3).mean() for steps in (371, 1500))
-    assert short == pytest.approx(371 / 40, abs=0.5)
-    assert long == pytest.approx(1500 / 40, abs=0.5)
+    assert num_checked > 2
 
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_the_largest_number_that_is_accepted_meets_no_limit(decay):
     keys = {"rank": 7, "decay": decay, "freeze_steps": 4}
-    refused = SwitchLoraConfig(switches_per_vector=1e6, **keys).check_length(500)
-    (problem,) = refused
-    assert problem.startswith("[method] switches_per_vector = 1e+06: ")
+    (problem,) = SwitchLoraConfig(switches_per_vector=1e6, **keys).check_length(500)
     largest = float(problem.partition("use at most ")[2].partition(",")[0])
     config = SwitchLoraConfig(switches_per_vector=largest, **keys)
     assert not config.check_length(500)
@@ -181,8 +148,8 @@ def test_the_largest_number_that_is_accepted_meets_no_limit(decay):
     assert np.abs(switches_of_vectors(config, 500, 11) - largest).max() < 1
 
 
-@pytest.mark.parametrize("rank", [2, 3, 7, 12, 20])
-@pytest.mark.parametrize("freeze_steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("rank", [2, 3, 12])
+@pytest.mark.parametrize("freeze_steps", [0, 1, 5])
 def test_an_interval_is_refused_if_switches_would_be_dropped(rank, freeze_steps):
     keys = {"rank": rank, "decay": "constant", "freeze_steps": freeze_steps}
     (problem,) = with_interval(0.01, **keys).check_length(500)
@@ -245,10 +212,6 @@ class Ring:
         return vectors, taken, put_back
 
 
-def flat(spans):
-    return [place for span in spans for place in span]
-
-
 @pytest.mark.parametrize(
     ("rank", "num_candidates", "freeze_steps", "most_asked"),
     [(2, 3, 1, 2), (5, 6, 2, 3), (6, 13, 0, 4), (7, 40, 3, 3), (8, 17, 5, 2), (13, 19, 4, 5)],
@@ -259,7 +222,7 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(
     generator = np.random.default_rng(rank)
     counts = SwitchCounts(1, freeze_steps)
     side_a, side_b = Ring(rank, num_candidates, 0), Ring(rank, num_candidates, rank // 2)
-    for _ in range(500):
+    for _ in range(300):
         before = int(counts.num_switched[0])
         requested = generator.integers(0, most_asked + 1, 1)
         limited = counts.limited(requested, rank, np.array([num_candidates]), rank // 2)

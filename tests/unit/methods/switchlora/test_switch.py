@@ -13,17 +13,11 @@ from support.switchlora_layers import (
 from support.tiny import tiny_trainer, train_steps
 
 from switchtitan.distributed.fsdp import free_gathered_weights
-from switchtitan.distributed.shards import ShardedRows, local
+from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.schedule import FACTOR_A, FACTOR_B, VectorSpan
-from switchtitan.methods.switchlora.switch import (
-    FreezeTimers,
-    fold_into_weight_,
-    places_in_table,
-    scale_rows_,
-    squared_norm_ratios,
-)
+from switchtitan.methods.switchlora.switch import FreezeTimers
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -50,7 +44,7 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_switch_keeps_the_effective_weight(shape, dtype, alpha, bound):
-    for seed in range(4):
+    for seed in range(3):
         layer, optimizer = switching_layer(shape, dtype, seed, num_per_step=1 + seed, alpha=alpha)
         for _ in range(12):
             before, factors = effective_weight(layer), [layer.lora_a.clone(), layer.lora_b.clone()]
@@ -62,7 +56,7 @@ def test_switch_keeps_the_effective_weight(shape, dtype, alpha, bound):
         assert optimizer.metrics()["switch/vectors_switched_total"] >= 12 * 2
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[1::2])
 def test_five_hundred_steps_of_switching_keep_the_effective_weight(shape):
     layer, optimizer = switching_layer(shape, torch.float32, seed=1)
     before, frozen_before = effective_weight(layer), layer.weight.clone()
@@ -144,29 +138,11 @@ def test_full_turn_of_the_ring_brings_all_vectors_back():
     )  # float64 rounding
 
 
-def test_fold_equals_the_change_of_the_product_element_by_element():
-    torch.manual_seed(0)
-    weight, counterparts_a, counterparts_b = torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3)
-    change_a, change_b, scale = torch.randn(3, 7), torch.randn(5, 3), 0.3
-    expected = weight.clone()
-    for o in range(5):
-        for i in range(7):
-            for k in range(3):
-                expected[o, i] += scale * counterparts_b[o, k] * change_a[k, i]
-                expected[o, i] += scale * change_b[o, k] * counterparts_a[k, i]
-    vectors_a, vectors_b = (
-        torch.cat([change_a, counterparts_a]),
-        torch.cat([counterparts_b.T, change_b.T]),
-    )
-    fold_into_weight_(weight, vectors_a, vectors_b, scale)
-    torch.testing.assert_close(weight, expected, rtol=0, atol=2e-6)  # six sums of size one in fp32
-
-
 @pytest.fixture(scope="module")
 def trained(corpora):
-    """A tiny model after 30 training steps; every layer switched in nearly every step."""
+    """A tiny model after 12 training steps; every layer switched in nearly every step."""
     trainer = tiny_trainer(corpora / "switch", "switchlora")
-    train_steps(trainer, 30)
+    train_steps(trainer, 12)
     yield trainer.stepper
     trainer.stepper.close()
 
@@ -396,51 +372,3 @@ def test_timer_started_again_counts_from_the_start():
         assert torch.equal(~timers.update_mask(), standing)
         timers.advance()
     assert timers.update_mask().all()
-
-
-def test_ratios_of_squared_norms_are_in_the_order_of_the_vectors():
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 5), (1, 7), (3, 5), (1, 4), (2, 7)]
-    new, old = (
-        [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-        for _ in range(2)
-    )
-    expected = [
-        sum(x * x for x in new_row) / sum(x * x for x in old_row)
-        for new_rows, old_rows in zip(new, old, strict=True)
-        for new_row, old_row in zip(new_rows.tolist(), old_rows.tolist(), strict=True)
-    ]
-    found = squared_norm_ratios(new, old)
-    torch.testing.assert_close(found, found.new_tensor(expected), rtol=1e-14, atol=0)
-
-
-def test_a_norm_of_zero_gives_no_usable_ratio():
-    zero, one = torch.zeros(1, 3), torch.ones(1, 3)
-    ratios = squared_norm_ratios([one, zero, zero, one], [zero, one, zero, one])
-    assert ((ratios > 0) & ratios.isfinite()).tolist() == [False, False, False, True]
-
-
-def test_only_the_rows_of_the_spans_are_scaled():
-    targets = [torch.ones(4, 5), torch.ones(3, 7), torch.ones(6, 5)]
-    rows = [ShardedRows(target) for target in targets]
-    factors = torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])
-    scale_rows_(
-        [rows[0], rows[1], rows[2], rows[0]],
-        [range(1, 2), range(2, 3), range(4, 6), range(3, 4)],
-        factors,
-    )
-    assert [target[:, 0].tolist() for target in targets] == [
-        [1, 2, 1, 6],
-        [1, 1, 3],
-        [1, 1, 1, 1, 4, 5],
-    ]
-    assert all((target == target[:, :1]).all() for target in targets)
-
-
-def test_places_of_vectors_in_a_table_are_those_of_its_indices():
-    table = torch.zeros(2, 3, 5)
-    spans = [VectorSpan(FACTOR_B, 2, range(3, 5)), VectorSpan(FACTOR_A, 1, range(1))]
-    table.view(-1)[places_in_table(table, spans)] = torch.tensor([1.0, 2.0, 3.0])
-    assert table[FACTOR_B, 2].tolist() == [0, 0, 0, 1, 2]
-    assert table[FACTOR_A, 1].tolist() == [3, 0, 0, 0, 0]
-    assert table.count_nonzero() == 3

@@ -1,0 +1,64 @@
+"""A LLaMA of two blocks, drawn in the default dtype, with or without a method's layers."""
+
+import torch
+import torch.nn.functional as F
+
+from switchtitan.contracts import Reparametrized
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+
+SEED, VOCABULARY = 3, 29
+MODEL = LlamaConfig(
+    name="llama",
+    size="9m",
+    hidden_size=12,
+    intermediate_size=17,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    vocab_size=VOCABULARY,
+    init_std=0.2,
+)
+
+
+@torch.no_grad()
+def draw_model(method=None):
+    """The model with its initial values, which are those of the plain model."""
+    model = MODELS.build(MODEL)
+    plain = {
+        name: model.initial_value(name, parameter.shape, generator_for(SEED, name)).to(parameter)
+        for name, parameter in model.named_parameters()
+    }
+    if method is not None:
+        method.prepare_model(model)
+    for prefix, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}
+        own = {name: tensor for name, tensor in own.items() if tensor is not None}
+        values = {name: plain.get(f"{prefix}.{name}") for name in own}
+        if isinstance(module, Reparametrized):
+            values = module.initial_tensors(
+                plain[f"{prefix}.weight"],
+                lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}"),
+            )
+        for name, tensor in own.items():
+            tensor.copy_(values[name])
+    return model
+
+
+def draw_batch(step):
+    return torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(step))
+
+
+def logits_of(model, step):
+    """Of the batch of a step, without its last tokens."""
+    tokens = draw_batch(step)[:, :-1]
+    return model(tokens, torch.zeros_like(tokens, dtype=torch.int32))
+
+
+def loss_and_gradients(model, step):
+    """Sets the gradients of a step; returns its loss."""
+    model.zero_grad()
+    loss = F.cross_entropy(logits_of(model, step).flatten(0, 1), draw_batch(step)[:, 1:].flatten())
+    loss.backward()
+    return loss.item()

@@ -1,0 +1,249 @@
+"""Whole runs of SwitchLoRA on a float64 LLaMA, next to the reference, and the authors' run."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support.small_llama import SEED, draw_batch, draw_model, logits_of
+from support.switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
+from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear, lora_init, low_rank_layers
+from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
+from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
+from switchtitan.optim import AdamW, AdamWConfig
+
+NUM_STEPS = 60
+RANK = 5  # k_proj and v_proj are [6, 12]: one candidate on each side waits, so their limit is felt
+ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, decay_norms=True)
+TOLERANCE = 1e-9  # float64 rounds at 1e-16; sixty steps of Adam with eps 1e-6 amplify by up to 1e5
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "linear_multi.npz"
+GOLDEN_RANK, GOLDEN_FREEZE_STEPS, NUM_GOLDEN_STEPS = 20, 5, 40
+GOLDEN_TOLERANCE = 2e-6  # fp32, forty steps of Adam; an independent port reached 2.4e-7
+
+
+def build_ours(config, num_steps=NUM_STEPS, compile_step=False):
+    method = SwitchLora(config, num_steps, seed=SEED)
+    model = draw_model(method)
+    return model, method.build_optimizer(model, ADAMW, compile_step)
+
+
+def initial_candidates(config, name, layer):
+    """Candidates [c, in] of A and [out, c] of B: the layer's if stored, recomputed if constant."""
+    if config.candidates == "swap":
+        return layer.candidates_a, layer.candidates_b.T
+    out_features, in_features = layer.weight.shape
+    std_a = (RANK * out_features**0.5 / in_features**1.5) ** 0.25 * 3**-0.25
+    std_b = (RANK / (out_features * in_features) ** 0.5) ** 0.25 * 3**-0.25
+    bounds = (
+        (3**0.5 * std_a, 3**0.5 * std_b)
+        if config.init == "switchlora"
+        else (in_features**-0.5, 0.0)
+    )
+    count = min(layer.weight.shape)
+    candidates_a = constant_candidates(SEED, f"{name}.candidates_a", count, in_features, bounds[0])
+    candidates_b = constant_candidates(
+        SEED, f"{name}.candidates_b", count, out_features, bounds[1]
+    ).T
+    return candidates_a.double(), candidates_b.double()
+
+
+def reference_rates(config):
+    """The formulas of the three decays, step by step."""
+    horizon = config.decay_ratio * NUM_STEPS
+    rate = {
+        "exponential": lambda t: 0.3 ** ((t + 1) / horizon),
+        "sigmoid": lambda t: 1 - 1 / (1 + math.exp(-10 * (t / horizon - 1))),
+        "constant": lambda t: 1.0,
+    }[config.decay]
+    return [rate(t) for t in range(NUM_STEPS)]
+
+
+def build_reference(config):
+    """Use the same initial candidates; compute their selection and W independently."""
+    model, drawn = draw_model(), low_rank_layers(build_ours(config)[0])
+    layers = {}
+    for name, ours in drawn.items():
+        layers[name] = ReferenceLayer(
+            model.get_submodule(name).weight.detach().clone(),
+            *initial_candidates(config, name, ours),
+            config.rank,
+            config.alpha / config.rank,
+            puts_back=config.candidates == "swap",
+            resets=config.reset_moments,
+        )
+        model.set_submodule(name, layers[name])
+    factors = {id(factor) for layer in layers.values() for factor in (layer.A, layer.B)}
+    optimizer = ReferenceSwitchLora(
+        list(layers.values()),
+        [parameter for parameter in model.parameters() if id(parameter) not in factors],
+        rates=reference_rates(config),
+        interval=config.interval,
+        freeze_steps=config.freeze_steps,
+        **ADAMW.model_dump(include={"lr", "betas", "eps", "weight_decay"}),
+    )
+    return model, layers, optimizer
+
+
+def run_step(model, optimizer, step):
+    """Train one step on its own batch; return the loss."""
+    loss = F.cross_entropy(logits_of(model, step).flatten(0, 1), draw_batch(step)[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return loss.item()
+
+
+def pairs_of_tensors(name, layer, state, reference):
+    """Ours and the reference's, by local name."""
+    pairs = {
+        "weight": (layer.weight, reference.W),
+        "lora_a": (layer.lora_a, reference.A),
+        "lora_b": (layer.lora_b, reference.B.T),
+    }
+    if reference.puts_back:
+        pairs["candidates_a"] = layer.candidates_a, reference.candidates_a
+        pairs["candidates_b"] = layer.candidates_b, reference.candidates_b.T
+    moments = {
+        "lora_a": reference.moments_a,
+        "lora_b": [moment.T for moment in reference.moments_b],
+    }
+    for factor, expected in moments.items():
+        for key, value in zip(("exp_avg", "exp_avg_sq"), expected, strict=True):
+            pairs[f"{factor}.{key}"] = state[f"{name}.{factor}.{key}"], value
+    return pairs
+
+
+def check_whole_run(config, compile_step=False, num_steps=NUM_STEPS):
+    """Switches, freezing and weight decay together, every tensor after every step."""
+    ours, optimizer = build_ours(config, compile_step=compile_step)
+    theirs, their_layers, reference = build_reference(config)
+    close = partial(torch.testing.assert_close, rtol=0, atol=TOLERANCE)
+    for step in range(num_steps):
+        loss = run_step(ours, optimizer, step)
+        assert loss == pytest.approx(run_step(theirs, reference, step), abs=TOLERANCE)
+        state = optimizer.state_dict()
+        assert state["switch.num_switched"].tolist() == reference.num_switched
+        for index, (name, layer) in enumerate(low_rank_layers(ours).items()):
+            other = their_layers[name]
+            timers, steps = (
+                state[f"switch.{key}"][:, index].tolist()
+                for key in ("freeze_steps_left", "vector_steps")
+            )
+            assert timers == [other.rest_a, other.rest_b]
+            assert steps == [other.steps_a, other.steps_b]
+            for key, pair in pairs_of_tensors(name, layer, state, other).items():
+                close(*pair, msg=partial("{}.{}, step {}: {}".format, name, key, step))
+        check_metrics(optimizer, reference)
+    for name, parameter in theirs.named_parameters():
+        if not name.endswith((".A", ".B")):
+            close(ours.get_parameter(name), parameter)
+    assert min(reference.num_switched) > 2, "too few switches to test anything"
+
+
+def check_metrics(optimizer, reference):
+    metrics = optimizer.metrics()
+    num_vectors = 2 * RANK * len(reference.layers)
+    assert metrics["switch/frozen_share"] == pytest.approx(reference.last_resting / num_vectors)
+    assert metrics["switch/vectors_switched_total"] == 2 * sum(reference.num_switched)
+    coverage = [
+        min(layer.num_candidates, RANK + switched) / layer.num_candidates
+        for layer, switched in zip(reference.layers, reference.num_switched, strict=True)
+    ]
+    assert metrics["switch/candidate_coverage"] == pytest.approx(sum(coverage) / len(coverage))
+
+
+def build_golden(golden, compile_step):
+    """The layer of the recorded run, and its optimizer."""
+    hyper = json.loads(str(golden["hyper_json"]))
+    buffers = {"candidates_a": LayerBuffer((23, 28)), "candidates_b": LayerBuffer((23, 23))}
+    layer = LowRankLinear(28, 23, GOLDEN_RANK, hyper["scaling"], lora_init, buffers=buffers)
+    with torch.no_grad():
+        for target, name in (
+            (layer.weight, "W"),
+            (layer.lora_a, "A"),
+            (layer.candidates_a, "poolA"),
+            (layer.candidates_b, "poolB"),
+        ):
+            target.copy_(torch.from_numpy(golden[f"mlp.init.{name}"]))
+        layer.lora_b.copy_(torch.from_numpy(golden["mlp.init.B"]).T)
+    config = SwitchLoraConfig(
+        rank=GOLDEN_RANK, interval=10, decay="constant", freeze_steps=GOLDEN_FREEZE_STEPS
+    )
+    adamw = AdamWConfig(lr=hyper["lr"])
+    layers, dense = {"mlp": layer}, AdamW(adamw, [])
+    rule = VectorAdamW(adamw, layers, compile_step)
+    optimizer = SwitchLoraOptimizer(config, layers, rule, dense, NUM_GOLDEN_STEPS, 0, compile_step)
+    return layer, optimizer
+
+
+def check_golden_trajectory(compile_step=False):
+    """Follows the run that was recorded from the original implementation, see tests/data/golden."""
+    with np.load(GOLDEN) as file:
+        golden = dict(file)
+    layer, optimizer = build_golden(golden, compile_step)
+    slots_a = np.asarray(golden["mlp.init.selA"]).copy()
+    slots_b = np.asarray(golden["mlp.init.selB"]).copy()
+    timers = torch.zeros(2, GOLDEN_RANK)
+    shares_of_frozen = []
+    for t in range(NUM_GOLDEN_STEPS):
+        x, y = torch.from_numpy(golden["x"][t]), torch.from_numpy(golden["y"][t])
+        loss = (layer(x) - y).square().mean()
+        assert loss.item() == pytest.approx(float(golden["loss"][t]), rel=GOLDEN_TOLERANCE)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([layer.lora_a, layer.lora_b], 1.0)
+        # Of all vectors, frozen ones included.
+        assert norm.item() == pytest.approx(float(golden["grad_norm"][t]), rel=1e-5)
+        factors = layer.lora_a, layer.lora_b
+        squares = torch.stack([factor.grad.square().sum(1) for factor in factors])
+        shares_of_frozen.append((squares[timers > 0].sum() / squares.sum()).item())
+        optimizer.step()
+        optimizer.zero_grad()
+
+        state = optimizer.state_dict()
+        switched = int(state["switch.num_switched"])
+        assert switched == 2 * (t + 1)
+        assert switched % GOLDEN_RANK == golden["mlp.ptrA"][t]
+        assert (GOLDEN_RANK // 2 + switched) % GOLDEN_RANK == golden["mlp.ptrB"][t]
+        for p in range(switched - 2, switched):
+            slots_a[p % GOLDEN_RANK] = slots_b[(GOLDEN_RANK // 2 + p) % GOLDEN_RANK] = p % 23
+        np.testing.assert_array_equal(slots_a, golden["mlp.selA"][t])
+        np.testing.assert_array_equal(slots_b, golden["mlp.selB"][t])
+        timers, steps = state["switch.freeze_steps_left"][:, 0], state["switch.vector_steps"][:, 0]
+        np.testing.assert_array_equal(timers[0], golden["mlp.fixA"][t])
+        np.testing.assert_array_equal(timers[1], golden["mlp.fixB"][t])
+        np.testing.assert_array_equal(steps[0], golden["mlp.stepA"][t])
+        np.testing.assert_array_equal(steps[1], golden["mlp.stepB"][t])
+        for tensor, name in (
+            (layer.weight, "W"),
+            (layer.lora_a, "A"),
+            (layer.lora_b.T, "B"),
+            (state["mlp.lora_a.exp_avg"], "mA"),
+            (state["mlp.lora_a.exp_avg_sq"], "vA"),
+            (state["mlp.lora_b.exp_avg"].T, "mB"),
+            (state["mlp.lora_b.exp_avg_sq"].T, "vB"),
+        ):
+            check_golden(tensor, golden[f"mlp.{name}"][t], f"{name} after step {t}")
+
+    # Without them, the norm would miss the recorded one.
+    assert max(shares_of_frozen) > 0.01
+
+    for candidates, slots, name in (
+        (layer.candidates_a, slots_a, "poolA"),
+        (layer.candidates_b, slots_b, "poolB"),
+    ):
+        waiting = np.setdiff1d(np.arange(23), slots)
+        check_golden(candidates[waiting], golden[f"mlp.final.{name}"][waiting], name)
+
+
+def check_golden(tensor, expected, name):
+    found = tensor.detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=GOLDEN_TOLERANCE, err_msg=name)

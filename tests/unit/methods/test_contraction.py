@@ -1,0 +1,130 @@
+"""The contractions compute the same, cost what the table says, and keep their inputs alone."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from switchtitan.methods.lowrank.contraction import (
+    cheapest_contraction,
+    dense_gradient,
+    factored,
+    merged,
+    num_flops,
+)
+
+CONTRACTIONS = [factored, merged, dense_gradient]
+OUT, IN, RANK, SCALE = 11, 7, 3, 0.37
+every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS, ids=lambda c: c.__name__)
+
+
+def draw(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def inputs(*leading):
+    """x, W, A and B; all but W are trained."""
+    shapes = [(*leading, IN), (RANK, IN), (RANK, OUT)]
+    x, lora_a, lora_b = (draw(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes))
+    return x, draw(OUT, IN, seed=9), lora_a, lora_b
+
+
+def plain(x, weight, lora_a, lora_b, scale):
+    """What autograd makes of the merged weight by itself."""
+    return x @ (weight.to(x.dtype) + scale * (lora_b.t() @ lora_a)).t()
+
+
+def compiled(function):
+    """Trace and partition as for Inductor, whose code generation does not change saved tensors."""
+    backend = "aot_eager_decomp_partition"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+@every_contraction
+@pytest.mark.parametrize("leading", [(11,), (2, 4), (2, 3, 2)])
+def test_value_and_gradients_are_those_of_the_dense_weight(contraction, leading):
+    tensors = x, weight, lora_a, lora_b = inputs(*leading)
+    grad = draw(*leading, OUT, seed=4)
+    expected = plain(*tensors, SCALE)
+    expected_grads = torch.autograd.grad(expected, (x, lora_a, lora_b), grad)
+    weight.requires_grad_()
+    out = contraction(*tensors, SCALE)
+    out.backward(grad)
+    assert weight.grad is None
+    # fp64: sums of at most 12 terms of order 1 to 10, roundings of 1e-16.
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for tensor, expected_grad in zip((x, lora_a, lora_b), expected_grads, strict=True):
+        torch.testing.assert_close(tensor.grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@every_contraction
+@pytest.mark.parametrize("without", ["x", "lora_a", "lora_b"])
+def test_an_input_that_needs_no_gradient_gets_none(contraction, without):
+    named = dict(zip(("x", "weight", "lora_a", "lora_b"), inputs(6), strict=True))
+    named[without].requires_grad_(False)
+    contraction(*named.values(), SCALE).sum().backward()
+    assert {name for name, tensor in named.items() if tensor.grad is not None} == {
+        "x",
+        "lora_a",
+        "lora_b",
+    } - {without}
+
+
+@every_contraction
+def test_the_table_counts_the_operations_of_forward_and_backward(contraction):
+    num_tokens = 11
+    with FlopCounterMode(display=False) as counter:
+        contraction(*inputs(num_tokens), SCALE).sum().backward()
+    assert counter.get_total_flops() == num_flops(contraction, OUT, IN, RANK, num_tokens)
+
+
+def test_the_choice_costs_least_and_every_contraction_is_chosen_somewhere():
+    chosen = set()
+    for shape in [(1024, 1024), (2736, 1024), (1024, 2736)]:
+        for rank in (4, 128, 256, 512, 1000):
+            for num_tokens in (1, 64, 700, 2048, 36864):
+                choice = cheapest_contraction(*shape, rank, num_tokens)
+                costs = [num_flops(each, *shape, rank, num_tokens) for each in CONTRACTIONS]
+                assert num_flops(choice, *shape, rank, num_tokens) == min(costs)
+                chosen.add(choice)
+    assert chosen == set(CONTRACTIONS)
+
+
+def saved_besides_inputs(function, tensors):
+    """Shapes of the saved tensors that share no memory with the inputs of the forward pass."""
+    kept = []
+
+    def record(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        out = function(*tensors, SCALE)
+    leaves = (tensors[0], tensors[2], tensors[3])
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    expected = torch.autograd.grad(plain(*tensors, SCALE).square().sum(), leaves)
+    # Sums of some 10 products of order 1 to 100 in fp64, in another order.
+    torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
+    held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    others = [each.shape for each in kept if each.untyped_storage().data_ptr() not in held]
+    assert len(others) < len(kept), "the hooks saw nothing, not even x"
+    return [tuple(shape) for shape in others]
+
+
+@every_contraction
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_nothing_but_inputs_and_the_thin_product_is_kept(contraction, is_compiled, weight_dtype):
+    """Not the merged weight, and no cast of a weight of another dtype."""
+    num_tokens = 2
+    x, weight, lora_a, lora_b = inputs(num_tokens)
+    # fp32 values, which the others' fp64 can hold: nothing is rounded.
+    tensors = x, weight.float().to(weight_dtype), lora_a, lora_b
+    saved = saved_besides_inputs(compiled(contraction) if is_compiled else contraction, tensors)
+    assert all(sorted(shape) == [num_tokens, RANK] for shape in saved)
+    assert contraction is factored or not saved
+    if contraction is merged:
+        # The control: plain autograd keeps it.
+        function = compiled(plain) if is_compiled else plain
+        assert {(OUT, IN), (IN, OUT)} & set(saved_besides_inputs(function, tensors))

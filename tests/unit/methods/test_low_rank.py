@@ -1,0 +1,252 @@
+"""Low-rank layers replace linear ones and start with the same function; bf16 weights stay unbiased
+under small additions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from switchtitan.contracts import Reparametrized
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.errors import ConfigError
+from switchtitan.methods import METHODS
+from switchtitan.methods.lora import LoraConfig
+from switchtitan.methods.lowrank import (
+    LayerBuffer,
+    LowRankLinear,
+    balanced_init,
+    lora_init,
+    low_rank_layer_for,
+    low_rank_layers,
+    replace_linears,
+)
+from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contraction, num_flops
+from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
+
+OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
+
+
+def draw(*shape, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def build_layer(**settings):
+    layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, **settings).double()
+    for seed, parameter in enumerate(layer.parameters()):
+        parameter.copy_(draw(*parameter.shape, seed=seed))
+    return layer
+
+
+def merged_weight(layer):
+    return layer.weight + SCALE * layer.lora_b.T @ layer.lora_a
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(4,), (2, 6)])
+def test_it_computes_the_dense_layer_of_its_merged_weight(bias, leading):
+    layer, x = build_layer(bias=bias), draw(*leading, IN)
+    expected = F.linear(x, merged_weight(layer), layer.bias)
+    # fp64 sums of a few terms of order 1.
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert all(p.grad is not None for name, p in layer.named_parameters() if name != "weight")
+    assert (layer.bias is not None) == bias
+
+
+def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
+    dropout = 0.4
+    layer, x = build_layer(bias=True, dropout=dropout), draw(9, IN)
+    torch.manual_seed(5)
+    dropped = layer(x)
+    torch.manual_seed(5)
+    masked = F.dropout(x, dropout)
+    expected = F.linear(x, layer.weight, layer.bias)
+    expected = expected + SCALE * masked @ layer.lora_a.T @ layer.lora_b
+    torch.testing.assert_close(dropped, expected, rtol=1e-12, atol=1e-12)
+    layer.eval()
+    merged = F.linear(x, merged_weight(layer), layer.bias)
+    torch.testing.assert_close(layer(x), merged, rtol=1e-12, atol=1e-12)
+
+
+def test_buffers_are_registered_and_declared_sharded():
+    buffers = {
+        "candidates_a": LayerBuffer((5, IN), torch.bfloat16),
+        "candidates_b": LayerBuffer((5, OUT), is_on_host=True),
+    }
+    layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, buffers=buffers)
+    assert isinstance(layer, Reparametrized)
+    assert layer.sharded_buffers() == ("candidates_a", "candidates_b")
+    assert layer.host_buffers() == ("candidates_b",)
+    found = {name: (tuple(b.shape), b.dtype) for name, b in layer.named_buffers()}
+    assert found["candidates_a"] == ((5, IN), torch.bfloat16)
+    assert found["candidates_b"] == ((5, OUT), layer.weight.dtype)
+
+
+def build_model(device):
+    with torch.device(device):
+        inner = nn.ModuleDict({"up": nn.Linear(IN, OUT), "down": nn.Linear(OUT, IN, bias=False)})
+        return nn.ModuleDict({"first": inner, "norm": nn.LayerNorm(IN), "head": nn.Linear(IN, 2)})
+
+
+def replacement(name, linear):
+    return low_rank_layer_for(linear, LoraConfig(rank=RANK), SCALE, lora_init)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device):
+    model = build_model(device)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    replaced = replace_linears(model, ("down", "up"), replacement)
+    assert list(replaced) == ["first.up", "first.down"]
+    assert low_rank_layers(model) == replaced
+    assert type(model["head"]) is nn.Linear
+    assert {p.device.type for p in model.parameters()} == {device}
+    after = {name: p.shape for name, p in model.named_parameters()}
+    assert after.items() >= shapes.items()
+    factors = {f"first.{name}.lora_{side}" for name in ("up", "down") for side in "ab"}
+    assert after.keys() - shapes.keys() == factors
+
+
+def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
+    model = build_model("cpu")
+    with pytest.raises(ConfigError, match="'norm', 'upp'"):
+        replace_linears(model, ("up", "norm", "upp"), replacement)
+    assert not low_rank_layers(model)
+
+
+@pytest.mark.parametrize("name", ["cheapest", "factored", "merged", "dense_gradient"])
+def test_the_contraction_is_the_one_that_the_configuration_names(name):
+    num_tokens, rank = 64, 12
+    config = LoraConfig(rank=rank, contraction=name)
+    layer = low_rank_layer_for(nn.Linear(40, 30, bias=False), config, 0.5, lora_init)
+    chosen = cheapest_contraction(30, 40, rank, num_tokens) if name == "cheapest" else BY_NAME[name]
+    x = torch.randn(num_tokens, 40, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == num_flops(chosen, 30, 40, rank, num_tokens)
+    with pytest.raises(ValueError, match=r"contraction.*dropout = 0\.1"):
+        LoraConfig(rank=4, dropout=0.1, contraction="merged")
+
+
+# Large enough that means and variances can be compared with the formulas.
+LARGE = (90, 70, 30)
+
+
+def initial_tensors(init, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
+    weight = draw(out, in_, seed=0).float()
+    layer = LowRankLinear(in_, out, rank, SCALE, init)
+    return weight, layer.initial_tensors(weight.clone(), lambda name: generator_for(3, name))
+
+
+def check_uniform(values, std):
+    """Zero mean, the deviation of `std`, and bounds at sqrt(3) times that."""
+    count, bound = values.numel(), math.sqrt(3) * std
+    # Five standard errors: std / sqrt(n) of the mean, std^2 sqrt(0.8 / n) of a uniform's variance.
+    assert abs(values.mean().item()) < 5 * std / math.sqrt(count)
+    assert values.var().item() == pytest.approx(std**2, rel=5 * math.sqrt(0.8 / count))
+    assert 0.98 * bound < values.abs().max().item() <= bound * (1 + 1e-6)
+
+
+def test_lora_starts_with_b_zero_a_uniform_and_the_weight_untouched():
+    weight, tensors = initial_tensors(lora_init)
+    assert torch.equal(tensors["weight"], weight)
+    assert not tensors["lora_b"].any()
+    check_uniform(tensors["lora_a"], std=1 / math.sqrt(3 * LARGE[1]))
+
+
+def test_balanced_factors_have_the_published_deviations():
+    _, tensors = initial_tensors(balanced_init)
+    (out, in_, rank), root_of_gain = LARGE, 3**-0.25
+    check_uniform(tensors["lora_a"], std=(rank * out**0.5 / in_**1.5) ** 0.25 * root_of_gain)
+    check_uniform(tensors["lora_b"], std=(rank / (in_ * out) ** 0.5) ** 0.25 * root_of_gain)
+    assert not torch.equal(tensors["lora_a"].flatten()[:100], tensors["lora_b"].flatten()[:100])
+    torch.rand(3)  # another state of the global generator
+    assert all(torch.equal(initial_tensors(balanced_init)[1][key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 11)])
+@pytest.mark.parametrize(
+    ("method", "init"),
+    [("lora", "lora"), ("lora", "balanced"), ("switchlora", "switchlora"), ("switchlora", "lora")],
+)
+def test_every_init_of_every_method_keeps_the_plain_function(method, init, shape):
+    keys = {"rank": 3, "alpha": 2.0, "init": init, "targets": ("proj",)}
+    config = METHODS[method].config_type(name=method, **keys)
+    model = nn.ModuleDict({"proj": nn.Linear(shape[1], shape[0], bias=False)})
+    weight = model["proj"].weight.detach().clone()
+    METHODS.build(config, 10, seed=0).prepare_model(model)
+    layer = model["proj"]
+    assert isinstance(layer, Reparametrized)
+    tensors = layer.initial_tensors(weight, lambda name: generator_for(1, name))
+    layer.load_state_dict(tensors, strict=True)
+    x = draw(4, shape[1]).float()
+    # fp32, terms of order 1.
+    torch.testing.assert_close(layer(x), x @ weight.T, rtol=0, atol=2e-6)
+
+
+def layers_of(dtype):
+    made = {name: LowRankLinear(IN, OUT, RANK, 0.5, lora_init) for name in ("first", "second")}
+    for layer in made.values():
+        layer.weight.data = layer.weight.data.to(dtype)
+    return made
+
+
+def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same():
+    model = layers_of(torch.bfloat16)
+
+    def keys(seed, number):
+        roundings = StochasticRounding(model, seed, compile_step=False).of_event(number)
+        return [int(rounding.key) for rounding in roundings]
+
+    places = [(seed, number) for seed in (0, 1) for number in (1, 2, 40_000)]
+    drawn = [keys(*place) for place in places]
+    assert len({key for pair in drawn for key in pair}) == 2 * len(places)
+    assert [keys(*place) for place in places] == drawn
+
+
+def test_a_weight_of_its_factors_dtype_is_not_rounded():
+    rounding, _ = StochasticRounding(layers_of(torch.float32), 0, False).of_event(3)
+    assert rounding is None
+    weight, left, right = draw(OUT, IN), draw(OUT, 2), draw(2, IN)
+    expected = weight + 0.5 * left @ right
+    add_product_(weight, left, right, 0.5, rounding)
+    torch.testing.assert_close(weight, expected)
+
+
+def relative_error(kept, exact):
+    """Of the mean."""
+    return ((kept.double() - exact).mean() / exact.mean()).item()
+
+
+def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses():
+    """The relative error of the mean is at most 1e-7 for one change, 3e-6 after 60."""
+    num_changes, out_features, in_features, num_draws = 60, 512, 1024, 16
+    generator = torch.Generator().manual_seed(0)
+    start = (1 + torch.rand(out_features, in_features, generator=generator)).bfloat16()
+    weight, nearest = start.clone(), start.clone()
+    rounding = StochasticRounding(layers_of(torch.bfloat16), seed=0, compile_step=False)
+    left = torch.rand(out_features, 2, generator=generator)
+    right = 4e-6 * torch.rand(2, in_features, generator=generator)
+    change = 0.5 * (left.double() @ right.double())
+    errors = []
+    for number in range(num_changes):
+        add_product_(weight, left, right, 0.5, rounding.of_event(number)[0])
+        nearest.copy_(nearest.float() + 0.5 * (left @ right))
+        if number < num_draws:
+            once = start.clone()
+            add_product_(once, left, right, 0.5, rounding.of_event(num_changes + number)[0])
+            errors.append(relative_error(once, start + change))
+    # In one change one value in 8000 moves by 2^-7: a standard deviation of 9e-5. Divided by
+    # sqrt(2^19 values), the mean value 1.5 and sqrt(16 draws), this is 2e-8.
+    assert abs(sum(errors) / num_draws) <= 1e-7
+    assert relative_error(start, start + change) < -5e-7
+    # In all one in 130 moves: 7e-4, over 2^19 values and 1.5.
+    exact = start + num_changes * change
+    assert abs(relative_error(weight, exact)) <= 3e-6
+    assert relative_error(nearest, exact) < -2e-5

@@ -1,0 +1,390 @@
+"""Layers without a frozen weight: W = B A, and SLTrain's W = B A + S with S sparse."""
+
+import logging
+import math
+
+import pytest
+import torch
+from support.small_llama import draw_model, loss_and_gradients
+from support.tiny import full_tensors, tiny_config, tiny_stepper, tiny_trainer
+from support.trained import save_run
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.contracts import Reparametrized
+from switchtitan.distributed.initial_draws import plain_value
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.world import stop_world
+from switchtitan.errors import ConfigError
+from switchtitan.methods import product, sltrain
+from switchtitan.methods.product import ProductLinear, balanced_factors
+from switchtitan.methods.sltrain import (
+    SPARSE,
+    Sltrain,
+    SltrainConfig,
+    SparseProductLinear,
+    support,
+)
+from switchtitan.models import MODELS
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.parameters import parameter_groups
+
+RANK = 3
+SHAPES = [(7, 5), (5, 5), (5, 9)]
+SEED = 2**62 + 12345
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nearest(weight, rank):
+    """The best approximation by rank, in float64."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+def columns_of(shape, num_per_row, seed=SEED):
+    return support(shape, num_per_row, torch.tensor([seed]))
+
+
+def product_layer(out, in_, has_bias):
+    layer = ProductLinear(nn.Linear(in_, out, bias=has_bias), RANK)
+    return filled(layer)
+
+
+def sparse_layer(out, in_, has_bias=False, seed=SEED):
+    layer = SparseProductLinear(nn.Linear(in_, out, bias=has_bias), RANK, 0.1, seed)
+    layer.support_seed.fill_(seed)
+    return filled(layer)
+
+
+@torch.no_grad()
+def filled(layer):
+    layer.double()
+    for seed, parameter in enumerate(layer.parameters()):
+        parameter.copy_(draw(*parameter.shape, seed=seed))
+    return layer
+
+
+def dense_weight(layer):
+    """B A + S [out, in] of a layer; S is built value by value."""
+    matrix = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
+    if isinstance(layer, SparseProductLinear):
+        columns = columns_of(matrix.shape, layer.num_per_row)
+        values = iter(layer.sparse_values)
+        for row in range(layer.out_features):
+            for column in columns[row].tolist():
+                matrix[row, column] = next(values)
+    return layer.lora_b.T @ layer.lora_a + matrix
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_are_balanced_and_their_product_is_the_best_of_its_rank(shape):
+    weight = draw(*shape)
+    lora_a, lora_b = balanced_factors(weight, RANK)
+    assert lora_a.is_contiguous()
+    assert lora_b.is_contiguous()
+    # Rounded to fp32 once, values of order 1.
+    found = lora_b.double().T @ lora_a.double()
+    torch.testing.assert_close(found, nearest(weight, RANK), rtol=0, atol=1e-6)
+    roots = torch.linalg.svdvals(weight.double())[:RANK].sqrt().float()
+    torch.testing.assert_close(lora_a.norm(dim=1), roots)
+    torch.testing.assert_close(lora_b.norm(dim=1), roots)
+
+
+def test_a_weight_of_a_lower_rank_has_factors_that_are_finite():
+    weight = draw(7, 1) @ draw(1, 5, seed=1)
+    lora_a, lora_b = balanced_factors(weight, RANK)
+    assert all(torch.isfinite(factor).all() for factor in (lora_a, lora_b))
+    torch.testing.assert_close(lora_b.T @ lora_a, weight, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("build", [product_layer, sparse_layer])
+@pytest.mark.parametrize(
+    ("shape", "has_bias"), [((7, 40), False), ((30, 20), True), ((1, 9), False), ((5, 5), True)]
+)
+def test_a_layer_computes_its_dense_weight_and_the_gradients(build, shape, has_bias):
+    layer = build(*shape, has_bias)
+    x = draw(2, 4, shape[1], seed=8).double().requires_grad_()
+    expected = nn.functional.linear(x, dense_weight(layer), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    inputs = [x, *layer.parameters()]
+    ours = torch.autograd.grad(layer(x).square().sum(), inputs)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+    assert all(gradient.abs().min() > 0 for gradient in theirs), "each value matters"
+
+
+def all_rows(layer, first, last):
+    """Rows first to last of A, as many of B, and the sparse values from the first."""
+    rows = {"lora_a": range(first, last), "lora_b": range(last)}
+    rows["weight"] = range(layer.out_features)
+    if isinstance(layer, SparseProductLinear):
+        rows |= {SPARSE: range(first, len(layer.sparse_values)), "support_seed": range(1)}
+    return rows
+
+
+@pytest.mark.parametrize("build", [product_layer, sparse_layer])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranks_get_their_rows_of_the_same_initial_tensors(build, shape):
+    layer, weight = build(*shape, False), draw(*shape)
+    assert isinstance(layer, Reparametrized)
+
+    def initial_tensors(*rows):
+        return layer.initial_tensors(weight, lambda name: generator_for(1, name), *rows)
+
+    full = initial_tensors()
+    for first, last in ((0, 2), (2, 3), (3, 3)):
+        rows = all_rows(layer, first, last)
+        part = initial_tensors(rows)
+        assert part.keys() == full.keys()
+        for name, tensor in part.items():
+            assert torch.equal(tensor, full[name][rows[name].start : rows[name].stop]), name
+
+
+@pytest.mark.parametrize(("num_per_row", "in_features"), [(1, 9), (3, 20), (9, 9), (7, 2**20)])
+def test_each_part_of_a_row_has_one_position(num_per_row, in_features):
+    columns = columns_of((50, in_features), num_per_row)
+    assert columns.shape == (50, num_per_row)
+    for part in range(num_per_row):
+        start, end = (edge * in_features // num_per_row for edge in (part, part + 1))
+        assert (columns[:, part] >= start).all()
+        assert (columns[:, part] < end).all()
+
+
+def test_positions_do_not_change_between_versions():
+    """Otherwise the weights of saved runs would."""
+    assert columns_of((2, 1000), 4).tolist() == [[152, 333, 616, 958], [127, 341, 534, 956]]
+    assert columns_of((1, 10), 1, seed=0).tolist() == [[8]]
+
+
+def test_positions_are_uniform_and_differ_between_rows_and_seeds():
+    num_rows, in_features, num_per_row = 20_000, 24, 3
+    columns = columns_of((num_rows, in_features), num_per_row)
+    counts = torch.bincount(columns.flatten(), minlength=in_features).double()
+    expected = num_rows * num_per_row / in_features
+    # Chi-squared of 3 * 7 degrees of freedom: mean 21, deviation 6.5.
+    assert 4 < ((counts - expected) ** 2 / expected).sum() < 60
+    # Next rows, parts and seeds agree by chance in one of eight cases.
+    deviation = math.sqrt(1 / 8 * 7 / 8 / num_rows)
+    other = columns_of((num_rows, in_features), num_per_row, SEED + 1)
+    for first, second in (
+        (columns[1:, 0], columns[:-1, 0]),
+        (columns[:, 1] - 8, columns[:, 0]),
+        (other[:, 0], columns[:, 0]),
+    ):
+        assert abs((first == second).double().mean() - 1 / 8) < 5 * deviation
+
+
+class CountSupports(TorchDispatchMode):
+    """Counts how often positions are computed."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.switchtitan.support.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_pass_of_a_sparse_layer_computes_the_positions_once():
+    layer, x = sparse_layer(30, 20), draw(2, 4, 20).double().requires_grad_()
+    with CountSupports() as of_forward:
+        out = layer(x)
+    with CountSupports() as of_backward:
+        out.sum().backward()
+    assert (of_forward.number, of_backward.number) == (1, 1)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_sparse_layer_saves_its_inputs_alone(is_compiled):
+    layer, saved = sparse_layer(30, 20), []
+    x = draw(2, 4, 20).double().requires_grad_()
+    if is_compiled:
+        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+
+    def record(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        out = layer(x)
+    inputs = [x, *layer.parameters()]
+    ours = torch.autograd.grad(out.square().sum(), inputs)
+    theirs = torch.autograd.grad((x @ dense_weight(layer).T).square().sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+    held = {each.untyped_storage().data_ptr() for each in inputs}
+    others = [each for each in saved if each.untyped_storage().data_ptr() not in held]
+    assert all(each.numel() == 1 for each in others), "the seed, if anything"
+    assert len(saved) > len(others)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_layers_with_other_seeds_share_a_graph():
+    counter = CompileCounterWithBackend("eager")
+    layers = [sparse_layer(30, 20, seed=seed) for seed in (SEED, 7)]
+    x, outs = draw(4, 20).double(), []
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=counter)
+        outs.append(layer(x))
+        torch.testing.assert_close(outs[-1], layer.forward(x))
+    assert counter.frame_count == 1
+    assert not torch.allclose(*outs)
+
+
+def test_bf16_rounds_the_weight_once_and_the_product_once():
+    layer, x = sparse_layer(30, 20), draw(64, 20).double()
+    exact = x @ dense_weight(layer).T
+    rounded = layer.bfloat16()(x.bfloat16()).double()
+    # bf16 has 8 bits. The factors, their product, the sum and x are rounded, each by up to 2^-9.
+    assert 2**-10 < (rounded - exact).norm() / exact.norm() < 2**-7
+    gradients = torch.autograd.grad(rounded.square().sum(), list(layer.parameters()))
+    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+
+
+def initial_run(corpora, method):
+    """The tensors that a run of a method starts with, and its plain model and their values."""
+    folder = corpora / f"{method}-start"
+    config, trainer = tiny_config(folder, method), tiny_trainer(folder, method)
+    trainer.close()
+    tensors = full_tensors(trainer)
+    stop_world()
+    with torch.device("meta"):
+        plain = MODELS.build(config.model)
+    values = {
+        name: plain_value(plain, config.job.seed, name, parameter.shape)
+        for name, parameter in plain.named_parameters()
+    }
+    return config, tensors, values
+
+
+@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
+def test_a_run_starts_from_the_nearest_weights_and_plain_ones_where_it_has_a_value(corpora, method):
+    config, tensors, values = initial_run(corpora, method)
+    supports = {}
+    for name, drawn in values.items():
+        layer = name.removesuffix(".weight")
+        if f"model.{name}" in tensors:
+            assert torch.equal(tensors[f"model.{name}"], drawn), name
+            continue
+        lora_a, lora_b = (tensors[f"model.{layer}.{factor}"] for factor in ("lora_a", "lora_b"))
+        found = lora_b.double().T @ lora_a.double()
+        torch.testing.assert_close(found, nearest(drawn, 6), rtol=0, atol=1e-7)
+        if method == "sltrain":
+            seed = generator_for(config.job.seed, f"{layer}.support").initial_seed()
+            columns = columns_of(tuple(drawn.shape), round(0.1 * drawn.shape[1]), seed)
+            supports[layer] = columns
+            start = (lora_b.T @ lora_a).gather(1, columns)
+            sparse = tensors[f"model.{layer}.{SPARSE}"].view_as(columns)
+            # Rounded to fp32 once, values below 1.
+            torch.testing.assert_close(start + sparse, drawn.gather(1, columns), rtol=0, atol=1e-7)
+    assert len(supports) == (14 if method == "sltrain" else 0)
+    if supports:
+        block = "model.layers.{}.self_attn.q_proj"
+        assert not torch.equal(supports[block.format(0)], supports[block.format(1)])
+
+
+@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
+def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
+    folder = corpora / f"{method}-resumed"
+    save_run(folder, method, num_steps=2)
+    stop_world()
+    for module in (product, sltrain):
+        monkeypatch.setattr(module, "balanced_factors", lambda *_: pytest.fail("decomposed"))
+    resumed = tiny_trainer(folder, method)
+    resumed.close()
+    assert resumed.stepper.state.step == 2
+
+
+@torch.no_grad()
+def logits_of(folder, method, checkpoint):
+    """Of a run that starts from a checkpoint."""
+    trainer = tiny_trainer(folder, method, "--checkpoint.initial_weights", str(checkpoint))
+    trainer.close()
+    logits = trainer.stepper.model(draw_tokens(), torch.zeros(2, 16, dtype=torch.int32)).clone()
+    stop_world()
+    return logits
+
+
+def draw_tokens():
+    return torch.randint(0, 271, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_initial_weights_are_approximated_and_the_log_says_so(corpora, caplog):
+    runs = {
+        method: save_run(corpora / f"from-{method}", method) for method in ("full_rank", "low_rank")
+    }
+    stop_world()
+    own = logits_of(corpora / "own", "full_rank", runs["low_rank"])
+    with caplog.at_level(logging.WARNING):
+        exact = logits_of(corpora / "exact", "lora", runs["full_rank"])
+        assert "approximation" not in caplog.text
+        again = logits_of(corpora / "again", "low_rank", runs["low_rank"])
+        approximated = logits_of(corpora / "approximated", "low_rank", runs["full_rank"])
+    assert "'low_rank' starts from an approximation" in caplog.text
+    # A product of this rank is its own approximation, to fp32 rounding through two blocks.
+    torch.testing.assert_close(again, own, rtol=1e-5, atol=1e-5)
+    assert (approximated - exact).abs().max() > 1e-2
+
+
+def test_sparse_values_train_at_the_rate_of_the_factors(corpora):
+    keys = ("--optimizer.other_lr", "1e-30", "--lr_schedule.warmup_steps", "0")
+    stepper = tiny_stepper(tiny_config(corpora / "sltrain-rates", "sltrain", *keys))
+    before = {name: p.detach().clone() for name, p in stepper.model.named_parameters()}
+    stepper.step()
+    moved = {name for name, p in stepper.model.named_parameters() if not p.equal(before[name])}
+    stepper.close()
+    assert moved == {name for name in before if "lora_" in name or name.endswith(SPARSE)}
+
+
+def test_weight_decay_applies_to_the_factors_and_the_sparse_values(tmp_path):
+    config = tiny_config(tmp_path, "sltrain", "--optimizer.weight_decay", "0.1")
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    method = Sltrain(config.method, 40, 42)
+    method.prepare_model(model)
+    groups = parameter_groups(config.optimizer, method.trained_parameters(model))
+    decay = {name: group.weight_decay for group in groups for name in group.parameters}
+    assert decay["model.layers.0.mlp.up_proj.sparse_values"] == 0.1
+    assert decay["model.layers.0.mlp.up_proj.lora_a"] == 0.1
+    assert decay["model.norm.weight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr"), [("muon", 0.02), ("scale", 0.01), ("adafactor", 0.1), ("sgd", 0.3)]
+)
+def test_every_optimizer_moves_the_sparse_values_and_lowers_the_loss(optimizer, lr):
+    method = Sltrain(SltrainConfig(rank=3, density=0.2), 10, 0)
+    model = draw_model(method)
+    section = OPTIMIZERS[optimizer].config_type(lr=lr)
+    built = method.build_optimizer(model, section, compile_step=False)
+    named = {name: p for name, p in model.named_parameters() if name.endswith(SPARSE)}
+    start = {name: parameter.detach().clone() for name, parameter in named.items()}
+    losses = []
+    for _ in range(8):
+        losses.append(loss_and_gradients(model, step=0))
+        built.step()
+    assert losses[-1] < losses[0]
+    for name, parameter in named.items():
+        assert (parameter != start[name]).any(), name
+
+
+@pytest.mark.parametrize("in_features", [2, 20, 1001, 11008])
+def test_a_dense_sparse_matrix_is_refused_with_the_largest_density_that_is_accepted(in_features):
+    shapes = {"q_proj": (in_features, in_features)}
+
+    def problems(density):
+        return SltrainConfig(rank=1, density=density, targets=("q_proj",)).check_model(shapes)
+
+    (problem,) = problems(0.99999)
+    assert "density = 0.99999" in problem
+    largest = float(problem.partition("at most ")[2].partition(",")[0])
+    assert problems(largest) == []
+    assert largest > 1 - 1 / in_features - 1e-3
+
+
+def test_a_dense_sparse_matrix_ends_a_run_before_it_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"density = 0\.98"):
+        tiny_config(tmp_path, "sltrain", "--method.density", "0.98")

@@ -1,0 +1,320 @@
+"""GaLore, Fira and APOLLO equal a plain reading of their algorithms in float64."""
+
+from math import sqrt
+
+import pytest
+import torch
+from support.packages import needs_fira
+from support.projected_models import (
+    ADAM,
+    NUM_STEPS,
+    RANK,
+    TARGETS,
+    draw_gradients,
+    draw_model,
+    give_gradients,
+    steps_next_to_adamw,
+)
+
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.errors import ConfigError
+from switchtitan.methods.apollo import Apollo, ApolloConfig
+from switchtitan.methods.fira import Fira, FiraConfig
+from switchtitan.methods.galore import Galore, GaloreConfig
+from switchtitan.methods.projected.singular_bases import leading_singular_vectors
+
+SEED, INTERVAL, GROWTH = 3, 4, 1.3
+KEYS = {"update_interval": INTERVAL, "targets": TARGETS}
+CONFIGS = {
+    "galore": GaloreConfig(rank=RANK, scale=0.6, **KEYS),
+    "fira": FiraConfig(rank=RANK, scale=0.6, max_norm_growth=GROWTH, **KEYS),
+    "apollo": ApolloConfig(rank=RANK, scale=0.6, max_norm_growth=GROWTH, **KEYS),
+    "apollo_mini": ApolloConfig(rank=1, scaling="tensor", scale=sqrt(7), **KEYS),
+}
+METHODS = {GaloreConfig: Galore, FiraConfig: Fira, ApolloConfig: Apollo}
+
+
+def build(model, config, adam=ADAM, compile_step=False):
+    method = METHODS[type(config)](config, NUM_STEPS, SEED)
+    return method.build_optimizer(model, adam, compile_step)
+
+
+class Reference:
+    """One weight, whose gradient is projected on the left: tall and square ones are transposed.
+
+    The order of eps and bias correction is that of the authors' codes.
+    """
+
+    def __init__(self, name, weight, config):
+        self.name, self.config = name, config
+        self.weight = weight.detach().double().clone()
+        self.mean = self.mean_square = torch.zeros((), dtype=torch.float64)
+        self.num_steps = 0
+        self.last_norm, self.was_limited = None, False
+
+    def step(self, grad, lr):
+        is_turned = grad.shape[0] >= grad.shape[1]
+        grad = (grad.T if is_turned else grad).double()
+        if self.num_steps % INTERVAL == 0:
+            self.basis = self.new_basis(grad)
+        projected = self.basis.T @ grad
+        self.num_steps += 1
+        beta1, beta2 = ADAM.betas
+        self.mean = beta1 * self.mean + (1 - beta1) * projected
+        self.mean_square = beta2 * self.mean_square + (1 - beta2) * projected**2
+        update = self.update(grad, projected, self.mean / (self.mean_square**0.5 + ADAM.eps))
+        correction = (1 - beta2**self.num_steps) ** 0.5 / (1 - beta1**self.num_steps)
+        self.weight -= lr * ADAM.weight_decay * self.weight
+        self.weight -= lr * correction * (update.T if is_turned else update)
+
+    def limited(self, update):
+        """Fira's limiter: the norm grows by no more than a factor from step to step."""
+        norm, growth = update.norm(), self.config.max_norm_growth
+        self.was_limited = self.last_norm is not None and bool(norm > growth * self.last_norm)
+        if self.was_limited:
+            update = update * growth * self.last_norm / norm
+        self.last_norm = update.norm()
+        return update
+
+
+class GaloreReference(Reference):
+    """Algorithm 2 of the paper."""
+
+    def new_basis(self, grad):
+        columns = torch.linalg.svd(grad).U[:, :RANK]
+        # The paper leaves signs open.
+        signs = [1 if column[column.abs().argmax()] > 0 else -1 for column in columns.T]
+        return columns * torch.tensor(signs)
+
+    def update(self, grad, projected, normalized):
+        return self.config.scale * self.basis @ normalized
+
+
+class FiraReference(GaloreReference):
+    """GaLore, and what the projection leaves out, scaled like Adam scales its columns.
+
+    As in the authors' package, the rest lacks only `scale` times the projected gradient; the paper
+    subtracts all of it.
+    """
+
+    def update(self, grad, projected, normalized):
+        scale = self.config.scale
+        factors = normalized.norm(dim=0) / projected.norm(dim=0)
+        rest = (grad - scale * self.basis @ projected) * factors
+        return scale * self.basis @ normalized + self.limited(rest)
+
+
+class ApolloReference(Reference):
+    """Algorithm 1 of the paper."""
+
+    def new_basis(self, grad):
+        number = self.num_steps // INTERVAL
+        generator = generator_for(SEED, f"{self.name}.basis.{number}")
+        rank = self.config.rank
+        return torch.randn(len(grad), rank, generator=generator).double() / sqrt(rank)
+
+    def update(self, grad, projected, normalized):
+        dim = 0 if self.config.scaling == "channel" else None
+        factors = normalized.norm(dim=dim) / (projected.norm(dim=dim) + 1e-8)
+        return self.config.scale * self.limited(grad * factors)
+
+
+REFERENCES = {
+    "galore": GaloreReference,
+    "fira": FiraReference,
+    "apollo": ApolloReference,
+    "apollo_mini": ApolloReference,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "compile_step"),
+    [*((method, False) for method in CONFIGS), ("fira", True), ("apollo", True)],
+)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_every_orientation_equals_the_reference_in_every_step(method, compile_step):
+    config, model = CONFIGS[method], draw_model()
+    optimizer = build(model, config, compile_step=compile_step)
+    references = [
+        REFERENCES[method](f"{name}.weight", model.get_parameter(f"{name}.weight"), config)
+        for name in TARGETS
+    ]
+    num_limited = 0
+    for gradients, lr in steps_next_to_adamw(model, optimizer):
+        for reference in references:
+            reference.step(gradients[reference.name], lr)
+            ours = model.get_parameter(reference.name).double()
+            # Values of order 1, each step rounded at 6e-8; norms are sums of up to 45 squares.
+            torch.testing.assert_close(ours, reference.weight, rtol=2e-6, atol=2e-6)
+        now_limited = sum(reference.was_limited for reference in references)
+        share = optimizer.metrics().get("projection/limited_share", 0)
+        assert share == pytest.approx(now_limited / len(TARGETS))
+        num_limited += now_limited
+    assert optimizer.metrics()["projection/refreshes"] == 6
+    if method != "galore":
+        assert 0.1 < num_limited / (NUM_STEPS * len(TARGETS)) < 0.9, "limited always or never"
+
+
+def test_state_is_low_rank_and_only_drawn_bases_are_left_out():
+    shapes = {
+        method: {
+            name: tuple(tensor.shape)
+            for name, tensor in build(draw_model(), CONFIGS[method]).state_dict().items()
+        }
+        for method in ("galore", "fira", "apollo")
+    }
+    for of_method in shapes.values():
+        assert of_method["q_proj.weight.exp_avg"] == of_method["q_proj.weight.exp_avg_sq"] == (5, 3)
+        assert of_method["up_proj.weight.exp_avg"] == (7, RANK)
+        assert of_method["down_proj.weight.exp_avg"] == (RANK, 9)
+        assert of_method["up_proj.bias.exp_avg"] == (7,)
+    for method in ("galore", "fira"):
+        assert shapes[method]["up_proj.weight.basis"] == (5, RANK)
+        assert shapes[method]["down_proj.weight.basis"] == (5, RANK)
+    assert not any("basis" in name for name in shapes["apollo"])
+    for method in ("fira", "apollo"):
+        assert shapes[method]["projection.update_norms"] == (len(TARGETS),)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_resumed_optimizer_steps_bitwise_as_the_first(method):
+    model, resumed_model = draw_model(), draw_model()
+    optimizer = build(model, CONFIGS[method])
+    steps = list(draw_gradients(7))
+    for gradients in steps[:6]:
+        give_gradients(model, gradients)
+        optimizer.step()
+    resumed_model.load_state_dict(model.state_dict())
+    resumed = build(resumed_model, CONFIGS[method])
+    resumed.load_state_dict({key: value.clone() for key, value in optimizer.state_dict().items()})
+    for one, its_optimizer in ((model, optimizer), (resumed_model, resumed)):
+        give_gradients(one, steps[6])
+        its_optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(resumed_model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("method", ["galore", "fira"])
+def test_a_gradient_is_left_as_it_was_and_one_that_is_not_finite_to_the_trainer(method):
+    model = draw_model()
+    optimizer = build(model, CONFIGS[method])
+    gradients = next(draw_gradients(1))
+    give_gradients(model, gradients)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name]), name
+    model.q_proj.weight.grad[1, 2] = torch.nan
+    optimizer = build(model, CONFIGS[method])
+    optimizer.step()
+    assert model.q_proj.weight.isnan().any()
+
+
+def package_optimizer(model, config, adam):
+    """The authors' optimizer, for the weights in `TARGETS`; its limit of growth is fixed."""
+    import fira
+
+    projected = {
+        "params": [model.get_parameter(f"{name}.weight") for name in TARGETS],
+        "rank": config.rank,
+        "update_proj_gap": config.update_interval,
+        "alpha": config.scale,
+        "proj_type": "std",
+    }
+    keys = {"lr": adam.lr, "betas": adam.betas, "eps": adam.eps}
+    return fira.FiraAdamW([projected], **keys, no_deprecation_warning=True)
+
+
+@pytest.fixture
+def package_with_signs(monkeypatch):
+    """Makes the largest entry of each of the package's singular vectors positive, as ours is.
+
+    The package keeps moments when a sign changes, so its results depend on the decomposition.
+    """
+    from fira.gradient_projection import GradientProjector
+
+    decompose = GradientProjector.get_orthogonal_matrix
+
+    def signed(self, weights, rank, type):
+        vectors = decompose(self, weights, rank, type)
+        rows = vectors if type == "right" else vectors.T
+        rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+        return rows if type == "right" else rows.T
+
+    monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", signed)
+
+
+@needs_fira
+@pytest.mark.usefixtures("package_with_signs")
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_weights_equal_those_of_firas_package(scale):
+    # The package decays weights after the update.
+    adam = ADAM.model_copy(update={"weight_decay": 0.0})
+    config = FiraConfig(rank=RANK, scale=scale, **KEYS)
+    model, theirs, unlimited = draw_model(), draw_model(), draw_model()
+    loose = config.model_copy(update={"max_norm_growth": 1e9})
+    optimizers = [build(model, config, adam), build(unlimited, loose, adam)]
+    optimizers.append(package_optimizer(theirs, config, adam))
+    for gradients in draw_gradients(10):
+        for each in (model, unlimited, theirs):
+            give_gradients(each, gradients)
+        for optimizer in optimizers:
+            optimizer.step()
+        for name in TARGETS:
+            ours, other = (each.get_parameter(f"{name}.weight") for each in (model, theirs))
+            # The package decomposes in fp32, with errors of about 1e-6 in its bases.
+            torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+    differences = [
+        unlimited.get_parameter(f"{name}.weight") - theirs.get_parameter(f"{name}.weight")
+        for name in TARGETS
+    ]
+    assert max(difference.abs().max() for difference in differences) > 1e-2, "nothing was limited"
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 5), (5, 9)])
+def test_singular_vectors_are_orthonormal_and_their_signs_do_not_depend_on_the_gradients(shape):
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    vectors = leading_singular_vectors(grad, RANK)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(RANK, dtype=torch.float64))
+    torch.testing.assert_close(leading_singular_vectors(-grad, RANK), vectors)
+    projected = grad @ vectors if shape[0] >= shape[1] else grad.T @ vectors
+    torch.testing.assert_close(projected.norm(dim=0), torch.linalg.svdvals(grad)[:RANK])
+
+
+def largest_sine(first, second):
+    """Of the principal angles between the spans of orthonormal columns, in float64."""
+    first, second = (torch.linalg.qr(columns.double()).Q for columns in (first, second))
+    return torch.linalg.matrix_norm(second - first @ (first.T @ second), ord=2).item()
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+def test_the_subspace_is_at_least_as_exact_as_that_of_an_svd_in_fp32(shape):
+    """Singular values fall from 1 to 1e-6: in fp32, the Gram matrix would lose those below 3e-4."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(noise, full_matrices=False)
+    grad = (left * torch.logspace(0, -6, 60, dtype=torch.float64) @ right).float()
+    is_tall = shape[0] > shape[1]
+
+    def leading(matrix):
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return (vh.T if is_tall else u)[:, :30]
+
+    exact, ours = leading(grad.double()), leading_singular_vectors(grad, 30)
+    assert ours.dtype == torch.float32
+    error = largest_sine(exact, ours)
+    # Rounded to fp32 once, at 6e-8 per entry.
+    assert error < 1e-6
+    assert error <= largest_sine(exact, leading(grad)) + 1e-6
+    gram = grad.T @ grad if is_tall else grad @ grad.T
+    in_fp32 = torch.linalg.eigh(gram).eigenvectors[:, -30:]
+    assert largest_sine(exact, in_fp32) > 100 * error
+
+
+def test_a_target_without_a_layer_and_a_rank_without_room_are_refused():
+    config = GaloreConfig(rank=RANK, targets=("q_proj", "k_proj"))
+    with pytest.raises(ConfigError, match=r"targets.*'k_proj'"):
+        build(draw_model(), config)
+    shapes = {"layers.0.q_proj": (5, 5), "layers.0.down_proj": (5, 9)}
+    targets = ("q_proj", "down_proj")
+    (problem,) = GaloreConfig(rank=5, targets=targets).check_model(shapes)
+    assert "rank = 5" in problem
+    assert GaloreConfig(rank=4, targets=targets).check_model(shapes) == []

@@ -1,0 +1,332 @@
+"""ReLoRA equals a literal re-implementation over torch's AdamW, on a float64 LLaMA; when resets
+come, and what they keep."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from support.small_llama import SEED, draw_model, logits_of, loss_and_gradients
+from torch import nn
+
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.methods.lowrank import LowRankLinear, lora_init, low_rank_layers
+from switchtitan.methods.relora import (
+    Relora,
+    ReloraConfig,
+    ResetSchedule,
+    largest,
+    merge_and_restart_,
+    num_pruned,
+    prune_at_random_,
+    prune_by_magnitude_,
+)
+from switchtitan.optim import AdamWConfig
+
+NUM_STEPS, INTERVAL, WARMUP = 28, 7, 3
+ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, decay_norms=True)
+TOLERANCE = 1e-10  # float64 rounds at 1e-16; Adam with eps 1e-6 amplifies by up to 1e5
+
+
+@pytest.fixture
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def relora(seed=SEED, interval=INTERVAL, warmup=WARMUP, **keys):
+    keys |= {"reset_interval": interval, "restart_warmup_steps": warmup}
+    return Relora(ReloraConfig(rank=5, alpha=2.5, **keys), NUM_STEPS, seed)
+
+
+def build(method, adamw=ADAMW):
+    model = draw_model(method)
+    return model, method.build_optimizer(model, adamw, compile_step=False)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        loss_and_gradients(model, step)
+        optimizer.set_lr(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class ReferenceLayer(nn.Module):
+    def __init__(self, ours):
+        super().__init__()
+        self.W, self.scale = ours.weight.detach().clone(), ours.scale
+        self.A = nn.Parameter(ours.lora_a.detach().clone())
+        self.B = nn.Parameter(ours.lora_b.detach().clone())
+
+    def forward(self, x):
+        return x @ self.W.T + self.scale * (x @ self.A.T) @ self.B
+
+
+class Reference:
+    """All parameters in one torch optimizer; resets as in the paper's Algorithm 1."""
+
+    def __init__(self, method_keys):
+        self.keys = method_keys
+        self.model = draw_model(relora(**method_keys))
+        self.layers = {
+            name: ReferenceLayer(layer) for name, layer in low_rank_layers(self.model).items()
+        }
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer)
+        keys = ADAMW.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+        # Not fused, so that the implementation is independent.
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=False, **keys)
+
+    def set_lr(self, step, factor):
+        since, restarted = step % INTERVAL, step >= INTERVAL
+        jagged = (since + 1) / WARMUP if restarted and since < WARMUP else 1.0
+        self.optimizer.param_groups[0]["lr"] = ADAMW.lr * factor * jagged
+
+    @torch.no_grad()
+    def finish(self, step):
+        self.optimizer.step()
+        number, rest = divmod(step + 1, INTERVAL)
+        if rest or step + 1 == NUM_STEPS:
+            return
+        for name, layer in self.layers.items():
+            layer.W += layer.scale * layer.B.T @ layer.A
+            bound = 1 / math.sqrt(layer.A.shape[1])
+            generator = generator_for(SEED, f"{name}.lora_a:{number}")
+            layer.A.uniform_(-bound, bound, generator=generator)
+            layer.B.zero_()
+            for factor, factor_name in ((layer.A, "lora_a"), (layer.B, "lora_b")):
+                self.prune(factor, f"{name}.{factor_name}", number)
+
+    def prune(self, factor, name, number):
+        how, ratio = self.keys.get("reset_moments", "magnitude"), self.keys.get("prune_ratio", 0.9)
+        if how == "zero":
+            del self.optimizer.state[factor]
+            return
+        lots = torch.rand(factor.shape, generator=generator_for(SEED, f"{name}.moments:{number}"))
+        state = self.optimizer.state[factor]
+        for key in ("exp_avg", "exp_avg_sq"):
+            scores = state[key].abs() if how == "magnitude" else lots
+            threshold = scores.flatten().kthvalue(round(ratio * scores.numel())).values
+            state[key][scores <= threshold] = 0
+        state["exp_avg"][state["exp_avg_sq"] == 0] = 0
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"prune_ratio": 0.5},
+        {"reset_moments": "random", "prune_ratio": 0.8},
+        {"reset_moments": "zero"},
+    ],
+    ids=["magnitude", "magnitude-half", "random", "zero"],
+)
+def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
+    model, optimizer = build(relora(**keys))
+    reference = Reference(keys)
+    for step in range(NUM_STEPS):
+        factor = 1 / (1 + step / 10)
+        loss = loss_and_gradients(model, step)
+        assert loss == pytest.approx(loss_and_gradients(reference.model, step), abs=TOLERANCE), step
+        optimizer.set_lr(factor)
+        optimizer.step()
+        reference.set_lr(step, factor)
+        reference.finish(step)
+        lr = reference.optimizer.param_groups[0]["lr"]
+        assert optimizer.metrics()["optimizer/lr"] == pytest.approx(lr, rel=1e-12)
+    assert optimizer.metrics()["reset/resets_total"] == 3
+    for name, layer in low_rank_layers(model).items():
+        theirs = reference.layers[name]
+        ours = [layer.weight, layer.lora_a, layer.lora_b]
+        expected = [theirs.W, theirs.A, theirs.B]
+        for tensor, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(tensor.detach(), other.detach(), rtol=0, atol=TOLERANCE)
+        assert layer.lora_b.any(), "the last step is followed by no reset"
+
+
+def test_a_reset_keeps_the_models_logits_and_lets_both_factors_learn_again():
+    model, optimizer = build(relora(), AdamWConfig(lr=2e-2))
+    train(model, optimizer, range(INTERVAL - 1))
+    before = logits_of(model, 0).detach()
+    dense_before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    loss_and_gradients(model, INTERVAL)
+    optimizer.set_lr(0.0)  # an update that changes nothing, and a reset
+    optimizer.step()
+    assert optimizer.metrics()["reset/resets_total"] == 1
+    # fp32 roundings of 6e-8 through two blocks, logits of order 1.
+    torch.testing.assert_close(logits_of(model, 0).detach(), before, rtol=1e-5, atol=1e-5)
+    assert (model.model.layers[0].mlp.up_proj.weight - dense_before).abs().max() > 1e-3
+    layers = low_rank_layers(model).values()
+    loss_and_gradients(model, INTERVAL)
+    assert all(layer.lora_b.grad.any() for layer in layers)
+    # A's gradient goes through B, which is zero until this step's update.
+    assert not any(layer.lora_a.grad.any() for layer in layers)
+    train(model, optimizer, [INTERVAL])
+    loss_and_gradients(model, INTERVAL + 1)
+    assert all(layer.lora_a.grad.any() for layer in layers)
+
+
+@pytest.mark.parametrize("reset_moments", ["magnitude", "random", "zero"])
+def test_no_step_after_a_reset_is_out_of_proportion(reset_moments):
+    model, optimizer = build(relora(reset_moments=reset_moments))
+    train(model, optimizer, range(INTERVAL))
+    for step in range(INTERVAL, 2 * INTERVAL - 1):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        train(model, optimizer, [step])
+        for name, parameter in model.named_parameters():
+            # Adam's bound on a step, (1 - beta1) / sqrt(1 - beta2), is below 1 with these betas.
+            # Weight decay and a first moment from before the reset may add to it.
+            assert (parameter - before[name]).abs().max() < 3 * ADAMW.lr, (name, step)
+
+
+def test_only_the_factors_moments_are_pruned():
+    model, optimizer = build(relora())
+    train(model, optimizer, range(INTERVAL))
+    state = optimizer.state_dict()
+    for name, parameter in model.named_parameters():
+        # Tokens that have not come up have moments of zero anyway.
+        if not parameter.requires_grad or name.endswith("embed_tokens.weight"):
+            continue
+        num_values = parameter.numel()
+        is_factor = name.endswith(("lora_a", "lora_b"))
+        num_kept = num_values - round(0.9 * num_values) if is_factor else num_values
+        assert state[f"{name}.exp_avg_sq"].count_nonzero() == num_kept, name
+        assert state[f"{name}.step"] == INTERVAL
+
+
+def test_a_reset_rounds_weights_in_bf16_by_the_seed():
+    def weights_after_a_reset(seed):
+        model = draw_model(relora())
+        for name, layer in low_rank_layers(model).items():
+            layer.weight.data = layer.weight.data.bfloat16()
+            layer.lora_b.data.normal_(generator=generator_for(SEED, name))
+        method = relora(seed=seed, interval=1, warmup=0)
+        optimizer = method.build_optimizer(model, ADAMW, compile_step=False)
+        optimizer.step()  # without gradients: nothing but the reset
+        return [layer.weight for layer in low_rank_layers(model).values()]
+
+    first, again, other = (weights_after_a_reset(seed) for seed in (1, 1, 2))
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"reset_interval": 8, "restart_warmup_steps": 8}, r"restart_warmup_steps = 8"),
+        ({"reset_interval": 200, "reset_moments": "zero", "prune_ratio": 0.9}, "prune_ratio"),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused(keys, words):
+    with pytest.raises(ValidationError, match=words):
+        ReloraConfig(rank=4, **keys)
+    ReloraConfig(rank=4, reset_interval=8, restart_warmup_steps=7)
+    ReloraConfig(rank=4, reset_interval=200, reset_moments="zero")
+
+
+def test_an_interval_that_no_reset_would_come_within_is_refused():
+    config = ReloraConfig(rank=4, reset_interval=200)
+    assert config.check_length(201) == []
+    (problem,) = config.check_length(200)
+    assert "reset_interval = 200" in problem
+
+
+OUT, IN, RANK = 7, 5, 3
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    layer = LowRankLinear(IN, OUT, RANK, 0.5, lora_init)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    return layer
+
+
+def test_a_reset_keeps_what_the_layer_computes_and_draws_a_by_the_generator(layer):
+    x, old = torch.randn(11, IN), layer.lora_a.detach().clone()
+    before = layer(x).detach()
+    merge_and_restart_(layer, generator_for(1, "a"))
+    # Sums of five products of order 1, each rounded at 6e-8.
+    torch.testing.assert_close(layer(x).detach(), before, rtol=1e-5, atol=2e-6)
+    assert not layer.lora_b.any()
+    first = layer.lora_a.detach().clone()
+    assert first.abs().max() <= IN**-0.5
+    assert not torch.equal(first, old)
+    merge_and_restart_(layer, generator_for(1, "a"))
+    assert torch.equal(layer.lora_a, first)
+    merge_and_restart_(layer, generator_for(1, "b"))
+    assert not torch.equal(layer.lora_a, first)
+
+
+def test_magnitude_pruning_leaves_no_first_moment_without_its_second():
+    exp_avg = torch.randn(13, 17, generator=generator_for(2, "first"))
+    exp_avg_sq = torch.rand(13, 17, generator=generator_for(2, "second")) + 1e-3
+    prune_by_magnitude_(exp_avg, exp_avg_sq, 0.6)
+    assert exp_avg_sq.count_nonzero() == 13 * 17 - num_pruned(13 * 17, 0.6)
+    assert exp_avg.any()
+    assert exp_avg_sq[exp_avg != 0].all()
+
+
+@pytest.mark.parametrize("num_levels", [1, 3, 10**6])
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.999])
+def test_the_largest_are_those_of_a_stable_sort(num_levels, ratio):
+    scores = (torch.rand(31, 29, generator=generator_for(5, "scores")) * num_levels).floor()
+    order = scores.flatten().argsort(descending=True, stable=True)
+    expected = torch.zeros(scores.numel(), dtype=torch.bool)
+    expected[order[: scores.numel() - num_pruned(scores.numel(), ratio)]] = True
+    assert torch.equal(largest(scores, ratio), expected.view(scores.shape))
+    assert not largest(torch.ones(1, 1), 0.9).any()
+
+
+def test_random_pruning_keeps_the_same_places_in_both_moments():
+    names = ("first", "second")
+    moments = [torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in names]
+    before = [moment.clone() for moment in moments]
+    prune_at_random_(*moments, 0.9, generator_for(4, "lot"))
+    kept = moments[0] != 0
+    assert kept.sum() == 13 * 17 - num_pruned(13 * 17, 0.9)
+    for moment, old in zip(moments, before, strict=True):
+        assert torch.equal(moment, torch.where(kept, old, 0))
+
+
+def run(schedule, num_steps):
+    """The factors of `num_steps` steps, and the numbers of steps after which there was a reset."""
+    factors, resets = [], []
+    for step in range(1, num_steps + 1):
+        factors.append(schedule.lr_factor())
+        if schedule.advance():
+            resets.append(step)
+    return factors, resets
+
+
+def test_resets_follow_every_interval_but_not_the_last_step():
+    assert run(ResetSchedule(5, 2, 20), 20)[1] == [5, 10, 15]
+    assert run(ResetSchedule(5, 2, 21), 21)[1] == [5, 10, 15, 20]
+    assert run(ResetSchedule(5, 2, 5), 5)[1] == []
+
+
+def test_the_learning_rate_rises_linearly_from_zero_at_a_reset():
+    factors, _ = run(ResetSchedule(6, 4, 13), 13)
+    assert factors == [1] * 6 + [0.25, 0.5, 0.75, 1, 1, 1] + [0.25]
+    assert run(ResetSchedule(3, 0, 10), 10)[0] == [1] * 10
+
+
+def test_a_run_that_is_made_longer_has_no_reset_where_it_first_ended():
+    first, longer = ResetSchedule(4, 3, 8), ResetSchedule(4, 3, 16)
+    assert run(first, 8)[1] == [4]
+    longer.load_state_dict(first.state_dict())
+    factors, resets = run(longer, 8)
+    assert factors[:4] == [1] * 4
+    assert resets == [4]
+
+
+def test_a_restored_schedule_continues_in_the_middle_of_a_warmup():
+    straight, restored = ResetSchedule(6, 4, 30), ResetSchedule(6, 4, 30)
+    run(straight, 8)
+    restored.load_state_dict(straight.state_dict())
+    assert run(restored, 20) == run(straight, 20)

@@ -1,0 +1,289 @@
+"""Rotary embeddings, attention, and the section `[model]` of LLaMA's family."""
+
+import cmath
+import importlib.util
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from switchtitan.errors import ConfigError, EnvironmentMismatchError
+from switchtitan.models import MODELS
+from switchtitan.models.cola import ColaConfig
+from switchtitan.models.llama.attention import ATTENTION_BACKENDS, check_attention
+from switchtitan.models.llama.config import SIZES, LlamaConfig
+from switchtitan.models.llama.rope import Rope, rotary_tables, rotate
+from switchtitan.models.qwen2.config import Qwen2Config
+
+CPU = torch.device("cpu")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rotation_equals_multiplication_by_a_complex_unit():
+    head_dim, theta = 6, 500.0
+    features = draw(1, 1, 5, head_dim)
+    turned = rotate(features, *rotary_tables(5, head_dim, Rope(theta), CPU))
+    for position in range(5):
+        for pair in range(head_dim // 2):
+            first, second = features[0, 0, position, [pair, pair + head_dim // 2]].tolist()
+            unit = cmath.exp(1j * position * theta ** (-2 * pair / head_dim))
+            actual = complex(*turned[0, 0, position, [pair, pair + head_dim // 2]].tolist())
+            # fp32 rounding of angles below 5
+            assert actual == pytest.approx(complex(first, second) * unit, abs=1e-6)
+
+
+def test_rotation_computes_in_fp32_and_keeps_the_dtype():
+    features, tables = draw(2, 3, 7, 4).bfloat16(), rotary_tables(7, 4, Rope(10000.0), CPU)
+    turned = rotate(features, *tables)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, rotate(features.float(), *tables).bfloat16())
+
+
+def test_linear_scaling_stretches_positions():
+    plain, _ = rotary_tables(6, 8, Rope(700.0), CPU)
+    stretched, _ = rotary_tables(11, 8, Rope(700.0, "linear", factor=2.0), CPU)
+    torch.testing.assert_close(stretched[::2], plain, atol=1e-6, rtol=0)  # fp32 rounding
+
+
+def test_llama3_scaling_divides_long_waves_and_keeps_short_ones():
+    rope = Rope(10000.0, "llama3", 8.0, 1.0, 4.0, original_positions=100)
+    plain = Rope(10000.0).frequencies(64, CPU)
+    ratio, turns = rope.frequencies(64, CPU) / plain, 100 * plain / (2 * torch.pi)
+    assert (ratio[turns >= 4] == 1).all()
+    torch.testing.assert_close(ratio[turns <= 1], torch.full_like(ratio[turns <= 1], 1 / 8))
+    between = ratio[(turns > 1) & (turns < 4)]
+    assert len(between) >= 3
+    assert ((between > 1 / 8) & (between < 1)).all()
+    assert (between.diff() < 0).all()
+
+
+BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 6, 3, 13, 8
+CAUSAL = torch.ones(SEQ, SEQ, dtype=torch.bool).tril().expand(BATCH, SEQ, SEQ)
+
+
+def plain_attention(query, key, value, visible):
+    """Softmax over visible keys. `visible`: [batch, seq, seq]."""
+    key, value = (part.repeat_interleave(HEADS // part.shape[1], dim=1) for part in (key, value))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return scores.masked_fill(~visible[:, None], -math.inf).softmax(-1) @ value
+
+
+@pytest.fixture
+def inputs():
+    query = draw(BATCH, HEADS, SEQ, HEAD_DIM)
+    key, value = draw(2, BATCH, KV_HEADS, SEQ, HEAD_DIM, seed=1)
+    return query, key, value
+
+
+@pytest.fixture
+def document_ids():
+    ids = torch.zeros(BATCH, SEQ, dtype=torch.int32)
+    ids[0, 4:], ids[0, 9:], ids[1, 12:] = 1, 2, 5
+    return ids
+
+
+def test_sdpa_is_causal_softmax_attention_over_the_packed_sequence(inputs, document_ids):
+    backend = ATTENTION_BACKENDS["sdpa"]
+    assert backend.build_mask(document_ids) is None
+    expected = plain_attention(*inputs, CAUSAL)
+    torch.testing.assert_close(backend.load()(*inputs, None), expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_flex_is_softmax_attention_inside_each_document_of_each_batch(inputs, document_ids):
+    """The mask function closes over the ids; compilation must not keep the first batch's ids."""
+    backend = ATTENTION_BACKENDS["flex"]
+    for ids in (document_ids, torch.zeros_like(document_ids)):
+        expected = plain_attention(*inputs, CAUSAL & (ids[:, :, None] == ids[:, None, :]))
+        attended = backend.load()(*inputs, backend.build_mask(ids))
+        torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_flash_attention_gets_positions_before_heads(inputs, monkeypatch):
+    """A fake with the documented signature: [batch, seq, heads, head_dim], fewer key heads."""
+
+    def flash_attn_func(query, key, value, causal=False, deterministic=True):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
+        visible = CAUSAL if causal else torch.ones_like(CAUSAL)
+        by_head = (part.transpose(1, 2) for part in (query, key, value))
+        return plain_attention(*by_head, visible).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    attend = ATTENTION_BACKENDS["flash_attn"].load()
+    expected = ATTENTION_BACKENDS["sdpa"].load()(*inputs, None)
+    torch.testing.assert_close(attend(*inputs, None), expected, atol=1e-6, rtol=1e-5)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, None), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """flash-attn is installed, on a GPU before Ampere."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "device", "dtype", "fragment"),
+    [
+        ("flash_attn", 64, "cpu", torch.bfloat16, "CUDA"),
+        ("flash_attn", 64, "cuda", torch.float32, "torch.float32"),
+        ("flash_attn", 64, "cuda", torch.bfloat16, "Tesla T4"),
+        ("flex", 32, "cpu", torch.bfloat16, "CPU"),
+        ("flex", 8, "cuda", torch.bfloat16, "8"),
+    ],
+)
+@pytest.mark.usefixtures("old_gpu")
+def test_attention_that_cannot_train_here_is_refused(name, head_dim, device, dtype, fragment):
+    with pytest.raises(EnvironmentMismatchError) as caught:
+        check_attention(name, head_dim, device, dtype)
+    assert f"attention = {name!r}" in str(caught.value)
+    assert fragment in str(caught.value)
+
+
+def test_flash_attention_takes_ampere_and_heads_of_up_to_256_features(old_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    check_attention("flash_attn", 256, "cuda", torch.bfloat16)
+    with pytest.raises(EnvironmentMismatchError, match="288"):
+        check_attention("flash_attn", 288, "cuda", torch.bfloat16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="is installed")
+def test_missing_flash_attention_names_the_install_command():
+    with pytest.raises(EnvironmentMismatchError, match="pip install flash-attn"):
+        check_attention("flash_attn", 64, "cuda", torch.bfloat16)
+    with pytest.raises(EnvironmentMismatchError, match="pip install flash-attn"):
+        ATTENTION_BACKENDS["flash_attn"].load()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flex", "flash_attn"])
+def test_gpu_backends_have_the_gradients_of_sdpa(name):
+    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    keys = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    keys["generator"] = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(2, 6, 256, 32, **keys)
+    key, value = (torch.randn(2, 3, 256, 32, **keys) for _ in range(2))
+    ids = torch.zeros(2, 256, dtype=torch.int32, device="cuda")
+    gradients = []
+    for each in ("sdpa", name):
+        backend = ATTENTION_BACKENDS[each]
+        attended = backend.load()(query, key, value, backend.build_mask(ids))
+        gradients.append(torch.autograd.grad(attended.float().square().sum(), (query, key, value)))
+    # bf16 sums in another order.
+    torch.testing.assert_close(*gradients, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_the_parameters_of_the_formula(size):
+    hidden, intermediate, num_layers, _ = SIZES[size]
+    expected = 2 * 32100 * hidden + hidden
+    expected += num_layers * (4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden)
+    shapes = LlamaConfig(size=size).dimensions().parameter_shapes().values()
+    assert sum(map(math.prod, shapes)) == expected
+    published = {"350m": 368.2, "1b": 1339.5}
+    assert expected / 1e6 == pytest.approx(published.get(size, expected / 1e6), abs=0.05)
+
+
+SHAPES = {
+    "size": "9m",
+    "hidden_size": 36,
+    "num_heads": 6,
+    "num_kv_heads": 3,
+    "intermediate_size": 29,
+    "num_layers": 3,
+    "vocab_size": 53,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPES, tied_head=True, head_dim=4),
+        Qwen2Config(**SHAPES),
+        ColaConfig(**SHAPES, rank=5),
+        ColaConfig(**SHAPES, rank=5, tied_head=True),
+    ],
+)
+def test_shapes_equal_those_of_the_built_model(config):
+    with torch.device("meta"):
+        model = MODELS.build(config)
+    built = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert config.dimensions().parameter_shapes() == built
+    assert list(config.linear_shapes().items()) == list(linear.items())
+    assert ("lm_head" in linear) != config.tied_head
+    assert any(name.endswith(".bias") for name in built) == (config.name == "qwen2")
+
+
+def test_overrides_replace_values_of_the_table_and_key_heads_follow_heads():
+    dims = LlamaConfig(size="60m", num_layers=3, num_kv_heads=2).dimensions()
+    assert (dims.hidden_size, dims.intermediate_size, dims.num_heads) == (512, 1376, 8)
+    assert (dims.num_layers, dims.num_kv_heads) == (3, 2)
+    assert LlamaConfig(size="60m", num_heads=16).dimensions().num_kv_heads == 16
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_positions": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        ({"num_heads": 3}, ("hidden_size = 128", "num_heads = 3")),
+        ({"hidden_size": 36, "num_heads": 4}, ("= 9", "odd")),
+        ({"num_kv_heads": 3}, ("num_heads = 4", "num_kv_heads = 3")),
+        ({"size": None}, ("size", "missing")),
+        ({"size": None, "hidden_size": 8, "num_heads": 2}, ("intermediate_size", "num_layers")),
+        ({"head_dim": 1 << 24}, ("head_dim", "67108864")),
+        ({"rope_factor": 2.0}, ("rope_factor = 2.0", "default")),
+        ({"rope_type": "linear"}, ("linear", "rope_factor")),
+        ({**LLAMA3, "rope_original_positions": None}, ("llama3", "rope_original_positions")),
+        ({**LLAMA3, "rope_high_freq_factor": 0.5}, ("0.5", "rope_low_freq_factor = 1")),
+    ],
+)
+def test_dimensions_that_do_not_fit_together_are_refused(overrides, fragments):
+    with pytest.raises(ValidationError) as caught:
+        LlamaConfig(**{"size": "9m", **overrides})
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_registry_suggests_the_nearest_model():
+    with pytest.raises(ConfigError, match="'llama'"):
+        MODELS["lama"]
+
+
+def test_equal_models_have_equal_architectures_however_their_keys_were_given():
+    shapes = {"hidden_size": 128, "intermediate_size": 352, "num_layers": 4, "num_heads": 4}
+    others = {"head_dim": 32, "attention": "flex", "init_std": 0.1, "max_positions": 99}
+    by_size = LlamaConfig(size="9m", vocab_size=53).architecture()
+    assert LlamaConfig(**shapes, **others, vocab_size=53).architecture() == by_size
+    for changes in ({"tied_head": True}, {"norm_eps": 1e-5}, LLAMA3):
+        assert LlamaConfig(size="9m", vocab_size=53, **changes).architecture() != by_size
+    assert Qwen2Config(size="9m", vocab_size=53).architecture() != by_size
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_a_tied_head_costs_the_operations_of_an_untied_one(tied_head):
+    dims = LlamaConfig(**{**SHAPES, "tied_head": tied_head, "head_dim": 4}).dimensions()
+    blocks = 3 * (36 * (24 + 12 + 12 + 24) + 3 * 36 * 29)
+    assert dims.num_flops_per_token(7) == 6 * (blocks + 53 * 36) + 12 * 3 * 24 * 7
