@@ -5,17 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 _SHAPES: dict[str, Any] = {
     "vocab_size": 1000,
@@ -37,7 +26,9 @@ _LLAMA3 = {
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 
-def _configs() -> dict[str, PreTrainedConfig]:
+def _configs() -> dict[str, Any]:
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
     default = {"rope_type": "default", "rope_theta": 700.0}
     return {
         "llama": LlamaConfig(**_SHAPES, rms_norm_eps=1e-3, rope_parameters=default),
@@ -52,18 +43,22 @@ def _configs() -> dict[str, PreTrainedConfig]:
     }
 
 
-KINDS = list(_configs())
-_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llama": LlamaForCausalLM,
-    "mistral": MistralForCausalLM,
-    "qwen2": Qwen2ForCausalLM,
-}
+KINDS = [
+    "llama",
+    "llama, as many key heads",
+    "llama3, tied",
+    "llama, linear",
+    "mistral",
+    "qwen2",
+    "qwen2, tied",
+]
 
 
 def save_random_model(kind: str, folder: Path, max_shard_size: str = "5GB") -> Path:
     """Saves a model whose norms and biases are random too; returns the folder."""
-    config = _configs()[kind]
-    model = _CLASSES[config.model_type](config)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(_configs()[kind])
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,6 +74,8 @@ def draw_tokens(batch: int, seq: int) -> Tensor:
 
 def logits_of_transformers(folder: Path, tokens: Tensor) -> Tensor:
     """The logits [batch, seq, vocabulary] that transformers computes in fp32."""
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(input_ids=tokens).logits

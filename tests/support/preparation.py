@@ -1,15 +1,16 @@
-"""Preparations of a corpus in their own process, and their documents."""
+"""Preparations of a corpus that stop, and the documents of a corpus."""
 
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 
-from switchtitan.data import Corpus, DataConfig
+from switchtitan.data import prepare_corpus, segments
+from switchtitan.data.tokenizer import DocumentTokenizer
 
 ONE_RUN = """
 import os, signal, sys
-from pathlib import Path
 from switchtitan.data import DataConfig, open_prepared, prepare_corpus
 from switchtitan.data import prepare, segments
 
@@ -33,19 +34,59 @@ print(open_prepared(folder).fingerprint)
 """
 
 
-def run_alone(config: DataConfig, stop_after: int = 0) -> "subprocess.Popen[str]":
+def start_preparation(config, stop_after=0):
+    """Starts a preparation in its own process, which kills itself after so many segments."""
     command = [sys.executable, "-c", ONE_RUN, config.model_dump_json(), str(stop_after)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def read_split(corpus: Corpus, split: str) -> list[str]:
+def use_small_batches(monkeypatch, num_documents=8, save_tokens=300):
+    """Lets preparations tokenize few documents at a time, and flush after few tokens."""
+    monkeypatch.setattr(segments, "_BATCH_DOCUMENTS", num_documents)
+    monkeypatch.setattr(segments, "SAVE_TOKENS", save_tokens)
+
+
+def count_encoded(monkeypatch, stop_after=None):
+    """Returns a list that grows by the number of documents of each batch that is tokenized.
+
+    Args:
+        stop_after: raises KeyboardInterrupt in place of the batch after so many.
+    """
+    counts, encode = [], DocumentTokenizer.encode_documents
+
+    def encode_and_count(tokenizer, documents):
+        if len(counts) == stop_after:
+            raise KeyboardInterrupt
+        counts.append(len(documents))
+        return encode(tokenizer, documents)
+
+    monkeypatch.setattr(DocumentTokenizer, "encode_documents", encode_and_count)
+    return counts
+
+
+def prepare_until_the_rename(config, **settings):
+    """Prepares a corpus until it would get its name; returns the unfinished folder."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("switchtitan.data.prepare.os.rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(config, show_progress=False, **settings)
+    (unfinished,) = config.cache_dir.glob("*.partial")
+    return unfinished
+
+
+def tokens_of(corpus, split):
+    """Returns the tokens of a split as they are stored."""
+    files = [corpus.folder / shard.file for shard in corpus.index.splits[split]]
+    return np.concatenate([np.fromfile(file, corpus.index.dtype) for file in files]).tolist()
+
+
+def read_split(corpus, split):
     """Decodes the documents of a split."""
-    tokens = np.concatenate(
-        [
-            np.fromfile(corpus.folder / shard.file, dtype=corpus.index.dtype)
-            for shard in corpus.index.splits[split]
-        ]
-    ).tolist()
+    tokens = tokens_of(corpus, split)
     tokenizer = corpus.tokenizer().tokenizer
     documents, start = [], 0
     for place, token in enumerate(tokens):

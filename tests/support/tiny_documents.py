@@ -5,8 +5,6 @@ import json
 import random
 from pathlib import Path
 
-import zstandard
-
 WORDS = [
     "alpha",
     "beta",
@@ -37,6 +35,8 @@ def write_json_lines(file: Path, documents: list[str], key: str = "text") -> Non
     if file.suffix == ".gz":
         file.write_bytes(gzip.compress(lines.encode()))
     elif file.suffix == ".zst":
+        import zstandard
+
         file.write_bytes(zstandard.compress(lines.encode()))
     else:
         file.write_text(lines, encoding="utf-8")

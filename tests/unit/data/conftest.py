@@ -1,31 +1,27 @@
 """A tiny corpus, prepared once for all read-only tests."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import Corpus, DataConfig, open_corpus
+from switchtitan.data import DataConfig, open_corpus
 
 
 @pytest.fixture(scope="session")
-def documents() -> list[str]:
+def documents():
     return make_documents(120)
 
 
 @pytest.fixture(scope="session")
-def jsonl_folder(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+def jsonl_config(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("jsonl")
     write_json_lines(folder / "a.jsonl", documents[:50])
     write_json_lines(folder / "b" / "c.jsonl", documents[50:])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def jsonl_config(jsonl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return DataConfig(
         dataset="jsonl",
-        path=jsonl_folder,
+        path=folder,
         vocab_size=300,
         validation_fraction=0.1,
         max_document_share=None,
@@ -34,5 +30,17 @@ def jsonl_config(jsonl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def corpus(jsonl_config: DataConfig) -> Corpus:
+def corpus(jsonl_config):
     return open_corpus(jsonl_config, show_progress=False)
+
+
+@pytest.fixture
+def copy(corpus, tmp_path):
+    """A folder with the corpus, to damage."""
+    return Path(shutil.copytree(corpus.folder, tmp_path / corpus.name))
+
+
+@pytest.fixture
+def elsewhere(jsonl_config, tmp_path):
+    """The configuration of the corpus, which is not prepared there."""
+    return jsonl_config.model_copy(update={"cache_dir": tmp_path / "elsewhere"})

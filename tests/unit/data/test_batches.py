@@ -1,0 +1,414 @@
+"""Every token is a target once an epoch, in the same order on any number of ranks and workers."""
+
+import itertools
+import multiprocessing
+import pickle
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from support.smallest import SMALLEST
+from support.tiny_documents import make_documents, write_json_lines
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.data import (
+    DataConfig,
+    build_train_batches,
+    build_validation_batches,
+    open_corpus,
+)
+from switchtitan.data.mixture import PERIOD, Schedule, schedule_of
+from switchtitan.data.sampler import permute, rank_positions, sequence_index
+from switchtitan.data.text_batches import TextBatches
+from switchtitan.data.text_bytes import bytes_by_token, num_text_bytes
+from switchtitan.data.token_sequences import TokenSequences, document_ids
+from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
+from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.job.config import parse_arguments
+
+EOS = 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 64, 65, 1023, 5003])
+def test_an_epoch_visits_every_sequence_once(size):
+    for seed, epoch in [(0, 0), (7, 3)]:
+        order = permute(np.arange(size), size, seed=seed, epoch=epoch)
+        assert sorted(order.tolist()) == list(range(size))
+
+
+def test_a_position_alone_determines_the_sequence():
+    together = sequence_index(5, np.arange(300), 101)
+    one_by_one = [int(sequence_index(5, np.array([position]), 101)[0]) for position in range(300)]
+    assert together.tolist() == one_by_one
+
+
+def test_epochs_and_seeds_have_different_orders():
+    orders = [sequence_index(seed, np.arange(303), 101).reshape(3, 101) for seed in (1, 2)]
+    distinct = {tuple(epoch) for order in orders for epoch in order.tolist()}
+    assert len(distinct) == 6
+    # Independent permutations agree in one place on average; the identity is never drawn.
+    assert all((np.asarray(epoch) == np.arange(101)).sum() < 10 for epoch in distinct)
+
+
+@pytest.mark.parametrize("size", [7, 30])
+def test_every_sequence_comes_first_about_equally_often(size):
+    draws = 50 * size
+    firsts = [int(permute(np.array([0]), size, seed=seed, epoch=0)[0]) for seed in range(draws)]
+    counts = np.bincount(firsts, minlength=size)
+    chi_square = float(((counts - 50) ** 2 / 50).sum())
+    # Mean size - 1, standard deviation sqrt(2 (size - 1)); five of them and the seeds are fixed.
+    assert chi_square < size - 1 + 5 * np.sqrt(2 * (size - 1))
+
+
+def test_neighbours_are_separated():
+    order = permute(np.arange(10_007), 10_007, seed=0, epoch=0)
+    correlation = np.corrcoef(order[:-1], order[1:])[0, 1]
+    assert abs(correlation) < 0.05  # standard deviation 1 / sqrt(10 007) = 0.01
+
+
+@pytest.mark.parametrize(("num_ranks", "local"), [(1, 12), (1, 4), (2, 3), (4, 1), (3, 2)])
+def test_ranks_and_micro_batches_hold_the_global_batch_once(num_ranks, local):
+    sizes = {"global_batch_size": 12, "local_batch_size": local, "num_ranks": num_ranks}
+    positions = [
+        rank_positions(3, micro_batch, rank=rank, **sizes)
+        for micro_batch in range(12 // (num_ranks * local))
+        for rank in range(num_ranks)
+    ]
+    assert np.concatenate(positions).tolist() == list(range(36, 48))
+
+
+def write_shards(folder, tokens, cuts=(), dtype="uint16"):
+    pieces = np.split(tokens, cuts)
+    files = [folder / f"{number}.bin" for number in range(len(pieces))]
+    for file, piece in zip(files, pieces, strict=True):
+        piece.astype(np.dtype(dtype).newbyteorder("<")).tofile(file)
+    counts = [len(piece) for piece in pieces]
+    return TokenSequences(files, counts, dtype=dtype, seq_len=7, eos_id=EOS)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("uint16", 65_000), ("uint32", 4_000_000_000)])
+@pytest.mark.parametrize("cuts", [[], [10, 11, 30], [1, 2, 3, 4, 5, 6]])
+def test_sequences_are_slices_of_the_joined_shards(tmp_path, dtype, largest, cuts):
+    tokens = np.random.default_rng(0).integers(0, largest, 50)
+    sequences = write_shards(tmp_path, tokens, cuts, dtype)
+    assert len(sequences) == 7  # (50 - 1) // 7
+    for index in range(7):
+        assert sequences[index].tokens.dtype == torch.int64
+        assert sequences[index].tokens.tolist() == tokens[index * 7 : index * 7 + 8].tolist()
+    with pytest.raises(IndexError):
+        sequences[7]
+
+
+def test_document_ids_count_the_ends_before_a_token():
+    ids = document_ids(torch.tensor([5, EOS, 6, 7, EOS, EOS, 8]), EOS)
+    assert ids.dtype == torch.int32
+    assert ids.tolist() == [0, 0, 1, 1, 1, 2, 3]
+
+
+def test_pickling_reopens_the_files_instead_of_copying_the_tokens(tmp_path):
+    sequences = write_shards(tmp_path, np.arange(100_000) % 1000, [40_000])
+    pickled = pickle.dumps(sequences)
+    assert len(pickled) < 2000
+    assert torch.equal(pickle.loads(pickled)[9].tokens, sequences[9].tokens)
+
+
+def test_a_corpus_shorter_than_a_sequence_is_refused(tmp_path):
+    with pytest.raises(CorpusError, match=r"seq_len = 7: .* 7 tokens"):
+        write_shards(tmp_path, np.arange(7))
+    assert len(write_shards(tmp_path, np.arange(8))) == 1
+
+
+@pytest.fixture(scope="module")
+def sequences(corpus):
+    return corpus.split("train", 13)
+
+
+def global_batches(sequences, num_steps, num_ranks=1, local=2, **keys):
+    """Returns tokens [step, sample, seq] of all ranks."""
+    ranks = []
+    for rank in range(num_ranks):
+        sizes = {"global_batch_size": 8, "local_batch_size": local, "num_ranks": num_ranks}
+        batches = build_train_batches(sequences, seed=3, rank=rank, **sizes, **keys)
+        ranks.append([[batch.tokens for batch in step] for step in islice(batches, num_steps)])
+        batches.close()
+    return torch.stack(
+        [
+            # Micro-batch m of all ranks, then m + 1.
+            torch.cat(list(itertools.chain.from_iterable(zip(*step, strict=True))))
+            for step in zip(*ranks, strict=True)
+        ]
+    )
+
+
+def test_targets_are_the_next_tokens_and_ids_match(sequences, corpus):
+    sizes = {"global_batch_size": 8, "local_batch_size": 2, "rank": 0, "num_ranks": 1}
+    batches = build_train_batches(sequences, seed=3, **sizes)
+    batch = next(batches)[0]
+    batches.close()
+    assert batch.tokens.shape == batch.targets.shape == batch.document_ids.shape == (2, 13)
+    assert (batch.tokens.dtype, batch.document_ids.dtype) == (torch.int64, torch.int32)
+    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+    assert not torch.equal(batch.tokens, batch.targets)
+    rises = batch.document_ids.diff(dim=1) == 1
+    assert torch.equal(rises, batch.tokens[:, :-1] == corpus.eos_id)
+
+
+@pytest.mark.parametrize(("num_ranks", "local"), [(1, 4), (2, 2), (4, 2), (2, 1), (4, 1)])
+def test_any_number_of_ranks_sees_the_same_global_batches(sequences, num_ranks, local):
+    expected = global_batches(sequences, 5, 1, 8)
+    assert torch.equal(global_batches(sequences, 5, num_ranks, local), expected)
+
+
+def test_a_run_resumes_at_a_step_and_goes_on_after_an_epoch(sequences):
+    per_epoch = len(sequences) // 8
+    straight = global_batches(sequences, per_epoch + 3)
+    for start in (6, per_epoch):
+        resumed = global_batches(sequences, 3, start_step=start)
+        assert torch.equal(resumed, straight[start : start + 3])
+
+
+def test_workers_change_no_batch_and_end_on_close(sequences):
+    before = len(multiprocessing.active_children())
+    state = torch.random.get_rng_state()
+    expected = global_batches(sequences, 7)
+    assert torch.equal(global_batches(sequences, 7, num_workers=2), expected)
+    assert len(multiprocessing.active_children()) == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_global_batch_that_cannot_be_divided_or_filled_is_refused(sequences):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 8: .* 2 x 3 = 6"):
+        global_batches(sequences, 1, num_ranks=2, local=3)
+    sizes = {"global_batch_size": 4096, "local_batch_size": 1, "rank": 0, "num_ranks": 1}
+    with pytest.raises(CorpusError, match="fewer than one global batch"):
+        build_train_batches(sequences, seed=0, **sizes)
+
+
+@pytest.mark.parametrize(("num_ranks", "local"), [(1, 3), (2, 3), (4, 2), (3, 5), (4, 1)])
+def test_validation_counts_each_target_once_on_any_number_of_ranks(sequences, num_ranks, local):
+    sizes = {"num_sequences": 7, "local_batch_size": local, "num_ranks": num_ranks}
+    ranks = [build_validation_batches(sequences, rank=rank, **sizes) for rank in range(num_ranks)]
+    assert len({len(batches) for batches in ranks}) == 1
+    everything = [batch for batches in ranks for batch in batches]
+    assert {batch.tokens.shape for batch in everything} == {(local, 13)}
+    targets = torch.cat([batch.targets for batch in everything]).flatten()
+    expected = torch.cat([sequences[index].tokens[1:] for index in range(7)])
+    assert sorted(targets[targets != IGNORED_TARGET].tolist()) == sorted(expected.tolist())
+    for batch in everything:
+        assert int(batch.tokens.min()) >= 0
+        counted = batch.targets != IGNORED_TARGET
+        assert torch.equal(counted.all(dim=1), counted.any(dim=1))
+
+
+def test_validation_can_be_iterated_again_and_warns_if_short(sequences, caplog):
+    sizes = {"num_sequences": 10_000_000, "local_batch_size": 5, "rank": 0, "num_ranks": 1}
+    batches = build_validation_batches(sequences, **sizes)
+    assert f"has {len(sequences)} of the " in caplog.text
+    assert batches.num_sequences == len(sequences)
+    assert torch.equal(next(iter(batches)).tokens, next(iter(batches)).tokens)
+
+
+WEIGHTS = (5.0, 3.0, 2.0)
+SEQ_LEN = 11
+
+
+@pytest.fixture(scope="module")
+def mixture_config(tmp_path_factory):
+    """Three sources of very different sizes; the last one is read several times."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for number, count in enumerate((300, 120, 30)):
+        write_json_lines(folder / f"s{number}" / "a.jsonl", make_documents(count, seed=number + 5))
+    sources = [
+        {"dataset": "jsonl", "path": str(folder / f"s{number}"), "weight": weight}
+        for number, weight in enumerate(WEIGHTS)
+    ]
+    keys = {"vocab_size": 300, "cache_dir": folder / "corpora", "validation_fraction": 0.1}
+    return DataConfig(sources=sources, **keys)
+
+
+@pytest.fixture(scope="module")
+def mixture(mixture_config):
+    return open_corpus(mixture_config, show_progress=False)
+
+
+def test_a_mixture_is_the_same_on_any_number_of_ranks_and_resumes_on_another(mixture):
+    mixed = mixture.train_split(SEQ_LEN)
+    straight = global_batches(mixed, 20)
+    for num_ranks in (2, 4):
+        assert torch.equal(global_batches(mixed, 20, num_ranks), straight)
+        resumed = global_batches(mixed, 7, num_ranks, start_step=13)
+        assert torch.equal(resumed, straight[13:])
+
+
+def test_each_source_has_its_share_and_is_read_in_epochs(mixture):
+    mixed = mixture.train_split(SEQ_LEN)
+    sizes = [len(source.split("train", SEQ_LEN)) for source in mixture.sources]
+    num_positions = 4 * len(mixed)
+    indices = mixed.ordered(3, np.arange(num_positions))
+    sources = np.searchsorted(np.cumsum(sizes), indices, side="right")
+    for source, (weight, size) in enumerate(zip(WEIGHTS, sizes, strict=True)):
+        own = indices[sources == source]
+        assert abs(len(own) - weight / 10 * num_positions) <= 1
+        epochs = len(own) // size
+        assert mixed.epochs(num_positions)[source] == epochs
+        for epoch in range(epochs):
+            assert len(set(own[epoch * size : (epoch + 1) * size].tolist())) == size
+    assert mixed.epochs(num_positions)[2] >= 5
+
+
+def test_held_out_sequences_of_a_mixture_are_in_their_shares_until_the_first_source_ends(mixture):
+    held_out = mixture.held_out_split("validation", SEQ_LEN)
+    parts = [source.split("validation", SEQ_LEN) for source in mixture.sources]
+    given_counts = schedule_of(WEIGHTS).num_given(len(held_out))
+    assert all(number <= len(part) for number, part in zip(given_counts, parts, strict=True))
+    beyond = schedule_of(WEIGHTS).num_given(len(held_out) + 1)
+    assert any(number > len(part) for number, part in zip(beyond, parts, strict=True))
+    tokens = [tuple(held_out[index].tokens.tolist()) for index in range(len(held_out))]
+    expected = [
+        tuple(part[index].tokens.tolist())
+        for part, number in zip(parts, given_counts, strict=True)
+        for index in range(number)
+    ]
+    assert sorted(tokens) == sorted(expected)
+    stretches = list(held_out.stretches(5))
+    assert sum(len(stretch) - 1 for stretch in stretches) == 5 * SEQ_LEN
+
+
+def test_weights_and_tokenizer_are_in_the_fingerprint_of_a_mixture(mixture_config, mixture):
+    assert len({source.index.tokenizer.sha256 for source in mixture.sources}) == 1
+    again = open_corpus(mixture_config, show_progress=False)
+    assert again.fingerprint == mixture.fingerprint
+    first, *others = mixture_config.sources
+    heavier = first.model_copy(update={"weight": 6.0})
+    changed = mixture_config.model_copy(update={"sources": (heavier, *others)})
+    assert open_corpus(changed, show_progress=False).fingerprint != mixture.fingerprint
+    twice = mixture_config.model_copy(update={"sources": (first, *others, first)})
+    with pytest.raises(CorpusError, match=r"sources\[3\].* sources\[0\]"):
+        open_corpus(twice, show_progress=False)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=7), st.integers(0, 3 * PERIOD))
+@settings(max_examples=10, deadline=None)
+def test_counts_are_within_one_of_their_share(weights, position):
+    schedule = schedule_of([float(weight) for weight in weights])
+    assert sum(schedule.counts) == PERIOD
+    given_counts = schedule.num_given(position)
+    assert sum(given_counts) == position
+    for count, number, weight in zip(schedule.counts, given_counts, weights, strict=True):
+        assert abs(number - count * position / PERIOD) < 1
+        assert abs(count / PERIOD - weight / sum(weights)) < 1 / PERIOD
+
+
+def test_a_place_in_a_source_follows_from_the_places_before():
+    schedule = Schedule((5000, 3000, 2000))
+    sources, places = schedule.places(np.arange(2 * PERIOD + 7))
+    seen = [0, 0, 0]
+    for position, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
+        assert place == seen[source]
+        assert position >= PERIOD or schedule.position_of(source, place) == position
+        seen[source] += 1
+    assert seen == schedule.num_given(2 * PERIOD + 7)
+
+
+def test_a_weight_that_rounds_to_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"sources\[1\]\.weight = 1e-06"):
+        schedule_of([1.0, 1e-6])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"path": "x"}, "path = 'x'"),
+        ({"dataset": "c4"}, "dataset = 'c4'"),
+        ({"sources": [{"dataset": "text", "weight": 1}]}, r"sources\[0\].*path"),
+        ({"sources": [{"dataset": "pystdlib", "weight": 0}]}, "weight"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_refused(mixture_config, keys, words):
+    given_keys = {"sources": [source.model_dump() for source in mixture_config.sources], **keys}
+    with pytest.raises(ValidationError, match=words):
+        DataConfig.model_validate(given_keys)
+
+
+def test_tables_of_a_file_are_a_mixture_and_the_saved_configuration_too(tmp_path):
+    source = '[[data.sources]]\ndataset = "{}"\nweight = {}\n'
+    tables = source.format("c4", 7) + source.format("text", 3) + 'path = "books"\n'
+    file, saved = tmp_path / "run.toml", tmp_path / "config.toml"
+    smallest = SMALLEST.format(folder="outputs/a")
+    file.write_text(f'{smallest}[data]\ntokenizer = "t5-base"\n{tables}')
+    job = parse_arguments(["--config", str(file)])
+    assert [(source.dataset, source.weight) for source in job.data.sources] == [
+        ("c4", 7.0),
+        ("text", 3.0),
+    ]
+    saved.write_text(resolved_toml(job))
+    assert parse_arguments(["--config", str(saved)]) == job
+
+
+STREAM = [1, 40, 5, 6, 7, 1, 8, 9, 10, 11, 12, 13, 1, 14]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("seq_len", [2, 3, 5, 13, 20])
+@pytest.mark.parametrize("num_context", [1, 2])
+def test_every_token_of_a_text_after_the_context_is_a_target_once(num_ranks, seq_len, num_context):
+    keys = {"num_context": num_context, "seq_len": seq_len, "eos_id": 1, "local_batch_size": 2}
+    batches = [TextBatches(STREAM, rank=r, num_ranks=num_ranks, **keys) for r in range(num_ranks)]
+    assert len({len(own) for own in batches}) == 1
+    pairs = []
+    for batch in itertools.chain.from_iterable(zip(*batches, strict=True)):
+        assert batch.tokens.shape == batch.document_ids.shape == (2, seq_len)
+        flat = zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
+        pairs += [pair for pair in flat if pair[1] != IGNORED_TARGET]
+    assert pairs == list(itertools.pairwise(STREAM))[num_context - 1 :]
+    assert len(pairs) == batches[0].num_targets
+
+
+def test_documents_of_a_text_are_told_apart():
+    keys = {"num_context": 1, "seq_len": 7, "eos_id": 1, "local_batch_size": 2}
+    (batch,) = TextBatches(STREAM, rank=0, num_ranks=1, **keys)
+    assert batch.document_ids.tolist()[0] == [0, 1, 1, 1, 1, 1, 2]
+
+
+TEXTS = ["größe = 5 €", "日本語 and more", "</s> in a text", ""]
+
+
+def words_tokenizer():
+    alphabet = sorted(set("".join(TEXTS)) - {" "})
+    vocabulary = {piece: index for index, piece in enumerate(["</s>", "▁", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return DocumentTokenizer(tokenizer, "</s>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "words"])
+def test_the_bytes_of_tokens_are_those_of_the_text_for_any_part(kind):
+    is_byte_level = kind == "byte-level"
+    tokenizer = train_tokenizer([*TEXTS, *TEXTS], 290) if is_byte_level else words_tokenizer()
+    stream = [tokenizer.eos_id]
+    for ids in tokenizer.encode_documents(TEXTS):
+        stream += [*ids, tokenizer.eos_id]
+    stream = np.array(stream)
+    num_bytes = num_text_bytes(stream, tokenizer)
+    assert num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert (bytes_by_token(tokenizer) is not None) == is_byte_level
+    # The last token of a part is the first one of the next, where it is not counted. A text that
+    # starts with a word has no space before it.
+    for cut in range(1, len(stream)):
+        if is_byte_level or stream[cut] == tokenizer.eos_id:
+            parts = stream[: cut + 1], stream[cut:]
+            assert sum(num_text_bytes(part, tokenizer) for part in parts) == num_bytes
+
+
+def test_a_full_split_has_the_bytes_that_its_preparation_counted(corpus):
+    tokens = corpus.split("validation", 1).read(0, corpus.index.num_tokens("validation"))
+    first = bytes_by_token(corpus.tokenizer())[tokens[0]]  # no target
+    counted = sum(shard.bytes_of_text for shard in corpus.index.splits["validation"])
+    assert num_text_bytes(tokens, corpus.tokenizer()) + first == counted

@@ -1,0 +1,226 @@
+"""A folder is complete or absent, whatever stops what writes it; the fingerprint of what a run
+starts from; and folders of the original implementation."""
+
+import hashlib
+import json
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from switchtitan.errors import CheckpointError, OutputError
+from switchtitan.files import try_lock
+from switchtitan.hub.initial_weights import fingerprint
+from switchtitan.hub.new_folder import new_folder
+from switchtitan.hub.original import read_original_dense
+from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
+from switchtitan.hub.peft_folder import ADAPTER_NAME, BASE_FOLDER
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_has_its_files_only_when_it_is_complete(tmp_path, exists):
+    out = tmp_path / "a" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    with new_folder(out) as partial:
+        (partial / "file").write_text("1")
+        assert not out.exists() or names_in(out) == []
+    assert names_in(tmp_path / "a") == ["out"]
+    assert names_in(out) == ["file"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CheckpointError])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    def write_and_fail():
+        with new_folder(tmp_path / "a" / "b" / "out") as partial:
+            (partial / "file").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert names_in(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path, caplog):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "large").write_text("1")
+    (tmp_path / ".out.lock").touch()
+    with new_folder(tmp_path / "out") as partial:
+        assert names_in(partial) == []
+        (partial / "file").write_text("2")
+    assert names_in(tmp_path) == ["out"]
+    assert names_in(tmp_path / "out") == ["file"]
+    assert "deleting the incomplete folder" in caplog.text
+
+
+def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("1")
+        refused = pytest.raises(OutputError, match="another process")
+        with refused, new_folder(tmp_path / "out"):
+            pass
+    assert names_in(tmp_path / "out") == ["file"]
+    # The lock is only as long as the block.
+    with try_lock(tmp_path / ".out.lock", key="--folder") as descriptor:
+        assert descriptor is not None
+
+
+@pytest.mark.parametrize("content", ["file", "folder"])
+def test_what_exists_is_kept(tmp_path, content):
+    mine = tmp_path / "out" if content == "file" else tmp_path / "out" / "mine"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"), new_folder(tmp_path / "out"):
+        pass
+    assert names_in(tmp_path) == ["out"]
+    assert mine.read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_the_partial_folder_is_not_followed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="out cannot be written"), new_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+def test_all_files_and_names_are_flushed_before_the_rename(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def record(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "base").mkdir()
+        files = [partial / "a", partial / "base" / "b"]
+        for file in files:
+            file.write_text("1")
+        before = len(flushed)
+    assert set(flushed[before:-1]) == {*files, partial, partial / "base"}
+    assert flushed[-1] == tmp_path
+
+
+@contextmanager
+def largest_file(num_bytes):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_that_cannot_be_written_in_full_is_an_error_by_name(tmp_path):
+    def write_weights():
+        with new_folder(tmp_path / "out") as partial:
+            save_file({"weight": torch.zeros(1000)}, partial / "model.safetensors")
+
+    with largest_file(1000), pytest.raises(OutputError, match="out cannot be written"):
+        write_weights()
+    assert names_in(tmp_path) == []
+    write_weights()
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("place", ["file/x", "loop/x", "a" * 300])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = names_in(tmp_path)
+    with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / place):
+        pass
+    assert names_in(tmp_path) == before
+
+
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+FACTOR = "base_model.model.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A folder of two weights files."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for number in (1, 2):
+        file = folder / f"model-{number:05d}-of-00002.safetensors"
+        save_file({f"weight_{number}": torch.full((number,), 3.0)}, file)
+    return folder
+
+
+def test_a_plain_folder_has_the_fingerprint_of_its_weights_files(plain):
+    files = sorted(plain.glob("*.safetensors"))
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    expected = hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert fingerprint(plain) == expected
+    (plain / "README.md").write_text("another text")
+    assert fingerprint(plain) == expected
+
+
+def test_an_adapters_fingerprint_covers_its_scale_its_factors_and_its_base(plain, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / BASE_FOLDER).symlink_to(plain)
+    seen = set()
+    for config, factor, weight in (
+        (ADAPTER, 1.0, 1.0),
+        ({**ADAPTER, "lora_alpha": 5}, 1.0, 1.0),
+        ({**ADAPTER, "use_rslora": True}, 1.0, 1.0),
+        (ADAPTER, 2.0, 1.0),
+        (ADAPTER, 1.0, 2.0),
+    ):
+        (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config))
+        save_file({FACTOR: torch.full((2,), factor)}, folder / ADAPTER_NAME)
+        save_file({"w": torch.full((2,), weight)}, plain / "model-00001-of-00002.safetensors")
+        seen.add(fingerprint(folder))
+    assert len(seen) == 5
+
+
+def original_layer():
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"weight": (7, 9), "lora_A": (4, 9), "lora_B": (7, 4), "candidates_A": (7, 9)}
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {f"model.layers.0.self_attn.q_proj.{name}": value for name, value in drawn.items()}
+
+
+def test_a_folder_of_the_original_implementation_is_merged_with_its_scale(tmp_path):
+    stored = {"model.norm.weight": torch.ones(9), **original_layer()}
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"switch_lora_config\.json is missing"):
+        read_original_dense(tmp_path)
+    config = json.dumps({"r": 4, "lora_alpha": 3.0})
+    (tmp_path / "switch_lora_config.json").write_text(config)
+    dense = read_original_dense(tmp_path)
+    layer = "model.layers.0.self_attn.q_proj"
+    assert dense.keys() == {f"{layer}.weight", "model.norm.weight"}
+    weight, a, b = (stored[f"{layer}.{name}"].double() for name in ("weight", "lora_A", "lora_B"))
+    expected = (weight + 3 / 4 * b @ a).float()
+    torch.testing.assert_close(dense[f"{layer}.weight"], expected, atol=1e-5, rtol=0)
+
+
+class Attack:
+    """A hostile pickle: loading it would call os.mkdir."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
+    torch.save({"model.norm.weight": Attack(tmp_path / "owned")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="could run code, and is not loaded"):
+        read_original_dense(tmp_path)
+    assert not (tmp_path / "owned").exists()

@@ -1,0 +1,213 @@
+"""PEFT computes a run's logits from its exported adapter, and adapters of PEFT have here the scale
+that they have there; those that compute otherwise are refused by key."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.commands import run
+from support.trained import train_and_save
+
+from switchtitan.builders.trained_model import open_trained_model
+from switchtitan.checkpoint import find_given
+from switchtitan.errors import CheckpointError
+from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
+from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, AdapterConfig
+from switchtitan.hub.peft_folder import ADAPTER_NAME, read_adapted
+
+TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 53
+TOLERANCE = 1e-5
+"""On logits of about 0.1; a merged weight and separate factors are rounded differently."""
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=53, hidden_size=36, intermediate_size=29, **heads)
+    folder = tmp_path_factory.mktemp("adapters") / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base, folder, **keys):
+    """Saves an adapter whose factors are random; returns the logits that PEFT computes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    keys = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **keys}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**keys))
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if "lora_" in name:
+                factor.add_(0.1 * torch.randn_like(factor))
+        model.save_pretrained(folder)
+        return model(TOKENS).logits
+
+
+def merged_logits(base, folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_state_dict(read_adapted(folder))
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    """An adapter to change."""
+    folder = tmp_path_factory.mktemp("plain") / "adapter"
+    save_adapter(base, folder)
+    return folder
+
+
+def changed_copy(folder, copy, **changes):
+    shutil.copytree(folder, copy, symlinks=True)
+    file = copy / ADAPTER_CONFIG_NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {LAYER: 2}},
+        {"alpha_pattern": {f"^{LAYER}": 2}},
+        {"alpha_pattern": {r".*\.[01]\.mlp.*": 2}},
+        {"alpha_pattern": {"(q|down)_proj": 2}},
+        # Without an effect: PEFT matches names up to their end, from their start or a dot.
+        {"alpha_pattern": {"^q_proj": 2, "roj": 3, "self_attn": 5}},
+        {"alpha_pattern": {r".*\.1\..*": 48, "q_proj": 24, "model.layers.1.self_attn.q_proj": 96}},
+        {"rank_pattern": {"down_proj": 2}},
+        {"rank_pattern": {r"model\.layers\.\d+\.self_attn\.q_proj": 3}, "use_rslora": True},
+        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"model.layers.1.mlp.down_proj": 9}},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+)
+def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys):
+    expected = save_adapter(base, tmp_path / "adapter", **keys)
+    found = merged_logits(base, tmp_path / "adapter")
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [21, 28]},
+    ],
+)
+def test_an_adapter_that_changes_the_base_or_acts_on_some_tokens_is_refused(base, tmp_path, keys):
+    save_adapter(base, tmp_path / "adapter", **keys)
+    (key,) = keys
+    with pytest.raises(CheckpointError, match=rf"{key} = .*merge_and_unload"):
+        read_adapted(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("bias", "all"),
+        ("use_dora", True),
+        ("use_rslora", "yes"),
+        ("init_lora_weights", "loftq"),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("layer_replication", [[0, 1]]),
+        ("a_key_of_a_later_version", 0.5),
+        ("alpha_pattern", [1]),
+        ("alpha_pattern", {"q_proj(": 3}),
+        ("rank_pattern", {"a{2,1}": 3}),
+    ],
+)
+def test_other_kinds_are_refused_by_key(plain, tmp_path, key, value):
+    AdapterConfig(changed_copy(plain, tmp_path / "same", a_key_of_a_later_version=[]))
+    with pytest.raises(CheckpointError, match=rf"{ADAPTER_CONFIG_NAME}: {key} = "):
+        AdapterConfig(changed_copy(plain, tmp_path / "other", **{key: value}))
+
+
+@pytest.mark.parametrize("alpha", ["5", None, True, 10**400, float("nan")])
+def test_an_alpha_that_is_no_number_is_refused(plain, tmp_path, alpha):
+    config = AdapterConfig(changed_copy(plain, tmp_path / "adapter", lora_alpha=alpha))
+    with pytest.raises(CheckpointError, match=r"lora_alpha = .*: expected a number"):
+        config.scale_of(LAYER, 4)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_factors_of_another_rank_are_refused(plain, rank):
+    assert AdapterConfig(plain).scale_of(LAYER, 4) == 6 / 4
+    with pytest.raises(CheckpointError, match=rf"r = 4 for {LAYER}: .* rank {rank}"):
+        AdapterConfig(plain).scale_of(LAYER, rank)
+
+
+@pytest.fixture(scope="module", params=["switchlora", "lora"])
+def exported(corpora, request):
+    """A run, its adapter and its logits."""
+    home = corpora / f"export-peft-{request.param}"
+    trainer = train_and_save(home, request.param)
+    with torch.no_grad():
+        logits = trainer.stepper.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
+    words = ("--folder", home / "adapter", "--format", "peft")
+    assert run("export", home / "run", *words).status == 0
+    return SimpleNamespace(run=home / "run", folder=home / "adapter", logits=logits)
+
+
+def test_peft_computes_the_logits_of_a_run_from_its_adapter(exported):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    theirs = AutoPeftModelForCausalLM.from_pretrained(exported.folder)
+    # Two implementations of LLaMA in float32 differ by 1e-5.
+    torch.testing.assert_close(theirs(TOKENS).logits, exported.logits, rtol=1e-5, atol=1e-5)
+    with theirs.disable_adapter():
+        assert not torch.allclose(theirs(TOKENS).logits, exported.logits, rtol=1e-3, atol=1e-3)
+    for place in (exported.folder, exported.folder / "base"):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        assert tokenizer.decode(tokenizer("x = 1\n")["input_ids"]) == "x = 1\n"
+
+
+def test_reading_an_exported_adapter_gives_the_runs_dense_weights(exported):
+    dense = read_dense_checkpoint(find_given(exported.run))
+    trained = open_trained_model(exported.folder)
+    assert trained.tensors.keys() == dense.keys()
+    assert all(torch.equal(trained.tensors[name], dense[name]) for name in dense)
+    ours = open_trained_model(exported.run).config.dimensions()
+    assert trained.config.dimensions() == ours
+
+
+def test_a_method_without_frozen_weights_has_no_adapter(corpora, tmp_path):
+    train_and_save(corpora / "no-adapter", "full_rank", num_steps=1)
+    words = ("export", corpora / "no-adapter" / "run", "--folder", tmp_path / "out")
+    run(*words, "--format", "peft").check_refused("--format peft", "'full_rank'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_adapters_are_refused(plain, tmp_path):
+    copy = changed_copy(plain, tmp_path / "copy")
+    file = copy / ADAPTER_NAME
+    data = file.read_bytes()
+    file.write_bytes(data[:-9])
+    with pytest.raises(CheckpointError, match=ADAPTER_NAME):
+        read_adapted(copy)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=ADAPTER_NAME):
+        read_adapted(copy)
+    file.write_bytes(data)
+    other = changed_copy(copy, tmp_path / "other", base_model_name_or_path="owner/model")
+    with pytest.raises(CheckpointError, match="'owner/model': no such folder"):
+        read_adapted(other)

@@ -1,0 +1,302 @@
+"""A folder of transformers is the same model here and an export is the same model there; what is
+not supported is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.folders import KINDS, draw_tokens, logits_of_transformers, save_random_model
+from support.held_weights import HeldWeights
+
+from switchtitan.errors import CheckpointError, ConfigError, CorpusError
+from switchtitan.hub.export_folder import export_dense
+from switchtitan.hub.huggingface import parameter_shapes, read_dense
+from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.models import MODELS
+from switchtitan.models.llama.config import LlamaConfig
+
+TOKENS = draw_tokens(2, 200)
+TOLERANCE = 1e-5
+"""On logits of about 5; sums of fp32 may run in another order."""
+CONFIG = LlamaConfig(
+    size="9m",
+    hidden_size=36,
+    num_heads=6,
+    num_kv_heads=2,
+    intermediate_size=29,
+    num_layers=2,
+    vocab_size=53,
+    rope_theta=700.0,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    home = tmp_path_factory.mktemp("folders")
+    return {kind: save_random_model(kind, home / kind, "100KB") for kind in KINDS}
+
+
+@pytest.fixture
+def state():
+    generator = torch.Generator().manual_seed(0)
+    shapes = CONFIG.dimensions().parameter_shapes()
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def read_section(folder, **changes):
+    return MODELS.restore({**read_model_folder(folder), **changes})
+
+
+def read_folder(folder):
+    """Returns the model's section and its weights."""
+    config = read_section(folder)
+    return config, read_initial_weights(folder, config).tensors
+
+
+def logits_of(config, weights, tokens=TOKENS):
+    model = MODELS.build(config)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return model(tokens, torch.zeros(tokens.shape, dtype=torch.int32))
+
+
+def export(state, folder, dtype=torch.float32, config=CONFIG, **keys):
+    export_dense(HeldWeights(state), config, folder, dtype, **keys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_those_of_transformers(folders, kind):
+    config, weights = read_folder(folders[kind])
+    expected = logits_of_transformers(folders[kind], TOKENS)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits_of(config, weights), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_has_the_bits_of_the_folder_and_is_the_same_model(folders, tmp_path, kind):
+    config, weights = read_folder(folders[kind])
+    export(weights, tmp_path / "out", config=config, seq_len=16)
+    shards = [load_file(file) for file in folders[kind].glob("*.safetensors")]
+    assert len(shards) > 1
+    given = {name: tensor for shard in shards for name, tensor in shard.items()}
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == given.keys()
+    assert all(torch.equal(exported[name], value) for name, value in given.items())
+    expected = logits_of_transformers(folders[kind], TOKENS)
+    assert torch.equal(logits_of_transformers(tmp_path / "out", TOKENS), expected)
+    assert read_model_folder(tmp_path / "out") == read_model_folder(folders[kind])
+    theirs = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert theirs["tie_word_embeddings"] == ("tied" in kind)
+    assert theirs["max_position_embeddings"] == 256
+
+
+def test_transformers_computes_our_logits_from_an_export_in_shards(state, tmp_path):
+    out = tmp_path / "out"
+    export(state, out, seq_len=64, max_shard_bytes=20_000)
+    tokens = torch.randint(0, 53, (2, 11), generator=torch.Generator().manual_seed(1))
+    expected = logits_of(CONFIG, state, tokens)
+    theirs = logits_of_transformers(out, tokens)
+    torch.testing.assert_close(theirs, expected, atol=TOLERANCE, rtol=0)
+    files = sorted(out.glob("model-*-of-*.safetensors"))
+    shards = [load_file(file) for file in files]
+    assert len(shards) > 1
+    assert all(sum(value.nbytes for value in shard.values()) <= 20_000 for shard in shards)
+    assert sorted(name for shard in shards for name in shard) == sorted(state)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 1])
+def test_export_and_read_change_neither_names_nor_values(state, tmp_path, max_shard_bytes):
+    export(state, tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    back = read_initial_weights(tmp_path / "out", CONFIG).tensors
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_bf16_export_rounds_each_value_once(state, tmp_path):
+    export(state, tmp_path / "out", torch.bfloat16)
+    back = read_dense(tmp_path / "out")
+    assert all(torch.equal(back[name], value.bfloat16()) for name, value in state.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_exported_tokenizer_equals_the_given_one(state, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    vocabulary = {"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "given.json"))
+    export(state, tmp_path / "out", tokenizer_file=tmp_path / "given.json", eos_id=0)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded("b")["input_ids"] == tokenizer.encode("b").ids == [2]
+    assert loaded.eos_token == "<eos>"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == 0
+
+
+def test_a_failed_export_leaves_nothing_behind(state, tmp_path):
+    (tmp_path / "broken.json").write_text("{}")
+    keys = {"tokenizer_file": tmp_path / "broken.json", "eos_id": 0}
+    with pytest.raises(CorpusError, match=r"broken\.json is not a tokenizer"):
+        export(state, tmp_path / "out", **keys)
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.json"]
+
+
+def test_an_export_names_missing_unexpected_and_misshapen_weights(state, tmp_path):
+    del state["lm_head.weight"]
+    state["model.layers.0.self_attn.q_proj.lora_a"] = torch.zeros(2, 36)
+    state["model.norm.weight"] = torch.zeros(35)
+    with pytest.raises(CheckpointError) as caught:
+        export(state, tmp_path / "out")
+    caught.match(r"missing: lm_head\.weight")
+    caught.match(r"unexpected: model\.layers\.0\.self_attn\.q_proj\.lora_a")
+    caught.match(r"model\.norm\.weight \[35\] instead of \[36\]")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("llama", {"rope_theta": 10000.0}, r"rope_theta = 700\.0"),
+        ("llama", {"norm_eps": 1e-6}, "rms_norm_eps"),
+        ("llama", {"vocab_size": 999}, "vocab_size = 1000"),
+        ("llama", {"num_layers": 3}, "num_hidden_layers = 2"),
+        ("llama", {"num_heads": 3, "num_kv_heads": 1}, "num_attention_heads = 9"),
+        ("llama3, tied", {"rope_original_positions": 128}, "original_max_position_embeddings"),
+        ("llama, linear", {"rope_factor": 2.0}, r"factor = 2\.5"),
+    ],
+)
+def test_weights_of_another_model_are_refused(folders, kind, changes, words):
+    with pytest.raises(CheckpointError, match=rf"config\.json describes another model: .*{words}"):
+        read_initial_weights(folders[kind], read_section(folders[kind], **changes))
+
+
+def test_a_folder_of_another_family_is_refused(folders):
+    with pytest.raises(CheckpointError, match=r"'qwen2'.* 'llama'"):
+        read_initial_weights(folders["qwen2"], read_section(folders["llama"]))
+
+
+def changed_copy(folder, copy, changes):
+    """A folder with only a changed config.json; `...` removes a key."""
+    copy.mkdir()
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (copy / "config.json").write_text(json.dumps(kept))
+    return copy
+
+
+def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
+    for kind in ("llama3, tied", "llama, linear"):
+        rope = json.loads((folders[kind] / "config.json").read_text())["rope_parameters"]
+        theta = rope.pop("rope_theta")
+        changes = {"rope_parameters": ..., "rope_theta": theta, "rope_scaling": rope}
+        folder = changed_copy(folders[kind], tmp_path / kind, changes)
+        assert read_model_folder(folder) == read_model_folder(folders[kind])
+    removed = ("rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+    changes = {"rope_scaling": None, **dict.fromkeys(removed, ...)}
+    keys = read_model_folder(changed_copy(folders["llama"], tmp_path / "old", changes))
+    assert (keys["rope_theta"], keys["rope_type"], keys["num_kv_heads"]) == (10000.0, "default", 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("llama", {"model_type": "mixtral"}, "model_type = 'mixtral'"),
+        ("llama", {"model_type": ["llama"]}, r"model_type = \['llama'\]"),
+        ("llama", {"attention_bias": True}, "attention_bias = True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("llama", {"rope_scaling": [1]}, "rope_scaling"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"hidden_size": None}, "hidden_size is missing"),
+        ("llama", {"hidden_size": "54"}, "hidden_size = '54'"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_layers.*10000"),
+        ("llama", {"head_dim": 7}, "head_dim"),
+        ("mistral", {"sliding_window": 128}, "sliding_window = 128"),
+        ("mistral", {"sliding_window": ...}, "sliding_window = 4096"),
+        ("mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("llama", {"vocab_size": 0, "hidden_act": "x"}, "hidden_act.*vocab_size"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(folders, tmp_path, kind, changes, words):
+    with pytest.raises(ConfigError, match=rf"config\.json: .*({words})"):
+        read_model_folder(changed_copy(folders[kind], tmp_path / "bad", changes))
+
+
+@pytest.mark.parametrize("content", ["not json", "[" * 100_000, None])
+def test_a_damaged_or_missing_config_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_folder(tmp_path)
+
+
+def test_a_repeated_tied_head_is_dropped_and_another_is_refused(folders, tmp_path):
+    config, weights = read_folder(folders["qwen2, tied"])
+    assert "lm_head.weight" not in weights
+    embedding = weights["model.embed_tokens.weight"]
+    file = tmp_path / "model.safetensors"
+    save_file({**weights, "lm_head.weight": embedding.clone()}, file)
+    assert read_initial_weights(tmp_path, config).tensors.keys() == weights.keys()
+    # Other programs may store only the head's name.
+    only_head = {name: value for name, value in weights.items() if value is not embedding}
+    save_file({**only_head, "lm_head.weight": embedding.clone()}, file)
+    read = read_initial_weights(tmp_path, config).tensors
+    assert torch.equal(read["model.embed_tokens.weight"], embedding)
+    save_file({**weights, "lm_head.weight": embedding + 1}, file)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):
+        read_initial_weights(tmp_path, config)
+
+
+def test_stored_rotary_frequencies_are_left_out(folders, tmp_path):
+    config, weights = read_folder(folders["llama"])
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    save_file({**weights, **frequencies}, tmp_path / "model.safetensors")
+    assert read_initial_weights(tmp_path, config).tensors.keys() == parameter_shapes(config).keys()
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_single_file_is_mapped_and_not_copied(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"big.weight": torch.zeros(64, 2**18)}, file)  # 64 MiB
+    before = resident_bytes()
+    tensor = read_dense(file)["big.weight"]
+    assert resident_bytes() - before < 32 * 2**20
+    assert tensor.sum() == 0
+
+
+def test_damaged_and_missing_weights_are_named(state, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        read_dense(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
+        read_dense(tmp_path)
+    export(state, tmp_path / "out", max_shard_bytes=20_000)
+    shard = sorted((tmp_path / "out").glob("model-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is a corrupted or truncated"):
+        read_dense(tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"names {shard.name}"):
+        read_dense(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "content", ["not json", "[]", '{"weight_map": {"a": "../outside.safetensors"}}']
+)
+def test_a_damaged_index_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        read_dense(tmp_path)
