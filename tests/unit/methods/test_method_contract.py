@@ -30,7 +30,6 @@ from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.spectra_files import read_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
-from switchtitan.training.description import comparable_identity
 
 BF16 = ("--training.frozen_dtype", "bfloat16")
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")
@@ -218,7 +217,7 @@ def test_a_save_changes_nothing_and_resuming_equals_a_straight_run_bitwise(train
     assert not differing(stepper.optimizer.state_dict(), straight.saved_optimizer)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if "tied" not in name])
 def test_dense_weights_in_the_plain_model_compute_the_same_logits(trained, name):
     one = trained(name)
     dense = method_of(one.config).dense_weights(one.saved_parameters)
@@ -309,11 +308,6 @@ def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
             trainer_of(one.folder, RUNS[name][0])
 
 
-def test_a_checkpoint_from_before_there_was_a_choice_of_dtype_is_one_of_float32():
-    identity = comparable_identity({"training": {"global_batch_size": 8}})
-    assert identity["training"] == {"frozen_dtype": "float32", "global_batch_size": 8}
-
-
 @pytest.mark.parametrize(("method", "warns"), [("switchlora", True), ("relora", False)])
 def test_a_method_that_rounds_frozen_weights_again_and_again_warns(corpora, caplog, method, warns):
     tiny_trainer(corpora / f"contract-warns-{method}", method, *BF16).stepper.close()
@@ -346,20 +340,6 @@ def test_without_other_lr_every_parameter_has_one_rate_bitwise(corpora, trained)
     trainer = trainer_of(corpora / "contract-equal-rates", "full_rank", *keys)
     assert train_steps(trainer, 4) == trained("full_rank").losses[:4]
     trainer.stepper.close()
-
-
-def test_a_block_with_biases_compiles_to_one_graph(tmp_path, fresh_compiler):
-    config = tiny_config(tmp_path, "lora", *TIED)
-    model = MODELS.build(config.model)
-    method_of(config).prepare_model(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    expected = logits(model)
-    for block in model.blocks().values():
-        block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits(model), expected, **ROUNDING)
 
 
 def test_a_method_outside_the_package_has_its_own_scale_in_every_reader(corpora, trained):
