@@ -102,7 +102,6 @@ def arguments(folder: Path, cache_dir: Path, is_async: bool) -> list[str]:
         ("async_save = false", f"async_save = {str(is_async).lower()}"),
         # Less to compute in a step.
         ("num_layers = 2", "num_layers = 1"),
-        ("local_batch_size = 2", "local_batch_size = 4"),
     ):
         assert before in text, before
         text = text.replace(before, after)
