@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.small_llama import draw_model
 from support.switchlora_layers import (
     are_groups_in_place,
     build_layer,
@@ -17,8 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchtitan.distributed.adjacent import allocate_adjacent
+from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import LowRankLinear, lora_init
-from switchtitan.methods.switchlora import vector_adamw
+from switchtitan.methods.switchlora import SwitchLora, vector_adamw
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.factor_groups import FactorGroups
 from switchtitan.methods.switchlora.factor_muon import FactorMuon
@@ -341,3 +343,15 @@ def test_momentum_is_reset_for_whom_the_setting_names(reset_moments, freeze_step
                 elif p > 0 and freeze_steps == 0:
                     assert momentum.min() > 0.09  # of two steps or more
     assert not any("vector_steps" in key or "exp_avg" in key for key in state)
+
+
+@pytest.mark.parametrize("method", [Lora, SwitchLora])
+def test_layers_that_are_not_targets_train_with_muon_as_well(method):
+    config = {Lora: LoraConfig, SwitchLora: SwitchLoraConfig}[method]
+    built = method(config(rank=3, targets=("q_proj",)), 10, 0)
+    optimizer = built.build_optimizer(draw_model(built), MUON, compile_step=False)
+    names = {name for name in optimizer.state_dict() if "layers.0" in name and "proj" in name}
+    assert "model.layers.0.self_attn.k_proj.weight.momentum" in names
+    assert "model.layers.0.self_attn.q_proj.lora_b.momentum" in names
+    others = {name for name in names if not name.endswith(".momentum")}
+    assert not others

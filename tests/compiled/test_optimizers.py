@@ -1,0 +1,69 @@
+"""Compiled updates of AdamW, also with moments in bf16, and of Muon equal the uncompiled ones."""
+
+import pytest
+import torch
+from support.optimizer_steps import parameters, train
+
+from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim.muon import MuonConfig
+
+SHAPES = {
+    "embed.weight": (11, 5),
+    "layers.0.up.weight": (9, 5),
+    "layers.0.down.weight": (5, 9),
+    "layers.0.norm.weight": (5,),
+}
+KEYS = {"lr": 0.03, "weight_decay": 0.2}
+NUM_STEPS = 12
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+def trained(config, compile_step, compute_dtype=torch.float32):
+    """Parameters after some steps, and the state; nothing compiles after the first step."""
+    named = parameters(SHAPES)
+    entries = [
+        TrainedParameter(
+            name,
+            parameter,
+            is_in_block=name.startswith("layers."),
+            compute_dtype=compute_dtype,
+        )
+        for name, parameter in named.items()
+    ]
+    optimizer = OPTIMIZERS.build(config, entries, compile_step, 0)
+    train(optimizer, named, range(1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(optimizer, named, range(1, NUM_STEPS))
+    return named, optimizer.state_dict()
+
+
+def test_adamw_is_torchs_fused_update_to_rounding():
+    adamw = AdamWConfig(**KEYS)
+    (compiled, _), (eager, _) = (trained(adamw, compile_step) for compile_step in (True, False))
+    start = parameters(SHAPES)
+    for name, expected in eager.items():
+        # 12 updates of order 0.01 to 1, each rounded in another order in fp32.
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-5, atol=1e-6)
+        assert (expected - start[name]).abs().max() > 0.01
+
+
+def test_moments_in_bf16_round_alike():
+    adamw = AdamWConfig(**KEYS, moments_dtype="bfloat16")
+    (compiled, state), (eager, expected) = (trained(adamw, compiles) for compiles in (True, False))
+    for name, parameter in eager.items():
+        # The compiler may fuse a product and a sum into one rounding, so that about one moment in
+        # 2^16 rounds differently.
+        torch.testing.assert_close(compiled[name], parameter, rtol=1e-4, atol=1e-5)
+    for key, tensor in expected.items():
+        assert (state[key] != tensor).sum() <= 1, key
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_muon_is_the_same_to_rounding(compute_dtype, tolerance):
+    muon = MuonConfig(**KEYS)
+    (compiled, _), (eager, _) = (trained(muon, compiles, compute_dtype) for compiles in (1, 0))
+    for name, expected in eager.items():
+        torch.testing.assert_close(compiled[name], expected, rtol=tolerance, atol=tolerance)

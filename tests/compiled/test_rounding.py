@@ -1,0 +1,51 @@
+"""Additions to weights in bf16 give the same bits compiled, for every weight, event and width."""
+
+import math
+
+import pytest
+import torch
+
+from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
+
+
+def not_finite():
+    """Both infinities; then nan as CUDA makes it, with its sign set, and as the CPU makes it."""
+    patterns = [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000]
+    signed = [pattern - (pattern >> 31 << 32) for pattern in patterns]
+    return torch.tensor(signed).int().view(torch.float32)
+
+
+def draw_layers():
+    generator = torch.Generator().manual_seed(0)
+    layers = {name: LowRankLinear(5, 7, 3, 0.5, lora_init) for name in ("first", "second")}
+    for layer in layers.values():
+        layer.weight.data = torch.randn(7, 5, generator=generator).bfloat16()
+    return layers
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_once_it_gives_the_same_bits_for_every_weight_event_and_width():
+    model, compiled_model = draw_layers(), draw_layers()
+    start, generator = model["second"].weight.clone(), torch.Generator().manual_seed(1)
+    eager = StochasticRounding(model, 0, compile_step=False)
+    compiled = StochasticRounding(compiled_model, 0, compile_step=True)
+    for number in range(4):
+        left = torch.randn(7, 1 + number, generator=generator)
+        right = 1e-3 * torch.randn(1 + number, 5, generator=generator)
+        pairs = zip(eager.of_event(number), compiled.of_event(number), strict=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name, (rounding, of_compiled) in zip(model, pairs, strict=True):
+                add_product_(model[name].weight, left, right, 0.25, rounding)
+                add_product_(compiled_model[name].weight, left, right, 0.25, of_compiled)
+    assert not torch.equal(model["second"].weight, start)
+    for name, layer in model.items():
+        # The compiler may fuse a multiplication and an addition into one rounding:
+        # about one value in 2^16 may round differently.
+        assert (compiled_model[name].weight != layer.weight).sum() <= 1
+    (rounding, _), weight = compiled.of_event(4), compiled_model["first"].weight
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        rounding.add_(weight, not_finite().repeat(7, 1), rounding.key, first_row=0, scale=0.25)
+    assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7
+    assert weight[:, 2:].isnan().all()
