@@ -108,7 +108,9 @@ def test_a_trained_tokenizer_round_trips_any_string(documents):
         (ids,) = tokenizer.encode_documents([text])
         assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == text
         assert tokenizer.eos_id not in ids
-    assert train_tokenizer(iter(documents), 300).sha256 == tokenizer.sha256
+    # The same on every machine.
+    assert train_tokenizer(iter(documents), 300).sha256.startswith("00171497b17fa0b0")
+    assert tokenizer.sha256.startswith("00171497b17fa0b0")
 
 
 def test_documents_are_encoded_in_full_without_special_tokens(tmp_path):

@@ -1,151 +1,125 @@
-"""A run evaluates, saves and stops when due, also if gradients are not finite or ranks disagree."""
+"""A run evaluates, saves and stops when due, also if numbers are not finite or ranks disagree."""
 
 import gc
 import json
 import math
+import signal
+import statistics
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.leftovers import least_growth, num_tensors
-from support.spoiled import spoil_next_gradient
-from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
+import torch.nn.functional as F
+from support.skipping import SKIP
+from support.spikes import (
+    BAD_BATCH,
+    GUARD,
+    PASSED_OVER,
+    raise_loss_of_batch,
+    results_of,
+    run_without_batches,
+)
+from support.spoiled import spoil_next_gradient, spoil_next_loss
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
+from switchtitan.checkpoint.layout import list_step_folders
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.data import open_corpus
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import RanksDisagreeError
-from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
+from switchtitan.observability.curves import read_curves
+from switchtitan.training import trainer as trainer_module
 from switchtitan.training.divergence import TrainingDivergedError
-from switchtitan.training.stepper import StepResult
-from switchtitan.training.trainer import RunSchedule, Trainer
+from switchtitan.training.loss_spikes import loss_limit
+from switchtitan.training.stepper import TrainState
+from switchtitan.training.stop import NeverStop, Stopped
+from switchtitan.training.trainer import RunSchedule
 
-SKIP = ("--training.on_nonfinite", "skip")
-
-
-@pytest.fixture(autouse=True)
-def leave_world() -> Iterator[None]:
-    yield
-    stop_world()
+SAVE_OFTEN = ("--checkpoint.interval", "2", "--evaluation.interval", "100")
+TEST_SPLIT = ("--data.test_fraction", "0.1", "--evaluation.test_tokens", "320")
+REGIONS = {"data", "forward", "backward", "reduce", "clip", "update", "other", "step"}
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_is_saved(corpora):
-    trainer = tiny_trainer(
-        corpora / "stopped", "switchlora", "--training.steps", "3", "--metrics.interval", "100"
-    )
-    spoil_next_gradient(trainer.stepper)
-    with pytest.raises(TrainingDivergedError, match=r"on_nonfinite"):
-        trainer.train()
-    trainer.stepper.close()
-    assert not list((corpora / "stopped" / "run").glob("checkpoints/step-*"))
-
-
-def rows_differ(trainer: Trainer) -> None:
-    trainer.stepper.optimizer._exchange._disagreement.fill_(True)
-
-
-def weights_differ(trainer: Trainer) -> None:
-    def check_replicas() -> None:
-        raise RanksDisagreeError("ranks no longer hold the same weights")
-
-    trainer.tensors.check_replicas = check_replicas
-
-
-@pytest.mark.parametrize("spoil", [rows_differ, weights_differ])
-def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch, spoil):
-    intervals = (
-        "--checkpoint.interval",
-        "2",
-        "--evaluation.interval",
-        "3",
-        "--checkpoint.async_save",
-        "true",
-    )
-    trainer = tiny_trainer(corpora / f"disagree-{spoil.__name__}", "switchlora", *intervals)
-    may_write, write_data = threading.Event(), ChecksummingWriter.write_data
-
-    def write_when_allowed(*args: Any) -> Any:
-        assert may_write.wait(60)
-        return write_data(*args)
-
-    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_allowed)
+def before_each_step(trainer, call):
+    """Calls `call(step)` before each step, with the number of steps done."""
     step = trainer.stepper.step
 
-    def step_then_spoil() -> StepResult:
-        result = step()
-        if trainer.stepper.state.step == 3:
-            assert trainer.checkpointer.latest is None
-            spoil(trainer)
-            # The save is still in progress when the error is raised.
-            threading.Timer(0.5, may_write.set).start()
-        return result
+    def calling():
+        call(trainer.stepper.state.step)
+        return step()
 
-    trainer.stepper.step = step_then_spoil
-    with pytest.raises(RanksDisagreeError):
-        trainer.train()
-    assert trainer.stepper.state.step == 3
-    assert trainer.checkpointer.latest.name == "step-000000002"
+    trainer.stepper.step = calling
 
 
-def test_a_run_with_a_skipped_update_takes_all_its_steps_and_reports_finite_losses(corpora):
-    trainer = tiny_trainer(corpora / "skip-run", "switchlora", *SKIP, "--training.steps", "4")
-    spoil_next_gradient(trainer.stepper)
-    reported = {}
+class NoteCalls:
+    """A hook that is due after every second step."""
+
+    def __init__(self):
+        self.around_steps, self.after_steps = [], []
+
+    @contextmanager
+    def around(self, step):
+        self.around_steps.append(step)
+        yield
+
+    def is_due(self, step):
+        return step % 2 == 0
+
+    def after(self, step):
+        self.after_steps.append(step)
+
+    def results(self):
+        return {"noted": float(len(self.after_steps))}
+
+
+@pytest.fixture(scope="module")
+def finished(corpora):
+    """A run of 6 steps, of which the first batch is skipped, and what it did."""
+    keys = ("--training.steps", "6", "--evaluation.interval", "4", "--metrics.interval", "4")
+    keys += (*TEST_SPLIT, *SKIP)
+    trainer = tiny_trainer(corpora / "finished", "full_rank", *keys)
+    reported, may_collect, hook = {}, [], NoteCalls()
     report = trainer.reporter.report
-    trainer.reporter.report = lambda step, values: (
-        reported.update({step: values}),
-        report(step, values),
-    )
+
+    def record(step, values):
+        reported.setdefault(step, {}).update(values)
+        report(step, values)
+
+    trainer.reporter.report = record
+    trainer.hooks = [hook]
+    before_each_step(trainer, lambda step: may_collect.append(gc.isenabled()))
+    spoil_next_gradient(trainer.stepper)
     trainer.train()
-    assert trainer.stepper.state.step == 4
-    assert trainer.stepper.state.num_skipped == 1
-    losses = [values["loss/train"] for values in reported.values() if "loss/train" in values]
-    assert losses
-    assert all(map(math.isfinite, losses))
-
-
-@pytest.mark.parametrize("method", METHOD_KEYS)
-def test_evaluation_changes_no_tensor_and_is_deterministic(corpora, method):
-    has_dropout = "dropout" in METHODS[method.removesuffix(MINI)].config_type.model_fields
-    extra = ("--method.dropout", "0.3") if has_dropout else ()
-    trainer = tiny_trainer(corpora / "evaluated", method, *extra)
-    train_steps(trainer, 2)
-    before = full_tensors(trainer)
-    first, second = (
-        trainer.evaluators.validation(trainer.stepper.model),
-        trainer.evaluators.validation(trainer.stepper.model),
+    file = corpora / "finished" / "run" / "results.json"
+    return SimpleNamespace(
+        trainer=trainer,
+        config=tiny_config(corpora / "finished", "full_rank", *keys),
+        keys=keys,
+        file=file,
+        results=json.loads(file.read_text()),
+        reported=reported,
+        may_collect=may_collect,
+        hook=hook,
     )
-    after = full_tensors(trainer)
-    trainer.stepper.close()
-    # Dropout is off, so the same weights give the same loss.
-    assert first == second
-    assert trainer.stepper.model.training
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-TEST_SPLIT = (
-    "--data.test_fraction",
-    "0.1",
-    "--evaluation.test_tokens",
-    "320",
-    "--training.steps",
-    "4",
-)
+def test_a_run_with_a_skipped_update_takes_all_its_steps_and_reports_finite_losses(finished):
+    assert (finished.results["step"], finished.results["batches_skipped"]) == (6, 1)
+    assert finished.results["tokens_seen"] == 7 * 8 * 16
+    losses = {s: v["loss/train"] for s, v in finished.reported.items() if "loss/train" in v}
+    assert list(losses) == [1, 4, 6]
+    assert all(map(math.isfinite, losses.values()))
+    assert finished.reported[6]["data/batches_skipped"] == 1
 
 
-def test_the_trained_model_is_evaluated_once_on_the_test_split(corpora):
-    trainer = tiny_trainer(corpora / "test-split", "full_rank", *TEST_SPLIT)
-    trainer.train()
-    results = json.loads((corpora / "test-split" / "run" / "results.json").read_text())
-    assert results["step"] == 4
-    assert results["tokens_seen"] == 4 * 8 * 16
-    assert results["loss/test"] == trainer.evaluators.test(trainer.stepper.model)
-    assert results["loss/test"] != trainer.evaluators.validation(trainer.stepper.model)
-    corpus = open_corpus(tiny_config(corpora / "test-split", "full_rank", *TEST_SPLIT).data)
+def test_the_trained_model_is_evaluated_on_the_test_split(finished):
+    model, results = finished.trainer.stepper.model, finished.results
+    assert results["loss/test"] == finished.trainer.evaluators.test(model)
+    assert results["loss/test"] != results["loss/validation"]
+    corpus = open_corpus(finished.config.data)
     sequences = corpus.split("test", 16)
     num_scored = 16 * len(sequences)
     assert num_scored < 320, "the split is shorter than test_tokens"
@@ -153,72 +127,65 @@ def test_the_trained_model_is_evaluated_once_on_the_test_split(corpora):
     text = corpus.tokenizer().tokenizer.decode(scored, skip_special_tokens=True)
     bits = results["loss/test"] * num_scored / math.log(2)
     assert results["bits_per_byte/test"] == pytest.approx(bits / len(text.encode()))
-    assert results["bits_per_byte/validation"] is None, "the run is too short for an evaluation"
-    plain = MODELS.build(tiny_config(corpora / "test-split", "full_rank").model)
-    num_trained = sum(parameter.numel() for parameter in plain.parameters())
-    assert results["num_parameters"] == {"trainable": num_trained, "frozen": 0, "buffers": 0}
+
+
+def test_results_state_the_loss_of_the_last_step_and_the_size_of_the_state(finished):
+    evaluated = [s for s, v in finished.reported.items() if "loss/validation" in v]
+    assert evaluated == [0, 4, 6]
+    validation = finished.trainer.evaluators.validation(finished.trainer.stepper.model)
+    assert finished.results["loss/validation"] == validation
+    parameters = list(MODELS.build(finished.config.model).parameters())
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    counts = {"trainable": num_trained, "frozen": 0, "buffers": 0}
+    assert finished.results["num_parameters"] == counts
     # Weights and two moments in fp32, and a step count for each tensor.
-    num_tensors = len(list(plain.parameters()))
-    assert results["memory/state_gib"] * 2**30 == 4 * (3 * num_trained + num_tensors)
+    num_bytes = 4 * (3 * num_trained + len(parameters))
+    assert finished.results["memory/state_gib"] * 2**30 == num_bytes
 
 
-def test_a_run_stopped_before_its_results_writes_them_when_resumed(corpora):
-    folder, file = corpora / "late-results", corpora / "late-results" / "run" / "results.json"
-    tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
-    results = json.loads(file.read_text())
-    file.unlink()
-    tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
-    again = json.loads(file.read_text())
+def test_a_hook_is_called_around_every_step_and_after_the_steps_when_it_is_due(finished):
+    # The update of the first batch is skipped.
+    assert finished.hook.around_steps == [1, 1, 2, 3, 4, 5, 6]
+    assert finished.hook.after_steps == [2, 4, 6]
+    assert finished.results["noted"] == 3
+
+
+def test_python_s_collector_is_disabled_while_training(finished):
+    assert finished.may_collect == [True, *[False] * 6]
+    assert gc.isenabled()
+
+
+def test_times_of_all_regions_are_reported_at_the_interval(finished):
+    of_step = {f"time/{name}_ms" for name in REGIONS}
+    assert {step for step, v in finished.reported.items() if of_step <= set(v)} == {1, 4, 6}
+    times = finished.reported[4]
+    parts = sum(times[tag] for tag in of_step - {"time/step_ms"})
+    assert parts == pytest.approx(times["time/step_ms"])
+    # The last evaluation and save come after the last report of a step.
+    assert {"time/evaluate_ms", "time/save_ms"} <= set(finished.reported[6])
+
+
+def test_a_run_stopped_before_its_results_writes_them_when_it_is_resumed(finished, corpora):
+    finished.file.unlink()
+    tiny_trainer(corpora / "finished", "full_rank", *finished.keys).train()
+    again = json.loads(finished.file.read_text())
     assert again["throughput/tokens_per_s"] is None
     for key in ("step", "loss/validation", "loss/test", "corpus"):
-        assert again[key] == results[key]
-    written_at = file.stat().st_mtime_ns
-    tiny_trainer(folder, "full_rank", *TEST_SPLIT).train()
-    assert file.stat().st_mtime_ns == written_at
+        assert again[key] == finished.results[key]
+    written_at = finished.file.stat().st_mtime_ns
+    tiny_trainer(corpora / "finished", "full_rank", *finished.keys).train()
+    assert finished.file.stat().st_mtime_ns == written_at
 
 
-def note_at_steps(trainer: Trainer, note: Callable[[], object]) -> list[object]:
-    """A list that the run fills with what `note` returns at the beginning of each step."""
-    noted: list[object] = []
-    step = trainer.stepper.step
-
-    def noting() -> StepResult:
-        noted.append(note())
-        return step()
-
-    trainer.stepper.step = noting
-    return noted
-
-
-def test_results_state_the_loss_of_the_last_step_also_if_the_interval_grew(corpora):
+def test_the_last_step_is_evaluated_also_if_the_interval_grew(corpora):
     folder = corpora / "interval-grew"
-    save = ("--checkpoint.interval", "2")
-    tiny_trainer(
-        folder, "lora", *save, "--training.steps", "2", "--evaluation.interval", "2"
-    ).train()
-    trainer = tiny_trainer(
-        folder, "lora", *save, "--training.steps", "4", "--evaluation.interval", "100"
-    )
+    short = ("--training.steps", "2", "--evaluation.interval", "2")
+    tiny_trainer(folder, "lora", "--checkpoint.interval", "2", *short).train()
+    trainer = tiny_trainer(folder, "lora", *SAVE_OFTEN, "--training.steps", "4")
     trainer.train()
-    results = json.loads((folder / "run" / "results.json").read_text())
+    results = results_of(folder)
     assert results["step"] == 4
     assert results["loss/validation"] == trainer.evaluators.validation(trainer.stepper.model)
-
-
-def test_python_s_collector_is_disabled_while_training(corpora):
-    trainer = tiny_trainer(corpora / "collects", "full_rank", "--training.steps", "4")
-    may_collect = note_at_steps(trainer, gc.isenabled)
-    trainer.train()
-    assert may_collect == [True, False, False, False]
-    assert gc.isenabled()
-
-
-def test_python_s_collector_is_enabled_after_training_that_diverged(corpora):
-    trainer = tiny_trainer(corpora / "collects-diverged", "full_rank")
-    spoil_next_gradient(trainer.stepper)
-    with pytest.raises(TrainingDivergedError):
-        trainer.train()
-    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(("num_steps", "interval"), [(10, 3), (9, 3), (2, 5), (5, 1)])
@@ -229,70 +196,203 @@ def test_the_number_of_saves_is_foretold(num_steps, interval):
         assert schedule.num_saves_after(start) == len(due)
 
 
-class NoteCalls:
-    """A hook that is due after every second step."""
-
-    def __init__(self) -> None:
-        self.around_steps: list[int] = []
-        self.after_steps: list[int] = []
-
-    @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        self.around_steps.append(step)
-        yield
-
-    def is_due(self, step: int) -> bool:
-        return step % 2 == 0
-
-    def after(self, step: int) -> None:
-        self.after_steps.append(step)
-
-    def results(self) -> dict[str, float | None]:
-        return {"noted": float(len(self.after_steps))}
-
-
-def test_a_hook_is_called_around_every_step_and_after_the_steps_when_it_is_due(corpora):
-    folder, hook = corpora / "hooks", NoteCalls()
-    trainer = tiny_trainer(folder, "full_rank", *SKIP, "--training.steps", "5")
-    trainer.hooks = [hook]
-    spoil_next_gradient(trainer.stepper)
-    trainer.train()
-    # The update of the first batch is skipped.
-    assert hook.around_steps == [1, 1, 2, 3, 4, 5]
-    assert hook.after_steps == [2, 4]
-    assert json.loads((folder / "run" / "results.json").read_text())["noted"] == 2
+@pytest.mark.parametrize("local_batch_size", ["1", "4"])
+def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, local_batch_size):
+    """160 tokens are 10 sequences: batches of 4 are padded with sequences that do not count."""
+    folder = corpora / f"validation-{local_batch_size}"
+    keys = ("--training.local_batch_size", local_batch_size)
+    trainer = tiny_trainer(folder, "full_rank", *keys)
+    train_steps(trainer, 1)
+    trainer.stepper.close()
+    ours = trainer.evaluators.validation(trainer.stepper.model)
+    plain = MODELS.build(tiny_config(folder, "full_rank").model)
+    tensors = full_tensors(trainer)
+    plain.load_state_dict({name: tensors[f"model.{name}"] for name in plain.state_dict()})
+    sequences = open_corpus(tiny_config(folder, "full_rank").data).split("validation", 16)
+    losses = []
+    for index in range(10):
+        tokens, documents = sequences[index]
+        with torch.no_grad():
+            logits = plain(tokens[None, :-1], documents[None])
+        losses.append(F.cross_entropy(logits[0].double(), tokens[1:]).item())
+    # fp32 logits of batches of other shapes: about ten operations with rounding errors of 6e-8.
+    assert ours == pytest.approx(statistics.mean(losses), rel=1e-6)
 
 
-EVERY_FIVE_STEPS = [
-    word for key in ("evaluation", "checkpoint", "spectrum") for word in (f"--{key}.interval", "5")
-]
+@pytest.mark.parametrize(("method", "keys"), [("lora", ("--method.dropout", "0.3")), ("fira", ())])
+def test_evaluation_changes_no_tensor_and_is_deterministic(corpora, method, keys):
+    trainer = tiny_trainer(corpora / "evaluated", method, *keys)
+    train_steps(trainer, 2)
+    trainer.stepper.close()
+    before = full_tensors(trainer)
+    first, second = (trainer.evaluators.validation(trainer.stepper.model) for _ in range(2))
+    after = full_tensors(trainer)
+    # Dropout is off, so the same weights give the same loss.
+    assert first == second
+    assert trainer.stepper.model.training
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def spoil_steps(trainer, first, last, spoil):
+    """Spoils what is computed for the steps after `first` to `last` done."""
+    before_each_step(trainer, lambda step: first <= step <= last and spoil(trainer.stepper))
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("spoil", "first", "keys", "words"),
     [
-        [],
-        ["--checkpoint.async_save", "true"],
-        ["--activation_checkpoint.mode", "full", "--activation_checkpoint.offload", "true"],
-        ["--method.candidates_device", "host"],
-        ["--method.candidates", "constant"],
+        (spoil_next_loss, 3, (), ("by step 4", "step-000000002; ")),
+        (spoil_next_gradient, 3, (), ("by step 4", "on_nonfinite", "step-000000002; ")),
+        (spoil_next_gradient, 0, (), ("by step 1", "there is no checkpoint yet; ")),
+        (spoil_next_loss, 3, SKIP, ("skipped 3 updates", "step 3", "step-000000002; ")),
     ],
-    ids=["saves", "background", "offload", "host", "constant"],
+    ids=["loss", "gradient", "first", "skipped"],
 )
-def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collection(
-    corpora, overrides, request
+def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(
+    corpora, monkeypatch, request, spoil, first, keys, words
 ):
-    """Python collects no garbage between the first step and the fortieth."""
-    folder = corpora / f"leftovers-{request.node.callspec.id}"
-    trainer = tiny_trainer(folder, "switchlora", *EVERY_FIVE_STEPS, *overrides)
-    stepper, counts = trainer.stepper, []
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 3)
+    folder = corpora / f"diverged-{request.node.callspec.id}"
+    trainer = tiny_trainer(folder, "switchlora", *SAVE_OFTEN, *keys)
+    spoil_steps(trainer, first, 99, spoil)
+    with pytest.raises(TrainingDivergedError) as caught:
+        trainer.train()
+    assert all(word in str(caught.value) for word in words), caught.value
+    saved = list_step_folders(folder / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step-000000002"] * (first > 0)
+    assert results_of(folder)["diverged"]
+    assert gc.isenabled()
 
-    def count_every_ten_steps() -> None:
-        # Counting takes longer than a step. Ten steps have two evaluations, saves and inspections.
-        if stepper.state.step % 10 == 9:
-            counts.append(num_tensors())
 
-    note_at_steps(trainer, count_every_ten_steps)
+def test_weights_that_are_not_finite_are_not_saved(corpora):
+    """A finite gradient can overflow a weight."""
+    folder = corpora / "inf-weight"
+    trainer = tiny_trainer(folder, "switchlora", *SAVE_OFTEN)
+    step = trainer.stepper.step
+    weight = trainer.stepper.model.get_parameter("model.layers.1.mlp.up_proj.lora_b")
+
+    def overflowing_step():
+        result = step()
+        if trainer.stepper.state.step == 4:
+            weight.detach().to_local()[2, 3] = math.inf
+        return result
+
+    trainer.stepper.step = overflowing_step
+    with pytest.raises(TrainingDivergedError, match=r"up_proj\.lora_b\).*step-000000002; "):
+        trainer.train()
+    saved = list_step_folders(folder / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step-000000002"]
+
+
+def test_skips_that_are_not_in_a_row_do_not_stop_the_run(corpora, monkeypatch):
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 2)
+    folder = corpora / "skips-apart"
+    trainer = tiny_trainer(folder, "full_rank", *SKIP, "--training.steps", "4")
+    state = trainer.stepper.state
+
+    def spoil_every_second(step):
+        if state.num_batches % 2:
+            spoil_next_gradient(trainer.stepper)
+
+    before_each_step(trainer, spoil_every_second)
     trainer.train()
-    assert len(counts) == 4
-    assert least_growth(counts) <= 0
+    assert (results_of(folder)["step"], results_of(folder)["batches_skipped"]) == (4, 3)
+
+
+def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch):
+    intervals = ("--checkpoint.interval", "2", "--evaluation.interval", "3")
+    keys = (*intervals, "--checkpoint.async_save", "true")
+    trainer = tiny_trainer(corpora / "disagree", "switchlora", *keys)
+    may_write, write_data = threading.Event(), ChecksummingWriter.write_data
+
+    def write_when_allowed(*arguments):
+        assert may_write.wait(60)
+        return write_data(*arguments)
+
+    def disagree():
+        assert trainer.checkpointer.latest is None
+        # The save is still in progress when the error is raised.
+        threading.Timer(0.3, may_write.set).start()
+        raise RanksDisagreeError("ranks no longer hold the same weights")
+
+    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_allowed)
+    before_each_step(
+        trainer, lambda step: step and setattr(trainer.tensors, "check_replicas", disagree)
+    )
+    with pytest.raises(RanksDisagreeError):
+        trainer.train()
+    assert trainer.stepper.state.step == 3
+    assert trainer.checkpointer.latest.name == "step-000000002"
+
+
+INTERRUPTED = ("--training.steps", "6", "--evaluation.interval", "2", "--metrics.tensorboard")
+INTERRUPTED += ("true", "--checkpoint.interval", "100")
+
+
+class StopInTheEvaluation(NeverStop):
+    """Stops a run after the third batch of the evaluation after step 4."""
+
+    def __init__(self, state):
+        self.state, self.num_batches = state, 0
+
+    def is_due(self):
+        # The state says so until all work after the step is done.
+        self.num_batches += self.state.is_work_after_step_due
+        is_there = self.state.step == 4 and self.num_batches % 5 == 3
+        return signal.SIGTERM if is_there else None
+
+
+def curves(folder):
+    """Points by tag, without what depends on the machine."""
+    machine = ("throughput/", "memory/", "time/")
+    found = read_curves(folder / "run").items()
+    return {tag: list(zip(*c, strict=True)) for tag, c in found if not tag.startswith(machine)}
+
+
+def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(corpora):
+    undisturbed, folder = corpora / "undisturbed-evaluation", corpora / "abandoned"
+    expected = tiny_trainer(undisturbed, "switchlora", *INTERRUPTED)
+    expected.train()
+    trainer = tiny_trainer(folder, "switchlora", *INTERRUPTED)
+    trainer.stop = StopInTheEvaluation(trainer.stepper.state)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert (folder / "run" / "checkpoints" / "step-000000004").is_dir()
+    assert not (folder / "run" / "results.json").exists()
+    left = curves(folder)
+    assert left["loss/train"][-1][0] == 4
+    assert [step for step, _ in left["loss/validation"]] == [0, 2]
+    resumed = tiny_trainer(folder, "switchlora", *INTERRUPTED)
+    resumed.train()
+    assert curves(folder) == curves(undisturbed)
+    assert results_of(folder)["loss/validation"] == results_of(undisturbed)["loss/validation"]
+    assert resumed.stepper.state == expected.stepper.state
+    tensors = full_tensors(resumed)
+    assert all(torch.equal(tensors[name], t) for name, t in full_tensors(expected).items())
+
+
+def test_after_a_rollback_a_run_equals_one_without_the_batches_bitwise(corpora):
+    without = full_tensors(run_without_batches(corpora / "no-spike", "switchlora", PASSED_OVER))
+    stop_world()
+    folder = corpora / "spike"
+    trainer = tiny_trainer(folder, "switchlora", *GUARD, "--metrics.interval", "7")
+    raise_loss_of_batch(trainer.stepper, BAD_BATCH)
+    trainer.train()
+    assert all(torch.equal(t, without[name]) for name, t in full_tensors(trainer).items())
+    results = results_of(folder)
+    assert (results["rollbacks"], results["batches_passed_over"]) == (1, PASSED_OVER)
+
+
+def test_the_limit_of_a_loss_is_the_median_plus_scaled_deviations():
+    losses = [3.0, 1.0, 2.0, 2.5, 1.5, 100.0, 2.0, 2.2]
+    middle = statistics.median(losses)
+    deviations = sorted(abs(loss - middle) for loss in losses)
+    mad = (deviations[3] + deviations[4]) / 2
+    assert loss_limit(losses, 5) == pytest.approx(middle + 5 * 1.4826 * mad)
+
+
+def test_positions_map_to_batches_that_are_not_passed_over():
+    state = TrainState(step=3, passed_over=[0, 2, 3, 9])
+    kept = [batch for batch in range(20) if batch not in state.passed_over]
+    assert [state.batch_index(position) for position in range(16)] == kept[:16]
+    assert state.next_batch == kept[3]
