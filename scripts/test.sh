@@ -7,6 +7,8 @@
 #                                            run a sample of its cases
 #   ./scripts/test.sh --mutations [-k TEXT]  plants the faults of tests/support/mutations.toml, one
 #                                            at a time; tests must notice each
+#   ./scripts/test.sh --numbers [-k TEXT]    runs the command line, and compares losses, exports and
+#                                            switches with tests/data/reference_numbers.json
 #   ./scripts/test.sh tests/unit -k switch   some tests, in one process; arguments are pytest's
 #
 # Tests see no GPU, except those marked `gpu`; with a GPU, the first command runs them last.
@@ -50,6 +52,9 @@ case "${1:-}" in
         ;;
     --mutations)
         exec "$PYTHON" tests/support/mutation_ledger.py "${@:2}"
+        ;;
+    --numbers)
+        exec "$PYTHON" tests/support/reference_numbers.py "${@:2}"
         ;;
     *)
         exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,404 @@
+"""Compares what the command line computes with stored numbers, from before a change.
+
+    ./scripts/test.sh --numbers                      compares; status 1 if a number moved
+    ./scripts/test.sh --numbers -k galore            those of runs with this text in their name
+    ./scripts/test.sh --numbers --rounding           floats may differ by 1e-5, relative
+    ./scripts/test.sh --numbers --write              stores this checkout's numbers
+    ./scripts/test.sh --numbers --against CHECKOUT   ratios of times and memory, this / CHECKOUT
+
+tests/data/reference_numbers.json has, for tiny runs of every method, optimizer and model, the
+training and validation losses and norms of gradients of 40 steps; the tensors of exports; the
+vectors that SwitchLoRA has put into each slot; and checksums of the golden trajectories.
+
+Runs take one thread and torch's portable kernels, so CPUs agree on the bits. Two things remain that
+may differ elsewhere: another version of torch, which is named, and compiled regions. Use --rounding
+there. A tensor's checksum is not compared then, but its norm. An intended change of a number is
+stored with --write, in a commit that says why.
+
+Only the command line is used: `switchtitan train` and `export`, event files, safetensors. Ratios
+are medians over rounds, in which both checkouts take turns. Compare on a quiet machine.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+STORED = PROJECT / "tests/data/reference_numbers.json"
+BASE = STORED.with_suffix(".toml")
+TOLERANCE = 1e-5
+# CPUs of any age take the same operations in the same order. Read when torch is imported.
+PORTABLE = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "CUDA_VISIBLE_DEVICES": "",
+    "MKL_CBWR": "COMPATIBLE",
+    "OMP_NUM_THREADS": "1",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+TAGS = {
+    "losses": "basics/loss_train",
+    "validation": "basics/loss_validation",
+    "gradient_norms": "optimizer/grad_norm",
+    "vectors_switched": "switch/vectors_switched",
+    "frozen_share": "switch/frozen_share",
+}
+
+LOW_RANK = {
+    "apollo": "--method.rank 6 --method.update_interval 7",
+    "fira": "--method.rank 6 --method.update_interval 7",
+    "galore": "--method.rank 6 --method.update_interval 7",
+    "lora": "--method.rank 6",
+    "low_rank": "--method.rank 6",
+    # Resets after 9, 18, 27 and 36 steps; step 20 is inside a warmup.
+    "relora": "--method.rank 6 --method.reset_interval 9 --method.restart_warmup_steps 4",
+    "sltrain": "--method.rank 6 --method.density 0.1",
+    # Switches 6 / 5 vectors of each factor a step.
+    "switchlora": "--method.rank 6 --method.interval 5 --method.freeze_steps 2",
+}
+METHODS = {
+    "full_rank": "--method.name full_rank",
+    **{name: f"--method.name {name} {keys}" for name, keys in LOW_RANK.items()},
+}
+LORA, SWITCHLORA = METHODS["lora"], METHODS["switchlora"] + " --method.decay constant"
+CONSTANT = f"{SWITCHLORA} --method.candidates constant"
+GENTLE = (
+    "--method.name switchlora --method.rank 6 --method.candidates constant --method.freeze_steps 0 "
+    "--method.switches_per_vector 9.4 --method.decay constant --method.reset_moments momentum"
+)
+# Moments in 8 bits are those of matrices of at least 4096 elements.
+WIDE = "--model.hidden_size 64 --model.intermediate_size 128"
+RUNS = {
+    **METHODS,
+    "apollo_mini": "--method.name apollo --method.rank 1 --method.update_interval 7 "
+    "--method.scaling tensor",
+    **{
+        f"full_rank, {name}": f"{METHODS['full_rank']} --optimizer.name {name}"
+        for name in ("adafactor", "muon", "scale", "sgd")
+    },
+    "full_rank, adamw8bit": f"{METHODS['full_rank']} --optimizer.name adamw8bit {WIDE}",
+    "lora, muon": f"{LORA} --optimizer.name muon",
+    "lora, scale": f"{LORA} --optimizer.name scale",
+    "switchlora, muon": f"{SWITCHLORA} --optimizer.name muon",
+    "full_rank, qwen2": f"{METHODS['full_rank']} --model.name qwen2",
+    "switchlora, qwen2": f"{SWITCHLORA} --model.name qwen2",
+    "full_rank, cola": f"{METHODS['full_rank']} --model.name cola --model.rank 4",
+    "full_rank, tied head": f"{METHODS['full_rank']} --model.tied_head true",
+    "switchlora, constant candidates": CONSTANT,
+    "switchlora, host candidates": f"{SWITCHLORA} --method.candidates_device host",
+    "switchlora, gentle": GENTLE,
+    "switchlora, constant decay": SWITCHLORA,
+    "switchlora, lora init": f"{SWITCHLORA} --method.init lora --method.reset_moments both",
+    "switchlora, bf16 weights": f"{SWITCHLORA} --training.frozen_dtype bfloat16",
+    "switchlora, recomputed": f"{SWITCHLORA} --activation_checkpoint.mode full",
+    "switchlora, compiled": f"{SWITCHLORA} --compile.blocks true --compile.optimizer true",
+}
+EXPORTS = {
+    "full_rank": (METHODS["full_rank"], "transformers"),
+    "switchlora": (SWITCHLORA, "transformers"),
+    "switchlora, peft": (SWITCHLORA, "peft"),
+    "lora, peft": (LORA, "peft"),
+}
+# Updates are too small to change a number, so a vector keeps its bits wherever it is put.
+AT_REST = "--optimizer.lr 1e-30 --checkpoint.interval 5 --checkpoint.keep_latest 0"
+SLOTS = {"swap": SWITCHLORA, "constant": CONSTANT}
+STEPS_OF_SLOTS = (5, 10, 20, 40)
+
+# Large enough that arithmetic decides.
+TIMED = (
+    "--model.hidden_size 256 --model.intermediate_size 688 --model.num_layers 4 --data.seq_len 128 "
+    "--training.steps 15 --evaluation.interval 15 --checkpoint.interval 15"
+)
+TIMED_METHODS = {
+    name: METHODS[name].replace("rank 6", "rank 64")
+    for name in ("full_rank", "switchlora", "galore")
+}
+NUM_STEPS_TO_WARM_UP = 4
+
+
+class CommandError(Exception):
+    """A command has failed."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-k", dest="text", default="", help="runs with this text in their name")
+    parser.add_argument("--write", action="store_true", help="store this checkout's numbers")
+    parser.add_argument("--rounding", action="store_true", help="compare floats up to rounding")
+    parser.add_argument("--against", type=Path, help="another checkout, to compare times with")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout (default: 3)")
+    options = parser.parse_args()
+    if options.against is None and any(os.environ.get(key) != PORTABLE[key] for key in PORTABLE):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PORTABLE})
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {"numbers": {}}
+    # Not a TemporaryDirectory, which the end of a fork would remove.
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    try:
+        if options.against is not None:
+            print_ratios(options.against.absolute(), options.text, options.rounds)
+        elif options.write:
+            write(options.text, stored["numbers"])
+        else:
+            sys.exit(1 if compare(options.text, stored, options.rounding) else 0)
+    finally:
+        shutil.rmtree(folder)
+
+
+def write(text, old):
+    """Stores the numbers of this checkout, each in a line; keeps old ones of other runs."""
+    import torch
+
+    kept = {name: parts for name, parts in old.items() if text not in name}
+    numbers = {**kept, **dict(measured(text))}
+    shown = [
+        f"{json.dumps(name)}: {{\n"
+        + ",\n".join(f"  {json.dumps(part)}: {json.dumps(parts[part])}" for part in sorted(parts))
+        + "\n}"
+        for name, parts in sorted(numbers.items())
+    ]
+    version = json.dumps(str(torch.__version__))
+    STORED.write_text(f'{{"torch": {version}, "numbers": {{\n{",".join(shown)}\n}}}}\n')
+
+
+def compare(text, stored, is_up_to_rounding):
+    """Prints a line per number that moved; returns how many."""
+    import torch
+
+    if stored["torch"] != torch.__version__:
+        print(f"torch {torch.__version__}; the numbers are of torch {stored['torch']}")
+    expected = {name: parts for name, parts in stored["numbers"].items() if text in name}
+    found = dict(measured(text))
+    num_equal = num_moved = 0
+    for name in sorted(expected.keys() | found.keys()):
+        old, new = expected.get(name, {}), found.get(name, {})
+        for part in sorted(old.keys() | new.keys()):
+            difference = moved(old.get(part), new.get(part), is_up_to_rounding)
+            num_equal, num_moved = num_equal + (not difference), num_moved + bool(difference)
+            if difference:
+                print(f"moved: {name}, {part}: {difference}")
+    print(f"{num_equal} numbers as stored, {num_moved} moved")
+    return num_moved
+
+
+def moved(old, new, is_up_to_rounding):
+    """Says how a number, or a list of them, differs from the stored one; "" if it does not."""
+    if old is None or new is None:
+        return "absent now" if new is None else "not stored; use --write"
+    if not isinstance(old, list):
+        old, new = [old], [new]
+    if len(old) != len(new):
+        return f"{len(old)} -> {len(new)} values"
+    pairs = enumerate(zip(old, new, strict=True))
+    different = [(i, a, b) for i, (a, b) in pairs if not same(a, b, is_up_to_rounding)]
+    if not different:
+        return ""
+    position, before, after = different[0]
+    return f"{len(different)} of {len(old)}, first [{position}] {before} -> {after}"
+
+
+def same(old, new, is_up_to_rounding):
+    if is_up_to_rounding and isinstance(old, float) and isinstance(new, float):
+        return abs(old - new) <= TOLERANCE * max(abs(old), abs(new))
+    if is_up_to_rounding and isinstance(old, str) and old.startswith("sha256 "):
+        return True
+    return old == new
+
+
+def measured(text):
+    """Yields the name of a run, and its numbers by name, of runs with this text in their name."""
+    # The commands run in forks and need not import torch again, which takes most of their time.
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.utils.tensorboard  # noqa: F401
+
+    parts = {
+        "golden": golden,
+        **{f"run {name}": partial(curves, keys) for name, keys in RUNS.items()},
+        **{f"export {name}": partial(exported, *how) for name, how in EXPORTS.items()},
+        **{f"slots {name}": partial(slots, keys) for name, keys in SLOTS.items()},
+    }
+    for name, measure in parts.items():
+        if text in name:
+            start = time.monotonic()
+            try:
+                yield name, measure()
+            except CommandError as error:
+                print(f"failed: {name}: {error}")
+            print(f"{time.monotonic() - start:5.1f} s  {name}", file=sys.stderr, flush=True)
+
+
+def golden():
+    files = sorted((PROJECT / "tests/data/golden").glob("*.npz"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def curves(keys):
+    """Returns the values of all steps by metric."""
+    points = read_points(train(keys))
+    return {
+        name: [value for _, _, value in points[tag]] for name, tag in TAGS.items() if points[tag]
+    }
+
+
+def exported(keys, form):
+    """Returns dtype, shape, norm and checksum of each tensor that a run exports."""
+    return {
+        name: [
+            str(tensor.dtype).removeprefix("torch."),
+            "x".join(map(str, tensor.shape)),
+            tensor.double().norm().item(),
+            "sha256 " + hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
+        ]
+        for name, tensor in export(train(keys), form).items()
+    }
+
+
+def slots(keys):
+    """Returns which vector is in each slot of a factor after some steps: numbers from 0, in the
+    order in which vectors are seen first."""
+    run, found, seen = train(f"{keys} {AT_REST}"), {}, {}
+    for step in STEPS_OF_SLOTS:
+        for name, tensor in export(run, "peft", step).items():
+            if "lora_" in name:
+                vectors = tensor if "lora_A" in name else tensor.T
+                known = seen.setdefault(name, {})
+                found.setdefault(name, []).append(
+                    [known.setdefault(vector.numpy().tobytes(), len(known)) for vector in vectors]
+                )
+    return found
+
+
+@cache
+def train(keys):
+    """Returns the folder of a finished run."""
+    run = Path(tempfile.mkdtemp(dir=".")).absolute()
+    run_in_fork(["train", "--config", str(BASE), "--job.output_dir", str(run), *keys.split()])
+    return run
+
+
+def export(run, form, step=40):
+    """Returns the tensors of an export by folder and name."""
+    from safetensors.torch import load_file
+
+    folder = run / f"{form}-{step}"
+    checkpoint = run / f"checkpoints/step-{step:09}"
+    words = ["--folder", str(folder), "--format", form, "--no-verify"]
+    run_in_fork(["export", str(checkpoint), *words])
+    return {
+        str(file.parent.relative_to(folder) / name): tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def run_in_fork(words):
+    """Runs `python -m switchtitan` with these arguments in a fork of this process."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            # Instead of this file's folder.
+            sys.path[0] = str(PROJECT)
+            sys.argv = ["switchtitan", *words]
+            runpy.run_module("switchtitan", run_name="__main__", alter_sys=True)
+            status = 0
+        except SystemExit as ending:
+            status = int(ending.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    _, status = os.waitpid(process, 0)
+    if status != 0:
+        raise CommandError(f"switchtitan {' '.join(words)}:\n{Path('output').read_text()[-3000:]}")
+
+
+def read_points(run):
+    """Returns (time, step, value) of a run's metrics by tag; values are float32."""
+    import numpy
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {
+        tag: [
+            (event.wall_time, event.step, float(str(numpy.float32(event.value))))
+            for event in (events.Scalars(tag) if tag in tags else [])
+        ]
+        for tag in TAGS.values()
+    }
+
+
+def print_ratios(other, text, num_rounds):
+    """Prints times and memory of this checkout, and their ratios to those of `other`."""
+    has_bf16 = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    print(f"{'':32}{'start':>16}{'step':>18}{'memory':>18}")
+    for method, keys in TIMED_METHODS.items():
+        for dtype in ("float32", "bfloat16") if has_bf16 else ("float32",):
+            for num_threads in (1, 2):
+                name = f"{method}, {dtype}, {num_threads} threads"
+                if text not in name:
+                    continue
+                words = f"{TIMED} {keys} --training.dtype {dtype}"
+                rounds = [
+                    [resources(checkout, words, num_threads) for checkout in (PROJECT, other)]
+                    for _ in range(num_rounds)
+                ]
+                medians = [
+                    [statistics.median(values) for values in zip(*of_checkout, strict=True)]
+                    for of_checkout in zip(*rounds, strict=True)
+                ]
+                shown = [
+                    f"{new:8.{digits}f} {unit:3} {new / old:.2f}x"
+                    for new, old, digits, unit in zip(
+                        *medians, (1, 1, 0), ("s", "ms", "MiB"), strict=True
+                    )
+                ]
+                print(f"{name:32}{'  '.join(shown)}", flush=True)
+
+
+def resources(checkout, keys, num_threads):
+    """Returns seconds to the end of the first step, ms of a step, and MiB of memory at most."""
+    run = Path(tempfile.mkdtemp(dir=".")).absolute()
+    words = ["train", "--config", str(BASE), "--job.output_dir", str(run), *keys.split()]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": str(num_threads),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    start = time.time()
+    with open("output", "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "switchtitan", *words],
+            env=environment, stdout=output, stderr=output,
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        sys.exit(f"error: {checkout}: {' '.join(words)}:\n{Path('output').read_text()[-3000:]}")
+    times = [at for at, _, _ in read_points(run)[TAGS["losses"]]]
+    steps = [after - before for before, after in pairwise(times)]
+    step_s = statistics.median(steps[NUM_STEPS_TO_WARM_UP:])
+    return times[0] - start, 1000 * step_s, usage.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
