@@ -1,5 +1,4 @@
-"""`scripts/compare.py` as a user runs it: killed at any time, the same command resumes and
-reports."""
+"""`switchtitan compare` as a user runs it: killed at any time, it resumes, and reports each run."""
 
 import csv
 import json
@@ -14,11 +13,11 @@ import pytest
 from support.comparison_runs import finished, start, write_base
 
 GRID = """
-name = "three rows"
+name = "two rows"
 config = "base.toml"
 output_dir = "{folder}/out"
 selection_seed = 1
-report_seeds = [2, 3]
+report_seeds = {seeds}
 baseline = "full_rank"
 max_widenings = 0
 communication_ranks = 2
@@ -31,134 +30,141 @@ name = "thin"
 label = "LoRA"
 learning_rates = [1e-2, 2e-2, 1e30]
 set.method = {{ name = "lora", rank = 4 }}
-[[rows]]
-name = "thin-balanced"
-learning_rate_of = "thin"
-set.method = {{ name = "lora", rank = 4, init = "balanced" }}
-[[gaps]]
-from_row = "thin"
-to_row = "full_rank"
-rows = ["thin-balanced"]
 """
-NUM_RUNS = 3 + 6
+QUICK = ("--skip-measurements", "--jobs", "2")
+NUM_SELECTED, NUM_REPORTED = 3, 2
+MACHINE = ("tokens_per_s", "peak_gib", "commit")
+"""Columns that differ from run to run."""
 
 
-def write_grid(folder: Path) -> Path:
+def write_two(folder):
+    """Two comparisons with the same rows; the second one reports another seed."""
+    folder.mkdir()
     write_base(folder)
-    file = folder / "grid.toml"
-    file.write_text(GRID.format(folder=folder))
-    return file
+    files = [folder / "first.toml", folder / "second.toml"]
+    for file, seeds in zip(files, ("[2]", "[3]"), strict=True):
+        file.write_text(GRID.format(folder=folder, seeds=seeds))
+    return files
 
 
-def unfinished(folder: Path) -> list[Path]:
+def complete(*words):
+    """Returns the status and the output of a comparison that nothing disturbs."""
+    process = start(*words)
+    output, _ = process.communicate(timeout=600)
+    assert "Traceback" not in output
+    return process.returncode, output
+
+
+def stop_when(is_reached, number, *words):
+    process = start(*words)
+    while not is_reached():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.communicate(timeout=600)
+
+
+def unfinished(folder):
     """Folders of runs with a checkpoint and no results."""
     with_checkpoint = {path.parents[1] for path in folder.glob("out/runs/*/*/checkpoints/step-*")}
     return sorted(with_checkpoint - {path.parent for path in finished(folder)})
 
 
-def kill_training_of(comparison: subprocess.Popen[str]) -> None:
-    children = Path(f"/proc/{comparison.pid}/task/{comparison.pid}/children").read_text().split()
+def kill_a_training(folder, *words):
+    """Kills a training with a checkpoint; returns its folder and the comparison's end."""
+    left_before = set(unfinished(folder))
+    process = start(*words)
+    while not (killed := sorted(set(unfinished(folder)) - left_before)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert children
     for child in children:
         os.kill(int(child), signal.SIGKILL)
+    output, _ = process.communicate(timeout=600)
+    return killed[0], process.returncode, output
 
 
-def result_without_interruption(run: Path, output: Path) -> dict:
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "switchtitan",
-            "train",
-            "--config",
-            run / "config.toml",
-            "--job.output_dir",
-            output,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+def runs_of(file):
+    report = file.parent / "out" / "reports" / file.stem
+    with (report / "runs.csv").open() as lines:
+        runs = list(csv.DictReader(lines))
+    return [{key: run[key] for key in run if key not in MACHINE} for run in runs]
+
+
+def train_alone(run, output):
+    """Trains a run of a comparison without interruption; returns its results."""
+    words = ("train", "--config", run / "config.toml", "--job.output_dir", output)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "switchtitan", *words]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     return json.loads((output / "results.json").read_text())
 
 
-def test_a_comparison_killed_at_any_time_reports_every_run_once_and_refuses_other_settings(
-    tmp_path,
-):
-    file = write_grid(tmp_path)
-    for num_finished, how in ((1, signal.SIGKILL), (3, signal.SIGTERM)):
-        process = start(file)
-        while len(finished(tmp_path)) < num_finished:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
-        process.send_signal(how)
-        process.wait(600)
-    left_before = set(unfinished(tmp_path))
-    process = start(file)
-    while not (killed := sorted(set(unfinished(tmp_path)) - left_before)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    kill_training_of(process)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 2
-    assert "exited with status -9" in output
-    kept = {path: path.stat().st_mtime_ns for path in finished(tmp_path)}
-    output, _ = (process := start(file, "--jobs", "2")).communicate(timeout=600)
-    assert process.returncode == 0, output
-    assert output.rstrip().endswith(f"{tmp_path}/out/reports/grid/report.md")
+def test_comparisons_killed_at_any_time_report_each_run_once_and_refuse_other_settings(tmp_path):
+    folder = tmp_path / "killed"
+    files = write_two(folder)
+    stop_when(lambda: len(finished(folder)) >= 1, signal.SIGKILL, *files, *QUICK)
+    killed, status, output = kill_a_training(folder, *files, "--skip-measurements")
+    assert (status, "exited with status -9" in output) == (2, True), output
+    stop_when(lambda: len(finished(folder)) >= 4, signal.SIGTERM, *files, *QUICK)
+    kept = {path: path.stat().st_mtime_ns for path in finished(folder)}
+    status, output = complete(*files, *QUICK)
+    assert status == 0, output
     assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
+    assert len(finished(folder)) == NUM_SELECTED + 2 * NUM_REPORTED
 
-    assert "resuming from" in (killed[0] / "output.txt").read_text()
-    continued = json.loads((killed[0] / "results.json").read_text())
-    straight = result_without_interruption(killed[0], tmp_path / "straight")
-    assert [continued[f"loss/{split}"] for split in ("validation", "test")] == [
-        straight[f"loss/{split}"] for split in ("validation", "test")
-    ]
+    assert "resuming from" in (killed / "output.txt").read_text()
+    continued = json.loads((killed / "results.json").read_text())
+    straight = train_alone(killed, tmp_path / "straight")
+    for split in ("validation", "test"):
+        assert continued[f"loss/{split}"] == straight[f"loss/{split}"]
 
-    report = tmp_path / "out" / "reports" / "grid"
-    with (report / "runs.csv").open() as lines:
-        runs = list(csv.DictReader(lines))
-    assert (
-        len(runs)
-        == len({run["row"] + run["optimizer.lr"] + run["seed"] for run in runs})
-        == NUM_RUNS
-    )
-    assert [run for run in runs if run["diverged"] == "True"] == [
-        run for run in runs if run["row"] == "thin" and run["optimizer.lr"] == "1e+30"
-    ]
+    check_report(files[0])
+    continue_without_folders(files[0], tmp_path / "elsewhere")
+    refuse_runs_of_other_settings(files[0])
+
+
+def check_report(file):
+    runs = runs_of(file)
+    assert len(runs) == NUM_SELECTED + NUM_REPORTED
+    diverged = [run["optimizer.lr"] for run in runs if run["diverged"] == "True"]
+    assert diverged == ["1e+30"]
+    tried = [run for run in runs if run["seed"] == "1"]
+    chosen = min(tried, key=lambda run: float(run["validation_loss"]))["optimizer.lr"]
+    status, output = complete(file)  # everything is trained: it measures
+    assert status == 0, output
+    report = file.parent / "out" / "reports" / file.stem
     results = json.loads((report / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
-    assert results["num_runs_finished"] == results["num_runs"] == NUM_RUNS
-    chosen = min(
-        (run for run in runs if run["row"] == "thin" and run["seed"] == "1"), key=validation_loss
-    )
-    assert [row["values"] for row in rows.values()] == [
-        {"optimizer.lr": float(chosen["optimizer.lr"])}
-    ] * 3
-    of_thin = [
-        float(run["test_loss"]) for run in runs if run["row"] == "thin" and run["stage"] == "report"
-    ]
-    assert rows["thin"]["loss"]["mean"] == pytest.approx(sum(of_thin) / 2)
+    assert results["num_runs_finished"] == results["num_runs"] == len(runs)
+    for row in rows.values():
+        assert row["values"] == {"optimizer.lr": float(chosen)}
+    (of_thin,) = [run for run in runs if run["row"] == "thin" and run["stage"] == "report"]
+    assert rows["thin"]["loss"]["mean"] == pytest.approx(float(of_thin["test_loss"]))
     measured = rows["full_rank"]["measured"]
     assert measured["step_ratio_low"] <= measured["step_ratio"] <= measured["step_ratio_high"]
-    assert rows["full_rank"]["num_trainable"] > rows["thin"]["num_trainable"] > 0
     # Two ranks in a ring send half of the gathered bytes: at least the gradients, in fp32.
     assert measured["bytes_per_step"] >= 4 * rows["full_rank"]["num_trainable"] / 2
-    for name in ("loss.png", "loss_against_time.png", "loss_against_memory.png"):
-        assert (report / name).read_bytes().startswith(b"\x89PNG")
     assert "LoRA" in (report / "report.md").read_text()
 
-    refuse_runs_of_other_settings(file)
+
+def continue_without_folders(file, folder):
+    """Continues a comparison in another folder, from the CSV file of all but its last run."""
+    (first, _) = write_two(folder)
+    report = file.parent / "out" / "reports" / file.stem
+    lines = (report / "runs.csv").read_text().splitlines(keepends=True)
+    (folder / "before.csv").write_text("".join(lines[:-1]))
+    first.write_text('finished_runs = ["before.csv"]\n' + first.read_text())
+    status, output = complete(first, *QUICK)
+    assert status == 0, output
+    assert len(finished(folder)) == 1
+    assert runs_of(first) == runs_of(file)
 
 
-def refuse_runs_of_other_settings(file: Path) -> None:
+def refuse_runs_of_other_settings(file):
     base = file.with_name("base.toml")
     base.write_text(base.read_text().replace("warmup_steps = 3", "warmup_steps = 2"))
-    output, _ = (process := start(file)).communicate(timeout=600)
-    assert process.returncode == 2
-    assert "this run has another [lr_schedule] than the comparison" in output
-    assert "Traceback" not in output
-
-
-def validation_loss(run: dict[str, str]) -> float:
-    return float(run["validation_loss"])
+    status, output = complete(file)
+    assert status == 2
+    assert "[lr_schedule]" in output
