@@ -1,12 +1,10 @@
-"""CSV files of declared comparisons with losses that were made up, and pages made of them."""
+"""CSV files of declared comparisons with losses that were made up."""
 
 import hashlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import results_data
-import results_page
 
 from support.finished_runs import RESULTS
 from switchtitan.comparison.config import load_comparison
@@ -31,17 +29,6 @@ def write_runs(folder: Path, name: str, loss: Callable[[Run], float]) -> list[st
     text = runs_csv(records, declared.axes)
     (folder / f"{name}.csv").write_text(text)
     return text.splitlines(keepends=True)
-
-
-def remove_claims(folder: Path) -> None:
-    """Lets pages be made of losses that were made up, and do not show what their sentences say.
-
-    Args:
-        folder: a copy of docs/results.
-    """
-    for name in results_page.PAGES:
-        template = folder / name
-        template.write_text(re.sub(r"\{\{-? require\(.*\) \}\}", "", template.read_text()))
 
 
 def made_up_loss(run: Run, distance: float) -> float:

@@ -79,6 +79,16 @@ def test_a_row_may_give_its_rate_and_a_comparison_may_tune_nothing(tmp_path):
     assert (run.tuned, run.name, run.folder.name) == ((), "dense seed 2", "seed-2")
 
 
+def test_a_row_may_give_one_key_and_choose_another(tmp_path):
+    grid = with_axes(f'axes = ["{LR}", "{OTHER}"]', TUNE_OTHER)
+    given = SET_THIN + "set.optimizer = {{ other_lr = 5e-3 }}\n"
+    comparison = declare(tmp_path, grid.replace(SET_THIN, given))
+    check_plan(comparison)
+    run = plan_run(comparison, comparison.row("thin"), {LR: 1e-2}, 1)
+    assert run.folder.name == "lr-0.01-seed-1"
+    assert run.config().optimizer.other_lr == 5e-3
+
+
 def test_files_of_finished_runs_are_relative_to_the_comparison(tmp_path):
     comparison = declare(tmp_path, with_top('finished_runs = ["a/runs.csv", "b.csv"]'))
     assert comparison.finished_runs == (tmp_path / "a" / "runs.csv", tmp_path / "b.csv")
@@ -334,9 +344,8 @@ def test_learning_rates_are_told_from_other_keys():
     assert [is_rate(key) for key in keys] == [True, True, False, False]
 
 
-TUNED = with_axes(
-    THREE_AXES, f'{BOTH}\nstart."{DECAY}" = 0.1', TUNE_OTHER
-).replace("max_widenings = 1", "max_widenings = 2")  # fmt: skip
+TUNED = with_axes(THREE_AXES, f'{BOTH}\nstart."{DECAY}" = 0.1', TUNE_OTHER)
+TUNED = TUNED.replace("max_widenings = 1", "max_widenings = 2")
 BEST = {"dense": {LR: 2e-3, OTHER: 2e-3, DECAY: 0.1}, "thin": {LR: 2e-2, OTHER: 2e-3}}
 
 

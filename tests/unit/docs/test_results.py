@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import plot_results
 import pytest
 import results_data
 import results_laws
@@ -17,6 +16,7 @@ import results_tables
 from support.made_up_runs import made_up_distance, made_up_loss, write_runs
 
 PAGES = {page: page.read_text() for page in results_page.PAGES.values()}
+README = (results_page.ROOT / "README.md").read_text()
 ONE_RATE = results_page.PAGES["RESULTS_ONE_RATE.md.jinja"]
 
 
@@ -81,6 +81,14 @@ def test_a_sentence_that_the_losses_do_not_support_is_an_error(folder):
 )
 def test_a_number_that_is_typed_by_hand_is_found(text, is_typed):
     assert bool(results_page.typed_numbers(text)) == is_typed
+
+
+def test_the_readme_quotes_the_page():
+    section = README.partition("## Results")[2].partition("\n## ")[0]
+    intervals = re.findall(r"[+-]?\d[\d.]*(?: %)? \([^)]* to [^)]*\)", section)
+    assert len(intervals) > 10
+    typed = [re.split(r"[ ,;)|]", text)[0] for text in results_page.typed_numbers(section)]
+    assert not [text for text in (*intervals, *typed) if text not in PAGES[results_page.RESULTS]]
 
 
 # ---- Their statistics
@@ -239,6 +247,8 @@ def test_a_distance_that_grows_by_a_tenth_per_doubling():
 
 
 def test_every_seed_has_a_point_in_a_picture(folder):
+    import plot_results
+
     of = results_data.read_comparison(folder, "rank_16_gentler")
     (axes,) = plot_results.draw_seeds(of).axes
     for row, points, middle in zip(of.rows, axes.lines[::2], axes.lines[1::2], strict=True):

@@ -24,7 +24,6 @@ from support.reported import (
 )
 
 from switchtitan.errors import ConfigError
-from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.report.comparison_files import find_comparison, read_comparison
 from switchtitan.report.comparison_report import comparison_report
 from switchtitan.report.page import embedded, render, write_report
@@ -36,7 +35,7 @@ from switchtitan.report.points import (
     points_of_curve,
     shorten,
 )
-from switchtitan.report.run_files import RunRecord, broken_event_files, read_run
+from switchtitan.report.run_files import RunRecord, read_run
 from switchtitan.report.run_report import run_report
 from switchtitan.spectra.spectra_files import SPECTRA_FOLDER, write_spectra
 
@@ -134,10 +133,6 @@ def test_only_a_report_is_replaced(tmp_path):
 def noise(num):
     draw = random.Random(1)
     return [draw.gauss(3.0, 1.0) for _ in range(num)]
-
-
-def test_a_short_curve_is_kept_and_sorted():
-    assert shorten(Line([3, 1, 2], [0.3, 0.1, 0.2]), 10) == {"x": [1, 2, 3], "y": [0.1, 0.2, 0.3]}
 
 
 @pytest.mark.parametrize("max_points", [6, 50, MAX_POINTS_OF_CURVE])
@@ -267,19 +262,6 @@ def test_a_damaged_file_is_noted_and_the_others_are_read(tmp_path, name, damaged
     assert len(run.curves["loss/train"][0]) == NUM_STEPS
 
 
-def test_any_incomplete_event_file_is_found_and_no_complete_one(tmp_path):
-    write_curves(tmp_path, final=3.0, num_steps=1)
-    (file,) = (tmp_path / TENSORBOARD_FOLDER).glob("*tfevents*")
-    data = file.read_bytes()
-    ends, end = {0}, 0
-    while end < len(data):
-        end += 16 + int.from_bytes(data[end : end + 8], "little")
-        ends.add(end)
-    for size in range(len(data) + 1):
-        file.write_bytes(data[:size])
-        assert bool(broken_event_files(file.parent)) == (size not in ends), size
-
-
 def test_the_folder_of_no_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
@@ -318,15 +300,6 @@ def test_rows_have_the_figures_of_the_results_and_students_intervals(compared):
         assert ends == pytest.approx((fmean(seeds) - half, fmean(seeds) + half))
     (chosen,) = section(report, "selection")["charts"]
     assert chosen["curves"]["0"]["x"] == [0.001, 0.002, 0.004]
-
-
-def test_curves_are_means_over_the_reported_seeds(compared):
-    shown = section(report_of_comparison(compared), "curves")["charts"][0]["curves"]["1"]
-    runs = read_comparison(compared).runs["thin"].values()
-    pairs = list(zip(*(run.curves["loss/train"][1] for run in runs), strict=True))
-    # Seven digits are kept.
-    assert shown["y"] == pytest.approx([fmean(pair) for pair in pairs], rel=1e-6)
-    assert shown["deviation"] == pytest.approx([stdev(pair) for pair in pairs], rel=1e-5)
 
 
 def test_what_is_missing_of_a_comparison_is_noted_or_refused(compared, tmp_path):
