@@ -91,7 +91,7 @@ def test_options_of_shown_commands_exist(command):
 
 
 def test_files_exist():
-    found = named(r"(?<![\w./])((?:train_configs|scripts|switchtitan|docs)/[\w./]+\.\w+)")
+    found = named(r"(?<![\w./])((?:train_configs|scripts|switchtitan|docs|tests)/[\w./]+\.\w+)")
     guide = (ROOT / "docs" / "EXTENDING.md").read_text()
     added = set(re.findall(r"(?m)^# (switchtitan/\S+)", guide))
     assert not {
