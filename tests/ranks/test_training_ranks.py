@@ -25,7 +25,7 @@ from switchtitan.spectra.spectra_files import read_spectra
 pytestmark = pytest.mark.timeout(1800)
 
 NUM_STEPS, SAVED_STEP, STEPS_PER_LEG = 8, 4, 2
-RESUMED_IN = ("two", "four")
+RESUMED_IN = ("two", "one")
 """Layouts that resume what the first one saved."""
 
 
