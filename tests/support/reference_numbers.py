@@ -2,7 +2,7 @@
 
     ./scripts/test.sh --numbers                      compares; status 1 if a number moved
     ./scripts/test.sh --numbers -k galore            those of runs with this text in their name
-    ./scripts/test.sh --numbers --rounding           floats may differ by 1e-5, relative
+    ./scripts/test.sh --numbers --rounding           floats may differ, see below
     ./scripts/test.sh --numbers --write              stores this checkout's numbers
     ./scripts/test.sh --numbers --against CHECKOUT   ratios of times and memory, this / CHECKOUT
 
@@ -11,9 +11,12 @@ training and validation losses and norms of gradients of 40 steps; the tensors o
 vectors that SwitchLoRA has put into each slot; and checksums of the golden trajectories.
 
 Runs take one thread and torch's portable kernels, so CPUs agree on the bits. Two things remain that
-may differ elsewhere: another version of torch, which is named, and compiled regions. Use --rounding
-there. A tensor's checksum is not compared then, but its norm. An intended change of a number is
-stored with --write, in a commit that says why.
+may differ elsewhere: another version of torch, which is named, and compiled regions. There, and for
+a change of the order of operations, use --rounding: the first 20 losses may then differ by 1e-5,
+relative, and other floats by 1e-2, since training amplifies rounding. (Kernels for AVX-512 instead
+of the portable ones move them by 3e-6, and by 1e-4 for later losses, 4e-3 for norms of gradients.)
+A tensor's checksum is not compared then, but its norm. An intended change of a number is stored
+with --write, in a commit that says why.
 
 Only the command line is used: `switchtitan train` and `export`, event files, safetensors. Ratios
 are medians over rounds, in which both checkouts take turns. Compare on a quiet machine.
@@ -32,13 +35,12 @@ import tempfile
 import time
 import traceback
 from functools import cache, partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 STORED = PROJECT / "tests/data/reference_numbers.json"
 BASE = STORED.with_suffix(".toml")
-TOLERANCE = 1e-5
 # CPUs of any age take the same operations in the same order. Read when torch is imported.
 PORTABLE = {
     "ATEN_CPU_CAPABILITY": "default",
@@ -185,7 +187,8 @@ def compare(text, stored, is_up_to_rounding):
     for name in sorted(expected.keys() | found.keys()):
         old, new = expected.get(name, {}), found.get(name, {})
         for part in sorted(old.keys() | new.keys()):
-            difference = moved(old.get(part), new.get(part), is_up_to_rounding)
+            tolerances = (tolerance(part, i) if is_up_to_rounding else 0 for i in count())
+            difference = moved(old.get(part), new.get(part), tolerances)
             num_equal, num_moved = num_equal + (not difference), num_moved + bool(difference)
             if difference:
                 print(f"moved: {name}, {part}: {difference}")
@@ -193,7 +196,12 @@ def compare(text, stored, is_up_to_rounding):
     return num_moved
 
 
-def moved(old, new, is_up_to_rounding):
+def tolerance(part, position):
+    """Returns how much a float may differ, relative, up to rounding."""
+    return 1e-5 if part == "losses" and position < 20 else 1e-2
+
+
+def moved(old, new, tolerances):
     """Says how a number, or a list of them, differs from the stored one; "" if it does not."""
     if old is None or new is None:
         return "absent now" if new is None else "not stored; use --write"
@@ -201,20 +209,18 @@ def moved(old, new, is_up_to_rounding):
         old, new = [old], [new]
     if len(old) != len(new):
         return f"{len(old)} -> {len(new)} values"
-    pairs = enumerate(zip(old, new, strict=True))
-    different = [(i, a, b) for i, (a, b) in pairs if not same(a, b, is_up_to_rounding)]
-    if not different:
-        return ""
-    position, before, after = different[0]
-    return f"{len(different)} of {len(old)}, first [{position}] {before} -> {after}"
+    differences = [
+        f"[{position}] {before} -> {after}"
+        for position, (before, after, most) in enumerate(zip(old, new, tolerances, strict=False))
+        if not is_same(before, after, most)
+    ]
+    return f"{len(differences)} of {len(old)}, first {differences[0]}" if differences else ""
 
 
-def same(old, new, is_up_to_rounding):
-    if is_up_to_rounding and isinstance(old, float) and isinstance(new, float):
-        return abs(old - new) <= TOLERANCE * max(abs(old), abs(new))
-    if is_up_to_rounding and isinstance(old, str) and old.startswith("sha256 "):
-        return True
-    return old == new
+def is_same(old, new, most):
+    if most and isinstance(old, float) and isinstance(new, float):
+        return abs(old - new) <= most * max(abs(old), abs(new))
+    return old == new or bool(most and str(old).startswith("sha256 "))
 
 
 def measured(text):

@@ -8,15 +8,12 @@ It shows mixed devices, copies and reads for which the host would wait, missing 
 streams, kernel launches, and collectives of CUDA branches. It does not show NCCL, Triton, cuBLAS or
 speed.
 
-torch looks up the device once per process, so every check runs in a new process; see
-`process.run_check`.
+torch looks up the device once per process, so checks run in a new process; see `process.run_check`.
 
-- `fake_cuda.cpp`, `library`: the device; builds and loads it
-- `python_api`, `timeline`: functions that `torch.cuda` lacks in a CPU build; what waits for what
-- `collectives`: the streams in which collectives run
-- `stepper`: a `Stepper` on fake CUDA tensors
-- `copies`, `reads`, `races`, `kernels`: observe a step
+- `fake_cuda.cpp`, `process`: the device; builds and loads it in a new process
+- `python_api`: functions that `torch.cuda` lacks in a CPU build; what waits for what
+- `waits`, `races`, `collectives`, `kernels`: observe a step
 - `cases`: every method, and every option that a step depends on
-- `expected`: reads and waits that are documented
-- `checks`, `step_checks`, `plants`, `collective_plants`: functions that tests run in a new process
+- `steps`: steps of cases, and reads and waits that are documented
+- `kernel_checks`, `plants`, `checks`: what tests run in a new process
 """

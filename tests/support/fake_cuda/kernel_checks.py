@@ -1,4 +1,4 @@
-"""Checks of kernels on fake CUDA tensors; each function runs in a new process."""
+"""Kernels of switches, updates and losses on fake CUDA tensors."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,61 +9,80 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from support.fake_cuda.cases import NUM_RANKS
 from support.fake_cuda.kernels import CountKernels
-from support.fake_cuda.stepper import fake_cuda_stepper, without_initial_values
+from support.fake_cuda.steps import fake_cuda_stepper
 from support.tiny import tiny_config
-from switchtitan.job.config import JobConfig
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
+from switchtitan.distributed.config import CompileConfig
+from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy
 
+# Real widths, since torch cuts lists of tensors into launches by their sizes.
+LARGE = Path(__file__).parents[3] / "train_configs/llama_350m_switchlora.toml"
+LARGE_SWITCHES = {"stored": "", "constant": "--method.candidates constant"}
+SWITCHES = {
+    "bf16": "--method.candidates_dtype bfloat16",
+    "host": "--method.candidates_device host",
+    "replicated": "--parallelism.frozen_weights replicate",
+}
+DEPTHS = (1, 3)
+UPDATES = {
+    # The structure of the 350M model: 168 layers, 336 factors of two widths.
+    "350M": "--model.num_layers 24 --model.num_kv_heads 2 --method.rank 8 --compile.optimizer true",
+    # FSDP pads the last rank's shard, so shards are not next to each other.
+    "uneven": "--model.num_kv_heads 2 --method.rank 15 --compile.optimizer true",
+    "uneven, eager": "--model.num_kv_heads 2 --method.rank 15",
+}
+NUM_TOKENS, DIM = 36864, 1024
+"""Of a micro-batch of the published 350M run."""
 
-def kernels_of_switches(
-    folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
-) -> dict[str, dict[str, int]]:
+
+def kernels_of_switches(folder: Path, rank: int) -> dict[str, dict[str, int]]:
     """Returns the kernels of a step's switch by case and operation; "addmm_" is a layer's fold."""
-    results = {}
-    for name, settings in cases.items():
-        config = tiny_config(Path(folder), "switchlora", *settings, num_ranks=num_ranks)
-        results[name] = kernels_of_switch(config, num_ranks, rank)
-    return results
+    uncompiled = [f"--compile.{key}=false" for key in CompileConfig.model_fields]
+    configs = {
+        name: parse_arguments(["--config", str(LARGE), *uncompiled, *words.split()], NUM_RANKS)
+        for name, words in LARGE_SWITCHES.items()
+    }
+    for name, words in SWITCHES.items():
+        for num_blocks in DEPTHS:
+            configs[f"{name}, {num_blocks}"] = _config(
+                folder, f"{words} --model.num_layers {num_blocks}"
+            )
+    return {name: _kernels_of_switch(config, rank) for name, config in configs.items()}
 
 
-def kernels_of_switch(config: JobConfig, num_ranks: int, rank: int) -> dict[str, int]:
-    """Returns the kernels of a step's switch by operation."""
-    with without_initial_values(), fake_cuda_stepper(config, num_ranks, rank) as stepper:
-        optimizer = stepper.optimizer
-        assert isinstance(optimizer, SwitchLoraOptimizer)
+def _config(folder: Path, words: str) -> JobConfig:
+    words += " --training.local_batch_size 1"
+    return tiny_config(folder, "switchlora", *words.split(), num_ranks=NUM_RANKS)
+
+
+def _kernels_of_switch(config: JobConfig, rank: int) -> dict[str, int]:
+    with fake_cuda_stepper(config, NUM_RANKS, rank) as stepper:
         # The previous step prefetches this step's candidates if they are in host memory.
-        optimizer.switch()
+        stepper.optimizer.switch()
         with CountKernels() as kernels:
-            optimizer.switch()
+            stepper.optimizer.switch()
     return dict(kernels.counts)
 
 
-def kernels_of_updates(
-    folder: str, cases: dict[str, list[str]], num_ranks: int, rank: int
-) -> dict[str, dict[str, int]]:
+def kernels_of_updates(folder: Path, rank: int) -> dict[str, dict[str, int]]:
     """Returns the kernels of the update of all factors by case and operation.
 
     Regions that are compiled run eagerly; "compiled" counts their calls if `[compile] optimizer` is
     set, one kernel each.
     """
     results = {}
-    for name, settings in cases.items():
-        config = tiny_config(Path(folder), "switchlora", *settings, num_ranks=num_ranks)
+    for name, words in UPDATES.items():
+        config = _config(folder, words)
         is_compiled = config.compile.optimizer
-        config = config.model_copy(
-            update={"compile": config.compile.model_copy(update={"optimizer": False})}
-        )
-        with without_initial_values(), fake_cuda_stepper(config, num_ranks, rank) as stepper:
-            optimizer = stepper.optimizer
-            assert isinstance(optimizer, SwitchLoraOptimizer)
+        eager = config.compile.model_copy(update={"optimizer": False})
+        config = config.model_copy(update={"compile": eager})
+        with fake_cuda_stepper(config, NUM_RANKS, rank) as stepper:
             stepper.compute_gradients()
-            rule = optimizer._rule
-            assert isinstance(rule, VectorAdamW)
-            update_mask = optimizer._timers.update_mask()
+            rule = stepper.optimizer._rule
+            update_mask = stepper.optimizer._timers.update_mask()
             with CountKernels() as kernels:
                 if is_compiled:
                     rule._coefficients = _as_one_kernel(rule._coefficients, kernels)
@@ -83,17 +102,9 @@ def _as_one_kernel(region: Callable[..., Any], kernels: CountKernels) -> Callabl
     return call
 
 
-def kernels_of_losses(
-    num_tokens: int, dim: int, vocabularies: list[int]
-) -> list[tuple[dict[str, int], list[tuple[int, ...]]]]:
-    """Returns, by vocabulary, the kernels of the eager loss and its backward pass in bf16, by
-    operation, and the strides of the logits of each chunk."""
-    return [_kernels_of_loss(num_tokens, dim, vocabulary) for vocabulary in vocabularies]
-
-
-def _kernels_of_loss(
-    num_tokens: int, dim: int, vocabulary: int
-) -> tuple[dict[str, int], list[tuple[int, ...]]]:
+def kernels_of_loss(vocabulary: int) -> tuple[dict[str, int], list[tuple[int, ...]]]:
+    """Returns the kernels of the eager loss and its backward pass in bf16, by operation, and the
+    strides of the logits of each chunk."""
     strides: list[tuple[int, ...]] = []
 
     class Count(CountKernels):
@@ -103,10 +114,10 @@ def _kernels_of_loss(
                 strides.append(kwargs["out"].stride())
 
     with FakeTensorMode(), torch.device("cuda"):
-        hidden = torch.empty(1, num_tokens, dim, dtype=torch.bfloat16, requires_grad=True)
-        head = Head(dim, vocabulary)
-        head.weight = nn.Parameter(torch.empty(vocabulary, dim, dtype=torch.bfloat16))
-        targets = torch.zeros(1, num_tokens, dtype=torch.int64)
+        hidden = torch.empty(1, NUM_TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
+        head = Head(DIM, vocabulary)
+        head.weight = nn.Parameter(torch.empty(vocabulary, DIM, dtype=torch.bfloat16))
+        targets = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
         with Count() as kernels:
-            CrossEntropy(compile_regions=False)(hidden, head, targets, num_tokens).backward()
+            CrossEntropy(compile_regions=False)(hidden, head, targets, NUM_TOKENS).backward()
     return dict(kernels.counts), strides

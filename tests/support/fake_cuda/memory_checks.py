@@ -7,8 +7,7 @@ from unittest.mock import patch
 import torch
 
 from support.fake_cuda import python_api
-from support.fake_cuda.cases import CASES
-from support.fake_cuda.step_checks import observed_stepper
+from support.fake_cuda.steps import observed_stepper
 from switchtitan.observability.memory_snapshots import MemorySnapshots
 
 CUDA = torch.device("cuda", 0)
@@ -16,7 +15,7 @@ CUDA = torch.device("cuda", 0)
 
 def snapshot_of_a_step_that_runs_out(folder: str, step: int | None) -> dict[str, Any]:
     """Returns what happens if a step of a rank runs out of memory."""
-    with observed_stepper(Path(folder), CASES["full_rank"], 0) as (stepper, _):
+    with observed_stepper(Path(folder), "full rank", 0) as (stepper, _):
         failure = torch.OutOfMemoryError("CUDA out of memory")
 
         def run_out(*_: object) -> None:

@@ -1,10 +1,17 @@
-"""The tensors and arguments of an operation of torch's dispatcher."""
+"""The tensors, arguments and caller of an operation of torch's dispatcher."""
 
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import switchtitan
+
+_PROJECT = str(Path(switchtitan.__file__).parent)
+_COUNTERS = "count_collectives.py"
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -37,3 +44,14 @@ def arguments_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[
             yield argument, args[position]
         else:
             yield argument, kwargs.get(argument.name, argument.default_value)
+
+
+def project_line() -> str:
+    """The innermost line of `switchtitan` outside of counters; "torch" if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_PROJECT) and not name.endswith(_COUNTERS):
+            return f"{name[len(_PROJECT) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "torch"

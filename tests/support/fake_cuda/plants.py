@@ -1,131 +1,98 @@
-"""Mistakes planted into steps on fake CUDA; each function runs in a new process."""
+"""Mistakes planted on fake CUDA, which observers must find; and what looks alike and is right."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from support.fake_cuda.cases import CASES
-from support.fake_cuda.collective_plants import planted_collectives
-from support.fake_cuda.copies import FindBlockingCopies
 from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.python_api import FakeEvent, FakeStream
 from support.fake_cuda.races import FindRaces
-from support.fake_cuda.reads import FindHostReads
-from support.fake_cuda.step_checks import observe, observed_stepper
-from support.fake_cuda.stepper import fake_cuda_stepper
-from support.tiny import tiny_config
+from support.fake_cuda.steps import observe, observed_stepper
+from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
 from switchtitan.distributed.host_copies import CopyToHost, HostCopies
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.training.stepper import Stepper
 
+Found = dict[str, dict[str, list[str]]]
+""""wrong" and "right" -> name of a plant -> what is found."""
+DEVICE = torch.device("cuda", 0)
 
-def planted_blocking_copies(folder: str) -> dict[str, list[str]]:
-    """Returns the blocking copies found for operations known to block or not."""
-    plants = {
+
+def planted(folder: Path) -> dict[str, Any]:
+    """Returns what is found by kind of plant."""
+    with observed_stepper(folder, "gathered once", 0) as (stepper, races):
+        return {
+            "copies": _found(COPIES, _blocking_copies),
+            "reads": _found(READS, _reads),
+            "background copies": _found(BACKGROUND_COPIES, _races_of_background_copies),
+            "collectives": _found(COLLECTIVES, _races_of_collective),
+            "steps": {name: _observed(stepper, plant, races) for name, plant in STEPS.items()},
+            "kernels": _kernels_of_switches(stepper),
+        }
+
+
+def _found(plants: dict[str, dict[str, Any]], find: Callable[[Any], list[str]]) -> Found:
+    return {kind: {name: find(plants[kind][name]) for name in plants[kind]} for kind in plants}
+
+
+COPIES: dict[str, dict[str, Callable[[Tensor], object]]] = {
+    "wrong": {
         "number": lambda table: table.__setitem__(3, 5),
-        "pageable": lambda table: torch.ones(4, dtype=torch.int32).to(
-            table.device, non_blocking=True
-        ),
-        "blocking": lambda table: torch.ones(4, dtype=torch.int32).pin_memory().to(table.device),
+        "pageable": lambda table: torch.ones(4).to(table.device, non_blocking=True),
+        "blocking": lambda table: torch.ones(4).pin_memory().to(table.device),
         "indices": lambda table: table[torch.tensor([0, 1])],
-        "number at indices": lambda table: table.__setitem__(table[:2].long(), 5),
         "back": lambda table: table.cpu(),
+    },
+    "right": {
         "fill": lambda table: table[3:4].fill_(5),
         "page-locked": lambda table: torch.ones(4).pin_memory().to(table.device, non_blocking=True),
-    }
-    config = tiny_config(Path(folder), "full_rank", num_ranks=2)
-    found = {}
-    with fake_cuda_stepper(config, num_ranks=2, rank=1) as stepper:
-        table = torch.zeros(8, dtype=torch.int32, device=stepper.world.device)
-        for name, plant in plants.items():
-            with FindBlockingCopies() as copies:
-                plant(table)
-            found[name] = copies.found
-    return found
-
-
-def planted_reads(folder: str) -> dict[str, list[str]]:
-    """Returns the reads found for operations known to read values or not; or the exception."""
-    plants: dict[str, Callable[[Tensor], object]] = {
+    },
+}
+READS: dict[str, dict[str, Callable[[Tensor], object]]] = {
+    "wrong": {
         "item": lambda table: table[0].item(),
         "bool": lambda table: bool(table.isfinite().all()),
-        "float": lambda table: float(table.sum()),
         "list": lambda table: table.tolist(),
         "nonzero": lambda table: table.nonzero(),
         "mask": lambda table: table[table > 0],
-        "equal": lambda table: torch.equal(table, table),
         "svd": lambda table: torch.linalg.svd(table.view(2, 4)),
+    },
+    "right": {
         "shape": lambda table: table.shape[0] + table.numel(),
         "where": lambda table: torch.where(table > 0, table, 0).any(),
-    }
-    found = {}
-    with fake_cuda_stepper(tiny_config(Path(folder), "full_rank"), 1, 0) as stepper:
-        table = torch.zeros(8, device=stepper.world.device)
-        for name, plant in plants.items():
-            with FindHostReads() as reads:
-                try:
-                    plant(table)
-                except Exception as error:
-                    reads.found.append(type(error).__name__)
-            found[name] = reads.found
-    return found
+    },
+}
 
 
-def planted_in_clipping(folder: str) -> dict[str, list]:
-    """Returns what is observed in a step without and with mistakes, or the exception."""
-
-    clip = Stepper.clip_gradients
-    plants: dict[str, Callable[[Stepper, torch.Tensor], object]] = {
-        "nothing": clip,
-        "item": lambda stepper, loss: clip(stepper, loss).item(),
-        "collective": lambda stepper, loss: stepper.world.sum(clip(stepper, loss)),
-        "devices": lambda stepper, loss: clip(stepper, loss) + torch.ones(2),
-    }
-    observed: dict[str, list] = {}
-    with observed_stepper(Path(folder), CASES["lora"], 0) as (stepper, races):
-        for name, plant in plants.items():
-            with patch.object(stepper, "clip_gradients", partial(plant, stepper)):
-                try:
-                    observed[name] = list(observe(stepper.step, races))
-                except Exception as error:
-                    observed[name] = [str(error)]
-    return observed
+def _blocking_copies(plant: Callable[[Tensor], object]) -> list[str]:
+    table = torch.zeros(8, device=DEVICE)
+    with FindBlockingCopies() as copies:
+        plant(table)
+    return copies.found
 
 
-class DeafStream(FakeStream):
-    """A stream that does not wait for other streams."""
+def _reads(plant: Callable[[Tensor], object]) -> list[str]:
+    """Returns the reads that are found, or the exception."""
+    table = torch.zeros(8, device=DEVICE)
+    with FindHostReads() as reads:
+        try:
+            plant(table)
+        except Exception as error:
+            reads.found.append(type(error).__name__)
+    return reads.found
 
-    def wait_stream(self, stream: FakeStream) -> None:
-        pass
 
-
-class StreamWithEmptyEvents(FakeStream):
+class _StreamWithEmptyEvents(FakeStream):
     """A stream whose events record nothing, so that no one waits for its work."""
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
         return event or FakeEvent()
-
-
-def _copy_in(stream_type: type[FakeStream]) -> Any:
-    """A patch with which `HostCopies` copies in a stream of this type."""
-    build = HostCopies.__init__
-
-    def build_with_stream(copies: HostCopies, device: torch.device) -> None:
-        build(copies, device)
-        copies._stream = stream_type()  # type: ignore[assignment]
-
-    return patch.object(HostCopies, "__init__", build_with_stream)
-
-
-def _release_at_once(copy: CopyToHost) -> None:
-    copy.source = None
 
 
 def _read_at_once(copy: CopyToHost) -> Tensor:
@@ -133,101 +100,135 @@ def _read_at_once(copy: CopyToHost) -> Tensor:
     return copy.destination
 
 
-_MISTAKES: dict[str, Any] = {
-    "none": nullcontext(),
-    "the copying stream does not wait": _copy_in(DeafStream),
-    "events record nothing": _copy_in(StreamWithEmptyEvents),
-    "released at once": patch.object(CopyToHost, "join", _release_at_once),
-    "read at once": patch.object(CopyToHost, "wait", _read_at_once),
-    "stream not recorded": patch.object(torch.Tensor, "record_stream", lambda *_: None),
+BACKGROUND_COPIES: dict[str, dict[str, Any]] = {
+    "wrong": {
+        "other streams are deaf": patch.object(FakeStream, "wait_stream", lambda *_: None),
+        "events record nothing": patch.object(torch.cuda, "Stream", _StreamWithEmptyEvents),
+        "read at once": patch.object(CopyToHost, "wait", _read_at_once),
+        "released at once": patch.object(
+            CopyToHost, "join", lambda copy: setattr(copy, "source", None)
+        ),
+        "stream not recorded": patch.object(torch.Tensor, "record_stream", lambda *_: None),
+    },
+    "right": {"no mistake": nullcontext()},
 }
 
 
-def planted_races(folder: str) -> dict[str, list[str]]:
-    """Returns the races of copies in the background without and with a mistake, by mistake."""
-    races = {}
-    with fake_cuda_stepper(tiny_config(Path(folder), "full_rank"), 1, 0) as stepper:
-        for mistake, plant in _MISTAKES.items():
-            with plant, FindRaces() as found:
-                _copy_in_background(HostCopies(stepper.world.device), stepper.world.device)
-            races[mistake] = found.found
-    return races
-
-
-def _copy_in_background(copies: HostCopies, device: torch.device) -> None:
+def _races_of_background_copies(mistake: Any) -> list[str]:
     """Copies to the host, back, and from the host, as offload and host candidates do."""
-    offloaded = copies.to_host(torch.ones(8, device=device).mul(2))
-    offloaded.join()
-    # May reuse the memory of what was copied.
-    torch.ones(8, device=device)
-    copies.back_to_device(offloaded).wait().mul(2)
-    put_back = copies.to_host(torch.ones(8, device=device).mul(2))
-    put_back.wait().add(1)
-    for _ in range(2):
-        fetched = copies.zeros_on_host(8, torch.float32)
-        copies.to_device(fetched).wait().mul(2)
+    with mistake, FindRaces() as races:
+        copies = HostCopies(DEVICE)
+        offloaded = copies.to_host(torch.ones(8, device=DEVICE).mul(2))
+        offloaded.join()
+        # May reuse the memory of what was copied.
+        torch.ones(8, device=DEVICE)
+        copies.back_to_device(offloaded).wait().mul(2)
+        put_back = copies.to_host(torch.ones(8, device=DEVICE).mul(2))
+        put_back.wait().add(1)
+        for _ in range(2):
+            fetched = copies.zeros_on_host(8, torch.float32)
+            copies.to_device(fetched).wait().mul(2)
+    return races.found
 
 
-def planted_races_in_steps(folder: str) -> dict[str, list[str]]:
-    """Returns the races of steps that do not wait for copies or gathered weights, by case."""
-    mistakes = {
-        "host candidates": _copy_in(StreamWithEmptyEvents),
-        "offload": _copy_in(StreamWithEmptyEvents),
-        "frozen weights gathered once": _gathers_without_wait(),
-    }
-    races = {}
-    for name, mistake in mistakes.items():
-        with mistake, observed_stepper(Path(folder), CASES[name], 0) as (stepper, found):
-            races[name] = observe(stepper.step, found).races
-    return races
+class _Gather:
+    """An asynchronous all_gather of `own` into `full`, over two ranks."""
+
+    def __init__(self) -> None:
+        self.groups = [dist.new_group([0, 1]) for _ in range(2)]
+        self.own, self.full = (torch.ones(size, device=DEVICE) for size in (8, 16))
+        self.work = self.start(self.full, 0)
+
+    def start(self, full: Tensor, group: int) -> dist.Work:
+        work = dist.all_gather_single(full, self.own, group=self.groups[group], async_op=True)
+        assert work is not None
+        return work
+
+    def wait(self) -> "_Gather":
+        self.work.wait()
+        return self
+
+    def wait_for_another(self, group: int) -> "_Gather":
+        self.start(self.full.new_empty(16), group).wait()
+        return self
+
+    def wait_in_another_stream(self) -> "_Gather":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return self.wait()
 
 
-class UnwaitedWork:
+COLLECTIVES: dict[str, dict[str, Callable[[_Gather], object]]] = {
+    "wrong": {
+        "the result is read at once": lambda gather: gather.full.mul(2),
+        "the input is written at once": lambda gather: gather.own.add_(1),
+        "another stream waits": lambda gather: gather.wait_in_another_stream().full.mul(2),
+        "another group is waited for": lambda gather: gather.wait_for_another(1).full.mul(2),
+        "functional, read at once": lambda gather: torch.ops._c10d_functional.all_reduce(
+            gather.wait().full, "sum", gather.groups[0].group_name
+        ).mul(2),
+    },
+    "right": {
+        "the result is waited for": lambda gather: gather.wait().full.mul_(2),
+        "the input is read": lambda gather: gather.own.mul(2),
+        "later work is waited for": lambda gather: gather.wait_for_another(0).full.mul_(2),
+        "functional": lambda gather: functional.all_reduce(
+            gather.wait().full, "sum", gather.groups[0]
+        ).mul(2),
+    },
+}
+
+
+def _races_of_collective(use: Callable[[_Gather], object]) -> list[str]:
+    with FindRaces() as races:
+        use(_Gather())
+    return races.found
+
+
+_clip = Stepper.clip_gradients
+STEPS: dict[str, Callable[[Stepper], Any]] = {
+    "nothing": lambda stepper: nullcontext(),
+    "item": lambda stepper: _clipping(stepper, lambda norm: norm.item()),
+    "collective": lambda stepper: _clipping(stepper, stepper.world.sum),
+    "no wait": lambda stepper: patch.object(dist, "all_gather_single", _gather_without_wait),
+    # The last: it ends in an exception.
+    "devices": lambda stepper: _clipping(stepper, lambda norm: norm + torch.ones(2)),
+}
+"""Name -> a patch with which a step makes a mistake."""
+
+
+def _clipping(stepper: Stepper, then: Callable[[Tensor], object]) -> Any:
+    return patch.object(stepper, "clip_gradients", lambda loss: then(_clip(stepper, loss)))
+
+
+def _gather_without_wait(*args: Any, gather: Any = dist.all_gather_single, **kwargs: Any) -> Any:
+    work = gather(*args, **kwargs)
+    return work and _UnwaitedWork()
+
+
+class _UnwaitedWork:
     """Like the handle of a collective, for which no one waits."""
 
     def wait(self) -> None:
         pass
 
 
-def _gathers_without_wait() -> Any:
-    """A patch in which `Work.wait` of an asynchronous gather does nothing."""
-    gather = dist.all_gather_single
-
-    def gather_without_wait(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-        work = gather(*args, async_op=async_op, **kwargs)
-        return UnwaitedWork() if async_op else work
-
-    return patch.object(dist, "all_gather_single", gather_without_wait)
+def _observed(stepper: Stepper, plant: Callable[[Stepper], Any], races: FindRaces) -> list:
+    """Returns what is observed in a step, or the exception."""
+    with plant(stepper):
+        try:
+            return list(observe(stepper.step, races))
+        except Exception as error:
+            return [str(error)]
 
 
-def planted_kernel_per_layer(folder: str) -> dict[str, dict[str, int]]:
-    """Returns the kernels of a switch without and with an operation for each layer."""
-    config = tiny_config(
-        Path(folder), "switchlora", "--training.local_batch_size", "1", num_ranks=8
-    )
-    counts = {}
-    with fake_cuda_stepper(config, 8, 0) as stepper:
-        optimizer = stepper.optimizer
-        assert isinstance(optimizer, SwitchLoraOptimizer)
-        weights = [parameter for parameter in stepper.model.parameters() if parameter.ndim == 2]
-        for name, touched in {"nothing": [], "per layer": weights}.items():
-            with CountKernels() as kernels:
-                optimizer.switch()
-                for weight in touched:
-                    weight.detach().mul_(1)
-            counts[name] = dict(kernels.counts)
+def _kernels_of_switches(stepper: Stepper) -> list[int]:
+    """Returns the number of kernels of a switch without and with an operation for each layer."""
+    weights = [parameter for parameter in stepper.model.parameters() if parameter.ndim == 2]
+    counts = []
+    for touched in ([], weights):
+        with CountKernels() as kernels:
+            stepper.optimizer.switch()
+            for weight in touched:
+                weight.detach().mul_(1)
+        counts.append(sum(kernels.counts.values()))
     return counts
-
-
-def planted(folder: str) -> dict[str, dict]:
-    """Returns what each function found, by its name."""
-    functions: tuple[Callable[[str], dict], ...] = (
-        planted_blocking_copies,
-        planted_reads,
-        planted_in_clipping,
-        planted_races,
-        planted_collectives,
-        planted_races_in_steps,
-        planted_kernel_per_layer,
-    )
-    return {function.__name__: function(folder) for function in functions}

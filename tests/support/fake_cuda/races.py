@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from support.fake_cuda import collectives, python_api
-from support.fake_cuda.copies import is_non_blocking
-from support.fake_cuda.lines import project_line
-from support.fake_cuda.operations import arguments_of, is_on_cuda, tensors_in
-from support.fake_cuda.timeline import Actor, host
+from support.fake_cuda.operations import arguments_of, is_on_cuda, project_line, tensors_in
+from support.fake_cuda.python_api import Actor, host
+from support.fake_cuda.waits import is_non_blocking
 from switchtitan.distributed.count_collectives import CountingMode
 
 _COPIES = ("aten::copy_", "aten::_to_copy")

@@ -1,0 +1,97 @@
+"""What the last of eight ranks does on fake CUDA: it has fewer rows, or none."""
+
+import pytest
+from support.fake_cuda import checks
+from support.fake_cuda.cases import ON_CPU, PERIOD, UNEVEN
+from support.fake_cuda.process import needs_compiler, run_check
+from support.fake_cuda.steps import Observed, unexpected_in
+
+pytestmark = needs_compiler
+MOST_KERNELS = 12
+MOST_EAGER_KERNELS = 60
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_check(checks.steps_of_last_rank, str(tmp_path_factory.mktemp("steps")))
+
+
+@pytest.fixture(scope="module")
+def steps(found):
+    return {name: [Observed(*step) for step in steps] for name, steps in found["steps"].items()}
+
+
+@pytest.mark.parametrize("name", sorted(UNEVEN))
+def test_the_host_waits_for_nothing_and_nothing_races(steps, name):
+    assert unexpected_in(name, steps[name]) == {}
+    assert len(steps[name]) >= PERIOD
+
+
+def test_collectives_are_those_on_a_cpu(found, steps):
+    assert found["on a CPU"].keys() == ON_CPU & UNEVEN
+    for name, on_cpu in found["on a CPU"].items():
+        assert [step.collectives for step in steps[name]][:PERIOD] == on_cpu
+
+
+@pytest.mark.parametrize("name", ["relora", "galore"])
+def test_merges_and_new_bases_are_in_every_second_step(steps, name):
+    even, odd = steps[name][::2], steps[name][1::2]
+    assert all(step.collectives == even[0].collectives for step in even)
+    assert all(step.collectives == odd[0].collectives for step in odd)
+    assert even[0].collectives != odd[0].collectives
+
+
+def test_regions_are_timed(found):
+    """Every span takes 1 ms. A step has one region "clip"; resets follow every second step."""
+    for name in checks.TIMED:
+        times = found["times"][name]
+        assert times.keys() >= {f"time/{part}_ms" for part in ("data", "forward", "backward")}
+        assert times["time/clip_ms"] == pytest.approx(1)
+    assert found["times"]["switchlora"]["time/switch_ms"] == pytest.approx(1)
+    assert found["times"]["relora"]["time/reset_ms"] == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("name", checks.MEASURED)
+def test_norms_of_layers_are_measured_without_waiting(found, name):
+    steps = [Observed(*step) for step in found["norms"][name]]
+    assert len(steps) == 2
+    assert unexpected_in(name, steps) == {}
+
+
+@pytest.mark.parametrize("name", checks.SAVED)
+def test_a_save_waits_once_for_all_copies(found, name):
+    # Values that are not finite: all tensors in host memory are copied to the device together.
+    num_copies_of_search = 1 if "host candidates" in name else 0
+    for save in found["saves"][name]["saves"]:
+        parts = {part: Observed(*observed) for part, observed in save.items()}
+        for part in ("share", "copy", "write", "step"):
+            assert parts[part].copies == parts[part].reads == parts[part].races == [], part
+        assert parts["copy"].waits == ["Stream.synchronize"]
+        assert len(parts["search"].copies) == num_copies_of_search
+    for save in found["saves"][name]["saves without a wait"]:
+        assert any("clone reads on the host" in race for race in Observed(*save["write"]).races)
+
+
+@pytest.mark.parametrize("name", checks.SAVED)
+def test_a_save_copies_no_more_than_a_replica_saves(found, name):
+    memory = found["saves"][name]
+    assert memory["storages"] > memory["share"]
+    assert 0 <= memory["copies"] - memory["share"] < 16 * memory["num_tensors"]
+
+
+def test_the_update_of_336_factors_takes_at_most_12_kernels(found):
+    """7 for copies of gradients, 64 a launch, 1 that counts steps, and 3 that are compiled."""
+    counts = found["updates"]["350M"]
+    assert not any("slow" in operation for operation in counts), counts
+    assert sum(counts.values()) <= MOST_KERNELS, counts
+    assert counts["compiled"] == 3
+
+
+@pytest.mark.parametrize("name", ["uneven", "uneven, eager"])
+def test_uneven_shards_are_copied(found, name):
+    """FSDP pads the last rank's shard, so shards are not next to each other: two more copies."""
+    counts = found["updates"][name]
+    assert not any("slow" in operation for operation in counts), counts
+    assert counts["_foreach_copy_ fast"] % 3 == 0, counts
+    assert counts["_foreach_copy_ fast"] > 3, counts
+    assert sum(counts.values()) <= MOST_EAGER_KERNELS, counts

@@ -1,0 +1,166 @@
+"""What a rank does in steps of cases, and in what runs beside them; called in new processes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from support.fake_cuda import kernel_checks, plants, python_api
+from support.fake_cuda.cases import CASES, NUM_RANKS, ON_CPU, UNEVEN
+from support.fake_cuda.races import FindRaces
+from support.fake_cuda.steps import (
+    Collectives,
+    Observed,
+    collectives_on_cpu,
+    observe,
+    observed_stepper,
+    steps_of,
+)
+from switchtitan.checkpoint.load import CheckpointTensors
+from switchtitan.checkpoint.staging import HostCopies, own_share
+from switchtitan.distributed.row_exchange import RowExchange
+from switchtitan.distributed.shards import local
+from switchtitan.observability import MetricsConfig, Reporter
+from switchtitan.observability.region_times import RegionTimes
+from switchtitan.training.layer_norms import LayerNorms
+from switchtitan.training.stepper import Stepper
+
+TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
+"""Cases whose regions are timed."""
+MEASURED = ("full rank", "lora", "switchlora", "switchlora, HSDP")
+"""Cases of which norms of layers are measured."""
+SAVED = ("switchlora, HSDP", "bf16 host candidates, HSDP")
+"""A replica saves some of the matrices that share a storage, and tensors in host memory."""
+VOCABULARIES = (32100, 32000, 32104)
+
+
+def steps_of_first_rank(folder: str) -> dict[str, Any]:
+    """Returns what rank 0 does in steps of all cases."""
+    found: dict[str, Any] = {"steps": {}}
+    for name in CASES:
+        with observed_stepper(Path(folder), name, 0) as (stepper, races):
+            found["steps"][name] = steps_of(stepper, name, races)
+    return found | {"on a CPU": _on_cpu(Path(folder), list(CASES), 0)}
+
+
+def steps_of_last_rank(folder: str) -> dict[str, Any]:
+    """Returns what the rank with the fewest rows does in steps, and in what runs beside them."""
+    rank = NUM_RANKS - 1
+    found: dict[str, Any] = {"steps": {}, "times": {}, "norms": {}, "saves": {}}
+    for name in sorted(UNEVEN):
+        with observed_stepper(Path(folder), name, rank) as (stepper, races):
+            if name in TIMED:
+                found["steps"][name], found["times"][name] = _timed_steps(stepper, name, races)
+            else:
+                found["steps"][name] = steps_of(stepper, name, races)
+            if name in MEASURED:
+                found["norms"][name] = _steps_with_norms(stepper, Path(folder), races)
+            if name in SAVED:
+                found["saves"][name] = _saves(stepper, races)
+    found["updates"] = kernel_checks.kernels_of_updates(Path(folder), rank)
+    return found | {"on a CPU": _on_cpu(Path(folder), sorted(UNEVEN), rank)}
+
+
+def plants_and_kernels(folder: str) -> dict[str, Any]:
+    """Returns what observers find in what is planted, and kernels of rank 0."""
+    return {
+        "plants": plants.planted(Path(folder)),
+        "switches": kernel_checks.kernels_of_switches(Path(folder), 0),
+        "losses": [kernel_checks.kernels_of_loss(size) for size in VOCABULARIES],
+    }
+
+
+def _on_cpu(folder: Path, names: list[str], rank: int) -> dict[str, list[Collectives]]:
+    return {name: collectives_on_cpu(folder, name, rank) for name in names if name in ON_CPU}
+
+
+class LateEvent(python_api.FakeEvent):
+    """An event that the device has not passed when the host asks, unless it `has_passed`."""
+
+    has_passed = False
+
+    def query(self) -> bool:
+        return LateEvent.has_passed and super().query()
+
+
+def _timed_steps(
+    stepper: Stepper, name: str, races: FindRaces
+) -> tuple[list[Observed], dict[str, float]]:
+    """Returns what is observed in steps whose regions are timed, and mean times."""
+    LateEvent.has_passed = False
+    with (
+        patch.object(torch.cuda, "Event", LateEvent),
+        RegionTimes(torch.device("cuda", 0)) as times,
+    ):
+        steps = steps_of(stepper, name, races)
+        assert not times.means()
+        LateEvent.has_passed = True
+        return steps, times.means()
+
+
+def _steps_with_norms(stepper: Stepper, folder: Path, races: FindRaces) -> list[Observed]:
+    config = MetricsConfig(interval=1, tensorboard=False, progress_bar=False)
+    hook = LayerNorms(stepper, Reporter(config, folder, num_steps=99, is_main=False))
+
+    def step() -> None:
+        with hook.around(2):
+            stepper.step()
+
+    return [observe(step, races) for _ in range(2)]
+
+
+# Reads whether ranks disagree, for which fake tensors have no value.
+@patch.object(RowExchange, "check", lambda exchange: None)
+def _saves(stepper: Stepper, races: FindRaces) -> dict[str, Any]:
+    """Returns what each part of two saves does, also if none waits for copies, and their memory."""
+    found = {"saves": [dict(parts) for parts in _two_saves(stepper, races)], **_memory(stepper)}
+    with patch.object(python_api.FakeStream, "synchronize", lambda stream: None):
+        found["saves without a wait"] = [dict(parts) for parts in _two_saves(stepper, races)]
+    return found
+
+
+def _two_saves(stepper: Stepper, races: FindRaces) -> Iterator[dict[str, Observed]]:
+    """Yields, by part: the search for values that are not finite, the choice of what a rank saves,
+    its copies, reading them in the background, and the next step."""
+    tensors = CheckpointTensors(stepper.model, stepper.optimizer)
+    copy_to_host = HostCopies()
+    share, copies = dict[str, Tensor](), dict[str, Tensor]()
+    parts = {
+        "search": tensors.non_finite,
+        "share": lambda: share.update(_share(tensors)),
+        "copy": lambda: copies.update(copy_to_host(share)),
+        "write": lambda: [local(copy).clone() for copy in copies.values()],
+        "step": stepper.step,
+    }
+    for _ in range(2):
+        yield {name: observe(part, races) for name, part in parts.items()}
+
+
+def _share(tensors: CheckpointTensors) -> dict[str, Tensor]:
+    """Returns what a rank saves; tensors made from NumPy arrays, which are real, as fake ones."""
+    return {
+        name: tensor
+        if isinstance(local(tensor), FakeTensor)
+        else torch.zeros(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in own_share(tensors()).items()
+    }
+
+
+def _memory(stepper: Stepper) -> dict[str, int]:
+    """Returns the bytes of a rank's share, of the storages of it, and of those of its copies."""
+    own = _share(CheckpointTensors(stepper.model, stepper.optimizer))
+    return {
+        "num_tensors": len(own),
+        "share": sum(local(tensor).nbytes for tensor in own.values()),
+        "storages": _bytes_of_storages(own),
+        "copies": _bytes_of_storages(HostCopies()(own)),
+    }
+
+
+def _bytes_of_storages(tensors: dict[str, Tensor]) -> int:
+    storages = [local(tensor).untyped_storage() for tensor in tensors.values()]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

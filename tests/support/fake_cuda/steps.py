@@ -1,0 +1,163 @@
+"""Steps of cases on fake CUDA tensors: what is observed in them, and what they may do."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from support.fake_cuda import collectives, python_api
+from support.fake_cuda.cases import NUM_RANKS, PERIOD, config_of, method_of, num_steps_of
+from support.fake_cuda.races import FindRaces
+from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
+from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.builders import stepper as builder
+from switchtitan.builders.stepper import build_stepper
+from switchtitan.contracts import Batch
+from switchtitan.distributed.count_collectives import CountCommunication
+from switchtitan.distributed.fsdp import _allocate
+from switchtitan.distributed.world import World, mesh_shape, stop_world
+from switchtitan.job.config import JobConfig
+from switchtitan.training.stepper import Stepper
+
+Collectives = dict[str, list[float]]
+"""Kind -> number and bytes that a rank sends."""
+_DECOMPOSITIONS = {"_linalg_svd", "_linalg_eigh"}
+
+
+class Observed(NamedTuple):
+    """What observers found in a step."""
+
+    copies: list[str]
+    """Operations between host and device for which the host waits."""
+    reads: list[str]
+    """Values of the device that the host reads."""
+    waits: list[str]
+    """Calls that make the host wait for an event, a stream or the device."""
+    races: list[str]
+    """Accesses to memory that do not wait for each other."""
+    collectives: Collectives
+
+
+@contextmanager
+def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[Stepper]:
+    """Yields the stepper of one of `num_ranks` ranks with a CUDA device each.
+
+    Weights are allocated, not drawn, which would take a third of the time. Run steps inside the
+    context, in a process of `process.run_check`.
+    """
+    # Otherwise every operation waits for the streams of all earlier steppers.
+    python_api.forget_streams()
+    collectives.forget_streams()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    try:
+        shape = mesh_shape(config.parallelism, num_ranks)
+        mesh = init_device_mesh("cuda", shape, mesh_dim_names=("replicate", "shard"))
+        group = dist.group.WORLD
+        assert group is not None
+        world = World(rank, num_ranks, torch.device("cuda", 0), mesh, group)
+        with FakeTensorMode(), _without_initial_values():
+            yield build_stepper(config, world, _batches(config, num_ranks))
+    finally:
+        stop_world()
+
+
+def _without_initial_values() -> Any:
+    return patch.object(builder, "materialize", lambda model, device, *_: _allocate(model, device))
+
+
+def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
+    """Yields micro-batches in page-locked memory, as the data loader does with a GPU."""
+    local_size = config.training.local_batch_size
+    num_micro_batches = config.training.global_batch_size // (num_ranks * local_size)
+    shape = local_size, config.data.seq_len
+    while True:
+        parts = [torch.zeros(shape, dtype=d) for d in (torch.int64, torch.int64, torch.int32)]
+        for part in parts:
+            python_api.pinned_memory.add(part)
+        yield [Batch(*parts)] * num_micro_batches
+
+
+@contextmanager
+def observed_stepper(folder: Path, name: str, rank: int) -> Iterator[tuple[Stepper, FindRaces]]:
+    """Yields the stepper of a case after its first step, and what has observed its accesses."""
+    races = FindRaces()
+    with fake_cuda_stepper(config_of(folder, name), NUM_RANKS, rank) as stepper:
+        with FindHostReads(races):
+            stepper.step()
+        yield stepper, races
+
+
+def observe(step: Callable[[], object], races: FindRaces) -> Observed:
+    """Returns what is observed while `step` runs; `races` has observed what ran before."""
+    python_api.host_waits.clear()
+    races.found.clear()
+    copies, sent = FindBlockingCopies(), CountCommunication()
+    with FindHostReads(races, copies, sent) as reads:
+        step()
+    waits = list(python_api.host_waits)
+    return Observed(copies.found, reads.found, waits, list(races.found), collectives_in(sent))
+
+
+def collectives_in(sent: CountCommunication) -> Collectives:
+    return {kind: [count.num_calls, count.bytes_sent] for kind, count in sent.counts.items()}
+
+
+def collectives_on_cpu(folder: Path, name: str, rank: int) -> list[Collectives]:
+    """Returns the collectives of steps 2, 3, ... of a case on a CPU, for one period."""
+    found = []
+    with (
+        _without_initial_values(),
+        fake_stepper(config_of(folder, name), NUM_RANKS, rank) as stepper,
+    ):
+        stepper.step()
+        for _ in range(PERIOD):
+            with CountCommunication() as sent:
+                stepper.step()
+            found.append(collectives_in(sent))
+    return found
+
+
+def steps_of(stepper: Stepper, name: str, races: FindRaces) -> list[Observed]:
+    """Returns what is observed in steps 2, 3, ... of a case."""
+    return [observe(stepper.step, races) for _ in range(num_steps_of(name) - 1)]
+
+
+def unexpected_in(name: str, steps: list[Observed]) -> dict[int, Observed]:
+    """Returns steps of a case that do what is not documented, by number, from 2."""
+    return {
+        number: step
+        for number, step in enumerate(steps, 2)
+        if step.copies
+        or step.races
+        or not _is_documented_wait(name, step.waits)
+        or not _is_documented_read(name, number, step.reads)
+    }
+
+
+def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
+    operations = {read.split(" at ")[0] for read in reads}
+    if name == "skip":
+        # Reads the gradient's norm in every step.
+        return len(reads) == 1 and operations == {"_local_scalar_dense"}
+    if name == "adafactor":
+        # torch's Adafactor reads the norms of each parameter and of its update.
+        files = {read.split(":")[0] for read in reads}
+        return files == {"_local_scalar_dense at optim/torch_optimizer.py"}
+    if method_of(name) in ("galore", "fira") and number % PERIOD == 1:
+        # Decompositions check on the host whether they converged.
+        return operations <= _DECOMPOSITIONS
+    return not reads
+
+
+def _is_documented_wait(name: str, waits: list[str]) -> bool:
+    """Whether the host waits at most for vectors that were put back two steps ago, or for what an
+    earlier step has measured: the last one, since cases switch often."""
+    may_wait = "host candidates" in name or name == "least moving"
+    return not waits or (may_wait and waits == ["Event.synchronize"])
