@@ -15,7 +15,7 @@ choose_backend()
 
 TESTS = Path(__file__).parent
 # Workers take files in this order, so that none of them is left with a long file at the end.
-TIERS = ("end_to_end", "faults", "ranks", "fake_cuda", "compiled", "unit", "gpu")
+TIERS = ("end_to_end", "faults", "ranks", "fake_cuda", "compiled", "runs", "unit", "gpu")
 
 
 def tier(item):
@@ -42,6 +42,14 @@ def pytest_collection_modifyitems(config, items):
 def corpora(tmp_path_factory):
     """A folder whose runs share one prepared corpus: give tiny runs subfolders of it."""
     return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def trained(corpora):
+    """A trained run and its export, which tests of commands read."""
+    from support.trained import train_and_export
+
+    return train_and_export(corpora / "commands")
 
 
 @pytest.fixture
