@@ -7,7 +7,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
 from support.tiny import METHOD_KEYS, TINY
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,13 +54,10 @@ def test_a_run_trains_resumes_on_two_ranks_and_refuses_other_settings(environmen
     assert (output / "checkpoints" / "step-000000012").is_dir()
 
     before = contents(output)
-    for keys, said in (
-        (("--training.step", "9"), "--training.step 9"),
-        (("--model.intermediate_size", "30"), "saved with 28, now 30"),
-    ):
-        status, printed = run_train(environment, folder, *config, *keys, NGPU="2")
-        assert status == 2, printed
-        assert printed.count("error: ") == printed.count(said) == 1
+    other = ("--model.intermediate_size", "30")
+    status, printed = run_train(environment, folder, *config, *other, NGPU="2")
+    assert status == 2, printed
+    assert printed.count("error: ") == printed.count("saved with 28, now 30") == 1
     assert contents(output) == before
 
 
@@ -70,13 +66,12 @@ def contents(folder):
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-@pytest.mark.parametrize(("number", "num_ranks"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
-def test_a_stopped_run_says_how_it_resumes(environment, corpora, number, num_ranks):
-    folder = corpora / f"stopped-{number.name}"
+def test_a_stopped_run_says_how_it_resumes(environment, corpora):
+    number, folder = signal.SIGTERM, corpora / "stopped"
     # Stops the complete job, including the loader's worker.
     keys = ("--checkpoint.async_save", "true", "--data.num_workers", "1")
     arguments = ("--config", str(write_config(folder)), *keys)
-    ranks = environment | {"NGPU": num_ranks}
+    ranks = environment | {"NGPU": "2"}
     checkpoints, output = folder / "run" / "checkpoints", folder / "output.txt"
     with output.open("w") as printed:
         run = subprocess.Popen(
@@ -90,7 +85,7 @@ def test_a_stopped_run_says_how_it_resumes(environment, corpora, number, num_ran
         while not list(checkpoints.glob("step-*")):
             assert run.poll() is None, output.read_text()
             time.sleep(0.05)
-        status, said = run_train(ranks, folder, *arguments)
+        status, said = run_train(environment, folder, *arguments)
         os.killpg(run.pid, number)
         assert run.wait(timeout=600) == 128 + number, output.read_text()
     assert status == 2
@@ -99,6 +94,6 @@ def test_a_stopped_run_says_how_it_resumes(environment, corpora, number, num_ran
     assert f"the same command resumes from {newest}" in output.read_text()
     assert "Traceback" not in output.read_text()
     steps = int(newest.name.removeprefix("step-")) + 3
-    status, said = run_train(ranks, folder, *arguments, "--training.steps", f"{steps}")
+    status, said = run_train(environment, folder, *arguments, "--training.steps", f"{steps}")
     assert status == 0, said
     assert f"resuming from {newest}" in said
