@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -215,7 +216,22 @@ def observe(rank, home, layout):
     """Trains with everything that is measured, on two ranks also with the profiler."""
     num_ranks, placement = LAYOUTS[layout]
     keys = (*OBSERVED, *placement, *(PROFILED if layout == "two" else ()))
-    trainer = tiny_trainer(home, "switchlora", *keys, num_ranks=num_ranks)
+    with merges_counted() as merges:
+        trainer = tiny_trainer(home, "switchlora", *keys, num_ranks=num_ranks)
+        reported = record_reports(trainer)
+        trainer.train()
+    of_ranks = [None] * num_ranks
+    dist.all_gather_object(of_ranks, (len(merges), reported if rank == 0 else {}))
+    spectra = read_spectra(home / "run" / "spectra") if rank == 0 else None
+    return {
+        "num_merges": [merges for merges, _ in of_ranks],
+        "reported": reported,
+        "spectra": spectra,
+    }
+
+
+def record_reports(trainer):
+    """Returns a dictionary that gets what is measured, by step and tag."""
     reported, report = {}, trainer.reporter.report
 
     def record(step, values):
@@ -225,19 +241,12 @@ def observe(rank, home, layout):
         report(step, values)
 
     trainer.reporter.report = record
-    num_merges = count_merges(trainer.train)
-    of_ranks = [None] * num_ranks
-    dist.all_gather_object(of_ranks, (num_merges, reported if rank == 0 else {}))
-    spectra = read_spectra(home / "run" / "spectra") if rank == 0 else None
-    return {
-        "num_merges": [merges for merges, _ in of_ranks],
-        "reported": reported,
-        "spectra": spectra,
-    }
+    return reported
 
 
-def count_merges(function):
-    """Calls the function; returns how often it merged weights on this rank."""
+@contextmanager
+def merges_counted():
+    """Yields a list that gets an entry whenever this rank merges weights."""
     merged, merge = [], LowRankMethod.dense_weights
 
     def count_and_merge(method, tensors):
@@ -246,8 +255,7 @@ def count_merges(function):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(LowRankMethod, "dense_weights", count_and_merge)
-        function()
-    return len(merged)
+        yield merged
 
 
 @pytest.fixture(scope="module")

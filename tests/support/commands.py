@@ -41,6 +41,8 @@ def run(*words: object) -> Outcome:
     root, own = logging.getLogger(), logging.getLogger("switchtitan")
     handlers, levels = list(root.handlers), (root.level, own.level)
     actions = {number: signal.getsignal(number) for number in _SIGNALS}
+    # Runs of earlier tests have left theirs, which print; a process starts without.
+    own.handlers.clear()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main([str(word) for word in words])

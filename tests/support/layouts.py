@@ -22,13 +22,14 @@ RELATIVE_LOSS_TOLERANCE = 1e-5
 singular values near zero."""
 
 
-def asked_for(request: pytest.FixtureRequest) -> set[object]:
-    """Returns all parameters of the module's selected tests, so that others need not be run."""
+def asked_for(request: pytest.FixtureRequest) -> set[str]:
+    """Returns all words among the parameters of the module's selected tests: rows to be run."""
     return {
         value
         for item in request.session.items
         if item.path == request.path and isinstance(item, pytest.Function)
         for value in (item.callspec.params.values() if hasattr(item, "callspec") else ())
+        if isinstance(value, str)
     }
 
 
