@@ -117,7 +117,6 @@ def check_estimates(rank, folder, num_ranks, expected):
         (
             2,
             [
-                ("full_rank",),
                 ("switchlora",),
                 ("switchlora", *REPLICATED),
                 ("switchlora", *KEPT),

@@ -86,8 +86,8 @@ ROWS = {
     "still, on the host": Row("switchlora", (*STILL, *ON_HOST)),
 }
 STILL_ROWS = [name for name in ROWS if name.startswith("still")]
-TWO_BLOCKS = ("full_rank", "switchlora")
-"""Rows with as many as the other tests of tiny runs; one block has all shapes."""
+ACCUMULATED = ("full_rank", "switchlora")
+"""Rows with two blocks, and with micro-batches of two sequences; the others have one of each."""
 ROWS_OF = {
     "two": list(ROWS),
     "one": list(ROWS),
@@ -137,8 +137,8 @@ def build(folder, home, name, layout):
         file = write_continued_config(home, folder / "model", row.method)
         config = parse_arguments(["--config", str(file), *keys], num_ranks)
     else:
-        num_blocks = "2" if name in TWO_BLOCKS else "1"
-        keys += ["--model.num_layers", num_blocks]
+        if name not in ACCUMULATED:
+            keys += ["--model.num_layers", "1", "--training.local_batch_size", str(8 // num_ranks)]
         config = tiny_config(home, row.method, *keys, num_ranks=num_ranks)
     return build_trainer(config, start_world(config.parallelism))
 

@@ -41,8 +41,9 @@ def run(*words: object) -> Outcome:
     root, own = logging.getLogger(), logging.getLogger("switchtitan")
     handlers, levels = list(root.handlers), (root.level, own.level)
     actions = {number: signal.getsignal(number) for number in _SIGNALS}
-    # Runs of earlier tests have left theirs, which print; a process starts without.
+    # Runs of earlier tests have left handlers and a level, and would print; a process has none.
     own.handlers.clear()
+    own.setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main([str(word) for word in words])
