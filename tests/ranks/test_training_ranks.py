@@ -95,7 +95,7 @@ ROWS_OF = {
     "four": [*METHOD_KEYS, "muon", "scale", "cola", "tied head and biases", *STILL_ROWS],
     "two_by_two": [
         *("apollo", "full_rank", "relora", "sltrain", "switchlora"),
-        *("muon", "scale", "constant candidates", "factors by muon", *STILL_ROWS),
+        *("muon", "scale", "sgd", "constant candidates", "factors by muon", *STILL_ROWS),
     ],
 }
 # Each leg resumes what the one before has saved, on other ranks.
