@@ -1,7 +1,6 @@
 """Which documents are held out, and how much of a long one."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,12 +23,13 @@ def is_held_out(document: int, period: Fraction | int, first: int = 0) -> bool:
     """Whether a document is held out: number `first`, and one of each later `period` documents.
 
     A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, spread over
-    the full corpus, and never empty. A period that is not whole, at least 2, has blocks of two
-    lengths: 5/2 has blocks of 3 and 2 documents in turn."""
-    block = document // period
-    start, end = math.ceil(block * period), math.ceil((block + 1) * period)
+    the full corpus, and never empty. A period is at least 2. If it is not an integer, the sizes of
+    blocks differ by one: 5/2 has blocks of 3 and 2 documents in turn."""
+    num_documents, num_blocks = period.numerator, period.denominator
+    block = document * num_blocks // num_documents
     if block == 0:
         return document == first
+    start, end = (-(-after * num_documents // num_blocks) for after in (block, block + 1))
     salt = first.to_bytes(8, "little")
     chosen = hashlib.blake2b(block.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
     return document - start == int.from_bytes(chosen, "little") % (end - start)
