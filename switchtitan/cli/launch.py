@@ -141,13 +141,13 @@ def run_ranks(options: argparse.Namespace) -> None:
         raise SystemExit(1) from error
     except (RendezvousError, dist.DistError) as error:
         # On a machine that only lost the others, which may have ended first.
-        started = last_start(set(folder.glob(_RANKS_FOLDERS)) - earlier)
+        started = last_start(folder, earlier)
         reason, status = describe_lost_rendezvous(options, error, started)
         print(f"error: {reason}", file=sys.stderr)
         raise SystemExit(status) from error
     except SignalException as error:
         # The ranks say whether they have saved.
-        for recorded in recorded_ends(last_start(set(folder.glob(_RANKS_FOLDERS)) - earlier)):
+        for recorded in recorded_ends(last_start(folder, earlier)):
             if recorded[EXIT_STATUS_KEY] < _SIGNALS_FROM:
                 exit_as(recorded)
         raise SystemExit(128 + error.sigval) from error
@@ -265,11 +265,12 @@ def exit_as(recorded: dict[str, Any]) -> NoReturn:
     raise SystemExit(status) from None
 
 
-def last_start(ranks_folders: Collection[Path]) -> list[Path]:
-    """Returns the folders of the ranks that were started last: those before were restarted."""
-    numbers = {folder: int(folder.name.rpartition("_")[2]) for folder in ranks_folders}
-    last = max(numbers.values(), default=0)
-    return sorted(folder for folder, number in numbers.items() if number == last)
+def last_start(folder: Path, earlier: Collection[Path]) -> list[Path]:
+    """Returns the folders of the last attempt's ranks in the log folder, without `earlier` ones."""
+    ranks_folders = set(folder.glob(_RANKS_FOLDERS)) - set(earlier)
+    attempts = {path: int(path.name.rpartition("_")[2]) for path in ranks_folders}
+    last = max(attempts.values(), default=0)
+    return sorted(path for path, attempt in attempts.items() if attempt == last)
 
 
 def recorded_ends(ranks_folders: Sequence[Path]) -> list[dict[str, Any]]:
