@@ -18,8 +18,8 @@ TESTS = Path(__file__).parent
 TIERS = ("end_to_end", "faults", "ranks", "fake_cuda", "compiled", "runs", "unit", "gpu")
 
 
-def tier(item):
-    return item.path.relative_to(TESTS).parts[0]
+def tier(node):
+    return node.path.relative_to(TESTS).parts[0]
 
 
 def pytest_configure(config):
@@ -74,7 +74,7 @@ def leave_world():
 @pytest.fixture(autouse=True, scope="module")
 def leave_world_of_module(request):
     """Destroys what is left at a module's end; tests/compiled and tests/gpu use Inductor."""
-    if request.path.relative_to(TESTS).parts[0] in ("compiled", "gpu"):
+    if tier(request.node) in ("compiled", "gpu"):
         os.environ[BACKEND] = "inductor"
     yield
     os.environ.pop(BACKEND, None)

@@ -1,4 +1,4 @@
-"""A preparation of a corpus that is killed goes on where it was, and two at once are one."""
+"""A killed preparation of a corpus resumes, and two processes prepare a corpus once."""
 
 import signal
 

@@ -114,7 +114,7 @@ def start(function, *args):
 
 
 def own_folders(pipe, locks):
-    """Tries to own each folder that it is told at the given time; is told when to leave it."""
+    """Tries to lock each given folder at the given time, and releases it when told."""
     if locks == "files":
         fcntl.lockf = refuse_kernel_locks
     world = start_world(ParallelismConfig())

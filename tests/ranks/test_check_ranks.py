@@ -152,8 +152,7 @@ def check_one(rank, name, folder):
 def errors(corpora, request):
     folder = corpora / "check-ranks"
     folder.mkdir()
-    names = [name for name in CHECKS if name in asked_for(request)]
-    return run_rows_on_ranks(2, check_one, names, folder)
+    return run_rows_on_ranks(2, check_one, asked_for(request, CHECKS), folder)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -523,8 +523,7 @@ def check_one(rank, name, folder):
 
 @pytest.fixture(scope="module")
 def errors(corpora, request):
-    names = [name for name in CHECKS if name in asked_for(request)]
-    return run_rows_on_ranks(NUM_RANKS, check_one, names, corpora)
+    return run_rows_on_ranks(NUM_RANKS, check_one, asked_for(request, CHECKS), corpora)
 
 
 @pytest.mark.parametrize("name", CHECKS)

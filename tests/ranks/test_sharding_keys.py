@@ -206,8 +206,9 @@ def check_that_nothing_recompiles(home):
 @pytest.fixture(scope="module")
 def recorded(corpora, request):
     """`recorded(session, name)`; trains what the selected tests compare."""
-    needed = asked_for(request) | {other for other, _ in (*EXPECTED.values(), *RESUMED.values())}
     rows = {"two": [*RUNS["two"], *HELD, "compiled"], "four": [*RUNS["four"]]}
+    needed = {other for other, _ in (*EXPECTED.values(), *RESUMED.values())}
+    needed.update(asked_for(request, (*rows["two"], *rows["four"])))
     sessions = {
         session: (num_ranks, [name for name in rows[session] if name in needed])
         for session, num_ranks in NUM_RANKS.items()

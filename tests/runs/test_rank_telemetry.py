@@ -102,7 +102,7 @@ def switching(corpora):
     return train(corpora / "rank", "switchlora", *EVERY_5, "--metrics.tensorboard", "true")
 
 
-# Those of GaLore, Fira and APOLLO train whole weights, as full rank does.
+# Fira and APOLLO train full weights, as GaLore and full rank do.
 @pytest.mark.parametrize(
     "method", ["full_rank", "galore", "lora", "low_rank", "relora", "sltrain", "switchlora"]
 )

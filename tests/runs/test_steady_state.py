@@ -46,7 +46,7 @@ def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora):
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
-        # One for each kind of region besides; the steps include new projections.
+        # One for each further kind of compiled region; the steps include new projections.
         ("fira", ()),
         ("apollo", ()),
         ("switchlora", MUON),

@@ -1,6 +1,6 @@
 """The numbers of ranks on which tests of sharding train, and how they are compared."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ RELATIVE_LOSS_TOLERANCE = 1e-5
 singular values near zero."""
 
 
-def asked_for(request: pytest.FixtureRequest) -> set[str]:
-    """Returns all words among the parameters of the module's selected tests: rows to be run."""
-    return {
+def asked_for(request: pytest.FixtureRequest, rows: Iterable[str]) -> list[str]:
+    """Returns those of `rows` that are parameters of the module's selected tests."""
+    parameters = {
         value
         for item in request.session.items
         if item.path == request.path and isinstance(item, pytest.Function)
         for value in (item.callspec.params.values() if hasattr(item, "callspec") else ())
         if isinstance(value, str)
     }
+    return [row for row in rows if row in parameters]
 
 
 class Recorded:

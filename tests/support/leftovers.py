@@ -20,17 +20,16 @@ def least_growth(counts: list[int]) -> int:
     return min(after - before for before, after in pairwise(counts))
 
 
-def tensors_left_by_fifteen_steps(trainer: Trainer) -> int:
-    """Number of tensors left by 15 steps without garbage collection: the minimum of two runs."""
+def tensors_left(trainer: Trainer, num_steps: int) -> int:
+    """Number of tensors left by steps without garbage collection: the minimum of two runs."""
     train_steps(trainer, 2)
     gc.collect()
     gc.disable()
     try:
         counts = [num_tensors()]
         for _ in range(2):
-            train_steps(trainer, 15)
+            train_steps(trainer, num_steps)
             counts.append(num_tensors())
         return least_growth(counts)
     finally:
         gc.enable()
-        trainer.stepper.close()

@@ -26,6 +26,13 @@ PRELOADED = [
     "torch.distributed.fsdp",
 ]
 
+# Ranks with gloo must not use GPUs.
+WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
 
 def run_on_ranks(
     num_ranks: int,
@@ -145,16 +152,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _run_rank(
-    rank: int,
-    num_ranks: int,
-    folder: str,
-    environ: dict[str, str],
-    function: Callable[..., None],
-    args: tuple,
-) -> None:
-    # Ranks with gloo must not use GPUs.
-    _prepare_rank(rank, num_ranks, environ | {"CUDA_VISIBLE_DEVICES": ""})
+def _run_rank(rank, num_ranks, folder, environ, function, args):
+    _prepare_rank(rank, num_ranks, environ | WITHOUT_GPUS)
     store = dist.FileStore(f"{folder}/store", num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     _call(rank, folder, function, args)
@@ -171,35 +170,14 @@ def _call_rows(
             Path(done, str(place)).touch()
 
 
-def _run_alone(
-    rank: int,
-    num_ranks: int,
-    folder: str,
-    environ: dict[str, str],
-    function: Callable[..., None],
-    args: tuple,
-) -> None:
-    _prepare_rank(rank, num_ranks, environ | {"CUDA_VISIBLE_DEVICES": ""})
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ):
+def _run_alone(rank, num_ranks, folder, environ, function, args):
+    _prepare_rank(rank, num_ranks, environ | WITHOUT_GPUS)
+    for name in LAUNCHER_VARIABLES:
         del os.environ[name]
     _call(rank, folder, lambda _, *args: function(*args), args)
 
 
-def _run_gpu_rank(
-    rank: int,
-    num_ranks: int,
-    folder: str,
-    environ: dict[str, str],
-    function: Callable[..., None],
-    args: tuple,
-) -> None:
+def _run_gpu_rank(rank, num_ranks, folder, environ, function, args):
     _prepare_rank(rank, num_ranks, environ)
     _call(rank, folder, function, args)
     stop_world()

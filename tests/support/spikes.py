@@ -1,11 +1,10 @@
 """Runs with a loss spike."""
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from support.tiny import tiny_trainer
@@ -19,18 +18,13 @@ BAD_BATCH, PASSED_OVER = 13, [12, 13]
 
 def raise_loss_of_batch(stepper: Stepper, index: int) -> None:
     """Multiplies the loss of a batch of the data, and so its gradient, whenever it is read."""
-    _change_loss_of_batch(stepper, index, lambda loss: 3 * loss)
+    loss = stepper.loss
 
+    def raised(*args: Any, **kwargs: Any) -> Tensor:
+        value = loss(*args, **kwargs)
+        return 3 * value if stepper.state.next_batch == index else value
 
-def spoil_gradient_of_batch(stepper: Stepper, index: int) -> None:
-    """Makes the gradient of a batch of the data nan whenever it is read; its loss is finite."""
-
-    def spoiled(loss: Tensor) -> Tensor:
-        loss = loss.clone()
-        loss.register_hook(lambda grad: grad * torch.nan)
-        return loss
-
-    _change_loss_of_batch(stepper, index, spoiled)
+    stepper.loss = raised
 
 
 def run_without_batches(
@@ -60,13 +54,3 @@ def stop_after(trainer: Trainer, num_steps: int) -> None:
 def results_of(folder: Path) -> dict[str, Any]:
     """Returns what `results.json` of a run in `folder` holds."""
     return json.loads((folder / "run" / "results.json").read_text())
-
-
-def _change_loss_of_batch(stepper: Stepper, index: int, change: Callable[[Tensor], Tensor]) -> None:
-    loss = stepper.loss
-
-    def changed(*args: Any, **kwargs: Any) -> Tensor:
-        value = loss(*args, **kwargs)
-        return change(value) if stepper.state.next_batch == index else value
-
-    stepper.loss = changed

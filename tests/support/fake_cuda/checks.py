@@ -1,4 +1,4 @@
-"""What a rank does in steps of cases, and in what runs beside them; called in new processes."""
+"""Steps, saves and measurements of a rank on fake CUDA; called in new processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
