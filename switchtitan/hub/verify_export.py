@@ -97,7 +97,11 @@ def _logits(model: LanguageModel, read: ReadTensors, tokens: Tensor) -> Tensor:
         read: returns fp32 values.
     """
     # What is computed from a tensor without values is skipped in places, and no error is raised.
-    assert not any(buffer.is_meta for buffer in model.buffers())
+    if without_values := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise CheckpointError(
+            f"the exported model cannot be checked: its buffer {without_values[0]} has no values; "
+            "--no-verify writes the folder without this check"
+        )
     names_of = {
         block: [f"{name}.{local}" for local, _ in block.named_parameters()]
         for name, block in model.blocks().items()

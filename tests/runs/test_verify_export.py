@@ -27,9 +27,9 @@ def saved(corpora):
     return find_given(save_run(corpora / "verify"))
 
 
-def damage_weights(file, name):
+def damage_weights(file, name, factor=1.01):
     weights = load_file(file)
-    weights[name] *= 1.01
+    weights[name] *= factor
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -50,6 +50,13 @@ def test_exports_compute_the_logits_of_their_checkpoint(saved, tmp_path, dtype, 
     export.export_merged(saved, Target(tmp_path / "out", dtype, 20_000, verify=None))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert least <= verify_export(DenseCheckpoint(saved), tmp_path / "out", dtype) < most
+
+
+def test_weights_that_are_not_numbers_are_found(saved, tmp_path):
+    export.export_merged(saved, Target(tmp_path / "out", FP32, verify=None))
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        damage_weights(file, "model.norm.weight", float("nan"))
+    check_that_others_are_found(saved, tmp_path / "out", FP32)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -1,5 +1,6 @@
 """Runs a test's function on several ranks, one process each: over gloo, or over NCCL on GPUs."""
 
+import faulthandler
 import os
 import socket
 import tempfile
@@ -128,11 +129,10 @@ def _run_all(
             for process in ranks:
                 process.kill()
                 process.join()
-        errors = sorted(Path(folder).glob("error-*"))
-        assert not errors, "\n".join(path.read_text() for path in errors)
         codes = [process.exitcode for process in ranks]
-        assert codes == [0] * num_ranks, (
-            f"exit codes {codes}: a rank hung for {timeout_s} s or died"
+        errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
+        assert codes == [0] * num_ranks, "\n".join(
+            [*errors, f"exit codes {codes}: -9 is a rank that waited or hung for {timeout_s} s"]
         )
 
 
@@ -184,6 +184,7 @@ def _run_gpu_rank(rank, num_ranks, folder, environ, function, args):
 
 
 def _prepare_rank(rank: int, num_ranks: int, environ: dict[str, str]) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     choose_backend()
     # Forked ranks would otherwise share numpy's random state.

@@ -8,7 +8,7 @@
 
 tests/data/reference_numbers.json has, for tiny runs of every method, optimizer and model, the
 training and validation losses and norms of gradients of 40 steps; the tensors of exports; the
-vectors that SwitchLoRA has put into each slot; and checksums of the golden trajectories.
+vectors that SwitchLoRA has put into each slot.
 
 Runs take one thread and torch's portable kernels, so CPUs agree on the bits. Two things remain that
 may differ elsewhere: another version of torch, which is named, and compiled regions. There, and for
@@ -231,7 +231,6 @@ def measured(text):
     import torch.utils.tensorboard  # noqa: F401
 
     parts = {
-        "golden": golden,
         **{f"run {name}": partial(curves, keys) for name, keys in RUNS.items()},
         **{f"export {name}": partial(exported, *how) for name, how in EXPORTS.items()},
         **{f"slots {name}": partial(slots, keys) for name, keys in SLOTS.items()},
@@ -244,11 +243,6 @@ def measured(text):
             except CommandError as error:
                 print(f"failed: {name}: {error}")
             print(f"{time.monotonic() - start:5.1f} s  {name}", file=sys.stderr, flush=True)
-
-
-def golden():
-    files = sorted((PROJECT / "tests/data/golden").glob("*.npz"))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def curves(keys):

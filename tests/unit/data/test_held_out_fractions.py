@@ -50,12 +50,22 @@ def test_corpora_of_whole_periods_stay_as_they_are():
     assert tested == [1, 17, 25, 38, 41]
 
 
-def test_the_test_split_is_a_fraction_of_the_other_documents(config):
-    both = with_fraction(config, 0.4, test_fraction=0.3)
+@pytest.mark.parametrize("fraction", [0.3, 0.1])
+def test_the_test_split_is_a_fraction_of_the_other_documents(config, fraction):
+    """Documents of both splits are validation documents, so the share holds on average."""
+    both = with_fraction(config, 0.4, test_fraction=fraction)
     index = open_corpus(both, show_progress=False).index
+    validation, test = period_of(0.4), period_of(fraction)
+    expected = sum(
+        is_held_out(document, test, first=1) and not is_held_out(document, validation)
+        for document in range(NUM_DOCUMENTS)
+    )
     assert index.num_documents("validation") == 80
-    # Five standard deviations of a binomial distribution: 5 * sqrt(120 * 0.3 * 0.7).
-    assert abs(index.num_documents("test") - 0.3 * 120) < 25
+    assert index.num_documents("test") == expected
+    others = [document for document in range(50_000) if not is_held_out(document, validation)]
+    drawn = sum(is_held_out(document, test, first=1) for document in others)
+    # Five standard deviations of a binomial distribution.
+    assert abs(drawn / len(others) - fraction) < 5 * (fraction * (1 - fraction) / 30_000) ** 0.5
 
 
 def test_corpora_of_rounded_fractions_are_not_found(config):
