@@ -6,11 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from support.comparison_runs import finished, start, write_base
+from support.comparison_runs import compare, finished, write_base
 
 GRID = """
 name = "two rows"
@@ -47,19 +45,17 @@ def write_comparison(folder):
 
 def complete(*words):
     """Returns the status and the output of a comparison that nothing disturbs."""
-    process = start(*words)
-    output, _ = process.communicate(timeout=600)
-    assert "Traceback" not in output
-    return process.returncode, output
+    with compare(*words) as comparison:
+        status = comparison.process.wait(timeout=600)
+    assert "Traceback" not in comparison.said
+    return status, comparison.said
 
 
 def stop_when(is_reached, number, *words):
-    process = start(*words)
-    while not is_reached():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(number)
-    process.communicate(timeout=600)
+    with compare(*words) as comparison:
+        comparison.wait_until(is_reached)
+        comparison.process.send_signal(number)
+        comparison.process.wait(timeout=600)
 
 
 def unfinished(folder):
@@ -71,16 +67,15 @@ def unfinished(folder):
 def kill_a_training(folder, *words):
     """Kills a training with a checkpoint; returns its folder and the comparison's end."""
     left_before = set(unfinished(folder))
-    process = start(*words)
-    while not (killed := sorted(set(unfinished(folder)) - left_before)):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    for child in children:
-        os.kill(int(child), signal.SIGKILL)
-    output, _ = process.communicate(timeout=600)
-    return killed[0], process.returncode, output
+    with compare(*words) as comparison:
+        comparison.wait_until(lambda: set(unfinished(folder)) - left_before)
+        killed = min(set(unfinished(folder)) - left_before)
+        children = comparison.children()
+        assert children
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        status = comparison.process.wait(timeout=600)
+    return killed, status, comparison.said
 
 
 def runs_of(file):

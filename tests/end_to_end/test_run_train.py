@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
+from support.sessions import started
 from support.tiny import METHOD_KEYS, TINY
 
 REPOSITORY = Path(__file__).parents[2]
@@ -71,28 +71,19 @@ def test_a_stopped_run_says_how_it_resumes(environment, corpora):
     # Stops the complete job, including the loader's worker.
     keys = ("--checkpoint.async_save", "true", "--data.num_workers", "1")
     arguments = ("--config", str(write_config(folder)), *keys)
+    checkpoints = folder / "run" / "checkpoints"
+    command = [SCRIPT, *arguments, "--training.steps", "100000"]
     ranks = environment | {"NGPU": "2"}
-    checkpoints, output = folder / "run" / "checkpoints", folder / "output.txt"
-    with output.open("w") as printed:
-        run = subprocess.Popen(
-            [SCRIPT, *arguments, "--training.steps", "100000"],
-            cwd=folder,
-            env=ranks,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        while not list(checkpoints.glob("step-*")):
-            assert run.poll() is None, output.read_text()
-            time.sleep(0.05)
+    with started(command, folder / "output.txt", cwd=folder, env=ranks) as run:
+        run.wait_until(lambda: list(checkpoints.glob("step-*")))
         status, said = run_train(environment, folder, *arguments)
-        os.killpg(run.pid, number)
-        assert run.wait(timeout=600) == 128 + number, output.read_text()
+        os.killpg(run.process.pid, number)
+        assert run.process.wait(timeout=600) == 128 + number, run.said
     assert status == 2
     assert "trains in this folder" in said
     newest = max(checkpoints.glob("step-*"))
-    assert f"the same command resumes from {newest}" in output.read_text()
-    assert "Traceback" not in output.read_text()
+    assert f"the same command resumes from {newest}" in run.said
+    assert "Traceback" not in run.said
     steps = int(newest.name.removeprefix("step-")) + 3
     status, said = run_train(environment, folder, *arguments, "--training.steps", f"{steps}")
     assert status == 0, said

@@ -59,12 +59,16 @@ def test_a_process_that_is_forked_has_its_own_signals():
         RunStop(signals, None, grace_s=60, timeout_s=60) as stop,
         stop.steps(str),
     ):
+        is_set, say_set = os.pipe()
         child = os.fork()
         if child == 0:
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(3))
-            time.sleep(5)
+            os.write(say_set, b"1")
+            time.sleep(60)
             os._exit(4)
-        time.sleep(0.2)
+        os.close(say_set)
+        with open(is_set, "rb") as from_child:
+            assert from_child.read(1)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
         time.sleep(0.2)

@@ -1,10 +1,11 @@
 """`scripts/compare.py` as a process, on runs of 30 steps."""
 
 import os
-import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from support.sessions import Started, started
 from support.tiny import TINY
 
 REPOSITORY = Path(__file__).parents[2]
@@ -26,14 +27,14 @@ def write_base(folder: Path) -> None:
     (folder / "base.toml").write_text(base)
 
 
-def start(file: Path, *arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "scripts" / "compare.py"), str(file), *arguments],
+def compare(file: Path, *arguments: str | Path) -> AbstractContextManager[Started]:
+    """Starts a comparison in its folder."""
+    command = [sys.executable, str(REPOSITORY / "scripts" / "compare.py"), str(file)]
+    return started(
+        [*command, *map(str, arguments)],
+        file.parent / "output.txt",
         cwd=file.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
 
 

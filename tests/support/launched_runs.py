@@ -2,15 +2,14 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.interrupted import arguments, saved_steps
+from support.sessions import Started, started
 
 PROGRAM = """\
 import os, signal, sys
@@ -59,17 +58,12 @@ LAUNCH = ("-m", "switchtitan", "launch", "--nproc_per_node", "2", "--max-restart
 LAUNCH += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
 
 
-class Run:
-    """A launcher and its two ranks in a session of their own."""
+class Run(Started):
+    """A launcher and its two ranks."""
 
-    def __init__(self, process: subprocess.Popen, output: Path, folder: Path) -> None:
-        self.process = process
-        self._output = output
+    def __init__(self, launcher: Started, folder: Path) -> None:
+        super().__init__(launcher.process, launcher.output)
         self._folder = folder
-
-    @property
-    def said(self) -> str:
-        return self._output.read_text()
 
     def reported_steps(self, num_steps: int) -> list[int]:
         return [int(step) for step in re.findall(rf"(\d+)/{num_steps} +\d", self.said)]
@@ -79,47 +73,23 @@ class Run:
 
     def ranks(self) -> list[int]:
         """The processes that the launcher has started."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [
-            int(child)
-            for child in children.split()
+            child
+            for child in self.children()
             if b"--config" in Path(f"/proc/{child}/cmdline").read_bytes()
         ]
-
-    def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 180
-        while not re.search(text, self.said):
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < deadline, self.said
-            time.sleep(0.02)
 
 
 @contextmanager
 def launched(folder: Path, cache_dir: Path, *keys: str) -> Iterator[Run]:
     """Starts a run on two ranks, of which one is killed in step 7."""
     own = arguments(folder, cache_dir, is_async=False)
-    script, output = folder / "program.py", folder / "output.txt"
+    script = folder / "program.py"
     script.write_text(PROGRAM)
-    with output.open("w") as printed:
-        process = subprocess.Popen(
-            [sys.executable, *LAUNCH, str(script), *own, *keys],
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-            # In the background, a shell starts programs that ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    try:
-        yield Run(process, output, folder)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
-        with suppress(ProcessLookupError):  # ranks that hang outlive their launcher
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    command = [sys.executable, *LAUNCH, str(script), *own, *keys]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(command, folder / "output.txt", env=environment) as launcher:
+        yield Run(launcher, folder)
 
 
 def start_failing_in_a_save(may_complete: Path, *words: str) -> subprocess.Popen:

@@ -1,0 +1,72 @@
+"""Commands in the background, each in a session that ends with the block that uses it."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class Started:
+    """A command that runs, and the file with its standard output and error."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self.process = process
+        self.output = output
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def children(self) -> list[int]:
+        """The processes that the command has started, and not those that they have started."""
+        pid = self.process.pid
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+
+    def wait_until(self, is_reached: Callable[[], object], timeout_s: float = 180) -> None:
+        """Waits for a condition, at most `timeout_s` seconds and while the command runs."""
+        deadline = time.monotonic() + timeout_s
+        while not is_reached():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def wait_for(self, text: str) -> None:
+        """Waits until the command has printed what matches the expression."""
+        self.wait_until(lambda: re.search(text, self.said))
+
+
+@contextmanager
+def started(command: Sequence[str], output: Path, **options: Any) -> Iterator[Started]:
+    """Starts a command; at the end of the block, stops it and kills what is left of its group.
+
+    Args:
+        options: those of `subprocess.Popen`.
+    """
+    with output.open("w") as printed:
+        process = subprocess.Popen(
+            command,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # In the background, a shell starts programs that ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **options,
+        )
+    try:
+        yield Started(process, output)
+    finally:
+        if process.poll() is None:
+            # As Ctrl-C: a comparison stops its trainings, which have sessions of their own.
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+        with suppress(ProcessLookupError):  # processes that hang outlive the one that started them
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
