@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.estimates import estimate_all_micro_batches
+from support.packages import needs_torchao
 from support.tiny import tiny_config
 
 from switchtitan.benchmark.estimate import communication_of_a_step, estimate_step
@@ -412,3 +413,24 @@ def test_muon_exchanges_rows_of_factors_in_the_compute_dtype(tmp_path):
 def test_one_rank_sends_nothing(tmp_path):
     counts = sent_by(tmp_path, "lora", num_ranks=1)
     assert {count.bytes_sent for count in counts.values()} == {0.0}
+
+
+@needs_torchao
+def test_an_estimate_counts_one_byte_for_each_element_and_the_scales(tmp_path):
+    keys = ("--optimizer.name", "adamw8bit", "--model.hidden_size", "128")
+    config = tiny_config(tmp_path, "full_rank", *keys, "--model.intermediate_size", "256")
+    most = estimate_step(config, 1).memory.most
+    # Parameters in fp32 take four bytes. Of two moments, codes take two of them, and a scale for
+    # each block of 128 or 256 another 16th at most; norms and tables are small.
+    assert 0.5 < most["optimizer"] / most["trained"] < 0.55
+
+
+def test_an_estimate_counts_candidates_on_the_host_apart(tmp_path):
+    keys = ("--method.candidates_device", "host")
+    config = tiny_config(tmp_path, "switchlora", *keys, num_ranks=2)
+    most = estimate_step(config, 2).memory.most
+    shapes = [shape for name, shape in config.model.linear_shapes().items() if name != "lm_head"]
+    # The first of two ranks has half of the rows, rounded up, in fp32.
+    num_elements = sum(-(-min(out, in_) // 2) * (out + in_) for out, in_ in shapes)
+    assert most["host"] == 4 * num_elements
+    assert most["buffers"] == 0

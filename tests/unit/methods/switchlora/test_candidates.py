@@ -14,11 +14,9 @@ from support.switchlora_layers import (
 )
 from support.switchlora_reference import constant_candidates, splitmix64_outputs
 from support.switchlora_runs import build_ours, run_step
-from support.tiny import tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.benchmark.estimate import estimate_step
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.distributed.seeds import generator_for, splitmix32, splitmix64
 from switchtitan.distributed.shards import empty_on_host_like, local, shard_buffer
@@ -256,17 +254,6 @@ def test_a_part_in_host_memory_belongs_to_the_mesh_and_takes_no_bytes_of_a_gpu(m
     tensors = [buffer, on_host, torch.empty(5)]
     assert num_device_bytes(tensors, torch.device("meta")) == 3 * 3 * 2
     assert num_device_bytes(tensors, torch.device("cpu")) == 3 * 3 * 2 + 5 * 4
-
-
-def test_an_estimate_counts_candidates_on_the_host_apart(tmp_path):
-    keys = ("--method.candidates_device", "host")
-    config = tiny_config(tmp_path, "switchlora", *keys, num_ranks=2)
-    most = estimate_step(config, 2).memory.most
-    shapes = [shape for name, shape in config.model.linear_shapes().items() if name != "lm_head"]
-    # The first of two ranks has half of the rows, rounded up, in fp32.
-    num_elements = sum(-(-min(out, in_) // 2) * (out + in_) for out, in_ in shapes)
-    assert most["host"] == 4 * num_elements
-    assert most["buffers"] == 0
 
 
 def draw(name, num_slots=200, elements=range(500), bound=1.0, seed=0):
