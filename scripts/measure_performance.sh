@@ -39,9 +39,11 @@ measure_step() {
 
 measure_methods() { # steps compared with full rank's, at rank hidden/8
     local scale=optimizer.name=scale,compile.optimizer=false low=method.rank=64
+    local gentle=method.candidates=constant,method.switches_per_vector=9.4,method.decay=constant
+    gentle+=,method.freeze_steps=0,method.reset_moments=momentum
     benchmark step $F $F:optimizer.name=muon $F:$scale $F:method.name=low_rank,$low \
         $F:method.name=galore,$low $F:method.name=fira,$low $F:method.name=apollo,$low \
-        $S:$low $S:$low,method.preset=gentle $S:$low,method.preset=gentle,optimizer.name=muon \
+        $S:$low $S:$low,$gentle $S:$low,$gentle,optimizer.name=muon \
         "${data[@]}" "${inline[@]}" "${tokens_4096[@]}" --rounds 6 --steps-per-round 1 --json "$1"
 }
 
@@ -82,10 +84,6 @@ measure_loss() {
     benchmark loss --json "$1"
 }
 
-measure_optimizer() {
-    OMP_NUM_THREADS=1 benchmark optimizer $S --json "$1"
-}
-
 measure_loader() {
     benchmark loader $S "${data[@]}" "${tokens_4096[@]}" --json "$1"
 }
@@ -103,7 +101,6 @@ measure_state() {
     local size=train_configs/llama_350m
     local constant="${size}_switchlora.toml:method.candidates=constant" bf16=training.frozen_dtype=bfloat16
     estimate "${size}_full_rank.toml" "${size}_lora.toml:method.rank=256" "${size}_switchlora.toml" \
-        "${size}_switchlora.toml:method.candidates_dtype=bfloat16" \
         "${size}_switchlora.toml:method.candidates_device=host" "$constant" "$constant,$bf16" \
         "$constant,method.rank=128" "$constant,method.rank=128,$bf16" \
         --world-size 1 "${tokens_512[@]}" --json "$1"
@@ -127,8 +124,8 @@ estimate_fits() { # FILE SIZE:RANK ...
     shift
     for size in "$@"; do
         rank="method.rank=${size#*:}" size="model.size=${size%:*}"
-        sides+=("${base}_full_rank.toml:$size" "${base}_full_rank.toml:$size,optimizer.moments_dtype=bfloat16"
-            "${base}_full_rank.toml:$size,optimizer.name=adamw8bit" "${base}_apollo_mini.toml:$size")
+        sides+=("${base}_full_rank.toml:$size" "${base}_full_rank.toml:$size,optimizer.name=adamw8bit"
+            "${base}_apollo_mini.toml:$size")
         for method in apollo galore relora lora switchlora; do
             sides+=("${base}_$method.toml:$size,$rank")
         done
@@ -177,15 +174,9 @@ measure_micro_batches() { # two micro-batches per rank
         --world-size 8 --training.global_batch_size 128 --training.local_batch_size 8 --json "$1"
 }
 
-measure_offload() {
-    local size=train_configs/llama_7b_switchlora.toml
-    estimate $size $size:activation_checkpoint.offload=true --world-size 8 \
-        --training.local_batch_size 64 --training.global_batch_size 512 --json "$1"
-}
-
 if [ $# = 0 ]; then
-    set -- step methods products host switch switch_two_ranks switch_sizes layer loss optimizer loader checkpoint startup \
-        state one_gpu one_gpu_1b fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches offload
+    set -- step methods products host switch switch_two_ranks switch_sizes layer loss loader checkpoint startup \
+        state one_gpu one_gpu_1b fits_to_350m fits_from_1b ranks_350m ranks_1b ranks_7b micro_batches
 fi
 for name in "$@"; do
     declare -F "measure_$name" >/dev/null || fail "$name: no such measurement"

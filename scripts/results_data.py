@@ -165,9 +165,9 @@ class Comparison:
         model = self.config(row).model
         if not isinstance(model, LlamaFamilyConfig):
             raise ValueError(f"{self.name}.csv: row {row}: {model.name} has no known linear layers")
-        dims = model.dimensions()
-        attention = 2 * dims.hidden_size * (dims.q_size + dims.kv_size)
-        return dims.num_layers * (attention + 3 * dims.hidden_size * dims.intermediate_size)
+        hidden_size, intermediate_size, num_layers, _ = model.sizes
+        attention = 2 * hidden_size * (model.q_size + model.kv_size)
+        return num_layers * (attention + 3 * hidden_size * intermediate_size)
 
     def losses(self, row: str, split: str = "test") -> BySeed:
         """Returns the reported losses of a row, by seed."""

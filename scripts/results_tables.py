@@ -14,7 +14,6 @@ from switchtitan.comparison.config import LEARNING_RATE
 from switchtitan.comparison.plan import short_name
 from switchtitan.comparison.statistics import Difference, Share, summarize
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.rate import switch_rate
 
 UNKNOWN = "-"
 _DIVERGED = "diverged"
@@ -379,8 +378,7 @@ def num_switches(of: Comparison, row: str) -> str:
     if not isinstance(config.method, SwitchLoraConfig):
         return UNKNOWN
     steps = config.training.steps
-    rates = switch_rate(config.method.decay, config.method.decay_ratio, steps)
-    return f"{rates.sum() / config.method.interval_in(steps):.1f}"
+    return f"{config.method.rates(steps).sum() / config.method.interval_in(steps):.1f}"
 
 
 def _cell(of: Comparison, row: str, other: str, split: str, family: Sequence[str] = ()) -> str:

@@ -247,7 +247,7 @@ class LanguageModel(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.call_block: CallBlock = default_call_block
-        """How `forward` calls each block. Activation offloading replaces it."""
+        """How `forward` calls each block. The check of an export replaces it."""
         self.free_kept_weights: Callable[[], None] = nothing_kept
         """Frees the weights that stay gathered for an entire step. Sharding replaces it."""
         self.compute_dtype = torch.float32

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+SAVE_ABANDONED_STATUS = 5
+"""A signal stopped the run, and its last save was not complete in time."""
 CLOSED_OUTPUT_STATUS = 128 + signal.SIGPIPE
 """Of a command whose standard output was closed, as in `switchtitan train --help | head -3`."""
 _LARGEST_ERROR_STATUS = 127
@@ -22,8 +24,6 @@ _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable with the file in which torchrun expects a rank's failure reason."""
 EXIT_STATUS_KEY = "exit_status"
 """Key in that file that marks a known end, next to torchrun's own keys."""
-CONSEQUENCE_KEY = "is_consequence"
-"""Key in that file: whether this rank ended only because another one did."""
 
 
 class UserError(Exception):
@@ -63,20 +63,6 @@ class RanksDisagreeError(UserError):
     """Tells calling programs that the configuration was valid."""
 
 
-class SaveAbandonedError(UserError):
-    """A signal stopped the run, and its last save was not complete in time."""
-
-    exit_status = 5
-    """Tells calling programs that an older checkpoint is the newest."""
-
-
-class LostRankError(UserError):
-    """Another rank has ended, or does not answer."""
-
-    exit_status = 6
-    """Tells calling programs that the configuration was valid."""
-
-
 def abbreviate(names: Iterable[str]) -> str:
     """Return the first four names, and the number of the others."""
     names = list(names)
@@ -89,7 +75,7 @@ def exit_for(error: UserError) -> NoReturn:
 
     Prints the message. On several ranks, leaves it for the launcher, which prints the first one.
     """
-    record_end(str(error), error.exit_status, is_consequence=isinstance(error, LostRankError))
+    record_end(str(error), error.exit_status)
     raise SystemExit(error.exit_status)
 
 
@@ -100,7 +86,17 @@ def exit_for_stop(signal_number: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def record_end(message: str, status: int, *, is_consequence: bool = False) -> None:
+def end_now(message: str, status: int) -> NoReturn:
+    """Ends the process as `exit_for` does, also if threads or other processes have not ended."""
+    try:
+        record_end(message, status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def record_end(message: str, status: int) -> None:
     """Prints why this process ends. On several ranks, leaves it for the launcher, which prints the
     first reason."""
     # Imported here because `files` imports this module.
@@ -108,12 +104,7 @@ def record_end(message: str, status: int, *, is_consequence: bool = False) -> No
 
     launcher_file = os.environ.get(_LAUNCHER_FILE)
     if launcher_file:
-        reason = {
-            "message": message,
-            "timestamp": int(time.time()),
-            EXIT_STATUS_KEY: status,
-            CONSEQUENCE_KEY: is_consequence,
-        }
+        reason = {"message": message, "timestamp": int(time.time()), EXIT_STATUS_KEY: status}
         # The launcher may kill this rank at any time after another has failed, then reads the file.
         write_atomically(Path(launcher_file), json.dumps(reason))
     else:

@@ -31,23 +31,6 @@ def write_atomically(file: Path, contents: str | bytes) -> None:
         os.replace(partial, file)
 
 
-def create_atomically(file: Path, contents: str | bytes) -> None:
-    """Write a new file durably, as `write_atomically` does; it appears with its contents.
-
-    Raises:
-        FileExistsError: if it exists.
-        OSError: also if the file system has no hard links.
-    """
-    with _written_beside(file, contents) as partial:
-        try:
-            os.link(partial, file)
-        except FileExistsError:
-            # Network file systems answer so to a repeated request that has succeeded.
-            if partial.stat().st_nlink == 1:
-                raise
-        partial.unlink()
-
-
 @contextmanager
 def _written_beside(file: Path, contents: str | bytes) -> Iterator[Path]:
     """Yield a flushed temporary file, to be given its name; deletes it after an error."""

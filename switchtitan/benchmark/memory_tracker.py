@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from switchtitan.contracts import SummedLoss
-from switchtitan.distributed.blocks import CallWithInputOnHost
 from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
@@ -40,7 +39,7 @@ KINDS = {
     ACTIVATIONS: "tensors that a forward pass saves for the backward pass",
     TEMPORARY: "other tensors of operations and collectives, except in forward passes before the "
     "loss",
-    HOST: "buffers and block inputs in host memory; not in the sums",
+    HOST: "buffers in host memory; not in the sums",
 }
 """Kind of memory -> its description."""
 _BATCH = "batch"
@@ -200,7 +199,6 @@ class TrackMemory(CountingMode):
         torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
 
     def _before_module(self, module: nn.Module, args: tuple) -> None:
-        self._hold_on_host()
         if module is self._stepper.model:
             # Only gradients outlive a micro-batch.
             self._move_rest(_BATCH if self._is_before_first_batch else UNREDUCED_GRADIENTS)
@@ -241,15 +239,7 @@ class TrackMemory(CountingMode):
         loss.register_hook(lambda grad: self._end_forward())
         return loss
 
-    def _hold_on_host(self) -> None:
-        """Counts offloaded block inputs as host memory."""
-        call_block = self._stepper.model.call_block
-        if isinstance(call_block, CallWithInputOnHost):
-            for tensor in call_block.tensors_on_host():
-                self._hold(tensor, HOST)
-
     def _end_forward(self) -> None:
-        self._hold_on_host()
         self._is_forward = False
         self._move_rest(ACTIVATIONS)
 

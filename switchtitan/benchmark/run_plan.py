@@ -32,7 +32,7 @@ from switchtitan.training.description import (
     identity_without_corpus,
     run_identity,
 )
-from switchtitan.training.output_folder import check_writable
+from switchtitan.training.output import check_writable
 from switchtitan.training.stepper import TrainState
 
 

@@ -64,22 +64,6 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
     return record
 
 
-def call_table(times: Mapping[str, NDArray[np.float64]]) -> list[str]:
-    """Formats one line per function from seconds [rounds, calls]; ratios are to the first."""
-    rows = [("ms/call", "quartiles", "ratio", "95 % interval", "")]
-    reference = next(iter(times.values()))
-    for name, side_times in times.items():
-        low, high = np.quantile(side_times, [0.25, 0.75])
-        ratio, interval = (
-            ("1", "")
-            if side_times is reference
-            else ratio_cells(ratio_of_rounds(side_times, reference))
-        )
-        quartiles = f"{milliseconds(float(low))}-{milliseconds(float(high))}"
-        rows.append((milliseconds(float(np.median(side_times))), quartiles, ratio, interval, name))
-    return aligned(rows)
-
-
 def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue]:
     """Returns by function: median and quartiles over all calls, the median of each round, and the
     ratio to the first one."""

@@ -41,7 +41,6 @@ def build_batches(
         rank=world.rank,
         num_ranks=world.size,
         start_step=state.next_batch,
-        passed_over=state.passed_over,
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
     )

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
 from switchtitan.distributed.blocks import (
-    CallWithInputOnHost,
     checkpoint_activations,
     compile_blocks,
 )
@@ -18,7 +17,6 @@ from switchtitan.distributed.fsdp import (
     materialize_to_restore,
     shard_model,
 )
-from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World
 from switchtitan.job.config import JobConfig
@@ -116,8 +114,6 @@ def prepare_model(
         config.activation_checkpoint,
         preserve_rng_state=model.draws_in_forward or config.method.draws_in_forward(),
     )
-    if config.activation_checkpoint.offload:
-        model.call_block = CallWithInputOnHost(HostCopies(world.device))
     if config.compile.blocks:
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))

@@ -62,7 +62,7 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
     """Reads a run's newest checkpoint, a given checkpoint, or other weights.
 
     Other weights are a folder in Hugging Face's layout, a LoRA adapter's folder or a safetensors
-    file; those of the original implementation need `config`.
+    file.
 
     Args:
         config: the plain model's section; by default the checkpoint's, or the one that a

@@ -28,9 +28,7 @@ from switchtitan.training.description import (
     run_identity,
     start_output,
 )
-from switchtitan.training.loss_spikes import LossSpikeGuard
-from switchtitan.training.output_folder import check_output_dir
-from switchtitan.training.stepper import Stepper, TrainState
+from switchtitan.training.stepper import TrainState
 from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import RunSchedule, Trainer
 
@@ -48,7 +46,6 @@ def build_trainer(
             anything is written.
     """
     configure_logging(is_main=world.is_main, rank=world.rank)
-    check_output_dir(config.job.output_dir, world)
     # Checked before the corpus, whose preparation can take hours.
     check_given_paths(config.job.output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
     corpus = open_checked_corpus(config, world)
@@ -105,26 +102,6 @@ def build_trainer(
         region_times=build_region_times(config, world),
         hooks=build_hooks(config, stepper, reporter, rank_telemetry),
         stop=stop,
-        spikes=build_spike_guard(config, corpus, stepper, tensors, checkpointer),
-    )
-
-
-def build_spike_guard(
-    config: JobConfig,
-    corpus: Corpus,
-    stepper: Stepper,
-    tensors: CheckpointTensors,
-    checkpointer: Checkpointer,
-) -> LossSpikeGuard | None:
-    """Build what handles loss spikes, None if nothing does."""
-    if config.loss_spike.factor is None:
-        return None
-    return LossSpikeGuard(
-        config.loss_spike,
-        stepper,
-        tensors,
-        checkpointer,
-        open_batches=lambda: build_batches(config, corpus, stepper.world, stepper.state),
     )
 
 

@@ -44,8 +44,8 @@ class CheckpointConfig(Section):
 
     initial_weights: str | None = None
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors
-    files, a folder with a PEFT adapter, a safetensors file, a folder `model_<step>` of SwitchLoRA's
-    original implementation, or a checkpoint or run of any method."""
+    files, a folder with a PEFT adapter, a safetensors file, or a checkpoint or run of any
+    method."""
 
     @model_validator(mode="after")
     def _initial_weights_have_an_effect(self) -> "CheckpointConfig":

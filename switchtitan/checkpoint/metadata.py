@@ -18,15 +18,9 @@ from switchtitan.files import (
     sync_file,
 )
 
-FORMAT_VERSION = 3
-"""3 has `metadata.json.sha256`. In 1, B of low-rank layers, its candidates and its moments were
-transposed, [out, rank]."""
-_FIRST_WITH_CHECKSUM = 3
-_TRANSPOSED_IN_FORMAT_1 = ".lora_b"
-"""In the names of tensors that format 1 transposes. A checkpoint of format 1 without such a tensor
-is read like one of format 2."""
-_READERS = {1: "0.1"}
-"""The version of switchtitan that reads a former format."""
+FORMAT_VERSION = 4
+"""Earlier ones have other keys of the configuration and of the training state, and SwitchLoRA's
+switches in other tensors."""
 
 
 class _Record(BaseModel):
@@ -134,15 +128,14 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     """
     is_covered = _check_metadata_checksum(path)
     metadata = _read(path / METADATA_FILE, CheckpointMetadata)
-    if not _is_readable(path, metadata.format_version):
+    if metadata.format_version != FORMAT_VERSION:
         own = metadata.versions.get("switchtitan", "of the version that wrote it")
         raise CheckpointFormatError(
             f"{path}: the checkpoint has format {metadata.format_version}, but this version of "
             f"switchtitan reads format {FORMAT_VERSION}; resume, evaluate or export it with "
-            f"switchtitan {_READERS.get(metadata.format_version, own)}, or start a new run in "
-            "another [job] output_dir"
+            f"switchtitan {own}, or start a new run in another [job] output_dir"
         )
-    if metadata.format_version >= _FIRST_WITH_CHECKSUM and not is_covered:
+    if not is_covered:
         raise CheckpointError(f"{path}: {METADATA_CHECKSUM_FILE} is missing")
     return metadata
 
@@ -164,12 +157,6 @@ def _check_metadata_checksum(path: Path) -> bool:
             f"{path}: {METADATA_FILE} or its checksum in {METADATA_CHECKSUM_FILE} is corrupted"
         )
     return True
-
-
-def _is_readable(path: Path, format_version: int) -> bool:
-    if format_version == 1:
-        return not any(_TRANSPOSED_IN_FORMAT_1 in name for name in read_tensors_index(path).tensors)
-    return format_version in (2, FORMAT_VERSION)
 
 
 def read_tensors_index(path: Path) -> TensorsIndex:

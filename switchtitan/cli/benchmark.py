@@ -4,7 +4,7 @@
     switchtitan benchmark communication CONFIG ... --num-ranks N [--step S] [--KEY VALUE ...]
     switchtitan benchmark layer [--model-size SIZE | --shape OUTxIN ...] [--rank R ...]
         [--tokens T ...] [--compile]
-    switchtitan benchmark optimizer | loader | checkpoint | startup CONFIG [--KEY VALUE ...]
+    switchtitan benchmark loader | checkpoint | startup CONFIG [--KEY VALUE ...]
     switchtitan benchmark switch CONFIG ... [--rounds N] [--steps-per-round K] [--KEY VALUE ...]
 
 CONFIG is a file, or a file with overrides for this side:

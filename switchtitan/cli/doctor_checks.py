@@ -34,7 +34,6 @@ _EXTRAS = {
     "flash": ("flash_attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
     "trackio": ("trackio", 'for [metrics] trackers = ["trackio"]'),
-    "zstd": ("zstandard", "to read .zst files"),
     "lm-eval": ("lm_eval", "for switchtitan lm-eval"),
 }
 """Extra of the package -> its module, and what it is for."""
@@ -255,7 +254,7 @@ def folder_of_runs(output_dir: Path) -> Iterator[Finding]:
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             yield Finding("writing", OK, f"{folder} can be written")
-            yield locks(folder, lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            yield locks(folder, lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except OSError as error:
         fix = "choose another folder as [job] output_dir"
         detail = f"{folder} cannot be written ({error.strerror})"

@@ -144,7 +144,6 @@ def _describe_source(corpus: Corpus) -> dict[str, Any]:
         "folder": str(corpus.folder),
         "source": index.source,
         "fingerprint": index.fingerprint,
-        "skipped_records": index.skipped_records,
         "splits": {
             split: {
                 "tokens": index.num_tokens(split),

@@ -7,7 +7,6 @@ without tracebacks and torchrun's report, and exits with its status."""
 import argparse
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -34,11 +33,9 @@ from switchtitan.config.void_keys import ignore_note
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.errors import (
-    CONSEQUENCE_KEY,
     EXIT_STATUS_KEY,
     USER_ERROR_STATUS,
     ConfigError,
-    LostRankError,
     UserError,
     exit_for,
     final_line,
@@ -49,12 +46,8 @@ _RANKS_FOLDERS = "*/attempt_*"
 """Folders of started ranks in torchrun's log folder."""
 _KILLED_AFTER_GRACE_S = 15
 """Seconds after `[checkpoint] grace_s` that torchrun waits for ranks until it kills them."""
-_KILLED_AFTER_FAILURE_S = 20
-"""After a failure, torchrun kills the remaining ranks in 30 seconds."""
 _SIGNALS_FROM = 128
 """Exit statuses from here on are those of signals."""
-_RESTARTED = {None, LostRankError.exit_status}
-"""Statuses of ranks that `--max-restarts` restarts: crashes and their consequences."""
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
 
@@ -226,21 +219,10 @@ def describe_endpoint(options: argparse.Namespace) -> str:
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
     """Returns the earliest failure that is not a consequence of another.
 
-    torchrun sends SIGTERM to the other ranks after a failure; those count only if they found a
-    user's mistake."""
-    first_known = min(
-        (failure.timestamp for failure in failures if is_known(failure)), default=math.inf
-    )
-    causes = [
-        failure
-        for failure in failures
-        if not is_consequence(failure)
-        # torchrun kills ranks that do not end by SIGTERM, such as one that hangs.
-        and not (
-            failure.exitcode == -signal.SIGKILL
-            and failure.timestamp >= first_known + _KILLED_AFTER_FAILURE_S
-        )
-    ]
+    torchrun sends SIGTERM to the other ranks after a failure. They count only if they found a
+    user's mistake.
+    """
+    causes = [failure for failure in failures if not is_consequence(failure)]
     # Timestamps have a resolution of one second; within one, prefer a mistake to a crash.
     return min(causes or failures, key=lambda failure: (failure.timestamp, not is_known(failure)))
 
@@ -248,8 +230,7 @@ def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
 def is_consequence(failure: ProcessFailure) -> bool:
     """Whether a rank ended because another one did."""
     if is_known(failure):
-        recorded = failure.error_file_data
-        return bool(recorded.get(CONSEQUENCE_KEY)) or recorded[EXIT_STATUS_KEY] >= _SIGNALS_FROM
+        return failure.error_file_data[EXIT_STATUS_KEY] >= _SIGNALS_FROM
     return failure.exitcode == -signal.SIGTERM
 
 
@@ -285,15 +266,12 @@ def recorded_ends(ranks_folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 class _Agent(LocalElasticAgent):
-    """torchrun's agent. `--max-restarts` does not restart ranks that would end in the same way."""
+    """torchrun's agent. `--max-restarts` restarts crashes only: others would end the same way."""
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.failures:
-            cause = first_cause(list(result.failures.values()))
-            status = cause.error_file_data.get(EXIT_STATUS_KEY)
-            if status not in _RESTARTED:
-                self._remaining_restarts = 0
+        if result.failures and is_known(first_cause(list(result.failures.values()))):
+            self._remaining_restarts = 0
         return result
 
 

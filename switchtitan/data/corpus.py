@@ -86,13 +86,6 @@ class Corpus:
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
 
     @property
-    def skipped_records(self) -> int:
-        """Malformed records that were left out."""
-        return sum(part.corpus.index.skipped_records for part in self.parts) or (
-            0 if self.parts else self.index.skipped_records
-        )
-
-    @property
     def sources(self) -> "tuple[Corpus, ...]":
         """The corpora that were prepared: all of a mixture, or this one."""
         return tuple(part.corpus for part in self.parts) or (self,)
@@ -114,8 +107,6 @@ class Corpus:
                 f"{part.count / PERIOD:.2%} {part.corpus.description}" for part in self.parts
             )
         description = self.index.source
-        if self.index.skipped_records:
-            description += f", without {self.index.skipped_records:,} malformed records"
         if self.fallback_for is not None:
             description += f" (fallback for {self.fallback_for})"
         return description

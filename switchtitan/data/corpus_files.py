@@ -71,8 +71,6 @@ class CorpusIndex(_Record):
     dtype: TokenDtype
     """Of the token files, little-endian."""
     splits: dict[str, list[ShardRecord]]
-    skipped_records: _Count = 0
-    """Malformed records that were left out."""
     document_caps: dict[str, _Count] = Field(default_factory=dict)
     """Held-out splits with documents that were cut: the most tokens of one document, its end
     included."""

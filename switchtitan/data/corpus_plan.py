@@ -17,7 +17,7 @@ from switchtitan.data.config import (
 )
 from switchtitan.data.corpus_files import FORMAT_VERSION
 from switchtitan.data.held_out import period_of
-from switchtitan.data.sources import DATASETS, Source, SourceKeys, TokenizedSource
+from switchtitan.data.sources import DATASETS, Source, SourceKeys
 from switchtitan.data.tokenizer import is_cached, read_tokenizer
 from switchtitan.errors import CorpusError
 
@@ -27,7 +27,7 @@ class CorpusPlan:
     """The corpus to prepare and its folder, planned without reading a document."""
 
     config: DataConfig
-    source: Source | TokenizedSource
+    source: Source
     identity: dict[str, object]
     folder: Path
     fallback_for: str | None
@@ -92,13 +92,13 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     row = DATASETS[config.dataset]
     path = config.path.expanduser() if config.path else None
     source = row.open(SourceKeys(path, config.text_column, config.hub_config, config.hub_split))
-    if isinstance(source, TokenizedSource):
+    if source.holds_tokens:
         _check_for_tokens(config, source)
     # A hub dataset's splits are known only when the hub has been asked.
     is_split_here = not row.has_own_splits if row.comes_from_hub else not source.splits
     identity: dict[str, object] = {
         "format_version": FORMAT_VERSION,
-        "source": dict(source.identity()),
+        "source": dict(source.identity),
         "tokenizer": _tokenizer_identity(config),
         "validation_fraction": validation_fraction(config) if is_split_here else None,
         "max_documents": config.max_documents or row.max_documents,
@@ -113,15 +113,12 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     if config.max_document_share is not None and is_split_here:
         # Earlier versions did not cut documents: without the key, their corpora are found.
         identity["max_document_share"] = config.max_document_share
-    if config.on_bad_record != "stop":
-        # Only if set, as above. With "stop", nothing is left out.
-        identity["on_bad_record"] = config.on_bad_record
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
 
 
-def _check_for_tokens(config: DataConfig, source: TokenizedSource) -> None:
+def _check_for_tokens(config: DataConfig, source: Source) -> None:
     if config.tokenizer == TRAINED_TOKENIZER:
         raise CorpusError(
             f"[data] tokenizer = 'train': {source.description} holds token ids; set tokenizer to "

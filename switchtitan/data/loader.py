@@ -3,7 +3,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from itertools import count
 
 import torch
@@ -31,7 +31,6 @@ def build_train_batches(
     rank: int,
     num_ranks: int,
     start_step: int = 0,
-    passed_over: Collection[int] = (),
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
@@ -49,7 +48,6 @@ def build_train_batches(
         local_batch_size: sequences per micro-batch on one rank.
         rank, num_ranks: among the ranks that read different data.
         start_step: the first step to yield.
-        passed_over: steps that are not yielded.
         num_workers: processes that prefetch; 0 reads in the calling process.
         pin_memory: whether batches are in pinned memory, for copies to a CUDA device.
 
@@ -66,7 +64,6 @@ def build_train_batches(
         rank=rank,
         num_ranks=num_ranks,
         start_step=start_step,
-        passed_over=passed_over,
     )
     with warnings.catch_warnings():
         # torchdata calls a deprecated function of torch.
@@ -154,8 +151,7 @@ def collate(samples: list[TokenSequence]) -> Batch:
 
 
 class _RankOrder(Sampler[list[int]]):
-    """The sequence indices of this rank's micro-batches, from `start_step` on, without end and
-    without the steps `passed_over`."""
+    """The sequence indices of this rank's micro-batches, from `start_step` on, without end."""
 
     def __init__(
         self,
@@ -167,7 +163,6 @@ class _RankOrder(Sampler[list[int]]):
         rank: int,
         num_ranks: int,
         start_step: int,
-        passed_over: Collection[int],
     ) -> None:
         self.seed = seed
         self.sequences = sequences
@@ -176,11 +171,10 @@ class _RankOrder(Sampler[list[int]]):
         self.rank = rank
         self.num_ranks = num_ranks
         self.start_step = start_step
-        self.passed_over = frozenset(passed_over)
 
     def steps(self) -> Iterator[int]:
         """Yields the numbers of the steps."""
-        return (step for step in count(self.start_step) if step not in self.passed_over)
+        return count(self.start_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps():

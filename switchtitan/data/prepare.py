@@ -38,7 +38,6 @@ from switchtitan.data.segments import (
     SEGMENT_TOKENS,
     Limits,
     Progress,
-    TextBatch,
     TokenBatch,
     explained_write_errors,
     read_ahead,
@@ -46,7 +45,7 @@ from switchtitan.data.segments import (
     token_batches,
     write_segment,
 )
-from switchtitan.data.sources import DATASETS, HubDataset, TokenizedSource
+from switchtitan.data.sources import DATASETS
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -60,8 +59,6 @@ from switchtitan.files import file_inside, lock, sha256_of_file, sync_folder, wr
 logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.json"
-NUM_REPORTED = 10
-"""Malformed records that the log names; the others are counted."""
 TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
 
@@ -140,15 +137,11 @@ def _pinned(progress: Progress, plan: CorpusPlan) -> tuple[Progress, CorpusPlan]
     Raises:
         CorpusError: if the hub does not answer.
     """
-    source = plan.source
-    if not isinstance(source, HubDataset):
+    if plan.source.pin is None:
         return progress, plan
-    revision = progress.revision or source.newest_revision()
-    if revision is None:
-        return progress, plan
+    revision, source = plan.source.pin(progress.revision)
     logger.info("reading commit %s of the dataset", revision)
-    pinned = replace(plan, source=source.at_revision(revision))
-    return progress.model_copy(update={"revision": revision}), pinned
+    return progress.model_copy(update={"revision": revision}), replace(plan, source=source)
 
 
 class _Preparation:
@@ -158,7 +151,6 @@ class _Preparation:
         self._partial = plan.folder.with_name(plan.folder.name + ".partial")
         self._show_progress = show_progress
         self._segment_tokens = segment_tokens
-        self._num_reported = 0
         self._progress, plan = _pinned(self._read_progress(), plan)
         self._plan = plan
         self._config = plan.config
@@ -181,8 +173,6 @@ class _Preparation:
                 model_vocab_size,
                 f"the tokenizer ([data] tokenizer = {self._config.tokenizer!r})",
             )
-        if isinstance(self._source, TokenizedSource):
-            self._source = self._source.for_vocabulary(tokenizer.vocab_size)
         self._partial.mkdir(parents=True, exist_ok=True)
         if progress.eos_token is None:
             with explained_write_errors(self._partial):
@@ -212,16 +202,11 @@ class _Preparation:
         self, progress: Progress, tokenizer: DocumentTokenizer, dtype: str, bar: "tqdm[NoReturn]"
     ) -> Progress:
         split = self._streams[progress.stream]
-        source = self._source
         read = text_batches(
-            source.open_tokens(split, tokenizer.eos_id, progress.position)
-            if isinstance(source, TokenizedSource)
-            else source.open(split, progress.position),
+            self._source.read(split, progress.position, tokenizer),
             self._limits,
             progress.documents,
             progress.bytes_of_text,
-            self._config.on_bad_record,
-            tokenizer.vocab_size,
         )
         # Three threads: one reads, one tokenizes with all cores, this one writes.
         batches = read_ahead(token_batches(read_ahead(read), tokenizer))
@@ -229,7 +214,6 @@ class _Preparation:
 
         def advance(batch: TokenBatch) -> None:
             nonlocal num_tokens
-            self._report_skipped(batch.read)
             num_tokens += sum(map(len, batch.tokens)) + len(batch.tokens)
             rate = num_tokens / max(time.monotonic() - started_at, 1e-3)
             bar.set_postfix_str(f"{rate / 1e3:,.0f}k tokens/s", refresh=False)
@@ -252,7 +236,7 @@ class _Preparation:
                 break
             progress = after
             self._write_progress(progress)
-            is_text = not isinstance(source, TokenizedSource)
+            is_text = not self._source.holds_tokens
             logger.info(
                 "finished segment %d: %d documents%s so far",
                 progress.segments,
@@ -269,11 +253,6 @@ class _Preparation:
         )
         self._write_progress(progress)
         return progress
-
-    def _report_skipped(self, batch: TextBatch) -> None:
-        for record in batch.skipped[: max(0, NUM_REPORTED - self._num_reported)]:
-            logger.warning("skipping a malformed record: %s", record.what)
-        self._num_reported += len(batch.skipped)
 
     def _split_of(self, split: str | None) -> Callable[[int], str]:
         if split is not None:
@@ -300,18 +279,13 @@ class _Preparation:
         return train_tokenizer(self._training_sample(), vocab_size)
 
     def _training_sample(self) -> Iterator[str]:
-        assert not isinstance(self._source, TokenizedSource), "checked by the plan"
+        assert not self._source.holds_tokens, "checked by the plan"
         max_bytes = min(self._config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
         split = self._streams[0]
         split_of = self._split_of(split)
         document = 0
-        for batch in text_batches(
-            self._source.open(split),
-            Limits(self._limits.max_documents, max_bytes),
-            0,
-            0,
-            self._config.on_bad_record,
-        ):
+        limits = Limits(self._limits.max_documents, max_bytes)
+        for batch in text_batches(self._source.read(split, None, None), limits):
             for text in batch.documents:
                 if split_of(document) == "train":
                     yield text
@@ -379,14 +353,11 @@ class _Preparation:
         splits = {split: progress.splits.get(split, []) for split in names}
         for split, shards in splits.items():
             if not shards:
-                left_out = f" ({progress.skipped} malformed records)" if progress.skipped else ""
                 raise CorpusError(
-                    f"{self._source.description}: no document for the {split} split{left_out}; a "
+                    f"{self._source.description}: no document for the {split} split; a "
                     f"corpus needs at least {len(names)} documents, {len(names) - 1} of them held "
                     "out; add text"
                 )
-        if progress.skipped:
-            logger.warning("%d malformed records were left out", progress.skipped)
         caps: dict[str, int] = {}
         uncut: list[ShardRecord] = []
         share = self._plan.max_document_share
@@ -421,7 +392,6 @@ class _Preparation:
             ),
             dtype=dtype,
             splits=splits,
-            skipped_records=progress.skipped,
             document_caps=caps,
             revision=progress.revision,
             fingerprint=fingerprint_of(tokenizer_sha256, dtype, splits),
@@ -433,7 +403,7 @@ class _Preparation:
             },
         )
         # Earlier versions read an index without newer keys.
-        newer = ("skipped_records", "document_caps", "revision")
+        newer = ("document_caps", "revision")
         unused = {key for key in newer if not getattr(index, key)}
         contents = index.model_dump_json(indent=2, exclude=unused)
         with explained_write_errors(self._partial.parent):

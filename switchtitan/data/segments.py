@@ -9,15 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from switchtitan.data.corpus_files import ShardRecord
-from switchtitan.data.sources import BadRecord, DocumentStream, TokenDocument, TokenStream
-from switchtitan.data.sources.tokenized import FIX_TOKENIZER, NO_TOKEN
+from switchtitan.data.sources import Documents
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 from switchtitan.files import format_bytes
@@ -48,8 +47,6 @@ class Progress(BaseModel):
     """Non-empty documents read from that stream."""
     bytes_of_text: int = 0
     """Bytes of those documents."""
-    skipped: int = 0
-    """Malformed records that were left out of all streams."""
     revision: str | None = None
     """The commit of a dataset on the hub; None for other sources."""
     segments: int = 0
@@ -72,8 +69,6 @@ class TextBatch:
     """Empty if the documents are tokenized already."""
     num_bytes: list[int]
     """Bytes of each document's text, or of its tokens if it is tokenized already."""
-    skipped: list[BadRecord]
-    """The malformed records among them."""
     position: dict[str, object]
     tokens: list[TokenIds] = field(default_factory=list)
     """Documents that are tokenized already."""
@@ -105,73 +100,36 @@ class Limits:
 
 
 def text_batches(
-    stream: DocumentStream | TokenStream,
-    limits: Limits,
-    documents: int,
-    num_bytes: int,
-    on_bad_record: Literal["stop", "skip"],
-    vocab_size: int | None = None,
+    stream: Documents, limits: Limits, documents: int = 0, num_bytes: int = 0
 ) -> Iterator[TextBatch]:
     """Yields the non-empty documents of a stream in batches, up to the limits.
 
     Args:
         stream: positioned after `documents` documents of `num_bytes` bytes in all.
-        vocab_size: token ids of tokenized documents must be below it.
-
-    Raises:
-        CorpusError: with "stop", for a malformed record.
     """
-    batch = TextBatch([], [], [], {})
+    batch, position = TextBatch([], [], {}), dict[str, object]()
     batch_bytes = 0
     while limits.allow(documents, num_bytes):
-        document = next(stream, None)
+        document, position = next(stream, (None, position))
         if document is None:
             break
-        if isinstance(document, TokenDocument):
-            document = _bad_ids(document, vocab_size) or document
-        if isinstance(document, BadRecord):
-            if on_bad_record == "stop":
-                raise CorpusError(
-                    f"{document.what}; {document.fix}, or set [data] on_bad_record = 'skip' to "
-                    "leave out malformed records"
-                )
-            batch.skipped.append(document)
-        elif isinstance(document, TokenDocument):
-            if not document.ids.size:
-                continue
-            batch.tokens.append(document.ids)
-            batch.num_bytes.append(document.ids.nbytes)
-        else:
-            if not document:
-                continue
+        if not len(document):
+            continue
+        if isinstance(document, str):
             # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
             data = document.encode("utf-8", "replace")
             batch.documents.append(data.decode("utf-8"))
-            batch.num_bytes.append(len(data))
-        if not isinstance(document, BadRecord):
-            documents, batch_bytes = documents + 1, batch_bytes + batch.num_bytes[-1]
-            num_bytes += batch.num_bytes[-1]
-        num_records = max(len(batch.num_bytes), len(batch.skipped))
-        if batch_bytes >= _BATCH_BYTES or num_records >= _BATCH_DOCUMENTS:
-            yield replace(batch, position=stream.position())
-            batch, batch_bytes = TextBatch([], [], [], {}), 0
-    if batch.num_bytes or batch.skipped:
-        yield replace(batch, position=stream.position())
-
-
-def _bad_ids(document: TokenDocument, vocab_size: int | None) -> BadRecord | None:
-    if vocab_size is None or not document.ids.size:
-        return None
-    low, high = int(document.ids.min()), int(document.ids.max())
-    if 0 <= low <= high < vocab_size:
-        return None
-    if low == NO_TOKEN:
-        return BadRecord(f"{document.where}: a token is missing (null)", "fix the dataset")
-    return BadRecord(
-        f"{document.where}: holds the token {low if low < 0 else high}, but the tokenizer has "
-        f"{vocab_size:,}",
-        FIX_TOKENIZER,
-    )
+            size = len(data)
+        else:
+            batch.tokens.append(document)
+            size = document.nbytes
+        batch.num_bytes.append(size)
+        documents, num_bytes, batch_bytes = documents + 1, num_bytes + size, batch_bytes + size
+        if batch_bytes >= _BATCH_BYTES or len(batch.num_bytes) >= _BATCH_DOCUMENTS:
+            yield replace(batch, position=position)
+            batch, batch_bytes = TextBatch([], [], {}), 0
+    if batch.num_bytes:
+        yield replace(batch, position=position)
 
 
 def token_batches(
@@ -318,12 +276,10 @@ def write_segment(
     """
     writers: dict[str, ShardWriter] = {}
     documents, num_bytes, position = progress.documents, progress.bytes_of_text, None
-    skipped = progress.skipped
     num_tokens = num_saved = sum(shard.tokens for shard in progress.unfinished.values())
 
     def reached() -> dict[str, object]:
-        counted = {"documents": documents, "bytes_of_text": num_bytes, "skipped": skipped}
-        return {"position": position, **counted}
+        return {"position": position, "documents": documents, "bytes_of_text": num_bytes}
 
     try:
         with explained_write_errors(folder):
@@ -344,7 +300,7 @@ def write_segment(
                         )
                     num_tokens += writers[split].write(token_ids, eos_id, text_size)
                     documents, num_bytes = documents + 1, num_bytes + size
-            position, skipped = read.position, skipped + len(read.skipped)
+            position = read.position
             on_batch(batch)
             if num_tokens >= segment_tokens:
                 break

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from switchtitan.config.section import Section
 
@@ -65,15 +65,3 @@ class ActivationCheckpointConfig(Section):
     mode: Literal["none", "full", "selective"] = "none"
     """`none` keeps all; `full` keeps only each block's input; `selective` keeps the results of
     matrix products and attention, and recomputes the element-wise operations between them."""
-    offload: bool = False
-    """Keep each block's input in host memory until the backward pass needs it. Frees GPU memory;
-    copies overlap with computation. No effect on CPU. Requires `mode = "full"`."""
-
-    @model_validator(mode="after")
-    def _check_offload(self) -> "ActivationCheckpointConfig":
-        if self.offload and self.mode != "full":
-            raise ValueError(
-                f"offload = true requires mode = 'full', got {self.mode!r}: only block inputs move "
-                'to host memory; set mode = "full", or remove offload'
-            )
-        return self

@@ -57,7 +57,7 @@ class CopyToDevice:
 class CopyToHost:
     """An asynchronous copy to the host.
 
-    Keeps the source alive until `wait()` or `join()`; call exactly one.
+    Keeps the source alive until `wait()`.
     """
 
     def __init__(self, source: Tensor, destination: Tensor, done: torch.cuda.Event | None) -> None:
@@ -72,12 +72,6 @@ class CopyToHost:
             self._done.synchronize()
         self.source = None
         return self.destination
-
-    def join(self) -> None:
-        """Makes the device's current stream wait for the copy, then releases the source."""
-        if self._done is not None and self.source is not None:
-            torch.cuda.current_stream(self.source.device).wait_event(self._done)
-        self.source = None
 
 
 class HostCopies:
@@ -100,21 +94,6 @@ class HostCopies:
             return CopyToDevice(on_host.clone(), None)
         with torch.cuda.stream(self._stream):
             tensor = on_host.to(self._device, non_blocking=True)
-        return CopyToDevice(tensor, self._stream.record_event())
-
-    def back_to_device(self, copy: CopyToHost) -> CopyToDevice:
-        """Starts copying the result of `to_host` back, after the work queued in the current stream.
-
-        The host does not wait. Keep the result until `CopyToDevice.wait`.
-        """
-        if self._stream is None:
-            return CopyToDevice(copy.destination.clone(), None)
-        # Allocated in the current stream: the allocator keeps a separate pool per stream.
-        tensor = torch.empty_like(copy.destination, device=self._device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            # Ordered after the copy to the host, which uses the same stream.
-            tensor.copy_(copy.destination, non_blocking=True)
         return CopyToDevice(tensor, self._stream.record_event())
 
     def to_host(self, tensor: Tensor) -> CopyToHost:

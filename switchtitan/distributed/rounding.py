@@ -45,20 +45,6 @@ def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) ->
     Returns:
         [num_rows, num_columns] int32.
     """
-    return _random_words(key, first_row, num_rows, num_columns) & _LOW_BITS
-
-
-def random_bit_pairs(
-    key: Tensor, first_row: int, num_rows: int, num_columns: int
-) -> tuple[Tensor, Tensor]:
-    """Returns two independent `random_bits` for each element, at the cost of one."""
-    words = _random_words(key, first_row, num_rows, num_columns)
-    return words & _LOW_BITS, (words >> _NUM_DROPPED_BITS) & _LOW_BITS
-
-
-def _random_words(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
-    """Returns 32 random bits for each element, [num_rows, num_columns] int32."""
     rows = torch.arange(first_row, first_row + num_rows, dtype=torch.int32, device=key.device)
     columns = torch.arange(num_columns, dtype=torch.int32, device=key.device)
-    row_keys = splitmix32(key, rows)
-    return splitmix32(row_keys.unsqueeze(1), columns)
+    return splitmix32(splitmix32(key, rows).unsqueeze(1), columns) & _LOW_BITS

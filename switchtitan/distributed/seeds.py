@@ -29,6 +29,9 @@ _INCREMENT_64 = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS_64 = (30, 27, 31)
 
+_DRAWN_AT_A_TIME = 1 << 22
+"""Elements of random vectors that are drawn at a time."""
+
 # The same in 32 bits, with MurmurHash3's 32-bit finalizer itself (Austin Appleby, public domain).
 _INCREMENT_32 = 0x9E3779B9 - 2**32
 _MULTIPLIERS_32 = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
@@ -50,6 +53,30 @@ def advance64(seeds: Tensor, counts: Tensor) -> Tensor:
     """Seeds whose output 0 is output `counts` of the generators seeded with `seeds`; negative
     counts go back."""
     return seeds + counts * _INCREMENT_64
+
+
+def draw_vectors(keys: Tensor, slots: Tensor, width: int, bound: float) -> Tensor:
+    """Draws vectors number `slots` uniformly from [-bound, bound), [slots, width] fp32.
+
+    A vector is a function of its key and slot, with the same bits on every device, so that any rank
+    can draw any of them.
+
+    Args:
+        keys: [slots] int64, or one key, 0-dim.
+        slots: [slots] int64, on the device of the result.
+    """
+    elements = torch.arange(width, device=slots.device)
+    vectors = splitmix64(keys, slots)
+    # In parts, since integers take twice the memory of the result.
+    parts = vectors.split(max(1, _DRAWN_AT_A_TIME // width))
+    drawn = [as_uniform(splitmix64(part[:, None], elements)) * bound for part in parts]
+    return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
+
+
+def as_uniform(bits: Tensor) -> Tensor:
+    """Returns fp32 values, uniform in [-1, 1), from random int64."""
+    # 24 bits, as many as the significand of fp32 has. The shift keeps the sign.
+    return (bits >> 40).to(torch.float32) * 2.0**-23
 
 
 def splitmix32(seeds: Tensor, indices: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Import and export weights: Hugging Face's layout, the original implementation's checkpoints."""
+"""Read and write weights in the layouts of Hugging Face and PEFT."""

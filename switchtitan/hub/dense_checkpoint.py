@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import CheckpointMetadata, SavedTensors, read_metadata
-from switchtitan.contracts import (
-    LanguageModel,
-    LowRankUpdate,
-    Method,
-    ModelConfig,
-    Reparametrized,
-)
+from switchtitan.checkpoint import SavedTensors, read_metadata
+from switchtitan.contracts import LanguageModel, LowRankUpdate, Method, ModelConfig
 from switchtitan.distributed.precision import full_precision
-from switchtitan.distributed.seeds import generator_for
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
@@ -37,48 +30,23 @@ class DenseCheckpoint:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        metadata = read_metadata(checkpoint)
-        self.config = _restore(checkpoint, metadata, MODELS).on_any_machine()
+        self.config = saved_model_config(checkpoint)
         """The plain model's section."""
         self._method = saved_method(checkpoint)
         self.method_name = self._method.config.name
         self._saved = SavedTensors(checkpoint, prefix="model.")
         trained = {name for name, _ in self.prepared_model().named_parameters()}
-        on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
-        self._names = list(on_meta)
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(tensor.shape)
-            for name, tensor in self._method.dense_weights(on_meta).items()
-        }
+        self._on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
+        dense = self._method.dense_weights(self._on_meta)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
         """Shapes of the weights by the plain model's names."""
 
     def prepared_model(self) -> LanguageModel:
-        """Returns the model as the method trains it, without gradients.
-
-        Its parameters are on the meta device. In the layers that the method replaces, buffers that
-        no checkpoint has have their values, and the others, the method's state, are None.
-        """
+        """Returns the model as the method trains it, on the meta device."""
         with torch.device("meta"):
             model = MODELS.build(self.config)
             self._method.prepare_model(model)
-        saved = model.state_dict().keys()
-        for name, buffer in list(model.named_buffers()):
-            layer, _, local_name = name.rpartition(".")
-            module = model.get_submodule(layer)
-            if isinstance(module, Reparametrized):
-                computed = None if name in saved else self._computed(module, name, len(buffer))
-                setattr(module, local_name, computed)
-        return model.requires_grad_(False).eval()
-
-    def _computed(self, module: Reparametrized, name: str, num_rows: int) -> Tensor:
-        """Returns the initial value of a buffer that does not depend on the layer's weight."""
-        layer, _, local_name = name.rpartition(".")
-        tensors = module.initial_tensors(
-            torch.empty(module.plain_shape(), device="meta"),
-            lambda local_name: generator_for(self._method.seed, f"{layer}.{local_name}"),
-            {local_name: range(num_rows)},
-        )
-        return tensors[local_name]
+        return model
 
     @full_precision()
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -104,8 +72,7 @@ class DenseCheckpoint:
 
     def low_rank_updates(self) -> Mapping[str, LowRankUpdate]:
         """Returns the low-rank updates of all layers, on the meta device, by name; see `Method`."""
-        on_meta = {name: self._saved.on_meta[name] for name in self._names}
-        return self._method.low_rank_updates(on_meta)
+        return self._method.low_rank_updates(self._on_meta)
 
     def read_low_rank_update(self, layer: str) -> LowRankUpdate:
         """Returns the update of one layer."""
@@ -118,7 +85,7 @@ class DenseCheckpoint:
             modules: qualified names.
         """
         prefixes = tuple({f"{module}." if module else "" for module in modules})
-        return self._saved.read(name for name in self._names if name.startswith(prefixes))
+        return self._saved.read(name for name in self._on_meta if name.startswith(prefixes))
 
 
 def module_of(name: str) -> str:
@@ -143,7 +110,7 @@ def saved_model_config(checkpoint: Path) -> ModelConfig:
     Raises:
         CheckpointError: if this version does not know its model.
     """
-    return _restore(checkpoint, read_metadata(checkpoint), MODELS).on_any_machine()
+    return _saved_section(checkpoint, MODELS).on_any_machine()
 
 
 def saved_method(checkpoint: Path) -> Method:
@@ -153,14 +120,12 @@ def saved_method(checkpoint: Path) -> Method:
         CheckpointError: if this version does not know it.
     """
     metadata = read_metadata(checkpoint)
-    section = _restore(checkpoint, metadata, METHODS)
-    return METHODS.build(section, metadata.step, metadata.identity_number("job", "seed"))
+    seed = metadata.identity_number("job", "seed")
+    return METHODS.build(_saved_section(checkpoint, METHODS), metadata.step, seed)
 
 
-def _restore(
-    checkpoint: Path, metadata: CheckpointMetadata, registry: Registry[ConfigT, Any]
-) -> ConfigT:
-    section = metadata.identity.get(registry.kind)
+def _saved_section(checkpoint: Path, registry: Registry[ConfigT, Any]) -> ConfigT:
+    section = read_metadata(checkpoint).identity.get(registry.kind)
     if not isinstance(section, dict):
         raise CheckpointError(f"{checkpoint}: metadata.json has no section for the {registry.kind}")
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -135,13 +136,14 @@ def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: i
 def _write_weights(
     weights: DenseWeights, folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    shards = _split_into_shards(weights.shapes, dtype.itemsize, max_shard_bytes)
-    file_of: dict[str, str] = {}
+    shards = split_state_dict_into_shards_factory(
+        dict(weights.shapes),
+        get_storage_size=lambda shape: prod(shape) * dtype.itemsize,
+        filename_pattern=WEIGHTS_NAME.replace(".", "{suffix}."),
+        max_shard_size=max_shard_bytes,
+    )
     with progress_bar("exporting", total=len(weights.shapes), unit="weights") as progress:
-        for number, names in enumerate(shards, start=1):
-            file_name = WEIGHTS_NAME
-            if len(shards) > 1:
-                file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for file_name, names in shards.filename_to_tensors.items():
             converted: dict[str, Tensor] = {}
             for _, group in groupby(names, module_of):
                 for name, value in weights.read(group).items():
@@ -150,28 +152,10 @@ def _write_weights(
             save_file(converted, folder / file_name, metadata={"format": "pt"})
             # safetensors creates files that only their owner can read.
             shutil.copymode(folder / CONFIG_NAME, folder / file_name)
-            file_of.update(dict.fromkeys(names, file_name))
-    if len(shards) > 1:
-        total_size = sum(map(prod, weights.shapes.values())) * dtype.itemsize
-        index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         _write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
 
 
-def _split_into_shards(
-    shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int
-) -> list[list[str]]:
-    """Returns the names by shard, in order; a tensor above the limit has its own shard."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in shapes.items():
-        num_bytes = prod(shape) * itemsize
-        if shards[-1] and filled + num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += num_bytes
-    return shards
-
-
-def _write_json(file: Path, content: dict[str, object]) -> None:
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError
 from switchtitan.files import file_inside
-from switchtitan.hub.weight_files import find_weight_files
+from switchtitan.hub.weight_files import find_weight_files, open_weights
 from switchtitan.models import MODELS
 
 WEIGHTS_NAME = "model.safetensors"
@@ -34,14 +33,9 @@ def read_dense(path: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in find_weight_files(path, WEIGHTS_NAME):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                names = [name for name in opened.keys() if not name.endswith(_COMPUTED_SUFFIX)]  # noqa: SIM118
-                tensors.update({name: opened.get_tensor(name) for name in names})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is a corrupted or truncated safetensors file ({error}); replace it"
-            ) from error
+        with open_weights(file) as opened:
+            names = [name for name in opened.keys() if not name.endswith(_COMPUTED_SUFFIX)]  # noqa: SIM118
+            tensors.update({name: opened.get_tensor(name) for name in names})
     return tensors
 
 

@@ -10,7 +10,6 @@ from switchtitan.checkpoint import check_same_run, find_given
 from switchtitan.checkpoint.layout import METADATA_FILE
 from switchtitan.checkpoint.metadata import file_record
 from switchtitan.contracts import ModelConfig
-from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.hub.huggingface import (
     check_config,
@@ -18,9 +17,9 @@ from switchtitan.hub.huggingface import (
     read_dense,
     without_copies,
 )
-from switchtitan.hub.original import SCALE_FILE, is_original, read_original_dense
 from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
 from switchtitan.hub.peft_folder import folder_of_model, is_adapter, read_adapted
+from switchtitan.hub.weight_files import check_shapes
 
 
 class InitialWeights(NamedTuple):
@@ -36,8 +35,7 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     """Reads the plain model's weights.
 
     `path` is a safetensors file, a folder in Hugging Face's layout, a folder with a PEFT adapter,
-    which is merged, a folder `model_<step>` of the original implementation, or a checkpoint or run
-    of any method.
+    which is merged, or a checkpoint or run of any method.
 
     Args:
         config: the plain model's section.
@@ -45,7 +43,7 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     Raises:
         CheckpointError: if there are no weights at `path`, or they do not match the model.
     """
-    is_checkpoint = not _is_safetensors(path) and not is_original(path)
+    is_checkpoint = not _is_safetensors(path)
     source = find_given(path) if is_checkpoint else path
     if is_checkpoint:
         # Compares what shapes do not show, e.g. the number of heads.
@@ -55,22 +53,14 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     else:
         # Before the shapes, since a key of config.json says more than the shapes that follow.
         check_config(config, folder_of_model(path))
-        weights = _read_weights(path)
+        weights = read_adapted(path) if is_adapter(path) else read_dense(path)
         weights = without_copies(weights, config, path)
-    expected = parameter_shapes(config)
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    differing = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    check_shapes(
+        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+        parameter_shapes(config),
+        f"[checkpoint] initial_weights = {str(path)!r}",
+        "Use the [model] that they belong to.",
     )
-    if differing:
-        examples = "; ".join(
-            f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-            for name in differing[:4]
-        )
-        raise CheckpointError(
-            f"[checkpoint] initial_weights = {str(path)!r}: {len(differing)} weights do not match "
-            f"the model ({examples}); use the [model] that they belong to"
-        )
     return InitialWeights(source.absolute(), weights)
 
 
@@ -84,18 +74,11 @@ def fingerprint(source: Path) -> str:
         folders = {source: None, folder_of_model(source): None}  # an ordered set
         weights = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         files = [metadata] if metadata.is_file() else weights
-        files = files or sorted([*source.glob("*.bin"), *source.glob(SCALE_FILE)])
         if is_adapter(source):
             files.append(source / ADAPTER_CONFIG_NAME)
     else:
         files = [source]
     return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if is_original(path):
-        return read_original_dense(path)
-    return read_adapted(path) if is_adapter(path) else read_dense(path)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -5,8 +5,30 @@ from pathlib import Path
 from switchtitan.checkpoint import CheckpointMetadata
 
 CARD_NAME = "README.md"
-_FENCE = "~~~~~~~~"
-"""No TOML string that a configuration shows contains it at the start of a line."""
+# No TOML string that a configuration shows contains the fence at the start of a line.
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [switchtitan]
+---
+
+# A language model trained with switchtitan
+
+{files}
+
+| | |
+|---|---|
+{rows}
+
+The run did not tune it to follow instructions. Its license is for its owner to choose.
+
+## Configuration of the run
+
+~~~~~~~~toml
+{config}
+~~~~~~~~
+"""
 
 
 def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, files: str) -> None:
@@ -17,12 +39,11 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
         command: the command that exported it.
         files: a sentence on what the folder holds and how to load it.
     """
-    state, corpus = metadata.train_state, metadata.identity.get("corpus")
-    name = corpus.get("name") if isinstance(corpus, dict) else None
+    state = metadata.train_state
     facts = {
         "method": _chosen(metadata, "method"),
         "model": _chosen(metadata, "model"),
-        "corpus": name,
+        "corpus": _chosen(metadata, "corpus"),
         "steps": metadata.step,
         "tokens seen": state.get("tokens_seen"),
         "started from": state.get("initial_weights") or "random weights",
@@ -33,40 +54,16 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
         "exported by": f"`{command}`",
     }
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [switchtitan]",
-        "---",
-        "",
-        "# A language model trained with switchtitan",
-        "",
-        files,
-        "",
-        "| | |",
-        "|---|---|",
-        *rows,
-        "",
-        "The run did not tune it to follow instructions. Its license is for its owner to choose.",
-        "",
-        "## Configuration of the run",
-        "",
-        f"{_FENCE}toml",
-        metadata.config.strip(),
-        _FENCE,
-        "",
-    ]
-    (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")
+    card = _CARD.format(files=files, rows="\n".join(rows), config=metadata.config.strip())
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def _chosen(metadata: CheckpointMetadata, section: str) -> str | None:
     values = metadata.identity.get(section)
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or values.get("name") is None:
         return None
-    keys = ("size", "rank")
-    named = [f"{key} {values[key]}" for key in keys if values.get(key) is not None]
-    return ", ".join([str(values.get("name")), *named])
+    sizes = [f"{key} {values[key]}" for key in ("size", "rank") if values.get(key) is not None]
+    return ", ".join([str(values["name"]), *sizes])
 
 
 def _loss(value: object) -> str | None:

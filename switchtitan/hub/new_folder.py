@@ -29,18 +29,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         CheckpointError: if the folder is not empty.
         OutputError: if it cannot be written, or another process is writing it.
     """
-    with _explained_errors(folder):
+    missing: list[Path] = []
+    try:
         folder = Path(os.path.realpath(folder))
-        with _parents(folder), _only_writer(folder):
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise CheckpointError(
-                    f"{folder} exists and is not empty; choose another folder or remove it first"
-                )
-            partial = folder.with_name(f".{folder.name}.partial")
-            if os.path.lexists(partial):
-                logger.warning("deleting the incomplete folder %s of a stopped process", partial)
-                shutil.rmtree(partial)
-            partial.mkdir()
+        missing = [parent for parent in folder.parents if not parent.exists()]
+        make_folder(folder.parent)
+        with _only_writer(folder):
+            partial = _empty_partial(folder)
             try:
                 yield partial
                 sync_tree(partial)
@@ -49,31 +44,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             sync_folder(folder.parent)
-
-
-@contextmanager
-def _explained_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{folder} cannot be written ({error}); choose another folder, or free space on its "
-            "disk"
-        ) from error
-
-
-@contextmanager
-def _parents(folder: Path) -> Iterator[None]:
-    """Creates the folders above `folder`, and removes them again if the block fails."""
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        make_folder(folder.parent)
-        yield
-    except BaseException:
+    except BaseException as error:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise OutputError(
+                f"{folder} cannot be written ({error}); choose another folder, or free space on "
+                "its disk"
+            ) from error
         raise
+
+
+def _empty_partial(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder} exists and is not empty; choose another folder or remove it first"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    if os.path.lexists(partial):
+        logger.warning("deleting the incomplete folder %s of a stopped process", partial)
+        shutil.rmtree(partial)
+    partial.mkdir()
+    return partial
 
 
 @contextmanager
@@ -81,7 +74,9 @@ def _only_writer(folder: Path) -> Iterator[None]:
     """Holds a lock, whose file is deleted at the end."""
     file = folder.with_name(f".{folder.name}.lock")
     with try_lock(file, key="--folder") as descriptor:
-        if descriptor is None or not _is_at(file, descriptor):
+        # A process that ended may have deleted the file that this one has opened.
+        is_held = descriptor is not None and os.fstat(descriptor).st_nlink > 0
+        if not is_held:
             raise OutputError(
                 f"{folder}: another process is writing this folder; wait for it, or choose another"
             )
@@ -90,11 +85,3 @@ def _only_writer(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 file.unlink()
-
-
-def _is_at(file: Path, descriptor: int) -> bool:
-    """Whether the opened file still has its name: another process may have deleted it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False

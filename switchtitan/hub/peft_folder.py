@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import CONFIG_NAME, read_dense
-from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, AdapterConfig
-from switchtitan.hub.weight_files import find_weight_files
+from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, read_adapter_config
+from switchtitan.hub.weight_files import find_weight_files, open_weights
 
 ADAPTER_NAME = "adapter_model.safetensors"
 BASE_FOLDER = "base"
@@ -112,15 +111,17 @@ class Adapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._config = AdapterConfig(folder)
-        self.base = _base_of(folder, self._config.base)
+        self._config = read_adapter_config(folder)
+        self.base = _base_of(folder, self._config.base_model_name_or_path)
         (self._file,) = find_weight_files(file_inside(folder, ADAPTER_NAME), ADAPTER_NAME)
-        matches = {name: _FACTOR.fullmatch(name) for name in self._open(lambda file: file.keys())}
-        for name, match in matches.items():
-            if match is None:
-                raise CheckpointError(f"{self._file}: {name}: expected a factor of a layer")
-        self.layers = {match[1] for match in matches.values() if match is not None}
+        self.layers: set[str] = set()
         """The layers that it updates."""
+        with open_weights(self._file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                match = _FACTOR.fullmatch(name)
+                if match is None:
+                    raise CheckpointError(f"{self._file}: {name}: expected a factor of a layer")
+                self.layers.add(match[1])
 
     @full_precision()
     def updated(self, name: str, weight: Tensor) -> Tensor:
@@ -128,30 +129,16 @@ class Adapter:
         layer = name.removesuffix(".weight")
         if layer not in self.layers:
             return weight
-        lora_a, lora_b = (self._read(layer, factor).float() for factor in "AB")
-        shapes = [list(factor.shape) for factor in (lora_b, lora_a, weight)]
-        if [len(shape) for shape in shapes] != [2, 2, 2] or shapes != [
-            [weight.shape[0], lora_a.shape[0]],
-            [lora_a.shape[0], weight.shape[1]],
-            shapes[2],
-        ]:
+        names = [f"{_PREFIX}{layer}.lora_{factor}.weight" for factor in "BA"]
+        with open_weights(self._file) as opened:
+            lora_b, lora_a = (opened.get_tensor(name).float() for name in names)
+        rank, shapes = self._config.rank_of(layer), [list(lora_b.shape), list(lora_a.shape)]
+        if weight.dim() != 2 or shapes != [[weight.shape[0], rank], [rank, weight.shape[1]]]:
             raise CheckpointError(
                 f"{self._file}: {layer}: factors of shape {shapes[0]} and {shapes[1]} do not fit "
-                f"the weight of shape {shapes[2]}"
+                f"r = {rank} in {ADAPTER_CONFIG_NAME} and the weight of shape {list(weight.shape)}"
             )
-        scale = self._config.scale_of(layer, lora_a.shape[0])
-        return torch.addmm(weight.float(), lora_b, lora_a, alpha=scale)
-
-    def _read(self, layer: str, factor: str) -> Tensor:
-        name = f"{_PREFIX}{layer}.lora_{factor}.weight"
-        return self._open(lambda file: file.get_tensor(name))
-
-    def _open(self, read: Callable[[Any], Any]) -> Any:
-        try:
-            with safe_open(self._file, framework="pt", device="cpu") as opened:
-                return read(opened)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._file} is corrupted or truncated ({error})") from error
+        return torch.addmm(weight.float(), lora_b, lora_a, alpha=self._config.scale_of(layer))
 
 
 def read_adapted(folder: Path) -> dict[str, Tensor]:

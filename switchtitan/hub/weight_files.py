@@ -1,8 +1,12 @@
 """Find the weights in a folder in Hugging Face's layout: one file, or several and an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
@@ -58,34 +62,43 @@ def _read_shard_files(index: Path) -> list[Path]:
         ) from error
 
 
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file, whose tensors are memory-mapped.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is a corrupted or truncated safetensors file ({error}); replace it"
+        ) from error
+
+
 def check_shapes(
     found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     source: Path | str,
     hint: str,
 ) -> None:
-    """Checks names and shapes.
-
-    Args:
-        source: where the tensors were read from, for the message.
-        hint: the fix, for the message.
+    """Checks names and shapes of what was read from `source`.
 
     Raises:
-        CheckpointError: names the tensors that are missing, unexpected or of another shape.
+        CheckpointError: names the tensors that are missing, unexpected or of another shape, and
+            gives the hint.
     """
-    wrong_shapes = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems = [
-        f"{what}: {abbreviate(names)}"
-        for what, names in (
-            ("missing", [name for name in expected if name not in found]),
-            ("unexpected", [name for name in found if name not in expected]),
-            ("of another shape", wrong_shapes),
-        )
-        if names
-    ]
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    problems = [f"{what}: {abbreviate(names)}" for what, names in wrong.items() if names]
     if problems:
         raise CheckpointError(f"{source} does not match the model; {'; '.join(problems)}. {hint}")

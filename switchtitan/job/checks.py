@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config.explain import toml_place
 from switchtitan.config.load import Check
 from switchtitan.config.section import VoidKey
@@ -31,7 +30,7 @@ from switchtitan.job.output_checks import (
     check_profiler,
     check_trackers,
 )
-from switchtitan.job.sections import EvaluationConfig, LossSpikeConfig, TrainingConfig
+from switchtitan.job.sections import EvaluationConfig, TrainingConfig
 from switchtitan.methods import METHODS
 
 
@@ -59,7 +58,6 @@ def checks_without_device(num_ranks: int) -> list[Check]:
         check_head,
         check_frozen_weights,
         check_evaluation,
-        check_loss_spike,
         partial(check_communication, num_ranks=num_ranks),
         partial(check_profiler, num_ranks=num_ranks),
         check_trackers,
@@ -247,28 +245,6 @@ def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str
         )
         problems.append(VoidKey("evaluation.test_tokens", ("data.test_fraction",), problem))
     return problems
-
-
-def check_loss_spike(
-    loss_spike: LossSpikeConfig, training: TrainingConfig, checkpoint: CheckpointConfig
-) -> list[VoidKey]:
-    """A rollback needs a full window of losses and a checkpoint before the end of the run."""
-    if loss_spike.factor is None:
-        return []
-    key = f"[loss_spike] factor = {loss_spike.factor} has no effect"
-    return [
-        VoidKey(
-            "loss_spike.factor",
-            ("training.steps",),
-            f"{key}: {name} = {steps} is not below [training] steps = {training.steps}; lower it, "
-            "or remove factor",
-        )
-        for name, steps in (
-            ("window", loss_spike.window),
-            ("[checkpoint] interval", checkpoint.interval),
-        )
-        if steps >= training.steps
-    ]
 
 
 def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:

@@ -24,7 +24,6 @@ from switchtitan.distributed.world import device_type
 from switchtitan.job.checks import checks_between_sections
 from switchtitan.job.sections import (
     EvaluationConfig,
-    LossSpikeConfig,
     RunConfig,
     SpectrumConfig,
     TrainingConfig,
@@ -78,7 +77,6 @@ class JobConfig(Section):
     evaluation: EvaluationConfig
     metrics: MetricsConfig
     spectrum: SpectrumConfig
-    loss_spike: LossSpikeConfig
     profiler: ProfilerConfig
 
 

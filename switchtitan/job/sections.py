@@ -96,34 +96,3 @@ class SpectrumConfig(Section):
     """Optimizer steps between two measurements, at least 1; the last step is also measured.
     Default: no measurement. Each gathers the dense weights on the main rank and takes O(out * in *
     min(out, in)) time per layer."""
-
-
-class LossSpikeConfig(Section):
-    """`[loss_spike]`: go back to the last checkpoint if the training loss rises suddenly, and pass
-    over the batches that caused it. Off by default."""
-
-    factor: float | None = Field(default=None, ge=2)
-    """A loss is a spike if it exceeds median + factor * deviation of the losses of the steps
-    before, at least 2; usual values are 6 to 12. The deviation is 1.4826 times the median absolute
-    deviation, and at least 0.001 times the median. A loss or gradient that is inf or nan is a spike
-    too, unless on_nonfinite = "skip". Losses of all steps are kept on the device and read at every
-    report, evaluation and save, so no step waits for them. Default: no loss is a spike."""
-    window: int = Field(default=128, ge=8, le=10_000)
-    """Steps before a loss that it is compared with, from 8 to 10000, and below training.steps.
-    There are no spikes before so many steps."""
-    batches_before: int = Field(default=1, ge=0)
-    """Batches to pass over before the one whose loss is the spike: the update that raised the loss
-    came from an earlier batch. Those before the checkpoint cannot be passed over."""
-    batches_after: int = Field(default=0, ge=0)
-    """Batches to pass over after it."""
-    max_rollbacks: int = Field(default=3, ge=1)
-    """Rollbacks of a run, at least 1. The next spike ends the run."""
-
-    @model_validator(mode="after")
-    def _check_factor(self) -> "LossSpikeConfig":
-        if self.factor is None and (keys := self.model_fields_set - {"factor"}):
-            problem = (
-                f"{', '.join(sorted(keys))}: no effect without factor; set factor, or remove them"
-            )
-            raise VoidKeyError([VoidKey(key, ("factor",), problem) for key in sorted(keys)])
-        return self

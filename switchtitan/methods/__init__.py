@@ -1,12 +1,17 @@
 """The registry of training methods."""
 
 from switchtitan.contracts import Method, MethodConfig
-from switchtitan.methods.apollo import Apollo, ApolloConfig
-from switchtitan.methods.fira import Fira, FiraConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
-from switchtitan.methods.galore import Galore, GaloreConfig
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.product import PlainProduct, PlainProductConfig
+from switchtitan.methods.projected import (
+    Apollo,
+    ApolloConfig,
+    Fira,
+    FiraConfig,
+    Galore,
+    GaloreConfig,
+)
 from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig

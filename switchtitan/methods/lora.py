@@ -3,11 +3,10 @@
 from typing import Literal
 
 from switchtitan.methods.lowrank import (
-    InitialFactors,
     LowRankConfig,
     LowRankMethod,
-    balanced_init,
-    lora_init,
+    balanced_bounds,
+    lora_bounds,
 )
 
 
@@ -25,5 +24,6 @@ class LoraConfig(LowRankConfig):
 class Lora(LowRankMethod[LoraConfig]):
     """Trains low-rank factors and freezes their weights."""
 
-    def initial_factors(self) -> InitialFactors:
-        return lora_init if self.config.init == "lora" else balanced_init
+    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
+        of_init = lora_bounds if self.config.init == "lora" else balanced_bounds
+        return of_init(out_features, in_features, self.config.rank)

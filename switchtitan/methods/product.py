@@ -20,8 +20,7 @@ from switchtitan.distributed.initial_draws import GeneratorFor
 from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
 from switchtitan.methods.lowrank.linear import replace_linears, take
 from switchtitan.methods.lowrank.method import FACTORS, parameters_with_factors
-from switchtitan.methods.projected import is_right
-from switchtitan.methods.projected.singular_bases import leading_singular_vectors
+from switchtitan.methods.projected import is_right, leading_singular_vectors
 from switchtitan.optim import OPTIMIZERS, TrainedParameter
 
 
@@ -86,9 +85,14 @@ class ProductLinear(nn.Module):
         rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
-        factors = dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
-        rows = rows or {name: range(self.rank) for name in FACTORS}
-        return {name: take(factor, rows[name]) for name, factor in factors.items()}
+        parts = self.initial_parts(weight)
+        if rows is None:
+            return parts
+        return {name: take(part, rows[name]) for name, part in parts.items() if name in rows}
+
+    def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """Returns its initial parameters by local name, from the plain weight [out, in]."""
+        return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
 
     def sharded_buffers(self) -> tuple[str, ...]:
         """See `contracts.Reparametrized`."""
@@ -112,10 +116,6 @@ class ProductMethod(Method[ProductSection]):
     @abstractmethod
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
         """Returns the layer that replaces `linear`, by its qualified name."""
-
-    @abstractmethod
-    def initial_parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Returns a layer's initial parameters by local name, from the plain weight [out, in]."""
 
     @abstractmethod
     def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +156,8 @@ class ProductMethod(Method[ProductSection]):
         layer, _, local_name = name.rpartition(".")
         if local_name != "weight" or layer.rpartition(".")[2] not in self.config.targets:
             return weight
-        return self.dense_weight(layer, self.initial_parts(layer, weight))
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        return self.dense_weight(layer, self.build_layer(layer, plain).initial_parts(weight))
 
 
 class PlainProduct(ProductMethod[PlainProductConfig]):
@@ -164,9 +165,6 @@ class PlainProduct(ProductMethod[PlainProductConfig]):
 
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
         return ProductLinear(linear, self.config.rank)
-
-    def initial_parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        return dict(zip(FACTORS, balanced_factors(weight, self.config.rank), strict=True))
 
     def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         lora_a, lora_b = (parts[factor] for factor in FACTORS)

@@ -15,11 +15,15 @@ from switchtitan.contracts import (
     replicated_values,
 )
 from switchtitan.distributed.host_copies import to_device
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.seeds import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
-from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, low_rank_layers
+from switchtitan.methods.lowrank import (
+    LowRankLinear,
+    LowRankMethod,
+    lora_bounds,
+    low_rank_layers,
+)
 from switchtitan.methods.lowrank.config import LowRankConfig
-from switchtitan.methods.lowrank.linear import lora_bound, uniform
 from switchtitan.methods.lowrank.rounding import Rounding, StochasticRounding, add_product_
 from switchtitan.regions import region
 
@@ -82,9 +86,7 @@ class ResetSchedule:
 
 
 @torch.no_grad()
-def merge_and_restart_(
-    layer: LowRankLinear, generator: torch.Generator, rounding: Rounding | None = None
-) -> None:
+def merge_and_restart_(layer: LowRankLinear, key: int, rounding: Rounding | None = None) -> None:
     """Adds s B A to W, draws A as at initialization, and zeroes B. The layer's output does not
     change.
 
@@ -92,15 +94,17 @@ def merge_and_restart_(
     get a gradient.
 
     Args:
-        generator: draws A, uniform within `lora_bound`; in the same state on every rank.
+        key: of the new A, which is uniform within `lora_bounds`; the same on every rank.
         rounding: for a weight in bf16; the layer's output is then unchanged in expectation.
     """
     held = row_range(layer.weight)
     lora_b = full_tensor(layer.lora_b)[:, held.start : held.stop]
     add_product_(local(layer.weight), lora_b.t(), full_tensor(layer.lora_a), layer.scale, rounding)
-    shape = layer.rank, layer.in_features
-    new_a = uniform(shape, lora_bound(layer.in_features), generator)
-    copy_from_full_(layer.lora_a, to_device(new_a, layer.lora_a.device))
+    own = row_range(layer.lora_a)
+    slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
+    bound = lora_bounds(layer.out_features, layer.in_features, layer.rank)[0]
+    keys = torch.full((), key, device=slots.device)
+    local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, bound))
     local(layer.lora_b).zero_()
 
 
@@ -299,9 +303,8 @@ class ReloraOptimizer:
         state = self._inner.state_dict()
         roundings = self._rounding.of_event(number)
         for (layer_name, layer), rounding in zip(self._layers.items(), roundings, strict=True):
-            merge_and_restart_(
-                layer, generator_for(self._seed, f"{layer_name}.lora_a:{number}"), rounding
-            )
+            key = generator_for(self._seed, f"{layer_name}.lora_a:{number}").initial_seed()
+            merge_and_restart_(layer, key, rounding)
             for factor_name in (f"{layer_name}.lora_a", f"{layer_name}.lora_b"):
                 self._prune_moments_(state, factor_name, number)
         logger.info(

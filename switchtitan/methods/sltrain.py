@@ -12,14 +12,8 @@ from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.initial_draws import GeneratorFor
 from switchtitan.distributed.seeds import generator_for, splitmix64
 from switchtitan.methods.lowrank.contraction import copy_in_backward
-from switchtitan.methods.lowrank.linear import take
 from switchtitan.methods.lowrank.method import FACTORS
-from switchtitan.methods.product import (
-    ProductConfig,
-    ProductLinear,
-    ProductMethod,
-    balanced_factors,
-)
+from switchtitan.methods.product import ProductConfig, ProductLinear, ProductMethod
 from switchtitan.optim import TrainedParameter
 
 SPARSE = "sparse_values"
@@ -100,11 +94,18 @@ class SparseProductLinear(ProductLinear):
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         tensors = {_SEED: torch.tensor([self._seed])}
-        if rows is None or any(part in rows for part in (*FACTORS, SPARSE)):
-            tensors |= initial_parts(weight, self.rank, self.num_per_row, self._seed)
-        if rows is None:
-            return tensors
-        return {name: take(tensors[name], rows[name]) for name in tensors}
+        if rows is None or rows.keys() & {*FACTORS, SPARSE}:
+            tensors |= super().initial_tensors(weight, generator_for, rows)
+        return tensors
+
+    def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """B A is the best approximation by rank, and S is the rest of the weight at its
+        positions."""
+        parts = super().initial_parts(weight)
+        seed = torch.tensor([self._seed], device=weight.device)
+        columns = support((self.out_features, self.in_features), self.num_per_row, seed)
+        rest = (weight - parts["lora_b"].t() @ parts["lora_a"]).gather(1, columns)
+        return {**parts, SPARSE: rest.flatten()}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, values_per_row={self.num_per_row}"
@@ -117,10 +118,6 @@ class Sltrain(ProductMethod[SltrainConfig]):
         return SparseProductLinear(
             linear, self.config.rank, self.config.density, self._support_seed(name)
         )
-
-    def initial_parts(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        num_per_row = _num_per_row(self.config.density, weight.shape[1])
-        return initial_parts(weight, self.config.rank, num_per_row, self._support_seed(name))
 
     def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         seed = torch.tensor([self._support_seed(name)], device=parts[SPARSE].device)
@@ -184,17 +181,6 @@ _OPERATIONS.impl(
 )
 
 
-def initial_parts(weight: Tensor, rank: int, num_per_row: int, seed: int) -> dict[str, Tensor]:
-    """Returns a layer's initial parameters, by local name, from the plain weight [out, in].
-
-    B A is the best approximation by rank, and S is the rest of the weight at its positions.
-    """
-    lora_a, lora_b = balanced_factors(weight, rank)
-    columns = support(_shape_of(weight), num_per_row, torch.tensor([seed], device=weight.device))
-    rest = (weight - lora_b.t() @ lora_a).gather(1, columns)
-    return dict(zip((*FACTORS, SPARSE), (lora_a, lora_b, rest.flatten()), strict=True))
-
-
 def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, columns: Tensor) -> Tensor:
     """Computes B A + S [out, in] in the dtype of the factors."""
     # An `addmm`, which selective recomputation does not save, as it does a product of activations.
@@ -210,10 +196,6 @@ def _columns(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, seed: Tensor
         seed, out_features, in_features, sparse_values.numel() // out_features
     )
     return columns
-
-
-def _shape_of(matrix: Tensor) -> tuple[int, int]:
-    return matrix.shape[0], matrix.shape[1]
 
 
 class _SparseProduct(torch.autograd.Function):

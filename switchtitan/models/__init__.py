@@ -1,18 +1,17 @@
 """Models by name. To add one, add a file or a folder here and a row in `MODELS`."""
 
 from switchtitan.contracts import LanguageModel, ModelConfig
-from switchtitan.models.cola import ColaConfig, build_cola
-from switchtitan.models.llama.config import LlamaConfig
-from switchtitan.models.llama.model import build_llama
-from switchtitan.models.qwen2.config import Qwen2Config
+from switchtitan.models.cola import Cola, ColaConfig
+from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
+from switchtitan.models.llama.model import Llama
 from switchtitan.registry import Component, Registry
 
 MODELS: Registry[ModelConfig, LanguageModel] = Registry(
     "model",
     {
-        "cola": Component(ColaConfig, build_cola),
-        "llama": Component(LlamaConfig, build_llama),
-        "qwen2": Component(Qwen2Config, build_llama),
+        "cola": Component(ColaConfig, Cola),
+        "llama": Component(LlamaConfig, Llama),
+        "qwen2": Component(Qwen2Config, Llama),
     },
 )
 """Build models under `torch.device("meta")`."""

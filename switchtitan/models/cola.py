@@ -1,7 +1,6 @@
 """CoLA (arXiv 2502.10940): LLaMA whose linear layers are B silu(A x)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,39 +9,12 @@ from typing_extensions import Self
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.models.llama.config import MAX_WIDTH, LlamaFamilyConfig
-from switchtitan.models.llama.dimensions import LlamaDimensions
 from switchtitan.models.llama.model import Llama
 
 FACTORS = ("factor_a", "factor_b")
 """Local names of the two linear layers that replace each one of a block."""
 MEAN_SQUARES = {"silu": 0.3557755, "none": 1.0}
 """Mean of f(z)^2 for z of the standard normal distribution, for each function f."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColaDimensions(LlamaDimensions):
-    """Everything that determines a CoLA model's shapes and function."""
-
-    rank: int
-    """Number of features between the factors."""
-    activation: str
-    """The function between the factors."""
-
-    def replaced_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns LLaMA's (out, in) of the linear layers that the factors replace, by name."""
-        shapes = super().linear_shapes()
-        return {name: shape for name, shape in shapes.items() if name != "lm_head"}
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out, in) of all factors and an untied head, by qualified name, in order."""
-        shapes = super().linear_shapes()
-        factor_a, factor_b = FACTORS
-        factors = {}
-        for name, (out_features, in_features) in self.replaced_shapes().items():
-            del shapes[name]
-            factors[f"{name}.{factor_a}"] = (self.rank, in_features)
-            factors[f"{name}.{factor_b}"] = (out_features, self.rank)
-        return factors | shapes
 
 
 class ColaConfig(LlamaFamilyConfig):
@@ -68,7 +40,7 @@ class ColaConfig(LlamaFamilyConfig):
 
     @model_validator(mode="after")
     def _check_rank(self) -> Self:
-        shapes = self.dimensions().replaced_shapes()
+        shapes = self.replaced_shapes()
         name, shape = min(shapes.items(), key=lambda item: min(item[1]))
         if self.rank >= min(shape):
             raise ValueError(
@@ -84,10 +56,25 @@ class ColaConfig(LlamaFamilyConfig):
             raise VoidKeyError([VoidKey("max_positions", ("name",), problem)])
         return self
 
-    def dimensions(self) -> ColaDimensions:
-        """Returns LLaMA's dimensions and the rank."""
-        plain = vars(super().dimensions())
-        return ColaDimensions(**plain, rank=self.rank, activation=self.activation)
+    def replaced_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns LLaMA's (out, in) of the linear layers that the factors replace, by name."""
+        shapes = super().linear_shapes()
+        return {name: shape for name, shape in shapes.items() if name != "lm_head"}
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns (out, in) of all factors and an untied head, by qualified name, in order."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, (out_features, in_features) in super().linear_shapes().items():
+            if name == "lm_head":
+                shapes[name] = (out_features, in_features)
+            else:
+                shapes[f"{name}.{FACTORS[0]}"] = (self.rank, in_features)
+                shapes[f"{name}.{FACTORS[1]}"] = (out_features, self.rank)
+        return shapes
+
+    def architecture(self) -> dict[str, object]:
+        """See `LlamaFamilyConfig.architecture`."""
+        return {**super().architecture(), "rank": self.rank, "activation": self.activation}
 
     def huggingface_config(self, seq_len: int) -> None:
         """Returns None: transformers has no class for this model."""
@@ -116,12 +103,12 @@ class BottleneckLinear(nn.Module):
 class Cola(Llama):
     """LLaMA with a `BottleneckLinear` in place of every linear layer of the blocks."""
 
-    dims: ColaDimensions
+    config: ColaConfig
 
-    def __init__(self, dims: ColaDimensions, backend: str) -> None:
-        super().__init__(dims, backend)
-        for name, (out_features, in_features) in dims.replaced_shapes().items():
-            layer = BottleneckLinear(in_features, out_features, dims.rank, dims.activation)
+    def __init__(self, config: ColaConfig) -> None:
+        super().__init__(config)
+        for name, (out_features, in_features) in config.replaced_shapes().items():
+            layer = BottleneckLinear(in_features, out_features, config.rank, config.activation)
             self.set_submodule(name, layer)
 
     def initial_std(self, name: str) -> float:
@@ -134,15 +121,10 @@ class Cola(Llama):
         layer, _, local_name = name.removesuffix(".weight").rpartition(".")
         if local_name not in FACTORS:
             return super().initial_std(name)
-        bottleneck, dims = self.get_submodule(layer), self.dims
+        bottleneck, config = self.get_submodule(layer), self.config
         assert isinstance(bottleneck, BottleneckLinear)
         in_features = bottleneck.factor_a.in_features
         if local_name == FACTORS[0]:
             return float(in_features**-0.5)
-        between = dims.rank * MEAN_SQUARES[dims.activation]
-        return float(dims.init_std * (in_features / between) ** 0.5)
-
-
-def build_cola(config: ColaConfig) -> Cola:
-    """Builds the model on the current default device (the caller sets meta)."""
-    return Cola(config.dimensions(), config.attention)
+        between = config.rank * MEAN_SQUARES[config.activation]
+        return float(config.init_std * (in_features / between) ** 0.5)

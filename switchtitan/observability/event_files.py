@@ -103,13 +103,6 @@ class TensorBoardWriter:
         # torch's writer has no public method for a summary of its own.
         self._attempt(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
-    def rewind(self, step: int) -> None:
-        """Starts a file after which TensorBoard drops the points after `step`."""
-        self._close()
-        self._writer = None
-        self._purge_step = step + 1
-        self._attempt(lambda writer: None)
-
     def close(self, is_finished: bool = False) -> None:
         """Ends the run."""
         if self._has_session:

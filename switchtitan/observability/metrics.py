@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from tqdm import tqdm
 
-from switchtitan.errors import OutputError, abbreviate
+from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.console import (
@@ -104,12 +104,6 @@ class Reporter:
         """Moves the progress bar to `step`; call it after each step."""
         self._bar.update(step - self._bar.n)
 
-    def rewind(self, step: int) -> None:
-        """Continues from an earlier step: TensorBoard drops the points after it."""
-        self._bar.update(step - self._bar.n)
-        for sink in self._sinks:
-            sink.rewind(step)
-
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values` to TensorBoard, and prints those for which the console has a column.
 
@@ -199,7 +193,6 @@ class Reporter:
         self,
         values: Mapping[str, float | None],
         *,
-        passed_over: Sequence[int] = (),
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
@@ -207,7 +200,6 @@ class Reporter:
 
         Args:
             values: metrics of the run, by tag, for `results.json`; None if unknown.
-            passed_over: batches that rollbacks removed from the data.
 
         Raises:
             OutputError: on the main rank, after printing, if the file cannot be written.
@@ -216,7 +208,7 @@ class Reporter:
             return
         self._bar.close()
         self._is_finished = True
-        failure = self._write_results({**values, "batches_passed_over": list(passed_over)})
+        failure = self._write_results(values)
         rows = self._validation_rows()
         if not rows and self._train_loss is not None:
             rows = [("training loss", f"{self._train_loss:.4f}")]
@@ -226,10 +218,6 @@ class Reporter:
         num_skipped = values.get("batches_skipped")
         if num_skipped:
             rows.append(("batches skipped", f"{num_skipped:.0f}, not finite"))
-        if passed_over:
-            rows.append(
-                ("batches passed over", f"{abbreviate(map(str, passed_over))}, loss spikes")
-            )
         speed, wall_time_s = (
             values.get("throughput/tokens_per_s"),
             values.get("throughput/wall_time_s"),

@@ -28,10 +28,6 @@ class Sink(Protocol):
         """Adds a picture of this size in pixels."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Continues from an earlier step, after a rollback."""
-        ...
-
     def close(self, is_finished: bool) -> None:
         """Ends the run; `is_finished`: after its last step."""
         ...

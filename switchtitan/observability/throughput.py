@@ -92,11 +92,6 @@ class Throughput:
             values["throughput/mfu"] = flops_per_s / self._peak
         return values
 
-    def rewind(self, step: int) -> None:
-        """Starts a new window at an earlier step; the time since its first pass counts as lost."""
-        self._step, self._window_began_at, self._excluded_s = step, self._clock(), 0.0
-        self._marks = [mark for mark in self._marks if mark[0] <= step]
-
     def _time_left_s(self) -> float:
         """The time left at the mean speed of the later half of the measured steps, with what is
         excluded in it."""

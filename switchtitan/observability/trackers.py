@@ -65,8 +65,6 @@ class _Tracker:
 
     def write_png(self, name: str, picture: bytes, width: int, height: int, step: int) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
-
     def close(self, is_finished: bool) -> None:
         self._finish(is_finished)
 

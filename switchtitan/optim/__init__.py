@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import AdamW, AdamWConfig, adamw_for_others, require_adamw
+from switchtitan.optim.adamw import AdamW, AdamWConfig, build_adamw, require_adamw
 from switchtitan.optim.adamw8bit import AdamW8bitConfig, build_adamw8bit
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 from switchtitan.optim.muon import MuonConfig, build_muon
@@ -19,7 +19,7 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
     "optimizer",
     {
         "adafactor": Component(AdafactorConfig, build_adafactor),
-        "adamw": Component(AdamWConfig, AdamW),
+        "adamw": Component(AdamWConfig, build_adamw),
         "adamw8bit": Component(AdamW8bitConfig, build_adamw8bit),
         "muon": Component(MuonConfig, build_muon),
         "scale": Component(ScaleConfig, build_scale),
@@ -35,7 +35,6 @@ __all__ = [
     "AdamWConfig",
     "LRScheduleConfig",
     "TrainedParameter",
-    "adamw_for_others",
     "build_lr_schedule",
     "require_adamw",
     "trained_parameters",

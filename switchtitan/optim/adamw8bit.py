@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import as_shard_of, local
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.optim.adamw import AdamBetas
+from switchtitan.optim.adamw import AdamKeys
+from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
@@ -20,7 +21,7 @@ _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Name of a moment in torchao's state -> whether it has a sign."""
 
 
-class AdamW8bitConfig(AdamBetas):
+class AdamW8bitConfig(AdamKeys):
     """`[optimizer] name = "adamw8bit"`: `torchao.optim.AdamW8bit`, AdamW with moments in 8 bits
     (arXiv 2110.02861); `pip install 'switchtitan[torchao]'`. A moment takes one byte for each
     element, and four for each block of at most 256 elements of a row. Vectors, matrices with fewer
@@ -55,9 +56,8 @@ class AdamW8bit(TorchOptimizer):
         super().__init__(config, parameters, build, compile_step=False)
         _compute_tables()
         self._stance = "default" if compile_step else "force_eager"
-        self._saved: dict[str, Tensor] = {}
         for name, held in self._held.items():
-            num_steps = self._saved[f"{name}.step"] = torch.tensor(0.0)
+            num_steps = self.state[f"{name}.step"] = torch.tensor(0.0)
             own = self._optimizer.state[held] = {"step": num_steps}
             for moment, is_signed in _MOMENTS.items():
                 own[moment] = self._add_moment(name, moment, is_signed)
@@ -66,23 +66,21 @@ class AdamW8bit(TorchOptimizer):
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `<parameter>.step`, and `.exp_avg` and `.exp_avg_sq` in fp32 or, in 8 bits, their
         `.codes` [out, in] and `.scale` [out, blocks]."""
-        return dict(self._saved)
+        return GroupedOptimizer.state_dict(self)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
+        GroupedOptimizer.load_state_dict(self, state)
 
     def _add_moment(self, name: str, moment: str, is_signed: bool) -> Tensor:
         """Returns a moment at zero for torchao, and adds its tensors to those that are saved."""
         from torchao.optim.subclass_8bit import OptimState8bit
 
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         shard, key = local(parameter.detach()), f"{name}.{moment}"
         size = block_size(tuple(parameter.shape))
         if size is None:
             zeros = torch.zeros_like(shard)
-            self._saved[key] = as_shard_of(zeros, parameter)
+            self.state[key] = as_shard_of(zeros, parameter)
             return zeros
         # One row if the shard is empty, for which torchao has no block size.
         rows = max(1, shard.shape[0])
@@ -91,19 +89,19 @@ class AdamW8bit(TorchOptimizer):
         )
         parts = {"codes": in_8_bits.codes, "scale": in_8_bits.scale.view(rows, -1)}  # type: ignore[attr-defined]
         for part, tensor in parts.items():
-            self._saved[f"{key}.{part}"] = as_shard_of(tensor[: shard.shape[0]], parameter)
+            self.state[f"{key}.{part}"] = as_shard_of(tensor[: shard.shape[0]], parameter)
         return in_8_bits
 
     def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
         return {
             name: nn.Parameter(local(parameter.detach()))
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
         }
 
     @torch.no_grad()
     def _update(self, step: Callable[[], object]) -> None:
         for name, held in self._held.items():
-            parameter = self._parameters[name]
+            parameter = self.parameters[name]
             if parameter.grad is None:
                 continue
             # FSDP may replace a shard before the first forward pass.

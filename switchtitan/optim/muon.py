@@ -20,15 +20,9 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.matrix_exchange import MatrixExchange
 from switchtitan.distributed.shards import local
-from switchtitan.optim.adamw import AdamKeys, adamw_for_others
-from switchtitan.optim.parameters import (
-    LearningRates,
-    TrainedParameter,
-    lr_metrics,
-    parameter_groups,
-    parameters_of,
-)
-from switchtitan.optim.split_optimizer import SplitOptimizer
+from switchtitan.optim.adamw import AdamKeys, AdamW
+from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
+from switchtitan.optim.parameters import TrainedParameter
 
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """a, b and c of X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al. 2024)."""
@@ -66,12 +60,13 @@ class MuonConfig(AdamKeys):
         return self
 
 
-class Muon:
-    """Updates matrices by their orthogonalized momentum; a `contracts.TrainingOptimizer`.
+class Muon(GroupedOptimizer):
+    """Updates matrices by their orthogonalized momentum.
 
-    Momentum is sharded like the parameters. A step takes two collectives in all: rows of momentum
-    travel to the owner of their matrix, and rows of the update travel back. See `MatrixExchange`.
-    Replicas compute the same updates, so that none of it crosses the slower links between them.
+    The state is `<parameter>.momentum`, sharded like the parameters. A step takes two collectives:
+    rows of momentum travel to the owner of their matrix, and rows of the update travel back; see
+    `MatrixExchange`. Replicas compute the same updates, so that none of it crosses the slower links
+    between them.
 
     Args:
         parameters: matrices [out, in], fp32; a gradient that is missing on one rank is missing on
@@ -83,15 +78,10 @@ class Muon:
         self, config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool
     ) -> None:
         trained = list(parameters)
-        self._config, self._lr_factor = config, 1.0
-        self._groups = parameter_groups(config, trained)
-        self._parameters = parameters_of(self._groups)
+        super().__init__(config, trained, rates_as_tensors=compile_step)
         self._dtype = trained[0].compute_dtype if trained else torch.float32
-        self._momenta = {
-            name: torch.zeros_like(parameter, requires_grad=False)
-            for name, parameter in self._parameters.items()
-        }
-        self._lrs = LearningRates(self._groups, compile_step)
+        for name, parameter in self.parameters.items():
+            self.state[f"{name}.momentum"] = torch.zeros_like(parameter, requires_grad=False)
         self._exchanges: dict[tuple[str, ...], MatrixExchange] = {}
         compile_it = compile_if(compile_step)
         self._advance: Callable[..., list[Tensor]] = compile_it(
@@ -104,16 +94,15 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every parameter that has a gradient."""
         grads = {
             name: local(parameter.grad)
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
             if parameter.grad is not None
         }
         if not grads:
             return
         updates = self._orthogonalized(grads)
-        for group, lr in zip(self._groups, self._lrs, strict=True):
+        for group, lr in zip(self.groups, self.rates, strict=True):
             names = [name for name in group.parameters if name in grads]
             if names:
                 self._subtract(
@@ -127,7 +116,8 @@ class Muon:
         """Advances momentum; returns this rank's rows of the updates."""
         names = tuple(grads)
         exchange = self._exchange_of(names)
-        parts = self._advance([local(self._momenta[name]) for name in names], list(grads.values()))
+        momenta = [local(self.state[f"{name}.momentum"]) for name in names]
+        parts = self._advance(momenta, list(grads.values()))
         batches = exchange.collect(parts)
         del parts  # frees memory before more is allocated
         if batches:
@@ -136,30 +126,10 @@ class Muon:
 
     def _exchange_of(self, names: tuple[str, ...]) -> MatrixExchange:
         if names not in self._exchanges:
-            matrices = [self._parameters[name] for name in names]
+            matrices = [self.parameters[name] for name in names]
             costs = [orthogonalization_cost(*matrix.shape) for matrix in matrices]
             self._exchanges[names] = MatrixExchange(matrices, costs, self._dtype)
         return self._exchanges[names]
-
-    def zero_grad(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.grad = None
-
-    def set_lr(self, lr_factor: float) -> None:
-        self._lr_factor = lr_factor
-        self._lrs.set_factor(lr_factor)
-
-    def metrics(self) -> dict[str, float]:
-        return lr_metrics(self._config, self._lr_factor)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns `<parameter>.momentum`, like the parameter."""
-        return {f"{name}.momentum": momentum for name, momentum in self._momenta.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
 
 
 def advance_(
@@ -268,5 +238,5 @@ def build_muon(
     for trained in parameters:
         is_matrix = trained.is_in_block and trained.parameter.ndim == 2
         (matrices if is_matrix else others).append(trained)
-    adamw = adamw_for_others(config, others, compile_step, seed)
+    adamw = AdamW(config, others)
     return SplitOptimizer([Muon(config, matrices, compile_step), adamw]) if matrices else adamw

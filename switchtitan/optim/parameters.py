@@ -1,10 +1,10 @@
-"""The parameters that an optimizer trains, and their learning rates."""
+"""The parameters that an optimizer trains, and their groups."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from switchtitan.contracts import OptimizerConfig
 
@@ -76,11 +76,6 @@ def trained_parameters(
     ]
 
 
-def parameters_of(groups: Iterable[ParameterGroup]) -> dict[str, nn.Parameter]:
-    """Returns the parameters of all groups, in order, by qualified name."""
-    return {name: parameter for group in groups for name, parameter in group.parameters.items()}
-
-
 def parameter_groups(
     config: OptimizerConfig, parameters: Iterable[TrainedParameter]
 ) -> list[ParameterGroup]:
@@ -93,40 +88,3 @@ def parameter_groups(
         group = groups.setdefault((lr, weight_decay), ParameterGroup({}, lr, weight_decay))
         group.parameters[entry.name] = entry.parameter
     return list(groups.values())
-
-
-def lr_metrics(config: OptimizerConfig, lr_factor: float) -> dict[str, float]:
-    """Returns the current learning rates by TensorBoard tag."""
-    rates = {"optimizer/lr": config.lr * lr_factor}
-    if config.other_lr is not None:
-        rates["optimizer/other_lr"] = config.other_lr * lr_factor
-    return rates
-
-
-class LearningRates:
-    """The current learning rate of each group, in order.
-
-    Args:
-        as_tensors: keep them on the groups' devices, since torch.compile would recompile for every
-            new Python number.
-    """
-
-    def __init__(self, groups: list[ParameterGroup], as_tensors: bool) -> None:
-        self._groups = groups
-        self._rates: list[Tensor | float] = [
-            torch.tensor(group.lr, device=next(iter(group.parameters.values())).device)
-            if as_tensors
-            else group.lr
-            for group in groups
-        ]
-
-    def __iter__(self) -> Iterator[Tensor | float]:
-        return iter(self._rates)
-
-    def set_factor(self, lr_factor: float) -> None:
-        """Sets every rate to its peak times `lr_factor`."""
-        for index, (rate, group) in enumerate(zip(self._rates, self._groups, strict=True)):
-            if isinstance(rate, Tensor):
-                rate.fill_(group.lr * lr_factor)
-            else:
-                self._rates[index] = group.lr * lr_factor

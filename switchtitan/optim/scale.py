@@ -11,19 +11,15 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.shards import local, shard_group
 from switchtitan.errors import ConfigError
-from switchtitan.optim.adamw import AdamBetas, AdamW, AdamWConfig
-from switchtitan.optim.parameters import (
-    ParameterGroup,
-    TrainedParameter,
-    lr_metrics,
-    parameter_groups,
-)
+from switchtitan.optim.adamw import AdamKeys, AdamW, AdamWConfig
+from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
+from switchtitan.optim.parameters import ParameterGroup, TrainedParameter
 
 _TINY_RMS = 1e-8
 """Lower bound of the root mean squares in denominators, as in the authors' code."""
 
 
-class ScaleConfig(AdamBetas):
+class ScaleConfig(AdamKeys):
     """`[optimizer] name = "scale"`: SCALE (arXiv 2506.16659). Gradients of matrices are divided by
     their root mean square over the inputs of each output, and only the head has momentum. 1-dim
     parameters train with AdamW, whose keys are betas and eps. Weight decay is decoupled. Needs a
@@ -40,96 +36,57 @@ class ScaleConfig(AdamBetas):
     sparse matrices. Default: as for matrices. The authors' code has 0.02."""
 
 
-class Scale:
-    """W <- (1 - lr weight_decay) W - lr G / rms(G); a `contracts.TrainingOptimizer`.
+class Scale(GroupedOptimizer):
+    """W <- (1 - lr weight_decay) W - lr G / rms(G) (arXiv 2506.16659, Alg. 1).
 
-    (arXiv 2506.16659, Alg. 1.) rms is the root mean square of G over the inputs of a linear map:
-    one number for each output, which is a column where the paper writes a matrix [in, out]. G is
-    the gradient, for the head its running mean. The paper divides by the norm; the authors' code,
-    whose learning rates are published, divides by the root mean square, and so do we.
+    rms is the root mean square of G over the inputs of a linear map: one number for each output,
+    which is a column where the paper writes a matrix [in, out]. G is the gradient, for the head its
+    running mean, which is the state `<head>.momentum`. The paper divides by the norm; the authors'
+    code, whose learning rates are published, divides by the root mean square, and so do we.
 
     The inputs of most matrices are within a row, and a step sends nothing for them. Those of an
     embedding [vocabulary, dim], and of a factor stored transposed, are its rows: on several ranks,
     one all-reduce sums their squares.
 
     Args:
-        parameters: the parameters to train, fp32; one of them belongs to the head.
-
-    Raises:
-        ConfigError: if no parameter belongs to the head.
+        matrices: the parameters to train, fp32; one of them belongs to the head.
     """
 
-    def __init__(self, config: ScaleConfig, parameters: Iterable[TrainedParameter]) -> None:
-        trained = list(parameters)
-        heads = [entry for entry in trained if entry.is_head and entry.parameter.ndim == 2]
-        if not heads:
-            raise ConfigError(
-                '[optimizer] name = "scale": keeps momentum for the head alone, and the model '
-                "names no head with a weight of its own (LanguageModel.output_head); choose "
-                "another optimizer"
-            )
-        self._config, self._lr_factor = config, 1.0
-        matrices = [entry for entry in trained if entry.parameter.ndim == 2]
-        self._groups = parameter_groups(config, matrices)
-        self._lrs = [group.lr for group in self._groups]
+    def __init__(self, config: ScaleConfig, matrices: list[TrainedParameter]) -> None:
+        super().__init__(config, matrices)
+        self._momentum, self._vector_lr = config.momentum, config.vector_lr
         self._over_rows = {entry.name for entry in matrices if entry.input_dim == 0}
-        self._momentum = {
-            entry.name: torch.zeros_like(entry.parameter, requires_grad=False) for entry in heads
-        }
+        for entry in matrices:
+            if entry.is_head:
+                zeros = torch.zeros_like(entry.parameter, requires_grad=False)
+                self.state[f"{entry.name}.momentum"] = zeros
         self._group = shard_group(matrices[0].parameter)
-        self._vectors = AdamW(
-            _vectors_config(config), [entry for entry in trained if entry.parameter.ndim != 2]
-        )
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every parameter that has a gradient."""
         directions = self._directions()
         norms = self._norms(directions)
-        for group, lr in zip(self._groups, self._lrs, strict=True):
+        for group, lr in zip(self.groups, self.rates, strict=True):
             for name, parameter in group.parameters.items():
                 if name in directions:
-                    _update_(local(parameter), directions[name], norms[name], lr, group)
-        self._vectors.step()
-
-    def zero_grad(self) -> None:
-        for group in self._groups:
-            for parameter in group.parameters.values():
-                parameter.grad = None
-        self._vectors.zero_grad()
-
-    def set_lr(self, lr_factor: float) -> None:
-        self._lr_factor = lr_factor
-        self._lrs = [group.lr * lr_factor for group in self._groups]
-        self._vectors.set_lr(lr_factor)
+                    _update_(local(parameter), directions[name], norms[name], float(lr), group)
 
     def metrics(self) -> dict[str, float]:
-        rates = lr_metrics(self._config, self._lr_factor)
-        if self._config.vector_lr is not None:
-            rates["optimizer/vector_lr"] = self._config.vector_lr * self._lr_factor
+        rates = super().metrics()
+        if self._vector_lr is not None:
+            rates["optimizer/vector_lr"] = self._vector_lr * self._lr_factor
         return rates
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns `<head>.momentum`, and AdamW's state of 1-dim parameters."""
-        momentum = {f"{name}.momentum": tensor for name, tensor in self._momentum.items()}
-        return momentum | self._vectors.state_dict()
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
 
     def _directions(self) -> dict[str, Tensor]:
         """Updates the momentum; returns local shards of what is normalized, by name."""
         directions = {}
-        for group in self._groups:
-            for name, parameter in group.parameters.items():
-                if parameter.grad is None:
-                    continue
-                directions[name] = local(parameter.grad)
-                if name in self._momentum:
-                    momentum = local(self._momentum[name])
-                    directions[name] = momentum.lerp_(directions[name], 1 - self._config.momentum)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            directions[name] = local(parameter.grad)
+            if f"{name}.momentum" in self.state:
+                momentum = local(self.state[f"{name}.momentum"])
+                directions[name] = momentum.lerp_(directions[name], 1 - self._momentum)
         return directions
 
     def _norms(self, directions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,20 +95,34 @@ class Scale:
         squares = [directions[name].square().sum(0, keepdim=True) for name in over_rows]
         sums = dict(zip(over_rows, sum_packed(squares, self._group), strict=True))
         norms = {}
-        for group in self._groups:
-            for name, parameter in group.parameters.items():
-                if name in sums:
-                    norms[name] = (sums[name] / parameter.shape[0]).sqrt()
-                elif name in directions:
-                    norm = torch.linalg.vector_norm(directions[name], dim=1, keepdim=True)
-                    norms[name] = norm / parameter.shape[1] ** 0.5
+        for name, direction in directions.items():
+            shape = self.parameters[name].shape
+            if name in sums:
+                norms[name] = (sums[name] / shape[0]).sqrt()
+            else:
+                norm = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+                norms[name] = norm / shape[1] ** 0.5
         return norms
 
 
 def build_scale(
     config: ScaleConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
-    return Scale(config, parameters)
+    """Returns SCALE for matrices, and AdamW for other parameters.
+
+    Raises:
+        ConfigError: if no parameter belongs to the head.
+    """
+    trained = list(parameters)
+    matrices = [entry for entry in trained if entry.parameter.ndim == 2]
+    if not any(entry.is_head for entry in matrices):
+        raise ConfigError(
+            '[optimizer] name = "scale": keeps momentum for the head alone, and the model names no '
+            "head with a weight of its own (LanguageModel.output_head); choose another optimizer"
+        )
+    vectors = [entry for entry in trained if entry.parameter.ndim != 2]
+    # Metrics are those of the last part.
+    return SplitOptimizer([AdamW(_vectors_config(config), vectors), Scale(config, matrices)])
 
 
 def _update_(

@@ -12,19 +12,15 @@ from torch import Tensor, nn
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import copy_from_full_, full_tensor
-from switchtitan.optim.parameters import (
-    TrainedParameter,
-    lr_metrics,
-    parameter_groups,
-    parameters_of,
-)
+from switchtitan.optim.base import GroupedOptimizer
+from switchtitan.optim.parameters import TrainedParameter
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups with `params`, `lr` and `weight_decay`."""
 
 
-class TorchOptimizer:
-    """Adapts a torch optimizer that steps on the parameters; a `contracts.TrainingOptimizer`.
+class TorchOptimizer(GroupedOptimizer):
+    """Adapts a torch optimizer that steps on the parameters.
 
     Sharded parameters are DTensors. It is correct on any number of ranks if DTensor supports the
     optimizer's operations. State is saved by parameter name and loads on another number of ranks.
@@ -45,11 +41,8 @@ class TorchOptimizer:
         build: BuildOptimizer,
         compile_step: bool = False,
     ) -> None:
-        self._config = config
-        groups = parameter_groups(config, parameters)
-        self._parameters = parameters_of(groups)
+        super().__init__(config, parameters)
         self._held = self._tensors_to_hold()
-        self._peak_lrs = [group.lr for group in groups]
         self._optimizer = build(
             [
                 {
@@ -58,13 +51,12 @@ class TorchOptimizer:
                     "lr": torch.tensor(group.lr) if compile_step else group.lr,
                     "weight_decay": group.weight_decay,
                 }
-                for group in groups
+                for group in self.groups
             ]
         )
         self._step: Callable[[], object] = (
             torch.compile(self._optimizer.step) if compile_step else self._optimizer.step
         )
-        self._lr_factor = 1.0
         self._initial_state: dict[Tensor, dict[str, Any]] | None = None
         self._has_started = False
 
@@ -77,20 +69,13 @@ class TorchOptimizer:
         self._has_started = True
         self._update(self._step)
 
-    def zero_grad(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.grad = None
-
     def set_lr(self, lr_factor: float) -> None:
-        self._lr_factor = lr_factor
-        for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(peak_lr * lr_factor)
+        super().set_lr(lr_factor)
+        for own, group in zip(self._optimizer.param_groups, self.groups, strict=True):
+            if isinstance(own["lr"], Tensor):
+                own["lr"].fill_(group.lr * lr_factor)
             else:
-                group["lr"] = peak_lr * lr_factor
-
-    def metrics(self) -> dict[str, float]:
-        return lr_metrics(self._config, self._lr_factor)
+                own["lr"] = group.lr * lr_factor
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `<parameter>.<key>` for every tensor and number in the state. All ranks must
@@ -118,7 +103,7 @@ class TorchOptimizer:
 
     def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
         """Returns the parameters of torch's optimizer, by name."""
-        return self._parameters
+        return self.parameters
 
     def _update(self, step: Callable[[], object]) -> None:
         step()
@@ -134,16 +119,16 @@ class TorchOptimizer:
             }
             for held, own in self._optimizer.state.items()
         }
-        grads = {name: parameter.grad for name, parameter in self._parameters.items()}
+        grads = {name: parameter.grad for name, parameter in self.parameters.items()}
         rates = [group["lr"] for group in self._optimizer.param_groups]
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
         self._update(self._optimizer.step)
         for group, lr in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.grad = grads[name]
         self._initial_state = initial_state
 
@@ -158,14 +143,14 @@ class FullTensorOptimizer(TorchOptimizer):
     def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
         return {
             name: nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
         }
 
     @torch.no_grad()
     def _update(self, step: Callable[[], object]) -> None:
         groups = self._optimizer.param_groups
         held_by_group = [(group, held) for group in groups for held in group["params"]]
-        for (group, held), parameter in zip(held_by_group, self._parameters.values(), strict=True):
+        for (group, held), parameter in zip(held_by_group, self.parameters.values(), strict=True):
             if parameter.grad is None:
                 continue
             held.data = full_tensor(parameter.detach())

@@ -271,11 +271,7 @@ def run_facts(
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit() if world.is_main else None,
-        "corpus": {
-            "name": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "skipped_records": corpus.skipped_records,
-        },
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "num_parameters": count_parameters(model),
     }
 

@@ -5,7 +5,7 @@ from switchtitan.errors import UserError
 
 
 class TrainingDivergedError(UserError):
-    """Losses, gradients or weights are no longer finite, or losses have too many spikes."""
+    """Losses, gradients or weights are no longer finite."""
 
     exit_status = 3
     """Tells calling programs that the configuration was valid."""

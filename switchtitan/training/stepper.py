@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -42,28 +42,11 @@ class TrainState:
     is_work_after_step_due: bool = False
     """Whether the evaluation and the hooks after the last step are to be done when the run
     resumes, because it was stopped in between."""
-    recent_losses: list[float] = field(default_factory=list)
-    """Losses that the next ones are compared with, oldest first; empty without `[loss_spike]`."""
-    num_rollbacks: int = 0
-    """Rollbacks to a checkpoint after a loss spike."""
-    passed_over: list[int] = field(default_factory=list)
-    """Indices of the batches that rollbacks removed from the data, sorted."""
-
-    @property
-    def num_batches(self) -> int:
-        """Number of global batches read, without those passed over."""
-        return self.step + self.num_skipped
 
     @property
     def next_batch(self) -> int:
-        """Index of the next batch in the data."""
-        return self.batch_index(self.num_batches)
-
-    def batch_index(self, position: int) -> int:
-        """Returns the index in the data of the batch that is read after `position` others."""
-        for batch in self.passed_over:
-            position += batch <= position
-        return position
+        """Index of the next global batch: the number of those read."""
+        return self.step + self.num_skipped
 
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,8 @@ from switchtitan.regions import region
 from switchtitan.training.divergence import TrainingDivergedError, divergence
 from switchtitan.training.evaluate import EvaluationStopped, Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
-from switchtitan.training.loss_spikes import LossSpikeGuard
 from switchtitan.training.stepper import RunningLoss, Stepper, StepResult
-from switchtitan.training.stop import NeverStop, Stop, Stopped
+from switchtitan.training.stop import Stop, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,6 @@ class Trainer:
         tensors: the tensors of the run's checkpoints.
         hooks: what else to do around steps, in order: after evaluations, before saves.
         stop: when to stop before the last step.
-        spikes: handles loss spikes; None: nothing does.
         region_times: times the regions of steps; None: nothing does.
     """
 
@@ -75,7 +73,6 @@ class Trainer:
         profiler: Profiler,
         hooks: Sequence[Hook] = (),
         stop: Stop | None = None,
-        spikes: LossSpikeGuard | None = None,
         region_times: RegionTimes | None = None,
     ) -> None:
         self.stepper = stepper
@@ -87,9 +84,8 @@ class Trainer:
         self.throughput = throughput
         self.profiler = profiler
         self.hooks = hooks
-        self.stop = stop or NeverStop()
+        self.stop = stop or Stop()
         self._start_step = stepper.state.step
-        self.spikes = spikes
         self.region_times = region_times
         self._running_loss = RunningLoss(stepper.world.device)
 
@@ -152,8 +148,6 @@ class Trainer:
                     "training.step": torch.tensor(state.step),
                     "training.batches_skipped": torch.tensor(state.num_skipped),
                     "training.tokens_seen": torch.tensor(state.tokens_seen),
-                    "training.num_rollbacks": torch.tensor(state.num_rollbacks),
-                    "training.next_batch": torch.tensor(state.next_batch),
                     "training.lr_factor": torch.tensor(lr_factor),
                 }
             )
@@ -186,14 +180,16 @@ class Trainer:
             with self.stop.steps(self._resume_hint):
                 self._run_steps()
                 self._save_last_step()
-        except (TrainingDivergedError, RanksDisagreeError, KeyboardInterrupt) as error:
+        except (TrainingDivergedError, RanksDisagreeError) as error:
             # All ranks are alive, and a save in progress has a valid state to resume from.
             self.checkpointer.finish()
             if isinstance(error, TrainingDivergedError):
                 self.reporter.report_divergence(state.step, state.num_skipped)
-            if isinstance(error, KeyboardInterrupt):
-                self._raise_if_unsaved()
-                logger.info("stopped at step %d; %s", state.step, self._resume_hint())
+            raise
+        except Stopped:
+            if not self._is_saved:
+                self.checkpointer.raise_last_failure()
+            logger.info("stopped at step %d; %s", state.step, self._resume_hint())
             raise
         self._finalize()
         self.checkpointer.raise_last_failure()
@@ -222,11 +218,8 @@ class Trainer:
                     continue
                 skipped_in_a_row = 0
                 self._running_loss.add(result)
-                if self.spikes is not None:
-                    self.spikes.add(result)
                 with self.throughput.excluded():
                     self.profiler.step()
-                self.stop.note_step()
                 try:
                     self._after_step(result)
                 except EvaluationStopped as stop:
@@ -237,8 +230,6 @@ class Trainer:
         step, schedule = self.stepper.state.step, self.schedule
         is_last = step == schedule.num_steps
         self.checkpointer.poll()
-        if self._must_read_losses(step) and self._has_rolled_back():
-            return
         self.reporter.advance(step)
         if schedule.check_interval and step % schedule.check_interval == 0:
             self.check_ranks()
@@ -275,11 +266,7 @@ class Trainer:
                 self._save_and_stop(signal_number)
 
     def _save_and_stop(self, signal_number: int) -> NoReturn:
-        # Losses not read yet may have a spike, which must not be saved.
-        self._has_rolled_back()
         self._save_last_step()
-        self._raise_if_unsaved()
-        logger.info("stopped at step %d; %s", self.stepper.state.step, self._resume_hint())
         raise Stopped(signal_number)
 
     def _save_last_step(self) -> None:
@@ -289,38 +276,12 @@ class Trainer:
             self.save()
             self.checkpointer.finish()
 
-    def _raise_if_unsaved(self) -> None:
-        if not self._is_saved:
-            self.checkpointer.raise_last_failure()
-
     @property
     def _is_saved(self) -> bool:
         """Whether the last step done can be resumed from; not yet while a save is in progress."""
         newest = self.checkpointer.latest
         saved_step = self._start_step if newest is None else step_of(newest)
         return self.stepper.state.step == saved_step
-
-    def _must_read_losses(self, step: int) -> bool:
-        """Whether something is due that must not see a loss spike, or waits for the device anyway.
-
-        When losses are read does not change what is done about them.
-        """
-        return (
-            self.reporter.is_due(step)
-            or step == self.schedule.num_steps
-            or step % self.schedule.evaluate_interval == 0
-            or step % self.schedule.save_interval == 0
-            or any(hook.is_due(step) for hook in self.hooks)
-        )
-
-    def _has_rolled_back(self) -> bool:
-        """Goes back to the last checkpoint if there was a loss spike."""
-        if self.spikes is None or not self.spikes.has_rolled_back():
-            return False
-        self._running_loss = RunningLoss(self.stepper.world.device)
-        self.reporter.rewind(self.stepper.state.step)
-        self.throughput.rewind(self.stepper.state.step)
-        return True
 
     def _report(self, grad_norm: Tensor) -> None:
         self._stop_if_diverged()
@@ -335,8 +296,6 @@ class Trainer:
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
         }
-        if stepper.state.passed_over:
-            values["data/batches_passed_over"] = float(len(stepper.state.passed_over))
         values |= self._region_times() | self._failed_saves()
         self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
@@ -356,7 +315,6 @@ class Trainer:
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
-            "rollbacks": state.num_rollbacks,
             "loss/validation": state.last_validation_loss,
             "loss/test": test_loss,
             "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
@@ -376,7 +334,6 @@ class Trainer:
             values |= hook.results()
         self.reporter.summary(
             values,
-            passed_over=state.passed_over,
             checkpoint=self.checkpointer.latest,
             trace=self.profiler.trace,
         )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from switchtitan.methods.lowrank import LowRankLinear, lora_init
+from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
 
 
@@ -18,7 +18,7 @@ def not_finite():
 
 def draw_layers():
     generator = torch.Generator().manual_seed(0)
-    layers = {name: LowRankLinear(5, 7, 3, 0.5, lora_init) for name in ("first", "second")}
+    layers = {name: LowRankLinear(5, 7, 3, 0.5, (0.4, 0.0)) for name in ("first", "second")}
     for layer in layers.values():
         layer.weight.data = torch.randn(7, 5, generator=generator).bfloat16()
     return layers

@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "EXTENDING.md"
 CODE = re.compile(
     r"^```python\n# (in )?(switchtitan/\S+\.py)\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
+TABLE = re.compile(r"^[A-Z]+\b[^{]*\{", re.MULTILINE)
 TOML = re.compile(r"^```toml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 REST = """
@@ -49,15 +50,17 @@ tensorboard = false
 """
 
 
-def add_row(file, shown):
-    """Puts the import lines among the file's imports, and the row first into its table."""
-    lines = shown.strip().splitlines()
-    imports = [line for line in lines if line.startswith("from ")]
-    row = [line for line in lines if line and not line.startswith("from ")]
+def add_to(file, shown):
+    """Puts the import lines among the file's imports, and a row first into its table, or functions
+    before it."""
+    lines = shown.strip("\n").splitlines()
+    imports = [line for line in lines if line.startswith(("from ", "import "))]
+    code = "\n".join(line for line in lines if line not in imports).strip("\n")
     text = file.read_text()
     text = text.replace("\nfrom ", "\n" + "\n".join(imports) + "\nfrom ", 1)
-    table = text.index("{") + 1
-    file.write_text(text[:table] + "\n" + "\n".join(row) + "\n" + text[table:].lstrip("\n"))
+    table = TABLE.search(text)
+    place = table.start() if code.startswith("def ") else table.end()
+    file.write_text(text[:place] + code + "\n\n\n" * code.startswith("def ") + text[place:])
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +73,10 @@ def extended(tmp_path_factory):
     page = PAGE.read_text()
     shown = CODE.findall(page)
     assert len(shown) == page.count("```python")
-    for is_row, name, code in shown:
+    for is_there, name, code in shown:
         file = folder / name
-        if is_row:
-            add_row(file, code)
+        if is_there:
+            add_to(file, code)
         else:
             assert not file.exists()
             file.write_text(code)

@@ -34,7 +34,7 @@ from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents
 from switchtitan.files import make_folder, write_atomically
 from switchtitan.observability import FAILED_SAVES
-from switchtitan.training.stop import NeverStop, Stopped
+from switchtitan.training.stop import Stop, Stopped
 
 STEPS = {step: f"step-{step:09d}" for step in range(1, 9)}
 
@@ -396,21 +396,22 @@ def test_training_goes_on_and_its_weights_are_those_of_a_healthy_disk(corpora):
 INTERVAL, STOPPED_AT, NUM_STEPS = 2, 4, 6
 
 
-class StopAfter(NeverStop):
+class StopAfter(Stop):
     """A signal arrives in a step."""
 
     def __init__(self, trainer, step):
+        super().__init__()
         self._state, self._step = trainer.stepper.state, step
 
     def is_due(self):
         return signal.SIGTERM if self._state.step == self._step else None
 
 
-class SignalAfterLastStep(NeverStop):
+class SignalAfterLastStep(Stop):
     @contextmanager
     def steps(self, describe_checkpoint):
         yield
-        raise KeyboardInterrupt(signal.SIGTERM)
+        raise Stopped(signal.SIGTERM)
 
 
 def build_run(folder, is_async="false", stop_after=None):

@@ -8,6 +8,7 @@ import gzip
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import tomli
@@ -18,7 +19,7 @@ from support.held_weights import HeldWeights
 from support.long_form import IS_LONG, num_cases
 from support.tiny import METHOD_KEYS, TINY, tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
-from support.token_files import write_megatron, write_nanogpt
+from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
 from switchtitan.builders.saved_config import saved_config
@@ -341,22 +342,21 @@ def write_lines_as(suffix):
 def write_arrow(folder):
     from datasets import Dataset
 
-    Dataset.from_dict({"input_ids": IDS}).save_to_disk(str(folder))
+    Dataset.from_dict({"input_ids": [[*ids, 3] for ids in IDS[6::7]]}).save_to_disk(str(folder))
 
 
 IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
-VOCAB_SIZE = 10
+TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=3)
 SOURCES = {
     "text": write_text,
     "jsonl": write_lines_as("jsonl"),
-    "json.gz": write_lines_as("json.gz"),
-    "jsonl.zst": write_lines_as("jsonl.zst"),
+    "jsonl, gz": write_lines_as("json.gz"),
+    "jsonl, zst": write_lines_as("jsonl.zst"),
     "parquet": write_parquet,
     "nanogpt": lambda folder: write_nanogpt(folder / "a.bin", IDS, 3),
-    "megatron": lambda folder: write_megatron(folder / "a", IDS, 3),
     "arrow": write_arrow,
 }
-"""Name of a dataset -> what writes its files to a folder."""
+"""Name of a dataset, and its variant -> what writes its files to a folder."""
 
 
 def change_compressed(name, data, draw):
@@ -375,15 +375,11 @@ def source(name):
         SOURCES[name](folder)
 
         def read():
-            opened = DATASETS[name].open(SourceKeys(folder))
-            if name in ("nanogpt", "megatron", "arrow"):
-                stream = opened.open_tokens(None, 3)
-                for batch in text_batches(stream, Limits(None, None), 0, 0, "stop", VOCAB_SIZE):
-                    assert all(0 <= ids.min() <= ids.max() < VOCAB_SIZE for ids in batch.tokens)
-            else:
-                stream = opened.open(None)
-                for batch in text_batches(stream, Limits(None, None), 0, 0, "stop"):
-                    assert all(text.encode() for text in batch.documents)
+            opened = DATASETS[name.partition(",")[0]].open(SourceKeys(folder))
+            stream = opened.read(None, None, TOKENIZER)
+            for batch in text_batches(stream, Limits(None, None)):
+                assert all(text.encode() for text in batch.documents)
+                assert all(0 <= ids.min() <= ids.max() < 10 for ids in batch.tokens)
 
         return damage_one_of(folder, change_compressed), read
 

@@ -184,20 +184,6 @@ def test_a_pickle_in_a_tensor_of_a_checkpoint_does_not_run(checkpoint, payload):
     checkpoint.check_refused(checkpoint.folder, "do not trust it")
 
 
-@pytest.mark.parametrize("kind", ["torch", "legacy", "pickle", "in-a-list"])
-def test_a_pickle_in_weights_of_the_original_does_not_run(payload, trace, tmp_path, evaluate, kind):
-    folder = tmp_path / "model_500"
-    folder.mkdir()
-    file = folder / "pytorch_model.bin"
-    if kind == "pickle":
-        file.write_bytes(payload)
-    else:
-        value = Payload(trace)
-        state = {"model.norm.weight": [value] if kind == "in-a-list" else value}
-        torch.save(state, file, _use_new_zipfile_serialization=kind != "legacy")
-    evaluate(folder).check_refused(file)
-
-
 def test_code_in_a_hugging_face_folder_is_not_imported(weights, trace):
     """What transformers calls remote code."""
     (weights / "modeling.py").write_text(f"open({str(trace)!r}, 'w')\n")
@@ -426,13 +412,6 @@ def test_an_absurd_number_of_tokens_in_the_index_of_a_corpus(corpus, tokens, bou
     corpus.check_refused(corpus.folder)
 
 
-def test_a_view_of_one_number_as_a_huge_weight(tmp_path, evaluate, bounded_memory):
-    (tmp_path / "model_500").mkdir()
-    huge = torch.zeros(1).expand(1 << 20, 1 << 14)
-    torch.save({"model.norm.weight": huge}, tmp_path / "model_500" / "pytorch_model.bin")
-    evaluate(tmp_path / "model_500").check_refused("larger than the file", "model.norm.weight")
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -464,7 +443,7 @@ BAD_DOCUMENTS = {
     "jsonl, no text": ("a.jsonl", lines_with(b'{"other": "a"}'), "a.jsonl, line 8"),
     "jsonl, null": ("a.jsonl", lines_with(b'{"text": null}'), "a.jsonl, line 8"),
     "jsonl, bytes": ("a.jsonl", lines_with(b"\xff"), "a.jsonl, line 8"),
-    "json.gz": ("a.json.gz", b"no archive", "a.json.gz"),
+    "jsonl, gz": ("a.json.gz", b"no archive", "a.json.gz"),
     "parquet": ("a.parquet", b"PAR1 no table", "a.parquet"),
 }
 

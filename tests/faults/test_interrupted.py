@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import socket
 from functools import lru_cache
 
 import pytest
@@ -13,7 +12,6 @@ from support.interrupted import (
     Interrupt,
     arguments,
     check_folders,
-    end_first_step_while_ranks_agree,
     outcome,
     random_interrupt,
     run,
@@ -21,11 +19,10 @@ from support.interrupted import (
     save_slowly_and_interrupt,
     saved_steps,
     steps_in,
-    stop_main_rank_in_step_7,
 )
 from support.long_form import IS_LONG, num_cases
 
-from switchtitan.errors import LostRankError, SaveAbandonedError
+from switchtitan.errors import SAVE_ABANDONED_STATUS
 
 SHORT = [
     ("killed", "start-up", 2),
@@ -72,30 +69,28 @@ def undisturbed(home):
 
 
 def check_stop(folder, stop, codes, printed, step_before):
-    """Checks a run that was told to stop; returns the step that it has lost, if any.
-
-    A run that gets the signal before the end of its first step stops at once. That step may end
-    while the ranks agree on this; it is lost, and the only one that may be.
+    """Checks a run that was told to stop; it has lost no step.
 
     Args:
         codes: exit statuses of all ranks.
         printed: by rank 0.
         step_before: the step from which the run resumed.
     """
-    assert codes == [128 + stop.number] * len(codes), printed
+    status = 128 + stop.number
+    if stop.phase == "start-up":
+        # The others may miss the first rank that ends before they get their own signal.
+        assert status in codes, printed
+        assert set(codes) <= {status, 1}
+        return
+    assert codes == [status] * len(codes), printed
     assert "Traceback" not in printed
-    assert not (folder / "run" / "run.lock").exists()
+    assert not (folder / "run" / "run.owner").exists()
     steps = steps_in(printed)
     newest, last_step = max(saved_steps(folder), default=0), step_before + len(steps)
     assert steps == list(range(step_before + 1, last_step + 1))
-    is_before_first_step = stop.phase == "start-up" or (stop.phase, stop.call) == ("training", 1)
-    if is_before_first_step and len(steps) == 1 and "stopped at step" not in printed:
-        assert newest == step_before, printed
-        return steps
     assert newest == last_step, printed
     if steps and last_step < NUM_STEPS:
         assert f"stopped at step {last_step}; the same command resumes from" in printed
-    return []
 
 
 @pytest.mark.parametrize("chain", range(NUM_CHAINS))
@@ -107,7 +102,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     source = random.Random(f"{end} {phase} {num_ranks} {chain}")
     cache_dir = (tmp_path if phase == "preparation" else home) / "corpora"
     own = arguments(tmp_path, cache_dir, is_async=phase != "save")
-    log, is_killed, num_interrupts, lost = tmp_path / "log", end == "killed", 0, []
+    log, is_killed, num_interrupts = tmp_path / "log", end == "killed", 0
     for _ in range(MAX_RUNS):
         interrupt = random_interrupt(
             source, phase.removeprefix("async "), num_ranks, is_killed=is_killed
@@ -120,10 +115,9 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
             shutil.rmtree(tmp_path / "run")
             shutil.rmtree(tmp_path / "corpora", ignore_errors=True)
             log.unlink()
-            lost.clear()
             continue
         if not is_killed:
-            lost += check_stop(tmp_path, interrupt, codes, log.read_text()[size:], before)
+            check_stop(tmp_path, interrupt, codes, log.read_text()[size:], before)
         num_interrupts += 1
         if num_interrupts == INTERRUPTS:
             break
@@ -131,15 +125,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert run(own, num_ranks, log) == [0] * num_ranks
     assert outcome(tmp_path) == expected
     if not is_killed:
-        assert steps_in(log.read_text()) == sorted([*range(1, NUM_STEPS + 1), *lost])
-
-
-@pytest.mark.skipif(not IS_LONG, reason="part of the long form")
-def test_a_first_step_that_ends_while_the_ranks_agree_is_the_only_one_lost(home, tmp_path):
-    stop = Interrupt("training", call=1, number=signal.SIGTERM)
-    own, log = arguments(tmp_path, home / "corpora", is_async=False), tmp_path / "log"
-    codes = run(own, 2, log, stop, end_first_step_while_ranks_agree)
-    assert check_stop(tmp_path, stop, codes, log.read_text(), step_before=0) == [1]
+        assert steps_in(log.read_text()) == list(range(1, NUM_STEPS + 1))
 
 
 STOP_IN_STEP_6 = Interrupt("training", call=6, rank=None, number=signal.SIGTERM)
@@ -149,7 +135,7 @@ SLOW_SAVES = {
         2,
         ("--checkpoint.grace_s", "1"),
         save_slowly,
-        SaveAbandonedError.exit_status,
+        SAVE_ABANDONED_STATUS,
     ),
 }
 """Ranks, keys, what is planted in the ranks, and their exit status."""
@@ -165,23 +151,3 @@ def test_a_save_that_takes_too_long_is_abandoned_and_leaves_the_one_before(home,
     last = log.read_text().strip().splitlines()[-1]
     expected = "stopped at once by SIGINT" if num_ranks == 1 else "[checkpoint] grace_s = 1"
     assert expected in last
-
-
-HANGS = {
-    # Found by a collective, and by the ranks' agreement on where to stop.
-    "alone": (("--parallelism.timeout_s", "4"), None, "did not answer within"),
-    "after a signal": ((), stop_main_rank_in_step_7, "cannot save: rank 1 "),
-}
-
-
-@pytest.mark.parametrize("when", HANGS if IS_LONG else ["after a signal"])
-def test_a_rank_that_hangs_is_named(home, when, tmp_path):
-    keys, plant, said = HANGS[when]
-    own, log = arguments(tmp_path, home / "corpora", is_async=False), tmp_path / "log"
-    hang = Interrupt("training", call=7, rank=1, number=signal.SIGSTOP)
-    codes = run([*own, *keys], 2, log, hang, plant)
-    printed = log.read_text()
-    assert codes[0] == LostRankError.exit_status, printed
-    assert said in printed
-    assert f"rank 1 on {socket.gethostname()}" in printed
-    assert saved_steps(tmp_path) == [INTERVAL]

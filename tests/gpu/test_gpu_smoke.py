@@ -17,17 +17,15 @@ def leave_world() -> Iterator[None]:
 
 
 ON_HOST = ("--method.candidates_device", "host")
-SHORT = ("--method.candidates_dtype", "bfloat16")
 FROZEN_IN_BF16 = ("--training.frozen_dtype", "bfloat16")
 FROZEN_REPLICATED = ("--parallelism.frozen_weights", "replicate")
 RUNS = [
     *((method, ()) for method in METHOD_KEYS),
     ("switchlora", ("--method.candidates", "constant")),
     ("switchlora", ON_HOST),
-    ("switchlora", (*ON_HOST, *SHORT)),
     ("switchlora", FROZEN_IN_BF16),
     ("switchlora", FROZEN_REPLICATED),
-    ("switchlora", (*ON_HOST, *SHORT, *FROZEN_IN_BF16, *FROZEN_REPLICATED)),
+    ("switchlora", (*ON_HOST, *FROZEN_IN_BF16, *FROZEN_REPLICATED)),
     ("relora", FROZEN_IN_BF16),
     ("relora", FROZEN_REPLICATED),
     ("full_rank", ("--optimizer.name", "muon")),

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from switchtitan.checkpoint.metadata import read_tensors_index
-from switchtitan.distributed.blocks import CallWithInputOnHost
 from switchtitan.distributed.norms import total_norm
 from switchtitan.methods.lowrank import low_rank_layers
 
@@ -38,7 +37,6 @@ REPLICATED = ("--parallelism.frozen_weights", "replicate")
 KEPT = ("--parallelism.reshard_after_forward", "false")
 SHARDED = ("--parallelism.accumulate_gradients", "sharded")
 RECOMPUTED = ("--activation_checkpoint.mode", "full")
-OFFLOADED = (*RECOMPUTED, "--activation_checkpoint.offload", "true")
 BF16 = ("--training.dtype", "bfloat16")
 ROUNDED = ("--training.frozen_dtype", "bfloat16")
 RESETS = ("--method.reset_interval", "2", "--method.restart_warmup_steps", "1")
@@ -54,7 +52,6 @@ RUNS = {
         "sharded gradients": ("switchlora", SHARDED),
         "all": ("switchlora", (*UNITS, *STEP, *KEPT, *SHARDED)),
         "all recomputed": ("switchlora", (*UNITS, *STEP, *SHARDED, *RECOMPUTED)),
-        "all offloaded": ("switchlora", (*UNITS, *STEP, *OFFLOADED)),
         "bf16": ("switchlora", BF16),
         "bf16 step": ("switchlora", (*BF16, *STEP)),
         "rounded": ("switchlora", ROUNDED),
@@ -81,7 +78,6 @@ EXPECTED = {
     ("two", "sharded gradients"): ("default", False),
     ("two", "all"): ("default", False),
     ("two", "all recomputed"): ("default", False),
-    ("two", "all offloaded"): ("default", True),
     ("two", "bf16 step"): ("bf16", True),
     ("two", "rounded, replicated"): ("rounded", False),
     ("two", "resets, replicated"): ("resets", False),
@@ -118,9 +114,8 @@ def train(home, session, name):
     trainer = tiny_trainer(home, method, *BASE, *keys, num_ranks=NUM_RANKS[session])
     stepper, prompts = trainer.stepper, trainer.evaluators.prompts
     texts = [tuple(found) for found in prompts(stepper.model)]
-    first_step, on_host = stepper.state.step, watch_block_inputs(stepper.model)
+    first_step = stepper.state.step
     losses = train_steps(trainer, SAVED_STEP - first_step)
-    num_on_host = list(on_host)
     if session == "two" and name in SAVED:
         trainer.checkpointer.save(SAVED_STEP, trainer.tensors(), vars(stepper.state))
         trainer.checkpointer.finish()
@@ -139,18 +134,7 @@ def train(home, session, name):
         "losses": losses,
         "held_out": held_out,
         "final": final,
-        "on_host": num_on_host,
     }
-
-
-def watch_block_inputs(model):
-    """Returns a list that gets the number of inputs in host memory after each pass of blocks."""
-    on_host = []
-    if isinstance(model.call_block, CallWithInputOnHost):
-        model.model.norm.register_forward_hook(
-            lambda *_: on_host.append(len(model.call_block.tensors_on_host()))
-        )
-    return on_host
 
 
 def check_how_weights_lie(model, is_replicated):
@@ -230,15 +214,6 @@ def test_losses_texts_and_checkpoints_are_those_of_the_defaults(recorded, sessio
         assert run["final"][key].dtype == tensor.dtype, key
         if is_bitwise:
             assert torch.equal(run["final"][key], tensor), key
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    # Inputs of three blocks in each of four micro-batches.
-    [("all offloaded", [3] * 4 * SAVED_STEP), ("all recomputed", [])],
-)
-def test_block_inputs_are_in_host_memory_only_in_the_run_that_offloads(recorded, name, expected):
-    assert recorded("two", name)["on_host"] == expected
 
 
 def test_the_compute_dtype_matters(recorded):

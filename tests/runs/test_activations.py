@@ -6,15 +6,12 @@ import pytest
 import torch
 from support.tiny import tiny_config, tiny_stepper
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.contracts import default_call_block
-from switchtitan.distributed.blocks import CallWithInputOnHost, checkpoint_activations
+from switchtitan.distributed.blocks import checkpoint_activations
 from switchtitan.distributed.config import ActivationCheckpointConfig
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.distributed.host_copies import HostCopies
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import LoraConfig
 from switchtitan.models import MODELS
@@ -177,94 +174,3 @@ def test_selective_keeps_the_result_of_the_package_flash_attn(mode, num_calls):
         library.impl("_flash_attn_forward", lambda x: calls.append(1) or x * 2, "CPU")
         model(torch.tensor([0.1, 0.2], requires_grad=True)).sum().backward()
     assert len(calls) == num_calls
-
-
-# Inputs of blocks in host memory.
-class RecordedCopies(HostCopies):
-    """Records copies in order: ("out" or "back", index of the tensor)."""
-
-    def __init__(self):
-        super().__init__(torch.device("cpu"))
-        self.events, self.shapes, self._numbers = [], [], {}
-
-    def to_host(self, tensor):
-        copy = super().to_host(tensor)
-        self._numbers[id(copy)] = len(self.shapes)
-        self.events.append(("out", len(self.shapes)))
-        self.shapes.append(tuple(tensor.shape))
-        return copy
-
-    def back_to_device(self, copy):
-        self.events.append(("back", self._numbers[id(copy)]))
-        return super().back_to_device(copy)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_inputs_in_host_memory_are_freed_until_they_are_needed_and_change_nothing(compiled):
-    counter = CompileCounterWithBackend(PARTITIONED)
-    model = build_model("full", counter if compiled else None)
-    kept = gradients_of(model)
-    copies, on_device = RecordedCopies(), []
-    offload = CallWithInputOnHost(copies)
-
-    def remembering(call_block):
-        def call(block, hidden, *args):
-            on_device.append(StorageWeakRef(hidden.untyped_storage()))
-            return call_block(block, hidden, *args)
-
-        return call
-
-    def num_alive():
-        return sum(not storage.expired() for storage in on_device)
-
-    model.call_block = remembering(default_call_block)
-    loss = loss_of(model)
-    assert num_alive() == NUM_BLOCKS, "the test must see the inputs"
-    del loss
-    on_device.clear()
-    model.call_block = remembering(offload)
-    loss = loss_of(model)
-    assert num_alive() == 1, "the last block's input, which backward needs first"
-    assert not on_device[-1].expired()
-    assert len(offload.tensors_on_host()) == NUM_BLOCKS
-    loss.backward()
-    assert num_alive() == 0
-    assert offload.tensors_on_host() == []
-    for ours, expected in zip(gradients_of(model), kept, strict=True):
-        assert torch.equal(ours, expected)
-    assert copies.shapes == [(BATCH, SEQ, DIM)] * 2 * NUM_BLOCKS, "must be exactly block inputs"
-    assert counter.frame_count == compiled
-
-
-def test_each_input_but_the_last_is_fetched_one_block_ahead():
-    copies, model = RecordedCopies(), build_model("full")
-    offload = CallWithInputOnHost(copies)
-
-    def call(block, hidden, *args):
-        number = len(copies.shapes)
-        output = offload(block, hidden, *args)
-        # Called when the gradient reaches the block, before its backward pass.
-        output.register_hook(lambda grad: copies.events.append(("needed", number)))
-        return output
-
-    model.call_block = call
-    loss_of(model).backward()
-    assert copies.events == [
-        *(("out", number) for number in range(NUM_BLOCKS)),
-        *(("needed", 2), ("back", 1), ("needed", 1), ("back", 0), ("needed", 0)),
-    ]
-
-
-def test_a_forward_pass_without_a_backward_pass_frees_its_inputs():
-    model = build_model("full")
-    expected = gradients_of(model)
-    model.call_block = CallWithInputOnHost(HostCopies(torch.device("cpu")))
-    abandoned = loss_of(model)
-    assert len(model.call_block.tensors_on_host()) == NUM_BLOCKS
-    with torch.no_grad():
-        loss_of(model)
-    assert len(model.call_block.tensors_on_host()) == NUM_BLOCKS
-    del abandoned
-    for ours, plain in zip(gradients_of(model), expected, strict=True):
-        assert torch.equal(ours, plain)
-    assert model.call_block.tensors_on_host() == []

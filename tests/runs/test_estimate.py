@@ -1,5 +1,6 @@
 """Estimates of a step follow from formulas; tests/ranks compares them with real ranks."""
 
+import numpy as np
 import pytest
 import torch
 from support.estimates import estimate_all_micro_batches
@@ -22,7 +23,7 @@ from switchtitan.methods.lowrank.contraction import (
     merged,
     num_flops,
 )
-from switchtitan.methods.switchlora.schedule import SwitchSchedule
+from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.models import MODELS
 
 SEQ_LEN = 16
@@ -134,15 +135,13 @@ def test_muon_has_one_moment_for_matrices_in_blocks_and_two_for_all_else(tmp_pat
     assert memory_of(tmp_path, "full_rank").most["optimizer"] > expected
 
 
-def test_muon_has_one_moment_for_factors_and_no_step_counts(tmp_path):
+def test_muon_has_one_moment_for_factors(tmp_path):
     layers = shapes_in_blocks(tiny_config(tmp_path, "switchlora"))
     with_adamw, with_muon = (
         memory_of(tmp_path, "switchlora", *keys).most["optimizer"] for keys in ((), MUON)
     )
-    rank, num_factors = 6, 2 * len(layers)
-    moments = rank * sum(out + width for out, width in layers)
-    # fp32. Also AdamW's learning rate, which is a tensor.
-    assert with_adamw - with_muon == 4 * (moments + rank * num_factors + 1)
+    rank = 6
+    assert with_adamw - with_muon == 4 * rank * sum(out + width for out, width in layers)  # fp32
 
 
 def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path):
@@ -171,25 +170,6 @@ def test_activation_checkpointing_trades_memory_for_flops(tmp_path):
     assert checkpointed.memory.most["activations"] < plain.memory.most["activations"]
     assert checkpointed.memory.state == plain.memory.state
     assert checkpointed.flops_ratio > plain.flops_ratio
-
-
-def test_block_inputs_in_host_memory_are_not_in_the_sums(tmp_path):
-    batches = ("--training.global_batch_size", "4")
-    keys = ("--model.num_layers", "4", "--activation_checkpoint.mode", "full", *batches)
-    kept, offloaded = (
-        memory_of(tmp_path, "full_rank", *keys, "--activation_checkpoint.offload", offload)
-        for offload in ("false", "true")
-    )
-    # Two sequences of 16 tokens, hidden size 20, fp32.
-    num_bytes_of_block = 2 * 16 * 20 * 4
-    num_bytes = 4 * num_bytes_of_block
-    assert (kept.most["host"], offloaded.most["host"]) == (0, num_bytes)
-    # The last block's input stays on the device, since backward starts with it.
-    saved = kept.most["activations"] - offloaded.most["activations"]
-    assert saved == num_bytes - num_bytes_of_block
-    assert offloaded.state == kept.state
-    # During a block's backward pass, its own input and the one before it are on the device.
-    assert kept.peak - num_bytes < offloaded.peak <= kept.peak - num_bytes_of_block
 
 
 def test_the_peak_is_at_most_the_sum_of_the_maxima(tmp_path):
@@ -302,8 +282,9 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path):
     without = sent_by(tmp_path, "lora", num_ranks=num_ranks)
     with_switch = sent_by(tmp_path, "switchlora", num_ranks=num_ranks)
     widths = [sum(p.shape) for unit in units(config) for p in unit if not p.requires_grad]
-    schedule = SwitchSchedule(config.method, config.training.steps, len(widths))
-    requested = zip(schedule.requested(step - 1), widths, strict=True)
+    plan = Plan(config.method, config.training.steps, np.full(len(widths), 100))
+    plan.step = step - 1
+    requested = zip(plan.requested(), widths, strict=True)
     # For both factors: vectors out, vectors in and counterparts; and each rank's checksum.
     num_words = num_ranks + sum(3 * count * width for count, width in requested)
     assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1

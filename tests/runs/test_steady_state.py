@@ -119,20 +119,11 @@ def test_steps_read_nothing_back_and_leave_no_tensors_to_the_garbage_collection(
     assert least_growth(counts) <= 0
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("--checkpoint.async_save", "true", "--method.candidates_device", "host"),
-        (*CHECKPOINTED, "--activation_checkpoint.offload", "true"),
-    ],
-    ids=["background", "offload"],
-)
-def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collection(
-    corpora, overrides, request
-):
+def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collection(corpora):
     """Python collects no garbage between the first step and the last one."""
     keys = [w for k in ("evaluation", "checkpoint", "spectrum") for w in (f"--{k}.interval", "2")]
-    folder = corpora / f"leftovers-{request.node.callspec.id}"
+    overrides = ("--checkpoint.async_save", "true", "--method.candidates_device", "host")
+    folder = corpora / "leftovers"
     trainer = tiny_trainer(folder, "switchlora", *keys, *overrides, "--training.steps", "13")
     step, counts = trainer.stepper.step, []
 

@@ -131,7 +131,7 @@ def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(co
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
-    assert (stepper.state.step, stepper.state.num_skipped, stepper.state.num_batches) == (4, 1, 5)
+    assert (stepper.state.step, stepper.state.num_skipped, stepper.state.next_batch) == (4, 1, 5)
     assert stepper.lr_schedule(stepper.state.step) == lr_factor
     loss = stepper.step().loss
     stepper.close()

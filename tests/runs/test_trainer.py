@@ -13,34 +13,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.skipping import SKIP
-from support.spikes import (
-    BAD_BATCH,
-    GUARD,
-    PASSED_OVER,
-    raise_loss_of_batch,
-    results_of,
-    run_without_batches,
-)
 from support.spoiled import spoil_next_gradient, spoil_next_loss
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.layout import list_step_folders
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.data import open_corpus
-from switchtitan.distributed.world import stop_world
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
 from switchtitan.observability.curves import read_curves
 from switchtitan.training import trainer as trainer_module
 from switchtitan.training.divergence import TrainingDivergedError
-from switchtitan.training.loss_spikes import loss_limit
-from switchtitan.training.stepper import TrainState
-from switchtitan.training.stop import NeverStop, Stopped
+from switchtitan.training.stop import Stop, Stopped
 from switchtitan.training.trainer import RunSchedule
 
 SAVE_OFTEN = ("--checkpoint.interval", "2", "--evaluation.interval", "100")
 TEST_SPLIT = ("--data.test_fraction", "0.1", "--evaluation.test_tokens", "320")
 REGIONS = {"data", "forward", "backward", "reduce", "clip", "update", "other", "step"}
+
+
+def results_of(folder):
+    return json.loads((folder / "run" / "results.json").read_text())
 
 
 def before_each_step(trainer, call):
@@ -291,7 +284,7 @@ def test_skips_that_are_not_in_a_row_do_not_stop_the_run(corpora, monkeypatch):
     state = trainer.stepper.state
 
     def spoil_every_second(step):
-        if state.num_batches % 2:
+        if state.next_batch % 2:
             spoil_next_gradient(trainer.stepper)
 
     before_each_step(trainer, spoil_every_second)
@@ -329,10 +322,11 @@ INTERRUPTED = ("--training.steps", "6", "--evaluation.interval", "2", "--metrics
 INTERRUPTED += ("true", "--checkpoint.interval", "100")
 
 
-class StopInTheEvaluation(NeverStop):
+class StopInTheEvaluation(Stop):
     """Stops a run after the third batch of the evaluation after step 4."""
 
     def __init__(self, state):
+        super().__init__()
         self.state, self.num_batches = state, 0
 
     def is_due(self):
@@ -369,30 +363,3 @@ def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(c
     assert resumed.stepper.state == expected.stepper.state
     tensors = full_tensors(resumed)
     assert all(torch.equal(tensors[name], t) for name, t in full_tensors(expected).items())
-
-
-def test_after_a_rollback_a_run_equals_one_without_the_batches_bitwise(corpora):
-    without = full_tensors(run_without_batches(corpora / "no-spike", "switchlora", PASSED_OVER))
-    stop_world()
-    folder = corpora / "spike"
-    trainer = tiny_trainer(folder, "switchlora", *GUARD, "--metrics.interval", "7")
-    raise_loss_of_batch(trainer.stepper, BAD_BATCH)
-    trainer.train()
-    assert all(torch.equal(t, without[name]) for name, t in full_tensors(trainer).items())
-    results = results_of(folder)
-    assert (results["rollbacks"], results["batches_passed_over"]) == (1, PASSED_OVER)
-
-
-def test_the_limit_of_a_loss_is_the_median_plus_scaled_deviations():
-    losses = [3.0, 1.0, 2.0, 2.5, 1.5, 100.0, 2.0, 2.2]
-    middle = statistics.median(losses)
-    deviations = sorted(abs(loss - middle) for loss in losses)
-    mad = (deviations[3] + deviations[4]) / 2
-    assert loss_limit(losses, 5) == pytest.approx(middle + 5 * 1.4826 * mad)
-
-
-def test_positions_map_to_batches_that_are_not_passed_over():
-    state = TrainState(step=3, passed_over=[0, 2, 3, 9])
-    kept = [batch for batch in range(20) if batch not in state.passed_over]
-    assert [state.batch_index(position) for position in range(16)] == kept[:16]
-    assert state.next_batch == kept[3]

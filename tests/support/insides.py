@@ -1,7 +1,7 @@
 """Reaches inside the product, where no public name shows what ranks do."""
 
 from switchtitan.distributed import initial_draws
-from switchtitan.training import output_folder
+from switchtitan.training import output
 
 
 def draw_in_small_blocks(largest, num_blocks):
@@ -11,9 +11,9 @@ def draw_in_small_blocks(largest, num_blocks):
 
 def wait_for_shared_folders(seconds):
     """Sets how long a rank waits, in this process, to see a folder that another has made."""
-    output_folder._VISIBLE_WITHIN_S = seconds
+    output._VISIBLE_WITHIN_S = seconds
 
 
-def exchanged_plans(optimizer):
-    """Returns what counts the plans that a SwitchLoRA optimizer has exchanged, in `history`."""
-    return optimizer._exchange
+def wait_for_owners(seconds):
+    """Sets how long a run waits, in this process, for another one to leave its folder."""
+    output._ENDS_WITHIN_S = seconds

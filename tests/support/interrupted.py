@@ -1,7 +1,6 @@
 """Training runs that receive a signal at a chosen place, and what they leave at the end."""
 
 import json
-import math
 import os
 import random
 import re
@@ -24,7 +23,7 @@ from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents
 from switchtitan.cli import train
 from switchtitan.data import corpus
-from switchtitan.training import signals, stop
+from switchtitan.training import stop
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.stepper import Stepper
 
@@ -42,8 +41,6 @@ PHASES: dict[str, tuple[object, str, float]] = {
 takes."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LONGEST_S = 120.0
-_POLL_S = 0.02
-"""Ranks look often for a stop: the steps of a tiny run are short."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class Interrupt:
         delay_s: seconds after the call began; the signal comes in a later call if this one is
             shorter.
         rank: which rank receives it; None: all do, each at its own call.
-        number: the signal. After SIGKILL and SIGSTOP, the other ranks are killed once one has
-            failed, as by torchrun; after others, all ranks end by themselves.
+        number: the signal. After SIGKILL, the other ranks are killed once one has failed, as by
+            torchrun; after others, all ranks end by themselves.
     """
 
     phase: str
@@ -88,8 +85,7 @@ def random_interrupt(
 def arguments(folder: Path, cache_dir: Path, is_async: bool) -> list[str]:
     """Writes the configuration of a run in `folder`; returns the arguments of `train`.
 
-    It evaluates and saves at different steps, which take longer than the ranks need to agree on
-    where to stop.
+    It evaluates and saves at different steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.toml"
@@ -135,7 +131,7 @@ def run(
     ]
     for process in ranks:
         process.start()
-    kills_others = interrupt is None or interrupt.number in (signal.SIGKILL, signal.SIGSTOP)
+    kills_others = interrupt is None or interrupt.number == signal.SIGKILL
     try:
         _wait(ranks, kills_others)
     finally:
@@ -177,7 +173,6 @@ def _train(
     os.dup2(output, 2)
     # In the background, a shell starts programs that ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    stop._POLL_S = _POLL_S
     if interrupt is not None and interrupt.rank in (rank, None):
         owner, name, _ = PHASES[interrupt.phase]
         setattr(owner, name, _signals_inside(getattr(owner, name), interrupt))
@@ -262,26 +257,6 @@ def check_folders(folder: Path) -> None:
 # What can be planted in each rank.
 
 
-def end_first_step_while_ranks_agree() -> None:
-    """The signal is known before the first step counts, and the answer after it was reported."""
-    note_step, agree = stop.RunStop.note_step, stop.RunStop._agree
-
-    def wait_until(claim: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
-        while not claim() and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def note_when_asked(run_stop: stop.RunStop) -> None:
-        wait_until(lambda: run_stop._hold < math.inf)
-        note_step(run_stop)
-
-    def agree_after_step(run_stop: stop.RunStop, stop_at: float, has_work: bool) -> None:
-        wait_until(lambda: run_stop._num_passed > 0)
-        agree(run_stop, stop_at, has_work)
-
-    stop.RunStop.note_step, stop.RunStop._agree = note_when_asked, agree_after_step
-
-
 def save_slowly() -> None:
     """The second save takes half a minute."""
     write_data, num_saves = ChecksummingWriter.write_data, 0
@@ -299,7 +274,7 @@ def save_slowly() -> None:
 def save_slowly_and_interrupt() -> None:
     """During the second save, which takes half a minute, a second signal arrives."""
     save_slowly()
-    signals.SAME_ACTION_S = 0.3
+    stop.SAME_ACTION_S = 0.3
     write_slowly, num_saves = ChecksummingWriter.write_data, 0
 
     def write_and_interrupt(*args: object) -> object:
@@ -310,10 +285,3 @@ def save_slowly_and_interrupt() -> None:
         return write_slowly(*args)
 
     ChecksummingWriter.write_data = write_and_interrupt
-
-
-def stop_main_rank_in_step_7() -> None:
-    """Rank 0 receives SIGTERM half a second after its step 7 began."""
-    if os.environ["RANK"] == "0":
-        interrupt = Interrupt("training", 7, 0.5, number=signal.SIGTERM)
-        Stepper.step = _signals_inside(Stepper.step, interrupt)

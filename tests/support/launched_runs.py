@@ -14,7 +14,6 @@ from support.sessions import Started, started
 PROGRAM = """\
 import os, signal, sys
 from switchtitan.cli.train import main
-from switchtitan.training import stop
 from switchtitan.training.stepper import Stepper
 
 step = Stepper.step
@@ -25,7 +24,6 @@ def die_in_step_7(stepper):
             os.kill(os.getpid(), signal.SIGKILL)
     return step(stepper)
 
-stop._POLL_S = 0.02
 Stepper.step = die_in_step_7
 main(sys.argv[1:])
 """

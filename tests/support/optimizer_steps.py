@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.optim.rounded_moments import RoundedUpdate
 
 Shapes = Mapping[str, tuple[int, ...]]
 """By the parameter's name."""
@@ -42,8 +41,3 @@ def train(optimizer: TrainingOptimizer, named: dict[str, nn.Parameter], steps: r
 def limit_elements_per_call(monkeypatch: Any, module: ModuleType, num_elements: int) -> None:
     """Makes the parts small in which uncompiled operations of a module take large tensors."""
     monkeypatch.setattr(module, "_MAX_ELEMENTS", num_elements)
-
-
-def rounding_keys(update: RoundedUpdate) -> list[Tensor]:
-    """Of each parameter, in order."""
-    return list(update._keys.values())

@@ -1,21 +1,24 @@
 """SwitchLoRA layers with an optimizer, without a model."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from switchtitan.distributed import seeds
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.distributed.shards import Spans
-from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear
-from switchtitan.methods.switchlora import factor_groups, vector_adamw
-from switchtitan.methods.switchlora.candidates import Candidates
+from switchtitan.methods.lowrank import LowRankLinear, balanced_bounds
+from switchtitan.methods.lowrank.rounding import StochasticRounding
+from switchtitan.methods.switchlora import factors
+from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.factor_muon import FactorMuon
-from switchtitan.methods.switchlora.init import balanced_candidates_init, candidate_shapes
+from switchtitan.methods.switchlora.factors import FactorMuon, Factors, VectorAdamW
+from switchtitan.methods.switchlora.method import SwitchLora, SwitchLoraLinear
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
+from switchtitan.methods.switchlora.plan import Plan, VectorSpan
 from switchtitan.optim import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 
@@ -32,19 +35,11 @@ def flat(spans: Spans) -> list[int]:
 
 def build_layer(
     out_features: int, in_features: int, rank: int, scale: float, dtype: torch.dtype, seed: int = 0
-) -> LowRankLinear:
+) -> SwitchLoraLinear:
     """A layer with balanced initial candidates and a random weight of variance 1 / in."""
-    layer = LowRankLinear(
-        in_features,
-        out_features,
-        rank,
-        scale,
-        balanced_candidates_init,
-        buffers={
-            name: LayerBuffer(shape)
-            for name, shape in candidate_shapes(out_features, in_features).items()
-        },
-    )
+    bounds = balanced_bounds(out_features, in_features, rank)
+    layer = SwitchLoraLinear(in_features, out_features, rank, scale, bounds)
+    layer.store_candidates(on_host=False)
     weight = (
         torch.randn(out_features, in_features, generator=generator_for(seed, "weight"))
         / in_features**0.5
@@ -54,23 +49,69 @@ def build_layer(
     return layer.to(dtype)
 
 
+def build_rule(
+    keys: AdamWConfig | MuonConfig,
+    layers: Mapping[str, LowRankLinear],
+    plan: Plan | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    compile_step: bool = False,
+) -> VectorAdamW | FactorMuon:
+    """A rule for all vectors; by default its plan never switches."""
+    if plan is None:
+        rank = next(iter(layers.values())).rank
+        config = SwitchLoraConfig(rank=rank, freeze_steps=1, reset_moments="none")
+        plan = Plan(config, 1000, np.full(len(layers), rank))
+    if isinstance(keys, MuonConfig):
+        return FactorMuon(keys, Factors(layers), plan, compute_dtype, compile_step)
+    return VectorAdamW(keys, Factors(layers), plan, compile_step)
+
+
+def step_rule(rule: VectorAdamW | FactorMuon, frozen: Sequence[VectorSpan] = ()) -> None:
+    """Steps a rule of `build_rule`, which holds these vectors still."""
+    plan = rule._plan
+    for factor, layer, vectors in frozen:
+        plan.last_switched[1 - factor, layer, vectors.start : vectors.stop] = plan.step
+    plan.advance([])
+    rule.step()
+
+
 def build_optimizer(
     config: SwitchLoraConfig,
     keys: AdamWConfig | MuonConfig,
-    layers: list[LowRankLinear],
+    layers: list[SwitchLoraLinear],
     num_steps: int,
     candidates: Candidates | None = None,
     seed: int = 0,
+    compile_step: bool = False,
 ) -> SwitchLoraOptimizer:
     """An optimizer of these layers only, named layer0, layer1, ...; no full-rank parameters."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
-    dense = AdamW(keys, [])
-    rule = (
-        FactorMuon(keys, named, torch.float32, False)
-        if isinstance(keys, MuonConfig)
-        else VectorAdamW(keys, named, False)
+    plan = Plan(config, num_steps, np.array([layer.num_candidates for layer in layers]))
+    return SwitchLoraOptimizer(
+        config,
+        layers,
+        plan,
+        build_rule(keys, named, plan, compile_step=compile_step),
+        AdamW(keys, []),
+        candidates or StoredCandidates(layers),
+        StochasticRounding(named, seed, compile_step),
     )
-    return SwitchLoraOptimizer(config, named, rule, dense, num_steps, seed, False, candidates)
+
+
+def candidates_of(method: SwitchLora, layers: dict[str, SwitchLoraLinear]) -> Candidates:
+    """The candidates that the method's configuration names."""
+    return method._candidates_of(layers)
+
+
+def freeze_steps_left(state: dict[str, torch.Tensor], freeze_steps: int) -> torch.Tensor:
+    """Steps for which each vector is still frozen, [2, layers, rank], from an optimizer's state."""
+    since = state["switch.step"] - state["switch.last_switched"].flip(0)
+    return (freeze_steps - since).clamp(min=0)
+
+
+def vector_steps(optimizer: SwitchLoraOptimizer) -> torch.Tensor:
+    """Steps since each vector's reset, [2, layers, rank]."""
+    return torch.from_numpy(optimizer._plan.num_updates().copy())
 
 
 def set_gradients(layers: list[LowRankLinear], value: float) -> None:
@@ -97,20 +138,26 @@ def requested_and_switched(
     optimizer: SwitchLoraOptimizer, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Switches `num_steps` times; returns how many vectors of each layer were due and switched."""
-    requested = sum(optimizer._schedule.requested(step) for step in range(num_steps))
+    plan, requested = optimizer._plan, 0
     for _ in range(num_steps):
+        requested = requested + plan.requested()
         optimizer.switch()
-    return np.asarray(requested), optimizer._counts.num_switched
+    return np.asarray(requested), plan.num_switched
 
 
 def limit_elements_per_call(monkeypatch: Any, num_elements: int) -> None:
     """Makes groups of factors small: the number for 10 million elements is one for few."""
-    monkeypatch.setattr(factor_groups, "_ELEMENTS_PER_CALL", num_elements)
+    monkeypatch.setattr(factors, "_ELEMENTS_PER_CALL", num_elements)
 
 
 def limit_elements_in_cache(monkeypatch: Any, num_elements: int) -> None:
     """Makes the blocks small that a CPU updates at a time."""
-    monkeypatch.setattr(vector_adamw, "_ELEMENTS_IN_CACHE", num_elements)
+    monkeypatch.setattr(factors, "_ELEMENTS_IN_CACHE", num_elements)
+
+
+def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:
+    """Draws random vectors in parts of so many elements."""
+    monkeypatch.setattr(seeds, "_DRAWN_AT_A_TIME", num_elements)
 
 
 def are_groups_in_place(rule: VectorAdamW | FactorMuon) -> bool:
@@ -120,7 +167,7 @@ def are_groups_in_place(rule: VectorAdamW | FactorMuon) -> bool:
 
 def replace_first_shard(rule: VectorAdamW, value: float) -> torch.nn.Parameter:
     """Replaces a parameter, as FSDP replaces the local shard of a DTensor; with a gradient."""
-    factors = rule._factors.factors
-    factors[0] = torch.nn.Parameter(torch.full_like(factors[0], value))
-    factors[0].grad = torch.ones_like(factors[0])
-    return factors[0]
+    parameters = rule._factors.parameters
+    parameters[0] = torch.nn.Parameter(torch.full_like(parameters[0], value))
+    parameters[0].grad = torch.ones_like(parameters[0])
+    return parameters[0]

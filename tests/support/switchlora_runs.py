@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from support.small_llama import SEED, draw_batch, draw_model, logits_of
+from support.switchlora_layers import build_optimizer, freeze_steps_left, vector_steps
 from support.switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
-from switchtitan.methods.lowrank import LayerBuffer, LowRankLinear, lora_init, low_rank_layers
+from switchtitan.methods.lowrank import low_rank_layers
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
-from switchtitan.optim import AdamW, AdamWConfig
+from switchtitan.methods.switchlora.method import SwitchLoraLinear
+from switchtitan.optim import AdamWConfig
 
 NUM_STEPS = 60
 RANK = 5  # k_proj and v_proj are [6, 12]: one candidate on each side waits, so their limit is felt
@@ -46,10 +46,8 @@ def initial_candidates(config, name, layer):
         else (in_features**-0.5, 0.0)
     )
     count = min(layer.weight.shape)
-    candidates_a = constant_candidates(SEED, f"{name}.candidates_a", count, in_features, bounds[0])
-    candidates_b = constant_candidates(
-        SEED, f"{name}.candidates_b", count, out_features, bounds[1]
-    ).T
+    candidates_a = constant_candidates(SEED, f"{name}.lora_a", count, in_features, bounds[0])
+    candidates_b = constant_candidates(SEED, f"{name}.lora_b", count, out_features, bounds[1]).T
     return candidates_a.double(), candidates_b.double()
 
 
@@ -132,10 +130,8 @@ def check_whole_run(config, compile_step=False, num_steps=NUM_STEPS):
         assert state["switch.num_switched"].tolist() == reference.num_switched
         for index, (name, layer) in enumerate(low_rank_layers(ours).items()):
             other = their_layers[name]
-            timers, steps = (
-                state[f"switch.{key}"][:, index].tolist()
-                for key in ("freeze_steps_left", "vector_steps")
-            )
+            timers = freeze_steps_left(state, config.freeze_steps)[:, index].tolist()
+            steps = vector_steps(optimizer)[:, index].tolist()
             assert timers == [other.rest_a, other.rest_b]
             assert steps == [other.steps_a, other.steps_b]
             for key, pair in pairs_of_tensors(name, layer, state, other).items():
@@ -170,8 +166,8 @@ def check_metrics(optimizer, reference):
 def build_golden(golden, compile_step):
     """The layer of the recorded run, and its optimizer."""
     hyper = json.loads(str(golden["hyper_json"]))
-    buffers = {"candidates_a": LayerBuffer((23, 28)), "candidates_b": LayerBuffer((23, 23))}
-    layer = LowRankLinear(28, 23, GOLDEN_RANK, hyper["scaling"], lora_init, buffers=buffers)
+    layer = SwitchLoraLinear(28, 23, GOLDEN_RANK, hyper["scaling"], (1.0, 1.0))
+    layer.store_candidates(on_host=False)
     with torch.no_grad():
         for target, name in (
             (layer.weight, "W"),
@@ -185,10 +181,9 @@ def build_golden(golden, compile_step):
         rank=GOLDEN_RANK, interval=10, decay="constant", freeze_steps=GOLDEN_FREEZE_STEPS
     )
     adamw = AdamWConfig(lr=hyper["lr"])
-    layers, dense = {"mlp": layer}, AdamW(adamw, [])
-    rule = VectorAdamW(adamw, layers, compile_step)
-    optimizer = SwitchLoraOptimizer(config, layers, rule, dense, NUM_GOLDEN_STEPS, 0, compile_step)
-    return layer, optimizer
+    return layer, build_optimizer(
+        config, adamw, [layer], NUM_GOLDEN_STEPS, compile_step=compile_step
+    )
 
 
 def check_golden_trajectory(compile_step=False):
@@ -223,7 +218,8 @@ def check_golden_trajectory(compile_step=False):
             slots_a[p % GOLDEN_RANK] = slots_b[(GOLDEN_RANK // 2 + p) % GOLDEN_RANK] = p % 23
         np.testing.assert_array_equal(slots_a, golden["mlp.selA"][t])
         np.testing.assert_array_equal(slots_b, golden["mlp.selB"][t])
-        timers, steps = state["switch.freeze_steps_left"][:, 0], state["switch.vector_steps"][:, 0]
+        timers = freeze_steps_left(state, GOLDEN_FREEZE_STEPS)[:, 0]
+        steps = vector_steps(optimizer)[:, 0]
         np.testing.assert_array_equal(timers[0], golden["mlp.fixA"][t])
         np.testing.assert_array_equal(timers[1], golden["mlp.fixB"][t])
         np.testing.assert_array_equal(steps[0], golden["mlp.stepA"][t])
@@ -232,10 +228,10 @@ def check_golden_trajectory(compile_step=False):
             (layer.weight, "W"),
             (layer.lora_a, "A"),
             (layer.lora_b.T, "B"),
-            (state["mlp.lora_a.exp_avg"], "mA"),
-            (state["mlp.lora_a.exp_avg_sq"], "vA"),
-            (state["mlp.lora_b.exp_avg"].T, "mB"),
-            (state["mlp.lora_b.exp_avg_sq"].T, "vB"),
+            (state["layer0.lora_a.exp_avg"], "mA"),
+            (state["layer0.lora_a.exp_avg_sq"], "vA"),
+            (state["layer0.lora_b.exp_avg"].T, "mB"),
+            (state["layer0.lora_b.exp_avg_sq"].T, "vB"),
         ):
             check_golden(tensor, golden[f"mlp.{name}"][t], f"{name} after step {t}")
 

@@ -13,7 +13,6 @@ import pytest
 
 from switchtitan.errors import EnvironmentMismatchError, abbreviate
 from switchtitan.files import (
-    create_atomically,
     file_inside,
     format_bytes,
     lock,
@@ -63,24 +62,6 @@ def test_two_writers_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
     write_atomically(file, "of the first writer")
     assert file.read_text() == "of the first writer"
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_file_is_created_once(tmp_path, monkeypatch):
-    create_atomically(tmp_path / "file", "first")
-    with pytest.raises(FileExistsError):
-        create_atomically(tmp_path / "file", "second")
-    assert (tmp_path / "file").read_text() == "first"
-    link = os.link
-
-    def link_twice(*arguments):
-        """A network file system repeats a request that has succeeded."""
-        link(*arguments)
-        link(*arguments)
-
-    monkeypatch.setattr(os, "link", link_twice)
-    create_atomically(tmp_path / "other", "contents")
-    assert (tmp_path / "other").read_text() == "contents"
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_write_deletes_what_killed_writers_of_the_same_file_left_an_hour_ago(tmp_path):

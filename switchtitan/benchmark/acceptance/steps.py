@@ -318,15 +318,9 @@ STEPS: tuple[Step, ...] = (
         *("switch", "switch", _SWITCHLORA, "--rounds", "4", "--steps-per-round", "10"),
         on_all_gpus=True,
     ),
-    _benchmark("optimizer", "optimizer", _SWITCHLORA, on_all_gpus=False),
     _save_and_resume(),
     _variant("flex", "flex attention", {"model.attention": "flex"}),
     _variant("flash_attn", "the package flash-attn", {"model.attention": "flash_attn"}, _no_flash),
     _variant("host_candidates", "candidates in host memory", {"method.candidates_device": "host"}),
-    _variant(
-        "offload",
-        "block inputs in host memory",
-        {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "true"},
-    ),
 )
 """In the order in which they run."""

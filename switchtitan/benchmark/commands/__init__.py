@@ -6,7 +6,6 @@ from switchtitan.benchmark.commands.time_checkpoint import CHECKPOINT
 from switchtitan.benchmark.commands.time_layer import LAYER
 from switchtitan.benchmark.commands.time_loader import LOADER
 from switchtitan.benchmark.commands.time_loss import LOSS
-from switchtitan.benchmark.commands.time_optimizer import OPTIMIZER
 from switchtitan.benchmark.commands.time_startup import STARTUP
 from switchtitan.benchmark.commands.time_step import STEP
 from switchtitan.benchmark.commands.time_switch import SWITCH
@@ -16,7 +15,6 @@ COMMANDS: tuple[Command, ...] = (
     COMMUNICATION,
     LAYER,
     LOSS,
-    OPTIMIZER,
     LOADER,
     CHECKPOINT,
     STARTUP,

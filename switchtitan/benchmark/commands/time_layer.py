@@ -187,10 +187,10 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     Raises:
         ConfigError: if a rank does not fit a shape.
     """
-    dims = LlamaConfig(size=options.model_size).dimensions()
-    of_model = {shape for name, shape in dims.linear_shapes().items() if name != "lm_head"}
+    model = LlamaConfig(size=options.model_size)
+    of_model = {shape for name, shape in model.linear_shapes().items() if name != "lm_head"}
     shapes = options.shapes or sorted(of_model)
-    ranks = options.ranks or [min(dims.hidden_size, *map(min, shapes)) // 4]
+    ranks = options.ranks or [min(model.sizes.hidden_size, *map(min, shapes)) // 4]
     for rank, shape in itertools.product(ranks, shapes):
         if not 1 <= rank < min(shape):
             raise ConfigError(

@@ -2,26 +2,20 @@
 
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.linear import (
-    InitialFactors,
-    LayerBuffer,
     LowRankLinear,
-    balanced_init,
-    lora_init,
-    low_rank_layer_for,
+    balanced_bounds,
+    lora_bounds,
     low_rank_layers,
     replace_linears,
 )
 from switchtitan.methods.lowrank.method import LowRankMethod
 
 __all__ = [
-    "InitialFactors",
-    "LayerBuffer",
     "LowRankConfig",
     "LowRankLinear",
     "LowRankMethod",
-    "balanced_init",
-    "lora_init",
-    "low_rank_layer_for",
+    "balanced_bounds",
+    "lora_bounds",
     "low_rank_layers",
     "replace_linears",
 ]

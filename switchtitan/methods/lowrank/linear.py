@@ -2,67 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchtitan.distributed.initial_draws import GeneratorFor, RandomRows, split_blocks
+from switchtitan.distributed.initial_draws import GeneratorFor, split_blocks
+from switchtitan.distributed.seeds import draw_vectors
 from switchtitan.errors import ConfigError
-from switchtitan.methods.lowrank.config import LowRankConfig, check_targets
+from switchtitan.methods.lowrank.config import check_targets
 from switchtitan.methods.lowrank.contraction import (
-    BY_NAME,
     Contraction,
     cheapest_contraction,
     frozen_linear,
 )
 
+FACTORS = ("lora_a", "lora_b")
+"""Local names of the parameters A and B of a `LowRankLinear`."""
+
 GAIN = 1 / math.sqrt(3)
 """The gain of a leaky ReLU with slope sqrt(5), as in Kaiming-uniform initialization of linear
 layers."""
-
-
 LayerT = TypeVar("LayerT", bound=nn.Module)
 """The class of the layers that replace linear ones."""
-
-
-class LayerShape(NamedTuple):
-    """The numbers that a layer's initial values depend on."""
-
-    out_features: int
-    in_features: int
-    rank: int
-    scale: float
-
-
-class InitialFactors(Protocol):
-    """A function that computes a low-rank layer's initial tensors."""
-
-    def __call__(
-        self,
-        weight: Tensor,
-        shape: LayerShape,
-        rows: Mapping[str, range],
-        generator_for: GeneratorFor,
-    ) -> dict[str, Tensor]:
-        """Returns rows of a layer's tensors by local name, with W + s B A = the plain weight.
-
-        Args:
-            weight: rows `rows["weight"]` of the plain layer's weight [out, in].
-            rows: local name -> the rows to return; of `weight`, complete blocks of `initial_draws`.
-        """
-        ...
-
-
-class LayerBuffer(NamedTuple):
-    """A buffer of a layer, sharded along dimension 0 like the parameters."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype | None = None
-    """By default the dtype of the parameters."""
-    is_on_host: bool = False
-    """Whether it stays in host memory."""
 
 
 class LowRankLinear(nn.Module):
@@ -76,9 +39,8 @@ class LowRankLinear(nn.Module):
         in_features, out_features: of the linear layer that it replaces.
         rank: number of vectors in each factor.
         scale: s.
-        initial_factors: see `InitialFactors`.
+        bounds: of the uniform distributions that A and B are drawn from at the start.
         dropout: dropout probability for the input of A.
-        buffers: buffers of the layer by local name.
         contraction: how to compute the layer without dropout; by default the cheapest for x.
     """
 
@@ -88,25 +50,20 @@ class LowRankLinear(nn.Module):
         out_features: int,
         rank: int,
         scale: float,
-        initial_factors: InitialFactors,
+        bounds: tuple[float, float],
         *,
         bias: bool = False,
         dropout: float = 0.0,
-        buffers: dict[str, LayerBuffer] | None = None,
         contraction: Contraction | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.bounds, self.dropout = scale, bounds, dropout
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features))
         self.lora_b = nn.Parameter(torch.empty(rank, out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._initial_factors = initial_factors
         self._contraction = contraction
-        self._layer_buffers = buffers or {}
-        for name, buffer in self._layer_buffers.items():
-            self.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -124,52 +81,50 @@ class LowRankLinear(nn.Module):
         """See `contracts.Reparametrized`."""
         return self.out_features, self.in_features
 
+    def initial_slots(self) -> tuple[Tensor, Tensor]:
+        """Returns which of the random vectors of its factor each vector of A and B is, [rank]."""
+        return torch.arange(self.rank), torch.arange(self.rank)
+
     def initial_tensors(
         self,
         weight: Tensor,
         generator_for: GeneratorFor,
         rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`."""
-        shape = LayerShape(self.out_features, self.in_features, self.rank, self.scale)
-        tensors = (*self.named_parameters(), *self.named_buffers())
-        rows = rows or {name: range(tensor.shape[0]) for name, tensor in tensors}
-        return self._initial_factors(weight, shape, rows, generator_for)
+        """See `contracts.Reparametrized`. W + s B A is the plain layer's weight."""
+        rows = rows or {name: range(len(tensor)) for name, tensor in self.named_parameters()}
+        lora_a, lora_b = (
+            self.draw(factor, slots, generator_for).to(weight.dtype)
+            for factor, slots in zip(FACTORS, self.initial_slots(), strict=True)
+        )
+        if self.bounds[1]:
+            weight = without_update(weight, rows["weight"], lora_a, lora_b, self.scale)
+        return {
+            "weight": weight,
+            "lora_a": take(lora_a, rows["lora_a"]),
+            "lora_b": take(lora_b, rows["lora_b"]),
+        }
+
+    def draw(self, factor: str, slots: Tensor, generator_for: GeneratorFor) -> Tensor:
+        """Returns the factor's random vectors number `slots`, [slots, width] fp32."""
+        place = FACTORS.index(factor)
+        width = (self.in_features, self.out_features)[place]
+        key = torch.tensor(generator_for(factor).initial_seed())
+        return draw_vectors(key, slots, width, self.bounds[place])
 
     def sharded_buffers(self) -> tuple[str, ...]:
         """See `contracts.Reparametrized`."""
-        return tuple(self._layer_buffers)
+        return ()
 
     def host_buffers(self) -> tuple[str, ...]:
         """See `contracts.Reparametrized`."""
-        return tuple(name for name, buffer in self._layer_buffers.items() if buffer.is_on_host)
+        return ()
 
     def extra_repr(self) -> str:
         return (
             f"in={self.in_features}, out={self.out_features}, "
             f"rank={self.rank}, scale={self.scale:g}"
         )
-
-
-def low_rank_layer_for(
-    linear: nn.Linear,
-    config: LowRankConfig,
-    scale: float,
-    initial_factors: InitialFactors,
-    buffers: dict[str, LayerBuffer] | None = None,
-) -> LowRankLinear:
-    """Builds the layer that replaces `linear`, with rank, dropout and contraction of `config`."""
-    return LowRankLinear(
-        linear.in_features,
-        linear.out_features,
-        config.rank,
-        scale,
-        initial_factors,
-        bias=linear.bias is not None,
-        dropout=config.dropout,
-        buffers=buffers,
-        contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],
-    )
 
 
 def replace_linears(
@@ -209,47 +164,10 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     }
 
 
-def lora_init(
-    weight: Tensor, shape: LayerShape, rows: Mapping[str, range], generator_for: GeneratorFor
-) -> dict[str, Tensor]:
-    """Draws A uniformly within 1/sqrt(in), and sets B to zero. W is unchanged.
-
-    (LoRA, arXiv 2106.09685, with Kaiming-uniform A, a = sqrt 5.) See `InitialFactors`.
-
-    Returns:
-        Rows of `weight` [out, in], `lora_a` [rank, in], `lora_b` [rank, out].
-    """
-    bound = lora_bound(shape.in_features)
-    lora_a = random_vectors("lora_a", (shape.rank, shape.in_features), bound, generator_for)
-    lora_b = torch.zeros(len(rows["lora_b"]), shape.out_features)
-    return {"weight": weight, "lora_a": lora_a[rows["lora_a"]], "lora_b": lora_b}
-
-
-def lora_bound(in_features: int) -> float:
-    """Returns the bound of LoRA's A: sqrt(6 / ((1 + a^2) in)) with a = sqrt 5, or 1/sqrt(in)."""
-    return 1 / math.sqrt(in_features)
-
-
-def balanced_init(
-    weight: Tensor, shape: LayerShape, rows: Mapping[str, range], generator_for: GeneratorFor
-) -> dict[str, Tensor]:
-    """Draws both factors within `balanced_bounds`, and sets W := weight - s B A.
-
-    Returns:
-        See `lora_init`.
-    """
-    out_features, in_features, rank, scale = shape
-    bound_a, bound_b = balanced_bounds(out_features, in_features, rank)
-    all_vectors = range(rank)
-    lora_a = random_vectors("lora_a", (rank, in_features), bound_a, generator_for)[all_vectors]
-    lora_b = random_counterparts("lora_b", (rank, out_features), bound_b, generator_for)[
-        all_vectors
-    ]
-    return {
-        "weight": without_update(weight, rows["weight"], lora_a, lora_b, scale),
-        "lora_a": take(lora_a, rows["lora_a"]),
-        "lora_b": take(lora_b, rows["lora_b"]),
-    }
+def lora_bounds(out_features: int, in_features: int, rank: int) -> tuple[float, float]:
+    """Returns LoRA's bounds of A and B (arXiv 2106.09685): B is zero, and A is Kaiming-uniform with
+    a = sqrt 5, of bound sqrt(6 / ((1 + a^2) in)) = 1/sqrt(in)."""
+    return 1 / math.sqrt(in_features), 0.0
 
 
 def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[float, float]:
@@ -291,29 +209,3 @@ def without_update(
 def take(tensor: Tensor, rows: range) -> Tensor:
     """Returns a view of consecutive rows."""
     return tensor[rows.start : rows.stop]
-
-
-def random_vectors(
-    name: str, shape: tuple[int, int], bound: float, generator_for: GeneratorFor
-) -> RandomRows:
-    """Draws A's vectors or candidates, [vectors, in], uniformly from [-bound, bound)."""
-    return RandomRows(
-        name, shape, lambda block, generator: uniform(block, bound, generator), generator_for
-    )
-
-
-def random_counterparts(
-    name: str, shape: tuple[int, int], bound: float, generator_for: GeneratorFor
-) -> RandomRows:
-    """The same for B's, [vectors, out]. Each block is drawn as columns, [out, vectors]."""
-    return RandomRows(
-        name,
-        shape,
-        lambda block, generator: uniform(block[::-1], bound, generator).t(),
-        generator_for,
-    )
-
-
-def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
-    """Draws fp32 values uniformly from [-bound, bound)."""
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

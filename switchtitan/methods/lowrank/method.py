@@ -14,19 +14,15 @@ from switchtitan.contracts import (
     TrainingOptimizer,
 )
 from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.lowrank.contraction import BY_NAME
 from switchtitan.methods.lowrank.linear import (
-    InitialFactors,
-    LayerBuffer,
+    FACTORS,
     LowRankLinear,
-    lora_init,
-    low_rank_layer_for,
+    lora_bounds,
     low_rank_layers,
     replace_linears,
 )
 from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
-
-FACTORS = ("lora_a", "lora_b")
-"""Local names of the parameters A and B of a `LowRankLinear`."""
 
 
 def parameters_with_factors(model: LanguageModel, layers: Iterable[str]) -> list[TrainedParameter]:
@@ -44,6 +40,8 @@ def parameters_with_factors(model: LanguageModel, layers: Iterable[str]) -> list
     return [entry._replace(input_dim=0) if entry.name in transposed else entry for entry in trained]
 
 
+LayerT = TypeVar("LayerT", bound=LowRankLinear)
+"""The class of a method's layers."""
 LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
 """The configuration class of a low-rank method."""
 
@@ -58,17 +56,13 @@ class LowRankMethod(Method[LowRankSection]):
         """
         return self.config.scale
 
-    def initial_factors(self) -> InitialFactors:
-        """Returns the initialization of the layers; by default that of LoRA."""
-        return lora_init
-
-    def layer_buffers(self, out_features: int, in_features: int) -> dict[str, LayerBuffer]:
-        """Returns a layer's buffers by local name; by default none."""
-        return {}
+    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
+        """Returns the bounds of a layer's initial A and B; by default those of LoRA."""
+        return lora_bounds(out_features, in_features, self.config.rank)
 
     def prepare_model(self, model: nn.Module) -> None:
         """Replaces every targeted linear layer."""
-        replace_linears(model, self.config.targets, self._build_layer)
+        replace_linears(model, self.config.targets, self.build_layer)
 
     def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         """Returns the factors and the parameters outside of low-rank layers."""
@@ -107,11 +101,20 @@ class LowRankMethod(Method[LowRankSection]):
             for layer in layers
         }
 
-    def _build_layer(self, name: str, linear: nn.Linear) -> LowRankLinear:
-        return low_rank_layer_for(
-            linear,
-            self.config,
+    def build_layer(self, name: str, linear: nn.Linear) -> LowRankLinear:
+        """Returns the layer that replaces `linear`, by its qualified name."""
+        return self.new_layer(LowRankLinear, name, linear)
+
+    def new_layer(self, layer_class: type[LayerT], name: str, linear: nn.Linear) -> LayerT:
+        """Returns a `LowRankLinear` or a subclass with rank, dropout, ... of the configuration."""
+        config = self.config
+        return layer_class(
+            linear.in_features,
+            linear.out_features,
+            config.rank,
             self.scale_of(name),
-            self.initial_factors(),
-            self.layer_buffers(linear.out_features, linear.in_features),
+            self.bounds(linear.out_features, linear.in_features),
+            bias=linear.bias is not None,
+            dropout=config.dropout,
+            contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],
         )

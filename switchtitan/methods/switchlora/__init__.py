@@ -1,7 +1,7 @@
 """SwitchLoRA (arXiv 2406.06564).
 
-`schedule` decides; `init`, `switch` and the rules that update the factors (`factor_rule`) compute;
-`candidates` and `optimizer` apply.
+`plan` decides which vectors are switched, `candidates` has their replacements, `optimizer`
+exchanges them, and `factors` updates what is not frozen. `method` puts these into a model.
 """
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig

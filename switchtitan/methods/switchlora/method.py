@@ -1,117 +1,163 @@
-"""The method SwitchLoRA."""
+"""The method SwitchLoRA: a model's layers, their initial values, and the optimizer."""
 
 import logging
 from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
-from switchtitan.methods.lowrank import (
-    InitialFactors,
-    LayerBuffer,
-    LowRankLinear,
-    LowRankMethod,
-    low_rank_layers,
+from switchtitan.distributed.initial_draws import GeneratorFor
+from switchtitan.distributed.seeds import generator_for
+from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, balanced_bounds, lora_bounds
+from switchtitan.methods.lowrank.linear import FACTORS
+from switchtitan.methods.lowrank.rounding import StochasticRounding
+from switchtitan.methods.switchlora.candidates import (
+    BUFFERS,
+    Candidates,
+    DrawnCandidates,
+    HostCandidates,
+    StoredCandidates,
 )
-from switchtitan.methods.switchlora.candidates import Candidates, DrawnCandidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.factor_muon import FactorMuon
-from switchtitan.methods.switchlora.factor_rule import FactorRule
-from switchtitan.methods.switchlora.init import (
-    candidate_buffers,
-    initial_factors,
-    num_candidates,
-)
+from switchtitan.methods.switchlora.factors import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.methods.switchlora.vector_adamw import VectorAdamW
-from switchtitan.optim import adamw_for_others, require_adamw
+from switchtitan.methods.switchlora.plan import Plan
+from switchtitan.optim import AdamW, require_adamw
 from switchtitan.optim.muon import MuonConfig, build_muon
 
 logger = logging.getLogger(__name__)
 
 
+class SwitchLoraLinear(LowRankLinear):
+    """A `LowRankLinear` whose vectors are switched.
+
+    Candidates are random vectors, as many for each factor as the smaller dimension of the weight. A
+    and B start as copies of some. With stored candidates, all are in the buffers `candidates_a` [c,
+    in] and `candidates_b` [c, out], sharded like the factors.
+    """
+
+    _on_host = False
+    _stored: tuple[str, ...] = ()
+
+    def store_candidates(self, on_host: bool) -> None:
+        """Adds the buffers; `on_host`: they stay in host memory."""
+        self._stored, self._on_host = BUFFERS, on_host
+        for name, width in zip(BUFFERS, (self.in_features, self.out_features), strict=True):
+            self.register_buffer(name, torch.empty(self.num_candidates, width))
+
+    @property
+    def num_candidates(self) -> int:
+        return min(self.out_features, self.in_features)
+
+    def initial_slots(self) -> tuple[Tensor, Tensor]:
+        """Returns the candidates that the vectors of A and B are copies of, [rank] each: the last
+        ones of the ring, with B's rotated by half a rank."""
+        slots = self.num_candidates - self.rank + torch.arange(self.rank)
+        return slots, slots.roll(self.rank // 2)
+
+    def initial_tensors(
+        self,
+        weight: Tensor,
+        generator_for: GeneratorFor,
+        rows: Mapping[str, range] | None = None,
+    ) -> dict[str, Tensor]:
+        """See `contracts.Reparametrized`."""
+        tensors = super().initial_tensors(weight, generator_for, rows)
+        for name, factor in zip(self._stored, FACTORS, strict=False):
+            held = rows[name] if rows is not None else range(self.num_candidates)
+            slots = torch.arange(held.start, held.stop)
+            tensors[name] = self.draw(factor, slots, generator_for)
+        return tensors
+
+    def sharded_buffers(self) -> tuple[str, ...]:
+        return self._stored
+
+    def host_buffers(self) -> tuple[str, ...]:
+        return self._stored if self._on_host else ()
+
+
 class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     """Low-rank factors whose vectors are exchanged with candidates throughout training."""
 
-    def initial_factors(self) -> InitialFactors:
-        return initial_factors(self.config)
+    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
+        """Returns the bounds of A's and B's candidates."""
+        of_init = balanced_bounds if self.config.init == "switchlora" else lora_bounds
+        return of_init(out_features, in_features, self.config.rank)
 
-    def layer_buffers(self, out_features: int, in_features: int) -> dict[str, LayerBuffer]:
-        return candidate_buffers(self.config, out_features, in_features)
+    def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
+        layer = self.new_layer(SwitchLoraLinear, name, linear)
+        if self.config.candidates == "swap":
+            layer.store_candidates(on_host=self.config.candidates_device == "host")
+        return layer
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        layers = low_rank_layers(model)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, SwitchLoraLinear)
+        }
+        of_layers = list(layers.values())
+        num_candidates = np.array([layer.num_candidates for layer in of_layers])
+        plan = Plan(self.config, self.num_steps, num_candidates)
+        factors = Factors(layers)
         others = [p for p in self.trained_parameters(model) if p.is_other]
-        rule: FactorRule
+        rule: VectorAdamW | FactorMuon
         dense: TrainingOptimizer
         if isinstance(config, MuonConfig):
-            rule = FactorMuon(config, layers, model.compute_dtype, compile_step)
+            rule = FactorMuon(config, factors, plan, model.compute_dtype, compile_step)
             # Layers that are not targets are matrices in blocks.
             dense = build_muon(config, others, compile_step, self.seed)
         else:
             adamw = require_adamw(config)
-            rule = VectorAdamW(adamw, layers, compile_step)
-            dense = adamw_for_others(adamw, others, compile_step, self.seed)
+            rule = VectorAdamW(adamw, factors, plan, compile_step)
+            dense = AdamW(adamw, others)
+        self._warn(layers)
+        rounding = StochasticRounding(layers, self.seed, compile_step)
+        return SwitchLoraOptimizer(
+            self.config, of_layers, plan, rule, dense, self._candidates_of(layers), rounding
+        )
+
+    def _candidates_of(self, layers: dict[str, SwitchLoraLinear]) -> Candidates:
+        of_layers = list(layers.values())
+        if self.config.candidates == "swap":
+            on_host = self.config.candidates_device == "host"
+            return (HostCandidates if on_host else StoredCandidates)(of_layers)
+        keys = [
+            [generator_for(self.seed, f"{name}.{factor}").initial_seed() for factor in FACTORS]
+            for name in layers
+        ]
+        bounds = [layer.bounds for layer in of_layers]
+        return DrawnCandidates(
+            of_layers, torch.tensor(keys), torch.tensor(bounds, dtype=torch.float32)
+        )
+
+    def _warn(self, layers: dict[str, SwitchLoraLinear]) -> None:
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
                 "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "
                 "accumulates as a random walk (6 % of a layer's norm after 500 switching steps, "
                 'see docs/PERFORMANCE.md); [training] frozen_dtype = "float32" avoids it'
             )
-        if problem := dropped_switches(self.config, layers, self.num_steps):
-            logger.warning(problem)
-        return SwitchLoraOptimizer(
-            self.config,
-            layers,
-            rule,
-            dense,
-            self.num_steps,
-            self.seed,
-            compile_step,
-            self._candidates_of(layers),
-        )
-
-    def _candidates_of(self, layers: dict[str, LowRankLinear]) -> Candidates:
-        if self.config.candidates == "constant":
-            return DrawnCandidates(self.config, layers, self.seed)
-        if self.config.candidates_device == "host":
-            # Imported here: most runs store candidates on the device and never need it.
-            from switchtitan.methods.switchlora.host_candidates import HostCandidates
-
-            return HostCandidates(list(layers.values()))
-        return StoredCandidates(list(layers.values()))
-
-
-def dropped_switches(
-    config: SwitchLoraConfig, layers: Mapping[str, LowRankLinear], num_steps: int
-) -> str | None:
-    """Returns a warning if a layer has too few unused candidates for the switches of a step.
-
-    `SwitchCounts.limited` drops the others. Not an error: ranks near the smaller dimension of a
-    layer would need very large intervals.
-
-    Args:
-        layers: by qualified name.
-        num_steps: length of the run.
-    """
-    spare = {
-        name: num_candidates(layer.out_features, layer.in_features) - config.rank
-        for name, layer in layers.items()
-    }
-    name = min(spare, key=spare.__getitem__)
-    per_step = config.rank / config.interval_in(num_steps)
-    # Error diffusion requests no more than the next whole number.
-    if np.ceil(per_step * (1 - 1e-9)) <= spare[name]:
-        return None
-    key, remedy = f"interval = {config.interval:g}", "increase it"
-    if config.switches_per_vector is not None:
-        key, remedy = f"switches_per_vector = {config.switches_per_vector:g}", "lower it"
-    return (
-        f"[method] {key}: {per_step:.3g} switches of each factor's vectors are due in a step at "
-        f"the start, but {name} has {spare[name] + config.rank} candidates for rank = "
-        f"{config.rank}, so at most {spare[name]} are made there and the others are dropped; "
-        f"{remedy}, or lower rank"
-    )
+        name, layer = min(layers.items(), key=lambda pair: pair[1].num_candidates)
+        spare = layer.num_candidates - self.config.rank
+        per_step = self.config.rank / self.config.interval_in(self.num_steps)
+        # Error diffusion requests no more than the next whole number. Not an error: ranks near the
+        # smaller dimension of a layer would need very large intervals.
+        if np.ceil(per_step * (1 - 1e-9)) > spare:
+            key = "interval" if self.config.switches_per_vector is None else "switches_per_vector"
+            logger.warning(
+                "[method] %s = %g: %.3g switches of each factor's vectors are due in a step at the "
+                "start, but %s has %d candidates for rank = %d, so at most %d are made there and "
+                "the others are dropped; switch less often, or lower rank",
+                key,
+                getattr(self.config, key),
+                per_step,
+                name,
+                layer.num_candidates,
+                self.config.rank,
+                spare,
+            )

@@ -1,6 +1,7 @@
-"""The optimizer of SwitchLoRA: switches, resets, freezes, then updates, on local shards."""
+"""The optimizer of SwitchLoRA: switches, resets and freezes, then updates, on local shards."""
 
 import zlib
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -11,26 +12,11 @@ from switchtitan.contracts import TrainingOptimizer, replicated_values
 from switchtitan.distributed.row_exchange import RowExchange, RowRequest
 from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.rounding import StochasticRounding
-from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
+from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
+from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.factor_rule import FactorRule, HasSecondMoments
-from switchtitan.methods.switchlora.init import num_candidates
-from switchtitan.methods.switchlora.order import LeastMovingOrder, RingOrder, SwitchOrder
-from switchtitan.methods.switchlora.schedule import (
-    FACTOR_A,
-    FACTOR_B,
-    FACTORS,
-    LayerSwitch,
-    SwitchCounts,
-    SwitchSchedule,
-    VectorSpan,
-)
-from switchtitan.methods.switchlora.switch import (
-    FreezeTimers,
-    fold_into_weight_,
-    squared_norm_ratios,
-)
+from switchtitan.methods.switchlora.factors import FactorMuon, VectorAdamW
+from switchtitan.methods.switchlora.plan import FACTORS, Plan, Switch
 from switchtitan.regions import region
 
 
@@ -41,51 +27,30 @@ class SwitchLoraOptimizer:
     its state, and a switch must not happen then.
 
     Args:
-        layers: the low-rank layers, by qualified name.
+        layers: the low-rank layers, in the order of `plan`.
         rule: trains the factors of `layers`.
         dense: trains all other parameters.
-        num_steps: length of the run, which sets the switching schedule.
-        seed: the job's seed, from which the rounding of bf16 weights follows.
-        candidates: of `layers`; by default the ones in their buffers.
+        rounding: of the layers' weights.
     """
 
     def __init__(
         self,
         config: SwitchLoraConfig,
-        layers: dict[str, LowRankLinear],
-        rule: FactorRule,
+        layers: Sequence[LowRankLinear],
+        plan: Plan,
+        rule: VectorAdamW | FactorMuon,
         dense: TrainingOptimizer,
-        num_steps: int,
-        seed: int,
-        compile_step: bool,
-        candidates: Candidates | None = None,
+        candidates: Candidates,
+        rounding: StochasticRounding,
     ) -> None:
-        self._config = config
-        self._layers = list(layers.values())
-        self._factors = [
-            (ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in self._layers
-        ]
-        self._weights = [ShardedRows(layer.weight) for layer in self._layers]
-        self._rule = rule
-        self._dense = dense
-        self._candidates = StoredCandidates(self._layers) if candidates is None else candidates
-        self._num_candidates = np.array(
-            [num_candidates(layer.out_features, layer.in_features) for layer in self._layers]
-        )
-        self._schedule = SwitchSchedule(config, num_steps, len(layers))
-        self._counts = SwitchCounts(len(layers), config.freeze_steps)
-        factor = self._layers[0].lora_a
-        self._timers = FreezeTimers(len(layers), config.rank, config.freeze_steps, factor.device)
-        self._order: SwitchOrder = RingOrder(config.rank)
-        if config.order == "least_moving":
-            self._order = LeastMovingOrder(
-                config, num_steps, len(layers), rule.momentum, factor.device
-            )
-        self._exchange = RowExchange(shard_group(factor), factor.device)
-        self._rounding = StochasticRounding(layers, seed, compile_step)
-        self._next: tuple[np.ndarray, list[LayerSwitch]] | None = None
-        self._last_counts = np.zeros(len(layers), dtype=np.int64)
-        self._last_frozen = np.zeros(len(layers), dtype=np.int64)
+        self._config, self._plan, self._rule, self._dense = config, plan, rule, dense
+        self._candidates, self._rounding = candidates, rounding
+        self._scales = [layer.scale for layer in layers]
+        self._factors = [(ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in layers]
+        self._weights = [ShardedRows(layer.weight) for layer in layers]
+        factor = layers[0].lora_a
+        self._exchange = RowExchange(shard_group(factor), factor.dtype, factor.device)
+        self._last: list[Switch] = []
 
     def step(self) -> None:
         """Switches vectors, then updates all parameters from their gradients."""
@@ -95,84 +60,21 @@ class SwitchLoraOptimizer:
 
     @torch.no_grad()
     def switch(self) -> None:
-        """Exchanges vectors, resets and freezes counterparts, and plans the next switch.
+        """Exchanges vectors for candidates, and resets and freezes their counterparts.
 
-        The first half of a step, with all the cost of switching.
+        The first half of a step, with all the cost of switching. The number of operations does not
+        depend on the number of vectors: one fold into each layer's weight, and a few list
+        operations for the rest.
         """
-        counts, switches = self._plan() if self._next is None else self._next
-        checksum = self._checksum(counts)
-        still_frozen = self._counts.recent.sum(0)
-        step = self._counts.step
-        due = self._order.due(self._counts.num_switched)
-        self._counts.advance(counts)
-        self._last_counts = counts
-        self._last_frozen = still_frozen + counts if self._config.freeze_steps else still_frozen
-        ratios = self._exchange_vectors(switches, checksum, due)
-        self._order.advance(step, self._counts.num_switched, switches)
-        counterparts = [span for switch in switches for span in switch.counterparts()]
-        self._reset_moments(switches, counterparts, ratios)
-        self._timers.start(counterparts)
-        self._next = self._plan()
-        self._candidates.prefetch(self._next[1])
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Updates all parameters that are not frozen. The second half of a step."""
-        self._rule.step(self._timers.update_mask())
-        self._timers.advance()
-        self._dense.step()
-
-    def _plan(self) -> tuple[np.ndarray, list[LayerSwitch]]:
-        """Plans the next step's switches, as a pure function of the counts and the order so far.
-
-        Returns:
-            The number of vectors for each layer, [layers], and the switches of layers with any.
-        """
-        counts = self._counts.limited(
-            self._schedule.requested(self._counts.step),
-            self._config.rank,
-            self._num_candidates,
-            self._order.window,
-        )
-        return counts, [
-            self._order.plan(
-                layer,
-                int(self._counts.num_switched[layer]),
-                int(counts[layer]),
-                int(self._num_candidates[layer]),
-            )
-            for layer in np.flatnonzero(counts).tolist()
-        ]
-
-    def _exchange_vectors(
-        self, switches: list[LayerSwitch], checksum: int, due: np.ndarray
-    ) -> Tensor | None:
-        """Exchanges vectors for candidates, after the order of layers that are due was measured.
-
-        The number of operations does not depend on the number of vectors: one fold into each
-        layer's weight, and a few list operations for the rest.
-
-        Returns:
-            |new|^2 / |old|^2 of each vector, in the order of the counterparts, if it is needed.
-        """
+        switches = self._last = self._plan.next()
         factors = [rows for switch in switches for rows in self._factors[switch.layer]]
         # For both factors: the rows I switched in A, then the rows J switched in B.
-        involved = [
-            switch.vectors[FACTOR_A] + switch.vectors[FACTOR_B]
-            for switch in switches
-            for _ in FACTORS
-        ]
+        involved = [sum(switch.vectors, ()) for switch in switches for _ in FACTORS]
         requests = [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)]
-        if len(due):
-            # One matrix [2 * layers, rank].
-            table = self._rule.momentum_ratios().flatten(0, 1)
-            requests.append(RowRequest(ShardedRows(table), (range(len(table)),)))
-        gathered = self._exchange.gather(requests, checksum)
-        if len(due):
-            movement = gathered.pop().unflatten(0, (len(FACTORS), -1))
-            self._order.measure(due, self._counts.step - 1, movement)
+        gathered = self._exchange.gather(requests, self._checksum(switches))
+        self._plan.advance(switches)
         if not switches:
-            return None
+            return
         vectors = gathered[: len(factors)]
         incoming = self._candidates.take(switches, gathered[len(factors) :])
         outgoing = [
@@ -180,41 +82,41 @@ class SwitchLoraOptimizer:
             for (switch, factor), rows in zip(product(switches, FACTORS), vectors, strict=True)
         ]
         self._candidates.put_back(switches, outgoing)
-        is_rescaled = self._config.reset_moments == "rescaled"
-        ratios = squared_norm_ratios(incoming, outgoing) if is_rescaled else None
-        # In place: `outgoing` are views of `vectors` and now hold old - new.
+        # In place: `outgoing` are views of `vectors`, and now hold old - new.
         torch._foreach_sub_(outgoing, incoming)
-        roundings = self._rounding.of_event(self._counts.step)
-        for place, switch in enumerate(switches):
-            weight, vectors_a, vectors_b = (
-                self._weights[switch.layer],
-                *vectors[2 * place : 2 * place + 2],
-            )
-            fold_into_weight_(
-                weight.shard,
-                vectors_a,
-                vectors_b[:, weight.held.start : weight.held.stop],
-                self._layers[switch.layer].scale,
-                roundings[switch.layer],
-            )
+        self._fold(switches, vectors)
         write_rows_(factors, [spans for switch in switches for spans in switch.vectors], incoming)
-        return ratios
+        self._reset(switches)
 
-    def _reset_moments(
-        self, switches: list[LayerSwitch], counterparts: list[VectorSpan], ratios: Tensor | None
-    ) -> None:
-        if self._config.reset_moments == "counterpart":
-            self._rule.reset(counterparts)
-        elif self._config.reset_moments == "momentum":
-            self._rule.reset_momentum(counterparts)
-        elif self._config.reset_moments == "rescaled" and ratios is not None:
-            assert isinstance(self._rule, HasSecondMoments), "the configuration is checked"
-            self._rule.reset_momentum(counterparts)
-            self._rule.rescale_second_moments(counterparts, ratios)
-        elif self._config.reset_moments == "both":
-            self._rule.reset(
-                counterparts + [span for switch in switches for span in switch.switched()]
-            )
+    def _fold(self, switches: list[Switch], vectors: list[Tensor]) -> None:
+        """Folds each switch into the frozen weight, so that the layer's output does not change.
+
+        Keeps W + s B A constant: W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]),
+        one update of rank 2k for vectors I of A and J of B, which are disjoint (Algorithm 1).
+
+        Args:
+            vectors: for each switch [2k, in] and [2k, out]: A_old - A_new in rows I, then A's rows
+                J; B's rows I, then B_old - B_new in rows J.
+        """
+        roundings = self._rounding.of_event(self._plan.step)
+        for switch, of_a, of_b in zip(switches, vectors[::2], vectors[1::2], strict=True):
+            weight, layer = self._weights[switch.layer], switch.layer
+            own_rows = of_b[:, weight.held.start : weight.held.stop].t()
+            add_product_(weight.shard, own_rows, of_a, self._scales[layer], roundings[layer])
+
+    def _reset(self, switches: list[Switch]) -> None:
+        if self._config.reset_moments == "none":
+            return
+        spans = [span for switch in switches for span in switch.counterparts()]
+        if self._config.reset_moments == "both":
+            spans += [span for switch in switches for span in switch.switched()]
+        self._rule.reset(spans, only_momentum=self._config.reset_moments == "momentum")
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Updates all parameters that are not frozen. The second half of a step."""
+        self._rule.step()
+        self._dense.step()
 
     def zero_grad(self) -> None:
         self._rule.zero_grad()
@@ -231,57 +133,40 @@ class SwitchLoraOptimizer:
         and the fraction of candidates used so far. All count both factors.
         """
         self._exchange.check()
-        counts, rank = self._counts, self._config.rank
-        seen = np.minimum(rank + counts.num_switched, self._num_candidates)
+        plan = self._plan
+        seen = np.minimum(self._config.rank + plan.num_switched, plan.num_candidates)
         return self._dense.metrics() | {
-            "switch/vectors_switched": float(2 * self._last_counts.sum()),
-            "switch/vectors_switched_total": float(2 * counts.num_switched.sum()),
-            "switch/frozen_share": float(self._last_frozen.mean() / rank),
-            "switch/candidate_coverage": float((seen / self._num_candidates).mean()),
+            "switch/vectors_switched": float(2 * sum(switch.num_vectors for switch in self._last)),
+            "switch/vectors_switched_total": float(2 * plan.num_switched.sum()),
+            "switch/frozen_share": float(plan.is_frozen().mean()),
+            "switch/candidate_coverage": float((seen / plan.num_candidates).mean()),
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns a checksum of all plans so far, and the random keys; see
-        `contracts.HoldsReplicated`."""
-        values = {"plans": torch.tensor(self._exchange.history)} | self._order.state_dict()
-        values |= self._rounding.replicated() | self._candidates.replicated()
-        return replicated_values(self._dense) | {
-            f"switch.{name}": tensor for name, tensor in values.items()
-        }
+        """Returns the plan's history, and the random keys; see `contracts.HoldsReplicated`."""
+        return (
+            replicated_values(self._dense)
+            | self._plan.state_dict()
+            | self._rounding.replicated()
+            | self._candidates.replicated()
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the state of the dense optimizer and of the rule, and the counts `switch.*`.
+        """Returns the state of the dense optimizer, of the rule and of the plan.
 
         Candidates still in flight are first written to the model's buffers.
         """
         self._exchange.check()
         self._candidates.flush()
-        return (
-            self._dense.state_dict()
-            | self._rule.state_dict()
-            | {
-                "switch.step": torch.tensor(self._counts.step),
-                "switch.num_switched": torch.from_numpy(self._counts.num_switched.copy()),
-                "switch.recent": torch.from_numpy(self._counts.recent.copy()),
-                "switch.freeze_steps_left": self._timers.steps_left,
-            }
-            | {f"switch.{name}": tensor for name, tensor in self._order.state_dict().items()}
-        )
+        return self._dense.state_dict() | self._rule.state_dict() | self._plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._dense.load_state_dict(state)
-        self._rule.load_state_dict(state)
-        self._timers.steps_left.copy_(state["switch.freeze_steps_left"])
-        self._counts.step = int(state["switch.step"])
-        self._counts.num_switched = state["switch.num_switched"].cpu().numpy().copy()
-        self._counts.recent = state["switch.recent"].cpu().numpy().copy()
-        self._order.load_state_dict(
-            {key.removeprefix("switch."): tensor for key, tensor in state.items()}
-        )
-        self._next = None
         self._candidates.discard()
+        for part in (self._dense, self._rule, self._plan):
+            part.load_state_dict(state)
 
-    def _checksum(self, counts: np.ndarray) -> int:
-        """Returns a checksum of a step's plan."""
-        plan = np.concatenate([[self._counts.step], self._counts.num_switched, counts])
-        return zlib.crc32(plan.tobytes(), self._order.checksum) & 0x7FFFFFFF
+    def _checksum(self, switches: list[Switch]) -> int:
+        """Returns a checksum of the coming step's plan."""
+        counts = [(switch.layer, switch.num_vectors) for switch in switches]
+        plan = [self._plan.step, *self._plan.num_switched.tolist(), *counts]
+        return zlib.crc32(repr(plan).encode())

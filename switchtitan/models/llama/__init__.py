@@ -1,1 +1,1 @@
-"""LLaMA."""
+"""LLaMA and its family."""

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,73 +20,28 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from switchtitan.errors import EnvironmentMismatchError
 
 Attend = Callable[[Tensor, Tensor, Tensor, BlockMask | None], Tensor]
-"""(query, key, value, mask) -> attended, of the query's shape.
+"""(query, key, value, mask) -> attended, of the query's shape; the mask is `build_mask`'s.
 
 query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head_dim].
 """
 
 _HOW_TO_INSTALL_FLASH = (
-    "the package flash-attn is not installed; run `pip install flash-attn --no-build-isolation`, "
-    'or set attention = "sdpa"'
+    "the package flash-attn is not installed; run `pip install flash-attn --no-build-isolation`"
 )
 
 
-@dataclass(frozen=True)
-class AttentionBackend:
-    """One way to compute causal attention."""
-
-    load: Callable[[], Attend]
-    """Imports the backend; called once when a model is built.
+def load_attention(name: str) -> Attend:
+    """Imports a backend.
 
     Raises:
         EnvironmentMismatchError: if it is not installed.
     """
-    build_mask: Callable[[Tensor], BlockMask | None]
-    """document_ids [batch, seq] -> the mask for `attend`; called once per forward pass."""
-    find_obstacle: Callable[[int, str, torch.dtype], str | None]
-    """(head_dim, device type, compute dtype) -> why it cannot train and how to fix it, or None."""
-
-
-def check_attention(name: str, head_dim: int, device_type: str, compute_dtype: torch.dtype) -> None:
-    """Checks that the backend `name` can train on this machine.
-
-    Raises:
-        EnvironmentMismatchError: if it cannot.
-    """
-    obstacle = ATTENTION_BACKENDS[name].find_obstacle(head_dim, device_type, compute_dtype)
-    if obstacle is not None:
-        raise EnvironmentMismatchError(f"[model] attention = {name!r}: {obstacle}")
-
-
-def _no_mask(document_ids: Tensor) -> None:
-    return None
+    return {"sdpa": lambda: _attend_sdpa, "flex": _load_flex, "flash_attn": _load_flash}[name]()
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
     is_grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
-
-
-def _find_sdpa_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> None:
-    return None
-
-
-@functools.cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    # Eager, it keeps all seq * seq scores in memory.
-    return torch.compile(create_block_mask)
-
-
-def _build_document_mask(document_ids: Tensor) -> BlockMask:
-    """Builds a causal mask within documents. `document_ids`: [batch, seq]."""
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
-
-    batch_size, seq_len = document_ids.shape
-    return _compiled_create_block_mask()(
-        sees, batch_size, None, seq_len, seq_len, device=document_ids.device
-    )
 
 
 def _load_flex() -> Attend:
@@ -105,26 +59,12 @@ def _load_flex() -> Attend:
     return attend
 
 
-def _find_flex_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
-    if device_type == "cpu":
-        return (
-            'torch has no backward of flex attention on a CPU; set attention = "sdpa", '
-            "or train on a GPU"
-        )
-    if head_dim < 16:
-        return (
-            f"requires heads of at least 16 features on a GPU, got {head_dim}; "
-            'lower num_heads, or set attention = "sdpa"'
-        )
-    return None
-
-
 def _load_flash() -> Attend:
     try:
         flash_attn_func = importlib.import_module("flash_attn").flash_attn_func
     except ImportError as error:
         raise EnvironmentMismatchError(
-            f"[model] attention = 'flash_attn': {_HOW_TO_INSTALL_FLASH}"
+            f"[model] attention = 'flash_attn': {_HOW_TO_INSTALL_FLASH}, or set attention = 'sdpa'"
         ) from error
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
@@ -139,31 +79,61 @@ def _load_flash() -> Attend:
     return attend
 
 
-def _find_flash_obstacle(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
+def build_mask(name: str, document_ids: Tensor) -> BlockMask | None:
+    """Returns a backend's mask, once per forward pass: causal within documents for flex.
+
+    Args:
+        document_ids: [batch, seq].
+    """
+    if name != "flex":
+        return None
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
+
+    batch_size, seq_len = document_ids.shape
+    return _compiled_create_block_mask()(
+        sees, batch_size, None, seq_len, seq_len, device=document_ids.device
+    )
+
+
+@functools.cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    # Eager, it keeps all seq * seq scores in memory.
+    return torch.compile(create_block_mask)
+
+
+def check_attention(name: str, head_dim: int, device_type: str, compute_dtype: torch.dtype) -> None:
+    """Checks that the backend `name` can train on this machine.
+
+    Raises:
+        EnvironmentMismatchError: if it cannot.
+    """
+    problem = None
+    if name == "flex" and device_type == "cpu":
+        problem = "torch has no backward of flex attention on a CPU; train on a GPU"
+    elif name == "flex" and head_dim < 16:
+        problem = (
+            f"requires heads of at least 16 features on a GPU, got {head_dim}; lower num_heads"
+        )
+    elif name == "flash_attn":
+        problem = _find_flash_problem(head_dim, device_type, compute_dtype)
+    if problem is not None:
+        raise EnvironmentMismatchError(
+            f'[model] attention = {name!r}: {problem}, or set attention = "sdpa"'
+        )
+
+
+def _find_flash_problem(head_dim: int, device_type: str, compute_dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
-        return f'requires a CUDA GPU, got {device_type!r}; set attention = "sdpa"'
+        return f"requires a CUDA GPU, got {device_type!r}; train on one"
     if importlib.util.find_spec("flash_attn") is None:
         return _HOW_TO_INSTALL_FLASH
     if compute_dtype not in (torch.bfloat16, torch.float16):
-        return (
-            f"requires bfloat16 or float16, got {compute_dtype}; "
-            'compute in bfloat16, or set attention = "sdpa"'
-        )
+        return f"requires bfloat16 or float16, got {compute_dtype}; compute in bfloat16"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return (
-            f"requires an Ampere GPU or a newer one, got {torch.cuda.get_device_name()}; "
-            'set attention = "sdpa"'
-        )
+        name = torch.cuda.get_device_name()
+        return f"requires an Ampere GPU or a newer one, got {name}; train on one"
     if head_dim > 256:
-        return (
-            f"requires heads of at most 256 features, got {head_dim}; "
-            'increase num_heads, or set attention = "sdpa"'
-        )
+        return f"requires heads of at most 256 features, got {head_dim}; increase num_heads"
     return None
-
-
-ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(lambda: _attend_sdpa, _no_mask, _find_sdpa_obstacle),
-    "flex": AttentionBackend(_load_flex, _build_document_mask, _find_flex_obstacle),
-    "flash_attn": AttentionBackend(_load_flash, _no_mask, _find_flash_obstacle),
-}

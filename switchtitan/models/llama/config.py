@@ -1,7 +1,8 @@
-"""The `[model]` section for LLaMA and its family: the table of sizes, and the keys of all."""
+"""The `[model]` sections of LLaMA and its family: the table of sizes, and the keys of all."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -11,26 +12,34 @@ from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
-from switchtitan.models.llama.dimensions import LlamaDimensions
 from switchtitan.models.llama.huggingface import differences, read_config, write_config
 from switchtitan.models.llama.rope import ROPE_KEYS, Rope, RopeType
 
-SIZES: dict[str, tuple[int, int, int, int]] = {
-    "9m": (128, 352, 4, 4),
-    "20m": (256, 688, 4, 4),
-    "35m": (384, 1024, 6, 8),
-    "60m": (512, 1376, 8, 8),
-    "130m": (768, 2048, 12, 12),
-    "250m": (768, 2560, 24, 16),
-    "350m": (1024, 2736, 24, 16),
-    "1b": (2048, 5461, 24, 32),
-    "3b": (2560, 6848, 32, 32),
-    "7b": (4096, 11008, 32, 32),
+
+class Sizes(NamedTuple):
+    """A row of the table of sizes."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+
+
+SIZES = {
+    "9m": Sizes(128, 352, 4, 4),
+    "20m": Sizes(256, 688, 4, 4),
+    "35m": Sizes(384, 1024, 6, 8),
+    "60m": Sizes(512, 1376, 8, 8),
+    "130m": Sizes(768, 2048, 12, 12),
+    "250m": Sizes(768, 2560, 24, 16),
+    "350m": Sizes(1024, 2736, 24, 16),
+    "1b": Sizes(2048, 5461, 24, 32),
+    "3b": Sizes(2560, 6848, 32, 32),
+    "7b": Sizes(4096, 11008, 32, 32),
 }
-"""Hidden size, intermediate size, layers and heads of the published runs (arXiv 2406.06564)."""
+"""The published runs (arXiv 2406.06564)."""
 MAX_WIDTH = 1 << 24
 """Largest dimension of a matrix, so that the bytes of one are a 64-bit number."""
-_SIZE_KEYS = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
 
 
 class LlamaFamilyConfig(ModelConfig):
@@ -41,8 +50,6 @@ class LlamaFamilyConfig(ModelConfig):
 
     huggingface_class: ClassVar[str]
     """The class of transformers that loads an exported model."""
-    huggingface_type: ClassVar[str]
-    """Its `model_type`."""
     biased_layers: ClassVar[tuple[str, ...]] = ()
     """Local names of the linear layers with a bias."""
 
@@ -97,34 +104,32 @@ class LlamaFamilyConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
-        missing = [key for key in _SIZE_KEYS if getattr(self, key) is None]
+        missing = [key for key in Sizes._fields if getattr(self, key) is None]
         if self.size is None and missing:
             alone = ", or from_folder alone" if self.huggingface_types else ""
             raise ValueError(
                 f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}"
                 f"{alone}"
             )
-        dims = self.dimensions()
-        if self.head_dim is None and dims.hidden_size % dims.num_heads:
+        hidden_size, _, _, num_heads = self.sizes
+        if self.head_dim is None and hidden_size % num_heads:
             raise ValueError(
-                f"hidden_size = {dims.hidden_size} is not a multiple of "
-                f"num_heads = {dims.num_heads}; choose num_heads among the divisors of "
-                "hidden_size, or set head_dim"
+                f"hidden_size = {hidden_size} is not a multiple of num_heads = {num_heads}; choose "
+                "num_heads among the divisors of hidden_size, or set head_dim"
             )
-        if dims.head_dim % 2:
+        if self.head_width % 2:
             raise ValueError(
-                f"hidden_size / num_heads = {dims.head_dim} is odd, but rotary embeddings rotate "
+                f"hidden_size / num_heads = {self.head_width} is odd, but rotary embeddings rotate "
                 "pairs of features; choose hidden_size as a multiple of 2 * num_heads"
             )
-        if dims.q_size > MAX_WIDTH:
+        if self.q_size > MAX_WIDTH:
             raise ValueError(
-                f"num_heads * head_dim = {dims.q_size}: expected at most {MAX_WIDTH}; lower one"
+                f"num_heads * head_dim = {self.q_size}: expected at most {MAX_WIDTH}; lower one"
             )
-        if dims.num_heads % dims.num_kv_heads:
+        if num_heads % self.kv_heads:
             raise ValueError(
-                f"num_heads = {dims.num_heads} is not a multiple of "
-                f"num_kv_heads = {dims.num_kv_heads}; choose num_kv_heads among the divisors of "
-                "num_heads"
+                f"num_heads = {num_heads} is not a multiple of num_kv_heads = {self.kv_heads}; "
+                "choose num_kv_heads among the divisors of num_heads"
             )
         return self
 
@@ -147,33 +152,80 @@ class LlamaFamilyConfig(ModelConfig):
             )
         return self
 
-    def dimensions(self) -> LlamaDimensions:
-        """Returns the table's row for `size` with the overrides applied."""
-        row = dict(zip(_SIZE_KEYS, SIZES[self.size] if self.size else (0, 0, 0, 0), strict=True))
-        sizes = {key: getattr(self, key) or row[key] for key in _SIZE_KEYS}
-        rope = {key.removeprefix("rope_"): getattr(self, key) for key in ROPE_KEYS[self.rope_type]}
-        return LlamaDimensions(
-            **sizes,
-            num_kv_heads=self.num_kv_heads or sizes["num_heads"],
-            head_dim=self.head_dim or sizes["hidden_size"] // sizes["num_heads"],
-            vocab_size=self.vocab_size,
-            norm_eps=self.norm_eps,
-            rope=Rope(self.rope_theta, self.rope_type, **rope),
-            tied_head=self.tied_head,
-            init_std=self.init_std,
-            biased_layers=self.biased_layers,
-        )
+    @property
+    def sizes(self) -> Sizes:
+        """The row of `size` with the keys that are set."""
+        row = SIZES[self.size] if self.size else Sizes(0, 0, 0, 0)
+        return row._replace(**{key: value for key in row._fields if (value := getattr(self, key))})
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.sizes.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.sizes.hidden_size // self.sizes.num_heads
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.sizes.num_heads * self.head_width
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together; equals that of all value heads."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def rope(self) -> Rope:
+        """The frequencies of the rotary embedding."""
+        scaling = {
+            key.removeprefix("rope_"): getattr(self, key) for key in ROPE_KEYS[self.rope_type]
+        }
+        return Rope(self.rope_theta, self.rope_type, **scaling)
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns (out, in) of all linear layers and an untied head, by qualified name, in
+        order."""
+        hidden, wide, num_layers, _ = self.sizes
+        of_block = {
+            "self_attn.q_proj": (self.q_size, hidden),
+            "self_attn.k_proj": (self.kv_size, hidden),
+            "self_attn.v_proj": (self.kv_size, hidden),
+            "self_attn.o_proj": (hidden, self.q_size),
+            "mlp.gate_proj": (wide, hidden),
+            "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
+        }
+        shapes = {
+            f"model.layers.{index}.{name}": shape
+            for index in range(num_layers)
+            for name, shape in of_block.items()
+        }
+        return shapes if self.tied_head else {**shapes, "lm_head": (self.vocab_size, hidden)}
 
     @classmethod
     def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
         """See `Section.implied_by`."""
         if key != "size" or not isinstance(value, str) or value not in SIZES:
             return {}
-        return dict(zip(_SIZE_KEYS, SIZES[value], strict=True))
+        return SIZES[value]._asdict()
 
     def architecture(self) -> dict[str, object]:
-        """Returns name and dimensions: equal models are equal, however their keys were given."""
-        return {"name": self.name, **self.dimensions().architecture()}
+        """Returns what weights depend on: equal models are equal, however their keys were given."""
+        return {
+            "name": self.name,
+            **self.sizes._asdict(),
+            "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_width,
+            "vocab_size": self.vocab_size,
+            "norm_eps": self.norm_eps,
+            "rope": asdict(self.rope),
+            "tied_head": self.tied_head,
+            "biased_layers": self.biased_layers,
+        }
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
@@ -182,20 +234,26 @@ class LlamaFamilyConfig(ModelConfig):
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
         """Returns the config.json of transformers' class for this model."""
-        return {
+        max_positions = max(seq_len, self.max_positions or 0)
+        written = {
             "architectures": [self.huggingface_class],
-            "model_type": self.huggingface_type,
-            **write_config(self.dimensions(), max(seq_len, self.max_positions or 0)),
+            "model_type": self.name,
+            **write_config(self.architecture(), self.init_std, max_positions),
         }
+        if self.name == "llama" and self.sizes.hidden_size % self.sizes.num_heads:
+            # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
+            written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            written["sliding_window"] = None
+        return written
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
         """Returns all differences between a config.json and this model."""
-        model_type = found.get("model_type", self.huggingface_type)
+        model_type = found.get("model_type", self.name)
         if not isinstance(model_type, str) or model_type not in self.huggingface_types:
             supported = " or ".join(map(repr, sorted(self.huggingface_types)))
             return [f"model_type = {model_type!r}, [model] name = {self.name!r} is {supported}"]
         try:
-            return differences(self.keys_from_huggingface(found), self.dimensions())
+            return differences(found, write_config(self.architecture(), self.init_std, 1))
         except ConfigError as error:
             return [str(error)]
 
@@ -210,25 +268,12 @@ class LlamaFamilyConfig(ModelConfig):
     def on_any_machine(self) -> Self:
         """Replaces flash_attn by sdpa, which attends to the same tokens. See
         `contracts.ModelConfig`."""
-        if self.attention != "flash_attn":
-            return self
-        return self.model_copy(update={"attention": "sdpa"})
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out, in) of every linear layer and an untied head, by qualified module name."""
-        return self.dimensions().linear_shapes()
+        is_flash = self.attention == "flash_attn"
+        return self.model_copy(update={"attention": "sdpa"}) if is_flash else self
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
-        """Checks that the attention backend can train on this device.
-
-        Args:
-            device_type: "cpu" or "cuda".
-            compute_dtype: dtype of activations.
-
-        Raises:
-            EnvironmentMismatchError: if it cannot.
-        """
-        check_attention(self.attention, self.dimensions().head_dim, device_type, compute_dtype)
+        """Checks the attention backend; see `contracts.ModelConfig`."""
+        check_attention(self.attention, self.head_width, device_type, compute_dtype)
 
 
 class LlamaConfig(LlamaFamilyConfig):
@@ -236,18 +281,18 @@ class LlamaConfig(LlamaFamilyConfig):
     sliding window is one too."""
 
     huggingface_class: ClassVar[str] = "LlamaForCausalLM"
-    huggingface_type: ClassVar[str] = "llama"
     huggingface_types: ClassVar[frozenset[str]] = frozenset({"llama", "mistral"})
 
     name: Literal["llama"] = "llama"
     """Name of the model."""
 
-    def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """See `contracts.ModelConfig`."""
-        written = super().huggingface_config(seq_len)
-        dims = self.dimensions()
-        if written is not None and dims.hidden_size % dims.num_heads:
-            # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
-            written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-            written["sliding_window"] = None
-        return written
+
+class Qwen2Config(LlamaFamilyConfig):
+    """Qwen2 and Qwen2.5 (arXiv 2407.10671): LLaMA with biases in q_proj, k_proj and v_proj."""
+
+    huggingface_class: ClassVar[str] = "Qwen2ForCausalLM"
+    huggingface_types: ClassVar[frozenset[str]] = frozenset({"qwen2"})
+    biased_layers: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+
+    name: Literal["qwen2"] = "qwen2"
+    """Name of the model."""

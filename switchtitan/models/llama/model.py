@@ -1,6 +1,8 @@
 """LLaMA (arXiv 2302.13971) and its family, with the module names of Hugging Face's models."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,11 +19,13 @@ from switchtitan.contracts import (
     default_call_block,
 )
 from switchtitan.models.head import Head, TiedHead
-from switchtitan.models.llama.attention import ATTENTION_BACKENDS
-from switchtitan.models.llama.cache import KeyValueCache, LayerCache
+from switchtitan.models.llama.attention import build_mask, load_attention
+from switchtitan.models.llama.cache import KeyValueCache
 from switchtitan.models.llama.config import LlamaFamilyConfig
-from switchtitan.models.llama.dimensions import LlamaDimensions
 from switchtitan.models.llama.rope import rotary_tables, rotate
+
+AttendCached = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`KeyValueCache.attend` of a layer."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,18 @@ class Positions:
 class Attention(nn.Module):
     """Causal self-attention with grouped key and value heads (arXiv 2305.13245)."""
 
-    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+    def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
-        self.head_dim = dims.head_dim
-        self.attend = ATTENTION_BACKENDS[backend].load()
-        biased = dims.biased_layers
-        self.q_proj = nn.Linear(dims.hidden_size, dims.q_size, bias="q_proj" in biased)
-        self.k_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias="k_proj" in biased)
-        self.v_proj = nn.Linear(dims.hidden_size, dims.kv_size, bias="v_proj" in biased)
-        self.o_proj = nn.Linear(dims.q_size, dims.hidden_size, bias="o_proj" in biased)
+        self.head_dim = config.head_width
+        self.attend = load_attention(config.attention)
+        hidden_size, biased = config.sizes.hidden_size, config.biased_layers
+        self.q_proj = nn.Linear(hidden_size, config.q_size, bias="q_proj" in biased)
+        self.k_proj = nn.Linear(hidden_size, config.kv_size, bias="k_proj" in biased)
+        self.v_proj = nn.Linear(hidden_size, config.kv_size, bias="v_proj" in biased)
+        self.o_proj = nn.Linear(config.q_size, hidden_size, bias="o_proj" in biased)
 
     def forward(
-        self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None
+        self, hidden: Tensor, positions: Positions, attend_cached: AttendCached | None = None
     ) -> Tensor:
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -62,21 +66,21 @@ class Attention(nn.Module):
         )
         query = rotate(query, positions.cos, positions.sin)
         key = rotate(key, positions.cos, positions.sin)
-        if cache is None:
+        if attend_cached is None:
             attended = self.attend(query, key, value, positions.mask)
         else:
-            attended = cache.attend(query, key, value)
+            attended = attend_cached(query, key, value)
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, dims: LlamaDimensions) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(dims.hidden_size, dims.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(dims.intermediate_size, dims.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -85,68 +89,72 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: [batch, seq, dim] -> same."""
 
-    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+    def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
-        self.self_attn = Attention(dims, backend)
-        self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
-        self.mlp = MLP(dims)
+        hidden_size, intermediate_size, _, _ = config.sizes
+        self.input_layernorm = nn.RMSNorm(hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(hidden_size, intermediate_size)
 
     def forward(
-        self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None
+        self, hidden: Tensor, positions: Positions, attend_cached: AttendCached | None = None
     ) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, cache)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, attend_cached)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Decoder(nn.Module):
     """Embedding, blocks, last norm: tokens, document_ids [batch, seq] -> [batch, seq, dim]."""
 
-    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+    def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
-        self.rope, self.head_dim = dims.rope, dims.head_dim
-        self.build_mask = ATTENTION_BACKENDS[backend].build_mask
-        self.embed_tokens = nn.Embedding(dims.vocab_size, dims.hidden_size)
-        self.layers = nn.ModuleList(Block(dims, backend) for _ in range(dims.num_layers))
-        self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.norm_eps)
+        sizes = config.sizes
+        self.rope, self.head_dim, self.attention = config.rope, config.head_width, config.attention
+        self.embed_tokens = nn.Embedding(config.vocab_size, sizes.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.norm = nn.RMSNorm(sizes.hidden_size, eps=config.norm_eps)
 
     def forward(
-        self, tokens: Tensor, document_ids: Tensor, call_block: CallBlock = default_call_block
+        self,
+        tokens: Tensor,
+        document_ids: Tensor,
+        call_block: CallBlock = default_call_block,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        cos, sin = self.rotary(tokens.shape[1], tokens.device)
-        positions = Positions(cos, sin, self.build_mask(document_ids))
+        seq_len = tokens.shape[1]
+        if cache is None:
+            mask = build_mask(self.attention, document_ids)
+            positions = Positions(*self.rotary(seq_len, tokens.device), mask)
+        else:
+            positions = Positions(*cache.next(seq_len), None)
         hidden = self.embed_tokens(tokens)
-        for block in self.layers:
-            hidden = call_block(block, hidden, positions)
+        for index, block in enumerate(self.layers):
+            cached = () if cache is None else (partial(cache.attend, index),)
+            hidden = call_block(block, hidden, positions, *cached)
         return self.norm(hidden)
 
     def rotary(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns `rotary_tables` of this model."""
         return rotary_tables(seq_len, self.head_dim, self.rope, device)
 
-    def read_next(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Returns the last hidden states [batch, seq, dim] of the next tokens [batch, seq]."""
-        cos, sin, layers = cache.next(tokens.shape[1])
-        positions = Positions(cos, sin, None)
-        hidden = self.embed_tokens(tokens)
-        for block, layer in zip(self.layers, layers, strict=True):
-            hidden = block(hidden, positions, layer)
-        return self.norm(hidden)
-
 
 class Llama(LanguageModel):
-    """A language model of LLaMA's family: the section's class says which of its parts vary."""
+    """A language model of LLaMA's family: the section's class says which of its parts vary.
+
+    Builds on the current default device (the caller sets meta).
+    """
 
     draws_in_forward: ClassVar[bool] = False
 
-    def __init__(self, dims: LlamaDimensions, backend: str) -> None:
+    def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
-        self.dims = dims
-        self.model = Decoder(dims, backend)
+        self.config = config
+        self.model = Decoder(config)
         self.lm_head = (
             TiedHead(self.model.embed_tokens)
-            if dims.tied_head
-            else Head(dims.hidden_size, dims.vocab_size)
+            if config.tied_head
+            else Head(config.sizes.hidden_size, config.vocab_size)
         )
 
     def forward(
@@ -169,22 +177,18 @@ class Llama(LanguageModel):
         Returns:
             [batch, seq, vocabulary] in the dtype of the weights, or the result of `apply_head`.
         """
-        if cache is None:
-            hidden = self.model(tokens, document_ids, self.call_block)
-        else:
-            assert isinstance(cache, KeyValueCache)
-            hidden = self.model.read_next(tokens, cache)
+        assert cache is None or isinstance(cache, KeyValueCache)
+        hidden = self.model(tokens, document_ids, self.call_block, cache)
         return apply_head(hidden, self.lm_head)
 
     def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> KeyValueCache:
         """See `contracts.LanguageModel`."""
-        cos, sin = self.model.rotary(capacity, device)
-        return KeyValueCache(self.dims.num_layers, batch_size, cos, sin)
+        return KeyValueCache(batch_size, *self.model.rotary(capacity, device))
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids of the embedding and the head."""
-        return self.dims.vocab_size
+        return self.config.vocab_size
 
     def blocks(self) -> dict[str, nn.Module]:
         """Returns the blocks by qualified name, in order."""
@@ -196,7 +200,7 @@ class Llama(LanguageModel):
 
     def outer_units(self) -> list[list[nn.Module]]:
         """Returns the embedding, and the last norm with the head; nothing if the head is tied."""
-        if self.dims.tied_head:
+        if self.config.tied_head:
             return []
         return [[self.model.embed_tokens], [self.model.norm, self.lm_head]]
 
@@ -212,13 +216,17 @@ class Llama(LanguageModel):
 
     def initial_std(self, name: str) -> float:
         """Returns the standard deviation of a parameter that starts with a normal distribution."""
-        return self.dims.init_std
+        return self.config.init_std
 
     def num_flops_per_token(self, seq_len: int) -> int:
-        """See `LlamaDimensions.num_flops_per_token`."""
-        return self.dims.num_flops_per_token(seq_len)
+        """Returns 6 N + 12 L H Q S, forward and backward (PaLM, arXiv 2204.02311, appendix B).
 
-
-def build_llama(config: LlamaFamilyConfig) -> Llama:
-    """Builds the model on the current default device (the caller sets meta)."""
-    return Llama(config.dimensions(), config.attention)
+        N is the number of weights of all linear layers and the head, without embedding, norms and
+        biases; L layers, H heads of Q features, S = `seq_len`. As in PaLM, attention is not halved
+        for the causal mask, so that MFU is comparable with published figures.
+        """
+        config = self.config
+        num_weights = sum(out * into for out, into in config.linear_shapes().values())
+        if config.tied_head:
+            num_weights += config.vocab_size * config.sizes.hidden_size
+        return 6 * num_weights + 12 * config.sizes.num_layers * config.q_size * seq_len

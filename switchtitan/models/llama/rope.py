@@ -9,7 +9,7 @@ from torch import Tensor
 
 RopeType = Literal["default", "linear", "llama3"]
 """Kinds of scaling; see `Rope`."""
-ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("rope_factor",),
     "llama3": (

@@ -33,7 +33,7 @@ TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
 """Cases whose regions are timed."""
 MEASURED = ("full rank", "lora", "switchlora", "switchlora, HSDP")
 """Cases of which norms of layers are measured."""
-SAVED = ("switchlora, HSDP", "bf16 host candidates, HSDP")
+SAVED = ("switchlora, HSDP", "host candidates, HSDP")
 """A replica saves some of the matrices that share a storage, and tensors in host memory."""
 VOCABULARIES = (32100, 32000, 32104)
 

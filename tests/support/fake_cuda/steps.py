@@ -159,5 +159,5 @@ def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
 def _is_documented_wait(name: str, waits: list[str]) -> bool:
     """Whether the host waits at most for vectors that were put back two steps ago, or for what an
     earlier step has measured: the last one, since cases switch often."""
-    may_wait = "host candidates" in name or name == "least moving"
+    may_wait = "host candidates" in name
     return not waits or (may_wait and waits == ["Event.synchronize"])

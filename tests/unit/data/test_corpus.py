@@ -48,8 +48,8 @@ def open_quietly(config):
 
 def test_every_dataset_has_a_valid_configuration():
     for name, row in DATASETS.items():
-        path = Path("x") if row.path == "required" else None
-        tokenizer = "t5-base" if row.holds_tokens else "train"
+        path = Path("x") if "path" in row.required else None
+        tokenizer = "t5-base" if "tokenizer" in row.required else "train"
         assert DataConfig(dataset=name, path=path, tokenizer=tokenizer).dataset == name
 
 
@@ -65,7 +65,7 @@ def test_every_dataset_has_a_valid_configuration():
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
         ({"dataset": "jsonl", "path": "x", "hub_split": "train"}, "hub_split = 'train'"),
         ({"dataset": "nanogpt", "path": "x"}, "tokenizer"),
-        ({"on_bad_record": "skip"}, "on_bad_record = 'skip'"),
+        ({"dataset": "arrow", "path": "x"}, "tokenizer"),
     ],
 )
 def test_a_key_without_effect_is_refused(given, words):
@@ -91,7 +91,6 @@ def test_a_tokenizer_name_is_local_if_a_file_of_that_name_exists(tmp_path, monke
         {"validation_fraction": 0.2},
         {"test_fraction": 0.2},
         {"max_document_share": 0.05},
-        {"on_bad_record": "skip"},
     ],
 )
 def test_what_determines_the_tokens_determines_the_folder(jsonl_config, change):
@@ -348,8 +347,8 @@ def hub(tmp_path, monkeypatch):
         assert name == "owner/name"
         return str(commits[revision or list(commits)[-1]])
 
-    def load_dataset(name, *args, revision, **keys):
-        return load(folder(name, revision), *args, **keys)
+    def load_dataset(path, *, revision, **keys):
+        return load(folder(path, revision), **keys)
 
     def get_names(name, config, revision):
         return names(folder(name, revision), config)
@@ -396,8 +395,7 @@ def test_a_resumed_preparation_reads_the_commit_it_began_with(hub, tmp_path, mon
 
 
 def test_a_local_copy_has_no_commit(tmp_path):
-    source = DATASETS["hub"].open(SourceKeys(tmp_path, "text", "en"))
-    assert source.newest_revision() is None
+    assert DATASETS["hub"].open(SourceKeys(tmp_path, "text", "en")).pin is None
 
 
 def test_a_hub_that_does_not_name_the_commit_is_an_error(hub, tmp_path, monkeypatch):

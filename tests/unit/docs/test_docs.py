@@ -43,6 +43,8 @@ def test_keys_exist():
     found = named(r"--(\w+\.\w+)")
     found |= {(page, ".".join(key)) for page, key in named(r"`\[(\w+)\] (\w+)")}
     assert ("USAGE.md", "training.steps") in found
+    # docs/LOG.md names keys that were removed.
+    found = {(page, key) for page, key in found if page != "LOG.md"}
     assert not {(page, key) for page, key in found if key not in all_keys() | NOT_KEYS}
 
 

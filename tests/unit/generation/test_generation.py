@@ -15,9 +15,8 @@ from switchtitan.generation.text import REPLACEMENT, TextStream, prefix_ids, pro
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
-from switchtitan.models.llama.config import LlamaConfig
+from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
 from switchtitan.models.llama.model import Llama
-from switchtitan.models.qwen2.config import Qwen2Config
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 17, 3, 44, 9], [8], [30, 31, 32, 2, 1, 52, 7, 7]]

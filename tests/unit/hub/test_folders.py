@@ -1,5 +1,5 @@
-"""A folder is complete or absent, whatever stops what writes it; the fingerprint of what a run
-starts from; and folders of the original implementation."""
+"""A folder is complete or absent, whatever stops what writes it; and the fingerprint of what a run
+starts from."""
 
 import hashlib
 import json
@@ -16,7 +16,6 @@ from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.files import try_lock
 from switchtitan.hub.initial_weights import fingerprint
 from switchtitan.hub.new_folder import new_folder
-from switchtitan.hub.original import read_original_dense
 from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
 from switchtitan.hub.peft_folder import ADAPTER_NAME, BASE_FOLDER
 
@@ -185,42 +184,3 @@ def test_an_adapters_fingerprint_covers_its_scale_its_factors_and_its_base(plain
         save_file({"w": torch.full((2,), weight)}, plain / "model-00001-of-00002.safetensors")
         seen.add(fingerprint(folder))
     assert len(seen) == 5
-
-
-def original_layer():
-    generator = torch.Generator().manual_seed(7)
-    shapes = {"weight": (7, 9), "lora_A": (4, 9), "lora_B": (7, 4), "candidates_A": (7, 9)}
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {f"model.layers.0.self_attn.q_proj.{name}": value for name, value in drawn.items()}
-
-
-def test_a_folder_of_the_original_implementation_is_merged_with_its_scale(tmp_path):
-    stored = {"model.norm.weight": torch.ones(9), **original_layer()}
-    torch.save(stored, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"switch_lora_config\.json is missing"):
-        read_original_dense(tmp_path)
-    config = json.dumps({"r": 4, "lora_alpha": 3.0})
-    (tmp_path / "switch_lora_config.json").write_text(config)
-    dense = read_original_dense(tmp_path)
-    layer = "model.layers.0.self_attn.q_proj"
-    assert dense.keys() == {f"{layer}.weight", "model.norm.weight"}
-    weight, a, b = (stored[f"{layer}.{name}"].double() for name in ("weight", "lora_A", "lora_B"))
-    expected = (weight + 3 / 4 * b @ a).float()
-    torch.testing.assert_close(dense[f"{layer}.weight"], expected, atol=1e-5, rtol=0)
-
-
-class Attack:
-    """A hostile pickle: loading it would call os.mkdir."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
-    torch.save({"model.norm.weight": Attack(tmp_path / "owned")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="could run code, and is not loaded"):
-        read_original_dense(tmp_path)
-    assert not (tmp_path / "owned").exists()

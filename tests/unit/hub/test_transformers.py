@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def state():
     generator = torch.Generator().manual_seed(0)
-    shapes = CONFIG.dimensions().parameter_shapes()
+    shapes = parameter_shapes(CONFIG)
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 

@@ -83,9 +83,8 @@ def expected_counts(config):
     if config.model.size in PUBLISHED_SIZES:
         hidden, wide, num_layers = PUBLISHED_SIZES[config.model.size]
     else:
-        dims = config.model.dimensions()
-        hidden, wide, num_layers = dims.hidden_size, dims.intermediate_size, dims.num_layers
-        assert dims.num_kv_heads == dims.num_heads
+        hidden, wide, num_layers, num_heads = config.model.sizes
+        assert config.model.kv_heads == num_heads
     around = 2 * config.model.vocab_size * hidden + (2 * num_layers + 1) * hidden
     dense = num_layers * (4 * hidden * hidden + 3 * wide * hidden)
     # Sum of out + in over the seven layers of all blocks. In each, min(out, in) is the hidden size.
@@ -254,9 +253,6 @@ min_factor = 0.05
 [profiler]
 enabled = true
 memory = true
-[loss_spike]
-factor = 6.0
-window = 9
 """
 
 
@@ -271,8 +267,6 @@ window = 9
         (("--optimizer.weight_decay", "0"), "optimizer.decay_norms = true"),
         (("--lr_schedule.decay", "constant"), "lr_schedule.min_factor = 0.05"),
         (("--profiler.enabled", "false"), "profiler.memory = true"),
-        (("--loss_spike.factor", "none"), "loss_spike.window = 9"),
-        (("--training.steps", "9"), "loss_spike.factor = 6.0"),
         (("--data.test_fraction", "none"), "evaluation.test_tokens = 999"),
     ],
 )

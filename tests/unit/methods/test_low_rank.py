@@ -13,13 +13,11 @@ from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.errors import ConfigError
 from switchtitan.methods import METHODS
-from switchtitan.methods.lora import LoraConfig
+from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import (
-    LayerBuffer,
     LowRankLinear,
-    balanced_init,
-    lora_init,
-    low_rank_layer_for,
+    balanced_bounds,
+    lora_bounds,
     low_rank_layers,
     replace_linears,
 )
@@ -27,6 +25,7 @@ from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contractio
 from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
+BOUNDS = (0.4, 0.0)
 
 
 def draw(*shape, seed=2):
@@ -36,7 +35,7 @@ def draw(*shape, seed=2):
 
 @torch.no_grad()
 def build_layer(**settings):
-    layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, **settings).double()
+    layer = LowRankLinear(IN, OUT, RANK, SCALE, BOUNDS, **settings).double()
     for seed, parameter in enumerate(layer.parameters()):
         parameter.copy_(draw(*parameter.shape, seed=seed))
     return layer
@@ -74,20 +73,6 @@ def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
     torch.testing.assert_close(layer(x), merged, rtol=1e-12, atol=1e-12)
 
 
-def test_buffers_are_registered_and_declared_sharded():
-    buffers = {
-        "candidates_a": LayerBuffer((5, IN), torch.bfloat16),
-        "candidates_b": LayerBuffer((5, OUT), is_on_host=True),
-    }
-    layer = LowRankLinear(IN, OUT, RANK, SCALE, lora_init, buffers=buffers)
-    assert isinstance(layer, Reparametrized)
-    assert layer.sharded_buffers() == ("candidates_a", "candidates_b")
-    assert layer.host_buffers() == ("candidates_b",)
-    found = {name: (tuple(b.shape), b.dtype) for name, b in layer.named_buffers()}
-    assert found["candidates_a"] == ((5, IN), torch.bfloat16)
-    assert found["candidates_b"] == ((5, OUT), layer.weight.dtype)
-
-
 def build_model(device):
     with torch.device(device):
         inner = nn.ModuleDict({"up": nn.Linear(IN, OUT), "down": nn.Linear(OUT, IN, bias=False)})
@@ -95,7 +80,7 @@ def build_model(device):
 
 
 def replacement(name, linear):
-    return low_rank_layer_for(linear, LoraConfig(rank=RANK), SCALE, lora_init)
+    return Lora(LoraConfig(rank=RANK), 10, 0).build_layer(name, linear)
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -124,7 +109,7 @@ def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
 def test_the_contraction_is_the_one_that_the_configuration_names(name):
     num_tokens, rank = 64, 12
     config = LoraConfig(rank=rank, contraction=name)
-    layer = low_rank_layer_for(nn.Linear(40, 30, bias=False), config, 0.5, lora_init)
+    layer = Lora(config, 10, 0).build_layer("layer", nn.Linear(40, 30, bias=False))
     chosen = cheapest_contraction(30, 40, rank, num_tokens) if name == "cheapest" else BY_NAME[name]
     x = torch.randn(num_tokens, 40, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -138,9 +123,9 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
 LARGE = (90, 70, 30)
 
 
-def initial_tensors(init, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
+def initial_tensors(bounds, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
     weight = draw(out, in_, seed=0).float()
-    layer = LowRankLinear(in_, out, rank, SCALE, init)
+    layer = LowRankLinear(in_, out, rank, SCALE, bounds(out, in_, rank))
     return weight, layer.initial_tensors(weight.clone(), lambda name: generator_for(3, name))
 
 
@@ -154,20 +139,22 @@ def check_uniform(values, std):
 
 
 def test_lora_starts_with_b_zero_a_uniform_and_the_weight_untouched():
-    weight, tensors = initial_tensors(lora_init)
+    weight, tensors = initial_tensors(lora_bounds)
     assert torch.equal(tensors["weight"], weight)
     assert not tensors["lora_b"].any()
     check_uniform(tensors["lora_a"], std=1 / math.sqrt(3 * LARGE[1]))
 
 
 def test_balanced_factors_have_the_published_deviations():
-    _, tensors = initial_tensors(balanced_init)
+    _, tensors = initial_tensors(balanced_bounds)
     (out, in_, rank), root_of_gain = LARGE, 3**-0.25
     check_uniform(tensors["lora_a"], std=(rank * out**0.5 / in_**1.5) ** 0.25 * root_of_gain)
     check_uniform(tensors["lora_b"], std=(rank / (in_ * out) ** 0.5) ** 0.25 * root_of_gain)
     assert not torch.equal(tensors["lora_a"].flatten()[:100], tensors["lora_b"].flatten()[:100])
     torch.rand(3)  # another state of the global generator
-    assert all(torch.equal(initial_tensors(balanced_init)[1][key], tensors[key]) for key in tensors)
+    assert all(
+        torch.equal(initial_tensors(balanced_bounds)[1][key], tensors[key]) for key in tensors
+    )
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 11)])
@@ -191,7 +178,7 @@ def test_every_init_of_every_method_keeps_the_plain_function(method, init, shape
 
 
 def layers_of(dtype):
-    made = {name: LowRankLinear(IN, OUT, RANK, 0.5, lora_init) for name in ("first", "second")}
+    made = {name: LowRankLinear(IN, OUT, RANK, 0.5, BOUNDS) for name in ("first", "second")}
     for layer in made.values():
         layer.weight.data = layer.weight.data.to(dtype)
     return made

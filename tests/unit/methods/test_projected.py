@@ -18,10 +18,15 @@ from support.projected_models import (
 
 from switchtitan.distributed.seeds import generator_for
 from switchtitan.errors import ConfigError
-from switchtitan.methods.apollo import Apollo, ApolloConfig
-from switchtitan.methods.fira import Fira, FiraConfig
-from switchtitan.methods.galore import Galore, GaloreConfig
-from switchtitan.methods.projected.singular_bases import leading_singular_vectors
+from switchtitan.methods.projected import (
+    Apollo,
+    ApolloConfig,
+    Fira,
+    FiraConfig,
+    Galore,
+    GaloreConfig,
+    leading_singular_vectors,
+)
 
 SEED, INTERVAL, GROWTH = 3, 4, 1.3
 KEYS = {"update_interval": INTERVAL, "targets": TARGETS}

@@ -7,10 +7,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.small_llama import SEED, draw_model, logits_of, loss_and_gradients
+from support.switchlora_reference import constant_candidates
 from torch import nn
 
 from switchtitan.distributed.seeds import generator_for
-from switchtitan.methods.lowrank import LowRankLinear, lora_init, low_rank_layers
+from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
 from switchtitan.methods.relora import (
     Relora,
     ReloraConfig,
@@ -93,8 +94,8 @@ class Reference:
         for name, layer in self.layers.items():
             layer.W += layer.scale * layer.B.T @ layer.A
             bound = 1 / math.sqrt(layer.A.shape[1])
-            generator = generator_for(SEED, f"{name}.lora_a:{number}")
-            layer.A.uniform_(-bound, bound, generator=generator)
+            key = f"{name}.lora_a:{number}"
+            layer.A.copy_(constant_candidates(SEED, key, *layer.A.shape, bound))
             layer.B.zero_()
             for factor, factor_name in ((layer.A, "lora_a"), (layer.B, "lora_b")):
                 self.prune(factor, f"{name}.{factor_name}", number)
@@ -240,26 +241,26 @@ OUT, IN, RANK = 7, 5, 3
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    layer = LowRankLinear(IN, OUT, RANK, 0.5, lora_init)
+    layer = LowRankLinear(IN, OUT, RANK, 0.5, (0.4, 0.0))
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
     return layer
 
 
-def test_a_reset_keeps_what_the_layer_computes_and_draws_a_by_the_generator(layer):
+def test_a_reset_keeps_what_the_layer_computes_and_draws_a_by_the_key(layer):
     x, old = torch.randn(11, IN), layer.lora_a.detach().clone()
     before = layer(x).detach()
-    merge_and_restart_(layer, generator_for(1, "a"))
+    merge_and_restart_(layer, key=1)
     # Sums of five products of order 1, each rounded at 6e-8.
     torch.testing.assert_close(layer(x).detach(), before, rtol=1e-5, atol=2e-6)
     assert not layer.lora_b.any()
     first = layer.lora_a.detach().clone()
     assert first.abs().max() <= IN**-0.5
     assert not torch.equal(first, old)
-    merge_and_restart_(layer, generator_for(1, "a"))
+    merge_and_restart_(layer, key=1)
     assert torch.equal(layer.lora_a, first)
-    merge_and_restart_(layer, generator_for(1, "b"))
+    merge_and_restart_(layer, key=2)
     assert not torch.equal(layer.lora_a, first)
 
 

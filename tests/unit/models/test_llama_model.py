@@ -44,16 +44,16 @@ def huggingface_model(model):
     """The same model with the same weights; loading is strict, so names are equal."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    dims = model.dims
+    ours = model.config
     config = LlamaConfig(
-        hidden_size=dims.hidden_size,
-        intermediate_size=dims.intermediate_size,
-        num_hidden_layers=dims.num_layers,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        vocab_size=dims.vocab_size,
-        rms_norm_eps=dims.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": dims.rope.theta},
+        hidden_size=ours.sizes.hidden_size,
+        intermediate_size=ours.sizes.intermediate_size,
+        num_hidden_layers=ours.sizes.num_layers,
+        num_attention_heads=ours.sizes.num_heads,
+        num_key_value_heads=ours.kv_heads,
+        vocab_size=ours.vocab_size,
+        rms_norm_eps=ours.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
         tie_word_embeddings=False,
     )
     other = LlamaForCausalLM(config)
@@ -180,7 +180,7 @@ def test_sharding_in_bf16_leaves_rotary_tables_in_fp32():
     logits = model(*draw_tokens(1, 7))
     logits.float().sum().backward()
     assert logits.dtype == torch.bfloat16
-    expected, _ = rotary_tables(7, model.dims.head_dim, model.dims.rope, torch.device("cpu"))
+    expected, _ = rotary_tables(7, model.config.head_width, model.config.rope, torch.device("cpu"))
     assert [torch.equal(positions.cos, expected) for positions in seen] == [True] * 3
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.optimizer_steps import draw, limit_elements_per_call, parameters, train
 
-from switchtitan.contracts import HoldsReplicated
 from switchtitan.optim import OPTIMIZERS, TrainedParameter, muon
 from switchtitan.optim.muon import (
     MuonConfig,
@@ -182,11 +181,3 @@ def test_spans_cover_all_tensors_with_few_elements_each():
         [9],
         [1, 2, 2],
     ]
-
-
-def test_replicated_values_are_those_of_both_parts():
-    named = parameters(SHAPES)
-    rounded = ours(named, moments_dtype="bfloat16")
-    assert isinstance(rounded, HoldsReplicated)
-    assert "head.weight.rounding_key" in rounded.replicated()
-    assert ours(named).replicated() == {}

@@ -50,7 +50,6 @@ CHOICES = {
 }
 ALL = {
     **{name: config for name, (config, _) in CHOICES.items()},
-    "adamw_in_bf16": AdamWConfig(**KEYS, moments_dtype="bfloat16"),
     "adamw8bit": AdamW8bitConfig(**KEYS),
     "muon": MuonConfig(**KEYS),
     "scale": ScaleConfig(**KEYS),

@@ -6,23 +6,30 @@ Ranks that stop together are in tests/faults.
 import os
 import signal
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 
-from switchtitan.training import signals as signals_module
-from switchtitan.training.signals import ExitNow, StopSignals
-from switchtitan.training.stop import RunStop, Stopped
+from switchtitan.training import stop as stop_module
+from switchtitan.training.stop import Stop, Stopped
 
 
 @pytest.fixture(autouse=True)
 def default_handlers():
     """In the background, a shell starts programs that ignore SIGINT."""
-    numbers = (signal.SIGINT, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The messages and statuses with which the process would have ended."""
+    found = []
+    monkeypatch.setattr(stop_module, "end_now", lambda *end: found.append(end))
+    return found
 
 
 def send(number=signal.SIGTERM):
@@ -36,27 +43,12 @@ def wait_until(claim):
         time.sleep(0.01)
 
 
-def send_and_wait(*numbers, pause_s=0.2):
-    """Sends signals, and waits longer than it takes until the last one raises."""
-    for number in numbers:
-        send(number)
-        time.sleep(pause_s)
-    time.sleep(2)
-
-
-@contextmanager
-def single_rank(grace_s=60.0):
-    with StopSignals() as signals, RunStop(signals, None, grace_s=grace_s, timeout_s=60) as stop:
-        yield signals, stop
-
-
 def take_steps(stop, during, num_steps=100):
     """Takes steps until the stop; returns their number."""
     step = 0
     with suppress(Stopped), stop.steps(lambda: "resumes from there"):
         for step in range(num_steps):
             during(step)
-            stop.note_step()
             number = stop.is_due()
             if number is not None:
                 assert number == signal.SIGTERM
@@ -67,73 +59,86 @@ def take_steps(stop, during, num_steps=100):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_outside_of_steps_a_signal_interrupts_once(number):
     before = signal.getsignal(number)
-    with StopSignals() as signals:
-        signals.add(signal.SIGUSR1)
+    with Stop() as stop:
+        stop.add(signal.SIGUSR1)
         with pytest.raises(KeyboardInterrupt) as interrupt:
-            send_and_wait(number)
+            send(number)
         assert interrupt.value.args == (number,)
         # Of the same action: it must not interrupt what the first one has started.
         send(number)
-        time.sleep(0.2)
     assert signal.getsignal(number) is before
 
 
 def test_an_ignored_signal_stays_ignored_unless_a_launcher_sends_it():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopSignals():
+    with Stop():
         send(signal.SIGHUP)
-        time.sleep(0.1)
-    with StopSignals(is_launched=True), pytest.raises(KeyboardInterrupt):
-        send_and_wait(signal.SIGHUP)
+    with Stop(is_launched=True), pytest.raises(KeyboardInterrupt):
+        send(signal.SIGHUP)
+
+
+def test_a_forked_process_has_its_own_signals():
+    with Stop() as stop, stop.steps(str):
+        child = os.fork()
+        if child == 0:
+            with suppress(SystemExit):
+                send()
+                os._exit(4)
+            os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert stop.is_due() is None
 
 
 def test_the_step_under_way_is_the_last_one():
-    with single_rank() as (_, stop):
-        during = {7: lambda: (send(), time.sleep(0.2))}
-        assert take_steps(stop, lambda step: during.get(step, tuple)()) == 8
+    with Stop() as stop:
+        stop.configure(None, grace_s=60)
+        assert take_steps(stop, lambda step: send() if step == 7 else None) == 8
 
 
-def test_a_signal_before_the_first_step_is_done_exits_at_once():
-    with single_rank() as (_, stop):
-        with pytest.raises(ExitNow) as ending:
-            take_steps(stop, lambda step: send_and_wait(signal.SIGTERM))
-        assert ending.value.status == 143
+def test_a_signal_after_the_last_step_stops_too():
+    with Stop() as stop:
+        stop.configure(None, grace_s=60)
+        with pytest.raises(Stopped), stop.steps(str):
+            send()
 
 
-def test_a_signal_before_the_steps_whose_interrupt_is_swallowed_exits_at_their_start():
-    with single_rank() as (signals, stop):
+def test_an_interrupt_before_the_steps_that_was_swallowed_is_raised_at_their_start():
+    with Stop() as stop:
         with suppress(KeyboardInterrupt):
-            send_and_wait(signal.SIGTERM)
-        wait_until(lambda: signals.received is not None)
-        with pytest.raises(ExitNow) as ending:
-            take_steps(stop, lambda step: time.sleep(0.1), num_steps=10)
-    assert ending.value.status == 143
+            send()
+        with pytest.raises(KeyboardInterrupt), stop.steps(str):
+            pytest.fail("takes steps")
 
 
-def test_a_signal_after_the_last_step_interrupts():
-    with single_rank() as (signals, stop):
-
-        def send_in_last(step):
-            if step == 1:
-                stop.is_due = lambda: None
-                send()
-                wait_until(lambda: signals.received is not None)
-
-        with pytest.raises(KeyboardInterrupt):
-            take_steps(stop, send_in_last, num_steps=2)
+def test_the_end_of_the_grace_period_abandons_the_save(ends):
+    with Stop() as stop:
+        stop.configure(None, grace_s=0.2)
+        take_steps(stop, lambda step: (send(), wait_until(lambda: ends)))
+    ((message, status),) = ends
+    assert message.startswith("[checkpoint] grace_s = 0.2: ")
+    assert message.endswith("resumes from there")
+    assert status == 5
 
 
-def test_the_end_of_the_grace_period_abandons_the_save():
-    with single_rank(grace_s=0.5) as (_, stop):
-        with pytest.raises(ExitNow, match="resumes from there") as ending:
-            take_steps(stop, lambda step: send_and_wait(signal.SIGTERM) if step else None)
-        assert ending.value.status == 5
+def test_a_save_within_the_grace_period_is_not_abandoned(ends):
+    with Stop() as stop:
+        stop.configure(None, grace_s=0.2)
+        take_steps(stop, lambda step: send())
+        time.sleep(0.5)
+    assert ends == []
 
 
-def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(monkeypatch):
-    monkeypatch.setattr(signals_module, "SAME_ACTION_S", 0.5)
-    numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-    with single_rank() as (_, stop):
-        with pytest.raises(ExitNow) as ending:
-            take_steps(stop, lambda step: send_and_wait(*numbers) if step else None)
-        assert ending.value.status == 130
+def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(monkeypatch, ends):
+    monkeypatch.setattr(stop_module, "SAME_ACTION_S", 0.5)
+    with Stop() as stop:
+        stop.configure(None, grace_s=60)
+
+        def send_three(step):
+            send()
+            send()
+            assert ends == []
+            time.sleep(0.6)
+            send(signal.SIGINT)
+
+        take_steps(stop, send_three)
+    assert ends == [("stopped at once by SIGINT", 130)]

@@ -8,30 +8,25 @@ import torch.distributed as dist
 from support.small_llama import draw_model
 from support.switchlora_layers import (
     build_optimizer,
+    candidates_of,
+    draw_few_at_a_time,
     effective_weight,
     relative_change,
     set_gradients,
 )
 from support.switchlora_reference import constant_candidates, splitmix64_outputs
 from support.switchlora_runs import build_ours, run_step
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from switchtitan.distributed.fsdp import num_device_bytes
-from switchtitan.distributed.seeds import generator_for, splitmix32, splitmix64
+from switchtitan.distributed.seeds import draw_vectors, generator_for, splitmix32, splitmix64
 from switchtitan.distributed.shards import empty_on_host_like, local, shard_buffer
-from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
+from switchtitan.methods.lowrank import low_rank_layers
 from switchtitan.methods.lowrank.linear import balanced_bounds
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
-from switchtitan.methods.switchlora.candidates import DrawnCandidates, StoredCandidates
-from switchtitan.methods.switchlora.host_candidates import HostCandidates
-from switchtitan.methods.switchlora.init import (
-    candidate_buffers,
-    draw_vectors,
-    draw_vectors_of_widths,
-    initial_factors,
-)
-from switchtitan.methods.switchlora.schedule import initial_slots
+from switchtitan.methods.switchlora.candidates import draw_of_widths
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall, and one whose only spare candidate is reused as soon as it returns
@@ -44,10 +39,10 @@ def build(shapes, dtype=torch.float32, device="cpu", num_per_step=1, **keys):
     rank = shapes[0][2]
     keys = {"interval": rank / num_per_step, "freeze_steps": 0, "decay": "constant", **keys}
     config = SwitchLoraConfig(rank=rank, **keys)
-    layers = {}
+    method, layers = SwitchLora(config, 500, SEED), {}
     for index, (out, in_, _) in enumerate(shapes):
-        name, buffers = f"layer{index}", candidate_buffers(config, out, in_)
-        layer = LowRankLinear(in_, out, rank, 1 / rank, initial_factors(config), buffers=buffers)
+        name = f"layer{index}"
+        layer = method.build_layer(name, nn.Linear(in_, out, bias=False))
         weight = torch.randn(out, in_, generator=generator_for(index, "weight")) / in_**0.5
         layer.load_state_dict(
             layer.initial_tensors(
@@ -59,12 +54,7 @@ def build(shapes, dtype=torch.float32, device="cpu", num_per_step=1, **keys):
         for buffer in layer.host_buffers():
             setattr(layer, buffer, layer.get_buffer(buffer).cpu())
     layers_of = list(layers.values())
-    if config.candidates == "constant":
-        candidates = DrawnCandidates(config, layers, SEED)
-    elif config.candidates_device == "host":
-        candidates = HostCandidates(layers_of)
-    else:
-        candidates = StoredCandidates(layers_of)
+    candidates = candidates_of(method, layers)
     optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers_of, 500, candidates)
     optimizer.set_lr(0.0)
     set_gradients(layers_of, 0.0)
@@ -74,8 +64,7 @@ def build(shapes, dtype=torch.float32, device="cpu", num_per_step=1, **keys):
 WAYS = {
     "constant": {"candidates": "constant"},
     "constant-lora": {"candidates": "constant", "init": "lora"},
-    "bfloat16": {"candidates_dtype": "bfloat16"},
-    "bfloat16-host": {"candidates_dtype": "bfloat16", "candidates_device": "host"},
+    "host": {"candidates_device": "host"},
 }
 
 
@@ -89,8 +78,7 @@ def test_a_switch_keeps_the_effective_weight_whatever_the_candidate(shape, way):
         for _ in range(15):
             before, factors = effective_weight(layer), layer.lora_a.clone()
             optimizer.step()
-            # Each element rounds to 6e-8; a rounded candidate differs by up to 4e-3, which W
-            # absorbs.
+            # Each element rounds to 6e-8.
             assert relative_change(effective_weight(layer), before) <= 1e-7
             assert not torch.equal(layer.lora_a, factors)
 
@@ -104,7 +92,7 @@ def test_a_drawn_vector_in_use_is_the_candidate_of_its_slot_always_the_same(shap
     vectors_a, vectors_b = (
         constant_candidates(SEED, f"layer0.{name}", count, width, bound)
         for name, width, bound in zip(
-            ("candidates_a", "candidates_b"), (in_, out), balanced_bounds(*shape), strict=True
+            ("lora_a", "lora_b"), (in_, out), balanced_bounds(*shape), strict=True
         )
     )
     slots_a, slots_b = {}, {}
@@ -164,32 +152,12 @@ def test_draws_follow_the_seed_and_differ_from_layer_to_layer():
         assert not torch.isclose(*of_both).any()
 
 
-def test_what_waits_in_bf16_is_rounded_to_the_nearest_and_the_start_is_as_drawn():
-    shape = (23, 14, 9)
-    (exact,), _ = build([shape])
-    (rounded,), optimizer = build([shape], candidates_dtype="bfloat16")
-    for name in ("weight", "lora_a", "lora_b"):
-        assert torch.equal(rounded.state_dict()[name], exact.state_dict()[name]), name
-    slots_a, slots_b = initial_slots(9, 14)
-    assert torch.equal(rounded.lora_a.bfloat16(), rounded.candidates_a[slots_a])
-    assert torch.equal(rounded.lora_b.bfloat16(), rounded.candidates_b[slots_b])
-    assert not torch.equal(rounded.lora_a, rounded.candidates_a[slots_a].float())
-    first_of_a, fifth_of_b = rounded.lora_a[0].clone(), rounded.lora_b[4].clone()
-    candidates = rounded.candidates_a[0].clone(), rounded.candidates_b[0].clone()
-    optimizer.step()
-    assert torch.equal(rounded.candidates_a[5], first_of_a.bfloat16()), "slot (0 - 9) mod 14"
-    assert torch.equal(rounded.candidates_b[5], fifth_of_b.bfloat16())
-    assert torch.equal(rounded.lora_a[0], candidates[0].float())
-    assert torch.equal(rounded.lora_b[4], candidates[1].float())
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_waiting_on_the_host_gives_the_same_bits(dtype, device):
+def test_waiting_on_the_host_gives_the_same_bits(device):
     # Layers of equal rank: only the first one's spare candidates return at once.
     keys = {"shapes": [(7, 6, 5), (6, 13, 5), (23, 17, 5)], "device": device}
-    here, optimizer_here = build(**keys, candidates_dtype=dtype)
-    there, optimizer_there = build(**keys, candidates_dtype=dtype, candidates_device="host")
+    here, optimizer_here = build(**keys)
+    there, optimizer_there = build(**keys, candidates_device="host")
     assert {one.lora_a.device.type for one in here + there} == {device}
     assert {buffer.device.type for layer in there for buffer in layer.buffers()} == {"cpu"}
     generator = torch.Generator().manual_seed(3)
@@ -223,7 +191,7 @@ def test_vectors_on_their_way_are_back_when_the_state_is_asked_for():
     assert torch.equal(layer.candidates_a[5], outgoing), "slot (0 - 9) mod 14"
 
 
-def test_loading_a_state_drops_what_was_fetched_for_another():
+def test_loading_a_state_drops_what_was_on_its_way():
     (layer,), optimizer = build([(23, 14, 9)], candidates_device="host")
     optimizer.step()
     state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
@@ -256,26 +224,26 @@ def test_a_part_in_host_memory_belongs_to_the_mesh_and_takes_no_bytes_of_a_gpu(m
     assert num_device_bytes(tensors, torch.device("cpu")) == 3 * 3 * 2 + 5 * 4
 
 
-def draw(name, num_slots=200, elements=range(500), bound=1.0, seed=0):
-    """The candidates `name`, [slots, elements]."""
+def draw(name, slots=range(200), width=500, bound=1.0, seed=0):
+    """The random vectors `name`, [slots, width]."""
     key = torch.tensor(generator_for(seed, name).initial_seed())
-    keys = splitmix64(key, torch.arange(num_slots))
-    return draw_vectors(keys, torch.full((num_slots,), bound), elements)
+    return draw_vectors(key, torch.tensor(slots), width, bound)
 
 
-def test_drawn_vectors_are_those_of_the_definition_in_any_part():
-    expected = constant_candidates(5, "layer.candidates_a", 7, 31, bound=0.3)
-    for start, stop in ((0, 31), (0, 8), (8, 31), (30, 31), (5, 5)):
-        found = draw("layer.candidates_a", 7, range(start, stop), bound=0.3, seed=5)
-        assert torch.equal(found, expected[:, start:stop])
+def test_drawn_vectors_are_those_of_the_definition_in_any_part(monkeypatch):
+    draw_few_at_a_time(monkeypatch, 3 * 31)
+    expected = constant_candidates(5, "layer.lora_a", 7, 31, bound=0.3)
+    for slots in (range(7), range(3), range(2, 7), [6, 0, 3]):
+        found = draw("layer.lora_a", slots, 31, bound=0.3, seed=5)
+        assert torch.equal(found, expected[slots])
 
 
 def test_vectors_of_several_widths_are_those_of_each_width():
-    keys = splitmix64(torch.tensor(17), torch.arange(4))
+    key, slots = torch.tensor(17), torch.arange(4)
     bounds, widths = torch.tensor([0.5, 1.0, 0.0, 2.0]), np.array([7, 5, 5, 11])
-    drawn = draw_vectors_of_widths(keys, bounds, widths, torch.device("cpu"))
+    drawn = draw_of_widths(splitmix64(key, slots), bounds, widths, torch.device("cpu"))
     for index, vector in enumerate(drawn.split(widths.tolist())):
-        alone = draw_vectors(keys[index, None], bounds[index, None], range(len(vector)))
+        alone = draw_vectors(key, slots[index, None], len(vector), float(bounds[index]))
         assert torch.equal(vector, alone[0])
         assert vector.abs().max() > 0 or bounds[index] == 0
 
@@ -294,11 +262,11 @@ def test_drawn_values_are_uniform_within_the_bound():
 
 def test_drawn_neighbours_are_unrelated():
     """Elements, slots, A and B, layers and seeds: up to 100 000 pairs, five errors are 0.016."""
-    values = draw("layers.0.candidates_a")
+    values = draw("layers.0.lora_a")
     pairs = [
-        (values, draw("layers.0.candidates_b")),
-        (values, draw("layers.1.candidates_a")),
-        (values, draw("layers.0.candidates_a", seed=1)),
+        (values, draw("layers.0.lora_b")),
+        (values, draw("layers.1.lora_a")),
+        (values, draw("layers.0.lora_a", seed=1)),
         *((values[:, :-lag], values[:, lag:]) for lag in (1, 2, 8)),
         *((values[:-lag], values[lag:]) for lag in (1, 2, 8)),
         (values[:-1, :-1], values[1:, 1:]),

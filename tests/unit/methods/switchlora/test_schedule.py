@@ -7,14 +7,7 @@ import pytest
 from support.switchlora_layers import flat, with_interval
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.rate import switch_rate
-from switchtitan.methods.switchlora.schedule import (
-    SwitchCounts,
-    SwitchSchedule,
-    initial_slots,
-    plan_layer_switch,
-    ring_spans,
-)
+from switchtitan.methods.switchlora.plan import Plan, ring_spans, vector_spans
 
 DECAYS = ("exponential", "sigmoid", "constant")
 
@@ -38,8 +31,12 @@ def expected_rate(config, step, num_steps):
 
 def all_requests(config, num_steps, num_layers):
     """[steps, layers]"""
-    schedule = SwitchSchedule(config, num_steps, num_layers)
-    return np.array([schedule.requested(step) for step in range(num_steps)])
+    plan = Plan(config, num_steps, np.full(num_layers, 2 * config.rank))
+    requests = []
+    for _ in range(num_steps):
+        requests.append(plan.requested())
+        plan.advance([])
+    return np.array(requests)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -47,8 +44,7 @@ def test_rates_follow_the_formulas(decay):
     config = config_with(decay)
     expected = [expected_rate(config, step, 217) for step in range(217)]
     # a few roundings of float64
-    rates = switch_rate(config.decay, config.decay_ratio, 217)
-    np.testing.assert_allclose(rates, expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(config.rates(217), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -94,22 +90,18 @@ def test_layers_take_turns(decay, num_layers):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_nothing_is_asked_for_after_the_schedule(decay):
-    schedule = SwitchSchedule(config_with(decay, rank=90, interval=20, decay_ratio=1), 30, 3)
-    assert schedule.requested(29).all()
-    for step in (30, 31, 1000):
-        assert not schedule.requested(step).any()
+    plan = Plan(config_with(decay, rank=90, interval=20, decay_ratio=1), 30, np.full(3, 180))
+    for plan.step in range(40):
+        assert plan.requested().any() == (plan.step < 30)
 
 
 def switches_of_vectors(config, num_steps, num_layers):
     """The switches of each vector of A in a run, within the limits, [layers, rank]."""
-    num_candidates = np.full(num_layers, 10 * config.rank)
-    schedule = SwitchSchedule(config, num_steps, num_layers)
-    counts = SwitchCounts(num_layers, config.freeze_steps)
-    for step in range(num_steps):
-        requested = schedule.requested(step)
-        counts.advance(counts.limited(requested, config.rank, num_candidates, config.rank // 2))
+    plan = Plan(config, num_steps, np.full(num_layers, 10 * config.rank))
+    for _ in range(num_steps):
+        plan.advance(plan.next())
     vectors = np.arange(config.rank)
-    return (counts.num_switched[:, None] + config.rank - 1 - vectors) // config.rank
+    return (plan.num_switched[:, None] + config.rank - 1 - vectors) // config.rank
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -153,7 +145,7 @@ def test_the_largest_number_that_is_accepted_meets_no_limit(decay):
 def test_an_interval_is_refused_if_switches_would_be_dropped(rank, freeze_steps):
     keys = {"rank": rank, "decay": "constant", "freeze_steps": freeze_steps}
     (problem,) = with_interval(0.01, **keys).check_length(500)
-    least = float(problem.partition("expected at least ")[2].partition(",")[0])
+    least = float(problem.partition("need at least ")[2].partition(",")[0])
     config = SwitchLoraConfig(interval=least, **keys)
     assert config.check_length(500) == []
     assert np.abs(switches_of_vectors(config, 500, 11) - 500 / least).max() < 1
@@ -167,13 +159,13 @@ def test_an_interval_is_refused_if_switches_would_be_dropped(rank, freeze_steps)
 def test_limits_hold_whatever_is_asked_for(freeze_steps):
     generator = np.random.default_rng(5)
     rank, num_candidates = 13, np.array([14, 15, 17, 23, 13])
-    counts = SwitchCounts(5, freeze_steps)
+    plan = Plan(SwitchLoraConfig(rank=rank, freeze_steps=freeze_steps), 400, num_candidates)
     history = [np.zeros(5, dtype=int)] * 10
     bound_by_freeze = bound_by_candidates = 0
     for _ in range(400):
         requested = generator.integers(0, 9, 5)
-        switched = counts.limited(requested, rank, num_candidates, rank // 2)
-        counts.advance(switched)
+        switched = plan.limited(requested)
+        plan.advance([plan.switch(layer, switched[layer]) for layer in np.flatnonzero(switched)])
         frozen = (
             sum(history[-(freeze_steps - 1) :], np.zeros(5, dtype=int)) if freeze_steps > 1 else 0
         )
@@ -182,9 +174,9 @@ def test_limits_hold_whatever_is_asked_for(freeze_steps):
         bound_by_freeze += np.sum((room < requested) & (room < spare))
         bound_by_candidates += np.sum((spare < requested) & (spare < room))
         history.append(switched)
-    assert counts.step == 400
-    np.testing.assert_array_equal(counts.num_switched, sum(history))
-    assert not counts.num_switched[4], "no candidate waits there"
+    assert plan.step == 400
+    np.testing.assert_array_equal(plan.num_switched, sum(history))
+    assert not plan.num_switched[4], "no candidate waits there"
     assert bound_by_freeze > 50
     assert bound_by_candidates > 50
 
@@ -220,18 +212,16 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(
     rank, num_candidates, freeze_steps, most_asked
 ):
     generator = np.random.default_rng(rank)
-    counts = SwitchCounts(1, freeze_steps)
+    config = SwitchLoraConfig(rank=rank, freeze_steps=freeze_steps)
+    plan = Plan(config, 300, np.array([num_candidates]))
     side_a, side_b = Ring(rank, num_candidates, 0), Ring(rank, num_candidates, rank // 2)
     for _ in range(300):
-        before = int(counts.num_switched[0])
-        requested = generator.integers(0, most_asked + 1, 1)
-        limited = counts.limited(requested, rank, np.array([num_candidates]), rank // 2)
-        counts.advance(limited)
-        count = int(limited[0])
-        plan = plan_layer_switch(7, before, count, rank, num_candidates)
-        of_a, of_b = map(flat, plan.vectors)
-        slots_in, slots_out = flat(plan.slots_in), flat(plan.slots_out)
-        assert plan.num_vectors == count == len(of_b) == len(slots_in) == len(slots_out)
+        count = int(plan.limited(generator.integers(0, most_asked + 1, 1))[0])
+        switch = plan.switch(0, count)
+        plan.advance([switch])
+        of_a, of_b = map(flat, switch.vectors)
+        slots_in, slots_out = flat(switch.slots_in), flat(switch.slots_out)
+        assert switch.num_vectors == count == len(of_b) == len(slots_in) == len(slots_out)
         assert side_a.switch(count) == (of_a, slots_in, slots_out)
         assert side_b.switch(count) == (of_b, slots_in, slots_out)
 
@@ -245,15 +235,21 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(
             )
             for vector in counterparts:
                 resting.rest[vector] = freeze_steps
+        is_frozen = plan.is_frozen()[:, 0].tolist()
+        assert is_frozen == [[left > 0 for left in side.rest] for side in (side_a, side_b)]
+        for resting in (side_a, side_b):
             resting.rest = [max(0, left - 1) for left in resting.rest]
     # Each side went round all candidates several times.
-    assert counts.num_switched[0] > 3 * num_candidates
+    assert plan.num_switched[0] > 3 * num_candidates
 
 
-def test_factors_begin_with_the_last_candidates_of_the_ring():
-    slots_a, slots_b = initial_slots(5, 11)
-    assert slots_a.tolist() == [6, 7, 8, 9, 10]
-    assert [slots_b[(5 // 2 + i) % 5] for i in range(5)] == slots_a.tolist()
+def test_spans_of_a_table_are_its_true_entries():
+    table = np.random.default_rng(0).random((2, 3, 9)) < 0.5
+    found = np.zeros_like(table)
+    for factor, layer, vectors in vector_spans(table):
+        assert not found[factor, layer, max(0, vectors.start - 1) : vectors.stop].any()
+        found[factor, layer, vectors.start : vectors.stop] = True
+    np.testing.assert_array_equal(found, table)
 
 
 def test_spans_are_cut_where_the_ring_closes():

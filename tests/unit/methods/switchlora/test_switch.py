@@ -6,8 +6,10 @@ from support.switchlora_layers import (
     build_layer,
     build_optimizer,
     effective_weight,
+    freeze_steps_left,
     relative_change,
     set_gradients,
+    vector_steps,
     with_interval,
 )
 from support.tiny import tiny_trainer, train_steps
@@ -16,8 +18,7 @@ from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.shards import local
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers, rounding
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.schedule import FACTOR_A, FACTOR_B, VectorSpan
-from switchtitan.methods.switchlora.switch import FreezeTimers
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -150,7 +151,7 @@ def trained(corpora):
 def unsharded(layer):
     """A plain layer of the same values, one rank holding all."""
     plain = LowRankLinear(
-        layer.in_features, layer.out_features, layer.rank, layer.scale, lambda *_: {}
+        layer.in_features, layer.out_features, layer.rank, layer.scale, layer.bounds
     )
     plain.load_state_dict(
         {name: local(getattr(layer, name)) for name in ("weight", "lora_a", "lora_b")}
@@ -272,14 +273,11 @@ def test_first_update_after_the_rest_is_about_half_the_learning_rate():
     assert num_first_updates >= 8
 
 
-def moments_of(state, factor, vector):
+def moments_of(state, steps, factor, vector):
     """[moments, elements] and the step count."""
     name = "lora_a" if factor == FACTOR_A else "lora_b"
     moments = [state[f"layer0.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")]
-    return (
-        torch.stack([m[vector] for m in moments]),
-        state["switch.vector_steps"][factor, 0, vector].item(),
-    )
+    return torch.stack([m[vector] for m in moments]), steps[factor, 0, vector].item()
 
 
 def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replaces():
@@ -289,24 +287,24 @@ def test_vector_switched_in_keeps_the_moments_and_the_steps_of_the_one_it_replac
     optimizer = build_optimizer(config, AdamWConfig(lr=LR), [layer], 20)
     for _ in range(20):
         old = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
-        held = vectors(layer)
+        held, old_counts = vectors(layer), vector_steps(optimizer)
         for factor in (layer.lora_a, layer.lora_b):
             factor.grad = torch.randn_like(factor)
         optimizer.step()
-        state = optimizer.state_dict()
+        state, counts = optimizer.state_dict(), vector_steps(optimizer)
         p = int(old["switch.num_switched"])
         assert int(state["switch.num_switched"]) == p + 1
         of_a, of_b = p % RANK, (RANK // 2 + p) % RANK
         for (factor, vector), value in vectors(layer).items():
-            moments, steps = moments_of(state, factor, vector)
-            old_moments, old_steps = moments_of(old, factor, vector)
+            moments, steps = moments_of(state, counts, factor, vector)
+            old_moments, old_steps = moments_of(old, old_counts, factor, vector)
             if (factor, vector) in ((FACTOR_B, of_a), (FACTOR_A, of_b)):
                 assert steps == 1
                 assert not moments.any()
                 continue
             if (factor, vector) in ((FACTOR_A, of_a), (FACTOR_B, of_b)):
                 assert (value - held[factor, vector]).abs().max() > 2 * LR, "it was not exchanged"
-            frozen = old["switch.freeze_steps_left"][factor, 0, vector].item() > 0
+            frozen = freeze_steps_left(old, 2)[factor, 0, vector].item() > 0
             grad = (layer.lora_a if factor == FACTOR_A else layer.lora_b).grad[vector]
             grad = torch.zeros_like(grad) if frozen else grad
             assert steps == old_steps + 1
@@ -328,7 +326,7 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
         before = vectors(layer)
         set_gradients([layer], 1.0)
         optimizer.step()
-        state, after = optimizer.state_dict(), vectors(layer)
+        state, steps, after = optimizer.state_dict(), vector_steps(optimizer), vectors(layer)
         switched = {(FACTOR_A, p % RANK), (FACTOR_B, (RANK // 2 + p) % RANK)}
         counterpart = {(FACTOR_B, p % RANK), (FACTOR_A, (RANK // 2 + p) % RANK)}
         expected = {"counterpart": counterpart, "both": counterpart | switched}.get(
@@ -338,7 +336,7 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
             (factor, vector)
             for factor in (FACTOR_A, FACTOR_B)
             for vector in range(RANK)
-            if moments_of(state, factor, vector)[1] == 1
+            if steps[factor, 0, vector] == 1
         }
         # In the first step, no vector has seen more than one.
         assert p == 0 or first_steps == expected
@@ -346,29 +344,15 @@ def test_moments_are_reset_for_whom_the_setting_names(reset_moments):
             assert torch.equal(before[vector], after[vector]), (
                 "a frozen vector does not move, reset or not"
             )
-            first_moment, second_moment = moments_of(state, *vector)[0]
+            first_moment, second_moment = moments_of(state, steps, *vector)[0]
             assert first_moment.any() == (reset_moments == "none" and p > 0)
             assert second_moment.any() == (reset_moments in ("none", "momentum") and p > 0)
         for factor, vector in switched:
             if reset_moments == "both":  # the moments of one step with a gradient of one
-                moments = moments_of(state, factor, vector)[0]
+                moments = moments_of(state, steps, factor, vector)[0]
                 expected_moments = torch.tensor([[0.1], [0.001]], dtype=torch.float64).expand_as(
                     moments
                 )
                 torch.testing.assert_close(
                     moments, expected_moments, rtol=0, atol=1e-15
                 )  # rounding
-
-
-def test_timer_started_again_counts_from_the_start():
-    timers = FreezeTimers(num_layers=2, rank=5, freeze_steps=3, device=torch.device("cpu"))
-    run = VectorSpan(FACTOR_B, 1, range(3, 5))
-    timers.start([run])
-    timers.advance()
-    timers.start([run, VectorSpan(FACTOR_A, 0, range(1))])
-    standing = ~timers.update_mask()
-    assert standing.nonzero().tolist() == [[FACTOR_A, 0, 0], [FACTOR_B, 1, 3], [FACTOR_B, 1, 4]]
-    for _ in range(3):
-        assert torch.equal(~timers.update_mask(), standing)
-        timers.advance()
-    assert timers.update_mask().all()

@@ -52,9 +52,8 @@ def test_the_command_line_replaces_the_files_way(tmp_path, keys, override, kept)
     assert (method.interval, method.switches_per_vector) == kept
 
 
-@pytest.mark.parametrize("keys", ["switches_per_vector = 0.2", 'preset = "gentle"'])
-def test_a_saved_configuration_loads_again(tmp_path, keys):
-    config = load_tiny(tmp_path, keys)
+def test_a_saved_configuration_loads_again(tmp_path):
+    config = load_tiny(tmp_path, "switches_per_vector = 0.2")
     (tmp_path / "resolved.toml").write_text(resolved_toml(config))
     assert parse_arguments(["--config", str(tmp_path / "resolved.toml")], 1) == config
     assert METHODS.restore(config.method.model_dump(mode="json")) == config.method
@@ -67,13 +66,8 @@ def test_a_saved_configuration_loads_again(tmp_path, keys):
         ("interval = 9\nfreeze_steps = 0\nswitches_per_vector = 2", ("interval = 9", "= 2")),
         ('switches_per_vector = 9.4\ndecay = "constant"', ("switches_per_vector = 9.4", "3.98")),
         ("interval = 1.5\nfreeze_steps = 0", ("interval = 1.5", "at least 2,")),
-        ("interval = 6\nfreeze_steps = 4", ("interval = 6", "freeze_steps = 8")),
+        ("interval = 6\nfreeze_steps = 4", ("interval = 6", "at least 8,")),
         ('decay = "constant"\ndecay_ratio = 0.2', ("decay_ratio", "constant")),
-        ('order = "least_moving"\ninterval = 7', ("interval = 7", "least_moving")),
-        (
-            'candidates = "constant"\ncandidates_dtype = "bfloat16"',
-            ("candidates_dtype = 'bfloat16'", "constant"),
-        ),
         (
             'candidates = "constant"\ncandidates_device = "host"',
             ("candidates_device = 'host'", "constant"),

@@ -1,0 +1,112 @@
+"""The base of the optimizers: groups of parameters, learning rates and state by name."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from switchtitan.contracts import OptimizerConfig, TrainingOptimizer, replicated_values
+from switchtitan.optim.parameters import TrainedParameter, parameter_groups
+
+
+class GroupedOptimizer(ABC):
+    """Trains groups of parameters; a `contracts.TrainingOptimizer`. A subclass adds its state and a
+    step.
+
+    Args:
+        rates_as_tensors: keep learning rates on the device, since torch.compile would recompile for
+            every new Python number.
+
+    Attributes:
+        groups: of one learning rate and one weight decay each.
+        rates: the current learning rate of each group.
+        parameters: of all groups, by qualified name.
+        state: live tensors by the name that checkpoints have.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Iterable[TrainedParameter],
+        rates_as_tensors: bool = False,
+    ) -> None:
+        self.groups = parameter_groups(config, parameters)
+        self.parameters = {
+            name: parameter for group in self.groups for name, parameter in group.parameters.items()
+        }
+        self.rates: list[Tensor | float] = [group.lr for group in self.groups]
+        if rates_as_tensors:
+            devices = [next(iter(group.parameters.values())).device for group in self.groups]
+            self.rates = [
+                torch.tensor(group.lr, device=device)
+                for group, device in zip(self.groups, devices, strict=True)
+            ]
+        self.state: dict[str, Tensor] = {}
+        self._config, self._lr_factor = config, 1.0
+
+    @abstractmethod
+    def step(self) -> None:
+        """Updates every parameter that has a gradient."""
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def set_lr(self, lr_factor: float) -> None:
+        self._lr_factor = lr_factor
+        for index, (rate, group) in enumerate(zip(self.rates, self.groups, strict=True)):
+            if isinstance(rate, Tensor):
+                rate.fill_(group.lr * lr_factor)
+            else:
+                self.rates[index] = group.lr * lr_factor
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the learning rates by TensorBoard tag."""
+        rates = {"optimizer/lr": self._config.lr * self._lr_factor}
+        if self._config.other_lr is not None:
+            rates["optimizer/other_lr"] = self._config.other_lr * self._lr_factor
+        return rates
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.state)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for key, tensor in self.state_dict().items():
+            tensor.copy_(state[key])
+
+
+class SplitOptimizer:
+    """Several optimizers of disjoint parameters as one; a `contracts.TrainingOptimizer`."""
+
+    def __init__(self, parts: list[TrainingOptimizer]) -> None:
+        self._parts = parts
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self._parts:
+            part.zero_grad()
+
+    def set_lr(self, lr_factor: float) -> None:
+        for part in self._parts:
+            part.set_lr(lr_factor)
+
+    def metrics(self) -> dict[str, float]:
+        return {tag: value for part in self._parts for tag, value in part.metrics().items()}
+
+    def replicated(self) -> dict[str, Tensor]:
+        """See `contracts.HoldsReplicated`."""
+        return {
+            key: tensor for part in self._parts for key, tensor in replicated_values(part).items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {key: tensor for part in self._parts for key, tensor in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for part in self._parts:
+            part.load_state_dict(state)

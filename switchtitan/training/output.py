@@ -1,0 +1,132 @@
+"""The folder of a run: writable, the same one on every rank, and of one process at a time."""
+
+import atexit
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from switchtitan.checkpoint.background import join_writers
+from switchtitan.distributed.world import World
+from switchtitan.errors import ConfigError
+
+LOCK_FILE, OWNER_FILE = "run.lock", "run.owner"
+"""In a run's folder: what is locked while the run trains, and the name of its process."""
+_ENDS_WITHIN_S = 10.0
+"""The workers of a killed process end, and a network file system notices its end."""
+_VISIBLE_WITHIN_S = 10.0
+"""Network file systems may show a new file late."""
+_POLL_S = 0.2
+_WRITER_ENDS_WITHIN_S = 1.0
+"""The thread of a background save ends soon after the save."""
+
+
+@contextmanager
+def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
+    """Creates the folder, and keeps every other process from training there; collective.
+
+    The lock ends with the main rank's process. After an error, a background save may continue until
+    then, and keeps the lock. A folder that was created is removed if nothing was written there.
+
+    Raises:
+        ConfigError: on every rank, if another process trains there, the folder cannot be written,
+            or some ranks see another one.
+    """
+    lock = FileLock(output_dir / LOCK_FILE)
+    owner_file = output_dir / OWNER_FILE
+    created: list[Path] = []
+
+    def acquire() -> str:
+        if not world.is_main:
+            return ""
+        with _explained(output_dir):
+            created.extend(p for p in (output_dir, *output_dir.parents) if not p.exists())
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=_ENDS_WITHIN_S)
+            owner = (
+                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
+            )
+            owner_file.write_text(owner, encoding="utf-8")
+        return owner
+
+    try:
+        owner = world.together(acquire)[0]
+        world.together(lambda: _check_shared(owner_file, owner))
+        yield
+    finally:
+        if not lock.is_locked or join_writers(_WRITER_ENDS_WITHIN_S):
+            _release(lock, owner_file, created)
+        else:
+            # The interpreter joins threads before it calls this.
+            atexit.register(_release, lock, owner_file, created)
+
+
+def check_writable(output_dir: Path) -> None:
+    """Checks that the folder can be written or created; writes nothing.
+
+    Raises:
+        ConfigError: if not.
+    """
+    with _explained(output_dir):
+        nearest = next(
+            path for path in (output_dir, *output_dir.absolute().parents) if path.exists()
+        )
+        if not nearest.is_dir():
+            raise NotADirectoryError(f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK):
+            raise PermissionError(f"{nearest} is read-only")
+
+
+def _release(lock: FileLock, owner_file: Path, created: list[Path]) -> None:
+    """Releases the lock if it is held; removes its files, and folders in which nothing else is."""
+    if lock.is_locked:
+        with suppress(OSError):
+            owner_file.unlink()
+            Path(lock.lock_file).unlink()  # filelock notices it, and tries again
+            for folder in created:
+                folder.rmdir()
+        lock.release()
+
+
+def _check_shared(owner_file: Path, owner: str) -> None:
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while _read(owner_file) != owner:
+        if time.monotonic() > deadline:
+            folder = owner_file.parent
+            raise ConfigError(
+                f"[job] output_dir = {str(folder)!r}: {folder.absolute()} is not the main rank's "
+                "folder; put output_dir on a disk that all nodes share"
+            )
+        time.sleep(_POLL_S)
+        with suppress(OSError):
+            os.listdir(owner_file.parent)  # NFS clients then ask the server again
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+@contextmanager
+def _explained(output_dir: Path) -> Iterator[None]:
+    """Turns what goes wrong with the folder into one error."""
+    key = f"[job] output_dir = {str(output_dir)!r}"
+    try:
+        yield
+    except Timeout as error:
+        owner = _read(output_dir / OWNER_FILE) or "another process"
+        raise ConfigError(
+            f"{key}: {owner}, trains in this folder; wait until it ends, or stop it, or choose "
+            "another output_dir"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: expected a writable folder, but writing there failed ({error}); choose "
+            "another, or free space"
+        ) from error
