@@ -1,4 +1,4 @@
-"""Compiled updates of AdamW, also with moments in bf16, and of Muon equal the uncompiled ones."""
+"""Compiled updates of AdamW and of Muon equal the uncompiled ones."""
 
 import pytest
 import torch
