@@ -79,6 +79,16 @@ def test_the_port_must_be_free_on_the_host_only():
     check_rendezvous(endpoint, num_nodes=2, node_rank=0)
 
 
+def test_only_the_last_start_of_this_run_tells_how_it_ended(tmp_path):
+    for number, folder in enumerate(("old/attempt_11", "run/attempt_2", "run/attempt_10")):
+        (tmp_path / folder / "0").mkdir(parents=True)
+        recorded = {"message": folder, "exit_status": number}
+        (tmp_path / folder / "0" / "error.json").write_text(json.dumps(recorded))
+    last = launch.last_start(tmp_path, [tmp_path / "old" / "attempt_11"])
+    assert [end["message"] for end in launch.recorded_ends(last)] == ["run/attempt_10"]
+    assert launch.last_start(tmp_path / "old" / "attempt_11", []) == []
+
+
 def test_a_lost_rendezvous_is_a_users_mistake_unless_ranks_ran_or_say_why(tmp_path):
     options = launch.read_options(["--nnodes", "2", "--rdzv_endpoint", "node-1:29500", "train"])
     error = RendezvousTimeoutError("nobody came")
