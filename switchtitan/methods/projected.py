@@ -299,9 +299,9 @@ class ProjectedOptimizer(ABC, Generic[ConfigT]):
         self._lr = adam.lr
         self._direction: Callable[..., Tensor] = self._compile(direction_)
 
-    @abstractmethod
     def renew_bases(self) -> None:
-        """Sets the bases for the next `update_interval` steps."""
+        """Sets the bases for the next `update_interval` steps, from the gradients."""
+        renew_from_gradients(self._weights)
 
     @abstractmethod
     def update(self, step_size: float, decay: float) -> None:
@@ -324,6 +324,11 @@ class ProjectedOptimizer(ABC, Generic[ConfigT]):
             decay=1 - self._lr * self._adam.weight_decay,
         )
         self._dense.step()
+
+    def sums_on_left(self) -> list[Tensor]:
+        """Returns this rank's rows of R, summed over ranks, for each weight projected on the left;
+        collective."""
+        return self._rows.sum_and_scatter([weight.project() for weight in self._left])
 
     def direction(self, weight: ProjectedWeight, low: Tensor) -> Tensor:
         """Updates the moments from this rank's rows of R; returns those of N."""
@@ -443,12 +448,9 @@ class GaloreOptimizer(ProjectedOptimizer[GaloreConfig]):
     an all-gather of N. Weights projected on the right take none.
     """
 
-    def renew_bases(self) -> None:
-        renew_from_gradients(self._weights)
-
     def update(self, step_size: float, decay: float) -> None:
         alpha = -step_size * self._config.scale
-        sums = self._rows.sum_and_scatter([weight.project() for weight in self._left])
+        sums = self.sums_on_left()
         parts = [self.direction(*pair) for pair in zip(self._left, sums, strict=True)]
         on_left = iter(self._rows.gather(parts))
         for weight in self._weights:
@@ -507,9 +509,6 @@ class FiraOptimizer(LimitedOptimizer[FiraConfig]):
         self._pairs = PackedRows([weight.exp_avg for weight in self._left] * 2)
         self._measure: Callable[..., tuple[Tensor, Tensor]] = self._compile(factors_and_square)
 
-    def renew_bases(self) -> None:
-        renew_from_gradients(self._weights)
-
     def update(self, step_size: float, decay: float) -> None:
         projections = list(self._projections())
         measured = [
@@ -532,7 +531,7 @@ class FiraOptimizer(LimitedOptimizer[FiraConfig]):
     def _projections(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Updates the moments; yields R and N of each weight: local rows [out/ranks, rank] on the
         right, all of [rank, in] on the left."""
-        sums = self._rows.sum_and_scatter([weight.project() for weight in self._left])
+        sums = self.sums_on_left()
         parts = [self.direction(*pair) for pair in zip(self._left, sums, strict=True)]
         gathered = self._pairs.gather([*sums, *parts])
         on_left = zip(gathered[: len(sums)], gathered[len(sums) :], strict=True)
@@ -612,7 +611,7 @@ class ApolloOptimizer(LimitedOptimizer[ApolloConfig]):
 
     def _factors_and_squares(self) -> list[tuple[Tensor, Tensor]]:
         """Returns per weight the local s, [channels] or [1], and the global ||s G||^2, 0-dim."""
-        sums = iter(self._rows.sum_and_scatter([weight.project() for weight in self._left]))
+        sums = iter(self.sums_on_left())
         squares = [
             self._squares(weight, weight.project() if weight.is_right else next(sums))
             for weight in self._weights

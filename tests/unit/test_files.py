@@ -127,7 +127,7 @@ def test_a_file_system_without_locks_is_a_users_error(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder that somebody else may have written, beside a secret."""
+    """A folder that somebody else may have written, next to a secret."""
     (tmp_path / "outside").write_text("secret")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a").write_text("own")

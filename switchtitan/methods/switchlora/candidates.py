@@ -51,7 +51,7 @@ class Candidates(Protocol):
         return None
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns what determines the candidates besides the buffers, the same on every rank."""
+        """Returns what the candidates follow from, apart from the buffers; equal on every rank."""
         return {}
 
 

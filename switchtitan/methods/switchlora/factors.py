@@ -14,6 +14,7 @@ from switchtitan.distributed.compilation import compile_if
 from switchtitan.distributed.host_copies import to_device
 from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
 from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.linear import FACTORS
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim import AdamWConfig
 from switchtitan.optim.muon import Muon, MuonConfig
@@ -55,9 +56,8 @@ class Factors:
     """
 
     def __init__(self, layers: Mapping[str, LowRankLinear]) -> None:
-        keys = ("lora_a", "lora_b")
-        self.names = [f"{name}.{key}" for key in keys for name in layers]
-        self.parameters = [layer.get_parameter(key) for key in keys for layer in layers.values()]
+        self.names = [f"{name}.{key}" for key in FACTORS for name in layers]
+        self.parameters = [layer.get_parameter(key) for key in FACTORS for layer in layers.values()]
         self._num_layers = len(layers)
         rank, held = self.parameters[0].shape[0], row_range(self.parameters[0])
         self._num_held = len(held)

@@ -89,8 +89,12 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
         layer = self.new_layer(SwitchLoraLinear, name, linear)
         if self.config.candidates == "swap":
-            layer.store_candidates(on_host=self.config.candidates_device == "host")
+            layer.store_candidates(self._is_on_host)
         return layer
+
+    @property
+    def _is_on_host(self) -> bool:
+        return self.config.candidates_device == "host"
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
@@ -124,8 +128,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     def _candidates_of(self, layers: dict[str, SwitchLoraLinear]) -> Candidates:
         of_layers = list(layers.values())
         if self.config.candidates == "swap":
-            on_host = self.config.candidates_device == "host"
-            return (HostCandidates if on_host else StoredCandidates)(of_layers)
+            return (HostCandidates if self._is_on_host else StoredCandidates)(of_layers)
         keys = [
             [generator_for(self.seed, f"{name}.{factor}").initial_seed() for factor in FACTORS]
             for name in layers

@@ -48,7 +48,7 @@ def steps_of_first_rank(folder: str) -> dict[str, Any]:
 
 
 def steps_of_last_rank(folder: str) -> dict[str, Any]:
-    """Returns what the rank with the fewest rows does in steps, and in what runs beside them."""
+    """Returns what the rank with the fewest rows does in steps, and in what runs during them."""
     rank = NUM_RANKS - 1
     found: dict[str, Any] = {"steps": {}, "times": {}, "norms": {}, "saves": {}}
     for name in sorted(UNEVEN):

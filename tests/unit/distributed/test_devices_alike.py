@@ -15,7 +15,7 @@ TIMEOUT = timedelta(seconds=20)
 
 
 def errors_of_ranks(devices, num_starts):
-    """What each start's ranks are told; threads that leave a barrier together stand for them."""
+    """What each start's ranks are told; one thread for each; all leave a barrier together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
