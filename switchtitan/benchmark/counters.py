@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from switchtitan.distributed.count_collectives import CountingMode
+from switchtitan.observability.collectives import CountingMode
 
 
 class CountOperations(CountingMode):

@@ -6,13 +6,13 @@ from typing import TypeVar
 from switchtitan.benchmark.counters import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_stepper
-from switchtitan.distributed.count_collectives import (
+from switchtitan.job.config import JobConfig
+from switchtitan.observability.collectives import (
     CollectiveCount,
     CommunicationCounts,
     CountCommunication,
 )
-from switchtitan.job.config import JobConfig
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 MEMORY_ASSUMPTIONS = (
     '[training] dtype = "auto" means bfloat16, as on GPUs since Ampere; for other devices pass '

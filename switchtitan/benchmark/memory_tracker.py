@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 import switchtitan
 from switchtitan.contracts import SummedLoss
-from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
-from switchtitan.training.stepper import Stepper
+from switchtitan.observability.collectives import CountingMode
+from switchtitan.training.step import Stepper
 
 TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "buffers", "optimizer", "host"
 GRADIENTS, UNREDUCED_GRADIENTS = "gradients", "unreduced gradients"

@@ -22,18 +22,18 @@ from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER, list_step_folders
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus, build_train_batches
-from switchtitan.distributed.compute_dtype import ComputeDtype, dtype_on
+from switchtitan.distributed.dtype import ComputeDtype, dtype_on
 from switchtitan.distributed.world import device_name, device_type
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.throughput import peak_flops_per_s
-from switchtitan.training.description import (
+from switchtitan.training.describe import (
     comparable_identity,
     count_parameters,
     identity_without_corpus,
     run_identity,
 )
 from switchtitan.training.output import check_writable
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.step import TrainState
 
 
 @dataclass(frozen=True)

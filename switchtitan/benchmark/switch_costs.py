@@ -11,11 +11,11 @@ from switchtitan.benchmark.counters import CountOperations
 from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, Update, mark_steps_side_by_side
 from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.switchlora import SwitchLoraConfig
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.observability.collectives import CountCommunication
 
 _NEVER = 1e18
 """A switching interval longer than any run."""

@@ -10,7 +10,7 @@ from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
-from switchtitan.distributed.count_collectives import CommunicationCounts
+from switchtitan.observability.collectives import CommunicationCounts
 from switchtitan.observability.console import format_count
 
 _MIB, _GIB = 2**20, 2**30

@@ -13,11 +13,11 @@ from switchtitan.data import (
 from switchtitan.distributed.world import World
 from switchtitan.job.config import JobConfig
 from switchtitan.training.evaluate import Evaluator, Evaluators
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.step import TrainState
 
 # Imported where it is built: most runs have no prompts.
 if TYPE_CHECKING:
-    from switchtitan.data.text_bytes import TextSize
+    from switchtitan.data.text import TextSize
     from switchtitan.training.prompts import Prompts
 
 
@@ -95,7 +95,7 @@ def build_evaluator(
 
     def read_size() -> "TextSize":
         # Imported here: it is called once, at the end of a run.
-        from switchtitan.data.text_bytes import size_of_sequences
+        from switchtitan.data.text import size_of_sequences
 
         return size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from switchtitan.builders.stepper import build_method
 from switchtitan.config.toml_text import toml_value
-from switchtitan.distributed.compute_dtype import ComputeDtype
+from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
 from switchtitan.observability import (
@@ -20,7 +20,7 @@ from switchtitan.observability.memory_snapshots import MemorySnapshots
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.sinks import HParam, Sink
 from switchtitan.training.hooks import Hook, InspectWeights
-from switchtitan.training.stepper import Stepper, TrainState
+from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.trainer import loss_metrics
 
 # `spectra` and the communication counter are imported where they are used: most runs use none of

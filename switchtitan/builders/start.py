@@ -9,12 +9,12 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from switchtitan.checkpoint import CheckpointMetadata, check_same_run, read_metadata
-from switchtitan.distributed.compute_dtype import ComputeDtype, agree_on_dtype
+from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
-from switchtitan.training.description import changed_keys, comparable_identity, compute_dtype_of
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.describe import changed_keys, comparable_identity, compute_dtype_of
+from switchtitan.training.step import TrainState
 
 # `hub` is imported where it is used: most runs do not use it.
 

@@ -10,7 +10,7 @@ from switchtitan.distributed.blocks import (
     checkpoint_activations,
     compile_blocks,
 )
-from switchtitan.distributed.compute_dtype import dtype_on
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.fsdp import (
     cast_frozen_weights,
     materialize,
@@ -24,7 +24,7 @@ from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.optim import build_lr_schedule
-from switchtitan.training.stepper import Stepper, TrainState
+from switchtitan.training.step import Stepper, TrainState
 
 OnPart = Callable[[str], None]
 """Called with "corpus", "model" or "optimizer" when that part is built."""

@@ -21,14 +21,14 @@ from switchtitan.job.config import JobConfig
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import versions
-from switchtitan.training.description import (
+from switchtitan.training.describe import (
     comparable_identity,
     describe_run,
     run_facts,
     run_identity,
     start_output,
 )
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.step import TrainState
 from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import RunSchedule, Trainer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchtitan.distributed.adjacent import with_local
-from switchtitan.distributed.host_copies import PageLockedMemory
+from switchtitan.distributed.copies import PageLockedMemory
 from switchtitan.distributed.shards import local
 
 _ALIGNMENT = 16

@@ -149,7 +149,7 @@ def findings_with_torch() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
-    from switchtitan.distributed.compute_dtype import bf16_support
+    from switchtitan.distributed.dtype import bf16_support
     from switchtitan.distributed.gpus import unusable_gpu
     from switchtitan.job.checks import missing_gpu_toolchain, missing_toolchain
 

@@ -15,21 +15,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from switchtitan.builders.held_out import (
-    HeldOut,
-    Shape,
-    SplitName,
-    held_out_documents,
-    held_out_split,
-    held_out_text,
-)
-from switchtitan.builders.saved_config import load_for_evaluation, saved_config
-from switchtitan.builders.trained_model import (
-    TrainedModel,
-    find_tokenizer,
-    open_tokenizer,
-    open_trained_model,
-)
 from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.cli.record import check_json_option, write_json
 from switchtitan.cli.target import add_target_options
@@ -39,8 +24,8 @@ from switchtitan.data import Corpus, open_corpus
 from switchtitan.data.corpus import open_prepared
 from switchtitan.data.corpus_files import INDEX_FILE
 from switchtitan.data.tokenizer import DocumentTokenizer
-from switchtitan.distributed.compute_dtype import dtype_on
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.fsdp import materialize, shard_model
 from switchtitan.distributed.world import World, start_world, temporary_world
 from switchtitan.errors import (
@@ -50,12 +35,27 @@ from switchtitan.errors import (
     exit_for,
     exit_for_interrupt,
 )
+from switchtitan.generation.held_out import (
+    HeldOut,
+    Shape,
+    SplitName,
+    held_out_documents,
+    held_out_split,
+    held_out_text,
+)
+from switchtitan.generation.saved_config import load_for_evaluation, saved_config
+from switchtitan.generation.trained import (
+    TrainedModel,
+    find_tokenizer,
+    open_tokenizer,
+    open_trained_model,
+)
 from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import EvaluationConfig
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of
-from switchtitan.training.description import compute_dtype_of
+from switchtitan.training.describe import compute_dtype_of
 from switchtitan.training.evaluate import Evaluator
 
 _LOCAL_BATCH_SIZE = 8

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import find_given, read_metadata
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.data.corpus_files import TOKENIZER_FILE
@@ -26,6 +25,7 @@ from switchtitan.errors import (
     exit_for_interrupt,
     interrupt_on_sigterm,
 )
+from switchtitan.generation.trained_corpus import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import MAX_SHARD_BYTES, DenseWeights, export_dense
 from switchtitan.hub.model_card import write_model_card

@@ -17,25 +17,25 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from switchtitan.builders.saved_config import load_for_evaluation
-from switchtitan.builders.trained_model import (
+from switchtitan.cli.record import check_json_option, write_json
+from switchtitan.cli.target import add_target_options
+from switchtitan.config.command_line import positive_int
+from switchtitan.distributed.dtype import dtype_on
+from switchtitan.distributed.precision import use_full_precision
+from switchtitan.distributed.world import device_type
+from switchtitan.errors import ConfigError, UserError, exit_for, exit_for_interrupt
+from switchtitan.generation.decoding import continuations
+from switchtitan.generation.sampling import Sampler, Sampling
+from switchtitan.generation.saved_config import load_for_evaluation
+from switchtitan.generation.text import TextStream, prompt_ids
+from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,
     open_tokenizer,
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.cli.record import check_json_option, write_json
-from switchtitan.cli.target import add_target_options
-from switchtitan.config.command_line import positive_int
-from switchtitan.distributed.compute_dtype import dtype_on
-from switchtitan.distributed.precision import use_full_precision
-from switchtitan.distributed.world import device_type
-from switchtitan.errors import ConfigError, UserError, exit_for, exit_for_interrupt
-from switchtitan.generation.decoding import continuations
-from switchtitan.generation.sampling import Sampler, Sampling
-from switchtitan.generation.text import TextStream, prompt_ids
-from switchtitan.training.description import compute_dtype_of
+from switchtitan.training.describe import compute_dtype_of
 
 
 def main(argv: Sequence[str]) -> None:

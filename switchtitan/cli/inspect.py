@@ -18,7 +18,7 @@ from switchtitan.data import Corpus, open_corpus
 from switchtitan.data.corpus import open_prepared
 from switchtitan.data.corpus_files import INDEX_FILE
 from switchtitan.data.loader import HeldOutSequences, TrainSequences
-from switchtitan.data.token_sequences import TokenSequence
+from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import ConfigError, UserError, exit_for
 
 _SEQ_LEN = 128

@@ -16,12 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchtitan.builders.saved_config import load_for_evaluation
-from switchtitan.builders.trained_model import (
-    open_tokenizer,
-    open_trained_model,
-    stop_tokens,
-)
 from switchtitan.cli.lm_eval_results import (
     Place,
     check_place,
@@ -33,7 +27,7 @@ from switchtitan.cli.lm_eval_tasks import Questions, ask
 from switchtitan.cli.record import check_json_option, write_json
 from switchtitan.cli.target import add_target_options
 from switchtitan.config.command_line import positive_int
-from switchtitan.distributed.compute_dtype import dtype_on
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import (
@@ -42,7 +36,13 @@ from switchtitan.errors import (
     exit_for,
     exit_for_interrupt,
 )
-from switchtitan.training.description import compute_dtype_of
+from switchtitan.generation.saved_config import load_for_evaluation
+from switchtitan.generation.trained import (
+    open_tokenizer,
+    open_trained_model,
+    stop_tokens,
+)
+from switchtitan.training.describe import compute_dtype_of
 
 _DEFAULT_LENGTH = 2048
 """Tokens of the longest sequence, of a model that does not say it."""
@@ -167,7 +167,7 @@ def run_tasks(options: argparse.Namespace) -> Results:
     place = place_of(trained, options.folder)
     check_place(place)
 
-    from switchtitan.builders.harness_model import HarnessModel
+    from switchtitan.generation.harness_model import HarnessModel
 
     found = ask(
         HarnessModel(

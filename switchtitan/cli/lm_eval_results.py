@@ -5,10 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchtitan.builders.trained_model import TrainedModel
 from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
 from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
+from switchtitan.generation.trained import TrainedModel
 from switchtitan.hub.initial_weights import fingerprint
 from switchtitan.observability import TENSORBOARD_FOLDER
 

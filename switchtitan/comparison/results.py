@@ -11,7 +11,7 @@ from switchtitan.config.section import Section
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.training.description import CONFIG_FILE
+from switchtitan.training.describe import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
 """Keys that change no result: names and folders."""

@@ -25,7 +25,7 @@ from switchtitan.data.mixture import (
     schedule_of,
 )
 from switchtitan.data.prepare import prepare_planned_corpus
-from switchtitan.data.token_sequences import TokenSequences
+from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
 

@@ -12,8 +12,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.mixture import InterleavedSequences, MixedSequences
-from switchtitan.data.sampler import rank_positions
-from switchtitan.data.token_sequences import TokenSequence, TokenSequences
+from switchtitan.data.order import rank_positions
+from switchtitan.data.sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError, CorpusError
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from switchtitan.data.sampler import sequence_index
-from switchtitan.data.token_sequences import TokenSequence, TokenSequences
+from switchtitan.data.order import sequence_index
+from switchtitan.data.sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError
 
 PERIOD = 10_000

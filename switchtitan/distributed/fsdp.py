@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.adjacent import allocate_adjacent, empty_on
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.initial_draws import covering_blocks, plain_value
+from switchtitan.distributed.initial import covering_blocks, plain_value
 from switchtitan.distributed.kept_weights import keep_frozen_weights
 from switchtitan.distributed.precision import full_precision
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
 from switchtitan.progress import progress_bar
 

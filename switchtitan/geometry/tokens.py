@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from switchtitan.builders.saved_config import saved_config
 from switchtitan.contracts import IGNORED_TARGET, Batch, LanguageModel, ModelConfig
 from switchtitan.data import build_validation_batches, open_corpus
 from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.generation.saved_config import saved_config
 from switchtitan.geometry.landscape import Weights
 from switchtitan.geometry.runs import Run
 from switchtitan.models import MODELS

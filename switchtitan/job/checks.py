@@ -15,13 +15,13 @@ from switchtitan.config.section import VoidKey
 from switchtitan.config.toml_text import toml_value
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
-from switchtitan.distributed.compute_dtype import (
+from switchtitan.distributed.config import CompileConfig, ParallelismConfig
+from switchtitan.distributed.dtype import (
     Bf16Support,
     bf16_support,
     choose_dtype,
     gpu_problem,
 )
-from switchtitan.distributed.config import CompileConfig, ParallelismConfig
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.job.output_checks import (

@@ -16,7 +16,7 @@ from switchtitan.contracts import (
     OptimizerConfig,
     TrainingOptimizer,
 )
-from switchtitan.distributed.initial_draws import GeneratorFor
+from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
 from switchtitan.methods.lowrank.linear import replace_linears, take
 from switchtitan.methods.lowrank.method import FACTORS, parameters_with_factors

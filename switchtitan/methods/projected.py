@@ -32,9 +32,9 @@ from switchtitan.contracts import (
     replicated_values,
 )
 from switchtitan.distributed.compilation import compile_if
-from switchtitan.distributed.host_copies import to_device
+from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.norms import sum_packed
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import (
     copy_from_full_,
     full_tensor,

@@ -14,8 +14,8 @@ from switchtitan.contracts import (
     TrainingOptimizer,
     replicated_values,
 )
-from switchtitan.distributed.host_copies import to_device
-from switchtitan.distributed.seeds import draw_vectors, generator_for
+from switchtitan.distributed.copies import to_device
+from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
 from switchtitan.methods.lowrank import (
     LowRankLinear,

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.contracts import LanguageModel
-from switchtitan.distributed.initial_draws import GeneratorFor
-from switchtitan.distributed.seeds import generator_for, splitmix64
+from switchtitan.distributed.initial import GeneratorFor
+from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.lowrank.contraction import copy_in_backward
 from switchtitan.methods.lowrank.method import FACTORS
 from switchtitan.methods.product import ProductConfig, ProductLinear, ProductMethod

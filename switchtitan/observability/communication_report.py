@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from switchtitan.distributed.count_collectives import CountCommunication
+from switchtitan.observability.collectives import CountCommunication
 from switchtitan.observability.metrics import COUNTED_STEP, Reporter
 
 logger = logging.getLogger(__name__)

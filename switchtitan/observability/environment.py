@@ -8,7 +8,7 @@ import torch
 
 import switchtitan
 from switchtitan.cores import num_cores
-from switchtitan.distributed.compute_dtype import bf16_support
+from switchtitan.distributed.dtype import bf16_support
 from switchtitan.distributed.world import device_name, device_type
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.compilation import compile_if
-from switchtitan.distributed.matrix_exchange import MatrixExchange
 from switchtitan.distributed.shards import local
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
+from switchtitan.optim.matrix_exchange import MatrixExchange
 from switchtitan.optim.parameters import TrainedParameter
 
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315

@@ -17,7 +17,7 @@ from switchtitan.observability.curves import Curve, read_curves
 from switchtitan.observability.profile_report import SUMMARY_FILE
 from switchtitan.spectra.spectra_files import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.spectrum import Spectra
-from switchtitan.training.description import CONFIG_FILE, newest_config_file
+from switchtitan.training.describe import CONFIG_FILE, newest_config_file
 
 _MAX_FILE_BYTES = 1 << 24
 _MAX_VALUE_LENGTH = 300

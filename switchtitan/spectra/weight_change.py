@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from switchtitan.checkpoint import read_metadata
 from switchtitan.contracts import LanguageModel, Method, ModelConfig
-from switchtitan.distributed.initial_draws import plain_value
+from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import (
     read_dense_checkpoint,

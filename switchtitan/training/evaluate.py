@@ -13,7 +13,7 @@ from switchtitan.distributed.world import World
 
 # Imported where they are built: most runs have no prompts, and a text is counted at the end.
 if TYPE_CHECKING:
-    from switchtitan.data.text_bytes import TextSize
+    from switchtitan.data.text import TextSize
     from switchtitan.training.prompts import Prompts
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from switchtitan.distributed.shards import local, shard_group
 from switchtitan.observability import Reporter
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 
 class _Norms(NamedTuple):

@@ -21,7 +21,7 @@ from switchtitan.regions import region
 from switchtitan.training.divergence import TrainingDivergedError, divergence
 from switchtitan.training.evaluate import EvaluationStopped, Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
-from switchtitan.training.stepper import RunningLoss, Stepper, StepResult
+from switchtitan.training.step import RunningLoss, Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, delete, make_run, swa
 from support.long_form import IS_LONG
 
 from switchtitan.checkpoint.verify import check_contents
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 END = NUM_STEPS + INTERVAL
 NEWEST, PREVIOUS = f"step-{NUM_STEPS:09d}", f"step-{NUM_STEPS - INTERVAL:09d}"

@@ -22,9 +22,7 @@ from support.tiny_documents import make_documents, write_json_lines
 from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.builders.saved_config import saved_config
 from switchtitan.builders.start import read_state
-from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import find_given, load_tensors_, read_metadata
 from switchtitan.checkpoint.metadata import read_tensors_index
 from switchtitan.config.toml_text import toml_value
@@ -33,6 +31,8 @@ from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
 from switchtitan.data.segments import Limits, text_batches
 from switchtitan.data.sources import SourceKeys
 from switchtitan.data.tokenizer import read_tokenizer
+from switchtitan.generation.saved_config import saved_config
+from switchtitan.generation.trained_corpus import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes, read_config

@@ -19,9 +19,9 @@ from switchtitan.checkpoint.metadata import read_tensors_index
 from switchtitan.checkpoint.staging import HostCopies, own_share
 from switchtitan.checkpoint.storage import ChecksummingWriter
 from switchtitan.checkpoint.verify import check_contents
-from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.distributed.shards import local
 from switchtitan.errors import CheckpointError
+from switchtitan.observability.collectives import CountCommunication
 
 
 def full_values():

@@ -25,12 +25,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
 
 from switchtitan.data import open_corpus
-from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.distributed.matrix_exchange import MatrixExchange
+from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import check_replicas
-from switchtitan.distributed.row_exchange import RowExchange, RowRequest
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.rows import RowExchange, RowRequest
 from switchtitan.distributed.shards import (
     ShardedRows,
     copy_from_full_,
@@ -52,7 +50,9 @@ from switchtitan.methods.projected import (
 )
 from switchtitan.methods.relora import merge_and_restart_, prune_at_random_, prune_by_magnitude_
 from switchtitan.models import MODELS
+from switchtitan.observability.collectives import CountCommunication
 from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim.matrix_exchange import MatrixExchange
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
 

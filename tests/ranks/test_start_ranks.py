@@ -22,9 +22,9 @@ from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer
 from switchtitan.checkpoint.agreement import run_together
 from switchtitan.data import DataConfig, open_corpus
-from switchtitan.distributed import compute_dtype
-from switchtitan.distributed.compute_dtype import Bf16Support, agree_on_dtype
+from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.dtype import Bf16Support, agree_on_dtype
 from switchtitan.distributed.limits import num_open_files
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import ConfigError, CorpusError

@@ -22,7 +22,7 @@ from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.methods.switchlora import SwitchLoraConfig
 from switchtitan.optim import AdamWConfig
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 CPU = torch.device("cpu")
 
@@ -270,7 +270,7 @@ def test_every_command_of_an_acceptance_parses(tmp_path, monkeypatch):
     from switchtitan.benchmark.acceptance.machine import Machine
     from switchtitan.benchmark.acceptance.steps import STEPS, Place
     from switchtitan.cli.benchmark import read_options
-    from switchtitan.distributed.compute_dtype import gpu_support
+    from switchtitan.distributed.dtype import gpu_support
     from switchtitan.job.config import parse_arguments
 
     card = Machine("NVIDIA H100 80GB HBM3", 1, 79.2, {})

@@ -13,17 +13,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 
 from switchtitan.benchmark.steppers import batch_without_values, fake_stepper
-from switchtitan.distributed.count_collectives import (
+from switchtitan.distributed.fsdp import free_gathered_weights
+from switchtitan.distributed.replicas import check_replicas, fingerprint
+from switchtitan.distributed.rows import padded_length
+from switchtitan.distributed.shards import rows_per_rank
+from switchtitan.models.llama.model import Llama
+from switchtitan.observability.collectives import (
     CollectiveCount,
     CountCommunication,
     CountingMode,
 )
-from switchtitan.distributed.fsdp import free_gathered_weights
-from switchtitan.distributed.matrix_exchange import MatrixExchange, balanced_owners
-from switchtitan.distributed.replicas import check_replicas, fingerprint
-from switchtitan.distributed.row_exchange import padded_length
-from switchtitan.distributed.shards import rows_per_rank
-from switchtitan.models.llama.model import Llama
+from switchtitan.optim.matrix_exchange import MatrixExchange, balanced_owners
 
 NUM_RANKS = 5
 FULL = 5 * 3 * 4

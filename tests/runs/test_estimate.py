@@ -14,7 +14,6 @@ from switchtitan.benchmark.fit import (
     largest_batch_size,
     largest_batch_sizes,
 )
-from switchtitan.distributed.count_collectives import CollectiveCount
 from switchtitan.distributed.shards import rows_per_rank
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import (
@@ -25,6 +24,7 @@ from switchtitan.methods.lowrank.contraction import (
 )
 from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.models import MODELS
+from switchtitan.observability.collectives import CollectiveCount
 
 SEQ_LEN = 16
 NUM_LAYERS = 2

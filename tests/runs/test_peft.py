@@ -10,9 +10,9 @@ import torch
 from support.commands import run
 from support.trained import train_and_save
 
-from switchtitan.builders.trained_model import open_trained_model
 from switchtitan.checkpoint import find_given
 from switchtitan.errors import CheckpointError
+from switchtitan.generation.trained import open_trained_model
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
 from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, read_adapter_config
 from switchtitan.hub.peft_folder import ADAPTER_NAME, read_adapted

@@ -6,7 +6,7 @@ from support.tiny import tiny_config, tiny_trainer
 from support.trained import train_and_save
 
 from switchtitan.builders.trainer import build_trainer
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError

@@ -11,12 +11,12 @@ from support.tiny import tiny_config, tiny_trainer, train_steps
 from switchtitan.builders.stepper import build_method, build_plain_model
 from switchtitan.checkpoint import check_same_run
 from switchtitan.config.toml_text import resolved_toml
-from switchtitan.distributed import compute_dtype
-from switchtitan.distributed.compute_dtype import Bf16Support
+from switchtitan.distributed import dtype as compute_dtype
+from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
 from switchtitan.models import MODELS
-from switchtitan.training.description import (
+from switchtitan.training.describe import (
     changed_keys,
     comparable_identity,
     crosses_nodes_needlessly,

@@ -1,12 +1,12 @@
 """Reaches inside the product, where no public name shows what ranks do."""
 
-from switchtitan.distributed import initial_draws
+from switchtitan.distributed import initial
 from switchtitan.training import output
 
 
 def draw_in_small_blocks(largest, num_blocks):
     """Draws initial values in several blocks even of tiny tensors, in this process."""
-    initial_draws._LARGEST_BLOCK, initial_draws._NUM_BLOCKS = largest, num_blocks
+    initial._LARGEST_BLOCK, initial._NUM_BLOCKS = largest, num_blocks
 
 
 def wait_for_shared_folders(seconds):

@@ -25,7 +25,7 @@ from switchtitan.cli import train
 from switchtitan.data import corpus
 from switchtitan.training import stop
 from switchtitan.training.evaluate import Evaluator
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 NUM_STEPS, INTERVAL = 12, 4
 """Length of a run, and the interval of saves."""

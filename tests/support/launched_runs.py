@@ -14,7 +14,7 @@ from support.sessions import Started, started
 PROGRAM = """\
 import os, signal, sys
 from switchtitan.cli.train import main
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 step = Stepper.step
 

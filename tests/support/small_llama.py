@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from switchtitan.contracts import Reparametrized
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import Batch
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 
 def spoil_next_gradient(stepper: Stepper) -> None:

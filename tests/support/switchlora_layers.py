@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchtitan.distributed import seeds
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed import random
+from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.lowrank import LowRankLinear, balanced_bounds
 from switchtitan.methods.lowrank.rounding import StochasticRounding
@@ -157,7 +157,7 @@ def limit_elements_in_cache(monkeypatch: Any, num_elements: int) -> None:
 
 def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:
     """Draws random vectors in parts of so many elements."""
-    monkeypatch.setattr(seeds, "_DRAWN_AT_A_TIME", num_elements)
+    monkeypatch.setattr(random, "_DRAWN_AT_A_TIME", num_elements)
 
 
 def are_groups_in_place(rule: VectorAdamW | FactorMuon) -> bool:

@@ -10,7 +10,7 @@ from switchtitan.builders.stepper import build_stepper
 from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import JobConfig, parse_arguments
-from switchtitan.training.stepper import Stepper, TrainState
+from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.trainer import Trainer
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")

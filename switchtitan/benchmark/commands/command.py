@@ -8,7 +8,7 @@ from typing import get_args
 from pydantic import JsonValue
 
 from switchtitan.config.command_line import positive_int
-from switchtitan.distributed.compute_dtype import DtypeKey
+from switchtitan.distributed.dtype import DtypeKey
 
 Overrides = dict[str, list[str]]
 """`--section.key value ...` of the command line: dotted key -> arguments of its value."""

@@ -27,7 +27,7 @@ from switchtitan.config.command_line import positive_int
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import temporary_world
 from switchtitan.job.config import JobConfig
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 _WARM_UP_STEPS = 3
 _MAX_STEPS_PER_SAVE = 1000

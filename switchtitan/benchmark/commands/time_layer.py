@@ -24,7 +24,7 @@ from switchtitan.benchmark.step_times import Ratio, ratio_of_rounds
 from switchtitan.benchmark.tables import aligned, call_record, milliseconds, ratio_cells
 from switchtitan.benchmark.timing import time_calls_in_turns
 from switchtitan.config.command_line import positive_int
-from switchtitan.distributed.compute_dtype import dtype_on
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contraction, num_flops

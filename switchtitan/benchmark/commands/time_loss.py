@@ -20,7 +20,7 @@ from switchtitan.benchmark.step_times import ratio_of_rounds
 from switchtitan.benchmark.tables import aligned, call_record, milliseconds, ratio_cells
 from switchtitan.benchmark.timing import WARM_UP_CALLS, time_calls_in_turns
 from switchtitan.config.command_line import positive_int
-from switchtitan.distributed.compute_dtype import dtype_on
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import device_type
 from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchtitan.distributed.initial_draws import GeneratorFor, split_blocks
-from switchtitan.distributed.seeds import draw_vectors
+from switchtitan.distributed.initial import GeneratorFor, split_blocks
+from switchtitan.distributed.random import draw_vectors
 from switchtitan.errors import ConfigError
 from switchtitan.methods.lowrank.config import check_targets
 from switchtitan.methods.lowrank.contraction import (

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.compilation import compile_if
-from switchtitan.distributed.rounding import random_bits, round_to_bf16, rounding_key
-from switchtitan.distributed.seeds import splitmix32
+from switchtitan.distributed.random import splitmix32
 from switchtitan.distributed.shards import row_range
 from switchtitan.methods.lowrank.linear import LowRankLinear
+from switchtitan.optim.rounding import random_bits, round_to_bf16, rounding_key
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.host_copies import CopyToHost, HostCopies, to_device
-from switchtitan.distributed.row_exchange import RowRequest
-from switchtitan.distributed.seeds import advance64, as_uniform, splitmix64
+from switchtitan.distributed.copies import CopyToHost, HostCopies, to_device
+from switchtitan.distributed.random import advance64, as_uniform, splitmix64
+from switchtitan.distributed.rows import RowRequest
 from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.plan import FACTORS, Switch

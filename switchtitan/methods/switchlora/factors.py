@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from switchtitan.distributed.adjacent import as_one_matrix, with_local
 from switchtitan.distributed.compilation import compile_if
-from switchtitan.distributed.host_copies import to_device
+from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.linear import FACTORS

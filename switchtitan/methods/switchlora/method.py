@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.initial_draws import GeneratorFor
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.initial import GeneratorFor
+from switchtitan.distributed.random import generator_for
 from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, balanced_bounds, lora_bounds
 from switchtitan.methods.lowrank.linear import FACTORS
 from switchtitan.methods.lowrank.rounding import StochasticRounding

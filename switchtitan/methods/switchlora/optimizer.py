@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer, replicated_values
-from switchtitan.distributed.row_exchange import RowExchange, RowRequest
+from switchtitan.distributed.rows import RowExchange, RowRequest
 from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_

@@ -22,12 +22,12 @@ from support.fake_cuda.steps import (
 )
 from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.checkpoint.staging import HostCopies, own_share
-from switchtitan.distributed.row_exchange import RowExchange
+from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
 from switchtitan.observability import MetricsConfig, Reporter
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.training.layer_norms import LayerNorms
-from switchtitan.training.stepper import Stepper
+from switchtitan.training.step import Stepper
 
 TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
 """Cases whose regions are timed."""

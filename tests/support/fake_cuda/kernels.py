@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.fake_cuda.operations import is_on_cuda, tensors_in
-from switchtitan.distributed.count_collectives import CountingMode
+from switchtitan.observability.collectives import CountingMode
 
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists.

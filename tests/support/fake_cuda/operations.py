@@ -11,7 +11,7 @@ from torch import Tensor
 import switchtitan
 
 _PROJECT = str(Path(switchtitan.__file__).parent)
-_COUNTERS = "count_collectives.py"
+_COUNTERS = "collectives.py"
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -16,8 +16,8 @@ from support.fake_cuda.python_api import FakeEvent, FakeStream
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.steps import observe, observed_stepper
 from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
-from switchtitan.distributed.host_copies import CopyToHost, HostCopies
-from switchtitan.training.stepper import Stepper
+from switchtitan.distributed.copies import CopyToHost, HostCopies
+from switchtitan.training.step import Stepper
 
 Found = dict[str, dict[str, list[str]]]
 """"wrong" and "right" -> name of a plant -> what is found."""

@@ -10,7 +10,7 @@ from support.fake_cuda import collectives, python_api
 from support.fake_cuda.operations import arguments_of, is_on_cuda, project_line, tensors_in
 from support.fake_cuda.python_api import Actor, host
 from support.fake_cuda.waits import is_non_blocking
-from switchtitan.distributed.count_collectives import CountingMode
+from switchtitan.observability.collectives import CountingMode
 
 _COPIES = ("aten::copy_", "aten::_to_copy")
 # Their results have no values yet, and they read none.

@@ -20,11 +20,11 @@ from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.builders import stepper as builder
 from switchtitan.builders.stepper import build_stepper
 from switchtitan.contracts import Batch
-from switchtitan.distributed.count_collectives import CountCommunication
 from switchtitan.distributed.fsdp import _allocate
 from switchtitan.distributed.world import World, mesh_shape, stop_world
 from switchtitan.job.config import JobConfig
-from switchtitan.training.stepper import Stepper
+from switchtitan.observability.collectives import CountCommunication
+from switchtitan.training.step import Stepper
 
 Collectives = dict[str, list[float]]
 """Kind -> number and bytes that a rank sends."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import (
 
 from support.fake_cuda.operations import is_on_cuda, project_line, tensors_in
 from support.fake_cuda.python_api import pinned_memory
-from switchtitan.distributed.count_collectives import CountingMode
+from switchtitan.observability.collectives import CountingMode
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
 # They read a tensor's shape, not its values.

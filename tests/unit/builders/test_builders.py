@@ -9,16 +9,16 @@ import torch
 from support.folders import save_random_model
 from support.smallest import SMALLEST
 
-from switchtitan.builders.saved_config import saved_config
-from switchtitan.builders.trained_model import (
+from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
+from switchtitan.errors import CorpusError
+from switchtitan.generation.saved_config import saved_config
+from switchtitan.generation.trained import (
     TrainedModel,
     find_tokenizer,
     open_tokenizer,
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
-from switchtitan.errors import CorpusError
 from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
 from switchtitan.hub.peft_folder import ADAPTER_NAME
 

@@ -24,12 +24,12 @@ from switchtitan.data import (
     open_corpus,
 )
 from switchtitan.data.mixture import PERIOD, Schedule, schedule_of
-from switchtitan.data.sampler import permute, rank_positions, sequence_index
-from switchtitan.data.text_batches import TextBatches
-from switchtitan.data.text_bytes import bytes_by_token, num_text_bytes
-from switchtitan.data.token_sequences import TokenSequences, document_ids
+from switchtitan.data.order import permute, rank_positions, sequence_index
+from switchtitan.data.sequences import TokenSequences, document_ids
+from switchtitan.data.text import bytes_by_token, num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
 from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.generation.text_batches import TextBatches
 from switchtitan.job.config import parse_arguments
 
 EOS = 0

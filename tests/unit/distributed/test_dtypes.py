@@ -9,8 +9,9 @@ import torch
 from support.tiny import tiny_trainer, train_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.distributed import compute_dtype
-from switchtitan.distributed.compute_dtype import (
+from switchtitan.distributed import dtype as compute_dtype
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.dtype import (
     Bf16Support,
     ComputeDtype,
     agree_on_dtype,
@@ -19,18 +20,17 @@ from switchtitan.distributed.compute_dtype import (
     cpu_support,
     gpu_support,
 )
-from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.precision import (
     allow_tf32,
     full_precision,
     use_deterministic_algorithms,
     use_full_precision,
 )
-from switchtitan.distributed.rounding import random_bits, round_to_bf16
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.job.checks import check_dtype
 from switchtitan.job.sections import TrainingConfig
+from switchtitan.optim.rounding import random_bits, round_to_bf16
 
 NATIVE = Bf16Support(True, "it multiplies bf16")
 EMULATED = Bf16Support(False, "it lacks bf16")

@@ -9,14 +9,14 @@ from support.tiny import tiny_trainer, train_steps
 
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.fsdp import materialize, materialize_to_restore
-from switchtitan.distributed.initial_draws import (
+from switchtitan.distributed.initial import (
     RandomRows,
     block_size,
     covering_blocks,
     plain_value,
     split_blocks,
 )
-from switchtitan.distributed.seeds import generator_for, seed_dropout
+from switchtitan.distributed.random import generator_for, seed_dropout
 from switchtitan.distributed.shards import rows_per_rank
 from switchtitan.methods import METHODS
 from switchtitan.methods.full_rank import FullRankConfig

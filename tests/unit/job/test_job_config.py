@@ -25,7 +25,7 @@ from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
-from switchtitan.training.description import count_parameters
+from switchtitan.training.describe import count_parameters
 
 FILES = sorted(FOLDER.glob("*.toml"))
 BASES = [file for file in FILES if file.read_text().startswith("# Base of ")]

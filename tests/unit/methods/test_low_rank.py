@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.contracts import Reparametrized
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.errors import ConfigError
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig

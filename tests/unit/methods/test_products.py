@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.contracts import Reparametrized
-from switchtitan.distributed.initial_draws import plain_value
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.initial import plain_value
+from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
 from switchtitan.methods import product

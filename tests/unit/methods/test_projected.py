@@ -16,7 +16,7 @@ from support.projected_models import (
     steps_next_to_adamw,
 )
 
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.errors import ConfigError
 from switchtitan.methods.projected import (
     Apollo,

@@ -10,7 +10,7 @@ from support.small_llama import SEED, draw_model, logits_of, loss_and_gradients
 from support.switchlora_reference import constant_candidates
 from torch import nn
 
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
 from switchtitan.methods.relora import (
     Relora,

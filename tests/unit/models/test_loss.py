@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
-from switchtitan.distributed.count_collectives import CountingMode
 from switchtitan.models import MODELS
 from switchtitan.models import loss as loss_module
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
+from switchtitan.observability.collectives import CountingMode
 
 VOCABULARY, DIM, DIVISOR = 61, 12, 7
 EAGER = CrossEntropy(compile_regions=False)

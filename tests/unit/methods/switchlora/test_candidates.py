@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from switchtitan.distributed.fsdp import num_device_bytes
-from switchtitan.distributed.seeds import draw_vectors, generator_for, splitmix32, splitmix64
+from switchtitan.distributed.random import draw_vectors, generator_for, splitmix32, splitmix64
 from switchtitan.distributed.shards import empty_on_host_like, local, shard_buffer
 from switchtitan.methods.lowrank import low_rank_layers
 from switchtitan.methods.lowrank.linear import balanced_bounds

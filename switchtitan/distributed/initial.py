@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 
 from switchtitan.contracts import LanguageModel
-from switchtitan.distributed.seeds import generator_for
+from switchtitan.distributed.random import generator_for
 
 _LARGEST_BLOCK = 1 << 19
 """Tensors with at most this many elements are one block."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchtitan.builders.trained_corpus import find_corpus, trained_corpus
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
+from switchtitan.generation.trained_corpus import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights

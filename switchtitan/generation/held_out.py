@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple
 
 from switchtitan.contracts import Batch
 from switchtitan.data import Corpus, build_validation_batches
-from switchtitan.data.text_batches import TextBatches
-from switchtitan.data.text_bytes import TextSize, size_of_sequences
+from switchtitan.data.text import TextSize, size_of_sequences
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError, CorpusError
 from switchtitan.generation.text import prefix_ids
+from switchtitan.generation.text_batches import TextBatches
 
 SplitName = Literal["validation", "test"]
 

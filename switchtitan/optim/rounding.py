@@ -7,7 +7,7 @@ the last place.
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.seeds import generator_for, splitmix32
+from switchtitan.distributed.random import generator_for, splitmix32
 
 _NUM_DROPPED_BITS = 16
 """Bits of fp32 that bf16 lacks."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.token_sequences import document_ids
+from switchtitan.data.sequences import document_ids
 
 
 class TextBatches:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
-from switchtitan.distributed.compute_dtype import DtypeName
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.dtype import DtypeName
 from switchtitan.distributed.fsdp import begin_micro_batch
 from switchtitan.distributed.norms import total_norm
 from switchtitan.distributed.precision import full_precision
-from switchtitan.distributed.seeds import seed_dropout
+from switchtitan.distributed.random import seed_dropout
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
 from switchtitan.regions import STEP, region

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from switchtitan.data.corpus_files import damage, state_of
-from switchtitan.data.sampler import sequence_index
+from switchtitan.data.order import sequence_index
 from switchtitan.errors import CorpusError
 from switchtitan.files import sha256_of_file
 

@@ -14,8 +14,8 @@ from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data import Corpus
-from switchtitan.distributed.compute_dtype import ComputeDtype, DtypeName
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.dtype import ComputeDtype, DtypeName
 from switchtitan.distributed.world import World, device_name, mesh_shape
 from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
@@ -26,7 +26,7 @@ from switchtitan.models import MODELS
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit, versions
-from switchtitan.training.stepper import TrainState
+from switchtitan.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
