@@ -6,12 +6,14 @@ from typing import TypeVar
 from switchtitan.benchmark.counters import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.checkpoint.load import CheckpointTensors
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import (
     CollectiveCount,
     CommunicationCounts,
     CountCommunication,
 )
+from switchtitan.training.describe import count_parameters
 from switchtitan.training.step import Stepper
 
 MEMORY_ASSUMPTIONS = (
@@ -47,6 +49,10 @@ class StepEstimate:
     """FLOPs of matrix products in the optimizer's update."""
     full_rank_flops: int
     """Forward and backward of the plain model with all weights trained."""
+    parameters: dict[str, int]
+    """Values of trainable parameters, frozen parameters and buffers, over all ranks."""
+    checkpoint_bytes: int
+    """Tensors of a checkpoint of the run, over all ranks."""
 
     @property
     def flops_ratio(self) -> float:
@@ -106,6 +112,8 @@ def _with_more_micro_batches(
         extrapolated(fewer.forward_backward_flops, more.forward_backward_flops),
         more.update_flops,
         extrapolated(fewer.full_rank_flops, more.full_rank_flops),
+        more.parameters,
+        more.checkpoint_bytes,
     )
 
 
@@ -145,6 +153,7 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
         stepper.update()
         stepper.finish_step(result)
     num_tokens = stepper.state.tokens_seen - tokens_seen_before
+    saved = CheckpointTensors(stepper.model, stepper.optimizer)()
     return StepEstimate(
         memory.use,
         communication.counts,
@@ -153,4 +162,6 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
         full_rank_flops=stepper.model.num_flops_per_token(seq_len)
         * num_tokens
         // stepper.world.size,
+        parameters=count_parameters(stepper.model),
+        checkpoint_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
     )

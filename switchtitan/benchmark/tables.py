@@ -10,6 +10,8 @@ from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
+from switchtitan.files import format_bytes
+from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CommunicationCounts
 from switchtitan.observability.console import format_count
 
@@ -109,6 +111,21 @@ def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str,
     }
 
 
+def size_table(
+    estimates: Mapping[str, StepEstimate], configs: Mapping[str, JobConfig]
+) -> list[str]:
+    """Formats one line per configuration: values of the model, steps, tokens, checkpoint."""
+    first = next(iter(estimates.values()))
+    rows = [(*first.parameters, "steps", "tokens", "checkpoint", "")]
+    for name, estimate in estimates.items():
+        training = configs[name].training
+        num_tokens = training.steps * training.global_batch_size * configs[name].data.seq_len
+        counts = [f"{number:,}" for number in estimate.parameters.values()]
+        size = format_bytes(estimate.checkpoint_bytes)
+        rows.append((*counts, f"{training.steps:,}", format_count(num_tokens), size, name))
+    return aligned(rows)
+
+
 def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     """Formats two lines per configuration, in GiB: each kind at the peak, and its maximum."""
     rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
@@ -170,6 +187,8 @@ def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValu
     communication = communication_record({name: e.communication for name, e in estimates.items()})
     return {
         name: {
+            "parameters": dict(estimate.parameters),
+            "checkpoint_bytes": estimate.checkpoint_bytes,
             "memory": {
                 "peak": estimate.memory.peak,
                 "state": estimate.memory.state,

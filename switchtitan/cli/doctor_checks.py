@@ -34,7 +34,6 @@ _EXTRAS = {
     "flash": ("flash_attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
     "trackio": ("trackio", 'for [metrics] trackers = ["trackio"]'),
-    "lm-eval": ("lm_eval", "for switchtitan lm-eval"),
 }
 """Extra of the package -> its module, and what it is for."""
 _NUM_RANKS = 8

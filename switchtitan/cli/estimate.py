@@ -1,4 +1,4 @@
-"""Estimates memory, communication and operations of a training step on any number of ranks.
+"""Estimates size, memory, communication and operations of a training step on any number of ranks.
 
     switchtitan estimate CONFIG ... --world-size N [--section.key value ...]
 
@@ -25,6 +25,7 @@ from switchtitan.benchmark.tables import (
     fit_table,
     flops_table,
     memory_table,
+    size_table,
 )
 from switchtitan.cli.record import add_json_option, check_json_option, put_record
 from switchtitan.config.command_line import positive_int
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
         exit_for(error)
     communication = {name: estimate.communication for name, estimate in estimates.items()}
     lines = [
+        "values that train, that are frozen and in buffers; the run; a checkpoint",
+        *size_table(estimates, configs),
         f"memory of each of {options.world_size} ranks in a step: the peak, and the maximum of "
         "each kind",
         *memory_table(estimates),

@@ -35,12 +35,11 @@ from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.errors import (
     EXIT_STATUS_KEY,
     USER_ERROR_STATUS,
-    ConfigError,
     UserError,
     exit_for,
     final_line,
 )
-from switchtitan.job.config import DRY_RUN, JobConfig, parse_arguments
+from switchtitan.job.config import JobConfig, parse_arguments
 
 _RANKS_FOLDERS = "*/attempt_*"
 """Folders of started ranks in torchrun's log folder."""
@@ -65,9 +64,6 @@ def main(argv: Sequence[str]) -> None:
         raise_file_limit(num_ranks=1, device="cpu")
     except UserError as error:
         exit_for(error)
-    if config is not None and DRY_RUN in options.training_script_args:
-        _dry_run(options)
-        return
     if options.training_script in OWN_COMMANDS:
         options.training_script_args.insert(0, options.training_script)
         options.module, options.training_script = True, "switchtitan"
@@ -83,21 +79,6 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="switchtitan-") as folder:
         options.log_dir = options.log_dir or folder
         run_ranks(options)
-
-
-def _dry_run(options: argparse.Namespace) -> None:
-    # Imported here: training does not use it.
-    from switchtitan.cli import dry_run
-
-    num_ranks = num_ranks_of(options.nnodes, options.nproc_per_node)
-    if num_ranks is None:
-        exit_for(
-            ConfigError(
-                f"{DRY_RUN}: the number of ranks is not known; give --nnodes and --nproc_per_node "
-                "as numbers"
-            )
-        )
-    dry_run.main(options.training_script_args, num_ranks)
 
 
 def let_ranks_stop(options: argparse.Namespace, config: JobConfig) -> None:

@@ -21,7 +21,6 @@ COMMANDS = {
     "inspect": "Show a corpus as the model sees it: counts, and sequences of tokens as text.",
     "evaluate": "Compute loss, perplexity and bits per byte of weights on held-out text.",
     "generate": "Continue a text with a trained model.",
-    "lm-eval": "Run tasks of the lm-evaluation-harness on a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run or resume a declared comparison of methods and report the results.",
     "geometry": "Measure ranks, sharpness, barriers and activations of runs' checkpoints.",
@@ -29,11 +28,9 @@ COMMANDS = {
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
     "report": "Write curves, configurations and results of runs as one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",
-    "completion": "Print a script with which bash, zsh or fish completes commands and keys.",
     "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
 }
-"""Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`;
-hyphens of the command are underscores there."""
+"""Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
 _STARTERS = ("launch", "compare")
 """Commands whose work is done by processes that they start. They choose threads for those, unless
 the user has."""
@@ -107,7 +104,7 @@ def run_command(
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(commands)}"
         print(f"error: {program} {command}: unknown command; {hint}", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(modules.format(command.replace("-", "_"))).main(arguments)
+    importlib.import_module(modules.format(command)).main(arguments)
 
 
 def help_text(program: str, commands: dict[str, str]) -> str:

@@ -1,6 +1,4 @@
-"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process.
-
-`--dry-run` only says what would be trained."""
+"""Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process."""
 
 import logging
 import signal
@@ -15,7 +13,7 @@ from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.launcher import is_launched
 from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
 from switchtitan.errors import UserError, exit_for, exit_for_stop
-from switchtitan.job.config import DRY_RUN, parse_arguments
+from switchtitan.job.config import parse_arguments
 from switchtitan.observability import configure_logging
 from switchtitan.training.output import lock_output_dir
 from switchtitan.training.stop import Stop, Stopped
@@ -30,9 +28,6 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with status 2 for a user's mistake, 128 + n after signal n; docs/USAGE.md has
             all statuses.
     """
-    if DRY_RUN in argv:
-        _dry_run(argv)
-        return
     load = OtherLoad()
     with Stop(is_launched()) as stop:
         try:
@@ -46,13 +41,6 @@ def main(argv: Sequence[str]) -> None:
         except KeyboardInterrupt as interrupt:
             stop_world_if_single()
             exit_for_stop(interrupt.args[0] if interrupt.args else signal.SIGINT)
-
-
-def _dry_run(argv: Sequence[str]) -> None:
-    # Imported here: training does not use it.
-    from switchtitan.cli import dry_run
-
-    dry_run.main(argv)
 
 
 def train(argv: Sequence[str], load: OtherLoad, stop: Stop) -> None:

@@ -21,7 +21,6 @@ def print_short_help(
     common: Sequence[str],
     names: Mapping[str, Sequence[str]] | None = None,
     has_prefixes: bool = True,
-    options: Mapping[str, str] | None = None,
 ) -> None:
     """Print the options, a sentence for each key in `common`, and the names of all keys, on stdout.
 
@@ -31,15 +30,10 @@ def print_short_help(
         common: dotted keys in order; those that the sections do not have are left out.
         names: section -> allowed values of its key `name`, for sections that a registry chooses.
         has_prefixes: whether keys include their section, e.g. `--data.path` instead of `--path`.
-        options: the command's own options, without --config and the helps, with a sentence each.
     """
     columns = _columns()
     lines = [*_head(usage, introduction, has_prefixes), ""]
-    own = {
-        "--config FILE": "The TOML file.",
-        **(options or {}),
-        "--help-all": "Describe every key.",
-    }
+    own = {"--config FILE": "The TOML file.", "--help-all": "Describe every key."}
     for option, sentence in own.items():
         lines += _described(option, sentence, columns)
     lines += ["", "What most users set:"]

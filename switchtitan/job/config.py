@@ -34,9 +34,7 @@ from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 
-DRY_RUN = "--dry-run"
-"""The option of `train` that only says what would be trained."""
-_USAGE = f"switchtitan train [--config FILE] [{DRY_RUN}]"
+_USAGE = "switchtitan train [--config FILE]"
 _INTRODUCTION = """\
 Train the model that a TOML file describes. The default file is the quickstart.
 Every key of the file is also an option; `none` means no value.
@@ -100,7 +98,7 @@ def parse_arguments(
         ConfigError: with all mistakes in one message.
         SystemExit: with status 0, after `--help` or `--help-all`.
     """
-    arguments = split_arguments(argv, flags=(DRY_RUN,))
+    arguments = split_arguments(argv)
     file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
     if arguments.wants_help:
         checks = ()
@@ -122,8 +120,7 @@ def _print_help(config: JobConfig, describes_all: bool) -> None:
     if describes_all:
         print_full_help(dict(config), _USAGE, _INTRODUCTION, names)
     else:
-        options = {DRY_RUN: "Only say what would be trained; write nothing."}
-        print_short_help(dict(config), _USAGE, _INTRODUCTION, _COMMON_KEYS, names, options=options)
+        print_short_help(dict(config), _USAGE, _INTRODUCTION, _COMMON_KEYS, names)
 
 
 def _model_in_folder(folder: str) -> dict[str, object]:

@@ -68,7 +68,6 @@ TRAINED = [
     ("geometry {run} --steps 7", "7", "5, 10, 15"),
     ("geometry {run} --parts activations", "--parts activations", "--against"),
     ("geometry {run} --against {run}", "--against", "itself"),
-    ("lm-eval {run} --tasks a --limit 0", "--limit", "0"),
     ("plot spectrum {run} --output x.png --layers c_proj", "--layers c_proj", "q_proj"),
     ("plot spectrum {run} --output x.png --label run={run}", "same label", "run"),
     ("plot run {run} --output {folder}/x.gmp", "x.gmp", "cannot write"),
@@ -77,7 +76,6 @@ TRAINED = [
 OTHERS = [
     ("trian", "trian", "train"),
     ("plot spectra", "spectra", "spectrum"),
-    ("completion csh", "csh", "bash"),
     ("prepare --dataset textt", "--dataset textt", '"text"'),
     ("prepare --data.pth x", "--data.pth x", "path"),
     ("prepare --dataset text --path no/folder", "no/folder", "no such"),
@@ -106,7 +104,6 @@ OTHERS = [
 ]
 LAUNCH = [
     ("--nproc_per_node 2 train --config {config} --training.step 9", "--training.step 9", "steps"),
-    ("--nproc_per_node auto train --config {config} --dry-run", "--dry-run", "--nproc_per_node"),
     ("--nnodes 2 --rdzv_backend c10d train", "RDZV_ENDPOINT is not set", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1 train", "RDZV_ENDPOINT=node-1", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
