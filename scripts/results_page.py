@@ -29,7 +29,7 @@ PAGES = {
 DEFINITIONS = "definitions.jinja"
 """What all templates can use: it is read before each of them."""
 GEOMETRY = "geometry_python.csv"
-"""What `scripts/measure_geometry.py` measured."""
+"""What `scripts/measure_geometry.py` of commit 8c82658 measured."""
 REPORTED = "reported.csv"
 """Figures without a CSV file of their runs, as an earlier version of the page reported them."""
 

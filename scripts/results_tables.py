@@ -310,11 +310,11 @@ def _plain_interval(of: Difference) -> str:
 
 
 Geometry = dict[str, dict[str, float]]
-"""What `scripts/measure_geometry.py` measured: title of a run -> column -> value."""
+"""What was measured of the checkpoints of a run: its title -> column -> value."""
 
 
 def read_geometry(file: Path) -> Geometry:
-    """Reads the CSV file of `scripts/measure_geometry.py`; empty if there is none."""
+    """Reads the CSV file of geometry_python.csv; empty if there is none."""
     if not file.exists():
         return {}
     with file.open(newline="", encoding="utf-8") as stream:
