@@ -6,13 +6,13 @@
 from the sections, and RESULTS.md, RESULTS_ONE_RATE.md and results/README.md from the templates and
 CSV files of docs/results by `scripts/results_page.py`.
 In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
-docs/measurements/NAME.json, the output of `switchtitan benchmark` or `switchtitan estimate`."""
+docs/measurements/NAME.json, the output of the command in it."""
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
 PERFORMANCE = ROOT / "docs" / "PERFORMANCE.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 _TABLE = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 _CONFIGURATION_HEAD = """\
 # Configuration
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     texts = {
         CONFIGURATION: configuration_page(),
         **results_page.results_pages(),
-        PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
+        PERFORMANCE: with_fit_tables(PERFORMANCE.read_text(), MEASUREMENTS),
     }
     outdated = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text
@@ -116,29 +116,20 @@ def _wrapped(text: str, width: int = 120) -> Iterator[str]:
         yield line
 
 
-def with_tables(text: str, folder: Path) -> str:
-    """Returns `text` with every table generated from its measurement in `folder`."""
+def with_fit_tables(text: str, folder: Path) -> str:
+    """Returns `text` with every table of what fits generated from its file in `folder`."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        file = folder / f"{name}.json"
-        if file.exists():
-            body = measurement_table(name, json.loads(file.read_text()))
-        else:
-            body = f"*Not measured yet: `scripts/measure_performance.sh {name}`.*\n"
-        return f"<!-- table {name} -->\n\n{body}\n<!-- end -->"
+        record = json.loads((folder / f"{name}.json").read_text())
+        return f"<!-- table {name} -->\n\n{fit_table(name, record)}\n<!-- end -->"
 
     return _TABLE.sub(table, text)
 
 
-def measurement_table(name: str, record: dict[str, Any]) -> str:
-    """Returns the Markdown table of one measurement, and its source."""
-    for key, make in _TABLES.items():
-        if key in record:
-            header, *rows = make(record)
-            break
-    else:
-        raise ValueError(f"{name}: expected one of the keys {', '.join(_TABLES)}")
+def fit_table(name: str, record: dict[str, Any]) -> str:
+    """Returns the Markdown table of what fits, and its source."""
+    header, *rows = _fits(record)
     rule = ["---", *["---:"] * (len(header) - 1)]
     lines = ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
     environment = record["environment"]
@@ -148,70 +139,6 @@ def measurement_table(name: str, record: dict[str, Any]) -> str:
         f"[figures](measurements/{name}.json)"
     )
     return "\n".join([*lines, "", source, ""])
-
-
-def _steps(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "ms/step", "of which update", "tokens/s", "ratio", "95 % interval")]
-    for place, (name, side) in enumerate(record["steps"].items()):
-        cells = (
-            _milliseconds(side["step_s"]),
-            _milliseconds(side["optimizer_s"]),
-            f"{side['tokens_per_s']:.0f}",
-        )
-        rows.append((_side(name), *cells, *_ratio(side, "ratio", place)))
-    return rows
-
-
-def _switches(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [
-        ("", "ms/switch", "99 %", "% of step", "ms/step", "vectors", "operations", "collectives")
-    ]
-    for name, side in record["switches"].items():
-        rows.append(
-            (
-                _side(name),
-                _milliseconds(side["switch_s"]),
-                _milliseconds(side["switch_percentile_99_s"]),
-                f"{100 * side['share_of_step']:.2f}",
-                _milliseconds(side["step_s"]),
-                f"{side['vectors_switched']:.0f}",
-                f"{side['num_operations']}",
-                f"{side['num_collectives']}",
-            )
-        )
-    return rows
-
-
-def _estimates(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [
-        (
-            "",
-            "state, GiB",
-            "of first row's",
-            "peak, GiB",
-            "sent, MiB",
-            "of first row's",
-            "operations",
-        )
-    ]
-    first_state = first_sent = 0.0
-    for name, side in record["estimates"].items():
-        state, peak = side["memory"]["state"], side["memory"]["peak"]
-        sent = sum(count["bytes_sent"] for count in side["communication"].values())
-        first_state, first_sent = first_state or state, first_sent or sent
-        rows.append(
-            (
-                _side(name),
-                f"{state / _GIB:.2f}",
-                f"{100 * state / first_state:.1f} %",
-                f"{peak / _GIB:.2f}",
-                f"{sent / _MIB:.0f}",
-                f"{100 * sent / first_sent:.1f} %" if first_sent else "-",
-                f"{side['flops']['ratio']:.3f}",
-            )
-        )
-    # A single rank sends nothing.
-    return rows if first_sent else [(*row[:4], row[6]) for row in rows]
 
 
 def _fits(record: dict[str, Any]) -> list[Row]:
@@ -240,95 +167,11 @@ def _fits(record: dict[str, Any]) -> list[Row]:
     return [header, *((row, *by_size.values()) for row, by_size in cells.items())]
 
 
-def _loss(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "ms/call", "ratio", "95 % interval", "peak, MiB", "ratio")]
-    for place, (name, side) in enumerate(record["calls"].items()):
-        memory = record["memory"][name]
-        peak = f"{memory['peak_extra_bytes'] / _MIB:.1f}", f"{memory['ratio']:.3f}"
-        rows.append((name, _milliseconds(side["call_s"]), *_ratio(side, "ratio", place), *peak))
-    return rows
-
-
-def _optimizer(record: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "ms/call", "ratio", "95 % interval")]
-    for place, (name, side) in enumerate(record["updates"].items()):
-        rows.append((name, _milliseconds(side["call_s"]), *_ratio(side, "ratio", place)))
-    return rows
-
-
-def _layers(record: dict[str, Any]) -> list[Row]:
-    ways = ("factored", "merged", "dense_gradient")
-    rows: list[Row] = [("", *ways, "chosen", "fastest")]
-    for name, case in record["layers"].items():
-        full = next(iter(case["flops"].values()))
-        cells = [
-            f"{case['calls'][way]['ratio']:.2f} ({case['flops'][way] / full:.2f})" for way in ways
-        ]
-        rows.append((name, *cells, case["chosen"], case["fastest"]))
-    return rows
-
-
-def _loader(record: dict[str, Any]) -> list[Row]:
-    read, trained = record["tokens_read_per_s"], record["training_tokens_per_s"]
-    workers = f"read by {record['num_workers']} worker(s)"
-    return [("", "tokens/s"), (workers, f"{read:.0f}"), ("trained on", f"{trained:.0f}")]
-
-
-def _checkpoint(record: dict[str, Any]) -> list[Row]:
-    return [
-        ("", "s"),
-        ("a synchronous save", f"{record['synchronous_s']:.3f}"),
-        ("stall of training by a background save", f"{record['stall_s']:.3f}"),
-        ("a step before the first save", f"{record['step_before_saves_s']:.3f}"),
-        ("a step after a save", f"{record['undisturbed_step_s']:.3f}"),
-        ("a step during a background save", f"{record['step_while_saving_s']:.3f}"),
-        *(
-            (f"its bytes by themselves: {part}", f"{seconds:.3f}")
-            for part, seconds in record.get("parts_s", {}).items()
-        ),
-    ]
-
-
-def _startup(record: dict[str, Any]) -> list[Row]:
-    starts = record["startup"]
-    rows: list[Row] = [("s", *starts)]
-    for part in next(iter(starts.values()))["parts_s"]:
-        rows.append((part, *(f"{start['parts_s'][part]:.2f}" for start in starts.values())))
-    total = (f"{start['to_first_step_s']:.2f}" for start in starts.values())
-    return [*rows, ("to the end of the first step", *total)]
-
-
-_TABLES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
-    "steps": _steps,
-    "switches": _switches,
-    "estimates": _estimates,
-    "fits": _fits,
-    "memory": _loss,
-    "updates": _optimizer,
-    "layers": _layers,
-    "tokens_read_per_s": _loader,
-    "synchronous_s": _checkpoint,
-    "startup": _startup,
-}
-"""Key of a measurement's record -> function that makes its rows; the first match is used."""
-
-
 def _side(name: str) -> str:
     """Shortens `train_configs/llama_60m_lora.toml:method.rank=64` to `llama_60m_lora, rank=64`."""
     file, _, overrides = name.partition(":")
     keys = [override.partition(".")[2] for override in overrides.split(",") if override]
     return ", ".join([Path(file).stem, *keys])
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}"
-
-
-def _ratio(side: dict[str, Any], key: str, place: int) -> tuple[str, str]:
-    if place == 0:
-        return "1", ""
-    low, high = side[f"{key}_interval_95"]
-    return f"{side[key]:.3f}", f"{low:.3f} to {high:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Contexts that count FLOPs and torch operations."""
+"""Counts the floating-point operations of a step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,21 +8,6 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from switchtitan.observability.collectives import CountingMode
-
-
-class CountOperations(CountingMode):
-    """A context that counts torch operations on this rank's tensors, without views and allocations.
-
-    An operation on a list of tensors counts once, although it may launch several kernels: CUDA
-    launches one per entry if they are not contiguous. So this does not count kernels.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_operations = 0
-
-    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        self.num_operations += not (func.is_view or func.overloadpacket in _ALLOCATIONS)
 
 
 class CountFlops(CountingMode):
@@ -75,4 +60,3 @@ _ATTENTION: dict[object, Callable[..., int]] = {
 }
 _IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
 """In-place operation -> its counterpart, for which torch has a formula."""
-_ALLOCATIONS = (_aten.empty, _aten.new_empty, _aten.empty_like)

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
-from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_rounds, ratio_of_steps
+from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_steps
 from switchtitan.files import format_bytes
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CommunicationCounts
@@ -29,21 +28,21 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
         ratio, interval = (
             ("1", "")
             if side_times is reference
-            else ratio_cells(ratio_of_steps(side_times, reference))
+            else _ratio_cells(ratio_of_steps(side_times, reference))
         )
         rows.append(
             (
-                milliseconds(side_times.median_s),
-                f"{milliseconds(low)}-{milliseconds(high)}",
-                milliseconds(float(np.median(side_times.forward_backward_s))),
-                milliseconds(float(np.median(side_times.optimizer_s))),
+                _milliseconds(side_times.median_s),
+                f"{_milliseconds(low)}-{_milliseconds(high)}",
+                _milliseconds(float(np.median(side_times.forward_backward_s))),
+                _milliseconds(float(np.median(side_times.optimizer_s))),
                 format_count(side_times.tokens_per_s),
                 ratio,
                 interval,
                 name,
             )
         )
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
@@ -66,23 +65,6 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
     return record
 
 
-def call_record(times: Mapping[str, NDArray[np.float64]]) -> dict[str, JsonValue]:
-    """Returns by function: median and quartiles over all calls, the median of each round, and the
-    ratio to the first one."""
-    reference = next(iter(times.values()))
-    record: dict[str, JsonValue] = {}
-    for name, side_times in times.items():
-        ratio = ratio_of_rounds(side_times, reference)
-        record[name] = {
-            "call_s": float(np.median(side_times)),
-            "call_quartiles_s": np.quantile(side_times, [0.25, 0.75]).tolist(),
-            "round_medians_s": np.median(side_times, axis=1).tolist(),
-            "ratio": ratio.value,
-            "ratio_interval_95": [ratio.low, ratio.high],
-        }
-    return record
-
-
 def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
     """Formats MiB that each rank sends in a step, and number of calls, by collective."""
     used = [
@@ -97,7 +79,7 @@ def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
             f"{by_kind[kind].bytes_sent / _MIB:.2f} ({by_kind[kind].num_calls})" for kind in used
         ]
         rows.append((f"{total / _MIB:.2f}", *cells, name))
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str, JsonValue]:
@@ -123,7 +105,7 @@ def size_table(
         counts = [f"{number:,}" for number in estimate.parameters.values()]
         size = format_bytes(estimate.checkpoint_bytes)
         rows.append((*counts, f"{training.steps:,}", format_count(num_tokens), size, name))
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
@@ -137,7 +119,7 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
         rows.append(
             ("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), "")
         )
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def fit_table(fits: Mapping[str, Fit]) -> list[str]:
@@ -148,7 +130,7 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     for name, fit in fits.items():
         cells = map(batch_size_cell, fit.batch_sizes.values())
         rows.append((*cells, _gib(fit.peaks[1]), name))
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def batch_size_cell(batch_size: int) -> str:
@@ -179,7 +161,7 @@ def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
         rows.append(
             (total, *(f"{n / 1e12:.4g}" for n in flops), f"{estimate.flops_ratio:.3f}", name)
         )
-    return aligned(rows)
+    return _aligned(rows)
 
 
 def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValue]:
@@ -211,17 +193,17 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.2f}"
 
 
-def ratio_cells(ratio: Ratio) -> tuple[str, str]:
+def _ratio_cells(ratio: Ratio) -> tuple[str, str]:
     """Formats the ratio and its 95 % interval."""
     return f"{ratio.value:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}"
 
 
-def milliseconds(seconds: float) -> str:
+def _milliseconds(seconds: float) -> str:
     """Formats seconds as milliseconds with four digits, without the unit."""
     return f"{1e3 * seconds:.4g}"
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Aligns columns right, but the last one left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": "Continue a text with a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run or resume a declared comparison of methods and report the results.",
-    "benchmark": "Measure the cost of steps, layers, optimizer, loader, checkpoints or start-up.",
+    "benchmark": "Time training steps of several configurations side by side.",
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
     "report": "Write curves, configurations and results of runs as one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 from switchtitan.benchmark.estimate import communication_of_a_step
-from switchtitan.benchmark.side_by_side import WARM_UP_STEPS, time_steps_side_by_side
-from switchtitan.benchmark.step_times import ratio_of_steps
+from switchtitan.benchmark.step_times import (
+    WARM_UP_STEPS,
+    ratio_of_steps,
+    time_steps_side_by_side,
+)
 from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.plan import Run, first_run
 from switchtitan.comparison.runner import num_threads

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from support.peak_memory import peak_extra_bytes
 from support.ranks import run_on_ranks
 from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
 
 from switchtitan.benchmark.estimate import communication_of_a_step, estimate_step, measure_step
 from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
-from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.distributed.shards import local
 
 SEQ_LEN = 16

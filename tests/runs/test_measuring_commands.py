@@ -13,8 +13,6 @@ from torch.distributed.checkpoint import FileSystemReader
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.data import DataConfig, build_train_batches, open_corpus
 
-ONCE = ("--rounds", 1, "--calls-per-round", 1)
-
 
 def record_of(*words):
     """The JSON in the last line of a command's output."""
@@ -40,34 +38,6 @@ def test_steps_are_compared_in_a_table_and_a_record(trained):
     assert reference["ratio"] == 1
     assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
     assert 0 < other["optimizer_s"] < other["step_s"]
-
-
-def test_communication_is_counted_and_a_record_can_go_to_a_file(trained, tmp_path):
-    file = tmp_path / "counts.json"
-    words = ("communication", trained.config, "--num-ranks", 4, "--step", 1)
-    outcome = run("benchmark", *words, "--json", file)
-    assert outcome.status == 0, outcome.errors
-    assert "{" not in outcome.output
-    (counts,) = json.loads(file.read_text())["communication"].values()
-    # One micro-batch: two blocks forward and backward, and the rest once.
-    assert counts["all_gather"]["num_calls"] == 5
-    assert counts["broadcast"] == {"num_calls": 0, "bytes_sent": 0}
-
-
-def test_layers_are_timed_in_every_contraction():
-    shape = ("--shape", "24x16", "--rank", 2, "--tokens", 5, "--dtype", "float32")
-    (layer,) = record_of("benchmark", "layer", *shape, *ONCE)["layers"].values()
-    assert list(layer["calls"]) == ["full rank", "factored", "merged", "dense_gradient"]
-    assert layer["flops"]["full rank"] == 6 * 24 * 16 * 5
-    # Few tokens: building W + s B A would cost more than it saves.
-    assert layer["chosen"] == "factored" == min(layer["flops"], key=layer["flops"].get)
-
-
-def test_loading_is_compared_with_training(trained):
-    loading = ("loader", trained.config, "--training-tokens-per-s", 10)
-    loaded = record_of("benchmark", *loading, *ONCE)
-    assert loaded["ratio"] == loaded["tokens_read_per_s"] / 10
-    assert not loaded["training_was_measured"]
 
 
 # estimate

@@ -1,4 +1,4 @@
-"""`scripts/compare.py` as a process, on runs of 30 steps."""
+"""`switchtitan compare` as a process, on runs of 30 steps."""
 
 import os
 import sys
@@ -7,8 +7,6 @@ from pathlib import Path
 
 from support.sessions import Started, started
 from support.tiny import TINY
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def write_base(folder: Path) -> None:
@@ -29,7 +27,7 @@ def write_base(folder: Path) -> None:
 
 def compare(file: Path, *arguments: str | Path) -> AbstractContextManager[Started]:
     """Starts a comparison in its folder."""
-    command = [sys.executable, str(REPOSITORY / "scripts" / "compare.py"), str(file)]
+    command = [sys.executable, "-m", "switchtitan", "compare", str(file)]
     return started(
         [*command, *map(str, arguments)],
         file.parent / "output.txt",

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.losses import align_rows, record_strides
+from support.peak_memory import peak_extra_bytes
 from support.tiny import tiny_config
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from switchtitan.benchmark.peak_memory import peak_extra_bytes
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.models import MODELS

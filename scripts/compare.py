@@ -1,8 +1,0 @@
-"""`switchtitan compare`, from a checkout."""
-
-import sys
-
-from switchtitan.cli.main import run
-
-if __name__ == "__main__":
-    run(["compare", *sys.argv[1:]])

@@ -1,8 +1,0 @@
-"""`switchtitan estimate`, from a checkout."""
-
-import sys
-
-from switchtitan.cli.main import run
-
-if __name__ == "__main__":
-    run(["estimate", *sys.argv[1:]])
