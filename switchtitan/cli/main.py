@@ -25,9 +25,9 @@ COMMANDS = {
     "compare": "Run or resume a declared comparison of methods and report the results.",
     "benchmark": "Time training steps of several configurations side by side.",
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
-    "report": "Write curves, configurations and results of runs as one HTML page.",
+    "report": "Draw runs: curves as a picture, or a report as one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",
-    "plot": "Draw the curves of runs (`plot run`) or the rank of their change (`plot spectrum`).",
+    "plot": "Draw the rank of the change of runs' weights (`plot spectrum`).",
 }
 """Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
 _STARTERS = ("launch", "compare")

@@ -1,11 +1,10 @@
-"""Draws runs: `switchtitan plot run | spectrum RUN ... --output FILE`."""
+"""Draws runs: `switchtitan plot spectrum RUN ... --output FILE`."""
 
 from collections.abc import Sequence
 
 from switchtitan.cli.main import help_text, run_command
 
 PICTURES = {
-    "run": "Losses, learning rate and switches of one or more runs.",
     "spectrum": "The rank of the weights' change since step 0, for one or more runs.",
 }
 """Picture -> its line in `switchtitan plot --help`. Its module is

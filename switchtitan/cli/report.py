@@ -1,71 +1,72 @@
-"""Writes a report of runs, or of a comparison, as one HTML file.
+"""Draws runs side by side: their curves as a picture, or a report as one HTML page.
 
     switchtitan report outputs/RUN [outputs/RUN ...] --output report.html
-    switchtitan report outputs/COMPARISON/reports/NAME
+    switchtitan report outputs/RUN [outputs/RUN ...] --output curves.png
 
-The file needs no server and no network. The report says what a run does not have yet, and what is
-damaged. An existing file is replaced only if it is a report."""
+The page has results, curves, and the keys of the configurations that differ. It needs no server and
+no network."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from switchtitan.cli.plot_run import labelled
 from switchtitan.errors import ConfigError, UserError, exit_for
-from switchtitan.report.comparison_files import find_comparison, read_comparison
-from switchtitan.report.comparison_report import comparison_report
-from switchtitan.report.page import check_output, render, write_report
-from switchtitan.report.run_files import read_run
-from switchtitan.report.run_report import Contents, run_report
+from switchtitan.observability.pictures import check_picture_option, write_picture
+from switchtitan.report.curves import draw_curves
+from switchtitan.report.page import read_run, write_page
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes the report that the command line asks for."""
+    """Writes the page or the picture."""
     options = read_options(argv)
     try:
-        check_output(options.output)
-        write_report(render(contents_of(options.runs)), options.output)
+        write(options.runs, options.output)
     except UserError as error:
         exit_for(error)
     print(options.output)
 
 
-def contents_of(folders: Sequence[Path]) -> Contents:
-    """Returns the contents of a report of runs, or of one comparison.
-
-    Raises:
-        ConfigError: if a folder is neither, or a comparison's is not the only one.
-    """
-    comparison = next((found for folder in folders if (found := find_comparison(folder))), None)
-    if comparison is None:
-        runs = {label: read_run(run) for label, run in labelled(folders).items()}
-        return run_report(runs)
-    if len(folders) > 1:
-        raise ConfigError(
-            f"{comparison} holds a comparison, which has a report of its own; give it alone, or "
-            "folders of runs only"
-        )
-    return comparison_report(read_comparison(comparison))
-
-
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line; argparse exits with status 2 on an error."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="switchtitan report",
-        description="Writes a report of runs, or of a comparison, as one HTML file.",
+        description="Draws runs side by side: curves as a picture, or a report as one HTML page.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="a run's output folder, or the folder of one comparison's report",
-    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("report.html"),
-        help="the file; replaced only if it is a report; default: report.html",
+        help="a page (.html), or a picture of the curves (.png, .svg, .pdf); default: report.html",
     )
     return parser.parse_args(argv)
+
+
+def write(folders: Sequence[Path], output: Path) -> None:
+    """Writes the page or the picture, by the extension of `output`.
+
+    Raises:
+        ConfigError: if a folder is not a run's, or the file cannot be written.
+    """
+    is_page = output.suffix == ".html"
+    if not is_page:
+        check_picture_option(output)
+    runs = {label: read_run(folder) for label, folder in labelled(folders).items()}
+    curves = draw_curves({label: run.curves for label, run in runs.items()})
+    if not is_page:
+        write_picture(curves, output)
+        return
+    try:
+        write_page(runs, {"Curves": curves}, output)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+
+
+def labelled(runs: Sequence[Path]) -> dict[str, Path]:
+    """Returns runs by label: the folder's name if it is unique, otherwise the path as given."""
+    names = [run.resolve().name for run in runs]
+    return {
+        name if names.count(name) == 1 else str(run): run
+        for name, run in zip(names, runs, strict=True)
+    }

@@ -1,1 +1,1 @@
-"""Reports of runs and of comparisons as one HTML file that needs no server and no network."""
+"""Curves and results of runs, as a picture or as one HTML page."""

@@ -1,106 +1,147 @@
-"""The page of a report: one HTML file with its own code, style and data."""
+"""A report of runs as one HTML page, which loads nothing: results, pictures, configurations."""
 
-import base64
-import hashlib
-import html
+import io
 import json
-from collections.abc import Mapping
-from datetime import datetime, timezone
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import Any
 
-import switchtitan
+from matplotlib.figure import Figure
+
+from switchtitan.config.toml_files import parse_toml
+from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.errors import ConfigError
-from switchtitan.files import write_atomically
-from switchtitan.json_values import finite_or_none
+from switchtitan.observability import RESULTS_FILE
+from switchtitan.observability.curves import Curve, read_curves
+from switchtitan.training.describe import newest_config_file
 
-_SCRIPTS = ("elements", "numbers", "curves", "state", "chart", "pointer", "tables", "bars", "main")
-"""Files of the page's code in order; joined into one, since a page opened from a disk may load no
-modules."""
-_MARK = b'<meta name="generator" content="switchtitan report">'
-_MARK_WITHIN_BYTES = 512
-"""A report has its mark among its first bytes."""
-
-
-def render(contents: Mapping[str, object]) -> str:
-    """Returns the page with these contents.
-
-    Its policy lets it load nothing, and run no other code than its own.
-    """
-    style = _file("style.css")
-    script = '"use strict";\n' + "\n".join(_file(f"{name}.js") for name in _SCRIPTS)
-    written_at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    footer = f"Written by switchtitan {switchtitan.__version__} on {written_at}."
-    parts = {
-        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "base-uri 'none'; form-action 'none'",
-        "title": html.escape(f"{contents['title']} - switchtitan"),
-        "style": style,
-        "contents": embedded({**contents, "footer": footer}),
-        "script": script,
-    }
-    # Split first: a value may contain what looks like another placeholder.
-    first, *rest = _file("page.html").split("{{")
-    pieces = [first]
-    for piece in rest:
-        name, _, text = piece.partition("}}")
-        pieces += [parts[name], text]
-    # The name of a folder may hold bytes that are no UTF-8.
-    return "".join(pieces).encode("utf-8", "replace").decode("utf-8")
+Table = Sequence[Sequence[str]]
+"""Rows of cells; the first row is the head."""
+_NOT_KNOWN = "-"
+_RESULTS = {
+    "step": "{:,}",
+    "tokens_seen": "{:,}",
+    "loss/validation": "{:.4f}",
+    "loss/test": "{:.4f}",
+    "bits_per_byte/validation": "{:.4f}",
+    "bits_per_byte/test": "{:.4f}",
+    "throughput/tokens_per_s": "{:,.0f}",
+    "throughput/wall_time_s": "{:,.0f}",
+    "memory/peak_gib": "{:.2f}",
+    "num_parameters.trainable": "{:,}",
+    "num_parameters.frozen": "{:,}",
+    "compute_dtype": "{}",
+    "device": "{}",
+    "num_ranks": "{}",
+    "commit": "{}",
+}
+"""Key of `results.json` -> how the page shows its value."""
+_STYLE = """\
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+td, th { border-bottom: 1px solid #ccc; padding: 0.2em 0.8em; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; }"""
 
 
-def embedded(contents: Mapping[str, object]) -> str:
-    """Returns JSON that cannot end the script element it is in, nor start a comment there.
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says of it."""
 
-    A number that is not finite, which JSON does not have, becomes null.
-    """
-    text = json.dumps(finite_or_none(contents), allow_nan=False, separators=(",", ":"))
-    # Outside of strings, JSON has none of these.
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    curves: Mapping[str, Curve]
+    """Steps and values by metric."""
+    results: Mapping[str, Any]
+    """`results.json`, with dotted keys; empty if the run is not finished."""
+    config: Mapping[str, str]
+    """Values as in TOML, by dotted key."""
 
 
-def check_output(output: Path) -> None:
-    """Checks that a report may be written to a file: that it is new, or a report.
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run's output folder.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: if it is not the folder of a run, or a file is damaged.
     """
-    if output.is_dir():
-        raise ConfigError(f"--output {output}: is a folder; give a file, e.g. {output}/report.html")
-    if not output.exists():
-        return
+    curves = read_curves(folder)
+    results_file, (config_file, _) = folder / RESULTS_FILE, newest_config_file(folder)
+    results: dict[str, Any] = {}
     try:
-        with output.open("rb") as stream:
-            is_report = _MARK in stream.read(_MARK_WITHIN_BYTES)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be read: {error}") from error
-    if not is_report:
-        raise ConfigError(
-            f"--output {output}: exists and is not a report of switchtitan; choose another file, "
-            "or delete it"
+        if results_file.exists():
+            results = flatten(json.loads(results_file.read_text(encoding="utf-8")))
+        config = flatten(parse_toml(config_file.read_text(encoding="utf-8"), str(config_file)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: cannot be read: {error}") from error
+    return RunRecord(curves, results, {key: toml_value(value) for key, value in config.items()})
+
+
+def write_page(runs: Mapping[str, RunRecord], pictures: Mapping[str, Figure], file: Path) -> None:
+    """Writes the page.
+
+    Args:
+        runs: by label.
+        pictures: by heading.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    differing, same = _configurations(runs)
+    parts = ["<h1>Runs</h1>", _html_table(_results(runs))]
+    for heading, figure in pictures.items():
+        parts += [f"<h2>{escape(heading)}</h2>", _svg(figure)]
+    if len(differing) > 1:
+        parts += ["<h2>Keys that differ</h2>", _html_table(differing)]
+    parts += [f"<details><summary>All other keys</summary>{_html_table(same)}</details>"]
+    head = f'<meta charset="utf-8"><title>{escape(", ".join(runs))}</title><style>{_STYLE}</style>'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(["<!doctype html>", head, *parts, ""]), encoding="utf-8")
+
+
+def _results(runs: Mapping[str, RunRecord]) -> Table:
+    """A row for each run, with the columns that any run has."""
+    keys = [
+        key
+        for key in _RESULTS
+        if any(record.results.get(key) is not None for record in runs.values())
+    ]
+    rows = [["run", *keys]]
+    for label, record in runs.items():
+        values = [record.results.get(key) for key in keys]
+        cells = (
+            _NOT_KNOWN if value is None else _RESULTS[key].format(value)
+            for key, value in zip(keys, values, strict=True)
         )
+        rows.append([label, *cells])
+    return rows
 
 
-def write_report(page: str, output: Path) -> None:
-    """Writes a page atomically, over an older report or to a new file.
-
-    Raises:
-        ConfigError: if something else is there, or it cannot be written.
-    """
-    check_output(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, page)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written: {error}") from error
-
-
-def _file(name: str) -> str:
-    return files("switchtitan.report").joinpath("page", name).read_text(encoding="utf-8")
+def _configurations(runs: Mapping[str, RunRecord]) -> tuple[Table, Table]:
+    """Returns the keys that differ between runs, with all values, and all others with theirs."""
+    keys = dict.fromkeys(key for record in runs.values() for key in record.config)
+    differing, same = [["key", *runs]], [["key", "value"]]
+    for key in keys:
+        values = [record.config.get(key, _NOT_KNOWN) for record in runs.values()]
+        if len(set(values)) > 1:
+            differing.append([key, *values])
+        else:
+            same.append([key, values[0]])
+    return differing, same
 
 
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+def _html_table(rows: Table) -> str:
+    head, *body = rows
+    lines = [_html_row("th", head), *(_html_row("td", row) for row in body)]
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg")
+    # Without the XML declaration, which HTML does not allow here.
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

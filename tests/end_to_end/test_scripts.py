@@ -311,7 +311,6 @@ def test_the_wheel_has_the_package_and_the_configurations(tmp_path):
         f"switchtitan/train_configs/{file.relative_to(source / 'train_configs')}"
         for file in (source / "train_configs").rglob("*.toml")
     }
-    # Also files that are no Python, such as the page of a report.
     package = (source / "switchtitan").rglob("*.*")
     expected |= {str(file.relative_to(source)) for file in package if file.is_file()}
     pip = ("-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps")

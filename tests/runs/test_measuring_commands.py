@@ -121,7 +121,7 @@ def test_runs_become_one_page_in_which_a_name_stays_text(trained, tmp_path):
     assert (outcome.status, outcome.output) == (0, f"{page}\n")
     assert "<b>" not in page.read_text()
     picture = tmp_path / "out" / "curves.png"
-    assert run("plot", "run", trained.run, "--output", picture).status == 0
+    assert run("report", trained.run, "--output", picture).status == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -66,8 +66,8 @@ TRAINED = [
     ("export {run} --folder /proc/x", "/proc/x", "cannot be written"),
     ("plot spectrum {run} --output x.png --layers c_proj", "--layers c_proj", "q_proj"),
     ("plot spectrum {run} --output x.png --label run={run}", "same label", "run"),
-    ("plot run {run} --output {folder}/x.gmp", "x.gmp", "cannot write"),
-    ("plot run {folder} --output x.png", "{folder}", "no TensorBoard"),
+    ("report {run} --output {folder}/x.gmp", "x.gmp", "unknown picture format"),
+    ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
 ]
 OTHERS = [
     ("trian", "trian", "train"),
@@ -80,8 +80,6 @@ OTHERS = [
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("report {run} no/run --output {folder}/x.html", "no/run", "no such folder"),
-    ("report {run} {folder} --output {folder}/x.html", "{folder}", "not the folder of a run"),
-    ("report {run} --output {latin}", "{latin}", "not a report"),
     ("report {run} --output {folder}", "{folder}", "is a folder"),
     ("benchmark", "step", "required"),
     ("benchmark step {config} --rounds 0", "--rounds", "0"),

@@ -1,63 +1,21 @@
-"""Draws the curves of one or more runs: losses, learning rate and switches.
+"""Draws the curves of runs: losses, learning rate and switches."""
 
-switchtitan plot run outputs/RUN [outputs/RUN ...] --output curves.png
-"""
-
-import argparse
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchtitan.errors import UserError, exit_for
-from switchtitan.observability.curves import Curve, read_curves
-from switchtitan.observability.pictures import write_picture
+from switchtitan.observability.curves import Curve
 
 TRAIN_LOSS, VALIDATION_LOSS = "loss/train", "loss/validation"
 LEARNING_RATE = "optimizer/lr"
+Runs = Mapping[str, Mapping[str, Curve]]
+"""Curves by label and metric."""
 NUM_SWITCHED, COVERAGE = "switch/vectors_switched_total", "switch/candidate_coverage"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Draws the given runs."""
-    options = read_options(argv)
-    try:
-        runs = {label: read_curves(run) for label, run in labelled(options.runs).items()}
-        write_picture(draw(runs), options.output)
-    except UserError as error:
-        exit_for(error)
-    print(options.output)
-
-
-def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line; argparse exits with status 2 on an error."""
-    parser = argparse.ArgumentParser(
-        prog="switchtitan plot run",
-        description="Draws the curves of one or more runs.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="the picture; the extension selects the format (png, svg, pdf)",
-    )
-    return parser.parse_args(argv)
-
-
-def labelled(runs: Sequence[Path]) -> dict[str, Path]:
-    """Returns runs by label: the folder's name if it is unique, otherwise the path as given."""
-    names = [run.resolve().name for run in runs]
-    return {
-        name if names.count(name) == 1 else str(run): run
-        for name, run in zip(names, runs, strict=True)
-    }
-
-
-def draw(runs: dict[str, dict[str, Curve]]) -> Figure:
+def draw_curves(runs: Runs) -> Figure:
     """Draws losses on the left; learning rate and, if any run switched, switches on the right."""
     figure = Figure(layout="constrained")
     switching = {label: curves for label, curves in runs.items() if NUM_SWITCHED in curves}
@@ -93,7 +51,7 @@ def _draw_legend(figure: Figure, panels: Iterable[Axes], num_columns: int) -> in
     return math.ceil(len(keys) / num_columns)
 
 
-def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[str, str]) -> None:
+def _draw_losses(axes: Axes, runs: Runs, colours: Mapping[str, str]) -> None:
     prefix = "{}, " if len(runs) > 1 else ""
     for label, curves in runs.items():
         if TRAIN_LOSS in curves:
@@ -113,7 +71,7 @@ def _draw_losses(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[st
     axes.set(title="Loss", xlabel="step", ylabel="cross entropy per token (nats)")
 
 
-def _draw_switches(axes: Axes, runs: dict[str, dict[str, Curve]], colours: dict[str, str]) -> None:
+def _draw_switches(axes: Axes, runs: Runs, colours: Mapping[str, str]) -> None:
     """Draws vectors switched so far (left axis) and percent of candidates ever used (right)."""
     right = axes.twinx()
     for label, curves in runs.items():
