@@ -1,10 +1,8 @@
-"""Generates docs/CONFIGURATION.md, the pages of results, and tables of other pages of docs/.
+"""Generates docs/CONFIGURATION.md from the sections, and the tables of what fits one GPU.
 
     python scripts/generate_docs.py [--check]
 
---check writes nothing and exits with status 1 if a file is outdated. CONFIGURATION.md is generated
-from the sections, and RESULTS.md, RESULTS_ONE_RATE.md and results/README.md from the templates and
-CSV files of docs/results by `scripts/results_page.py`.
+--check writes nothing and exits with status 1 if a file is outdated.
 In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
 docs/measurements/NAME.json, the output of the command in it."""
 
@@ -15,8 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import results_page
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
@@ -58,7 +54,6 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     texts = {
         CONFIGURATION: configuration_page(),
-        **results_page.results_pages(),
         PERFORMANCE: with_fit_tables(PERFORMANCE.read_text(), MEASUREMENTS),
     }
     outdated = [

@@ -2,7 +2,7 @@
 
 switchtitan compare train_configs/comparisons/rank_16.toml [FILE ...] --jobs 2
 
-Writes report.md, results.json, runs.csv and pictures to `<output_dir>/reports/<name of the file>`,
+Writes report.md, runs.csv and loss.png to `<output_dir>/reports/<name of the file>`,
 and updates them after every run. The same command resumes a stopped or killed comparison. Several
 files are run one after the other."""
 
@@ -14,17 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
-from switchtitan.comparison.measure import measure, read_measurements
 from switchtitan.comparison.plan import Run, check_corpus, check_plan
-from switchtitan.comparison.plots import write_pictures
 from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner
-from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.config.command_line import positive_int
 from switchtitan.errors import (
     ConfigError,
@@ -33,7 +31,6 @@ from switchtitan.errors import (
     exit_for_interrupt,
     interrupt_on_sigterm,
 )
-from switchtitan.files import try_lock
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,15 +45,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         # All files are checked before the first run of any.
         for folder, config in load_all(options.files).items():
-            if options.report_only:
-                with locked(folder):
-                    report(Comparison(config), folder, config)
-            else:
-                with locked(folder):
-                    comparison = run(config, folder, Runner(options.jobs))
-                    if not options.skip_measurements:
-                        measure(config, folder)
-                        report(comparison, folder, config)
+            with locked(folder):
+                if options.report_only:
+                    comparison = Comparison(config, folder)
+                else:
+                    comparison = Comparison(config, folder, check_corpus(config))
+                    run(comparison, Runner(options.jobs))
+                write_report(folder, comparison.state())
             print(folder / "report.md", flush=True)
     except UserError as error:
         exit_for(error)
@@ -91,53 +86,44 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: if another process holds it.
     """
-    with try_lock(folder / "lock", key="output_dir") as lock:
-        if lock is None:
-            raise ConfigError(
-                f"{folder}: another process is running this comparison; wait for it, or stop it"
-            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder}: another process is running this comparison; wait for it, or stop it"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder}: cannot be written: {error.strerror}") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def run(config: ComparisonConfig, folder: Path, runner: Runner) -> Comparison:
-    """Trains the remaining runs of a comparison, and reports and returns all."""
-    comparison = Comparison(config, check_corpus(config))
-    with logging_redirect_tqdm():
-        train(comparison, runner, folder, config)
-    report(comparison, folder, config)
-    return comparison
-
-
-def train(comparison: Comparison, runner: Runner, folder: Path, config: ComparisonConfig) -> None:
-    """Trains the remaining runs, with a progress bar."""
+def run(comparison: Comparison, runner: Runner) -> None:
+    """Trains the remaining runs, with a progress bar, and reports after each one."""
     # None: no bar unless standard error is a terminal.
-    with tqdm(unit="run", dynamic_ncols=True, disable=None) as bar:
+    with logging_redirect_tqdm(), tqdm(unit="run", dynamic_ncols=True, disable=None) as bar:
 
         def show() -> None:
             state = comparison.state()
             bar.total = state.num_runs
-            bar.update(len(state.selection) + len(state.report) - bar.n)
+            bar.update(state.num_finished - bar.n)
 
         def note(run: Run) -> None:
             show()
             bar.set_postfix_str(f"{run.name} finished")
             if bar.disable:
                 print(f"{run.name} finished", file=sys.stderr, flush=True)
-            report(comparison, folder, config)
+            write_report(comparison.folder, comparison.state())
 
         show()
         # Speed and remaining time count only the runs of this call.
         bar.unpause()
         bar.initial = bar.n
         comparison.run(lambda runs: runner.run_all(runs, comparison.is_finished, note))
-
-
-def report(comparison: Comparison, folder: Path, config: ComparisonConfig) -> None:
-    """Writes tables and pictures of the finished runs."""
-    state = comparison.state()
-    rows = report_rows(state, read_measurements(config, folder))
-    write_report(folder, state, rows, report_gaps(state))
-    write_pictures(folder, state, rows)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -162,10 +148,5 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--report-only", action="store_true", help="do not train; report the finished runs"
-    )
-    parser.add_argument(
-        "--skip-measurements",
-        action="store_true",
-        help="leave step times and bytes out, which need a machine without other work",
     )
     return parser.parse_args(argv)

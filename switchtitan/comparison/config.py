@@ -1,7 +1,6 @@
 """The file that declares a comparison: its rows, the values to choose from, and the seeds."""
 
 import math
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from switchtitan.comparison.selection import is_rate
 from switchtitan.config.load import load_table
 from switchtitan.config.section import Section
 from switchtitan.config.shipped import find_config
@@ -24,7 +22,7 @@ TUNED_SECTIONS = ("method", "optimizer")
 class RowConfig(Section):
     """A row of the table: a method and an optimizer with their keys."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the row, also in file names: letters, digits, `.`, `_` and `-`."""
     label: str | None = None
     """Name in tables and plots. Default: `name`."""
@@ -73,72 +71,26 @@ class RowConfig(Section):
             for key, values in self.values.items()
         }
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(
-                "expected letters, digits, '.', '_' and '-', with a letter or digit first"
-            )
-        return name
-
     @model_validator(mode="after")
     def _check_values(self) -> "RowConfig":
-        if self.learning_rates and LEARNING_RATE in self.tune:
-            raise ValueError(f"give either learning_rates or tune.{LEARNING_RATE!r}, not both")
-        self._check_source_of_rate()
+        sources = {
+            "learning_rates": bool(self.learning_rates),
+            f"tune.{LEARNING_RATE!r}": LEARNING_RATE in self.tune,
+            f"set.{LEARNING_RATE}": LEARNING_RATE in self.given_values,
+            "learning_rate_of": self.learning_rate_of is not None,
+        }
+        given = [name for name, is_given in sources.items() if is_given]
+        if len(given) != 1:
+            raise ValueError(
+                f"row {self.name}: {' and '.join(given) or 'no learning rate'}: expected exactly "
+                f"one of {', '.join(sources)}"
+            )
         for key, values in self.values.items():
-            given = "learning_rates" if self.learning_rates and key == LEARNING_RATE else key
-            _check_increasing(f"{given} = {list(values)}", key, values)
+            _check_increasing(key, values)
         for key, value in self.start.items():
-            tried = self.values.get(key)
-            if tried is None:
-                raise ValueError(f"start: the row does not tune {key!r}; remove it")
-            if value not in tried:
-                raise ValueError(f"start: {key} = {value:g}: expected one of {list(tried)}")
+            if value not in self.values.get(key, ()):
+                raise ValueError(f"start: {key} = {value:g}: expected one of the row's values")
         return self
-
-    def _check_source_of_rate(self) -> None:
-        gives_rate = LEARNING_RATE in self.given_values
-        if self.learning_rate_of is None and not self.values and not gives_rate:
-            raise ValueError(
-                f"row {self.name} has no learning rate; give learning_rates (or `tune`), "
-                "learning_rate_of, or `set.optimizer = { lr = ... }` if nothing is to be chosen"
-            )
-        if self.learning_rate_of is not None and (self.values or gives_rate):
-            other = "set.optimizer.lr" if gives_rate else ", ".join(self.values)
-            raise ValueError(
-                f"row {self.name}: give either learning_rate_of = {self.learning_rate_of!r} or "
-                f"{other}, not both"
-            )
-        if LEARNING_RATE in self.values and gives_rate:
-            raise ValueError(
-                f"row {self.name}: set.{LEARNING_RATE} has no effect: the row chooses it; remove it"
-            )
-
-
-def _check_increasing(place: str, key: str, values: Sequence[float]) -> None:
-    is_increasing = all(low < high for low, high in pairwise(values))
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{place}: expected finite numbers")
-    if is_rate(key) and (len(values) < 3 or values[0] <= 0 or not is_increasing):
-        raise ValueError(
-            f"{place}: expected at least three, above 0 and increasing, "
-            "so that the best one can be between two others"
-        )
-    if len(values) < 2 or not is_increasing:
-        raise ValueError(f"{place}: expected at least two, increasing")
-
-
-class GapConfig(Section):
-    """The share of the difference between two rows' losses that other rows close."""
-
-    from_row: str
-    """The row whose loss counts as 0 %."""
-    to_row: str
-    """The row whose loss counts as 100 %."""
-    rows: tuple[str, ...] = Field(min_length=1)
-    """The rows whose shares are reported."""
 
 
 class ComparisonConfig(Section):
@@ -156,24 +108,17 @@ class ComparisonConfig(Section):
     report_seeds: tuple[int, ...] = Field(min_length=1)
     """Seeds of the runs whose loss on the test split is reported; without `selection_seed`."""
     baseline: str
-    """The row with which the losses and step times of the others are compared."""
+    """The row with which the losses of the others are compared."""
     axes: tuple[str, ...] = Field(default=(LEARNING_RATE,), min_length=1)
     """The tuned keys, in the order in which they are chosen: each one with the other keys at their
     best values so far. A key can be repeated."""
-    max_widenings: int = Field(default=2, ge=0)
-    """Maximum number of times that every row gets one more value of a learning rate, because the
-    best one of some row is its lowest or highest one. For each of `axes`."""
-    communication_ranks: int = Field(default=8, ge=2)
-    """Number of ranks for which the bytes sent in a step are counted."""
     differ_in: tuple[Literal["model", "training"], ...] = ()
     """Further sections in which rows may differ, e.g. to compare them after the same time."""
     finished_runs: tuple[Path, ...] = ()
     """The `runs.csv` of earlier reports, relative to this file: a run whose configuration and seed
     one of them has is finished, also without its folder."""
-    rows: tuple[RowConfig, ...]
+    rows: tuple[RowConfig, ...] = Field(min_length=2)
     """The rows of the table."""
-    gaps: tuple[GapConfig, ...] = ()
-    """Differences of losses of which shares are reported."""
 
     @field_validator("report_seeds")
     @classmethod
@@ -184,46 +129,32 @@ class ComparisonConfig(Section):
 
     @model_validator(mode="after")
     def _check_rows(self) -> "ComparisonConfig":
+        mistakes = [*self._mistakes_in_names(), *self._mistakes_in_axes()]
         if self.selection_seed in self.report_seeds:
-            raise ValueError(
+            mistakes.append(
                 f"selection_seed = {self.selection_seed} is among report_seeds: "
                 "rates chosen on a seed fit that seed; report other seeds"
             )
-        if len(self.rows) < 2:
-            raise ValueError("rows: expected at least two [[rows]]")
-        names = [row.name for row in self.rows]
-        mistakes = [
-            f"rows: two have the name {name!r}"
-            for name in sorted({n for n in names if names.count(n) > 1})
-        ]
-        titles = [row.title for row in self.rows]
-        mistakes += [
-            f"rows: two have the label {title!r}; tables and plots need different ones"
-            for title in sorted({t for t in titles if titles.count(t) > max(1, names.count(t))})
-        ]
-        choosing = [row.name for row in self.rows if row.values]
-        mistakes += self._mistakes_in_axes()
-        referred = [("baseline", self.baseline)]
-        for row in self.rows:
-            if row.learning_rate_of is not None:
-                referred.append((f"rows.{row.name}.learning_rate_of", row.learning_rate_of))
-        for gap in self.gaps:
-            referred += [("gaps.from_row", gap.from_row), ("gaps.to_row", gap.to_row)]
-            referred += [("gaps.rows", row) for row in gap.rows]
-        for key, name in referred:
-            known = choosing if key.endswith("learning_rate_of") else names
-            if name in known:
-                continue
-            if name in names:
-                mistakes.append(
-                    f"{key} = {name!r}: that row chooses no values itself; repeat its values in "
-                    "`set`, or name the row that chooses them"
-                )
-            else:
-                mistakes.append(f"{key} = {name!r}: expected one of {', '.join(known or names)}")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+    def _mistakes_in_names(self) -> list[str]:
+        names = [row.name for row in self.rows]
+        mistakes = [
+            f"rows: two have the name {name!r}"
+            for name in sorted({name for name in names if names.count(name) > 1})
+        ]
+        if self.baseline not in names:
+            mistakes.append(f"baseline = {self.baseline!r}: expected one of {', '.join(names)}")
+        choosing = [row.name for row in self.rows if row.values]
+        for row in self.rows:
+            if row.learning_rate_of is not None and row.learning_rate_of not in choosing:
+                mistakes.append(
+                    f"rows.{row.name}.learning_rate_of = {row.learning_rate_of!r}: expected a row "
+                    f"that chooses values: {', '.join(choosing)}"
+                )
+        return mistakes
 
     def _mistakes_in_axes(self) -> list[str]:
         mistakes = []
@@ -245,10 +176,6 @@ class ComparisonConfig(Section):
                 mistakes.append(
                     f"rows.{row.name}: tunes {', '.join(unknown)}, which axes does not have"
                 )
-            if row.values and self.axes[0] not in row.values:
-                mistakes.append(
-                    f"rows.{row.name}: expected values of {self.axes[0]} to choose from"
-                )
         return mistakes
 
     def row(self, name: str) -> RowConfig:
@@ -260,6 +187,12 @@ class ComparisonConfig(Section):
         return row if row.learning_rate_of is None else self.row(row.learning_rate_of)
 
 
+def is_rate(key: str) -> bool:
+    """Whether a dotted key is a learning rate, whose best value must be between two others."""
+    name = key.rpartition(".")[2]
+    return name == "lr" or name.endswith("_lr")
+
+
 def load_comparison(file: Path) -> ComparisonConfig:
     """Reads the file that declares a comparison.
 
@@ -269,14 +202,10 @@ def load_comparison(file: Path) -> ComparisonConfig:
         ConfigError: with all mistakes in one message.
     """
     file = find_config(file)
-    if not file.is_file():
+    if not file.is_file() or "rows" not in read_toml(file):
         raise ConfigError(
-            f"{file}: no such file; expected the TOML file that declares a comparison"
-        )
-    if "rows" not in read_toml(file):
-        raise ConfigError(
-            f"{file}: declares no comparison, because it has no [[rows]]; "
-            "expected a file like those in train_configs/comparisons/"
+            f"{file}: declares no comparison: expected a TOML file with [[rows]], like those in "
+            "train_configs/comparisons/"
         )
     declared = load_table(file, ComparisonConfig)
     update = {
@@ -284,3 +213,12 @@ def load_comparison(file: Path) -> ComparisonConfig:
         "finished_runs": tuple(file.parent / runs for runs in declared.finished_runs),
     }
     return declared.model_copy(update=update)
+
+
+def _check_increasing(key: str, values: Sequence[float]) -> None:
+    is_increasing = all(low < high for low, high in pairwise(values))
+    num_least = 3 if is_rate(key) else 2
+    if not (is_increasing and len(values) >= num_least and all(map(math.isfinite, values))):
+        raise ValueError(
+            f"{key} = {list(values)}: expected at least {num_least} finite numbers, increasing"
+        )

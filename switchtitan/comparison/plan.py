@@ -1,6 +1,6 @@
 """The runs of a comparison and their configurations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,6 @@ from switchtitan.data import open_corpus
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 
-MIN_STEPS = 8
-"""Steps needed for timing: three for warm-up, five timed."""
 _KEYS_OF_JOB = ("job.seed", "job.name", "job.output_dir")
 """Keys that the comparison sets, in addition to the tuned ones."""
 
@@ -49,36 +47,7 @@ class Run:
         Raises:
             ConfigError: if the row's keys do not fit.
         """
-        return self._parsed(self.arguments, 1)
-
-    def config_on(self, num_ranks: int) -> JobConfig:
-        """Returns the configuration for several ranks.
-
-        Its micro-batch is the largest one that divides the batch, up to the run's own.
-
-        Raises:
-            ConfigError: if the batch is not a multiple of the number of ranks.
-        """
-        training = self.config().training
-        fitting = [
-            size
-            for size in range(1, training.local_batch_size + 1)
-            if training.global_batch_size % (num_ranks * size) == 0
-        ]
-        if not fitting:
-            raise ConfigError(
-                f"communication_ranks = {num_ranks}: [training] global_batch_size = "
-                f"{training.global_batch_size} is not a multiple of the ranks for which bytes are "
-                "counted (default: 8); change either"
-            )
-        return self._parsed(
-            [*self.arguments, "--training.local_batch_size", str(fitting[-1])], num_ranks
-        )
-
-    def _parsed(self, arguments: Sequence[str], num_ranks: int) -> JobConfig:
-        return parse_arguments(
-            arguments, num_ranks, overrides_heading=f"in `set` of row {self.row}:"
-        )
+        return parse_arguments(self.arguments, 1, overrides_heading=f"in `set` of row {self.row}:")
 
 
 def plan_run(
@@ -133,38 +102,31 @@ def report_runs(
 
 
 def check_plan(comparison: ComparisonConfig) -> None:
-    """Checks before any run that all rows can be trained, reported and measured.
+    """Checks before any run that all rows can be trained and reported.
 
     Raises:
         ConfigError: if they cannot, or if rows differ in a section in which they may not.
     """
     configs = {row.name: first_run(comparison, row).config() for row in comparison.rows}
     baseline = configs[comparison.baseline]
+    may_differ = ("job", "compile", *TUNED_SECTIONS, *comparison.differ_in)
     for name, config in configs.items():
         differing = [
-            section
+            f"[{section}]"
             for section in type(baseline).model_fields
-            if section not in ("job", "compile", *TUNED_SECTIONS, *comparison.differ_in)
-            and getattr(config, section) != getattr(baseline, section)
+            if section not in may_differ and getattr(config, section) != getattr(baseline, section)
         ]
         if differing:
-            allowed = [section for section in differing if section in ("model", "training")]
-            or_allow = f", or allow it with differ_in = {toml_value(allowed)}" if allowed else ""
             raise ConfigError(
-                f"row {name}: {', '.join(f'[{section}]' for section in differing)} differs from "
-                f"{comparison.baseline}'s; rows may differ only in [method], [optimizer] and "
-                f"[compile]; set it for all rows in {comparison.config}{or_allow}"
+                f"row {name}: {', '.join(differing)} differs from {comparison.baseline}'s; rows "
+                "may differ only in [method], [optimizer], [compile], and in [model] and "
+                f"[training] if `differ_in` says so; set it for all rows in {comparison.config}"
             )
+        _check_reportable(f"row {name}", config)
     for row in comparison.rows:
         for key, values in comparison.tuned_row(row).values.items():
             for value in values:
                 first_run(comparison, row, {key: value}).config()
-    _check_reportable(str(comparison.config), baseline)
-    for name, config in configs.items():
-        if config.training != baseline.training:
-            _check_reportable(f"row {name}", config)
-    for row in comparison.rows:
-        first_run(comparison, row).config_on(comparison.communication_ranks)
 
 
 def check_corpus(comparison: ComparisonConfig) -> str:
@@ -182,6 +144,18 @@ def check_corpus(comparison: ComparisonConfig) -> str:
         for source in corpus.sources:
             source.split(split, config.data.seq_len)
     return corpus.fingerprint
+
+
+def first_run(
+    comparison: ComparisonConfig, row: RowConfig, changes: Mapping[str, float] | None = None
+) -> Run:
+    """Returns a row's run at its lowest declared values, for uses that do not depend on them.
+
+    Args:
+        changes: values of tuned keys that it has instead.
+    """
+    lowest = {key: values[0] for key, values in comparison.tuned_row(row).values.items()}
+    return plan_run(comparison, row, lowest | dict(changes or {}), comparison.selection_seed)
 
 
 def _check_reportable(place: str, config: JobConfig) -> None:
@@ -205,21 +179,5 @@ def _check_reportable(place: str, config: JobConfig) -> None:
         problems.append(
             "[metrics] tensorboard = false: loss curves are read from there; set it to true"
         )
-    if config.training.steps < MIN_STEPS:
-        problems.append(
-            f"[training] steps = {config.training.steps}: expected at least {MIN_STEPS}"
-        )
     if problems:
         raise ConfigError("\n".join(f"{place}: {problem}" for problem in problems))
-
-
-def first_run(
-    comparison: ComparisonConfig, row: RowConfig, changes: Mapping[str, float] | None = None
-) -> Run:
-    """Returns a row's run at its lowest declared values, for uses that do not depend on them.
-
-    Args:
-        changes: values of tuned keys that it has instead.
-    """
-    lowest = {key: values[0] for key, values in comparison.tuned_row(row).values.items()}
-    return plan_run(comparison, row, lowest | dict(changes or {}), comparison.selection_seed)

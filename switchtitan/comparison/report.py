@@ -1,76 +1,131 @@
-"""The report of a comparison as Markdown, JSON and CSV."""
+"""The report of a comparison: Markdown tables, a CSV file of its runs, and a picture."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
-from switchtitan.comparison.comparison import ComparisonState
-from switchtitan.comparison.config import ComparisonConfig
-from switchtitan.comparison.plan import short_name
-from switchtitan.comparison.results import RunResult
-from switchtitan.comparison.runs_csv import run_record, runs_csv
-from switchtitan.comparison.statistics import Difference, Summary
-from switchtitan.comparison.table import GapReport, RowReport, is_at_edge
+from switchtitan.comparison.comparison import RUNS_FILE, ComparisonState
+from switchtitan.comparison.config import ComparisonConfig, RowConfig
+from switchtitan.comparison.plan import given_values, short_name
+from switchtitan.comparison.plots import draw_curves
+from switchtitan.comparison.runs import RunResult, write_csv
+from switchtitan.comparison.statistics import (
+    BySeed,
+    Difference,
+    Summary,
+    adjusted,
+    difference,
+    summarize,
+    verdict,
+)
 from switchtitan.comparison.tuning import Tried
-from switchtitan.config.toml_text import resolved_toml
 from switchtitan.files import write_atomically
-from switchtitan.json_values import finite_or_none
+from switchtitan.observability.pictures import write_picture
 
 UNKNOWN = "-"
 _LEGEND = (
-    "(edge): the best learning rate is the lowest or the highest one tried. Bits per byte: nats of "
-    "all tokens / (ln 2 x UTF-8 bytes of their text). Effective rank: exp of "
-    "the entropy of the normalized singular values of a layer's change since step 0, averaged over "
+    "(edge): the best learning rate is the lowest or the highest one tried. Bits "
+    "per byte: nats of all tokens / (ln 2 x UTF-8 bytes of their text). Effective rank: exp of the "
+    "entropy of the normalized singular values of a layer's change since step 0, averaged over "
     "layers. Two factors that are both random at the start change their product by up to twice "
     "their rank. State: all that a checkpoint contains, i.e. weights, optimizer state and other "
     "tensors of the method. Peak: peak GPU memory. Tokens/s: from the runs, including occasional "
-    "work such as resets, on a machine that may have done other work at the same time. Step times "
-    "are measured side by side early in a run. Bytes are those of the second step, in as few "
-    "micro-batches as fit. Step times and bytes do not include work that is done only every few "
-    "hundred steps."
+    "work such as resets, on a machine that may have done other work at the same time."
 )
 
 
-def write_report(
-    folder: Path, state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]
-) -> None:
-    """Writes `report.md`, `results.json` and `runs.csv` to `folder`."""
+@dataclass(frozen=True)
+class RowReport:
+    """A row of the table."""
+
+    row: RowConfig
+    values: Mapping[str, float]
+    """The chosen values by tuned key, and those given; empty while values are being chosen."""
+    tried: tuple[Tried, ...]
+    """What was tried of each key in turn; empty for a row that uses another row's values."""
+    results: Sequence[RunResult]
+    """Its reported runs that are finished."""
+    difference: Difference | None
+    """Test loss minus the baseline's, seed by seed."""
+    adjusted_p: float | None
+    """p-value of the difference, with Holm's correction over the rows of the table."""
+
+    def summary(self, figure: str) -> Summary | None:
+        """Returns mean and deviation of a column of `runs.csv` over the reported seeds."""
+        values = [getattr(result, figure) for result in self.results]
+        values = [
+            math.inf if result.diverged else value
+            for result, value in zip(self.results, values, strict=True)
+            if result.diverged or value is not None
+        ]
+        return summarize(values) if values else None
+
+    def of_first(self, figure: str) -> float | None:
+        """Returns a figure that all finished runs of the row have in common."""
+        finished = [result for result in self.results if not result.diverged]
+        return getattr(finished[0], figure) if finished else None
+
+    @property
+    def is_at_edge(self) -> set[str]:
+        """The chosen learning rates that are the lowest or the highest one tried."""
+        last = {tried.key: tried for tried in self.tried}
+        return {key for key, tried in last.items() if self.values and tried.is_at_edge}
+
+
+def write_report(folder: Path, state: ComparisonState) -> None:
+    """Writes `report.md`, `runs.csv` and `loss.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = _records(state)
-    write_atomically(folder / "report.md", markdown(state, rows, gaps))
-    write_atomically(folder / "results.json", json_text(state, rows, gaps, records))
-    write_atomically(folder / "runs.csv", runs_csv(records, state.config.axes))
+    write_csv(folder / RUNS_FILE, {"selection": state.selection, "report": state.report})
+    write_atomically(folder / "report.md", markdown(state))
+    write_picture(draw_curves(state), folder / "loss.png")
 
 
-def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[GapReport]) -> str:
+def report_rows(state: ComparisonState) -> list[RowReport]:
+    """Returns one report for each row of the comparison, in its order."""
+    config = state.config
+    losses = {row.name: losses_by_seed(state, row.name) for row in config.rows}
+    baseline = losses.pop(config.baseline)
+    differences = {
+        row: of for row, by_seed in losses.items() if (of := difference(by_seed, baseline))
+    }
+    adjusted_p = adjusted({row: of.p for row, of in differences.items()})
+    return [
+        RowReport(
+            row,
+            _values(state, row),
+            state.tuning.tried.get(row.name, ()),
+            [result for run, result in state.report.items() if run.row == row.name],
+            differences.get(row.name),
+            adjusted_p.get(row.name),
+        )
+        for row in config.rows
+    ]
+
+
+def losses_by_seed(state: ComparisonState, row: str) -> BySeed:
+    """Returns test losses of a row's reported runs, by seed."""
+    return {run.seed: result.test_loss for run, result in state.report.items() if run.row == row}
+
+
+def markdown(state: ComparisonState) -> str:
     """Returns the report as Markdown."""
-    config, done = state.config, len(state.selection) + len(state.report)
-    parts = [f"# {config.name}", f"{done} of {state.num_runs} runs are finished."]
-    parts += [text for text in (_facts(state), _without_folders(state)) if text]
+    config, rows = state.config, report_rows(state)
     seeds = ", ".join(map(str, config.report_seeds))
-    parts.append(
+    parts = [
+        f"# {config.name}",
+        f"{state.num_finished} of {state.num_runs} runs are finished.",
+        *_facts(state),
         f"{_source_of_values(config)} Losses are on the test split: mean ± standard deviation "
         f"over seeds {seeds}. "
         f"Differences to {config.baseline} are taken seed by seed, with 95 % intervals "
         "(Student's t). p is adjusted by Holm's method over the rows of the table. A row differs "
-        "if p is below 0.05; no difference is shown if the interval holds zero."
-    )
-    parts.append(_table(rows, _columns(config)))
-    parts.append(_LEGEND)
-    if gaps:
-        titles = {row.name: row.title for row in config.rows}
-        diverged = {row.name for row in rows if row.num_diverged}
-        parts.append("Shares of differences in test loss, with 95 % intervals (Fieller's):")
-        parts.append(
-            "\n".join(
-                f"- {titles[gap.row]}, from {titles[gap.start]} to {titles[gap.end]}: "
-                f"{_share(gap, gap.row in diverged)}"
-                for gap in gaps
-            )
-        )
+        "if p is below 0.05; no difference is shown if the interval holds zero.",
+        _table(rows, _columns(config)),
+        _LEGEND,
+    ]
     if any(row.values for row in config.rows):
         parts.append(
             "## Choice of values\n\nValidation loss by value, with the other keys as chosen "
@@ -85,42 +140,11 @@ def markdown(state: ComparisonState, rows: Sequence[RowReport], gaps: Sequence[G
     return "\n\n".join(parts) + "\n"
 
 
-def json_text(
-    state: ComparisonState,
-    rows: Sequence[RowReport],
-    gaps: Sequence[GapReport],
-    records: Sequence[Mapping[str, object]],
-) -> str:
-    """Returns all results as JSON; a number that is not finite becomes null.
-
-    Args:
-        records: the columns of each finished run.
-    """
-    folders = [
-        str(result.run.folder) if result.has_folder else None for _, result in _staged(state)
-    ]
-    contents = {
-        "comparison": resolved_toml(state.config),
-        "num_runs_finished": len(state.selection) + len(state.report),
-        "num_runs": state.num_runs,
-        "rows": [asdict(row) | {"tried": list(map(_tried_record, row.tried))} for row in rows],
-        "gaps": [asdict(gap) for gap in gaps],
-        "runs": [
-            dict(record) | {"folder": folder}
-            for record, folder in zip(records, folders, strict=True)
-        ],
-    }
-    return json.dumps(finite_or_none(contents), indent=2) + "\n"
-
-
-def _records(state: ComparisonState) -> list[dict[str, object]]:
-    return [run_record(stage, result, state.config.axes) for stage, result in _staged(state)]
-
-
-def _staged(state: ComparisonState) -> list[tuple[str, RunResult]]:
-    return [("selection", result) for result in state.selection] + [
-        ("report", result) for result in state.report
-    ]
+def _values(state: ComparisonState, row: RowConfig) -> dict[str, float]:
+    if state.tuning.due:
+        return {}
+    chosen = state.tuning.chosen.get(state.config.tuned_row(row).name, {})
+    return given_values(state.config, row) | dict(chosen)
 
 
 def _source_of_values(config: ComparisonConfig) -> str:
@@ -136,59 +160,47 @@ def _source_of_values(config: ComparisonConfig) -> str:
     )
 
 
-def _facts(state: ComparisonState) -> str:
+def _facts(state: ComparisonState) -> list[str]:
     """Returns one sentence about tokens, corpus, versions and hardware of the finished runs."""
-    figures = [result.figures for _, result in _staged(state) if not result.has_diverged]
-    if not figures:
-        return ""
+    results = [*state.selection.values(), *state.report.values()]
+    results = [result for result in results if not result.diverged]
+    if not results:
+        return []
 
-    def distinct(find: Callable[[dict], object]) -> str:
-        return " and ".join(sorted({str(find(of_run) or "unknown") for of_run in figures}))
+    def distinct(figure: str) -> str:
+        found = {str(getattr(result, figure) or "unknown") for result in results}
+        return " and ".join(sorted(found))
 
-    tokens = sorted({round(of_run["tokens_seen"] / 1e6, 2) for of_run in figures})
-    return (
-        f"{' to '.join(f'{value:.2f}' for value in dict.fromkeys((tokens[0], tokens[-1])))} "
-        "M tokens per run of corpus "
-        f"{distinct(lambda f: f['corpus']['name'])} "
-        f"(fingerprint {distinct(lambda f: f['corpus']['fingerprint'])}), "
-        f"torch {distinct(lambda f: f['versions']['torch'])}, {distinct(lambda f: f['device'])}, "
-        f"CPU capability {distinct(lambda f: f.get('cpu_capability'))}, "
-        f"{distinct(lambda f: f['num_threads'])} thread(s), "
-        f"commit {distinct(lambda f: f.get('commit'))}."
-    )
-
-
-def _without_folders(state: ComparisonState) -> str:
-    number = sum(not result.has_folder for _, result in _staged(state))
-    if not number:
-        return ""
-    return (
-        f"{number} of these runs are from {', '.join(map(str, state.config.finished_runs))}: their "
-        "folders are not on this machine, and their curves are missing."
-    )
+    tokens = sorted({f"{(result.tokens or 0) / 1e6:.2f}" for result in results}, key=float)
+    return [
+        f"{' to '.join(dict.fromkeys((tokens[0], tokens[-1])))} M tokens per run of corpus "
+        f"{distinct('corpus')} (fingerprint {distinct('corpus_fingerprint')}), "
+        f"torch {distinct('torch')}, {distinct('device')}, CPU capability "
+        f"{distinct('cpu_capability')}, {distinct('num_threads')} thread(s), "
+        f"commit {distinct('commit')}."
+    ]
 
 
 def _columns(config: ComparisonConfig) -> dict[str, Callable[[RowReport], str]]:
-    baseline = config.baseline
     return {
-        "": lambda row: row.title,
+        "": lambda row: row.row.title,
         **{short_name(key): partial(_value, key=key) for key in config.axes},
-        **({"M tokens": lambda row: _number(row.num_tokens, 2, 1e-6)} if config.differ_in else {}),
-        "test loss": lambda row: _plus_minus(row.loss, 4),
-        "perplexity": lambda row: _plus_minus(row.perplexity, 3),
-        "test bits/byte": lambda row: _plus_minus(row.test_bits_per_byte, 4),
-        "validation loss": lambda row: _plus_minus(row.validation_loss, 4),
-        "validation bits/byte": lambda row: _plus_minus(row.validation_bits_per_byte, 4),
-        f"loss - {baseline}'s": lambda row: _difference(row.difference),
+        **(
+            {"M tokens": lambda row: _number(row.of_first("tokens"), 2, 1e-6)}
+            if config.differ_in
+            else {}
+        ),
+        "test loss": lambda row: _plus_minus(row.summary("test_loss"), 4),
+        "test bits/byte": lambda row: _plus_minus(row.summary("test_bits_per_byte"), 4),
+        "validation loss": lambda row: _plus_minus(row.summary("validation_loss"), 4),
+        f"loss - {config.baseline}'s": lambda row: _difference(row.difference),
         "p": lambda row: UNKNOWN if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
-        "verdict": lambda row: row.verdict or UNKNOWN,
-        "effective rank": lambda row: _plus_minus(row.effective_rank, 1),
-        "trainable, M": lambda row: _number(row.num_trainable, 3, 1e-6),
-        "state, MiB": lambda row: _number(row.state_gib, 1, 1024),
-        "peak, GiB": lambda row: _number(row.peak_gib, 2),
-        "tokens/s": lambda row: _number(row.tokens_per_s, 0),
-        f"step / {baseline}'s": lambda row: _ratio(row),
-        f"MiB sent per step, {config.communication_ranks} ranks": _mib_sent,
+        "verdict": _verdict,
+        "effective rank": lambda row: _plus_minus(row.summary("effective_rank"), 1),
+        "trainable, M": lambda row: _number(row.of_first("num_trainable"), 3, 1e-6),
+        "state, MiB": lambda row: _number(row.of_first("state_gib"), 1, 1024),
+        "peak, GiB": _peak,
+        "tokens/s": _speed,
     }
 
 
@@ -199,21 +211,24 @@ def _table(rows: Sequence[RowReport], columns: Mapping[str, Callable[[RowReport]
 
 
 def _tried_line(row: RowReport, tried: Tried) -> str:
-    is_known = bool(row.values)
-
     def cell(value: float) -> str:
         loss = tried.losses[value]
         text = f"{value:g}: " + (f"{loss:.4f}" if math.isfinite(loss) else "diverged")
-        return f"**{text}**" if is_known and value == tried.best else text
+        return f"**{text}**" if row.values and value == tried.best else text
 
-    edge = " (at the edge of the grid)" if is_known and tried.is_interior is False else ""
-    return f"- {row.title}: {', '.join(cell(value) for value in sorted(tried.losses))}{edge}"
+    edge = " (at the edge of the grid)" if row.values and tried.is_at_edge else ""
+    return f"- {row.row.title}: {', '.join(cell(value) for value in sorted(tried.losses))}{edge}"
 
 
 def _value(row: RowReport, key: str) -> str:
     if key not in row.values:
         return UNKNOWN
-    return f"{row.values[key]:g}" + (" (edge)" if is_at_edge(row, key) else "")
+    return f"{row.values[key]:g}" + (" (edge)" if key in row.is_at_edge else "")
+
+
+def _verdict(row: RowReport) -> str:
+    found = None if row.difference is None else verdict(row.difference, row.adjusted_p)
+    return found or UNKNOWN
 
 
 def _plus_minus(summary: Summary | None, digits: int) -> str:
@@ -234,50 +249,16 @@ def _difference(of: Difference | None) -> str:
     return f"{of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})"
 
 
-def _share(of: GapReport, has_diverged: bool) -> str:
-    """Returns the share in words.
+def _peak(row: RowReport) -> str:
+    """The largest peak of GPU memory. On a CPU only that of the whole process is known."""
+    peaks = [result.peak_gib for result in row.results if result.device != "CPU"]
+    return _number(max((peak for peak in peaks if peak is not None), default=None), 2)
 
-    Args:
-        has_diverged: whether a reported run of the row did.
-    """
-    if of.gap is None:
-        return "not yet known."
-    if has_diverged or not math.isfinite(of.gap.mean):
-        return "a run diverged; share not reported."
-    width = f"the difference of {_difference(of.gap)}"
-    if of.gap.low is not None and of.gap.holds_zero:
-        return f"the interval of {width} holds zero; share not reported."
-    if of.gap.mean <= 0:
-        return f"{width} is not positive; share not reported."
-    if of.share is None:
-        return "not yet known."
-    if of.share.low is None or of.share.high is None:
-        return f"closes {100 * of.share.mean:.0f} % of {width}."
-    interval = f"{100 * of.share.low:.0f} to {100 * of.share.high:.0f} %"
-    return f"closes {100 * of.share.mean:.0f} % ({interval}) of {width}."
+
+def _speed(row: RowReport) -> str:
+    speeds = [result.tokens_per_s for result in row.results if result.tokens_per_s is not None]
+    return _number(median(speeds) if speeds else None, 0)
 
 
 def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
     return UNKNOWN if value is None else f"{value * factor:.{digits}f}"
-
-
-def _mib_sent(row: RowReport) -> str:
-    return _number(None if row.measured is None else row.measured.bytes_per_step, 2, 2**-20)
-
-
-def _ratio(row: RowReport) -> str:
-    measured = row.measured
-    if measured is None:
-        return UNKNOWN
-    low, high = measured.step_ratio_low, measured.step_ratio_high
-    return f"{measured.step_ratio:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _tried_record(tried: Tried) -> dict[str, object]:
-    losses = {f"{value:g}": loss for value, loss in tried.losses.items()}
-    return {
-        "key": tried.key,
-        "place": tried.place,
-        "is_interior": tried.is_interior,
-        "losses": losses,
-    }

@@ -1,25 +1,21 @@
 """Runs several training programs at a time, each on its share of the machine."""
 
-import logging
 import os
 import subprocess
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import Queue
+from threading import Lock
 
 import torch
 
 from switchtitan.comparison.plan import Run
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.errors import ConfigError, UserError
-from switchtitan.files import try_lock
-
-logger = logging.getLogger(__name__)
 
 OUTPUT_FILE = "output.txt"
 """File in a run's folder with its stdout and stderr."""
-_POLL_S = 0.5
 _TERMINATION_S = 30
 
 
@@ -30,8 +26,8 @@ class RunFailedError(UserError):
 class Runner:
     """Trains runs in separate processes, up to `num_jobs` at a time.
 
-    A stopped run resumes from its newest checkpoint. A lock in its folder, which its training
-    process also holds, prevents a second process from training it.
+    A stopped run resumes from its newest checkpoint. Training locks its folder, so that two
+    processes cannot train one run.
 
     Args:
         num_jobs: on GPUs at most the number of visible ones; each job uses one. On a CPU the jobs
@@ -44,10 +40,17 @@ class Runner:
             raise ConfigError(
                 f"--jobs {num_jobs}: expected at most {num_devices}, the number of visible GPUs"
             )
-        self._slots = list(range(num_jobs))
-        self._is_on_gpu = num_devices > 0
-        self._waited_for: set[Run] = set()
-        self._threads = num_threads(num_jobs)
+        self._num_jobs = num_jobs
+        self._devices: Queue[str | None] = Queue()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(number) for number in range(num_devices)]
+        for job in range(num_jobs):
+            self._devices.put(names[job] if num_devices else None)
+        given = os.environ.get("OMP_NUM_THREADS")
+        self._num_threads = given or str(threads_per_process(num_cores(), num_jobs))
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock = Lock()
+        self._is_stopped = False
 
     def run_all(
         self,
@@ -57,76 +60,63 @@ class Runner:
     ) -> None:
         """Trains every run.
 
-        Waits for a run that another process is training, e.g. one left by a killed comparison.
-
         Args:
-            is_finished: whether a run is finished; called before a run is started.
+            is_finished: whether a run has a result.
             on_finished: called after each run.
 
         Raises:
             RunFailedError: if a run fails. The active runs are stopped and can be resumed.
         """
-        waiting, active = deque(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
-        try:
-            while waiting or active:
-                for slot in [slot for slot in self._slots if slot not in active]:
-                    self._fill(slot, waiting, active, is_finished, on_finished)
-                for slot, (run, process) in list(active.items()):
-                    if process.poll() is not None:
-                        del active[slot]
-                        if not is_finished(run):
-                            raise RunFailedError(_failure(run, process.returncode))
-                        on_finished(run)
-                time.sleep(_POLL_S)
-        finally:
-            _stop([process for _, process in active.values()])
-
-    def _fill(
-        self,
-        slot: int,
-        waiting: deque[Run],
-        active: dict[int, tuple[Run, subprocess.Popen[bytes]]],
-        is_finished: Callable[[Run], bool],
-        on_finished: Callable[[Run], None],
-    ) -> None:
-        """Starts the first run that no other process trains; moves the others to the end."""
-        for _ in range(len(waiting)):
-            run = waiting.popleft()
-            with try_lock(run.folder / "lock", key="output_dir") as lock:
-                if lock is None:
-                    if run not in self._waited_for:
-                        logger.info("waiting for %s, which another process is training", run.name)
-                        self._waited_for.add(run)
-                    waiting.append(run)
-                elif is_finished(run):
+        self._is_stopped = False
+        with ThreadPoolExecutor(self._num_jobs) as pool:
+            trained = {pool.submit(self._train, run): run for run in runs}
+            try:
+                for future in as_completed(trained):
+                    run, status = trained[future], future.result()
+                    if not is_finished(run):
+                        raise RunFailedError(_failure(run, status))
                     on_finished(run)
-                else:
-                    active[slot] = (run, self._start(run, slot, lock))
-                    return
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._stop()
 
-    def _start(self, run: Run, slot: int, lock: int) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
-        if self._is_on_gpu:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            names = visible.split(",") if visible else [str(device) for device in self._slots]
-            environment["CUDA_VISIBLE_DEVICES"] = names[slot]
-        with (run.folder / OUTPUT_FILE).open("ab") as output:
-            return subprocess.Popen(
+    def _train(self, run: Run) -> int:
+        """Trains a run, and returns the exit status."""
+        device = self._devices.get()
+        environment = os.environ | {"OMP_NUM_THREADS": self._num_threads}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / OUTPUT_FILE).open("ab") as output, self._lock:
+            if self._is_stopped:
+                return -1
+            process = subprocess.Popen(
                 [sys.executable, "-m", "switchtitan", "train", *run.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                pass_fds=[lock],
                 # Ctrl-C must reach only the comparison, which stops its runs itself.
                 start_new_session=True,
             )
+            self._processes.add(process)
+        status = process.wait()
+        self._processes.discard(process)
+        self._devices.put(device)
+        return status
 
-
-def num_threads(num_jobs: int) -> int:
-    """Returns CPU threads per job: OMP_NUM_THREADS if set, else an equal share of the cores."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() else threads_per_process(num_cores(), num_jobs)
+    def _stop(self) -> None:
+        """Stops the runs that still train."""
+        with self._lock:
+            self._is_stopped = True
+            active = list(self._processes)
+        for process in active:
+            process.terminate()
+        for process in active:
+            try:
+                process.wait(_TERMINATION_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _failure(run: Run, status: int) -> str:
@@ -136,14 +126,3 @@ def _failure(run: Run, status: int) -> str:
         f"{run.name} exited with status {status} and without a result; its output is in {output} "
         "and ends with\n" + "\n".join(tail)
     )
-
-
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(_TERMINATION_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -1,4 +1,4 @@
-"""Means, differences and shares over seeds, with 95 % intervals."""
+"""Means and differences over seeds, with 95 % intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,17 +40,6 @@ class Difference:
     def holds_zero(self) -> bool:
         """Whether the interval holds zero, or is not known."""
         return self.low is None or self.high is None or self.low <= 0 <= self.high
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of a gap, with its 95 % interval; the interval is None for a single seed."""
-
-    mean: float
-    """The ratio of the mean differences."""
-    low: float | None
-    high: float | None
-    num: int
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -117,40 +106,6 @@ def verdict(of: Difference, adjusted_p: float | None) -> str | None:
     if of.holds_zero:
         return "no difference shown"
     return "differs" if adjusted_p < LEVEL else "no difference shown after Holm's correction"
-
-
-def share_of_gap(row: BySeed, start: BySeed, end: BySeed) -> Share | None:
-    """Computes the share of the difference from `start` to `end` that a row closes.
-
-    The interval is Fieller's, for a ratio of two means of paired normal samples: all shares that a
-    paired t-test of (start - row) - share * (start - end) does not reject. It is finite exactly if
-    the interval of the gap does not hold zero. (Fieller 1954, "Some problems in interval
-    estimation", J. R. Stat. Soc. B 16, p. 175)
-
-    Returns:
-        None without a shared seed, with a run that diverged, or if the gap's interval holds zero.
-    """
-    shared = sorted(row.keys() & start.keys() & end.keys())
-    if not shared:
-        return None
-    way = np.array([start[seed] - row[seed] for seed in shared])
-    gap = np.array([start[seed] - end[seed] for seed in shared])
-    if not np.isfinite(way).all() or not np.isfinite(gap).all() or gap.mean() == 0:
-        return None
-    num, share = len(shared), float(way.mean() / gap.mean())
-    if num == 1:
-        return Share(share, None, None, 1)
-    # Squared half widths of the intervals of both means, and their covariance, as quadratic form.
-    covariance = np.cov(way, gap, ddof=1) * _t_quantile(num) ** 2 / num
-    # The ends solve square * x^2 - 2 * linear * x + constant = 0.
-    square = gap.mean() ** 2 - covariance[1, 1]
-    linear = way.mean() * gap.mean() - covariance[0, 1]
-    constant = way.mean() ** 2 - covariance[0, 0]
-    if square <= 0:
-        return None
-    # Rounding can make the root of a share without deviation slightly negative.
-    root = math.sqrt(max(0.0, float(linear**2 - square * constant)))
-    return Share(share, float((linear - root) / square), float((linear + root) / square), num)
 
 
 def _t_quantile(num: int) -> float:

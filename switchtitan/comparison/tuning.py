@@ -6,14 +6,11 @@ A pure function of the losses so far: it says which runs are due, or which value
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from switchtitan.comparison.config import ComparisonConfig
+from switchtitan.comparison.config import ComparisonConfig, RowConfig, is_rate
 from switchtitan.comparison.plan import Run, plan_run
-from switchtitan.comparison.selection import Losses, best_value, is_interior, is_rate, widened
 
 FindLoss = Callable[[Run], float | None]
 """Returns the validation loss of a run, inf if it diverged, None if it is not finished."""
-Grids = dict[str, dict[str, list[float]]]
-"""The values of each row, by name, and each of its keys."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +20,18 @@ class Tried:
     key: str
     place: int
     """Its place in `axes`."""
-    losses: Losses
+    losses: Mapping[float, float]
     """Validation losses of the finished runs, by value."""
 
     @property
     def best(self) -> float:
-        """The value of the lowest loss."""
-        return best_value(self.losses)
+        """The value of the lowest loss; of equal losses, the lowest value."""
+        return min(sorted(self.losses), key=self.losses.__getitem__)
 
     @property
-    def is_interior(self) -> bool | None:
-        """Whether the best value is between two others; None if the key is no learning rate, or
-        no run is finished."""
-        return is_interior(self.losses) if self.losses and is_rate(self.key) else None
+    def is_at_edge(self) -> bool:
+        """Whether the best value is a learning rate, and the lowest or the highest one tried."""
+        return is_rate(self.key) and self.best in (min(self.losses), max(self.losses))
 
 
 @dataclass(frozen=True)
@@ -51,80 +47,55 @@ class Tuning:
     chosen: Mapping[str, Mapping[str, float]]
     """The chosen values by row and key; empty until nothing is due."""
     num_later: int
-    """Number of further selection runs, if no grid is widened."""
+    """Number of further selection runs."""
 
 
 def tune(comparison: ComparisonConfig, find_loss: FindLoss) -> Tuning:
     """Follows the selection as far as the finished runs reach.
 
     Each of the axes in turn is tried with the other keys at their best values so far, or at their
-    starting values. While the best learning rate of any row is at the edge of its grid, every row
-    gets one more value of it.
+    starting values.
     """
     choosing = [row for row in comparison.rows if row.values]
-    grids: Grids = {
-        row.name: {key: list(values) for key, values in row.values.items()} for row in choosing
-    }
     best = {row.name: dict(row.start_values) for row in choosing}
     tried: dict[str, tuple[Tried, ...]] = {row.name: () for row in choosing}
     known: dict[Run, None] = {}
     for place, key in enumerate(comparison.axes):
-        rows = [row.name for row in choosing if key in row.values]
-        for widening in range(comparison.max_widenings + 1):
-            runs = _runs_of_axis(comparison, key, {name: grids[name][key] for name in rows}, best)
-            known |= dict.fromkeys(runs.values())
-            losses = {name: _losses(runs, name, find_loss) for name in rows}
-            due = [run for run in runs.values() if find_loss(run) is None]
-            if due or _is_settled(key, losses) or widening == comparison.max_widenings:
-                break
-            for name in rows:
-                grids[name][key] = widened(grids[name][key], losses[name])
-        for name in rows:
-            tried[name] = (*tried[name], Tried(key, place, losses[name]))
+        rows = [row for row in choosing if key in row.values]
+        runs = {row.name: _runs_of_axis(comparison, row, key, best[row.name]) for row in rows}
+        in_turn = _alternating([list(of_row.values()) for of_row in runs.values()])
+        known |= dict.fromkeys(in_turn)
+        for row in rows:
+            losses = {value: find_loss(run) for value, run in runs[row.name].items()}
+            finished = {value: loss for value, loss in losses.items() if loss is not None}
+            tried[row.name] += (Tried(key, place, finished),)
+        due = tuple(run for run in in_turn if find_loss(run) is None)
         if due:
-            later = _num_later(grids, comparison.axes[place + 1 :])
-            return Tuning(tuple(known), tuple(due), tried, {}, later)
-        for name in rows:
-            best[name][key] = best_value(losses[name])
+            later = _num_later(choosing, comparison.axes[place + 1 :])
+            return Tuning(tuple(known), due, tried, {}, later)
+        for row in rows:
+            best[row.name][key] = tried[row.name][-1].best
     return Tuning(tuple(known), (), tried, best, 0)
 
 
 def _runs_of_axis(
-    comparison: ComparisonConfig,
-    key: str,
-    grid: Mapping[str, Sequence[float]],
-    best: Mapping[str, Mapping[str, float]],
-) -> dict[tuple[str, float], Run]:
-    """Returns the runs by row and value, middle values first, for early results of all rows."""
-    runs = {}
-    for place in range(max(map(len, grid.values()), default=0)):
-        for name, values in grid.items():
-            middle = (len(values) - 1) / 2
-            from_the_middle = sorted(values, key=lambda value: abs(values.index(value) - middle))
-            value = from_the_middle[place]
-            runs[name, value] = plan_run(
-                comparison,
-                comparison.row(name),
-                {**best[name], key: value},
-                comparison.selection_seed,
-            )
-    return runs
-
-
-def _losses(
-    runs: Mapping[tuple[str, float], Run], row: str, find_loss: FindLoss
-) -> dict[float, float]:
+    comparison: ComparisonConfig, row: RowConfig, key: str, best: Mapping[str, float]
+) -> dict[float, Run]:
+    """Returns a row's runs by value, middle values first, for early results of all rows."""
+    values = row.values[key]
+    middle = (len(values) - 1) / 2
+    from_the_middle = sorted(values, key=lambda value: abs(values.index(value) - middle))
     return {
-        value: loss
-        for (name, value), run in runs.items()
-        if name == row and (loss := find_loss(run)) is not None
+        value: plan_run(comparison, row, {**best, key: value}, comparison.selection_seed)
+        for value in from_the_middle
     }
 
 
-def _is_settled(key: str, losses: Mapping[str, Losses]) -> bool:
-    return not is_rate(key) or all(is_interior(of_row) for of_row in losses.values())
+def _alternating(of_rows: Sequence[Sequence[Run]]) -> list[Run]:
+    """Returns the first run of each row, then the second ones, and so on."""
+    return [run for place in zip(*of_rows, strict=True) for run in place]
 
 
-def _num_later(grids: Grids, axes: Sequence[str]) -> int:
+def _num_later(rows: Sequence[RowConfig], axes: Sequence[str]) -> int:
     """Returns the number of runs of later axes: all values but the one that is then the best."""
-    return sum(len(grid[key]) - 1 for key in axes for grid in grids.values() if key in grid)
+    return sum(len(row.values[key]) - 1 for key in axes for row in rows if key in row.values)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
 from support.comparison_runs import compare, finished, write_base
 
 GRID = """
@@ -17,8 +16,6 @@ output_dir = "{folder}/out"
 selection_seed = 1
 report_seeds = [2]
 baseline = "full_rank"
-max_widenings = 0
-communication_ranks = 2
 [[rows]]
 name = "full_rank"
 learning_rate_of = "thin"
@@ -29,7 +26,7 @@ label = "LoRA"
 learning_rates = [1e-2, 2e-2, 1e30]
 set.method = {{ name = "lora", rank = 4 }}
 """
-QUICK = ("--skip-measurements", "--jobs", "2")
+QUICK = ("--jobs", "2")
 NUM_SELECTED, NUM_REPORTED = 3, 2
 MACHINE = ("tokens_per_s", "peak_gib", "commit")
 """Columns that differ from run to run."""
@@ -98,7 +95,7 @@ def test_a_comparison_killed_at_any_time_reports_each_run_once(tmp_path):
     folder = tmp_path / "killed"
     file = write_comparison(folder)
     stop_when(lambda: len(finished(folder)) >= 1, signal.SIGKILL, file, *QUICK)
-    killed, status, output = kill_a_training(folder, file, "--skip-measurements")
+    killed, status, output = kill_a_training(folder, file)
     assert (status, "exited with status -9" in output) == (2, True), output
     kept = {path: path.stat().st_mtime_ns for path in finished(folder)}
     status, output = complete(file)
@@ -123,15 +120,11 @@ def check_report(file):
     tried = [run for run in runs if run["seed"] == "1"]
     chosen = min(tried, key=lambda run: float(run["validation_loss"]))["optimizer.lr"]
     report = file.parent / "out" / "reports" / file.stem
-    results = json.loads((report / "results.json").read_text())
-    rows = {row["name"]: row for row in results["rows"]}
-    assert results["num_runs_finished"] == results["num_runs"] == len(runs)
-    for row in rows.values():
-        assert row["values"] == {"optimizer.lr": float(chosen)}
+    of_rows = [run["optimizer.lr"] for run in runs if run["stage"] == "report"]
+    assert of_rows == [chosen] * NUM_REPORTED
+    text = (report / "report.md").read_text()
+    assert f"{len(runs)} of {len(runs)} runs are finished" in text
     (of_thin,) = [run for run in runs if run["row"] == "thin" and run["stage"] == "report"]
-    assert rows["thin"]["loss"]["mean"] == pytest.approx(float(of_thin["test_loss"]))
-    measured = rows["full_rank"]["measured"]
-    assert measured["step_ratio_low"] <= measured["step_ratio"] <= measured["step_ratio_high"]
-    # Two ranks in a ring send half of the gathered bytes: at least the gradients, in fp32.
-    assert measured["bytes_per_step"] >= 4 * rows["full_rank"]["num_trainable"] / 2
-    assert "LoRA" in (report / "report.md").read_text()
+    assert f"{float(of_thin['test_loss']):.4f} (1 run)" in text
+    assert "LoRA" in text
+    assert (report / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -12,8 +12,6 @@ output_dir = "{folder}/out"
 selection_seed = 1
 report_seeds = [2, 3]
 baseline = "dense"
-max_widenings = 1
-communication_ranks = 2
 [[rows]]
 name = "dense"
 learning_rates = [1e-3, 2e-3, 4e-3]
@@ -26,10 +24,6 @@ set.method = {{ name = "lora", rank = 4 }}
 name = "thin-balanced"
 learning_rate_of = "thin"
 set.method = {{ name = "lora", rank = 4, init = "balanced" }}
-[[gaps]]
-from_row = "thin"
-to_row = "dense"
-rows = ["thin-balanced"]
 """
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 
-from switchtitan.comparison.comparison import Comparison
+from switchtitan.comparison.comparison import Comparison, ComparisonState
 from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.plan import Run
 from switchtitan.config.toml_text import resolved_toml
@@ -34,11 +34,16 @@ def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: ob
     (run.folder / "results.json").write_text(json.dumps(RESULTS | losses | other))
 
 
+def state_of(comparison: ComparisonConfig) -> ComparisonState:
+    """The state of a comparison whose runs are finished in their folders, or in declared files."""
+    return Comparison(comparison, comparison.output_dir / "no report").state()
+
+
 def finish_due(
     comparison: ComparisonConfig, loss_of: Callable[[Run], float], **other: object
 ) -> Sequence[Run]:
     """Finishes the runs of the current stage; test losses are 1 more than validation losses."""
-    runs = Comparison(comparison).state().due
+    runs = state_of(comparison).due
     for run in runs:
         finish(run, loss_of(run), loss_of(run) + 1, **other)
     return runs

@@ -10,7 +10,6 @@ from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.plan import Run
 from switchtitan.comparison.report import write_report
-from switchtitan.comparison.table import report_gaps, report_rows
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.event_files import TensorBoardWriter
@@ -89,9 +88,8 @@ def write_run(folder: Path, final: float = 3.0, rank: int = 8, name: str = "run"
 
 
 def write_grid(folder: Path) -> Path:
-    """Writes the file that declares a comparison of three rows, whose rates are not widened."""
-    grid = GRID.replace("max_widenings = 1", "max_widenings = 0")
-    return declared_comparison.write_grid(folder, grid)
+    """Writes the file that declares a comparison of three rows."""
+    return declared_comparison.write_grid(folder, GRID)
 
 
 def finish_comparison(file: Path, num_reported: int | None = None) -> Path:
@@ -101,16 +99,15 @@ def finish_comparison(file: Path, num_reported: int | None = None) -> Path:
         num_reported: runs of the last stage to finish; default: all.
     """
     config = load_comparison(file)
-    comparison = Comparison(config)
+    folder = config.output_dir / "reports" / file.stem
+    comparison = Comparison(config, folder)
     while runs := (state := comparison.state()).due:
         is_last = bool(state.tuning.chosen)
         for run in runs[: num_reported if is_last else None]:
             _finish(run)
         if is_last and num_reported is not None:
             break
-    state = comparison.state()
-    folder = config.output_dir / "reports" / file.stem
-    write_report(folder, state, report_rows(state, {}), report_gaps(state))
+    write_report(folder, comparison.state())
     return folder
 
 

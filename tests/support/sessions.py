@@ -24,10 +24,8 @@ class Started:
 
     def children(self) -> list[int]:
         """The processes that the command has started, and not those that they have started."""
-        pid = self.process.pid
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
 
     def wait_until(self, is_reached: Callable[[], object], timeout_s: float = 180) -> None:
         """Waits for a condition, at most `timeout_s` seconds and while the command runs."""

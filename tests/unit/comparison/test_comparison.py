@@ -2,27 +2,23 @@
 
 import csv
 import io
-import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.declared_comparison import GRID, write_grid
-from support.finished_runs import finish, finish_due
+from support.finished_runs import finish, finish_due, state_of
 from support.trained import save_run
 
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.effective_rank import EFFECTIVE_RANK_FILE, effective_rank
 from switchtitan.comparison.plan import Run, check_plan, plan_run
-from switchtitan.comparison.report import markdown, write_report
-from switchtitan.comparison.results import RunResult, read_result
-from switchtitan.comparison.runs_csv import read_finished_runs
-from switchtitan.comparison.table import is_at_edge, report_gaps, report_rows
+from switchtitan.comparison.report import markdown, report_rows, write_report
+from switchtitan.comparison.runs import config_sha256, read_csv, read_folder
 from switchtitan.errors import ConfigError
+from switchtitan.job.config import parse_arguments
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
 LR = "optimizer.lr"
@@ -49,25 +45,19 @@ def distance_to(dense, thin):
 LOSS = distance_to(2e-3, 2e-2)
 
 
-def state_of(comparison):
-    return Comparison(comparison).state()
-
-
 def rates(runs, row):
     return [run.value(LR) for run in runs if run.row == row]
 
 
 def finish_report(comparison, test_loss, diverged=()):
     """Chooses rates, and finishes the runs of the report with these losses."""
-    stages = Comparison(comparison)
-    for run in stages.state().due:
-        finish(run, LOSS(run))
-    for run in stages.state().due:
+    finish_due(comparison, LOSS)
+    for run in state_of(comparison).due:
         other = {"diverged": True} if (run.row, run.seed) in diverged else {}
         finish(run, 2.0, test_loss[run.row, run.seed], **other)
-    state = stages.state()
+    state = state_of(comparison)
     assert state.due == ()
-    return state, report_rows(state, {}), report_gaps(state)
+    return state, report_rows(state)
 
 
 def losses(dense, thin, balanced):
@@ -94,35 +84,22 @@ def test_rates_are_chosen_on_one_seed_and_reported_on_the_others(comparison):
     assert set(rates(runs, "thin-balanced")) == {2e-2}
     state = state_of(comparison)
     assert state.tuning.chosen == {"dense": {LR: 2e-3}, "thin": {LR: 2e-2}}
-    assert state.num_runs == len(state.selection) + len(state.report) == 12
+    assert state.num_runs == state.num_finished == 12
     assert state.due == ()
-
-
-def test_a_best_rate_at_the_edge_widens_the_grid_of_every_row(comparison):
-    loss = distance_to(8e-3, 2e-2)
-    finish_due(comparison, loss)
-    widening = finish_due(comparison, loss)
-    assert (rates(widening, "dense"), rates(widening, "thin")) == ([8e-3], [5e-3])
-    # The grid is widened only once: the best rate is still the highest, which the report states.
-    state = state_of(comparison)
-    assert state.tuning.chosen == {"dense": {LR: 8e-3}, "thin": {LR: 2e-2}}
-    rows = report_rows(state, {})
-    assert [is_at_edge(row, LR) for row in rows] == [True, False, False]
-    assert "0.008 (edge)" in markdown(state, rows, [])
 
 
 def test_only_a_run_with_all_its_steps_and_the_same_settings_counts(comparison):
     run = plan_run(comparison, comparison.row("thin"), {LR: 1e-2}, 1)
-    assert read_result(run) is None
+    assert read_folder(run) is None
     for step in (20, 80):
         finish(run, 1.0, step=step)
-        assert read_result(run) is None
+        assert read_folder(run) is None
     finish(run, math.nan)
-    assert read_result(run).validation_loss == math.inf
+    assert read_folder(run).diverged
     saved = run.folder / "config.toml"
     saved.write_text(saved.read_text().replace("warmup_steps = 3", "warmup_steps = 4"))
-    with pytest.raises(ConfigError, match=r"\[lr_schedule\]"):
-        read_result(run)
+    with pytest.raises(ConfigError, match=r"seed-1: this run has another configuration"):
+        read_folder(run)
 
 
 def test_rows_with_given_rates_are_only_reported(tmp_path):
@@ -140,9 +117,10 @@ def test_rows_with_given_rates_are_only_reported(tmp_path):
         finish(run, 2.0, 3.0, step=steps, tokens_seen=128 * steps)
     state = state_of(comparison)
     assert state.due == ()
-    rows = report_rows(state, {})
-    assert [(row.num_steps, row.num_tokens) for row in rows[:2]] == [(40, 5120), (20, 2560)]
-    text = markdown(state, rows, report_gaps(state))
+    rows = report_rows(state)
+    figures = [(row.of_first("steps"), row.of_first("tokens")) for row in rows[:2]]
+    assert figures == [(40, 5120), (20, 2560)]
+    text = markdown(state)
     assert "given" in text
     assert "chosen" not in text
     assert "M tokens" in text
@@ -151,54 +129,55 @@ def test_rows_with_given_rates_are_only_reported(tmp_path):
 # ---- The report
 
 
-def test_the_report_has_losses_differences_and_shares(comparison, tmp_path):
+def test_the_report_has_losses_and_differences(comparison, tmp_path):
     # Seeds shift all rows alike.
-    state, rows, gaps = finish_report(comparison, losses((2.1, 2.2), (3.1, 3.2), (2.6, 2.7)))
-    dense, thin, balanced = rows
-    assert dense.loss.mean == pytest.approx(2.15)
-    assert dense.loss.std == pytest.approx(0.1 / 2**0.5)
-    assert dense.difference is dense.verdict is None
+    state, rows = finish_report(comparison, losses((2.1, 2.2), (3.1, 3.2), (2.6, 2.7)))
+    dense, thin, _ = rows
+    assert dense.summary("test_loss").mean == pytest.approx(2.15)
+    assert dense.summary("test_loss").std == pytest.approx(0.1 / 2**0.5)
+    assert dense.difference is None
     assert thin.difference.mean == pytest.approx(1.0)
     assert thin.difference.std == pytest.approx(0.0, abs=1e-12)
     assert thin.tried[0].losses == pytest.approx({1e-2: 2.201, 2e-2: 2.101, 4e-2: 2.201})
-    assert thin.peak_gib is None
-    assert thin.verdict == balanced.verdict == "differs"
-    assert gaps[0].share.mean == pytest.approx(0.5)
-    text = markdown(state, rows, gaps)
+    text = markdown(state)
     assert "| thin | 0.02 | 3.1500 ± 0.0707 |" in text
-    assert "closes 50 % (50 to 50 %) of the difference of +1.0000 (+1.0000 to +1.0000)" in text
-    write_report(tmp_path / "report", state, rows, gaps)
-    assert json.loads((tmp_path / "report" / "results.json").read_text())["num_runs_finished"] == 12
+    assert "+1.0000 (+1.0000 to +1.0000)" in text
+    assert text.count("differs |") == 2
+    write_report(tmp_path / "report", state)
+    assert (tmp_path / "report" / "report.md").read_text() == text
+    assert (tmp_path / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_report_can_be_written_after_the_first_run(comparison, tmp_path):
     finish(state_of(comparison).due[0], 2.0, 3.0)
     state = state_of(comparison)
-    rows = report_rows(state, {})
-    assert [row.values for row in rows] == [{}, {}, {}]
-    write_report(tmp_path / "report", state, rows, report_gaps(state))
-    written = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert written["num_runs_finished"] == 1
-    assert "not yet known" in markdown(state, [], report_gaps(state))
+    assert [row.values for row in report_rows(state)] == [{}, {}, {}]
+    write_report(tmp_path / "report", state)
+    assert "1 of 12 runs are finished" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_no_share_is_reported_of_a_gap_whose_interval_holds_zero(comparison):
+def test_a_best_rate_at_the_edge_is_marked(comparison):
+    while finish_due(comparison, distance_to(4e-3, 2e-2)):
+        pass
+    text = markdown(state_of(comparison))
+    assert "| 0.004 (edge) |" in text
+    assert text.count("(edge) |") == 1
+
+
+def test_no_difference_is_shown_if_the_interval_holds_zero(comparison):
     # dense - thin is -0.1 with one seed and +0.1 with the other.
-    state, rows, gaps = finish_report(comparison, losses((3.0, 3.2), (3.1, 3.1), (3.0, 3.0)))
-    assert gaps[0].gap.holds_zero
-    assert gaps[0].share is None
-    assert {row.verdict for row in rows[1:]} == {"no difference shown"}
-    assert "share not reported" in markdown(state, rows, gaps)
+    state, _ = finish_report(comparison, losses((3.0, 3.2), (3.1, 3.1), (3.0, 3.0)))
+    assert markdown(state).count("no difference shown |") == 2
 
 
 def test_p_values_are_corrected_over_the_rows_of_the_table(comparison):
     # Seed by seed, both rows differ from dense by 0.10 and 0.11: |t| is 21, p is 0.03.
-    _, rows, _ = finish_report(comparison, losses((3.0, 3.1), (3.1, 3.21), (3.1, 3.21)))
+    state, rows = finish_report(comparison, losses((3.0, 3.1), (3.1, 3.21), (3.1, 3.21)))
     thin = rows[1]
     assert thin.difference.p == pytest.approx(2 / math.pi * math.atan(1 / 21), rel=1e-6)
     assert thin.adjusted_p == pytest.approx(2 * thin.difference.p)
     assert not thin.difference.holds_zero
-    assert thin.verdict.startswith("no difference shown after")
+    assert "no difference shown after Holm's correction" in markdown(state)
 
 
 def test_a_diverged_run_of_the_choice_has_no_loss(comparison):
@@ -206,35 +185,25 @@ def test_a_diverged_run_of_the_choice_has_no_loss(comparison):
         finish(run, 1.0, **({"diverged": True} if run.value(LR) in (2e-3, 4e-2) else {}))
     state = state_of(comparison)
     assert state.tuning.tried["dense"][0].losses[2e-3] == math.inf
-    assert "0.002: diverged" in markdown(state, report_rows(state, {}), [])
+    assert "0.002: diverged" in markdown(state)
 
 
-def test_a_row_with_a_diverged_run_has_no_mean_and_no_share(comparison):
+def test_a_row_with_a_diverged_run_has_no_mean(comparison):
     given = losses((2.1, 2.2), (3.1, 3.2), (2.6, 2.7))
-    state, rows, gaps = finish_report(comparison, given, diverged=[("thin-balanced", 3)])
+    state, rows = finish_report(comparison, given, diverged=[("thin-balanced", 3)])
     dense, _, balanced = rows
-    assert (dense.validation_loss.mean, dense.test_bits_per_byte.mean) == (2.0, 1.5)
-    assert balanced.num_diverged == 1
-    figures = (balanced.loss, balanced.perplexity, balanced.validation_loss, balanced.difference)
-    assert {summary.mean for summary in figures} == {math.inf}
-    assert (balanced.verdict, balanced.adjusted_p) == (None, None)
-    assert not gaps[0].gap.holds_zero
-    assert gaps[0].share is None
-    text = markdown(state, rows, gaps)
-    assert "| thin-balanced | 0.02 | diverged |" in text
-    assert "a run diverged; share not reported" in text
+    assert dense.summary("validation_loss").mean == 2.0
+    assert dense.summary("test_bits_per_byte").mean == 1.5
+    means = [balanced.summary(figure).mean for figure in ("test_loss", "test_bits_per_byte")]
+    assert [*means, balanced.difference.mean] == [math.inf] * 3
+    assert balanced.adjusted_p is None
+    assert "| thin-balanced | 0.02 | diverged |" in markdown(state)
 
 
 # ---- Runs from CSV files
 
 
 CONTINUED = GRID.replace("[[rows]]", 'finished_runs = ["runs.csv"]\n[[rows]]', 1)
-
-
-def report(comparison, folder):
-    state = state_of(comparison)
-    write_report(folder, state, report_rows(state, {}), report_gaps(state))
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +213,7 @@ def finished(tmp_path_factory):
     comparison = load_comparison(write_grid(folder))
     while finish_due(comparison, LOSS):
         pass
-    report(comparison, folder / "report")
+    write_report(folder / "report", state_of(comparison))
     return folder / "report" / "runs.csv"
 
 
@@ -284,13 +253,17 @@ def test_every_run_is_in_the_file_with_machine_code_and_corpus(csv_file):
     assert float(first["test_loss"]) == pytest.approx(2.101)
 
 
-def test_runs_in_the_file_are_finished_without_their_folders(csv_file, continued):
+def test_runs_in_a_file_are_finished_without_their_folders(csv_file, continued):
     folder = csv_file.parent / "out" / "reports" / "after"
-    state = report(continued, folder)
+    state = state_of(continued)
     assert state.due == ()
-    assert all(not result.has_folder for result in [*state.selection, *state.report])
+    write_report(folder, state)
     assert (folder / "runs.csv").read_text() == csv_file.read_text()
-    assert f"12 of these runs are from {csv_file}" in (folder / "report.md").read_text()
+    # A report's own file counts too.
+    csv_file.unlink()
+    undeclared = load_comparison(write_grid(csv_file.parent))
+    assert len(state_of(undeclared).due) == 6
+    assert Comparison(undeclared, folder).state().due == ()
 
 
 def test_runs_can_be_in_several_files(csv_file):
@@ -303,8 +276,8 @@ def test_runs_can_be_in_several_files(csv_file):
     both = load_comparison(write_grid(csv_file.parent, grid))
     assert state_of(both).due == ()
     change(parts[1], 0, test_loss="1.0")
-    with pytest.raises(ConfigError, match=r"b.csv', line 2: .* \(.*a.csv', line 7\).* test_loss"):
-        Comparison(both)
+    with pytest.raises(ConfigError, match=r"b.csv, line 2: an earlier line has another result"):
+        state_of(both)
 
 
 def test_only_missing_runs_are_trained(csv_file, continued):
@@ -314,9 +287,7 @@ def test_only_missing_runs_are_trained(csv_file, continued):
     assert [(run.row, run.seed) for run in due] == [("thin", 2), ("thin", 3)]
     for run in due:
         finish(run, LOSS(run), LOSS(run) + 1)
-    state = report(continued, csv_file.parent / "after")
-    assert state.due == ()
-    assert sum(result.has_folder for result in state.report) == 2
+    write_report(csv_file.parent / "after", state_of(continued))
     assert (csv_file.parent / "after" / "runs.csv").read_text() == "".join(lines)
 
 
@@ -325,9 +296,9 @@ def test_a_run_of_another_configuration_seed_or_corpus_is_not_used(csv_file, con
     (run,) = state_of(continued).due
     assert (run.row, run.value(LR)) == ("dense", 2e-3)
     change(csv_file, 0, seed="1")
-    assert Comparison(continued, "f").state().due == ()
-    with pytest.raises(ConfigError, match=r"runs.csv: dense lr .* f, .* g"):
-        Comparison(continued, "g").state()
+    assert Comparison(continued, csv_file.parent / "report", "f").state().due == ()
+    with pytest.raises(ConfigError, match=r"^dense lr .* f, .* g"):
+        Comparison(continued, csv_file.parent / "report", "g").state()
     base = csv_file.parent / "base.toml"
     base.write_text(base.read_text().replace("warmup_steps = 3", "warmup_steps = 4"))
     assert len(state_of(continued).due) == 6
@@ -346,28 +317,24 @@ def test_a_run_that_diverged_stays_diverged_and_figures_of_a_gpu_may_be_missing(
     while finish_due(continued, LOSS):
         pass
     state = state_of(continued)
-    assert state.selection[0].has_diverged
+    assert next(iter(state.selection.values())).diverged
     assert state.tuning.chosen == {"dense": {LR: 1e-3}, "thin": {LR: 2e-2}}
-    thin = report_rows(state, {})[1]
-    assert (thin.peak_gib, thin.tokens_per_s) == (None, None)
+    thin = report_rows(state)[1]
+    assert (thin.of_first("peak_gib"), thin.summary("tokens_per_s")) == (None, None)
 
 
 @pytest.mark.parametrize(
     ("columns", "fragments"),
     [
-        ({"validation_loss": "low"}, ("line 3", "validation_loss = 'low'")),
-        ({"validation_loss": ""}, ("line 3", "validation_loss", "finite")),
-        ({"test_loss": "nan"}, ("line 3", "test_loss", "finite")),
-        ({"seed": "-1"}, ("line 3", "seed = '-1'")),
-        ({"steps": ""}, ("line 3", "steps = ''")),
-        ({"tokens": ""}, ("line 3", "tokens = ''")),
-        ({"diverged": "perhaps"}, ("line 3", "diverged = 'perhaps'")),
-        ({"config_sha256": "abc"}, ("line 3", "config_sha256 = 'abc'")),
-        ({"corpus_fingerprint": ""}, ("line 3", "corpus_fingerprint = ''")),
-        (b"", ("no column seed, diverged, config_sha256",)),
-        (b"stage,row,learning_rate,seed\n", ("no column diverged, config_sha256",)),
-        (b"\xff\xfe", ("cannot be read",)),
-        (None, ("cannot be read", "No such file")),
+        ({"validation_loss": "low"}, ("line 3", "validation_loss", "'low'")),
+        ({"validation_loss": ""}, ("line 3", "finite losses")),
+        ({"test_loss": "nan"}, ("line 3", "finite losses")),
+        ({"seed": "-1"}, ("line 3", "seed", "'-1'")),
+        ({"steps": ""}, ("line 3", "steps")),
+        ({"config_sha256": "abc"}, ("line 3", "config_sha256", "'abc'")),
+        (b"stage,row,seed\na,b,1\n", ("line 2", "config_sha256")),
+        (b"\xff\xfe", ("expected the runs.csv",)),
+        (None, ("expected the runs.csv", "No such file")),
     ],
 )
 def test_a_file_or_a_line_that_is_no_run_is_refused(csv_file, columns, fragments):
@@ -378,43 +345,26 @@ def test_a_file_or_a_line_that_is_no_run_is_refused(csv_file, columns, fragments
     else:
         csv_file.write_bytes(columns)
     with pytest.raises(ConfigError) as caught:
-        read_finished_runs(csv_file)
-    for fragment in ("finished_runs", "runs.csv", *fragments):
+        read_csv([csv_file])
+    for fragment in ("runs.csv", *fragments):
         assert fragment in str(caught.value)
-
-
-def test_the_same_result_may_stand_twice_and_another_one_of_the_run_may_not(csv_file):
-    lines = csv_file.read_text().splitlines(keepends=True)
-    csv_file.write_text("".join([*lines, lines[1]]))
-    assert len(read_finished_runs(csv_file)) == 12
-    change(csv_file, 12, test_loss="1.0")
-    with pytest.raises(ConfigError, match=r"line 14: .*line 2.* test_loss"):
-        read_finished_runs(csv_file)
 
 
 # ---- The effective rank of a run's change
 
 
-@pytest.fixture(scope="module")
-def trained(corpora):
-    return save_run(corpora / "effective-rank", "lora")
-
-
-def test_the_effective_rank_is_that_of_the_last_checkpoint_and_survives_it(trained, tmp_path):
-    own = Path(shutil.copytree(trained, tmp_path / "run"))
-    result = RunResult(Run("lora", (), 1, own, ()), 3.0, 3.0, {"step": 7}, "digest")
-    spectra = checkpoint_spectra(own / "checkpoints" / "step-000000007").values()
+def test_the_effective_rank_is_that_of_the_last_checkpoint(corpora, tmp_path):
+    run = Path(shutil.copytree(save_run(corpora / "effective-rank", "lora"), tmp_path / "run"))
+    words = ("--config", str(run / "config.toml"))
+    config = parse_arguments(words, 1)
+    of_run = Run("lora", (), 1, run, words)
+    finish(of_run, 3.0, step=config.training.steps)
+    spectra = checkpoint_spectra(run / "checkpoints" / "step-000000007").values()
     shares = [values.double() / values.double().sum() for values in spectra]
     ranks = [torch.special.entr(of).sum().exp().item() for of in shares]
-    computed = effective_rank(result)
+    found = read_folder(of_run)
     # Spectra are in fp32.
-    assert computed == pytest.approx(sum(ranks) / len(ranks), rel=1e-5)
-    shutil.rmtree(own / "checkpoints")
-    assert effective_rank(result) == computed
-    assert effective_rank(replace(result, test_loss=math.inf)) is None
-    elsewhere = replace(result, has_folder=False, figures={"effective_rank": 5.5})
-    assert effective_rank(elsewhere) == 5.5
-    # What is kept of another step, or damaged, is not used.
-    for contents in (json.dumps({"step": 6, "effective_rank": computed}), "", "[]"):
-        (own / EFFECTIVE_RANK_FILE).write_text(contents)
-        assert effective_rank(result) is None
+    assert found.effective_rank == pytest.approx(sum(ranks) / len(ranks), rel=1e-5)
+    assert found.config_sha256 == config_sha256(config)
+    shutil.rmtree(run / "checkpoints")
+    assert read_folder(of_run).effective_rank is None

@@ -11,7 +11,6 @@ from switchtitan.comparison.statistics import (
     difference,
     interval_of_mean,
     mean_over_seeds,
-    share_of_gap,
     summarize,
 )
 
@@ -112,49 +111,3 @@ def test_a_table_of_equal_rows_has_a_difference_in_at_most_five_percent_of_cases
     assert with_holm / NUM_TABLES <= LEVEL + BOUND
     # Without the correction, seven rows are called different far more often.
     assert without / NUM_TABLES > 3 * LEVEL
-
-
-def test_share_of_a_gap_is_the_ratio_of_mean_differences():
-    start, end = {1: 2.0, 2: 2.1, 3: 1.9}, {1: 1.0, 2: 1.0, 3: 1.0}
-    half = {seed: (start[seed] + end[seed]) / 2 for seed in start}
-    for row, share in ((end, 1.0), (start, 0.0), (half, 0.5)):
-        found = share_of_gap(row, start, end)
-        assert (found.mean, found.low, found.high) == pytest.approx((share,) * 3, abs=1e-7)
-    assert share_of_gap(start, start, start) is None
-    assert share_of_gap({1: math.inf}, {1: 2.0}, {1: 1.0}) is None
-    assert share_of_gap({1: 1.0}, {2: 2.0}, {2: 1.0}) is None
-    assert share_of_gap({1: 1.5}, {1: 2.0}, {1: 1.0}).low is None
-
-
-def test_the_ends_of_a_share_are_where_a_paired_t_test_rejects(stats):
-    draws = np.random.default_rng(2)
-    row, start, end = (draws.normal(mean, 0.1, 6) for mean in (1.4, 2.0, 1.0))
-    found = share_of_gap(*map(by_seed, (row, start, end)))
-    for share in (found.low, found.high):
-        assert stats.ttest_rel(start - row, share * (start - end)).pvalue == pytest.approx(LEVEL)
-    inside = stats.ttest_rel(start - row, found.mean * (start - end)).pvalue
-    assert inside == pytest.approx(1.0)
-
-
-def test_no_share_of_a_gap_whose_interval_holds_zero():
-    draws = np.random.default_rng(3)
-    num_unknown = 0
-    for _ in range(100):
-        row, start, end = (by_seed(draws.normal(mean, 0.1, 3)) for mean in (1.1, 1.2, 1.0))
-        is_unknown = share_of_gap(row, start, end) is None
-        assert is_unknown == difference(start, end).holds_zero
-        num_unknown += is_unknown
-    assert 0 < num_unknown < 100
-
-
-def test_intervals_of_shares_hold_the_true_share_in_95_percent_of_tables():
-    draws = np.random.default_rng(4)
-    num_held = 0
-    for _ in range(NUM_TABLES):
-        seeds = draws.normal(3.0, 0.1, 4)
-        row, start, end = (
-            by_seed(seeds + mean + draws.normal(0.0, 0.02, 4)) for mean in (0.05, 0.2, 0.0)
-        )
-        found = share_of_gap(row, start, end)
-        num_held += found.low <= 0.75 <= found.high
-    assert num_held / NUM_TABLES == pytest.approx(0.95, abs=BOUND)
