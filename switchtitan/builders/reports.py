@@ -39,18 +39,18 @@ def build_rank_telemetry(
     """
     if config.spectrum.interval is None:
         return None
-    from switchtitan.spectra.spectra_files import SPECTRA_FOLDER
-    from switchtitan.spectra.telemetry import RankTelemetry
-    from switchtitan.spectra.weight_change import Origin
+    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+    from switchtitan.spectra.weight_change import Origin, linear_layers
 
     method = build_method(config)
     origin = Origin(
         config.model, config.job.seed, state.initial_weights, state.initial_fingerprint, method
     )
-    if state.step > 0:
+    if state.step > 0 and world.is_main:
         origin.open()
     return RankTelemetry(
         dense_weights=method.dense_weights,
+        layers=linear_layers(config.model),
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
         start_step=state.step,

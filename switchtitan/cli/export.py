@@ -217,12 +217,17 @@ def _export(
     tokenizer = (
         f"that of {corpus_folder}" if index else f"none: the run's corpus is not at {corpus_folder}"
     )
-    compared = "not compared" if error is None else f"as the checkpoint's, up to {error:.1e}"
+    dtype = str(target.dtype).removeprefix("torch.")
+    compared = (
+        "not compared"
+        if error is None
+        else f"as those of the checkpoint's weights in {dtype}, up to {error:.1e}"
+    )
     return "\n".join(
         [
             f"checkpoint  {checkpoint}",
             f"folder      {target.folder}",
-            f"weights     {str(target.dtype).removeprefix('torch.')}, {form}",
+            f"weights     {dtype}, {form}",
             f"tokenizer   {tokenizer}",
             f"logits      {compared}",
         ]

@@ -9,19 +9,12 @@ interval, it also draws the rank over training."""
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from switchtitan.errors import ConfigError, UserError, exit_for
 from switchtitan.observability.pictures import check_picture_option, write_picture
-from switchtitan.spectra.plots import draw, table
-from switchtitan.spectra.runs import (
-    GroupSpectra,
-    as_json,
-    average,
-    check_same_model,
-    read_run_spectra,
-)
+from switchtitan.spectra.plots import draw, measure, table
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,15 +22,13 @@ def main(argv: Sequence[str]) -> None:
     options = read_options(argv)
     try:
         check_picture_option(options.output)
-        labels = labelled(options.runs, options.label)
-        spectra = {
-            label: [read_run_spectra(run, options.layers) for run in runs]
-            for label, runs in labels.items()
-        }
-        check_same_model([run for runs in spectra.values() for run in runs])
-        groups = {label: average(runs) for label, runs in spectra.items()}
+        groups = measure(labelled(options.runs, options.label), options.layers)
         if options.json is not None:
-            write_json(groups, options.json)
+            try:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(groups, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"--json: the file cannot be written: {error}") from error
         write_picture(draw(groups), options.output)
     except UserError as error:
         exit_for(error)
@@ -107,22 +98,8 @@ def labelled(
     return result
 
 
-def write_json(groups: Mapping[str, GroupSpectra], file: Path) -> None:
-    """Writes all numbers.
-
-    Raises:
-        ConfigError: if the file cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(as_json(groups), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json {file}: the file cannot be written: {error}") from error
-
-
 def _labelled_runs(text: str) -> tuple[str, list[Path]]:
     name, separator, runs = text.partition("=")
-    paths = [Path(run) for run in runs.split(",")]
     if not name or not separator or not all(runs.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=RUN[,RUN...]")
-    return name, paths
+    return name, list(map(Path, runs.split(",")))

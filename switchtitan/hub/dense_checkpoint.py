@@ -1,6 +1,6 @@
 """Read the dense weights of a checkpoint of any method."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import SavedTensors, read_metadata
-from switchtitan.contracts import LanguageModel, LowRankUpdate, Method, ModelConfig
+from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.methods import METHODS
@@ -32,21 +32,17 @@ class DenseCheckpoint:
     def __init__(self, checkpoint: Path) -> None:
         self.config = saved_model_config(checkpoint)
         """The plain model's section."""
-        self._method = saved_method(checkpoint)
-        self.method_name = self._method.config.name
+        self.method = saved_method(checkpoint)
         self._saved = SavedTensors(checkpoint, prefix="model.")
-        trained = {name for name, _ in self.prepared_model().named_parameters()}
-        self._on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
-        dense = self._method.dense_weights(self._on_meta)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
-        """Shapes of the weights by the plain model's names."""
-
-    def prepared_model(self) -> LanguageModel:
-        """Returns the model as the method trains it, on the meta device."""
         with torch.device("meta"):
             model = MODELS.build(self.config)
-            self._method.prepare_model(model)
-        return model
+            self.method.prepare_model(model)
+        trained = dict(model.named_parameters())
+        self.on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
+        """The parameters as the method trains them, by name, on the meta device."""
+        dense = self.method.dense_weights(self.on_meta)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
+        """Shapes of the weights by the plain model's names."""
 
     @full_precision()
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -56,27 +52,8 @@ class DenseCheckpoint:
             CheckpointError: if a tensor cannot be read.
         """
         names = list(names)
-        dense = self._method.dense_weights(self.read_trained(map(module_of, names)))
+        dense = self.method.dense_weights(self.read_trained(map(module_of, names)))
         return {name: dense[name] for name in names}
-
-    def read_base(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns some of the weights without their low-rank updates, as `read` does."""
-        names = list(names)
-        tensors = self.read_trained(map(module_of, names))
-        updated = self._method.low_rank_updates(tensors)
-        dense = self._method.dense_weights(tensors)
-        return {
-            name: (tensors if module_of(name) in updated else dense)[name].to(torch.float32)
-            for name in names
-        }
-
-    def low_rank_updates(self) -> Mapping[str, LowRankUpdate]:
-        """Returns the low-rank updates of all layers, on the meta device, by name; see `Method`."""
-        return self._method.low_rank_updates(self._on_meta)
-
-    def read_low_rank_update(self, layer: str) -> LowRankUpdate:
-        """Returns the update of one layer."""
-        return self._method.low_rank_updates(self.read_trained([layer]))[layer]
 
     def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
         """Returns the parameters of some modules and their children, as the method trains them.
@@ -85,7 +62,7 @@ class DenseCheckpoint:
             modules: qualified names.
         """
         prefixes = tuple({f"{module}." if module else "" for module in modules})
-        return self._saved.read(name for name in self._on_meta if name.startswith(prefixes))
+        return self._saved.read(name for name in self.on_meta if name.startswith(prefixes))
 
 
 def module_of(name: str) -> str:

@@ -4,8 +4,10 @@ Writing changes neither names nor values.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -13,21 +15,20 @@ from typing import Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from switchtitan.contracts import ModelConfig
-from switchtitan.errors import CheckpointError, CorpusError
+from switchtitan.errors import CheckpointError, CorpusError, OutputError
+from switchtitan.files import make_folder, sync_folder, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
-from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes
-from switchtitan.hub.new_folder import new_folder
-from switchtitan.hub.weight_files import check_shapes
+from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, check_shapes
 from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
-GENERATION_NAME = "generation_config.json"
 
 
 class DenseWeights(Protocol):
@@ -83,35 +84,65 @@ def export_dense(
             f"[model] name = {config.name!r}: transformers has no class for this model; evaluate "
             "and generate read the run's own checkpoint"
         )
-    check_shapes(
-        weights.shapes,
-        parameter_shapes(config),
-        "the model to export",
-        "Export the merged, dense weights.",
-    )
+    check_shapes(weights.shapes, config, "the model to export")
+    tokens = {"bos_token_id": None, "eos_token_id": eos_id}
+    dtype_name = str(dtype).removeprefix("torch.")
+    dtypes = {"torch_dtype": dtype_name, "dtype": dtype_name}  # of transformers 4 and 5
     with new_folder(folder) as partial:
-        _write_json(partial / CONFIG_NAME, {**huggingface_config, **_stored_as(dtype, eos_id)})
-        _write_json(partial / GENERATION_NAME, _generation_config(eos_id))
+        _write_json(
+            partial / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens, "pad_token_id": None}
+        )
+        _write_json(
+            partial / "generation_config.json",
+            {"do_sample": True, **tokens, "pad_token_id": eos_id},
+        )
         if tokenizer_file is not None:
             _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
         _write_weights(weights, partial, dtype, max_shard_bytes)
         finish(partial)
 
 
-def _stored_as(dtype: torch.dtype, eos_id: int | None) -> dict[str, object]:
-    """Returns the keys of config.json that do not depend on the model."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        "torch_dtype": dtype_name,
-        "dtype": dtype_name,
-        "bos_token_id": None,
-        "eos_token_id": eos_id,
-        "pad_token_id": None,
-    }
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields the folder `.NAME.partial`, which is renamed to `folder` if the block succeeds.
 
+    All files are flushed to disk before. If the block fails, or is interrupted, nothing is left.
 
-def _generation_config(eos_id: int | None) -> dict[str, object]:
-    return {"do_sample": True, "bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    Args:
+        folder: absent or empty. Folders above it are created.
+
+    Raises:
+        CheckpointError: if the folder is not empty.
+        OutputError: if it cannot be written, or its partial folder exists.
+    """
+    try:
+        folder = Path(os.path.realpath(folder))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(
+                f"{folder} exists and is not empty; choose another folder or remove it first"
+            )
+        make_folder(folder.parent)
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            partial.mkdir()
+        except FileExistsError as error:
+            raise OutputError(
+                f"{folder}: another process is writing this folder; if none is, it was killed: "
+                f"delete {partial}"
+            ) from error
+        try:
+            yield partial
+            sync_tree(partial)
+            partial.replace(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{folder} cannot be written ({error}); choose another folder, or free space on its "
+            "disk"
+        ) from error
 
 
 def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: int | None) -> None:

@@ -3,17 +3,18 @@
 Reading changes neither names nor values.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from switchtitan.contracts import ModelConfig
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
-from switchtitan.hub.weight_files import find_weight_files, open_weights
 from switchtitan.models import MODELS
 
 WEIGHTS_NAME = "model.safetensors"
@@ -23,20 +24,99 @@ _COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 config.json."""
 
 
-def read_dense(path: Path) -> dict[str, Tensor]:
-    """Memory-maps all weights, by name, of a safetensors file or a folder in Hugging Face's layout.
+class _Index(BaseModel):
+    """The index of weights that are split over several files."""
+
+    weight_map: dict[str, str]
+    """Name of a tensor -> file."""
+
+
+def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
+    """Memory-maps all tensors, by name, of a safetensors file or a folder in Hugging Face's layout.
 
     Rotary frequencies, which old versions of transformers store, are left out.
+
+    Args:
+        single_name: the name of a folder's only file; several have an index, `single_name` +
+            ".index.json".
 
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; expected a folder with {single_name}, or a weights file"
+        )
     tensors: dict[str, Tensor] = {}
-    for file in find_weight_files(path, WEIGHTS_NAME):
-        with open_weights(file) as opened:
-            names = [name for name in opened.keys() if not name.endswith(_COMPUTED_SUFFIX)]  # noqa: SIM118
-            tensors.update({name: opened.get_tensor(name) for name in names})
-    return tensors
+    for file in _files_in(path, single_name) if path.is_dir() else [path]:
+        tensors |= read_safetensors(file)
+    return {name: tensors[name] for name in tensors if not name.endswith(_COMPUTED_SUFFIX)}
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Memory-maps all tensors of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is a missing, corrupted or truncated safetensors file ({error}); replace it"
+        ) from error
+
+
+def _files_in(folder: Path, single_name: str) -> list[Path]:
+    """Returns the files with the weights. Refuses paths and links that leave the folder."""
+    index_name = f"{single_name}.index.json"
+    try:
+        single, index = file_inside(folder, single_name), file_inside(folder, index_name)
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            raise ValueError(f"it holds neither {single_name} nor {index_name}")
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}; use a folder with the weights") from error
+    try:
+        names = set(_Index.model_validate_json(index.read_bytes()).weight_map.values())
+        return [file_inside(folder, name) for name in sorted(names)]
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{index} is damaged: {mistakes_in(error)}") from error
+
+
+def mistakes_in(error: Exception) -> str:
+    """Returns one line for an error of pydantic: each wrong key, its value and what is wrong."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    messages = []
+    for detail in error.errors(include_url=False):
+        key, is_given = ".".join(map(str, detail["loc"])), detail["type"] != "missing"
+        given = f"{key} = {detail['input']!r}: " if is_given and key else f"{key} "
+        messages.append(f"{given}{detail['msg']}".strip())
+    return "; ".join(messages)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+    """Checks names and shapes of weights that were read from `source`.
+
+    Raises:
+        CheckpointError: names those that are missing, unexpected or of another shape.
+    """
+    expected = parameter_shapes(config)
+    wrong = {
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [name for name in shapes if name not in expected],
+        "of another shape": [
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+    }
+    problems = [f"{what}: {abbreviate(names)}" for what, names in wrong.items() if names]
+    if problems:
+        raise CheckpointError(f"{source} does not match [model]; {'; '.join(problems)}")
 
 
 def without_copies(
@@ -49,12 +129,11 @@ def without_copies(
     """
     kept = dict(tensors)
     for copy, name in config.weight_copies().items():
-        repeated = kept.pop(copy, None)
-        if repeated is None:
+        if copy not in kept:
             continue
+        repeated = kept.pop(copy)
         weight = kept.setdefault(name, repeated)
-        is_equal = (weight.dtype, weight.shape) == (repeated.dtype, repeated.shape)
-        if not is_equal or not torch.equal(weight, repeated):
+        if weight.dtype != repeated.dtype or not torch.equal(weight, repeated):
             raise CheckpointError(
                 f"{path}: {copy} and {name} differ, but the model's head is tied "
                 "(tie_word_embeddings in config.json); remove one of them, or untie the head"
@@ -82,14 +161,10 @@ def read_config(file: Path) -> dict[str, Any]:
         CheckpointError: if it cannot be read, or is no object of JSON.
     """
     try:
-        found = json.loads(file_inside(file.parent, file.name).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is corrupted ({error!r}); expected the config.json of a model"
-        ) from error
-    return found
+        contents = file_inside(file.parent, file.name).read_bytes()
+        return TypeAdapter(dict[str, Any]).validate_json(contents)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is corrupted: {mistakes_in(error)}") from error
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

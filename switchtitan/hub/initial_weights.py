@@ -8,18 +8,21 @@ from torch import Tensor
 
 from switchtitan.checkpoint import check_same_run, find_given
 from switchtitan.checkpoint.layout import METADATA_FILE
-from switchtitan.checkpoint.metadata import file_record
 from switchtitan.contracts import ModelConfig
+from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.hub.huggingface import (
     check_config,
-    parameter_shapes,
+    check_shapes,
     read_dense,
     without_copies,
 )
-from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
-from switchtitan.hub.peft_folder import folder_of_model, is_adapter, read_adapted
-from switchtitan.hub.weight_files import check_shapes
+from switchtitan.hub.peft_folder import (
+    ADAPTER_CONFIG_NAME,
+    folder_of_model,
+    is_adapter,
+    read_adapted,
+)
 
 
 class InitialWeights(NamedTuple):
@@ -43,24 +46,20 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     Raises:
         CheckpointError: if there are no weights at `path`, or they do not match the model.
     """
-    is_checkpoint = not _is_safetensors(path)
-    source = find_given(path) if is_checkpoint else path
-    if is_checkpoint:
-        # Compares what shapes do not show, e.g. the number of heads.
-        saved = saved_model_config(source)
-        check_same_run({"model": saved.architecture()}, {"model": config.architecture()})
-        weights = read_dense_checkpoint(source)
-    else:
+    source = path
+    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
         # Before the shapes, since a key of config.json says more than the shapes that follow.
         check_config(config, folder_of_model(path))
         weights = read_adapted(path) if is_adapter(path) else read_dense(path)
         weights = without_copies(weights, config, path)
-    check_shapes(
-        {name: tuple(tensor.shape) for name, tensor in weights.items()},
-        parameter_shapes(config),
-        f"[checkpoint] initial_weights = {str(path)!r}",
-        "Use the [model] that they belong to.",
-    )
+    else:
+        source = find_given(path)
+        # Compares what shapes do not show, e.g. the number of heads.
+        saved = saved_model_config(source)
+        check_same_run({"model": saved.architecture()}, {"model": config.architecture()})
+        weights = read_dense_checkpoint(source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_shapes(shapes, config, f"[checkpoint] initial_weights = {str(path)!r}")
     return InitialWeights(source.absolute(), weights)
 
 
@@ -69,17 +68,13 @@ def fingerprint(source: Path) -> str:
 
     That of an adapter covers its configuration, which has the scale of its factors.
     """
-    if source.is_dir():
-        metadata = source / METADATA_FILE
-        folders = {source: None, folder_of_model(source): None}  # an ordered set
-        weights = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-        files = [metadata] if metadata.is_file() else weights
+    if source.is_file():
+        files = [source]
+    elif (source / METADATA_FILE).is_file():
+        files = [source / METADATA_FILE]
+    else:
+        folders = dict.fromkeys([source, folder_of_model(source)])  # an ordered set
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         if is_adapter(source):
             files.append(source / ADAPTER_CONFIG_NAME)
-    else:
-        files = [source]
-    return hashlib.sha256("".join(file_record(file).sha256 for file in files).encode()).hexdigest()
-
-
-def _is_safetensors(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
+    return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from switchtitan.checkpoint import CheckpointMetadata
 
-CARD_NAME = "README.md"
 # No TOML string that a configuration shows contains the fence at the start of a line.
 _CARD = """\
 ---
@@ -41,21 +40,19 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
     """
     state = metadata.train_state
     facts = {
-        "method": _chosen(metadata, "method"),
-        "model": _chosen(metadata, "model"),
-        "corpus": _chosen(metadata, "corpus"),
+        **{section: _chosen(metadata, section) for section in ("method", "model", "corpus")},
         "steps": metadata.step,
         "tokens seen": state.get("tokens_seen"),
         "started from": state.get("initial_weights") or "random weights",
-        "validation loss before training": _loss(state.get("first_validation_loss")),
-        "last validation loss": _loss(state.get("last_validation_loss")),
+        "validation loss before training": state.get("first_validation_loss"),
+        "last validation loss": state.get("last_validation_loss"),
         "compute dtype": state.get("compute_dtype"),
         "trained with": ", ".join(f"{key} {value}" for key, value in metadata.versions.items()),
         "exported by": f"`{command}`",
     }
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
     card = _CARD.format(files=files, rows="\n".join(rows), config=metadata.config.strip())
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _chosen(metadata: CheckpointMetadata, section: str) -> str | None:
@@ -66,9 +63,6 @@ def _chosen(metadata: CheckpointMetadata, section: str) -> str | None:
     return ", ".join([str(values["name"]), *sizes])
 
 
-def _loss(value: object) -> str | None:
-    return f"{value:.4f}" if isinstance(value, float) else None
-
-
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

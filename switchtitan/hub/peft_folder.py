@@ -1,28 +1,89 @@
 """Write and read LoRA adapters in the layout of Hugging Face's PEFT."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
-from switchtitan.files import file_inside
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, read_dense
-from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, read_adapter_config
-from switchtitan.hub.weight_files import find_weight_files, open_weights
+from switchtitan.files import exists
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
+from switchtitan.hub.huggingface import CONFIG_NAME, mistakes_in, read_config, read_dense
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 BASE_FOLDER = "base"
 """The frozen model, inside the adapter's folder."""
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "target_modules",
+    "task_type",
+}
+"""Keys that do not change what given factors compute."""
+
+
+class AdapterConfig(BaseModel):
+    """The keys of `adapter_config.json` that decide what a plain LoRA adapter computes."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    bias: Literal["none"] = "none"
+    # The others, e.g. "olora" or "pissa", change the base model when PEFT loads the adapter.
+    init_lora_weights: Literal[False, True, "gaussian", "orthogonal", "eva", "mica"] = True
+    use_rslora: bool = False
+    r: int = Field(gt=0)
+    lora_alpha: float
+    base_model_name_or_path: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """The factor of a layer's update."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Reads the configuration of an adapter.
+
+    Raises:
+        CheckpointError: if the file is damaged, or describes another adapter than plain LoRA; names
+            the key.
+    """
+    file = folder / ADAPTER_CONFIG_NAME
+    # PEFT writes all its keys; those that are empty or false ask for nothing.
+    given = {
+        key: value
+        for key, value in read_config(file).items()
+        if value is not None
+        and (key in AdapterConfig.model_fields or (value and key not in _WITHOUT_EFFECT))
+    }
+    try:
+        return AdapterConfig.model_validate(given)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{file}: {mistakes_in(error)}; only plain LoRA is read; if PEFT can merge the "
+            "adapter, merge it with merge_and_unload() first"
+        ) from error
 
 
 class BaseWeights:
@@ -33,17 +94,24 @@ class BaseWeights:
     """
 
     def __init__(self, checkpoint: DenseCheckpoint) -> None:
-        if not checkpoint.low_rank_updates():
+        if not checkpoint.method.low_rank_updates(checkpoint.on_meta):
             raise CheckpointError(
-                f"--format peft: [method] name = {checkpoint.method_name!r} has no frozen weights "
-                "with a low-rank update; export it without --format"
+                f"--format peft: [method] name = {checkpoint.method.config.name!r} has no frozen "
+                "weights with a low-rank update; export it without --format"
             )
         self._checkpoint = checkpoint
         self.shapes: Mapping[str, tuple[int, ...]] = checkpoint.shapes
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns some of the weights."""
-        return self._checkpoint.read_base(names)
+        """Returns some of the weights, in fp32."""
+        names, method = list(names), self._checkpoint.method
+        tensors = self._checkpoint.read_trained(map(module_of, names))
+        updated = method.low_rank_updates(tensors)
+        dense = method.dense_weights(tensors)
+        return {
+            name: (tensors if module_of(name) in updated else dense)[name].to(torch.float32)
+            for name in names
+        }
 
 
 def write_adapter(
@@ -58,31 +126,28 @@ def write_adapter(
         base: where the base model will be, for `AutoPeftModelForCausalLM`.
         dtype: of the stored factors.
     """
-    updates = checkpoint.low_rank_updates()
-    ranks = {layer: update.lora_a.shape[0] for layer, update in updates.items()}
-    alphas = {layer: update.scale * ranks[layer] for layer, update in updates.items()}
-    rank, alpha = _most_frequent(ranks.values()), _most_frequent(alphas.values())
+    method = checkpoint.method
+    on_meta = method.low_rank_updates(checkpoint.on_meta)
+    # All layers of a run have one rank and one scale.
+    ((rank, scale),) = {(update.lora_a.shape[0], update.scale) for update in on_meta.values()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": alpha,
-        # Of layers that differ from `r` and `lora_alpha`.
-        "rank_pattern": {layer: value for layer, value in ranks.items() if value != rank},
-        "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
+        "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(updates),
+        "target_modules": sorted(on_meta),
     }
     text = json.dumps(config, indent=2) + "\n"
     (folder / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
     factors = {}
-    for layer in updates:
-        update = checkpoint.read_low_rank_update(layer)
+    for layer in on_meta:
+        update = method.low_rank_updates(checkpoint.read_trained([layer]))[layer]
         for name, factor in (("A", update.lora_a), ("B", update.lora_b.t())):
             factors[f"{_PREFIX}{layer}.lora_{name}.weight"] = factor.to(dtype).contiguous()
     save_file(factors, folder / ADAPTER_NAME, metadata={"format": "pt"})
@@ -97,75 +162,69 @@ def folder_of_model(path: Path) -> Path:
     """Returns the folder of an adapter's base model, or `path` itself if it is no adapter.
 
     Raises:
-        CheckpointError: as `Adapter`.
+        CheckpointError: if the adapter's configuration is not supported, or its base model is not
+            on this machine.
     """
-    return Adapter(path).base if is_adapter(path) else path
+    return _base_of(path, read_adapter_config(path)) if is_adapter(path) else path
 
 
-class Adapter:
-    """An adapter and the folder of its base model.
+def read_adapted(folder: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Returns weights of an adapter's base with the adapter merged into them, in fp32, by name.
+
+    Weights that it does not update are memory-mapped.
+
+    Args:
+        names: of the weights; by default all.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, the base model is not on this machine, or
-            the adapter is of a kind that is not supported.
+        CheckpointError: as `folder_of_model`, if a file is missing or damaged, or if factors do not
+            fit the base or the configuration.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._config = read_adapter_config(folder)
-        self.base = _base_of(folder, self._config.base_model_name_or_path)
-        (self._file,) = find_weight_files(file_inside(folder, ADAPTER_NAME), ADAPTER_NAME)
-        self.layers: set[str] = set()
-        """The layers that it updates."""
-        with open_weights(self._file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                match = _FACTOR.fullmatch(name)
-                if match is None:
-                    raise CheckpointError(f"{self._file}: {name}: expected a factor of a layer")
-                self.layers.add(match[1])
-
-    @full_precision()
-    def updated(self, name: str, weight: Tensor) -> Tensor:
-        """Returns a weight of the base model plus its update, in fp32, or the same without one."""
-        layer = name.removesuffix(".weight")
-        if layer not in self.layers:
-            return weight
-        names = [f"{_PREFIX}{layer}.lora_{factor}.weight" for factor in "BA"]
-        with open_weights(self._file) as opened:
-            lora_b, lora_a = (opened.get_tensor(name).float() for name in names)
-        rank, shapes = self._config.rank_of(layer), [list(lora_b.shape), list(lora_a.shape)]
-        if weight.dim() != 2 or shapes != [[weight.shape[0], rank], [rank, weight.shape[1]]]:
-            raise CheckpointError(
-                f"{self._file}: {layer}: factors of shape {shapes[0]} and {shapes[1]} do not fit "
-                f"r = {rank} in {ADAPTER_CONFIG_NAME} and the weight of shape {list(weight.shape)}"
-            )
-        return torch.addmm(weight.float(), lora_b, lora_a, alpha=self._config.scale_of(layer))
+    config, file = read_adapter_config(folder), folder / ADAPTER_NAME
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, factor in read_dense(folder, ADAPTER_NAME).items():
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            raise CheckpointError(f"{file}: {name}: expected a factor of a layer")
+        factors.setdefault(f"{match[1]}.weight", {})[match[2]] = factor
+    base = _base_of(folder, config)
+    weights = read_dense(base)
+    if missing := sorted(factors.keys() - weights.keys()):
+        raise CheckpointError(f"{base} lacks {abbreviate(missing)}, which {folder} updates")
+    return {
+        name: _merged(weights[name], factors[name], config, f"{file}: {name}")
+        if name in factors
+        else weights[name]
+        for name in (weights if names is None else names)
+    }
 
 
-def read_adapted(folder: Path) -> dict[str, Tensor]:
-    """Returns the weights of an adapter's base with the adapter merged into them, by name.
+@full_precision()
+def _merged(
+    weight: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig, place: str
+) -> Tensor:
+    """Returns `weight` [out, in] + scale * B [out, r] A [r, in], in fp32."""
+    shapes = {key: list(factor.shape) for key, factor in factors.items()}
+    if weight.dim() != 2 or shapes != {
+        "A": [config.r, weight.shape[1]],
+        "B": [weight.shape[0], config.r],
+    }:
+        raise CheckpointError(
+            f"{place}: factors of shapes {shapes} do not fit r = {config.r} in "
+            f"{ADAPTER_CONFIG_NAME} and the weight of shape {list(weight.shape)}"
+        )
+    return torch.addmm(
+        weight.float(), factors["B"].float(), factors["A"].float(), alpha=config.scale
+    )
 
-    Raises:
-        CheckpointError: as `Adapter`, and if the adapter updates a layer that the base lacks.
-    """
-    adapter = Adapter(folder)
-    weights = read_dense(adapter.base)
-    if missing := sorted(adapter.layers - {name.removesuffix(".weight") for name in weights}):
-        raise CheckpointError(f"{adapter.base} lacks {abbreviate(missing)}, which {folder} updates")
-    return {name: adapter.updated(name, weight) for name, weight in weights.items()}
 
-
-def _base_of(folder: Path, named: object) -> Path:
-    own = folder / BASE_FOLDER
+def _base_of(folder: Path, config: AdapterConfig) -> Path:
+    own, named = folder / BASE_FOLDER, config.base_model_name_or_path
     if own.is_dir():
         return own
-    if isinstance(named, str) and "\0" not in named and (Path(named) / CONFIG_NAME).is_file():
+    if named is not None and exists(Path(named) / CONFIG_NAME):
         return Path(named)
     raise CheckpointError(
         f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path = {named!r}: no such folder; "
         f"put the base model into {own}"
     )
-
-
-def _most_frequent(values: Iterable[Any]) -> Any:
-    listed = list(values)
-    return max(listed, key=listed.count)

@@ -13,7 +13,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.model_folder import read_model_folder
-from switchtitan.hub.peft_folder import Adapter, is_adapter
+from switchtitan.hub.peft_folder import is_adapter, read_adapted
 from switchtitan.models import MODELS
 
 _NUM_TOKENS = 64
@@ -23,12 +23,9 @@ _LARGEST_ERROR_OF_ROUNDED_FACTORS = 3e-2
 """Of an adapter in bf16: each element is rounded by up to 2^-9."""
 _WITHOUT_CHECK = "--no-verify writes the folder without this check"
 
-ReadTensors = Callable[[Iterable[str]], Mapping[str, Tensor]]
-"""Names of a model's parameters -> their values."""
-
 
 def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype) -> float:
-    """Compares the logits of a checkpoint's dense weights and of an exported folder.
+    """Compares the logits of a checkpoint's dense weights, rounded, and of an exported folder.
 
     Computes in fp32 on 64 random tokens. Holds the weights outside the blocks and one block.
 
@@ -43,52 +40,37 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
     Raises:
         CheckpointError: if the folder cannot be read, or computes other logits.
     """
-    adapter = Adapter(folder) if is_adapter(folder) else None
-    base = folder if adapter is None else adapter.base
-    stored = read_dense(base)
+    has_factors = is_adapter(folder)
 
-    def read_stored(names: Iterable[str]) -> dict[str, Tensor]:
-        values = {name: stored[name].float() for name in names}
-        if adapter is None:
-            return values
-        return {name: adapter.updated(name, value) for name, value in values.items()}
+    def read_rounded(names: Iterable[str]) -> Mapping[str, Tensor]:
+        return {name: value.to(dtype) for name, value in checkpoint.read(names).items()}
 
-    expected = _logits(checkpoint.config, checkpoint.read)
-    found = _logits(MODELS.restore(read_model_folder(base)), read_stored)
-    if dtype == torch.float32:
-        _check(found, expected, _LARGEST_ERROR)
-    elif adapter is None:
+    def read_stored(names: Iterable[str]) -> Mapping[str, Tensor]:
+        if has_factors:
+            return read_adapted(folder, names)
+        stored = read_dense(folder)
+        return {name: stored[name] for name in names}
 
-        def read_rounded(names: Iterable[str]) -> dict[str, Tensor]:
-            values = checkpoint.read(names)
-            return {name: value.to(dtype).float() for name, value in values.items()}
-
-        _check(found, _logits(checkpoint.config, read_rounded), _LARGEST_ERROR)
-    else:
-        _check(found, expected, _LARGEST_ERROR_OF_ROUNDED_FACTORS)
-    return _relative_error(found, expected)
-
-
-def _check(found: Tensor, expected: Tensor, limit: float) -> None:
-    error = _relative_error(found, expected)
+    expected = _logits(checkpoint.config, read_rounded)
+    found = _logits(MODELS.restore(read_model_folder(folder)), read_stored)
+    error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    is_rounded = has_factors and dtype != torch.float32
+    limit = _LARGEST_ERROR_OF_ROUNDED_FACTORS if is_rounded else _LARGEST_ERROR
     if not error <= limit:  # also if it is NaN
         raise CheckpointError(
             f"the exported model computes other logits than the checkpoint: relative error "
             f"{error:.2g}, expected at most {limit:g}; please report this. {_WITHOUT_CHECK}"
         )
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    return error
 
 
 @torch.no_grad()
 @full_precision()
-def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
+def _logits(config: ModelConfig, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> Tensor:
     """Returns the logits [1, seq, vocabulary] of a plain model on random tokens.
 
     Args:
-        read: returns fp32 values.
+        read: names of parameters -> their values.
     """
     with torch.device("meta"):
         model = MODELS.build(config).eval()
@@ -103,7 +85,7 @@ def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
     def call(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
         prefix = f"{name_of[block]}."
         values = read([f"{prefix}{name}" for name, _ in block.named_parameters()])
-        local = {name.removeprefix(prefix): value for name, value in values.items()}
+        local = {name.removeprefix(prefix): value.float() for name, value in values.items()}
         return functional_call(block, local, (hidden, *args), strict=True)
 
     model.call_block = call
@@ -112,4 +94,5 @@ def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (1, _NUM_TOKENS), generator=generator)
     documents = torch.zeros_like(tokens, dtype=torch.int32)
-    return functional_call(model, dict(read(outer)), (tokens, documents))
+    values = {name: value.float() for name, value in read(outer).items()}
+    return functional_call(model, values, (tokens, documents))

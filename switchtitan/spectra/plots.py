@@ -1,140 +1,173 @@
-"""Draw and tabulate spectra of runs side by side."""
+"""Average spectra of runs over seeds, draw and tabulate them next to each other."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
 
-from matplotlib.axes import Axes
+import torch
 from matplotlib.figure import Figure
 
-from switchtitan.spectra.runs import Band, GroupSpectra
-from switchtitan.spectra.spectrum import NUMERICAL_RANK_THRESHOLD
+from switchtitan.checkpoint import find_given, read_metadata
+from switchtitan.contracts import ModelConfig
+from switchtitan.errors import ConfigError
+from switchtitan.hub.dense_checkpoint import saved_model_config
+from switchtitan.spectra.spectrum import (
+    NUMERICAL_RANK_THRESHOLD,
+    mean_normalized_spectrum,
+    select_layers,
+    summarize,
+)
+from switchtitan.spectra.telemetry import SPECTRA_FOLDER, read_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra
 
 SPECTRUM_FLOOR = 1e-5
 """Lower limit of the axis, as a share of the largest singular value; below is fp32 noise."""
+_PANELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "spectrum": (
+        "-",
+        {
+            "title": "Singular values of the change",
+            "xlabel": "index",
+            "ylabel": "share of the largest (mean over layers)",
+            "yscale": "log",
+            "ylim": (SPECTRUM_FLOOR, 1.5),
+        },
+    ),
+    "by_kind": (
+        "o",
+        {"title": "Effective rank of the change", "ylabel": "mean over blocks", "ylim": (0, None)},
+    ),
+    "over_training": (
+        ".-",
+        {
+            "title": "Effective rank over training",
+            "xlabel": "step",
+            "ylabel": "mean over layers",
+            "ylim": (0, None),
+        },
+    ),
+}
+"""Curve -> how its points are drawn, and the axes."""
 
 
-def draw(groups: Mapping[str, GroupSpectra]) -> Figure:
-    """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
-    panels = ["spectrum", "kinds"] + (
-        ["course"] if any(group.course_steps for group in groups.values()) else []
-    )
-    widths = {"spectrum": 1.0, "kinds": 1.25, "course": 1.0}
-    figure = Figure(figsize=(4.4 * sum(widths[name] for name in panels), 4.4), layout="constrained")
-    axes = figure.subplot_mosaic([list(panels)], width_ratios=[widths[name] for name in panels])
-    _draw_spectra(axes["spectrum"], groups)
-    _draw_kinds(axes["kinds"], groups)
-    if "course" in axes:
-        _draw_course(axes["course"], groups)
-    for name, panel in axes.items():
-        panel.grid(alpha=0.3, axis="y" if name == "kinds" else "both")
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    lines, labels = axes["spectrum"].get_legend_handles_labels()
-    figure.legend(
-        lines, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False
-    )
-    return figure
+class Curve(TypedDict):
+    """Mean and range over runs at each place `x`."""
+
+    x: list[Any]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
 
 
-def table(groups: Mapping[str, GroupSpectra]) -> str:
+Group = dict[str, Any]
+"""What is drawn of runs that differ only in their seed: `checkpoints`, `steps` and, as `Curve`:
+`ranks` (effective and numerical, averaged over layers), `spectrum` (shares of the largest singular
+value), `by_kind` and `over_training` (effective ranks, the latter as measured by telemetry)."""
+
+
+def measure(
+    labels: Mapping[str, Sequence[Path]], patterns: Sequence[str] = ("*",)
+) -> dict[str, Group]:
+    """Computes spectra of the weights' change since step 0 for runs of one model, and averages.
+
+    Args:
+        labels: label -> runs, or checkpoints. Of a run it is the newest complete checkpoint.
+        patterns: the layers, see `select_layers`.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or a run's initial weights are no longer
+            available.
+        ConfigError: if a pattern matches no layer, or the models differ.
+    """
+    checkpoints = {label: list(map(find_given, runs)) for label, runs in labels.items()}
+    first, *others = [checkpoint for group in checkpoints.values() for checkpoint in group]
+    for other in others:
+        if differing := model_differences(saved_model_config(first), saved_model_config(other)):
+            raise ConfigError(
+                f"{first} and {other} hold different models ([model] {'; '.join(differing)}); "
+                "ranks are comparable only within one model; draw separate pictures"
+            )
+    groups: dict[str, Group] = {}
+    for label, group in checkpoints.items():
+        curves = [_curves(checkpoint, patterns) for checkpoint in group]
+        groups[label] = {
+            "checkpoints": list(map(str, group)),
+            "steps": [read_metadata(checkpoint).step for checkpoint in group],
+            **{key: _average([one[key] for one in curves]) for key in curves[0]},
+        }
+    return groups
+
+
+def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Returns each key in which two models differ, with both values; not the attention kernel."""
+    first, second = one.architecture(), other.architecture()
+    return [
+        f"{key} = {first.get(key)!r} and {second.get(key)!r}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+    ]
+
+
+def _curves(checkpoint: Path, patterns: Sequence[str]) -> dict[str, dict[Any, float]]:
+    spectra = checkpoint_spectra(checkpoint, patterns)
+    ranks = summarize(spectra)
+    measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
+    return {
+        "ranks": {"effective": ranks.effective, "numerical": ranks.numerical},
+        "by_kind": {kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
+        "spectrum": dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
+        "over_training": {
+            step: summarize({name: of[name] for name in select_layers(of, patterns)}).effective
+            for step, of in measured.items()
+        },
+    }
+
+
+def _average(curves: Sequence[Mapping[Any, float]]) -> Curve:
+    """Averages at the places that all curves have; a run without telemetry has none."""
+    given = [curve for curve in curves if curve] or [{}]
+    x = [place for place in given[0] if all(place in curve for curve in given)]
+    values = torch.tensor([[curve[place] for place in x] for curve in given], dtype=torch.float64)
+    return {
+        "x": x,
+        "mean": values.mean(0).tolist(),
+        "low": values.amin(0).tolist(),
+        "high": values.amax(0).tolist(),
+    }
+
+
+def table(groups: Mapping[str, Group]) -> str:
     """Returns a table with mean ranks over layers and runs, and the full rank, for each label."""
-    rows = [("", "runs", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of")]
+    rows = [["", "runs", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]]
     for label, group in groups.items():
-        steps = sorted({run.step for run in group.runs})
-        rows.append(
-            (
-                label,
-                str(len(group.runs)),
-                str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
-                _format(group.effective_rank),
-                _format(group.numerical_rank),
-                str(len(group.spectrum.mean)),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for row in rows
-    )
+        of: Curve = group["ranks"]
+        ranks = [
+            f"{mean:.1f}" if low == high else f"{mean:.1f} ({low:.1f}-{high:.1f})"
+            for mean, low, high in zip(of["mean"], of["low"], of["high"], strict=True)
+        ]
+        steps = "-".join(map(str, sorted({min(group["steps"]), max(group["steps"])})))
+        full_rank = str(len(group["spectrum"]["x"]))
+        rows.append([label, str(len(group["steps"])), steps, *ranks, full_rank])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for label, *cells in rows:
+        columns = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *columns]))
+    return "\n".join(lines)
 
 
-def _draw_spectra(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
-    for index, (label, group) in enumerate(groups.items()):
-        positions = range(1, len(group.spectrum.mean) + 1)
-        axes.plot(positions, group.spectrum.mean, color=f"C{index}", label=label)
-        _draw_band(axes, positions, group.spectrum, f"C{index}")
-    axes.axhline(NUMERICAL_RANK_THRESHOLD, color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        f"{NUMERICAL_RANK_THRESHOLD:.0%}",
-        (1, NUMERICAL_RANK_THRESHOLD),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 2),
-        textcoords="offset points",
-        ha="right",
-        color="grey",
-    )
-    axes.set(
-        title="Singular values of the change",
-        xlabel="index",
-        ylabel="share of the largest (mean over layers)",
-        yscale="log",
-        ylim=(SPECTRUM_FLOOR, 1.5),
-        xlim=(0, None),
-    )
-
-
-def _draw_kinds(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
-    kinds = list(next(iter(groups.values())).effective_rank_by_kind)
-    width = 0.8 / len(groups)
-    for index, group in enumerate(groups.values()):
-        bands = [group.effective_rank_by_kind[kind] for kind in kinds]
-        centres = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(kinds))]
-        heights = [band.mean[0] for band in bands]
-        axes.bar(centres, heights, 0.92 * width, color=f"C{index}")
-        if len(group.runs) > 1:
-            axes.vlines(
-                centres,
-                [band.low[0] for band in bands],
-                [band.high[0] for band in bands],
-                color="black",
-                linewidth=1,
-            )
-    axes.set(
-        title="Effective rank of the change",
-        ylabel=f"mean over blocks, of {_full_rank(groups)}",
-        ylim=(0, None),
-    )
-    axes.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
-
-
-def _draw_course(axes: Axes, groups: Mapping[str, GroupSpectra]) -> None:
-    for index, group in enumerate(groups.values()):
-        if group.course_steps:
-            axes.plot(group.course_steps, group.course.mean, ".-", color=f"C{index}")
-            _draw_band(axes, group.course_steps, group.course, f"C{index}")
-    axes.set(
-        title="Effective rank over training",
-        xlabel="step",
-        ylabel=f"mean over layers, of {_full_rank(groups)}",
-        xlim=(0, None),
-        ylim=(0, None),
-    )
-
-
-def _draw_band(axes: Axes, positions: Sequence[int], band: Band, colour: str) -> None:
-    """Draws the range over the runs."""
-    axes.fill_between(positions, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
-
-
-def _full_rank(groups: Mapping[str, GroupSpectra]) -> int:
-    """Returns the full rank of the largest layer drawn."""
-    return max(len(group.spectrum.mean) for group in groups.values())
-
-
-def _format(band: Band) -> str:
-    (mean,), (low,), (high,) = band
-    return f"{mean:.1f}" if low == high else f"{mean:.1f} ({low:.1f}-{high:.1f})"
+def draw(groups: Mapping[str, Group]) -> Figure:
+    """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
+    panels = [name for name in _PANELS if any(group[name]["x"] for group in groups.values())]
+    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        style, settings = _PANELS[name]
+        for label, group in groups.items():
+            curve: Curve = group[name]
+            (line,) = axes.plot(curve["x"], curve["mean"], style, label=label)
+            color = line.get_color()
+            axes.vlines(curve["x"], curve["low"], curve["high"], color=color, alpha=0.4)
+        axes.set(**settings)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -1,7 +1,8 @@
 """Compute ranks of matrices from their singular values, on plain tensors."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def layer_kind(name: str) -> str:
     return ".".join(parts[index + 2 :]) or parts[-1]
 
 
-def layers_by_kind(names: Collection[str]) -> dict[str, list[str]]:
+def layers_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     """Groups layers by kind, in order of first occurrence."""
     kinds: dict[str, list[str]] = {}
     for name in names:
@@ -86,43 +87,37 @@ def select_layers(names: Collection[str], patterns: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: if a pattern matches none.
     """
-
-    def matches(name: str, pattern: str) -> bool:
-        return fnmatchcase(name, pattern) or fnmatchcase(layer_kind(name), pattern)
-
+    matched: set[str] = set()
     for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
+        found = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(layer_kind(n), pattern)}
+        if not found:
             raise ConfigError(
                 f"--layers {pattern}: matches no layer; expected one of "
                 f"{', '.join(layers_by_kind(names))}, or a pattern for names like "
                 f"{next(iter(names))}"
             )
-    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
+        matched |= found
+    return [name for name in names if name in matched]
 
 
 def summarize(spectra: Spectra) -> RankSummary:
     """Averages ranks over all layers and over the layers of each kind."""
     effective = {name: effective_rank(values) for name, values in spectra.items()}
     return RankSummary(
-        effective=_mean(effective.values()),
-        numerical=_mean([numerical_rank(values) for values in spectra.values()]),
+        effective=fmean(effective.values()),
+        numerical=fmean(map(numerical_rank, spectra.values())),
         effective_by_kind={
-            kind: _mean([effective[name] for name in names])
+            kind: fmean(effective[name] for name in names)
             for kind, names in layers_by_kind(spectra).items()
         },
         effective_by_layer=effective,
     )
 
 
-def shares_of_largest(values: Tensor) -> Tensor:
-    """Divides singular values [n] by the largest one; zeros stay zero."""
-    return values / values.max().clamp(min=torch.finfo(values.dtype).tiny)
-
-
 def normalized_by_kind(spectra: Spectra) -> dict[str, Tensor]:
     """Concatenates, by kind, its layers' singular values as shares of each layer's largest."""
     return {
-        kind: torch.cat([shares_of_largest(spectra[name]) for name in names])
+        kind: torch.cat([_shares_of_largest(spectra[name]) for name in names])
         for kind, names in layers_by_kind(spectra).items()
     }
 
@@ -132,9 +127,10 @@ def mean_normalized_spectrum(spectra: Spectra) -> Tensor:
 
     Layers with fewer values are padded with zeros, as inside a larger matrix. An unchanged layer
     counts as zero."""
-    rows = [shares_of_largest(values) for values in spectra.values()]
+    rows = [_shares_of_largest(values) for values in spectra.values()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).mean(dim=0)
 
 
-def _mean(numbers: Collection[float]) -> float:
-    return sum(numbers) / len(numbers)
+def _shares_of_largest(values: Tensor) -> Tensor:
+    """Divides singular values [n] by the largest one; zeros stay zero."""
+    return values / values.max().clamp(min=torch.finfo(values.dtype).tiny)

@@ -1,31 +1,37 @@
-"""Measure the rank of each linear layer's weight change during training."""
+"""Measure the rank of each linear layer's weight change during training, one file a measurement."""
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
+from switchtitan.files import make_folder, write_atomically
+from switchtitan.hub.huggingface import read_safetensors
 from switchtitan.observability.metrics import Reporter
-from switchtitan.spectra.spectra_files import drop_spectra_after, write_spectra
 from switchtitan.spectra.spectrum import Spectra, normalized_by_kind, singular_values, summarize
-from switchtitan.spectra.weight_change import Origin, linear_layers, weight_changes
+from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
+
+SPECTRA_FOLDER = "spectra"
+"""Folder of the measurements, in the run's."""
+_FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 class RankTelemetry:
     """Measures singular values of W + s B A - W_init, or W - W_init.
 
-    Keeps no weights, except in host memory of the main rank those that a method computes as W_init.
-
     Args:
         dense_weights: `Method.dense_weights` of the run's method.
-        origin: the origin of the run's weights.
-        folder: the folder for measurements, one file each.
+        layers: qualified names of the layers to measure.
+        origin: the weights at step 0.
+        folder: the folder for measurements.
         start_step: the step that the run resumes from.
         device: the device on which the main rank computes.
         broadcast: sends the main rank's value to all ranks, without a timeout.
@@ -35,6 +41,7 @@ class RankTelemetry:
         self,
         *,
         dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+        layers: Sequence[str],
         origin: Origin,
         folder: Path,
         start_step: int,
@@ -43,6 +50,7 @@ class RankTelemetry:
         broadcast: Callable[[dict[str, float]], dict[str, float]],
     ) -> None:
         self._dense_weights = dense_weights
+        self._layers = layers
         self._origin = origin
         self._folder = folder
         self._last_step = start_step
@@ -60,24 +68,23 @@ class RankTelemetry:
         spectra = self._measure(tensors, step) if self._is_main else {}
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
-        values = self._broadcast(rank_metrics(spectra) if self._is_main else {})
+        values = self._broadcast(_rank_metrics(spectra) if self._is_main else {})
         reporter.report(step, values)
-        reporter.report_histograms(step, spectrum_histograms(spectra))
+        by_kind = normalized_by_kind(spectra)
+        reporter.report_histograms(
+            step, {f"rank/spectrum/{kind}": by_kind[kind] for kind in by_kind}
+        )
         if self._is_main:
-            largest = max(map(len, spectra.values()))
             logger.info(
                 "step %d: mean effective rank of the change %.1f of %d",
                 step,
                 values["rank/effective_mean"],
-                largest,
+                max(map(len, spectra.values())),
             )
 
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:
-        dense = self._dense_weights(tensors)
-        shapes = {name: weight.shape for name, weight in dense.items()}
-        layers = linear_layers(shapes, self._origin.block_names())
-        changes = weight_changes(dense, self._origin, layers)
+        changes = self._origin.changes(self._dense_weights(tensors), self._layers)
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         try:
             # Those in between are left by a stopped run that resumed from an earlier checkpoint.
@@ -89,17 +96,44 @@ class RankTelemetry:
         return spectra
 
 
-def rank_metrics(spectra: Spectra) -> dict[str, float]:
+def _rank_metrics(spectra: Spectra) -> dict[str, float]:
     """Returns ranks by TensorBoard tag: means over all layers, means by kind, and by layer."""
-    summary = summarize(spectra)
-    by_kind = {f"rank/effective/{kind}": rank for kind, rank in summary.effective_by_kind.items()}
-    by_layer = {
-        f"rank/effective_by_layer/{name}": rank for name, rank in summary.effective_by_layer.items()
+    ranks = summarize(spectra)
+    return {
+        "rank/effective_mean": ranks.effective,
+        "rank/numerical_mean": ranks.numerical,
+        **{f"rank/effective/{kind}": rank for kind, rank in ranks.effective_by_kind.items()},
+        **{
+            f"rank/effective_by_layer/{name}": rank
+            for name, rank in ranks.effective_by_layer.items()
+        },
     }
-    means = {"rank/effective_mean": summary.effective, "rank/numerical_mean": summary.numerical}
-    return means | by_kind | by_layer
 
 
-def spectrum_histograms(spectra: Spectra) -> dict[str, Tensor]:
-    """Returns, by TensorBoard tag and kind, singular values as shares of their layer's largest."""
-    return {f"rank/spectrum/{kind}": shares for kind, shares in normalized_by_kind(spectra).items()}
+def write_spectra(folder: Path, step: int, spectra: Spectra) -> Path:
+    """Writes one measurement atomically; replaces an earlier one of the same step."""
+    make_folder(folder)
+    file = folder / f"step-{step:09d}.safetensors"
+    write_atomically(file, save(dict(spectra), metadata={"step": str(step)}))
+    return file
+
+
+def read_spectra(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """Returns all measurements in `folder` by step, in order; none if there is no such folder.
+
+    Raises:
+        CheckpointError: if a file is damaged.
+    """
+    return {step: read_safetensors(file) for step, file in _measurements(folder)}
+
+
+def drop_spectra_after(folder: Path, step: int) -> None:
+    """Deletes the measurements after `step`, left by a run that now resumes from `step`."""
+    for measured, file in _measurements(folder):
+        if measured > step:
+            file.unlink()
+
+
+def _measurements(folder: Path) -> list[tuple[int, Path]]:
+    files = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(match[1]), file) for file in files if (match := _FILE.fullmatch(file.name)))

@@ -20,7 +20,7 @@ from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods.lowrank import LowRankMethod
-from switchtitan.spectra.spectra_files import read_spectra
+from switchtitan.spectra.telemetry import read_spectra
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -14,8 +14,11 @@ from switchtitan.checkpoint import find_given
 from switchtitan.errors import CheckpointError
 from switchtitan.generation.trained import open_trained_model
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
-from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME, read_adapter_config
-from switchtitan.hub.peft_folder import ADAPTER_NAME, read_adapted
+from switchtitan.hub.peft_folder import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    read_adapted,
+)
 
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 53
 TOLERANCE = 1e-5
@@ -77,24 +80,7 @@ def changed_copy(folder, copy, **changes):
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {},
-        {"use_rslora": True},
-        {"alpha_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {LAYER: 2}},
-        {"alpha_pattern": {f"^{LAYER}": 2}},
-        {"alpha_pattern": {r".*\.[01]\.mlp.*": 2}},
-        {"alpha_pattern": {"(q|down)_proj": 2}},
-        # Without an effect: PEFT matches names up to their end, from their start or a dot.
-        {"alpha_pattern": {"^q_proj": 2, "roj": 3, "self_attn": 5}},
-        {"alpha_pattern": {r".*\.1\..*": 48, "q_proj": 24, "model.layers.1.self_attn.q_proj": 96}},
-        {"rank_pattern": {"down_proj": 2}},
-        {"rank_pattern": {r"model\.layers\.\d+\.self_attn\.q_proj": 3}, "use_rslora": True},
-        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"model.layers.1.mlp.down_proj": 9}},
-        {"init_lora_weights": False},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "orthogonal"},
-    ],
+    [{}, {"use_rslora": True}, {"init_lora_weights": False}, {"init_lora_weights": "orthogonal"}],
 )
 def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys):
     expected = save_adapter(base, tmp_path / "adapter", **keys)
@@ -102,18 +88,9 @@ def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"init_lora_weights": "olora"},
-        {"init_lora_weights": "pissa"},
-        {"alora_invocation_tokens": [21, 28]},
-    ],
-)
-def test_an_adapter_that_changes_the_base_or_acts_on_some_tokens_is_refused(base, tmp_path, keys):
-    save_adapter(base, tmp_path / "adapter", **keys)
-    (key,) = keys
-    with pytest.raises(CheckpointError, match=rf"{key} = .*merge_and_unload"):
+def test_an_adapter_that_changes_its_base_when_peft_loads_it_is_refused(base, tmp_path):
+    save_adapter(base, tmp_path / "adapter", init_lora_weights="olora")
+    with pytest.raises(CheckpointError, match=r"init_lora_weights = 'olora'.*merge_and_unload"):
         read_adapted(tmp_path / "adapter")
 
 
@@ -124,35 +101,33 @@ def test_an_adapter_that_changes_the_base_or_acts_on_some_tokens_is_refused(base
         ("bias", "all"),
         ("use_dora", True),
         ("use_rslora", "yes"),
-        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "pissa"),
         ("fan_in_fan_out", True),
-        ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 1]]),
+        ("alora_invocation_tokens", [21, 28]),
         ("a_key_of_a_later_version", 0.5),
-        ("alpha_pattern", [1]),
-        ("alpha_pattern", {"q_proj(": 3}),
-        ("rank_pattern", {"a{2,1}": 3}),
+        ("alpha_pattern", {"q_proj": 3}),
+        ("lora_alpha", "5"),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", float("nan")),
+        ("base_model_name_or_path", ["owner/model"]),
+        ("base_model_name_or_path", "owner/model"),
+        ("r", 0),
+        ("r", 3),  # of factors of rank 4
     ],
 )
 def test_other_kinds_are_refused_by_key(plain, tmp_path, key, value):
-    read_adapter_config(changed_copy(plain, tmp_path / "same", a_key_of_a_later_version=[]))
-    with pytest.raises(CheckpointError, match=rf"{ADAPTER_CONFIG_NAME}: {key} = "):
-        read_adapter_config(changed_copy(plain, tmp_path / "other", **{key: value}))
+    read_adapted(changed_copy(plain, tmp_path / "same", a_key_of_a_later_version=[]))
+    folder = changed_copy(plain, tmp_path / "other", **{key: value})
+    with pytest.raises(CheckpointError, match=ADAPTER_CONFIG_NAME) as refused:
+        read_adapted(folder)
+    refused.match(rf"\b{key} = ")
 
 
-@pytest.mark.parametrize("alpha", ["5", None, True, 10**400, float("nan")])
-def test_an_alpha_that_is_no_number_is_refused(plain, tmp_path, alpha):
-    folder = changed_copy(plain, tmp_path / "adapter", lora_alpha=alpha)
-    with pytest.raises(CheckpointError, match=r"lora_alpha (= .*|is missing): expected a number"):
-        read_adapter_config(folder)
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_factors_of_another_rank_are_refused(plain, tmp_path, rank):
-    assert read_adapter_config(plain).scale_of(LAYER) == 6 / 4
-    with pytest.raises(CheckpointError, match=rf"r = {rank}\b"):
-        read_adapted(changed_copy(plain, tmp_path / "adapter", r=rank))
+def test_an_adapter_without_a_scale_is_refused(plain, tmp_path):
+    with pytest.raises(CheckpointError, match=r"lora_alpha Field required"):
+        read_adapted(changed_copy(plain, tmp_path / "adapter", lora_alpha=None))
 
 
 @pytest.fixture(scope="module", params=["switchlora", "lora"])
@@ -190,24 +165,12 @@ def test_reading_an_exported_adapter_gives_the_runs_dense_weights(exported):
     assert trained.config.architecture() == ours
 
 
-def test_a_method_without_frozen_weights_has_no_adapter(corpora, tmp_path):
-    train_and_save(corpora / "no-adapter", "full_rank", num_steps=1)
-    words = ("export", corpora / "no-adapter" / "run", "--folder", tmp_path / "out")
-    run(*words, "--format", "peft").check_refused("--format peft", "'full_rank'")
-    assert not (tmp_path / "out").exists()
-
-
-def test_damaged_adapters_are_refused(plain, tmp_path):
-    copy = changed_copy(plain, tmp_path / "copy")
-    file = copy / ADAPTER_NAME
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_factors_are_refused_by_file(plain, tmp_path, damage):
+    file = changed_copy(plain, tmp_path / "copy") / ADAPTER_NAME
     data = file.read_bytes()
-    file.write_bytes(data[:-9])
-    with pytest.raises(CheckpointError, match=ADAPTER_NAME):
-        read_adapted(copy)
     file.unlink()
+    if damage == "truncated":
+        file.write_bytes(data[:-9])
     with pytest.raises(CheckpointError, match=ADAPTER_NAME):
-        read_adapted(copy)
-    file.write_bytes(data)
-    other = changed_copy(copy, tmp_path / "other", base_model_name_or_path="owner/model")
-    with pytest.raises(CheckpointError, match="'owner/model': no such folder"):
-        read_adapted(other)
+        read_adapted(tmp_path / "copy")

@@ -14,7 +14,8 @@ from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
 from switchtitan.methods import METHODS
 from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
-from switchtitan.spectra.spectra_files import read_spectra, write_spectra
+from switchtitan.spectra import weight_change
+from switchtitan.spectra.telemetry import read_spectra, write_spectra
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")
 EVERY_5 = (*NUM_STEPS, "--spectrum.interval", "5")
@@ -191,7 +192,7 @@ def test_a_resumed_run_measures_from_step_0_and_drops_later_measurements(corpora
     assert reported == {step: ranks for step, ranks in switching[1].items() if step > 7}
 
 
-def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
+def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     folder, start = corpora / "rank-warm", corpora / "start.safetensors"
@@ -204,7 +205,15 @@ def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
     warm = ("--checkpoint.initial_weights", str(start))
     train_and_save(folder, "lora", *NUM_STEPS, *warm, num_steps=4)
     # The key may be omitted on resume: the checkpoint stores the initial weights' path.
+    read, read_again = [], weight_change.read_initial_weights
+    monkeypatch.setattr(
+        weight_change,
+        "read_initial_weights",
+        lambda *given: read.append(given) or read_again(*given),
+    )
     trainer, reported = train(folder, "lora", *EVERY_5)
+    # Checksums and weights of the start are read once for all measurements.
+    assert len(read) == 1
     expected = expected_spectra(merged_weights(folder, "lora", trainer), load_file(start))
     measured = read_spectra(folder / "run" / "spectra")
     assert list(measured) == [5, 10, 12]

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from support.trained import TOKENS, save_qwen, train_and_save
 from switchtitan.config.toml_text import toml_value
 from switchtitan.data import DataConfig, open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
-from switchtitan.spectra.spectra_files import read_spectra
 from switchtitan.spectra.spectrum import summarize
+from switchtitan.spectra.telemetry import read_spectra
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
@@ -323,16 +324,20 @@ def test_the_prompt_can_come_from_a_file_or_standard_input_or_be_empty(
 
 def test_a_plotted_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     picture, numbers = tmp_path / "new" / "spectra.png", tmp_path / "numbers.json"
-    outcome = run("plot", "spectrum", trained.run, "--output", picture, "--json", numbers)
+    at_5, at_15 = (trained.run / "checkpoints" / f"step-{step:09d}" for step in (5, 15))
+    words = ("--label", f"both={at_5},{at_15}", "--output", picture, "--json", numbers)
+    outcome = run("plot", "spectrum", trained.run, *words)
     assert outcome.status == 0, outcome.errors
     assert picture.read_bytes().startswith(b"\x89PNG")
-    (found,) = json.loads(numbers.read_text()).values()
-    spectra = read_spectra(trained.run / "spectra")
+    of_run, of_both = json.loads(numbers.read_text()).values()
     # The checkpoint's weights are merged again: roundings of an fp32 product.
-    expected = summarize(spectra[15]).effective
-    assert found["effective_rank"]["mean"] == pytest.approx(expected, rel=1e-4)
-    of_kind = {name: values for name, values in spectra[15].items() if name.endswith("up_proj")}
-    assert found["effective_rank_by_kind"]["up_proj"]["mean"] == pytest.approx(
-        summarize(of_kind).effective, rel=1e-4
-    )
-    assert found["course"]["step"] == [5, 10, 15]
+    about = partial(pytest.approx, rel=1e-4)
+    measured = {step: summarize(of) for step, of in read_spectra(trained.run / "spectra").items()}
+    ranks = [measured[step].effective for step in (5, 10, 15)]
+    assert of_run["ranks"]["mean"][0] == about(ranks[2])
+    by_kind = dict(zip(of_run["by_kind"]["x"], of_run["by_kind"]["mean"], strict=True))
+    assert by_kind["up"] == about(measured[15].effective_by_kind["up_proj"])
+    assert (of_run["over_training"]["x"], of_run["over_training"]["mean"]) == ([5, 10, 15], ranks)
+    both = [of_both["ranks"][key][0] for key in ("low", "mean", "high")]
+    assert both == about(sorted([ranks[0], (ranks[0] + ranks[2]) / 2, ranks[2]]))
+    assert f"{both[1]:.1f} ({both[0]:.1f}-{both[2]:.1f})" in outcome.output

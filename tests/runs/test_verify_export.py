@@ -50,11 +50,12 @@ def check_that_others_are_found(saved, folder, dtype):
         verify_export(DenseCheckpoint(saved), folder, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "least", "most"), [(FP32, 0, 1e-5), (BF16, 1e-4, 2e-2)])
-def test_exports_compute_the_logits_of_their_checkpoint(saved, tmp_path, dtype, least, most):
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_exports_compute_the_logits_of_their_checkpoint(saved, tmp_path, dtype):
     export.export_merged(saved, Target(tmp_path / "out", dtype, 20_000, verify=None))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert least <= verify_export(DenseCheckpoint(saved), tmp_path / "out", dtype) < most
+    # Both sides compute with weights that are rounded to this dtype.
+    assert verify_export(DenseCheckpoint(saved), tmp_path / "out", dtype) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -87,22 +88,20 @@ def test_another_factor_or_base_weight_of_an_adapter_is_found(saved, tmp_path, d
         (out / file).write_bytes(written)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_weights_that_are_not_a_number_are_found(saved, tmp_path, dtype):
+def test_weights_that_are_not_a_number_are_found(saved, tmp_path):
     out = tmp_path / "out"
-    export.export_merged(saved, Target(out, dtype, verify=None))
+    export.export_merged(saved, Target(out, verify=None))
     damage_weights(out / "model.safetensors", "model.norm.weight", float("nan"))
-    check_that_others_are_found(saved, out, dtype)
+    check_that_others_are_found(saved, out, FP32)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_an_export_with_other_logits_is_not_kept(saved, tmp_path, monkeypatch, dtype):
+def test_an_export_with_other_logits_is_not_kept(saved, tmp_path, monkeypatch):
     def save_wrongly(weights, file, **keys):
         save_file({name: 1.01 * value for name, value in weights.items()}, file, **keys)
 
     monkeypatch.setattr(export_folder, "save_file", save_wrongly)
     with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
-        export.export_merged(saved, Target(tmp_path / "out", dtype))
+        export.export_merged(saved, Target(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 

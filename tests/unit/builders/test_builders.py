@@ -19,8 +19,7 @@ from switchtitan.generation.trained import (
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
-from switchtitan.hub.peft_folder import ADAPTER_NAME
+from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 
 
 class WatchedTensors(dict):

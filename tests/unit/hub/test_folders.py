@@ -1,11 +1,8 @@
-"""A folder is complete or absent, whatever stops what writes it; and the fingerprint of what a run
-starts from."""
+"""An exported folder is complete or absent; and the fingerprint of what a run starts from."""
 
 import hashlib
 import json
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from switchtitan.errors import CheckpointError, OutputError
-from switchtitan.files import try_lock
+from switchtitan.hub.export_folder import new_folder
 from switchtitan.hub.initial_weights import fingerprint
-from switchtitan.hub.new_folder import new_folder
-from switchtitan.hub.peft_config import ADAPTER_CONFIG_NAME
-from switchtitan.hub.peft_folder import ADAPTER_NAME, BASE_FOLDER
+from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME, BASE_FOLDER
 
 
 def names_in(folder):
@@ -39,7 +34,7 @@ def test_a_folder_has_its_files_only_when_it_is_complete(tmp_path, exists):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CheckpointError])
 def test_nothing_is_left_after_an_error(tmp_path, error):
     def write_and_fail():
-        with new_folder(tmp_path / "a" / "b" / "out") as partial:
+        with new_folder(tmp_path / "out") as partial:
             (partial / "file").write_text("1")
             raise error
 
@@ -48,28 +43,13 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
     assert names_in(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_deleted(tmp_path, caplog):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "large").write_text("1")
-    (tmp_path / ".out.lock").touch()
-    with new_folder(tmp_path / "out") as partial:
-        assert names_in(partial) == []
-        (partial / "file").write_text("2")
-    assert names_in(tmp_path) == ["out"]
-    assert names_in(tmp_path / "out") == ["file"]
-    assert "deleting the incomplete folder" in caplog.text
-
-
 def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
     with new_folder(tmp_path / "out") as partial:
         (partial / "file").write_text("1")
-        refused = pytest.raises(OutputError, match="another process")
+        refused = pytest.raises(OutputError, match=r"another process .*delete .*\.out\.partial")
         with refused, new_folder(tmp_path / "out"):
             pass
     assert names_in(tmp_path / "out") == ["file"]
-    # The lock is only as long as the block.
-    with try_lock(tmp_path / ".out.lock", key="--folder") as descriptor:
-        assert descriptor is not None
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])
@@ -81,15 +61,6 @@ def test_what_exists_is_kept(tmp_path, content):
         pass
     assert names_in(tmp_path) == ["out"]
     assert mine.read_text() == "mine"
-
-
-def test_a_link_in_the_place_of_the_partial_folder_is_not_followed(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").write_text("mine")
-    (tmp_path / ".out.partial").symlink_to(tmp_path / "mine")
-    with pytest.raises(OutputError, match="out cannot be written"), new_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "mine" / "file").read_text() == "mine"
 
 
 def test_all_files_and_names_are_flushed_before_the_rename(tmp_path, monkeypatch):
@@ -108,28 +79,6 @@ def test_all_files_and_names_are_flushed_before_the_rename(tmp_path, monkeypatch
         before = len(flushed)
     assert set(flushed[before:-1]) == {*files, partial, partial / "base"}
     assert flushed[-1] == tmp_path
-
-
-@contextmanager
-def largest_file(num_bytes):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_file_that_cannot_be_written_in_full_is_an_error_by_name(tmp_path):
-    def write_weights():
-        with new_folder(tmp_path / "out") as partial:
-            save_file({"weight": torch.zeros(1000)}, partial / "model.safetensors")
-
-    with largest_file(1000), pytest.raises(OutputError, match="out cannot be written"):
-        write_weights()
-    assert names_in(tmp_path) == []
-    write_weights()
-    assert names_in(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("place", ["file/x", "loop/x", "a" * 300])

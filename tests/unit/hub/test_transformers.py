@@ -104,18 +104,12 @@ def test_transformers_computes_our_logits_from_an_export_in_shards(state, tmp_pa
     shards = [load_file(file) for file in files]
     assert len(shards) > 1
     assert all(sum(value.nbytes for value in shard.values()) <= 20_000 for shard in shards)
-    assert sorted(name for shard in shards for name in shard) == sorted(state)
+    back = {name: value for shard in shards for name, value in shard.items()}
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
-
-
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 1])
-def test_export_and_read_change_neither_names_nor_values(state, tmp_path, max_shard_bytes):
-    export(state, tmp_path / "out", max_shard_bytes=max_shard_bytes)
-    back = read_initial_weights(tmp_path / "out", CONFIG).tensors
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
 def test_bf16_export_rounds_each_value_once(state, tmp_path):
@@ -285,12 +279,10 @@ def test_damaged_and_missing_weights_are_named(state, tmp_path):
         read_dense(tmp_path)
     export(state, tmp_path / "out", max_shard_bytes=20_000)
     shard = sorted((tmp_path / "out").glob("model-*"))[1]
-    shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=rf"{shard.name} is a corrupted or truncated"):
-        read_dense(tmp_path / "out")
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"names {shard.name}"):
-        read_dense(tmp_path / "out")
+    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-5]), shard.unlink):
+        damage()
+        with pytest.raises(CheckpointError, match=rf"{shard.name} is .*missing, corrupted"):
+            read_dense(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

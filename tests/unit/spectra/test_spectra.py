@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from switchtitan.errors import CheckpointError, ConfigError
-from switchtitan.spectra.spectra_files import drop_spectra_after, read_spectra, write_spectra
 from switchtitan.spectra.spectrum import (
     effective_rank,
     layers_by_kind,
@@ -15,6 +14,7 @@ from switchtitan.spectra.spectrum import (
     singular_values,
     summarize,
 )
+from switchtitan.spectra.telemetry import drop_spectra_after, read_spectra, write_spectra
 
 
 def matrix_with(values, num_rows, num_columns):
