@@ -40,7 +40,7 @@ def build_rank_telemetry(
     if config.spectrum.interval is None:
         return None
     from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
-    from switchtitan.spectra.weight_change import Origin, linear_layers
+    from switchtitan.spectra.weight_change import Origin
 
     method = build_method(config)
     origin = Origin(
@@ -50,7 +50,6 @@ def build_rank_telemetry(
         origin.open()
     return RankTelemetry(
         dense_weights=method.dense_weights,
-        layers=linear_layers(config.model),
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
         start_step=state.step,

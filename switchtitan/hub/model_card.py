@@ -40,7 +40,7 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
     """
     state = metadata.train_state
     facts = {
-        **{section: _chosen(metadata, section) for section in ("method", "model", "corpus")},
+        **{key: metadata.identity_value(key, "name") for key in ("method", "model", "corpus")},
         "steps": metadata.step,
         "tokens seen": state.get("tokens_seen"),
         "started from": state.get("initial_weights") or "random weights",
@@ -53,14 +53,6 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
     card = _CARD.format(files=files, rows="\n".join(rows), config=metadata.config.strip())
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _chosen(metadata: CheckpointMetadata, section: str) -> str | None:
-    values = metadata.identity.get(section)
-    if not isinstance(values, dict) or values.get("name") is None:
-        return None
-    sizes = [f"{key} {values[key]}" for key in ("size", "rank") if values.get(key) is not None]
-    return ", ".join([str(values["name"]), *sizes])
 
 
 def _cell(value: object) -> str:

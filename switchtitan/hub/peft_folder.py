@@ -130,20 +130,11 @@ def write_adapter(
     on_meta = method.low_rank_updates(checkpoint.on_meta)
     # All layers of a run have one rank and one scale.
     ((rank, scale),) = {(update.lora_a.shape[0], update.scale) for update in on_meta.values()}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "target_modules": sorted(on_meta),
-    }
-    text = json.dumps(config, indent=2) + "\n"
+    config = AdapterConfig(
+        peft_type="LORA", r=rank, lora_alpha=scale * rank, base_model_name_or_path=str(base)
+    )
+    others = {"task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(on_meta)}
+    text = json.dumps({**config.model_dump(), **others}, indent=2) + "\n"
     (folder / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
     factors = {}
     for layer in on_meta:

@@ -8,7 +8,6 @@ import torch
 from matplotlib.figure import Figure
 
 from switchtitan.checkpoint import find_given, read_metadata
-from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.spectra.spectrum import (
@@ -20,8 +19,6 @@ from switchtitan.spectra.spectrum import (
 from switchtitan.spectra.telemetry import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
-SPECTRUM_FLOOR = 1e-5
-"""Lower limit of the axis, as a share of the largest singular value; below is fp32 noise."""
 _PANELS: dict[str, tuple[str, dict[str, Any]]] = {
     "spectrum": (
         "-",
@@ -30,7 +27,7 @@ _PANELS: dict[str, tuple[str, dict[str, Any]]] = {
             "xlabel": "index",
             "ylabel": "share of the largest (mean over layers)",
             "yscale": "log",
-            "ylim": (SPECTRUM_FLOOR, 1.5),
+            "ylim": (1e-5, 1.5),  # below is fp32 noise
         },
     ),
     "by_kind": (
@@ -80,13 +77,7 @@ def measure(
         ConfigError: if a pattern matches no layer, or the models differ.
     """
     checkpoints = {label: list(map(find_given, runs)) for label, runs in labels.items()}
-    first, *others = [checkpoint for group in checkpoints.values() for checkpoint in group]
-    for other in others:
-        if differing := model_differences(saved_model_config(first), saved_model_config(other)):
-            raise ConfigError(
-                f"{first} and {other} hold different models ([model] {'; '.join(differing)}); "
-                "ranks are comparable only within one model; draw separate pictures"
-            )
+    _check_same_model([checkpoint for group in checkpoints.values() for checkpoint in group])
     groups: dict[str, Group] = {}
     for label, group in checkpoints.items():
         curves = [_curves(checkpoint, patterns) for checkpoint in group]
@@ -98,14 +89,17 @@ def measure(
     return groups
 
 
-def model_differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Returns each key in which two models differ, with both values; not the attention kernel."""
-    first, second = one.architecture(), other.architecture()
-    return [
-        f"{key} = {first.get(key)!r} and {second.get(key)!r}"
-        for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key)
-    ]
+def _check_same_model(checkpoints: Sequence[Path]) -> None:
+    models = {
+        checkpoint: saved_model_config(checkpoint).architecture() for checkpoint in checkpoints
+    }
+    (first, model), *others = models.items()
+    for other, its_model in others:
+        if differing := [key for key in model | its_model if model.get(key) != its_model.get(key)]:
+            raise ConfigError(
+                f"{first} and {other} hold different models ([model] {', '.join(differing)}); "
+                "ranks are comparable only within one model; draw separate pictures"
+            )
 
 
 def _curves(checkpoint: Path, patterns: Sequence[str]) -> dict[str, dict[Any, float]]:

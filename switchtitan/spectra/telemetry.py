@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,6 @@ class RankTelemetry:
 
     Args:
         dense_weights: `Method.dense_weights` of the run's method.
-        layers: qualified names of the layers to measure.
         origin: the weights at step 0.
         folder: the folder for measurements.
         start_step: the step that the run resumes from.
@@ -41,7 +40,6 @@ class RankTelemetry:
         self,
         *,
         dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        layers: Sequence[str],
         origin: Origin,
         folder: Path,
         start_step: int,
@@ -50,7 +48,6 @@ class RankTelemetry:
         broadcast: Callable[[dict[str, float]], dict[str, float]],
     ) -> None:
         self._dense_weights = dense_weights
-        self._layers = layers
         self._origin = origin
         self._folder = folder
         self._last_step = start_step
@@ -84,7 +81,8 @@ class RankTelemetry:
 
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:
-        changes = self._origin.changes(self._dense_weights(tensors), self._layers)
+        dense, layers = self._dense_weights(tensors), self._origin.linear_layers()
+        changes = self._origin.changes(dense, layers)
         spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
         try:
             # Those in between are left by a stopped run that resumed from an earlier checkpoint.

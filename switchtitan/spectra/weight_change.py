@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import read_metadata
-from switchtitan.contracts import LanguageModel, Method, ModelConfig
+from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import (
@@ -43,10 +43,21 @@ class Origin:
         method: Method,
     ) -> None:
         self._config, self._seed, self._method = config, seed, method
+        with torch.device("meta"):
+            self._model = MODELS.build(config)
         self._source = None if initial_weights is None else Path(initial_weights)
         self._checksum = checksum
         self._given: dict[str, Tensor] = {}
         self._computed: dict[str, Tensor] = {}
+
+    def linear_layers(self) -> list[str]:
+        """Returns the qualified names of the linear layers in blocks: no embedding, no head."""
+        blocks = tuple(f"{block}." for block in self._model.blocks())
+        return [
+            name.removesuffix(".weight")
+            for name, weight in self._model.named_parameters()
+            if name.startswith(blocks) and weight.dim() == 2
+        ]
 
     def open(self) -> None:
         """Reads what was read at step 0, the first time that it is called.
@@ -76,16 +87,15 @@ class Origin:
             CheckpointError: see `open`.
         """
         self.open()
-        model = plain_model(self._config)
         for layer in layers:
             weight = dense[f"{layer}.weight"]
-            yield layer, weight - self._starting_weight(f"{layer}.weight", weight.shape, model)
+            yield layer, weight - self._starting_weight(f"{layer}.weight", weight.shape)
 
-    def _starting_weight(self, name: str, shape: torch.Size, model: LanguageModel) -> Tensor:
+    def _starting_weight(self, name: str, shape: torch.Size) -> Tensor:
         if name in self._computed:
             return self._computed[name]
         if self._source is None:
-            weight = plain_value(model, self._seed, name, shape)
+            weight = plain_value(self._model, self._seed, name, shape)
         else:
             weight = self._given[name].to(torch.float32)
         start = self._method.starting_weight(name, weight)
@@ -93,23 +103,6 @@ class Origin:
             # It may be a decomposition, which takes longer than the measurement.
             self._computed[name] = start
         return start
-
-
-def plain_model(config: ModelConfig) -> LanguageModel:
-    """Returns the plain model on the meta device."""
-    with torch.device("meta"):
-        return MODELS.build(config)
-
-
-def linear_layers(config: ModelConfig) -> list[str]:
-    """Returns the qualified names of the blocks' linear layers, without embedding and head."""
-    model = plain_model(config)
-    blocks = tuple(f"{block}." for block in model.blocks())
-    return [
-        name.removesuffix(".weight")
-        for name, weight in model.named_parameters()
-        if name.startswith(blocks) and weight.dim() == 2
-    ]
 
 
 def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> dict[str, Tensor]:
@@ -123,14 +116,15 @@ def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> di
             longer available.
         ConfigError: if a pattern matches no layer.
     """
-    metadata, config = read_metadata(checkpoint), saved_model_config(checkpoint)
+    metadata = read_metadata(checkpoint)
     path, checksum = (
         None if value is None else str(value)
         for value in map(metadata.train_state.get, ("initial_weights", "initial_fingerprint"))
     )
     seed = metadata.identity_number("job", "seed")
-    origin = Origin(config, seed, path, checksum, saved_method(checkpoint))
-    layers = select_layers(linear_layers(config), patterns)
+    config, method = saved_model_config(checkpoint), saved_method(checkpoint)
+    origin = Origin(config, seed, path, checksum, method)
+    layers = select_layers(origin.linear_layers(), patterns)
     changes = origin.changes(read_dense_checkpoint(checkpoint), layers)
     progress = progress_bar(str(checkpoint), changes, total=len(layers), unit="layers")
     return {layer: singular_values(change) for layer, change in progress}

@@ -341,3 +341,11 @@ def test_a_plotted_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     both = [of_both["ranks"][key][0] for key in ("low", "mean", "high")]
     assert both == about(sorted([ranks[0], (ranks[0] + ranks[2]) / 2, ranks[2]]))
     assert f"{both[1]:.1f} ({both[0]:.1f}-{both[2]:.1f})" in outcome.output
+
+
+def test_spectra_of_two_models_are_not_drawn_together(trained, tmp_path):
+    copy = tmp_path / "run" / "checkpoints" / "step-000000015"
+    shutil.copytree(trained.run / "checkpoints" / copy.name, copy)
+    rewrite_metadata(copy, lambda metadata: metadata["identity"]["model"].update(rope_theta=7.0))
+    words = ("plot", "spectrum", trained.run, copy, "--output", tmp_path / "x.png")
+    run(*words).check_refused("different models", "rope")

@@ -51,17 +51,11 @@ def check_that_others_are_found(saved, folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_exports_compute_the_logits_of_their_checkpoint(saved, tmp_path, dtype):
-    export.export_merged(saved, Target(tmp_path / "out", dtype, 20_000, verify=None))
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    # Both sides compute with weights that are rounded to this dtype.
-    assert verify_export(DenseCheckpoint(saved), tmp_path / "out", dtype) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_another_weight_or_another_number_of_the_model_is_found(saved, tmp_path, dtype):
     out = tmp_path / "out"
     export.export_merged(saved, Target(out, dtype, verify=None))
+    # Both sides compute with weights that are rounded to this dtype.
+    assert verify_export(DenseCheckpoint(saved), out, dtype) < 1e-5
     written = (out / "config.json").read_text()
     for key, value in {"rope_theta": 20_000.0, "rms_norm_eps": 1e-3}.items():
         damage_config(out / "config.json", key, value)
@@ -157,11 +151,3 @@ def test_the_model_card_says_how_the_model_was_made(saved, tmp_path):
     for fact in ("switchlora", metadata.train_state["tokens_seen"], " ".join(words)):
         assert str(fact) in card
     assert metadata.config.strip() in card
-
-
-@pytest.mark.parametrize("size", ["0GB", "1TB"])
-def test_wrong_sizes_are_refused(saved, tmp_path, size):
-    refused = run("export", saved, "--folder", tmp_path / "out", "--max-shard-size", size)
-    assert refused.status == 2
-    assert size in refused.errors
-    assert not (tmp_path / "out").exists()

@@ -119,20 +119,6 @@ def test_bf16_export_rounds_each_value_once(state, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_an_exported_tokenizer_equals_the_given_one(state, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    vocabulary = {"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.save(str(tmp_path / "given.json"))
-    export(state, tmp_path / "out", tokenizer_file=tmp_path / "given.json", eos_id=0)
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert loaded("b")["input_ids"] == tokenizer.encode("b").ids == [2]
-    assert loaded.eos_token == "<eos>"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == 0
-
-
 def test_a_failed_export_leaves_nothing_behind(state, tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     keys = {"tokenizer_file": tmp_path / "broken.json", "eos_id": 0}
@@ -157,9 +143,6 @@ def test_an_export_names_missing_unexpected_and_misshapen_weights(state, tmp_pat
     ("kind", "changes", "words"),
     [
         ("llama", {"rope_theta": 10000.0}, r"rope_theta = 700\.0"),
-        ("llama", {"norm_eps": 1e-6}, "rms_norm_eps"),
-        ("llama", {"vocab_size": 999}, "vocab_size = 1000"),
-        ("llama", {"num_layers": 3}, "num_hidden_layers = 2"),
         ("llama", {"num_heads": 3, "num_kv_heads": 1}, "num_attention_heads = 9"),
         ("llama3, tied", {"rope_original_positions": 128}, "original_max_position_embeddings"),
         ("llama, linear", {"rope_factor": 2.0}, r"factor = 2\.5"),
@@ -203,15 +186,12 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
         ("llama", {"model_type": "mixtral"}, "model_type = 'mixtral'"),
         ("llama", {"model_type": ["llama"]}, r"model_type = \['llama'\]"),
         ("llama", {"attention_bias": True}, "attention_bias = True"),
-        ("llama", {"mlp_bias": True}, "mlp_bias = True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-        ("llama", {"rope_scaling": [1]}, "rope_scaling"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
-        ("llama", {"hidden_size": "54"}, "hidden_size = '54'"),
         ("llama", {"num_hidden_layers": 10**9}, "num_layers.*10000"),
         ("llama", {"head_dim": 7}, "head_dim"),
         ("mistral", {"sliding_window": 128}, "sliding_window = 128"),
