@@ -119,7 +119,8 @@ def write_adapter(
 ) -> None:
     """Writes the low-rank updates of a checkpoint as an adapter that PEFT loads.
 
-    PEFT's B is [out, rank], and its scale is `lora_alpha` / `r`.
+    PEFT's B is [out, rank], and its scale is `lora_alpha` / `r`: that of the first layer. A of a
+    layer with another scale is multiplied by their ratio.
 
     Args:
         folder: an existing folder.
@@ -128,8 +129,8 @@ def write_adapter(
     """
     method = checkpoint.method
     on_meta = method.low_rank_updates(checkpoint.on_meta)
-    # All layers of a run have one rank and one scale.
-    ((rank, scale),) = {(update.lora_a.shape[0], update.scale) for update in on_meta.values()}
+    (rank,) = {update.lora_a.shape[0] for update in on_meta.values()}
+    scale = next(iter(on_meta.values())).scale
     config = AdapterConfig(
         peft_type="LORA", r=rank, lora_alpha=scale * rank, base_model_name_or_path=str(base)
     )
@@ -139,7 +140,8 @@ def write_adapter(
     factors = {}
     for layer in on_meta:
         update = method.low_rank_updates(checkpoint.read_trained([layer]))[layer]
-        for name, factor in (("A", update.lora_a), ("B", update.lora_b.t())):
+        lora_a = update.lora_a * (update.scale / scale)
+        for name, factor in (("A", lora_a), ("B", update.lora_b.t())):
             factors[f"{_PREFIX}{layer}.lora_{name}.weight"] = factor.to(dtype).contiguous()
     save_file(factors, folder / ADAPTER_NAME, metadata={"format": "pt"})
 
