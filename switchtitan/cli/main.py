@@ -25,9 +25,8 @@ COMMANDS = {
     "compare": "Run or resume a declared comparison of methods and report the results.",
     "benchmark": "Time training steps of several configurations side by side.",
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
-    "report": "Draw runs: curves as a picture, or a report as one HTML page.",
+    "report": "Draw runs: curves, or the rank of their change, as a picture or one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",
-    "plot": "Draw the rank of the change of runs' weights (`plot spectrum`).",
 }
 """Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
 _STARTERS = ("launch", "compare")

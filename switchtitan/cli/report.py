@@ -1,26 +1,32 @@
-"""Draws runs side by side: their curves as a picture, or a report as one HTML page.
+"""Draws runs side by side: as a picture, or as one HTML page.
 
     switchtitan report outputs/RUN [outputs/RUN ...] --output report.html
     switchtitan report outputs/RUN [outputs/RUN ...] --output curves.png
+    switchtitan report outputs/RUN [outputs/RUN ...] --spectrum --output spectra.png
 
 The page has results, curves, and the keys of the configurations that differ. It needs no server and
-no network."""
+no network. `--spectrum` draws singular values and ranks of the change of the runs' weights since
+step 0, which are drawn again from the seed or read from [checkpoint] initial_weights: of each run's
+newest checkpoint, and over training if [spectrum] interval was set."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from switchtitan.errors import ConfigError, UserError, exit_for
 from switchtitan.observability.pictures import check_picture_option, write_picture
 from switchtitan.report.curves import draw_curves
-from switchtitan.report.page import read_run, write_page
+from switchtitan.report.page import Table, read_run, write_page
+from switchtitan.spectra import plots
 
 
 def main(argv: Sequence[str]) -> None:
     """Writes the page or the picture."""
     options = read_options(argv)
     try:
-        write(options.runs, options.output)
+        write(options.runs, options.output, options.layers if options.spectrum else None)
     except UserError as error:
         exit_for(error)
     print(options.output)
@@ -30,7 +36,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="switchtitan report",
-        description="Draws runs side by side: curves as a picture, or a report as one HTML page.",
+        description="Draws runs side by side: as a picture, or as one HTML page.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
@@ -38,13 +44,28 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         "--output",
         type=Path,
         default=Path("report.html"),
-        help="a page (.html), or a picture of the curves (.png, .svg, .pdf); default: report.html",
+        help="a page (.html), or a picture (.png, .svg, .pdf); default: report.html",
+    )
+    parser.add_argument(
+        "--spectrum",
+        action="store_true",
+        help="the rank of the weights' change: on the page next to the curves, else in their place",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="of --spectrum: kinds of layers (q_proj) or patterns of names ('model.layers.3.*')",
     )
     return parser.parse_args(argv)
 
 
-def write(folders: Sequence[Path], output: Path) -> None:
+def write(folders: Sequence[Path], output: Path, layers: Sequence[str] | None) -> None:
     """Writes the page or the picture, by the extension of `output`.
+
+    Args:
+        layers: whose spectra to draw; None for none.
 
     Raises:
         ConfigError: if a folder is not a run's, or the file cannot be written.
@@ -52,13 +73,22 @@ def write(folders: Sequence[Path], output: Path) -> None:
     is_page = output.suffix == ".html"
     if not is_page:
         check_picture_option(output)
-    runs = {label: read_run(folder) for label, folder in labelled(folders).items()}
-    curves = draw_curves({label: run.curves for label, run in runs.items()})
+    runs = labelled(folders)
+    spectra = None if layers is None else plots.measure(runs, layers)
+    if spectra is not None and not is_page:
+        write_picture(plots.draw(spectra), output)
+        print("\n".join("  ".join(row) for row in plots.table(spectra)))
+        return
+    records = {label: read_run(folder) for label, folder in runs.items()}
+    curves = draw_curves({label: record.curves for label, record in records.items()})
     if not is_page:
         write_picture(curves, output)
         return
+    parts: dict[str, tuple[Figure, Table | None]] = {"Curves": (curves, None)}
+    if spectra is not None:
+        parts["Change of the weights"] = (plots.draw(spectra), plots.table(spectra))
     try:
-        write_page(runs, {"Curves": curves}, output)
+        write_page(records, parts, output)
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
 

@@ -76,20 +76,25 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(curves, results, {key: toml_value(value) for key, value in config.items()})
 
 
-def write_page(runs: Mapping[str, RunRecord], pictures: Mapping[str, Figure], file: Path) -> None:
+def write_page(
+    runs: Mapping[str, RunRecord],
+    pictures: Mapping[str, tuple[Figure, Table | None]],
+    file: Path,
+) -> None:
     """Writes the page.
 
     Args:
         runs: by label.
-        pictures: by heading.
+        pictures: by heading, each perhaps with a table.
 
     Raises:
         OSError: if the file cannot be written.
     """
     differing, same = _configurations(runs)
     parts = ["<h1>Runs</h1>", _html_table(_results(runs))]
-    for heading, figure in pictures.items():
+    for heading, (figure, table) in pictures.items():
         parts += [f"<h2>{escape(heading)}</h2>", _svg(figure)]
+        parts += [] if table is None else [_html_table(table)]
     if len(differing) > 1:
         parts += ["<h2>Keys that differ</h2>", _html_table(differing)]
     parts += [f"<details><summary>All other keys</summary>{_html_table(same)}</details>"]

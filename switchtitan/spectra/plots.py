@@ -1,10 +1,10 @@
-"""Average spectra of runs over seeds, draw and tabulate them next to each other."""
+"""Spectra of the change of runs' weights since step 0, next to each other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from switchtitan.checkpoint import find_given, read_metadata
@@ -12,6 +12,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
+    RankSummary,
     mean_normalized_spectrum,
     select_layers,
     summarize,
@@ -44,31 +45,28 @@ _PANELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Curve -> how its points are drawn, and the axes."""
+"""Attribute of `RunSpectra` -> how its points are drawn, and the axes."""
 
 
-class Curve(TypedDict):
-    """Mean and range over runs at each place `x`."""
+@dataclass(frozen=True)
+class RunSpectra:
+    """Spectra of a checkpoint's change since step 0, averaged over layers."""
 
-    x: list[Any]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
+    step: int
+    ranks: RankSummary
+    spectrum: Mapping[int, float]
+    """Index from 1 -> singular value, as a share of the largest one."""
+    by_kind: Mapping[str, float]
+    """Kind of layer -> effective rank, averaged over blocks."""
+    over_training: Mapping[int, float]
+    """Step -> effective rank, as measured by telemetry; empty without it."""
 
 
-Group = dict[str, Any]
-"""What is drawn of runs that differ only in their seed: `checkpoints`, `steps` and, as `Curve`:
-`ranks` (effective and numerical, averaged over layers), `spectrum` (shares of the largest singular
-value), `by_kind` and `over_training` (effective ranks, the latter as measured by telemetry)."""
-
-
-def measure(
-    labels: Mapping[str, Sequence[Path]], patterns: Sequence[str] = ("*",)
-) -> dict[str, Group]:
-    """Computes spectra of the weights' change since step 0 for runs of one model, and averages.
+def measure(runs: Mapping[str, Path], patterns: Sequence[str] = ("*",)) -> dict[str, RunSpectra]:
+    """Computes spectra of the weights' change since step 0 for runs of one model.
 
     Args:
-        labels: label -> runs, or checkpoints. Of a run it is the newest complete checkpoint.
+        runs: label -> run, or checkpoint. Of a run it is the newest complete checkpoint.
         patterns: the layers, see `select_layers`.
 
     Raises:
@@ -76,17 +74,42 @@ def measure(
             available.
         ConfigError: if a pattern matches no layer, or the models differ.
     """
-    checkpoints = {label: list(map(find_given, runs)) for label, runs in labels.items()}
-    _check_same_model([checkpoint for group in checkpoints.values() for checkpoint in group])
-    groups: dict[str, Group] = {}
-    for label, group in checkpoints.items():
-        curves = [_curves(checkpoint, patterns) for checkpoint in group]
-        groups[label] = {
-            "checkpoints": list(map(str, group)),
-            "steps": [read_metadata(checkpoint).step for checkpoint in group],
-            **{key: _average([one[key] for one in curves]) for key in curves[0]},
-        }
-    return groups
+    checkpoints = {label: find_given(run) for label, run in runs.items()}
+    _check_same_model(list(checkpoints.values()))
+    return {label: _measure(checkpoint, patterns) for label, checkpoint in checkpoints.items()}
+
+
+def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
+    """Returns rows with the mean ranks over layers, and the full rank; the first is the head."""
+    head = ["run", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]
+    return [
+        head,
+        *(
+            [
+                label,
+                str(run.step),
+                f"{run.ranks.effective:.1f}",
+                f"{run.ranks.numerical:.1f}",
+                str(len(run.spectrum)),
+            ]
+            for label, run in runs.items()
+        ),
+    ]
+
+
+def draw(runs: Mapping[str, RunSpectra]) -> Figure:
+    """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
+    panels = [name for name in _PANELS if any(getattr(run, name) for run in runs.values())]
+    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        style, settings = _PANELS[name]
+        for label, run in runs.items():
+            points: Mapping[Any, float] = getattr(run, name)
+            axes.plot(list(points), list(points.values()), style, label=label)
+        axes.set(**settings)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
 
 
 def _check_same_model(checkpoints: Sequence[Path]) -> None:
@@ -102,66 +125,17 @@ def _check_same_model(checkpoints: Sequence[Path]) -> None:
             )
 
 
-def _curves(checkpoint: Path, patterns: Sequence[str]) -> dict[str, dict[Any, float]]:
+def _measure(checkpoint: Path, patterns: Sequence[str]) -> RunSpectra:
     spectra = checkpoint_spectra(checkpoint, patterns)
     ranks = summarize(spectra)
     measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
-    return {
-        "ranks": {"effective": ranks.effective, "numerical": ranks.numerical},
-        "by_kind": {kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        "spectrum": dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
-        "over_training": {
+    return RunSpectra(
+        read_metadata(checkpoint).step,
+        ranks,
+        spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
+        by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
+        over_training={
             step: summarize({name: of[name] for name in select_layers(of, patterns)}).effective
             for step, of in measured.items()
         },
-    }
-
-
-def _average(curves: Sequence[Mapping[Any, float]]) -> Curve:
-    """Averages at the places that all curves have; a run without telemetry has none."""
-    given = [curve for curve in curves if curve] or [{}]
-    x = [place for place in given[0] if all(place in curve for curve in given)]
-    values = torch.tensor([[curve[place] for place in x] for curve in given], dtype=torch.float64)
-    return {
-        "x": x,
-        "mean": values.mean(0).tolist(),
-        "low": values.amin(0).tolist(),
-        "high": values.amax(0).tolist(),
-    }
-
-
-def table(groups: Mapping[str, Group]) -> str:
-    """Returns a table with mean ranks over layers and runs, and the full rank, for each label."""
-    rows = [["", "runs", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]]
-    for label, group in groups.items():
-        of: Curve = group["ranks"]
-        ranks = [
-            f"{mean:.1f}" if low == high else f"{mean:.1f} ({low:.1f}-{high:.1f})"
-            for mean, low, high in zip(of["mean"], of["low"], of["high"], strict=True)
-        ]
-        steps = "-".join(map(str, sorted({min(group["steps"]), max(group["steps"])})))
-        full_rank = str(len(group["spectrum"]["x"]))
-        rows.append([label, str(len(group["steps"])), steps, *ranks, full_rank])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for label, *cells in rows:
-        columns = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *columns]))
-    return "\n".join(lines)
-
-
-def draw(groups: Mapping[str, Group]) -> Figure:
-    """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
-    panels = [name for name in _PANELS if any(group[name]["x"] for group in groups.values())]
-    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        style, settings = _PANELS[name]
-        for label, group in groups.items():
-            curve: Curve = group[name]
-            (line,) = axes.plot(curve["x"], curve["mean"], style, label=label)
-            color = line.get_color()
-            axes.vlines(curve["x"], curve["low"], curve["high"], color=color, alpha=0.4)
-        axes.set(**settings)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+    )

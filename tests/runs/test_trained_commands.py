@@ -22,6 +22,7 @@ from support.trained import TOKENS, save_qwen, train_and_save
 from switchtitan.config.toml_text import toml_value
 from switchtitan.data import DataConfig, open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
+from switchtitan.spectra.plots import measure
 from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.telemetry import read_spectra
 
@@ -322,30 +323,29 @@ def test_the_prompt_can_come_from_a_file_or_standard_input_or_be_empty(
 # Ranks of weights and of updates
 
 
-def test_a_plotted_rank_is_the_one_that_the_run_measured(trained, tmp_path):
-    picture, numbers = tmp_path / "new" / "spectra.png", tmp_path / "numbers.json"
-    at_5, at_15 = (trained.run / "checkpoints" / f"step-{step:09d}" for step in (5, 15))
-    words = ("--label", f"both={at_5},{at_15}", "--output", picture, "--json", numbers)
-    outcome = run("plot", "spectrum", trained.run, *words)
+def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
+    picture, page = tmp_path / "new" / "spectra.png", tmp_path / "page.html"
+    outcome = run("report", trained.run, "--spectrum", "--output", picture)
     assert outcome.status == 0, outcome.errors
     assert picture.read_bytes().startswith(b"\x89PNG")
-    of_run, of_both = json.loads(numbers.read_text()).values()
+    measured = {step: summarize(of) for step, of in read_spectra(trained.run / "spectra").items()}
+    (found,) = measure({"run": trained.run}).values()
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
-    measured = {step: summarize(of) for step, of in read_spectra(trained.run / "spectra").items()}
-    ranks = [measured[step].effective for step in (5, 10, 15)]
-    assert of_run["ranks"]["mean"][0] == about(ranks[2])
-    by_kind = dict(zip(of_run["by_kind"]["x"], of_run["by_kind"]["mean"], strict=True))
-    assert by_kind["up"] == about(measured[15].effective_by_kind["up_proj"])
-    assert (of_run["over_training"]["x"], of_run["over_training"]["mean"]) == ([5, 10, 15], ranks)
-    both = [of_both["ranks"][key][0] for key in ("low", "mean", "high")]
-    assert both == about(sorted([ranks[0], (ranks[0] + ranks[2]) / 2, ranks[2]]))
-    assert f"{both[1]:.1f} ({both[0]:.1f}-{both[2]:.1f})" in outcome.output
+    assert found.ranks.effective == about(measured[15].effective)
+    assert found.by_kind["up"] == about(measured[15].effective_by_kind["up_proj"])
+    assert found.over_training == {step: measured[step].effective for step in (5, 10, 15)}
+    (of_layers,) = measure({"run": trained.run}, ["up_proj"]).values()
+    assert list(of_layers.by_kind) == ["up"]
+    rank = f"{found.ranks.effective:.1f}"
+    assert rank in outcome.output
+    assert run("report", trained.run, "--spectrum", "--output", page).status == 0
+    assert f"<td>{rank}</td>" in page.read_text()
 
 
 def test_spectra_of_two_models_are_not_drawn_together(trained, tmp_path):
     copy = tmp_path / "run" / "checkpoints" / "step-000000015"
     shutil.copytree(trained.run / "checkpoints" / copy.name, copy)
     rewrite_metadata(copy, lambda metadata: metadata["identity"]["model"].update(rope_theta=7.0))
-    words = ("plot", "spectrum", trained.run, copy, "--output", tmp_path / "x.png")
+    words = ("report", trained.run, copy, "--spectrum", "--output", tmp_path / "x.png")
     run(*words).check_refused("different models", "rope")

@@ -64,8 +64,7 @@ TRAINED = [
     ("export {run} --max-shard-size 5", "--max-shard-size", "5"),
     ("export {run} --folder {empty}/x", "{empty}/x", "cannot be written"),
     ("export {run} --folder /proc/x", "/proc/x", "cannot be written"),
-    ("plot spectrum {run} --output x.png --layers c_proj", "--layers c_proj", "q_proj"),
-    ("plot spectrum {run} --output x.png --label run={run}", "same label", "run"),
+    ("report {run} --spectrum --output x.png --layers c_proj", "--layers c_proj", "q_proj"),
     ("report {run} --output {folder}/x.gmp", "x.gmp", "unknown picture format"),
     ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
 ]

@@ -61,7 +61,13 @@ def test_keys_of_shown_files_exist():
 
 def test_commands_exist():
     found = named(r"(?m)^switchtitan ([\w-]+)") | named(r"`switchtitan ([\w-]+)")
-    assert {command for _, command in found} >= {"train", "export", "compare", "benchmark", "plot"}
+    assert {command for _, command in found} >= {
+        "train",
+        "export",
+        "compare",
+        "benchmark",
+        "report",
+    }
     assert {(page, name) for page, name in found if name not in COMMANDS} <= {
         ("README.md", "pretrains")
     }
@@ -83,7 +89,7 @@ SHOWN = list(shown_commands())
 def test_options_of_shown_commands_exist(command):
     for words in (words for words in SHOWN if words[0] == command):
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
-        start = words[:2] if command in ("benchmark", "plot") else words[:1]
+        start = words[:2] if command == "benchmark" else words[:1]
         outcome = run(*start, "--help")
         assert outcome.status == 0, outcome.errors
         listed = set(re.findall(r"--[\w-]+", outcome.output))

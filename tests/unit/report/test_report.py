@@ -37,7 +37,7 @@ class Tables(HTMLParser):
 def page_of(folders, tmp_path):
     runs = {label: read_run(folder) for label, folder in folders.items()}
     figure = draw_curves({label: run.curves for label, run in runs.items()})
-    write_page(runs, {"Curves": figure}, tmp_path / "pages" / "page.html")
+    write_page(runs, {"Curves": (figure, None)}, tmp_path / "pages" / "page.html")
     return (tmp_path / "pages" / "page.html").read_text()
 
 
