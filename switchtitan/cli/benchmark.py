@@ -14,7 +14,7 @@ from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_s
 from switchtitan.benchmark.tables import step_record, step_table
 from switchtitan.cli.record import add_json_option, check_json_option, put_record
 from switchtitan.config.command_line import positive_int
-from switchtitan.distributed.launcher import num_ranks_from_launcher, rank_from_launcher
+from switchtitan.distributed.world import num_ranks_from_launcher, rank_from_launcher
 from switchtitan.errors import UserError, exit_for
 
 

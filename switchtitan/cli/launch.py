@@ -31,7 +31,7 @@ from torch.distributed.run import get_args_parser, run
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.config.void_keys import ignore_note
 from switchtitan.cores import num_cores, threads_per_process
-from switchtitan.distributed.limits import raise_file_limit
+from switchtitan.distributed.world import raise_file_limit
 from switchtitan.errors import (
     EXIT_STATUS_KEY,
     USER_ERROR_STATUS,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         config = check_options(options)
         # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
-        raise_file_limit(num_ranks=1, device="cpu")
+        raise_file_limit()
     except UserError as error:
         exit_for(error)
     if options.training_script in OWN_COMMANDS:

@@ -10,8 +10,12 @@ from switchtitan.builders.reports import build_memory_snapshots
 from switchtitan.builders.trainer import build_trainer
 from switchtitan.cli.rendezvous import check_slurm_tasks
 from switchtitan.cores import OtherLoad, num_cores
-from switchtitan.distributed.launcher import is_launched
-from switchtitan.distributed.world import start_world, stop_world, stop_world_if_single
+from switchtitan.distributed.world import (
+    is_launched,
+    start_world,
+    stop_world,
+    stop_world_if_single,
+)
 from switchtitan.errors import UserError, exit_for, exit_for_stop
 from switchtitan.job.config import parse_arguments
 from switchtitan.observability import configure_logging

@@ -1,5 +1,10 @@
 """Compilation and recomputation, applied to each block of a model."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.checkpoint import (
@@ -20,6 +25,13 @@ def compile_blocks(model: LanguageModel) -> None:
     """
     for block in model.blocks().values():
         block.compile(fullgraph=True, dynamic=False)
+
+
+def compile_if(is_compiled: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns what compiles a function to one graph for each shape, or returns it as it is."""
+    if is_compiled:
+        return partial(torch.compile, fullgraph=True, dynamic=False)
+    return lambda function: function
 
 
 _EXPENSIVE_OPERATIONS = {

@@ -4,11 +4,14 @@ The only file that distinguishes CPU from CUDA when a run starts.
 """
 
 import os
+import resource
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,32 +20,13 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.gpus import own_gpu, unusable_gpu
-from switchtitan.distributed.launcher import (
-    is_launched,
-    local_rank_from_launcher,
-    num_local_ranks_from_launcher,
-    num_ranks_from_launcher,
-    rank_from_launcher,
-)
-from switchtitan.distributed.limits import raise_file_limit
 from switchtitan.distributed.precision import use_full_precision
-from switchtitan.distributed.threads import limit_other_threads
 from switchtitan.errors import EnvironmentMismatchError, UserError
 
 T = TypeVar("T")
 
 _LONG_TIMEOUT = timedelta(days=30)
 """For collectives in which ranks wait for hours of another rank's work."""
-
-
-def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Sets the time after which a collective of the group fails.
-
-    Torch 2.15 made the function public and warns of the private one, all that 2.13 has.
-    """
-    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    set_timeout(timeout, group)
 
 
 @dataclass(frozen=True)
@@ -87,21 +71,20 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def broadcast(self, value: Any) -> Any:
-        """Returns the main rank's `value`, a picklable object, on all ranks; may take days."""
-        values = [value]
-        with self._long_timeout():
-            dist.broadcast_object_list(
-                values, src=0, group=self.host_group, device=torch.device("cpu")
-            )
-        return values[0]
-
     def gather(self, value: T) -> list[T]:
         """Returns the picklable `value` of every rank, in rank order; may take days."""
         values: list[Any] = [None] * self.size
-        with self._long_timeout():
+        # Not a group of its own: each gloo group has a connection to every other rank.
+        _set_timeout(self.host_group, _LONG_TIMEOUT)
+        try:
             dist.all_gather_object(values, value, group=self.host_group)
+        finally:
+            _set_timeout(self.host_group, self.timeout)
         return values
+
+    def broadcast(self, value: T) -> T:
+        """Returns the main rank's picklable `value` on all ranks; may take days."""
+        return self.gather(value)[0]
 
     def together(self, function: Callable[[], T]) -> list[T]:
         """Calls `function` on every rank; returns the results of all, in rank order; may take days.
@@ -115,8 +98,7 @@ class World:
             result = function()
         except Exception as caught:
             error = caught
-        reason = None if error is None else _reason(error, self.rank)
-        outcomes = self.gather((result, reason))
+        outcomes = self.gather((result, None if error is None else _reason(error, self.rank)))
         if error is not None and not isinstance(error, UserError):
             raise error
         first = next((reason for _, reason in outcomes if reason is not None), None)
@@ -129,33 +111,56 @@ class World:
         """Returns another group of all ranks over gloo, for a thread; collective."""
         return dist.new_group(backend="gloo", timeout=self.timeout)
 
-    @contextmanager
-    def _long_timeout(self) -> Iterator[None]:
-        # Not a group of its own: each gloo group has a connection to every other rank.
-        set_group_timeout(self.host_group, _LONG_TIMEOUT)
-        try:
-            yield
-        finally:
-            set_group_timeout(self.host_group, self.timeout)
-
     def synchronize(self) -> None:
         """Waits until this rank's device has completed all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def device_type() -> str:
-    """Returns "cuda" if a CUDA device is visible, otherwise "cpu".
+def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
+    """Returns what other ranks raise for `error`."""
+    where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
+    if isinstance(error, UserError):
+        return type(error), f"{where}{error}"
+    return RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
 
-    Raises:
-        EnvironmentMismatchError: if the machine has a GPU that torch cannot use.
-    """
-    if torch.cuda.is_available():
-        return "cuda"
-    obstacle = unusable_gpu()
-    if obstacle is not None:
-        raise EnvironmentMismatchError(obstacle)
-    return "cpu"
+
+def start_world(config: ParallelismConfig) -> World:
+    """Joins the process group of the launcher's environment, or creates one of a single rank."""
+    num_ranks, rank = num_ranks_from_launcher(), rank_from_launcher()
+    local_rank = _from_launcher("LOCAL_RANK", 0)
+    shape = mesh_shape(config, num_ranks)
+    is_cuda = device_type() == "cuda"
+    device = own_gpu(local_rank) if is_cuda else torch.device("cpu")
+    use_full_precision(device.type)
+    raise_file_limit()
+    if is_cuda:
+        torch.cuda.set_device(device)
+    _limit_other_threads()  # before the groups start theirs
+    timeout = timedelta(seconds=config.timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=_build_store(rank, num_ranks, timeout),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timeout,
+            device_id=device if is_cuda else None,
+        )
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for dimension in mesh.mesh_dim_names or ():
+        # Groups that are split off get torch's default instead: 10 minutes with NCCL.
+        _set_timeout(mesh.get_group(dimension), timeout)
+    return World(
+        rank,
+        num_ranks,
+        device,
+        mesh,
+        host_group=dist.new_group(backend="gloo", timeout=timeout),
+        timeout=timeout,
+        is_node_main=local_rank == 0,
+        num_local_ranks=_from_launcher("LOCAL_WORLD_SIZE", num_ranks),
+    )
 
 
 def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
@@ -174,103 +179,147 @@ def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
     return config.replicate, shard
 
 
-def start_world(config: ParallelismConfig) -> World:
-    """Joins the process group of the launcher's environment, or creates one of a single rank."""
-    num_ranks, rank = num_ranks_from_launcher(), rank_from_launcher()
-    shape = mesh_shape(config, num_ranks)
-    device = own_gpu() if device_type() == "cuda" else torch.device("cpu")
-    use_full_precision(device.type)
-    raise_file_limit(num_ranks, device.type)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    limit_other_threads()  # before the groups start theirs
-    timeout = timedelta(seconds=config.timeout_s)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=_build_store(device.type, rank, num_ranks, timeout),
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    for dimension in mesh.mesh_dim_names or ():
-        # Groups that are split off get torch's default instead: 10 minutes with NCCL.
-        set_group_timeout(mesh.get_group(dimension), timeout)
-    host_group = dist.new_group(backend="gloo", timeout=timeout)
-    return World(
-        rank,
-        num_ranks,
-        device,
-        mesh,
-        host_group,
-        timeout,
-        is_node_main=local_rank_from_launcher() == 0,
-        num_local_ranks=num_local_ranks_from_launcher(),
-    )
-
-
-def _build_store(device: str, rank: int, num_ranks: int, timeout: timedelta) -> dist.Store:
-    """Returns the store of torchrun's environment, or of this process alone.
-
-    Raises:
-        EnvironmentMismatchError: if the environment is incomplete, or the ranks do not meet.
-    """
+def _build_store(rank: int, num_ranks: int, timeout: timedelta) -> dist.Store:
+    """Returns the store of torchrun's environment, or of this process alone."""
     if not is_launched():
         return dist.HashStore()
-    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise EnvironmentMismatchError(
-            f"WORLD_SIZE={num_ranks} is set, but not {', '.join(missing)}; a launcher must set all "
-            "four for every rank; ./run_train.sh does"
-        )
-    store: dist.Store
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
     except (ValueError, dist.DistError) as error:
-        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
         reason = str(error).partition("\n")[0].rstrip(".")
         raise EnvironmentMismatchError(
-            f"{place}: {num_ranks} ranks did not meet there ({reason}); start all of them with "
-            "these values, on a port that is free on MASTER_ADDR and reachable from the others"
+            f"{given}: {num_ranks} ranks did not meet there ({reason}); start all of them with "
+            "their RANK and one MASTER_ADDR and MASTER_PORT, a free port that the others reach; "
+            "./run_train.sh sets all three"
         ) from error
-    store = dist.PrefixStore("switchtitan", store)
-    check_devices_alike(store, device, num_ranks, timeout)
-    return store
+    return dist.PrefixStore("switchtitan", store)
 
 
-def check_devices_alike(store: dist.Store, device: str, num_ranks: int, timeout: timedelta) -> None:
-    """Checks that all ranks have a GPU, or none; ranks that differ would wait for each other.
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Torch 2.15 made the function public and warns of the private one, all that 2.13 has."""
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(timeout, group)
 
-    Args:
-        device: this rank's, "cpu" or "cuda".
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as the system allows it: each connection is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _limit_other_threads() -> None:
+    """Makes CPU operations serial in every thread that starts after this call.
+
+    OpenMP gives each thread that runs a parallel operation a team of its own. Threads of gloo's
+    groups run one for each object of more than 32 KiB, such as a checkpoint's plan, and live until
+    the end. With more team members than cores, GNU's OpenMP makes all barriers sleep instead of
+    spin (GOMP_SPINCOUNT in its manual), so every later operation of this thread would take longer.
+    """
+    torch.get_num_threads()  # this thread reads its number before the default changes
+    other = threading.Thread(target=torch.set_num_threads, args=(1,), name="limit-threads")
+    other.start()
+    other.join()
+
+
+# The variables in which a launcher, such as torchrun, tells a process its rank. An empty one counts
+# as unset, as in ./run_train.sh.
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of its ranks."""
+    return bool(os.environ.get("WORLD_SIZE"))
+
+
+def num_ranks_from_launcher() -> int:
+    """Returns the number of ranks that the launcher started; 1 without a launcher."""
+    return _from_launcher("WORLD_SIZE", 1)
+
+
+def rank_from_launcher() -> int:
+    """Returns this process's rank; 0 without a launcher.
 
     Raises:
-        EnvironmentMismatchError: on every rank, if some ranks have no GPU.
+        EnvironmentMismatchError: if `RANK` is not a rank below `WORLD_SIZE`.
     """
-    store.add("gpus", device == "cuda")
-    if store.add("ranks", 1) == num_ranks:
-        # Read again: others may have added since this rank did.
-        store.set("num_gpus", str(store.add("gpus", 0)))
-    store.wait(["num_gpus"], timeout)
-    num_gpus = int(store.get("num_gpus"))
-    if num_gpus not in (0, num_ranks):
+    rank, num_ranks = _from_launcher("RANK", 0), num_ranks_from_launcher()
+    if not 0 <= rank < num_ranks:
         raise EnvironmentMismatchError(
-            f"{num_gpus} of {num_ranks} ranks have a GPU; start them on machines with GPUs only, "
-            "or set CUDA_VISIBLE_DEVICES= on all of them to train on CPUs"
+            f"RANK={rank}: expected a rank below WORLD_SIZE={num_ranks}; a launcher must set both "
+            "for every rank, ./run_train.sh does; without a launcher, unset RANK"
         )
+    return rank
 
 
-def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
-    """Returns what other ranks raise for `error`."""
-    where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
-    if isinstance(error, UserError):
-        return type(error), f"{where}{error}"
-    return RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
+def _from_launcher(name: str, default: int) -> int:
+    given = os.environ.get(name) or default
+    try:
+        return int(given)
+    except ValueError as error:
+        raise EnvironmentMismatchError(
+            f"{name}={given}: expected an integer; a launcher sets it for every rank, "
+            "./run_train.sh does; without a launcher, unset it"
+        ) from error
 
 
+# Devices.
+def device_type() -> str:
+    """Returns "cuda" if a CUDA device is visible, otherwise "cpu".
+
+    Raises:
+        EnvironmentMismatchError: if the machine has a GPU that torch cannot use.
+    """
+    if torch.cuda.is_available():
+        return "cuda"
+    obstacle = unusable_gpu()
+    if obstacle is not None:
+        raise EnvironmentMismatchError(obstacle)
+    return "cpu"
+
+
+def unusable_gpu(driver: Path = Path("/dev/nvidiactl")) -> str | None:
+    """Returns why torch cannot use this machine's GPU and what to do; None if there is none.
+
+    Call if torch sees no GPU. GPUs that CUDA_VISIBLE_DEVICES hides do not count.
+
+    Args:
+        driver: the device file of NVIDIA's driver.
+    """
+    # Slurm sets NoDevFiles for jobs without GPUs.
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles") or not driver.exists():
+        return None
+    try:
+        torch.cuda.init()
+        reason = "torch.cuda.is_available() is false"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].strip().rstrip(".")
+    return (
+        f"this machine has a GPU, but torch {torch.__version__} cannot use it ({reason}); fix "
+        "the driver, or install a torch that fits it (pytorch.org/get-started), or set "
+        "CUDA_VISIBLE_DEVICES= to train on the CPU"
+    )
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """Returns this rank's GPU: the one with its local rank, or the only one that it sees."""
+    num_gpus = torch.cuda.device_count()
+    # Slurm can show each task a GPU of its own. Under torchrun all local ranks see the same GPUs.
+    if num_gpus == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.device("cuda", 0)
+    if local_rank >= num_gpus:
+        raise EnvironmentMismatchError(
+            f"local rank {local_rank} has no GPU: {num_gpus} are visible on this machine; "
+            f"set NGPU to {num_gpus} at most"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the device's name, e.g. "NVIDIA H100 80GB HBM3"; "CPU" for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+# The end.
 @contextmanager
 def temporary_world() -> Iterator[None]:
     """Destroys, at its end, a process group that was created inside; keeps an earlier one.
@@ -299,8 +348,3 @@ def stop_world_if_single() -> None:
     """Destroys the process group if it has one rank: after an error, other ranks may be waiting."""
     if dist.is_initialized() and dist.get_world_size() == 1:
         stop_world()
-
-
-def device_name(device: torch.device) -> str:
-    """Returns the device's name, e.g. "NVIDIA H100 80GB HBM3"; "CPU" for a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -19,8 +19,7 @@ from switchtitan.distributed.config import (
     CompileConfig,
     ParallelismConfig,
 )
-from switchtitan.distributed.launcher import num_ranks_from_launcher
-from switchtitan.distributed.world import device_type
+from switchtitan.distributed.world import device_type, num_ranks_from_launcher
 from switchtitan.job.checks import checks_between_sections
 from switchtitan.job.sections import (
     EvaluationConfig,

@@ -38,9 +38,9 @@ class TrainingConfig(Section):
     """Gradients are clipped to this global norm; "none" disables clipping."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """dtype of activations and gradients. "auto" is bfloat16 if all devices multiply it natively
-    (NVIDIA GPUs since Ampere, AMD GPUs since MI100 and RDNA 3, x86 CPUs with AVX512-BF16), else
-    float32; a resumed run keeps its checkpoint's. "bfloat16" is an error on older GPUs, and slow on
-    other CPUs. Trained weights and optimizer state are always fp32."""
+    (NVIDIA GPUs since Ampere, AMD GPUs, x86 CPUs with AVX512-BF16), else float32; a resumed run
+    keeps its checkpoint's. "bfloat16" is an error on older GPUs, and slow on other CPUs. Trained
+    weights and optimizer state are always fp32."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of frozen weights; a resumed run cannot change it. With bfloat16, changes of frozen
     weights are rounded stochastically: unbiased, but the error accumulates (6 % of the norm after

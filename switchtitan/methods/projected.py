@@ -31,7 +31,7 @@ from switchtitan.contracts import (
     TrainingOptimizer,
     replicated_values,
 )
-from switchtitan.distributed.compilation import compile_if
+from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.random import generator_for

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchtitan.contracts import IGNORED_TARGET
-from switchtitan.distributed.compilation import compile_if
+from switchtitan.distributed.blocks import compile_if
 from switchtitan.models.head import Head, TiedHead
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.compilation import compile_if
+from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.shards import local
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer

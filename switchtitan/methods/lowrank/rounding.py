@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.compilation import compile_if
+from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.random import splitmix32
 from switchtitan.distributed.shards import row_range
 from switchtitan.methods.lowrank.linear import LowRankLinear
