@@ -207,10 +207,6 @@ def default_call_block(block: nn.Module, hidden: Tensor, *args: object) -> Tenso
     return output
 
 
-def nothing_kept() -> None:
-    """Frees nothing: no weights stay gathered."""
-
-
 class SummedLoss(Protocol):
     """The training loss from a model's last hidden states."""
 
@@ -248,8 +244,6 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.call_block: CallBlock = default_call_block
         """How `forward` calls each block. The check of an export replaces it."""
-        self.free_kept_weights: Callable[[], None] = nothing_kept
-        """Frees the weights that stay gathered for an entire step. Sharding replaces it."""
         self.compute_dtype = torch.float32
         """dtype in which it multiplies. Sharding sets it."""
 

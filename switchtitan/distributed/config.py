@@ -23,13 +23,10 @@ class ParallelismConfig(Section):
     """Free a unit's gathered weights after its forward pass and gather them again for the backward
     pass: less memory, more communication. If false, weights are gathered once per step and freed
     in the backward pass of the last micro-batch."""
-    frozen_weights: Literal["shard", "gather_once", "replicate"] = "shard"
-    """Placement of frozen weights: `shard` splits them over the ranks and gathers them in every
-    pass, like trained weights; `gather_once` gathers them once per step and keeps them, in the
-    compute dtype, for all passes of all micro-batches: less communication and host time, more
-    memory, and like `shard` where one rank holds a replica; `replicate` keeps full tensors on every
-    rank, so no step communicates them. Results are the same. The last two require a method that
-    freezes weights."""
+    frozen_weights: Literal["shard", "replicate"] = "shard"
+    """Placement of frozen weights: `shard` splits them over the ranks and gathers them like trained
+    weights; `replicate` keeps full tensors on every rank, so no step communicates them, and
+    requires a method that freezes weights. Results are the same."""
     timeout_s: int = Field(default=1800, ge=1)
     """Seconds, at least 1, after which a collective fails if a rank has not joined it. Must exceed
     the time in which a rank writes, reads or verifies a checkpoint. Does not limit the preparation

@@ -14,7 +14,6 @@ from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.adjacent import allocate_adjacent, empty_on
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial import covering_blocks, plain_value
-from switchtitan.distributed.kept_weights import keep_frozen_weights
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
@@ -43,10 +42,7 @@ def shard_model(
     units = _units(model, config)
     apart = None
     if config.frozen_weights == "replicate":
-        apart = _frozen_parameters(model)
-    elif config.frozen_weights == "gather_once" and mesh.size(mesh.ndim - 1) > 1:
-        keep_frozen_weights(model, [unit.modules for unit in units], mesh, compute_dtype)
-        apart = _frozen_parameters(model)
+        apart = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=apart)
     for unit in units:
         # A list of one module is a group too, whose hooks take more time.
@@ -94,10 +90,6 @@ def _units(model: LanguageModel, config: ParallelismConfig) -> list[_Unit]:
 
 def _are_embeddings(modules: list[nn.Module]) -> bool:
     return all(isinstance(module, nn.Embedding) for module in modules)
-
-
-def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
-    return {parameter for parameter in model.parameters() if not parameter.requires_grad}
 
 
 def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -285,5 +277,3 @@ def free_gathered_weights(model: nn.Module) -> None:
         # Not `reshard`, which keeps the order of these forward passes: the next backward pass would
         # gather the last unit of it once more.
         model.reset_iter_state()
-    if isinstance(model, LanguageModel):
-        model.free_kept_weights()

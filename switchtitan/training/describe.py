@@ -171,8 +171,6 @@ def keys_without_effect(
     _, shard = mesh_shape(parallelism, num_ranks)
     num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
     notices = []
-    if parallelism.frozen_weights == "gather_once" and shard == 1:
-        notices.append('frozen_weights = "gather_once" has no effect: each rank holds all weights')
     if parallelism.accumulate_gradients == "sharded" and num_micro_batches == 1:
         notices.append('accumulate_gradients = "sharded" has no effect: a step has one micro-batch')
     elif parallelism.accumulate_gradients == "sharded" and shard == 1:

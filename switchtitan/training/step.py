@@ -156,8 +156,6 @@ class Stepper:
             with region("backward"):
                 loss.backward()
                 loss_sum += loss.detach()
-        # The update may change the shards of frozen weights.
-        self.model.free_kept_weights()
         return loss_sum
 
     def _begin_micro_batch(self, is_last: bool) -> None:

@@ -67,7 +67,6 @@ def test_mistakes_in_a_step_are_found(found):
     assert num_calls == right.collectives["all_reduce"][0] + 1
     races = Observed(*steps["no wait"]).races
     assert races
-    assert all("distributed/kept_weights.py" in race for race in races)
     (message,) = steps["devices"]
     assert "cuda:0" in message
     assert "cpu" in message

@@ -14,7 +14,7 @@ SEQ_LEN = 16
 MUON = ("--optimizer.name", "muon")
 REPLICATED = ("--parallelism.frozen_weights", "replicate", "--training.dtype", "bfloat16")
 KEPT = (
-    *("--parallelism.frozen_weights", "gather_once", "--parallelism.blocks_per_unit", "2"),
+    *("--parallelism.blocks_per_unit", "2"),
     *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
     "false",
 )

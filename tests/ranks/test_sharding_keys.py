@@ -32,7 +32,6 @@ BASE = (
 )
 TWO_BY_TWO = ("--parallelism.replicate", "2")
 UNITS = ("--parallelism.blocks_per_unit", "2")
-STEP = ("--parallelism.frozen_weights", "gather_once")
 REPLICATED = ("--parallelism.frozen_weights", "replicate")
 KEPT = ("--parallelism.reshard_after_forward", "false")
 SHARDED = ("--parallelism.accumulate_gradients", "sharded")
@@ -46,24 +45,23 @@ RUNS = {
         "default": ("switchlora", ()),
         "not evaluated": ("switchlora", ()),
         "units": ("switchlora", UNITS),
-        "step": ("switchlora", STEP),
         "kept": ("switchlora", KEPT),
         "replicated": ("switchlora", REPLICATED),
         "sharded gradients": ("switchlora", SHARDED),
-        "all": ("switchlora", (*UNITS, *STEP, *KEPT, *SHARDED)),
-        "all recomputed": ("switchlora", (*UNITS, *STEP, *SHARDED, *RECOMPUTED)),
+        "all": ("switchlora", (*UNITS, *KEPT, *SHARDED)),
+        "all recomputed": ("switchlora", (*UNITS, *KEPT, *SHARDED, *RECOMPUTED)),
         "bf16": ("switchlora", BF16),
-        "bf16 step": ("switchlora", (*BF16, *STEP)),
+        "bf16 kept": ("switchlora", (*BF16, *KEPT)),
         "rounded": ("switchlora", ROUNDED),
         "rounded, replicated": ("switchlora", (*ROUNDED, *REPLICATED)),
         "resets": ("relora", (*RESETS, *ROUNDED)),
         "resets, replicated": ("relora", (*RESETS, *ROUNDED, *REPLICATED)),
-        "resumed": ("switchlora", (*UNITS, *STEP)),
+        "resumed": ("switchlora", (*UNITS, *KEPT)),
         "resumed, replicated": ("switchlora", REPLICATED),
     },
     "four": {
         "default": ("switchlora", TWO_BY_TWO),
-        "all": ("switchlora", (*TWO_BY_TWO, *UNITS, *STEP, *KEPT, *SHARDED)),
+        "all": ("switchlora", (*TWO_BY_TWO, *UNITS, *KEPT, *SHARDED)),
         "replicated": ("switchlora", (*TWO_BY_TWO, *REPLICATED)),
         "resumed": ("switchlora", TWO_BY_TWO),
     },
@@ -72,13 +70,12 @@ RUNS = {
 EXPECTED = {
     ("two", "not evaluated"): ("default", True),
     ("two", "units"): ("default", True),
-    ("two", "step"): ("default", True),
     ("two", "kept"): ("default", True),
     ("two", "replicated"): ("default", False),
     ("two", "sharded gradients"): ("default", False),
     ("two", "all"): ("default", False),
     ("two", "all recomputed"): ("default", False),
-    ("two", "bf16 step"): ("bf16", True),
+    ("two", "bf16 kept"): ("bf16", True),
     ("two", "rounded, replicated"): ("rounded", False),
     ("two", "resets, replicated"): ("resets", False),
     ("four", "all"): ("default", False),
@@ -91,7 +88,7 @@ RESUMED = {
     ("two", "resumed, replicated"): ("default", False),
     ("four", "resumed"): ("replicated", False),
 }
-HELD = {"norms, sharded": (), "norms, replicated": REPLICATED, "norms, gathered once": STEP}
+HELD = {"norms, sharded": (), "norms, replicated": REPLICATED, "norms, kept": KEPT}
 NUM_RANKS = {"two": 2, "four": 4}
 
 
@@ -175,7 +172,7 @@ def norms_of_layers(home, keys):
 
 def check_that_nothing_recompiles(home):
     torch._dynamo.reset()
-    keys = (*BASE, *UNITS, *STEP, *COMPILED)
+    keys = (*BASE, *UNITS, *KEPT, *COMPILED)
     trainer = tiny_trainer(home, "switchlora", *keys, num_ranks=2)
     losses = train_steps(trainer, 2)
     assert compiled_functions() == SWITCHLORA_COMPILED

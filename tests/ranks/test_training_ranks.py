@@ -100,7 +100,7 @@ ROWS_OF = {
 LEGS = {
     "two": (),
     "one": ("--method.candidates_device", "host"),
-    "four": ("--parallelism.frozen_weights", "gather_once"),
+    "four": ("--parallelism.reshard_after_forward", "false"),
     "two_by_two": ("--method.candidates_device", "host"),
 }
 OBSERVED = (

@@ -150,7 +150,7 @@ def test_frozen_weights_outside_the_units_are_sharded_between_steps_too(tmp_path
         return []
 
     monkeypatch.setattr(Llama, "outer_units", freeze_embedding)
-    keys = ("--parallelism.frozen_weights", "gather_once")
+    keys = ("--parallelism.reshard_after_forward", "false")
     with fake_stepper(tiny_config(tmp_path, "switchlora", *keys, num_ranks=2), 2) as stepper:
         for _ in range(2):
             stepper.step()

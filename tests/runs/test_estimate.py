@@ -31,6 +31,8 @@ NUM_LAYERS = 2
 GIB = 2**30
 MUON = ("--optimizer.name", "muon")
 BF16 = ("--training.dtype", "bfloat16")
+KEPT = ("--parallelism.reshard_after_forward", "false")
+REPLICATED = ("--parallelism.frozen_weights", "replicate")
 
 
 def one_pass(folder, method, *keys, num_ranks=1):
@@ -144,13 +146,13 @@ def test_muon_has_one_moment_for_factors(tmp_path):
     assert with_adamw - with_muon == 4 * rank * sum(out + width for out, width in layers)  # fp32
 
 
-def test_kept_frozen_weights_and_sharded_gradients_are_counted(tmp_path):
+def test_kept_weights_and_sharded_gradients_are_counted(tmp_path):
     layers = ("--model.num_layers", "4", "--training.global_batch_size", "8")
     neither, kept, sharded = (
         memory_of(tmp_path, "lora", *layers, *keys, num_ranks=2)
         for keys in (
             (),
-            ("--parallelism.frozen_weights", "gather_once"),
+            KEPT,
             ("--parallelism.accumulate_gradients", "sharded"),
         )
     )
@@ -300,13 +302,9 @@ def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
     num_ranks, num_micro_batches = 4, 2
     keys = (*BF16, "--training.local_batch_size", "1")
     batch = ("--training.global_batch_size", f"{num_ranks * num_micro_batches}")
-    sharded, once, never = (
-        sent_by(tmp_path, "lora", *keys, *batch, *kept, num_ranks=num_ranks)
-        for kept in (
-            ("--parallelism.frozen_weights", "shard"),
-            ("--parallelism.frozen_weights", "gather_once"),
-            ("--parallelism.frozen_weights", "replicate"),
-        )
+    sharded, never, once, once_never = (
+        sent_by(tmp_path, "lora", *keys, *batch, *held, num_ranks=num_ranks)
+        for held in ((), REPLICATED, KEPT, (*KEPT, *REPLICATED))
     )
     _, *blocks, _ = units(tiny_config(tmp_path, "lora", num_ranks=num_ranks))
     frozen = [
@@ -316,13 +314,14 @@ def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
     num_bytes = 2 * 3 / 4  # bf16, of which a rank sends three quarters
     # In the forward and in the backward pass; the last block is kept in between.
     a_pass = 2 * sum(frozen) - frozen[-1]
-    gathered = {"sharded": sharded, "once": once, "never": never}
-    sent = {name: counts["all_gather"] for name, counts in gathered.items()}
-    assert sent["sharded"].num_calls == sent["never"].num_calls
-    assert sent["once"].num_calls == sent["never"].num_calls + NUM_LAYERS
-    for name, values in (("sharded", num_micro_batches * a_pass), ("once", sum(frozen))):
-        expected = sent["never"].bytes_sent + num_bytes * values
-        assert sent[name].bytes_sent == pytest.approx(expected, rel=1e-9)
+    for gathered, without, values in (
+        (sharded, never, num_micro_batches * a_pass),
+        (once, once_never, sum(frozen)),
+    ):
+        sent, sent_without = gathered["all_gather"], without["all_gather"]
+        assert sent.num_calls == sent_without.num_calls
+        expected = sent_without.bytes_sent + num_bytes * values
+        assert sent.bytes_sent == pytest.approx(expected, rel=1e-9)
     for kind in ("reduce_scatter", "all_reduce", "broadcast"):
         assert sharded[kind] == once[kind] == never[kind]
 

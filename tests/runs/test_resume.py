@@ -28,8 +28,6 @@ from switchtitan.training.describe import (
     write_config,
 )
 
-KEPT = ("--parallelism.frozen_weights", "gather_once")
-
 
 def identity(folder, method, *overrides, fingerprint="abc"):
     corpus = SimpleNamespace(name="a stand-in", fingerprint=fingerprint, parts=())
@@ -228,12 +226,9 @@ REPLICATED = ("--parallelism.replicate", "2")
     ("keys", "num_ranks", "expected"),
     [
         ((), 1, []),
-        (KEPT, 1, ["frozen_weights"]),
-        ((*KEPT, *REPLICATED), 2, ["frozen_weights"]),
-        (KEPT, 2, []),
         (SUMS, 2, []),
         (SUMS, 4, ["accumulate_gradients"]),
-        ((*SUMS, *KEPT), 1, ["frozen_weights", "accumulate_gradients"]),
+        ((*SUMS, *REPLICATED), 2, ["accumulate_gradients"]),
     ],
 )
 def test_keys_that_gain_nothing_on_these_ranks_are_named(tmp_path, keys, num_ranks, expected):
@@ -249,8 +244,8 @@ def test_a_run_says_at_its_start_what_has_no_effect_and_what_needs_memory(corpor
     assert "has no effect" not in caplog.text
     assert "all logits" not in caplog.text
     targets = ("--method.targets", "q_proj", "lm_head")
-    tiny_trainer(corpora / "noticed", "lora", *KEPT, *targets).stepper.close()
-    assert 'frozen_weights = "gather_once" has no effect' in caplog.text
+    tiny_trainer(corpora / "noticed", "lora", *SUMS, *targets).stepper.close()
+    assert 'accumulate_gradients = "sharded" only takes time' in caplog.text
     assert "lm_head is a LowRankLinear, not a Head" in caplog.text
 
 

@@ -13,7 +13,7 @@ PERIOD = 2
 _HSDP = "--parallelism.replicate 2"
 _ACCUMULATE = "--training.global_batch_size 16"
 _SHARDED = f"{_ACCUMULATE} --parallelism.accumulate_gradients sharded"
-_GATHER_ONCE = f"{_ACCUMULATE} --parallelism.frozen_weights gather_once"
+_KEPT = f"{_ACCUMULATE} --parallelism.reshard_after_forward false"
 _REPLICATED = "--parallelism.frozen_weights replicate"
 _ON_HOST = "--method.candidates_device host"
 _TWO_BLOCKS, _THREE_BLOCKS = "--model.num_layers 2", "--model.num_layers 3"
@@ -55,8 +55,8 @@ CASES = {
     "accumulation, HSDP": f"switchlora {_ACCUMULATE} {_HSDP}",
     "sharded accumulation": f"switchlora {_SHARDED}",
     "sharded accumulation, HSDP": f"switchlora {_SHARDED} {_HSDP}",
-    "gathered once": f"switchlora {_GATHER_ONCE}",
-    "gathered once, recomputation": f"lora {_GATHER_ONCE} --parallelism.blocks_per_unit 2 "
+    "gathered once": f"switchlora {_KEPT}",
+    "gathered once, recomputation": f"lora {_KEPT} --parallelism.blocks_per_unit 2 "
     f"--activation_checkpoint.mode full {_THREE_BLOCKS}",
     "selective recomputation": "switchlora --activation_checkpoint.mode selective",
     "full recomputation, accumulation": f"full_rank {_TWO_BLOCKS} {_ACCUMULATE} "

@@ -181,7 +181,7 @@ STEPS: dict[str, Callable[[Stepper], Any]] = {
     "nothing": lambda stepper: nullcontext(),
     "item": lambda stepper: _clipping(stepper, lambda norm: norm.item()),
     "collective": lambda stepper: _clipping(stepper, stepper.world.sum),
-    "no wait": lambda stepper: patch.object(dist, "all_gather_single", _gather_without_wait),
+    "no wait": lambda stepper: patch.object(FakeStream, "wait_event", lambda *_: None),
     # The last: it ends in an exception.
     "devices": lambda stepper: _clipping(stepper, lambda norm: norm + torch.ones(2)),
 }
@@ -190,18 +190,6 @@ STEPS: dict[str, Callable[[Stepper], Any]] = {
 
 def _clipping(stepper: Stepper, then: Callable[[Tensor], object]) -> Any:
     return patch.object(stepper, "clip_gradients", lambda loss: then(_clip(stepper, loss)))
-
-
-def _gather_without_wait(*args: Any, gather: Any = dist.all_gather_single, **kwargs: Any) -> Any:
-    work = gather(*args, **kwargs)
-    return work and _UnwaitedWork()
-
-
-class _UnwaitedWork:
-    """Like the handle of a collective, for which no one waits."""
-
-    def wait(self) -> None:
-        pass
 
 
 def _observed(stepper: Stepper, plant: Callable[[Stepper], Any], races: FindRaces) -> list:
