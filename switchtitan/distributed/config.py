@@ -34,7 +34,7 @@ class ParallelismConfig(Section):
     check_interval: int = Field(default=100, ge=0)
     """Optimizer steps between two comparisons of what several ranks hold alike: weights,
     candidates and optimizer state of replicas, and counts, switching plans and random keys of all
-    ranks. A difference, such as a flipped bit, stops the run and names tensor and ranks. Also
+    ranks. A difference, such as a flipped bit, stops the run and names the tensors. Also
     compared before every save, with 0 only there. No effect on one rank. A comparison reads the
     replicated tensors twice and makes the host wait for the device."""
     accumulate_gradients: Literal["full", "sharded"] = "full"

@@ -65,7 +65,7 @@ def check_that_flips_are_found(rank, folder, method, keys, names):
 
 
 def check_refused(trainer, name):
-    with pytest.raises(RanksDisagreeError, match=rf"\({name}: rank 0 against rank 1[;)]"):
+    with pytest.raises(RanksDisagreeError, match=rf"\({name}[,)]"):
         trainer.check_ranks()
 
 
@@ -94,7 +94,7 @@ def check_that_other_counts_are_found(rank, folder):
 
 def check_run(rank, folder, interval, found_at):
     trainer = trainer_with_flip(rank, folder, interval)
-    with pytest.raises(RanksDisagreeError, match=rf"{WEIGHT}: rank 0 against rank 1"):
+    with pytest.raises(RanksDisagreeError, match=rf"\({WEIGHT}[,)]"):
         trainer.train()
     assert trainer.stepper.state.step == found_at
     assert not list((folder / "run").glob("checkpoints/step-*"))

@@ -305,18 +305,18 @@ def check_differing_replicas(mesh):
         "bytes": sharded((10 * values).to(torch.int8) | 1, mesh),
     }
     check_replicas(tensors, CPU)
-    for name, changed_ranks, named in (
-        ("full", [1], "rank 1 against ranks 0, 2, 3"),
-        ("full", [0, 2], "ranks 0, 2 against ranks 1, 3"),
-        ("number", [3], "rank 3 against ranks 0, 1, 2"),
-        ("split", [2], "rank 0 against rank 2"),
-        ("vector", [3], "rank 1 against rank 3"),
-        ("short", [0], "rank 0 against rank 2"),
-        ("bytes", [2], "rank 0 against rank 2"),
+    for name, changed_ranks in (
+        ("full", [1]),
+        ("full", [0, 2]),
+        ("number", [3]),
+        ("split", [2]),
+        ("vector", [3]),
+        ("short", [0]),
+        ("bytes", [2]),
     ):
         if rank in changed_ranks:
             negate_first(tensors[name])
-        with pytest.raises(RanksDisagreeError, match=rf"\({name}: {named}\)"):
+        with pytest.raises(RanksDisagreeError, match=rf"\({name}\)"):
             check_replicas(tensors, CPU)
         if rank in changed_ranks:
             negate_first(tensors[name])
