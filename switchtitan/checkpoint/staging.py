@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.adjacent import with_local
 from switchtitan.distributed.copies import PageLockedMemory
-from switchtitan.distributed.shards import local
+from switchtitan.distributed.shards import local, with_local
 
 _ALIGNMENT = 16
 """Bytes at whose multiples copies start; as long as a GPU's widest access."""

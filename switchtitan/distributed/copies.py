@@ -1,7 +1,6 @@
 """Asynchronous copies between a device and host memory."""
 
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,23 +36,6 @@ class PageLockedMemory:
             unlock.atexit = False
 
 
-@dataclass(frozen=True)
-class CopyToDevice:
-    """An asynchronous copy to the device."""
-
-    _tensor: Tensor
-    _done: torch.cuda.Event | None
-
-    def wait(self) -> Tensor:
-        """Makes the device's current stream wait for the copy, not the host; returns the copy."""
-        if self._done is not None:
-            stream = torch.cuda.current_stream(self._tensor.device)
-            stream.wait_event(self._done)
-            # Allocated in another stream, which must not reuse the memory before this one is done.
-            self._tensor.record_stream(stream)
-        return self._tensor
-
-
 class CopyToHost:
     """An asynchronous copy to the host.
 
@@ -85,16 +67,21 @@ class HostCopies:
         """Returns zeros [num_elements], page-locked for a GPU, so that copies can overlap."""
         return torch.zeros(num_elements, dtype=dtype, pin_memory=self._stream is not None)
 
-    def to_device(self, on_host: Tensor) -> CopyToDevice:
-        """Starts copying a tensor from `zeros_on_host`, which must not change any more.
+    def to_device(self, on_host: Tensor) -> Tensor:
+        """Copies a tensor from `zeros_on_host`, which must not change any more.
 
-        The caller may release it: page-locked memory is not reused before its readers are done.
+        The copy does not wait for work queued before, and the host not for the copy. The caller may
+        release `on_host`: page-locked memory is not reused before its readers are done.
         """
         if self._stream is None:
-            return CopyToDevice(on_host.clone(), None)
+            return on_host.clone()
         with torch.cuda.stream(self._stream):
             tensor = on_host.to(self._device, non_blocking=True)
-        return CopyToDevice(tensor, self._stream.record_event())
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._stream.record_event())
+        # Allocated in another stream, which must not reuse the memory before this one is done.
+        tensor.record_stream(current)
+        return tensor
 
     def to_host(self, tensor: Tensor) -> CopyToHost:
         """Starts copying a tensor after the work queued so far; do not change it before the end."""

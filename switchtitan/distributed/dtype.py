@@ -67,26 +67,31 @@ def dtype_on(device: torch.device, key: DtypeKey, saved: DtypeName | None = None
     """Returns `choose_dtype` for one device; warns if it emulates bf16."""
     supports = [bf16_support(device)]
     chosen = choose_dtype(key, supports, saved)
-    _warn_of_emulation(chosen, supports)
+    obstacle = _find_emulation(supports)
+    if chosen.name == "bfloat16" and obstacle is not None:
+        logger.warning(
+            "computing in bfloat16 (%s), but %s: products take several times as long as with "
+            '[training] dtype = "float32"',
+            chosen.reason,
+            obstacle,
+        )
     return chosen
 
 
 def agree_on_dtype(key: DtypeKey, world: World, saved: DtypeName | None = None) -> ComputeDtype:
     """Returns `choose_dtype` for the devices of all ranks, the same on every rank; collective.
 
-    Warns if CPUs emulate bf16.
+    CPUs that emulate bf16 warn of it.
 
     Raises:
         EnvironmentMismatchError: on every rank, if GPUs would emulate bf16.
     """
-    supports: list[Bf16Support] = world.gather(bf16_support(world.device))
+    supports = world.gather(bf16_support(world.device))
     chosen = choose_dtype(key, supports, saved)
     obstacle = _find_emulation(supports)
     if world.device.type == "cuda" and chosen.name == "bfloat16" and obstacle is not None:
         raise EnvironmentMismatchError(gpu_problem(key, obstacle))
-    if world.is_main:
-        _warn_of_emulation(chosen, supports)
-    return chosen
+    return dtype_on(world.device, key, saved) if chosen.name == "bfloat16" else chosen
 
 
 def gpu_problem(key: DtypeKey, obstacle: str) -> str:
@@ -95,12 +100,10 @@ def gpu_problem(key: DtypeKey, obstacle: str) -> str:
     Args:
         obstacle: which device lacks bf16.
     """
-    if key == "auto":
-        return (
-            f'[training] dtype = "auto": the checkpoint was trained in bfloat16, but {obstacle}; '
-            'resume on other GPUs, or write dtype = "float32" to change the dtype'
-        )
-    return f'[training] dtype = "{key}": {obstacle}; write dtype = "auto" or "float32"'
+    return (
+        f'[training] dtype = "{key}": bfloat16 is set, or the checkpoint\'s, but {obstacle}; use '
+        'other GPUs, or write dtype = "float32"'
+    )
 
 
 def bf16_support(device: torch.device) -> Bf16Support:
@@ -122,19 +125,5 @@ def bf16_support(device: torch.device) -> Bf16Support:
 
 
 def _find_emulation(supports: Sequence[Bf16Support]) -> str | None:
-    """Returns which rank does not multiply bf16 natively, and why; None if all do."""
-    for rank, support in enumerate(supports):
-        if not support.is_native:
-            return support.evidence if len(supports) == 1 else f"rank {rank}: {support.evidence}"
-    return None
-
-
-def _warn_of_emulation(chosen: ComputeDtype, supports: Sequence[Bf16Support]) -> None:
-    obstacle = _find_emulation(supports)
-    if chosen.name == "bfloat16" and obstacle is not None:
-        logger.warning(
-            "computing in bfloat16 without native support (%s): %s. Products take several "
-            'times as long as with [training] dtype = "float32"',
-            chosen.reason,
-            obstacle,
-        )
+    """Returns why a device does not multiply bf16 natively; None if all do."""
+    return next((support.evidence for support in supports if not support.is_native), None)

@@ -1,8 +1,7 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
-from switchtitan.distributed.adjacent import allocate_adjacent, empty_on
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial import covering_blocks, plain_value
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.shards import empty_on_host_like, local, row_range, shard_buffer
+from switchtitan.distributed.shards import (
+    allocate_adjacent,
+    empty_on_host_like,
+    local,
+    row_range,
+    shard_buffer,
+)
 from switchtitan.progress import progress_bar
 
 
@@ -39,20 +43,18 @@ def shard_model(
         # Rotary tables stay in fp32.
         cast_forward_inputs=False,
     )
-    units = _units(model, config)
     apart = None
     if config.frozen_weights == "replicate":
         apart = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=apart)
-    for unit in units:
+    for modules, is_freed_after_forward in _units(model, config):
         # A list of one module is a group too, whose hooks take more time.
-        modules = unit.modules if len(unit.modules) > 1 else unit.modules[0]
-        shard(modules, reshard_after_forward=unit.is_freed_after_forward)
-        first = unit.modules[0]
-        if isinstance(first, nn.Embedding):
-            assert isinstance(first, FSDPModule)
+        unit = modules if len(modules) > 1 else modules[0]
+        shard(unit, reshard_after_forward=is_freed_after_forward)
+        if isinstance(modules[0], nn.Embedding):
+            assert isinstance(modules[0], FSDPModule)
             # The gradient of an embedding does not depend on its weight.
-            first.set_unshard_in_backward(False)
+            modules[0].set_unshard_in_backward(False)
     # The root holds what is outside the units: modules that any pass may use, in any order.
     shard(model, reshard_after_forward=False)
     for module in model.modules():
@@ -61,16 +63,11 @@ def shard_model(
                 setattr(module, name, shard_buffer(getattr(module, name), mesh))
 
 
-class _Unit(NamedTuple):
-    """Modules whose weights are gathered together."""
-
-    modules: list[nn.Module]
-    """In the order of their calls."""
-    is_freed_after_forward: bool
-
-
-def _units(model: LanguageModel, config: ParallelismConfig) -> list[_Unit]:
-    """Returns the units in the order of their first calls."""
+def _units(
+    model: LanguageModel, config: ParallelismConfig
+) -> Iterator[tuple[list[nn.Module], bool]]:
+    """Yields modules whose weights are gathered together, in the order of their first calls, and
+    whether they are freed after the forward pass."""
     blocks, size = list(model.blocks().values()), config.blocks_per_unit
     groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
     outer = model.outer_units()
@@ -78,14 +75,12 @@ def _units(model: LanguageModel, config: ParallelismConfig) -> list[_Unit]:
         raise ValueError(
             f"{type(model).__name__}.outer_units() contains a list without modules; remove it"
         )
-    before = [modules for modules in outer if _are_embeddings(modules)]
-    after = [modules for modules in outer if not _are_embeddings(modules)]
-    freed, kept = [*before, *groups[:-1]], [*groups[-1:], *after]
-    return [
-        *(_Unit(modules, config.reshard_after_forward) for modules in freed),
-        # The backward pass needs these first.
-        *(_Unit(modules, False) for modules in kept),
-    ]
+    embeddings = [modules for modules in outer if _are_embeddings(modules)]
+    for modules in (*embeddings, *groups[:-1]):
+        yield modules, config.reshard_after_forward
+    # The backward pass needs these first.
+    for modules in (*groups[-1:], *(modules for modules in outer if modules not in embeddings)):
+        yield modules, False
 
 
 def _are_embeddings(modules: list[nn.Module]) -> bool:
@@ -177,12 +172,16 @@ def _initialize(
         }
         if isinstance(module, Reparametrized):
             values |= module.initial_tensors(
-                values["weight"], partial(_generator_for_local, seed, prefix), rows
+                values["weight"], partial(_generator_within, seed, prefix), rows
             )
         for name, tensor in own.items():
             first = held[name].start - rows[name].start
             with torch.no_grad():
                 local(tensor).copy_(values[name][first : first + len(held[name])])
+
+
+def _generator_within(seed: int, prefix: str, local_name: str) -> torch.Generator:
+    return generator_for(seed, prefix + local_name)
 
 
 def _rows_to_start_from(module: Reparametrized, held: Mapping[str, range]) -> range:
@@ -212,31 +211,27 @@ def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Allocates a meta model on `device`, except for buffers that stay in host memory."""
-    on_host = host_buffers(model)
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in on_host}
+    on_host = set(host_buffers(model).values())
+    adjacent = allocate_adjacent(_reparametrized_matrices(model), device)
     replicated = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if not parameter.requires_grad and not isinstance(parameter, DTensor)
     ]
-    for name, owner in owners.items():
-        # Otherwise it would be allocated on the device.
-        setattr(owner, name.rpartition(".")[2], None)
+
+    def allocate(tensor: Tensor) -> Tensor:
+        if tensor in on_host:
+            return empty_on_host_like(tensor)
+        return adjacent[tensor] if tensor in adjacent else torch.empty_like(tensor, device=device)
+
     for module, name, _ in replicated:
         # `_apply` swaps tensors, which may fail for plain meta tensors.
         setattr(module, name, None)
-    allocated = allocate_adjacent(_reparametrized_matrices(model), device)
     # As `to_empty` does it. FSDP gathers from the new memory.
-    model._apply(lambda tensor: empty_on(tensor, device, allocated))
+    model._apply(allocate)
     for module, name, parameter in replicated:
-        setattr(
-            module,
-            name,
-            nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False),
-        )
-    for name, owner in owners.items():
-        setattr(owner, name.rpartition(".")[2], empty_on_host_like(on_host[name]))
+        setattr(module, name, nn.Parameter(allocate(parameter), requires_grad=False))
 
 
 def _reparametrized_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -248,10 +243,6 @@ def _reparametrized_matrices(model: nn.Module) -> list[nn.Parameter]:
         for parameter in module.parameters(recurse=False)
         if parameter.requires_grad and parameter.ndim == 2
     ]
-
-
-def _generator_for_local(seed: int, prefix: str, local_name: str) -> torch.Generator:
-    return generator_for(seed, prefix + local_name)
 
 
 def begin_micro_batch(model: nn.Module, config: ParallelismConfig, is_last: bool) -> None:

@@ -21,8 +21,6 @@ _NUM_BLOCKS = 16
 
 GeneratorFor = Callable[[str], torch.Generator]
 """Name -> generator, the same on every rank."""
-DrawBlock = Callable[[tuple[int, ...], torch.Generator], Tensor]
-"""(shape of a block, generator) -> its values."""
 
 
 def block_size(shape: tuple[int, ...]) -> int:
@@ -58,14 +56,14 @@ class RandomRows:
     Args:
         name: the first block's generator is that of `name`; the others are `<name>#<index>`.
         shape: [rows, ...], of the full tensor.
-        draw_block: called with [rows of the block, ...].
+        draw_block: ([rows of the block, ...], generator) -> its values.
     """
 
     def __init__(
         self,
         name: str,
         shape: tuple[int, ...],
-        draw_block: DrawBlock,
+        draw_block: Callable[[tuple[int, ...], torch.Generator], Tensor],
         generator_for: GeneratorFor,
     ) -> None:
         self._name, self._shape = name, shape

@@ -39,25 +39,20 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
     Args:
         device: the one that the default group communicates.
     """
-    alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            part = local(tensor)
-            alike.setdefault((part.device, part.dtype), {})[name] = part
+    parts = {name: local(part) for name, part in tensors.items() if part.is_floating_point()}
+    # One call and one copy for many tensors: the device of some may be the host.
+    alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, part in parts.items():
+        alike.setdefault((part.device, part.dtype), []).append(name)
     if not alike:
         return []
-    # A norm is not finite if an element is not, or is too large to train. One call and one copy for
-    # many tensors: the device of some may be the host.
-    is_finite = torch.cat(
-        [
-            torch.isfinite(torch.stack(torch._foreach_norm(list(parts.values())))).to(device)
-            for parts in alike.values()
-        ]
-    )
+    # A norm is not finite if an element is not, or is too large to train.
+    norms = [torch._foreach_norm([parts[name] for name in names]) for names in alike.values()]
+    is_finite = torch.cat([torch.isfinite(torch.stack(of)).to(device) for of in norms])
     spoiled = (~is_finite).to(torch.int32)
     if dist.is_initialized():
         dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
-    names = [name for parts in alike.values() for name in parts]
+    names = [name for of_kind in alike.values() for name in of_kind]
     found = {name for name, is_spoiled in zip(names, spoiled.tolist(), strict=True) if is_spoiled}
     return [name for name in tensors if name in found]
 

@@ -1,8 +1,7 @@
 """The precision of products of fp32 matrices, and deterministic algorithms.
 
-What torch does by default depends on the environment: containers set variables that round factors
-of fp32 products to TF32, with 10 bits of the significand. Folding factors into weights, merging and
-projecting gradients need all 23.
+Containers set variables that make torch round factors of fp32 products to TF32, with 10 bits of the
+significand. Folding factors into weights, merging and projecting gradients need all 23.
 """
 
 import os
@@ -12,10 +11,6 @@ from contextlib import contextmanager
 import torch
 
 from switchtitan.errors import EnvironmentMismatchError
-
-_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
-"""The values with which cuBLAS is deterministic, by torch's documentation."""
 
 
 def use_full_precision(device_type: str) -> None:
@@ -35,9 +30,8 @@ def use_full_precision(device_type: str) -> None:
         )
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def allow_tf32() -> None:
@@ -60,16 +54,8 @@ def use_deterministic_algorithms() -> None:
     """Makes torch choose deterministic algorithms; an operation without one raises a RuntimeError.
 
     Call before the first product on CUDA.
-
-    Raises:
-        EnvironmentMismatchError: if the environment asks cuBLAS for something else.
     """
-    workspace = os.environ.setdefault(_CUBLAS_WORKSPACE, _DETERMINISTIC_WORKSPACES[0])
-    if workspace not in _DETERMINISTIC_WORKSPACES:
-        raise EnvironmentMismatchError(
-            f"{_CUBLAS_WORKSPACE}={workspace}: [training] deterministic = true needs "
-            f"{' or '.join(_DETERMINISTIC_WORKSPACES)}; unset it"
-        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses most other values
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     # Otherwise every `torch.empty` is filled.

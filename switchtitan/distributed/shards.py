@@ -110,19 +110,66 @@ def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     )
 
 
+def with_local(tensor: Tensor, part: Tensor) -> Tensor:
+    """Returns a tensor of the shape and placement of `tensor`, with local shard `part`."""
+    if not isinstance(tensor, DTensor):
+        return part
+    # As FSDP2 does it: `from_local` would move the shard to the mesh's device.
+    return DTensor(part, tensor._spec, requires_grad=False)
+
+
 def empty_on_host_like(tensor: Tensor) -> Tensor:
     """Returns an empty tensor of equal shape, dtype and placement in pageable host memory.
 
     The mesh's device may be a GPU.
     """
     part = local(tensor)
-    on_host = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-    if not isinstance(tensor, DTensor):
-        return on_host
-    # As FSDP2 offloads parameters: `from_local` would move the shard to the mesh's device.
-    return DTensor(on_host, tensor._spec, requires_grad=False)
+    return with_local(tensor, torch.empty(part.shape, dtype=part.dtype, device="cpu"))
 
 
+# Matrices of one width next to each other in memory, so that one kernel updates all of them.
+def allocate_adjacent(matrices: Iterable[Tensor], device: torch.device) -> dict[Tensor, Tensor]:
+    """Allocates an empty tensor like each of `matrices` on `device`.
+
+    The local shards of matrices of one width and dtype follow each other, in the given order, and
+    share memory.
+
+    Args:
+        matrices: [rows, width], DTensors or plain tensors, perhaps on the meta device.
+    """
+    alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    for matrix in matrices:
+        alike.setdefault((matrix.shape[1], matrix.dtype), []).append(matrix)
+    allocated = {}
+    for (width, dtype), tensors in alike.items():
+        num_rows = [local(tensor).shape[0] for tensor in tensors]
+        memory = torch.empty(sum(num_rows), width, dtype=dtype, device=device)
+        for tensor, part in zip(tensors, memory.split(num_rows), strict=True):
+            allocated[tensor] = with_local(tensor, part)
+    return allocated
+
+
+def as_one_matrix(parts: list[Tensor]) -> Tensor | None:
+    """Returns [all rows, width], a view of matrices that follow each other in memory.
+
+    None if they do not. Not for autograd.
+    """
+    first = parts[0]
+    storage, offset = first.untyped_storage()._cdata, first.storage_offset()
+    for part in parts:
+        if (
+            part.untyped_storage()._cdata != storage
+            or part.storage_offset() != offset
+            or not part.is_contiguous()
+        ):
+            return None
+        offset += part.numel()
+    width = first.shape[1]
+    num_rows = sum(part.shape[0] for part in parts)
+    return first.detach().as_strided((num_rows, width), (width, 1))
+
+
+# Rows.
 Spans = tuple[range, ...]
 """Rows as spans of neighbouring indices, in order, which are cheap to slice."""
 

@@ -69,7 +69,7 @@ def check_mixed_hardware(world):
         patched.setattr(compute_dtype, "bf16_support", lambda device: supports[world.rank])
         chosen = agree_on_dtype("auto", world)
         assert chosen.name == "float32"
-        assert "rank 1: of rank 1" in chosen.reason
+        assert "of rank 1" in chosen.reason
         patched.setattr(compute_dtype, "bf16_support", lambda device: supports[0])
         assert agree_on_dtype("auto", world).name == "bfloat16"
 

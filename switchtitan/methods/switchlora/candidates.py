@@ -149,7 +149,7 @@ class HostCandidates(StoredCandidates):
             for row, place in buffer.paired(spans, rows)
         ]
         copy_all_(pairs)
-        on_device = _cut(self._copies.to_device(packed).wait(), shapes)
+        on_device = _cut(self._copies.to_device(packed), shapes)
         return [RowRequest(ShardedRows(rows), (range(len(rows)),)) for rows in on_device]
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from switchtitan.distributed.adjacent import as_one_matrix, with_local
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
-from switchtitan.distributed.shards import ShardedRows, copy_all_, local_shards, row_range
+from switchtitan.distributed.shards import (
+    ShardedRows,
+    as_one_matrix,
+    copy_all_,
+    local_shards,
+    row_range,
+    with_local,
+)
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.lowrank.linear import FACTORS
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans

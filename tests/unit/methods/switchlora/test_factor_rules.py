@@ -19,7 +19,7 @@ from support.switchlora_layers import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from switchtitan.distributed.adjacent import allocate_adjacent
+from switchtitan.distributed.shards import allocate_adjacent
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora import SwitchLora, factors
