@@ -2,24 +2,36 @@
 
 import os
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 
 
 def num_cores(
-    cgroup_root: Path = Path("/sys/fs/cgroup"), own_cgroups: Path = Path("/proc/self/cgroup")
+    cgroup_root: Path = Path("/sys/fs/cgroup"), own_cgroup: Path = Path("/proc/self/cgroup")
 ) -> int:
     """Returns the number of cores that this process may use, at least 1.
 
-    That is the number of cores in its affinity mask, or the CPU quota of its control group (cgroups
-    v1 and v2, rounded down) if that is lower. `os.cpu_count` knows neither.
+    That is the number of cores in its affinity mask, or the CPU quota of its control group
+    (cgroups v2, rounded down) if that is lower. `os.cpu_count` knows neither.
 
     Args:
         cgroup_root: where control groups are mounted.
-        own_cgroups: the control groups of this process, see cgroups(7).
+        own_cgroup: the control group of this process, see cgroups(7).
     """
-    quota = min(_quotas(cgroup_root, own_cgroups), default=float("inf"))
-    return max(1, int(min(_num_cores_by_affinity(), quota)))
+    fewest = float(_num_cores_by_affinity())
+    try:
+        group = own_cgroup.read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
+    except OSError:  # not Linux
+        return int(fewest)
+    # A container may see its own group as the root, under another path.
+    for folder in (cgroup_root / group, *(cgroup_root / group).parents):
+        try:
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        except OSError:
+            continue
+        if quota != "max":  # microseconds
+            fewest = min(fewest, int(quota) / int(period))
+    return max(1, int(fewest))
 
 
 def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> None:
@@ -49,20 +61,15 @@ class OtherLoad:
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
         self._stat = stat
-        self._began_at = time.monotonic()
-        self._began_with = self._busy_s() - _own_s()
-
-    def num_busy_cores(self) -> float:
-        """Returns how many cores of the affinity mask other processes have kept busy on average."""
-        used_s = self._busy_s() - _own_s() - self._began_with
-        return max(0.0, used_s / max(time.monotonic() - self._began_at, 1e-3))
+        self._began_at, self._began_with = time.monotonic(), self._used_by_others_s()
 
     def warning(self, num_threads: int, num_cores: int) -> str | None:
         """Returns advice if `num_threads` threads must share a core with other processes.
 
         A parallel operation ends with its slowest thread, so that one busy core slows down all.
         """
-        busy = self.num_busy_cores()
+        used_s = self._used_by_others_s() - self._began_with
+        busy = max(0.0, used_s / max(time.monotonic() - self._began_at, 1e-3))
         if num_threads == 1 or num_threads + busy < num_cores + 0.5:
             return None
         return (
@@ -72,69 +79,26 @@ class OtherLoad:
             "with that variable set"
         )
 
-    def _busy_s(self) -> float:
-        """Busy seconds of the cores of the affinity mask, since the system started."""
+    def _used_by_others_s(self) -> float:
+        """Busy seconds of the cores of the affinity mask, without those of this process and of its
+        ended children."""
         try:
             lines = self._stat.read_text(encoding="utf-8").splitlines()
         except OSError:
             return 0.0
         names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        ticks = 0
-        for name, *values in (line.split() for line in lines if line.startswith("cpu")):
-            if name in names:
-                user, nice, system, _idle, _iowait, irq, softirq = map(int, values[:7])
-                ticks += user + nice + system + irq + softirq
-        return ticks / os.sysconf("SC_CLK_TCK")
+        rows = (line.split() for line in lines if line.startswith("cpu"))
+        # user, nice, system, idle, iowait, irq, softirq
+        ticks = sum(
+            int(values[place]) for name, *values in rows if name in names for place in _BUSY
+        )
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
-def _own_s() -> float:
-    """Processor seconds of this process and of its ended children."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+_BUSY = (0, 1, 2, 5, 6)
 
 
 def _num_cores_by_affinity() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS
-
-
-def _quotas(cgroup_root: Path, own_cgroups: Path) -> Iterator[float]:
-    """Yields the quotas of this process's control groups and of those above them, in cores."""
-    try:
-        lines = own_cgroups.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return  # not Linux
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Version 2 has one hierarchy and no controllers here; version 1 one folder for each.
-        mounts = [cgroup_root / controllers, cgroup_root / "cpu"] if controllers else [cgroup_root]
-        for mount in mounts:
-            # A container may see its own group as the root, under another path.
-            for folder in [mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents]:
-                if folder == mount.parent:
-                    break
-                yield from _quota_v1(folder) if controllers else _quota_v2(folder)
-
-
-def _quota_v2(folder: Path) -> Iterator[float]:
-    """`cpu.max`: "QUOTA PERIOD" in microseconds; "max" means none."""
-    words = _words(folder / "cpu.max")
-    if len(words) == 2 and words[0] != "max":
-        yield int(words[0]) / int(words[1])
-
-
-def _quota_v1(folder: Path) -> Iterator[float]:
-    """`cpu.cfs_quota_us` and `cpu.cfs_period_us`; a quota of -1 means none."""
-    quota, period = _words(folder / "cpu.cfs_quota_us"), _words(folder / "cpu.cfs_period_us")
-    if quota and period and int(quota[0]) > 0:
-        yield int(quota[0]) / int(period[0])
-
-
-def _words(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").split()
-    except OSError:
-        return []

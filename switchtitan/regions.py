@@ -1,7 +1,7 @@
 """Named regions of a run, such as "forward", for traces and for the time that each takes."""
 
-from contextlib import AbstractContextManager
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 STEP = "step"
@@ -22,41 +22,8 @@ class RegionObserver(Protocol):
         ...
 
 
-class _Unobserved:
-    """The region of all names while nothing observes: entering it costs two calls."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-class _Observed:
-    __slots__ = ("_name", "_observers")
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._observers: tuple[RegionObserver, ...] = ()
-
-    def __enter__(self) -> None:
-        # Those that begin are those that end, even if that changes inside.
-        self._observers = _observers
-        for observer in self._observers:
-            observer.begin(self._name)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for observer in reversed(self._observers):
-            observer.end()
-
-
-_UNOBSERVED = _Unobserved()
 _observers: tuple[RegionObserver, ...] = ()
+_UNOBSERVED = nullcontext()
 
 
 def region(name: str) -> AbstractContextManager[None]:
@@ -64,7 +31,20 @@ def region(name: str) -> AbstractContextManager[None]:
 
     A region inside another one interrupts it: times of regions exclude those inside.
     """
-    return _Observed(name) if _observers else _UNOBSERVED
+    return _observed(name) if _observers else _UNOBSERVED
+
+
+@contextmanager
+def _observed(name: str) -> Iterator[None]:
+    # Those that begin are those that end, even if that changes inside.
+    observers = _observers
+    for observer in observers:
+        observer.begin(name)
+    try:
+        yield
+    finally:
+        for observer in reversed(observers):
+            observer.end()
 
 
 def observe_regions(observer: RegionObserver) -> None:

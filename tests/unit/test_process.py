@@ -15,8 +15,6 @@ from switchtitan.observability import configure_logging
 from switchtitan.progress import progress_bar, slow_note
 from switchtitan.regions import observe_regions, region, stop_observing_regions
 
-V1_QUOTA = {"cpu.cfs_quota_us": "400", "cpu.cfs_period_us": "100"}
-
 
 @pytest.fixture
 def eight_cores(monkeypatch):
@@ -28,36 +26,16 @@ def eight_cores(monkeypatch):
     ("own", "files", "expected"),
     [
         pytest.param("0::/\n", {}, 8, id="no quota"),
-        pytest.param("0::/\n", {"cpu.max": "max 100000"}, 8, id="v2, unlimited"),
-        pytest.param("0::/\n", {"cpu.max": "300000 100000"}, 3, id="v2, in a container"),
-        pytest.param("0::/\n", {"cpu.max": "3200000 100000"}, 8, id="v2, more than the affinity"),
-        pytest.param("0::/\n", {"cpu.max": "250000 100000"}, 2, id="v2, rounded down"),
-        pytest.param("0::/\n", {"cpu.max": "20000 100000"}, 1, id="v2, less than one"),
-        pytest.param("0::/a/b\n", {"a/cpu.max": "2 1", "a/b/cpu.max": "5 1"}, 2, id="v2, parent"),
-        pytest.param("0::/a/b\n", {"a/cpu.max": "6 1", "a/b/cpu.max": "5 1"}, 5, id="v2, own"),
-        pytest.param("0::/b\n", {"a/cpu.max": "2 1"}, 8, id="v2, of another group"),
-        pytest.param("0::/host/x\n", {"cpu.max": "4 1"}, 4, id="v2, the host's path"),
-        pytest.param(
-            "4:cpu,cpuacct:/a\n0::/\n",
-            {f"cpu,cpuacct/a/{name}": value for name, value in V1_QUOTA.items()},
-            4,
-            id="v1",
-        ),
-        pytest.param(
-            "4:cpuset,cpu:/a\n",
-            {f"cpu/{name}": value for name, value in V1_QUOTA.items()},
-            4,
-            id="v1, linked and in a container",
-        ),
-        pytest.param(
-            "4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "9"}, 8, id="-1"
-        ),
-        pytest.param(
-            "4:cpuset:/\n",
-            {f"cpuset/{name}": value for name, value in V1_QUOTA.items()},
-            8,
-            id="v1, another controller",
-        ),
+        pytest.param("0::/\n", {"cpu.max": "max 100000"}, 8, id="unlimited"),
+        pytest.param("0::/\n", {"cpu.max": "300000 100000"}, 3, id="in a container"),
+        pytest.param("0::/\n", {"cpu.max": "3200000 100000"}, 8, id="more than the affinity"),
+        pytest.param("0::/\n", {"cpu.max": "250000 100000"}, 2, id="rounded down"),
+        pytest.param("0::/\n", {"cpu.max": "20000 100000"}, 1, id="less than one"),
+        pytest.param("0::/a/b\n", {"a/cpu.max": "2 1", "a/b/cpu.max": "5 1"}, 2, id="parent"),
+        pytest.param("0::/a/b\n", {"a/cpu.max": "6 1", "a/b/cpu.max": "5 1"}, 5, id="own"),
+        pytest.param("0::/b\n", {"a/cpu.max": "2 1"}, 8, id="of another group"),
+        pytest.param("1:cpu:/\n0::/b\n", {"b/cpu.max": "3 1"}, 3, id="beside v1"),
+        pytest.param("0::/host/x\n", {"cpu.max": "4 1"}, 4, id="the host's path"),
     ],
 )
 def test_cores_are_those_of_affinity_and_quota(eight_cores, tmp_path, own, files, expected):
