@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,60 +13,31 @@ from switchtitan.errors import EnvironmentMismatchError
 
 _READ_BYTES = 1 << 22
 _MAX_NAME_BYTES = 255
-_LEFTOVER_AFTER_S = 3600.0
 
 
 def write_atomically(file: Path, contents: str | bytes) -> None:
     """Write a file durably. Readers see either the old or the new contents, never a part of them.
 
     Of several writers at the same time, the last one wins. If it fails, the old contents stay, and
-    no other file. A process that is killed leaves a file `<name>.<process>-<random>.new`, which a
-    write of the same file deletes once it is an hour old.
+    no other file. A process that is killed may leave a file `<name>.<random>.new`.
 
     Args:
         contents: a string is encoded as UTF-8.
     """
-    with _written_beside(file, contents) as partial:
-        os.replace(partial, file)
-
-
-@contextmanager
-def _written_beside(file: Path, contents: str | bytes) -> Iterator[Path]:
-    """Yield a flushed temporary file, to be given its name; deletes it after an error."""
     # A name that nobody can know: a link in its place would lead the write elsewhere.
-    partial = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.new")
     try:
         with named_errors(file):
             with partial.open("xb") as stream:
                 stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
                 stream.flush()
                 os.fsync(stream.fileno())
-                written_at = os.fstat(stream.fileno()).st_mtime
-            yield partial
+            os.replace(partial, file)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
     sync_folder(file.parent)
-    _remove_leftovers(file, written_at - _LEFTOVER_AFTER_S)
-
-
-def _remove_leftovers(file: Path, older_than: float) -> None:
-    """Delete what killed processes have left of writes of `file`.
-
-    Args:
-        older_than: by the file system's clock, which other hosts see too.
-    """
-    # Names of older versions have no process.
-    pattern = re.compile(re.escape(file.name) + r"(\.\d+-[0-9a-f]{8})?\.new")
-    with suppress(OSError):
-        for entry in os.scandir(file.parent):
-            if (
-                pattern.fullmatch(entry.name)
-                and entry.stat(follow_symlinks=False).st_mtime < older_than
-            ):
-                with suppress(OSError):
-                    os.unlink(entry.path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -172,18 +142,16 @@ def file_inside(folder: Path, name: str) -> Path:
         ValueError: if `name` is not a plain file name, or is a link to a file outside of `folder`.
             Links in a snapshot of the Hugging Face cache may lead to the `blobs` of its repository.
     """
-    if not is_plain_name(name):
-        raise ValueError(f"{name!r} is not a plain file name")
-    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
-        raise ValueError(f"{name[:40]!r}... is too long for a file name")
+    if not is_plain_name(name) or len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        raise ValueError(f"{name[:40]!r} is not a plain file name")
     try:
         root, target = folder.resolve(), (folder / name).resolve()
-    except RuntimeError as error:  # Python before 3.13
+    except RuntimeError as error:  # a link to itself, in Python before 3.13
         raise ValueError(f"{name!r} is a link to itself") from error
-    if target.is_symlink():  # Python since 3.13
-        raise ValueError(f"{name!r} is a link to itself")
     is_snapshot = root.parent.name == "snapshots"
     roots = [root, root.parent.parent / "blobs"] if is_snapshot else [root]
+    if target.is_symlink():  # a link to itself, since Python 3.13
+        raise ValueError(f"{name!r} is a link to itself")
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise ValueError(f"{name!r} is a link to {target}, outside of the folder")
     return folder / name
@@ -203,8 +171,10 @@ def try_lock(file: Path, key: str) -> Iterator[int | None]:
     Raises:
         EnvironmentMismatchError: if the file system has no locks.
     """
-    with _opened(file) as descriptor:
-        yield descriptor if _lock(descriptor, file, key, fcntl.LOCK_EX | fcntl.LOCK_NB) else None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        is_held = _lock(stream.fileno(), file, key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield stream.fileno() if is_held else None
 
 
 @contextmanager
@@ -212,25 +182,15 @@ def lock(file: Path, on_wait: Callable[[], object], key: str) -> Iterator[None]:
     """Hold an exclusive lock on `file`, as `try_lock` does.
 
     If another process holds it, calls `on_wait` and waits.
-
-    Raises:
-        EnvironmentMismatchError: if the file system has no locks.
     """
-    with _opened(file) as descriptor:
-        if not _lock(descriptor, file, key, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            on_wait()
-            _lock(descriptor, file, key, fcntl.LOCK_EX)
+    with try_lock(file, key) as descriptor:
+        if descriptor is not None:
+            yield
+            return
+    on_wait()
+    with file.open("a") as stream:
+        _lock(stream.fileno(), file, key, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, file: Path, key: str, operation: int) -> bool:

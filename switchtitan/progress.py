@@ -2,9 +2,7 @@
 
 import os
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -18,7 +16,7 @@ def progress_bar(
 ) -> "tqdm[Any]":
     """Returns a bar on standard error, which is removed at its end; `update` advances it.
 
-    Draws nothing if standard error is not a terminal, and on all ranks but the first.
+    Draws nothing if standard error is not a terminal (`disable=None`), and on other ranks.
 
     Args:
         items: if given, iterating over the bar yields them and advances it.
@@ -36,24 +34,5 @@ def progress_bar(
         leave=False,
         dynamic_ncols=True,
         file=sys.stderr,
-        disable=not is_drawn(),
+        disable=os.environ.get("RANK", "0") != "0" or None,
     )
-
-
-@contextmanager
-def slow_note(text: str, delay_s: float = DELAY_S) -> Iterator[None]:
-    """Prints `text` on standard error, where a bar would be drawn, if the work inside is not done
-    after `delay_s`: for work whose length is not known."""
-    timer = threading.Timer(delay_s, lambda: print(text, file=sys.stderr, flush=True))
-    timer.daemon = True
-    if is_drawn():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def is_drawn() -> bool:
-    """Whether progress is shown: on a terminal, by the first rank."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"

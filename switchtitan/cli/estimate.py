@@ -12,6 +12,7 @@ prints instead the largest local batch size that fits on devices with 24 and 80 
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 from switchtitan.benchmark.estimate import ASSUMPTIONS, MEMORY_ASSUMPTIONS, estimate_step
@@ -32,7 +33,6 @@ from switchtitan.config.command_line import positive_int
 from switchtitan.errors import UserError, exit_for
 from switchtitan.job.checks import checks_without_device
 from switchtitan.job.config import JobConfig
-from switchtitan.progress import slow_note
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,13 +43,14 @@ def main(argv: Sequence[str]) -> None:
         check_json_option(options.json)
         checks = checks_without_device(options.world_size)
         configs = load_sides(options.configs, overrides, options.world_size, checks)
+        if sys.stderr.isatty():
+            print("estimating: each operation of some steps runs without values", file=sys.stderr)
         if options.fit:
             _print_fit(configs, options, argv)
             return
-        with slow_note("estimating: each operation of a few steps runs on tensors without values"):
-            estimates = {
-                name: estimate_step(config, options.world_size) for name, config in configs.items()
-            }
+        estimates = {
+            name: estimate_step(config, options.world_size) for name, config in configs.items()
+        }
     except UserError as error:
         exit_for(error)
     communication = {name: estimate.communication for name, estimate in estimates.items()}
@@ -80,11 +81,10 @@ def _print_fit(
     configs: Mapping[str, JobConfig], options: argparse.Namespace, argv: Sequence[str]
 ) -> None:
     """Estimates and prints the largest micro-batch of each configuration that fits."""
-    with slow_note("searching the largest batch size: some steps run on tensors without values"):
-        fits = {
-            name: largest_batch_sizes(config, options.world_size, options.fit)
-            for name, config in configs.items()
-        }
+    fits = {
+        name: largest_batch_sizes(config, options.world_size, options.fit)
+        for name, config in configs.items()
+    }
     assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
     lines = [
         f"largest local_batch_size that fits on each of {options.world_size} ranks with this much "

@@ -3,11 +3,9 @@
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import threading
-import time
 
 import pytest
 
@@ -21,7 +19,6 @@ from switchtitan.files import (
     try_lock,
     write_atomically,
 )
-from switchtitan.json_values import finite_or_none
 
 
 @pytest.mark.parametrize("contents", ["tëxt\n", b"\x00\xff"])
@@ -62,18 +59,6 @@ def test_two_writers_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
     write_atomically(file, "of the first writer")
     assert file.read_text() == "of the first writer"
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_write_deletes_what_killed_writers_of_the_same_file_left_an_hour_ago(tmp_path):
-    old = ["file.71-0123abcd.new", "file.new", "other.71-0123abcd.new", "file.txt.new"]
-    for name in (*old, "file.72-0123abcd.new"):
-        (tmp_path / name).touch()
-    two_hours_ago = time.time() - 7200
-    for name in old:
-        os.utime(tmp_path / name, (two_hours_ago, two_hours_ago))
-    write_atomically(tmp_path / "file", "new")
-    kept = {"file", "file.72-0123abcd.new", "file.txt.new", "other.71-0123abcd.new"}
-    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_folders_are_made_down_to_the_last_one(tmp_path):
@@ -178,7 +163,7 @@ def test_a_snapshot_of_the_hugging_face_cache_links_to_its_blobs_only(tmp_path):
 
 def test_an_atomic_write_follows_no_link(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "0" * 2 * num_bytes)
-    (folder / f"index.json.{os.getpid()}-00000000.new").symlink_to("../outside")
+    (folder / f"index.json.{16 * '0'}.new").symlink_to("../outside")
     with pytest.raises(FileExistsError):
         write_atomically(folder / "index.json", "new")
     assert (tmp_path / "outside").read_text() == "secret"
@@ -202,9 +187,3 @@ def test_sizes_have_three_digits_and_a_fitting_unit(num_bytes, text):
 def test_long_lists_are_abbreviated():
     assert abbreviate("abcd") == "a, b, c, d"
     assert abbreviate("abcdef") == "a, b, c, d and 2 more"
-
-
-def test_numbers_that_are_not_finite_become_null_at_any_depth():
-    value = {"list": [1, float("inf"), [-float("inf")]], "tuple": ({"deep": float("nan")}, "inf")}
-    expected = {"list": [1, None, [None]], "tuple": [{"deep": None}, "inf"]}
-    assert json.loads(json.dumps(finite_or_none(value), allow_nan=False)) == expected

@@ -12,7 +12,7 @@ import pytest
 from switchtitan import progress
 from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.observability import configure_logging
-from switchtitan.progress import progress_bar, slow_note
+from switchtitan.progress import progress_bar
 from switchtitan.regions import observe_regions, region, stop_observing_regions
 
 
@@ -174,18 +174,7 @@ def test_other_ranks_and_files_have_no_bar(monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.setattr(sys, "stderr", file := io.StringIO())
     work(2)
-    with slow_note("still working", delay_s=0.01):
-        time.sleep(0.1)
     assert terminal.getvalue() == file.getvalue() == ""
-
-
-def test_a_note_says_that_work_is_slow(monkeypatch):
-    terminal = use_terminal(monkeypatch)
-    with slow_note("quick", delay_s=60):
-        pass
-    with slow_note("still working", delay_s=0.01):
-        time.sleep(0.2)
-    assert terminal.getvalue() == "still working\n"
 
 
 class Record:
