@@ -17,13 +17,8 @@ SAVE_ABANDONED_STATUS = 5
 """A signal stopped the run, and its last save was not complete in time."""
 CLOSED_OUTPUT_STATUS = 128 + signal.SIGPIPE
 """Of a command whose standard output was closed, as in `switchtitan train --help | head -3`."""
-_LARGEST_ERROR_STATUS = 127
-"""Above are statuses of signals."""
-_NUM_NAMED = 4
-_LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable with the file in which torchrun expects a rank's failure reason."""
 EXIT_STATUS_KEY = "exit_status"
-"""Key in that file that marks a known end, next to torchrun's own keys."""
+"""Key that marks a known end in the file in which torchrun expects a rank's failure reason."""
 
 
 class UserError(Exception):
@@ -63,31 +58,22 @@ class RanksDisagreeError(UserError):
     """Tells calling programs that the configuration was valid."""
 
 
-def abbreviate(names: Iterable[str]) -> str:
-    """Return the first four names, and the number of the others."""
-    names = list(names)
-    num_more = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {num_more} more" if num_more > 0 else "")
-
-
+# How a command ends.
 def exit_for(error: UserError) -> NoReturn:
-    """Exit with the error's status, without a traceback.
-
-    Prints the message. On several ranks, leaves it for the launcher, which prints the first one.
-    """
+    """Prints the error's message, without a traceback, and exits with its status."""
     record_end(str(error), error.exit_status)
     raise SystemExit(error.exit_status)
 
 
 def exit_for_stop(signal_number: int) -> NoReturn:
-    """Exit with the status of a run that a signal stopped; says so as `exit_for` does."""
+    """Exits with the status of a run that a signal stopped."""
     status = 128 + signal_number
     record_end(f"stopped by {signal.Signals(signal_number).name}", status)
     raise SystemExit(status)
 
 
 def end_now(message: str, status: int) -> NoReturn:
-    """Ends the process as `exit_for` does, also if threads or other processes have not ended."""
+    """Ends the process, also if threads or other processes have not ended."""
     try:
         record_end(message, status)
         sys.stdout.flush()
@@ -97,23 +83,39 @@ def end_now(message: str, status: int) -> NoReturn:
 
 
 def record_end(message: str, status: int) -> None:
-    """Prints why this process ends. On several ranks, leaves it for the launcher, which prints the
-    first reason."""
-    # Imported here because `files` imports this module.
-    from switchtitan.files import write_atomically
-
-    launcher_file = os.environ.get(_LAUNCHER_FILE)
-    if launcher_file:
-        reason = {"message": message, "timestamp": int(time.time()), EXIT_STATUS_KEY: status}
-        # The launcher may kill this rank at any time after another has failed, then reads the file.
-        write_atomically(Path(launcher_file), json.dumps(reason))
-    else:
+    """Prints why this process ends. A rank leaves it for the launcher, which prints the first."""
+    launcher_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not launcher_file:
         print(final_line(message, status), file=sys.stderr)
+        return
+    reason = {"message": message, "timestamp": int(time.time()), EXIT_STATUS_KEY: status}
+    # By a rename: the launcher may kill this rank once another has failed, then reads the file.
+    partial = Path(f"{launcher_file}.new")
+    partial.write_text(json.dumps(reason), encoding="utf-8")
+    partial.replace(launcher_file)
 
 
 def final_line(message: str, status: int) -> str:
-    """Returns the last line of a command that ends with `status`."""
-    return message if status > _LARGEST_ERROR_STATUS else f"error: {message}"
+    """Returns the last line of a command that ends with `status`; above 127 are signals."""
+    return message if status > 127 else f"error: {message}"
+
+
+def interrupt_on_sigterm() -> None:
+    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    # A signal to the process group also ends the data loader's workers. torch's SIGCHLD handler
+    # would raise for them in the middle of a save.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise KeyboardInterrupt(signum)
+
+
+def exit_for_interrupt(stop: KeyboardInterrupt, message: str) -> NoReturn:
+    """Prints `message` on standard error and exits with the signal's status."""
+    print(message, file=sys.stderr)
+    raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 
 def is_output_closed() -> bool:
@@ -130,29 +132,15 @@ def is_output_closed() -> bool:
 
 
 def discard_output() -> None:
-    """Sends standard output, and what is still in its buffer, to nowhere.
-
-    Otherwise Python prints an error when it flushes the buffer at its end.
-    """
+    """Sends standard output, and its buffer, to nowhere: else Python prints an error at its end."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
-def interrupt_on_sigterm() -> None:
-    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C."""
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def exit_for_interrupt(stop: KeyboardInterrupt, message: str) -> NoReturn:
-    """Prints `message` on standard error and exits with the signal's status."""
-    print(message, file=sys.stderr)
-    raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    # A signal to the process group also ends the data loader's workers. torch's SIGCHLD handler
-    # would raise for them in the middle of a save.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    raise KeyboardInterrupt(signum)
+def abbreviate(names: Iterable[str]) -> str:
+    """Return the first four names, and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
