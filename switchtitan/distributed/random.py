@@ -23,8 +23,7 @@ def _mixed(key: str) -> int:
 
 
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
-# fig. 16): the increment is 2^64 over the golden ratio, made odd; the multipliers are Stafford's
-# variant 13 of MurmurHash3's finalizer. As signed numbers.
+# fig. 16), with Stafford's variant 13 of MurmurHash3's finalizer. As signed numbers.
 _INCREMENT_64 = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS_64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS_64 = (30, 27, 31)

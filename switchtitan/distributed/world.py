@@ -126,7 +126,11 @@ def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
 
 
 def start_world(config: ParallelismConfig) -> World:
-    """Joins the process group of the launcher's environment, or creates one of a single rank."""
+    """Joins the process group of the launcher's environment, or creates one of a single rank.
+
+    Raises:
+        EnvironmentMismatchError: if launcher, machine and configuration do not fit each other.
+    """
     num_ranks, rank = num_ranks_from_launcher(), rank_from_launcher()
     local_rank = _from_launcher("LOCAL_RANK", 0)
     shape = mesh_shape(config, num_ranks)
@@ -213,10 +217,9 @@ def raise_file_limit() -> None:
 def _limit_other_threads() -> None:
     """Makes CPU operations serial in every thread that starts after this call.
 
-    OpenMP gives each thread that runs a parallel operation a team of its own. Threads of gloo's
-    groups run one for each object of more than 32 KiB, such as a checkpoint's plan, and live until
-    the end. With more team members than cores, GNU's OpenMP makes all barriers sleep instead of
-    spin (GOMP_SPINCOUNT in its manual), so every later operation of this thread would take longer.
+    OpenMP gives each thread that runs a parallel operation a team, as gloo's do to copy an object
+    of more than 32 KiB. With more team members than cores, GNU's OpenMP makes all barriers sleep
+    instead of spin, so every later operation of this thread would take longer (docs/LOG.md).
     """
     torch.get_num_threads()  # this thread reads its number before the default changes
     other = threading.Thread(target=torch.set_num_threads, args=(1,), name="limit-threads")
@@ -224,8 +227,7 @@ def _limit_other_threads() -> None:
     other.join()
 
 
-# The variables in which a launcher, such as torchrun, tells a process its rank. An empty one counts
-# as unset, as in ./run_train.sh.
+# Variables in which a launcher tells a process its rank. An empty one counts as unset.
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of its ranks."""
     return bool(os.environ.get("WORLD_SIZE"))
@@ -237,16 +239,11 @@ def num_ranks_from_launcher() -> int:
 
 
 def rank_from_launcher() -> int:
-    """Returns this process's rank; 0 without a launcher.
-
-    Raises:
-        EnvironmentMismatchError: if `RANK` is not a rank below `WORLD_SIZE`.
-    """
+    """Returns this process's rank; 0 without a launcher."""
     rank, num_ranks = _from_launcher("RANK", 0), num_ranks_from_launcher()
     if not 0 <= rank < num_ranks:
         raise EnvironmentMismatchError(
-            f"RANK={rank}: expected a rank below WORLD_SIZE={num_ranks}; a launcher must set both "
-            "for every rank, ./run_train.sh does; without a launcher, unset RANK"
+            f"RANK={rank}: expected a rank below WORLD_SIZE={num_ranks}; {_LAUNCHED}"
         )
     return rank
 
@@ -257,9 +254,13 @@ def _from_launcher(name: str, default: int) -> int:
         return int(given)
     except ValueError as error:
         raise EnvironmentMismatchError(
-            f"{name}={given}: expected an integer; a launcher sets it for every rank, "
-            "./run_train.sh does; without a launcher, unset it"
+            f"{name}={given}: expected an integer; {_LAUNCHED}"
         ) from error
+
+
+_LAUNCHED = (
+    "a launcher sets it for every rank, as ./run_train.sh does; without a launcher, unset it"
+)
 
 
 # Devices.
@@ -278,9 +279,9 @@ def device_type() -> str:
 
 
 def unusable_gpu(driver: Path = Path("/dev/nvidiactl")) -> str | None:
-    """Returns why torch cannot use this machine's GPU and what to do; None if there is none.
+    """Returns why torch, which sees no GPU, cannot use this machine's, and what to do.
 
-    Call if torch sees no GPU. GPUs that CUDA_VISIBLE_DEVICES hides do not count.
+    None if there is none, or CUDA_VISIBLE_DEVICES hides it.
 
     Args:
         driver: the device file of NVIDIA's driver.
@@ -324,8 +325,7 @@ def device_name(device: torch.device) -> str:
 def temporary_world() -> Iterator[None]:
     """Destroys, at its end, a process group that was created inside; keeps an earlier one.
 
-    After an error it does so only for a single rank: destroying the group waits for the other
-    ranks, which may be waiting for this one.
+    After an error only that of a single rank, see `stop_world_if_single`.
     """
     was_joined = dist.is_initialized()
     try:
