@@ -109,7 +109,7 @@ def materialize(
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
     Every rank draws the rows that it holds in fp32, from (seed, parameter name); see
-    `initial_draws`. Parameters of another dtype round to nearest.
+    `distributed.initial`. Parameters of another dtype round to nearest.
 
     Args:
         initial_weights: the plain model's parameters, used instead of drawn values (a warm start).

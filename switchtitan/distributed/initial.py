@@ -50,57 +50,26 @@ def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
     return [range(start, min(start + size, rows.stop)) for start in rows[::size]]
 
 
-class RandomRows:
-    """A random tensor; draws the blocks that are asked for, each once.
-
-    Args:
-        name: the first block's generator is that of `name`; the others are `<name>#<index>`.
-        shape: [rows, ...], of the full tensor.
-        draw_block: ([rows of the block, ...], generator) -> its values.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        draw_block: Callable[[tuple[int, ...], torch.Generator], Tensor],
-        generator_for: GeneratorFor,
-    ) -> None:
-        self._name, self._shape = name, shape
-        self._draw_block, self._generator_for = draw_block, generator_for
-        self._drawn: dict[range, Tensor] = {}
-
-    def __getitem__(self, rows: range) -> Tensor:
-        """Returns consecutive rows, [len(rows), ...]."""
-        covering = covering_blocks(self._shape, rows)
-        if not covering:
-            return torch.empty(0, *self._shape[1:])
-        blocks = [self._block(block) for block in split_blocks(self._shape, covering)]
-        values = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return values[rows.start - covering.start : rows.stop - covering.start]
-
-    def _block(self, rows: range) -> Tensor:
-        if rows not in self._drawn:
-            index = rows.start // block_size(self._shape)
-            name = self._name if index == 0 else f"{self._name}#{index}"
-            shape = len(rows), *self._shape[1:]
-            self._drawn[rows] = self._draw_block(shape, self._generator_for(name))
-        return self._drawn[rows]
-
-
 def plain_value(
     model: LanguageModel, seed: int, name: str, shape: torch.Size, rows: range | None = None
 ) -> Tensor:
     """Returns rows of the initial value of the plain model's parameter `name`, fp32 on the CPU.
 
+    The first block's generator is that of `name`; the others are those of `<name>#<index>`.
+
     Args:
-        shape: of the parameter.
+        shape: [rows, ...], of the parameter.
         rows: consecutive rows; by default all.
     """
-    values = RandomRows(
-        name,
-        tuple(shape),
-        lambda block, generator: model.initial_value(name, torch.Size(block), generator),
-        lambda block_name: generator_for(seed, block_name),
-    )
-    return values[range(shape[0]) if rows is None else rows]
+    wanted = range(shape[0]) if rows is None else rows
+    covering = covering_blocks(shape, wanted)
+    if not covering:
+        return torch.empty(0, *shape[1:])
+    blocks = []
+    for block in split_blocks(shape, covering):
+        index = block.start // block_size(shape)
+        generator = generator_for(seed, name if index == 0 else f"{name}#{index}")
+        block_shape = torch.Size((len(block), *shape[1:]))
+        blocks.append(model.initial_value(name, block_shape, generator))
+    values = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return values[wanted.start - covering.start : wanted.stop - covering.start]

@@ -10,7 +10,6 @@ from support.tiny import tiny_trainer, train_steps
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.fsdp import materialize, materialize_to_restore
 from switchtitan.distributed.initial import (
-    RandomRows,
     block_size,
     covering_blocks,
     plain_value,
@@ -81,13 +80,19 @@ def rows_of_rank(num_rows, rank, num_ranks):
     return range(min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows))
 
 
-def normal_rows(shape, name="a", drawn=None):
-    def draw(block, generator):
-        if drawn is not None:
-            drawn.append(block[0])
-        return torch.empty(block).normal_(generator=generator)
+class NormalValues:
+    """Draws normal values, and counts the rows."""
 
-    return RandomRows(name, shape, draw, lambda block_name: generator_for(3, block_name))
+    def __init__(self):
+        self.num_drawn = 0
+
+    def initial_value(self, name, shape, generator):
+        self.num_drawn += shape[0]
+        return torch.empty(shape).normal_(generator=generator)
+
+
+def normal_rows(shape, rows, name="a"):
+    return plain_value(NormalValues(), 3, name, torch.Size(shape), rows)
 
 
 @pytest.mark.parametrize("shape", [LARGE, (33, 20000), (600_000,), (7, 5), (1, 600_000)])
@@ -101,26 +106,26 @@ def test_blocks_cover_all_rows_once(shape):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 1000])
 def test_rows_do_not_depend_on_the_number_of_ranks(num_ranks):
-    full = normal_rows(LARGE)[range(LARGE[0])]
+    full = normal_rows(LARGE, range(LARGE[0]))
     parts = [
-        normal_rows(LARGE)[rows_of_rank(LARGE[0], rank, num_ranks)] for rank in range(num_ranks)
+        normal_rows(LARGE, rows_of_rank(LARGE[0], rank, num_ranks)) for rank in range(num_ranks)
     ]
     assert torch.equal(torch.cat(parts), full)
 
 
 def test_a_small_tensor_is_drawn_at_once_a_large_one_starts_alike_and_a_rank_draws_its_own_blocks():
     full = torch.empty(40, 50).normal_(generator=generator_for(3, "a"))
-    assert torch.equal(normal_rows((40, 50))[range(40)], full)
-    size, drawn = block_size(LARGE), []
+    assert torch.equal(normal_rows((40, 50), None), full)
+    size, model = block_size(LARGE), NormalValues()
     assert size < LARGE[0]
     first = torch.empty(size, LARGE[1]).normal_(generator=generator_for(3, "a"))
-    assert torch.equal(normal_rows(LARGE)[range(size)], first)
-    normal_rows(LARGE, drawn=drawn)[range(113, 226)]
-    assert sum(drawn) <= 113 + 2 * size
+    assert torch.equal(normal_rows(LARGE, range(size)), first)
+    plain_value(model, 3, "a", torch.Size(LARGE), range(113, 226))
+    assert model.num_drawn <= 113 + 2 * size
 
 
 def test_values_of_all_blocks_are_normal_and_unrelated():
-    values = normal_rows(LARGE)[range(LARGE[0])].double()
+    values = normal_rows(LARGE, None).double()
     count = values.numel()
     # Five standard errors: of the mean 1 / sqrt(n), of the second moment sqrt(2 / n), of the
     # fourth sqrt(96 / n).
@@ -151,25 +156,26 @@ def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
     METHODS.build(section, 10, seed=0).prepare_model(model)
     layer = model["proj"]
     assert isinstance(layer, Reparametrized)
-    weight = normal_rows(shape, "weight")
+    weight = normal_rows(shape, None, "weight")
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     numbers = {name: tensor.shape[0] for name, tensor in tensors.items()}
 
     def generator(name):
         return generator_for(1, name)
 
-    full = layer.initial_tensors(weight[range(out_features)], generator)
+    full = layer.initial_tensors(weight, generator)
     for num_ranks in (2, 3, 8):
         for rank in range(num_ranks):
             own = {name: rows_of_rank(count, rank, num_ranks) for name, count in numbers.items()}
             rows = own | {"weight": covering_blocks(shape, own["weight"])}
-            drawn = layer.initial_tensors(weight[rows["weight"]], generator, rows)
+            first, end = rows["weight"].start, rows["weight"].stop
+            drawn = layer.initial_tensors(weight[first:end], generator, rows)
             assert drawn.keys() == full.keys() == numbers.keys()
             for name, wanted in rows.items():
                 assert torch.equal(drawn[name], full[name][wanted.start : wanted.stop]), name
     merged = full["weight"] + layer.scale * full["lora_b"].t() @ full["lora_a"]
     # W - s B A + s B A in fp32, terms of order 1.
-    torch.testing.assert_close(merged, weight[range(out_features)], rtol=0, atol=4e-6)
+    torch.testing.assert_close(merged, weight, rtol=0, atol=4e-6)
 
 
 def test_the_plain_value_has_the_configured_deviation():
