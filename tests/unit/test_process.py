@@ -1,18 +1,14 @@
-"""This process: the cores it may use, its output, its progress, and the regions of its work."""
+"""This process: the cores it may use, its output, and the regions of its work."""
 
-import io
 import logging
 import os
-import re
 import sys
 import time
 
 import pytest
 
-from switchtitan import progress
 from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.observability import configure_logging
-from switchtitan.progress import progress_bar
 from switchtitan.regions import observe_regions, region, stop_observing_regions
 
 
@@ -131,50 +127,6 @@ def test_the_log_goes_on_where_nobody_reads_the_output(own_handlers, tmp_path, m
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line[-6:] for line in lines] == ["line 0", "line 1", "line 2"]
     assert capfd.readouterr().err.count("standard output was closed") == 1
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def use_terminal(monkeypatch, delay_s=0.01):
-    """What is written on standard error, a terminal; work is slow after `delay_s`.
-
-    Not a fixture: pytest replaces standard error again after the fixtures.
-    """
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "DELAY_S", delay_s)
-    monkeypatch.delenv("RANK", raising=False)
-    return stream
-
-
-def work(num_items):
-    done = []
-    for item in progress_bar("working", range(num_items), total=num_items, unit="items"):
-        time.sleep(0.06)
-        done.append(item)
-    return done
-
-
-def test_slow_work_has_a_bar_and_quick_work_none(monkeypatch):
-    terminal = use_terminal(monkeypatch)
-    assert work(4) == [0, 1, 2, 3]
-    assert re.search(r"working: +\d+%.*/4 ", terminal.getvalue())
-    quick = use_terminal(monkeypatch, delay_s=60)
-    assert work(2) == [0, 1]
-    assert quick.getvalue().strip() == ""
-
-
-def test_other_ranks_and_files_have_no_bar(monkeypatch):
-    terminal = use_terminal(monkeypatch)
-    monkeypatch.setenv("RANK", "1")
-    work(2)
-    monkeypatch.delenv("RANK")
-    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
-    work(2)
-    assert terminal.getvalue() == file.getvalue() == ""
 
 
 class Record:
