@@ -87,27 +87,21 @@ def copy_from_full_(target: Tensor, value: Tensor) -> None:
 def as_shard_of(part: Tensor, full: Tensor) -> Tensor:
     """Returns `part` [held rows, ...] as the local shard of a tensor with rows and placement of
     `full`; shares memory with `part`. `part` itself if `full` is a plain tensor."""
-    if not isinstance(full, DTensor):
-        return part
-    layout = torch.empty(full.shape[0], *part.shape[1:], device="meta")
-    return DTensor.from_local(
-        part,
-        full.device_mesh,
-        full.placements,
-        run_check=False,
-        shape=layout.shape,
-        stride=layout.stride(),
-    )
+    return _sharded(part, full.shape[0], full.device_mesh) if isinstance(full, DTensor) else part
 
 
 def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     """Returns an empty DTensor like the meta tensor `buffer`, sharded as FSDP2 does it."""
+    num_rows = buffer.shape[0]
+    part = buffer.new_empty(len(_held_rows(num_rows, mesh)), *buffer.shape[1:])
+    return _sharded(part, num_rows, mesh)
+
+
+def _sharded(part: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    shape = len(_held_rows(buffer.shape[0], mesh)), *buffer.shape[1:]
-    part = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=buffer.shape, stride=buffer.stride()
-    )
+    layout = torch.empty(num_rows, *part.shape[1:], device="meta")
+    shape, stride = layout.shape, layout.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def with_local(tensor: Tensor, part: Tensor) -> Tensor:
