@@ -158,12 +158,11 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def try_lock(file: Path, key: str) -> Iterator[int | None]:
-    """Hold an exclusive lock on `file`, which is created if missing.
+def lock(file: Path, on_wait: Callable[[], object], key: str) -> Iterator[None]:
+    """Hold an exclusive lock on `file`, which is created if missing and not deleted.
 
-    Yields the file's descriptor, or None if another process holds the lock. The system releases the
-    lock when this process and every process that inherited the descriptor have closed the file or
-    exited. The file is not deleted.
+    If another process holds it, calls `on_wait` and waits. The system releases the lock when this
+    process exits.
 
     Args:
         key: the configuration key of the folder, for the error.
@@ -173,34 +172,16 @@ def try_lock(file: Path, key: str) -> Iterator[int | None]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream:
-        is_held = _lock(stream.fileno(), file, key, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield stream.fileno() if is_held else None
-
-
-@contextmanager
-def lock(file: Path, on_wait: Callable[[], object], key: str) -> Iterator[None]:
-    """Hold an exclusive lock on `file`, as `try_lock` does.
-
-    If another process holds it, calls `on_wait` and waits.
-    """
-    with try_lock(file, key) as descriptor:
-        if descriptor is not None:
-            yield
-            return
-    on_wait()
-    with file.open("a") as stream:
-        _lock(stream.fileno(), file, key, fcntl.LOCK_EX)
+        try:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            raise EnvironmentMismatchError(
+                f"{key}: the file system of {file} has no file locks (flock: {error.strerror}); "
+                f"set {key} to a folder on another disk, or mount this one with locks (Lustre: -o "
+                "flock)"
+            ) from error
         yield
-
-
-def _lock(descriptor: int, file: Path, key: str, operation: int) -> bool:
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise EnvironmentMismatchError(
-            f"{key}: the file system of {file} has no file locks (flock: {error.strerror}); set "
-            f"{key} to a folder on another disk, or mount this one with locks (Lustre: -o flock)"
-        ) from error
-    return True

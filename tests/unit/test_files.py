@@ -16,7 +16,6 @@ from switchtitan.files import (
     lock,
     make_folder,
     sha256_of_file,
-    try_lock,
     write_atomically,
 )
 
@@ -73,15 +72,6 @@ def test_a_checksum_is_that_of_all_bytes(tmp_path):
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
-def test_a_lock_is_held_once(tmp_path):
-    with try_lock(tmp_path / "a" / "lock", key="output_dir") as first:
-        assert first is not None
-        with try_lock(tmp_path / "a" / "lock", key="output_dir") as second:
-            assert second is None
-    with try_lock(tmp_path / "a" / "lock", key="output_dir") as third:
-        assert third is not None
-
-
 def test_a_lock_is_waited_for(tmp_path):
     waits, order = threading.Event(), []
 
@@ -105,7 +95,7 @@ def test_a_file_system_without_locks_is_a_users_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with (
         pytest.raises(EnvironmentMismatchError, match=r"^output_dir: .*No locks available"),
-        try_lock(tmp_path / "lock", key="output_dir"),
+        lock(tmp_path / "lock", lambda: None, key="output_dir"),
     ):
         pass
 
