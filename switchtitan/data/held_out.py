@@ -1,17 +1,20 @@
 """Which documents are held out, and how much of a long one."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchtitan.data.corpus_files import ShardRecord
-from switchtitan.data.segments import ShardWriter
+from switchtitan.data.shards import dtype_of, write_shard
 from switchtitan.data.tokenizer import DocumentTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def period_of(fraction: float) -> Fraction:
@@ -61,67 +64,40 @@ def document_cap(lengths: NDArray[np.int64], max_share: float) -> int:
     return max(2, int(cap))
 
 
-@dataclass(frozen=True)
-class CutSplit:
-    """A split whose long documents were cut."""
-
-    cap: int
-    """The most tokens of one document, its end included."""
-    num_cut: int
-    shard: ShardRecord
-
-
 def cut_long_documents(
     folder: Path,
     split: str,
     shards: Sequence[ShardRecord],
-    dtype: str,
     tokenizer: DocumentTokenizer,
     max_share: float,
-) -> CutSplit | None:
-    """Writes a split again with each document cut to `document_cap` tokens.
+) -> tuple[int, ShardRecord] | None:
+    """Writes a split again, as `<split>-cut.bin`, with each document cut to `document_cap` tokens.
 
-    A cut document keeps its first tokens, and ends like any other. The new shard is
-    `<split>-cut.bin`; the old ones stay.
+    A cut document keeps its first tokens, and ends like any other. The old shards stay.
 
     Returns:
-        the new split, or None if no document is longer than the cap.
+        the cap and the new shard, or None if no document is longer than the cap.
     """
-    tokens = [_mapped(folder / shard.file, dtype) for shard in shards]
-    lengths = np.concatenate([_lengths(shard, tokenizer.eos_id) for shard in tokens])
+    stored = np.dtype(dtype_of(tokenizer)).newbyteorder("<")
+    files = [np.memmap(folder / shard.file, dtype=stored, mode="r") for shard in shards]
+    documents: list[NDArray[Any]] = []
+    for tokens in files:
+        ends = np.flatnonzero(tokens == tokenizer.eos_id)
+        documents += [document[:-1] for document in np.split(tokens, ends + 1)[:-1]]
+    lengths = np.array([len(document) + 1 for document in documents])
     cap = document_cap(lengths, max_share)
     num_cut = int((lengths > cap).sum())
     if num_cut == 0:
         return None
-    writer = ShardWriter(folder / f"{split}-cut.bin", dtype)
-    lost_bytes = 0
-    try:
-        for document in _documents(tokens, tokenizer.eos_id):
-            kept = document[:-1][: cap - 1]
-            lost = document[:-1][cap - 1 :]
-            lost_bytes += len(tokenizer.tokenizer.decode(lost.tolist()).encode())
-            writer.write(kept, tokenizer.eos_id, 0)
-        record = writer.finish()
-    finally:
-        writer.close()
-    num_bytes = max(0, sum(shard.bytes_of_text for shard in shards) - lost_bytes)
-    return CutSplit(cap, num_cut, record.model_copy(update={"bytes_of_text": num_bytes}))
-
-
-def _mapped(file: Path, dtype: str) -> NDArray[np.unsignedinteger]:
-    return np.memmap(file, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
-
-
-def _lengths(tokens: NDArray[np.unsignedinteger], eos_id: int) -> NDArray[np.int64]:
-    ends = np.flatnonzero(tokens == eos_id) + 1
-    return np.diff(ends, prepend=0)
-
-
-def _documents(
-    shards: Sequence[NDArray[np.unsignedinteger]], eos_id: int
-) -> Iterator[NDArray[np.unsignedinteger]]:
-    for tokens in shards:
-        start = 0
-        for end in (np.flatnonzero(tokens == eos_id) + 1).tolist():
-            yield tokens[start:end]
-            start = end
+    lost = [tokenizer.tokenizer.decode(document[cap - 1 :].tolist()) for document in documents]
+    num_bytes = sum(shard.bytes_of_text for shard in shards) - sum(len(t.encode()) for t in lost)
+    kept = [document[: cap - 1] for document in documents]
+    record = write_shard(folder / f"{split}-cut.bin", kept, tokenizer, max(0, num_bytes))
+    logger.info(
+        "cut %d documents of the %s split to %d tokens, %.1f %% of the split",
+        num_cut,
+        split,
+        cap,
+        100 * cap / record.tokens,
+    )
+    return cap, record

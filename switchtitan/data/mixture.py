@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -46,12 +47,10 @@ class Schedule:
                 for count, own in zip(self.counts, given, strict=True)
             ]
             ready = [k for k in range(num_sources) if slack * behind[k] >= PERIOD]
-            # Fractions (PERIOD * (1 - 1 / slack) - behind) / count, compared without rounding.
-            best = ready[0] if ready else int(np.argmax(behind))
-            for k in ready[1:]:
-                left = (PERIOD * (slack - 1) - slack * behind[k]) * self.counts[best]
-                if left < (PERIOD * (slack - 1) - slack * behind[best]) * self.counts[k]:
-                    best = k
+            best = min(
+                ready,
+                key=lambda k: Fraction(PERIOD * (slack - 1) - slack * behind[k], self.counts[k]),
+            )
             given[best] += 1
             chosen[position] = best
         return chosen
@@ -72,8 +71,7 @@ class Schedule:
     def num_given(self, position: int) -> list[int]:
         """Returns how many of the positions below `position` each source has."""
         periods, offset = divmod(position, PERIOD)
-        given = periods * np.asarray(self.counts) + self._counts_before[offset]
-        return [int(number) for number in given]
+        return (periods * np.asarray(self.counts) + self._counts_before[offset]).tolist()
 
     def position_of(self, source: int, number: int) -> int:
         """Returns the position of a source's sequence `number`, counted from 0."""
@@ -145,11 +143,6 @@ class MixedSequences(Dataset[TokenSequence]):
         """See `TokenSequences`."""
         given = self._schedule.num_given(position)
         return [number // len(part) for number, part in zip(given, self._parts, strict=True)]
-
-    def check_unchanged(self) -> None:
-        """See `TokenSequences`."""
-        for part in self._parts:
-            part.check_unchanged()
 
 
 class InterleavedSequences(Dataset[TokenSequence]):

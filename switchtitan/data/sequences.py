@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from switchtitan.data.corpus_files import damage, state_of
 from switchtitan.data.order import sequence_index
-from switchtitan.errors import CorpusError
-from switchtitan.files import sha256_of_file
 
 
 class TokenSequence(NamedTuple):
@@ -39,13 +36,6 @@ class TokenSequences(Dataset[TokenSequence]):
         dtype: "uint16" or "uint32", stored little-endian.
         seq_len: tokens per sequence.
         eos_id: the token that ends a document.
-        vocab_size: all tokens must be below it; by default they are not checked.
-        checksums: SHA-256 of each file, for files that change while they are in use; by default
-            such a change is an error.
-
-    Raises:
-        CorpusError: if the shards are shorter than one sequence and its last target, or a file has
-            the wrong size.
     """
 
     names = ("the training split",)
@@ -58,52 +48,27 @@ class TokenSequences(Dataset[TokenSequence]):
         dtype: str,
         seq_len: int,
         eos_id: int,
-        vocab_size: int | None = None,
-        checksums: Sequence[str] | None = None,
     ) -> None:
-        self.files = tuple(files)
-        self.token_counts = tuple(token_counts)
-        self.dtype = dtype
+        # Pickling a memory map copies all tokens; a worker process maps the files again instead.
+        self._build = partial(
+            TokenSequences, files, token_counts, dtype=dtype, seq_len=seq_len, eos_id=eos_id
+        )
         self.seq_len = seq_len
         self.eos_id = eos_id
-        self.vocab_size = vocab_size
-        self.checksums = None if checksums is None else tuple(checksums)
-        self.num_tokens = sum(token_counts)
-        if self.num_tokens < seq_len + 1:
-            where = self.files[0].parent if self.files else "an empty split"
-            raise CorpusError(
-                f"[data] seq_len = {seq_len}: the corpus in {where} has {self.num_tokens:,} "
-                f"tokens, but one sequence needs {seq_len + 1:,}; lower seq_len or prepare a "
-                "larger corpus"
-            )
-        self._states = [state_of(file) for file in files]
-        self._shards = [
-            _map_tokens(file, count, dtype) for file, count in zip(files, token_counts, strict=True)
-        ]
         self._ends = np.cumsum(np.asarray(token_counts, dtype=np.int64))
+        stored = np.dtype(dtype).newbyteorder("<")
+        self._shards = [
+            np.memmap(file, dtype=stored, mode="r", shape=count)
+            for file, count in zip(files, token_counts, strict=True)
+        ]
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Pickling a memory map copies all tokens; a worker process maps the files again instead.
-        settings: dict[str, Any] = {
-            "dtype": self.dtype,
-            "seq_len": self.seq_len,
-            "eos_id": self.eos_id,
-            "vocab_size": self.vocab_size,
-            "checksums": self.checksums,
-        }
-        return (partial(TokenSequences, **settings), (self.files, self.token_counts))
+        return self._build, ()
 
     def __len__(self) -> int:
-        return (self.num_tokens - 1) // self.seq_len
+        return max(0, int(self._ends[-1]) - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> TokenSequence:
-        """Returns sequence `index`.
-
-        Raises:
-            IndexError: if it is not in [0, len).
-            CorpusError: if a file was edited or replaced since it was opened, or holds a token
-                outside of the vocabulary.
-        """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         first = index * self.seq_len
@@ -127,52 +92,15 @@ class TokenSequences(Dataset[TokenSequence]):
             yield self.read(0, num_sequences * self.seq_len + 1)
 
     def read(self, first: int, end: int) -> NDArray[np.int64]:
-        """Returns the tokens [first, end) of the joined shards.
-
-        Raises:
-            CorpusError: see `__getitem__`.
-        """
+        """Returns the tokens [first, end) of the joined shards."""
         pieces = []
         shard = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:
-            self._check_shard(shard)
-            shard_start = int(self._ends[shard]) - self.token_counts[shard]
-            stop = min(end, int(self._ends[shard]))
-            piece = self._shards[shard][first - shard_start : stop - shard_start]
-            if self.vocab_size is not None and piece.size and piece.max() >= self.vocab_size:
-                raise damage(
-                    self.files[shard],
-                    f"the shard holds the token {piece.max()}, but the vocabulary has "
-                    f"{self.vocab_size}",
-                )
-            pieces.append(piece)
-            first, shard = stop, shard + 1
+            tokens, shard_end = self._shards[shard], int(self._ends[shard])
+            start = first - (shard_end - len(tokens))
+            pieces.append(tokens[start : start + end - first])
+            first, shard = shard_end, shard + 1
         return np.concatenate(pieces).astype(np.int64)
-
-    def check_unchanged(self) -> None:
-        """Checks that no file was edited or replaced by another since it was opened.
-
-        Raises:
-            CorpusError: names the file that was.
-        """
-        for shard in range(len(self.files)):
-            self._check_shard(shard)
-
-    def _check_shard(self, shard: int) -> None:
-        file = self.files[shard]
-        state = state_of(file)
-        if state == self._states[shard]:
-            return
-        expected = None if self.checksums is None else self.checksums[shard]
-        if sha256_of_file(file) != expected:
-            raise damage(
-                file,
-                "the token shard was changed while it was in use, and does not match its checksum; "
-                "restore it and resume, or start a new run",
-            )
-        # A copy of the same contents, or another time.
-        self._shards[shard] = _map_tokens(file, self.token_counts[shard], self.dtype)
-        self._states[shard] = state
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
@@ -181,23 +109,3 @@ def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
     An EOS belongs to the document that it ends."""
     ends = (tokens == eos_id).to(torch.int32)
     return torch.cumsum(ends, dim=0, dtype=torch.int32) - ends
-
-
-def _map_tokens(file: Path, num_tokens: int, dtype: str) -> NDArray[np.unsignedinteger]:
-    stored = np.dtype(dtype).newbyteorder("<")
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise CorpusError(
-            f"{file}: the token shard cannot be read ({error.strerror}); "
-            f"delete the folder {file.parent} and run again to prepare it from scratch"
-        ) from error
-    if size != num_tokens * stored.itemsize:
-        raise CorpusError(
-            f"{file}: the token shard has {size:,} bytes, expected "
-            f"{num_tokens * stored.itemsize:,}; delete the folder {file.parent} and run again to "
-            "prepare it from scratch"
-        )
-    if num_tokens == 0:
-        return np.empty(0, dtype=stored)  # cannot be mapped
-    return np.memmap(file, dtype=stored, mode="r")

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
+from switchtitan.data.mixture import InterleavedSequences
+from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 
@@ -31,16 +32,10 @@ class TextSize(NamedTuple):
         return loss * self.num_tokens / (math.log(2) * self.num_bytes)
 
 
-class Stretches(Protocol):
-    """Sequences of tokens of which neighbours can be read together."""
-
-    seq_len: int
-
-    def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]: ...
-
-
 def size_of_sequences(
-    sequences: Stretches, num_sequences: int, documents: DocumentTokenizer
+    sequences: TokenSequences | InterleavedSequences,
+    num_sequences: int,
+    documents: DocumentTokenizer,
 ) -> TextSize:
     """Returns the size of the first sequences, whose text it reads."""
     num_bytes = sum(
@@ -62,15 +57,18 @@ def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> i
     table = bytes_by_token(documents)
     if table is not None:
         return int(table[tokens[1:]].sum())
-    first, *others = _documents(tokens, documents.eos_id)
-    decoded = documents.tokenizer.decode_batch([first, *others], skip_special_tokens=False)
-    context = documents.tokenizer.decode(first[:1], skip_special_tokens=False)
+    ends = np.flatnonzero(tokens == documents.eos_id)
+    pieces = [part.tolist() for part in np.split(tokens, ends)]
+    ids = [pieces[0], *(piece[1:] for piece in pieces[1:])]
+    decoded = documents.tokenizer.decode_batch(ids, skip_special_tokens=False)
+    context = documents.tokenizer.decode(ids[0][:1], skip_special_tokens=False)
     return sum(len(text.encode()) for text in decoded) - len(context.encode())
 
 
 def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:
     """Returns the bytes of each token, [vocabulary]; None unless tokens stand for bytes."""
-    if not _is_byte_level(json.loads(documents.serialized).get("decoder")):
+    decoder = json.loads(documents.serialized).get("decoder")
+    if decoder is None or decoder.get("type") != "ByteLevel":
         return None
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     table = np.zeros(documents.vocab_size, dtype=np.int64)
@@ -81,16 +79,3 @@ def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:
     for token, added in documents.tokenizer.get_added_tokens_decoder().items():
         table[token] = 0 if added.special else len(added.content.encode())
     return table
-
-
-def _is_byte_level(decoder: dict | None) -> bool:
-    """Whether a decoder in a `tokenizer.json` only maps characters to bytes."""
-    return decoder is not None and decoder.get("type") == "ByteLevel"
-
-
-def _documents(ids: NDArray[np.int64], eos_id: int) -> Iterator[list[int]]:
-    ends = np.flatnonzero(ids == eos_id)
-    start = 0
-    for end in [*ends.tolist(), len(ids)]:
-        yield ids[start:end].tolist()
-        start = end + 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from switchtitan.errors import CorpusError
-from switchtitan.files import file_inside
+from switchtitan.files import exists, file_inside
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,7 @@ class DocumentTokenizer:
         """Returns the token ids of each document, without end token; uses all cores."""
         # Unless this is set, the tokenizers library warns in every process forked later.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        try:
-            encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-        except BaseException as error:
-            _check_is_of_library(error)
-            raise CorpusError(f"the tokenizer cannot encode a document ({error})") from error
+        encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
@@ -107,19 +103,12 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
         )
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    # The library raises bare Exception, and for its own bugs a class outside of it.
     except BaseException as error:
-        _check_is_of_library(error)
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CorpusError(f"{file}: the tokenizers library cannot read it ({error})") from error
     return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
-
-
-def _check_is_of_library(error: BaseException) -> None:
-    """Raises `error` again unless it comes from the tokenizers library.
-
-    The library raises bare Exception, and for its own bugs a class that derives from BaseException.
-    """
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
 
 
 def fetch_tokenizer(name: str) -> DocumentTokenizer:
@@ -185,17 +174,14 @@ def _configured_eos(folder: Path) -> str | None:
     """Returns `eos_token` of a Hugging Face tokenizer folder, a string or an object with
     `content`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not exists(folder / name):
+            continue
         try:
             settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CorpusError(f"{folder / name}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{folder / name}: expected JSON ({error})") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
         token = settings.get("eos_token") if isinstance(settings, dict) else None
-        if isinstance(token, dict):
-            token = token.get("content")
+        token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token
     return None

@@ -149,11 +149,11 @@ def _held_out(
 
 def _documents(corpus: Corpus, split: SplitName) -> Iterator[str]:
     """Yields the documents of a split as text."""
-    sequences = corpus.split(split, 1)
+    sequences, num_tokens = corpus.split(split, 1), corpus.index.num_tokens(split)
     tokenizer = corpus.tokenizer().tokenizer
     document: list[int] = []
-    for first in range(0, sequences.num_tokens, _TOKENS_READ):
-        end = min(first + _TOKENS_READ, sequences.num_tokens)
+    for first in range(0, num_tokens, _TOKENS_READ):
+        end = min(first + _TOKENS_READ, num_tokens)
         for token in sequences.read(first, end).tolist():
             if token != corpus.eos_id:
                 document.append(token)

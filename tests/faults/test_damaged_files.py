@@ -5,7 +5,6 @@ on, its end is bitwise that of the undisturbed run: never a wrong weight, nor an
 """
 
 import json
-import multiprocessing
 import random
 import shutil
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, delete, make_run, swa
 from support.long_form import IS_LONG
 
 from switchtitan.checkpoint.verify import check_contents
-from switchtitan.training.step import Stepper
 
 END = NUM_STEPS + INTERVAL
 NEWEST, PREVIOUS = f"step-{NUM_STEPS:09d}", f"step-{NUM_STEPS - INTERVAL:09d}"
@@ -205,45 +203,3 @@ def test_damaged_results_of_a_finished_run_are_written_again(runs, name):
     found = json.loads(file.read_text())
     for key in ("step", "loss/validation", "seed", "corpus"):
         assert found[key] == expected[key], key
-
-
-def flip(file):
-    data = bytearray(file.read_bytes())
-    data[: len(data) : 2] = bytes(byte ^ 1 for byte in data[: len(data) : 2])
-    file.write_bytes(data)
-
-
-def replace(file):
-    other = file.with_name("other")
-    shutil.copyfile(file, other)
-    flip(other)
-    other.replace(file)
-
-
-CHANGES = [(replace, 1), (replace, 0), (flip, 0), (flip, 1)]
-
-
-@pytest.mark.parametrize(("change", "num_workers"), CHANGES if IS_LONG else CHANGES[:1])
-def test_a_corpus_that_changes_while_a_run_reads_it_is_refused(
-    runs, change, num_workers, monkeypatch
-):
-    runs.restore()
-    shard, step = place(runs.home, READ["corpus: training tokens"]), Stepper.step
-    keys = ("--data.num_workers", num_workers)
-
-    def step_and_change(stepper):
-        result = step(stepper)
-        if stepper.state.step == NUM_STEPS + 3:
-            change(shard)
-        return result
-
-    with monkeypatch.context() as planted:
-        planted.setattr(Stepper, "step", step_and_change)
-        outcome = train(runs.home, 40, *keys)
-    outcome.check_refused(str(shard), "checksum")
-    # The exit of a process waits for them.
-    assert not multiprocessing.active_children()
-    # Restored, the run resumes from its last checkpoint.
-    flip(shard)
-    assert train(runs.home, END).status == 0
-    assert end_of(runs.home) == runs.end

@@ -127,7 +127,7 @@ def corpus(tmp_path):
     """A prepared corpus."""
     write_json_lines(tmp_path / "texts" / "a.jsonl", make_documents(30))
     keys = {"path": tmp_path / "texts", "cache_dir": tmp_path / "corpora", "vocab_size": 270}
-    folder = prepare_corpus(DataConfig(dataset="jsonl", **keys), show_progress=False)
+    folder = prepare_corpus(DataConfig(dataset="jsonl", **keys))
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
     return Given(folder, "prepare", "--dataset", "jsonl", *words)
 
@@ -438,11 +438,11 @@ def lines_with(line):
 
 
 BAD_DOCUMENTS = {
-    "text": ("a.txt", b"good\nbad \xff\n", "a.txt, line 2"),
-    "jsonl": ("a.jsonl", lines_with(b"{"), "a.jsonl, line 8"),
-    "jsonl, no text": ("a.jsonl", lines_with(b'{"other": "a"}'), "a.jsonl, line 8"),
-    "jsonl, null": ("a.jsonl", lines_with(b'{"text": null}'), "a.jsonl, line 8"),
-    "jsonl, bytes": ("a.jsonl", lines_with(b"\xff"), "a.jsonl, line 8"),
+    "text": ("a.txt", b"good\nbad \xff\n", "a.txt: "),
+    "jsonl": ("a.jsonl", lines_with(b"{"), "line 8"),
+    "jsonl, no text": ("a.jsonl", lines_with(b'{"other": "a"}'), "line 8"),
+    "jsonl, null": ("a.jsonl", lines_with(b'{"text": null}'), "line 8"),
+    "jsonl, bytes": ("a.jsonl", lines_with(b"\xff"), "line 8"),
     "jsonl, gz": ("a.json.gz", b"no archive", "a.json.gz"),
     "parquet": ("a.parquet", b"PAR1 no table", "a.parquet"),
 }

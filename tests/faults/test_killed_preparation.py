@@ -19,23 +19,23 @@ def config(tmp_path):
 
 
 def test_a_killed_preparation_resumes_after_its_last_segment(config, tmp_path, monkeypatch):
-    killed = start_preparation(config, stop_after=4)
+    killed = start_preparation(config, stop_after=5)
     killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL
     folder = plan_corpus(config).folder
     assert not folder.exists()
     (unfinished,) = folder.parent.glob("*.partial")
     assert len(list(unfinished.glob("train-*.bin"))) == 4  # the fourth is written but not recorded
-    use_small_batches(monkeypatch, save_tokens=1 << 22)
+    use_small_batches(monkeypatch)
     with monkeypatch.context() as patched:
         encoded = count_encoded(patched)
-        went_on = open_prepared(prepare_corpus(config, show_progress=False, segment_tokens=500))
+        went_on = open_prepared(prepare_corpus(config, segment_tokens=500))
     shards = [shard for split in went_on.index.splits.values() for shard in split]
     finished = sum(shard.documents for shard in shards if shard.file[-9:] < "00003.bin")
     assert 0 < sum(encoded) == 120 - finished
     assert not unfinished.exists()
     straight = config.model_copy(update={"cache_dir": tmp_path / "straight"})
-    expected = open_prepared(prepare_corpus(straight, show_progress=False, segment_tokens=500))
+    expected = open_prepared(prepare_corpus(straight, segment_tokens=500))
     assert went_on.index == expected.index
 
 

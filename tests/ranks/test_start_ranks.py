@@ -82,13 +82,13 @@ def check_corpora(world, node):
     config = DataConfig(
         dataset="jsonl", path=node / "text", vocab_size=300, cache_dir=node / "corpora"
     )
-    opened = open_corpus(config, ranks=world, show_progress=False)
+    opened = open_corpus(config, ranks=world)
     assert opened.folder.parent == node / "corpora"
     assert len(set(world.gather(opened.fingerprint))) == 1
 
     def refused(*words):
         with pytest.raises(CorpusError, match=r"^rank 2 on ") as error:
-            open_corpus(config, ranks=world, show_progress=False)
+            open_corpus(config, ranks=world)
         assert all(word in str(error.value) for word in words)
 
     # One node's own copy is damaged.

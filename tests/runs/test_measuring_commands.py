@@ -79,7 +79,7 @@ def corpus(tmp_path_factory):
     config = DataConfig(
         dataset="jsonl", path=folder / "in", vocab_size=300, cache_dir=folder / "corpora"
     )
-    corpus = open_corpus(config, show_progress=False)
+    corpus = open_corpus(config)
     assert corpus.folder == index.parent
     return corpus
 

@@ -189,7 +189,7 @@ def test_a_model_with_another_tokenizer_reads_the_text_of_a_corpus(other, tmp_pa
     write_json_lines(tmp_path / "in" / "a.jsonl", make_documents(200))
     keys = {"dataset": "jsonl", "path": tmp_path / "in", "cache_dir": tmp_path / "corpora"}
     data = DataConfig(**keys, vocab_size=300, validation_fraction=0.2)
-    corpus = open_corpus(data, show_progress=False)
+    corpus = open_corpus(data)
     words = ("--corpus", corpus.folder, "--tokens", 400, "--seq-len", 32, *FLOAT32)
     result = result_of("evaluate", other, *words)
     num_tokens = corpus.index.num_tokens("validation")

@@ -6,44 +6,42 @@ import sys
 import numpy as np
 import pytest
 
-from switchtitan.data import prepare_corpus, segments
+from switchtitan.data import prepare_corpus, shards
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 ONE_RUN = """
 import os, signal, sys
-from switchtitan.data import DataConfig, open_prepared, prepare_corpus
-from switchtitan.data import prepare, segments
+from switchtitan.data import DataConfig, open_prepared, prepare, prepare_corpus, shards
 
-segments._BATCH_DOCUMENTS = 8
+shards.BATCH_DOCUMENTS = 8
 config = DataConfig.model_validate_json(sys.argv[1])
 stop_after = int(sys.argv[2])
 finished = 0
-write_segment = prepare.write_segment
+write_progress = prepare.write_atomically
 
-def write_and_stop(batches, *arguments, **settings):
+def stop_before(file, contents):
     global finished
-    progress = write_segment(batches, *arguments, **settings)
-    finished += 1
-    if finished == stop_after:
+    finished += str(file).endswith("progress.json")
+    if finished == stop_after > 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return progress
+    write_progress(file, contents)
 
-prepare.write_segment = write_and_stop
-folder = prepare_corpus(config, show_progress=False, segment_tokens=500)
+prepare.write_atomically = stop_before
+folder = prepare_corpus(config, segment_tokens=500)
 print(open_prepared(folder).fingerprint)
 """
 
 
 def start_preparation(config, stop_after=0):
-    """Starts a preparation in its own process, which kills itself after so many segments."""
+    """Starts a preparation in its own process, which kills itself before it writes its progress
+    for so many times."""
     command = [sys.executable, "-c", ONE_RUN, config.model_dump_json(), str(stop_after)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def use_small_batches(monkeypatch, num_documents=8, save_tokens=300):
-    """Lets preparations tokenize few documents at a time, and flush after few tokens."""
-    monkeypatch.setattr(segments, "_BATCH_DOCUMENTS", num_documents)
-    monkeypatch.setattr(segments, "SAVE_TOKENS", save_tokens)
+def use_small_batches(monkeypatch, num_documents=8):
+    """Lets preparations tokenize few documents at a time."""
+    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", num_documents)
 
 
 def count_encoded(monkeypatch, stop_after=None):
@@ -73,7 +71,7 @@ def prepare_until_the_rename(config, **settings):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("switchtitan.data.prepare.os.rename", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare_corpus(config, show_progress=False, **settings)
+            prepare_corpus(config, **settings)
     (unfinished,) = config.cache_dir.glob("*.partial")
     return unfinished
 

@@ -31,7 +31,7 @@ def jsonl_config(tmp_path_factory, documents):
 
 @pytest.fixture(scope="session")
 def corpus(jsonl_config):
-    return open_corpus(jsonl_config, show_progress=False)
+    return open_corpus(jsonl_config)
 
 
 @pytest.fixture
