@@ -4,22 +4,16 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import Corpus, open_corpus, open_prepared
 from switchtitan.data.corpus_plan import plan_corpus
 from switchtitan.data.loader import ValidationBatches, build_train_batches, build_validation_batches
-from switchtitan.data.order import sequence_index
-from switchtitan.data.prepare import prepare_corpus
-from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.sources import DATASETS
 
 __all__ = [
     "DATASETS",
     "Corpus",
     "DataConfig",
-    "TokenSequences",
     "ValidationBatches",
     "build_train_batches",
     "build_validation_batches",
     "open_corpus",
     "open_prepared",
     "plan_corpus",
-    "prepare_corpus",
-    "sequence_index",
 ]

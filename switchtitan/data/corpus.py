@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +17,7 @@ from switchtitan.data.mixture import (
     Schedule,
     schedule_of,
 )
-from switchtitan.data.prepare import prepare_planned_corpus
+from switchtitan.data.prepare import prepare_corpus
 from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.distributed.world import World
@@ -165,43 +164,21 @@ def open_corpus(
             is not the main rank's, or the tokenizer has more tokens than the model.
     """
     if not config.sources:
-        corpus = _open(config, ranks, model_vocab_size)
-    else:
-        schedule_of([source.weight for source in config.sources])  # checks the weights first
-        corpora: list[Corpus] = []
-        for number in range(len(config.sources)):
-            source = config.source_config(number, mixture_tokenizer(config, corpora))
-            corpora.append(_open(source, ranks, model_vocab_size))
-        corpus = mix(config, corpora)
-    if model_vocab_size is not None:
-        corpus.check_vocabulary(model_vocab_size)
-    return corpus
-
-
-def mixture_tokenizer(config: DataConfig, earlier: Sequence[Corpus]) -> str:
-    """Returns the key `tokenizer` of the next source of a mixture, after the `earlier` ones."""
-    if earlier and config.tokenizer == TRAINED_TOKENIZER:
-        return str(earlier[0].folder)
-    return config.tokenizer
-
-
-def mix(config: DataConfig, corpora: Sequence[Corpus]) -> Corpus:
-    """Returns the mixture of the prepared sources of `config`, in its order.
-
-    Raises:
-        ConfigError: if a weight would be rounded to nothing.
-        CorpusError: if two sources hold the same tokens.
-    """
-    fingerprints = [corpus.fingerprint for corpus in corpora]
-    for number, fingerprint in enumerate(fingerprints):
-        first = fingerprints.index(fingerprint)
-        if first < number:
-            raise CorpusError(
-                f"[data] sources[{number}]: holds the same tokens as sources[{first}]; leave it "
-                "out, and add its weight to the other"
-            )
+        return _open(config, ranks, model_vocab_size)
     schedule = schedule_of([source.weight for source in config.sources])
-    return Corpus(corpora[0].folder, corpora[0].index, None, tuple(corpora), schedule)
+    tokenizer, parts = config.tokenizer, list[Corpus]()
+    for number in range(len(config.sources)):
+        part = _open(config.source_config(number, tokenizer), ranks, model_vocab_size)
+        for other, earlier in enumerate(parts):
+            if earlier.fingerprint == part.fingerprint:
+                raise CorpusError(
+                    f"[data] sources[{number}]: holds the same tokens as sources[{other}]; leave "
+                    "it out, and add its weight to the other"
+                )
+        parts.append(part)
+        if tokenizer == TRAINED_TOKENIZER:
+            tokenizer = str(part.folder)
+    return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)
 
 
 def open_prepared(
@@ -266,8 +243,10 @@ def _open_own(
             "[data] cache_dir on a shared disk is prepared once",
             plan.folder,
         )
-    prepare_planned_corpus(plan, model_vocab_size=model_vocab_size)
+    prepare_corpus(plan, model_vocab_size)
     corpus = open_prepared(plan.folder, fallback_for, verifies=is_node_main)
+    if model_vocab_size is not None:
+        corpus.check_vocabulary(model_vocab_size)
     if main is not None and corpus.fingerprint != main.fingerprint:
         raise CorpusError(
             f"{plan.folder}: this rank's corpus has fingerprint {corpus.fingerprint}, the main "

@@ -7,12 +7,12 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.mixture import InterleavedSequences, MixedSequences
-from switchtitan.data.order import rank_positions
 from switchtitan.data.sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError, CorpusError
 
@@ -36,9 +36,9 @@ def build_train_batches(
 ) -> Generator[list[Batch], None, None]:
     """Iterates endlessly over optimizer steps; an item is the list of this rank's micro-batches.
 
-    Sequence i of the global batch of step t is a function of (seed, t, i), so resuming needs only
-    the step, on any number of ranks. Worker processes start with the first item; `close()` on the
-    iterator ends them.
+    Sequence i of the global batch of step t has position t * global_batch_size + i in the global
+    order, on any number of ranks: resuming needs only the step. Worker processes start with the
+    first item; `close()` on the iterator ends them.
 
     Args:
         sequences: the training split.
@@ -72,14 +72,9 @@ def build_train_batches(
     def order() -> Iterator[list[int]]:
         for step in count(start_step):
             for micro_batch in range(num_micro_batches):
-                positions = rank_positions(
-                    step,
-                    micro_batch,
-                    global_batch_size=global_batch_size,
-                    local_batch_size=local_batch_size,
-                    rank=rank,
-                    num_ranks=num_ranks,
-                )
+                # Micro-batch m of all ranks comes before m + 1.
+                place = (micro_batch * num_ranks + rank) * local_batch_size
+                positions = step * global_batch_size + place + np.arange(local_batch_size)
                 yield sequences.ordered(seed, positions).tolist()
 
     with warnings.catch_warnings():

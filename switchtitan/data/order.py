@@ -49,23 +49,6 @@ def permute(offsets: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> 
     return values.astype(np.int64).reshape(offsets.shape)
 
 
-def rank_positions(
-    step: int,
-    micro_batch: int,
-    *,
-    global_batch_size: int,
-    local_batch_size: int,
-    rank: int,
-    num_ranks: int,
-) -> NDArray[np.int64]:
-    """Returns the global positions [local_batch_size] of one micro-batch on one rank.
-
-    Sample i of step t has position t * global_batch_size + i on any number of ranks; micro-batch m
-    of rank r holds i = m * num_ranks * local + r * local + b for b in [0, local)."""
-    first = step * global_batch_size + (micro_batch * num_ranks + rank) * local_batch_size
-    return np.arange(first, first + local_batch_size, dtype=np.int64)
-
-
 def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -28,7 +28,7 @@ from switchtitan.data.corpus_files import (
     fingerprint_of,
     write_index,
 )
-from switchtitan.data.corpus_plan import CorpusPlan, plan_corpus, source_keys, validation_fraction
+from switchtitan.data.corpus_plan import CorpusPlan, source_keys, validation_fraction
 from switchtitan.data.held_out import cut_long_documents, is_held_out, period_of
 from switchtitan.data.shards import (
     Batch,
@@ -88,33 +88,23 @@ class Progress(Record):
     """Finished shards by split."""
 
 
-def prepare_corpus(config: DataConfig, *, segment_tokens: int = SEGMENT_TOKENS) -> Path:
-    """Prepares the corpus of `config` unless it exists, and returns its folder.
+def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
+    """Prepares a corpus unless it exists.
 
     Writes to `<folder>.partial` and renames it when it is complete. A stopped preparation resumes
     after the last finished segment.
 
-    Raises:
-        CorpusError: if the source or the tokenizer cannot be read, or there are too few documents.
-    """
-    plan = plan_corpus(config)
-    prepare_planned_corpus(plan, segment_tokens=segment_tokens)
-    return plan.folder
-
-
-def prepare_planned_corpus(
-    plan: CorpusPlan, *, segment_tokens: int = SEGMENT_TOKENS, model_vocab_size: int | None = None
-) -> None:
-    """Prepares a planned corpus; see `prepare_corpus`.
-
     Args:
         model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
+
+    Raises:
+        CorpusError: if the source or the tokenizer cannot be read, or there are too few documents.
     """
     if plan.is_prepared:
         return
     with _locked(plan):
         if not plan.is_prepared:
-            _prepare(plan, segment_tokens, model_vocab_size)
+            _prepare(plan, model_vocab_size)
 
 
 @contextmanager
@@ -139,7 +129,7 @@ def _locked(plan: CorpusPlan) -> Iterator[None]:
         lock.release()
 
 
-def _prepare(plan: CorpusPlan, segment_tokens: int, model_vocab_size: int | None) -> None:
+def _prepare(plan: CorpusPlan, model_vocab_size: int | None) -> None:
     folder = plan.folder.with_name(plan.folder.name + ".partial")
     progress = _read_progress(folder)
     if plan.source.repository is not None:
@@ -154,7 +144,7 @@ def _prepare(plan: CorpusPlan, segment_tokens: int, model_vocab_size: int | None
     if model_vocab_size is not None:
         name = f"the tokenizer ([data] tokenizer = {plan.config.tokenizer!r})"
         check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
-    preparation = _Preparation(plan, folder, tokenizer, segment_tokens)
+    preparation = _Preparation(plan, folder, tokenizer)
     with _explained_write_errors(folder.parent):
         folder.mkdir(exist_ok=True)
         if progress.eos_token is None:
@@ -230,7 +220,6 @@ class _Preparation:
     folder: Path
     """The folder until it is complete."""
     tokenizer: DocumentTokenizer
-    segment_tokens: int
 
     def reached(self, progress: Progress, **changes: object) -> Progress:
         """Writes the progress after `changes`, and returns it."""
@@ -261,7 +250,7 @@ class _Preparation:
             def advance(batch: Batch) -> None:
                 bar.update(sum(batch.num_bytes) if in_bytes else len(batch.documents))
 
-            for segment in segments(batches, self.segment_tokens, advance):
+            for segment in segments(batches, SEGMENT_TOKENS, advance):
                 progress = self.write_segment(segment, stream, progress)
         return self.reached(
             progress, stream=progress.stream + 1, position=None, documents=0, bytes_of_text=0

@@ -77,8 +77,9 @@ def tokenized(batches: Iterator[Batch], tokenizer: DocumentTokenizer) -> Iterato
     for batch in batches:
         if isinstance(batch.documents[0], str):
             encoded = tokenizer.encode_documents(batch.documents)
-            # Arrays take 4 bytes per token, Python's numbers up to 40.
-            batch = batch._replace(documents=[np.array(ids, dtype=np.uint32) for ids in encoded])
+            # Arrays take 2 or 4 bytes per token, Python's numbers up to 40.
+            ids = [np.array(token_ids, dtype=dtype_of(tokenizer)) for token_ids in encoded]
+            batch = batch._replace(documents=ids)
         yield batch
 
 

@@ -23,7 +23,7 @@ from support.held_weights import HeldWeights
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DataConfig, prepare_corpus
+from switchtitan.data import DataConfig, open_corpus
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
@@ -127,7 +127,7 @@ def corpus(tmp_path):
     """A prepared corpus."""
     write_json_lines(tmp_path / "texts" / "a.jsonl", make_documents(30))
     keys = {"path": tmp_path / "texts", "cache_dir": tmp_path / "corpora", "vocab_size": 270}
-    folder = prepare_corpus(DataConfig(dataset="jsonl", **keys))
+    folder = open_corpus(DataConfig(dataset="jsonl", **keys)).folder
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
     return Given(folder, "prepare", "--dataset", "jsonl", *words)
 

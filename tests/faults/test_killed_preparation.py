@@ -6,7 +6,7 @@ import pytest
 from support.preparation import count_encoded, start_preparation, use_small_batches
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DataConfig, open_prepared, plan_corpus, prepare_corpus
+from switchtitan.data import DataConfig, open_corpus, plan_corpus
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def test_a_killed_preparation_resumes_after_its_last_segment(config, tmp_path, m
     use_small_batches(monkeypatch)
     with monkeypatch.context() as patched:
         encoded = count_encoded(patched)
-        went_on = open_prepared(prepare_corpus(config, segment_tokens=500))
+        went_on = open_corpus(config)
     shards = [shard for split in went_on.index.splits.values() for shard in split]
     finished = sum(shard.documents for shard in shards if shard.file[-9:] < "00003.bin")
     assert 0 < sum(encoded) == 120 - finished
     assert not unfinished.exists()
     straight = config.model_copy(update={"cache_dir": tmp_path / "straight"})
-    expected = open_prepared(prepare_corpus(straight, segment_tokens=500))
+    expected = open_corpus(straight)
     assert went_on.index == expected.index
 
 

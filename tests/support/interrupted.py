@@ -31,7 +31,7 @@ NUM_STEPS, INTERVAL = 12, 4
 """Length of a run, and the interval of saves."""
 PHASES: dict[str, tuple[object, str, float]] = {
     "start-up": (train, "build_trainer", 0.4),
-    "preparation": (corpus, "prepare_planned_corpus", 0.2),
+    "preparation": (corpus, "prepare_corpus", 0.2),
     "training": (Stepper, "step", 0.05),
     "evaluation": (Evaluator, "__call__", 0.1),
     "save": (checkpointer.Checkpointer, "_complete", 0.1),

@@ -6,14 +6,14 @@ import sys
 import numpy as np
 import pytest
 
-from switchtitan.data import prepare_corpus, shards
+from switchtitan.data import open_corpus, prepare, shards
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 ONE_RUN = """
 import os, signal, sys
-from switchtitan.data import DataConfig, open_prepared, prepare, prepare_corpus, shards
+from switchtitan.data import DataConfig, open_corpus, prepare, shards
 
-shards.BATCH_DOCUMENTS = 8
+shards.BATCH_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
 config = DataConfig.model_validate_json(sys.argv[1])
 stop_after = int(sys.argv[2])
 finished = 0
@@ -27,8 +27,7 @@ def stop_before(file, contents):
     write_progress(file, contents)
 
 prepare.write_atomically = stop_before
-folder = prepare_corpus(config, segment_tokens=500)
-print(open_prepared(folder).fingerprint)
+print(open_corpus(config).fingerprint)
 """
 
 
@@ -39,9 +38,10 @@ def start_preparation(config, stop_after=0):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def use_small_batches(monkeypatch, num_documents=8):
-    """Lets preparations tokenize few documents at a time."""
+def use_small_batches(monkeypatch, num_documents=8, segment_tokens=500):
+    """Lets preparations tokenize few documents at a time, in small segments."""
     monkeypatch.setattr(shards, "BATCH_DOCUMENTS", num_documents)
+    monkeypatch.setattr(prepare, "SEGMENT_TOKENS", segment_tokens)
 
 
 def count_encoded(monkeypatch, stop_after=None):
@@ -62,7 +62,7 @@ def count_encoded(monkeypatch, stop_after=None):
     return counts
 
 
-def prepare_until_the_rename(config, **settings):
+def prepare_until_the_rename(config):
     """Prepares a corpus until it would get its name; returns the unfinished folder."""
 
     def stop(*arguments):
@@ -71,7 +71,7 @@ def prepare_until_the_rename(config, **settings):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("switchtitan.data.prepare.os.rename", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare_corpus(config, **settings)
+            open_corpus(config)
     (unfinished,) = config.cache_dir.glob("*.partial")
     return unfinished
 

@@ -24,7 +24,7 @@ from switchtitan.data import (
     open_corpus,
 )
 from switchtitan.data.mixture import PERIOD, Schedule, schedule_of
-from switchtitan.data.order import permute, rank_positions, sequence_index
+from switchtitan.data.order import permute, sequence_index
 from switchtitan.data.sequences import TokenSequences, document_ids
 from switchtitan.data.text import bytes_by_token, num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
@@ -70,17 +70,6 @@ def test_neighbours_are_separated():
     order = permute(np.arange(10_007), 10_007, seed=0, epoch=0)
     correlation = np.corrcoef(order[:-1], order[1:])[0, 1]
     assert abs(correlation) < 0.05  # standard deviation 1 / sqrt(10 007) = 0.01
-
-
-@pytest.mark.parametrize(("num_ranks", "local"), [(1, 12), (1, 4), (2, 3), (4, 1), (3, 2)])
-def test_ranks_and_micro_batches_hold_the_global_batch_once(num_ranks, local):
-    sizes = {"global_batch_size": 12, "local_batch_size": local, "num_ranks": num_ranks}
-    positions = [
-        rank_positions(3, micro_batch, rank=rank, **sizes)
-        for micro_batch in range(12 // (num_ranks * local))
-        for rank in range(num_ranks)
-    ]
-    assert np.concatenate(positions).tolist() == list(range(36, 48))
 
 
 def write_shards(folder, tokens, cuts=(), dtype="uint16"):

@@ -27,9 +27,7 @@ from switchtitan.data import (
     DATASETS,
     DataConfig,
     open_corpus,
-    open_prepared,
     plan_corpus,
-    prepare_corpus,
 )
 from switchtitan.data import corpus_plan as plan_module
 from switchtitan.data import prepare as prepare_module
@@ -161,7 +159,7 @@ def test_the_test_split_is_disjoint_from_the_others(elsewhere, documents, corpus
 
 def test_segments_change_the_files_but_not_the_tokens(elsewhere, corpus, monkeypatch):
     use_small_batches(monkeypatch)
-    other = open_prepared(prepare_corpus(elsewhere, segment_tokens=500))
+    other = open_corpus(elsewhere)
     assert len(other.index.splits["train"]) > 3
     for split in ("train", "validation"):
         assert read_split(other, split) == read_split(corpus, split)
@@ -171,8 +169,9 @@ def test_segments_change_the_files_but_not_the_tokens(elsewhere, corpus, monkeyp
 def test_a_stop_before_the_rename_leaves_nothing_that_looks_complete(
     elsewhere, monkeypatch, lost, corpus
 ):
-    use_small_batches(monkeypatch)
-    unfinished = prepare_until_the_rename(elsewhere, segment_tokens=500)
+    with monkeypatch.context() as patched:
+        use_small_batches(patched)
+        unfinished = prepare_until_the_rename(elsewhere)
     assert not plan_corpus(elsewhere).is_prepared
     if lost is None:
         (unfinished / "progress.json").write_text('{"segments": "many"}')
@@ -238,7 +237,7 @@ def test_errors_of_writing_are_named(elsewhere, monkeypatch, tmp_path):
 
     monkeypatch.setattr(prepare_module, "write_shard", no_space)
     with pytest.raises(CorpusError, match=r"the disk is full"):
-        prepare_corpus(elsewhere)
+        open_corpus(elsewhere)
 
 
 def test_the_standard_library_can_be_prepared(tmp_path):
