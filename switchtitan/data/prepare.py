@@ -231,8 +231,13 @@ class _Preparation:
         """Writes the segments of a stream that are left, and the progress after each."""
         plan, stream = self.plan, _streams(self.plan)[progress.stream]
         documents = plan.source.read(stream, progress.position, self.tokenizer)
-        done = (progress.documents, progress.bytes_of_text)
-        read = read_batches(documents, plan.max_documents, plan.config.max_bytes, *done)
+        read = read_batches(
+            documents,
+            plan.max_documents,
+            plan.config.max_bytes,
+            progress.documents,
+            progress.bytes_of_text,
+        )
         # Three threads: one reads, one tokenizes with all cores, this one writes.
         batches = read_ahead(tokenized(read_ahead(read), self.tokenizer))
         # Over documents if they are capped, otherwise over bytes.
@@ -245,7 +250,7 @@ class _Preparation:
             total=min((size for size in sizes if size is not None), default=None),
             unit="B" if in_bytes else "documents",
         ) as bar:
-            bar.update(done[in_bytes])
+            bar.update(progress.bytes_of_text if in_bytes else progress.documents)
 
             def advance(batch: Batch) -> None:
                 bar.update(sum(batch.num_bytes) if in_bytes else len(batch.documents))

@@ -56,16 +56,6 @@ def test_epochs_and_seeds_have_different_orders():
     assert all((np.asarray(epoch) == np.arange(101)).sum() < 10 for epoch in distinct)
 
 
-@pytest.mark.parametrize("size", [7, 30])
-def test_every_sequence_comes_first_about_equally_often(size):
-    draws = 50 * size
-    firsts = [int(permute(np.array([0]), size, seed=seed, epoch=0)[0]) for seed in range(draws)]
-    counts = np.bincount(firsts, minlength=size)
-    chi_square = float(((counts - 50) ** 2 / 50).sum())
-    # Mean size - 1, standard deviation sqrt(2 (size - 1)); five of them and the seeds are fixed.
-    assert chi_square < size - 1 + 5 * np.sqrt(2 * (size - 1))
-
-
 def test_neighbours_are_separated():
     order = permute(np.arange(10_007), 10_007, seed=0, epoch=0)
     correlation = np.corrcoef(order[:-1], order[1:])[0, 1]

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,14 +57,6 @@ def test_a_key_without_effect_is_refused(given, words):
         DataConfig(**given)
 
 
-def test_a_tokenizer_name_is_local_if_a_file_of_that_name_exists(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert DataConfig(tokenizer="t5-base").hub_tokenizer == "t5-base"
-    (tmp_path / "t5-base").mkdir()
-    assert DataConfig(tokenizer="t5-base").tokenizer_path == Path("t5-base")
-    assert DataConfig(tokenizer="train").tokenizer_path is None
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -103,12 +94,6 @@ def test_documents_are_encoded_in_full_without_special_tokens(tmp_path):
     assert tokenizer.encode_documents(["a b a b", "b"]) == [[71, 72, 71, 72], [72]]
     assert tokenizer.vocab_size == 73
     assert read_tokenizer(tmp_path).sha256 == tokenizer.sha256
-
-
-@pytest.mark.parametrize("token", ["</s>", "<|endoftext|>", "<eos>"])
-def test_common_end_tokens_are_found(tmp_path, token):
-    tokenizer = read_tokenizer(save_tokenizer(tmp_path / "tokenizer.json", "<pad>", token))
-    assert (tokenizer.eos_token, tokenizer.eos_id, tokenizer.vocab_size) == (token, 4, 5)
 
 
 @pytest.mark.parametrize("setting", ["<stop>", {"content": "<stop>", "lstrip": False}])
