@@ -75,7 +75,7 @@ OTHERS = [
     ("prepare --data.pth x", "--data.pth x", "path"),
     ("prepare --dataset text --path no/folder", "no/folder", "no such"),
     ("inspect {folder}", "{folder}", "index.json"),
-    ("compare missing.toml", "missing.toml", "no such file"),
+    ("compare missing.toml", "missing.toml", "declares no comparison"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("report {run} no/run --output {folder}/x.html", "no/run", "no such folder"),
