@@ -11,9 +11,12 @@ from switchtitan.builders.reports import (
 )
 from switchtitan.builders.start import build_compute_dtype, read_state, read_warm_start
 from switchtitan.builders.stepper import OnPart, build_stepper, ignore_part
-from switchtitan.checkpoint import Checkpointer, check_given_paths
-from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
-from switchtitan.checkpoint.load import CheckpointTensors
+from switchtitan.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    Checkpointer,
+    CheckpointTensors,
+    check_given_paths,
+)
 from switchtitan.config.toml_text import resolved_toml
 from switchtitan.data import Corpus
 from switchtitan.distributed.world import World
@@ -22,7 +25,6 @@ from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import versions
 from switchtitan.training.describe import (
-    comparable_identity,
     describe_run,
     run_facts,
     run_identity,
@@ -80,9 +82,7 @@ def build_trainer(
     )
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
-        tensors.restore(checkpoint)
-    schedule = build_schedule(config)
-    checkpointer.check_room(tensors(), schedule.num_saves_after(state.step))
+        tensors.restore(checkpoint, world)
 
     start_output(config, resolved, world, state)
     describe_run(
@@ -92,7 +92,7 @@ def build_trainer(
     reporter = build_reporter(config, resolved, world, state, facts)
     return Trainer(
         stepper,
-        schedule=schedule,
+        schedule=build_schedule(config),
         evaluators=evaluators,
         checkpointer=checkpointer,
         tensors=tensors,
@@ -120,11 +120,8 @@ def build_checkpointer(
     return Checkpointer(
         config.job.output_dir / CHECKPOINTS_FOLDER,
         config.checkpoint,
+        world,
         identity=identity,
         metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
         versions=versions(),
-        comparable_identity=comparable_identity,
-        is_main=world.is_main,
-        group=world.host_group,
-        background_group=world.new_host_group(),
     )

@@ -1,31 +1,42 @@
 """Atomic checkpoints: save, find, verify, load on any number of ranks, prune."""
 
-from switchtitan.checkpoint.checkpointer import Checkpointer
+from switchtitan.checkpoint.checkpointer import Checkpointer, join_writers
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.find import (
+    CHECKPOINTS_FOLDER,
+    METADATA_FILE,
+    CheckpointMetadata,
     check_given_paths,
-    check_output_folder,
     check_same_run,
-    find_all,
     find_checkpoint,
     find_given,
     find_latest,
+    list_step_folders,
+    read_metadata,
+    step_folder_name,
+    step_of,
+    verify,
 )
-from switchtitan.checkpoint.load import SavedTensors, load_tensors_
-from switchtitan.checkpoint.metadata import CheckpointMetadata, read_metadata
+from switchtitan.checkpoint.tensors import CheckpointTensors, SavedTensors, load_tensors_
 
 __all__ = [
+    "CHECKPOINTS_FOLDER",
+    "METADATA_FILE",
     "CheckpointConfig",
     "CheckpointMetadata",
+    "CheckpointTensors",
     "Checkpointer",
     "SavedTensors",
     "check_given_paths",
-    "check_output_folder",
     "check_same_run",
-    "find_all",
     "find_checkpoint",
     "find_given",
     "find_latest",
+    "join_writers",
+    "list_step_folders",
     "load_tensors_",
     "read_metadata",
+    "step_folder_name",
+    "step_of",
+    "verify",
 ]

@@ -1,37 +1,54 @@
-"""Save a run's checkpoints, optionally in the background, and find the one to resume from."""
+"""Save a run's checkpoints, optionally in the background, and delete old ones.
 
+A save writes a partial folder: every file is flushed to disk and hashed, then the folder is
+renamed. So a folder named step-N is complete, whenever the process or the power fails.
+"""
+
+import hashlib
 import json
 import logging
+import os
+import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 from torch import Tensor
 
-from switchtitan.checkpoint.agreement import ignore_warning_about_single_process, run_together
-from switchtitan.checkpoint.background import write_in_background
-from switchtitan.checkpoint.config import STOP, CheckpointConfig
-from switchtitan.checkpoint.disk_space import (
-    check_room,
-    estimate_bytes,
-    warn_if_next_does_not_fit,
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.find import (
+    FORMAT_VERSION,
+    METADATA_FILE,
+    SUMS_FILE,
+    CheckpointMetadata,
+    find_checkpoint,
+    is_complete,
+    is_own_file,
+    list_step_folders,
+    read_metadata,
+    step_folder_name,
+    sums_text,
 )
-from switchtitan.checkpoint.find import check_output_folder, find_checkpoint, prune
-from switchtitan.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
-from switchtitan.checkpoint.save import Save, complete_save, prepare_save, remove_leftovers
-from switchtitan.checkpoint.staging import HostCopies, own_share
+from switchtitan.checkpoint.tensors import HostMemory, as_checkpoint_error, write_tensors
+from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
+from switchtitan.files import format_bytes, make_folder, named_errors, sync_folder
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 POLL_INTERVAL = 10
 """Calls of `Checkpointer.poll` between two in which ranks communicate."""
+_WRITER = "checkpoint-writer"
+"""Start of the names of threads that write."""
 
 
 class Checkpointer:
@@ -44,59 +61,39 @@ class Checkpointer:
         identity: the values that may not change on resume (see `check_same_run`).
         metadata: for the reader: the configuration, the corpus.
         versions: of libraries and code, by name.
-        comparable_identity: converts an older checkpoint's identity to today's keys.
-        is_main: whether this is rank 0, which renames, prunes and logs.
-        group: all ranks, over gloo; None without torch.distributed.
-        background_group: another one, since the background thread and the training loop must not
-            share one.
+
+    Attributes:
+        latest: the newest checkpoint that this object completed.
     """
 
     def __init__(
         self,
         folder: Path,
         config: CheckpointConfig,
+        world: World,
         *,
         identity: Mapping[str, JsonValue],
         metadata: Mapping[str, JsonValue],
-        is_main: bool,
-        group: dist.ProcessGroup | None,
-        background_group: dist.ProcessGroup | None,
-        versions: Mapping[str, str] | None = None,
-        comparable_identity: Callable[[Mapping[str, object]], Mapping[str, object]] = dict,
+        versions: Mapping[str, str],
     ) -> None:
         self._folder = folder
         self._config = config
+        self._world = world
+        # A group of its own, since a thread and the training loop must not share one.
+        self._writers = replace(world, host_group=world.new_host_group())
         self._identity = json.loads(json.dumps(dict(identity)))
         self._metadata = json.loads(json.dumps(dict(metadata)))
-        self._versions = dict(versions or {})
-        self._comparable_identity = comparable_identity
-        self._is_main = is_main
-        self._group = group
-        self._background_group = background_group
-        self._in_flight: Future[_Saved] | None = None
-        self._latest: Path | None = None
-        self._resumed: Path | None = None
+        self._versions = dict(versions)
+        self._host_memory = HostMemory()
+        self._in_flight: Future[Path] | None = None
         self._num_polls = 0
-        self._host_copies = HostCopies()
-        self._num_failed_saves = 0
-        self._failure: CheckpointError | None = None
-        self._num_bytes: int | None = None
-        self._num_saves_left: int | None = None
-
-    @property
-    def latest(self) -> Path | None:
-        """The newest checkpoint that this object completed."""
-        return self._latest
-
-    @property
-    def num_failed_saves(self) -> int:
-        """Saves that failed; the run continued (`on_failure = "continue"`)."""
-        return self._num_failed_saves
+        self._resumed: Path | None = None
+        self.latest: Path | None = None
 
     @property
     def resume_point(self) -> Path | None:
         """The checkpoint to resume from if the run stopped now; None if there is none yet."""
-        return self._latest or self._resumed
+        return self.latest or self._resumed
 
     def checkpoint_to_resume(self) -> Path | None:
         """Returns the checkpoint to resume from, the same on every rank; None for a new run.
@@ -107,30 +104,11 @@ class Checkpointer:
         """
 
         def find() -> Path | None:
-            check_output_folder(self._folder, self._config.resume)
-            return find_checkpoint(self._folder, self._config.resume)
+            is_main = self._world.is_main
+            return find_checkpoint(self._folder, self._config.resume) if is_main else None
 
-        self._resumed = self._on_main(find)
+        self._resumed = self._world.together(find)[0]
         return self._resumed
-
-    def check_room(self, tensors: Mapping[str, Tensor], num_saves: int) -> None:
-        """Foretells whether the disk has room for the saves to come; logs a warning if not.
-
-        Args:
-            tensors: what each save will hold.
-            num_saves: saves to come. After each of them, a warning says if the next does not fit.
-
-        Raises:
-            CheckpointError: on every rank, if the first save will fail and `on_failure` is "stop".
-        """
-        num_bytes = estimate_bytes(tensors.values(), self._num_ranks)
-        self._num_saves_left = num_saves
-
-        def check() -> None:
-            remove_leftovers(self._folder)
-            check_room(self._folder, self._config, num_bytes, num_saves)
-
-        run_together(lambda: check() if self._is_main else None, self._group)
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
@@ -146,47 +124,29 @@ class Checkpointer:
             train_state: plain JSON values.
 
         Raises:
-            CheckpointError: on every rank, if this save or the earlier one fails and `on_failure`
-                is "stop"; older checkpoints are untouched.
+            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints
+                are untouched.
         """
         self.finish()
-        if self._num_saves_left is not None:
-            self._num_saves_left -= 1
-        save = Save(
-            self._folder,
-            CheckpointMetadata(
-                format_version=FORMAT_VERSION,
-                step=step,
-                train_state=json.loads(json.dumps(dict(train_state))),
-                identity=self._identity,
-                run={"saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._metadata},
-                versions=self._versions,
-                files={},
-            ),
-            names=frozenset(tensors),
-            num_bytes=self._num_bytes or estimate_bytes(tensors.values(), self._num_ranks),
-            started_at=time.monotonic(),
+        metadata = CheckpointMetadata(
+            format_version=FORMAT_VERSION,
+            step=step,
+            train_state=json.loads(json.dumps(dict(train_state))),
+            identity=self._identity,
+            run={"saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._metadata},
+            versions=self._versions,
         )
-        if self._background_group is None:
-            ignore_warning_about_single_process()
-        try:
-            prepare_save(save, self._is_main, self._group)
-            own = own_share(tensors)
-            if self._config.async_save:
-                # Not dcp.async_save: if one rank cannot copy, the others would hang.
-                staged: dict[str, Tensor] = {}
-                run_together(lambda: staged.update(self._host_copies(own)), self._group)
-                self._num_polls = 0
-                self._in_flight = write_in_background(lambda: self._complete(save, staged))
-            else:
-                self._succeed(self._complete(save, own))
-        except CheckpointError as error:
-            self._fail(error)
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether a background save of this rank is under way. Not collective."""
-        return self._in_flight is not None and not self._in_flight.done()
+        if not self._config.async_save:
+            self.latest = self._write(metadata, tensors)
+            return
+        # Not dcp.async_save: if one rank cannot copy, the others would hang.
+        copies: dict[str, Tensor] = {}
+        self._world.together(lambda: copies.update(self._host_memory.copy(tensors)))
+        self._num_polls = 0
+        # The interpreter waits for the thread at its exit.
+        thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
+        self._in_flight = thread.submit(self._write, metadata, copies)
+        thread.shutdown(wait=False)
 
     def poll(self) -> None:
         """Completes a background save if every rank has written it. Call it each step.
@@ -195,100 +155,155 @@ class Checkpointer:
         wait for the slowest.
 
         Raises:
-            CheckpointError: on every rank in the same call, if the save failed and `on_failure` is
-                "stop".
+            CheckpointError: on every rank in the same call, if the save failed.
         """
         if self._in_flight is None:
             return
         self._num_polls += 1
-        if self._num_polls % POLL_INTERVAL == 0 and self._all_ranks(self._in_flight.done()):
-            self.finish()
+        if self._num_polls % POLL_INTERVAL == 0:
+            is_done = torch.tensor(int(self._in_flight.done()))
+            dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self._world.host_group)
+            if is_done:
+                self.finish()
 
     def finish(self) -> None:
         """Waits until a background save is complete.
 
         Raises:
-            CheckpointError: on every rank, if it failed and `on_failure` is "stop".
+            CheckpointError: on every rank, if it failed.
         """
         if self._in_flight is None:
             return
         in_flight = self._in_flight
         try:
-            self._succeed(in_flight.result())
-        except CheckpointError as error:
-            self._fail(error)
+            self.latest = in_flight.result()
         finally:
             # Ctrl-C ends the wait, not the save.
             if in_flight.done():
                 self._in_flight = None
 
-    def raise_last_failure(self) -> None:
-        """Raises the error of the newest save, if it failed: a run must not end without its state.
-
-        Raises:
-            CheckpointError: on every rank.
-        """
-        if self._failure is not None:
-            way_out = "there is none to resume from"
-            if self.resume_point is not None:
-                way_out = f"the same command resumes from {self.resume_point}"
-            raise CheckpointError(
-                f"the last checkpoint was not saved, {way_out}: {self._failure}"
-            ) from self._failure
-
-    def _succeed(self, saved: "_Saved") -> None:
-        self._latest, self._num_bytes, self._failure = saved.path, saved.num_bytes, None
-
-    def _fail(self, error: CheckpointError) -> None:
-        if self._config.on_failure == STOP:
-            raise error
-        self._failure = error
-        self._num_failed_saves += 1
-        if self._is_main:
-            logger.error(
-                "%s. Training continues; the newest complete checkpoint is %s",
-                error,
-                self.resume_point or "none yet",
-            )
-
-    def _all_ranks(self, claim: bool) -> bool:
-        if self._group is None:
-            return claim
-        num_ranks = torch.tensor(int(claim))
-        dist.all_reduce(num_ranks, group=self._group)
-        return num_ranks.item() == dist.get_world_size(self._group)
-
-    @property
-    def _num_ranks(self) -> int:
-        return 1 if self._group is None else dist.get_world_size(self._group)
-
-    def _on_main(self, function: Callable[[], Path | None]) -> Path | None:
-        return run_together(lambda: function() if self._is_main else None, self._group)[0]
-
-    def _complete(self, save: Save, tensors: Mapping[str, Tensor]) -> "_Saved":
-        """Writes `save` and deletes older checkpoints; every rank gets the same result or error."""
-        num_bytes = complete_save(save, tensors, self._is_main, self._background_group)
-        if self._is_main:
-            self._make_room(save.final, num_bytes)
-        return _Saved(save.final, num_bytes)
-
-    def _make_room(self, newest: Path, num_bytes: int) -> None:
-        """Deletes older checkpoints; warns if the next one will not fit. Raises nothing."""
+    def _write(self, metadata: CheckpointMetadata, tensors: Mapping[str, Tensor]) -> Path:
+        """Writes a checkpoint and deletes older ones; every rank gets the same result or error."""
+        started_at, is_main = time.monotonic(), self._world.is_main
+        final = self._folder / step_folder_name(metadata.step)
+        partial = _partial_folder(final)
         try:
-            prune(self._folder, newest, self._config.keep_latest, self._is_own_identity)
+            self._together(lambda: _make_partial_folder(final) if is_main else None)
+            of_ranks = self._together(
+                lambda: write_tensors(partial, tensors, self._writers.host_group)
+            )
+            sums = {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
+            self._together(lambda: _seal(final, metadata, sums) if is_main else None)
+        except CheckpointError as error:
+            space = ""
+            if is_main:
+                with suppress(OSError):
+                    _remove(partial)
+            with suppress(OSError):
+                space = f"{format_bytes(shutil.disk_usage(self._folder).free)} are free; "
+            raise CheckpointError(
+                f"cannot save step {metadata.step} to {self._folder}: {error}; {space}older "
+                "checkpoints are untouched"
+            ) from error
+        if is_main:
+            logger.info("saved %s in %.1f s", final, time.monotonic() - started_at)
+            self._prune(final)
+        return final
+
+    def _together(self, function: Callable[[], Result]) -> list[Result]:
+        def expect_errors() -> Result:
+            with as_checkpoint_error():
+                return function()
+
+        return self._writers.together(expect_errors)
+
+    def _prune(self, newest: Path) -> None:
+        """Deletes all but the newest `keep_latest` of this run's checkpoints; raises nothing.
+
+        Those newer than `newest`, of other runs, damaged so that it shows without reading tensors,
+        or with files of others are neither deleted nor counted.
+        """
+        if self._config.keep_latest == 0:
+            return
+        present = list_step_folders(self._folder)
+        older = present[present.index(newest) + 1 :]
+        try:
+            own = [path for path in older if self._is_own(path)]
+            for path in own[self._config.keep_latest - 1 :]:
+                # Renamed first, so that an interrupted deletion leaves nothing that looks like a
+                # checkpoint.
+                _remove(path.rename(_partial_folder(path)))
+                logger.debug("deleted the older checkpoint %s", path)
         except OSError as error:
             logger.warning("could not delete an older checkpoint: %s", error)
-        if self._num_saves_left is None or self._num_saves_left > 0:
-            with suppress(OSError):
-                warn_if_next_does_not_fit(self._folder, num_bytes)
 
-    def _is_own_identity(self, saved: Mapping[str, object]) -> bool:
-        return self._comparable_identity(saved) == self._identity
+    def _is_own(self, path: Path) -> bool:
+        try:
+            metadata = read_metadata(path)
+        except CheckpointError as error:
+            logger.warning("not deleting an older checkpoint: %s", error)
+            return False
+        foreign = [file.name for file in path.iterdir() if not is_own_file(file.name)]
+        if foreign:
+            logger.warning("not deleting %s, which holds other files: %s", path, foreign)
+        return not foreign and metadata.identity == self._identity
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A complete checkpoint and its bytes on disk."""
+def join_writers(timeout_s: float) -> bool:
+    """Waits for all background saves of this process; returns whether they have ended."""
+    deadline = time.monotonic() + timeout_s
+    writers = [thread for thread in threading.enumerate() if thread.name.startswith(_WRITER)]
+    for writer in writers:
+        writer.join(max(0.0, deadline - time.monotonic()))
+    return not any(writer.is_alive() for writer in writers)
 
-    path: Path
-    num_bytes: int
+
+def _partial_folder(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _make_partial_folder(final: Path) -> None:
+    """Makes room for a checkpoint at `final`, and deletes what earlier failures have left."""
+    make_folder(final.parent)
+    for leftover in final.parent.glob(".step-*.partial"):
+        try:
+            _remove(leftover)
+        except OSError as error:
+            logger.warning("could not delete what is left of a checkpoint: %s", error)
+    if final.exists():
+        # As thorough as the search on resume: what was skipped there must not block a save here.
+        if is_complete(final):
+            raise CheckpointError(f"{final} already exists and is complete; it is not overwritten")
+        final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
+    _partial_folder(final).mkdir()
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint's folder.
+
+    Raises:
+        OSError: if it holds other files, which are not deleted.
+    """
+    for file in folder.iterdir():
+        if is_own_file(file.name):
+            file.unlink()
+    folder.rmdir()
+
+
+def _seal(final: Path, metadata: CheckpointMetadata, sums: dict[str, str]) -> None:
+    """Writes what describes the tensors' files, and gives the folder its final name."""
+    partial = _partial_folder(final)
+    text = metadata.model_dump_json(indent=2)
+    own_sum = hashlib.sha256(text.encode()).hexdigest()
+    _write_flushed(partial / METADATA_FILE, text)
+    _write_flushed(partial / SUMS_FILE, sums_text(sums | {METADATA_FILE: own_sum}))
+    sync_folder(partial)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def _write_flushed(file: Path, text: str) -> None:
+    with named_errors(file), file.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())

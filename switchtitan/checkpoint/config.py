@@ -1,15 +1,11 @@
 """The `[checkpoint]` section."""
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from switchtitan.config.section import Section, VoidKey, VoidKeyError
 
 RESUME_AUTO = "auto"
 RESUME_NEVER = "never"
-STOP = "stop"
-CONTINUE = "continue"
 
 
 class CheckpointConfig(Section):
@@ -29,12 +25,6 @@ class CheckpointConfig(Section):
     async_save: bool = True
     """Write in the background during training; takes one more copy of what a rank writes in host
     memory, page-locked on CUDA, from the first save on."""
-
-    on_failure: Literal["stop", "continue"] = "stop"
-    """What to do if a checkpoint cannot be written, for example to a full disk. "stop": end the run
-    with an error. "continue": continue training, and save again after the next interval; the log,
-    TensorBoard and the summary say so. A failed save of the step at which the run ends is tried
-    once more, then it is an error. Either way earlier checkpoints stay."""
 
     grace_s: int = Field(default=300, ge=1)
     """Seconds, at least 1, between a signal that stops the run and the end of its last save. A save

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from switchtitan.checkpoint import find_given, read_metadata
-from switchtitan.checkpoint.layout import CHECKPOINTS_FOLDER
+from switchtitan.checkpoint import CHECKPOINTS_FOLDER, find_given, read_metadata
 from switchtitan.data.corpus_files import TOKENIZER_FILE
 from switchtitan.errors import (
     UserError,

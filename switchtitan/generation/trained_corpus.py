@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from switchtitan.checkpoint.metadata import CheckpointMetadata
+from switchtitan.checkpoint import CheckpointMetadata
 from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten
 from switchtitan.data.corpus_files import CorpusIndex, read_index

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from switchtitan.checkpoint import check_same_run, find_given
-from switchtitan.checkpoint.layout import METADATA_FILE
+from switchtitan.checkpoint import METADATA_FILE, check_same_run, find_given
 from switchtitan.contracts import ModelConfig
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config

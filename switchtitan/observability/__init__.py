@@ -4,7 +4,6 @@ from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.log import configure_logging
 from switchtitan.observability.metrics import (
     COUNTED_STEP,
-    FAILED_SAVES,
     RESULTS_FILE,
     TENSORBOARD_FOLDER,
     Reporter,
@@ -14,7 +13,6 @@ from switchtitan.observability.throughput import Throughput, peak_flops_per_s, p
 
 __all__ = [
     "COUNTED_STEP",
-    "FAILED_SAVES",
     "RESULTS_FILE",
     "TENSORBOARD_FOLDER",
     "MetricsConfig",

@@ -35,8 +35,6 @@ RESULTS_FILE = "results.json"
 
 _OF_ONE_RUN = ("seed", "corpus")
 """Facts that a run cannot change when it is resumed."""
-FAILED_SAVES = "checkpoint/failed_saves"
-"""Tag of the number of checkpoints that could not be saved; absent while there is none."""
 
 
 class Reporter:
@@ -229,9 +227,6 @@ class Reporter:
             rows.append(("wall time", format_duration(wall_time_s) + since))
         if checkpoint is not None:
             rows.append(("checkpoint", str(checkpoint)))
-        if failed_saves := values.get(FAILED_SAVES):
-            newest = "" if checkpoint is not None else ", no checkpoint was saved"
-            rows.append(("failed saves", f"{failed_saves:.0f}{newest}"))
         rows.append(("results", "not written" if failure else str(self._results)))
         if self._has_tensorboard:
             rows.append(("logs", str(self._folder)))

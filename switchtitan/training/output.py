@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from switchtitan.checkpoint.background import join_writers
+from switchtitan.checkpoint import join_writers
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 

@@ -9,12 +9,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import Checkpointer
-from switchtitan.checkpoint.layout import step_of
-from switchtitan.checkpoint.load import CheckpointTensors
+from switchtitan.checkpoint import Checkpointer, CheckpointTensors, step_of
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, abbreviate
-from switchtitan.observability import FAILED_SAVES, Profiler, Reporter, Throughput, peak_memory_gib
+from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.regions import region
@@ -40,13 +38,6 @@ class RunSchedule:
     save_interval: int
     check_interval: int = 0
     """Steps between two comparisons of all ranks; 0: only before saves."""
-
-    def num_saves_after(self, step: int) -> int:
-        """Returns the number of checkpoints that are due after `step`; the last step is saved."""
-        if step >= self.num_steps:
-            return 0
-        num_regular = self.num_steps // self.save_interval - step // self.save_interval
-        return num_regular + (self.num_steps % self.save_interval > 0)
 
 
 class Trainer:
@@ -187,12 +178,9 @@ class Trainer:
                 self.reporter.report_divergence(state.step, state.num_skipped)
             raise
         except Stopped:
-            if not self._is_saved:
-                self.checkpointer.raise_last_failure()
             logger.info("stopped at step %d; %s", state.step, self._resume_hint())
             raise
         self._finalize()
-        self.checkpointer.raise_last_failure()
 
     def _run_steps(self) -> None:
         state = self.stepper.state
@@ -270,7 +258,7 @@ class Trainer:
         raise Stopped(signal_number)
 
     def _save_last_step(self) -> None:
-        """Saves the step at which the run ends, again if its save failed; waits for the save."""
+        """Saves the step at which the run ends, unless it is saved; waits for the save."""
         self.checkpointer.finish()
         if not self._is_saved:
             self.save()
@@ -296,7 +284,7 @@ class Trainer:
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
         }
-        values |= self._region_times() | self._failed_saves()
+        values |= self._region_times()
         self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
 
@@ -325,11 +313,9 @@ class Trainer:
         }
         if self.stepper.world.is_main:
             values |= self.evaluators.bits_per_byte(state.last_validation_loss, test_loss)
-        failed_saves = self._failed_saves()
         # The times of the last evaluation and save.
-        if last_values := self._region_times() | failed_saves:
+        if last_values := self._region_times():
             self.reporter.report(state.step, last_values)
-        values |= failed_saves
         for hook in self.hooks:
             values |= hook.results()
         self.reporter.summary(
@@ -340,10 +326,6 @@ class Trainer:
 
     def _region_times(self) -> dict[str, float]:
         return {} if self.region_times is None else self.region_times.means()
-
-    def _failed_saves(self) -> dict[str, float]:
-        num_failed = self.checkpointer.num_failed_saves
-        return {FAILED_SAVES: float(num_failed)} if num_failed else {}
 
     def _resume_hint(self) -> str:
         checkpoint = self.checkpointer.resume_point

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from support.checkpoints import num_pieces
 from support.compiled import SWITCHLORA_COMPILED, compiled_functions
 from support.layouts import Recorded, asked_for
 from support.tiny import COMPILED, full_tensors, tiny_trainer, train_steps
@@ -14,7 +15,6 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from switchtitan.checkpoint.metadata import read_tensors_index
 from switchtitan.distributed.norms import total_norm
 from switchtitan.methods.lowrank import low_rank_layers
 
@@ -230,14 +230,14 @@ def test_a_run_resumes_with_other_keys(recorded, session, name):
 
 
 def test_replicated_weights_are_written_once(recorded, corpora):
-    for name, num_pieces in (("replicated", 1), ("default", 2)):
+    for name, expected in (("replicated", 1), ("default", 2)):
         recorded("two", name)
         run = corpora / "sharding-keys" / f"two {name}" / "run"
         (checkpoint,) = (run / "checkpoints").glob("step-*")
-        tensors = read_tensors_index(checkpoint).tensors
-        weights = [tensor for key, tensor in tensors.items() if key.endswith("q_proj.weight")]
-        assert [len(weight.pieces) for weight in weights] == [num_pieces] * 3
-        assert len(tensors["model.lm_head.weight"].pieces) == 2
+        found = num_pieces(checkpoint)
+        of_weights = [num for key, num in found.items() if key.endswith("q_proj.weight")]
+        assert of_weights == [expected] * 3
+        assert found["model.lm_head.weight"] == 2
 
 
 @pytest.mark.parametrize(("name", "other"), [(name, "norms, sharded") for name in HELD])

@@ -17,7 +17,6 @@ from support.ranks import run_forked, run_on_ranks
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer
-from switchtitan.checkpoint.agreement import run_together
 from switchtitan.data import DataConfig, open_corpus
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
@@ -151,7 +150,7 @@ def check_timeouts(world):
     work()
     if world.rank == 0:  # alone, so that no other rank's timeout closes its connections
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
-            run_together(lambda: None, world.host_group)
+            dist.barrier(group=world.host_group)
 
 
 def test_two_nodes_agree_or_fail_alike(tmp_path):
@@ -184,11 +183,10 @@ def check_openmp_teams(folder):
         checkpointer = Checkpointer(
             folder / str(is_async),
             CheckpointConfig(async_save=is_async),
+            world,
             identity={},
             metadata={},
-            is_main=True,
-            group=world.host_group,
-            background_group=world.new_host_group(),
+            versions={},
         )
         with measured(f"async_save = {is_async}", 0):
             for step in (1, 2):

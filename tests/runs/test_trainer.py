@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from support.checkpoints import write_when
 from support.skipping import SKIP
 from support.spoiled import spoil_next_gradient, spoil_next_loss
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
-from switchtitan.checkpoint.layout import list_step_folders
-from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint import list_step_folders
 from switchtitan.data import open_corpus
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
@@ -25,7 +25,6 @@ from switchtitan.observability.curves import read_curves
 from switchtitan.training import trainer as trainer_module
 from switchtitan.training.divergence import TrainingDivergedError
 from switchtitan.training.stop import Stop, Stopped
-from switchtitan.training.trainer import RunSchedule
 
 SAVE_OFTEN = ("--checkpoint.interval", "2", "--evaluation.interval", "100")
 TEST_SPLIT = ("--data.test_fraction", "0.1", "--evaluation.test_tokens", "320")
@@ -181,14 +180,6 @@ def test_the_last_step_is_evaluated_also_if_the_interval_grew(corpora):
     assert results["loss/validation"] == trainer.evaluators.validation(trainer.stepper.model)
 
 
-@pytest.mark.parametrize(("num_steps", "interval"), [(10, 3), (9, 3), (2, 5), (5, 1)])
-def test_the_number_of_saves_is_foretold(num_steps, interval):
-    schedule = RunSchedule(num_steps, evaluate_interval=1, save_interval=interval)
-    for start in range(num_steps + 2):
-        due = [s for s in range(start + 1, num_steps + 1) if s % interval == 0 or s == num_steps]
-        assert schedule.num_saves_after(start) == len(due)
-
-
 @pytest.mark.parametrize("local_batch_size", ["1", "4"])
 def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, local_batch_size):
     """160 tokens are 10 sequences: batches of 4 are padded with sequences that do not count."""
@@ -296,11 +287,8 @@ def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch
     intervals = ("--checkpoint.interval", "2", "--evaluation.interval", "3")
     keys = (*intervals, "--checkpoint.async_save", "true")
     trainer = tiny_trainer(corpora / "disagree", "switchlora", *keys)
-    may_write, write_data = threading.Event(), ChecksummingWriter.write_data
-
-    def write_when_allowed(*arguments):
-        assert may_write.wait(60)
-        return write_data(*arguments)
+    may_write = threading.Event()
+    write_when(may_write, monkeypatch)
 
     def disagree():
         assert trainer.checkpointer.latest is None
@@ -308,7 +296,6 @@ def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch
         threading.Timer(0.3, may_write.set).start()
         raise RanksDisagreeError("ranks no longer hold the same weights")
 
-    monkeypatch.setattr(ChecksummingWriter, "write_data", write_when_allowed)
     before_each_step(
         trainer, lambda step: step and setattr(trainer.tensors, "check_replicas", disagree)
     )

@@ -4,6 +4,8 @@ writers that fail."""
 import hashlib
 import json
 import os
+import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +14,14 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
-from switchtitan.checkpoint import SavedTensors
-from switchtitan.checkpoint.metadata import file_record
-from switchtitan.checkpoint.storage import ChecksummingWriter
+from switchtitan.checkpoint import Checkpointer, SavedTensors, tensors
 from switchtitan.errors import CheckpointError, UserError
+
+WRITER: Any = tensors._Writer
+"""What writes tensors; its `write_data` and `finish` can be patched."""
+SUMS = "SHA256SUMS"
 
 
 @contextmanager
@@ -28,41 +33,41 @@ def refused(*parts: str, error: type[UserError] = CheckpointError) -> Iterator[N
     assert all(part in message for part in parts), (parts, message)
 
 
-def rewrite_metadata(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Applies `change` to the contents of `metadata.json`, and updates its checksum.
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """The contents of `SHA256SUMS`, by file name."""
+    lines = (checkpoint / SUMS).read_text().splitlines()
+    return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
-    Formats before 3 have no checksum.
-    """
+
+def tensor_checksums(checkpoint: Path) -> dict[str, str]:
+    """The checksums of the files with tensors: equal for equal tensors."""
+    return {name: digest for name, digest in checksums(checkpoint).items() if "distcp" in name}
+
+
+def update_checksums(checkpoint: Path) -> None:
+    """Updates `SHA256SUMS` after a change of other files."""
+    names = sorted(file.name for file in checkpoint.iterdir() if file.name != SUMS)
+    digests = (hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names)
+    lines = (f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    (checkpoint / SUMS).write_text("".join(lines))
+
+
+def rewrite_metadata(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Applies `change` to the contents of `metadata.json`, and updates checksums."""
     file = checkpoint / "metadata.json"
     metadata = json.loads(file.read_text())
     change(metadata)
     file.write_text(json.dumps(metadata))
-    if metadata["format_version"] < 3:
-        (checkpoint / "metadata.json.sha256").unlink(missing_ok=True)
-    else:
-        update_checksum(checkpoint)
+    update_checksums(checkpoint)
 
 
-def update_checksum(checkpoint: Path) -> None:
-    """Updates the checksum of `metadata.json`, whatever this file holds."""
-    digest = hashlib.sha256((checkpoint / "metadata.json").read_bytes()).hexdigest()
-    (checkpoint / "metadata.json.sha256").write_text(f"{digest}  metadata.json\n")
-
-
-def update_file_records(checkpoint: Path) -> None:
-    """Updates sizes and checksums of all files."""
-
-    def update(metadata: dict[str, Any]) -> None:
-        for name in metadata["files"]:
-            metadata["files"][name] = file_record(checkpoint / name).model_dump()
-
-    rewrite_metadata(checkpoint, update)
-
-
-def change_index(checkpoint: Path, index: dict[str, Any]) -> None:
-    """Replaces `tensors.json`, and updates sizes and checksums."""
-    (checkpoint / "tensors.json").write_text(json.dumps(index))
-    update_file_records(checkpoint)
+def rewrite_index(checkpoint: Path, change: Callable[[Any], object]) -> None:
+    """Applies `change` to torch's index of the tensors, and updates checksums."""
+    file = checkpoint / ".metadata"
+    index = pickle.loads(file.read_bytes())
+    change(index)
+    file.write_bytes(pickle.dumps(index))
+    update_checksums(checkpoint)
 
 
 def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -71,13 +76,30 @@ def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
     return saved.read(saved.on_meta)
 
 
+def num_pieces(checkpoint: Path) -> dict[str, int]:
+    """The number of pieces of each tensor, as torch reads it."""
+    tensors: dict[str, Any] = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {name: len(tensor.chunks) for name, tensor in tensors.items()}
+
+
+def is_writing(checkpointer: Checkpointer) -> bool:
+    """Whether a background save of this rank is under way."""
+    in_flight = checkpointer._in_flight
+    return in_flight is not None and not in_flight.done()
+
+
+def wait_until_written(checkpointer: Checkpointer) -> None:
+    while is_writing(checkpointer):
+        time.sleep(0.005)
+
+
 def writes_fail(number: int, monkeypatch: pytest.MonkeyPatch, saves: tuple = ()) -> None:
     """The writes of some saves fail with an errno.
 
     Args:
         saves: counted from 1; all without any.
     """
-    write_data, num_saves = ChecksummingWriter.write_data, 0
+    write_data, num_saves = WRITER.write_data, 0
 
     def write(*arguments: Any) -> Any:
         nonlocal num_saves
@@ -86,43 +108,17 @@ def writes_fail(number: int, monkeypatch: pytest.MonkeyPatch, saves: tuple = ())
             raise OSError(number, os.strerror(number))
         return write_data(*arguments)
 
-    monkeypatch.setattr(ChecksummingWriter, "write_data", write)
+    monkeypatch.setattr(WRITER, "write_data", write)
 
 
 def write_when(allowed: Event, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """Saves write only once allowed; each adds its tensors' addresses to the returned list."""
-    write_data, places = ChecksummingWriter.write_data, []
+    write_data, places = WRITER.write_data, []
 
     def write(writer: Any, plan: Any, planner: Any) -> Any:
         places.append({name: tensor.data_ptr() for name, tensor in planner.state_dict.items()})
         assert allowed.wait(60)
         return write_data(writer, plan, planner)
 
-    monkeypatch.setattr(ChecksummingWriter, "write_data", write)
+    monkeypatch.setattr(WRITER, "write_data", write)
     return places
-
-
-def finish_when(allowed: Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves write their indices only once allowed."""
-    finish = ChecksummingWriter.finish
-
-    def finish_late(*args: Any, **keys: Any) -> None:
-        assert allowed.wait(60)
-        finish(*args, **keys)
-
-    monkeypatch.setattr(ChecksummingWriter, "finish", finish_late)
-
-
-def damage_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bit of the tensors changes after they were written."""
-    write_data = ChecksummingWriter.write_data
-
-    def damage(writer: Any, plan: Any, planner: Any) -> Any:
-        results = write_data(writer, plan, planner)
-        path = Path(writer.path) / "__0_0.distcp"
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-        return results
-
-    monkeypatch.setattr(ChecksummingWriter, "write_data", damage)

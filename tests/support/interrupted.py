@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
+from support.checkpoints import WRITER, tensor_checksums
 from support.compiled import choose_backend
 from support.ranks import PRELOADED, free_port
 from support.tiny import METHOD_KEYS, TINY
-from switchtitan.checkpoint import checkpointer
-from switchtitan.checkpoint.storage import ChecksummingWriter
-from switchtitan.checkpoint.verify import check_contents
+from switchtitan.checkpoint import Checkpointer, verify
 from switchtitan.cli import train
 from switchtitan.data import corpus
 from switchtitan.training import stop
@@ -34,8 +33,8 @@ PHASES: dict[str, tuple[object, str, float]] = {
     "preparation": (corpus, "prepare_corpus", 0.2),
     "training": (Stepper, "step", 0.05),
     "evaluation": (Evaluator, "__call__", 0.1),
-    "save": (checkpointer.Checkpointer, "_complete", 0.1),
-    "pruning": (checkpointer, "prune", 0.01),
+    "save": (Checkpointer, "_write", 0.1),
+    "pruning": (Checkpointer, "_prune", 0.01),
 }
 """Name of a phase -> owner and name of the function that it is, and about how many seconds it
 takes."""
@@ -220,18 +219,15 @@ class Outcome:
 
 def outcome(folder: Path) -> Outcome:
     """Returns what a finished run has left. Its output is in the file `log`."""
-    metadata = check_contents(folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}")
+    checkpoint = folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}"
+    metadata = verify(checkpoint)
     losses = {}
     for line in (folder / "log").read_text().splitlines():
         step, _, rest = line.strip().partition("/")
         if step.isdecimal() and rest.split()[0] == str(NUM_STEPS):
             losses[step] = rest.split()[1]
     return Outcome(
-        {
-            name: record.sha256
-            for name, record in metadata.files.items()
-            if name != ".metadata"  # holds the save's random id
-        },
+        tensor_checksums(checkpoint),
         json.loads(json.dumps(metadata.train_state)),
         losses,
     )
@@ -249,9 +245,9 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def check_folders(folder: Path) -> None:
-    """Every folder that has a checkpoint's name is whole."""
+    """Every folder that has a checkpoint's name is complete."""
     for step in saved_steps(folder):
-        check_contents(folder / "run" / "checkpoints" / f"step-{step:09d}")
+        verify(folder / "run" / "checkpoints" / f"step-{step:09d}")
 
 
 # What can be planted in each rank.
@@ -259,7 +255,7 @@ def check_folders(folder: Path) -> None:
 
 def save_slowly() -> None:
     """The second save takes half a minute."""
-    write_data, num_saves = ChecksummingWriter.write_data, 0
+    write_data, num_saves = WRITER.write_data, 0
 
     def write_slowly(*args: object) -> object:
         nonlocal num_saves
@@ -268,14 +264,14 @@ def save_slowly() -> None:
             time.sleep(30)
         return write_data(*args)
 
-    ChecksummingWriter.write_data = write_slowly
+    WRITER.write_data = write_slowly
 
 
 def save_slowly_and_interrupt() -> None:
     """During the second save, which takes half a minute, a second signal arrives."""
     save_slowly()
     stop.SAME_ACTION_S = 0.3
-    write_slowly, num_saves = ChecksummingWriter.write_data, 0
+    write_slowly, num_saves = WRITER.write_data, 0
 
     def write_and_interrupt(*args: object) -> object:
         nonlocal num_saves
@@ -284,4 +280,4 @@ def save_slowly_and_interrupt() -> None:
             threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGINT)).start()
         return write_slowly(*args)
 
-    ChecksummingWriter.write_data = write_and_interrupt
+    WRITER.write_data = write_and_interrupt

@@ -31,11 +31,12 @@ main(sys.argv[1:])
 FAIL_IN_A_SAVE = """\
 import sys, time
 from pathlib import Path
+from support.checkpoints import is_writing
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.cli import train
 from switchtitan.training.trainer import Trainer
 
-complete, after_step = Checkpointer._complete, Trainer._after_step
+complete, after_step = Checkpointer._write, Trainer._after_step
 
 def complete_when_allowed(checkpointer, *args):
     while not Path(sys.argv[1]).exists():
@@ -44,10 +45,10 @@ def complete_when_allowed(checkpointer, *args):
 
 def fail_during_a_save(trainer, result):
     after_step(trainer, result)
-    if trainer.checkpointer.is_writing:
+    if is_writing(trainer.checkpointer):
         raise RuntimeError("out of memory")
 
-Checkpointer._complete = complete_when_allowed
+Checkpointer._write = complete_when_allowed
 Trainer._after_step = fail_during_a_save
 train.main(sys.argv[2:])
 """

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import threading
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from support.checkpoints import wait_until_written
 from support.leftovers import num_tensors
-from switchtitan.checkpoint.background import join_writers
+from switchtitan.checkpoint import join_writers
 from switchtitan.training.trainer import Trainer
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -57,8 +57,7 @@ class Sampler(_Hook):
         self.samples: dict[int, dict[str, float]] = {}
 
     def after(self, step: int) -> None:
-        while self._trainer.checkpointer.is_writing:
-            time.sleep(0.005)
+        wait_until_written(self._trainer.checkpointer)
         assert join_writers(timeout_s=10.0)
         dist.barrier()  # the main rank renames and deletes checkpoints
         gc.collect()

@@ -20,8 +20,8 @@ from support.fake_cuda.steps import (
     observed_stepper,
     steps_of,
 )
-from switchtitan.checkpoint.load import CheckpointTensors
-from switchtitan.checkpoint.staging import HostCopies, own_share
+from switchtitan.checkpoint import CheckpointTensors
+from switchtitan.checkpoint.tensors import HostMemory
 from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
 from switchtitan.observability import MetricsConfig, Reporter
@@ -34,7 +34,7 @@ TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
 MEASURED = ("full rank", "lora", "switchlora", "switchlora, HSDP")
 """Cases of which norms of layers are measured."""
 SAVED = ("switchlora, HSDP", "host candidates, HSDP")
-"""A replica saves some of the matrices that share a storage, and tensors in host memory."""
+"""Matrices share a storage, and some tensors are in host memory."""
 VOCABULARIES = (32100, 32000, 32104)
 
 
@@ -124,15 +124,15 @@ def _saves(stepper: Stepper, races: FindRaces) -> dict[str, Any]:
 
 
 def _two_saves(stepper: Stepper, races: FindRaces) -> Iterator[dict[str, Observed]]:
-    """Yields, by part: the search for values that are not finite, the choice of what a rank saves,
+    """Yields, by part: the search for values that are not finite, the collection of what is saved,
     its copies, reading them in the background, and the next step."""
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
-    copy_to_host = HostCopies()
-    share, copies = dict[str, Tensor](), dict[str, Tensor]()
+    memory = HostMemory()
+    saved, copies = dict[str, Tensor](), dict[str, Tensor]()
     parts = {
         "search": tensors.non_finite,
-        "share": lambda: share.update(_share(tensors)),
-        "copy": lambda: copies.update(copy_to_host(share)),
+        "collect": lambda: saved.update(_fake(tensors)),
+        "copy": lambda: copies.update(memory.copy(saved)),
         "write": lambda: [local(copy).clone() for copy in copies.values()],
         "step": stepper.step,
     }
@@ -140,24 +140,23 @@ def _two_saves(stepper: Stepper, races: FindRaces) -> Iterator[dict[str, Observe
         yield {name: observe(part, races) for name, part in parts.items()}
 
 
-def _share(tensors: CheckpointTensors) -> dict[str, Tensor]:
-    """Returns what a rank saves; tensors made from NumPy arrays, which are real, as fake ones."""
+def _fake(tensors: CheckpointTensors) -> dict[str, Tensor]:
+    """Returns what is saved; tensors made from NumPy arrays, which are real, as fake ones."""
     return {
         name: tensor
         if isinstance(local(tensor), FakeTensor)
         else torch.zeros(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in own_share(tensors()).items()
+        for name, tensor in tensors().items()
     }
 
 
 def _memory(stepper: Stepper) -> dict[str, int]:
-    """Returns the bytes of a rank's share, of the storages of it, and of those of its copies."""
-    own = _share(CheckpointTensors(stepper.model, stepper.optimizer))
+    """Returns the bytes of a rank's tensors, and of the storages of their copies."""
+    own = _fake(CheckpointTensors(stepper.model, stepper.optimizer))
     return {
         "num_tensors": len(own),
-        "share": sum(local(tensor).nbytes for tensor in own.values()),
-        "storages": _bytes_of_storages(own),
-        "copies": _bytes_of_storages(HostCopies()(own)),
+        "tensors": sum(local(tensor).nbytes for tensor in own.values()),
+        "copies": _bytes_of_storages(HostMemory().copy(own)),
     }
 
 

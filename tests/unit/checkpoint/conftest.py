@@ -1,9 +1,11 @@
-"""A small state on one process without torch.distributed."""
+"""A small state in a world of one rank."""
 
 import pytest
 import torch
 
 from switchtitan.checkpoint import CheckpointConfig, Checkpointer
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import start_world, temporary_world
 
 
 @pytest.fixture
@@ -25,17 +27,15 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make_checkpointer(folder):
-    def make(comparable_identity=dict, **config):
+    def make(**config):
         return Checkpointer(
             folder,
             CheckpointConfig(**{"async_save": False, **config}),
+            start_world(ParallelismConfig()),
             identity={"model": {"size": "9m"}, "corpus": "abc"},
             metadata={"corpus": "a stand-in"},
             versions={"torch": "2.0"},
-            is_main=True,
-            group=None,
-            background_group=None,
-            comparable_identity=comparable_identity,
         )
 
-    return make
+    with temporary_world():
+        yield make

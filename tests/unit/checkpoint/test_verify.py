@@ -2,15 +2,14 @@
 
 import random
 import shutil
+import subprocess
 
 import pytest
-import torch
-from support.checkpoints import refused
+from support.checkpoints import SUMS, refused
 
-from switchtitan.checkpoint.find import find_latest
-from switchtitan.checkpoint.verify import check_contents, tiles
+from switchtitan.checkpoint import find_latest, verify
 
-FILES = ("metadata.json", "metadata.json.sha256", "tensors.json", "__0_0.distcp", ".metadata")
+FILES = ("metadata.json", SUMS, "__0_0.distcp", ".metadata")
 DAMAGES = {
     "truncated": lambda data: data[:-1],
     "halved": lambda data: data[: len(data) // 2],
@@ -18,6 +17,7 @@ DAMAGES = {
     "grown": lambda data: data + b"\0",
     "zeroed": lambda data: bytes(len(data)),
     "last page zeroed": lambda data: data[:-64] + bytes(min(64, len(data))),
+    "last line lost": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
     "space added": lambda data: data + b" ",
     "deleted": lambda data: None,
 }
@@ -36,8 +36,17 @@ def saved(make_checkpointer, tensors, folder):
 
 def check_found(newer):
     with refused(str(newer)):
-        check_contents(newer)
+        verify(newer)
     assert find_latest(newer.parent) == newer.with_name("step-000000001")
+
+
+def test_sha256sum_checks_all_other_files(saved):
+    newer = saved / "step-000000002"
+    check = ["sha256sum", "--strict", "-c", SUMS]
+    said = subprocess.run(check, cwd=newer, capture_output=True, text=True, check=True).stdout
+    assert said == "".join(f"{name}: OK\n" for name in sorted({*FILES} - {SUMS}))
+    (newer / "metadata.json").write_text("{}")
+    assert subprocess.run(check, cwd=newer, capture_output=True).returncode == 1
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -53,7 +62,7 @@ def test_a_damaged_file_is_detected(saved, name):
             file.write_bytes(after)
         check_found(file.parent)
     file.write_bytes(before)
-    assert check_contents(file.parent).step == 2
+    assert verify(file.parent).step == 2
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,13 +76,13 @@ def test_a_single_flipped_bit_is_detected(saved, name):
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
         with refused():
-            check_contents(file.parent)
+            verify(file.parent)
     file.write_bytes(data)
-    check_contents(file.parent)
+    verify(file.parent)
 
 
 def test_a_file_of_another_checkpoint_is_detected(saved):
-    for name in ("metadata.json", "metadata.json.sha256", "__0_0.distcp"):
+    for name in FILES:
         older, newer = (saved / f"step-00000000{step}" / name for step in (1, 2))
         before = newer.read_bytes()
         assert older.read_bytes() != before
@@ -82,86 +91,9 @@ def test_a_file_of_another_checkpoint_is_detected(saved):
         newer.write_bytes(before)
 
 
-def test_a_whole_checkpoint_under_the_name_of_another_step_is_detected(saved):
+def test_a_complete_checkpoint_under_the_name_of_another_step_is_detected(saved):
     newer = saved / "step-000000002"
     shutil.rmtree(newer)
     shutil.copytree(saved / "step-000000001", newer)
     with refused("step 1", "step-000000001"):
-        check_contents(newer)
-
-
-# The pieces of a tensor.
-
-
-def counts_are_one(shape, boxes):
-    """The reference: counts per element."""
-    counts = torch.zeros(shape, dtype=torch.int64)
-    for offsets, sizes in boxes:
-        ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
-        if any(end > length for end, length in zip(ends, shape, strict=True)):
-            return False
-        counts[tuple(map(slice, offsets, ends))] += 1
-    return bool((counts == 1).all())
-
-
-def divided(source, offsets, sizes, times):
-    """Random boxes that tile one."""
-    dims = [dim for dim, size in enumerate(sizes) if size > 1]
-    if not times or not dims:
-        return [(offsets, sizes)]
-    dim = source.choice(dims)
-    at = source.randrange(1, sizes[dim])
-    second = [offset + at * (i == dim) for i, offset in enumerate(offsets)]
-    first_sizes = [at if i == dim else size for i, size in enumerate(sizes)]
-    rest = [size - at if i == dim else size for i, size in enumerate(sizes)]
-    return [
-        *divided(source, offsets, first_sizes, times - 1),
-        *divided(source, second, rest, times - 1),
-    ]
-
-
-def moved(source, boxes):
-    """The same number of elements, one box elsewhere."""
-    index = source.randrange(len(boxes))
-    offsets, sizes = boxes[index]
-    offsets = [max(0, offset + source.choice((-1, 0, 1))) for offset in offsets]
-    return [*boxes[:index], (offsets, sizes), *boxes[index + 1 :]]
-
-
-def test_boxes_tile_a_shape_if_and_only_if_each_element_is_in_one_of_them():
-    source, found = random.Random(0), {True: 0, False: 0}
-    for _ in range(600):
-        shape = [source.randrange(1, 7) for _ in range(source.randrange(1, 4))]
-        boxes = divided(source, [0] * len(shape), shape, source.randrange(4))
-        if source.random() < 0.6:
-            boxes = moved(source, boxes)
-        expected = counts_are_one(shape, boxes)
-        assert tiles(shape, boxes) == expected, (shape, boxes)
-        found[expected] += 1
-    assert min(found.values()) > 50
-
-
-@pytest.mark.parametrize(
-    ("shape", "boxes", "expected"),
-    [
-        ([], [([], [])], True),
-        ([], [], False),
-        ([], [([], []), ([], [])], False),
-        ([5, 7], [], False),
-        ([0, 7], [], True),
-        ([0, 7], [([0, 0], [0, 7])], True),
-        ([0, 7], [([0, 0], [1, 7])], False),
-        # A rank without rows.
-        ([5, 7], [([0, 0], [5, 7]), ([5, 0], [0, 7])], True),
-        ([5, 7], [([0, 0], [5, 7, 1])], False),
-        ([5, 7], [([-1, 0], [6, 7])], False),
-        # Every element twice, and as many elements negative.
-        ([4], [([0], [4]), ([0], [4])], False),
-        ([4], [([0], [3]), ([2], [1])], False),
-        # A crafted file could be divided in any number of dimensions; each doubles the corners.
-        ([2] * 40, [([0] * 40, [1] * 40), ([1] * 40, [1] * 40)], False),
-        ([2] * 40, [([0] * 40, [2] * 40)], True),
-    ],
-)
-def test_edges_of_tiles(shape, boxes, expected):
-    assert tiles(shape, boxes) is expected
+        verify(newer)

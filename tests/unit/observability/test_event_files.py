@@ -16,7 +16,6 @@ from switchtitan.observability.event_files import TensorBoardWriter
 from switchtitan.observability.tags import metric_of, tag_of
 
 METRICS = [
-    "checkpoint/failed_saves",
     "communication/all_gather_mib",
     "data/tokens_seen",
     "loss/test",
