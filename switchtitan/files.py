@@ -73,14 +73,6 @@ def make_folder(folder: Path) -> None:
         sync_folder(path.parent)
 
 
-def sync_file(descriptor: int) -> None:
-    """Flush a file to disk and drop it from the page cache, so that later reads are of the disk."""
-    os.fsync(descriptor)
-    # Only a hint: file systems in memory have no other copy, and network ones may keep theirs.
-    with suppress(OSError):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def sync_tree(folder: Path) -> None:
     """Flush all files and folders in `folder` to disk, and itself."""
     for root, _, names in os.walk(folder):
