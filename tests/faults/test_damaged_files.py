@@ -16,7 +16,6 @@ from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, delete, make_run, swa
 from support.long_form import IS_LONG
 
 from switchtitan.checkpoint import verify
-from switchtitan.training.step import Stepper
 
 END = NUM_STEPS + INTERVAL
 NEWEST, PREVIOUS = f"step-{NUM_STEPS:09d}", f"step-{NUM_STEPS - INTERVAL:09d}"
