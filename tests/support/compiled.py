@@ -34,7 +34,7 @@ def compiled_functions() -> Counter[str]:
 
 SWITCHLORA_COMPILED = {
     "forward": 1,  # all blocks
-    "chunk_loss_and_gradient_": 1,
+    "loss_and_gradient_": 1,
     "update_vectors_": 3,  # factors of several shapes
 }
 """What tiny runs of SwitchLoRA compile with all keys of `[compile]`: one graph each."""

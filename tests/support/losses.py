@@ -15,11 +15,11 @@ def align_rows(monkeypatch: Any, is_aligned: bool) -> None:
 def record_strides(cross_entropy: CrossEntropy) -> list[int]:
     """Returns a list to which each chunk with a gradient adds its logits' stride of rows."""
     strides: list[int] = []
-    compute = cross_entropy._chunk_loss_and_gradient
+    compute = cross_entropy._loss_and_gradient
 
     def recorded(logits: Any, *args: Any) -> Any:
         strides.append(logits.stride(0))
         return compute(logits, *args)
 
-    cross_entropy._chunk_loss_and_gradient = recorded
+    cross_entropy._loss_and_gradient = recorded
     return strides
