@@ -5,7 +5,7 @@ Not for training: nothing here can be differentiated.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class KeyValueCache:
@@ -19,23 +19,18 @@ class KeyValueCache:
 
     def __init__(self, batch_size: int, cos: Tensor, sin: Tensor) -> None:
         self._cos, self._sin = cos, sin
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=cos.device)
-        """[batch], tokens read so far."""
+        self._lengths = torch.zeros(batch_size, dtype=torch.int64, device=cos.device)
         self._num_columns = 0
-        """Upper bound of `lengths` that the host knows without waiting for the device."""
-        self._positions = self.lengths[:, None]
+        """Upper bound of `_lengths` that the host knows without waiting for the device."""
+        self._positions = self._lengths[:, None]
         """[batch, seq], of the tokens of this forward pass."""
-        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
-        """Keys and values [batch, kv_heads, capacity, head_dim] by layer, in the dtype of its
+        self._stored: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        """Keys and values [batch, kv_heads, capacity, head_dim] of each layer, in the dtype of its
         activations."""
 
     def advance(self, num_tokens: Tensor) -> None:
-        """Counts the tokens of the last forward pass. Those after them were padding.
-
-        Args:
-            num_tokens: [batch] int64.
-        """
-        self.lengths += num_tokens
+        """See `contracts.Cache`."""
+        self._lengths += num_tokens
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """Returns cos and sin [batch, 1, seq, head_dim/2] fp32 of the next `seq_len` tokens.
@@ -49,11 +44,11 @@ class KeyValueCache:
                 f"the cache holds {len(self._cos)} tokens per sequence, and {self._num_columns} "
                 "were to be read"
             )
-        new = torch.arange(seq_len, device=self.lengths.device)
-        self._positions = positions = self.lengths[:, None] + new
+        new = torch.arange(seq_len, device=self._cos.device)
+        self._positions = positions = self._lengths[:, None] + new
         return self._cos[positions][:, None], self._sin[positions][:, None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the attention of the new tokens to all tokens read, of the query's shape.
 
         Args:
@@ -65,16 +60,13 @@ class KeyValueCache:
             shape = (batch, num_heads, len(self._cos), head_dim)
             self._stored[layer] = key.new_zeros(shape), value.new_zeros(shape)
         positions = self._positions[:, None, :, None]
-        columns = torch.arange(self._num_columns, device=positions.device)
         keys, values = (
             stored.scatter_(2, positions.expand_as(new), new)[:, :, : self._num_columns]
             for stored, new in zip(self._stored[layer], (key, value), strict=True)
         )
         # What padding stored at later positions is overwritten before a token attends to it.
+        columns = torch.arange(self._num_columns, device=positions.device)
+        is_grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=columns <= positions,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, keys, values, attn_mask=columns <= positions, enable_gqa=is_grouped
         )

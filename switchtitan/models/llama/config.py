@@ -273,7 +273,7 @@ class LlamaFamilyConfig(ModelConfig):
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
         """Checks the attention backend; see `contracts.ModelConfig`."""
-        check_attention(self.attention, self.head_width, device_type, compute_dtype)
+        check_attention(self.attention, device_type, compute_dtype)
 
 
 class LlamaConfig(LlamaFamilyConfig):

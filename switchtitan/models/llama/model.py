@@ -1,8 +1,6 @@
 """LLaMA (arXiv 2302.13971) and its family, with the module names of Hugging Face's models."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,9 +22,6 @@ from switchtitan.models.llama.cache import KeyValueCache
 from switchtitan.models.llama.config import LlamaFamilyConfig
 from switchtitan.models.llama.rope import rotary_tables, rotate
 
-AttendCached = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`KeyValueCache.attend` of a layer."""
-
 
 @dataclass(frozen=True)
 class Positions:
@@ -42,6 +37,8 @@ class Positions:
     """Like `cos`."""
     mask: BlockMask | None
     """The attention backend's mask, from the document ids."""
+    cache: KeyValueCache | None = None
+    """None in training."""
 
 
 class Attention(nn.Module):
@@ -57,19 +54,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, config.kv_size, bias="v_proj" in biased)
         self.o_proj = nn.Linear(config.q_size, hidden_size, bias="o_proj" in biased)
 
-    def forward(
-        self, hidden: Tensor, positions: Positions, attend_cached: AttendCached | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
         )
         query = rotate(query, positions.cos, positions.sin)
         key = rotate(key, positions.cos, positions.sin)
-        if attend_cached is None:
+        if positions.cache is None:
             attended = self.attend(query, key, value, positions.mask)
         else:
-            attended = attend_cached(query, key, value)
+            attended = positions.cache.attend(self, query, key, value)
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
 
 
@@ -97,10 +92,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=config.norm_eps)
         self.mlp = MLP(hidden_size, intermediate_size)
 
-    def forward(
-        self, hidden: Tensor, positions: Positions, attend_cached: AttendCached | None = None
-    ) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, attend_cached)
+    def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -127,11 +120,10 @@ class Decoder(nn.Module):
             mask = build_mask(self.attention, document_ids)
             positions = Positions(*self.rotary(seq_len, tokens.device), mask)
         else:
-            positions = Positions(*cache.next(seq_len), None)
+            positions = Positions(*cache.next(seq_len), None, cache)
         hidden = self.embed_tokens(tokens)
-        for index, block in enumerate(self.layers):
-            cached = () if cache is None else (partial(cache.attend, index),)
-            hidden = call_block(block, hidden, positions, *cached)
+        for block in self.layers:
+            hidden = call_block(block, hidden, positions)
         return self.norm(hidden)
 
     def rotary(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -121,46 +121,23 @@ def test_flash_attention_gets_positions_before_heads(inputs, monkeypatch):
     torch.testing.assert_close(compiled(*inputs, None), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.fixture
-def old_gpu(monkeypatch):
-    """flash-attn is installed, on a GPU before Ampere."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-
-
 @pytest.mark.parametrize(
-    ("name", "head_dim", "device", "dtype", "fragment"),
+    ("name", "device", "dtype", "fragment"),
     [
-        ("flash_attn", 64, "cpu", torch.bfloat16, "CUDA"),
-        ("flash_attn", 64, "cuda", torch.float32, "torch.float32"),
-        ("flash_attn", 64, "cuda", torch.bfloat16, "Tesla T4"),
-        ("flex", 32, "cpu", torch.bfloat16, "CPU"),
-        ("flex", 8, "cuda", torch.bfloat16, "8"),
+        ("flash_attn", "cpu", torch.bfloat16, "CUDA"),
+        ("flash_attn", "cuda", torch.float32, "torch.float32"),
+        ("flex", "cpu", torch.bfloat16, "CPU"),
     ],
 )
-@pytest.mark.usefixtures("old_gpu")
-def test_attention_that_cannot_train_here_is_refused(name, head_dim, device, dtype, fragment):
-    with pytest.raises(EnvironmentMismatchError) as caught:
-        check_attention(name, head_dim, device, dtype)
-    assert f"attention = {name!r}" in str(caught.value)
-    assert fragment in str(caught.value)
-
-
-def test_flash_attention_takes_ampere_and_heads_of_up_to_256_features(old_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    check_attention("flash_attn", 256, "cuda", torch.bfloat16)
-    with pytest.raises(EnvironmentMismatchError, match="288"):
-        check_attention("flash_attn", 288, "cuda", torch.bfloat16)
+def test_attention_that_cannot_train_here_is_refused(name, device, dtype, fragment):
+    with pytest.raises(EnvironmentMismatchError, match=f"attention = '{name}'.*{fragment}"):
+        check_attention(name, device, dtype)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="is installed")
 def test_missing_flash_attention_names_the_install_command():
     with pytest.raises(EnvironmentMismatchError, match="pip install flash-attn"):
-        check_attention("flash_attn", 64, "cuda", torch.bfloat16)
-    with pytest.raises(EnvironmentMismatchError, match="pip install flash-attn"):
-        load_attention("flash_attn")
+        check_attention("flash_attn", "cuda", torch.bfloat16)
 
 
 @pytest.mark.gpu
