@@ -81,23 +81,12 @@ class ModelConfig(NamedSection):
         """
         return {}
 
-    def has_tied_head(self) -> bool:
-        """Return whether the head multiplies by the embedding's weight. Default: False."""
-        return False
-
     def on_any_machine(self) -> Self:
         """Return this section with kernels that need no special device or package.
 
         Its model computes the same function. Saved models are opened with it. Default: unchanged.
         """
         return self
-
-    @abstractmethod
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return (out, in) of every linear layer, including the head, by qualified name.
-
-        Does not build the model.
-        """
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
         """Check that the model can train on a device type.
@@ -246,11 +235,6 @@ class LanguageModel(nn.Module, ABC):
         """How `forward` calls each block. The check of an export replaces it."""
         self.compute_dtype = torch.float32
         """dtype in which it multiplies. Sharding sets it."""
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of token ids that the model can embed."""
 
     @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:

@@ -32,6 +32,7 @@ from switchtitan.job.output_checks import (
 )
 from switchtitan.job.sections import EvaluationConfig, TrainingConfig
 from switchtitan.methods import METHODS
+from switchtitan.models import linear_shapes
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
@@ -159,7 +160,7 @@ def check_compiler(compile: CompileConfig, device: str) -> list[str]:
 
 def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
     """The method must fit the shapes of the model's linear layers."""
-    return method.check_model(model.linear_shapes())
+    return method.check_model(linear_shapes(model))
 
 
 def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[str]:
@@ -198,7 +199,7 @@ def check_optimizer(
 
 def check_head(model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
     """An optimizer that treats the head apart needs one with a weight of its own."""
-    if not (optimizer.needs_head and model.has_tied_head()):
+    if not (optimizer.needs_head and model.weight_copies()):
         return []
     return [
         f"[optimizer] name = {toml_value(optimizer.name)}: treats the head's weight apart, and the "

@@ -1,5 +1,8 @@
 """Models by name. To add one, add a file or a folder here and a row in `MODELS`."""
 
+import torch
+from torch import nn
+
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.models.cola import Cola, ColaConfig
 from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
@@ -15,3 +18,14 @@ MODELS: Registry[ModelConfig, LanguageModel] = Registry(
     },
 )
 """Build models under `torch.device("meta")`."""
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns (out, in) of every linear layer of the plain model, by qualified name, in order."""
+    with torch.device("meta"):
+        model = MODELS.build(config.on_any_machine())
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }

@@ -1,7 +1,6 @@
 """CoLA (arXiv 2502.10940): LLaMA whose linear layers are B silu(A x)."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -11,8 +10,6 @@ from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.models.llama.config import MAX_WIDTH, LlamaFamilyConfig
 from switchtitan.models.llama.model import Llama
 
-FACTORS = ("factor_a", "factor_b")
-"""Local names of the two linear layers that replace each one of a block."""
 MEAN_SQUARES = {"silu": 0.3557755, "none": 1.0}
 """Mean of f(z)^2 for z of the standard normal distribution, for each function f."""
 
@@ -39,52 +36,27 @@ class ColaConfig(LlamaFamilyConfig):
     would initialize the linear layers that the factors replace."""
 
     @model_validator(mode="after")
-    def _check_rank(self) -> Self:
-        shapes = self.replaced_shapes()
-        name, shape = min(shapes.items(), key=lambda item: min(item[1]))
-        if self.rank >= min(shape):
+    def _check_keys(self) -> Self:
+        widths = {
+            "hidden_size": self.sizes.hidden_size,
+            "intermediate_size": self.sizes.intermediate_size,
+            "num_heads * head_dim": self.q_size,
+            "num_kv_heads * head_dim": self.kv_size,
+        }
+        smallest = min(widths, key=lambda key: widths[key])
+        if self.rank >= widths[smallest]:
             raise ValueError(
-                f"rank = {self.rank}: expected less than {min(shape)}, the smaller dimension of "
-                f"{name}; lower it, or use name = 'llama'"
+                f"rank = {self.rank}: expected less than {smallest} = {widths[smallest]}; lower "
+                "it, or use name = 'llama'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_max_positions(self) -> Self:
         if self.max_positions is not None:
             problem = f"max_positions has no effect with name = {self.name!r}; remove it"
             raise VoidKeyError([VoidKey("max_positions", ("name",), problem)])
         return self
 
-    def replaced_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns LLaMA's (out, in) of the linear layers that the factors replace, by name."""
-        shapes = super().linear_shapes()
-        return {name: shape for name, shape in shapes.items() if name != "lm_head"}
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out, in) of all factors and an untied head, by qualified name, in order."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for name, (out_features, in_features) in super().linear_shapes().items():
-            if name == "lm_head":
-                shapes[name] = (out_features, in_features)
-            else:
-                shapes[f"{name}.{FACTORS[0]}"] = (self.rank, in_features)
-                shapes[f"{name}.{FACTORS[1]}"] = (out_features, self.rank)
-        return shapes
-
-    def architecture(self) -> dict[str, object]:
-        """See `LlamaFamilyConfig.architecture`."""
-        return {**super().architecture(), "rank": self.rank, "activation": self.activation}
-
-    def huggingface_config(self, seq_len: int) -> None:
-        """Returns None: transformers has no class for this model."""
-
-    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Returns one error."""
-        return [
-            f"model_type = {found.get('model_type')!r}, and no config.json describes [model] "
-            f"name = {self.name!r}"
-        ]
+    def build_linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
+        """See `LlamaFamilyConfig.build_linear`."""
+        return BottleneckLinear(in_features, out_features, self.rank, self.activation)
 
 
 class BottleneckLinear(nn.Module):
@@ -105,12 +77,6 @@ class Cola(Llama):
 
     config: ColaConfig
 
-    def __init__(self, config: ColaConfig) -> None:
-        super().__init__(config)
-        for name, (out_features, in_features) in config.replaced_shapes().items():
-            layer = BottleneckLinear(in_features, out_features, config.rank, config.activation)
-            self.set_submodule(name, layer)
-
     def initial_std(self, name: str) -> float:
         """See `Llama.initial_std`.
 
@@ -118,13 +84,12 @@ class Cola(Llama):
         the mean square of LLaMA's, init_std^2 in. silu has a mean above zero, so a larger part of
         an output is the same for all tokens than in LLaMA. The rest is as in LLaMA.
         """
-        layer, _, local_name = name.removesuffix(".weight").rpartition(".")
-        if local_name not in FACTORS:
-            return super().initial_std(name)
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
         bottleneck, config = self.get_submodule(layer), self.config
-        assert isinstance(bottleneck, BottleneckLinear)
+        if not isinstance(bottleneck, BottleneckLinear):
+            return super().initial_std(name)
         in_features = bottleneck.factor_a.in_features
-        if local_name == FACTORS[0]:
+        if factor == "factor_a":
             return float(in_features**-0.5)
         between = config.rank * MEAN_SQUARES[config.activation]
         return float(config.init_std * (in_features / between) ** 0.5)

@@ -72,17 +72,12 @@ class CrossEntropy:
         if num_padding:
             hidden = F.pad(hidden, (0, 0, 0, num_padding))
             targets = F.pad(targets, (0, num_padding), value=IGNORED_TARGET)
-        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            differentiable: Tensor = _ChunkedCrossEntropy.apply(
-                hidden, weight, targets, divisor, chunk_size, self._loss_and_gradient
-            )
-            return differentiable
-        loss = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        logits = _empty_logits(hidden, chunk_size, vocabulary)
-        for rows, of_rows in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            torch.mm(rows, weight.t(), out=logits)
-            loss += self._loss(logits, of_rows)
-        return loss / divisor
+        if not torch.is_grad_enabled():
+            hidden, weight = hidden.detach(), weight.detach()
+        loss: Tensor = _ChunkedCrossEntropy.apply(
+            hidden, weight, targets, divisor, chunk_size, self._loss_and_gradient
+        )
+        return loss
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

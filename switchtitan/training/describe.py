@@ -22,7 +22,7 @@ from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import TrainingConfig
 from switchtitan.methods import METHODS
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, linear_shapes
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit, versions
@@ -190,7 +190,7 @@ def head_notice(model: nn.Module, config: ModelConfig) -> str | None:
         return None
     heads = [
         f"{name} is a {_plain_class(modules[name]).__name__}, not a Head"
-        for name, (num_rows, _) in config.linear_shapes().items()
+        for name, (num_rows, _) in linear_shapes(config).items()
         if num_rows == config.vocab_size and name in modules
     ]
     return f"{heads[-1] if heads else 'the model has no Head'}: the loss holds all logits in memory"

@@ -23,7 +23,7 @@ from switchtitan.methods.lowrank.contraction import (
     num_flops,
 )
 from switchtitan.methods.switchlora.plan import Plan
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, linear_shapes
 from switchtitan.observability.collectives import CollectiveCount
 
 SEQ_LEN = 16
@@ -60,7 +60,7 @@ def plain_model(config):
 
 def shapes_in_blocks(config):
     """[out, in] of each linear layer of the blocks."""
-    shapes = config.model.linear_shapes()
+    shapes = linear_shapes(config.model)
     return [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
 
 
@@ -409,7 +409,7 @@ def test_an_estimate_counts_candidates_on_the_host_apart(tmp_path):
     keys = ("--method.candidates_device", "host")
     config = tiny_config(tmp_path, "switchlora", *keys, num_ranks=2)
     most = estimate_step(config, 2).memory.most
-    shapes = [shape for name, shape in config.model.linear_shapes().items() if name != "lm_head"]
+    shapes = [shape for name, shape in linear_shapes(config.model).items() if name != "lm_head"]
     # The first of two ranks has half of the rows, rounded up, in fp32.
     num_elements = sum(-(-min(out, in_) // 2) * (out + in_) for out, in_ in shapes)
     assert most["host"] == 4 * num_elements

@@ -13,7 +13,7 @@ def align_rows(monkeypatch: Any, is_aligned: bool) -> None:
 
 
 def record_strides(cross_entropy: CrossEntropy) -> list[int]:
-    """Returns a list to which each chunk with a gradient adds its logits' stride of rows."""
+    """Returns a list to which each chunk adds its logits' stride of rows."""
     strides: list[int] = []
     compute = cross_entropy._loss_and_gradient
 

@@ -44,8 +44,9 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | No
 
 def _attend_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None) -> Tensor:
     is_grouped = query.shape[1] != key.shape[1]
-    # A compiled block traces through it.
-    flex = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    flex = _compiled(flex_attention)
+    if torch.compiler.is_compiling():  # a block, which traces through the function itself
+        flex = flex_attention
     attended: Tensor = flex(query, key, value, block_mask=mask, enable_gqa=is_grouped)
     return attended
 

@@ -1,19 +1,19 @@
 """The `[model]` sections of LLaMA and its family: the table of sizes, and the keys of all."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from torch import nn
 from typing_extensions import Self
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
-from switchtitan.models.llama.huggingface import differences, read_config, write_config
-from switchtitan.models.llama.rope import ROPE_KEYS, Rope, RopeType
+from switchtitan.models.llama.huggingface import THEIR_KEYS, explain, read_config, write_config
+from switchtitan.models.llama.rope import SCALING_KEYS, Rope, RopeType
 
 
 class Sizes(NamedTuple):
@@ -40,6 +40,8 @@ SIZES = {
 """The published runs (arXiv 2406.06564)."""
 MAX_WIDTH = 1 << 24
 """Largest dimension of a matrix, so that the bytes of one are a 64-bit number."""
+MAX_HEADS = MAX_HEAD_DIM = 1 << 12
+"""Their product is at most `MAX_WIDTH`."""
 
 
 class LlamaFamilyConfig(ModelConfig):
@@ -48,8 +50,8 @@ class LlamaFamilyConfig(ModelConfig):
     A subclass says the details: `name` and the class variables.
     """
 
-    huggingface_class: ClassVar[str]
-    """The class of transformers that loads an exported model."""
+    huggingface_class: ClassVar[str | None] = None
+    """The class of transformers that loads an exported model, if there is one."""
     biased_layers: ClassVar[tuple[str, ...]] = ()
     """Local names of the linear layers with a bias."""
 
@@ -64,12 +66,12 @@ class LlamaFamilyConfig(ModelConfig):
     5461 of size 1b is not one, and 5504 is the next."""
     num_layers: int | None = Field(None, gt=0, le=10_000)
     """Number of blocks, at most 10 000; unset: from `size`."""
-    num_heads: int | None = Field(None, gt=0, le=MAX_WIDTH)
+    num_heads: int | None = Field(None, gt=0, le=MAX_HEADS)
     """Number of query heads; unset: from `size`."""
-    num_kv_heads: int | None = Field(None, gt=0, le=MAX_WIDTH)
+    num_kv_heads: int | None = Field(None, gt=0, le=MAX_HEADS)
     """Number of key and value heads (grouped-query attention), a divisor of num_heads; unset:
     num_heads."""
-    head_dim: int | None = Field(None, gt=0, le=MAX_WIDTH, multiple_of=2)
+    head_dim: int | None = Field(None, gt=0, le=MAX_HEAD_DIM, multiple_of=2)
     """Width of one attention head, even; unset: hidden_size / num_heads."""
     vocab_size: int = Field(32100, gt=0, le=MAX_WIDTH)
     """Number of token ids of the embedding and the head; at least the tokenizer's."""
@@ -112,19 +114,10 @@ class LlamaFamilyConfig(ModelConfig):
                 f"{alone}"
             )
         hidden_size, _, _, num_heads = self.sizes
-        if self.head_dim is None and hidden_size % num_heads:
+        if self.head_dim is None and hidden_size % (2 * num_heads):
             raise ValueError(
-                f"hidden_size = {hidden_size} is not a multiple of num_heads = {num_heads}; choose "
-                "num_heads among the divisors of hidden_size, or set head_dim"
-            )
-        if self.head_width % 2:
-            raise ValueError(
-                f"hidden_size / num_heads = {self.head_width} is odd, but rotary embeddings rotate "
-                "pairs of features; choose hidden_size as a multiple of 2 * num_heads"
-            )
-        if self.q_size > MAX_WIDTH:
-            raise ValueError(
-                f"num_heads * head_dim = {self.q_size}: expected at most {MAX_WIDTH}; lower one"
+                f"hidden_size = {hidden_size}, num_heads = {num_heads}: expected a multiple of "
+                "2 * num_heads, so that heads have an even width; change one, or set head_dim"
             )
         if num_heads % self.kv_heads:
             raise ValueError(
@@ -135,12 +128,12 @@ class LlamaFamilyConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _check_rope(self) -> Self:
-        needed = ROPE_KEYS[self.rope_type]
-        for key in ROPE_KEYS["llama3"]:
-            value = getattr(self, key)
-            if value is None and key in needed:
+        needed = SCALING_KEYS[self.rope_type]
+        for name in SCALING_KEYS["llama3"]:
+            key, value = f"rope_{name}", getattr(self, f"rope_{name}")
+            if value is None and name in needed:
                 raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
-            if value is not None and key not in needed:
+            if value is not None and name not in needed:
                 problem = (
                     f"{key} = {value} has no effect with rope_type = {self.rope_type!r}; remove it"
                 )
@@ -181,30 +174,12 @@ class LlamaFamilyConfig(ModelConfig):
     @property
     def rope(self) -> Rope:
         """The frequencies of the rotary embedding."""
-        scaling = {
-            key.removeprefix("rope_"): getattr(self, key) for key in ROPE_KEYS[self.rope_type]
-        }
+        scaling = {name: getattr(self, f"rope_{name}") for name in SCALING_KEYS[self.rope_type]}
         return Rope(self.rope_theta, self.rope_type, **scaling)
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (out, in) of all linear layers and an untied head, by qualified name, in
-        order."""
-        hidden, wide, num_layers, _ = self.sizes
-        of_block = {
-            "self_attn.q_proj": (self.q_size, hidden),
-            "self_attn.k_proj": (self.kv_size, hidden),
-            "self_attn.v_proj": (self.kv_size, hidden),
-            "self_attn.o_proj": (hidden, self.q_size),
-            "mlp.gate_proj": (wide, hidden),
-            "mlp.up_proj": (wide, hidden),
-            "mlp.down_proj": (hidden, wide),
-        }
-        shapes = {
-            f"model.layers.{index}.{name}": shape
-            for index in range(num_layers)
-            for name, shape in of_block.items()
-        }
-        return shapes if self.tied_head else {**shapes, "lm_head": (self.vocab_size, hidden)}
+    def build_linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
+        """Returns a linear layer of a block, by its local name."""
+        return nn.Linear(in_features, out_features, bias=name in self.biased_layers)
 
     @classmethod
     def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
@@ -215,51 +190,61 @@ class LlamaFamilyConfig(ModelConfig):
 
     def architecture(self) -> dict[str, object]:
         """Returns what weights depend on: equal models are equal, however their keys were given."""
+        others = {"size", "from_folder", "init_std", "max_positions", "attention"}
         return {
-            "name": self.name,
+            **self.model_dump(mode="json", exclude=others),
             **self.sizes._asdict(),
             "num_kv_heads": self.kv_heads,
             "head_dim": self.head_width,
-            "vocab_size": self.vocab_size,
-            "norm_eps": self.norm_eps,
-            "rope": asdict(self.rope),
-            "tied_head": self.tied_head,
-            "biased_layers": self.biased_layers,
         }
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
         """See `contracts.ModelConfig`."""
-        return {"size": None, **read_config(found)}
+        keys, problems = read_config(found)
+        try:
+            config = cls.model_validate(keys, strict=True)
+        except ValidationError as error:
+            problems += explain(error, keys)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return {
+            **keys,
+            "size": None,
+            "num_kv_heads": config.kv_heads,
+            "head_dim": config.head_width,
+        }
+
+    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
+        """Returns all differences between a config.json and this model."""
+        model_type = found.get("model_type", self.name)
+        if not isinstance(model_type, str) or model_type not in self.huggingface_types:
+            return [f"model_type = {model_type!r} is not [model] name = {self.name!r}"]
+        try:
+            other = type(self).model_validate(self.keys_from_huggingface(found)).architecture()
+        except ConfigError as error:
+            return [str(error)]
+        return [
+            f"{THEIR_KEYS.get(key, key)} = {other[key]!r}, the model has {own!r}"
+            for key, own in self.architecture().items()
+            if other[key] != own
+        ]
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """Returns the config.json of transformers' class for this model."""
+        """Returns the config.json of transformers' class for this model, if there is one."""
+        if self.huggingface_class is None:
+            return None
         max_positions = max(seq_len, self.max_positions or 0)
-        written = {
+        keys = {"init_std": self.init_std, "max_positions": max_positions, **self.architecture()}
+        written = write_config(keys) | {
             "architectures": [self.huggingface_class],
             "model_type": self.name,
-            **write_config(self.architecture(), self.init_std, max_positions),
         }
         if self.name == "llama" and self.sizes.hidden_size % self.sizes.num_heads:
             # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
             written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
             written["sliding_window"] = None
         return written
-
-    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Returns all differences between a config.json and this model."""
-        model_type = found.get("model_type", self.name)
-        if not isinstance(model_type, str) or model_type not in self.huggingface_types:
-            supported = " or ".join(map(repr, sorted(self.huggingface_types)))
-            return [f"model_type = {model_type!r}, [model] name = {self.name!r} is {supported}"]
-        try:
-            return differences(found, write_config(self.architecture(), self.init_std, 1))
-        except ConfigError as error:
-            return [str(error)]
-
-    def has_tied_head(self) -> bool:
-        """See `contracts.ModelConfig`."""
-        return self.tied_head
 
     def weight_copies(self) -> dict[str, str]:
         """See `contracts.ModelConfig`."""
@@ -271,7 +256,7 @@ class LlamaFamilyConfig(ModelConfig):
         is_flash = self.attention == "flash_attn"
         return self.model_copy(update={"attention": "sdpa"}) if is_flash else self
 
-    def check_device(self, device_type: str, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+    def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
         """Checks the attention backend; see `contracts.ModelConfig`."""
         check_attention(self.attention, device_type, compute_dtype)
 

@@ -11,10 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from switchtitan.contracts import (
     ApplyHead,
     Cache,
-    CallBlock,
     LanguageModel,
     default_apply_head,
-    default_call_block,
 )
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import build_mask, load_attention
@@ -48,11 +46,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_width
         self.attend = load_attention(config.attention)
-        hidden_size, biased = config.sizes.hidden_size, config.biased_layers
-        self.q_proj = nn.Linear(hidden_size, config.q_size, bias="q_proj" in biased)
-        self.k_proj = nn.Linear(hidden_size, config.kv_size, bias="k_proj" in biased)
-        self.v_proj = nn.Linear(hidden_size, config.kv_size, bias="v_proj" in biased)
-        self.o_proj = nn.Linear(config.q_size, hidden_size, bias="o_proj" in biased)
+        hidden_size, linear = config.sizes.hidden_size, config.build_linear
+        self.q_proj = linear("q_proj", hidden_size, config.q_size)
+        self.k_proj = linear("k_proj", hidden_size, config.kv_size)
+        self.v_proj = linear("v_proj", hidden_size, config.kv_size)
+        self.o_proj = linear("o_proj", config.q_size, hidden_size)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         query, key, value = (
@@ -71,11 +69,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        (hidden_size, intermediate_size, _, _), linear = config.sizes, config.build_linear
+        self.gate_proj = linear("gate_proj", hidden_size, intermediate_size)
+        self.up_proj = linear("up_proj", hidden_size, intermediate_size)
+        self.down_proj = linear("down_proj", intermediate_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -86,11 +85,11 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
-        hidden_size, intermediate_size, _, _ = config.sizes
+        hidden_size = config.sizes.hidden_size
         self.input_layernorm = nn.RMSNorm(hidden_size, eps=config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(hidden_size, intermediate_size)
+        self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions)
@@ -98,37 +97,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, last norm: tokens, document_ids [batch, seq] -> [batch, seq, dim]."""
+    """Holds embedding, blocks and last norm, under the names of Hugging Face's LLaMA."""
 
     def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
         sizes = config.sizes
-        self.rope, self.head_dim, self.attention = config.rope, config.head_width, config.attention
         self.embed_tokens = nn.Embedding(config.vocab_size, sizes.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(sizes.num_layers))
         self.norm = nn.RMSNorm(sizes.hidden_size, eps=config.norm_eps)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        document_ids: Tensor,
-        call_block: CallBlock = default_call_block,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        seq_len = tokens.shape[1]
-        if cache is None:
-            mask = build_mask(self.attention, document_ids)
-            positions = Positions(*self.rotary(seq_len, tokens.device), mask)
-        else:
-            positions = Positions(*cache.next(seq_len), None, cache)
-        hidden = self.embed_tokens(tokens)
-        for block in self.layers:
-            hidden = call_block(block, hidden, positions)
-        return self.norm(hidden)
-
-    def rotary(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns `rotary_tables` of this model."""
-        return rotary_tables(seq_len, self.head_dim, self.rope, device)
 
 
 class Llama(LanguageModel):
@@ -148,6 +124,12 @@ class Llama(LanguageModel):
             if config.tied_head
             else Head(config.sizes.hidden_size, config.vocab_size)
         )
+        # Counted before a method replaces layers.
+        self._num_multiplied = sum(
+            module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear)
+        )
+        if config.tied_head:
+            self._num_multiplied += config.vocab_size * config.sizes.hidden_size
 
     def forward(
         self,
@@ -156,38 +138,30 @@ class Llama(LanguageModel):
         apply_head: ApplyHead = default_apply_head,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Returns the logits of the next token, or the result of `apply_head`.
+        """See `contracts.LanguageModel`. Only flex reads the document ids; with a cache, tokens are
+        of one document."""
+        seq_len = tokens.shape[1]
+        if cache is None:
+            mask = build_mask(self.config.attention, document_ids)
+            positions = Positions(*self._rotary_tables(seq_len, tokens.device), mask)
+        else:
+            assert isinstance(cache, KeyValueCache)
+            positions = Positions(*cache.next(seq_len), None, cache)
+        hidden = self.model.embed_tokens(tokens)
+        for block in self.model.layers:
+            hidden = self.call_block(block, hidden, positions)
+        return apply_head(self.model.norm(hidden), self.lm_head)
 
-        Args:
-            tokens: [batch, seq] int64.
-            document_ids: [batch, seq] int32, equal for tokens of one document; only flex uses them.
-            apply_head: receives the hidden states [batch, seq, dim], in the dtype of the weights,
-                and the head.
-            cache: as `new_cache` returns it: `tokens` follow those that it has counted, and all
-                are of one document, whose ids are not read.
-
-        Returns:
-            [batch, seq, vocabulary] in the dtype of the weights, or the result of `apply_head`.
-        """
-        assert cache is None or isinstance(cache, KeyValueCache)
-        hidden = self.model(tokens, document_ids, self.call_block, cache)
-        return apply_head(hidden, self.lm_head)
+    def _rotary_tables(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return rotary_tables(seq_len, self.config.head_width, self.config.rope, device)
 
     def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> KeyValueCache:
-        """See `contracts.LanguageModel`."""
-        return KeyValueCache(batch_size, *self.model.rotary(capacity, device))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids of the embedding and the head."""
-        return self.config.vocab_size
+        return KeyValueCache(batch_size, *self._rotary_tables(capacity, device))
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Returns the blocks by qualified name, in order."""
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}
 
     def output_head(self) -> nn.Module:
-        """See `contracts.LanguageModel`. A tied head has no weight of its own."""
         return self.lm_head
 
     def outer_units(self) -> list[list[nn.Module]]:
@@ -197,13 +171,12 @@ class Llama(LanguageModel):
         return [[self.model.embed_tokens], [self.model.norm, self.lm_head]]
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Returns ones for norms, zeros for biases, otherwise N(0, `initial_std`^2); fp32 on the
-        CPU."""
+        """Returns ones for norms, zeros for biases, otherwise N(0, `initial_std`^2)."""
+        value = torch.zeros(shape, dtype=torch.float32, device="cpu")
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=torch.float32, device="cpu")
+            return value.fill_(1.0)
         if name.endswith(".bias"):
-            return torch.zeros(shape, dtype=torch.float32, device="cpu")
-        value = torch.empty(shape, dtype=torch.float32, device="cpu")
+            return value
         return value.normal_(0.0, self.initial_std(name), generator=generator)
 
     def initial_std(self, name: str) -> float:
@@ -218,7 +191,5 @@ class Llama(LanguageModel):
         for the causal mask, so that MFU is comparable with published figures.
         """
         config = self.config
-        num_weights = sum(out * into for out, into in config.linear_shapes().values())
-        if config.tied_head:
-            num_weights += config.vocab_size * config.sizes.hidden_size
-        return 6 * num_weights + 12 * config.sizes.num_layers * config.q_size * seq_len
+        of_attention = 12 * config.sizes.num_layers * config.q_size * seq_len
+        return 6 * self._num_multiplied + of_attention

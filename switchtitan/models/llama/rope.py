@@ -9,17 +9,12 @@ from torch import Tensor
 
 RopeType = Literal["default", "linear", "llama3"]
 """Kinds of scaling; see `Rope`."""
-ROPE_KEYS: dict[str, tuple[str, ...]] = {
+SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "linear": ("rope_factor",),
-    "llama3": (
-        "rope_factor",
-        "rope_low_freq_factor",
-        "rope_high_freq_factor",
-        "rope_original_positions",
-    ),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
 }
-"""The keys of `[model]` that each `rope_type` needs."""
+"""The fields of `Rope` that each kind needs."""
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
         assert read_model_folder(folder) == read_model_folder(folders[kind])
     removed = ("rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings")
     changes = {"rope_scaling": None, **dict.fromkeys(removed, ...)}
-    keys = read_model_folder(changed_copy(folders["llama"], tmp_path / "old", changes))
-    assert (keys["rope_theta"], keys["rope_type"], keys["num_kv_heads"]) == (10000.0, "default", 9)
+    config = read_section(changed_copy(folders["llama"], tmp_path / "old", changes))
+    assert (config.rope.theta, config.rope.kind, config.kv_heads) == (10000.0, "default", 9)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
-        ("llama", {"num_hidden_layers": 10**9}, "num_layers.*10000"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers.*10000"),
         ("llama", {"head_dim": 7}, "head_dim"),
         ("mistral", {"sliding_window": 128}, "sliding_window = 128"),
         ("mistral", {"sliding_window": ...}, "sliding_window = 4096"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import Field
 from support.commands import run
+from torch import nn
 
 from switchtitan.config.shipped import FOLDER, QUICKSTART
 from switchtitan.config.toml_text import resolved_toml
@@ -292,15 +293,18 @@ class ToyModelConfig(ModelConfig):
     name: Literal["toy"] = "toy"
     width: int = 3
 
-    def linear_shapes(self):
-        return {"only": (self.width, self.width)}
+
+class ToyModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.only = nn.Linear(config.width, config.width)
 
 
 def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(parse, tmp_path):
     words = ("--method.name", "toy", "--method.strength", "0.5", "--model.name", "toy")
     with (
         METHODS.registered("toy", Component(ToyMethodConfig, object)),
-        MODELS.registered("toy", Component(ToyModelConfig, object)),
+        MODELS.registered("toy", Component(ToyModelConfig, ToyModel)),
     ):
         config = parse(*words)
         assert config.method == ToyMethodConfig(strength=0.5)

@@ -16,7 +16,7 @@ from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.methods.full_rank import linear_weights
 from switchtitan.methods.lowrank.config import ADAPTED_LINEARS
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, linear_shapes
 from switchtitan.models.cola import MEAN_SQUARES, BottleneckLinear, ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.spectra.spectrum import layers_by_kind
@@ -136,7 +136,7 @@ def test_flops_are_six_for_each_weight_that_multiplies_and_those_of_attention():
     ("keys", "fragments"),
     [
         # Two heads of keys and values have 12 features.
-        ({"rank": 12}, ("rank = 12", "k_proj")),
+        ({"rank": 12}, ("rank = 12", "num_kv_heads")),
         ({"rank": 5, "max_positions": 64}, ("max_positions", "cola")),
     ],
 )
@@ -181,12 +181,12 @@ def test_a_run_learns_is_evaluated_generates_text_and_is_not_exported(corpora):
 
 
 def test_kinds_of_layers_keep_the_names_of_the_layers_that_factors_replace():
-    kinds = layers_by_kind(ColaConfig(**KEYS, rank=RANK).linear_shapes())
+    kinds = layers_by_kind(linear_shapes(ColaConfig(**KEYS, rank=RANK)))
     assert len(kinds) == 2 * 7 + 1
     assert kinds["q_proj.factor_a"] == [
         f"model.layers.{index}.self_attn.q_proj.factor_a" for index in range(KEYS["num_layers"])
     ]
-    assert list(layers_by_kind(LlamaConfig(**KEYS).linear_shapes())) == [
+    assert list(layers_by_kind(linear_shapes(LlamaConfig(**KEYS)))) == [
         *ADAPTED_LINEARS,
         "lm_head",
     ]

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from switchtitan.errors import ConfigError, EnvironmentMismatchError
 from switchtitan.models import MODELS
-from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.attention import build_mask, check_attention, load_attention
 from switchtitan.models.llama.config import SIZES, LlamaConfig, Qwen2Config
 from switchtitan.models.llama.rope import Rope, rotary_tables, rotate
@@ -181,30 +180,6 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SHAPES, tied_head=True, head_dim=4),
-        Qwen2Config(**SHAPES),
-        ColaConfig(**SHAPES, rank=5),
-        ColaConfig(**SHAPES, rank=5, tied_head=True),
-    ],
-)
-def test_shapes_equal_those_of_the_built_model(config):
-    with torch.device("meta"):
-        model = MODELS.build(config)
-    linear_modules = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    linear = {name: (module.out_features, module.in_features) for name, module in linear_modules}
-    assert list(config.linear_shapes().items()) == list(linear.items())
-    assert ("lm_head" in linear) != config.tied_head
-    biased = {name for name, module in linear_modules if module.bias is not None}
-    assert {name.rpartition(".")[2] for name in biased} == set(config.biased_layers)
-
-
 def test_overrides_replace_values_of_the_table_and_key_heads_follow_heads():
     config = LlamaConfig(size="60m", num_layers=3, num_kv_heads=2)
     assert config.sizes == (512, 1376, 3, 8)
@@ -225,11 +200,11 @@ LLAMA3 = {
     ("overrides", "fragments"),
     [
         ({"num_heads": 3}, ("hidden_size = 128", "num_heads = 3")),
-        ({"hidden_size": 36, "num_heads": 4}, ("= 9", "odd")),
+        ({"hidden_size": 36, "num_heads": 4}, ("hidden_size = 36", "num_heads = 4")),
         ({"num_kv_heads": 3}, ("num_heads = 4", "num_kv_heads = 3")),
         ({"size": None}, ("size", "missing")),
         ({"size": None, "hidden_size": 8, "num_heads": 2}, ("intermediate_size", "num_layers")),
-        ({"head_dim": 1 << 24}, ("head_dim", "67108864")),
+        ({"head_dim": 1 << 13}, ("head_dim", "4096")),
         ({"rope_factor": 2.0}, ("rope_factor = 2.0", "default")),
         ({"rope_type": "linear"}, ("linear", "rope_factor")),
         ({**LLAMA3, "rope_original_positions": None}, ("llama3", "rope_original_positions")),

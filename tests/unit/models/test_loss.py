@@ -67,8 +67,7 @@ def test_loss_and_gradients_equal_those_of_all_logits(monkeypatch, tokens_per_ch
     torch.testing.assert_close(hidden.grad, 3 * grad_hidden, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(head.weight.grad, 3 * grad_weight, rtol=1e-12, atol=1e-13)
     with torch.no_grad():
-        without_gradient = EAGER(hidden, head, targets, DIVISOR).item()
-    assert math.isclose(without_gradient, expected, rel_tol=1e-14)
+        assert EAGER(hidden, head, targets, DIVISOR).item() == loss.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,7 +82,8 @@ def test_aligned_rows_compute_the_same(monkeypatch, dtype):
             alone = loss_fn(hidden, head, targets, DIVISOR)
         results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
     # 61 numbers take 244 or 122 bytes.
-    assert strides == [VOCABULARY] * 4 + [64] * 4
+    # 4 chunks, with a gradient and without.
+    assert strides == [VOCABULARY] * 8 + [64] * 8
     # Products may sum in another order.
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
@@ -175,8 +175,8 @@ def test_compiled_chunks_share_a_graph_and_compute_the_same():
         results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
     # fp32 sums in another order.
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
-    # One with gradients and one without; the padded last chunk shares them.
-    assert counters["stats"]["unique_graphs"] == 2
+    # The padded last chunk and chunks without a gradient share it.
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_the_peak_holds_a_fraction_of_the_logits():
