@@ -1,7 +1,6 @@
 """Named components: a name in the configuration -> its factory and its section's class."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -32,17 +31,15 @@ class Registry(Generic[ConfigT, Part]):
 
     Args:
         kind: the section that chooses from this table, e.g. "method". Error messages name it.
-        components: the rows.
+        rows: components by name, which is the default of the key `name` of their section.
     """
 
-    def __init__(self, kind: str, components: Mapping[str, Component[Any, Part]]) -> None:
+    def __init__(self, kind: str, rows: Mapping[str, Component[Any, Part]]) -> None:
         self.kind = kind
-        self._components: dict[str, Component[ConfigT, Part]] = {}
-        for name, component in components.items():
-            self.register(name, component)
+        self.rows: dict[str, Component[ConfigT, Part]] = dict(rows)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._components)
+        return iter(self.rows)
 
     def __getitem__(self, name: str) -> Component[ConfigT, Part]:
         """Return the component called `name`.
@@ -50,83 +47,37 @@ class Registry(Generic[ConfigT, Part]):
         Raises:
             ConfigError: if there is none.
         """
-        component = self._components.get(name)
-        if component is None:
+        if name not in self.rows:
             near = nearest(name, self)
             hint = f"; did you mean {near!r}?" if near else ""
             raise ConfigError(
                 f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}{hint}"
             )
-        return component
-
-    def register(self, name: str, component: Component[Any, Part]) -> None:
-        """Add a row, for configurations parsed later.
-
-        Raises:
-            ValueError: if the name is taken, or is not the default of the section's key `name`.
-        """
-        if name in self._components:
-            raise ValueError(f"{self.kind} {name!r} is registered already")
-        own_name = component.config_type.model_fields["name"].default
-        if own_name != name:
-            raise ValueError(
-                f"{component.config_type.__name__}.name defaults to {own_name!r}; expected {name!r}"
-            )
-        self._components[name] = component
-
-    @contextmanager
-    def registered(self, name: str, component: Component[Any, Part]) -> Iterator[None]:
-        """Add a row for the duration of a `with` block, e.g. in a test."""
-        self.register(name, component)
-        try:
-            yield
-        finally:
-            del self._components[name]
+        return self.rows[name]
 
     def config_types(self) -> dict[str, type[ConfigT]]:
         """Return every row's section class, by name."""
-        return {name: component.config_type for name, component in self._components.items()}
-
-    def completed(self, section: Mapping[str, object]) -> dict[str, object]:
-        """Fill in defaults for keys added since the section was saved.
-
-        Does not validate: some keys must not be set even to their defaults. A section with an
-        unknown `name` is returned unchanged.
-        """
-        name = str(section.get("name"))
-        if name not in self._components:
-            return dict(section)
-        defaults = self._components[name].config_type.model_construct(name=name)
-        return {**defaults.model_dump(mode="json"), **section}
+        return {name: component.config_type for name, component in self.rows.items()}
 
     def restore(self, section: Mapping[str, object]) -> ConfigT:
-        """Build the section from its saved plain values.
-
-        Keys added since it was saved get their defaults.
+        """Build a section from plain values, which may be those of all its keys.
 
         Raises:
-            ConfigError: if this version of the class does not accept the values.
+            ConfigError: if the section's class does not accept them.
         """
         name = str(section.get("name"))
         config_type = self[name].config_type
+        # Some keys must not be set, even to their defaults.
         defaults = config_type.model_construct(name=name).model_dump(mode="json")
-        # A saved section contains all keys. Some must not be set, even to their defaults.
-        given = {key: value for key, value in section.items() if defaults.get(key, value) != value}
-        given |= {key: value for key, value in section.items() if key not in defaults}
+        given = {
+            key: value
+            for key, value in section.items()
+            if key not in defaults or value != defaults[key]
+        }
         try:
             return config_type.model_validate(given)
         except ValidationError as error:
             raise ConfigError(f"[{self.kind}] {name!r}: {error}") from error
-
-    def comparable(self, section: Mapping[str, object]) -> dict[str, object]:
-        """Return `completed(section)` without `resumable_keys`."""
-        component = self._components.get(str(section.get("name")))
-        resumable_keys = frozenset() if component is None else component.config_type.resumable_keys
-        return {
-            key: value
-            for key, value in self.completed(section).items()
-            if key not in resumable_keys
-        }
 
     def build(self, config: ConfigT, *args: object, **kwargs: object) -> Part:
         """Call the factory of `config.name` with `config` and the given run-time values."""

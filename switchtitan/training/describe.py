@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from switchtitan.checkpoint import CheckpointMetadata
+from switchtitan.config.section import Section
 from switchtitan.config.toml_files import parse_toml
 from switchtitan.config.toml_text import flatten, toml_value
 from switchtitan.contracts import LanguageModel, ModelConfig
@@ -21,8 +22,7 @@ from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import TrainingConfig
-from switchtitan.methods import METHODS
-from switchtitan.models import MODELS, linear_shapes
+from switchtitan.models import linear_shapes
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit, versions
@@ -58,8 +58,8 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
 def identity_without_corpus(config: JobConfig) -> dict:
     """Returns the part of `run_identity` that is known before the corpus is prepared."""
     return {
-        "model": MODELS.comparable(config.model.model_dump(mode="json")),
-        "method": METHODS.comparable(config.method.model_dump(mode="json")),
+        "model": _without_resumable_keys(config.model),
+        "method": _without_resumable_keys(config.method),
         "optimizer": config.optimizer.model_dump(mode="json", include={"name"}),
         "data": {"seq_len": config.data.seq_len},
         "training": config.training.model_dump(
@@ -69,17 +69,13 @@ def identity_without_corpus(config: JobConfig) -> dict:
     }
 
 
-def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
-    """Converts a checkpoint's identity to the current form of `run_identity`.
+def _without_resumable_keys(section: Section) -> dict[str, object]:
+    return section.model_dump(mode="json", exclude=set(section.resumable_keys))
 
-    Keys added since the checkpoint was saved get their defaults. Keys that are no longer part of an
-    identity are left out. Keys that the classes no longer have are kept, so the identities differ.
-    """
+
+def comparable_identity(saved: Mapping[str, object]) -> dict[str, object]:
+    """Converts a checkpoint's identity to the current form of `run_identity`."""
     comparable = dict(saved)
-    for section, registry in (("model", MODELS), ("method", METHODS)):
-        values = saved.get(section)
-        if isinstance(values, Mapping):
-            comparable[section] = registry.comparable(values)
     training = saved.get("training")
     if isinstance(training, Mapping):
         comparable["training"] = {"frozen_dtype": _OLD_FROZEN_DTYPE, **training}

@@ -74,7 +74,8 @@ class RootScaled(LowRankMethod[RootScaledConfig]):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    with METHODS.registered(ROOT_SCALED, Component(RootScaledConfig, RootScaled)):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS.rows, ROOT_SCALED, Component(RootScaledConfig, RootScaled))
         yield
 
 

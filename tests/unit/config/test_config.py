@@ -288,12 +288,6 @@ def test_a_shipped_file_is_found_from_any_folder_unless_one_of_its_name_is_there
     assert capsys.readouterr().err == ""
 
 
-def test_a_row_needs_a_unique_name_that_is_its_sections_default():
-    for name in ("lora", "other"):
-        with pytest.raises(ValueError, match="'lora'"):
-            METHODS.register(name, Component(Lora, str))
-
-
 # ---- Keys that stand for others
 
 

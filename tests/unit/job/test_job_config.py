@@ -300,21 +300,21 @@ class ToyModel(nn.Module):
         self.only = nn.Linear(config.width, config.width)
 
 
-def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(parse, tmp_path):
+def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(
+    parse, tmp_path, monkeypatch
+):
     words = ("--method.name", "toy", "--method.strength", "0.5", "--model.name", "toy")
-    with (
-        METHODS.registered("toy", Component(ToyMethodConfig, object)),
-        MODELS.registered("toy", Component(ToyModelConfig, ToyModel)),
-    ):
-        config = parse(*words)
-        assert config.method == ToyMethodConfig(strength=0.5)
-        assert config.model == ToyModelConfig(vocab_size=4096)
-        (tmp_path / "resolved.toml").write_text(resolved_toml(config))
-        assert parse_arguments(["--config", str(tmp_path / "resolved.toml")], 1) == config
-        with pytest.raises(ConfigError, match="7 steps are too few"):
-            parse(*words, "--training.steps", "7")
     with pytest.raises(ConfigError, match='"apollo"'):
         parse(*words)
+    monkeypatch.setitem(METHODS.rows, "toy", Component(ToyMethodConfig, object))
+    monkeypatch.setitem(MODELS.rows, "toy", Component(ToyModelConfig, ToyModel))
+    config = parse(*words)
+    assert config.method == ToyMethodConfig(strength=0.5)
+    assert config.model == ToyModelConfig(vocab_size=4096)
+    (tmp_path / "resolved.toml").write_text(resolved_toml(config))
+    assert parse_arguments(["--config", str(tmp_path / "resolved.toml")], 1) == config
+    with pytest.raises(ConfigError, match="7 steps are too few"):
+        parse(*words, "--training.steps", "7")
 
 
 @pytest.mark.parametrize("option", ["--help", "--help-all"])
