@@ -42,9 +42,9 @@ class ModelConfig(NamedSection):
     """Number of token ids of the embedding and the head."""
 
     def architecture(self) -> dict[str, object]:
-        """Return the keys that determine the weights, as plain values.
+        """Return the keys that determine the weights, as plain values; by default all keys.
 
-        Models with equal values can load each other's weights. Default: all keys.
+        Models with equal values can load each other's weights.
         """
         return self.model_dump(mode="json")
 
@@ -75,9 +75,9 @@ class ModelConfig(NamedSection):
         return []
 
     def weight_copies(self) -> dict[str, str]:
-        """Return names under which files may repeat a weight, with the weight's own name.
+        """Return other names of weights in files -> the weight's own name; none by default.
 
-        Default: none. A tied head, for example, is `{"lm_head.weight": "embed_tokens.weight"}`.
+        For a tied head, for example, `{"lm_head.weight": "embed_tokens.weight"}`.
         """
         return {}
 
@@ -89,14 +89,10 @@ class ModelConfig(NamedSection):
         return self
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
-        """Check that the model can train on a device type.
-
-        Args:
-            device_type: "cpu" or "cuda".
-            compute_dtype: dtype of activations.
+        """Check that the model can train on "cpu" or "cuda"; by default, it can.
 
         Raises:
-            EnvironmentMismatchError: if it cannot. Never raised by default.
+            EnvironmentMismatchError: if it cannot.
         """
 
 
@@ -126,14 +122,6 @@ class MethodConfig(NamedSection):
 
     def check_length(self, num_steps: int) -> list[str]:
         """Return error messages for a run of `num_steps` optimizer steps; none by default."""
-        return []
-
-    def check_optimizer(self, optimizer: "OptimizerConfig") -> list[str]:
-        """Return error messages for keys that do not fit the optimizer; none by default.
-
-        Args:
-            optimizer: one of `optimizers`.
-        """
         return []
 
 
@@ -196,30 +184,17 @@ def default_call_block(block: nn.Module, hidden: Tensor, *args: object) -> Tenso
     return output
 
 
-class SummedLoss(Protocol):
-    """The training loss from a model's last hidden states."""
+SummedLoss = Callable[..., Tensor]
+"""(hidden, head, targets, divisor=1) -> the sum of the losses divided by `divisor`, 0-dim.
 
-    def __call__(
-        self, hidden: Tensor, head: nn.Module, targets: Tensor, divisor: int = 1
-    ) -> Tensor:
-        """Return the sum of the losses divided by `divisor`, 0-dim.
-
-        Args:
-            hidden, head: as in `ApplyHead`.
-            targets: [batch, seq]; `IGNORED_TARGET` does not count.
-        """
-        ...
+Hidden states and head are those of `ApplyHead`, targets [batch, seq]; see `models.loss`."""
 
 
 class Cache(Protocol):
     """What a model keeps of the tokens that it has read, so that the next ones take less time."""
 
     def advance(self, num_tokens: Tensor) -> None:
-        """Count the tokens of the last forward pass. Those after them were padding.
-
-        Args:
-            num_tokens: [batch] int64.
-        """
+        """Count the tokens [batch] of the last forward pass; those after them were padding."""
         ...
 
 
@@ -244,9 +219,9 @@ class LanguageModel(nn.Module, ABC):
         """
 
     def output_head(self) -> nn.Module | None:
-        """Return the module that maps hidden states to logits, for optimizers that treat it apart.
+        """Return the module that maps hidden states to logits; by default None.
 
-        Default: None. Those optimizers then refuse the model.
+        Optimizers that treat it apart refuse a model without one.
         """
         return None
 
@@ -295,7 +270,6 @@ class LanguageModel(nn.Module, ABC):
         Args:
             batch_size: number of sequences.
             capacity: tokens of the longest sequence, padding included.
-            device: where the model computes.
         """
         return None
 
@@ -430,20 +404,14 @@ class Method(ABC, Generic[MethodConfigT]):
         return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
-        """Return the dense weight that a run starts from, for telemetry of its change.
+        """Return the dense weight that a run starts from, from the plain model's initial one.
 
         Default: the same. Others set `keeps_initial_weights` to False in their section.
-
-        Args:
-            name: the plain model's parameter.
-            weight: its initial value, drawn or given, fp32.
         """
         return weight
 
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
-        """Return the layers whose weight is `weight` plus a low-rank update, by qualified name.
-
-        Default: none.
+        """Return the low-rank parts of weights by the layer's qualified name; none by default.
 
         Args:
             tensors: as for `dense_weights`.

@@ -185,8 +185,6 @@ def check_optimizer(
             f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
             f"{', '.join(sorted(able))}"
         )
-    else:
-        problems += method.check_optimizer(optimizer)
     if optimizer.package is not None and importlib.util.find_spec(optimizer.package) is None:
         problems.append(
             f"{name}: needs the package {optimizer.package}; run pip install "
