@@ -37,7 +37,10 @@ def _configs() -> dict[str, Any]:
             **_SHAPES, head_dim=8, tie_word_embeddings=True, rope_parameters=_LLAMA3
         ),
         "llama, linear": LlamaConfig(**_SHAPES, rope_parameters=_LINEAR),
-        "mistral": MistralConfig(**_SHAPES, head_dim=4, sliding_window=None),
+        # Heads of a width that hidden_size is no multiple of.
+        "mistral": MistralConfig(
+            **{**_SHAPES, "num_attention_heads": 12}, head_dim=4, sliding_window=None
+        ),
         "qwen2": Qwen2Config(**_SHAPES, rms_norm_eps=1e-5),
         "qwen2, tied": Qwen2Config(**_SHAPES, tie_word_embeddings=True),
     }

@@ -194,6 +194,7 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers.*10000"),
         ("llama", {"head_dim": 7}, "head_dim"),
+        ("mistral", {"head_dim": ...}, "hidden_size = 54, num_heads = 12"),
         ("mistral", {"sliding_window": 128}, "sliding_window = 128"),
         ("mistral", {"sliding_window": ...}, "sliding_window = 4096"),
         ("mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),

@@ -1,4 +1,4 @@
-"""The models equal those of transformers and fulfil `contracts.LanguageModel`."""
+"""The models equal those of transformers, compile without breaks, and can be sharded."""
 
 import copy
 
@@ -9,7 +9,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
-from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import shard_model
 from switchtitan.hub.initial_weights import read_initial_weights
@@ -114,18 +113,6 @@ def test_bf16_model_is_no_further_from_fp32_than_that_of_transformers():
     assert error <= 1.1 * other_error  # norms round once here and twice there; 10 % for chance
 
 
-def test_a_later_token_never_changes_earlier_logits():
-    model = build()
-    tokens, document_ids = draw_tokens(1, 11)
-    before = model(tokens, document_ids)
-    for position in (3, 10):
-        changed = tokens.clone()
-        changed[0, position] = (changed[0, position] + 1) % VOCABULARY
-        after = model(changed, document_ids)
-        torch.testing.assert_close(after[:, :position], before[:, :position], atol=1e-6, rtol=0)
-        assert (after[:, position:] - before[:, position:]).abs().amax(-1).min() > 1e-4
-
-
 @torch.no_grad()
 def test_flex_keeps_documents_apart_and_sdpa_does_not():
     models = {name: build(attention=name, num_layers=1) for name in ("flex", "sdpa")}
@@ -184,16 +171,6 @@ def test_sharding_in_bf16_leaves_rotary_tables_in_fp32():
     assert [torch.equal(positions.cos, expected) for positions in seen] == [True] * 3
 
 
-def test_norm_computes_in_fp32_and_rounds_once():
-    norm = build().model.norm.bfloat16()
-    generator = torch.Generator().manual_seed(6)
-    features = torch.randn(4, MULTI_HEAD["hidden_size"], generator=generator).bfloat16()
-    exact = features.double() / (features.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    exact = (exact * norm.weight.double()).float().bfloat16()
-    # An fp32 tie may round either way.
-    assert (norm(features) != exact).float().mean() < 0.02
-
-
 def test_initial_values_have_the_configured_distribution():
     model = build(init_std=0.05)
 
@@ -220,11 +197,3 @@ def test_flops_per_token_are_three_times_those_of_a_forward_pass():
     with FlopCounterMode(display=False) as counter, math:
         model(*draw_tokens(batch, seq))
     assert model.num_flops_per_token(seq) * batch * seq == 3 * counter.get_total_flops()
-
-
-def test_model_fulfils_the_contract_and_lists_its_blocks_in_order():
-    model = build()
-    assert isinstance(model, LanguageModel)
-    assert list(model.blocks()) == ["model.layers.0", "model.layers.1", "model.layers.2"]
-    for name, block in model.blocks().items():
-        assert model.get_submodule(name) is block
