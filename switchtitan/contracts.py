@@ -170,20 +170,6 @@ def default_apply_head(hidden: Tensor, head: nn.Module) -> Tensor:
     return logits
 
 
-class CallBlock(Protocol):
-    """How a model calls its blocks."""
-
-    def __call__(self, block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
-        """Return `block(hidden, *args)`: hidden states [batch, seq, dim], like `hidden`."""
-        ...
-
-
-def default_call_block(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
-    """A `CallBlock` that only calls the block."""
-    output: Tensor = block(hidden, *args)
-    return output
-
-
 SummedLoss = Callable[..., Tensor]
 """(hidden, head, targets, divisor=1) -> the sum of the losses divided by `divisor`, 0-dim.
 
@@ -206,8 +192,6 @@ class LanguageModel(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.call_block: CallBlock = default_call_block
-        """How `forward` calls each block. The check of an export replaces it."""
         self.compute_dtype = torch.float32
         """dtype in which it multiplies. Sharding sets it."""
 

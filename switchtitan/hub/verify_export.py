@@ -1,6 +1,7 @@
 """Compare the logits of an exported folder with those of its checkpoint, one block at a time."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.hub.peft_folder import is_adapter, read_adapted
 from switchtitan.models import MODELS
+
+ReadTensors = Callable[[Iterable[str]], Mapping[str, Tensor]]
+"""Names of parameters -> their values."""
 
 _NUM_TOKENS = 64
 _WITHOUT_CHECK = "--no-verify writes the folder without this check"
@@ -62,7 +66,7 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
 
 @torch.no_grad()
 @full_precision()
-def _logits(config: ModelConfig, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> Tensor:
+def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
     """Returns the logits [1, seq, vocabulary] of a plain model on random tokens.
 
     Args:
@@ -76,15 +80,9 @@ def _logits(config: ModelConfig, read: Callable[[Iterable[str]], Mapping[str, Te
             f"[model] name = {config.name!r}: the buffer {without_values[0]} is not among the "
             f"weights, so logits cannot be compared; {_WITHOUT_CHECK}"
         )
-    name_of = {block: name for name, block in model.blocks().items()}
-
-    def call(block: nn.Module, hidden: Tensor, *args: object) -> Tensor:
-        prefix = f"{name_of[block]}."
-        values = read([f"{prefix}{name}" for name, _ in block.named_parameters()])
-        local = {name.removeprefix(prefix): value.float() for name, value in values.items()}
-        return functional_call(block, local, (hidden, *args), strict=True)
-
-    model.call_block = call
+    for name, block in model.blocks().items():
+        block.register_forward_pre_hook(partial(_load, read, f"{name}."))
+        block.register_forward_hook(_unload)
     in_blocks = tuple(f"{name}." for name in model.blocks())
     outer = [name for name, _ in model.named_parameters() if not name.startswith(in_blocks)]
     generator = torch.Generator().manual_seed(0)
@@ -92,3 +90,13 @@ def _logits(config: ModelConfig, read: Callable[[Iterable[str]], Mapping[str, Te
     documents = torch.zeros_like(tokens, dtype=torch.int32)
     values = {name: value.float() for name, value in read(outer).items()}
     return functional_call(model, values, (tokens, documents))
+
+
+def _load(read: ReadTensors, prefix: str, block: nn.Module, args: object) -> None:
+    values = read([f"{prefix}{name}" for name, _ in block.named_parameters()])
+    local = {name.removeprefix(prefix): value.float() for name, value in values.items()}
+    block.load_state_dict(local, assign=True)
+
+
+def _unload(block: nn.Module, args: object, output: object) -> None:
+    block.to_empty(device="meta")

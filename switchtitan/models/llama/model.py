@@ -149,7 +149,7 @@ class Llama(LanguageModel):
             positions = Positions(*cache.next(seq_len), None, cache)
         hidden = self.model.embed_tokens(tokens)
         for block in self.model.layers:
-            hidden = self.call_block(block, hidden, positions)
+            hidden = block(hidden, positions)
         return apply_head(self.model.norm(hidden), self.lm_head)
 
     def _rotary_tables(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
