@@ -293,46 +293,40 @@ class Reparametrized(Protocol):
         ...
 
 
-class TrainingOptimizer(Protocol):
+class TrainingOptimizer(ABC):
     """The optimizer of a training step. Not a `torch.optim.Optimizer`."""
 
+    @abstractmethod
     def step(self) -> None: ...
 
+    @abstractmethod
     def zero_grad(self) -> None: ...
 
+    @abstractmethod
     def set_lr(self, lr_factor: float) -> None:
         """Set every learning rate to its configured value times `lr_factor`."""
-        ...
 
+    @abstractmethod
     def metrics(self) -> dict[str, float]:
         """Return scalars of the last step by TensorBoard tag. May wait for the device."""
-        ...
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as flat tensors, DTensors where sharded.
 
         To restore a state, load into these tensors in place, then call `load_state_dict`.
         """
-        ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
-
-@runtime_checkable
-class HoldsReplicated(Protocol):
-    """An optimizer with values outside its state that every rank computes alike."""
-
     def replicated(self) -> dict[str, Tensor]:
-        """Return them by name, for checks that ranks still agree, such as random bases or keys.
+        """Return values outside the state that every rank computes alike, such as random keys.
 
-        Plain tensors, the same on every rank, or DTensors, the same on all replicas. Not saved.
+        Plain tensors, the same on every rank, or DTensors, the same on all replicas. They are
+        compared between ranks, and not saved. Default: none.
         """
-        ...
-
-
-def replicated_values(optimizer: TrainingOptimizer) -> dict[str, Tensor]:
-    """Return `optimizer.replicated()`, or nothing if it is not a `HoldsReplicated`."""
-    return optimizer.replicated() if isinstance(optimizer, HoldsReplicated) else {}
+        return {}
 
 
 @dataclass(frozen=True)

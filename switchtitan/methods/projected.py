@@ -10,7 +10,7 @@ G is sharded over rows. On the right, every rank has the full Q, and R's rows ar
 needs no collective for it. On the left, each rank has its rows of Q and a summand of R.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -29,7 +29,6 @@ from switchtitan.contracts import (
     MethodConfig,
     OptimizerConfig,
     TrainingOptimizer,
-    replicated_values,
 )
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
@@ -263,8 +262,8 @@ LimitedT = TypeVar("LimitedT", FiraConfig, ApolloConfig)
 """The section of a method whose updates grow slowly."""
 
 
-class ProjectedOptimizer(ABC, Generic[ConfigT]):
-    """Updates the targeted weights; `dense` updates all others. A `contracts.TrainingOptimizer`.
+class ProjectedOptimizer(TrainingOptimizer, Generic[ConfigT]):
+    """Updates the targeted weights; `dense` updates all others.
 
     Adam's direction is N = M / (sqrt(V) + eps), with the moments M, V of R. As in the code of
     GaLore's and Fira's authors, eps is added to the root of the second moment before the bias
@@ -352,9 +351,8 @@ class ProjectedOptimizer(ABC, Generic[ConfigT]):
         return {**self._dense.metrics(), "projection/refreshes": float(num_refreshes)}
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the bases, also those that are drawn again after a resume; see
-        `contracts.HoldsReplicated`."""
-        return replicated_values(self._dense) | self._of_weights("basis")
+        """Returns the bases, also those that are drawn again after a resume."""
+        return self._dense.replicated() | self._of_weights("basis")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state of both parts, `<weight>.exp_avg` and so on, and `projection.step`."""

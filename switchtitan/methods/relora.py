@@ -12,7 +12,6 @@ from switchtitan.contracts import (
     LanguageModel,
     OptimizerConfig,
     TrainingOptimizer,
-    replicated_values,
 )
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
@@ -228,7 +227,7 @@ class Relora(LowRankMethod[ReloraConfig]):
         )
 
 
-class ReloraOptimizer:
+class ReloraOptimizer(TrainingOptimizer):
     """Wraps an optimizer and resets the factors after some steps; a `contracts.TrainingOptimizer`.
 
     Args:
@@ -278,9 +277,8 @@ class ReloraOptimizer:
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        """See `contracts.HoldsReplicated`."""
         keys = {f"reset.{name}": tensor for name, tensor in self._rounding.replicated().items()}
-        return replicated_values(self._inner) | keys
+        return self._inner.replicated() | keys
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the inner optimizer's state and the counts `reset.*`."""

@@ -1,18 +1,17 @@
 """The base of the optimizers: groups of parameters, learning rates and state by name."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from switchtitan.contracts import OptimizerConfig, TrainingOptimizer, replicated_values
+from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.optim.parameters import TrainedParameter, parameter_groups
 
 
-class GroupedOptimizer(ABC):
-    """Trains groups of parameters; a `contracts.TrainingOptimizer`. A subclass adds its state and a
-    step.
+class GroupedOptimizer(TrainingOptimizer):
+    """Trains groups of parameters. A subclass adds its state and a step.
 
     Args:
         rates_as_tensors: keep learning rates on the device, since torch.compile would recompile for
@@ -77,8 +76,8 @@ class GroupedOptimizer(ABC):
             tensor.copy_(state[key])
 
 
-class SplitOptimizer:
-    """Several optimizers of disjoint parameters as one; a `contracts.TrainingOptimizer`."""
+class SplitOptimizer(TrainingOptimizer):
+    """Several optimizers of disjoint parameters as one."""
 
     def __init__(self, parts: list[TrainingOptimizer]) -> None:
         self._parts = parts
@@ -99,10 +98,7 @@ class SplitOptimizer:
         return {tag: value for part in self._parts for tag, value in part.metrics().items()}
 
     def replicated(self) -> dict[str, Tensor]:
-        """See `contracts.HoldsReplicated`."""
-        return {
-            key: tensor for part in self._parts for key, tensor in replicated_values(part).items()
-        }
+        return {key: tensor for part in self._parts for key, tensor in part.replicated().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {key: tensor for part in self._parts for key, tensor in part.state_dict().items()}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.contracts import TrainingOptimizer, replicated_values
+from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.rows import RowExchange, RowRequest
 from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
@@ -20,7 +20,7 @@ from switchtitan.methods.switchlora.plan import FACTORS, Plan, Switch
 from switchtitan.regions import region
 
 
-class SwitchLoraOptimizer:
+class SwitchLoraOptimizer(TrainingOptimizer):
     """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers; a `contracts.TrainingOptimizer`.
 
     Neither a torch optimizer nor a hook of one: torch's checkpointing steps an optimizer to create
@@ -143,9 +143,9 @@ class SwitchLoraOptimizer:
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the plan's history, and the random keys; see `contracts.HoldsReplicated`."""
+        """Returns the plan's history, and the random keys."""
         return (
-            replicated_values(self._dense)
+            self._dense.replicated()
             | self._plan.state_dict()
             | self._rounding.replicated()
             | self._candidates.replicated()
