@@ -262,9 +262,12 @@ class LanguageModel(nn.Module, ABC):
 class Reparametrized(Protocol):
     """A module that replaces a plain layer and initializes its tensors from that layer's weight."""
 
-    def plain_shape(self) -> tuple[int, int]:
-        """Return the shape of the plain layer's weight, [out, in]."""
-        ...
+    plain_shape: tuple[int, int]
+    """Shape of the plain layer's weight, [out, in]."""
+    sharded_buffers: tuple[str, ...]
+    """Local names of the buffers that are sharded over dimension 0, like parameters."""
+    host_buffers: tuple[str, ...]
+    """Local names of the sharded buffers that stay in host memory on every device."""
 
     def initial_tensors(
         self,
@@ -282,14 +285,6 @@ class Reparametrized(Protocol):
                 all rows of all parameters and buffers. Those of `weight` are complete blocks of
                 `distributed.initial_draws`.
         """
-        ...
-
-    def sharded_buffers(self) -> tuple[str, ...]:
-        """Return local names of the buffers that are sharded over dimension 0, like parameters."""
-        ...
-
-    def host_buffers(self) -> tuple[str, ...]:
-        """Return local names of the sharded buffers that stay in host memory on every device."""
         ...
 
 

@@ -59,7 +59,7 @@ def shard_model(
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, Reparametrized):
-            for name in module.sharded_buffers():
+            for name in module.sharded_buffers:
                 setattr(module, name, shard_buffer(getattr(module, name), mesh))
 
 
@@ -165,7 +165,7 @@ def _initialize(
         rows = dict(held)
         shapes = {name: own[name].shape for name in plain}
         if isinstance(module, Reparametrized):
-            shapes["weight"] = torch.Size(module.plain_shape())
+            shapes["weight"] = torch.Size(module.plain_shape)
             rows["weight"] = _rows_to_start_from(module, held)
         values = {
             name: plain_rows(prefix + name, shape, rows[name]) for name, shape in shapes.items()
@@ -190,7 +190,7 @@ def _rows_to_start_from(module: Reparametrized, held: Mapping[str, range]) -> ra
     Args:
         held: the rows that this rank holds, of each tensor of the module.
     """
-    shape = module.plain_shape()
+    shape = module.plain_shape
     return covering_blocks(shape, held["weight"]) if "weight" in held else range(shape[0])
 
 
@@ -200,7 +200,7 @@ def host_buffers(model: nn.Module) -> dict[str, Tensor]:
         f"{module_name}.{name}" if module_name else name: getattr(module, name)
         for module_name, module in model.named_modules()
         if isinstance(module, Reparametrized)
-        for name in module.host_buffers()
+        for name in module.host_buffers
     }
 
 

@@ -61,9 +61,13 @@ class ProductLinear(nn.Module):
     `lowrank.LowRankLinear`.
     """
 
+    sharded_buffers: tuple[str, ...] = ()
+    host_buffers: tuple[str, ...] = ()
+
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.plain_shape = (self.out_features, self.in_features)
         self.rank = rank
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features))
         self.lora_b = nn.Parameter(torch.empty(rank, self.out_features))
@@ -73,10 +77,6 @@ class ProductLinear(nn.Module):
         """[..., in] -> [..., out]"""
         # The fewest operations, as long as the factors have fewer elements than B A.
         return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
-
-    def plain_shape(self) -> tuple[int, int]:
-        """See `contracts.Reparametrized`."""
-        return self.out_features, self.in_features
 
     def initial_tensors(
         self,
@@ -93,14 +93,6 @@ class ProductLinear(nn.Module):
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns its initial parameters by local name, from the plain weight [out, in]."""
         return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
-
-    def sharded_buffers(self) -> tuple[str, ...]:
-        """See `contracts.Reparametrized`."""
-        return ()
-
-    def host_buffers(self) -> tuple[str, ...]:
-        """See `contracts.Reparametrized`."""
-        return ()
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"

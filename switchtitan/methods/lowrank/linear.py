@@ -44,6 +44,9 @@ class LowRankLinear(nn.Module):
         contraction: how to compute the layer without dropout; by default the cheapest for x.
     """
 
+    sharded_buffers: tuple[str, ...] = ()
+    host_buffers: tuple[str, ...] = ()
+
     def __init__(
         self,
         in_features: int,
@@ -58,6 +61,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.plain_shape = (out_features, in_features)
         self.scale, self.bounds, self.dropout = scale, bounds, dropout
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features))
@@ -76,10 +80,6 @@ class LowRankLinear(nn.Module):
             )
             out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
         return out if self.bias is None else out + self.bias
-
-    def plain_shape(self) -> tuple[int, int]:
-        """See `contracts.Reparametrized`."""
-        return self.out_features, self.in_features
 
     def initial_slots(self) -> tuple[Tensor, Tensor]:
         """Returns which of the random vectors of its factor each vector of A and B is, [rank]."""
@@ -111,14 +111,6 @@ class LowRankLinear(nn.Module):
         width = (self.in_features, self.out_features)[place]
         key = torch.tensor(generator_for(factor).initial_seed())
         return draw_vectors(key, slots, width, self.bounds[place])
-
-    def sharded_buffers(self) -> tuple[str, ...]:
-        """See `contracts.Reparametrized`."""
-        return ()
-
-    def host_buffers(self) -> tuple[str, ...]:
-        """See `contracts.Reparametrized`."""
-        return ()
 
     def extra_repr(self) -> str:
         return (

@@ -38,12 +38,9 @@ class SwitchLoraLinear(LowRankLinear):
     in] and `candidates_b` [c, out], sharded like the factors.
     """
 
-    _on_host = False
-    _stored: tuple[str, ...] = ()
-
     def store_candidates(self, on_host: bool) -> None:
         """Adds the buffers; `on_host`: they stay in host memory."""
-        self._stored, self._on_host = BUFFERS, on_host
+        self.sharded_buffers, self.host_buffers = BUFFERS, BUFFERS if on_host else ()
         for name, width in zip(BUFFERS, (self.in_features, self.out_features), strict=True):
             self.register_buffer(name, torch.empty(self.num_candidates, width))
 
@@ -65,17 +62,11 @@ class SwitchLoraLinear(LowRankLinear):
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`."""
         tensors = super().initial_tensors(weight, generator_for, rows)
-        for name, factor in zip(self._stored, FACTORS, strict=False):
+        for name, factor in zip(self.sharded_buffers, FACTORS, strict=False):
             held = rows[name] if rows is not None else range(self.num_candidates)
             slots = torch.arange(held.start, held.stop)
             tensors[name] = self.draw(factor, slots, generator_for)
         return tensors
-
-    def sharded_buffers(self) -> tuple[str, ...]:
-        return self._stored
-
-    def host_buffers(self) -> tuple[str, ...]:
-        return self._stored if self._on_host else ()
 
 
 class SwitchLora(LowRankMethod[SwitchLoraConfig]):

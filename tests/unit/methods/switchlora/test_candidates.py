@@ -51,7 +51,7 @@ def build(shapes, dtype=torch.float32, device="cpu", num_per_step=1, **keys):
         )
         layers[name] = layer if dtype == torch.float32 else layer.to(dtype)
         layer.to(device)
-        for buffer in layer.host_buffers():
+        for buffer in layer.host_buffers:
             setattr(layer, buffer, layer.get_buffer(buffer).cpu())
     layers_of = list(layers.values())
     candidates = candidates_of(method, layers)
