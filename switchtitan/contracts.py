@@ -51,19 +51,13 @@ class ModelConfig(NamedSection):
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
         """Return the `config.json` with which transformers loads the weights by the same names.
 
-        Default: None, for a model that transformers does not have.
-
-        Args:
-            seq_len: tokens per sequence in training.
+        Default: None, for a model that transformers does not have. `seq_len` is that of training.
         """
         return None
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """Return the keys of this section for the model that a `config.json` describes.
-
-        Args:
-            found: its keys; `model_type` is one of `huggingface_types`.
+        """Return the keys of this section for a `config.json` of one of `huggingface_types`.
 
         Raises:
             ConfigError: names the keys that are missing, wrong or not supported.
@@ -210,10 +204,9 @@ class LanguageModel(nn.Module, ABC):
         return None
 
     def outer_units(self) -> list[list[nn.Module]]:
-        """Return the modules outside the blocks that are gathered apart from each other, in order.
+        """Return lists of modules outside the blocks that are gathered before their first call.
 
-        The modules of one list are gathered together, before its first module is called. All other
-        weights outside the blocks are gathered together for the entire pass. Default: none.
+        All other weights outside the blocks are gathered for the entire pass. Default: none.
         """
         return []
 
@@ -221,12 +214,9 @@ class LanguageModel(nn.Module, ABC):
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Return initial values of the plain model's parameter `name`, in fp32 on the CPU.
 
-        A rank draws only the rows that it holds, and large parameters in blocks of rows. A value
-        that depends on the number of rows must take it from the model's configuration.
-
-        Args:
-            shape: [rows, ...], of a block of consecutive rows.
-            generator: the block's own.
+        `shape` is that of a block of consecutive rows, which has its own generator: a rank draws
+        only rows that it holds. A value that depends on the number of rows takes it from the
+        model's configuration.
         """
 
     @abstractmethod
@@ -250,10 +240,7 @@ class LanguageModel(nn.Module, ABC):
         """Return an empty cache for `forward`, with which tokens follow those read before.
 
         Default: None. Each new token of a continuation then takes a pass over all tokens.
-
-        Args:
-            batch_size: number of sequences.
-            capacity: tokens of the longest sequence, padding included.
+        `capacity` is the number of tokens of the longest sequence, padding included.
         """
         return None
 
@@ -355,12 +342,7 @@ class Method(ABC, Generic[MethodConfigT]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        """Build the optimizer of the sharded model.
-
-        Args:
-            config: the section `[optimizer]`.
-            compile_step: whether to compile the update.
-        """
+        """Build the optimizer of the sharded model; `compile_step`: compile the update."""
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert the prepared model's tensors to the weights of an equivalent plain model.
@@ -384,9 +366,5 @@ class Method(ABC, Generic[MethodConfigT]):
         return weight
 
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
-        """Return the low-rank parts of weights by the layer's qualified name; none by default.
-
-        Args:
-            tensors: as for `dense_weights`.
-        """
+        """Return the low-rank parts of weights by the layer's name; by default none."""
         return {}

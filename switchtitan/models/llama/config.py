@@ -59,7 +59,7 @@ class LlamaFamilyConfig(ModelConfig):
     """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads;
     unset: set these four."""
     hidden_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
-    """Width of the residual stream; unset: from `size`. A multiple of num_heads unless head_dim is
+    """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads unless head_dim is
     set."""
     intermediate_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
