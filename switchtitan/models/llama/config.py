@@ -59,8 +59,8 @@ class LlamaFamilyConfig(ModelConfig):
     """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads;
     unset: set these four."""
     hidden_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
-    """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads unless head_dim is
-    set."""
+    """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads unless
+    head_dim is set."""
     intermediate_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Width of the MLP; unset: from `size`. Multiples of 64 are fastest on a GPU; the published
     5461 of size 1b is not one, and 5504 is the next."""
