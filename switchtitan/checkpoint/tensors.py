@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from switchtitan.checkpoint.find import TENSORS_INDEX_FILE, is_own_file
-from switchtitan.contracts import TrainingOptimizer, replicated_values
-from switchtitan.distributed.adjacent import with_local
+from switchtitan.contracts import TrainingOptimizer
+from switchtitan.distributed.shards import with_local
 from switchtitan.distributed.copies import PageLockedMemory
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
@@ -76,7 +76,7 @@ class CheckpointTensors:
 
     def held(self) -> dict[str, Tensor]:
         """Returns all tensors by name, and values outside the state that every rank computes."""
-        return self._of_optimizer(replicated_values(self._optimizer)) | self()
+        return self._of_optimizer(self._optimizer.replicated()) | self()
 
     def restore(self, checkpoint: Path, world: World) -> None:
         """Loads model and optimizer from a checkpoint saved on any number of ranks; collective.
