@@ -270,7 +270,7 @@ class Reparametrized(Protocol):
             generator_for: local name -> generator, the same on every rank.
             rows: local name -> the rows to return; other tensors need not be computed. By default
                 all rows of all parameters and buffers. Those of `weight` are complete blocks of
-                `distributed.initial_draws`.
+                `distributed.initial`.
         """
         ...
 

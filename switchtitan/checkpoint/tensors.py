@@ -29,11 +29,10 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 from switchtitan.checkpoint.find import TENSORS_INDEX_FILE, is_own_file
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.shards import with_local
 from switchtitan.distributed.copies import PageLockedMemory
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
-from switchtitan.distributed.shards import local
+from switchtitan.distributed.shards import local, with_local
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import named_errors

@@ -1,9 +1,9 @@
 """The registry of training methods."""
 
 from switchtitan.contracts import Method, MethodConfig
+from switchtitan.methods.factors import PlainProduct, PlainProductConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.product import PlainProduct, PlainProductConfig
 from switchtitan.methods.projected import (
     Apollo,
     ApolloConfig,

@@ -31,22 +31,16 @@ class FullRank(Method[FullRankConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        parameters = trained_parameters(
-            model,
-            linear_weights(model),
-            model.blocks(),
-            model.output_head(),
-            model.compute_dtype,
-        )
+        adapted, head = linear_weights(model), model.output_head()
+        parameters = trained_parameters(model, adapted, model.blocks(), head, model.compute_dtype)
         return OPTIMIZERS.build(config, parameters, compile_step, self.seed)
 
 
 def linear_weights(model: LanguageModel) -> set[str]:
     """Returns the names of the weights of the linear layers in the model's blocks.
 
-    These are the weights that low-rank methods change by default, so that `[optimizer] lr` and
-    `other_lr` apply to the same layers with every method. Found by type, so that they do not depend
-    on a model's names.
+    Low-rank methods change these by default, so that `[optimizer] lr` and `other_lr` apply to the
+    same layers with every method. Found by type: they do not depend on a model's names.
     """
     return {
         f"{block_name}.{name}.weight"

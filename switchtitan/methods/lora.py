@@ -2,12 +2,7 @@
 
 from typing import Literal
 
-from switchtitan.methods.lowrank import (
-    LowRankConfig,
-    LowRankMethod,
-    balanced_bounds,
-    lora_bounds,
-)
+from switchtitan.methods.lowrank import LowRankConfig, LowRankMethod, balanced_bounds, lora_bounds
 
 
 class LoraConfig(LowRankConfig):

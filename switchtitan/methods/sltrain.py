@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
+from switchtitan.methods.factors import ProductConfig, ProductLinear, ProductMethod
 from switchtitan.methods.lowrank.contraction import copy_in_backward
-from switchtitan.methods.lowrank.method import FACTORS
-from switchtitan.methods.product import ProductConfig, ProductLinear, ProductMethod
-from switchtitan.optim import TrainedParameter
+from switchtitan.methods.lowrank.linear import FACTORS
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""
@@ -45,12 +43,10 @@ class SltrainConfig(ProductConfig):
         for name, (_, in_features) in linear_shapes.items():
             is_adapted = name.rpartition(".")[2] in self.targets
             if is_adapted and _num_per_row(self.density, in_features) >= in_features:
-                # Rounded down.
-                largest = (in_features - 1) * 1000 // in_features / 1000
+                largest = (in_features - 1) * 1000 // in_features / 1000  # rounded down
                 problems.append(
                     f"[method] density = {self.density:g}: expected fewer values than the "
-                    f"{in_features} columns of {name}; use a density of at most "
-                    f"{largest:g}, or full rank"
+                    f"{in_features} columns of {name}; use at most {largest:g}, or full rank"
                 )
                 break
         return problems
@@ -60,8 +56,8 @@ class SparseProductLinear(ProductLinear):
     """y = x (B A + S)^T (+ bias).
 
     S [out, in] has k values in each row, in the columns `support(...)`. `sparse_values` has the
-    out * k values row by row. It has one dimension because it is not the matrix of a linear map, so
-    that optimizers that treat matrices leave it alone.
+    out * k values row by row, in one dimension, so that optimizers do not take it for the matrix of
+    a linear map.
 
     Args:
         linear: the layer that it replaces.
@@ -103,7 +99,7 @@ class SparseProductLinear(ProductLinear):
         positions."""
         parts = super().initial_parts(weight)
         seed = torch.tensor([self._seed], device=weight.device)
-        columns = support((self.out_features, self.in_features), self.num_per_row, seed)
+        columns = support(seed, self.out_features, self.in_features, self.num_per_row)
         rest = (weight - parts["lora_b"].t() @ parts["lora_a"]).gather(1, columns)
         return {**parts, SPARSE: rest.flatten()}
 
@@ -114,25 +110,17 @@ class SparseProductLinear(ProductLinear):
 class Sltrain(ProductMethod[SltrainConfig]):
     """The weight of each layer is the product of its factors plus a sparse matrix."""
 
+    adapted = (*FACTORS, SPARSE)
+
     def build_layer(self, name: str, linear: nn.Linear) -> SparseProductLinear:
         return SparseProductLinear(
             linear, self.config.rank, self.config.density, self._support_seed(name)
         )
 
-    def dense_weight(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        seed = torch.tensor([self._support_seed(name)], device=parts[SPARSE].device)
-        lora_a, lora_b = (parts[factor] for factor in FACTORS)
-        columns = _columns(lora_a, lora_b, parts[SPARSE], seed)
-        return _dense(lora_a, lora_b, parts[SPARSE], columns)
-
-    def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
-        """Returns all parameters; those treated are the factors and the sparse values."""
-        return [
-            entry._replace(is_other=False, decays=True)
-            if entry.name.endswith(f".{SPARSE}")
-            else entry
-            for entry in super().trained_parameters(model)
-        ]
+    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        lora_a, lora_b, values = (tensors[f"{layer}.{part}"] for part in self.adapted)
+        seed = torch.tensor([self._support_seed(layer)], device=values.device)
+        return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
 
     def _support_seed(self, layer: str) -> int:
         return generator_for(self.seed, f"{layer}.support").initial_seed()
@@ -142,7 +130,7 @@ def _num_per_row(density: float, in_features: int) -> int:
     return max(1, round(density * in_features))
 
 
-def support(shape: tuple[int, int], num_per_row: int, seed: Tensor) -> Tensor:
+def support(seed: Tensor, out_features: int, in_features: int, num_per_row: int) -> Tensor:
     """Returns the columns of a sparse matrix's values, [out, values per row] int64, ascending.
 
     A row is cut into as many parts as it has values, of lengths that differ by at most one, and
@@ -150,10 +138,8 @@ def support(shape: tuple[int, int], num_per_row: int, seed: Tensor) -> Tensor:
     device.
 
     Args:
-        shape: (out, in) of the matrix.
         seed: [1] int64, at least 0; the result is on its device.
     """
-    out_features, in_features = shape
     draws = splitmix64(seed, torch.arange(out_features * num_per_row, device=seed.device))
     random = ((draws >> (64 - _NUM_BITS)) & ((1 << _NUM_BITS) - 1)).view(out_features, num_per_row)
     ends = torch.arange(num_per_row + 1, device=seed.device) * in_features // num_per_row
@@ -167,18 +153,8 @@ _OPERATIONS.define(
     "support(Tensor seed, int out_features, int in_features, int num_per_row) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_OPERATIONS.impl(
-    "support",
-    lambda seed, out_features, in_features, num_per_row: support(
-        (out_features, in_features), num_per_row, seed
-    ),
-    "CompositeExplicitAutograd",
-)
-_OPERATIONS.impl(
-    "support",
-    lambda seed, out_features, in_features, num_per_row: seed.new_empty(out_features, num_per_row),
-    "Meta",
-)
+_OPERATIONS.impl("support", support, "CompositeExplicitAutograd")
+_OPERATIONS.impl("support", lambda seed, rows, _, columns: seed.new_empty(rows, columns), "Meta")
 
 
 def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, columns: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
+from switchtitan.methods.lowrank.rounding import StochasticRounding
 
 
 def not_finite():
@@ -36,16 +36,16 @@ def test_compiled_once_it_gives_the_same_bits_for_every_weight_event_and_width()
         right = 1e-3 * torch.randn(1 + number, 5, generator=generator)
         pairs = zip(eager.of_event(number), compiled.of_event(number), strict=True)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for name, (rounding, of_compiled) in zip(model, pairs, strict=True):
-                add_product_(model[name].weight, left, right, 0.25, rounding)
-                add_product_(compiled_model[name].weight, left, right, 0.25, of_compiled)
+            for name, (add, add_compiled) in zip(model, pairs, strict=True):
+                add(model[name].weight, left, right, 0.25)
+                add_compiled(compiled_model[name].weight, left, right, 0.25)
     assert not torch.equal(model["second"].weight, start)
     for name, layer in model.items():
         # The compiler may fuse a multiplication and an addition into one rounding:
         # about one value in 2^16 may round differently.
         assert (compiled_model[name].weight != layer.weight).sum() <= 1
-    (rounding, _), weight = compiled.of_event(4), compiled_model["first"].weight
+    (add, _), weight = compiled.of_event(4), compiled_model["first"].weight
     with torch._dynamo.config.patch(error_on_recompile=True):
-        rounding.add_(weight, not_finite().repeat(7, 1), rounding.key, first_row=0, scale=0.25)
+        add(weight, torch.ones(7, 1), not_finite()[None], 0.25)
     assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7
     assert weight[:, 2:].isnan().all()

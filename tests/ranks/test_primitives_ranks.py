@@ -48,7 +48,7 @@ from switchtitan.methods.projected import (
     GaloreConfig,
     leading_singular_vectors,
 )
-from switchtitan.methods.relora import merge_and_restart_, prune_at_random_, prune_by_magnitude_
+from switchtitan.methods.relora import merge_and_restart_, prune_
 from switchtitan.models import MODELS
 from switchtitan.observability.collectives import CountCommunication
 from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
@@ -283,9 +283,9 @@ def reset_and_prune(mesh):
     merge_and_restart_(layer, key=2)
     for name in ("a", "b"):
         by_magnitude = moments[f"magnitude.{name}.exp_avg"], moments[f"magnitude.{name}.exp_avg_sq"]
-        prune_by_magnitude_(*by_magnitude, 0.6)
+        prune_(*by_magnitude, 0.6, generator=None)
         by_lot = moments[f"lot.{name}.exp_avg"], moments[f"lot.{name}.exp_avg_sq"]
-        prune_at_random_(*by_lot, 0.6, generator_for(3, name))
+        prune_(*by_lot, 0.6, generator_for(3, name))
     return {
         name: full_tensor(tensor.detach())
         for name, tensor in (dict(layer.named_parameters()) | moments).items()

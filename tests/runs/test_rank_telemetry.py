@@ -68,7 +68,7 @@ def starting_weights(folder, method):
             # With the plain weight at the positions of a sparse matrix.
             num_per_row = round(0.1 * weight.shape[1])
             seed = generator_for(42, f"{name.removesuffix('.weight')}.support").initial_seed()
-            columns = support(tuple(weight.shape), num_per_row, torch.tensor([seed]))
+            columns = support(torch.tensor([seed]), *weight.shape, num_per_row)
             start[name] = start[name].scatter(1, columns, weight.gather(1, columns))
     return start
 

@@ -12,13 +12,13 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.lowrank import LowRankLinear, balanced_bounds
 from switchtitan.methods.lowrank.rounding import StochasticRounding
-from switchtitan.methods.switchlora import factors
+from switchtitan.methods.switchlora import update
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.factors import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.switchlora.method import SwitchLora, SwitchLoraLinear
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan
+from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 
@@ -62,7 +62,7 @@ def build_rule(
         config = SwitchLoraConfig(rank=rank, freeze_steps=1, reset_moments="none")
         plan = Plan(config, 1000, np.full(len(layers), rank))
     if isinstance(keys, MuonConfig):
-        return FactorMuon(keys, Factors(layers), plan, compute_dtype, compile_step)
+        return FactorMuon(keys, Factors(layers, compute_dtype), plan, compile_step)
     return VectorAdamW(keys, Factors(layers), plan, compile_step)
 
 
@@ -147,12 +147,12 @@ def requested_and_switched(
 
 def limit_elements_per_call(monkeypatch: Any, num_elements: int) -> None:
     """Makes groups of factors small: the number for 10 million elements is one for few."""
-    monkeypatch.setattr(factors, "_ELEMENTS_PER_CALL", num_elements)
+    monkeypatch.setattr(update, "_ELEMENTS_PER_CALL", num_elements)
 
 
 def limit_elements_in_cache(monkeypatch: Any, num_elements: int) -> None:
     """Makes the blocks small that a CPU updates at a time."""
-    monkeypatch.setattr(factors, "_ELEMENTS_IN_CACHE", num_elements)
+    monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", num_elements)
 
 
 def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:
@@ -160,9 +160,9 @@ def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:
     monkeypatch.setattr(random, "_DRAWN_AT_A_TIME", num_elements)
 
 
-def are_groups_in_place(rule: VectorAdamW | FactorMuon) -> bool:
+def are_groups_in_place(rule: VectorAdamW) -> bool:
     """Whether the factors of every group lie next to each other, so that none was copied."""
-    return all(matrix is not None for matrix in rule._factors._matrices)
+    return all(matrix is not None for matrix in rule._matrices)
 
 
 def replace_first_shard(rule: VectorAdamW, value: float) -> torch.nn.Parameter:

@@ -1,4 +1,4 @@
-"""The low-rank layer of LoRA-like methods: parameters, initial values and contractions."""
+"""Layers with low-rank factors, and the base classes of the methods that train them."""
 
 from switchtitan.methods.lowrank.config import LowRankConfig
 from switchtitan.methods.lowrank.linear import (
@@ -6,9 +6,8 @@ from switchtitan.methods.lowrank.linear import (
     balanced_bounds,
     lora_bounds,
     low_rank_layers,
-    replace_linears,
 )
-from switchtitan.methods.lowrank.method import LowRankMethod
+from switchtitan.methods.lowrank.replacing import LowRankMethod
 
 __all__ = [
     "LowRankConfig",
@@ -17,5 +16,4 @@ __all__ = [
     "balanced_bounds",
     "lora_bounds",
     "low_rank_layers",
-    "replace_linears",
 ]

@@ -1,4 +1,4 @@
-"""The configuration keys that all low-rank methods share."""
+"""The configuration keys of methods with factors, and of those with a frozen weight as well."""
 
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
@@ -21,21 +21,34 @@ Targets = Annotated[tuple[str, ...], AfterValidator(_check_targets)]
 """Local names of linear layers, at least one, each once."""
 
 
-class LowRankConfig(MethodConfig):
-    """The shape of the low-rank update."""
+class FactorConfig(MethodConfig):
+    """The keys of all methods whose rank is below the dimensions of the layers that they adapt."""
 
-    freezes_weights: ClassVar[bool] = True
-    resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
     rank: int = Field(ge=1)
     """Number of vectors in each factor: at least 1, and below the smaller dimension of every
     adapted layer."""
+    targets: Targets = ADAPTED_LINEARS
+    """Local names of the linear layers to adapt; by default all of attention and MLP. All other
+    parameters train at full rank."""
+
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return False
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """See `contracts.MethodConfig`."""
+        return check_rank(self.rank, self.targets, linear_shapes)
+
+
+class LowRankConfig(FactorConfig):
+    """The keys of methods with factors and a frozen weight."""
+
+    freezes_weights: ClassVar[bool] = True
+    resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
     alpha: float = Field(default=1.0, gt=0)
     """The low-rank update is scaled by alpha / rank; above 0."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability, in [0, 1), for the input of the low-rank update."""
-    targets: Targets = ADAPTED_LINEARS
-    """Local names of the linear layers to adapt; by default all of attention and MLP. All other
-    parameters train at full rank."""
     contraction: Literal["cheapest", "factored", "merged", "dense_gradient"] = "cheapest"
     """How a layer is computed; all agree to rounding. `cheapest` chooses the one with the fewest
     operations for each layer's shape, rank and number of tokens. With dropout, training is always
@@ -60,10 +73,6 @@ class LowRankConfig(MethodConfig):
         """See `contracts.MethodConfig`."""
         return self.dropout > 0
 
-    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """See `contracts.MethodConfig`."""
-        return check_rank(self.rank, self.targets, linear_shapes)
-
 
 def check_rank(
     rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]
@@ -74,35 +83,28 @@ def check_rank(
         linear_shapes: qualified name -> (out, in).
     """
     problems = check_targets(targets, linear_shapes)
-    adapted = {
-        name: min(shape)
-        for name, shape in linear_shapes.items()
-        if name.rpartition(".")[2] in targets
-    }
-    if adapted and rank >= min(adapted.values()):
-        name = min(adapted, key=adapted.__getitem__)
-        out_features, in_features = linear_shapes[name]
+    adapted = [name for name in linear_shapes if name.rpartition(".")[2] in targets]
+    smallest = min(adapted, key=lambda name: min(linear_shapes[name]), default=None)
+    if smallest is not None and rank >= min(linear_shapes[smallest]):
         problems.append(
             f"[method] rank = {rank}: expected less than the smaller dimension of every adapted "
-            f"layer; {name} is [{out_features}, {in_features}], so use a rank of at most "
-            f"{adapted[name] - 1}"
+            f"layer; {smallest} is {list(linear_shapes[smallest])}, so use a rank of at most "
+            f"{min(linear_shapes[smallest]) - 1}"
         )
     return problems
 
 
-def check_targets(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
+def check_targets(targets: tuple[str, ...], linears: Iterable[str]) -> list[str]:
     """Returns an error if a target is not the local name of a linear layer.
 
     Args:
         linears: qualified names of the model's linear layers.
     """
-    targets = list(targets)
     local_names = {name.rpartition(".")[2] for name in linears}
     unknown = [target for target in targets if target not in local_names]
     if not unknown:
         return []
     return [
-        f"[method] targets = {targets}: the model has no linear layer called "
-        f"{', '.join(map(repr, unknown))}; "
-        f"it has {', '.join(sorted(local_names))}"
+        f"[method] targets = {list(targets)}: the model has no linear layer called "
+        f"{', '.join(map(repr, unknown))}; it has {', '.join(sorted(local_names))}"
     ]

@@ -35,14 +35,14 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """Multiplies x by W + s B A; the gradients of A and B are products of width rank."""
-    return _Merged.apply(x, weight, lora_a, lora_b, scale)
+    return _MergedLinear.apply(x, weight, lora_a, lora_b, scale, False)
 
 
 def dense_gradient(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
     """Multiplies x by W + s B A; the gradients of A and B are projections of G = g^T x."""
-    return _DenseGradient.apply(x, weight, lora_a, lora_b, scale)
+    return _MergedLinear.apply(x, weight, lora_a, lora_b, scale, True)
 
 
 _ALL: tuple[Contraction, ...] = (factored, merged, dense_gradient)
@@ -66,62 +66,40 @@ def cheapest_contraction(
 ) -> Contraction:
     """Returns the contraction with the fewest operations; of equal ones, the first in the table."""
     # Traced by torch.compile, which cannot take the minimum of a dictionary's values.
-    return min(
-        _ALL,
-        key=lambda contraction: num_flops(contraction, out_features, in_features, rank, num_tokens),
-    )
+    return min(_ALL, key=lambda each: num_flops(each, out_features, in_features, rank, num_tokens))
 
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     return torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale)
 
 
-def _grad_x(grad: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    # Merged again: saving it in the forward pass would take [out, in] for every layer.
-    return grad @ _merge(
-        _cast_in_backward(weight, grad), lora_a, copy_in_backward(lora_b, grad), scale
-    )
+# An opaque operation that depends on `grad`. Otherwise torch.compile moves the backward pass's
+# merge, which depends on parameters alone, to the forward pass and saves the result. Registered by
+# schema: a call through `torch.library.custom_op` takes the host several times as long.
+_OPERATIONS = torch.library.Library("switchtitan", "DEF")
+_OPERATIONS.define(
+    "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
+    return tensor.to(grad.dtype if casts else tensor.dtype, copy=True)
+
+
+def _empty_copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
+    return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype)
+
+
+_OPERATIONS.impl("copy_in_backward", _copy, "CompositeExplicitAutograd")
+_OPERATIONS.impl("copy_in_backward", _empty_copy, "Meta")
+copy_in_backward: Callable[..., Tensor] = torch.ops.switchtitan.copy_in_backward.default
+"""(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
+made in the backward pass, compiled or not."""
 
 
 def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    """Casts `weight` to the dtype of `grad`, in the backward pass, compiled or not."""
-    return weight if weight.dtype == grad.dtype else _cast_copy_in_backward(weight, grad)
-
-
-# Opaque operations that depend on `grad`. Otherwise torch.compile moves the merge of the backward
-# pass, which depends on parameters alone, to the forward pass and saves the result. Registered by
-# schema: a call through `torch.library.custom_op` takes the host several times as long.
-_OPERATIONS = torch.library.Library("switchtitan", "DEF")
-
-
-def _define_in_backward(
-    name: str, compute: Callable[[Tensor, Tensor], Tensor], allocate: Callable[..., Tensor]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Defines an operation (tensor, grad) -> tensor that shares no memory with its inputs.
-
-    Args:
-        allocate: computes only dtype, shape and strides of the result.
-    """
-    _OPERATIONS.define(
-        f"{name}(Tensor tensor, Tensor grad) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-    )
-    _OPERATIONS.impl(name, compute, "CompositeExplicitAutograd")
-    _OPERATIONS.impl(name, allocate, "Meta")
-    operation: Callable[[Tensor, Tensor], Tensor] = getattr(torch.ops.switchtitan, name).default
-    return operation
-
-
-copy_in_backward = _define_in_backward(
-    "copy_in_backward",
-    lambda factor, grad: factor.clone(),
-    lambda factor, grad: torch.empty_like(factor),
-)
-"""(factor, gradient) -> a copy of the factor, made in the backward pass, compiled or not."""
-_cast_copy_in_backward = _define_in_backward(
-    "cast_copy_in_backward",
-    lambda weight, grad: weight.to(grad.dtype, copy=True),
-    lambda weight, grad: torch.empty_like(weight, dtype=grad.dtype),
-)
+    return weight if weight.dtype == grad.dtype else copy_in_backward(weight, grad, casts=True)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -136,47 +114,41 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ _cast_in_backward(weight, grad) if ctx.needs_input_grad[0] else None, None
 
 
-class _Merged(torch.autograd.Function):
+class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        has_dense_gradient: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scale = scale
+        ctx.scale, ctx.has_dense_gradient = scale, has_dense_gradient
         return F.linear(x, _merge(weight, lora_a, lora_b, scale))
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
-        grad_x = (
-            _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
-        )
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            # Merged again: saving it in the forward pass would take [out, in] for every layer.
+            own_weight, own_b = _cast_in_backward(weight, grad), copy_in_backward(lora_b, grad)
+            grad_x = grad @ _merge(own_weight, lora_a, own_b, ctx.scale)
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x if ctx.needs_input_grad[2] else None
-        grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad if ctx.needs_input_grad[3] else None
-        return grad_x, None, grad_a, grad_b, None
-
-
-class _DenseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scale = scale
-        return F.linear(x, _merge(weight, lora_a, lora_b, scale))
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, weight, lora_a, lora_b = ctx.saved_tensors
-        grad_x = (
-            _grad_x(grad, weight, lora_a, lora_b, ctx.scale) if ctx.needs_input_grad[0] else None
-        )
-        grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)) * ctx.scale
-        grad_a = lora_b @ grad_weight if ctx.needs_input_grad[2] else None
-        grad_b = lora_a @ grad_weight.t() if ctx.needs_input_grad[3] else None
-        return grad_x, None, grad_a, grad_b, None
+        if ctx.has_dense_gradient:
+            grad_weight = (grad.t() @ x) * ctx.scale
+            if ctx.needs_input_grad[2]:
+                grad_a = lora_b @ grad_weight
+            if ctx.needs_input_grad[3]:
+                grad_b = lora_a @ grad_weight.t()
+        else:
+            if ctx.needs_input_grad[2]:
+                grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x
+            if ctx.needs_input_grad[3]:
+                grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad
+        return grad_x, None, grad_a, grad_b, None, None

@@ -1,8 +1,7 @@
-"""The low-rank layer: a frozen dense weight plus the product of two trained factors."""
+"""Layers that take the place of linear ones, and the initial values of their factors."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.errors import ConfigError
-from switchtitan.methods.lowrank.config import check_targets
 from switchtitan.methods.lowrank.contraction import (
     Contraction,
     cheapest_contraction,
@@ -19,21 +16,38 @@ from switchtitan.methods.lowrank.contraction import (
 )
 
 FACTORS = ("lora_a", "lora_b")
-"""Local names of the parameters A and B of a `LowRankLinear`."""
-
+"""Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
 GAIN = 1 / math.sqrt(3)
 """The gain of a leaky ReLU with slope sqrt(5), as in Kaiming-uniform initialization of linear
 layers."""
-LayerT = TypeVar("LayerT", bound=nn.Module)
-"""The class of the layers that replace linear ones."""
 
 
-class LowRankLinear(nn.Module):
-    """y = x (W + s B A)^T (+ bias) with W frozen.
+class FactorLinear(nn.Module):
+    """A layer with factors in place of a linear one; a `contracts.Reparametrized`.
 
-    Computes in the dtype of x and the factors; W may have another dtype. Shapes: `weight` [out,
-    in], `lora_a` [rank, in], `lora_b` [rank, out]. B is stored transposed, so that the vectors of
-    both factors are rows.
+    Shapes: `lora_a` [rank, in], `lora_b` [rank, out]. B is stored transposed, so that the vectors
+    of both factors are rows.
+    """
+
+    sharded_buffers: tuple[str, ...] = ()
+    host_buffers: tuple[str, ...] = ()
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.plain_shape = (out_features, in_features)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features))
+        self.lora_b = nn.Parameter(torch.empty(rank, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(FactorLinear):
+    """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
+
+    Computes in the dtype of x and the factors; W may have another dtype.
 
     Args:
         in_features, out_features: of the linear layer that it replaces.
@@ -43,9 +57,6 @@ class LowRankLinear(nn.Module):
         dropout: dropout probability for the input of A.
         contraction: how to compute the layer without dropout; by default the cheapest for x.
     """
-
-    sharded_buffers: tuple[str, ...] = ()
-    host_buffers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,14 +70,9 @@ class LowRankLinear(nn.Module):
         dropout: float = 0.0,
         contraction: Contraction | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.plain_shape = (out_features, in_features)
+        super().__init__(in_features, out_features, rank, bias)
         self.scale, self.bounds, self.dropout = scale, bounds, dropout
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-        self.lora_b = nn.Parameter(torch.empty(rank, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._contraction = contraction
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,46 +113,12 @@ class LowRankLinear(nn.Module):
 
     def draw(self, factor: str, slots: Tensor, generator_for: GeneratorFor) -> Tensor:
         """Returns the factor's random vectors number `slots`, [slots, width] fp32."""
-        place = FACTORS.index(factor)
-        width = (self.in_features, self.out_features)[place]
         key = torch.tensor(generator_for(factor).initial_seed())
-        return draw_vectors(key, slots, width, self.bounds[place])
+        width, bound = self.get_parameter(factor).shape[1], self.bounds[FACTORS.index(factor)]
+        return draw_vectors(key, slots, width, bound)
 
     def extra_repr(self) -> str:
-        return (
-            f"in={self.in_features}, out={self.out_features}, "
-            f"rank={self.rank}, scale={self.scale:g}"
-        )
-
-
-def replace_linears(
-    model: nn.Module, targets: Iterable[str], build: Callable[[str, nn.Linear], LayerT]
-) -> dict[str, LayerT]:
-    """Replaces every `nn.Linear` whose local name is in `targets` by `build(name, linear)`.
-
-    New layers are on the same device.
-
-    Returns:
-        The new layers by qualified name, in the model's order.
-
-    Raises:
-        ConfigError: if a target names no linear layer of the model.
-    """
-    targets = tuple(targets)
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    if problems := check_targets(targets, linears):
-        raise ConfigError(problems[0])
-    replaced: dict[str, LayerT] = {}
-    for name, linear in linears.items():
-        parent_name, _, local_name = name.rpartition(".")
-        if local_name in targets:
-            # A model on the meta device must stay there: its full layers may not fit in memory.
-            with linear.weight.device:
-                replaced[name] = build(name, linear)
-            setattr(model.get_submodule(parent_name), local_name, replaced[name])
-    return replaced
+        return f"{super().extra_repr()}, scale={self.scale:g}"
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -182,19 +154,14 @@ def without_update(
     Multiplies block by block, so that a block's bits do not depend on the number of ranks.
 
     Args:
-        weight: rows `rows` of W [out, in], complete blocks of `initial_draws`.
+        weight: rows `rows` of W [out, in], complete blocks of `distributed.initial`.
         lora_a, lora_b: [rank, in] and [rank, out].
     """
     result = torch.empty_like(weight)
     for block in split_blocks((lora_b.shape[1], lora_a.shape[1]), rows):
-        own = range(block.start - rows.start, block.stop - rows.start)
-        torch.addmm(
-            take(weight, own),
-            take(lora_b.t(), block),
-            lora_a,
-            alpha=-scale,
-            out=take(result, own),
-        )
+        own = slice(block.start - rows.start, block.stop - rows.start)
+        of_b = take(lora_b.t(), block)
+        torch.addmm(weight[own], of_b, lora_a, alpha=-scale, out=result[own])
     return result
 
 

@@ -4,9 +4,8 @@ Lists of vectors hold two tensors for each switch, A's then B's: [k, in], [k, ou
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from switchtitan.distributed.copies import CopyToHost, HostCopies, to_device
 from switchtitan.distributed.random import advance64, as_uniform, splitmix64
 from switchtitan.distributed.rows import RowRequest
-from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_, write_rows_
+from switchtitan.distributed.shards import ShardedRows, copy_all_
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora.plan import FACTORS, Switch
 
@@ -23,42 +22,10 @@ BUFFERS = ("candidates_a", "candidates_b")
 """Local names of the buffers of stored candidates, [c, in] and [c, out]."""
 
 
-class Candidates(Protocol):
-    """The candidates of all layers."""
+class DrawnCandidates:
+    """Constant candidates: every rank draws full vectors again whenever they are needed.
 
-    def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
-        """Returns the rows to gather from all ranks before `take`."""
-        ...
-
-    def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
-        """Returns the candidates in `slots_in` of each switch, unsharded.
-
-        Args:
-            gathered: the rows that `row_requests` listed.
-        """
-        ...
-
-    def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`."""
-        ...
-
-    def flush(self) -> None:
-        """Waits until all vectors put back are in the buffers that a checkpoint saves."""
-        return None
-
-    def discard(self) -> None:
-        """Drops vectors in flight, after a checkpoint was loaded into the buffers."""
-        return None
-
-    def replicated(self) -> dict[str, Tensor]:
-        """Returns what the candidates follow from, apart from the buffers; equal on every rank."""
-        return {}
-
-
-class DrawnCandidates(Candidates):
-    """Constant candidates, drawn again whenever they are needed. Outgoing vectors are dropped.
-
-    Every rank draws full vectors, so nothing is stored or sent.
+    Nothing is stored or sent. Outgoing vectors are dropped.
 
     Args:
         keys: int64, from which the candidates of A and B of each layer are drawn, [layers, 2].
@@ -66,37 +33,48 @@ class DrawnCandidates(Candidates):
     """
 
     def __init__(self, layers: Sequence[LowRankLinear], keys: Tensor, bounds: Tensor) -> None:
-        self._keys, self._bounds, self._device = keys, bounds, layers[0].lora_a.device
-        self._dtype = layers[0].lora_a.dtype
+        self._keys, self._bounds, self._like = keys, bounds, layers[0].lora_a
         self._widths = np.array([(layer.in_features, layer.out_features) for layer in layers])
 
     def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
+        """Returns the rows to gather from all ranks before `take`."""
         return []
 
     def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
-        if not switches:
-            return []
+        """Returns the candidates in `slots_in` of each switch, unsharded.
+
+        Args:
+            gathered: the rows that `row_requests` listed.
+        """
         owners = np.array([(switch.layer, factor) for switch in switches for factor in FACTORS])
-        slots = [_indices(switch.slots_in) for switch in switches for _ in FACTORS]
-        widths, counts = self._widths[tuple(owners.T)], np.array([len(some) for some in slots])
+        widths = self._widths[tuple(owners.T)]
+        slots = [
+            np.concatenate([np.arange(span.start, span.stop) for span in switch.slots_in])
+            for switch in switches
+            for _ in FACTORS
+        ]
+        counts = np.array([len(of_owner) for of_owner in slots])
         of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
         vectors = draw_of_widths(
             splitmix64(self._keys[of_vector], torch.from_numpy(np.concatenate(slots))),
             self._bounds[of_vector],
             widths.repeat(counts),
-            self._device,
-        ).to(self._dtype)
-        parts = vectors.split((counts * widths).tolist())
-        return [part.view(-1, width) for part, width in zip(parts, widths.tolist(), strict=True)]
+            self._like.device,
+        )
+        return cut(vectors.to(self._like.dtype), zip(counts.tolist(), widths.tolist(), strict=True))
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        """Drops them."""
+        """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`, if stored."""
+
+    def flush(self) -> None:
+        """Waits until all vectors put back are in the buffers that a checkpoint saves."""
 
     def replicated(self) -> dict[str, Tensor]:
-        return {"switch.candidate_keys": self._keys, "switch.candidate_bounds": self._bounds}
+        """Returns what the candidates follow from, apart from the buffers; equal on every rank."""
+        return {"switch.candidate_keys": self._keys}
 
 
-class StoredCandidates(Candidates):
+class StoredCandidates:
     """Candidates in the layers' buffers. A vector that is switched out is stored and returns as
     trained (SwitchLoRA, arXiv 2406.06564, Algorithm 1)."""
 
@@ -116,87 +94,91 @@ class StoredCandidates(Candidates):
         return gathered
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        buffers = [buffer for switch in switches for buffer in self._buffers[switch.layer]]
-        write_rows_(buffers, [switch.slots_out for switch in switches for _ in FACTORS], vectors)
+        copy_all_(self._put_back_pairs(switches, vectors))
+
+    def flush(self) -> None:
+        """All are there."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        return {}
+
+    def _put_back_pairs(
+        self, switches: list[Switch], vectors: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Returns (place in a buffer, vectors that go there) for this rank's rows."""
+        of_layers = zip(switches, vectors[::2], vectors[1::2], strict=True)
+        return [
+            pair
+            for switch, *of_factors in of_layers
+            for buffer, rows in zip(self._buffers[switch.layer], of_factors, strict=True)
+            for pair in buffer.paired(switch.slots_out, rows)
+        ]
 
 
 class HostCandidates(StoredCandidates):
     """Like `StoredCandidates`, with buffers in host memory.
 
     Each direction takes one copy for all layers, in another stream. The host waits for the vectors
-    of the second-to-last step, whose copy has finished by then. It waits for those of the last step
-    only if this one takes some of them.
+    of the second-to-last step, whose copy has finished by then.
     """
 
     def __init__(self, layers: Sequence[LowRankLinear]) -> None:
         super().__init__(layers)
         self._device, self._dtype = layers[0].lora_a.device, layers[0].lora_a.dtype
         self._copies = HostCopies(self._device)
-        self._returning: deque[tuple[list[Switch], list[Tensor], CopyToHost]] = deque()
+        self._returning: deque[tuple[list[Tensor], CopyToHost]] = deque()
+        # A vector is taken again after `spare` more vectors. A step takes at most rank // 2.
+        spare = min(min(layer.plain_shape) - layer.rank for layer in layers)
+        self._num_in_flight = 1 if spare >= layers[0].rank else 0
 
     def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
-        while len(self._returning) > 1 or any(
-            _takes_any(switches, returning) for returning, _, _ in self._returning
-        ):
-            self._write_back()
+        self._write_back_all_but(self._num_in_flight)
         held = super().row_requests(switches)
         shapes = [(sum(map(len, spans)), buffer.width) for buffer, spans in held]
         # Rows of other ranks are zeros: the exchange sums over ranks.
         packed = self._copies.zeros_on_host(sum(map(prod, shapes)), self._dtype)
-        pairs = [
-            (place, row)
-            for (buffer, spans), rows in zip(held, _cut(packed, shapes), strict=True)
-            for row, place in buffer.paired(spans, rows)
-        ]
-        copy_all_(pairs)
-        on_device = _cut(self._copies.to_device(packed), shapes)
+        copy_all_(
+            [
+                (place, row)
+                for (buffer, spans), rows in zip(held, cut(packed, shapes), strict=True)
+                for row, place in buffer.paired(spans, rows)
+            ]
+        )
+        on_device = cut(self._copies.to_device(packed), shapes)
         return [RowRequest(ShardedRows(rows), (range(len(rows)),)) for rows in on_device]
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        buffers = [buffer for switch in switches for buffer in self._buffers[switch.layer]]
-        slots = [switch.slots_out for switch in switches for _ in FACTORS]
-        pairs = [
-            pair
-            for buffer, spans, rows in zip(buffers, slots, vectors, strict=True)
-            for pair in buffer.paired(spans, rows)
-        ]
-        num_elements = sum(rows.numel() for _, rows in pairs)
+        pairs = self._put_back_pairs(switches, vectors)
+        places, rows = [place for place, _ in pairs], [row for _, row in pairs]
+        num_elements = sum(row.numel() for row in rows)
         packed = torch.empty(num_elements, dtype=self._dtype, device=self._device)
-        shapes = [rows.shape for _, rows in pairs]
-        copy_all_(list(zip(_cut(packed, shapes), [rows for _, rows in pairs], strict=True)))
-        places = [place for place, _ in pairs]
-        self._returning.append((switches, places, self._copies.to_host(packed)))
+        copy_all_(list(zip(cut(packed, [row.shape for row in rows]), rows, strict=True)))
+        self._returning.append((places, self._copies.to_host(packed)))
 
     def flush(self) -> None:
-        while self._returning:
-            self._write_back()
+        self._write_back_all_but(0)
 
-    def discard(self) -> None:
-        while self._returning:
-            self._returning.popleft()[2].wait()
+    def _write_back_all_but(self, num_steps: int) -> None:
+        """Writes vectors in flight to their buffers, except for those of the last steps."""
+        while len(self._returning) > num_steps:
+            places, copy = self._returning.popleft()
+            vectors = cut(copy.wait(), [place.shape for place in places])
+            copy_all_(list(zip(places, vectors, strict=True)))
 
-    def _write_back(self) -> None:
-        """Writes the oldest vectors in flight to their buffers."""
-        _, places, copy = self._returning.popleft()
-        vectors = _cut(copy.wait(), [place.shape for place in places])
-        copy_all_(list(zip(places, vectors, strict=True)))
+
+Candidates = DrawnCandidates | StoredCandidates
 
 
 def draw_of_widths(
     keys: Tensor, bounds: Tensor, widths: np.ndarray, device: torch.device
 ) -> Tensor:
-    """Draws vectors of different widths, one after the other, with the values of
-    `seeds.draw_vectors`.
-
-    The number of kernels depends neither on the number of vectors nor on their widths.
+    """Draws vectors of different widths, [sum of widths] fp32 on `device`, with the values of
+    `random.draw_vectors`, by equally many kernels for any number of them.
 
     Args:
         keys: SplitMix64 of each factor's key and slot, [vectors] int64, on the CPU.
         bounds: [vectors] fp32, on the CPU.
         widths: [vectors] int64.
-
-    Returns:
-        [sum of widths] fp32, on `device`.
     """
     num_elements = int(widths.sum())
     starts = widths.cumsum(0) - widths
@@ -208,22 +190,8 @@ def draw_of_widths(
     return as_uniform(bits) * to_device(bounds, device)[of_element]
 
 
-def _indices(spans: Spans) -> np.ndarray:
-    return np.concatenate([np.arange(span.start, span.stop) for span in spans])
-
-
-def _cut(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+def cut(packed: Tensor, shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
     """Splits a flat tensor into views of these shapes."""
+    shapes = list(shapes)
     pieces = packed.split([prod(shape) for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def _takes_any(taking: list[Switch], returning: list[Switch]) -> bool:
-    """Whether a layer takes a candidate that is still being copied back."""
-    slots_out = {switch.layer: switch.slots_out for switch in returning}
-    return any(
-        into.start < out.stop and out.start < into.stop
-        for switch in taking
-        for into in switch.slots_in
-        for out in slots_out.get(switch.layer, ())
-    )

@@ -1,6 +1,5 @@
 """The section `[method] name = "switchlora"`."""
 
-import math
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -9,8 +8,8 @@ from pydantic import Field, model_validator
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.methods.lowrank.config import LowRankConfig
 
-_ROUNDING = 1e-9
-"""Relative rounding error allowed in an interval, as computed from switches_per_vector."""
+_TOLERANCE = 1e-5
+"""How far an interval may be below its limit, relative: limits are shown with six digits."""
 
 
 class SwitchLoraConfig(LowRankConfig):
@@ -61,26 +60,19 @@ class SwitchLoraConfig(LowRankConfig):
                 "rank = 1 never switches, since the switched vectors of A and of B must differ; "
                 "use at least 2"
             )
-        if self.switches_per_vector is not None and "interval" in self.model_fields_set:
+        given = self.model_fields_set
+        if self.switches_per_vector is not None and "interval" in given:
             problem = (
                 f"interval = {self.interval:g} and switches_per_vector = "
                 f"{self.switches_per_vector:g} both say how often vectors are switched; remove one"
             )
-            raise VoidKeyError(
-                [
-                    VoidKey("interval", ("switches_per_vector",), problem),
-                    VoidKey("switches_per_vector", ("interval",), problem),
-                ]
-            )
-        if self.decay == "constant" and "decay_ratio" in self.model_fields_set:
-            problem = 'decay_ratio has no effect with decay = "constant"; remove it'
-            raise VoidKeyError([VoidKey("decay_ratio", ("decay",), problem)])
-        if self.candidates == "constant" and "candidates_device" in self.model_fields_set:
-            problem = (
-                f"candidates_device = {self.candidates_device!r} has no effect with "
-                'candidates = "constant", which stores none; remove it or set candidates = "swap"'
-            )
-            raise VoidKeyError([VoidKey("candidates_device", ("candidates",), problem)])
+            one, other = "interval", "switches_per_vector"
+            raise VoidKeyError([VoidKey(one, (other,), problem), VoidKey(other, (one,), problem)])
+        for key, by in (("decay_ratio", "decay"), ("candidates_device", "candidates")):
+            if key in given and getattr(self, by) == "constant":
+                value = getattr(self, key)
+                problem = f'{key} = {value!r} has no effect with {by} = "constant"; remove it'
+                raise VoidKeyError([VoidKey(key, (by,), problem)])
         return self
 
     def rates(self, num_steps: int) -> np.ndarray:
@@ -111,17 +103,17 @@ class SwitchLoraConfig(LowRankConfig):
         # Not refused by the section itself: saved runs can still be evaluated and exported.
         least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
         interval = self.interval_in(num_steps)
-        if interval >= least * (1 - _ROUNDING):
+        if interval >= least * (1 - _TOLERANCE):
             return []
-        # Rounded so that the numbers of the message are accepted.
-        key, remedy = f"interval = {interval:g}", "increase interval"
-        if self.switches_per_vector is not None:
-            key = f"switches_per_vector = {self.switches_per_vector:g} in {num_steps} steps"
-            most = 0.995 * self.switches_per_vector * interval / least
-            remedy = f"use at most {most:.3g}, increase [training] steps,"
-        least = math.ceil(least * 100 * (1 - _ROUNDING)) / 100
         return [
-            f"[method] {key}: a vector would be switched every {interval:.4g} steps at the start, "
-            f"but rank = {self.rank} and freeze_steps = {self.freeze_steps} need at least "
-            f"{least:g}, so that no frozen vector is switched; {remedy} or lower freeze_steps"
+            f"[method] {self.frequency()}: a vector would be switched every {interval:.4g} steps "
+            f"at the start, but rank = {self.rank} and freeze_steps = {self.freeze_steps} need at "
+            f"least {least:g}, so that no frozen vector is switched; switch less often or lower "
+            "freeze_steps"
         ]
+
+    def frequency(self) -> str:
+        """Returns the key that says how often vectors are switched, with its value."""
+        if self.switches_per_vector is None:
+            return f"interval = {self.interval:g}"
+        return f"switches_per_vector = {self.switches_per_vector:g}"

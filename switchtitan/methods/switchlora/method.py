@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
-from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, balanced_bounds, lora_bounds
+from switchtitan.methods.lowrank import (
+    LowRankLinear,
+    LowRankMethod,
+    balanced_bounds,
+    lora_bounds,
+    low_rank_layers,
+)
 from switchtitan.methods.lowrank.linear import FACTORS
 from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import (
@@ -21,9 +27,9 @@ from switchtitan.methods.switchlora.candidates import (
     StoredCandidates,
 )
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.factors import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
 from switchtitan.methods.switchlora.plan import Plan
+from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW, require_adamw
 from switchtitan.optim.muon import MuonConfig, build_muon
 
@@ -80,78 +86,63 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
         layer = self.new_layer(SwitchLoraLinear, name, linear)
         if self.config.candidates == "swap":
-            layer.store_candidates(self._is_on_host)
+            layer.store_candidates(on_host=self.config.candidates_device == "host")
         return layer
-
-    @property
-    def _is_on_host(self) -> bool:
-        return self.config.candidates_device == "host"
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, SwitchLoraLinear)
-        }
-        of_layers = list(layers.values())
-        num_candidates = np.array([layer.num_candidates for layer in of_layers])
+        layers = low_rank_layers(model)
+        num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
+        self._warn(layers, num_candidates.min())
         plan = Plan(self.config, self.num_steps, num_candidates)
-        factors = Factors(layers)
+        factors = Factors(layers, model.compute_dtype)
         others = [p for p in self.trained_parameters(model) if p.is_other]
         rule: VectorAdamW | FactorMuon
         dense: TrainingOptimizer
         if isinstance(config, MuonConfig):
-            rule = FactorMuon(config, factors, plan, model.compute_dtype, compile_step)
+            rule = FactorMuon(config, factors, plan, compile_step)
             # Layers that are not targets are matrices in blocks.
             dense = build_muon(config, others, compile_step, self.seed)
         else:
-            adamw = require_adamw(config)
-            rule = VectorAdamW(adamw, factors, plan, compile_step)
-            dense = AdamW(adamw, others)
-        self._warn(layers)
-        rounding = StochasticRounding(layers, self.seed, compile_step)
+            rule = VectorAdamW(require_adamw(config), factors, plan, compile_step)
+            dense = AdamW(require_adamw(config), others)
         return SwitchLoraOptimizer(
-            self.config, of_layers, plan, rule, dense, self._candidates_of(layers), rounding
+            self.config,
+            list(layers.values()),
+            plan,
+            rule,
+            dense,
+            self._candidates_of(layers),
+            StochasticRounding(layers, self.seed, compile_step),
         )
 
-    def _candidates_of(self, layers: dict[str, SwitchLoraLinear]) -> Candidates:
+    def _candidates_of(self, layers: Mapping[str, LowRankLinear]) -> Candidates:
         of_layers = list(layers.values())
         if self.config.candidates == "swap":
-            return (HostCandidates if self._is_on_host else StoredCandidates)(of_layers)
+            is_on_host = self.config.candidates_device == "host"
+            return (HostCandidates if is_on_host else StoredCandidates)(of_layers)
         keys = [
             [generator_for(self.seed, f"{name}.{factor}").initial_seed() for factor in FACTORS]
             for name in layers
         ]
-        bounds = [layer.bounds for layer in of_layers]
-        return DrawnCandidates(
-            of_layers, torch.tensor(keys), torch.tensor(bounds, dtype=torch.float32)
-        )
+        bounds = torch.tensor([layer.bounds for layer in of_layers], dtype=torch.float32)
+        return DrawnCandidates(of_layers, torch.tensor(keys), bounds)
 
-    def _warn(self, layers: dict[str, SwitchLoraLinear]) -> None:
+    def _warn(self, layers: Mapping[str, LowRankLinear], num_candidates: int) -> None:
         if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
             logger.warning(
                 "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "
                 "accumulates as a random walk (6 % of a layer's norm after 500 switching steps, "
                 'see docs/PERFORMANCE.md); [training] frozen_dtype = "float32" avoids it'
             )
-        name, layer = min(layers.items(), key=lambda pair: pair[1].num_candidates)
-        spare = layer.num_candidates - self.config.rank
-        per_step = self.config.rank / self.config.interval_in(self.num_steps)
-        # Error diffusion requests no more than the next whole number. Not an error: ranks near the
-        # smaller dimension of a layer would need very large intervals.
-        if np.ceil(per_step * (1 - 1e-9)) > spare:
-            key = "interval" if self.config.switches_per_vector is None else "switches_per_vector"
+        rank = self.config.rank
+        num_due = rank / self.config.interval_in(self.num_steps)
+        # Not an error: ranks near the smaller dimension of a layer need very large intervals.
+        if num_due * (1 - 1e-9) > num_candidates - rank:
             logger.warning(
-                "[method] %s = %g: %.3g switches of each factor's vectors are due in a step at the "
-                "start, but %s has %d candidates for rank = %d, so at most %d are made there and "
-                "the others are dropped; switch less often, or lower rank",
-                key,
-                getattr(self.config, key),
-                per_step,
-                name,
-                layer.num_candidates,
-                self.config.rank,
-                spare,
+                f"[method] {self.config.frequency()}: {num_due:.3g} switches of each factor's "
+                "vectors are due in a step at the start, but the smallest layer has "
+                f"{num_candidates} candidates for rank = {rank}, so some are dropped; switch less "
+                "often, or lower rank"
             )

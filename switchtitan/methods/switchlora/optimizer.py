@@ -12,16 +12,17 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.rows import RowExchange, RowRequest
 from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
+from switchtitan.methods.lowrank.rounding import StochasticRounding
 from switchtitan.methods.switchlora.candidates import Candidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.factors import FactorMuon, VectorAdamW
 from switchtitan.methods.switchlora.plan import FACTORS, Plan, Switch
+from switchtitan.methods.switchlora.update import FactorMuon, VectorAdamW
+from switchtitan.optim.base import SplitOptimizer
 from switchtitan.regions import region
 
 
-class SwitchLoraOptimizer(TrainingOptimizer):
-    """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers; a `contracts.TrainingOptimizer`.
+class SwitchLoraOptimizer(SplitOptimizer):
+    """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers.
 
     Neither a torch optimizer nor a hook of one: torch's checkpointing steps an optimizer to create
     its state, and a switch must not happen then.
@@ -43,7 +44,8 @@ class SwitchLoraOptimizer(TrainingOptimizer):
         candidates: Candidates,
         rounding: StochasticRounding,
     ) -> None:
-        self._config, self._plan, self._rule, self._dense = config, plan, rule, dense
+        super().__init__([dense, rule])
+        self._config, self._plan, self._rule = config, plan, rule
         self._candidates, self._rounding = candidates, rounding
         self._scales = [layer.scale for layer in layers]
         self._factors = [(ShardedRows(layer.lora_a), ShardedRows(layer.lora_b)) for layer in layers]
@@ -62,16 +64,17 @@ class SwitchLoraOptimizer(TrainingOptimizer):
     def switch(self) -> None:
         """Exchanges vectors for candidates, and resets and freezes their counterparts.
 
-        The first half of a step, with all the cost of switching. The number of operations does not
-        depend on the number of vectors: one fold into each layer's weight, and a few list
-        operations for the rest.
+        The first half of a step. It takes one fold into each layer's weight, and a few list
+        operations for the rest, for any number of vectors.
         """
         switches = self._last = self._plan.next()
         factors = [rows for switch in switches for rows in self._factors[switch.layer]]
         # For both factors: the rows I switched in A, then the rows J switched in B.
         involved = [sum(switch.vectors, ()) for switch in switches for _ in FACTORS]
         requests = [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)]
-        gathered = self._exchange.gather(requests, self._checksum(switches))
+        counts = [(switch.layer, switch.num_vectors) for switch in switches]
+        checked = [self._plan.step, *self._plan.num_switched.tolist(), *counts]
+        gathered = self._exchange.gather(requests, zlib.crc32(repr(checked).encode()))
         self._plan.advance(switches)
         if not switches:
             return
@@ -86,7 +89,7 @@ class SwitchLoraOptimizer(TrainingOptimizer):
         torch._foreach_sub_(outgoing, incoming)
         self._fold(switches, vectors)
         write_rows_(factors, [spans for switch in switches for spans in switch.vectors], incoming)
-        self._reset(switches)
+        self._rule.reset(self._plan.resets(), self._config.reset_moments == "momentum")
 
     def _fold(self, switches: list[Switch], vectors: list[Tensor]) -> None:
         """Folds each switch into the frozen weight, so that the layer's output does not change.
@@ -98,44 +101,23 @@ class SwitchLoraOptimizer(TrainingOptimizer):
             vectors: for each switch [2k, in] and [2k, out]: A_old - A_new in rows I, then A's rows
                 J; B's rows I, then B_old - B_new in rows J.
         """
-        roundings = self._rounding.of_event(self._plan.step)
+        add = self._rounding.of_event(self._plan.step)
         for switch, of_a, of_b in zip(switches, vectors[::2], vectors[1::2], strict=True):
-            weight, layer = self._weights[switch.layer], switch.layer
+            layer, weight = switch.layer, self._weights[switch.layer]
             own_rows = of_b[:, weight.held.start : weight.held.stop].t()
-            add_product_(weight.shard, own_rows, of_a, self._scales[layer], roundings[layer])
+            add[layer](weight.shard, own_rows, of_a, self._scales[layer])
 
-    def _reset(self, switches: list[Switch]) -> None:
-        if self._config.reset_moments == "none":
-            return
-        spans = [span for switch in switches for span in switch.counterparts()]
-        if self._config.reset_moments == "both":
-            spans += [span for switch in switches for span in switch.switched()]
-        self._rule.reset(spans, only_momentum=self._config.reset_moments == "momentum")
-
-    @torch.no_grad()
     def update(self) -> None:
         """Updates all parameters that are not frozen. The second half of a step."""
-        self._rule.step()
-        self._dense.step()
-
-    def zero_grad(self) -> None:
-        self._rule.zero_grad()
-        self._dense.zero_grad()
-
-    def set_lr(self, lr_factor: float) -> None:
-        self._rule.set_lr(lr_factor)
-        self._dense.set_lr(lr_factor)
+        super().step()
 
     def metrics(self) -> dict[str, float]:
-        """Returns the dense optimizer's metrics, and those of switching over all layers.
-
-        Vectors switched in the last step and in total, the fraction of vectors that were frozen,
-        and the fraction of candidates used so far. All count both factors.
-        """
+        """Returns learning rates, and over all layers and both factors: the vectors switched in
+        the last step and in total, the shares of frozen vectors and of candidates used so far."""
         self._exchange.check()
         plan = self._plan
         seen = np.minimum(self._config.rank + plan.num_switched, plan.num_candidates)
-        return self._dense.metrics() | {
+        return super().metrics() | {
             "switch/vectors_switched": float(2 * sum(switch.num_vectors for switch in self._last)),
             "switch/vectors_switched_total": float(2 * plan.num_switched.sum()),
             "switch/frozen_share": float(plan.is_frozen().mean()),
@@ -144,12 +126,8 @@ class SwitchLoraOptimizer(TrainingOptimizer):
 
     def replicated(self) -> dict[str, Tensor]:
         """Returns the plan's history, and the random keys."""
-        return (
-            self._dense.replicated()
-            | self._plan.state_dict()
-            | self._rounding.replicated()
-            | self._candidates.replicated()
-        )
+        keys = self._rounding.replicated() | self._candidates.replicated()
+        return super().replicated() | self._plan.state_dict() | keys
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state of the dense optimizer, of the rule and of the plan.
@@ -158,15 +136,8 @@ class SwitchLoraOptimizer(TrainingOptimizer):
         """
         self._exchange.check()
         self._candidates.flush()
-        return self._dense.state_dict() | self._rule.state_dict() | self._plan.state_dict()
+        return super().state_dict() | self._plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._candidates.discard()
-        for part in (self._dense, self._rule, self._plan):
-            part.load_state_dict(state)
-
-    def _checksum(self, switches: list[Switch]) -> int:
-        """Returns a checksum of the coming step's plan."""
-        counts = [(switch.layer, switch.num_vectors) for switch in switches]
-        plan = [self._plan.step, *self._plan.num_switched.tolist(), *counts]
-        return zlib.crc32(repr(plan).encode())
+        super().load_state_dict(state)
+        self._plan.load_state_dict(state)

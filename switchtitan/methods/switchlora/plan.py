@@ -40,27 +40,14 @@ class Switch(NamedTuple):
         """Number of switched vectors of each factor."""
         return sum(map(len, self.slots_in))
 
-    def switched(self) -> list[VectorSpan]:
-        """Returns the vectors that are exchanged."""
-        return [
-            VectorSpan(factor, self.layer, span)
-            for factor in FACTORS
-            for span in self.vectors[factor]
-        ]
-
-    def counterparts(self) -> list[VectorSpan]:
-        """Returns their counterparts in the other factor."""
-        return [span._replace(factor=1 - span.factor) for span in self.switched()]
-
 
 class Plan:
     """The schedule of all layers, and the history that later switches follow from.
 
     Error diffusion meets the expectation rank * rate(t) / interval, with Q its running sum: a layer
     switches floor(Q(t) + phase) - floor(Q(t-1) + phase) vectors of each factor. The phase is a
-    low-discrepancy sequence over layers, so that layers switch at different steps. (The original
-    implementation draws the fraction from each rank's global generator: the same expectation with
-    more variance.)
+    low-discrepancy sequence over layers, so that layers switch at different steps. (The authors'
+    code draws the fraction at random: the same expectation with more variance.)
 
     Args:
         num_steps: length of the run.
@@ -90,8 +77,15 @@ class Plan:
     def next(self) -> list[Switch]:
         """Returns the switches of the coming step, of layers with any."""
         counts = self.limited(self.requested())
-        layers = np.flatnonzero(counts).tolist()
-        return [self.switch(layer, int(counts[layer])) for layer in layers]
+        return [self.switch(layer, int(counts[layer])) for layer in np.flatnonzero(counts).tolist()]
+
+    def requested(self) -> np.ndarray:
+        """Returns the vectors of each factor due in the coming step, [layers]; none after the last
+        step."""
+        last = len(self._running_sum) - 1
+        before, after = self._running_sum[[min(self.step, last), min(self.step + 1, last)]]
+        counts = np.floor(after + self._phase) - np.floor(before + self._phase)
+        return counts.astype(np.int64)
 
     def limited(self, requested: np.ndarray) -> np.ndarray:
         """Limits a request to the vectors of each factor that may be switched now, [layers].
@@ -102,14 +96,6 @@ class Plan:
         is_frozen = self.step - self.last_switched[FACTOR_A] < self._config.freeze_steps
         allowed = np.minimum(rank // 2 - is_frozen.sum(1), self.num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
-
-    def requested(self) -> np.ndarray:
-        """Returns the vectors of each factor due in the coming step, [layers]; none after the last
-        step."""
-        last = len(self._running_sum) - 1
-        before, after = self._running_sum[[min(self.step, last), min(self.step + 1, last)]]
-        counts = np.floor(after + self._phase) - np.floor(before + self._phase)
-        return counts.astype(np.int64)
 
     def switch(self, layer: int, count: int) -> Switch:
         """Returns the switch of the next `count` vectors of each factor of a layer."""
@@ -126,8 +112,9 @@ class Plan:
         """Adds the switches of the coming step, which is then the last one."""
         for switch in switches:
             self.num_switched[switch.layer] += switch.num_vectors
-            for factor, layer, vectors in switch.switched():
-                self.last_switched[factor, layer, vectors.start : vectors.stop] = self.step
+            for factor, spans in enumerate(switch.vectors):
+                for span in spans:
+                    self.last_switched[factor, switch.layer, span.start : span.stop] = self.step
         self.step += 1
 
     def is_frozen(self) -> np.ndarray:
@@ -138,13 +125,20 @@ class Plan:
     def num_updates(self) -> np.ndarray:
         """Returns the steps since each vector's state was reset, the last step and those in which
         it was frozen included, [2, layers, rank]."""
-        of_counterparts = self.last_switched[::-1]
-        resets = {
-            "counterpart": of_counterparts,
-            "both": np.maximum(of_counterparts, self.last_switched),
-        }
-        start = resets.get(self._config.reset_moments, np.zeros_like(of_counterparts))
-        return self.step - np.maximum(start, 0)
+        last_reset = self.last_switched[::-1]
+        if self._config.reset_moments == "both":
+            last_reset = np.maximum(last_reset, self.last_switched)
+        elif self._config.reset_moments != "counterpart":
+            last_reset = np.zeros_like(last_reset)
+        return self.step - np.maximum(last_reset, 0)
+
+    def resets(self) -> list[VectorSpan]:
+        """Returns the vectors whose state the last step's switch resets."""
+        is_switched = self.last_switched == self.step - 1
+        if self._config.reset_moments == "none":
+            return []
+        is_both = self._config.reset_moments == "both"
+        return vector_spans(is_switched[::-1] | is_switched if is_both else is_switched[::-1])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `switch.step`, `switch.num_switched` and `switch.last_switched`."""
@@ -164,9 +158,7 @@ def ring_spans(start: int, count: int, size: int) -> Spans:
     """Returns `count` <= `size` consecutive places from `start` on a ring, as one or two spans."""
     start %= size
     stop = start + count
-    if stop <= size:
-        return (range(start, stop),)
-    return (range(start, size), range(stop - size))
+    return (range(start, stop),) if stop <= size else (range(start, size), range(stop - size))
 
 
 def vector_spans(table: np.ndarray) -> list[VectorSpan]:

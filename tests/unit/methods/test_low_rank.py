@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.random import generator_for
-from switchtitan.errors import ConfigError
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import (
@@ -19,10 +18,9 @@ from switchtitan.methods.lowrank import (
     balanced_bounds,
     lora_bounds,
     low_rank_layers,
-    replace_linears,
 )
 from switchtitan.methods.lowrank.contraction import BY_NAME, cheapest_contraction, num_flops
-from switchtitan.methods.lowrank.rounding import StochasticRounding, add_product_
+from switchtitan.methods.lowrank.rounding import StochasticRounding
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 BOUNDS = (0.4, 0.0)
@@ -79,30 +77,18 @@ def build_model(device):
         return nn.ModuleDict({"first": inner, "norm": nn.LayerNorm(IN), "head": nn.Linear(IN, 2)})
 
 
-def replacement(name, linear):
-    return Lora(LoraConfig(rank=RANK), 10, 0).build_layer(name, linear)
-
-
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device):
     model = build_model(device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    replaced = replace_linears(model, ("down", "up"), replacement)
-    assert list(replaced) == ["first.up", "first.down"]
-    assert low_rank_layers(model) == replaced
+    Lora(LoraConfig(rank=RANK, targets=("down", "up")), 10, 0).prepare_model(model)
+    assert list(low_rank_layers(model)) == ["first.up", "first.down"]
     assert type(model["head"]) is nn.Linear
     assert {p.device.type for p in model.parameters()} == {device}
     after = {name: p.shape for name, p in model.named_parameters()}
     assert after.items() >= shapes.items()
     factors = {f"first.{name}.lora_{side}" for name in ("up", "down") for side in "ab"}
     assert after.keys() - shapes.keys() == factors
-
-
-def test_a_target_that_the_model_lacks_is_refused_before_anything_is_replaced():
-    model = build_model("cpu")
-    with pytest.raises(ConfigError, match="'norm', 'upp'"):
-        replace_linears(model, ("up", "norm", "upp"), replacement)
-    assert not low_rank_layers(model)
 
 
 @pytest.mark.parametrize("name", ["cheapest", "factored", "merged", "dense_gradient"])
@@ -188,8 +174,8 @@ def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same():
     model = layers_of(torch.bfloat16)
 
     def keys(seed, number):
-        roundings = StochasticRounding(model, seed, compile_step=False).of_event(number)
-        return [int(rounding.key) for rounding in roundings]
+        adds = StochasticRounding(model, seed, compile_step=False).of_event(number)
+        return [int(add.keywords["key"]) for add in adds]
 
     places = [(seed, number) for seed in (0, 1) for number in (1, 2, 40_000)]
     drawn = [keys(*place) for place in places]
@@ -198,11 +184,10 @@ def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same():
 
 
 def test_a_weight_of_its_factors_dtype_is_not_rounded():
-    rounding, _ = StochasticRounding(layers_of(torch.float32), 0, False).of_event(3)
-    assert rounding is None
+    add, _ = StochasticRounding(layers_of(torch.float32), 0, False).of_event(3)
     weight, left, right = draw(OUT, IN), draw(OUT, 2), draw(2, IN)
     expected = weight + 0.5 * left @ right
-    add_product_(weight, left, right, 0.5, rounding)
+    add(weight, left, right, 0.5)
     torch.testing.assert_close(weight, expected)
 
 
@@ -223,11 +208,11 @@ def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses():
     change = 0.5 * (left.double() @ right.double())
     errors = []
     for number in range(num_changes):
-        add_product_(weight, left, right, 0.5, rounding.of_event(number)[0])
+        rounding.of_event(number)[0](weight, left, right, 0.5)
         nearest.copy_(nearest.float() + 0.5 * (left @ right))
         if number < num_draws:
             once = start.clone()
-            add_product_(once, left, right, 0.5, rounding.of_event(num_changes + number)[0])
+            rounding.of_event(num_changes + number)[0](once, left, right, 0.5)
             errors.append(relative_error(once, start + change))
     # In one change one value in 8000 moves by 2^-7: a standard deviation of 9e-5. Divided by
     # sqrt(2^19 values), the mean value 1.5 and sqrt(16 draws), this is 2e-8.

@@ -17,8 +17,8 @@ from switchtitan.distributed.initial import plain_value
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import ConfigError
-from switchtitan.methods import product
-from switchtitan.methods.product import ProductLinear, balanced_factors
+from switchtitan.methods import factors
+from switchtitan.methods.factors import ProductLinear, balanced_factors
 from switchtitan.methods.sltrain import (
     SPARSE,
     Sltrain,
@@ -46,7 +46,7 @@ def nearest(weight, rank):
 
 
 def columns_of(shape, num_per_row, seed=SEED):
-    return support(shape, num_per_row, torch.tensor([seed]))
+    return support(torch.tensor([seed]), *shape, num_per_row)
 
 
 def product_layer(out, in_, has_bias):
@@ -291,7 +291,7 @@ def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
     folder = corpora / f"{method}-resumed"
     save_run(folder, method, num_steps=2)
     stop_world()
-    monkeypatch.setattr(product, "balanced_factors", lambda *_: pytest.fail("decomposed"))
+    monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))
     resumed = tiny_trainer(folder, method)
     resumed.close()
     assert resumed.stepper.state.step == 2

@@ -15,14 +15,12 @@ from switchtitan.methods.lowrank import LowRankLinear, low_rank_layers
 from switchtitan.methods.relora import (
     Relora,
     ReloraConfig,
-    ResetSchedule,
+    ReloraOptimizer,
     largest,
     merge_and_restart_,
-    num_pruned,
-    prune_at_random_,
-    prune_by_magnitude_,
+    prune_,
 )
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim import AdamW, AdamWConfig, TrainedParameter
 
 NUM_STEPS, INTERVAL, WARMUP = 28, 7, 3
 ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, decay_norms=True)
@@ -267,8 +265,8 @@ def test_a_reset_keeps_what_the_layer_computes_and_draws_a_by_the_key(layer):
 def test_magnitude_pruning_leaves_no_first_moment_without_its_second():
     exp_avg = torch.randn(13, 17, generator=generator_for(2, "first"))
     exp_avg_sq = torch.rand(13, 17, generator=generator_for(2, "second")) + 1e-3
-    prune_by_magnitude_(exp_avg, exp_avg_sq, 0.6)
-    assert exp_avg_sq.count_nonzero() == 13 * 17 - num_pruned(13 * 17, 0.6)
+    prune_(exp_avg, exp_avg_sq, 0.6, generator=None)
+    assert exp_avg_sq.count_nonzero() == 13 * 17 - round(0.6 * 13 * 17)
     assert exp_avg.any()
     assert exp_avg_sq[exp_avg != 0].all()
 
@@ -279,7 +277,7 @@ def test_the_largest_are_those_of_a_stable_sort(num_levels, ratio):
     scores = (torch.rand(31, 29, generator=generator_for(5, "scores")) * num_levels).floor()
     order = scores.flatten().argsort(descending=True, stable=True)
     expected = torch.zeros(scores.numel(), dtype=torch.bool)
-    expected[order[: scores.numel() - num_pruned(scores.numel(), ratio)]] = True
+    expected[order[: scores.numel() - round(ratio * scores.numel())]] = True
     assert torch.equal(largest(scores, ratio), expected.view(scores.shape))
     assert not largest(torch.ones(1, 1), 0.9).any()
 
@@ -288,37 +286,50 @@ def test_random_pruning_keeps_the_same_places_in_both_moments():
     names = ("first", "second")
     moments = [torch.rand(13, 17, generator=generator_for(3, name)) + 1 for name in names]
     before = [moment.clone() for moment in moments]
-    prune_at_random_(*moments, 0.9, generator_for(4, "lot"))
+    prune_(*moments, 0.9, generator_for(4, "lot"))
     kept = moments[0] != 0
-    assert kept.sum() == 13 * 17 - num_pruned(13 * 17, 0.9)
+    assert kept.sum() == 13 * 17 - round(0.9 * 13 * 17)
     for moment, old in zip(moments, before, strict=True):
         assert torch.equal(moment, torch.where(kept, old, 0))
 
 
-def run(schedule, num_steps):
+def schedule(interval, warmup, num_steps):
+    """The optimizer of one layer that gets no gradients: nothing but resets."""
+    config = ReloraConfig(rank=RANK, reset_interval=interval, restart_warmup_steps=warmup)
+    layer = LowRankLinear(IN, OUT, RANK, 0.5, (0.4, 0.0))
+    nn.init.zeros_(layer.weight)
+    trained = [TrainedParameter(f"layer.{key}", p) for key, p in layer.named_parameters()]
+    inner = AdamW(ADAMW, [entry for entry in trained if entry.parameter.requires_grad])
+    return ReloraOptimizer(config, {"layer": layer}, inner, num_steps, seed=0)
+
+
+def run(optimizer, num_steps):
     """The factors of `num_steps` steps, and the numbers of steps after which there was a reset."""
-    factors, resets = [], []
+    factors, resets, num_resets = [], [], optimizer.metrics()["reset/resets_total"]
     for step in range(1, num_steps + 1):
-        factors.append(schedule.lr_factor())
-        if schedule.advance():
+        optimizer.set_lr(0.5)
+        metrics = optimizer.metrics()
+        assert metrics["optimizer/lr"] == ADAMW.lr * (0.5 * metrics["reset/lr_factor"])
+        factors.append(metrics["reset/lr_factor"])
+        optimizer.step()
+        if optimizer.metrics()["reset/resets_total"] > num_resets + len(resets):
             resets.append(step)
     return factors, resets
 
 
-def test_resets_follow_every_interval_but_not_the_last_step():
-    assert run(ResetSchedule(5, 2, 20), 20)[1] == [5, 10, 15]
-    assert run(ResetSchedule(5, 2, 21), 21)[1] == [5, 10, 15, 20]
-    assert run(ResetSchedule(5, 2, 5), 5)[1] == []
+@pytest.mark.parametrize(("num_steps", "expected"), [(20, [5, 10, 15]), (21, [5, 10, 15, 20])])
+def test_resets_follow_every_interval_but_not_the_last_step(num_steps, expected):
+    assert run(schedule(5, 2, num_steps), num_steps)[1] == expected
 
 
 def test_the_learning_rate_rises_linearly_from_zero_at_a_reset():
-    factors, _ = run(ResetSchedule(6, 4, 13), 13)
+    factors, _ = run(schedule(6, 4, 13), 13)
     assert factors == [1] * 6 + [0.25, 0.5, 0.75, 1, 1, 1] + [0.25]
-    assert run(ResetSchedule(3, 0, 10), 10)[0] == [1] * 10
+    assert run(schedule(3, 0, 10), 10)[0] == [1] * 10
 
 
 def test_a_run_that_is_made_longer_has_no_reset_where_it_first_ended():
-    first, longer = ResetSchedule(4, 3, 8), ResetSchedule(4, 3, 16)
+    first, longer = schedule(4, 3, 8), schedule(4, 3, 16)
     assert run(first, 8)[1] == [4]
     longer.load_state_dict(first.state_dict())
     factors, resets = run(longer, 8)
@@ -327,7 +338,7 @@ def test_a_run_that_is_made_longer_has_no_reset_where_it_first_ended():
 
 
 def test_a_restored_schedule_continues_in_the_middle_of_a_warmup():
-    straight, restored = ResetSchedule(6, 4, 30), ResetSchedule(6, 4, 30)
+    straight, restored = schedule(6, 4, 30), schedule(6, 4, 30)
     run(straight, 8)
     restored.load_state_dict(straight.state_dict())
     assert run(restored, 20) == run(straight, 20)

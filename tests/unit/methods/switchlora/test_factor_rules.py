@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from switchtitan.distributed.shards import allocate_adjacent
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.switchlora import SwitchLora, factors
+from switchtitan.methods.switchlora import SwitchLora, update
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, VectorSpan
 from switchtitan.optim import AdamWConfig, TrainedParameter
@@ -177,14 +177,16 @@ def test_groups_hold_every_factor_once_and_those_of_one_width_are_equally_many(
     limit_elements_per_call(monkeypatch, 8 * RANK * 7)
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, BOUNDS) for index in range(num_layers)}
     layers["other"] = LowRankLinear(11, 5, RANK, 0.5, BOUNDS)  # its B is as wide as their A
-    of_groups, rows = factors.Factors(layers).zeros()
-    assert sum(map(len, of_groups)) == len(rows) * RANK == 2 * (num_layers + 1) * RANK
-    memory = {part.untyped_storage().data_ptr() for part in rows}
-    assert memory == {group.untyped_storage().data_ptr() for group in of_groups}
+    groups = update.Factors(layers).groups()
+    assert sorted(factor for group in groups for factor in group) == list(range(2 * len(layers)))
+    names = list(factors_of(layers))
     sizes = {}
-    for group in of_groups:
-        assert group.numel() <= 8 * RANK * 7
-        sizes.setdefault(group.shape[1], set()).add(len(group))
+    for group in groups:
+        # A of all layers, then B.
+        of_group = [names[factor % len(layers) * 2 + factor // len(layers)] for factor in group]
+        (width,) = {factors_of(layers)[name].shape[1] for name in of_group}
+        assert len(group) * RANK * width <= 8 * RANK * 7
+        sizes.setdefault(width, set()).add(len(group))
     assert all(len(of_width) == 1 for of_width in sizes.values())
 
 
@@ -218,13 +220,13 @@ def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
     """Estimates of memory and operations count the kernels of GPUs."""
     widths = []
     limit_elements_in_cache(monkeypatch, 1)
-    update = factors.update_vectors_
+    update_vectors_ = update.update_vectors_
 
     def update_and_count(vectors, *args, **keys):
         widths.append(vectors.shape[1])
-        update(vectors, *args, **keys)
+        update_vectors_(vectors, *args, **keys)
 
-    monkeypatch.setattr(factors, "update_vectors_", update_and_count)
+    monkeypatch.setattr(update, "update_vectors_", update_and_count)
     with FakeTensorMode() if is_fake else nullcontext():
         layers = {"layer": LowRankLinear(7, 5, RANK, 0.5, BOUNDS)}
         optimizer = build_rule(ADAMW, layers)
@@ -240,9 +242,9 @@ def test_blocks_in_the_cpus_cache_compute_the_same(monkeypatch):
     whole = [torch.rand(num_vectors, width) for _ in range(4)]
     whole += [torch.rand(num_vectors, 1) for _ in range(4)]
     blocks = [tensor.clone() for tensor in whole]
-    factors.update_vectors_(*whole, betas=(0.9, 0.99))
+    update.update_vectors_(*whole, betas=(0.9, 0.99))
     limit_elements_in_cache(monkeypatch, 3 * width)  # 3, 3 and 1 vectors
-    factors.update_in_blocks_(*blocks, betas=(0.9, 0.99))
+    update.update_in_blocks_(*blocks, betas=(0.9, 0.99))
     for found, expected in zip(blocks, whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 

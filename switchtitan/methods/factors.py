@@ -1,0 +1,106 @@
+"""The method low_rank: without a frozen weight, every adapted layer is a product B A."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switchtitan.distributed.initial import GeneratorFor
+from switchtitan.methods.lowrank.config import FactorConfig
+from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, take
+from switchtitan.methods.lowrank.replacing import ReplacingMethod
+from switchtitan.methods.projected import is_right, leading_singular_vectors
+
+
+class ProductConfig(FactorConfig):
+    """The keys of all methods whose layers have factors and no frozen weight."""
+
+    keeps_initial_weights: ClassVar[bool] = False
+
+
+class PlainProductConfig(ProductConfig):
+    """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
+    best approximation of the layer's usual initial weight (truncated SVD, computed by every process
+    on its CPU; "spectral initialization" in arXiv 2105.01029). `[checkpoint] initial_weights` are
+    approximated in the same way."""
+
+    name: Literal["low_rank"] = "low_rank"
+    """The method."""
+
+
+class ProductLinear(FactorLinear):
+    """y = x (B A)^T (+ bias)."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, rank, linear.bias is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        # The fewest operations, as long as the factors have fewer elements than B A.
+        return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
+
+    def initial_tensors(
+        self,
+        weight: Tensor,
+        generator_for: GeneratorFor,
+        rows: Mapping[str, range] | None = None,
+    ) -> dict[str, Tensor]:
+        """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
+        parts = self.initial_parts(weight)
+        if rows is None:
+            return parts
+        return {name: take(part, rows[name]) for name, part in parts.items() if name in rows}
+
+    def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
+        """Returns its initial parameters by local name, from the plain weight [out, in]."""
+        return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
+
+
+ProductSection = TypeVar("ProductSection", bound=ProductConfig)
+"""The configuration class of a method with products."""
+
+
+class ProductMethod(ReplacingMethod[ProductSection]):
+    """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
+
+    def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
+        return ProductLinear(linear, self.config.rank)
+
+    def starting_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Returns the weight of a layer's initial parts, for layers with factors."""
+        layer, _, local_name = name.rpartition(".")
+        if local_name != "weight" or layer.rpartition(".")[2] not in self.config.targets:
+            return weight
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        parts = self.build_layer(layer, plain).initial_parts(weight)
+        return self.dense_weight(layer, {f"{layer}.{part}": parts[part] for part in parts})
+
+
+class PlainProduct(ProductMethod[PlainProductConfig]):
+    """The weight of each layer is the product of its factors."""
+
+    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        lora_a, lora_b = (tensors[f"{layer}.{factor}"] for factor in FACTORS)
+        return lora_b.t() @ lora_a
+
+
+def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns factors whose product is the best approximation of a weight [out, in] by rank.
+
+    A = sqrt(S) V^T and B^T = sqrt(S) U^T with the leading `rank` singular values and vectors
+    ("spectral initialization", arXiv 2105.01029). Decomposed in fp64 on the weight's device.
+
+    Returns:
+        A [rank, in] and B transposed, [rank, out], in the dtype of the weight.
+    """
+    matrix = weight.to(torch.float64)
+    basis = leading_singular_vectors(matrix, rank)
+    # Rows are S U^T if the basis is V, otherwise S V^T.
+    scaled = (matrix @ basis).t() if is_right(matrix) else basis.t() @ matrix
+    roots = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).sqrt()
+    # A weight of a lower rank has singular values of zero.
+    of_basis, of_other = basis.t() * roots, scaled / roots.clamp(min=torch.finfo(roots.dtype).tiny)
+    lora_a, lora_b = (of_basis, of_other) if is_right(matrix) else (of_other, of_basis)
+    return lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()

@@ -1,0 +1,144 @@
+"""The base classes of methods that replace linear layers by ones with factors."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from switchtitan.contracts import (
+    LanguageModel,
+    LowRankUpdate,
+    Method,
+    OptimizerConfig,
+    TrainingOptimizer,
+)
+from switchtitan.methods.lowrank.config import FactorConfig, LowRankConfig
+from switchtitan.methods.lowrank.contraction import BY_NAME
+from switchtitan.methods.lowrank.linear import (
+    FACTORS,
+    FactorLinear,
+    LowRankLinear,
+    lora_bounds,
+)
+from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
+
+SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
+"""How the names of factors end."""
+LayerT = TypeVar("LayerT", bound=LowRankLinear)
+"""The class of a method's layers."""
+FactorSection = TypeVar("FactorSection", bound=FactorConfig)
+"""The configuration class of a method with factors."""
+LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
+"""The configuration class of a method with factors and a frozen weight."""
+
+
+class ReplacingMethod(Method[FactorSection]):
+    """Targeted linear layers become a `FactorLinear`, whose parameters train at `[optimizer] lr`.
+
+    All other parameters that require a gradient train as well.
+    """
+
+    adapted: ClassVar[tuple[str, ...]] = FACTORS
+    """Local names of the trained parameters of replaced layers, except for the bias."""
+
+    @abstractmethod
+    def build_layer(self, name: str, linear: nn.Linear) -> FactorLinear:
+        """Returns the layer that replaces `linear`, by its qualified name."""
+
+    @abstractmethod
+    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the weight [out, in] of a replaced layer, from fp32 tensors by qualified name."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Replaces every targeted linear layer."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in self.config.targets:
+                # A model on the meta device stays there: its full layers may not fit in memory.
+                with module.weight.device:
+                    model.set_submodule(name, self.build_layer(name, module))
+
+    def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
+        """Returns all trained parameters; those that are not `is_other` belong to the method."""
+        adapted = {
+            name for name, _ in model.named_parameters() if name.rpartition(".")[2] in self.adapted
+        }
+        trained = trained_parameters(
+            model, adapted, model.blocks(), model.output_head(), model.compute_dtype
+        )
+        return [
+            entry
+            if entry.is_other
+            else entry._replace(decays=True, input_dim=0 if entry.name.endswith(SUFFIX_B) else 1)
+            for entry in trained
+        ]
+
+    def build_optimizer(
+        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+    ) -> TrainingOptimizer:
+        """Builds one optimizer for all trained parameters."""
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
+
+    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the weights of replaced layers, and all other weights, in fp32."""
+        replaced, plain = set(layers_with_factors(tensors)), super().dense_weights(tensors)
+        dense = {}
+        for name, tensor in plain.items():
+            layer, _, local_name = name.rpartition(".")
+            if layer not in replaced or local_name == "bias":
+                dense[name] = tensor
+            elif name.endswith(SUFFIX_A):
+                dense[f"{layer}.weight"] = self.dense_weight(layer, plain)
+        return dense
+
+
+class LowRankMethod(ReplacingMethod[LowRankSection]):
+    """Linear layers become `LowRankLinear`: W frozen, A and B trained."""
+
+    def scale_of(self, layer_name: str) -> float:
+        """Returns the scale s of a layer, W + s B A, by its qualified name.
+
+        Both the layer and its dense weight use it.
+        """
+        return self.config.scale
+
+    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
+        """Returns the bounds of a layer's initial A and B; by default those of LoRA."""
+        return lora_bounds(out_features, in_features, self.config.rank)
+
+    def build_layer(self, name: str, linear: nn.Linear) -> LowRankLinear:
+        return self.new_layer(LowRankLinear, name, linear)
+
+    def new_layer(self, layer_class: type[LayerT], name: str, linear: nn.Linear) -> LayerT:
+        """Returns a `LowRankLinear` or a subclass with rank, dropout, ... of the configuration."""
+        config = self.config
+        return layer_class(
+            linear.in_features,
+            linear.out_features,
+            config.rank,
+            self.scale_of(name),
+            self.bounds(linear.out_features, linear.in_features),
+            bias=linear.bias is not None,
+            dropout=config.dropout,
+            contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],
+        )
+
+    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        lora_a, lora_b = (tensors[f"{layer}.{factor}"] for factor in FACTORS)
+        weight = tensors[f"{layer}.weight"]
+        return torch.addmm(weight, lora_b.t(), lora_a, alpha=self.scale_of(layer))
+
+    def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
+        """Returns the factors of every layer that has them."""
+        return {
+            layer: LowRankUpdate(
+                tensors[layer + SUFFIX_A], tensors[layer + SUFFIX_B], self.scale_of(layer)
+            )
+            for layer in layers_with_factors(tensors)
+        }
+
+
+def layers_with_factors(names: Iterable[str]) -> list[str]:
+    """Returns the names of the layers whose factors are among these tensors."""
+    return [name.removesuffix(SUFFIX_A) for name in names if name.endswith(SUFFIX_A)]
