@@ -1,4 +1,4 @@
-"""AdamW on local shards."""
+"""AdamW."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -6,13 +6,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch.optim.adamw import adamw
+from torch import Tensor
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.shards import local
 from switchtitan.errors import ConfigError
-from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.parameters import TrainedParameter
+from switchtitan.optim.torch_optimizer import TorchOptimizer
 
 
 class AdamKeys(OptimizerConfig):
@@ -50,12 +49,10 @@ def require_adamw(config: OptimizerConfig) -> AdamWConfig:
     return config
 
 
-class AdamW(GroupedOptimizer):
-    """torch's AdamW on the local shards of parameters.
+class AdamW(TorchOptimizer):
+    """`torch.optim.AdamW` on local shards.
 
-    The update is torch's function, fused or compiled. Not torch's class, which steps through
-    DTensor's dispatcher and does not compile to one graph. Its state is `<parameter>.exp_avg`,
-    `.exp_avg_sq` (like the parameter) and `.step` (0-dim).
+    Its state is `<parameter>.exp_avg`, `.exp_avg_sq` (like the parameter) and `.step` (0-dim).
 
     Args:
         parameters: the parameters to train, fp32.
@@ -69,54 +66,26 @@ class AdamW(GroupedOptimizer):
         parameters: Iterable[TrainedParameter],
         compile_step: bool = False,
     ) -> None:
-        super().__init__(config, parameters, rates_as_tensors=compile_step)
-        for name, parameter in self.parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.state[f"{name}.{moment}"] = torch.zeros_like(parameter, requires_grad=False)
-            self.state[f"{name}.step"] = torch.zeros((), device=parameter.device)
-        self._update = _build_update(config, compile_step)
+        build = partial(
+            torch.optim.AdamW,
+            betas=config.betas,
+            eps=config.eps,
+            foreach=compile_step,
+            capturable=compile_step,
+            fused=not compile_step,
+        )
+        super().__init__(config, parameters, build, _initial_state, compile_step)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for group, lr in zip(self.groups, self.rates, strict=True):
-            updated = {
-                name: (local(parameter), local(parameter.grad))
-                for name, parameter in group.parameters.items()
-                if parameter.grad is not None
-            }
-            if updated:
-                parameters, grads = zip(*updated.values(), strict=True)
-                self._update(
-                    list(parameters),
-                    list(grads),
-                    [local(self.state[f"{name}.exp_avg"]) for name in updated],
-                    [local(self.state[f"{name}.exp_avg_sq"]) for name in updated],
-                    [],  # the maximum second moments of AMSGrad
-                    [self.state[f"{name}.step"] for name in updated],
-                    lr=lr,
-                    weight_decay=group.weight_decay,
-                )
+
+def _initial_state(like: Tensor) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=like.device),
+        "exp_avg": torch.zeros_like(like),
+        "exp_avg_sq": torch.zeros_like(like),
+    }
 
 
 def build_adamw(
     config: AdamWConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
     return AdamW(config, parameters, compile_step)
-
-
-def _build_update(config: AdamKeys, compile_step: bool) -> partial[None]:
-    update = partial(
-        adamw,
-        foreach=compile_step,
-        capturable=compile_step,
-        fused=not compile_step,
-        differentiable=False,
-        amsgrad=False,
-        maximize=False,
-        beta1=config.betas[0],
-        beta2=config.betas[1],
-        eps=config.eps,
-    )
-    if not compile_step:
-        return update
-    return partial(torch.compile(update.func, fullgraph=True, dynamic=False), **update.keywords)

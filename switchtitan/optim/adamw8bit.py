@@ -1,18 +1,16 @@
 """AdamW with moments in 8 bits, by torchao."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import as_shard_of, local
-from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
@@ -51,69 +49,53 @@ class AdamW8bit(TorchOptimizer):
         parameters: Iterable[TrainedParameter],
         compile_step: bool = False,
     ) -> None:
-        build = partial(_torchao_optimizer(), betas=config.betas, eps=config.eps)
+        from torchao.optim import AdamW8bit as TorchaoAdamW8bit
+        from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+        # Torchao keeps these tables of values, which must not be fake tensors.
+        with unset_fake_temporarily():
+            get_qmap_signed()
+            get_qmap_unsigned()
+        build = partial(TorchaoAdamW8bit, betas=config.betas, eps=config.eps)
         # Torchao compiles by itself.
-        super().__init__(config, parameters, build, compile_step=False)
-        _compute_tables()
+        super().__init__(config, parameters, build, _state_in_fp32)
         self._stance = "default" if compile_step else "force_eager"
-        for name, held in self._held.items():
-            num_steps = self.state[f"{name}.step"] = torch.tensor(0.0)
-            own = self._optimizer.state[held] = {"step": num_steps}
-            for moment, is_signed in _MOMENTS.items():
-                own[moment] = self._add_moment(name, moment, is_signed)
-        self._has_started = True
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns `<parameter>.step`, and `.exp_avg` and `.exp_avg_sq` in fp32 or, in 8 bits, their
+    def step(self) -> None:
+        with torch.compiler.set_stance(self._stance):
+            super().step()
+
+    def _create_state(self, name: str) -> dict[str, Tensor]:
+        """Adds `<parameter>.step`, and `.exp_avg` and `.exp_avg_sq` in fp32 or, in 8 bits, their
         `.codes` [out, in] and `.scale` [out, blocks]."""
-        return GroupedOptimizer.state_dict(self)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        GroupedOptimizer.load_state_dict(self, state)
-
-    def _add_moment(self, name: str, moment: str, is_signed: bool) -> Tensor:
-        """Returns a moment at zero for torchao, and adds its tensors to those that are saved."""
         from torchao.optim.subclass_8bit import OptimState8bit
 
         parameter = self.parameters[name]
-        shard, key = local(parameter.detach()), f"{name}.{moment}"
         size = block_size(tuple(parameter.shape))
         if size is None:
-            zeros = torch.zeros_like(shard)
-            self.state[key] = as_shard_of(zeros, parameter)
-            return zeros
-        # One row if the shard is empty, for which torchao has no block size.
-        rows = max(1, shard.shape[0])
-        in_8_bits: Tensor = OptimState8bit.zeros(
-            (rows, shard.shape[1]), is_signed, size, shard.device, shard.dtype
-        )
-        parts = {"codes": in_8_bits.codes, "scale": in_8_bits.scale.view(rows, -1)}  # type: ignore[attr-defined]
-        for part, tensor in parts.items():
-            self.state[f"{key}.{part}"] = as_shard_of(tensor[: shard.shape[0]], parameter)
-        return in_8_bits
+            return super()._create_state(name)
+        shard = local(parameter.detach())
+        rows, columns = self._padded(shard).shape
+        state = {"step": torch.tensor(0.0)}
+        self.state[f"{name}.step"] = state["step"]
+        for moment, is_signed in _MOMENTS.items():
+            in_8_bits: Tensor = OptimState8bit.zeros(
+                (rows, columns), is_signed, size, shard.device, shard.dtype
+            )
+            state[moment] = in_8_bits
+            parts = {"codes": in_8_bits.codes, "scale": in_8_bits.scale.view(rows, -1)}  # type: ignore[attr-defined]
+            for part, tensor in parts.items():
+                saved = as_shard_of(tensor[: len(shard)], parameter)
+                self.state[f"{name}.{moment}.{part}"] = saved
+        return state
 
-    def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
-        return {
-            name: nn.Parameter(local(parameter.detach()))
-            for name, parameter in self.parameters.items()
-        }
+    def _padded(self, shard: Tensor) -> Tensor:
+        # Torchao has no block size for an empty tensor.
+        return shard if shard.numel() else shard.new_zeros(1, *shard.shape[1:])
 
-    @torch.no_grad()
-    def _update(self, step: Callable[[], object]) -> None:
-        for name, held in self._held.items():
-            parameter = self.parameters[name]
-            if parameter.grad is None:
-                continue
-            # FSDP may replace a shard before the first forward pass.
-            held.data = local(parameter.detach())
-            if held.numel():
-                held.grad = local(parameter.grad)
-            else:
-                self._optimizer.state[held]["step"] += 1
-        with torch.compiler.set_stance(self._stance):
-            step()
-        for held in self._held.values():
-            held.grad = None
+
+def _state_in_fp32(like: Tensor) -> dict[str, Tensor]:
+    return {"step": torch.tensor(0.0), **{moment: torch.zeros_like(like) for moment in _MOMENTS}}
 
 
 def build_adamw8bit(
@@ -134,24 +116,3 @@ def block_size(shape: tuple[int, ...]) -> int | None:
         (size for size in range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if shape[1] % size == 0),
         None,
     )
-
-
-def _compute_tables() -> None:
-    """Lets torchao compute its tables of values, which it keeps, from real tensors."""
-    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
-
-    with unset_fake_temporarily():
-        get_qmap_signed()
-        get_qmap_unsigned()
-
-
-def _torchao_optimizer() -> Callable[..., torch.optim.Optimizer]:
-    try:
-        from torchao.optim import AdamW8bit as TorchaoAdamW8bit
-    except ImportError as error:
-        raise EnvironmentMismatchError(
-            f'[optimizer] name = "adamw8bit": cannot import torchao ({error}); install a version '
-            f"for torch {torch.__version__}, or choose another optimizer"
-        ) from error
-    build: Callable[..., torch.optim.Optimizer] = TorchaoAdamW8bit
-    return build

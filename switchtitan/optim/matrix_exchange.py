@@ -1,30 +1,16 @@
 """Collects each of many sharded matrices on one rank, and distributes it again."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from switchtitan.distributed.shards import copy_all_, row_range, rows_per_rank, shard_group
 from switchtitan.regions import region
-
-
-class _Batch(NamedTuple):
-    """Matrices of one shape that this rank owns."""
-
-    num_matrices: int
-    shape: tuple[int, int]
-    """[rows, width] of each."""
-    rows_per_rank: int
-    """Rows on each of the first ranks."""
-
-    @property
-    def size_per_rank(self) -> int:
-        return self.num_matrices * self.rows_per_rank * self.shape[1]
 
 
 class MatrixExchange:
@@ -57,17 +43,13 @@ class MatrixExchange:
         self._order = order
         self._held = [(len(row_range(matrices[place])), shapes[place][1]) for place in order]
         # The last ranks send rows that do not exist, so that all ranks send equally much.
-        chunks = [rows_per_rank(shapes[place][0], self._num_ranks) for place in order]
-        self._sizes = [rows * width for rows, (_, width) in zip(chunks, self._held, strict=True)]
+        self._sizes = [self._size_per_rank(shapes[place]) for place in order]
         self._sizes_of_owners = [0] * self._num_ranks
         for place, size in zip(order, self._sizes, strict=True):
             self._sizes_of_owners[owners[place]] += size
         self._own_sizes = [self._sizes_of_owners[rank]] * self._num_ranks
-        owned = [shapes[place] for place in order if owners[place] == rank]
-        self._batches = [
-            _Batch(len(list(alike)), shape, rows_per_rank(shape[0], self._num_ranks))
-            for shape, alike in groupby(owned)
-        ]
+        # Of the matrices that this rank owns: shape -> number, in order.
+        self._owned = Counter(shapes[place] for place in order if owners[place] == rank)
 
     def collect(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Returns the matrices that this rank owns, [matrices, rows, width] for each shape.
@@ -77,7 +59,7 @@ class MatrixExchange:
         """
         parts = [parts[place] for place in self._order]
         if self._group is None:
-            batches = [self._empty(batch.num_matrices, *batch.shape) for batch in self._batches]
+            batches = [self._empty(count, *shape) for shape, count in self._owned.items()]
             copy_all_(list(zip(_matrices(batches), parts, strict=True)))
             return batches
         packed = self._empty(sum(self._sizes))
@@ -87,10 +69,13 @@ class MatrixExchange:
             dist.all_to_all_single(
                 received, packed, self._own_sizes, self._sizes_of_owners, group=self._group
             )
-        batches = [self._empty(batch.num_matrices, *batch.shape) for batch in self._batches]
-        for rows, of_batch in self._paired(received, batches):
-            of_batch.copy_(rows)
-        return batches
+        # Copies, so that the memory of what is received and of each batch can be freed.
+        return [
+            block.transpose(0, 1)
+            .clone(memory_format=torch.contiguous_format)
+            .flatten(1, 2)[:, :num_rows]
+            for (num_rows, _), block in zip(self._owned, self._blocks(received), strict=True)
+        ]
 
     def distribute(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Returns this rank's rows of each matrix; they share memory, on one rank with `batches`.
@@ -102,8 +87,10 @@ class MatrixExchange:
             own = _matrices(batches)
         else:
             packed = self._empty(sum(self._own_sizes))
-            for rows, of_batch in self._paired(packed, batches):
-                rows.copy_(of_batch)
+            for batch, block in zip(batches, self._blocks(packed), strict=True):
+                if num_missing := self._num_ranks * block.shape[2] - batch.shape[1]:
+                    batch = F.pad(batch, (0, 0, 0, num_missing))
+                block.copy_(batch.unflatten(1, (self._num_ranks, -1)).transpose(0, 1))
             received = self._empty(sum(self._sizes))
             with region("reduce"):
                 dist.all_to_all_single(
@@ -112,6 +99,9 @@ class MatrixExchange:
             own = self._own_rows(received)
         parts = dict(zip(self._order, own, strict=True))
         return [parts[place] for place in range(len(parts))]
+
+    def _size_per_rank(self, shape: tuple[int, int]) -> int:
+        return rows_per_rank(shape[0], self._num_ranks) * shape[1]
 
     def _own_rows(self, packed: Tensor) -> list[Tensor]:
         """Returns views [held, width] of this rank's rows, in the order of `self._order`."""
@@ -126,29 +116,12 @@ class MatrixExchange:
         Args:
             packed: of each rank, its rows of the matrices that this rank owns.
         """
-        sizes = [batch.size_per_rank for batch in self._batches]
+        sizes = [count * self._size_per_rank(shape) for shape, count in self._owned.items()]
+        blocks = packed.view(self._num_ranks, sum(sizes)).split(sizes, dim=1)
         return [
-            block.unflatten(1, (batch.num_matrices, batch.rows_per_rank, batch.shape[1]))
-            for block, batch in zip(
-                packed.view(self._num_ranks, sum(sizes)).split(sizes, dim=1),
-                self._batches,
-                strict=True,
-            )
+            block.unflatten(1, (count, -1, shape[1]))
+            for block, (shape, count) in zip(blocks, self._owned.items(), strict=True)
         ]
-
-    def _paired(self, packed: Tensor, batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Returns (view of `packed`, view of a batch) of the same rows: those of all ranks with the
-        same number of rows, and those of the next one, if it has fewer."""
-        pairs = []
-        for blocks, batch, (_, (num_rows, _), chunk) in zip(
-            self._blocks(packed), batches, self._batches, strict=True
-        ):
-            num_full, num_left = divmod(num_rows, chunk)
-            full = batch[:, : num_full * chunk].unflatten(1, (num_full, chunk))
-            pairs.append((blocks[:num_full].transpose(0, 1), full))
-            if num_left:
-                pairs.append((blocks[num_full, :, :num_left], batch[:, num_full * chunk :]))
-        return pairs
 
 
 def _matrices(batches: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.distributed.shards import local
+from switchtitan.distributed.shards import local, local_shards
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.matrix_exchange import MatrixExchange
@@ -31,8 +31,8 @@ _MIN_NORM = 1e-7
 _RMS_OF_ADAMW = 0.2
 """The root mean square of AdamW's updates without the learning rate (arXiv 2502.16982, eq. 4)."""
 _MAX_ELEMENTS = 1 << 26
-"""The most elements of matrices that an uncompiled operation updates or orthogonalizes at a time,
-which bounds temporary memory; at least one matrix."""
+"""The most elements of matrices that are orthogonalized at a time, which bounds temporary memory;
+at least one matrix."""
 
 
 class MuonConfig(AdamKeys):
@@ -101,28 +101,19 @@ class Muon(GroupedOptimizer):
         }
         if not grads:
             return
-        updates = self._orthogonalized(grads)
-        for group, lr in zip(self.groups, self.rates, strict=True):
-            names = [name for name in group.parameters if name in grads]
-            if names:
-                self._subtract(
-                    [local(group.parameters[name]) for name in names],
-                    [updates[name] for name in names],
-                    lr,
-                    group.weight_decay,
-                )
-
-    def _orthogonalized(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Advances momentum; returns this rank's rows of the updates."""
-        names = tuple(grads)
-        exchange = self._exchange_of(names)
-        momenta = [local(self.state[f"{name}.momentum"]) for name in names]
+        exchange = self._exchange_of(tuple(grads))
+        momenta = [local(self.state[f"{name}.momentum"]) for name in grads]
         parts = self._advance(momenta, list(grads.values()))
         batches = exchange.collect(parts)
         del parts  # frees memory before more is allocated
         if batches:
             batches = self._orthogonalize(batches)
-        return dict(zip(names, exchange.distribute(batches), strict=True))
+        updates = dict(zip(grads, exchange.distribute(batches), strict=True))
+        for group, lr in zip(self.groups, self.rates, strict=True):
+            if names := [name for name in group.parameters if name in grads]:
+                shards = local_shards(group.parameters[name] for name in names)
+                own = [updates[name] for name in names]
+                self._subtract(shards, own, lr, group.weight_decay)
 
     def _exchange_of(self, names: tuple[str, ...]) -> MatrixExchange:
         if names not in self._exchanges:
@@ -150,26 +141,11 @@ def advance_(
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
     if not nesterov:
         return momenta
-    updates: list[Tensor] = []
-    for places in spans_of_elements(grads, _MAX_ELEMENTS):
-        some = torch._foreach_lerp(grads[places], momenta[places], momentum)
-        updates += [update.to(dtype) for update in some]
-    return updates
-
-
-def spans_of_elements(tensors: Sequence[Tensor], max_elements: int) -> list[slice]:
-    """Splits `tensors` into consecutive slices of at most `max_elements` elements.
-
-    A larger tensor is a slice of its own.
-    """
-    spans: list[slice] = []
-    start = num_elements = 0
-    for place, tensor in enumerate(tensors):
-        if place > start and num_elements + tensor.numel() > max_elements:
-            spans.append(slice(start, place))
-            start, num_elements = place, 0
-        num_elements += tensor.numel()
-    return [*spans, slice(start, len(tensors))]
+    # One at a time: only one of them takes memory in fp32.
+    return [
+        torch.lerp(grad, mean, momentum).to(dtype)
+        for grad, mean in zip(grads, momenta, strict=True)
+    ]
 
 
 def orthogonalize_all(batches: list[Tensor], *, num_steps: int) -> list[Tensor]:

@@ -11,9 +11,9 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.shards import local, shard_group
 from switchtitan.errors import ConfigError
-from switchtitan.optim.adamw import AdamKeys, AdamW, AdamWConfig
+from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
-from switchtitan.optim.parameters import ParameterGroup, TrainedParameter
+from switchtitan.optim.parameters import TrainedParameter
 
 _TINY_RMS = 1e-8
 """Lower bound of the root mean squares in denominators, as in the authors' code."""
@@ -68,8 +68,13 @@ class Scale(GroupedOptimizer):
         norms = self._norms(directions)
         for group, lr in zip(self.groups, self.rates, strict=True):
             for name, parameter in group.parameters.items():
-                if name in directions:
-                    _update_(local(parameter), directions[name], norms[name], float(lr), group)
+                if name not in directions:
+                    continue
+                shard = local(parameter)
+                if group.weight_decay:
+                    shard.mul_(1 - lr * group.weight_decay)
+                rms = norms[name].clamp_(min=_TINY_RMS)
+                shard.addcdiv_(directions[name], rms, value=-float(lr))
 
     def metrics(self) -> dict[str, float]:
         rates = super().metrics()
@@ -120,24 +125,9 @@ def build_scale(
             '[optimizer] name = "scale": keeps momentum for the head alone, and the model names no '
             "head with a weight of its own (LanguageModel.output_head); choose another optimizer"
         )
+    of_vectors = config
+    if config.vector_lr is not None:
+        of_vectors = config.model_copy(update={"lr": config.vector_lr, "other_lr": None})
     vectors = [entry for entry in trained if entry.parameter.ndim != 2]
     # Metrics are those of the last part.
-    return SplitOptimizer([AdamW(_vectors_config(config), vectors), Scale(config, matrices)])
-
-
-def _update_(
-    parameter: Tensor, direction: Tensor, rms: Tensor, lr: float, group: ParameterGroup
-) -> None:
-    if group.weight_decay:
-        parameter.mul_(1 - lr * group.weight_decay)
-    parameter.addcdiv_(direction, rms.clamp_(min=_TINY_RMS), value=-lr)
-
-
-def _vectors_config(config: ScaleConfig) -> AdamWConfig:
-    """Returns the section of the optimizer of 1-dim parameters."""
-    keys = config.model_dump(include={"betas", "eps", "weight_decay"})
-    if config.decay_norms:
-        keys["decay_norms"] = True
-    if config.vector_lr is None:
-        return AdamWConfig(lr=config.lr, other_lr=config.other_lr, **keys)
-    return AdamWConfig(lr=config.vector_lr, **keys)
+    return SplitOptimizer([AdamW(of_vectors, vectors), Scale(config, matrices)])

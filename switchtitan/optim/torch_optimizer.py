@@ -1,8 +1,9 @@
-"""An adapter for any `torch.optim.Optimizer`, and the torch optimizers that can be chosen by
-name."""
+"""Adapters for any `torch.optim.Optimizer`, and the torch optimizers that are chosen by name."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,26 +12,32 @@ from torch import Tensor, nn
 
 from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.shards import copy_from_full_, full_tensor
+from switchtitan.distributed.shards import (
+    as_shard_of,
+    copy_from_full_,
+    full_tensor,
+    local,
+    local_shards,
+)
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.parameters import TrainedParameter
 
 BuildOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups with `params`, `lr` and `weight_decay`."""
+InitialState = Callable[[Tensor], dict[str, Tensor]]
+"""Returns the state that the optimizer has for a parameter before its first step, by torch's key,
+given a tensor of the parameter's shape and device."""
 
 
 class TorchOptimizer(GroupedOptimizer):
-    """Adapts a torch optimizer that steps on the parameters.
+    """Adapts a torch optimizer whose update is elementwise, on local shards.
 
-    Sharded parameters are DTensors. It is correct on any number of ranks if DTensor supports the
-    optimizer's operations. State is saved by parameter name and loads on another number of ranks.
-
-    Torch creates state in the first step. If state is needed earlier, to resume a run, a step with
-    zero gradients and a learning rate of zero creates it. The first real step discards that state
-    unless `load_state_dict` has filled it in.
+    It trains on any number of ranks as on one. The state is `<parameter>.<key>`. Tensors that have
+    the parameter's shape are sharded like it, and load on another number of ranks.
 
     Args:
         build: builds the torch optimizer.
+        initial_state: torch itself creates the state in the first step, too late to load it.
         compile_step: compile the torch optimizer's step.
     """
 
@@ -39,98 +46,69 @@ class TorchOptimizer(GroupedOptimizer):
         config: OptimizerConfig,
         parameters: Iterable[TrainedParameter],
         build: BuildOptimizer,
+        initial_state: InitialState,
         compile_step: bool = False,
     ) -> None:
         super().__init__(config, parameters)
-        self._held = self._tensors_to_hold()
-        self._optimizer = build(
-            [
-                {
-                    "params": [self._held[name] for name in group.parameters],
-                    # A tensor: torch.compile would recompile for every new Python number.
-                    "lr": torch.tensor(group.lr) if compile_step else group.lr,
-                    "weight_decay": group.weight_decay,
-                }
-                for group in self.groups
-            ]
-        )
-        self._step: Callable[[], object] = (
-            torch.compile(self._optimizer.step) if compile_step else self._optimizer.step
-        )
-        self._initial_state: dict[Tensor, dict[str, Any]] | None = None
-        self._has_started = False
+        self._initial_state = initial_state
+        # Empty until the first step, since FSDP may replace a shard before the first forward pass.
+        self._held = {
+            name: nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+            for name, parameter in self.parameters.items()
+        }
+        groups: list[dict[str, Any]] = []
+        for group in self.groups:
+            held = [self._held[name] for name in group.parameters]
+            # A tensor: torch.compile would recompile for every new Python number.
+            lr = torch.tensor(group.lr, device=held[0].device) if compile_step else group.lr
+            groups.append({"params": held, "lr": lr, "weight_decay": group.weight_decay})
+        # Torch refuses an optimizer without groups, but not a group without parameters.
+        self._optimizer = build(groups or [{"params": []}])
+        self._step: Callable[[], object] = self._optimizer.step
+        if compile_step:
+            # Without torch's decorators, such as one for the profiler, which break the graph.
+            plain_step = MethodType(inspect.unwrap(type(self._optimizer).step), self._optimizer)
+            self._step = torch.compile(plain_step, fullgraph=True, dynamic=False)
+        for name, held_parameter in self._held.items():
+            self._optimizer.state[held_parameter] = self._create_state(name)
 
+    @torch.no_grad()
     def step(self) -> None:
-        """Updates every parameter that has a gradient."""
-        if self._initial_state is not None:
-            self._optimizer.state.clear()
-            self._optimizer.state.update(self._initial_state)
-            self._initial_state = None
-        self._has_started = True
-        self._update(self._step)
+        grads = {
+            name: parameter.grad
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
+        if not grads:
+            return
+        shards = local_shards(self.parameters[name] for name in grads)
+        for name, shard, grad in zip(grads, shards, local_shards(grads.values()), strict=True):
+            self._held[name].data, self._held[name].grad = self._padded(shard), self._padded(grad)
+        self._step()
+        for name in grads:
+            self._held[name].grad = None
 
     def set_lr(self, lr_factor: float) -> None:
         super().set_lr(lr_factor)
-        for own, group in zip(self._optimizer.param_groups, self.groups, strict=True):
+        for own, group in zip(self._optimizer.param_groups, self.groups, strict=False):
             if isinstance(own["lr"], Tensor):
                 own["lr"].fill_(group.lr * lr_factor)
             else:
                 own["lr"] = group.lr * lr_factor
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns `<parameter>.<key>` for every tensor and number in the state. All ranks must
-        call."""
-        self._create_state()
-        return {
-            f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for name, held in self._held.items()
-            # `state[held]` would add an empty entry, and a compiled step would be compiled again.
-            for key, value in self._optimizer.state.get(held, {}).items()
-            if value is not None
-        }
+    def _create_state(self, name: str) -> dict[str, Tensor]:
+        """Returns torch's state of a parameter, and adds it to the state that is saved."""
+        parameter = self.parameters[name]
+        shard = local(parameter.detach())
+        state = self._initial_state(self._padded(shard))
+        for key, value in state.items():
+            saved = as_shard_of(value[: len(shard)], parameter) if value.ndim else value
+            self.state[f"{name}.{key}"] = saved
+        return state
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._create_state()
-        for name, held in self._held.items():
-            own = self._optimizer.state.get(held, {})
-            for key, value in own.items():
-                if isinstance(value, Tensor):
-                    value.copy_(state[f"{name}.{key}"])
-                elif value is not None:
-                    own[key] = type(value)(state[f"{name}.{key}"].item())
-        self._initial_state, self._has_started = None, True
-
-    def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters of torch's optimizer, by name."""
-        return self.parameters
-
-    def _update(self, step: Callable[[], object]) -> None:
-        step()
-
-    def _create_state(self) -> None:
-        """Creates the state of torch's optimizer, if there is none."""
-        if self._has_started or self._initial_state is not None:
-            return
-        initial_state = {
-            held: {
-                key: value.clone() if isinstance(value, Tensor) else value
-                for key, value in own.items()
-            }
-            for held, own in self._optimizer.state.items()
-        }
-        grads = {name: parameter.grad for name, parameter in self.parameters.items()}
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0
-        self._update(self._optimizer.step)
-        for group, lr in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
-        for name, parameter in self.parameters.items():
-            parameter.grad = grads[name]
-        self._initial_state = initial_state
+    def _padded(self, shard: Tensor) -> Tensor:
+        """Returns the tensor on which torch steps. It begins with the rows of `shard`."""
+        return shard
 
 
 class FullTensorOptimizer(TorchOptimizer):
@@ -140,28 +118,28 @@ class FullTensorOptimizer(TorchOptimizer):
     its local shard. State is unsharded and the same on every rank.
     """
 
-    def _tensors_to_hold(self) -> dict[str, nn.Parameter]:
-        return {
-            name: nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
-            for name, parameter in self.parameters.items()
-        }
-
     @torch.no_grad()
-    def _update(self, step: Callable[[], object]) -> None:
+    def step(self) -> None:
         groups = self._optimizer.param_groups
-        held_by_group = [(group, held) for group in groups for held in group["params"]]
-        for (group, held), parameter in zip(held_by_group, self.parameters.values(), strict=True):
-            if parameter.grad is None:
-                continue
-            held.data = full_tensor(parameter.detach())
-            held.grad = full_tensor(parameter.grad)
-            # With one parameter in its groups, torch's step does not loop over all the others.
-            self._optimizer.param_groups = [{**group, "params": [held]}]
-            step()
-            copy_from_full_(parameter, held.detach())
-            held.grad = None
-            held.data = held.new_empty(0)
+        for own, group in zip(groups, self.groups, strict=False):
+            for held, parameter in zip(own["params"], group.parameters.values(), strict=True):
+                if parameter.grad is None:
+                    continue
+                held.data = full_tensor(parameter.detach())
+                held.grad = full_tensor(parameter.grad)
+                # With one parameter in its groups, torch's step does not loop over all the others.
+                self._optimizer.param_groups = [{**own, "params": [held]}]
+                self._step()
+                copy_from_full_(parameter, held.detach())
+                held.grad, held.data = None, held.new_empty(0)
         self._optimizer.param_groups = groups
+
+    def _create_state(self, name: str) -> dict[str, Tensor]:
+        parameter = self.parameters[name]
+        full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        state = self._initial_state(full)
+        self.state |= {f"{name}.{key}": value for key, value in state.items()}
+        return state
 
 
 class SGDConfig(OptimizerConfig):
@@ -203,17 +181,27 @@ class AdafactorConfig(OptimizerConfig):
 def build_sgd(
     config: SGDConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
+    def initial_state(like: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(like)} if config.momentum else {}
+
     build = partial(torch.optim.SGD, momentum=config.momentum, nesterov=config.nesterov)
-    return TorchOptimizer(config, parameters, build, compile_step)
+    return TorchOptimizer(config, parameters, build, initial_state, compile_step)
 
 
 def build_adafactor(
     config: AdafactorConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
 ) -> TrainingOptimizer:
+    def initial_state(like: Tensor) -> dict[str, Tensor]:
+        step = torch.tensor(0.0)  # on the host, as torch has it
+        if like.ndim < 2:
+            return {"step": step, "variance": torch.zeros_like(like)}
+        rows, columns = like.new_zeros(len(like), 1), like.new_zeros(1, like.shape[1])
+        return {"step": step, "row_var": rows, "col_var": columns}
+
     build = partial(
         torch.optim.Adafactor,
         beta2_decay=config.beta2_decay,
         eps=(None, config.eps),
         d=config.clip_threshold,
     )
-    return FullTensorOptimizer(config, parameters, build)
+    return FullTensorOptimizer(config, parameters, build, initial_state)

@@ -7,12 +7,7 @@ import torch
 from support.optimizer_steps import draw, limit_elements_per_call, parameters, train
 
 from switchtitan.optim import OPTIMIZERS, TrainedParameter, muon
-from switchtitan.optim.muon import (
-    MuonConfig,
-    orthogonalize,
-    orthogonalize_all,
-    spans_of_elements,
-)
+from switchtitan.optim.muon import MuonConfig, orthogonalize, orthogonalize_all
 
 LR, OTHER_LR, DECAY, MOMENTUM = 0.03, 0.007, 0.2, 0.9
 # Tall, wide, square, and two of one shape.
@@ -170,14 +165,3 @@ def test_large_batches_are_orthogonalized_in_parts(monkeypatch):
         torch.testing.assert_close(part, of_all, rtol=1e-5, atol=1e-5)
     assert sizes == [2, 2, 1, 1]
     assert batches == []
-
-
-def test_spans_cover_all_tensors_with_few_elements_each():
-    tensors = [torch.empty(size) for size in (3, 4, 9, 1, 2, 2)]
-    spans = spans_of_elements(tensors, 7)
-    assert [place for span in spans for place in range(len(tensors))[span]] == list(range(6))
-    assert [[len(tensor) for tensor in tensors[span]] for span in spans] == [
-        [3, 4],
-        [9],
-        [1, 2, 2],
-    ]

@@ -21,7 +21,7 @@ from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter, trained
 from switchtitan.optim.adamw8bit import AdamW8bitConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
-from switchtitan.optim.torch_optimizer import AdafactorConfig, SGDConfig, TorchOptimizer
+from switchtitan.optim.torch_optimizer import AdafactorConfig, SGDConfig
 
 LR, OTHER_LR, DECAY = 0.03, 0.007, 0.2
 SHAPES = {
@@ -128,26 +128,6 @@ def test_state_moves_by_name_into_a_fresh_optimizer_which_continues_bitwise(choi
     train(fresh, copies, range(4, 9))
     for name, expected in straight.items():
         assert torch.equal(copies[name], expected), name
-
-
-@pytest.mark.parametrize("choice", [*CHOICES, "nadam"])
-def test_asking_for_the_state_before_the_first_step_changes_nothing(choice):
-    def build(named):
-        if choice != "nadam":
-            return ours(ALL[choice], named)
-        # Its state does not start at zero: `mu_product` is 1.
-        entries = [TrainedParameter(*item) for item in named.items()]
-        return TorchOptimizer(SGDConfig(lr=LR), entries, torch.optim.NAdam)
-
-    plain, asked = parameters(SHAPES), parameters(SHAPES)
-    train(build(plain), plain, range(5))
-    optimizer = build(asked)
-    keys = optimizer.state_dict().keys()
-    assert all(parameter.grad is None for parameter in asked.values())
-    train(optimizer, asked, range(5))
-    assert optimizer.state_dict().keys() == keys
-    for name, expected in plain.items():
-        assert torch.equal(asked[name], expected), name
 
 
 @pytest.mark.parametrize("choice", ["sgd", "sgd_without_momentum"])
