@@ -11,9 +11,10 @@ needs no collective for it. On the left, each rank has its rows of Q and a summa
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,9 +43,10 @@ from switchtitan.distributed.shards import (
     rows_per_rank,
     shard_group,
 )
-from switchtitan.errors import ConfigError
-from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank, check_targets
+from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
 from switchtitan.optim import AdamW, AdamWConfig, require_adamw, trained_parameters
+from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
+from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.regions import region
 
 TINY_NORM = 1e-8
@@ -64,7 +66,8 @@ class ProjectedConfig(MethodConfig):
     """Local names of the linear layers whose gradients are projected; by default all of attention
     and MLP. All other parameters train with AdamW."""
     scale: float = Field(default=0.25, gt=0)
-    """Updates of the projected weights are multiplied by this (alpha in the paper), above 0."""
+    """Updates that are projected back are multiplied by this (alpha in the papers), above 0. Fira's
+    residual is G - scale R Q^T, with the gradient G, the basis Q and R = G Q."""
 
     def draws_in_forward(self) -> bool:
         """See `contracts.MethodConfig`."""
@@ -84,22 +87,23 @@ class GaloreConfig(ProjectedConfig):
     """The method."""
 
 
-class FiraConfig(ProjectedConfig):
+class LimitedConfig(ProjectedConfig):
+    """The configuration keys of methods whose updates grow slowly."""
+
+    max_norm_growth: float = Field(default=1.01, gt=1)
+    """Largest factor, above 1, by which the norm of a weight's update may grow in a step (gamma in
+    the papers). Fira limits the scaled residual alone."""
+
+
+class FiraConfig(LimitedConfig):
     """`[method] name = "fira"`: Fira (arXiv 2410.01623). Bases are those of GaLore, with the same
     waits on a GPU."""
 
     name: Literal["fira"] = "fira"
     """The method."""
-    scale: float = Field(default=0.25, gt=0)
-    """Multiplies the update that is projected back (alpha in the paper); above 0. The residual is
-    G - scale R Q^T, with the gradient G, the basis Q and R = G Q; with scale = 1 it is orthogonal
-    to the basis."""
-    max_norm_growth: float = Field(default=1.01, gt=1)
-    """Largest factor, above 1, by which the norm of a weight's scaled residual may grow in a step
-    (gamma in the paper)."""
 
 
-class ApolloConfig(ProjectedConfig):
+class ApolloConfig(LimitedConfig):
     """`[method] name = "apollo"`: APOLLO (arXiv 2412.05270). APOLLO-Mini is rank 1, scaling
     "tensor" and scale sqrt(128)."""
 
@@ -111,9 +115,6 @@ class ApolloConfig(ProjectedConfig):
     scale: float = Field(default=1.0, gt=0)
     """Updates of the projected weights are multiplied by this (alpha in the paper), above 0. The
     authors' code takes its square."""
-    max_norm_growth: float = Field(default=1.01, gt=1)
-    """Largest factor, above 1, by which the norm of a weight's update may grow in a step (gamma in
-    the paper)."""
 
 
 def is_right(weight: Tensor) -> bool:
@@ -166,137 +167,100 @@ class ProjectedWeight:
 
 def build_projected_weight(name: str, parameter: nn.Parameter, rank: int) -> ProjectedWeight:
     """Returns the state of a weight, with basis and moments at zero."""
+    options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
+
+    def sharded_zeros(*shape: int) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return torch.zeros(shape, **options)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        dtype = parameter.dtype
+        return distributed_zeros(shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
     out_features, in_features = parameter.shape
     if is_right(parameter):
-        basis = torch.zeros(in_features, rank, device=parameter.device, dtype=parameter.dtype)
-        moments = out_features, rank
+        basis, shape = torch.zeros(in_features, rank, **options), (out_features, rank)
     else:
-        basis = _zeros_split_like(parameter, (out_features, rank))
-        moments = rank, in_features
-    exp_avg, exp_avg_sq = (_zeros_split_like(parameter, moments) for _ in range(2))
-    return ProjectedWeight(name, parameter, basis, exp_avg, exp_avg_sq)
+        basis, shape = sharded_zeros(out_features, rank), (rank, in_features)
+    return ProjectedWeight(name, parameter, basis, sharded_zeros(*shape), sharded_zeros(*shape))
 
 
-def _zeros_split_like(parameter: Tensor, shape: tuple[int, int]) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-    return distributed_zeros(
-        shape,
-        dtype=parameter.dtype,
-        device_mesh=parameter.device_mesh,
-        placements=parameter.placements,
-    )
+def sum_and_scatter(partials: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Returns this rank's rows of each matrix, summed over the ranks of `group`, in one collective.
 
-
-class PackedRows:
-    """Reduce-scatters and all-gathers the rows of several matrices, in one collective each.
-
-    Together they send as much as one all-reduce, while moments and other state of the rows are
-    sharded. On one rank nothing is sent or copied.
+    With `gather_rows`, ranks send as much as in one all-reduce, while the moments of the rows are
+    sharded. Without a group, returns `partials`.
 
     Args:
-        matrices: [rows, width] each, the layout of the rows: all plain, or all sharded along
-            dimension 0 over the same ranks.
+        partials: [rows, width] each, all with the same number of rows: this rank's summand.
     """
-
-    def __init__(self, matrices: list[Tensor]) -> None:
-        self._group = shard_group(matrices[0]) if matrices else None
-        self._num_ranks = 1 if self._group is None else self._group.size()
-        self._shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
-        self._held = [local(matrix).shape[0] for matrix in matrices]
-        # The last ranks are padded.
-        self._rows_per_rank = [rows_per_rank(rows, self._num_ranks) for rows, _ in self._shapes]
-        self._sizes = [
-            rows * width for rows, (_, width) in zip(self._rows_per_rank, self._shapes, strict=True)
-        ]
-
-    def sum_and_scatter(self, partials: list[Tensor]) -> list[Tensor]:
-        """Returns this rank's rows of each matrix, summed over ranks.
-
-        Args:
-            partials: [rows, width] each, this rank's summand.
-        """
-        if self._group is None:
-            return partials
-        with region("reduce"):
-            packed = partials[0].new_empty(self._num_ranks, sum(self._sizes))
-            for partial, block in zip(partials, self._blocks(packed), strict=True):
-                padding = block.shape[0] * block.shape[1] - partial.shape[0]
-                block.copy_(F.pad(partial, (0, 0, 0, padding)).view(block.shape))
-            own = torch.empty_like(packed[0])
-            # NCCL's collectives on lists copy them.
-            dist.reduce_scatter_single(own, packed.view(-1), group=self._group)
-            blocks = self._blocks(own.unsqueeze(0))
-            return [block[0, :held] for block, held in zip(blocks, self._held, strict=True)]
-
-    def gather(self, parts: list[Tensor]) -> list[Tensor]:
-        """Returns each full matrix, on every rank.
-
-        Args:
-            parts: this rank's rows of each.
-        """
-        if self._group is None:
-            return parts
-        own = parts[0].new_zeros(sum(self._sizes))
-        for part, block in zip(parts, self._blocks(own.unsqueeze(0)), strict=True):
-            block[0, : part.shape[0]] = part
-        packed = own.new_empty(self._num_ranks, own.numel())
-        dist.all_gather_single(packed.view(-1), own, group=self._group)
-        return [
-            block.flatten(0, 1)[:num_rows]
-            for block, (num_rows, _) in zip(self._blocks(packed), self._shapes, strict=True)
-        ]
-
-    def _blocks(self, packed: Tensor) -> list[Tensor]:
-        """Returns a view [ranks, rows/ranks, width] of each matrix in `packed` [ranks, sizes]."""
-        parts = packed.split(self._sizes, dim=1)
-        return [
-            part.unflatten(1, (rows, width))
-            for part, rows, (_, width) in zip(parts, self._rows_per_rank, self._shapes, strict=True)
-        ]
+    if group is None or not partials:
+        return partials
+    num_rows, num_ranks = partials[0].shape[0], group.size()
+    chunk = rows_per_rank(num_rows, num_ranks)
+    with region("reduce"):
+        packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - num_rows))
+        own = packed.new_empty(chunk, packed.shape[1])
+        dist.reduce_scatter_single(own, packed, group=group)
+    num_held = min(chunk, max(0, num_rows - group.rank() * chunk))
+    return list(own[:num_held].split([partial.shape[1] for partial in partials], dim=1))
 
 
-ConfigT = TypeVar("ConfigT", bound=ProjectedConfig)
-"""The section of a method with projected gradients."""
-LimitedT = TypeVar("LimitedT", FiraConfig, ApolloConfig)
-"""The section of a method whose updates grow slowly."""
+def gather_rows(
+    parts: list[Tensor], num_rows: int, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Returns each matrix [num_rows, width] on every rank of `group`, in one collective.
+
+    Args:
+        parts: this rank's rows of each.
+    """
+    if group is None or not parts:
+        return parts
+    chunk = rows_per_rank(num_rows, group.size())
+    own = F.pad(torch.cat(parts, dim=1), (0, 0, 0, chunk - parts[0].shape[0]))
+    full = own.new_empty(group.size() * chunk, own.shape[1])
+    dist.all_gather_single(full, own, group=group)
+    return list(full[:num_rows].split([part.shape[1] for part in parts], dim=1))
 
 
-class ProjectedOptimizer(TrainingOptimizer, Generic[ConfigT]):
-    """Updates the targeted weights; `dense` updates all others.
+class ProjectedOptimizer(GroupedOptimizer):
+    """Updates the targeted weights.
 
     Adam's direction is N = M / (sqrt(V) + eps), with the moments M, V of R. As in the code of
     GaLore's and Fira's authors, eps is added to the root of the second moment before the bias
     correction, which is part of the step size; moments are kept when bases change; the first basis
     is that of the first gradient. Weight decay is that of AdamW (arXiv 1711.05101), before the
-    update.
+    update. The state is `<weight>.exp_avg` and so on, and `projection.step`.
 
     Args:
-        weights: those whose gradients are projected.
+        parameters: the weights, at least one.
         seed: the job's seed.
         compile_step: fuse the elementwise operations.
     """
 
-    saves_bases: ClassVar[bool] = True
+    saved: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "basis")
+    """Fields of `ProjectedWeight` that are part of the state."""
 
     def __init__(
         self,
-        config: ConfigT,
+        method: ProjectedConfig,
         adam: AdamWConfig,
-        weights: list[ProjectedWeight],
-        dense: TrainingOptimizer,
+        parameters: dict[str, nn.Parameter],
         seed: int,
         compile_step: bool,
     ) -> None:
-        self._config, self._adam, self._weights, self._dense = config, adam, weights, dense
-        self._seed, self._compile = seed, compile_if(compile_step)
-        self._left = [weight for weight in weights if not weight.is_right]
-        self._rows = PackedRows([weight.exp_avg for weight in self._left])
-        self._group = shard_group(weights[0].parameter)
+        super().__init__(adam, [TrainedParameter(*item) for item in parameters.items()])
+        self._method, self._adam, self._seed = method, adam, seed
+        self._weights = [
+            build_projected_weight(name, parameter, method.rank)
+            for name, parameter in parameters.items()
+        ]
+        self._left = [weight for weight in self._weights if not weight.is_right]
+        self._group = shard_group(self._weights[0].parameter)
         self._num_steps = 0
-        # A Python number, passed to kernels as an argument: no synchronization.
-        self._lr = adam.lr
-        self._direction: Callable[..., Tensor] = self._compile(direction_)
+        self._compile = compile_if(compile_step)
+        self._direction = self._compile(partial(direction_, betas=adam.betas, eps=adam.eps))
+        for weight in self._weights:
+            self.state |= {f"{weight.name}.{key}": getattr(weight, key) for key in self.saved}
 
     def renew_bases(self) -> None:
         """Sets the bases for the next `update_interval` steps, from the gradients."""
@@ -313,62 +277,45 @@ class ProjectedOptimizer(TrainingOptimizer, Generic[ConfigT]):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter."""
-        if self._num_steps % self._config.update_interval == 0:
+        if self._num_steps % self._method.update_interval == 0:
             self.renew_bases()
         self._num_steps += 1
         (beta1, beta2), n = self._adam.betas, self._num_steps
-        self.update(
-            self._lr * (1 - beta2**n) ** 0.5 / (1 - beta1**n),
-            decay=1 - self._lr * self._adam.weight_decay,
-        )
-        self._dense.step()
+        # Python numbers, passed to kernels as arguments: no synchronization.
+        lr = self._adam.lr * self._lr_factor
+        step_size = lr * (1 - beta2**n) ** 0.5 / (1 - beta1**n)
+        self.update(step_size, decay=1 - lr * self._adam.weight_decay)
 
     def sums_on_left(self) -> list[Tensor]:
         """Returns this rank's rows of R, summed over ranks, for each weight projected on the left;
         collective."""
-        return self._rows.sum_and_scatter([weight.project() for weight in self._left])
+        return sum_and_scatter([weight.project() for weight in self._left], self._group)
+
+    def gather_on_left(self, parts: list[Tensor]) -> list[Tensor]:
+        """Returns all rows of matrices like R, given this rank's rows; collective."""
+        return gather_rows(parts, self._method.rank, self._group)
 
     def direction(self, weight: ProjectedWeight, low: Tensor) -> Tensor:
         """Updates the moments from this rank's rows of R; returns those of N."""
-        if low.numel() == 0:
-            return low
-        moments = local(weight.exp_avg), local(weight.exp_avg_sq)
-        return self._direction(low, *moments, betas=self._adam.betas, eps=self._adam.eps)
-
-    def zero_grad(self) -> None:
-        for weight in self._weights:
-            weight.parameter.grad = None
-        self._dense.zero_grad()
-
-    def set_lr(self, lr_factor: float) -> None:
-        self._lr = self._adam.lr * lr_factor
-        self._dense.set_lr(lr_factor)
+        direction: Tensor = self._direction(low, local(weight.exp_avg), local(weight.exp_avg_sq))
+        return direction
 
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics of both parts and the number of bases computed so far."""
-        num_refreshes = -(-self._num_steps // self._config.update_interval)
-        return {**self._dense.metrics(), "projection/refreshes": float(num_refreshes)}
+        """Returns the learning rates and the number of bases computed so far."""
+        num_refreshes = -(-self._num_steps // self._method.update_interval)
+        return super().metrics() | {"projection/refreshes": float(num_refreshes)}
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the bases, also those that are drawn again after a resume."""
-        return self._dense.replicated() | self._of_weights("basis")
+        """Returns the bases, also those that are drawn again after a resume; see
+        `contracts.HoldsReplicated`."""
+        return {f"{weight.name}.basis": weight.basis for weight in self._weights}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the state of both parts, `<weight>.exp_avg` and so on, and `projection.step`."""
-        state = self._dense.state_dict() | self._of_weights("exp_avg", "exp_avg_sq")
-        if self.saves_bases:
-            state |= self._of_weights("basis")
-        return state | {"projection.step": torch.tensor(self._num_steps)}
+        return super().state_dict() | {"projection.step": torch.tensor(self._num_steps)}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
+        super().load_state_dict(state)
         self._num_steps = int(state["projection.step"])
-
-    def _of_weights(self, *keys: str) -> dict[str, Tensor]:
-        return {f"{each.name}.{key}": getattr(each, key) for each in self._weights for key in keys}
 
 
 def direction_(
@@ -388,32 +335,26 @@ def renew_from_gradients(weights: list[ProjectedWeight]) -> None:
     """
     first = weights[0].parameter
     shards, replicas = shard_group(first), replica_group(first)
-    num_ranks = 1 if shards is None else shards.size()
+    rank, num_ranks = (0, 1) if shards is None else (shards.rank(), shards.size())
     replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
     for start in range(0, len(weights), num_ranks * num_replicas):
         shared = weights[start : start + num_ranks * num_replicas]
-        _renew_of_replica(shared[replica * num_ranks : (replica + 1) * num_ranks], shards)
+        of_replica = shared[replica * num_ranks : (replica + 1) * num_ranks]
+        bases = []
+        for owner, weight in enumerate(of_replica):
+            assert weight.parameter.grad is not None
+            grad = full_tensor(weight.parameter.grad)
+            bases.append(grad if owner == rank else grad.new_empty(weight.basis.shape))
+        if rank < len(of_replica):
+            num_vectors = of_replica[rank].basis.shape[1]
+            bases[rank] = leading_singular_vectors(bases[rank], num_vectors).contiguous()
+        for owner, (weight, basis) in enumerate(zip(of_replica, bases, strict=True)):
+            if shards is not None:
+                dist.broadcast(basis, group=shards, group_src=owner)
+            copy_from_full_(weight.basis, basis)
         for index, weight in enumerate(shared):
             if replicas is not None and local(weight.basis).numel():
-                source = index // num_ranks
-                dist.broadcast(local(weight.basis), group=replicas, group_src=source)
-
-
-def _renew_of_replica(weights: list[ProjectedWeight], group: dist.ProcessGroup | None) -> None:
-    """Sets the bases of at most one weight for each rank of `group`."""
-    rank = 0 if group is None else group.rank()
-    bases = []
-    for owner, weight in enumerate(weights):
-        assert weight.parameter.grad is not None
-        grad = full_tensor(weight.parameter.grad)
-        bases.append(grad if owner == rank else grad.new_empty(weight.basis.shape))
-    if rank < len(weights):
-        num_vectors = weights[rank].basis.shape[1]
-        bases[rank] = leading_singular_vectors(bases[rank], num_vectors).contiguous()
-    for owner, (weight, basis) in enumerate(zip(weights, bases, strict=True)):
-        if group is not None:
-            dist.broadcast(basis, group=group, group_src=owner)
-        copy_from_full_(weight.basis, basis)
+                dist.broadcast(local(weight.basis), group=replicas, group_src=index // num_ranks)
 
 
 def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
@@ -439,7 +380,7 @@ def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
     return (vectors * largest.sign()).to(grad.dtype)
 
 
-class GaloreOptimizer(ProjectedOptimizer[GaloreConfig]):
+class GaloreOptimizer(ProjectedOptimizer):
     """W <- decay W - step_size scale (N Q^T) (arXiv 2403.03507, Alg. 2).
 
     Weights projected on the left take two collectives a step together: a reduce-scatter of R, and
@@ -447,26 +388,33 @@ class GaloreOptimizer(ProjectedOptimizer[GaloreConfig]):
     """
 
     def update(self, step_size: float, decay: float) -> None:
-        alpha = -step_size * self._config.scale
-        sums = self.sums_on_left()
-        parts = [self.direction(*pair) for pair in zip(self._left, sums, strict=True)]
-        on_left = iter(self._rows.gather(parts))
+        alpha = -step_size * self._method.scale
+        parts = map(self.direction, self._left, self.sums_on_left())
+        on_left = iter(self.gather_on_left(list(parts)))
         for weight in self._weights:
             is_right = weight.is_right
             low = self.direction(weight, weight.project()) if is_right else next(on_left)
             weight.add_back_(local(weight.parameter), low, alpha, decay)
 
 
-class LimitedOptimizer(ProjectedOptimizer[LimitedT]):
+class LimitedOptimizer(ProjectedOptimizer):
     """Keeps the norm of each weight's update below `max_norm_growth` times its limited value in the
-    step before (Fira, arXiv 2410.01623, which APOLLO uses as well). The first step is not
-    limited."""
+    step before (Fira, arXiv 2410.01623, which APOLLO uses as well). The first step is not limited.
+
+    Adds `projection.update_norms` to the state, [weights]: the last updates' norms, initially inf.
+    """
+
+    measure: ClassVar[Callable[..., Any]]
+    """What is compiled to one graph: all that an update's norm needs."""
+    _method: LimitedConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._measure = self._compile(type(self).measure)
         like = local(self._weights[0].parameter).detach()
         self._norms = like.new_full((len(self._weights),), torch.inf)
         self._num_limited = torch.zeros((), device=like.device)
+        self.state["projection.update_norms"] = self._norms
 
     def divisors(self, norms: Tensor) -> Tensor:
         """Returns the divisor of each update, [weights], and stores the limited norms.
@@ -474,7 +422,7 @@ class LimitedOptimizer(ProjectedOptimizer[LimitedT]):
         Args:
             norms: [weights], of the updates, before they are limited.
         """
-        most = self._config.max_norm_growth
+        most = self._method.max_norm_growth
         divisors = (norms / (self._norms + TINY_NORM)).clamp(min=most) / most
         self._norms.copy_(norms / divisors)
         self._num_limited = (divisors > 1).sum()
@@ -485,73 +433,8 @@ class LimitedOptimizer(ProjectedOptimizer[LimitedT]):
         share = float(self._num_limited) / len(self._norms)
         return super().metrics() | {"projection/limited_share": share}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Adds `projection.update_norms`, [weights]: the last updates' norms, initially inf."""
-        return super().state_dict() | {"projection.update_norms": self._norms}
 
-
-class FiraOptimizer(LimitedOptimizer[FiraConfig]):
-    """W <- decay W - step_size (scale N Q^T + S / limiter), S = phi (G - scale R Q^T).
-
-    (arXiv 2410.01623.) phi = ||N|| / ||R|| of each row of R where the projection is on the right,
-    of each column where it is on the left. The paper subtracts R Q^T. The authors' package
-    subtracts scale R Q^T, and the published runs have scale 0.25, so we follow the package. The
-    package decays weights after the update.
-
-    On several ranks, a step has three collectives: a reduce-scatter of R and an all-gather of R and
-    N, for weights projected on the left, and a sum of squares for all weights.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._pairs = PackedRows([weight.exp_avg for weight in self._left] * 2)
-        self._measure: Callable[..., tuple[Tensor, Tensor]] = self._compile(factors_and_square)
-
-    def update(self, step_size: float, decay: float) -> None:
-        projections = list(self._projections())
-        measured = [
-            self._factors_and_square(weight, *projected)
-            for weight, projected in zip(self._weights, projections, strict=True)
-        ]
-        squares = sum_packed([square for _, square in measured], self._group)
-        divisors = self.divisors(torch.stack(squares).sqrt()).unbind()
-        for weight, (low, direction), (phi, _), divisor in zip(
-            self._weights, projections, measured, divisors, strict=True
-        ):
-            # scaling (G - scale R Q^T) + scale N Q^T is scaling G + scale (N - scaling R) Q^T.
-            parameter, scaling = local(weight.parameter), phi / divisor
-            if decay != 1:
-                parameter.mul_(decay)
-            parameter.addcmul_(weight.grad, scaling, value=-step_size)
-            rest = torch.addcmul(direction, low, scaling, value=-1)
-            weight.add_back_(parameter, rest, -step_size * self._config.scale)
-
-    def _projections(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Updates the moments; yields R and N of each weight: local rows [out/ranks, rank] on the
-        right, all of [rank, in] on the left."""
-        sums = self.sums_on_left()
-        parts = [self.direction(*pair) for pair in zip(self._left, sums, strict=True)]
-        gathered = self._pairs.gather([*sums, *parts])
-        on_left = zip(gathered[: len(sums)], gathered[len(sums) :], strict=True)
-        for weight in self._weights:
-            if weight.is_right:
-                low = weight.project()
-                yield low, self.direction(weight, low)
-            else:
-                yield next(on_left)
-
-    def _factors_and_square(
-        self, weight: ProjectedWeight, low: Tensor, direction: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns phi, [out/ranks, 1] or [1, in], and this rank's summand of ||S||^2, 0-dim."""
-        left, right = (low, weight.basis.t()) if weight.is_right else (local(weight.basis), low)
-        residual = torch.addmm(weight.grad, left, right, alpha=-self._config.scale)
-        # Empty shards are not worth compiling.
-        measure = self._measure if residual.numel() else factors_and_square
-        return measure(residual, low, direction, dim=1 if weight.is_right else 0)
-
-
-def factors_and_square(
+def scale_residual(
     residual: Tensor, low: Tensor, direction: Tensor, *, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Returns phi = ||N|| / ||R|| along `dim`, which is kept, and the sum of squares of phi times
@@ -565,7 +448,66 @@ def factors_and_square(
     return factors, (residual * factors).square().sum()
 
 
-class ApolloOptimizer(LimitedOptimizer[ApolloConfig]):
+class FiraOptimizer(LimitedOptimizer):
+    """W <- decay W - step_size (scale N Q^T + S / limiter), S = phi (G - scale R Q^T).
+
+    (arXiv 2410.01623.) phi = ||N|| / ||R|| of each row of R where the projection is on the right,
+    of each column where it is on the left. The paper subtracts R Q^T. The authors' package
+    subtracts scale R Q^T, and the published runs have scale 0.25, so we follow the package. The
+    package decays weights after the update.
+
+    On several ranks, a step has three collectives: a reduce-scatter of R and an all-gather of R and
+    N, for weights projected on the left, and a sum of squares for all weights.
+    """
+
+    measure = staticmethod(scale_residual)
+
+    def update(self, step_size: float, decay: float) -> None:
+        scale = self._method.scale
+        sums = self.sums_on_left()
+        gathered = self.gather_on_left([*sums, *map(self.direction, self._left, sums)])
+        on_left = iter(zip(gathered[: len(sums)], gathered[len(sums) :], strict=True))
+        projections, factors, squares = [], [], []
+        for weight in self._weights:
+            if weight.is_right:
+                low = weight.project()
+                direction = self.direction(weight, low)
+            else:
+                low, direction = next(on_left)
+            residual = weight.grad.clone()
+            weight.add_back_(residual, low, -scale)
+            factor, square = self._measure(
+                residual, low, direction, dim=1 if weight.is_right else 0
+            )
+            projections.append((low, direction))
+            factors.append(factor)
+            squares.append(square)
+        divisors = self.divisors(torch.stack(sum_packed(squares, self._group)).sqrt())
+        for weight, (low, direction), factor, divisor in zip(
+            self._weights, projections, factors, divisors.unbind(), strict=True
+        ):
+            # scaling (G - scale R Q^T) + scale N Q^T is scaling G + scale (N - scaling R) Q^T.
+            parameter, scaling = local(weight.parameter), factor / divisor
+            if decay != 1:
+                parameter.mul_(decay)
+            parameter.addcmul_(weight.grad, scaling, value=-step_size)
+            rest = torch.addcmul(direction, low, scaling, value=-1)
+            weight.add_back_(parameter, rest, -step_size * scale)
+
+
+def sums_of_squares(*matrices: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Returns [matrices, what is left of the shape], over `dims`."""
+    return torch.stack([matrix.square().sum(dims).reshape(-1) for matrix in matrices])
+
+
+def factors_and_square(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns s, [channels], and ||s G||^2, 0-dim, from the sums of squares of N, R and G."""
+    direction, low, grad = squares
+    factors = direction.sqrt() / (low.sqrt() + TINY_NORM)
+    return factors, (factors.square() * grad).sum()
+
+
+class ApolloOptimizer(LimitedOptimizer):
     """W <- decay W - step_size scale (s G) / limiter (arXiv 2412.05270, Alg. 1).
 
     s = ||N|| / ||R|| over each channel or the tensor, with a random Q. The step size with its bias
@@ -577,15 +519,13 @@ class ApolloOptimizer(LimitedOptimizer[ApolloConfig]):
     a step.
     """
 
-    saves_bases = False
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._measure: Callable[..., Tensor] = self._compile(sums_of_squares)
+    saved = ("exp_avg", "exp_avg_sq")
+    measure = staticmethod(sums_of_squares)
+    _method: ApolloConfig
 
     def renew_bases(self) -> None:
         """Draws each basis, normal with variance 1 / rank."""
-        number = self._num_steps // self._config.update_interval
+        number = self._num_steps // self._method.update_interval
         for weight in self._weights:
             generator = generator_for(self._seed, f"{weight.name}.basis.{number}")
             values = torch.randn(weight.basis.shape, generator=generator)
@@ -597,112 +537,66 @@ class ApolloOptimizer(LimitedOptimizer[ApolloConfig]):
         self.renew_bases()
 
     def update(self, step_size: float, decay: float) -> None:
-        factors, squares = zip(*self._factors_and_squares(), strict=True)
-        divisors = self.divisors(torch.stack(squares).sqrt())
-        for weight, factor, divisor in zip(self._weights, factors, divisors.unbind(), strict=True):
-            scaling = factor.unsqueeze(1 if weight.is_right else 0)
-            coefficients = scaling * (step_size * self._config.scale) / divisor
+        by_channel = self._method.scaling == "channel"
+        on_left = iter(self.sums_on_left())
+        factors: dict[str, Tensor] = {}
+        squares = []
+        for weight in self._weights:
+            low = weight.project() if weight.is_right else next(on_left)
+            dims = (0, 1) if not by_channel else (1,) if weight.is_right else (0,)
+            own = self._measure(self.direction(weight, low), low, weight.grad, dims=dims)
+            # A channel projected on the right is on one rank: only ||s G||^2 is summed over ranks.
+            if by_channel and weight.is_right:
+                factors[weight.name], own = factors_and_square(own)
+            squares.append(own)
+        totals = []
+        for weight, total in zip(self._weights, sum_packed(squares, self._group), strict=True):
+            if weight.name not in factors:
+                factors[weight.name], total = factors_and_square(total)
+            totals.append(total)
+        divisors = self.divisors(torch.stack(totals).sqrt())
+        for weight, divisor in zip(self._weights, divisors.unbind(), strict=True):
+            factor = factors[weight.name].unsqueeze(1 if weight.is_right else 0)
             parameter = local(weight.parameter)
             if decay != 1:
                 parameter.mul_(decay)
+            coefficients = factor * (step_size * self._method.scale) / divisor
             parameter.addcmul_(weight.grad, coefficients, value=-1)
 
-    def _factors_and_squares(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns per weight the local s, [channels] or [1], and the global ||s G||^2, 0-dim."""
-        sums = iter(self.sums_on_left())
-        squares = [
-            self._squares(weight, weight.project() if weight.is_right else next(sums))
-            for weight in self._weights
-        ]
-        # A channel projected on the right is on one rank: only squares are summed over ranks.
-        by_channel = self._config.scaling == "channel"
-        own = {
-            index: _factors(squares[index])
-            for index, weight in enumerate(self._weights)
-            if weight.is_right and by_channel
-        }
-        summed = sum_packed(
-            [own[index][1] if index in own else each for index, each in enumerate(squares)],
-            self._group,
-        )
-        return [
-            (own[index][0], total) if index in own else _factors(total)
-            for index, total in enumerate(summed)
-        ]
 
-    def _squares(self, weight: ProjectedWeight, low: Tensor) -> Tensor:
-        """Updates the moments; returns sums of squares of N, R and G, [3, channels] or [3, 1]."""
-        dims = (0, 1) if self._config.scaling == "tensor" else (1,) if weight.is_right else (0,)
-        matrices = self.direction(weight, low), low, weight.grad
-        # Empty shards are not worth compiling.
-        is_empty = any(matrix.numel() == 0 for matrix in matrices)
-        return (sums_of_squares if is_empty else self._measure)(*matrices, dims=dims)
-
-
-def sums_of_squares(*matrices: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Returns [matrices, what is left of the shape], over `dims`."""
-    return torch.stack([matrix.square().sum(dims).reshape(-1) for matrix in matrices])
-
-
-def _factors(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns s, [channels], and ||s G||^2, 0-dim, from the sums of squares of N, R and G."""
-    direction, low, grad = squares
-    factors = direction.sqrt() / (low.sqrt() + TINY_NORM)
-    return factors, (factors.square() * grad).sum()
-
-
-class ProjectedMethod(Method[ConfigT]):
+class ProjectedMethod(Method[ProjectedConfig]):
     """Trains all weights; the optimizer state of the targeted ones is low-rank."""
 
-    @abstractmethod
-    def optimizer_class(self) -> type[ProjectedOptimizer[ConfigT]]:
-        """Returns the optimizer of the targeted weights."""
+    optimizer: ClassVar[type[ProjectedOptimizer]]
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         adamw = require_adamw(config)
-        targeted = targeted_weights(model, self.config.targets)
-        weights = [
-            build_projected_weight(name, parameter, self.config.rank)
-            for name, parameter in targeted.items()
-        ]
+        names = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in self.config.targets
+        }
+        targeted = {name: p for name, p in model.named_parameters() if name in names}
         others = [p for p in trained_parameters(model, targeted) if p.is_other]
-        dense = AdamW(adamw, others)
-        build = self.optimizer_class()
-        return build(self.config, adamw, weights, dense, self.seed, compile_step)
+        projected = self.optimizer(self.config, adamw, targeted, self.seed, compile_step)
+        return SplitOptimizer([projected, AdamW(adamw, others)])
 
 
-class Galore(ProjectedMethod[GaloreConfig]):
+class Galore(ProjectedMethod):
     """Adam in the subspace of each gradient's leading singular vectors."""
 
-    def optimizer_class(self) -> type[GaloreOptimizer]:
-        return GaloreOptimizer
+    optimizer = GaloreOptimizer
 
 
-class Fira(ProjectedMethod[FiraConfig]):
+class Fira(ProjectedMethod):
     """GaLore plus the residual of each gradient, scaled as Adam scales the projection."""
 
-    def optimizer_class(self) -> type[FiraOptimizer]:
-        return FiraOptimizer
+    optimizer = FiraOptimizer
 
 
-class Apollo(ProjectedMethod[ApolloConfig]):
+class Apollo(ProjectedMethod):
     """The gradient, scaled as by Adam in a random subspace."""
 
-    def optimizer_class(self) -> type[ApolloOptimizer]:
-        return ApolloOptimizer
-
-
-def targeted_weights(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Returns the weights of the linear layers in `targets`, by qualified parameter name.
-
-    Raises:
-        ConfigError: if a target names no linear layer of the model.
-    """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = tuple(targets)
-    if problems := check_targets(targets, linears):
-        raise ConfigError(problems[0])
-    wanted = {f"{name}.weight" for name in linears if name.rpartition(".")[2] in targets}
-    return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
+    optimizer = ApolloOptimizer
