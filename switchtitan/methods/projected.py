@@ -184,44 +184,6 @@ def build_projected_weight(name: str, parameter: nn.Parameter, rank: int) -> Pro
     return ProjectedWeight(name, parameter, basis, sharded_zeros(*shape), sharded_zeros(*shape))
 
 
-def sum_and_scatter(partials: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Returns this rank's rows of each matrix, summed over the ranks of `group`, in one collective.
-
-    With `gather_rows`, ranks send as much as in one all-reduce, while the moments of the rows are
-    sharded. Without a group, returns `partials`.
-
-    Args:
-        partials: [rows, width] each, all with the same number of rows: this rank's summand.
-    """
-    if group is None or not partials:
-        return partials
-    num_rows, num_ranks = partials[0].shape[0], group.size()
-    chunk = rows_per_rank(num_rows, num_ranks)
-    with region("reduce"):
-        packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - num_rows))
-        own = packed.new_empty(chunk, packed.shape[1])
-        dist.reduce_scatter_single(own, packed, group=group)
-    num_held = min(chunk, max(0, num_rows - group.rank() * chunk))
-    return list(own[:num_held].split([partial.shape[1] for partial in partials], dim=1))
-
-
-def gather_rows(
-    parts: list[Tensor], num_rows: int, group: dist.ProcessGroup | None
-) -> list[Tensor]:
-    """Returns each matrix [num_rows, width] on every rank of `group`, in one collective.
-
-    Args:
-        parts: this rank's rows of each.
-    """
-    if group is None or not parts:
-        return parts
-    chunk = rows_per_rank(num_rows, group.size())
-    own = F.pad(torch.cat(parts, dim=1), (0, 0, 0, chunk - parts[0].shape[0]))
-    full = own.new_empty(group.size() * chunk, own.shape[1])
-    dist.all_gather_single(full, own, group=group)
-    return list(full[:num_rows].split([part.shape[1] for part in parts], dim=1))
-
-
 class ProjectedOptimizer(GroupedOptimizer):
     """Updates the targeted weights.
 
@@ -287,13 +249,32 @@ class ProjectedOptimizer(GroupedOptimizer):
         self.update(step_size, decay=1 - lr * self._adam.weight_decay)
 
     def sums_on_left(self) -> list[Tensor]:
-        """Returns this rank's rows of R, summed over ranks, for each weight projected on the left;
-        collective."""
-        return sum_and_scatter([weight.project() for weight in self._left], self._group)
+        """Returns this rank's rows of R, summed over ranks, for each weight projected on the left.
+
+        One reduce-scatter of all [rank, in] next to each other. With `gather_on_left`, ranks send
+        as much as in one all-reduce, while the moments of the rows are sharded.
+        """
+        partials = [weight.project() for weight in self._left]
+        if self._group is None or not partials:
+            return partials
+        rank, num_ranks = self._method.rank, self._group.size()
+        chunk = rows_per_rank(rank, num_ranks)
+        with region("reduce"):
+            packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - rank))
+            own = packed.new_empty(chunk, packed.shape[1])
+            dist.reduce_scatter_single(own, packed, group=self._group)
+        num_held = local(self._left[0].exp_avg).shape[0]
+        return list(own[:num_held].split([partial.shape[1] for partial in partials], dim=1))
 
     def gather_on_left(self, parts: list[Tensor]) -> list[Tensor]:
-        """Returns all rows of matrices like R, given this rank's rows; collective."""
-        return gather_rows(parts, self._method.rank, self._group)
+        """Returns all rows of matrices like R, [rank, in], given this rank's; one all-gather."""
+        if self._group is None or not parts:
+            return parts
+        chunk = rows_per_rank(self._method.rank, self._group.size())
+        own = F.pad(torch.cat(parts, dim=1), (0, 0, 0, chunk - parts[0].shape[0]))
+        full = own.new_empty(self._group.size() * chunk, own.shape[1])
+        dist.all_gather_single(full, own, group=self._group)
+        return list(full[: self._method.rank].split([part.shape[1] for part in parts], dim=1))
 
     def direction(self, weight: ProjectedWeight, low: Tensor) -> Tensor:
         """Updates the moments from this rank's rows of R; returns those of N."""

@@ -55,12 +55,8 @@ def trained_parameters(
     """
     prefixes = tuple(f"{block}." for block in blocks)
     of_head = set() if head is None else set(head.parameters())
-    of_embeddings = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    of_embeddings = {parameter for module in embeddings for parameter in module.parameters()}
     return [
         TrainedParameter(
             name,

@@ -11,7 +11,6 @@ from support.scale_parameters import HEAD, TRANSPOSED, give_gradients, start, tr
 from support.small_llama import draw_model
 from support.tiny import tiny_config
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from switchtitan.errors import ConfigError
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
@@ -157,21 +156,6 @@ def test_norms_decay_like_all_others_if_the_section_says_so():
         for name, value in parameters(SHAPES).items():
             expected = value * (1 - LR * DECAY) if decays or "norm" not in name else value
             torch.testing.assert_close(named[name], expected, rtol=1e-6, atol=0, msg=name)
-
-
-def test_adafactor_gives_torch_one_parameter_at_a_time():
-    named, seen = parameters(SHAPES), []
-    optimizer = ours(ALL["adafactor"], named)
-
-    def count(inner, args, kwargs):
-        seen.append(sum(len(group["params"]) for group in inner.param_groups))
-
-    hook = register_optimizer_step_pre_hook(count)
-    try:
-        train(optimizer, named, range(2))
-    finally:
-        hook.remove()
-    assert seen == [1] * (2 * len(named))
 
 
 @pytest.mark.parametrize("choice", marked(ALL))
