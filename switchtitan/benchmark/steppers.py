@@ -9,14 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.builders.data import build_batches, open_checked_corpus
-from switchtitan.builders.stepper import build_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.dtype import DtypeKey, agree_on_dtype
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
 from switchtitan.observability import configure_logging
+from switchtitan.training.build import build_batches, build_stepper, open_checked_corpus
 from switchtitan.training.step import Stepper, TrainState
 
 

@@ -149,10 +149,10 @@ def findings_with_torch() -> Iterator[Finding]:
 
     from switchtitan.distributed.dtype import bf16_support
     from switchtitan.distributed.world import unusable_gpu
-    from switchtitan.job.checks import missing_gpu_toolchain, missing_toolchain
+    from switchtitan.job.checks import missing_toolchain
 
     has_gpu = torch.cuda.is_available()
-    lacking = missing_gpu_toolchain() if has_gpu else missing_toolchain()
+    lacking = missing_toolchain("cuda" if has_gpu else "cpu")
     yield compiler(lacking)
     support = bf16_support(torch.device("cuda" if has_gpu else "cpu"))
     if support.is_native:

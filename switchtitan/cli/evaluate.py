@@ -43,19 +43,19 @@ from switchtitan.generation.held_out import (
     held_out_split,
     held_out_text,
 )
-from switchtitan.generation.saved_config import load_for_evaluation, saved_config
 from switchtitan.generation.trained import (
     TrainedModel,
     find_tokenizer,
+    load_for_evaluation,
     open_tokenizer,
     open_trained_model,
+    saved_config,
 )
 from switchtitan.job.config import JobConfig
 from switchtitan.job.sections import EvaluationConfig
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of
-from switchtitan.training.describe import compute_dtype_of
 from switchtitan.training.evaluate import Evaluator
 
 _LOCAL_BATCH_SIZE = 8
@@ -146,11 +146,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, object] | None:
         with torch.device("meta"):
             model = MODELS.build(trained.config)
         held_out, described = open_held_out(options, trained, config, num_tokens, shape, world)
-        saved = None if trained.metadata is None else compute_dtype_of(trained.metadata)
         key = options.dtype
         if key == "auto" and config is not None:
             key = config.training.dtype
-        compute_dtype = dtype_on(world.device, key, saved)
+        compute_dtype = dtype_on(world.device, key, trained.compute_dtype)
         shard_model(model, world.shard_mesh, compute_dtype.dtype, ParallelismConfig())
         materialize(model, world.device, 0, trained.tensors)
         trained.tensors.clear()

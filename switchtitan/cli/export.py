@@ -24,7 +24,7 @@ from switchtitan.errors import (
     exit_for_interrupt,
     interrupt_on_sigterm,
 )
-from switchtitan.generation.trained_corpus import find_corpus, trained_corpus
+from switchtitan.generation.trained import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import MAX_SHARD_BYTES, DenseWeights, export_dense
 from switchtitan.hub.model_card import write_model_card

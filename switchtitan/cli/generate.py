@@ -26,16 +26,15 @@ from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError, UserError, exit_for, exit_for_interrupt
 from switchtitan.generation.decoding import continuations
 from switchtitan.generation.sampling import Sampler, Sampling
-from switchtitan.generation.saved_config import load_for_evaluation
 from switchtitan.generation.text import TextStream, prompt_ids
 from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,
+    load_for_evaluation,
     open_tokenizer,
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.training.describe import compute_dtype_of
 
 
 def main(argv: Sequence[str]) -> None:
@@ -121,8 +120,7 @@ def generate(options: argparse.Namespace) -> dict[str, object]:
 
     device = torch.device(device_type())
     use_full_precision(device.type)
-    saved = None if trained.metadata is None else compute_dtype_of(trained.metadata)
-    compute_dtype = dtype_on(device, options.dtype, saved)
+    compute_dtype = dtype_on(device, options.dtype, trained.compute_dtype)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     steps = continuations(
         trained.load(device, compute_dtype.dtype),

@@ -1,22 +1,30 @@
-"""Opens what a trained model is used for: its architecture, dense weights and tokenizer."""
+"""Opens a trained model: its configuration, architecture, dense weights and tokenizer."""
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
+from switchtitan.config.toml_files import parse_toml
+from switchtitan.config.toml_text import flatten
 from switchtitan.contracts import LanguageModel, ModelConfig
+from switchtitan.data.corpus_files import CorpusIndex, read_index
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
+from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
-from switchtitan.generation.trained_corpus import find_corpus, trained_corpus
+from switchtitan.files import is_plain_name
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.hub.peft_folder import folder_of_model
+from switchtitan.job.checks import evaluation_checks
+from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.models import MODELS
 
 _GENERATION_NAME = "generation_config.json"
@@ -43,6 +51,14 @@ class TrainedModel:
             return self.metadata.identity_number("data", "seq_len")
         given = self.found_config.get("max_position_embeddings")
         return given if isinstance(given, int) and given > 0 else None
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"] | None:
+        """The dtype in which the run computed; None for other weights."""
+        if self.metadata is None:
+            return None
+        saved = self.metadata.train_state.get("compute_dtype")
+        return "float32" if saved == "float32" else "bfloat16"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
         """Returns the plain model, unsharded, for passes without gradients.
@@ -73,14 +89,14 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
         ConfigError: if a `config.json` describes no model that is supported.
     """
     folder = folder_of_model(path) if path.is_dir() else path.parent
-    if config is not None:
-        source, tensors = read_initial_weights(path, config)
-        return TrainedModel(source, config, tensors, None, _read_if_present(folder / CONFIG_NAME))
-    if path.suffix == ".safetensors" or (folder / CONFIG_NAME).is_file():
+    file = folder / CONFIG_NAME
+    if config is None and (path.suffix == ".safetensors" or file.is_file()):
         keys = read_model_folder(folder)
         config = MODELS[str(keys["name"])].config_type.model_validate(keys)
+    if config is not None:
         source, tensors = read_initial_weights(path, config)
-        return TrainedModel(source, config, tensors, None, read_config(folder / CONFIG_NAME))
+        found_config = read_config(file) if file.is_file() else {}
+        return TrainedModel(source, config, tensors, None, found_config)
     try:
         checkpoint = find_given(path)
     except CheckpointFormatError:
@@ -92,6 +108,32 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
     metadata = read_metadata(checkpoint)
     tensors = read_dense_checkpoint(checkpoint)
     return TrainedModel(checkpoint, saved_model_config(checkpoint), tensors, metadata, {})
+
+
+def saved_config(metadata: CheckpointMetadata) -> JobConfig:
+    """Returns the configuration of the run that saved a checkpoint.
+
+    Raises:
+        ConfigError: if this version does not accept it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        file.write_text(metadata.config, encoding="utf-8", errors="replace")
+        return load_for_evaluation(str(file))
+
+
+def load_for_evaluation(file: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """Loads a configuration and checks only what an evaluation needs.
+
+    Its model has kernels that this machine has; see `ModelConfig.on_any_machine`.
+
+    Raises:
+        ConfigError: if it is invalid.
+    """
+    config = parse_arguments(
+        ["--config", file, *overrides], checks=evaluation_checks(device_type())
+    )
+    return config.model_copy(update={"model": config.model.on_any_machine()})
 
 
 def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer:
@@ -140,6 +182,39 @@ def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
     return None if found is None else read_tokenizer(found.parent)
 
 
+def find_corpus(metadata: CheckpointMetadata) -> Path:
+    """Returns the folder of the run's corpus, which need not exist."""
+    config = flatten(parse_toml(metadata.config, "the saved configuration"))
+    cache_dir, name = config.get("data.cache_dir"), str(metadata.identity_value("corpus", "name"))
+    if not isinstance(cache_dir, str) or "\0" in cache_dir or not is_plain_name(name):
+        raise CheckpointError(
+            f"the checkpoint names no folder of a corpus: data.cache_dir = {cache_dir!r}, "
+            f"corpus.name = {name!r}"
+        )
+    return Path(cache_dir) / name
+
+
+def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:
+    """Returns the index of the corpus in `folder`, or None if there is no such folder.
+
+    Raises:
+        CorpusError: if it is damaged, or not the corpus of the run.
+    """
+    if not folder.is_dir():
+        return None
+    index = read_index(folder)
+    corpus = metadata.identity.get("corpus")
+    # Of a mixture, the first source has the tokenizer.
+    is_mixture = isinstance(corpus, dict) and "first_source" in corpus
+    expected = metadata.identity_value("corpus", "first_source" if is_mixture else "fingerprint")
+    if index.fingerprint != expected:
+        raise CorpusError(
+            f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "
+            "move that folder away to do without its tokenizer"
+        )
+    return index
+
+
 def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:
     """Returns the tokens that end a text: those that transformers stops at, or the tokenizer's."""
     for found in (_read_beside(trained, _GENERATION_NAME), trained.found_config):
@@ -182,7 +257,3 @@ def _folders_of(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source.parent]
     return list(dict.fromkeys([source, folder_of_model(source)]))
-
-
-def _read_if_present(file: Path) -> dict[str, Any]:
-    return read_config(file) if file.is_file() else {}

@@ -1,10 +1,10 @@
 """Checks between sections. Each one receives valid sections and returns error messages."""
 
-import importlib.util
 import os
 import shutil
 import sysconfig
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,15 +24,10 @@ from switchtitan.distributed.dtype import (
 )
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.job.output_checks import (
-    check_communication,
-    check_memory_snapshot,
-    check_profiler,
-    check_trackers,
-)
 from switchtitan.job.sections import EvaluationConfig, TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import linear_shapes
+from switchtitan.observability import COUNTED_STEP, MetricsConfig, ProfilerConfig
 
 
 def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
@@ -151,7 +146,7 @@ def check_compiler(compile: CompileConfig, device: str) -> list[str]:
     chosen = [key for key, is_on in compile if is_on]
     if not chosen:
         return []
-    missing = missing_toolchain() if device == "cpu" else missing_gpu_toolchain()
+    missing = missing_toolchain(device)
     if missing is None:
         return []
     options = " ".join(f"--compile.{key} false" for key in chosen)
@@ -185,7 +180,7 @@ def check_optimizer(
             f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
             f"{', '.join(sorted(able))}"
         )
-    if optimizer.package is not None and importlib.util.find_spec(optimizer.package) is None:
+    if optimizer.package is not None and not _is_installed(optimizer.package):
         problems.append(
             f"{name}: needs the package {optimizer.package}; run pip install "
             f"'switchtitan[{optimizer.package}]', or choose another optimizer"
@@ -210,22 +205,20 @@ def check_frozen_weights(
     method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
 ) -> list[VoidKey]:
     """Keys for frozen weights need a method that freezes weights."""
-    if method.freezes_weights:
-        return []
-    ineffective: list[tuple[str, str, str]] = []
-    if parallelism.frozen_weights != "shard":
-        ineffective.append(("parallelism", "frozen_weights", parallelism.frozen_weights))
-    if training.frozen_dtype != "float32":
-        ineffective.append(("training", "frozen_dtype", training.frozen_dtype))
+    keys = {
+        ("parallelism", "frozen_weights"): (parallelism.frozen_weights, "shard"),
+        ("training", "frozen_dtype"): (training.frozen_dtype, "float32"),
+    }
     return [
         VoidKey(
-            f"{section}.{key}",
+            ".".join(key),
             ("method.name",),
-            f"{toml_place((section, key), value)} has no effect: "
+            f"{toml_place(key, value)} has no effect: "
             f"{toml_place(('method', 'name'), method.name)} trains all weights; "
             "remove it, or choose a method that freezes weights",
         )
-        for section, key, value in ineffective
+        for key, (value, default) in keys.items()
+        if value != default and not method.freezes_weights
     ]
 
 
@@ -259,33 +252,98 @@ def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
     ]
 
 
-def missing_toolchain() -> str | None:
-    """Return what is missing to build Inductor's C++ code, and what to install; None if nothing."""
-    # Inductor calls this compiler.
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        return "on a CPU it needs a C++ compiler; install g++"
-    if not _has_python_header():
-        return "on a CPU it needs Python's header files; install python3-dev"
+def check_communication(
+    metrics: MetricsConfig, training: TrainingConfig, num_ranks: int
+) -> list[str | VoidKey]:
+    """Counting communication needs several ranks, and the step that is counted."""
+    if not metrics.communication:
+        return []
+    key = "[metrics] communication = true has no effect"
+    if num_ranks == 1:
+        return [f"{key}: one rank sends nothing; remove it, or start several ranks"]
+    if training.steps < COUNTED_STEP:
+        problem = (
+            f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = "
+            f"{training.steps}; remove it, or train longer"
+        )
+        return [VoidKey("metrics.communication", ("training.steps",), problem)]
+    return []
+
+
+def check_trackers(metrics: MetricsConfig) -> list[str]:
+    """A tracker needs its package."""
+    return [
+        f"[metrics] trackers: {tracker} needs the package {tracker}; run pip install "
+        f"'switchtitan[{tracker}]', or remove it from trackers"
+        for tracker in metrics.trackers
+        if not _is_installed(tracker)
+    ]
+
+
+def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str | VoidKey]:
+    """The ranks to trace must exist, and what to trace needs a trace."""
+    writes_snapshot = profiler.memory_snapshot_step is not None
+    unused = []
+    if profiler.memory and not profiler.enabled:
+        unused.append("memory")
+    if profiler.ranks != (0,) and not (profiler.enabled or writes_snapshot):
+        unused.append("ranks")
+    if unused:
+        needed = ("profiler.enabled", "profiler.memory_snapshot_step")
+        problem = "[profiler] {} has no effect without enabled = true; remove it, or set enabled"
+        return [VoidKey(f"profiler.{key}", needed, problem.format(key)) for key in unused]
+    if profiler.ranks == "all":
+        return []
+    if not profiler.ranks:
+        return ["[profiler] ranks = []: traces nothing; name a rank, or set enabled = false"]
+    return [
+        f"[profiler] ranks: there is no rank {rank}; expected ranks from 0 to {num_ranks - 1}"
+        for rank in profiler.ranks
+        if rank >= num_ranks
+    ]
+
+
+def check_memory_snapshot(
+    profiler: ProfilerConfig, training: TrainingConfig, device: str
+) -> list[str | VoidKey]:
+    """A snapshot of GPU memory needs a GPU, and a step of the run."""
+    step = profiler.memory_snapshot_step
+    if step is None:
+        return []
+    key = f"[profiler] memory_snapshot_step = {step} has no effect"
+    if device != "cuda":
+        return [f"{key} without a GPU: only torch's GPU memory has a history; remove it"]
+    if step > training.steps:
+        problem = f"{key}: [training] steps = {training.steps}; lower it, or remove it"
+        return [VoidKey("profiler.memory_snapshot_step", ("training.steps",), problem)]
+    return []
+
+
+def missing_toolchain(device: str) -> str | None:
+    """Return what is missing to compile for a device of this type, and what to install.
+
+    Inductor builds C++ for a CPU, and Triton builds launchers in C for a GPU. None: nothing is
+    missing.
+    """
+    if device == "cpu":
+        needs, wanted = "on a CPU it needs", "a C++ compiler; install g++"
+        compilers = [os.environ.get("CXX", "g++")]
+    else:
+        needs, wanted = "on a GPU it needs", "a C compiler; install gcc"
+        given = os.environ.get("CC")
+        compilers = [given] if given else ["gcc", "clang"]  # as in triton/runtime/build.py
+    if not any(map(shutil.which, compilers)):
+        return f"{needs} {wanted}"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"{needs} Python's header files; install python3-dev"
     folder = Path(torch.__file__).parent
     # Inductor does not quote paths on the linker's command line.
-    if " " in str(folder):
-        return (
-            f"on a CPU the linker needs torch in a path without spaces, not {folder}; "
-            "use another environment"
-        )
+    if device == "cpu" and " " in str(folder):
+        return f"{needs} torch in a path without spaces, not {folder}; use another environment"
     return None
 
 
-def missing_gpu_toolchain() -> str | None:
-    """Return what is missing to build Triton's launchers, and what to install; None if nothing."""
-    # As in triton/runtime/build.py.
-    given = os.environ.get("CC")
-    if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
-        return "on a GPU it needs a C compiler; install gcc"
-    if not _has_python_header():
-        return "on a GPU it needs Python's header files; install python3-dev"
-    return None
-
-
-def _has_python_header() -> bool:
-    return Path(sysconfig.get_path("include"), "Python.h").exists()
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    # A folder of this name in the working directory has no origin: wandb writes one.
+    return spec is not None and spec.origin is not None

@@ -3,14 +3,15 @@
 import logging
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
+from switchtitan.distributed.world import World
 from switchtitan.files import make_folder, write_atomically
 from switchtitan.hub.huggingface import read_safetensors
 from switchtitan.observability.metrics import Reporter
@@ -25,53 +26,67 @@ _FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 
 class RankTelemetry:
-    """Measures singular values of W + s B A - W_init, or W - W_init.
+    """A `training.hooks.Hook` that measures singular values of W + s B A - W_init, or W - W_init.
 
     Args:
+        model: the model in training.
         dense_weights: `Method.dense_weights` of the run's method.
         origin: the weights at step 0.
         folder: the folder for measurements.
+        interval: optimizer steps between two measurements; the last step is also measured.
+        num_steps: optimizer steps of the run.
         start_step: the step that the run resumes from.
-        device: the device on which the main rank computes.
-        broadcast: sends the main rank's value to all ranks, without a timeout.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         *,
         dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         origin: Origin,
         folder: Path,
+        reporter: Reporter,
+        world: World,
+        interval: int,
+        num_steps: int,
         start_step: int,
-        device: torch.device,
-        is_main: bool,
-        broadcast: Callable[[dict[str, float]], dict[str, float]],
     ) -> None:
+        self._model = model
         self._dense_weights = dense_weights
         self._origin = origin
         self._folder = folder
+        self._reporter = reporter
+        self._world = world
+        self._interval = interval
+        self._num_steps = num_steps
         self._last_step = start_step
-        self._device = device
-        self._is_main = is_main
-        self._broadcast = broadcast
 
-    def __call__(self, model: nn.Module, step: int, reporter: Reporter) -> None:
+    def around(self, step: int) -> AbstractContextManager[None]:
+        """See `training.hooks.Hook`."""
+        return nullcontext()
+
+    def is_due(self, step: int) -> bool:
+        """See `training.hooks.Hook`."""
+        return step == self._num_steps or step % self._interval == 0
+
+    def after(self, step: int) -> None:
         """Measures, writes and reports the change at this step. Collective.
 
         Raises:
             CheckpointError: on the main rank, if the run's initial weights are no longer available.
         """
-        tensors = gather_on_main(model.named_parameters(), self._is_main)
-        spectra = self._measure(tensors, step) if self._is_main else {}
+        is_main = self._world.is_main
+        tensors = gather_on_main(self._model.named_parameters(), is_main)
+        spectra = self._measure(tensors, step) if is_main else {}
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
-        values = self._broadcast(_rank_metrics(spectra) if self._is_main else {})
-        reporter.report(step, values)
+        values = self._world.broadcast(_rank_metrics(spectra) if is_main else {})
+        self._reporter.report(step, values)
         by_kind = normalized_by_kind(spectra)
-        reporter.report_histograms(
+        self._reporter.report_histograms(
             step, {f"rank/spectrum/{kind}": by_kind[kind] for kind in by_kind}
         )
-        if self._is_main:
+        if is_main:
             logger.info(
                 "step %d: mean effective rank of the change %.1f of %d",
                 step,
@@ -79,11 +94,15 @@ class RankTelemetry:
                 max(map(len, spectra.values())),
             )
 
+    def results(self) -> dict[str, float | None]:
+        """See `training.hooks.Hook`."""
+        return {}
+
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:
         dense, layers = self._dense_weights(tensors), self._origin.linear_layers()
         changes = self._origin.changes(dense, layers)
-        spectra = {name: singular_values(change.to(self._device)) for name, change in changes}
+        spectra = {name: singular_values(change.to(self._world.device)) for name, change in changes}
         try:
             # Those in between are left by a stopped run that resumed from an earlier checkpoint.
             drop_spectra_after(self._folder, self._last_step)

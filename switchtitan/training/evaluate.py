@@ -1,28 +1,22 @@
-"""Loss over held-out batches. Changes no weight."""
+"""Loss over held-out batches, and continuations of prompts. Changes no weight."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
+from switchtitan.contracts import IGNORED_TARGET, Batch, LanguageModel, SummedLoss
+from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
+from switchtitan.errors import ConfigError
+from switchtitan.training.stop import Stopped
 
-# Imported where they are built: most runs have no prompts, and a text is counted at the end.
+# What `Prompts` uses is imported there: most runs have none.
 if TYPE_CHECKING:
     from switchtitan.data.text import TextSize
-    from switchtitan.training.prompts import Prompts
-
-
-class EvaluationStopped(Exception):  # noqa: N818
-    """A signal stopped the run during an evaluation."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
 
 
 class Evaluator:
@@ -46,9 +40,14 @@ class Evaluator:
         self._world = world
         self._read_size = read_size
 
-    def bits_per_byte(self, loss: float) -> float | None:
-        """Returns a loss of this evaluator in bits per byte; None if that is not known."""
-        return None if self._read_size is None else self._read_size().bits_per_byte(loss)
+    def bits_per_byte(self, loss: float | None) -> float | None:
+        """Returns a loss of this evaluator in bits per byte; None if that is not known.
+
+        Reads the text, which takes seconds for many tokens.
+        """
+        if loss is None or self._read_size is None:
+            return None
+        return self._read_size().bits_per_byte(loss)
 
     @torch.no_grad()
     def __call__(
@@ -60,7 +59,7 @@ class Evaluator:
             stop_is_due: returns a signal to stop between two batches; see `Stop.is_due`.
 
         Raises:
-            EvaluationStopped: if it does; the model is as before.
+            Stopped: if it does; the model is as before.
         """
         device = self._world.device
         # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
@@ -76,7 +75,7 @@ class Evaluator:
                 totals[0] += model(tokens, document_ids, summed_loss)
                 totals[1] += (targets != IGNORED_TARGET).sum()
                 if (number := stop_is_due()) is not None:
-                    raise EvaluationStopped(number)
+                    raise Stopped(number)
         finally:
             model.train(was_training)
             free_gathered_weights(model)
@@ -84,27 +83,80 @@ class Evaluator:
         return loss_sum / num_targets
 
 
+class Prompts:
+    """Texts that the model in training continues with the most probable tokens.
+
+    Args:
+        documents: the tokenizer of the model's corpus.
+        num_tokens: of each continuation, at most.
+        seq_len: of training, which prompt and continuation must not exceed.
+        device: where the model computes.
+
+    Raises:
+        ConfigError: if a prompt is too long.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        documents: DocumentTokenizer,
+        *,
+        num_tokens: int,
+        seq_len: int,
+        device: torch.device,
+    ) -> None:
+        from switchtitan.generation.text import prompt_ids
+
+        self._prompts = prompts
+        self._documents = documents
+        self._num_tokens = num_tokens
+        self._device = device
+        # An empty prompt begins a document.
+        self._tokens = [
+            prompt_ids(documents.tokenizer, prompt) or [documents.eos_id] for prompt in prompts
+        ]
+        for index, tokens in enumerate(self._tokens):
+            if len(tokens) + num_tokens > seq_len:
+                raise ConfigError(
+                    f"[evaluation] prompts[{index}]: its {len(tokens)} tokens and prompt_tokens = "
+                    f"{num_tokens} exceed [data] seq_len = {seq_len}; shorten it, or lower "
+                    "prompt_tokens"
+                )
+
+    def __call__(self, model: LanguageModel) -> list[tuple[str, str]]:
+        """Returns pairs of a prompt and its continuation, up to the end of its document.
+
+        All ranks must call; they gather a sharded model's weights once for each token, and compute
+        the same. Draws no random numbers.
+        """
+        from switchtitan.generation.decoding import continuations
+        from switchtitan.generation.sampling import Sampler, Sampling
+
+        greedy = Sampler(Sampling(temperature=0))
+        # Never ends early: the ranks' passes must be equally many, whatever they compute.
+        steps = list(continuations(model, self._tokens, greedy, self._num_tokens, self._device))
+        return [
+            (prompt, self._text(tokens, [step[index] for step in steps]))
+            for index, (prompt, tokens) in enumerate(zip(self._prompts, self._tokens, strict=True))
+        ]
+
+    def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        from switchtitan.generation.text import TextStream
+
+        stream = TextStream(self._documents.tokenizer, prompt)
+        pieces = []
+        for token in new:
+            if token == self._documents.eos_id:
+                break
+            pieces.append(stream.add(token))
+        return "".join(pieces) + stream.rest()
+
+
 class Evaluators(NamedTuple):
-    """The evaluators by split."""
+    """What evaluates the model of a run."""
 
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
-    prompts: "Prompts | None" = None
+    prompts: Prompts | None = None
     """Continued after each evaluation on the validation split; None without prompts."""
-
-    def bits_per_byte(
-        self, validation_loss: float | None, test_loss: float | None
-    ) -> dict[str, float | None]:
-        """Returns losses of both splits in bits per byte, by tag; None if unknown.
-
-        Reads the text of both splits, which takes seconds for many tokens.
-        """
-        losses = {"validation": validation_loss, "test": test_loss}
-        evaluators = {"validation": self.validation, "test": self.test}
-        return {
-            f"bits_per_byte/{split}": None
-            if loss is None or (evaluator := evaluators[split]) is None
-            else evaluator.bits_per_byte(loss)
-            for split, loss in losses.items()
-        }

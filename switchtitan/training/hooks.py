@@ -1,13 +1,8 @@
 """Hooks that a run calls around its steps, and garbage collection between steps."""
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Protocol
-
-from torch import nn
-
-from switchtitan.observability import Reporter
 
 
 class Hook(Protocol):
@@ -32,43 +27,6 @@ class Hook(Protocol):
     def results(self) -> dict[str, float | None]:
         """Returns the hook's values in `results.json`, by tag."""
         ...
-
-
-class InspectWeights:
-    """A hook that inspects the weights after every `interval`-th step and after the last one.
-
-    Args:
-        inspect: (model, step, reporter) -> None; reports on the weights.
-        interval: in steps.
-        num_steps: length of the run.
-    """
-
-    def __init__(
-        self,
-        inspect: Callable[[nn.Module, int, Reporter], None],
-        model: nn.Module,
-        reporter: Reporter,
-        *,
-        interval: int,
-        num_steps: int,
-    ) -> None:
-        self._inspect = inspect
-        self._model = model
-        self._reporter = reporter
-        self._interval = interval
-        self._num_steps = num_steps
-
-    def around(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def is_due(self, step: int) -> bool:
-        return step == self._num_steps or step % self._interval == 0
-
-    def after(self, step: int) -> None:
-        self._inspect(self._model, step, self._reporter)
-
-    def results(self) -> dict[str, float | None]:
-        return {}
 
 
 YOUNG_INTERVAL = 50

@@ -65,22 +65,6 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
             atexit.register(_release, lock, owner_file, created)
 
 
-def check_writable(output_dir: Path) -> None:
-    """Checks that the folder can be written or created; writes nothing.
-
-    Raises:
-        ConfigError: if not.
-    """
-    with _explained(output_dir):
-        nearest = next(
-            path for path in (output_dir, *output_dir.absolute().parents) if path.exists()
-        )
-        if not nearest.is_dir():
-            raise NotADirectoryError(f"{nearest} is a file")
-        if not os.access(nearest, os.W_OK):
-            raise PermissionError(f"{nearest} is read-only")
-
-
 def _release(lock: FileLock, owner_file: Path, created: list[Path]) -> None:
     """Releases the lock if it is held; removes its files, and folders in which nothing else is."""
     if lock.is_locked:

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from switchtitan.contracts import Batch, LanguageModel, SummedLoss, TrainingOptimizer
@@ -21,16 +22,20 @@ from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
 from switchtitan.regions import STEP, region
 
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 @dataclass
 class TrainState:
     """The state that a run resumes from, except for tensors."""
 
-    step: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    step: _Count = 0
     """Optimizer steps done."""
-    num_skipped: int = 0
+    num_skipped: _Count = 0
     """Batches whose update was skipped. Their tokens count as seen."""
-    tokens_seen: int = 0
+    tokens_seen: _Count = 0
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
     initial_weights: str | None = None
@@ -64,55 +69,41 @@ class StepResult(NamedTuple):
     """Whether the update is skipped because `grad_norm` is not finite."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Stepper:
     """Takes optimizer steps.
 
     `step` takes one step. Benchmarks that measure the parts of a step call them:
     `compute_gradients`, `update`, `finish_step`.
-
-    Args:
-        loss: the training loss from the model's last hidden states.
-        lr_schedule: step -> factor on the peak learning rate.
-        batches: this rank's micro-batches, one list per step, starting at `state.next_batch`.
-        parallelism: as the model was sharded.
-        seed: the job's seed; determines dropout.
-        max_grad_norm: gradients are clipped to this norm; None does not clip.
-        on_nonfinite: what to do if the loss or the gradient is not finite on any rank. "stop":
-            update the model; the caller stops the run. "skip": skip the update on all ranks; the
-            host waits for the norm in every step, since it decides what to launch next.
-        state: changed in place by every step.
     """
 
-    def __init__(
-        self,
-        *,
-        model: LanguageModel,
-        optimizer: TrainingOptimizer,
-        loss: SummedLoss,
-        lr_schedule: Callable[[int], float],
-        batches: Generator[list[Batch], None, None],
-        world: World,
-        parallelism: ParallelismConfig,
-        seed: int,
-        max_grad_norm: float | None,
-        on_nonfinite: Literal["stop", "skip"],
-        state: TrainState,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.loss = loss
-        self.lr_schedule = lr_schedule
-        self.batches = batches
-        self.world = world
-        self.parallelism = parallelism
-        self.seed = seed
-        self.max_grad_norm = max_grad_norm
-        self.on_nonfinite = on_nonfinite
-        self.state = state
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model: LanguageModel
+    optimizer: TrainingOptimizer
+    loss: SummedLoss
+    """The training loss from the model's last hidden states."""
+    lr_schedule: Callable[[int], float]
+    """step -> factor on the peak learning rate."""
+    batches: Generator[list[Batch], None, None]
+    """This rank's micro-batches, one list per step, starting at `state.next_batch`."""
+    world: World
+    parallelism: ParallelismConfig
+    """As the model was sharded."""
+    seed: int
+    """The job's seed; determines dropout."""
+    max_grad_norm: float | None
+    """Gradients are clipped to this norm; None does not clip."""
+    on_nonfinite: Literal["stop", "skip"]
+    """What to do if the loss or the gradient is not finite on any rank. "stop": update the model;
+    the caller stops the run. "skip": skip the update on all ranks; the host waits for the norm in
+    every step, since it decides what to launch next."""
+    state: TrainState
+    """Changed in place by every step."""
+    on_gradients: Callable[[], None] | None = None
+    """Called when the gradients are in `grad`, before they are clipped."""
+
+    def __post_init__(self) -> None:
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._is_last_micro_batch: bool | None = None
-        self.on_gradients: Callable[[], None] | None = None
-        """Called when the gradients are in `grad`, before they are clipped."""
 
     def step(self) -> StepResult:
         """Takes one step on one global batch; all ranks must call."""
@@ -168,9 +159,7 @@ class Stepper:
         """Clips the gradients to `max_grad_norm`; returns their norm before clipping, over all
         ranks, 0-dim; nan if any rank's `loss` is not finite."""
         with region("reduce"):
-            gradients = [
-                parameter.grad for parameter in self._trained if parameter.grad is not None
-            ]
+            gradients = [p.grad for p in self._trained if p.grad is not None]
             norm = total_norm(gradients, loss)
             if self.world.num_replicas > 1:
                 # Replicas may sum in different orders. Clipping by different norms would let their
@@ -214,35 +203,3 @@ class Stepper:
     def close(self) -> None:
         """Ends the processes that read batches."""
         self.batches.close()
-
-
-class RunningLoss:
-    """The mean loss of several steps, and whether all their gradients were finite.
-
-    Both stay on the device: reading them in every step would make the host wait for it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._loss_sum = torch.zeros((), device=device)
-        self._num_steps = 0
-        self._all_finite = torch.ones((), dtype=torch.bool, device=device)
-
-    def add(self, result: StepResult) -> None:
-        """Counts a step that was not skipped."""
-        self._loss_sum += result.loss
-        self._num_steps += 1
-        self._all_finite &= torch.isfinite(result.grad_norm)
-
-    @property
-    def all_finite(self) -> bool:
-        """Whether all gradients so far were finite, also before a `reset`. Waits for the device."""
-        return bool(self._all_finite)
-
-    def mean(self) -> Tensor:
-        """This rank's mean loss since the last `reset`, 0-dim."""
-        return self._loss_sum / self._num_steps
-
-    def reset(self) -> None:
-        """Starts a new mean."""
-        self._loss_sum.zero_()
-        self._num_steps = 0

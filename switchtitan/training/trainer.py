@@ -4,22 +4,20 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import Checkpointer, CheckpointTensors, step_of
 from switchtitan.distributed.fsdp import num_device_bytes
-from switchtitan.errors import RanksDisagreeError, abbreviate
+from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.regions import region
-from switchtitan.training.divergence import TrainingDivergedError, divergence
-from switchtitan.training.evaluate import EvaluationStopped, Evaluators
+from switchtitan.training.evaluate import Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
-from switchtitan.training.step import RunningLoss, Stepper, StepResult
+from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
 logger = logging.getLogger(__name__)
@@ -29,56 +27,43 @@ MAX_SKIPPED_IN_A_ROW = 100
 """The run stops after this many skipped updates in a row: its weights will not recover."""
 
 
-@dataclass(frozen=True)
-class RunSchedule:
-    """Length of a run and intervals of evaluations and saves, in optimizer steps."""
+class TrainingDivergedError(UserError):
+    """Losses, gradients or weights are no longer finite."""
 
+    exit_status = 3
+    """Tells calling programs that the configuration was valid."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Trainer:
+    """Trains a model to the end of its run."""
+
+    stepper: Stepper
+    """Takes the steps."""
     num_steps: int
+    """Optimizer steps of the run."""
     evaluate_interval: int
     save_interval: int
-    check_interval: int = 0
+    """Steps between two checkpoints. The last step is saved too."""
+    check_interval: int
     """Steps between two comparisons of all ranks; 0: only before saves."""
+    evaluators: Evaluators
+    checkpointer: Checkpointer
+    tensors: CheckpointTensors
+    """The tensors of the run's checkpoints."""
+    reporter: Reporter
+    throughput: Throughput
+    profiler: Profiler
+    region_times: RegionTimes | None
+    """Times the regions of steps; None: nothing does."""
+    hooks: Sequence[Hook]
+    """What else to do around steps, in order: after evaluations, before saves."""
+    stop: Stop
+    """When to stop before the last step."""
 
-
-class Trainer:
-    """Trains a model to the end of its run.
-
-    Args:
-        stepper: takes the steps.
-        tensors: the tensors of the run's checkpoints.
-        hooks: what else to do around steps, in order: after evaluations, before saves.
-        stop: when to stop before the last step.
-        region_times: times the regions of steps; None: nothing does.
-    """
-
-    def __init__(
-        self,
-        stepper: Stepper,
-        *,
-        schedule: RunSchedule,
-        evaluators: Evaluators,
-        checkpointer: Checkpointer,
-        tensors: CheckpointTensors,
-        reporter: Reporter,
-        throughput: Throughput,
-        profiler: Profiler,
-        hooks: Sequence[Hook] = (),
-        stop: Stop | None = None,
-        region_times: RegionTimes | None = None,
-    ) -> None:
-        self.stepper = stepper
-        self.schedule = schedule
-        self.evaluators = evaluators
-        self.checkpointer = checkpointer
-        self.tensors = tensors
-        self.reporter = reporter
-        self.throughput = throughput
-        self.profiler = profiler
-        self.hooks = hooks
-        self.stop = stop or Stop()
-        self._start_step = stepper.state.step
-        self.region_times = region_times
-        self._running_loss = RunningLoss(stepper.world.device)
+    def __post_init__(self) -> None:
+        self._start_step = self.stepper.state.step
+        self._running_loss = RunningLoss(self.stepper.world.device)
 
     def train(self) -> None:
         """Takes the remaining steps; evaluates, reports and saves when due.
@@ -144,26 +129,17 @@ class Trainer:
             )
 
     def _run(self) -> None:
-        state, schedule = self.stepper.state, self.schedule
+        state = self.stepper.state
         if state.is_work_after_step_due:
             self._do_work_after_step()
-        if state.step >= schedule.num_steps:
-            logger.info(
-                "training already complete: step %d, and [training] steps = %d; to continue, start "
-                "it with a larger --training.steps",
-                state.step,
-                schedule.num_steps,
-            )
-            # All ranks must agree.
-            has_results = self.reporter.has_results(state.step, state.last_validation_loss)
-            if not self.stepper.world.broadcast(has_results):
-                self._finalize()
+        if state.step >= self.num_steps:
+            self._end_complete_run()
             return
-        is_short = schedule.num_steps < schedule.evaluate_interval
+        is_short = self.num_steps < self.evaluate_interval
         if is_short and state.first_validation_loss is None:
             logger.info(
                 "no evaluation: the run is shorter than [evaluation] interval = %d",
-                schedule.evaluate_interval,
+                self.evaluate_interval,
             )
         elif state.step == 0:
             self.evaluate()
@@ -171,74 +147,83 @@ class Trainer:
             with self.stop.steps(self._resume_hint):
                 self._run_steps()
                 self._save_last_step()
-        except (TrainingDivergedError, RanksDisagreeError) as error:
+        except RanksDisagreeError:
             # All ranks are alive, and a save in progress has a valid state to resume from.
             self.checkpointer.finish()
-            if isinstance(error, TrainingDivergedError):
-                self.reporter.report_divergence(state.step, state.num_skipped)
             raise
         except Stopped:
             logger.info("stopped at step %d; %s", state.step, self._resume_hint())
             raise
         self._finalize()
 
+    def _end_complete_run(self) -> None:
+        state = self.stepper.state
+        logger.info(
+            "training already complete: step %d, and [training] steps = %d; to continue, start "
+            "it with a larger --training.steps",
+            state.step,
+            self.num_steps,
+        )
+        # All ranks must agree.
+        has_results = self.reporter.has_results(state.step, state.last_validation_loss)
+        if not self.stepper.world.broadcast(has_results):
+            self._finalize()
+
     def _run_steps(self) -> None:
         state = self.stepper.state
         skipped_in_a_row = 0
         with self.region_times or nullcontext(), self.profiler, GarbageCollection() as garbage:
-            while state.step < self.schedule.num_steps:
-                with ExitStack() as contexts:
-                    for hook in self.hooks:
-                        contexts.enter_context(hook.around(state.step + 1))
-                    result = self.stepper.step()
-                garbage.step()
-                if result.is_skipped:
-                    # All that is due at this step was done when it was reached.
-                    skipped_in_a_row += 1
-                    if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                        raise divergence(
-                            f"skipped {skipped_in_a_row} updates in a row at step {state.step}, "
-                            "since losses or gradients were not finite",
-                            "lower [optimizer] lr and resume",
-                            self.checkpointer,
-                        )
-                    self._stop_if_due()
-                    continue
-                skipped_in_a_row = 0
-                self._running_loss.add(result)
-                with self.throughput.excluded():
-                    self.profiler.step()
-                try:
-                    self._after_step(result)
-                except EvaluationStopped as stop:
-                    self._save_and_stop(stop.signal_number)
-                self._stop_if_due()
+            try:
+                while state.step < self.num_steps:
+                    result = self._step()
+                    garbage.step()
+                    if result.is_skipped:
+                        skipped_in_a_row += 1
+                        self._stop_if_skipped_too_often(skipped_in_a_row)
+                    else:
+                        skipped_in_a_row = 0
+                        self._after_step(result)
+                    signal_number = self.stop.is_due() if state.step < self.num_steps else None
+                    if signal_number is not None:
+                        raise Stopped(signal_number)
+            except Stopped:
+                self._save_last_step()
+                raise
+
+    def _step(self) -> StepResult:
+        with ExitStack() as contexts:
+            for hook in self.hooks:
+                contexts.enter_context(hook.around(self.stepper.state.step + 1))
+            return self.stepper.step()
 
     def _after_step(self, result: StepResult) -> None:
-        step, schedule = self.stepper.state.step, self.schedule
-        is_last = step == schedule.num_steps
+        """Does what is due after an update. What was due after a skipped one is done already."""
+        step = self.stepper.state.step
+        self._running_loss.add(result)
+        with self.throughput.excluded():
+            self.profiler.step()
         self.checkpointer.poll()
         self.reporter.advance(step)
-        if schedule.check_interval and step % schedule.check_interval == 0:
+        if self.check_interval and step % self.check_interval == 0:
             self.check_ranks()
         if self.reporter.is_due(step):
             with region("report"):
                 self._report(result.grad_norm)
         self._do_work_after_step()
-        if is_last or step % schedule.save_interval == 0:
+        if step == self.num_steps or step % self.save_interval == 0:
             self.save()
 
     def _do_work_after_step(self) -> None:
         """Evaluates and calls the hooks, if due after the last step done."""
-        state, schedule = self.stepper.state, self.schedule
+        state = self.stepper.state
         step = state.step
         state.is_work_after_step_due = True
         is_last_due = (
-            step > schedule.evaluate_interval
+            step > self.evaluate_interval
             # Otherwise the results would state an older loss.
             or state.first_validation_loss is not None
         )
-        if step % schedule.evaluate_interval == 0 or (step == schedule.num_steps and is_last_due):
+        if step % self.evaluate_interval == 0 or (step == self.num_steps and is_last_due):
             self.evaluate()
         for hook in self.hooks:
             if hook.is_due(step):
@@ -246,16 +231,6 @@ class Trainer:
                 with self.throughput.excluded():
                     hook.after(step)
         state.is_work_after_step_due = False
-
-    def _stop_if_due(self) -> None:
-        if self.stepper.state.step < self.schedule.num_steps:
-            signal_number = self.stop.is_due()
-            if signal_number is not None:
-                self._save_and_stop(signal_number)
-
-    def _save_and_stop(self, signal_number: int) -> NoReturn:
-        self._save_last_step()
-        raise Stopped(signal_number)
 
     def _save_last_step(self) -> None:
         """Saves the step at which the run ends, unless it is saved; waits for the save."""
@@ -294,25 +269,29 @@ class Trainer:
         A run that was stopped before this does it when it is resumed.
         """
         state, device = self.stepper.state, self.stepper.world.device
-        test_loss = (
-            None if self.evaluators.test is None else self.evaluators.test(self.stepper.model)
-        )
-        if test_loss is not None:
+        test, test_loss = self.evaluators.test, None
+        if test is not None:
+            test_loss = test(self.stepper.model)
             self.reporter.report(state.step, loss_metrics("test", test_loss))
         values = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
-            "loss/validation": state.last_validation_loss,
-            "loss/test": test_loss,
             "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
             "throughput/mfu": self.throughput.mean_mfu,
             "throughput/wall_time_s": self.throughput.wall_time_s,
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
-        if self.stepper.world.is_main:
-            values |= self.evaluators.bits_per_byte(state.last_validation_loss, test_loss)
+        losses = {"validation": state.last_validation_loss, "test": test_loss}
+        evaluators = {"validation": self.evaluators.validation, "test": test}
+        # The other ranks write no results.
+        is_read = self.stepper.world.is_main
+        for split, evaluator in evaluators.items():
+            loss, bits = losses[split], None
+            if evaluator is not None and is_read:
+                bits = evaluator.bits_per_byte(loss)
+            values |= {f"loss/{split}": loss, f"bits_per_byte/{split}": bits}
         # The times of the last evaluation and save.
         if last_values := self._region_times():
             self.reporter.report(state.step, last_values)
@@ -335,21 +314,72 @@ class Trainer:
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
-            raise divergence(
+            raise self._divergence(
                 f"a loss or a gradient was not finite by step {self.stepper.state.step}",
                 "lower [optimizer] lr, increase [lr_schedule] warmup_steps, or set [training] "
                 'on_nonfinite = "skip"',
-                self.checkpointer,
             )
 
     def _stop_if_weights_diverged(self) -> None:
         # A finite gradient can still overflow a weight.
         if names := self.tensors.non_finite():
-            raise divergence(
+            raise self._divergence(
                 f"weights are not finite at step {self.stepper.state.step} ({abbreviate(names)})",
                 "lower [optimizer] lr and resume",
-                self.checkpointer,
             )
+
+    def _stop_if_skipped_too_often(self, num_in_a_row: int) -> None:
+        if num_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise self._divergence(
+                f"skipped {num_in_a_row} updates in a row at step {self.stepper.state.step}, "
+                "since losses or gradients were not finite",
+                "lower [optimizer] lr and resume",
+            )
+
+    def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
+        """Writes results, and returns the error to raise; names the checkpoint from before.
+
+        Collective: waits for a save in progress.
+        """
+        self.checkpointer.finish()
+        self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
+        checkpoint = self.checkpointer.resume_point
+        last_good = f"the last good checkpoint is {checkpoint}"
+        if checkpoint is None:
+            last_good = "there is no checkpoint yet"
+        return TrainingDivergedError(f"{reason}; {last_good}; {advice}")
+
+
+class RunningLoss:
+    """The mean loss of several steps, and whether all their gradients were finite.
+
+    Both stay on the device: reading them in every step would make the host wait for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss_sum = torch.zeros((), device=device)
+        self._num_steps = 0
+        self._all_finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, result: StepResult) -> None:
+        """Counts a step that was not skipped."""
+        self._loss_sum += result.loss
+        self._num_steps += 1
+        self._all_finite &= torch.isfinite(result.grad_norm)
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether all gradients so far were finite, also before a `reset`. Waits for the device."""
+        return bool(self._all_finite)
+
+    def mean(self) -> Tensor:
+        """This rank's mean loss since the last `reset`, 0-dim."""
+        return self._loss_sum / self._num_steps
+
+    def reset(self) -> None:
+        """Starts a new mean."""
+        self._loss_sum.zero_()
+        self._num_steps = 0
 
 
 def loss_metrics(split: str, loss: float) -> dict[str, float]:

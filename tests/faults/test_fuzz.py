@@ -21,7 +21,6 @@ from support.tiny_documents import make_documents, write_json_lines
 from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.builders.start import read_state
 from switchtitan.checkpoint import SavedTensors, find_given, load_tensors_, read_metadata
 from switchtitan.config.toml_text import toml_value
 from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared
@@ -29,8 +28,7 @@ from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
 from switchtitan.data.shards import read_batches
 from switchtitan.data.sources import SourceKeys
 from switchtitan.data.tokenizer import read_tokenizer
-from switchtitan.generation.saved_config import saved_config
-from switchtitan.generation.trained_corpus import find_corpus, trained_corpus
+from switchtitan.generation.trained import find_corpus, saved_config, trained_corpus
 from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes, read_config
@@ -38,6 +36,7 @@ from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.job.config import parse_arguments
 from switchtitan.models import MODELS
+from switchtitan.training.build import read_state
 
 DOCUMENTS = make_documents(30)
 
@@ -217,11 +216,11 @@ def reader_of(checkpoint, model):
     valid = read_metadata(checkpoint)
     saved = SavedTensors(checkpoint).on_meta
     tensors = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in saved.items()}
-    identity, resolved = dict(valid.identity), valid.config
+    identity, config = dict(valid.identity), saved_config(valid)
 
     def read():
         find_given(checkpoint)
-        read_state(checkpoint, identity, resolved)
+        read_state(checkpoint, config, identity)
         load_tensors_(checkpoint, tensors)
         read_initial_weights(checkpoint, model)
         metadata = read_metadata(checkpoint)

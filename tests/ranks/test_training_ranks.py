@@ -16,11 +16,11 @@ from support.ranks import run_rows_on_ranks
 from support.skipping import SKIP, differing, outcome
 from support.tiny import METHOD_KEYS, full_tensors, tiny_config, tiny_trainer, train_steps
 
-from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods.lowrank import LowRankMethod
 from switchtitan.spectra.telemetry import read_spectra
+from switchtitan.training.build import build_trainer
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -13,7 +13,6 @@ import torch
 from support.commands import run
 from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
 
-from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
@@ -30,6 +29,7 @@ from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.telemetry import read_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.training.build import build_trainer
 
 BF16 = ("--training.frozen_dtype", "bfloat16")
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")

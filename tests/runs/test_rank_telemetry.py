@@ -5,7 +5,6 @@ import torch
 from support.tiny import tiny_config, tiny_trainer
 from support.trained import train_and_save
 
-from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
@@ -16,6 +15,7 @@ from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
 from switchtitan.spectra import weight_change
 from switchtitan.spectra.telemetry import read_spectra, write_spectra
+from switchtitan.training.build import build_trainer
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")
 EVERY_5 = (*NUM_STEPS, "--spectrum.interval", "5")

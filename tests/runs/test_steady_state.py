@@ -11,7 +11,7 @@ from support.reads_back import RecordReadsBack
 from support.tiny import COMPILED, tiny_trainer, train_steps
 from torch._dynamo.utils import compilation_time_metrics, counters
 
-from switchtitan.training.step import RunningLoss
+from switchtitan.training.trainer import RunningLoss
 
 MUON = ("--optimizer.name", "muon")
 RELORA_RESETS = ("--method.reset_interval", "5")

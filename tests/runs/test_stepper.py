@@ -15,7 +15,8 @@ from switchtitan.distributed.norms import non_finite, total_norm
 from switchtitan.models import MODELS
 from switchtitan.models.llama.model import Llama
 from switchtitan.models.loss import CrossEntropy
-from switchtitan.training.step import RunningLoss, StepResult
+from switchtitan.training.step import StepResult
+from switchtitan.training.trainer import RunningLoss
 
 
 def weights(trainer):

@@ -23,8 +23,8 @@ from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
 from switchtitan.observability.curves import read_curves
 from switchtitan.training import trainer as trainer_module
-from switchtitan.training.divergence import TrainingDivergedError
 from switchtitan.training.stop import Stop, Stopped
+from switchtitan.training.trainer import TrainingDivergedError
 
 SAVE_OFTEN = ("--checkpoint.interval", "2", "--evaluation.interval", "100")
 TEST_SPLIT = ("--data.test_fraction", "0.1", "--evaluation.test_tokens", "320")

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 
-from switchtitan.builders.data import build_batches, open_checked_corpus
-from switchtitan.builders.stepper import build_stepper
-from switchtitan.builders.trainer import build_trainer
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.training.build import (
+    build_batches,
+    build_stepper,
+    build_trainer,
+    open_checked_corpus,
+)
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.trainer import Trainer
 

@@ -17,13 +17,13 @@ from support.fake_cuda.cases import NUM_RANKS, PERIOD, config_of, method_of, num
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
 from switchtitan.benchmark.steppers import fake_stepper
-from switchtitan.builders import stepper as builder
-from switchtitan.builders.stepper import build_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
 from switchtitan.distributed.world import World, mesh_shape, stop_world
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CountCommunication
+from switchtitan.training import build as builder
+from switchtitan.training.build import build_stepper
 from switchtitan.training.step import Stepper
 
 Collectives = dict[str, list[float]]

@@ -29,7 +29,7 @@ from switchtitan.data.sequences import TokenSequences, document_ids
 from switchtitan.data.text import bytes_by_token, num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
 from switchtitan.errors import ConfigError, CorpusError
-from switchtitan.generation.text_batches import TextBatches
+from switchtitan.generation.held_out import TextBatches
 from switchtitan.job.config import parse_arguments
 
 EOS = 0

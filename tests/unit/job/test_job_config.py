@@ -18,7 +18,6 @@ from switchtitan.errors import ConfigError
 from switchtitan.job.checks import (
     check_compiler,
     check_precision,
-    missing_gpu_toolchain,
     missing_toolchain,
 )
 from switchtitan.job.config import parse_arguments
@@ -195,7 +194,7 @@ def test_values_that_do_not_fit_together_are_refused(
     parse, monkeypatch, words, num_ranks, fragments
 ):
     monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cpu")
-    monkeypatch.setattr("switchtitan.job.output_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("switchtitan.job.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         parse(*words, num_ranks=num_ranks)
     for fragment in ("(1 error)", *fragments):
@@ -215,10 +214,10 @@ def test_compilation_without_a_compiler_or_headers_is_refused(parse, monkeypatch
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     for name in ("CXX", "CC"):
         monkeypatch.setenv(name, sys.executable)
-    assert "python3-dev" in missing_toolchain()
-    assert "python3-dev" in missing_gpu_toolchain()
+    assert "python3-dev" in missing_toolchain("cpu")
+    assert "python3-dev" in missing_toolchain("cuda")
     (tmp_path / "Python.h").touch()
-    assert missing_toolchain() is missing_gpu_toolchain() is None
+    assert missing_toolchain("cpu") is missing_toolchain("cuda") is None
     for name in ("CXX", "CC"):
         monkeypatch.setenv(name, "no-such-compiler")
     assert not parse().compile.blocks

@@ -11,12 +11,12 @@ from support.smallest import SMALLEST
 
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
 from switchtitan.errors import CorpusError
-from switchtitan.generation.saved_config import saved_config
 from switchtitan.generation.trained import (
     TrainedModel,
     find_tokenizer,
     open_tokenizer,
     open_trained_model,
+    saved_config,
     stop_tokens,
 )
 from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME
@@ -92,14 +92,6 @@ def test_without_a_tokenizer_both_folders_are_named(base, adapter):
     assert find_tokenizer(trained) is None
     with pytest.raises(CorpusError, match=rf"{adapter} or {base}.*--tokenizer"):
         open_tokenizer(trained)
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"), [("", None), ("max_document_share = 0.02", 0.02)], ids=["older", "newer"]
-)
-def test_a_run_without_the_key_had_documents_that_were_not_cut(line, expected):
-    saved = SMALLEST.format(folder="outputs/a") + f'[data]\ndataset = "pystdlib"\n{line}'
-    assert saved_config(SimpleNamespace(config=saved)).data.max_document_share == expected
 
 
 def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch):

@@ -1,0 +1,440 @@
+"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
+
+`build_trainer` is the whole start of a run, in order. Each part receives its own section of the
+configuration, or plain values. What most runs do not use is imported where it is built.
+"""
+
+import json
+import logging
+from collections.abc import Collection, Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from switchtitan.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    Checkpointer,
+    CheckpointTensors,
+    check_given_paths,
+    check_same_run,
+    read_metadata,
+)
+from switchtitan.config.toml_text import resolved_toml
+from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
+from switchtitan.data import Corpus, build_train_batches, build_validation_batches, open_corpus
+from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
+from switchtitan.distributed.dtype import agree_on_dtype, dtype_on
+from switchtitan.distributed.fsdp import (
+    cast_frozen_weights,
+    materialize,
+    materialize_to_restore,
+    shard_model,
+)
+from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
+from switchtitan.distributed.world import World, device_name
+from switchtitan.errors import CheckpointError
+from switchtitan.job.config import JobConfig
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.models.loss import CrossEntropy
+from switchtitan.observability import (
+    TENSORBOARD_FOLDER,
+    Profiler,
+    Reporter,
+    Throughput,
+    configure_logging,
+    peak_flops_per_s,
+)
+from switchtitan.observability.environment import versions
+from switchtitan.observability.memory_snapshots import MemorySnapshots
+from switchtitan.observability.region_times import RegionTimes
+from switchtitan.optim import build_lr_schedule
+from switchtitan.training.describe import (
+    changed_keys,
+    compared_values,
+    completed_identity,
+    describe_run,
+    run_facts,
+    run_identity,
+    start_output,
+)
+from switchtitan.training.evaluate import Evaluator, Evaluators, Prompts
+from switchtitan.training.hooks import Hook
+from switchtitan.training.step import Stepper, TrainState
+from switchtitan.training.stop import Stop
+from switchtitan.training.trainer import Trainer, loss_metrics
+
+if TYPE_CHECKING:
+    from switchtitan.data.text import TextSize
+    from switchtitan.spectra.weight_change import Origin
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> Trainer:
+    """Build everything that a run needs; restore its state if it resumes from a checkpoint.
+
+    Args:
+        stop: when to stop before the last step; by default never.
+
+    Raises:
+        UserError: if configuration, corpus and checkpoints do not fit together. Raised before
+            anything is written.
+    """
+    configure_logging(is_main=world.is_main, rank=world.rank)
+    output_dir, num_steps = config.job.output_dir, config.training.steps
+    # Checked before the corpus, whose preparation can take hours.
+    check_given_paths(output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
+    corpus = open_checked_corpus(config, world)
+
+    # What the run starts from.
+    identity, resolved = run_identity(config, corpus), resolved_toml(config)
+    checkpointer = Checkpointer(
+        output_dir / CHECKPOINTS_FOLDER,
+        config.checkpoint,
+        world,
+        identity=identity,
+        metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
+        versions=versions(),
+    )
+    checkpoint = checkpointer.checkpoint_to_resume()
+    state, changes, initial_weights = TrainState(), list[str](), None
+    if checkpoint is not None:
+        state, changes = read_state(checkpoint, config, identity)
+    # Built before the model, because this rejects a corpus that is too small.
+    batches = build_batches(config, corpus, world, state)
+    loss = CrossEntropy(config.compile.loss)
+    evaluators = build_evaluators(config, corpus, loss, world)
+    if checkpoint is None and config.checkpoint.initial_weights is not None:
+        initial_weights = read_initial_weights(config, state)
+    compute_dtype = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
+    config.model.check_device(world.device.type, compute_dtype.dtype)
+    if state.compute_dtype not in (None, compute_dtype.name):
+        changes.append(f"compute dtype: {state.compute_dtype} -> {compute_dtype.name}")
+    state.compute_dtype = compute_dtype.name
+    origin = None
+    if config.spectrum.interval is not None:
+        from switchtitan.spectra.weight_change import Origin
+
+        source = state.initial_weights, state.initial_fingerprint
+        origin = Origin(config.model, config.job.seed, *source, build_method(config))
+        if checkpoint is not None:
+            # Raises if the weights that the run started from are missing.
+            world.together(origin.open if world.is_main else lambda: None)
+
+    # The model and what updates it.
+    stepper = build_stepper(
+        config,
+        world,
+        batches,
+        compute_dtype=compute_dtype.dtype,
+        state=state,
+        loss=loss,
+        initial_weights=initial_weights,
+        is_restored=checkpoint is not None,
+    )
+    tensors = CheckpointTensors(stepper.model, stepper.optimizer)
+    if checkpoint is not None:
+        tensors.restore(checkpoint, world)
+
+    # What it writes: first here, after all checks.
+    start_output(output_dir, resolved, world, state.step, num_steps)
+    describe_run(config, stepper, corpus, compute_dtype, checkpoint, changes)
+    first_loss, hparams = state.first_validation_loss, compared_values(config, world.size)
+    trackers = []
+    if config.metrics.trackers and world.is_main:
+        from switchtitan.observability.trackers import build_tracker
+
+        trackers = [
+            build_tracker(name, output_dir, config.job.name, hparams)
+            for name in config.metrics.trackers
+        ]
+    reporter = Reporter(
+        config.metrics,
+        output_dir,
+        num_steps=num_steps,
+        start_step=state.step,
+        is_main=world.is_main,
+        description=resolved,
+        facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
+        first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
+        hparams=hparams,
+        trackers=trackers,
+    )
+    # Only the bf16 peaks are known.
+    is_bf16 = compute_dtype.dtype == torch.bfloat16
+    throughput = Throughput(
+        tokens_per_step=config.training.global_batch_size * config.data.seq_len,
+        flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),
+        num_devices=world.size,
+        peak_flops_per_s=peak_flops_per_s(device_name(world.device)) if is_bf16 else None,
+        num_steps=num_steps,
+        start_step=state.step,
+    )
+    return Trainer(
+        stepper=stepper,
+        num_steps=num_steps,
+        evaluate_interval=config.evaluation.interval,
+        save_interval=config.checkpoint.interval,
+        check_interval=config.parallelism.check_interval,
+        evaluators=evaluators,
+        checkpointer=checkpointer,
+        tensors=tensors,
+        reporter=reporter,
+        throughput=throughput,
+        profiler=_build_profiler(config, world, state, reporter),
+        region_times=RegionTimes(world.device) if config.metrics.region_times else None,
+        hooks=_build_hooks(config, stepper, reporter, origin),
+        stop=stop or Stop(),
+    )
+
+
+def build_stepper(
+    config: JobConfig,
+    world: World,
+    batches: Generator[list[Batch], None, None],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    state: TrainState | None = None,
+    loss: SummedLoss | None = None,
+    initial_weights: Mapping[str, Tensor] | None = None,
+    is_restored: bool = False,
+) -> Stepper:
+    """Build what takes the steps of a run, without evaluation, saving and reports.
+
+    Works under a `FakeTensorMode` too.
+
+    Args:
+        batches: see `build_batches`.
+        compute_dtype: of activations and gradients; by default the configuration's on this device.
+        state: the run's state, by default a new run's.
+        loss: by default the configuration's.
+        initial_weights: the plain model's weights by name; by default they are random.
+        is_restored: whether the caller restores model and optimizer from a checkpoint. The model's
+            tensors are not initialized then.
+    """
+    if config.training.deterministic:
+        use_deterministic_algorithms()
+    if config.training.tf32:
+        allow_tf32()
+    if compute_dtype is None:
+        compute_dtype = dtype_on(world.device, config.training.dtype).dtype
+    method = build_method(config)
+    model = build_plain_model(config)
+    method.prepare_model(model)
+    checkpoint_activations(
+        model,
+        config.activation_checkpoint,
+        preserve_rng_state=model.draws_in_forward or config.method.draws_in_forward(),
+    )
+    if config.compile.blocks:
+        compile_blocks(model)
+    cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
+    shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
+    if is_restored:
+        materialize_to_restore(model, world.device, config.job.seed)
+    else:
+        materialize(model, world.device, config.job.seed, initial_weights)
+    optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
+    return Stepper(
+        model=model,
+        optimizer=optimizer,
+        loss=loss or CrossEntropy(config.compile.loss),
+        lr_schedule=build_lr_schedule(config.lr_schedule, config.training.steps),
+        batches=batches,
+        world=world,
+        parallelism=config.parallelism,
+        seed=config.job.seed,
+        max_grad_norm=config.training.max_grad_norm,
+        on_nonfinite=config.training.on_nonfinite,
+        state=state or TrainState(),
+    )
+
+
+def build_plain_model(config: JobConfig) -> LanguageModel:
+    """Build the model without the method's changes, on the meta device."""
+    with torch.device("meta"):
+        return MODELS.build(config.model)
+
+
+def build_method(config: JobConfig) -> Method:
+    return METHODS.build(config.method, config.training.steps, config.job.seed)
+
+
+def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
+    """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
+    return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
+
+
+def build_batches(
+    config: JobConfig, corpus: Corpus, world: World, state: TrainState
+) -> Generator[list[Batch], None, None]:
+    """Build this rank's training batches, starting at `state.next_batch`.
+
+    Their `close` ends the processes that read them.
+    """
+    return build_train_batches(
+        corpus.train_split(config.data.seq_len),
+        seed=config.job.seed,
+        global_batch_size=config.training.global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+        start_step=state.next_batch,
+        num_workers=config.data.num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def build_evaluators(
+    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
+) -> Evaluators:
+    """Build what evaluates the model on held-out text.
+
+    Raises:
+        CorpusError: if a split is shorter than one sequence.
+        ConfigError: if a prompt is too long.
+    """
+    seq_len = config.data.seq_len
+
+    def evaluator_on(split: Literal["validation", "test"], num_tokens: int) -> Evaluator:
+        sequences = corpus.held_out_split(split, seq_len)
+        batches = build_validation_batches(
+            sequences,
+            num_sequences=num_tokens // seq_len,
+            local_batch_size=config.training.local_batch_size,
+            rank=world.rank,
+            num_ranks=world.size,
+        )
+
+        def read_size() -> "TextSize":
+            from switchtitan.data.text import size_of_sequences
+
+            return size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
+
+        return Evaluator(batches, loss, world, read_size)
+
+    evaluation = config.evaluation
+    validation = evaluator_on("validation", evaluation.tokens)
+    test = prompts = None
+    if evaluation.test_tokens is not None:
+        test = evaluator_on("test", evaluation.test_tokens)
+    if evaluation.prompts:
+        prompts = Prompts(
+            evaluation.prompts,
+            corpus.tokenizer(),
+            num_tokens=evaluation.prompt_tokens,
+            seq_len=seq_len,
+            device=world.device,
+        )
+    return Evaluators(validation, test, prompts)
+
+
+def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[TrainState, list[str]]:
+    """Read a checkpoint's training state, and list the keys that have changed since.
+
+    Args:
+        identity: of this run, see `run_identity`.
+
+    Raises:
+        CheckpointError: if the checkpoint belongs to another run, or its state is damaged.
+    """
+    metadata = read_metadata(checkpoint)
+    check_same_run(completed_identity(metadata.identity, config), identity)
+    try:
+        state = TypeAdapter(TrainState).validate_json(json.dumps(metadata.train_state))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
+            f"switchtitan ({' '.join(str(error).split())})"
+        ) from error
+    return state, changed_keys(metadata.config, resolved_toml(config))
+
+
+def read_initial_weights(config: JobConfig, state: TrainState) -> dict[str, Tensor]:
+    """Read the weights that a new run starts from, and record in `state` which ones.
+
+    Raises:
+        CheckpointError: if the weights cannot be read, or belong to another model.
+    """
+    from switchtitan.hub import initial_weights
+
+    given = Path(str(config.checkpoint.initial_weights))
+    source, weights = initial_weights.read_initial_weights(given, config.model)
+    logger.info("initial weights: %s", source)
+    if not config.method.keeps_initial_weights:
+        logger.warning(
+            "[method] name = %r starts from an approximation of the initial weights",
+            config.method.name,
+        )
+    state.initial_weights = str(source)
+    state.initial_fingerprint = initial_weights.fingerprint(source)
+    return weights
+
+
+def build_memory_snapshots(config: JobConfig, world: World) -> MemorySnapshots:
+    return MemorySnapshots(
+        config.job.output_dir,
+        world.rank,
+        world.device,
+        config.profiler.memory_snapshot_step,
+        is_asked_for=config.profiler.observes(world.rank),
+    )
+
+
+def _build_profiler(
+    config: JobConfig, world: World, state: TrainState, reporter: Reporter
+) -> Profiler:
+    """Build the profiler, which reports a summary of all ranks' traces."""
+
+    def summarize(trace: Path | None, regions: Collection[str]) -> None:
+        from switchtitan.observability.profile_summary import read_summary
+
+        own = None if trace is None else read_summary(trace, world.rank, regions)
+        summaries = [summary for summary in world.gather(own) if summary is not None]
+        if summaries and world.is_main:
+            reporter.report_profile(state.step, summaries)
+
+    return Profiler(
+        config.profiler,
+        config.job.output_dir / TENSORBOARD_FOLDER,
+        rank=world.rank,
+        steps_done=state.step,
+        on_end=summarize,
+    )
+
+
+def _build_hooks(
+    config: JobConfig, stepper: Stepper, reporter: Reporter, origin: "Origin | None"
+) -> list[Hook]:
+    """Build what a run calls around its steps, in order."""
+    hooks: list[Hook] = []
+    if config.metrics.communication:
+        from switchtitan.observability.communication_report import StepCommunication
+
+        hooks.append(StepCommunication(reporter, stepper.state.step))
+    if config.metrics.layers:
+        from switchtitan.training.layer_norms import LayerNorms
+
+        hooks.append(LayerNorms(stepper, reporter))
+    if config.profiler.memory_snapshot_step is not None:
+        hooks.append(build_memory_snapshots(config, stepper.world))
+    if origin is not None and config.spectrum.interval is not None:
+        from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+
+        telemetry = RankTelemetry(
+            stepper.model,
+            dense_weights=build_method(config).dense_weights,
+            origin=origin,
+            folder=config.job.output_dir / SPECTRA_FOLDER,
+            reporter=reporter,
+            world=stepper.world,
+            interval=config.spectrum.interval,
+            num_steps=config.training.steps,
+            start_step=stepper.state.step,
+        )
+        hooks.append(telemetry)
+    return hooks
