@@ -24,12 +24,9 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Summary):
     """A row minus another one, seed by seed: the paired t-test."""
 
-    mean: float
-    std: float | None
-    num: int
     low: float | None
     """Lower end of the 95 % interval of the mean; None for a single seed or a diverged run."""
     high: float | None
@@ -50,14 +47,6 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(float(np.mean(values)), std, len(values))
 
 
-def interval_of_mean(mean: float, std: float | None, num: int) -> tuple[float, float] | None:
-    """Returns the 95 % interval of the mean of a normal sample; None for a single value."""
-    if std is None or num < 2:
-        return None
-    half = _t_quantile(num) * std / math.sqrt(num)
-    return mean - half, mean + half
-
-
 def difference(row: BySeed, baseline: BySeed) -> Difference | None:
     """Returns row minus baseline, seed by seed; None without a shared seed.
 
@@ -67,20 +56,15 @@ def difference(row: BySeed, baseline: BySeed) -> Difference | None:
     if not shared:
         return None
     of = summarize([row[seed] - baseline[seed] for seed in shared])
-    low, high = interval_of_mean(of.mean, of.std, of.num) or (None, None)
-    return Difference(of.mean, of.std, of.num, low, high, _p_value(of))
-
-
-def mean_over_seeds(values: BySeed) -> Difference:
-    """Returns the mean of a value that is a difference already, with its interval and t-test.
-
-    Raises:
-        ValueError: if there is no seed.
-    """
-    found = difference(values, dict.fromkeys(values, 0.0))
-    if found is None:
-        raise ValueError("a mean needs the value of at least one seed")
-    return found
+    if of.std is None:
+        return Difference(of.mean, None, of.num, None, None, None)
+    error = of.std / math.sqrt(of.num)
+    half = float(stdtrit(of.num - 1, 1 - LEVEL / 2)) * error
+    if error == 0:
+        p = 1.0 if of.mean == 0 else 0.0
+    else:
+        p = float(2 * stdtr(of.num - 1, -abs(of.mean) / error))
+    return Difference(of.mean, of.std, of.num, of.mean - half, of.mean + half, p)
 
 
 def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
@@ -106,16 +90,3 @@ def verdict(of: Difference, adjusted_p: float | None) -> str | None:
     if of.holds_zero:
         return "no difference shown"
     return "differs" if adjusted_p < LEVEL else "no difference shown after Holm's correction"
-
-
-def _t_quantile(num: int) -> float:
-    """Returns the 97.5 % quantile of Student's t for the mean of `num` values."""
-    return float(stdtrit(num - 1, 1 - LEVEL / 2))
-
-
-def _p_value(of: Summary) -> float | None:
-    if of.std is None or not math.isfinite(of.mean):
-        return None
-    if of.std == 0:
-        return 1.0 if of.mean == 0 else 0.0
-    return float(2 * stdtr(of.num - 1, -abs(of.mean) / (of.std / math.sqrt(of.num))))
