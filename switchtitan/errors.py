@@ -112,12 +112,6 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt(signum)
 
 
-def exit_for_interrupt(stop: KeyboardInterrupt, message: str) -> NoReturn:
-    """Prints `message` on standard error and exits with the signal's status."""
-    print(message, file=sys.stderr)
-    raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
-
-
 def is_output_closed() -> bool:
     """Whether standard output is a pipe or socket that nobody reads any more.
 

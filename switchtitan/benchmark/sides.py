@@ -11,7 +11,7 @@ from switchtitan.job.config import JobConfig, parse_arguments
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)+"
 _SIDE = re.compile(rf"(?P<file>.+?)(?::(?P<overrides>{_KEY}=.*))?", re.DOTALL)
 _BETWEEN_OVERRIDES = re.compile(rf",(?={_KEY}=)")
-_OVERRIDE = re.compile(rf"--({_KEY})(?:=.*)?", re.DOTALL)
+_OVERRIDE = re.compile(rf"--{_KEY}(?:=.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,31 @@ def read_side(argument: str) -> Side:
     return Side(match["file"], {key: [value] for key, _, value in pairs})
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Separates `--section.key value ...` and `--section.key=value` from a program's own arguments.
-
-    Returns:
-        The program's own arguments in order, and dotted key -> arguments of its value, which end at
-        the next option.
+def overrides_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """Returns dotted key -> words of its value, of `--section.key value ...` and
+    `--section.key=value`.
 
     Raises:
-        ConfigError: if a key is given twice.
+        ConfigError: for another option, or a key that is given twice.
     """
-    own: list[str] = []
     overrides: dict[str, list[str]] = {}
-    current = own
-    for word in argv:
-        match = _OVERRIDE.fullmatch(word)
-        if match is not None:
-            key, equals, value = word.removeprefix("--").partition("=")
+    value: list[str] | None = None
+    for word in words:
+        if _OVERRIDE.fullmatch(word):
+            key, equals, rest = word.removeprefix("--").partition("=")
             if key in overrides:
                 raise ConfigError(f"--{key}: given twice; keep one")
-            current = overrides[key] = []
-            if equals:
-                current.append(value)
-                current = own
-            continue
-        if word.startswith("--"):
-            current = own
-        current.append(word)
-    return own, overrides
+            value = overrides[key] = [rest] if equals else []
+        elif value is None or word.startswith("--"):
+            raise ConfigError(f"{word}: unknown option; expected --section.key value")
+        else:
+            value.append(word)
+    return overrides
 
 
 def load_sides(
     arguments: Sequence[str],
-    overrides: dict[str, list[str]],
+    keys: Sequence[str],
     num_ranks: int | None = None,
     checks: Sequence[Check] | None = None,
 ) -> dict[str, JobConfig]:
@@ -73,13 +65,14 @@ def load_sides(
 
     Args:
         arguments: each `FILE[:section.key=value,...]`; a repeated one gets a number.
-        overrides: for all sides, dotted key -> arguments of its value; a side's own come first.
+        keys: words `--section.key value ...` for all sides; a side's own keys come first.
         num_ranks: number of ranks to validate against; by default those that the launcher started.
         checks: see `parse_arguments`.
 
     Raises:
         ConfigError: with all errors of a side in one message.
     """
+    overrides = overrides_of(keys)
     configs: dict[str, JobConfig] = {}
     for index, argument in enumerate(arguments):
         side = read_side(argument)

@@ -1,6 +1,6 @@
 """Runs or resumes declared comparisons of methods and reports the finished runs.
 
-switchtitan compare train_configs/comparisons/rank_16.toml [FILE ...] --jobs 2
+    switchtitan compare train_configs/comparisons/rank_16.toml [FILE ...] --jobs 2
 
 Writes report.md, runs.csv and loss.png to `<output_dir>/reports/<name of the file>`,
 and updates them after every run. The same command resumes a stopped or killed comparison. Several
@@ -9,8 +9,8 @@ files are run one after the other."""
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -18,45 +18,49 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from switchtitan.cli.main import positive_int
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
 from switchtitan.comparison.plan import Run, check_corpus, check_plan
 from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Runner
-from switchtitan.config.command_line import positive_int
-from switchtitan.errors import (
-    ConfigError,
-    UserError,
-    exit_for,
-    exit_for_interrupt,
-    interrupt_on_sigterm,
-)
+from switchtitan.errors import ConfigError
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the comparisons that the command line names, one after the other."""
-    options = read_options(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the comparisons, and how to run them."""
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="a TOML file with a comparison"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        default=1,
+        help="concurrent runs, each on its own GPU or on an equal share of the cores; default: 1",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="do not train; report the finished runs"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Runs the comparisons one after the other; returns their reports."""
     # Otherwise tensorboard logs every event file that it reads.
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
-    interrupt_on_sigterm()
     # Spectra for a report must not compete with the runs for cores.
     torch.set_num_threads(1)
-    try:
-        # All files are checked before the first run of any.
-        for folder, config in load_all(options.files).items():
-            with locked(folder):
-                if options.report_only:
-                    comparison = Comparison(config, folder)
-                else:
-                    comparison = Comparison(config, folder, check_corpus(config))
-                    run(comparison, Runner(options.jobs))
-                write_report(folder, comparison.state())
-            print(folder / "report.md", flush=True)
-    except UserError as error:
-        exit_for(error)
-    except KeyboardInterrupt as stop:
-        exit_for_interrupt(stop, "interrupted; run the same command to resume")
+    # All files are checked before the first run of any.
+    comparisons = load_all(options.files)
+    for folder, config in comparisons.items():
+        with _lock(folder):
+            if options.report_only:
+                comparison = Comparison(config, folder)
+            else:
+                comparison = Comparison(config, folder, check_corpus(config))
+                _train(comparison, Runner(options.jobs))
+            write_report(folder, comparison.state())
+        print(folder / "report.md", flush=True)
+    return {"reports": [str(folder / "report.md") for folder in comparisons]}
 
 
 def load_all(files: Sequence[Path]) -> dict[Path, ComparisonConfig]:
@@ -79,30 +83,20 @@ def load_all(files: Sequence[Path]) -> dict[Path, ComparisonConfig]:
     return loaded
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a report's folder.
-
-    Raises:
-        ConfigError: if another process holds it.
-    """
+def _lock(folder: Path) -> AbstractContextManager[object]:
+    """Locks a report's folder until the context ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", blocking=False)
-        lock.acquire()
+        return FileLock(folder / "lock").acquire(blocking=False)
     except Timeout as error:
         raise ConfigError(
             f"{folder}: another process is running this comparison; wait for it, or stop it"
         ) from error
     except OSError as error:
         raise ConfigError(f"output_dir: {folder}: cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
-def run(comparison: Comparison, runner: Runner) -> None:
+def _train(comparison: Comparison, runner: Runner) -> None:
     """Trains the remaining runs, with a progress bar, and reports after each one."""
     # None: no bar unless standard error is a terminal.
     with logging_redirect_tqdm(), tqdm(unit="run", dynamic_ncols=True, disable=None) as bar:
@@ -124,29 +118,3 @@ def run(comparison: Comparison, runner: Runner) -> None:
         bar.unpause()
         bar.initial = bar.n
         comparison.run(lambda runs: runner.run_all(runs, comparison.is_finished, note))
-
-
-def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line; argparse exits with status 2 on an error."""
-    parser = argparse.ArgumentParser(
-        prog="switchtitan compare",
-        description="Runs declared comparisons of methods, one after the other.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "files",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="a TOML file that declares a comparison",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        help="concurrent runs, each on its own GPU or on an equal share of the cores; default: 1",
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", help="do not train; report the finished runs"
-    )
-    return parser.parse_args(argv)

@@ -6,95 +6,38 @@ The low-rank factors of any method are merged into dense weights in float32. The
 exported too if the run's corpus is in its [data] cache_dir, relative to the current folder."""
 
 import argparse
-import logging
 import re
-import shlex
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from switchtitan.checkpoint import CHECKPOINTS_FOLDER, find_given, read_metadata
 from switchtitan.data.corpus_files import TOKENIZER_FILE
-from switchtitan.errors import (
-    UserError,
-    exit_for,
-    exit_for_interrupt,
-    interrupt_on_sigterm,
-)
 from switchtitan.generation.trained import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.export_folder import MAX_SHARD_BYTES, DenseWeights, export_dense
+from switchtitan.hub.export_folder import MAX_SHARD_BYTES, export_dense
 from switchtitan.hub.model_card import write_model_card
 from switchtitan.hub.peft_folder import BASE_FOLDER, BaseWeights, write_adapter
 from switchtitan.hub.verify_export import verify_export
 
-_DENSE_FILES = "Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`."
-_ADAPTER_FILES = (
-    "`base` is the frozen model, and this folder its LoRA adapter. Load them with "
+_LOADED_BY = {
+    "transformers": "Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`.",
+    "peft": "`base` is the frozen model, and this folder its LoRA adapter. Load them with "
     "`peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('FOLDER/base'), "
-    "'FOLDER')`."
-)
+    "'FOLDER')`.",
+}
+"""Format -> a sentence of the model card."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """What to write, and where."""
-
-    folder: Path
-    """Absent or empty."""
-    dtype: torch.dtype = torch.float32
-    """Of the stored weights."""
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    """Maximum size of a weights file."""
-    verify: Callable[[DenseCheckpoint, Path, torch.dtype], float] | None = verify_export
-    """Compares the logits before the folder gets its name; returns their relative error."""
-    command: str = "switchtitan export"
-    """For the model card."""
-
-
-def main(argv: Sequence[str]) -> None:
-    """Exports the given checkpoint and prints a summary."""
-    options = read_options(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    interrupt_on_sigterm()
-    try:
-        checkpoint = find_given(options.checkpoint)
-        target = Target(
-            options.folder or export_folder(checkpoint),
-            getattr(torch, options.dtype),
-            options.max_shard_size,
-            None if options.no_verify else verify_export,
-            shlex.join(["switchtitan", "export", *argv]),
-        )
-        export = export_adapter if options.format == "peft" else export_merged
-        print(export(checkpoint, target))
-    except UserError as error:
-        exit_for(error)
-    except KeyboardInterrupt as stop:
-        exit_for_interrupt(stop, "interrupted; run the same command to export")
-
-
-def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line; argparse exits with status 2 on an error."""
-    parser = argparse.ArgumentParser(
-        prog="switchtitan export",
-        description="Writes a checkpoint as a folder that transformers loads.",
-        allow_abbrev=False,
-    )
-    sources = parser.add_mutually_exclusive_group(required=True)
-    sources.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the checkpoint, the folder and its form."""
+    parser.add_argument(
         "checkpoint",
-        nargs="?",
         type=Path,
         metavar="CHECKPOINT",
         help="a folder step-000001000, or a run's output folder, which means its newest checkpoint",
-    )
-    # Its own `dest`: a positional argument that is absent would set its default over this value.
-    sources.add_argument(
-        "--checkpoint", dest="named", type=Path, metavar="CHECKPOINT", help="the same, by name"
     )
     parser.add_argument(
         "--folder",
@@ -103,7 +46,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--format",
-        choices=["transformers", "peft"],
+        choices=list(_LOADED_BY),
         default="transformers",
         help="peft: a LoRA adapter, and its base model in `base` (default: transformers)",
     )
@@ -125,9 +68,6 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         default="float32",
         help="dtype of the stored weights (default: float32)",
     )
-    options = parser.parse_args(argv)
-    options.checkpoint = options.checkpoint or options.named
-    return options
 
 
 def _size(text: str) -> int:
@@ -139,98 +79,69 @@ def _size(text: str) -> int:
     return num_bytes
 
 
-def export_folder(checkpoint: Path) -> Path:
-    """Returns the default folder: `exports/step-000001000`, next to the run's `checkpoints/`."""
-    parent = checkpoint.resolve().parent
-    return (
-        (parent.parent if parent.name == CHECKPOINTS_FOLDER else parent)
-        / "exports"
-        / checkpoint.resolve().name
-    )
-
-
-def export_merged(checkpoint: Path, target: Target) -> str:
-    """Writes a checkpoint's merged weights and returns a summary.
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes the folder; returns where the parts come from, and the relative error of its logits.
 
     Raises:
-        CheckpointError: if the checkpoint is corrupted, transformers has no class for its model,
-            the folder is not empty, or its logits differ.
+        CheckpointError: if the checkpoint is corrupted, has no form of this format, the folder is
+            not empty, or its logits differ.
         CorpusError: if the corpus folder exists but is damaged or holds another corpus.
         OutputError: if the folder cannot be written, or another process is writing it.
     """
-    weights = DenseCheckpoint(checkpoint)
-    described = ("merged in float32", _DENSE_FILES)
-    return _export(checkpoint, weights, weights, target, lambda partial: None, *described)
-
-
-def export_adapter(checkpoint: Path, target: Target) -> str:
-    """Writes a PEFT adapter and its base model, and returns a summary.
-
-    Raises:
-        CheckpointError: as `export_merged`, and if the checkpoint has no low-rank factors.
-        CorpusError: as `export_merged`.
-        OutputError: as `export_merged`.
-    """
-    weights = DenseCheckpoint(checkpoint)
-
-    def add_adapter(partial: Path) -> None:
-        _move_into_base(partial)
-        write_adapter(weights, partial, target.folder.resolve() / BASE_FOLDER, target.dtype)
-
-    described = ("an adapter and its base", _ADAPTER_FILES)
-    return _export(checkpoint, weights, BaseWeights(weights), target, add_adapter, *described)
-
-
-def _export(
-    checkpoint: Path,
-    weights: DenseCheckpoint,
-    stored: DenseWeights,
-    target: Target,
-    add_files: Callable[[Path], None],
-    form: str,
-    card: str,
-) -> str:
+    checkpoint = find_given(options.checkpoint)
+    folder: Path = options.folder or _default_folder(checkpoint.resolve())
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    is_adapter = options.format == "peft"
     metadata = read_metadata(checkpoint)
     corpus_folder = find_corpus(metadata)
     index = trained_corpus(corpus_folder, metadata)
+    weights = DenseCheckpoint(checkpoint)
     error: float | None = None
 
     def finish(partial: Path) -> None:
         nonlocal error
-        add_files(partial)
-        if target.verify is not None:
-            error = target.verify(weights, partial, target.dtype)
-        write_model_card(metadata, partial, target.command, card)
+        if is_adapter:
+            _move_into_base(partial)
+            write_adapter(weights, partial, folder.resolve() / BASE_FOLDER, dtype)
+        if not options.no_verify:
+            error = verify_export(weights, partial, dtype)
+        write_model_card(metadata, partial, options.command, _LOADED_BY[options.format])
 
     export_dense(
-        stored,
+        BaseWeights(weights) if is_adapter else weights,
         weights.config,
-        target.folder,
-        target.dtype,
+        folder,
+        dtype,
         seq_len=metadata.identity_number("data", "seq_len"),
         tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
         eos_id=index.tokenizer.eos_id if index else None,
-        max_shard_bytes=target.max_shard_bytes,
+        max_shard_bytes=options.max_shard_size,
         finish=finish,
     )
-    tokenizer = (
-        f"that of {corpus_folder}" if index else f"none: the run's corpus is not at {corpus_folder}"
-    )
-    dtype = str(target.dtype).removeprefix("torch.")
-    compared = (
-        "not compared"
-        if error is None
-        else f"as those of the checkpoint's weights in {dtype}, up to {error:.1e}"
-    )
-    return "\n".join(
-        [
-            f"checkpoint  {checkpoint}",
-            f"folder      {target.folder}",
-            f"weights     {dtype}, {form}",
-            f"tokenizer   {tokenizer}",
-            f"logits      {compared}",
-        ]
-    )
+    form = "an adapter and its base" if is_adapter else "merged in float32"
+    where = f"that of {corpus_folder}"
+    missing = f"none: the run's corpus is not at {corpus_folder}"
+    same = f"as those of the checkpoint's weights in {options.dtype}"
+    print(f"checkpoint  {checkpoint}")
+    print(f"folder      {folder}")
+    print(f"weights     {options.dtype}, {form}")
+    print(f"tokenizer   {where if index else missing}")
+    print(f"logits      {'not compared' if error is None else f'{same}, up to {error:.1e}'}")
+    return {
+        "checkpoint": str(checkpoint),
+        "folder": str(folder),
+        "dtype": options.dtype,
+        "format": options.format,
+        "tokenizer": str(corpus_folder) if index else None,
+        "logits_error": error,
+    }
+
+
+def _default_folder(checkpoint: Path) -> Path:
+    """Returns `exports/step-000001000`, next to the run's `checkpoints/`."""
+    parent = checkpoint.parent
+    run_folder = parent.parent if parent.name == CHECKPOINTS_FOLDER else parent
+    return run_folder / "exports" / checkpoint.name
 
 
 def _move_into_base(folder: Path) -> None:

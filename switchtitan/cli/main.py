@@ -1,24 +1,43 @@
-"""The console script `switchtitan`. Imports only the module of the chosen command."""
+"""The console script `switchtitan`: one frame for all commands.
 
+A command is a module with `add_arguments(parser)` and `run(options)`, which prints for people and
+returns what `--json` writes. Only the module of the chosen command is imported.
+"""
+
+import argparse
 import atexit
-import difflib
 import importlib
+import json
+import logging
 import os
+import shlex
+import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
 
 from switchtitan import __version__
 from switchtitan.cores import num_cores, set_thread_defaults
-from switchtitan.errors import CLOSED_OUTPUT_STATUS, discard_output, is_output_closed
+from switchtitan.errors import (
+    CLOSED_OUTPUT_STATUS,
+    ConfigError,
+    UserError,
+    discard_output,
+    exit_for,
+    exit_for_stop,
+    interrupt_on_sigterm,
+    is_output_closed,
+)
+from switchtitan.files import write_atomically
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
     "launch": "Start one process per rank: `switchtitan launch --nproc_per_node 8 train ...`.",
-    "prepare": "Tokenize a corpus before training on it.",
-    "inspect": "Show a corpus as the model sees it: counts, and sequences of tokens as text.",
+    "prepare": "Tokenize a corpus before training on it, or show it as the model sees it.",
     "evaluate": "Compute loss, perplexity and bits per byte of weights on held-out text.",
     "generate": "Continue a text with a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
@@ -28,10 +47,19 @@ COMMANDS = {
     "report": "Draw runs: curves, or the rank of their change, as a picture or one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",
 }
-"""Command -> its line in `switchtitan --help`. `switchtitan.cli.<command>` defines `main(argv)`."""
+"""Command -> its line in `switchtitan --help`."""
 _STARTERS = ("launch", "compare")
 """Commands whose work is done by processes that they start. They choose threads for those, unless
 the user has."""
+_WITHOUT_OPTIONS = ("train", "launch")
+"""Commands whose `run` takes the words themselves: keys of the configuration, or torchrun's."""
+_WITH_KEYS = ("prepare", "benchmark", "estimate")
+"""Commands that also take keys of the configuration: `options.keys` are their words."""
+_TELLING = ("prepare", "compare")
+"""Commands whose log is shown."""
+_STDOUT = "-"
+
+T = TypeVar("T")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -62,17 +90,82 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the command and its arguments; default: `sys.argv[1:]`.
 
     Raises:
-        SystemExit: as the command does; with status 2 for an unknown command.
+        SystemExit: with the status of a user's mistake, or 128 + n after signal n.
     """
-    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h", "--help"):
-        print(help_text("switchtitan", COMMANDS))
-    elif command == "--version":
-        print(f"switchtitan {__version__}")
-    else:
+    argv = sys.argv[1:] if argv is None else argv
+    command, words = _parse_command(argv[:1] or ["--help"]), argv[1:]
+    try:
         if command not in _STARTERS:
             set_thread_defaults(os.environ, num_cores())  # before the command imports torch
-        run_command("switchtitan", command, COMMANDS, arguments, "switchtitan.cli.{}")
+        module = importlib.import_module(f"switchtitan.cli.{command}")
+        if command in _WITHOUT_OPTIONS:
+            module.run(words)
+        else:
+            _run(module, command, words)
+    except UserError as error:
+        exit_for(error)
+    except KeyboardInterrupt as stop:
+        exit_for_stop(stop.args[0] if stop.args else signal.SIGINT)
+
+
+def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
+    """Parses the words, runs the command, and writes its result."""
+    parser = argparse.ArgumentParser(
+        prog=f"switchtitan {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=_STDOUT,
+        metavar="FILE",
+        help="also write the result to FILE; without FILE, or with -, print it instead of the text",
+    )
+    module.add_arguments(parser)
+    options, keys = parser.parse_known_args(words)
+    if keys and command not in _WITH_KEYS:
+        parser.error(f"unrecognized arguments: {' '.join(keys)}")
+    if options.json is not None:
+        _check_json(Path(options.json))
+    options.keys, options.command = keys, shlex.join(["switchtitan", command, *words])
+    logging.basicConfig(
+        level=logging.INFO if command in _TELLING else logging.WARNING, format="%(message)s"
+    )
+    interrupt_on_sigterm()
+    with ExitStack() as stack:
+        if options.json == _STDOUT:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+        result: dict[str, Any] | None = module.run(options)
+    if result is None:  # on other ranks than the main one
+        return
+    status = result.pop("exit_status", 0)
+    if options.json is not None:
+        _write_json(options.json, {"command": options.command, **result})
+    if status != 0:
+        raise SystemExit(status)
+
+
+def _check_json(file: Path) -> None:
+    """Checks that `--json FILE` can be a file in its folder, before hours of measuring."""
+    # Not Path.is_dir, which raises for a name that is too long.
+    if not os.path.isdir(file.absolute().parent):
+        raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
+    if os.path.isdir(file):
+        raise ConfigError(f"--json {file}: is a folder; give a file, e.g. {file}/numbers.json")
+
+
+def _write_json(file: str, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=2) + "\n"
+    if file == _STDOUT:
+        print(text, end="", flush=True)
+        return
+    try:
+        write_atomically(Path(file), text)
+    except OSError as error:
+        raise ConfigError(f"--json {file}: the file cannot be written: {error.strerror}") from error
 
 
 def _exit(status: int) -> NoReturn:
@@ -89,31 +182,66 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def run_command(
-    program: str, command: str, commands: dict[str, str], arguments: Sequence[str], modules: str
-) -> None:
-    """Imports the module of `command`, named by the pattern `modules`, and calls its `main`.
+def _parse_command(argv: Sequence[str]) -> str:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="switchtitan",
+        usage="switchtitan COMMAND [ARGUMENTS ...]",
+        description="\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()),
+        epilog="`switchtitan COMMAND --help` lists the arguments of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"switchtitan {__version__}")
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    command: str = parser.parse_args(argv).command
+    return command
 
-    Raises:
-        SystemExit: with status 2 if there is no such command.
-    """
-    if command not in commands:
-        near = difflib.get_close_matches(command, commands, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(commands)}"
-        print(f"error: {program} {command}: unknown command; {hint}", file=sys.stderr)
-        raise SystemExit(2)
-    importlib.import_module(modules.format(command)).main(arguments)
+
+# Arguments of several commands.
+def number(
+    convert: Callable[[str], T], is_valid: Callable[[T], bool], expected: str
+) -> Callable[[str], T]:
+    """Returns an argparse type that accepts valid numbers, and names what it expected."""
+
+    def parse(word: str) -> T:
+        with suppress(ValueError):
+            value = convert(word)
+            if is_valid(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{word}: expected {expected}")
+
+    return parse
 
 
-def help_text(program: str, commands: dict[str, str]) -> str:
-    """Returns the `--help` of a program with commands."""
-    width = max(len(command) for command in commands)
-    return "\n".join(
-        [
-            f"usage: {program} COMMAND [ARGUMENTS ...]",
-            "",
-            *(f"  {command:<{width}}  {sentence}" for command, sentence in commands.items()),
-            "",
-            f"`{program} COMMAND --help` lists the arguments of a command.",
-        ]
+positive_int = number(int, lambda value: value >= 1, "an integer >= 1")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model of `evaluate` and `generate`, `--tokenizer`, `--config` and `--dtype`."""
+    parser.add_argument(
+        "target",
+        type=Path,
+        metavar="TARGET",
+        help="a run's folder, a checkpoint, a Hugging Face folder, a LoRA adapter's folder (of "
+        "switchtitan or PEFT) or a safetensors file",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a tokenizer.json or a folder with one (default: that of the run's corpus, or the one "
+        "next to the weights)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a configuration with the model (default: that of the checkpoint, or of config.json)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="dtype of the computation (default: as in the checkpoint; for other weights bfloat16 "
+        "if the device multiplies it natively, else float32)",
     )

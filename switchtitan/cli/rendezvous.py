@@ -1,13 +1,12 @@
-"""Checks, before any rank starts, that this process can join the others of its run."""
+"""Checks, before any rank starts, that this process can join the others of its run.
 
-import errno
+Apart from `launch`, whose imports `train` does not need.
+"""
+
 import os
-import re
 import socket
 
 from switchtitan.errors import EnvironmentMismatchError
-
-_EXPECTED = "expected HOST:PORT, the same on every machine, with HOST one of them"
 
 
 def check_slurm_tasks(num_nodes: int) -> None:
@@ -16,9 +15,6 @@ def check_slurm_tasks(num_nodes: int) -> None:
     Call where no launcher says how the tasks train together. Each would train alone, and all would
     write to the same output folder.
 
-    Args:
-        num_nodes: number of machines of the run.
-
     Raises:
         EnvironmentMismatchError: if srun has started more tasks.
     """
@@ -26,27 +22,23 @@ def check_slurm_tasks(num_nodes: int) -> None:
     # have the first of the allocation, and 1 as the second.
     counts = [os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")]
     num_tasks = min((int(count) if count.isdecimal() else 1) for count in counts)
-    if num_tasks <= num_nodes:
-        return
-    raise EnvironmentMismatchError(
-        f"SLURM_NTASKS={num_tasks}, NNODES={num_nodes}: srun has started {num_tasks} tasks, and "
-        "they would train apart from each other in the same output folder; start one task per "
-        "machine with NNODES and RDZV_ENDPOINT, as scripts/slurm/train.sbatch does, or set RANK, "
-        "WORLD_SIZE and the other variables of docs/MULTINODE.md in every task; for separate runs, "
-        "unset SLURM_NTASKS in every task"
-    )
+    if num_tasks > num_nodes:
+        raise EnvironmentMismatchError(
+            f"SLURM_NTASKS={num_tasks}, NNODES={num_nodes}: srun has started {num_tasks} tasks, "
+            "and they would train apart from each other in the same output folder; start one task "
+            "per machine with NNODES and RDZV_ENDPOINT, as scripts/slurm/train.sbatch does, or set "
+            "RANK, WORLD_SIZE and the other variables of docs/MULTINODE.md in every task; for "
+            "separate runs, unset SLURM_NTASKS in every task"
+        )
 
 
-def check_rendezvous(
-    endpoint: str, num_nodes: int, node_rank: int | None, source: str | None = None
-) -> None:
-    """Checks the address of the rendezvous and this machine's index.
+def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> None:
+    """Checks what would let the machines of a run wait for each other in vain.
 
     Args:
-        endpoint: HOST:PORT; the port of a single machine may be 0.
+        endpoint: HOST:PORT; that of a single machine is not checked.
         num_nodes: number of machines.
         node_rank: index of this machine; None if the rendezvous assigns it.
-        source: what the user set, for error messages; by default `RDZV_ENDPOINT`.
 
     Raises:
         EnvironmentMismatchError: if the rendezvous cannot work.
@@ -58,42 +50,17 @@ def check_rendezvous(
         )
     if num_nodes == 1:
         return
-    source = source or f"RDZV_ENDPOINT={endpoint}"
-    host, port = split_endpoint(endpoint)
+    host, _, port = endpoint.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # an IPv6 address
+    if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise EnvironmentMismatchError(
+            f"RDZV_ENDPOINT={endpoint}: expected HOST:PORT, the same on every machine, with HOST "
+            "one of them"
+        )
     try:
-        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except OSError as error:
         raise EnvironmentMismatchError(
-            f"{source}: the host name {host} cannot be resolved on this machine "
+            f"RDZV_ENDPOINT={endpoint}: the host name {host} cannot be resolved on this machine "
             f"({error.strerror or error}); use a name that all machines know, or an IP address"
         ) from error
-    if node_rank == 0 and not _is_free(port):
-        raise EnvironmentMismatchError(
-            f"{source}: port {port} of this machine, which NODE_RANK=0 makes the "
-            "host, is in use; choose another"
-        )
-
-
-def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Returns host and port of HOST:PORT; an IPv6 address is in brackets.
-
-    Raises:
-        EnvironmentMismatchError: if it has another form.
-    """
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\s:\[\]/]+)):([0-9]{1,5})", endpoint)
-    port = int(match[3]) if match else 0
-    if match is None or not 0 < port < 1 << 16:
-        given = f"RDZV_ENDPOINT={endpoint}" if endpoint else "RDZV_ENDPOINT is not set"
-        raise EnvironmentMismatchError(f"{given}: {_EXPECTED}")
-    return match[1] or match[2], port
-
-
-def _is_free(port: int) -> bool:
-    """Whether this machine can listen on `port`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("", port))
-        except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True

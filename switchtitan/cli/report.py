@@ -15,30 +15,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from switchtitan.errors import ConfigError, UserError, exit_for
+from switchtitan.errors import ConfigError
 from switchtitan.observability.pictures import check_picture_option, write_picture
 from switchtitan.report.curves import draw_curves
 from switchtitan.report.page import Table, read_run, write_page
 from switchtitan.spectra import plots
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes the page or the picture."""
-    options = read_options(argv)
-    try:
-        write(options.runs, options.output, options.layers if options.spectrum else None)
-    except UserError as error:
-        exit_for(error)
-    print(options.output)
-
-
-def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog="switchtitan report",
-        description="Draws runs side by side: as a picture, or as one HTML page.",
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the runs, the file and what to draw."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
     parser.add_argument(
         "--output",
@@ -58,42 +43,41 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATTERN",
         help="of --spectrum: kinds of layers (q_proj) or patterns of names ('model.layers.3.*')",
     )
-    return parser.parse_args(argv)
 
 
-def write(folders: Sequence[Path], output: Path, layers: Sequence[str] | None) -> None:
-    """Writes the page or the picture, by the extension of `output`.
-
-    Args:
-        layers: whose spectra to draw; None for none.
+def run(options: argparse.Namespace) -> dict[str, str]:
+    """Writes the page or the picture, by the extension of `--output`.
 
     Raises:
         ConfigError: if a folder is not a run's, or the file cannot be written.
     """
+    output: Path = options.output
     is_page = output.suffix == ".html"
     if not is_page:
         check_picture_option(output)
-    runs = labelled(folders)
-    spectra = None if layers is None else plots.measure(runs, layers)
+    runs = _labelled(options.runs)
+    spectra = plots.measure(runs, options.layers) if options.spectrum else None
     if spectra is not None and not is_page:
         write_picture(plots.draw(spectra), output)
         print("\n".join("  ".join(row) for row in plots.table(spectra)))
-        return
-    records = {label: read_run(folder) for label, folder in runs.items()}
-    curves = draw_curves({label: record.curves for label, record in records.items()})
-    if not is_page:
-        write_picture(curves, output)
-        return
-    parts: dict[str, tuple[Figure, Table | None]] = {"Curves": (curves, None)}
-    if spectra is not None:
-        parts["Change of the weights"] = (plots.draw(spectra), plots.table(spectra))
-    try:
-        write_page(records, parts, output)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+    else:
+        records = {label: read_run(folder) for label, folder in runs.items()}
+        curves = draw_curves({label: record.curves for label, record in records.items()})
+        parts: dict[str, tuple[Figure, Table | None]] = {"Curves": (curves, None)}
+        if spectra is not None:
+            parts["Change of the weights"] = (plots.draw(spectra), plots.table(spectra))
+        try:
+            if is_page:
+                write_page(records, parts, output)
+            else:
+                write_picture(curves, output)
+        except OSError as error:
+            raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+    print(output)
+    return {"output": str(output)}
 
 
-def labelled(runs: Sequence[Path]) -> dict[str, Path]:
+def _labelled(runs: Sequence[Path]) -> dict[str, Path]:
     """Returns runs by label: the folder's name if it is unique, otherwise the path as given."""
     names = [run.resolve().name for run in runs]
     return {

@@ -24,7 +24,7 @@ from switchtitan.training.stop import Stop, Stopped
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str]) -> None:
+def run(words: Sequence[str]) -> None:
     """Trains the configured run.
 
     Raises:
@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> None:
             all statuses.
     """
     load = OtherLoad()
+    # Ends inside: a second signal, from a launcher, must not end this process by itself.
     with Stop(is_launched()) as stop:
         try:
-            train(argv, load, stop)
+            _train(words, load, stop)
         except UserError as error:
             stop_world_if_single()
             exit_for(error)
@@ -46,11 +47,10 @@ def main(argv: Sequence[str]) -> None:
             exit_for_stop(interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
-def train(argv: Sequence[str], load: OtherLoad, stop: Stop) -> None:
-    """Trains the configured run on this rank, until `stop` is due."""
+def _train(words: Sequence[str], load: OtherLoad, stop: Stop) -> None:
     if not is_launched():
         check_slurm_tasks(num_nodes=1)
-    config = parse_arguments(argv)
+    config = parse_arguments(words)
     if config.job.stop_signal is not None:
         stop.add(signal.Signals[config.job.stop_signal])
     world = start_world(config.parallelism)

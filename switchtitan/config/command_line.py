@@ -1,6 +1,5 @@
 """The command line: the configuration file, flags, and `--section.key value` overrides."""
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,17 +55,6 @@ def split_arguments(
             values.append(words.pop(0))
         _add_option(arguments, Override(option, values), section, flags)
     return arguments
-
-
-def positive_int(word: str) -> int:
-    """Parse an integer of at least 1, as an argparse type."""
-    try:
-        number = int(word)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{word}: expected an integer >= 1")
-    return number
 
 
 def _add_option(

@@ -13,7 +13,7 @@ from switchtitan.data.sequences import document_ids
 from switchtitan.data.text import TextSize, size_of_sequences
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
-from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.errors import ConfigError
 from switchtitan.generation.text import prefix_ids
 
 SplitName = Literal["validation", "test"]
@@ -39,10 +39,6 @@ class HeldOut:
     """Over all ranks."""
 
 
-_TOKENS_READ = 1 << 16
-"""Tokens of a corpus in memory at a time, as Python's numbers."""
-
-
 def held_out_split(
     corpus: Corpus, split: SplitName, num_tokens: int, shape: Shape, world: World
 ) -> HeldOut:
@@ -61,37 +57,6 @@ def held_out_split(
     )
     size = size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
     return HeldOut(batches, len(batches), size)
-
-
-def held_out_documents(
-    corpus: Corpus,
-    split: SplitName,
-    num_tokens: int,
-    own: DocumentTokenizer,
-    shape: Shape,
-    world: World,
-) -> HeldOut:
-    """Returns documents of a split, for a model with another tokenizer: their text, encoded again.
-
-    These are the first documents with `num_tokens` tokens or more together.
-
-    Raises:
-        CorpusError: if there is no such split, or it is shorter than one sequence.
-    """
-    if corpus.parts:
-        raise CorpusError(
-            "the corpus is a mixture, and the model has another tokenizer; pass --corpus FOLDER, "
-            f"the corpus of one source, such as {corpus.folder}"
-        )
-    stream, num_context = _context(own)
-    num_bytes = 0
-    for text in _documents(corpus, split):
-        (ids,) = own.encode_documents([text])
-        stream += [*ids, own.eos_id]
-        num_bytes += len(text.encode())
-        if len(stream) - num_context >= num_tokens:
-            break
-    return _held_out(stream, num_context, num_bytes, own, shape, world)
 
 
 def held_out_text(
@@ -147,21 +112,6 @@ def _held_out(
         num_ranks=world.size,
     )
     return HeldOut(batches, len(batches), TextSize(batches.num_targets, num_bytes))
-
-
-def _documents(corpus: Corpus, split: SplitName) -> Iterator[str]:
-    """Yields the documents of a split as text."""
-    sequences, num_tokens = corpus.split(split, 1), corpus.index.num_tokens(split)
-    tokenizer = corpus.tokenizer().tokenizer
-    document: list[int] = []
-    for first in range(0, num_tokens, _TOKENS_READ):
-        end = min(first + _TOKENS_READ, num_tokens)
-        for token in sequences.read(first, end).tolist():
-            if token != corpus.eos_id:
-                document.append(token)
-                continue
-            yield tokenizer.decode(document, skip_special_tokens=False)
-            document = []
 
 
 class TextBatches:

@@ -11,7 +11,7 @@ from support.tiny import METHOD_KEYS, TINY, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.benchmark import step_times
-from switchtitan.benchmark.sides import Side, load_sides, read_side, split_overrides
+from switchtitan.benchmark.sides import Side, load_sides, read_side
 from switchtitan.benchmark.step_times import (
     WARM_UP_STEPS,
     StepTimes,
@@ -149,10 +149,8 @@ def test_a_side_is_a_file_with_overrides(argument, side):
 def test_a_sides_own_keys_take_precedence_over_those_of_all(tmp_path):
     file = tmp_path / "tiny.toml"
     file.write_text(TINY.format(folder=tmp_path, method="lora", method_keys=METHOD_KEYS["lora"]))
-    words = "a --rounds 3 --method.rank 3 --optimizer.betas 0.8 0.9 --data.seq_len=8 b --all 2"
-    own, overrides = split_overrides(words.split())
-    assert own == ["a", "--rounds", "3", "b", "--all", "2"]
-    sides = load_sides([f"{file}", f"{file}:method.rank=5", f"{file}"], overrides)
+    keys = ["--method.rank", "3", "--optimizer.betas", "0.8", "0.9", "--data.seq_len=8"]
+    sides = load_sides([f"{file}", f"{file}:method.rank=5", f"{file}"], keys)
     assert list(sides) == [f"{file}", f"{file}:method.rank=5", f"{file} (3)"]
     assert [config.method.rank for config in sides.values()] == [3, 5, 3]
     assert {config.optimizer.betas for config in sides.values()} == {(0.8, 0.9)}

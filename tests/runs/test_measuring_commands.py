@@ -13,27 +13,21 @@ from torch.distributed.checkpoint import FileSystemReader
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.data import DataConfig, build_train_batches, open_corpus
 
-
-def record_of(*words):
-    """The JSON in the last line of a command's output."""
-    outcome = run(*words)
-    assert outcome.status == 0, outcome.errors
-    return json.loads(outcome.output.splitlines()[-1])
-
-
 # benchmark
 
 
-def test_steps_are_compared_in_a_table_and_a_record(trained):
+def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     file = str(trained.config)
     words = ("step", file, f"{file}:method.rank=4", "--rounds", 2, "--steps-per-round", 2)
+    words = (*words, "--json", tmp_path / "record.json", "--data.seq_len", 8)
     outcome = run("benchmark", *words)
     assert outcome.status == 0, outcome.errors
-    *_, first, second, line = outcome.output.splitlines()
+    *_, first, second = outcome.output.splitlines()
     assert first.endswith(f"  {file}")
     assert second.endswith(f"  {file}:method.rank=4")
-    record = json.loads(line)
+    record = json.loads((tmp_path / "record.json").read_text())
     assert record["command"] == "switchtitan benchmark " + " ".join(map(str, words))
+    assert record["environment"]["num_threads"] >= 1
     reference, other = record["steps"].values()
     assert reference["ratio"] == 1
     assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
@@ -45,7 +39,7 @@ def test_steps_are_compared_in_a_table_and_a_record(trained):
 
 def test_estimates_are_in_a_record_and_auto_is_bfloat16(trained):
     sides = [f"{trained.config}:training.dtype={key}" for key in ("auto", "bfloat16", "float32")]
-    record = record_of("estimate", *sides, "--world-size", 2)
+    record = result_of("estimate", *sides, "--world-size", 2)
     auto, short, long = (record["estimates"][side] for side in sides)
     assert auto == short
     assert auto["memory"]["peak"] < long["memory"]["peak"]
@@ -55,11 +49,10 @@ def test_estimates_are_in_a_record_and_auto_is_bfloat16(trained):
     num_bytes = [math.prod(tensor.size) * tensor.properties.dtype.itemsize for tensor in saved]
     assert short["checkpoint_bytes"] == sum(num_bytes)
     assert long["memory"]["peak"] == sum(long["memory"]["at_peak"].values())
-    assert record["command"] == f"switchtitan estimate {' '.join(sides)} --world-size 2"
 
 
 def test_the_largest_micro_batch_that_fits_is_in_a_record(trained):
-    record = record_of("estimate", trained.config, "--world-size", 2, "--fit", 1e-4, 80)
+    record = result_of("estimate", trained.config, "--world-size", 2, "--fit", 1e-4, 80)
     (found,) = record["fits"].values()
     assert found["batch_size"] == {"0.0001": 0, "80": MAX_BATCH_SIZE}
 
@@ -85,8 +78,8 @@ def corpus(tmp_path_factory):
 
 
 def test_a_seed_shows_what_a_run_with_it_reads_first(corpus):
-    words = (corpus.folder, "--seq-len", 40, "--num", 2)
-    result = result_of("inspect", *words, "--seed", 7)
+    words = ("--corpus", corpus.folder, "--seq-len", 40, "--show", 2)
+    result = result_of("prepare", *words, "--seed", 7)
     assert result["fingerprint"] == corpus.fingerprint
     batches = build_train_batches(
         corpus.train_split(40),
@@ -103,7 +96,8 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(corpus):
     assert shown == batch.tokens.tolist()
     for piece in documents[0]:
         assert piece["ends"] == (piece["tokens"][-1] == corpus.eos_id)
-    text = run("inspect", *words).output
+    text = run("prepare", "--corpus", corpus.folder, "--show").output
+    assert f"[{corpus.index.tokenizer.eos_token}]" in text
     assert f"{corpus.index.num_tokens('train'):,} tokens" in text
 
 

@@ -11,8 +11,6 @@ from support.trained import save_run
 
 from switchtitan import models
 from switchtitan.checkpoint import find_given, read_metadata
-from switchtitan.cli import export
-from switchtitan.cli.export import Target
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -26,6 +24,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def saved(corpora):
     """A run's checkpoint."""
     return find_given(save_run(corpora / "verify"))
+
+
+def export(checkpoint, folder, dtype=FP32, *words):
+    """Exports without a comparison."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    words = ("--folder", folder, "--dtype", dtype_name, "--no-verify", *words)
+    outcome = run("export", checkpoint, *words)
+    assert outcome.status == 0, outcome.errors
 
 
 LEAST = {FP32: 1.01, BF16: -1.0}
@@ -53,7 +59,7 @@ def check_that_others_are_found(saved, folder, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_another_weight_or_another_number_of_the_model_is_found(saved, tmp_path, dtype):
     out = tmp_path / "out"
-    export.export_merged(saved, Target(out, dtype, verify=None))
+    export(saved, out, dtype)
     # Both sides compute with weights that are rounded to this dtype.
     assert verify_export(DenseCheckpoint(saved), out, dtype) < 1e-5
     written = (out / "config.json").read_text()
@@ -68,7 +74,7 @@ def test_another_weight_or_another_number_of_the_model_is_found(saved, tmp_path,
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_another_factor_or_base_weight_of_an_adapter_is_found(saved, tmp_path, dtype):
     out = tmp_path / "out"
-    export.export_adapter(saved, Target(out, dtype, verify=None))
+    export(saved, out, dtype, "--format", "peft")
     assert verify_export(DenseCheckpoint(saved), out, dtype) < 2e-2
     layers = "base_model.model.model.layers"
     for file, name in (
@@ -84,7 +90,7 @@ def test_another_factor_or_base_weight_of_an_adapter_is_found(saved, tmp_path, d
 
 def test_weights_that_are_not_a_number_are_found(saved, tmp_path):
     out = tmp_path / "out"
-    export.export_merged(saved, Target(out, verify=None))
+    export(saved, out)
     damage_weights(out / "model.safetensors", "model.norm.weight", float("nan"))
     check_that_others_are_found(saved, out, FP32)
 
@@ -94,14 +100,14 @@ def test_an_export_with_other_logits_is_not_kept(saved, tmp_path, monkeypatch):
         save_file({name: 1.01 * value for name, value in weights.items()}, file, **keys)
 
     monkeypatch.setattr(export_folder, "save_file", save_wrongly)
-    with pytest.raises(CheckpointError, match="computes other logits than the checkpoint"):
-        export.export_merged(saved, Target(tmp_path / "out"))
+    outcome = run("export", saved, "--folder", tmp_path / "out")
+    outcome.check_refused("computes other logits than the checkpoint")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_with_a_buffer_that_no_weight_is_cannot_be_compared(saved, tmp_path, monkeypatch):
     checkpoint, build = DenseCheckpoint(saved), models.MODELS.build
-    export.export_merged(saved, Target(tmp_path / "out", verify=None))
+    export(saved, tmp_path / "out")
 
     def build_with_a_buffer(config):
         model = build(config)

@@ -177,7 +177,7 @@ def _train(
         setattr(owner, name, _signals_inside(getattr(owner, name), interrupt))
     if plant is not None:
         plant()
-    train.main(words)
+    train.run(words)
 
 
 def _signals_inside(function: Callable, interrupt: Interrupt) -> Callable:

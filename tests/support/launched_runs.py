@@ -13,7 +13,7 @@ from support.sessions import Started, started
 
 PROGRAM = """\
 import os, signal, sys
-from switchtitan.cli.train import main
+from switchtitan.cli.train import run
 from switchtitan.training.step import Stepper
 
 step = Stepper.step
@@ -25,7 +25,7 @@ def die_in_step_7(stepper):
     return step(stepper)
 
 Stepper.step = die_in_step_7
-main(sys.argv[1:])
+run(sys.argv[1:])
 """
 """Trains; rank 1 is killed in step 7 unless it was restarted."""
 FAIL_IN_A_SAVE = """\
@@ -49,7 +49,7 @@ def fail_during_a_save(trainer, result):
 
 Checkpointer._write = complete_when_allowed
 Trainer._after_step = fail_during_a_save
-train.main(sys.argv[2:])
+train.run(sys.argv[2:])
 """
 """Trains on one rank, and fails while its first save is in progress."""
 LAUNCH = ("-m", "switchtitan", "launch", "--nproc_per_node", "2", "--max-restarts", "2")

@@ -2,14 +2,14 @@
 
 import json
 import os
-import socket
+import signal
 
 import pytest
 from support.commands import run
-from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from switchtitan.cli import launch
-from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks, split_endpoint
+from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.errors import EnvironmentMismatchError
 
 BATCH_SCRIPT = {"SLURM_NTASKS": "8"}
@@ -62,21 +62,9 @@ def test_commands_refuse_to_be_one_of_slurms_tasks_unless_it_is_a_rank(set_slurm
 
 
 def test_an_endpoint_is_a_host_and_a_port():
-    assert split_endpoint("node-1:29500") == ("node-1", 29500)
-    assert split_endpoint("10.0.0.1:65535") == ("10.0.0.1", 65535)
-    assert split_endpoint("[fe80::1]:29500") == ("fe80::1", 29500)
+    check_rendezvous("localhost:65535", num_nodes=2, node_rank=1)
+    check_rendezvous("[::1]:29500", num_nodes=2, node_rank=None)
     check_rendezvous("localhost:0", num_nodes=1, node_rank=0)  # a single machine needs no address
-
-
-def test_the_port_must_be_free_on_the_host_only():
-    with socket.socket() as server:
-        server.bind(("", 0))
-        server.listen()
-        endpoint = f"localhost:{server.getsockname()[1]}"
-        with pytest.raises(EnvironmentMismatchError, match="in use"):
-            check_rendezvous(endpoint, num_nodes=2, node_rank=0)
-        check_rendezvous(endpoint, num_nodes=2, node_rank=1)
-    check_rendezvous(endpoint, num_nodes=2, node_rank=0)
 
 
 def test_only_the_last_start_of_this_run_tells_how_it_ended(tmp_path):
@@ -84,23 +72,38 @@ def test_only_the_last_start_of_this_run_tells_how_it_ended(tmp_path):
         (tmp_path / folder / "0").mkdir(parents=True)
         recorded = {"message": folder, "exit_status": number}
         (tmp_path / folder / "0" / "error.json").write_text(json.dumps(recorded))
-    last = launch.last_start(tmp_path, [tmp_path / "old" / "attempt_11"])
-    assert [end["message"] for end in launch.recorded_ends(last)] == ["run/attempt_10"]
-    assert launch.last_start(tmp_path / "old" / "attempt_11", []) == []
+    attempts = launch.attempts_in(tmp_path, [tmp_path / "old"])
+    assert [end["message"] for end in launch.recorded_ends(attempts)] == ["run/attempt_10"]
+    assert launch.recorded_ends([]) == []
 
 
-def test_a_lost_rendezvous_is_a_users_mistake_unless_ranks_ran_or_say_why(tmp_path):
-    options = launch.read_options(["--nnodes", "2", "--rdzv_endpoint", "node-1:29500", "train"])
-    error = RendezvousTimeoutError("nobody came")
-    message, status = launch.describe_lost_rendezvous(options, error, [])
-    assert "node-1:29500" in message
-    assert "nobody came" in message
-    assert status == 2
-    assert launch.describe_lost_rendezvous(options, error, [tmp_path])[1] == 1
-    (tmp_path / "0").mkdir()
-    recorded = {"message": "no corpus", "exit_status": 2}
-    (tmp_path / "0" / "error.json").write_text(json.dumps(recorded))
-    assert launch.describe_lost_rendezvous(options, error, [tmp_path]) == ("no corpus", 2)
+def ended(folder, status, timestamp, **recorded):
+    """A rank's end; with what it has recorded of it, if it has."""
+    file = folder / f"{len(list(folder.iterdir()))}.json"
+    if recorded:
+        file.write_text(json.dumps({"timestamp": timestamp, **recorded}))
+    failure = ProcessFailure(0, 11, status, str(file) if recorded else "none")
+    failure.timestamp = timestamp
+    return failure
+
+
+def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path):
+    """A rank that torchrun terminates may end before the failed one, or after the same message."""
+    mistake = {"message": "no such corpus", "exit_status": 2}
+    terminated = ended(tmp_path, -signal.SIGTERM, 1)
+    mistaken = ended(tmp_path, 2, 2, **mistake)
+    terminated_with_its_message = ended(tmp_path, -signal.SIGTERM, 2, **mistake)
+    crashed = ended(tmp_path, 1, 1)
+    stopped = ended(tmp_path, 143, 1, message="stopped", exit_status=143)
+    for failures, cause in (
+        ([terminated, mistaken], mistaken),
+        ([terminated, terminated_with_its_message], terminated_with_its_message),
+        ([mistaken, crashed], crashed),
+        ([terminated], terminated),
+        ([stopped, crashed], crashed),
+        ([stopped, terminated], stopped),
+    ):
+        assert launch.first_cause(failures) is cause
 
 
 @pytest.mark.parametrize(("num_ranks", "expected"), [("4", "1"), ("2", "2")])

@@ -3,8 +3,11 @@
 import pytest
 from support.commands import run
 from support.declared_comparison import write_grid
-from support.tiny import TINY
+from support.tiny import TINY, tiny_config
 from support.trained import save_qwen
+
+from switchtitan.data import open_corpus
+from switchtitan.data.tokenizer import train_tokenizer
 
 # A row: words, and two parts of the message. Names in braces are of `places`.
 TRAIN = [
@@ -43,6 +46,7 @@ TRAINED = [
     ("evaluate {run} --text {empty} --split test", "--split test", "--text"),
     ("evaluate {run} --corpus no/corpus", "--corpus no/corpus", "index.json"),
     ("evaluate {run} --corpus a --text b", "--text", "--corpus"),
+    ("evaluate {export} --tokenizer {tokenizer} --corpus {corpus}", "{corpus}", "--text"),
     ("evaluate no/run --json {folder}", "--json {folder}", "is a folder"),
     ("evaluate no/run --json no/x.json", "--json no/x.json", "no folder"),
     ("evaluate no/run --json {long}/x.json", "--json", "no folder"),
@@ -59,7 +63,6 @@ TRAINED = [
     ("generate {other} --prompt größe --tokenizer {export}", "vocabulary of 200", "--tokenizer"),
     ("export no/run", "no/run", "no complete checkpoint"),
     ("export", "required", "CHECKPOINT"),
-    ("export a --checkpoint b", "--checkpoint", "not allowed"),
     ("export {run} --dtype float16", "--dtype", "float16"),
     ("export {run} --max-shard-size 5", "--max-shard-size", "5"),
     ("export {run} --folder {empty}/x", "{empty}/x", "cannot be written"),
@@ -70,11 +73,17 @@ TRAINED = [
 ]
 OTHERS = [
     ("trian", "trian", "train"),
-    ("plot spectra", "spectra", "spectrum"),
+    ("inspect corpora", "inspect", "prepare"),
     ("prepare --dataset textt", "--dataset textt", '"text"'),
     ("prepare --data.pth x", "--data.pth x", "path"),
     ("prepare --dataset text --path no/folder", "no/folder", "no such"),
-    ("inspect {folder}", "{folder}", "index.json"),
+    ("prepare --corpus {folder}", "--corpus {folder}", "index.json"),
+    ("prepare --corpus {corpus} --vocab_size 300", "vocab_size", "--corpus"),
+    ("prepare --corpus {corpus} --show --split test", "no test split", "validation"),
+    ("prepare --corpus {corpus} --show --split validation --seed 3", "--seed 3", "--split"),
+    ("estimate {config} --world-size 2 --fitt 24", "--fitt", "unknown option"),
+    ("report {run} --no-such-option", "--no-such-option", "unrecognized"),
+    ("generate {run} --prompt x --training.steps 3", "--training.steps 3", "unrecognized"),
     ("compare missing.toml", "missing.toml", "declares no comparison"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
@@ -93,7 +102,7 @@ OTHERS = [
 ]
 LAUNCH = [
     ("--nproc_per_node 2 train --config {config} --training.step 9", "--training.step 9", "steps"),
-    ("--nnodes 2 --rdzv_backend c10d train", "RDZV_ENDPOINT is not set", "HOST:PORT"),
+    ("--nnodes 2 --rdzv_backend c10d train", "RDZV_ENDPOINT=: ", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1 train", "RDZV_ENDPOINT=node-1", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1:65536 train", "RDZV_ENDPOINT=node-1:65536", "HOST:PORT"),
@@ -105,7 +114,7 @@ LAUNCH = [
     ),
     (
         "--nnodes 2 --master_addr no-host.invalid --master_port 29501 train",
-        "--master_addr no-host.invalid --master_port 29501",
+        "no-host.invalid:29501",
         "resolved",
     ),
     (
@@ -126,6 +135,7 @@ def places(trained, tmp_path_factory):
     save_qwen(home / "other", trained.exported, vocab_size=200)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (home / "other" / name).unlink()
+    (home / "tokenizer.json").write_text(train_tokenizer(["other text"], 262).serialized)
     lora = TINY.format(folder=trained.run.parent, method="lora", method_keys="rank = 6")
     (home / "lora.toml").write_text(lora)
     grid = write_grid(home)
@@ -139,6 +149,8 @@ def places(trained, tmp_path_factory):
         "config": trained.config,
         "export": trained.exported,
         "lora": home / "lora.toml",
+        "tokenizer": home / "tokenizer.json",
+        "corpus": open_corpus(tiny_config(trained.run.parent, "full_rank").data).folder,
         "grid": grid,
         "bad_grid": grid.with_name("bad.toml"),
         "long": home / "folder" / ("x" * 300),

@@ -1,17 +1,13 @@
-"""What machine and launcher offer a rank: GPUs, a place among ranks, files; and how ranks end."""
+"""What machine and launcher offer a rank: GPUs, a place among ranks, files."""
 
-import json
 import resource
-import signal
 import socket
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from switchtitan.cli.launch import first_cause, num_ranks_of
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import device_type, own_gpu, start_world, unusable_gpu
 from switchtitan.errors import EnvironmentMismatchError
@@ -124,38 +120,3 @@ def test_a_rank_may_open_as_many_files_as_the_system_allows():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-# What a launcher makes of its ranks' ends.
-@pytest.mark.parametrize(
-    ("num_nodes", "num_processes", "expected"),
-    [("2", "4", 8), ("1:4", "4", None), ("1", "gpu", None)],
-)
-def test_ranks_are_counted_if_known(num_nodes, num_processes, expected):
-    assert num_ranks_of(num_nodes, num_processes) == expected
-
-
-def ended(folder, status, timestamp, **recorded):
-    """A rank's end; with what it has recorded of it, if it has."""
-    file = folder / f"{len(list(folder.iterdir()))}.json"
-    if recorded:
-        file.write_text(json.dumps({"timestamp": timestamp, **recorded}))
-    failure = ProcessFailure(0, 11, status, str(file) if recorded else "none")
-    failure.timestamp = timestamp
-    return failure
-
-
-def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path):
-    """A rank that torchrun terminates may end before the failed one, or after the same message."""
-    mistake = {"message": "no such corpus", "exit_status": 2}
-    terminated = ended(tmp_path, -signal.SIGTERM, 1)
-    mistaken = ended(tmp_path, 2, 2, **mistake)
-    terminated_with_its_message = ended(tmp_path, -signal.SIGTERM, 2, **mistake)
-    crashed = ended(tmp_path, 1, 1)
-    stopped = ended(tmp_path, 143, 1, message="stopped", exit_status=143)
-    assert first_cause([terminated, mistaken]) is mistaken
-    assert first_cause([terminated, terminated_with_its_message]) is terminated_with_its_message
-    assert first_cause([mistaken, crashed]) is crashed
-    assert first_cause([terminated]) is terminated
-    assert first_cause([stopped, crashed]) is crashed
-    assert first_cause([stopped, terminated]) is stopped
