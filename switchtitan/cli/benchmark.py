@@ -21,15 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sides and the number of steps."""
     parser.add_argument("what", choices=["step"], help="training steps, in alternation")
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
-    parser.add_argument(
-        "--rounds",
-        type=positive_int,
-        default=10,
-        help="turns of each side; an even number is fair (default: 10)",
-    )
-    parser.add_argument(
-        "--steps-per-round", type=positive_int, default=5, help="steps per turn (default: 5)"
-    )
+    rounds = "turns of each side; an even number is fair (default: 10)"
+    parser.add_argument("--rounds", type=positive_int, default=10, help=rounds)
+    steps = "steps per turn (default: 5)"
+    parser.add_argument("--steps-per-round", type=positive_int, default=5, help=steps)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -29,18 +29,12 @@ from switchtitan.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the comparisons, and how to run them."""
-    parser.add_argument(
-        "files", type=Path, nargs="+", metavar="FILE", help="a TOML file with a comparison"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        help="concurrent runs, each on its own GPU or on an equal share of the cores; default: 1",
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", help="do not train; report the finished runs"
-    )
+    files = "a TOML file that declares a comparison"
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=files)
+    jobs = "concurrent runs, each on its own GPU or on an equal share of the cores; default: 1"
+    parser.add_argument("--jobs", type=positive_int, default=1, help=jobs)
+    report_only = "do not train; report the finished runs"
+    parser.add_argument("--report-only", action="store_true", help=report_only)
 
 
 def run(options: argparse.Namespace) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
     switchtitan doctor [--output-dir FOLDER]
 
 Each line is `ok`, `optional` (an extra that is not installed), `warning` (training works, perhaps
-slowly) or `missing`, with what to do. Exit status 1 if training could not work at all, else 0."""
+slowly or not compiled) or `missing`, with what to do. Exit status 1 if something is missing."""
 
 import argparse
 import fcntl
@@ -15,20 +15,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from switchtitan.files import format_bytes
 
+Status = Literal["ok", "optional", "warning", "missing"]
 _GIB = 1 << 30
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
-    "flash": ("flash_attn", 'for [model] attention = "flash_attn", on GPUs'),
+    "flash": ("flash-attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
     "trackio": ("trackio", 'for [metrics] trackers = ["trackio"]'),
 }
-"""Extra of the package -> its module, and what it is for."""
+"""Extra of switchtitan -> its package, and what it is for."""
 _MIN_OPEN_FILES = 1024
 """A rank has about 100 files open, and two or three connections to every other rank."""
 _EAGER = "pass --compile.blocks false --compile.loss false --compile.optimizer false"
@@ -38,23 +38,16 @@ _INSTALL_TORCH = "install torch as pytorch.org/get-started says"
 class Finding(NamedTuple):
     """One line of the report."""
 
-    status: Literal["ok", "optional", "warning", "missing"]
+    status: Status
     name: str
     detail: str
     fix: str | None = None
-    is_required: bool = False
-    """Whether training cannot work if it is missing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the folder of runs."""
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("outputs"),
-        metavar="FOLDER",
-        help="where runs go; need not exist (default: outputs)",
-    )
+    where = "where runs go; need not exist (default: outputs)"
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help=where)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{finding.status:<8} {finding.name:<15} {finding.detail}", flush=True)
         if finding.fix is not None:
             print(f"{'':<25}-> {finding.fix}", flush=True)
-    can_train = not any(found.is_required and found.status == "missing" for found in findings)
+    can_train = all(finding.status != "missing" for finding in findings)
     print("training works here" if can_train else "training cannot work here: see what is missing")
     return {
         "can_train": can_train,
@@ -76,23 +69,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _findings(output_dir: Path) -> Iterator[Finding]:
     yield Finding("ok", "Python", f"{sys.version.split()[0]}, {sys.executable}")
-    yield _packages()
+    requirements = metadata.requires("switchtitan") if _is_installed("switchtitan") else None
+    needed = [re.split(r"[^\w.-]", of)[0] for of in requirements or [] if "extra ==" not in of]
+    lacking = ", ".join(name for name in needed if not _is_installed(name))
+    fix = f"run pip install {lacking.replace(',', '')}"
+    yield _finding("packages", lacking, fix, "all that switchtitan depends on", "missing")
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
-        yield Finding("missing", "torch", f"cannot be imported ({reason})", _INSTALL_TORCH, True)
+        yield Finding("missing", "torch", f"cannot be imported ({reason})", _INSTALL_TORCH)
     else:
         yield Finding("ok", "torch", torch.__version__)
         yield from _findings_with_torch()
-    for extra, (module, purpose) in _EXTRAS.items():
-        spec = find_spec(module)
-        # A folder of this name in the working directory has no origin: wandb writes one.
-        if spec is not None and spec.origin is not None:
-            yield Finding("ok", extra, f"{module} is installed, {purpose}")
-        else:
-            fix = f"run pip install 'switchtitan[{extra}]' if you need it"
-            yield Finding("optional", extra, f"{module} is not installed, {purpose}", fix)
+    for extra, (package, purpose) in _EXTRAS.items():
+        problem = "" if _is_installed(package) else f"{package} is not installed, {purpose}"
+        fix = f"run pip install 'switchtitan[{extra}]' if you need it"
+        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     # For a few checkpoints; for compiled code; for the data loader's batches.
     yield _free_space("outputs", folder, 5 * _GIB, "free space")
@@ -101,38 +94,18 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
         fix = "start the container with --shm-size 8g, or set [data] num_workers = 0"
         yield _free_space("shared memory", Path("/dev/shm"), _GIB, fix)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # training raises its own limit to it
-    if limit == resource.RLIM_INFINITY or limit >= _MIN_OPEN_FILES:
-        yield Finding("ok", "open files", "as many as several ranks need")
-    else:
-        fix = "increase it: ulimit -Hn, LimitNOFILE of the service, or /etc/security/limits.conf"
-        yield Finding("warning", "open files", f"at most {limit} for each process", fix)
+    is_low = limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES
+    problem = f"at most {limit} for each process" if is_low else ""
+    fix = "increase it: ulimit -Hn, LimitNOFILE of the service, or /etc/security/limits.conf"
+    yield _finding("open files", problem, fix, "enough for many ranks")
+    problem = ""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield Finding("ok", "writing", f"files can be written and locked in {folder}")
     except OSError as error:
-        fix = "choose another folder as [job] output_dir; on Lustre, mount with -o flock"
-        detail = f"no file can be written and locked in {folder} ({error.strerror})"
-        yield Finding("missing", "writing", detail, fix, is_required=True)
-
-
-def _packages() -> Finding:
-    try:
-        requirements = metadata.requires("switchtitan") or []
-    except metadata.PackageNotFoundError:
-        fix = "run pip install --editable . in the checkout"
-        return Finding("warning", "packages", "not checked: switchtitan is not installed", fix)
-    installed = {_normal(found.metadata["Name"]) for found in metadata.distributions()}
-    needed = [re.split(r"[^\w.-]", line)[0] for line in requirements if "extra ==" not in line]
-    lacking = [name for name in needed if _normal(name) not in installed]
-    if lacking:
-        fix = f"run pip install {' '.join(lacking)}"
-        return Finding("missing", "packages", ", ".join(lacking), fix, is_required=True)
-    return Finding("ok", "packages", "all that switchtitan depends on")
-
-
-def _normal(name: str) -> str:
-    return name.lower().replace("_", "-")
+        problem = f"no file can be written and locked in {folder} ({error.strerror})"
+    fix = "choose another folder as [job] output_dir; on Lustre, mount with -o flock"
+    yield _finding("writing", problem, fix, f"files are written and locked in {folder}", "missing")
 
 
 def _findings_with_torch() -> Iterator[Finding]:
@@ -145,33 +118,37 @@ def _findings_with_torch() -> Iterator[Finding]:
 
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
-    lacking, _, fix = (missing_toolchain(device) or "").partition("; ")
-    if lacking:
-        advice = f"{fix}; until then, {_EAGER}"
-        yield Finding("missing", "compiler", f"torch.compile: {lacking}", advice)
-    else:
-        yield Finding("ok", "compiler", "torch.compile can build code")
+    problem, _, fix = (missing_toolchain(device) or "").partition("; ")
+    yield _finding("compiler", problem, f"{fix}; until then, {_EAGER}", "torch.compile builds code")
     support = bf16_support(torch.device(device))
-    if support.is_native:
-        yield Finding("ok", "bfloat16", support.evidence)
+    problem = "" if support.is_native else support.evidence
+    yield _finding("bfloat16", problem, 'dtype = "auto" trains in float32', support.evidence)
+    if has_gpu:
+        for index in range(torch.cuda.device_count()):
+            memory = format_bytes(torch.cuda.get_device_properties(index).total_memory)
+            yield Finding("ok", f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {memory}")
+        problem = "" if dist.is_nccl_available() else "not in this build of torch"
+        yield _finding("NCCL", problem, _INSTALL_TORCH, "in this build of torch", "missing")
     else:
-        yield Finding("warning", "bfloat16", support.evidence, 'dtype = "auto" trains in float32')
-    for index in range(torch.cuda.device_count() if has_gpu else 0):
-        memory = format_bytes(torch.cuda.get_device_properties(index).total_memory)
-        yield Finding("ok", f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {memory}")
-    if has_gpu and not dist.is_nccl_available():
-        yield Finding("missing", "NCCL", "not in this build of torch", _INSTALL_TORCH, True)
-    if not has_gpu:
-        problem, _, advice = (unusable_gpu() or "").partition("; ")
-        if problem:
-            yield Finding("missing", "GPU", problem, advice)
-        else:
-            yield Finding("ok", "GPU", "none: trains on the CPU")
+        problem, _, fix = (unusable_gpu() or "").partition("; ")
+        yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")
+
+
+def _finding(name: str, problem: str, fix: str, fine: str, status: Status = "warning") -> Finding:
+    """Returns what is fine, or the problem if there is one."""
+    return Finding(status, name, problem, fix) if problem else Finding("ok", name, fine)
 
 
 def _free_space(name: str, folder: Path, least: int, fix: str) -> Finding:
     free = shutil.disk_usage(folder).free
     detail = f"{format_bytes(free)} free for {folder}"
-    if free >= least:
-        return Finding("ok", name, detail)
-    return Finding("warning", name, detail, f"{fix}: less than {format_bytes(least)} is short")
+    fix = f"{fix}: less than {format_bytes(least)} is short"
+    return _finding(name, detail if free < least else "", fix, detail)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

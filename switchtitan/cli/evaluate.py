@@ -48,30 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the model, the text and the number of tokens."""
     add_model_arguments(parser)
     text = parser.add_mutually_exclusive_group()
-    text.add_argument(
-        "--corpus",
-        type=Path,
-        metavar="FOLDER",
-        help="a prepared corpus (default: that of the run, or of --config)",
-    )
+    corpus = "a prepared corpus (default: that of the run, or of --config)"
+    text.add_argument("--corpus", type=Path, metavar="FOLDER", help=corpus)
     text.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file")
     parser.add_argument(
         "--split", choices=["validation", "test"], help="of the corpus (default: validation)"
     )
-    parser.add_argument(
-        "--tokens",
-        type=positive_int,
-        metavar="N",
-        help="number of tokens, from the start (default: as in the configuration, else 10 million; "
-        "all of --text)",
-    )
-    parser.add_argument(
-        "--seq-len",
-        type=positive_int,
-        metavar="N",
-        help="tokens per sequence (default: as in the configuration; for other weights the model's "
-        "maximum, at most 1024)",
-    )
+    tokens = "from the start (default: as in the configuration, else 10 million; all of --text)"
+    parser.add_argument("--tokens", type=positive_int, metavar="N", help=tokens)
+    seq_len = "tokens per sequence (default: as configured, else the model's, at most 1024)"
+    parser.add_argument("--seq-len", type=positive_int, metavar="N", help=seq_len)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -33,17 +33,10 @@ _LOADED_BY = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint, the folder and its form."""
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a folder step-000001000, or a run's output folder, which means its newest checkpoint",
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="folder to write, absent or empty (default: exports/STEP in the run's output folder)",
-    )
+    checkpoint = "a folder step-000001000, or a run's output folder: its newest checkpoint"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint)
+    folder = "to write, absent or empty (default: exports/STEP in the run's output folder)"
+    parser.add_argument("--folder", type=Path, help=folder)
     parser.add_argument(
         "--format",
         choices=list(_LOADED_BY),
@@ -55,18 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_size,
         default=MAX_SHARD_BYTES,
         metavar="SIZE",
-        help="maximum size of a weights file, such as 500MB (default: 5GB); memory holds one file",
+        help="of a weights file, such as 500MB (default: 5GB); memory holds one file",
     )
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="do not compare the logits of the export with those of the checkpoint",
-    )
+    no_verify = "do not compare the logits of the export with those of the checkpoint"
+    parser.add_argument("--no-verify", action="store_true", help=no_verify)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="dtype of the stored weights (default: float32)",
+        help="of the stored weights (default: float32)",
     )
 
 
@@ -80,16 +70,18 @@ def _size(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Writes the folder; returns where the parts come from, and the relative error of its logits.
+    """Writes the folder; returns where its parts come from, and the relative error of its logits.
 
     Raises:
-        CheckpointError: if the checkpoint is corrupted, has no form of this format, the folder is
-            not empty, or its logits differ.
-        CorpusError: if the corpus folder exists but is damaged or holds another corpus.
-        OutputError: if the folder cannot be written, or another process is writing it.
+        UserError: if the checkpoint is corrupted or has no form of this format, the corpus is not
+            the run's, the folder is not empty or cannot be written, or its logits differ.
     """
     checkpoint = find_given(options.checkpoint)
-    folder: Path = options.folder or _default_folder(checkpoint.resolve())
+    folder: Path = options.folder
+    if folder is None:
+        parent = checkpoint.resolve().parent
+        run_folder = parent.parent if parent.name == CHECKPOINTS_FOLDER else parent
+        folder = run_folder / "exports" / checkpoint.resolve().name
     dtype: torch.dtype = getattr(torch, options.dtype)
     is_adapter = options.format == "peft"
     metadata = read_metadata(checkpoint)
@@ -118,30 +110,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         max_shard_bytes=options.max_shard_size,
         finish=finish,
     )
-    form = "an adapter and its base" if is_adapter else "merged in float32"
-    where = f"that of {corpus_folder}"
     missing = f"none: the run's corpus is not at {corpus_folder}"
     same = f"as those of the checkpoint's weights in {options.dtype}"
-    print(f"checkpoint  {checkpoint}")
-    print(f"folder      {folder}")
-    print(f"weights     {options.dtype}, {form}")
-    print(f"tokenizer   {where if index else missing}")
-    print(f"logits      {'not compared' if error is None else f'{same}, up to {error:.1e}'}")
-    return {
+    result = {
         "checkpoint": str(checkpoint),
         "folder": str(folder),
-        "dtype": options.dtype,
-        "format": options.format,
-        "tokenizer": str(corpus_folder) if index else None,
-        "logits_error": error,
+        "weights": f"{options.dtype}, {'adapter and base' if is_adapter else 'merged in float32'}",
+        "tokenizer": f"that of {corpus_folder}" if index else missing,
+        "logits": "not compared" if error is None else f"{same}, up to {error:.1e}",
     }
-
-
-def _default_folder(checkpoint: Path) -> Path:
-    """Returns `exports/step-000001000`, next to the run's `checkpoints/`."""
-    parent = checkpoint.parent
-    run_folder = parent.parent if parent.name == CHECKPOINTS_FOLDER else parent
-    return run_folder / "exports" / checkpoint.name
+    for name, value in result.items():
+        print(f"{name:<12}{value}")
+    return result
 
 
 def _move_into_base(folder: Path) -> None:

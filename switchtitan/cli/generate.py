@@ -41,35 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--prompt-file", metavar="FILE", help="a UTF-8 file with the text; - is standard input"
     )
+    length = "stop after N tokens, unless the text ends before (default: 128)"
     parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=128,
-        metavar="N",
-        help="stop after N tokens, unless the text ends before (default: 128)",
+        "--max-new-tokens", type=positive_int, default=128, metavar="N", help=length
     )
-    parser.add_argument(
-        "--temperature",
-        type=number(float, lambda value: 0 <= value < math.inf, "a number >= 0"),
-        default=1.0,
-        metavar="T",
-        help="divides the logits; 0 takes the most probable token (default: 1)",
-    )
-    parser.add_argument(
-        "--top-k", type=positive_int, metavar="K", help="draw among the K most probable tokens"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-        metavar="P",
-        help="draw among the fewest tokens with a probability of P together, up to 1",
-    )
-    parser.add_argument(
-        "--seed",
-        type=number(int, lambda value: 0 <= value < 1 << 63, "an integer >= 0 and below 2^63"),
-        metavar="N",
-        help="of the draws; the same N repeats them (default: 0)",
-    )
+    temperature = number(float, lambda value: 0 <= value < math.inf, "a number >= 0")
+    divides = "divides the logits; 0 takes the most probable token (default: 1)"
+    parser.add_argument("--temperature", type=temperature, default=1.0, metavar="T", help=divides)
+    top_k = "draw among the K most probable tokens"
+    parser.add_argument("--top-k", type=positive_int, metavar="K", help=top_k)
+    share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+    top_p = "draw among the fewest tokens with a probability of P together"
+    parser.add_argument("--top-p", type=share, metavar="P", help=top_p)
+    seed = number(int, lambda value: 0 <= value < 1 << 63, "an integer >= 0 and below 2^63")
+    repeats = "of the draws; the same N repeats them (default: 0)"
+    parser.add_argument("--seed", type=seed, metavar="N", help=repeats)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -112,12 +98,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         device,
     )
     print(prompt, end="", flush=True)
+    tokens, stream = (step[0] for step in steps), TextStream(tokenizer, prompt_tokens)
     try:
-        result = _stream(
-            (step[0] for step in steps),
-            stop_tokens(trained, documents),
-            TextStream(tokenizer, prompt_tokens),
-        )
+        result = _stream(tokens, stop_tokens(trained, documents), stream)
     finally:
         print(flush=True)
     speed = result["tokens_per_s"]

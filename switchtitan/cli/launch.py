@@ -1,8 +1,7 @@
 """Starts several ranks: `switchtitan launch TORCHRUN_OPTIONS train TRAIN_OPTIONS`.
 
 It can also launch `benchmark`, a script, or `-m MODULE`. It is torchrun that checks the rendezvous
-and the configuration before any rank starts, prints a `UserError` of a rank once, without
-tracebacks and torchrun's report, and exits with its status."""
+and the configuration first, prints a `UserError` of ranks once, and exits with its status."""
 
 import argparse
 import json
@@ -40,7 +39,7 @@ OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
 _KILLED_AFTER_GRACE_S = 15
 """Seconds after `[checkpoint] grace_s` that torchrun waits for ranks until it kills them."""
-_FIRST_SIGNAL_STATUS = 128
+_FIRST_SIGNAL = 128
 
 
 def run(words: Sequence[str]) -> None:
@@ -48,7 +47,7 @@ def run(words: Sequence[str]) -> None:
 
     Raises:
         UserError: for a mistake, before any rank starts.
-        SystemExit: with the status of the ranks' mistake, 1 if one crashed, 128 + n after signal n.
+        SystemExit: with the status of the ranks' mistake, 1 after a crash, 128 + n after signal n.
     """
     parser = get_args_parser()
     parser.prog = "switchtitan launch"
@@ -59,7 +58,16 @@ def run(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     _check_machines(options)
     if options.training_script != "benchmark":
-        _let_ranks_stop(options, _read_config(options))
+        least, _, most = options.nnodes.partition(":")
+        counts = (least, options.nproc_per_node)  # or "gpu" processes, which torchrun counts
+        is_known = most in ("", least) and all(count.isdecimal() for count in counts)
+        config = parse_arguments(
+            options.training_script_args,
+            int(counts[0]) * int(counts[1]) if is_known else None,
+            checks=None if is_known else (),
+            say=ignore_note,  # the first rank prints the notes
+        )
+        _let_ranks_stop(options, config)
     # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
     raise_file_limit()
     if options.training_script in OWN_COMMANDS:
@@ -93,23 +101,6 @@ def _endpoint(options: argparse.Namespace) -> str:
     return str(options.rdzv_endpoint)
 
 
-def _read_config(options: argparse.Namespace) -> JobConfig:
-    """Returns the ranks' configuration, checked together if torchrun's options tell their number.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-    """
-    least, _, most = options.nnodes.partition(":")
-    counts = (least, options.nproc_per_node)  # "gpu" processes
-    is_known = most in ("", least) and all(count.isdecimal() for count in counts)
-    return parse_arguments(
-        options.training_script_args,
-        int(counts[0]) * int(counts[1]) if is_known else None,
-        checks=None if is_known else (),
-        say=ignore_note,  # the first rank prints the notes
-    )
-
-
 def _let_ranks_stop(options: argparse.Namespace, config: JobConfig) -> None:
     """Makes torchrun pass the run's signals on to the ranks, and give them the time to save."""
     if options.shutdown_timeout is None and not os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
@@ -133,9 +124,9 @@ def run_ranks(options: argparse.Namespace) -> None:
     try:
         run_torchrun(options)
     except ChildFailedError as error:
-        cause = first_cause(list(error.failures.values()))
-        if is_known(cause):
-            _exit_as(cause.error_file_data)
+        recorded = first_cause(list(error.failures.values())).error_file_data
+        if EXIT_STATUS_KEY in recorded:
+            _exit_as(recorded)
         print(error, file=sys.stderr)
         raise SystemExit(1) from error
     except (RendezvousError, dist.DistError) as error:
@@ -154,14 +145,9 @@ def run_ranks(options: argparse.Namespace) -> None:
     except SignalException as error:
         # The ranks say whether they have saved.
         for end in recorded_ends(attempts_in(folder, earlier)):
-            if end[EXIT_STATUS_KEY] < _FIRST_SIGNAL_STATUS:
+            if end[EXIT_STATUS_KEY] < _FIRST_SIGNAL:
                 _exit_as(end)
-        raise SystemExit(_FIRST_SIGNAL_STATUS + error.sigval) from error
-
-
-def is_known(failure: ProcessFailure) -> bool:
-    """Whether a rank has recorded an exit status and a message, unlike a crash."""
-    return EXIT_STATUS_KEY in failure.error_file_data
+        raise SystemExit(_FIRST_SIGNAL + error.sigval) from error
 
 
 def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
@@ -171,21 +157,18 @@ def first_cause(failures: Sequence[ProcessFailure]) -> ProcessFailure:
     user's mistake.
     """
 
-    def is_consequence(failure: ProcessFailure) -> bool:
-        if is_known(failure):
-            return bool(failure.error_file_data[EXIT_STATUS_KEY] >= _FIRST_SIGNAL_STATUS)
-        return failure.exitcode == -signal.SIGTERM
+    def order(failure: ProcessFailure) -> tuple[bool, int, bool]:
+        status = failure.error_file_data.get(EXIT_STATUS_KEY)
+        if status is None:
+            return failure.exitcode == -signal.SIGTERM, failure.timestamp, True
+        # Timestamps have a resolution of one second; within one, prefer a mistake to a crash.
+        return status >= _FIRST_SIGNAL, failure.timestamp, False
 
-    # Timestamps have a resolution of one second; within one, prefer a mistake to a crash.
-    return min(failures, key=lambda of: (is_consequence(of), of.timestamp, not is_known(of)))
+    return min(failures, key=order)
 
 
 def attempts_in(folder: Path, earlier: Collection[Path]) -> list[Path]:
-    """Returns the folders of this launch's starts, in order, in torchrun's log folder.
-
-    Args:
-        earlier: what was in the log folder before.
-    """
+    """Returns the folders of this launch's starts, in order: not in `earlier` folders."""
     found = [path for path in folder.glob("*/attempt_*") if path.parent not in earlier]
     return sorted(found, key=lambda path: int(path.name.removeprefix("attempt_")))
 
@@ -213,6 +196,7 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.failures and is_known(first_cause(list(result.failures.values()))):
+        failures = list(result.failures.values())
+        if failures and EXIT_STATUS_KEY in first_cause(failures).error_file_data:
             self._remaining_restarts = 0
         return result

@@ -32,7 +32,7 @@ from switchtitan.errors import (
     interrupt_on_sigterm,
     is_output_closed,
 )
-from switchtitan.files import write_atomically
+from switchtitan.files import exists, write_atomically
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
@@ -84,10 +84,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command.
-
-    Args:
-        argv: the command and its arguments; default: `sys.argv[1:]`.
+    """Runs the command `argv[0]`; default: that of `sys.argv`.
 
     Raises:
         SystemExit: with the status of a user's mistake, or 128 + n after signal n.
@@ -116,13 +113,8 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const=_STDOUT,
-        metavar="FILE",
-        help="also write the result to FILE; without FILE, or with -, print it instead of the text",
-    )
+    where = "also write the result to FILE; without FILE, or with -, print it instead of the text"
+    parser.add_argument("--json", nargs="?", const=_STDOUT, metavar="FILE", help=where)
     module.add_arguments(parser)
     options, keys = parser.parse_known_args(words)
     if keys and command not in _WITH_KEYS:
@@ -149,21 +141,18 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
 
 
 def _check_json(file: Path) -> None:
-    """Checks that `--json FILE` can be a file in its folder, before hours of measuring."""
-    # Not Path.is_dir, which raises for a name that is too long.
-    if not os.path.isdir(file.absolute().parent):
-        raise ConfigError(f"--json {file}: no folder {file.absolute().parent}; create it")
-    if os.path.isdir(file):
-        raise ConfigError(f"--json {file}: is a folder; give a file, e.g. {file}/numbers.json")
+    """Checks `--json FILE` before hours of measuring."""
+    if not exists(file.absolute().parent) or (exists(file) and file.is_dir()):
+        raise ConfigError(f"--json {file}: expected a file in a folder that exists")
 
 
 def _write_json(file: str, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=2) + "\n"
+    text = json.dumps(result, indent=2)
     if file == _STDOUT:
-        print(text, end="", flush=True)
+        print(text, flush=True)
         return
     try:
-        write_atomically(Path(file), text)
+        write_atomically(Path(file), f"{text}\n")
     except OSError as error:
         raise ConfigError(f"--json {file}: the file cannot be written: {error.strerror}") from error
 
@@ -171,8 +160,7 @@ def _write_json(file: str, result: dict[str, Any]) -> None:
 def _exit(status: int) -> NoReturn:
     """Ends the process as Python does, but destroys no objects.
 
-    An error leaves process groups behind. Their destruction aborts the process (status 134) if one
-    of gloo's threads still runs.
+    Process groups that an error leaves behind would abort it if a thread of gloo still runs.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -218,30 +206,16 @@ positive_int = number(int, lambda value: value >= 1, "an integer >= 1")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model of `evaluate` and `generate`, `--tokenizer`, `--config` and `--dtype`."""
-    parser.add_argument(
-        "target",
-        type=Path,
-        metavar="TARGET",
-        help="a run's folder, a checkpoint, a Hugging Face folder, a LoRA adapter's folder (of "
-        "switchtitan or PEFT) or a safetensors file",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FILE",
-        help="a tokenizer.json or a folder with one (default: that of the run's corpus, or the one "
-        "next to the weights)",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="a configuration with the model (default: that of the checkpoint, or of config.json)",
-    )
+    """Adds the weights of `evaluate` and `generate`, and how to read them."""
+    weights = "a run, a checkpoint, a Hugging Face folder, a LoRA adapter or a safetensors file"
+    parser.add_argument("target", type=Path, metavar="TARGET", help=weights)
+    tokenizer = "a tokenizer.json or a folder with one (default: the run's, or next to the weights)"
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=tokenizer)
+    model = "a configuration with the model (default: that of the checkpoint, or of config.json)"
+    parser.add_argument("--config", metavar="FILE", help=model)
     parser.add_argument(
         "--dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="dtype of the computation (default: as in the checkpoint; for other weights bfloat16 "
-        "if the device multiplies it natively, else float32)",
+        help="of the computation (default: the checkpoint's; for other weights bfloat16 if native)",
     )

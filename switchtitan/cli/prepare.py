@@ -5,11 +5,9 @@
     switchtitan prepare --corpus corpora/pystdlib-0123456789ab --show 3
 
 --config FILE uses the [data] section of a training configuration. Its keys are options too, with or
-without `data.`; docs/CONFIGURATION.md and `switchtitan train --help-all` describe them.
-Training does the same on first use. Prepare a large corpus in advance, on a machine with many
-cores. The same command resumes a stopped preparation.
---show N also prints sequences as the model sees them: each document as text, and the end token in
-brackets where it ends."""
+without `data.`; docs/CONFIGURATION.md and `switchtitan train --help-all` describe them. The same
+command resumes a stopped preparation. --show also prints sequences as the model sees them: each
+document as text, and the end token in brackets where it ends."""
 
 import argparse
 from pathlib import Path
@@ -49,17 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=["train", "validation", "test"], default="train", help="of --show"
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        metavar="S",
-        help="show the first training sequences of a run with [job] seed = S (default: the first "
-        "ones of the split)",
-    )
+    seed = "show what a run with [job] seed = S reads first (default: the start of the split)"
+    parser.add_argument("--seed", type=int, metavar="S", help=seed)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prepares or opens the corpus; returns its counts, and sequences.
+    """Prepares or opens the corpus; prints and returns its counts, and sequences.
 
     Raises:
         UserError: if it cannot be read or prepared, or has no such split.
@@ -74,20 +67,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         seq_len = config.seq_len if "seq_len" in config.model_fields_set else _SEQ_LEN
         for key in config.model_fields_set - {"seq_len"}:
             raise ConfigError(f"[data] {key}: has no effect with --corpus; leave one out")
-    result = describe(corpus)
-    print(_counts(result))
+    tokenizer = corpus.index.tokenizer
+    result = {
+        "description": corpus.description,
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": tokenizer.model_dump(mode="json"),
+        "corpora": [_show_source(source) for source in corpus.sources],
+    }
+    if corpus.parts:
+        print(f"mixture      {corpus.description}")
+    print(f"tokenizer    {corpus.vocab_size:,} tokens, documents end in {tokenizer.eos_token}")
+    print(f"fingerprint  {corpus.fingerprint}")
     if options.show is not None:
-        result |= sequences_of(corpus, options.split, seq_len, options.show, options.seed)
-        print(_texts(result))
+        result |= _show_sequences(corpus, options.split, seq_len, options.show, options.seed)
     return result
 
 
 def read_data_config(words: list[str]) -> DataConfig:
-    """Returns the section that a command line describes.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-    """
+    """Returns the section that a command line describes."""
     arguments = split_arguments(words, section="data")
     if arguments.config_file is None:
         return load_config(arguments, None, DataJobConfig).data
@@ -95,12 +92,7 @@ def read_data_config(words: list[str]) -> DataConfig:
 
 
 def open_given(folder: Path) -> Corpus:
-    """Opens the corpus of `--corpus FOLDER`.
-
-    Raises:
-        ConfigError: if it is no prepared corpus.
-        CorpusError: if a file is damaged.
-    """
+    """Opens the corpus of `--corpus FOLDER`."""
     if not (folder / INDEX_FILE).is_file():
         raise ConfigError(
             f"--corpus {folder}: no file {folder / INDEX_FILE}; expected a folder that "
@@ -109,41 +101,36 @@ def open_given(folder: Path) -> Corpus:
     return open_prepared(folder)
 
 
-def describe(corpus: Corpus) -> dict[str, Any]:
-    """Returns the counts of a corpus, as JSON values."""
+def _show_source(source: Corpus) -> dict[str, Any]:
+    index, splits = source.index, {}
+    print(f"folder       {source.folder}\nsource       {source.description}")
+    if index.revision is not None:
+        print(f"revision     {index.revision}")
+    for split, shards in index.splits.items():
+        num_tokens, num_documents = index.num_tokens(split), index.num_documents(split)
+        num_bytes, cap = sum(of.bytes_of_text for of in shards), index.document_caps.get(split)
+        text = f", {num_bytes / 1e6:,.1f} MB of text" if num_bytes else ""  # not of token ids
+        cut = "" if cap is None else f", documents cut to {cap:,} tokens"
+        print(f"{split:<12} {num_tokens:,} tokens, {num_documents:,} documents{text}{cut}")
+        splits[split] = {
+            "tokens": num_tokens,
+            "documents": num_documents,
+            "bytes_of_text": num_bytes,
+            "document_cap": cap,
+        }
     return {
-        "description": corpus.description,
-        "fingerprint": corpus.fingerprint,
-        "tokenizer": corpus.index.tokenizer.model_dump(mode="json"),
-        "corpora": [
-            {
-                "folder": str(source.folder),
-                "source": source.description,
-                "revision": source.index.revision,
-                "fingerprint": source.fingerprint,
-                "splits": {
-                    split: {
-                        "tokens": source.index.num_tokens(split),
-                        "documents": source.index.num_documents(split),
-                        "bytes_of_text": sum(shard.bytes_of_text for shard in shards),
-                        "document_cap": source.index.document_caps.get(split),
-                    }
-                    for split, shards in source.index.splits.items()
-                },
-            }
-            for source in corpus.sources
-        ],
+        "folder": str(source.folder),
+        "source": source.description,
+        "revision": index.revision,
+        "fingerprint": source.fingerprint,
+        "splits": splits,
     }
 
 
-def sequences_of(
+def _show_sequences(
     corpus: Corpus, split: str, seq_len: int, num_sequences: int, seed: int | None
 ) -> dict[str, Any]:
-    """Returns some sequences of a corpus, by documents, as JSON values.
-
-    Raises:
-        CorpusError: if there is no such split, or it is shorter than one sequence.
-    """
+    """Prints and returns some sequences of a corpus, by documents."""
     sequences: TrainSequences | HeldOutSequences
     if split == "train":
         sequences = corpus.train_split(seq_len)
@@ -154,19 +141,26 @@ def sequences_of(
         if split != "train" or not isinstance(sequences, TrainSequences):
             raise ConfigError(f"--seed {seed} has no effect with --split {split}; leave one out")
         indices = sequences.ordered(seed, indices)
+    shown = []
+    for index in map(int, indices):
+        pieces = _documents(corpus, sequences[index])
+        shown.append({"index": index, "documents": pieces})
+        print(
+            f"\n--- sequence {index:,} of {len(sequences):,} in the {split} split: {seq_len} "
+            f"tokens, {len(pieces)} document(s) ---"
+        )
+        for piece in pieces:
+            print(piece["text"] + f"[{corpus.index.tokenizer.eos_token}]" * piece["ends"])
     return {
         "split": split,
         "seq_len": seq_len,
         "num_sequences": len(sequences),
-        "sequences": [
-            {"index": int(index), "documents": _documents(corpus, sequences[int(index)])}
-            for index in indices
-        ],
+        "sequences": shown,
     }
 
 
 def _documents(corpus: Corpus, sequence: TokenSequence) -> list[dict[str, Any]]:
-    """The inputs of a sequence, by document."""
+    """Returns the inputs of a sequence, by document."""
     tokens, ids = sequence.tokens[:-1].numpy(), sequence.document_ids.numpy()
     tokenizer = corpus.tokenizer().tokenizer
     pieces = []
@@ -176,43 +170,3 @@ def _documents(corpus: Corpus, sequence: TokenSequence) -> list[dict[str, Any]]:
         text = tokenizer.decode(own[:-1] if ends else own, skip_special_tokens=False)
         pieces.append({"text": text, "ends": ends, "tokens": own})
     return pieces
-
-
-def _counts(result: dict[str, Any]) -> str:
-    lines = []
-    for source in result["corpora"]:
-        lines += [f"folder       {source['folder']}", f"source       {source['source']}"]
-        if source["revision"] is not None:
-            lines.append(f"revision     {source['revision']}")
-        for split, counts in source["splits"].items():
-            line = f"{split:<12} {counts['tokens']:,} tokens, {counts['documents']:,} documents"
-            if counts["bytes_of_text"]:  # sources of token ids have none
-                line += f", {counts['bytes_of_text'] / 1e6:,.1f} MB of text"
-            if counts["document_cap"] is not None:
-                line += f", documents cut to {counts['document_cap']:,} tokens"
-            lines.append(line)
-    if len(result["corpora"]) > 1:
-        lines.append(f"mixture      {result['description']}")
-    tokenizer = result["tokenizer"]
-    return "\n".join(
-        [
-            *lines,
-            f"tokenizer    {tokenizer['vocab_size']:,} tokens, documents end in "
-            f"{tokenizer['eos_token']} ({tokenizer['eos_id']})",
-            f"fingerprint  {result['fingerprint']}",
-        ]
-    )
-
-
-def _texts(result: dict[str, Any]) -> str:
-    lines = []
-    for sequence in result["sequences"]:
-        lines += [
-            "",
-            f"--- sequence {sequence['index']:,} of {result['num_sequences']:,} in the "
-            f"{result['split']} split: {result['seq_len']} tokens, "
-            f"{len(sequence['documents'])} document(s) ---",
-        ]
-        end = f"[{result['tokenizer']['eos_token']}]"
-        lines += [piece["text"] + end * piece["ends"] for piece in sequence["documents"]]
-    return "\n".join(lines)

@@ -1,7 +1,4 @@
-"""Checks, before any rank starts, that this process can join the others of its run.
-
-Apart from `launch`, whose imports `train` does not need.
-"""
+"""Checks that this process can join the others of its run. `train` needs no more of `launch`."""
 
 import os
 import socket
@@ -10,13 +7,12 @@ from switchtitan.errors import EnvironmentMismatchError
 
 
 def check_slurm_tasks(num_nodes: int) -> None:
-    """Checks that Slurm has not started this command more often than once per machine.
+    """Checks that srun has not started this command more often than once per machine.
 
-    Call where no launcher says how the tasks train together. Each would train alone, and all would
-    write to the same output folder.
+    Call where no launcher says how the tasks train together.
 
     Raises:
-        EnvironmentMismatchError: if srun has started more tasks.
+        EnvironmentMismatchError: if it has; each task would train alone.
     """
     # srun sets both in its tasks. A batch script has only the first. A shell in an allocation may
     # have the first of the allocation, and 1 as the second.
@@ -33,15 +29,14 @@ def check_slurm_tasks(num_nodes: int) -> None:
 
 
 def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> None:
-    """Checks what would let the machines of a run wait for each other in vain.
+    """Checks what would let machines wait for each other in vain.
 
     Args:
-        endpoint: HOST:PORT; that of a single machine is not checked.
-        num_nodes: number of machines.
+        endpoint: HOST:PORT; not checked for a single machine.
         node_rank: index of this machine; None if the rendezvous assigns it.
 
     Raises:
-        EnvironmentMismatchError: if the rendezvous cannot work.
+        EnvironmentMismatchError: if the machines cannot meet.
     """
     if node_rank is not None and not 0 <= node_rank < num_nodes:
         raise EnvironmentMismatchError(

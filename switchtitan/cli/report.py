@@ -25,24 +25,12 @@ from switchtitan.spectra import plots
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the runs, the file and what to draw."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("report.html"),
-        help="a page (.html), or a picture (.png, .svg, .pdf); default: report.html",
-    )
-    parser.add_argument(
-        "--spectrum",
-        action="store_true",
-        help="the rank of the weights' change: on the page next to the curves, else in their place",
-    )
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help="of --spectrum: kinds of layers (q_proj) or patterns of names ('model.layers.3.*')",
-    )
+    output = "a page (.html), or a picture (.png, .svg, .pdf); default: report.html"
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
+    rank = "the rank of the weights' change: on the page next to the curves, else in their place"
+    parser.add_argument("--spectrum", action="store_true", help=rank)
+    layers = "of --spectrum: kinds of layers (q_proj) or patterns of names ('model.layers.3.*')"
+    parser.add_argument("--layers", nargs="+", default=["*"], metavar="PATTERN", help=layers)
 
 
 def run(options: argparse.Namespace) -> dict[str, str]:

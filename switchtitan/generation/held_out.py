@@ -84,34 +84,18 @@ def held_out_text(
         text = text[: encoding.offsets[num_tokens - 1][1]]
     if not ids:
         raise ConfigError(f"--text {file}: has no text; expected a UTF-8 file with text")
-    context, num_context = _context(own)
-    return _held_out([*context, *ids], num_context, len(text.encode()), own, shape, world)
-
-
-def _context(own: DocumentTokenizer) -> tuple[list[int], int]:
-    """Returns what a text follows: what the tokenizer begins with, or the end of a document."""
+    # A text follows what the tokenizer begins with, or the end of a document.
     context = prefix_ids(own.tokenizer) or [own.eos_id]
-    return context, len(context)
-
-
-def _held_out(
-    stream: list[int],
-    num_context: int,
-    num_bytes: int,
-    own: DocumentTokenizer,
-    shape: Shape,
-    world: World,
-) -> HeldOut:
     batches = TextBatches(
-        stream,
-        num_context=num_context,
+        [*context, *ids],
+        num_context=len(context),
         seq_len=shape.seq_len,
         eos_id=own.eos_id,
         local_batch_size=shape.local_batch_size,
         rank=world.rank,
         num_ranks=world.size,
     )
-    return HeldOut(batches, len(batches), TextSize(batches.num_targets, num_bytes))
+    return HeldOut(batches, len(batches), TextSize(len(ids), len(text.encode())))
 
 
 class TextBatches:
