@@ -19,7 +19,7 @@ from switchtitan.observability.environment import describe_environment
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sides and the number of steps."""
-    parser.add_argument("what", choices=["step"], help="training steps, in alternation")
+    parser.add_argument("step", choices=["step"], help="training steps, in alternation")
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
     rounds = "turns of each side; an even number is fair (default: 10)"
     parser.add_argument("--rounds", type=positive_int, default=10, help=rounds)

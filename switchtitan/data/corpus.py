@@ -116,9 +116,9 @@ class Corpus:
         """
         if name not in self.index.splits:
             raise CorpusError(
-                f"[evaluation] test_tokens: the corpus in {self.folder} has no {name} split, only "
-                f"{', '.join(self.index.splits)}; leave test_tokens out, or set [data] "
-                "test_fraction if the corpus does not have its own splits"
+                f"the corpus in {self.folder} has no {name} split, only "
+                f"{', '.join(self.index.splits)}; leave --split or [evaluation] test_tokens out, "
+                "or set [data] test_fraction if the corpus does not have its own splits"
             )
         if self.index.num_tokens(name) < seq_len + 1:
             more = "" if name == "train" else f" or increase {name}_fraction"

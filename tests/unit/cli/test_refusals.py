@@ -21,7 +21,7 @@ TRAIN = [
     # What is not there.
     ("--data.dataset text --data.path no/books", "[data] path = ", "no/books"),
     ("--data.tokenizer no/tokenizer.json --data.vocab_size none", "[data] tokenizer", "no/token"),
-    ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no such folder"),
+    ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no such"),
     ("--checkpoint.initial_weights no/w {elsewhere}", "[checkpoint] initial_weights", "'no/w'"),
     # What does not fit the corpus.
     ("--data.vocab_size 300", "[data] vocab_size = 300", "[model] vocab_size = 271"),
@@ -38,7 +38,7 @@ TRAINED = [
     ("evaluate no/run", "no/run", "no complete checkpoint"),
     ("evaluate", "required", "TARGET"),
     ("evaluate {run} --tokens 15", "--tokens 15", "[data] seq_len = 16"),
-    ("evaluate {run} --split test", "--split test", "validation"),
+    ("evaluate {run} --split test", "no test split", "--split"),
     ("evaluate {other}", "{other}", "--corpus"),
     ("evaluate {run} --text no/file", "--text no/file", "cannot be read"),
     ("evaluate {run} --text {empty}", "--text {empty}", "no text"),
