@@ -18,7 +18,6 @@ from switchtitan.observability.environment import describe_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the sides and the number of steps."""
     parser.add_argument("step", choices=["step"], help="training steps, in alternation")
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
     rounds = "turns of each side; an even number is fair (default: 10)"

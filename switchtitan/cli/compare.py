@@ -28,7 +28,6 @@ from switchtitan.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the comparisons, and how to run them."""
     files = "a TOML file that declares a comparison"
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=files)
     jobs = "concurrent runs, each on its own GPU or on an equal share of the cores; default: 1"

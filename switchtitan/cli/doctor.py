@@ -45,7 +45,6 @@ class Finding(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder of runs."""
     where = "where runs go; need not exist (default: outputs)"
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help=where)
 

@@ -16,19 +16,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from switchtitan.benchmark import tables
 from switchtitan.benchmark.estimate import ASSUMPTIONS, MEMORY_ASSUMPTIONS, estimate_step
 from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides
-from switchtitan.benchmark.tables import (
-    communication_table,
-    estimate_record,
-    fit_record,
-    fit_table,
-    flops_table,
-    memory_table,
-    size_table,
-)
 from switchtitan.cli.main import number, positive_int
 from switchtitan.job.checks import checks_without_device
 from switchtitan.job.config import JobConfig
@@ -36,7 +28,6 @@ from switchtitan.observability.environment import describe_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the sides, the ranks and `--fit`."""
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
     parser.add_argument("--world-size", type=positive_int, required=True, help="number of ranks")
     parser.add_argument(
@@ -66,19 +57,19 @@ def _estimate(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, Any
     communication = {name: estimate.communication for name, estimate in estimates.items()}
     lines = [
         "values that train, that are frozen and in buffers; the run; a checkpoint",
-        *size_table(estimates, configs),
+        *tables.size_table(estimates, configs),
         f"memory of each of {num_ranks} ranks in a step: the peak, and the maximum of each kind",
-        *memory_table(estimates),
+        *tables.memory_table(estimates),
         *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
         "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
-        *communication_table(communication),
+        *tables.communication_table(communication),
         "floating-point operations of each rank in a step",
-        *flops_table(estimates),
+        *tables.flops_table(estimates),
         "assumptions:",
         *(f"- {assumption}" for assumption in ASSUMPTIONS),
     ]
     print("\n".join(lines), flush=True)
-    return {"assumptions": list(ASSUMPTIONS), "estimates": estimate_record(estimates)}
+    return {"assumptions": list(ASSUMPTIONS), "estimates": tables.estimate_record(estimates)}
 
 
 def _fit(
@@ -91,9 +82,9 @@ def _fit(
     assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
     lines = [
         f"largest local_batch_size that fits on each of {num_ranks} ranks with this much memory",
-        *fit_table(fits),
+        *tables.fit_table(fits),
         "assumptions:",
         *(f"- {assumption}" for assumption in assumptions),
     ]
     print("\n".join(lines), flush=True)
-    return {"assumptions": assumptions, "fits": fit_record(fits)}
+    return {"assumptions": assumptions, "fits": tables.fit_record(fits)}

@@ -45,7 +45,6 @@ _MAX_SEQ_LEN = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, the text and the number of tokens."""
     add_model_arguments(parser)
     text = parser.add_mutually_exclusive_group()
     corpus = "a prepared corpus (default: that of the run, or of --config)"

@@ -32,7 +32,6 @@ _LOADED_BY = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the checkpoint, the folder and its form."""
     checkpoint = "a folder step-000001000, or a run's output folder: its newest checkpoint"
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint)
     folder = "to write, absent or empty (default: exports/STEP in the run's output folder)"

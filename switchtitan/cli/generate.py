@@ -34,7 +34,6 @@ from switchtitan.generation.trained import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, the prompt and how tokens are drawn."""
     add_model_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; may be empty")

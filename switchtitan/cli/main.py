@@ -20,18 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
-from switchtitan import __version__
+from switchtitan import __version__, errors
 from switchtitan.cores import num_cores, set_thread_defaults
-from switchtitan.errors import (
-    CLOSED_OUTPUT_STATUS,
-    ConfigError,
-    UserError,
-    discard_output,
-    exit_for,
-    exit_for_stop,
-    interrupt_on_sigterm,
-    is_output_closed,
-)
 from switchtitan.files import exists, write_atomically
 
 COMMANDS = {
@@ -77,10 +67,10 @@ def run(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stdout.flush()
     except BrokenPipeError:
-        if not is_output_closed():
+        if not errors.is_output_closed():
             raise
-        discard_output()
-        _exit(CLOSED_OUTPUT_STATUS)
+        errors.discard_output()
+        _exit(errors.CLOSED_OUTPUT_STATUS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(words)
         else:
             _run(module, command, words)
-    except UserError as error:
-        exit_for(error)
+    except errors.UserError as error:
+        errors.exit_for(error)
     except KeyboardInterrupt as stop:
-        exit_for_stop(stop.args[0] if stop.args else signal.SIGINT)
+        errors.exit_for_stop(stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
@@ -125,7 +115,7 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
     logging.basicConfig(
         level=logging.INFO if command in _TELLING else logging.WARNING, format="%(message)s"
     )
-    interrupt_on_sigterm()
+    errors.interrupt_on_sigterm()
     with ExitStack() as stack:
         if options.json == _STDOUT:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -143,7 +133,7 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
 def _check_json(file: Path) -> None:
     """Checks `--json FILE` before hours of measuring."""
     if not exists(file.absolute().parent) or (exists(file) and file.is_dir()):
-        raise ConfigError(f"--json {file}: expected a file in a folder that exists")
+        raise errors.ConfigError(f"--json {file}: expected a file in a folder that exists")
 
 
 def _write_json(file: str, result: dict[str, Any]) -> None:
@@ -154,7 +144,9 @@ def _write_json(file: str, result: dict[str, Any]) -> None:
     try:
         write_atomically(Path(file), f"{text}\n")
     except OSError as error:
-        raise ConfigError(f"--json {file}: the file cannot be written: {error.strerror}") from error
+        raise errors.ConfigError(
+            f"--json {file}: the file cannot be written: {error.strerror}"
+        ) from error
 
 
 def _exit(status: int) -> NoReturn:

@@ -39,7 +39,6 @@ class DataJobConfig(Section):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options next to `--config` and keys of `[data]`."""
     parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="only show a prepared corpus")
     parser.add_argument(
         "--show", type=positive_int, nargs="?", const=3, metavar="N", help="show N sequences (3)"

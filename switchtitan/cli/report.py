@@ -23,7 +23,6 @@ from switchtitan.spectra import plots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the runs, the file and what to draw."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
     output = "a page (.html), or a picture (.png, .svg, .pdf); default: report.html"
     parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
