@@ -144,9 +144,7 @@ def _write_json(file: str, result: dict[str, Any]) -> None:
     try:
         write_atomically(Path(file), f"{text}\n")
     except OSError as error:
-        raise errors.ConfigError(
-            f"--json {file}: the file cannot be written: {error.strerror}"
-        ) from error
+        raise errors.ConfigError(f"--json {file}: cannot be written: {error.strerror}") from error
 
 
 def _exit(status: int) -> NoReturn:
