@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def read_data_config(words: list[str]) -> DataConfig:
     """Returns the section that a command line describes."""
     arguments = split_arguments(words, section="data")
+    if arguments.wants_help:
+        raise ConfigError("--help-all: `switchtitan train --help-all` describes the keys of [data]")
     if arguments.config_file is None:
         return load_config(arguments, None, DataJobConfig).data
     return load_config(arguments, find_config(arguments.config_file), JobConfig).data

@@ -77,6 +77,7 @@ OTHERS = [
     ("prepare --dataset textt", "--dataset textt", '"text"'),
     ("prepare --data.pth x", "--data.pth x", "path"),
     ("prepare --dataset text --path no/folder", "no/folder", "no such"),
+    ("prepare --help-all", "--help-all", "train --help-all"),
     ("prepare --corpus {folder}", "--corpus {folder}", "index.json"),
     ("prepare --corpus {corpus} --vocab_size 300", "vocab_size", "--corpus"),
     ("prepare --corpus {corpus} --show --split test", "no test split", "validation"),
