@@ -43,7 +43,7 @@ def test_an_export_has_the_logits_and_the_layout_of_the_run(continued, tmp_path)
     from safetensors.torch import load_file
 
     kind, home, _, _ = continued
-    outcome = run("export", "--checkpoint", home / "run", "--folder", tmp_path / "out")
+    outcome = run("export", home / "run", "--folder", tmp_path / "out")
     assert outcome.status == 0, outcome.errors
     checkpoint = home / "run" / "checkpoints" / "step-000000030"
     model = MODELS.build(saved_model_config(checkpoint))

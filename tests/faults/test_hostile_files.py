@@ -334,7 +334,7 @@ def test_an_export_reads_no_tokenizer_outside_of_the_corpora(checkpoint, tmp_pat
     rewrite_metadata(
         checkpoint.folder, lambda metadata: metadata["identity"]["corpus"].update(name=name)
     )
-    words = ("--checkpoint", checkpoint.folder, "--folder", tmp_path / "out")
+    words = (checkpoint.folder, "--folder", tmp_path / "out")
     run("export", *words).check_refused("corpus.name", name)
     assert not (tmp_path / "out").exists()
 
@@ -460,7 +460,7 @@ def test_every_command_refuses_a_damaged_checkpoint(command, checkpoint, home, t
     file = checkpoint / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     words = {
-        "export": ("--checkpoint", checkpoint.folder, "--folder", tmp_path / "exported"),
+        "export": (checkpoint.folder, "--folder", tmp_path / "exported"),
         "train": ("--config", home / "run.toml", "--checkpoint.resume", checkpoint.folder),
     }[command]
     if command == "train":
