@@ -16,11 +16,9 @@ from typing import Any
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
-from switchtitan.config.fields import describe
-from switchtitan.config.load import section_types
-from switchtitan.config.section import Section
-from switchtitan.config.toml_text import toml_value
+from switchtitan.config import describe, section_types, toml_value
 from switchtitan.job.config import JobConfig
+from switchtitan.registry import Section
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
@@ -71,11 +69,9 @@ def configuration_page() -> str:
     """Returns docs/CONFIGURATION.md: all sections, with type, default and description of every
     key."""
     parts = [_CONFIGURATION_HEAD]
-    for section, chosen in section_types(JobConfig).items():
-        classes: list[Any] = list(chosen.values()) if isinstance(chosen, dict) else [chosen]
-        for config_type in classes:
-            name = config_type.model_fields["name"] if isinstance(chosen, dict) else None
-            title = f"[{section}] name = {toml_value(name.default)}" if name else f"[{section}]"
+    for section, types in section_types(JobConfig).items():
+        for name, config_type in types.items():
+            title = f"[{section}] name = {toml_value(name)}" if name else f"[{section}]"
             parts.append(_describe_section(title, config_type))
     return "\n".join(parts)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from switchtitan.config.section import NamedSection, VoidKey, VoidKeyError
+from switchtitan.registry import NamedSection
 
 IGNORED_TARGET = -100
 """A target token with this value does not count in the loss (torch's `ignore_index`)."""
@@ -36,7 +36,7 @@ class ModelConfig(NamedSection):
     from_folder: str | None = None
     """A folder in Hugging Face's layout, relative to the working directory, whose config.json gives
     name and architecture. They are what is saved with the run; the folder is not read again.
-    Keys of the same section must not contradict it, and none are taken from a base file. For its
+    Keys of the same section must not contradict it; those of a base file are replaced. For its
     weights, set [checkpoint] initial_weights too; for its tokenizer, [data] tokenizer."""
     vocab_size: int = Field(gt=0)
     """Number of token ids of the embedding and the head."""
@@ -144,12 +144,11 @@ class OptimizerConfig(NamedSection):
     """Whether weight decay also applies to norms and other 1-dim parameters. Has no effect without
     weight decay."""
 
-    @model_validator(mode="after")
-    def _check_decay_norms(self) -> "OptimizerConfig":
-        if self.weight_decay == 0 and "decay_norms" in self.model_fields_set:
-            problem = "decay_norms has no effect with weight_decay = 0; remove it"
-            raise VoidKeyError([VoidKey("decay_norms", ("weight_decay",), problem)])
-        return self
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.decay_norms and self.weight_decay == 0:
+            return ["decay_norms = true has no effect with weight_decay = 0"]
+        return []
 
 
 ApplyHead = Callable[[Tensor, nn.Module], Tensor]

@@ -1,15 +1,46 @@
-"""Named components: a name in the configuration -> its factory and its section's class."""
+"""Sections of the configuration, and tables of components that a section chooses by name."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from switchtitan.config.explain import nearest
-from switchtitan.config.section import NamedSection
 from switchtitan.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen, strict section of the configuration, e.g. `[training]`.
+
+    Each field has a docstring with its unit and allowed values; help shows its first sentence.
+    """
+
+    # Defaults are not validated: sections are read in strict JSON mode, which rejects a `Path`.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    resumable_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that do not affect results; they may change on resume."""
+
+    def without_effect(self) -> list[str]:
+        """Return a message for each key that other keys of the section leave without effect.
+
+        Such as `min_factor = 0.2 has no effect with decay = "constant"`. Default: none.
+        """
+        return []
+
+    def is_default(self, key: str) -> bool:
+        """Return whether a key has its default value."""
+        default = type(self).model_fields[key].get_default(call_default_factory=True)
+        return bool(getattr(self, key) == default)
+
+
+class NamedSection(Section):
+    """A section whose key `name` chooses its class, e.g. `[method] name = "lora"`."""
+
+    name: str
+    """A subclass allows one value, e.g. `name: Literal["lora"] = "lora"`."""
+
 
 ConfigT = TypeVar("ConfigT", bound=NamedSection)
 Part = TypeVar("Part")
@@ -26,8 +57,8 @@ class Component(Generic[ConfigT, Part]):
 class Registry(Generic[ConfigT, Part]):
     """A table from names to components of one kind.
 
-    As an annotation, `Annotated[MethodConfig, METHODS]`, it makes a field of the configuration the
-    union of its rows' section classes, discriminated by `name`.
+    As an annotation, `Annotated[MethodConfig, METHODS]`, it makes a field of the configuration a
+    section of one of its rows' classes, chosen by the key `name`.
 
     Args:
         kind: the section that chooses from this table, e.g. "method". Error messages name it.
@@ -48,10 +79,8 @@ class Registry(Generic[ConfigT, Part]):
             ConfigError: if there is none.
         """
         if name not in self.rows:
-            near = nearest(name, self)
-            hint = f"; did you mean {near!r}?" if near else ""
             raise ConfigError(
-                f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}{hint}"
+                f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}"
             )
         return self.rows[name]
 
@@ -66,16 +95,8 @@ class Registry(Generic[ConfigT, Part]):
             ConfigError: if the section's class does not accept them.
         """
         name = str(section.get("name"))
-        config_type = self[name].config_type
-        # Some keys must not be set, even to their defaults.
-        defaults = config_type.model_construct(name=name).model_dump(mode="json")
-        given = {
-            key: value
-            for key, value in section.items()
-            if key not in defaults or value != defaults[key]
-        }
         try:
-            return config_type.model_validate(given)
+            return self[name].config_type.model_validate(section)
         except ValidationError as error:
             raise ConfigError(f"[{self.kind}] {name!r}: {error}") from error
 
@@ -86,10 +107,5 @@ class Registry(Generic[ConfigT, Part]):
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        # A file is validated as JSON. A Python value already is a section, perhaps of a row that
-        # was registered after this schema was built.
-        rows = {name: handler.generate_schema(row) for name, row in self.config_types().items()}
-        return core_schema.json_or_python_schema(
-            json_schema=core_schema.tagged_union_schema(rows, discriminator="name"),
-            python_schema=core_schema.is_instance_schema(source),
-        )
+        # The loader validates the section: rows can be registered after this schema was built.
+        return core_schema.is_instance_schema(source)

@@ -1,10 +1,9 @@
 """Command lines that name several configurations to compare."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from switchtitan.config.load import Check
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 
@@ -58,16 +57,14 @@ def overrides_of(words: Sequence[str]) -> dict[str, list[str]]:
 def load_sides(
     arguments: Sequence[str],
     keys: Sequence[str],
-    num_ranks: int | None = None,
-    checks: Sequence[Check] | None = None,
+    parse: Callable[[Sequence[str]], JobConfig] = parse_arguments,
 ) -> dict[str, JobConfig]:
     """Returns the configurations of all sides, by argument.
 
     Args:
         arguments: each `FILE[:section.key=value,...]`; a repeated one gets a number.
         keys: words `--section.key value ...` for all sides; a side's own keys come first.
-        num_ranks: number of ranks to validate against; by default those that the launcher started.
-        checks: see `parse_arguments`.
+        parse: reads a side's `--config FILE --section.key value ...`.
 
     Raises:
         ConfigError: with all errors of a side in one message.
@@ -80,9 +77,7 @@ def load_sides(
         options = [word for key, words in merged.items() for word in (f"--{key}", *words)]
         name = f"{argument} ({index + 1})" if argument in configs else argument
         try:
-            configs[name] = parse_arguments(
-                ["--config", side.file, *options], num_ranks, checks=checks
-            )
+            configs[name] = parse(["--config", side.file, *options])
         except ConfigError as error:
             raise (ConfigError(f"{argument}: {error}") if side.overrides else error) from error
     return configs

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from switchtitan.benchmark.steppers import real_stepper
-from switchtitan.config.toml_text import toml_value
+from switchtitan.config import toml_value
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig

@@ -1,8 +1,8 @@
 """The `[checkpoint]` section."""
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from switchtitan.config.section import Section, VoidKey, VoidKeyError
+from switchtitan.registry import Section
 
 RESUME_AUTO = "auto"
 RESUME_NEVER = "never"
@@ -37,13 +37,11 @@ class CheckpointConfig(Section):
     files, a folder with a PEFT adapter, a safetensors file, or a checkpoint or run of any
     method."""
 
-    @model_validator(mode="after")
-    def _initial_weights_have_an_effect(self) -> "CheckpointConfig":
-        if self.initial_weights is not None and self.resume not in (RESUME_AUTO, RESUME_NEVER):
-            problem = (
-                f"initial_weights = {self.initial_weights!r} has no effect, since "
-                f"resume = {self.resume!r} restores all weights; "
-                "remove one of the two, or set resume = 'auto'"
-            )
-            raise VoidKeyError([VoidKey("initial_weights", ("resume",), problem)])
-        return self
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.initial_weights is None or self.resume in (RESUME_AUTO, RESUME_NEVER):
+            return []
+        return [
+            f"initial_weights = {self.initial_weights!r} has no effect, since resume = "
+            f"{self.resume!r} restores all weights"
+        ]

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
-from switchtitan.config.toml_text import flatten
+from switchtitan.config import flatten
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 from switchtitan.files import exists, file_inside, sha256_of_file
 from switchtitan.progress import progress_bar

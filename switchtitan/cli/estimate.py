@@ -13,7 +13,7 @@ prints instead the largest local batch size that fits on devices with 24 and 80 
 import argparse
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from switchtitan.benchmark import tables
@@ -22,8 +22,9 @@ from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.cli.main import number, positive_int
-from switchtitan.job.checks import checks_without_device
-from switchtitan.job.config import JobConfig
+from switchtitan.config import raise_together
+from switchtitan.job.checks import check
+from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.observability.environment import describe_environment
 
 
@@ -43,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Estimates a step of each given configuration."""
     num_ranks: int = options.world_size
-    configs = load_sides(options.configs, options.keys, num_ranks, checks_without_device(num_ranks))
+
+    def parse(words: Sequence[str]) -> JobConfig:
+        config = parse_unchecked(words)
+        raise_together(check(config, num_ranks, device=None))
+        return config
+
+    configs = load_sides(options.configs, options.keys, parse)
     if sys.stderr.isatty():
         print("estimating: each operation of some steps runs without values", file=sys.stderr)
     result = {"environment": describe_environment(), "world_size": num_ranks}

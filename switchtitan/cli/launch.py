@@ -29,11 +29,10 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as run_torchrun
 
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
-from switchtitan.config.void_keys import ignore_note
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.world import raise_file_limit
 from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, final_line
-from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.job.config import JobConfig, ignore_note, parse_arguments, parse_unchecked
 
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
@@ -60,13 +59,12 @@ def run(words: Sequence[str]) -> None:
     if options.training_script != "benchmark":
         least, _, most = options.nnodes.partition(":")
         counts = (least, options.nproc_per_node)  # or "gpu" processes, which torchrun counts
-        is_known = most in ("", least) and all(count.isdecimal() for count in counts)
-        config = parse_arguments(
-            options.training_script_args,
-            int(counts[0]) * int(counts[1]) if is_known else None,
-            checks=None if is_known else (),
-            say=ignore_note,  # the first rank prints the notes
-        )
+        keys = options.training_script_args
+        # The first rank prints the notes.
+        if most in ("", least) and all(count.isdecimal() for count in counts):
+            config = parse_arguments(keys, int(counts[0]) * int(counts[1]), ignore_note)
+        else:
+            config = parse_unchecked(keys, ignore_note)
         _let_ranks_stop(options, config)
     # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
     raise_file_limit()

@@ -16,17 +16,15 @@ from typing import Any
 import numpy as np
 
 from switchtitan.cli.main import positive_int
-from switchtitan.config.command_line import split_arguments
-from switchtitan.config.load import load_config
-from switchtitan.config.section import Section
-from switchtitan.config.shipped import find_config
+from switchtitan.config import find_config, load_config, split_arguments
 from switchtitan.data import Corpus, DataConfig, open_corpus
 from switchtitan.data.corpus import open_prepared
 from switchtitan.data.corpus_files import INDEX_FILE, verify_files
 from switchtitan.data.loader import HeldOutSequences, TrainSequences
 from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import ConfigError
-from switchtitan.job.config import JobConfig
+from switchtitan.job.config import EXPANSIONS, JobConfig, print_note
+from switchtitan.registry import Section
 
 _SEQ_LEN = 128
 """Of a corpus without a configuration."""
@@ -84,12 +82,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_data_config(words: list[str]) -> DataConfig:
     """Returns the section that a command line describes."""
-    arguments = split_arguments(words, section="data")
-    if arguments.wants_help:
+    file, wants_help, overrides = split_arguments(words, section="data")
+    if wants_help:
         raise ConfigError("--help-all: `switchtitan train --help-all` describes the keys of [data]")
-    if arguments.config_file is None:
-        return load_config(arguments, None, DataJobConfig).data
-    return load_config(arguments, find_config(arguments.config_file), JobConfig).data
+    if file is None:
+        config = load_config(DataJobConfig, None, overrides, {}, print_note).data
+    else:
+        config = load_config(JobConfig, find_config(file), overrides, EXPANSIONS, print_note).data
+    for message in config.without_effect():
+        print_note(f"[data] {message}; remove it")
+    return config
 
 
 def open_given(folder: Path) -> Corpus:

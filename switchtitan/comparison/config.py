@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from switchtitan.config.load import load_table
-from switchtitan.config.section import Section
-from switchtitan.config.shipped import find_config
-from switchtitan.config.toml_files import read_toml
+from switchtitan.config import find_config, load_table, read_toml
 from switchtitan.errors import ConfigError
+from switchtitan.registry import Section
 
 LEARNING_RATE = "optimizer.lr"
 TUNED_SECTIONS = ("method", "optimizer")

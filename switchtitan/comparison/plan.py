@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchtitan.comparison.config import TUNED_SECTIONS, ComparisonConfig, RowConfig
-from switchtitan.config.toml_text import toml_value
+from switchtitan.config import toml_value
 from switchtitan.data import open_corpus
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
@@ -47,7 +47,10 @@ class Run:
         Raises:
             ConfigError: if the row's keys do not fit.
         """
-        return parse_arguments(self.arguments, 1, overrides_heading=f"in `set` of row {self.row}:")
+        try:
+            return parse_arguments(self.arguments, 1)
+        except ConfigError as error:
+            raise ConfigError(f"row {self.row}: {error}") from error
 
 
 def plan_run(

@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from switchtitan.checkpoint import find_given
 from switchtitan.comparison.plan import Run
-from switchtitan.config.section import Section
-from switchtitan.config.toml_text import flatten
+from switchtitan.config import flatten
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
@@ -106,18 +105,13 @@ def config_sha256(config: JobConfig) -> str:
         section: {
             key: value
             for key, value in values.model_dump(mode="json").items()
-            if key not in _KEYS_OF_A_MACHINE.get(section, ()) and _is_set(values, key)
+            if key not in _KEYS_OF_A_MACHINE.get(section, ())
+            and (key == "name" or not values.is_default(key))
         }
         for section, values in config
     }
     contents["defaults"] = DEFAULTS_VERSION
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def _is_set(section: Section, key: str) -> bool:
-    """Whether a key differs from its default, or names the section's class."""
-    field = type(section).model_fields[key]
-    return key == "name" or getattr(section, key) != field.get_default(call_default_factory=True)
 
 
 def read_folder(run: Run) -> RunResult | None:

@@ -1,14 +1,15 @@
 """The `[data]` section: corpus, tokenizer, sequence length and the cache of prepared corpora."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from switchtitan.config.section import Section, VoidKey, VoidKeyError
+from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS
 from switchtitan.files import exists
+from switchtitan.registry import Section
 
 if TYPE_CHECKING:
     DatasetName = str
@@ -143,11 +144,10 @@ class DataConfig(Section):
         return self.model_copy(update={**unused, **keys, "offline_dataset": None})
 
     @model_validator(mode="after")
-    def _each_setting_has_an_effect(self) -> "DataConfig":
-        mistakes = self._mistakes_in_mixture() if self.sources else self._missing_keys()
-        void = [] if self.sources else list(self._void_keys())
-        if void:
-            raise VoidKeyError(void, mistakes)
+    def _check_keys(self) -> "DataConfig":
+        mistakes = self._missing_keys() if not self.sources else []
+        for number, source in enumerate(self._source_configs()):
+            mistakes += [f"sources[{number}]: {mistake}" for mistake in source._missing_keys()]
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
@@ -164,56 +164,46 @@ class DataConfig(Section):
             )
         return mistakes
 
-    def _void_keys(self) -> Iterator[VoidKey]:
-        """Yields the keys that have no effect because of others."""
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.sources:
+            return [
+                *self._not_read((*_SOURCE_KEYS, "offline_dataset"), "with sources"),
+                *(
+                    f"sources[{number}]: {message}"
+                    for number, source in enumerate(self._source_configs())
+                    for message in source.without_effect()
+                ),
+            ]
         row = DATASETS[self.dataset]
-
-        def void(key: str, because: tuple[str, ...], problem: str) -> VoidKey:
-            value = getattr(self, key)
-            shown = value if isinstance(value, int | float) else repr(str(value))
-            return VoidKey(key, because, f"{key} = {shown} {problem}")
-
-        for key in ("path", "text_column", "hub_config", "hub_split"):
-            if getattr(self, key) is not None and not row.reads(key):
-                readers = ", ".join(repr(name) for name in DATASETS if DATASETS[name].reads(key))
-                problem = f"has an effect only with dataset = {readers}; leave it out"
-                yield void(key, ("dataset",), problem)
+        unread = [key for key in _SOURCE_KEYS if key != "dataset" and not row.reads(key)]
+        void = self._not_read(unread, f"with dataset = {self.dataset!r}")
         if self.offline_dataset is not None:
+            # The other keys have an effect on the offline dataset.
             if not self.needs_hub_dataset and self.hub_tokenizer is None:
-                problem = "has no effect: nothing comes from the hub; leave it out"
-                yield void("offline_dataset", ("dataset", "path", "tokenizer"), problem)
-            return  # what follows has an effect on the offline dataset
-        for key in ("validation_fraction", "test_fraction", "max_document_share"):
-            is_given = getattr(self, key) not in (None, type(self).model_fields[key].default)
-            if row.has_own_splits and is_given:
-                problem = (
-                    f"has no effect with dataset = {self.dataset!r}, which has its own splits; "
-                    "leave it out"
-                )
-                yield void(key, ("dataset", "offline_dataset"), problem)
-        if self.vocab_size is not None and self.tokenizer != TRAINED_TOKENIZER:
-            problem = (
-                f"has an effect only with tokenizer = {TRAINED_TOKENIZER!r}; leave it out, or pass "
-                "--data.vocab_size none"
-            )
-            yield void("vocab_size", ("tokenizer", "offline_dataset"), problem)
+                void += self._not_read(["offline_dataset"], "since nothing comes from the hub")
+            return void
+        if row.has_own_splits:
+            cause = f"with dataset = {self.dataset!r}, which has its own splits"
+            keys = ("validation_fraction", "test_fraction", "max_document_share")
+            void += self._not_read(keys, cause)
+        if self.tokenizer != TRAINED_TOKENIZER:
+            void += self._not_read(["vocab_size"], f"with tokenizer = {self.tokenizer!r}")
+        return void
 
-    def _mistakes_in_mixture(self) -> list[str]:
-        mistakes = [
-            f"{key} = {str(getattr(self, key))!r} has no effect with sources; leave it out, or add "
-            "it to a source"
-            for key in (*_SOURCE_KEYS, "offline_dataset")
-            if getattr(self, key) != type(self).model_fields[key].default
+    def _not_read(self, keys: Iterable[str], cause: str) -> list[str]:
+        """Returns a message for each of the keys that is set."""
+        return [
+            f"{key} = {toml_value(getattr(self, key))} has no effect {cause}"
+            for key in keys
+            if not self.is_default(key)
         ]
-        for number in range(len(self.sources)):
-            # A later source takes the tokenizer that was trained on the first one.
-            is_later = number > 0 and self.tokenizer == TRAINED_TOKENIZER
-            tokenizer = "trained/tokenizer.json" if is_later else self.tokenizer
-            try:
-                DataConfig.model_validate(self.source_config(number, tokenizer).model_dump())
-            except ValidationError as error:
-                mistakes += [
-                    f"sources[{number}]: {detail['msg'].removeprefix('Value error, ')}"
-                    for detail in error.errors()
-                ]
-        return mistakes
+
+    def _source_configs(self) -> "list[DataConfig]":
+        """Returns the configuration of each source of a mixture."""
+        # A later source takes the tokenizer that was trained on the first one.
+        is_trained = self.tokenizer == TRAINED_TOKENIZER
+        return [
+            self.source_config(number, "trained.json" if number and is_trained else self.tokenizer)
+            for number in range(len(self.sources))
+        ]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from switchtitan.config.section import Section
+from switchtitan.registry import Section
 
 
 class ParallelismConfig(Section):

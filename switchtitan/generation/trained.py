@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
-from switchtitan.config.toml_files import parse_toml
-from switchtitan.config.toml_text import flatten
+from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.corpus_files import CorpusIndex, read_index
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
@@ -23,8 +22,8 @@ from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import read_model_folder
 from switchtitan.hub.peft_folder import folder_of_model
-from switchtitan.job.checks import evaluation_checks
-from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.job.checks import check_device, check_held_out
+from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.models import MODELS
 
 _GENERATION_NAME = "generation_config.json"
@@ -130,10 +129,10 @@ def load_for_evaluation(file: str, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         ConfigError: if it is invalid.
     """
-    config = parse_arguments(
-        ["--config", file, *overrides], checks=evaluation_checks(device_type())
-    )
-    return config.model_copy(update={"model": config.model.on_any_machine()})
+    config = parse_unchecked(["--config", file, *overrides])
+    config = config.model_copy(update={"model": config.model.on_any_machine()})
+    raise_together([*check_device(config, device_type()), *check_held_out(config)])
+    return config
 
 
 def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer:

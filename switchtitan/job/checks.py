@@ -1,174 +1,138 @@
-"""Checks between sections. Each one receives valid sections and returns error messages."""
+"""Checks between sections: what a run cannot do, and keys that it does not use."""
 
 import os
 import shutil
 import sysconfig
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from switchtitan.config.explain import toml_place
-from switchtitan.config.load import Check
-from switchtitan.config.section import VoidKey
-from switchtitan.config.toml_text import toml_value
-from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
-from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
-from switchtitan.distributed.config import CompileConfig, ParallelismConfig
-from switchtitan.distributed.dtype import (
-    Bf16Support,
-    bf16_support,
-    choose_dtype,
-    gpu_problem,
-)
+from switchtitan.config import toml_value
+from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER
+from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.job.sections import EvaluationConfig, TrainingConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import linear_shapes
-from switchtitan.observability import COUNTED_STEP, MetricsConfig, ProfilerConfig
+from switchtitan.observability import COUNTED_STEP
+
+if TYPE_CHECKING:  # it calls these checks
+    from switchtitan.job.config import JobConfig
 
 
-def checks_between_sections(num_ranks: int, device: str) -> list[Check]:
-    """Return the checks for `num_ranks` ranks on devices of type `device` ("cpu" or "cuda")."""
-    support = bf16_support(torch.device(device))
-    return [
-        partial(check_dtype, support=support, device=device),
-        partial(check_model_device, support=support, device=device),
-        partial(check_compiler, device=device),
-        partial(check_precision, device=device),
-        partial(check_memory_snapshot, device=device),
-        *checks_without_device(num_ranks),
+def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
+    """Return why a configuration cannot be trained.
+
+    Args:
+        device: "cpu" or "cuda"; None for an estimate of a run on another machine.
+    """
+    problems = [
+        *_check_ranks(config, num_ranks),
+        *config.method.check_model(linear_shapes(config.model)),
+        *config.method.check_length(config.training.steps),
+        *_check_optimizer(config),
+        *check_held_out(config),
+        *_check_reports(config, num_ranks),
     ]
+    if device is not None:
+        problems += [*check_device(config, device), *_check_compiler(config, device)]
+    return problems
 
 
-def checks_without_device(num_ranks: int) -> list[Check]:
-    """Return the checks for estimates of a run on `num_ranks` ranks, made on another machine."""
-    return [
-        partial(check_batch_size, num_ranks=num_ranks),
-        partial(check_mesh, num_ranks=num_ranks),
-        check_method,
-        check_method_length,
-        check_optimizer,
-        check_head,
-        check_frozen_weights,
-        check_evaluation,
-        partial(check_communication, num_ranks=num_ranks),
-        partial(check_profiler, num_ranks=num_ranks),
-        check_trackers,
-        check_vocabulary,
-    ]
-
-
-def evaluation_checks(device: str) -> list[Check]:
-    """Return the checks for an evaluation without training, on a device of type `device`."""
-    support = bf16_support(torch.device(device))
-    return [
-        partial(check_model_in_evaluation, support=support, device=device),
-        check_evaluation,
-        check_vocabulary,
-    ]
-
-
-def check_batch_size(training: TrainingConfig, num_ranks: int) -> list[str]:
-    """Every rank must get the same number of full micro-batches."""
-    size, unit = training.global_batch_size, num_ranks * training.local_batch_size
-    if size % unit == 0:
-        return []
-    multiples = [
-        multiple for multiple in (size // unit * unit, (size // unit + 1) * unit) if multiple
-    ]
-    return [
-        f"[training] global_batch_size = {size}: expected a multiple of ranks x local_batch_size "
-        f"= {num_ranks} x {training.local_batch_size} = {unit}; "
-        f"write {' or '.join(map(str, multiples))}"
-    ]
-
-
-def check_mesh(parallelism: ParallelismConfig, num_ranks: int) -> list[str]:
-    """The number of ranks must equal replicas x shards."""
-    try:
-        mesh_shape(parallelism, num_ranks)
-    except EnvironmentMismatchError as error:
-        return [str(error)]
-    return []
-
-
-def check_dtype(training: TrainingConfig, support: Bf16Support, device: str) -> list[str]:
-    """bf16 must not be emulated by a GPU."""
-    if training.dtype != "bfloat16" or support.is_native or device != "cuda":
-        return []
-    return [gpu_problem(training.dtype, support.evidence)]
-
-
-def check_model_device(
-    model: ModelConfig, training: TrainingConfig, support: Bf16Support, device: str
-) -> list[str]:
-    """The model must be able to run on this device, e.g. with its attention backend."""
-    try:
-        model.check_device(device, choose_dtype(training.dtype, [support]).dtype)
-    except EnvironmentMismatchError as error:
-        return [str(error)]
-    return []
-
-
-def check_model_in_evaluation(
-    model: ModelConfig, training: TrainingConfig, support: Bf16Support, device: str
-) -> list[str]:
-    """As `check_model_device`, with kernels that every machine has."""
-    return check_model_device(model.on_any_machine(), training, support, device)
-
-
-def check_precision(training: TrainingConfig, device: str) -> list[str | VoidKey]:
-    """TF32 and deterministic algorithms are choices of a GPU."""
-    problems: list[str | VoidKey] = []
-    if training.tf32 and device != "cuda":
+def check_held_out(config: "JobConfig") -> list[str]:
+    """Return why a configuration's model cannot be evaluated on its data."""
+    data, problems = config.data, []
+    for key in ("tokens", "test_tokens"):
+        tokens = getattr(config.evaluation, key)
+        if tokens is not None and tokens < data.seq_len:
+            problems.append(
+                f"[evaluation] {key} = {tokens}: expected at least one sequence, [data] seq_len = "
+                f"{data.seq_len}"
+            )
+    if config.evaluation.test_tokens is not None and data.test_fraction is None:
         problems.append(
-            "[training] tf32 = true has no effect without a GPU: a CPU has no TF32; remove it"
+            f"[evaluation] test_tokens = {config.evaluation.test_tokens}: there is no test split; "
+            "set [data] test_fraction, or remove test_tokens"
         )
-    elif training.tf32 and training.dtype != "float32":
-        problem = (
-            f"[training] tf32 = true has no effect with dtype = {toml_value(training.dtype)}: "
-            'GPUs with TF32 then train in bfloat16; remove it, or set dtype = "float32"'
-        )
-        problems.append(VoidKey("training.tf32", ("training.dtype",), problem))
-    if training.deterministic and device != "cuda":
+    vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+    trains_tokenizer = data.tokenizer == TRAINED_TOKENIZER or data.offline_dataset is not None
+    if trains_tokenizer and vocab_size > config.model.vocab_size:
         problems.append(
-            "[training] deterministic = true has no effect on a CPU, where runs are deterministic "
-            "anyway; remove it"
+            f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = "
+            f"{config.model.vocab_size}; lower the first or increase the second"
         )
     return problems
 
 
-def check_compiler(compile: CompileConfig, device: str) -> list[str]:
-    """torch.compile generates C++ on a CPU and C on a GPU, which need a working compiler."""
-    chosen = [key for key, is_on in compile if is_on]
-    if not chosen:
-        return []
-    missing = missing_toolchain(device)
-    if missing is None:
-        return []
-    options = " ".join(f"--compile.{key} false" for key in chosen)
-    return [f"[compile] {chosen[0]} = true: {missing}, or pass {options}"]
+def check_device(config: "JobConfig", device: str) -> list[str]:
+    """Return why a model cannot compute on a device, e.g. with its attention backend."""
+    support, dtype = bf16_support(torch.device(device)), config.training.dtype
+    problems = []
+    if dtype == "bfloat16" and device == "cuda" and not support.is_native:
+        problems.append(gpu_problem(dtype, support.evidence))
+    try:
+        config.model.check_device(device, choose_dtype(dtype, [support]).dtype)
+    except EnvironmentMismatchError as error:
+        problems.append(str(error))
+    return problems
 
 
-def check_method(model: ModelConfig, method: MethodConfig) -> list[str]:
-    """The method must fit the shapes of the model's linear layers."""
-    return method.check_model(linear_shapes(model))
+def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> list[str]:
+    """Return a message for each key that this run does not use."""
+    training, profiler, steps = config.training, config.profiler, config.training.steps
+    void = [f"{message}; remove it" for message in config.without_effect()]
+
+    def add(is_void: bool, key: str, cause: str) -> None:
+        section, name = key.split(".")
+        if is_void and not getattr(config, section).is_default(name):
+            value = toml_value(getattr(getattr(config, section), name))
+            void.append(f"[{section}] {name} = {value} has no effect {cause}; remove it")
+
+    add(device == "cpu", "training.tf32", "on a CPU, which has no TF32")
+    auto = "on GPUs with TF32, which then train in bfloat16; " if training.dtype == "auto" else ""
+    is_fp32 = training.dtype == "float32"
+    add(device == "cuda" and not is_fp32, "training.tf32", f'{auto}without dtype = "float32"')
+    add(device == "cpu", "training.deterministic", "on a CPU, where runs are deterministic anyway")
+    trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
+    add(not config.method.freezes_weights, "parallelism.frozen_weights", trains_all)
+    add(not config.method.freezes_weights, "training.frozen_dtype", trains_all)
+    add(num_ranks == 1, "metrics.communication", "on one rank, which sends nothing")
+    short = f"with [training] steps = {steps}"
+    add(num_ranks > 1 and steps < COUNTED_STEP, "metrics.communication", short)
+    snapshot_step = profiler.memory_snapshot_step
+    add(not profiler.enabled, "profiler.memory", "without enabled = true")
+    without = "without enabled = true or memory_snapshot_step"
+    add(not profiler.enabled and snapshot_step is None, "profiler.ranks", without)
+    add(device == "cpu", "profiler.memory_snapshot_step", "without a GPU")
+    is_late = device == "cuda" and snapshot_step is not None and snapshot_step > steps
+    add(is_late, "profiler.memory_snapshot_step", short)
+    return void
 
 
-def check_method_length(method: MethodConfig, training: TrainingConfig) -> list[str]:
-    """The method's periodic work must happen at least once in the run."""
-    return method.check_length(training.steps)
+def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
+    """Every rank gets equally many full micro-batches; ranks are replicas x shards."""
+    training, problems = config.training, []
+    size, unit = training.global_batch_size, num_ranks * training.local_batch_size
+    if size % unit:
+        multiples = [size - size % unit, size - size % unit + unit]
+        problems.append(
+            f"[training] global_batch_size = {size}: expected a multiple of ranks x "
+            f"local_batch_size = {num_ranks} x {training.local_batch_size} = {unit}; write "
+            f"{' or '.join(str(multiple) for multiple in multiples if multiple)}"
+        )
+    try:
+        mesh_shape(config.parallelism, num_ranks)
+    except EnvironmentMismatchError as error:
+        problems.append(str(error))
+    return problems
 
 
-def check_optimizer(
-    method: MethodConfig, optimizer: OptimizerConfig, compile: CompileConfig
-) -> list[str]:
-    """The optimizer must fit the method and the compiler, and its package must be installed."""
+def _check_optimizer(config: "JobConfig") -> list[str]:
+    """The optimizer must fit method, model and compiler, and its package must be installed."""
+    method, optimizer, problems = config.method, config.optimizer, []
     name = f"[optimizer] name = {toml_value(optimizer.name)}"
-    problems: list[str] = []
     if method.optimizers is not None and optimizer.name not in method.optimizers:
         able = [
             able_name
@@ -180,143 +144,50 @@ def check_optimizer(
             f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
             f"{', '.join(sorted(able))}"
         )
-    if optimizer.package is not None and not _is_installed(optimizer.package):
-        problems.append(
-            f"{name}: needs the package {optimizer.package}; run pip install "
-            f"'switchtitan[{optimizer.package}]', or choose another optimizer"
-        )
-    if compile.optimizer and not optimizer.can_compile:
+    if optimizer.package is not None and find_spec(optimizer.package) is None:
+        problems.append(_needs_package(name, optimizer.package))
+    if config.compile.optimizer and not optimizer.can_compile:
         problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
+    if optimizer.needs_head and config.model.weight_copies():
+        problems.append(
+            f"{name}: treats the head's weight apart, and the model's head is tied to the "
+            "embedding; untie it (for LLaMA, [model] tied_head = false), or choose another "
+            "optimizer"
+        )
     return problems
 
 
-def check_head(model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
-    """An optimizer that treats the head apart needs one with a weight of its own."""
-    if not (optimizer.needs_head and model.weight_copies()):
-        return []
-    return [
-        f"[optimizer] name = {toml_value(optimizer.name)}: treats the head's weight apart, and the "
-        "model's head is tied to the embedding; untie it (for LLaMA, [model] tied_head = false), "
-        "or choose another optimizer"
-    ]
-
-
-def check_frozen_weights(
-    method: MethodConfig, parallelism: ParallelismConfig, training: TrainingConfig
-) -> list[VoidKey]:
-    """Keys for frozen weights need a method that freezes weights."""
-    keys = {
-        ("parallelism", "frozen_weights"): (parallelism.frozen_weights, "shard"),
-        ("training", "frozen_dtype"): (training.frozen_dtype, "float32"),
-    }
-    return [
-        VoidKey(
-            ".".join(key),
-            ("method.name",),
-            f"{toml_place(key, value)} has no effect: "
-            f"{toml_place(('method', 'name'), method.name)} trains all weights; "
-            "remove it, or choose a method that freezes weights",
+def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
+    """A tracker's package must be installed, and the ranks to trace must exist."""
+    problems = []
+    for tracker in config.metrics.trackers:
+        spec = find_spec(tracker)
+        # A folder of this name in the working directory has no origin: wandb writes one.
+        if spec is None or spec.origin is None:
+            problems.append(_needs_package(f"[metrics] trackers: {tracker}", tracker))
+    profiler = config.profiler
+    if profiler.ranks == "all" or not (profiler.enabled or profiler.memory_snapshot_step):
+        return problems
+    if not profiler.ranks or max(profiler.ranks) >= num_ranks:
+        problems.append(
+            f"[profiler] ranks = {toml_value(profiler.ranks)}: expected at least one rank, from 0 "
+            f"to {num_ranks - 1}"
         )
-        for key, (value, default) in keys.items()
-        if value != default and not method.freezes_weights
-    ]
-
-
-def check_evaluation(evaluation: EvaluationConfig, data: DataConfig) -> list[str | VoidKey]:
-    """An evaluation needs at least one sequence, and its split must exist."""
-    limit = f"expected at least one sequence, [data] seq_len = {data.seq_len}"
-    problems: list[str | VoidKey] = [
-        f"[evaluation] {key} = {tokens}: {limit}"
-        for key, tokens in (("tokens", evaluation.tokens), ("test_tokens", evaluation.test_tokens))
-        if tokens is not None and tokens < data.seq_len
-    ]
-    if evaluation.test_tokens is not None and data.test_fraction is None:
-        problem = (
-            f"[evaluation] test_tokens = {evaluation.test_tokens}: there is no test split; "
-            "set [data] test_fraction, or remove test_tokens"
-        )
-        problems.append(VoidKey("evaluation.test_tokens", ("data.test_fraction",), problem))
     return problems
 
 
-def check_vocabulary(model: ModelConfig, data: DataConfig) -> list[str]:
-    """A tokenizer trained here, even if only for offline use, must fit the model."""
-    if data.tokenizer != TRAINED_TOKENIZER and data.offline_dataset is None:
+def _needs_package(place: str, package: str) -> str:
+    install = f"pip install 'switchtitan[{package}]'"
+    return f"{place}: needs the package {package}; run {install}, or choose another"
+
+
+def _check_compiler(config: "JobConfig", device: str) -> list[str]:
+    chosen = [key for key, is_on in config.compile if is_on]
+    missing = missing_toolchain(device) if chosen else None
+    if missing is None:
         return []
-    vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
-    if vocab_size <= model.vocab_size:
-        return []
-    return [
-        f"[data] vocab_size = {vocab_size}: expected at most [model] vocab_size = "
-        f"{model.vocab_size}; lower [data] vocab_size or increase [model] vocab_size"
-    ]
-
-
-def check_communication(
-    metrics: MetricsConfig, training: TrainingConfig, num_ranks: int
-) -> list[str | VoidKey]:
-    """Counting communication needs several ranks, and the step that is counted."""
-    if not metrics.communication:
-        return []
-    key = "[metrics] communication = true has no effect"
-    if num_ranks == 1:
-        return [f"{key}: one rank sends nothing; remove it, or start several ranks"]
-    if training.steps < COUNTED_STEP:
-        problem = (
-            f"{key}: the bytes of step {COUNTED_STEP} are counted, and [training] steps = "
-            f"{training.steps}; remove it, or train longer"
-        )
-        return [VoidKey("metrics.communication", ("training.steps",), problem)]
-    return []
-
-
-def check_trackers(metrics: MetricsConfig) -> list[str]:
-    """A tracker needs its package."""
-    return [
-        f"[metrics] trackers: {tracker} needs the package {tracker}; run pip install "
-        f"'switchtitan[{tracker}]', or remove it from trackers"
-        for tracker in metrics.trackers
-        if not _is_installed(tracker)
-    ]
-
-
-def check_profiler(profiler: ProfilerConfig, num_ranks: int) -> list[str | VoidKey]:
-    """The ranks to trace must exist, and what to trace needs a trace."""
-    writes_snapshot = profiler.memory_snapshot_step is not None
-    unused = []
-    if profiler.memory and not profiler.enabled:
-        unused.append("memory")
-    if profiler.ranks != (0,) and not (profiler.enabled or writes_snapshot):
-        unused.append("ranks")
-    if unused:
-        needed = ("profiler.enabled", "profiler.memory_snapshot_step")
-        problem = "[profiler] {} has no effect without enabled = true; remove it, or set enabled"
-        return [VoidKey(f"profiler.{key}", needed, problem.format(key)) for key in unused]
-    if profiler.ranks == "all":
-        return []
-    if not profiler.ranks:
-        return ["[profiler] ranks = []: traces nothing; name a rank, or set enabled = false"]
-    return [
-        f"[profiler] ranks: there is no rank {rank}; expected ranks from 0 to {num_ranks - 1}"
-        for rank in profiler.ranks
-        if rank >= num_ranks
-    ]
-
-
-def check_memory_snapshot(
-    profiler: ProfilerConfig, training: TrainingConfig, device: str
-) -> list[str | VoidKey]:
-    """A snapshot of GPU memory needs a GPU, and a step of the run."""
-    step = profiler.memory_snapshot_step
-    if step is None:
-        return []
-    key = f"[profiler] memory_snapshot_step = {step} has no effect"
-    if device != "cuda":
-        return [f"{key} without a GPU: only torch's GPU memory has a history; remove it"]
-    if step > training.steps:
-        problem = f"{key}: [training] steps = {training.steps}; lower it, or remove it"
-        return [VoidKey("profiler.memory_snapshot_step", ("training.steps",), problem)]
-    return []
+    options = " ".join(f"--compile.{key} false" for key in chosen)
+    return [f"[compile] {chosen[0]} = true: {missing}, or pass {options}"]
 
 
 def missing_toolchain(device: str) -> str | None:
@@ -341,9 +212,3 @@ def missing_toolchain(device: str) -> str | None:
     if device == "cpu" and " " in str(folder):
         return f"{needs} torch in a path without spaces, not {folder}; use another environment"
     return None
-
-
-def _is_installed(package: str) -> bool:
-    spec = find_spec(package)
-    # A folder of this name in the working directory has no origin: wandb writes one.
-    return spec is not None and spec.origin is not None

@@ -1,17 +1,24 @@
 """The configuration of a training run, and its command line."""
 
+import os
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.config.command_line import HELP_ALL, split_arguments
-from switchtitan.config.expansions import Expand
-from switchtitan.config.fields import KeyPath
-from switchtitan.config.load import Check, load_config
-from switchtitan.config.section import Section
-from switchtitan.config.shipped import QUICKSTART, find_config
-from switchtitan.config.void_keys import print_note
+from switchtitan.config import (
+    QUICKSTART,
+    Expand,
+    KeyPath,
+    Section,
+    find_config,
+    help_text,
+    load_config,
+    raise_together,
+    split_arguments,
+)
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
 from switchtitan.data.config import DataConfig
 from switchtitan.distributed.config import (
@@ -20,7 +27,7 @@ from switchtitan.distributed.config import (
     ParallelismConfig,
 )
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
-from switchtitan.job.checks import checks_between_sections
+from switchtitan.job.checks import check, keys_without_effect
 from switchtitan.job.sections import (
     EvaluationConfig,
     RunConfig,
@@ -33,32 +40,16 @@ from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.profiler import ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 
-_USAGE = "switchtitan train [--config FILE]"
-_INTRODUCTION = """\
+_USAGE = """\
+usage: switchtitan train [--config FILE] [--section.key value ...]
+
 Train the model that a TOML file describes. The default file is the quickstart.
 Every key of the file is also an option; `none` means no value.
-The defaults shown are the values in the file, or switchtitan's defaults.
-"""
-_COMMON_KEYS = (
-    "job.output_dir",
-    "model.size",
-    "method.name",
-    "method.rank",
-    "optimizer.lr",
-    "data.dataset",
-    "data.path",
-    "data.seq_len",
-    "training.steps",
-    "training.global_batch_size",
-    "training.local_batch_size",
-    "checkpoint.interval",
-    "evaluation.interval",
-)
-"""Keys that `--help` describes, if the configuration has them; `--help-all` describes all."""
+The defaults shown are the values in the file, or switchtitan's defaults."""
 
 
 class JobConfig(Section):
-    """All sections. A registry makes a field a union of section classes; `name` chooses one."""
+    """All sections. A registry chooses the class of a section by its key `name`."""
 
     job: RunConfig
     model: Annotated[ModelConfig, MODELS]
@@ -76,50 +67,59 @@ class JobConfig(Section):
     spectrum: SpectrumConfig
     profiler: ProfilerConfig
 
+    def without_effect(self) -> list[str]:
+        """Return messages for keys that other keys of their section leave without effect."""
+        return [
+            f"[{name}] {message}" for name, section in self for message in section.without_effect()
+        ]
+
+
+@cache
+def print_note(note: str) -> None:
+    """Print a note on stderr, once; of several ranks only the first one prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", file=sys.stderr)
+
+
+def ignore_note(note: str) -> None:
+    """For processes that start ranks: the first rank prints the note."""
+
 
 def parse_arguments(
     argv: Sequence[str],
     num_ranks: int | None = None,
-    overrides_heading: str | None = None,
-    checks: Sequence[Check] | None = None,
     say: Callable[[str], None] = print_note,
 ) -> JobConfig:
-    """Load the configuration of a command line: `--config FILE --section.key value ...`.
+    """Load the configuration of a training run, and check that its sections fit together.
 
     Args:
-        argv: the command line without the program's name. The default file is the quickstart.
+        argv: `--config FILE --section.key value ...`. The default file is the quickstart.
         num_ranks: number of ranks, which some keys must fit; by default the launcher's.
-        overrides_heading: for keys in `argv` that a program made: their heading in error messages.
-        checks: checks between sections; by default those for training on `num_ranks` ranks.
-        say: called with a note on each key of the file that the command line leaves no effect.
+        say: called with a note on each key that is dropped or has no effect.
 
     Raises:
         ConfigError: with all mistakes in one message.
-        SystemExit: with status 0, after `--help` or `--help-all`.
+        SystemExit: with status 0, after `--help`.
     """
-    arguments = split_arguments(argv)
-    file = QUICKSTART if arguments.config_file is None else find_config(arguments.config_file)
-    if arguments.wants_help:
-        checks = ()
-    elif checks is None:
-        checks = checks_between_sections(num_ranks or num_ranks_from_launcher(), device_type())
-    expansions: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
-    config = load_config(arguments, file, JobConfig, checks, overrides_heading, expansions, say)
-    if arguments.wants_help:
-        _print_help(config, describes_all=HELP_ALL in arguments.flags)
-        raise SystemExit(0)
+    config = parse_unchecked(argv, say)
+    num_ranks, device = num_ranks or num_ranks_from_launcher(), device_type()
+    raise_together(check(config, num_ranks, device))
+    for message in keys_without_effect(config, num_ranks, device):
+        say(message)
     return config
 
 
-def _print_help(config: JobConfig, describes_all: bool) -> None:
-    # Imported here: a run does not use it.
-    from switchtitan.config.help import print_full_help, print_short_help
-
-    names = {"model": list(MODELS), "method": list(METHODS), "optimizer": list(OPTIMIZERS)}
-    if describes_all:
-        print_full_help(dict(config), _USAGE, _INTRODUCTION, names)
-    else:
-        print_short_help(dict(config), _USAGE, _INTRODUCTION, _COMMON_KEYS, names)
+def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note) -> JobConfig:
+    """Load a configuration without the checks that depend on its use; see `parse_arguments`."""
+    given, wants_help, overrides = split_arguments(argv)
+    file = QUICKSTART if given is None else find_config(given)
+    if given not in (None, file):
+        say(f"using {file}, which is installed with switchtitan")
+    config = load_config(JobConfig, file, overrides, EXPANSIONS, say)
+    if wants_help:
+        print(help_text(config, _USAGE))
+        raise SystemExit(0)
+    return config
 
 
 def _model_in_folder(folder: str) -> dict[str, object]:
@@ -127,3 +127,7 @@ def _model_in_folder(folder: str) -> dict[str, object]:
     from switchtitan.hub.model_folder import read_model_folder
 
     return read_model_folder(Path(folder))
+
+
+EXPANSIONS: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
+"""Keys that stand for other keys of their section."""

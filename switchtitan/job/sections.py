@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from switchtitan.config.section import Section, VoidKey, VoidKeyError
+from switchtitan.registry import Section
 
 
 class RunConfig(Section):
@@ -81,12 +81,11 @@ class EvaluationConfig(Section):
     """Maximum tokens of a continuation, at most 1024. Ranks gather a sharded model's weights once
     for each, for all prompts together. A prompt and its continuation must fit data.seq_len."""
 
-    @model_validator(mode="after")
-    def _check_prompts(self) -> "EvaluationConfig":
-        if not self.prompts and "prompt_tokens" in self.model_fields_set:
-            problem = "prompt_tokens has no effect without prompts; set prompts, or remove it"
-            raise VoidKeyError([VoidKey("prompt_tokens", ("prompts",), problem)])
-        return self
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.prompts or self.is_default("prompt_tokens"):
+            return []
+        return [f"prompt_tokens = {self.prompt_tokens} has no effect without prompts"]
 
 
 class SpectrumConfig(Section):

@@ -7,7 +7,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
@@ -61,10 +60,16 @@ class ReloraConfig(LowRankConfig):
                 f"{self.reset_interval}: the learning rate would never return to its schedule; "
                 "lower it or increase reset_interval"
             )
-        if self.reset_moments == "zero" and "prune_ratio" in self.model_fields_set:
-            problem = 'prune_ratio has no effect with reset_moments = "zero"; remove it'
-            raise VoidKeyError([VoidKey("prune_ratio", ("reset_moments",), problem)])
         return self
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        void = super().without_effect()
+        if self.reset_moments == "zero" and not self.is_default("prune_ratio"):
+            void.append(
+                f'prune_ratio = {self.prune_ratio} has no effect with reset_moments = "zero"'
+            )
+        return void
 
 
 class Relora(LowRankMethod[ReloraConfig]):

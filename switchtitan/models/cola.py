@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.models.llama.config import MAX_WIDTH, LlamaFamilyConfig
 from switchtitan.models.llama.model import Llama
 
@@ -49,10 +48,14 @@ class ColaConfig(LlamaFamilyConfig):
                 f"rank = {self.rank}: expected less than {smallest} = {widths[smallest]}; lower "
                 "it, or use name = 'llama'"
             )
-        if self.max_positions is not None:
-            problem = f"max_positions has no effect with name = {self.name!r}; remove it"
-            raise VoidKeyError([VoidKey("max_positions", ("name",), problem)])
         return self
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        void = super().without_effect()
+        if self.max_positions is not None:
+            void.append(f"max_positions = {self.max_positions} has no effect on this model")
+        return void
 
     def build_linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
         """See `LlamaFamilyConfig.build_linear`."""

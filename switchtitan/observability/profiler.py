@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import profiler
 
-from switchtitan.config.section import Section
 from switchtitan.regions import observe_regions, stop_observing_regions
+from switchtitan.registry import Section
 
 logger = logging.getLogger(__name__)
 

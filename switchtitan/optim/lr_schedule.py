@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from switchtitan.config.section import Section, VoidKey, VoidKeyError
+from switchtitan.registry import Section
 
 
 class LRScheduleConfig(Section):
@@ -19,12 +19,11 @@ class LRScheduleConfig(Section):
     min_factor: float = Field(default=0.1, ge=0, le=1)
     """The factor at the end of the run, in [0, 1]. Not with constant."""
 
-    @model_validator(mode="after")
-    def _check_min_factor(self) -> "LRScheduleConfig":
-        if self.decay == "constant" and "min_factor" in self.model_fields_set:
-            problem = 'min_factor has no effect with decay = "constant"; remove it'
-            raise VoidKeyError([VoidKey("min_factor", ("decay",), problem)])
-        return self
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.decay == "constant" and not self.is_default("min_factor"):
+            return [f'min_factor = {self.min_factor} has no effect with decay = "constant"']
+        return []
 
 
 def build_lr_schedule(config: LRScheduleConfig, num_steps: int) -> Callable[[int], float]:

@@ -12,10 +12,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.shards import local, local_shards
@@ -51,13 +50,6 @@ class MuonConfig(AdamKeys):
     """Nesterov momentum; has no effect with momentum = 0."""
     ns_steps: int = Field(default=5, ge=1)
     """Newton-Schulz iterations that orthogonalize an update, at least 1."""
-
-    @model_validator(mode="after")
-    def _check_nesterov(self) -> "MuonConfig":
-        if self.momentum == 0 and "nesterov" in self.model_fields_set:
-            problem = "nesterov has no effect with momentum = 0; remove it or increase momentum"
-            raise VoidKeyError([VoidKey("nesterov", ("momentum",), problem)])
-        return self
 
 
 class Muon(GroupedOptimizer):

@@ -7,10 +7,9 @@ from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.shards import (
     as_shard_of,
@@ -153,12 +152,10 @@ class SGDConfig(OptimizerConfig):
     nesterov: bool = False
     """Nesterov momentum; has no effect with momentum = 0."""
 
-    @model_validator(mode="after")
-    def _check_nesterov(self) -> "SGDConfig":
-        if self.nesterov and self.momentum == 0:
-            problem = "nesterov has no effect with momentum = 0; remove it or increase momentum"
-            raise VoidKeyError([VoidKey("nesterov", ("momentum",), problem)])
-        return self
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        void = ["nesterov = true has no effect with momentum = 0"] if self.nesterov else []
+        return [*super().without_effect(), *(void if self.momentum == 0 else [])]
 
 
 class AdafactorConfig(OptimizerConfig):
@@ -184,7 +181,8 @@ def build_sgd(
     def initial_state(like: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(like)} if config.momentum else {}
 
-    build = partial(torch.optim.SGD, momentum=config.momentum, nesterov=config.nesterov)
+    nesterov = config.nesterov and config.momentum > 0  # torch refuses it without momentum
+    build = partial(torch.optim.SGD, momentum=config.momentum, nesterov=nesterov)
     return TorchOptimizer(config, parameters, build, initial_state, compile_step)
 
 

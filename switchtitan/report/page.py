@@ -10,8 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from switchtitan.config.toml_files import parse_toml
-from switchtitan.config.toml_text import flatten, toml_value
+from switchtitan.config import flatten, parse_toml, toml_value
 from switchtitan.errors import ConfigError
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.observability.curves import Curve, read_curves

@@ -22,7 +22,7 @@ from switchtitan.checkpoint import (
     check_same_run,
     read_metadata,
 )
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
 from switchtitan.data import Corpus, build_train_batches, build_validation_batches, open_corpus
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks

@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from switchtitan.config.section import Section
-from switchtitan.config.toml_files import parse_toml
-from switchtitan.config.toml_text import flatten, toml_value
+from switchtitan.config import flatten, parse_toml, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import ComputeDtype
@@ -20,6 +18,7 @@ from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
 from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit, versions
+from switchtitan.registry import Section
 from switchtitan.training.step import Stepper
 
 logger = logging.getLogger(__name__)

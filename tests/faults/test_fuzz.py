@@ -22,7 +22,7 @@ from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
 from switchtitan.checkpoint import SavedTensors, find_given, load_tensors_, read_metadata
-from switchtitan.config.toml_text import toml_value
+from switchtitan.config import toml_value
 from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
 from switchtitan.data.shards import read_batches

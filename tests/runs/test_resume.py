@@ -9,7 +9,7 @@ from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint import check_same_run
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import resolved_toml
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world

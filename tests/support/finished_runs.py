@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from switchtitan.comparison.comparison import Comparison, ComparisonState
 from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.plan import Run
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import resolved_toml
 
 RESULTS = {
     "step": 40,

@@ -10,7 +10,7 @@ from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.plan import Run
 from switchtitan.comparison.report import write_report
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.event_files import TensorBoardWriter
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import MethodConfig
 
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,15 +58,14 @@ class LowRankConfig(FactorConfig):
         """s in W + s B A."""
         return self.alpha / self.rank
 
-    @model_validator(mode="after")
-    def _check_contraction(self) -> "LowRankConfig":
-        if self.dropout and self.contraction != "cheapest":
-            problem = (
-                f"contraction = {self.contraction!r} has no effect on training with "
-                f"dropout = {self.dropout:g}, which is always factored; remove one of the two"
-            )
-            raise VoidKeyError([VoidKey("contraction", ("dropout",), problem)])
-        return self
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if not self.dropout or self.contraction == "cheapest":
+            return []
+        return [
+            f"contraction = {self.contraction!r} has no effect on training with dropout = "
+            f"{self.dropout:g}, which is always factored"
+        ]
 
     def draws_in_forward(self) -> bool:
         """See `contracts.MethodConfig`."""

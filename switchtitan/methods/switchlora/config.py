@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.methods.lowrank.config import LowRankConfig
 
 _TOLERANCE = 1e-5
@@ -60,20 +59,22 @@ class SwitchLoraConfig(LowRankConfig):
                 "rank = 1 never switches, since the switched vectors of A and of B must differ; "
                 "use at least 2"
             )
-        given = self.model_fields_set
-        if self.switches_per_vector is not None and "interval" in given:
-            problem = (
+        # A saved configuration has both, with the default interval.
+        if self.switches_per_vector is not None and not self.is_default("interval"):
+            raise ValueError(
                 f"interval = {self.interval:g} and switches_per_vector = "
-                f"{self.switches_per_vector:g} both say how often vectors are switched; remove one"
+                f"{self.switches_per_vector:g} both say how often vectors are switched; remove "
+                'one, or write switches_per_vector = "none"'
             )
-            one, other = "interval", "switches_per_vector"
-            raise VoidKeyError([VoidKey(one, (other,), problem), VoidKey(other, (one,), problem)])
-        for key, by in (("decay_ratio", "decay"), ("candidates_device", "candidates")):
-            if key in given and getattr(self, by) == "constant":
-                value = getattr(self, key)
-                problem = f'{key} = {value!r} has no effect with {by} = "constant"; remove it'
-                raise VoidKeyError([VoidKey(key, (by,), problem)])
         return self
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        void = super().without_effect()
+        for key, by in (("decay_ratio", "decay"), ("candidates_device", "candidates")):
+            if getattr(self, by) == "constant" and not self.is_default(key):
+                void.append(f'{key} = {getattr(self, key)!r} has no effect with {by} = "constant"')
+        return void
 
     def rates(self, num_steps: int) -> np.ndarray:
         """Returns the factor on the switching frequency at every step, [num_steps].

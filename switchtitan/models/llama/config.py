@@ -8,7 +8,6 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from typing_extensions import Self
 
-from switchtitan.config.section import VoidKey, VoidKeyError
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
@@ -134,10 +133,9 @@ class LlamaFamilyConfig(ModelConfig):
             if value is None and name in needed:
                 raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
             if value is not None and name not in needed:
-                problem = (
+                raise ValueError(
                     f"{key} = {value} has no effect with rope_type = {self.rope_type!r}; remove it"
                 )
-                raise VoidKeyError([VoidKey(key, ("rope_type",), problem)])
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if low is not None and high is not None and high <= low:
             raise ValueError(
@@ -181,12 +179,11 @@ class LlamaFamilyConfig(ModelConfig):
         """Returns a linear layer of a block, by its local name."""
         return nn.Linear(in_features, out_features, bias=name in self.biased_layers)
 
-    @classmethod
-    def implied_by(cls, key: str, value: object) -> Mapping[str, object]:
-        """See `Section.implied_by`."""
-        if key != "size" or not isinstance(value, str) or value not in SIZES:
-            return {}
-        return SIZES[value]._asdict()
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.size is None or any(getattr(self, key) is None for key in Sizes._fields):
+            return []
+        return [f"size = {self.size!r} has no effect with {', '.join(Sizes._fields)}"]
 
     def architecture(self) -> dict[str, object]:
         """Returns what weights depend on: equal models are equal, however their keys were given."""
@@ -208,12 +205,8 @@ class LlamaFamilyConfig(ModelConfig):
             problems += explain(error, keys)
         if problems:
             raise ConfigError("; ".join(problems))
-        return {
-            **keys,
-            "size": None,
-            "num_kv_heads": config.kv_heads,
-            "head_dim": config.head_width,
-        }
+        # Defaults too, such as of the rotary embedding, so that no key of a base remains.
+        return {**config.architecture(), **keys, "size": None}
 
     def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
         """Returns all differences between a config.json and this model."""

@@ -74,7 +74,7 @@ TRAINED = [
 OTHERS = [
     ("trian", "trian", "train"),
     ("inspect corpora", "inspect", "prepare"),
-    ("prepare --dataset textt", "--dataset textt", '"text"'),
+    ("prepare --dataset textt", "dataset textt", "'text'"),
     ("prepare --data.pth x", "--data.pth x", "path"),
     ("prepare --dataset text --path no/folder", "no/folder", "no such"),
     ("prepare --help-all", "--help-all", "train --help-all"),

@@ -126,12 +126,12 @@ COMPILED = {"[compile]": "[compile]\noptimizer = true"}
         ("[1e-2, 2e-2, 4e-2]", "[4e-2, 2e-2, 1e-2]", ("[0.04, 0.02, 0.01]", "increasing")),
         ('baseline = "dense"', 'baseline = "dens"', ("baseline = 'dens'", "dense, thin")),
         ('baseline = "dense"', 'baseline = "dense"\nseeds = 3', ("seeds = 3", "unknown")),
-        ('baseline = "dense"', 'baseline = "dense"\ndiffer_in = ["data"]', ('["data"]',)),
+        ('baseline = "dense"', 'baseline = "dense"\ndiffer_in = ["data"]', ("differ_in[0]",)),
         ('baseline = "dense"', f'baseline = "dense"\naxes = ["{LR}", "{OTHER}"]', ("axes", OTHER)),
         ('baseline = "dense"', f'baseline = "dense"\naxes = ["{LR}", "training.steps"]',
          ("axes", "'training.steps'")),
         ('name = "thin"', 'name = "dense"', ("two have the name", "'dense'")),
-        ('name = "thin"', 'name = "th/in"', ("number 2", "th/in")),
+        ('name = "thin"', 'name = "th/in"', ("rows[1].name", "th/in")),
         (OF_THIN, "", ("thin-balanced", "no learning rate")),
         (OF_THIN, f"{OF_THIN}\nset.optimizer = {{{{ lr = 1e-2 }}}}", ("set.optimizer.lr",)),
         (OF_THIN, f"{OF_THIN}\nlearning_rates = [1e-2, 2e-2, 4e-2]", ("learning_rates and",)),
@@ -154,7 +154,7 @@ BOTH = f"{TUNE_OTHER}\n{TUNE_DECAY}"
         (THREE_AXES, BOTH.replace("0.0, ", ""), "", (DECAY, "at least 2")),
         (THREE_AXES, BOTH.replace("1e-3, ", ""), "", (OTHER, "at least 3")),
         (THREE_AXES, BOTH.replace("0.1", "inf"), "", (DECAY, "finite")),
-        (THREE_AXES, BOTH.replace("0.1", "true"), "", ("tune", "a number")),
+        (THREE_AXES, BOTH.replace("0.1", "true"), "", ("tune", "valid number")),
         (THREE_AXES, f'{BOTH}\nstart."{DECAY}" = 0.2', "", ("start", f"{DECAY} = 0.2")),
         (THREE_AXES, BOTH, f'start."{DECAY}" = 0.1', ("start", DECAY)),
         ("", TUNE_OTHER, "", ("rows.dense", OTHER)),
@@ -181,12 +181,12 @@ def test_axes_that_are_unfair_or_do_not_fit_the_rows_are_refused(
         (with_thin("set.job = {{ seed = 3 }}"), {}, ("row thin", "set.job.seed")),
         (with_thin("set.optimizer = {{ lr = true }}").replace(
             "learning_rates = [1e-2, 2e-2, 4e-2]\n", "").replace(OF_THIN, "learning_rate_of = "
-            '"dense"'), {}, ("row thin", "lr = true")),
-        (GRID.replace("rank = 4 }}", "rnk = 4 }}", 1), {}, ("row thin", "[method] rnk = 4")),
+            '"dense"'), {}, ("row thin", "--optimizer.lr true")),
+        (GRID.replace("rank = 4 }}", "rnk = 4 }}", 1), {}, ("row thin", "--method.rnk 4")),
         (GRID.replace("set.method", 'set.optimizer = {{ name = "scale" }}\nset.method', 1),
          COMPILED, ("[compile] optimizer = true",)),
         (with_axes(THREE_AXES, BOTH.replace("0.0, 0.1", "-0.1, 0.0"), TUNE_OTHER), {},
-         ("row dense", "weight_decay = -0.1")),
+         ("row dense", "weight_decay -0.1")),
         (with_axes(f'axes = ["{LR}", "{DECAY}"]', TUNE_DECAY, TUNE_DECAY).replace(
             SET_THIN, SET_THIN + "set.optimizer = {{ weight_decay = 0.1 }}\n"), {},
          ("row thin", f"set.{DECAY}")),
@@ -204,7 +204,7 @@ def test_a_file_without_rows_is_refused(tmp_path):
     training = COMPARISONS.parent / "llama_60m_lora.toml"
     check_refused(lambda: load_comparison(training), (training.name, "[[rows]]"))
     second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)
-    check_refused(lambda: declare(tmp_path, GRID[:second_row]), ("rows", "length >= 2"))
+    check_refused(lambda: declare(tmp_path, GRID[:second_row]), ("rows", "at least 2 items"))
 
 
 def check_refused(action, fragments):
@@ -212,7 +212,6 @@ def check_refused(action, fragments):
         action()
     for fragment in fragments:
         assert fragment in str(caught.value)
-    assert "on the command line" not in str(caught.value)
 
 
 # ---- The runs

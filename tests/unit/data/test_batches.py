@@ -15,7 +15,7 @@ from support.smallest import SMALLEST
 from support.tiny_documents import make_documents, write_json_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import resolved_toml
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data import (
     DataConfig,
@@ -302,8 +302,6 @@ def test_a_weight_that_rounds_to_nothing_is_refused():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"path": "x"}, "path = 'x'"),
-        ({"dataset": "c4"}, "dataset = 'c4'"),
         ({"sources": [{"dataset": "text", "weight": 1}]}, r"sources\[0\].*path"),
         ({"sources": [{"dataset": "pystdlib", "weight": 0}]}, "weight"),
     ],
@@ -312,6 +310,14 @@ def test_mistakes_in_a_mixture_are_refused(mixture_config, keys, words):
     given_keys = {"sources": [source.model_dump() for source in mixture_config.sources], **keys}
     with pytest.raises(ValidationError, match=words):
         DataConfig.model_validate(given_keys)
+
+
+def test_keys_of_one_source_have_no_effect_on_a_mixture(mixture_config):
+    assert mixture_config.without_effect() == []
+    given = mixture_config.model_copy(update={"text_column": "x", "dataset": "c4"})
+    of_dataset, of_column = given.without_effect()
+    assert of_dataset.startswith('dataset = "c4" has no effect')
+    assert of_column.startswith('text_column = "x" has no effect')
 
 
 def test_tables_of_a_file_are_a_mixture_and_the_saved_configuration_too(tmp_path):

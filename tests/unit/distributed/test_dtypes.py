@@ -28,8 +28,8 @@ from switchtitan.distributed.precision import (
 )
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.job.checks import check_dtype
-from switchtitan.job.sections import TrainingConfig
+from switchtitan.job.checks import check_device
+from switchtitan.job.config import parse_unchecked
 from switchtitan.methods.lowrank.rounding import random_bits, round_to_bf16
 
 NATIVE = Bf16Support(True, "it multiplies bf16")
@@ -108,9 +108,9 @@ def test_the_key_comes_before_the_checkpoint_and_that_before_the_devices(
         ("float32", EMULATED, "cuda", False),
     ],
 )
-def test_only_bf16_on_a_gpu_without_it_is_refused(key, support, device, is_refused):
-    training = TrainingConfig(steps=1, global_batch_size=1, local_batch_size=1, dtype=key)
-    problems = check_dtype(training, support, device)
+def test_only_bf16_on_a_gpu_without_it_is_refused(monkeypatch, key, support, device, is_refused):
+    monkeypatch.setattr("switchtitan.job.checks.bf16_support", lambda device: support)
+    problems = check_device(parse_unchecked(["--training.dtype", key]), device)
     assert len(problems) == is_refused
     assert all('dtype = "bfloat16"' in problem for problem in problems)
 

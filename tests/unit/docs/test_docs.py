@@ -12,9 +12,7 @@ from support.commands import run
 from switchtitan.cli.main import COMMANDS
 from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.plan import check_plan
-from switchtitan.config.fields import dotted_keys
-from switchtitan.config.load import section_types
-from switchtitan.config.toml_text import flatten
+from switchtitan.config import flatten, section_types
 from switchtitan.job.config import JobConfig
 
 ROOT = Path(__file__).parents[3]
@@ -32,11 +30,12 @@ def named(pattern):
 
 @cache
 def all_keys():
-    keys = set()
-    for section, chosen in section_types(JobConfig).items():
-        for config_type in chosen.values() if isinstance(chosen, dict) else [chosen]:
-            keys |= set(dotted_keys({section: config_type}))
-    return keys
+    return {
+        f"{section}.{key}"
+        for section, types in section_types(JobConfig).items()
+        for config_type in types.values()
+        for key in config_type.model_fields
+    }
 
 
 def test_keys_exist():

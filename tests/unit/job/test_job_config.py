@@ -10,18 +10,11 @@ from pydantic import Field
 from support.commands import run
 from torch import nn
 
-from switchtitan.config.shipped import FOLDER, QUICKSTART
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import FOLDER, QUICKSTART, resolved_toml, toml_value
 from switchtitan.contracts import MethodConfig, ModelConfig
-from switchtitan.distributed.config import CompileConfig
 from switchtitan.errors import ConfigError
-from switchtitan.job.checks import (
-    check_compiler,
-    check_precision,
-    missing_toolchain,
-)
-from switchtitan.job.config import parse_arguments
-from switchtitan.job.sections import TrainingConfig
+from switchtitan.job.checks import keys_without_effect, missing_toolchain
+from switchtitan.job.config import parse_arguments, parse_unchecked, print_note
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
@@ -63,9 +56,14 @@ tokens = 1024
 
 
 @pytest.fixture
-def parse(tmp_path):
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY)
+def file(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def parse(file):
     return lambda *words, num_ranks=1: parse_arguments(["--config", str(file), *words], num_ranks)
 
 
@@ -123,7 +121,7 @@ def test_a_base_lacks_only_the_keys_that_files_based_on_it_add(file):
         parse_arguments(["--config", str(file)], 1)
     lines = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert all("missing" in line for line in lines)
-    missing = {line.partition(":")[0] for line in lines}
+    missing = {line.split(": ")[1] for line in lines}
     assert missing <= {"[job] name", "[job] output_dir", "[method] name", "[optimizer] lr"}
 
 
@@ -149,10 +147,6 @@ def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(
     assert parse_arguments([], 1).job.name == QUICKSTART.stem
 
 
-GALORE = ("--method.name", "galore")
-NO_PROFILE = ("--profiler.enabled", "false")
-
-
 @pytest.mark.parametrize(
     ("words", "num_ranks", "fragments"),
     [
@@ -165,28 +159,15 @@ NO_PROFILE = ("--profiler.enabled", "false")
          ("[method] reset_interval = 200", "[training] steps = 40")),
         (("--method.interval", "9"), 1, ("[method] interval = 9",)),
         (("--method.targets", "q_prj"), 1, ("q_prj",)),
-        (("--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"), 1,
-         ("min_factor",)),
+        (("--optimizer.name", "scale"), 1, ('[optimizer] name = "scale"', "adamw or muon")),
         (("--evaluation.tokens", "511"), 1, ("[evaluation] tokens = 511", "seq_len = 512")),
         (("--evaluation.test_tokens", "2000"), 1, ("test_tokens = 2000", "test_fraction")),
         (("--evaluation.test_tokens", "3", "--data.test_fraction", "0.1"), 1,
          ("[evaluation] test_tokens = 3",)),
-        ((*GALORE, "--parallelism.frozen_weights", "replicate"), 2,
-         ('[parallelism] frozen_weights = "replicate"', '"galore"')),
-        ((*GALORE, "--training.frozen_dtype", "bfloat16"), 1,
-         ('[training] frozen_dtype = "bfloat16"', '"galore"')),
         (("--data.vocab_size", "5000"), 1, ("[data] vocab_size = 5000", "vocab_size = 4096")),
-        (("--metrics.communication", "true"), 1, ("[metrics] communication = true",)),
-        (("--metrics.communication", "true", "--training.steps", "2"), 2,
-         ("[metrics] communication = true", "steps = 2")),
-        (("--profiler.memory_snapshot_step", "5"), 1, ("memory_snapshot_step = 5", "GPU")),
-        (("--profiler.enabled", "true", "--profiler.ranks", "0,3"), 2, ("ranks", "rank 3")),
-        ((*NO_PROFILE, "--profiler.memory", "true"), 1, ("[profiler] memory", "enabled")),
-        ((*NO_PROFILE, "--profiler.ranks", "all"), 1, ("[profiler] ranks", "enabled")),
+        (("--profiler.enabled", "true", "--profiler.ranks", "0,3"), 2, ("ranks = [0, 3]", "to 1")),
         (("--model.num_heads", "3"), 1, ("[model] hidden_size = 128", "num_heads = 3")),
         (("--model.attention", "flash_attn"), 1, ("flash_attn",)),
-        (("--training.tf32", "true"), 1, ("[training] tf32 = true",)),
-        (("--training.deterministic", "true"), 1, ("[training] deterministic = true",)),
         (("--metrics.trackers", "wandb"), 1, ("[metrics] trackers", "switchtitan[wandb]")),
     ],
 )  # fmt: skip
@@ -201,12 +182,59 @@ def test_values_that_do_not_fit_together_are_refused(
         assert fragment in str(caught.value)
 
 
-def test_tf32_has_an_effect_on_a_gpu_in_float32_only():
-    given = {"steps": 1, "global_batch_size": 1, "local_batch_size": 1, "tf32": True}
-    assert check_precision(TrainingConfig(**given, dtype="float32"), "cuda") == []
-    for dtype in ("auto", "bfloat16"):
-        (problem,) = check_precision(TrainingConfig(**given, dtype=dtype), "cuda")
-        assert dtype in str(problem)
+SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
+
+
+@pytest.mark.parametrize(
+    ("device", "num_ranks", "words", "void"),
+    [
+        ("cpu", 1, (), None),
+        ("cpu", 1, ("--training.tf32", "true"), "[training] tf32 = true"),
+        ("cuda", 1, ("--training.tf32", "true"), "[training] tf32 = true"),
+        ("cuda", 1, ("--training.tf32", "true", "--training.dtype", "float32"), None),
+        ("cpu", 1, ("--training.deterministic", "true"), "[training] deterministic = true"),
+        ("cuda", 1, ("--training.deterministic", "true"), None),
+        ("cpu", 2, ("--parallelism.frozen_weights", "replicate"), None),
+        ("cpu", 2, ("--method.name", "galore", "--parallelism.frozen_weights", "replicate"),
+         '[parallelism] frozen_weights = "replicate"'),
+        ("cpu", 1, ("--method.name", "galore", "--training.frozen_dtype", "bfloat16"),
+         '[training] frozen_dtype = "bfloat16"'),
+        ("cpu", 1, ("--metrics.communication", "true"), "[metrics] communication = true"),
+        ("cpu", 2, ("--metrics.communication", "true"), None),
+        ("cpu", 2, ("--metrics.communication", "true", "--training.steps", "2"),
+         "[metrics] communication = true"),
+        ("cpu", 1, SNAPSHOT, "[profiler] memory_snapshot_step = 50"),
+        ("cuda", 1, SNAPSHOT, "[profiler] memory_snapshot_step = 50"),
+        ("cuda", 1, (*SNAPSHOT, "--training.steps", "50", "--profiler.ranks", "all"), None),
+        ("cpu", 1, ("--profiler.memory", "true"), "[profiler] memory = true"),
+        ("cpu", 1, ("--profiler.ranks", "all"), '[profiler] ranks = "all"'),
+        # By keys of the same section.
+        ("cpu", 1, ("--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"),
+         "[lr_schedule] min_factor = 0.5"),
+        ("cpu", 1, ("--lr_schedule.decay", "constant"), None),
+        ("cpu", 1, ("--optimizer.decay_norms", "true"), "[optimizer] decay_norms = true"),
+        ("cpu", 1, ("--evaluation.prompt_tokens", "9"), "[evaluation] prompt_tokens = 9"),
+        ("cpu", 1, ("--data.path", "texts"), '[data] path = "texts"'),
+        ("cpu", 1, ("--data.tokenizer", "t5-base", "--data.vocab_size", "300"),
+         "[data] vocab_size = 300"),
+        ("cpu", 1, ("--checkpoint.initial_weights", "a", "--checkpoint.resume", "b"),
+         "[checkpoint] initial_weights = 'a'"),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_is_named_in_a_note(file, device, num_ranks, words, void):
+    config = parse_unchecked(["--config", str(file), *words], say=str)
+    notes = keys_without_effect(config, num_ranks, device)
+    assert [note.startswith(f"{void} has no effect") for note in notes] == [True] * bool(void)
+
+
+@pytest.mark.parametrize(("rank", "is_printed"), [(None, True), ("0", True), ("1", False)])
+def test_one_rank_prints_a_note_once(monkeypatch, capsys, rank, is_printed):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    for _ in range(2):
+        print_note(f"x of rank {rank} has no effect")
+    assert capsys.readouterr().err.count("has no effect") == is_printed
 
 
 def test_compilation_without_a_compiler_or_headers_is_refused(parse, monkeypatch, tmp_path):
@@ -214,8 +242,8 @@ def test_compilation_without_a_compiler_or_headers_is_refused(parse, monkeypatch
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     for name in ("CXX", "CC"):
         monkeypatch.setenv(name, sys.executable)
-    assert "python3-dev" in missing_toolchain("cpu")
-    assert "python3-dev" in missing_toolchain("cuda")
+    for device in ("cpu", "cuda"):
+        assert "python3-dev" in missing_toolchain(device)
     (tmp_path / "Python.h").touch()
     assert missing_toolchain("cpu") is missing_toolchain("cuda") is None
     for name in ("CXX", "CC"):
@@ -223,61 +251,7 @@ def test_compilation_without_a_compiler_or_headers_is_refused(parse, monkeypatch
     assert not parse().compile.blocks
     with pytest.raises(ConfigError, match=r"g\+\+.*--compile\.blocks false"):
         parse("--compile.blocks", "true")
-    (problem,) = check_compiler(CompileConfig(loss=True), "cuda")
-    assert "[compile] loss = true" in problem
-    assert "gcc" in problem
-    assert check_compiler(CompileConfig(), "cuda") == []
-
-
-VOID = f"""base = "{QUICKSTART}"
-[method]
-name = "switchlora"
-rank = 32
-interval = 20
-decay_ratio = 0.2
-[model]
-num_layers = 2
-[data]
-dataset = "text"
-path = "texts"
-test_fraction = 0.1
-[evaluation]
-test_tokens = 999
-[parallelism]
-frozen_weights = "replicate"
-[optimizer]
-weight_decay = 0.1
-decay_norms = true
-[lr_schedule]
-min_factor = 0.05
-[profiler]
-enabled = true
-memory = true
-"""
-
-
-@pytest.mark.parametrize(
-    ("words", "dropped"),
-    [
-        (("--method.decay", "constant"), "method.decay_ratio = 0.2"),
-        (("--method.name", "lora"), "method.interval = 20"),
-        (("--method.name", "full_rank"), 'parallelism.frozen_weights = "replicate"'),
-        (("--model.size", "20m"), "model.num_layers = 2"),
-        (("--data.dataset", "pystdlib"), 'data.path = "texts"'),
-        (("--optimizer.weight_decay", "0"), "optimizer.decay_norms = true"),
-        (("--lr_schedule.decay", "constant"), "lr_schedule.min_factor = 0.05"),
-        (("--profiler.enabled", "false"), "profiler.memory = true"),
-        (("--data.test_fraction", "none"), "evaluation.test_tokens = 999"),
-    ],
-)
-def test_the_command_line_wins_over_what_it_makes_void_in_the_file(tmp_path, words, dropped):
-    file, notes = tmp_path / "job.toml", []
-    file.write_text(VOID)
-    config = parse_arguments(["--config", str(file), *words], num_ranks=2, say=notes.append)
-    assert dropped in " ".join(note for note in notes if "dropped" in note)
-    # What is saved gives the same configuration, without notes.
-    file.write_text(resolved_toml(config))
-    assert parse_arguments(["--config", str(file)], num_ranks=2, say=pytest.fail) == config
+    assert "gcc" in missing_toolchain("cuda")
 
 
 class ToyMethodConfig(MethodConfig):
@@ -303,7 +277,7 @@ def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(
     parse, tmp_path, monkeypatch
 ):
     words = ("--method.name", "toy", "--method.strength", "0.5", "--model.name", "toy")
-    with pytest.raises(ConfigError, match='"apollo"'):
+    with pytest.raises(ConfigError, match="apollo, fira"):
         parse(*words)
     monkeypatch.setitem(METHODS.rows, "toy", Component(ToyMethodConfig, object))
     monkeypatch.setitem(MODELS.rows, "toy", Component(ToyModelConfig, ToyModel))
@@ -320,11 +294,10 @@ def test_a_method_and_a_model_registered_outside_the_package_can_be_configured(
 def test_help_names_every_key(parse, capsys, option):
     with pytest.raises(SystemExit, match="0"):
         parse(option)
-    text, config = capsys.readouterr().out, parse()
-    for section in type(config).model_fields:
-        assert section in text
-        for key in type(getattr(config, section)).model_fields:
-            assert (f"--{section}.{key} " if option == "--help-all" else key) in text
+    text = capsys.readouterr().out
+    for section, keys in parse():
+        for key, value in keys:
+            assert f"--{section}.{key} (default: {toml_value(value)})" in text
 
 
 def test_a_mistake_ends_with_status_2_and_without_a_traceback():

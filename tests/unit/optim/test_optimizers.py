@@ -284,17 +284,6 @@ def test_a_tied_head_is_no_head_and_scale_refuses_a_model_that_names_none(tmp_pa
             "--optimizer.name adafactor --compile.optimizer true",
             ("adafactor", "compile"),
         ),
-        ("lora", "--optimizer.decay_norms true", ("decay_norms",)),
-        (
-            "lora",
-            "--optimizer.name sgd --optimizer.momentum 0 --optimizer.nesterov true",
-            ("nesterov", "momentum"),
-        ),
-        (
-            "lora",
-            "--optimizer.name muon --optimizer.momentum 0 --optimizer.nesterov false",
-            ("nesterov", "momentum"),
-        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(tmp_path, method, keys, fragments):
@@ -302,3 +291,9 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path, method, keys, fragm
         tiny_config(tmp_path, method, *keys.split())
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_nesterov_without_momentum_has_no_effect():
+    config = SGDConfig(**KEYS, momentum=0, nesterov=True)
+    assert config.without_effect() == ["nesterov = true has no effect with momentum = 0"]
+    ours(config, {"weight": torch.ones(5, 7)})

@@ -1,7 +1,5 @@
 """Moments in 8 bits: close to those in fp32, and equal in parts of rows."""
 
-import importlib.util
-
 import pytest
 import torch
 from support.optimizer_steps import parameters, train
@@ -63,9 +61,6 @@ def test_parameters_stay_close_to_those_of_fp32_moments_and_state_is_plain():
 
 
 def test_without_torchao_the_choice_is_refused_before_any_work(tmp_path, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "torchao" else find_spec(name)
-    )
+    monkeypatch.setattr("switchtitan.job.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"adamw8bit.*torchao"):
         tiny_config(tmp_path, "full_rank", "--optimizer.name", "adamw8bit")

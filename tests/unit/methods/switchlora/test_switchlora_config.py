@@ -5,7 +5,7 @@ import math
 import pytest
 from support.tiny import tiny_config
 
-from switchtitan.config.toml_text import resolved_toml
+from switchtitan.config import resolved_toml
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
@@ -39,19 +39,6 @@ def test_interval_follows_from_the_number_of_switches():
     assert config.interval_in(7) == config.interval_in(10**6) == 40
 
 
-@pytest.mark.parametrize(
-    ("keys", "override", "kept"),
-    [
-        ("interval = 20", ["--method.switches_per_vector", "0.2"], (40, 0.2)),
-        ("switches_per_vector = 0.2", ["--method.interval", "20"], (20, None)),
-        ("switches_per_vector = 0.2", ["--method.switches_per_vector", "none"], (40, None)),
-    ],
-)
-def test_the_command_line_replaces_the_files_way(tmp_path, keys, override, kept):
-    method = load_tiny(tmp_path, keys, *override).method
-    assert (method.interval, method.switches_per_vector) == kept
-
-
 def test_a_saved_configuration_loads_again(tmp_path):
     config = load_tiny(tmp_path, "switches_per_vector = 0.2")
     (tmp_path / "resolved.toml").write_text(resolved_toml(config))
@@ -70,11 +57,6 @@ def test_a_saved_configuration_loads_again(tmp_path):
         ),
         ("interval = 1.5\nfreeze_steps = 0", ("interval = 1.5", "at least 2,")),
         ("interval = 6\nfreeze_steps = 4", ("interval = 6", "at least 8,")),
-        ('decay = "constant"\ndecay_ratio = 0.2', ("decay_ratio", "constant")),
-        (
-            'candidates = "constant"\ncandidates_device = "host"',
-            ("candidates_device = 'host'", "constant"),
-        ),
     ],
 )
 def test_keys_that_do_not_fit_together_are_refused(tmp_path, keys, fragments):
@@ -82,6 +64,15 @@ def test_keys_that_do_not_fit_together_are_refused(tmp_path, keys, fragments):
         load_tiny(tmp_path, keys)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_keys_of_what_is_constant_have_no_effect():
+    keys = {"rank": 4, "decay_ratio": 0.2, "candidates_device": "host"}
+    assert SwitchLoraConfig(**keys).without_effect() == []
+    constant = SwitchLoraConfig(**keys, decay="constant", candidates="constant")
+    ratio, device = constant.without_effect()
+    assert ratio.startswith("decay_ratio = 0.2 has no effect")
+    assert device.startswith("candidates_device = 'host' has no effect")
 
 
 def test_a_rank_of_one_would_never_switch(tmp_path):

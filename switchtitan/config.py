@@ -1,0 +1,451 @@
+"""The configuration: typed, frozen sections from TOML files, their bases and the command line."""
+
+import difflib
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path, PurePath
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args
+
+import tomli
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from switchtitan.errors import ConfigError
+from switchtitan.files import exists
+from switchtitan.registry import Registry, Section
+
+FOLDER = Path(str(resources.files("switchtitan"))) / "train_configs"
+"""The configurations that are installed with the package."""
+QUICKSTART = FOLDER / "llama_quickstart_switchlora.toml"
+"""The configuration that is used if none is given."""
+NONE = "none"
+"""Stands for None in files and on the command line: TOML has no null."""
+_UNKNOWN = "unknown key"
+
+KeyPath = tuple[str, ...]
+"""Path of a key, e.g. ("training", "steps")."""
+Expand = Callable[[str], Mapping[str, object]]
+"""Value of a key -> the keys of its section that it stands for; raises a `ConfigError`."""
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def split_arguments(
+    argv: Sequence[str], section: str | None = None
+) -> tuple[Path | None, bool, dict[KeyPath, list[str]]]:
+    """Split `--config FILE`, `--help`, `--section.key value ...` and `--section.key=value`.
+
+    Args:
+        section: its keys may be given without it, e.g. `--path` for `--data.path`.
+
+    Returns:
+        the file, whether help is wanted, and the words after each `--section.key`.
+
+    Raises:
+        ConfigError: if a word belongs to no option, or an option has no value or is given twice.
+    """
+    wants_help = False
+    options: dict[str, list[str]] = {}
+    words: list[str] | None = None
+    for word in argv:
+        if word in ("-h", "--help", "--help-all"):
+            wants_help, words = True, None
+        elif word.startswith("--"):
+            option, equals, value = word.removeprefix("--").partition("=")
+            option = option.replace("-", "_")
+            if section is not None and option != "config" and "." not in option:
+                option = f"{section}.{option}"
+            if option in options:
+                raise ConfigError(f"{word}: given twice; keep one")
+            words = options[option] = [value] if equals else []
+        elif words is None:
+            raise ConfigError(f"{word}: expected --section.key value")
+        else:
+            words.append(word)
+    for option, given in options.items():
+        if not given or (option == "config" and len(given) > 1):
+            raise ConfigError(f"--{' '.join([option, *given])}: expected a value after --{option}")
+    file = Path(options.pop("config")[0]) if "config" in options else None
+    return file, wants_help, {tuple(key.split(".")): given for key, given in options.items()}
+
+
+def find_config(given: Path) -> Path:
+    """Return `given` if it exists, else the configuration of that name in `FOLDER`.
+
+    `llama_350m_switchlora.toml` and `train_configs/llama_350m_switchlora.toml` work in any working
+    directory.
+    """
+    files = [given, FOLDER / given, FOLDER.parent / given]
+    return next((file for file in files if exists(file) and file.suffix == ".toml"), given)
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: if it is missing, cannot be read, or is not valid TOML.
+    """
+    try:
+        return parse_toml(file.read_text(encoding="utf-8"), str(file))
+    except FileNotFoundError as error:
+        files = [*file.parent.glob("*.toml"), *FOLDER.glob("*.toml")]
+        hint = _did_you_mean(file.name, [other.name for other in files])
+        raise ConfigError(f"{file}: no such file{hint}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(file)!r}: cannot be read: {error}") from error
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Parse a TOML document; `where` names it in the `ConfigError` if it is not valid."""
+    try:
+        return tomli.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}") from error
+
+
+def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
+    """Read and validate a file as one section.
+
+    Raises:
+        ConfigError: with all mistakes in one message.
+    """
+    try:
+        return _validate(config_type, read_toml(file))
+    except ValidationError as error:
+        raise_together([f"{file}: {key}{given}: {why}" for key, given, why in _explain(error)])
+        raise
+
+
+def raise_together(problems: Sequence[str]) -> None:
+    """Raise one `ConfigError` for all problems, if there are any."""
+    if problems:
+        count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n  ".join([f"invalid configuration ({count})", *problems]))
+
+
+def load_config(
+    config_type: type[ConfigT],
+    file: Path | None,
+    overrides: Mapping[KeyPath, list[str]],
+    expansions: Mapping[KeyPath, Expand],
+    say: Callable[[str], None],
+) -> ConfigT:
+    """Read, override and validate a configuration that consists of sections.
+
+    Args:
+        file: the TOML file; None for an empty one.
+        overrides: the words after each `--section.key`.
+        expansions: keys that stand for other keys of their section, e.g. ("model", "from_folder").
+            Those replace the keys of a base or, from the command line, of the file.
+        say: called with a note on each key of the file that the command line drops.
+
+    Raises:
+        ConfigError: with all mistakes in one message.
+    """
+    draft = _Draft(section_types(config_type), expansions, say, str(file))
+    for path, table in [] if file is None else _with_bases(file):
+        draft.add_file(table, str(path))
+    # A section's name decides how the words of its other keys are read.
+    for key in sorted(overrides, key=lambda key: (key not in expansions, key[-1] != "name")):
+        draft.override(key, overrides[key])
+    draft.check_expanded()
+    sections = {section: draft.validated(section) for section in draft.types}
+    raise_together(draft.problems)
+    return config_type(**sections)
+
+
+def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Section]]]:
+    """Return each section's classes by `name`, or its only class by "" if no registry has it."""
+    types: dict[str, Any] = {}
+    for section, of in config_type.model_fields.items():
+        registries = [entry for entry in of.metadata if isinstance(entry, Registry)]
+        types[section] = registries[0].config_types() if registries else {"": of.annotation}
+    return types
+
+
+def _with_bases(file: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a file, its base, the base of that, and so on; return the lowest first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        table = read_toml(file)
+        base = table.pop("base", None)
+        chain.insert(0, (file, table))
+        if base is None:
+            return chain
+        place = f"{file}: base = {toml_value(base)}"
+        if not isinstance(base, str):
+            raise ConfigError(f"{place}: expected the path of a file")
+        beside, installed = file.parent / base, FOLDER / base
+        file = installed if exists(installed) and not exists(beside) else beside
+        if file.resolve() in [path.resolve() for path, _ in chain]:
+            raise ConfigError(f"{place}: a file cannot be based on itself")
+
+
+@dataclass
+class _Draft:
+    """The values that were read so far, where they stand, and what is wrong with them."""
+
+    types: Mapping[str, Mapping[str, type[Section]]]
+    expansions: Mapping[KeyPath, Expand]
+    say: Callable[[str], None]
+    file: str
+    table: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    """The file of each key, or its option with the words after it."""
+    expanded: dict[str, tuple[str, Mapping[str, object]]] = field(default_factory=dict)
+    """Section -> a key that stands for others, with its value, and those others."""
+    problems: list[str] = field(default_factory=list)
+
+    def add_file(self, table: Mapping[str, Any], file: str) -> None:
+        """Put a file's values over those of its base. A section of another `name` starts anew."""
+        for section, keys in table.items():
+            if section not in self.types or not isinstance(keys, dict):
+                hint = _did_you_mean(section, ["base", *self.types, *self._known_keys()])
+                self.problems.append(f"{file}: {section}: expected a section's table{hint}")
+                continue
+            keys = self._expand(section, keys, file)
+            below = self.table.setdefault(section, {})
+            if "name" in keys and below.get("name", keys["name"]) != keys["name"]:
+                below.clear()
+            self._put(section, keys, file)
+
+    def override(self, path: KeyPath, words: list[str]) -> None:
+        """Put the value of an option over the file's. Another `name` drops keys of the former."""
+        option = f"--{'.'.join(path)} {' '.join(words)}"
+        if len(path) != 2 or path[0] not in self.types:
+            hint = _did_you_mean(".".join(path), ["config", *self._known_keys()], "--")
+            self.problems.append(f"{option}: expected --section.key value{hint}")
+            return
+        section, key = path
+        former, below = self._fields(section), self.table.setdefault(section, {})
+        value = words[0] if key == "name" else _read_words(words, former.get(key))
+        keys = self._expand(section, {key: value}, option)
+        name = str(keys.get("name"))
+        if name in self.types[section] and name != below.get("name"):
+            fields = self.types[section][name].model_fields
+            for other in [other for other in former if other in below and other != "name"]:
+                if other not in fields or not _accepts(fields[other], below[other]):
+                    note = f"dropped [{section}] {other} = {toml_value(below.pop(other))}"
+                    self.say(f"{option}: {note}")
+        self._put(section, keys, option)
+
+    def check_expanded(self) -> None:
+        """Report keys that contradict the key that stands for them."""
+        for section, (source, keys) in self.expanded.items():
+            for key, value in keys.items():
+                found = self.table[section].get(key, value)
+                if found not in (value, NONE if value is None else value):
+                    place = self._place(section, key, f" = {toml_value(found)}")
+                    self.problems.append(f"{place}: contradicts {source}; remove one of the two")
+
+    def validated(self, section: str) -> Section | None:
+        """Return a section, or None after adding its problems."""
+        values, types = self.table.get(section, {}), self.types[section]
+        name = "" if "" in types else str(values.get("name"))
+        if name not in types:
+            place = self._place(section, "name", f" = {toml_value(name)}")
+            if "name" not in values:
+                place = f"{self._place(section, 'name')}: missing"
+            expected = f"expected one of {', '.join(types)}{_did_you_mean(name, types)}"
+            self.problems.append(f"{place}: {expected}")
+            return None
+        try:
+            return _validate(types[name], values)
+        except ValidationError as error:
+            for key, given, problem in _explain(error):
+                if problem == _UNKNOWN:
+                    expected = f"; expected one of {', '.join(types[name].model_fields)}"
+                    problem += _did_you_mean(f"{section}.{key}", self._known_keys()) or expected
+                place = f"{self._place(section, key, given)}:" if key else f"[{section}]"
+                self.problems.append(f"{place} {problem}")
+        return None
+
+    def _expand(self, section: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
+        """Return the keys, after those that one of them stands for."""
+        for key, value in keys.items():
+            if (section, key) not in self.expansions or value in (None, NONE):
+                continue
+            source = f"{key} = {toml_value(value)}"
+            try:
+                others = self.expansions[section, key](str(value))
+            except ConfigError as error:
+                # Without those keys, there would be many more problems.
+                raise_together([*self.problems, f"{origin}: {source}: {error}"])
+            self.expanded[section] = (source, others)
+            return {**others, **keys, key: None}
+        return keys
+
+    def _put(self, section: str, keys: Mapping[str, Any], origin: str) -> None:
+        self.table.setdefault(section, {}).update(keys)
+        self.origins |= {(section, key): origin for key in keys}
+
+    def _fields(self, section: str) -> dict[str, FieldInfo]:
+        """Return the fields of a section's class, none if its name is wrong."""
+        types = self.types[section]
+        name = "" if "" in types else str(self.table.get(section, {}).get("name"))
+        return types[name].model_fields if name in types else {}
+
+    def _known_keys(self) -> list[str]:
+        return [f"{section}.{key}" for section in self.types for key in self._fields(section)]
+
+    def _place(self, section: str, key: str, given: str = "") -> str:
+        """Return where a key stands: `FILE: [section] key = value`, or its option."""
+        origin = self.origins.get((section, key), self.file)
+        return origin if origin.startswith("--") else f"{origin}: [{section}] {key}{given}"
+
+
+def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Validate values from TOML: strictly, since `steps = "8"` is a mistake."""
+    fields = section_type.model_fields
+    values = {
+        key: None if value == NONE and key in fields and _admits_none(fields[key]) else value
+        for key, value in values.items()
+    }
+    return section_type.model_validate_json(json.dumps(values, default=str), strict=True)
+
+
+def _explain(error: ValidationError) -> list[tuple[str, str, str]]:
+    """Return key, its value after the place in it, and what is wrong, for each mistake.
+
+    The key is empty for a mistake that concerns several keys.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for detail in error.errors():
+        key, *rest = map(str, detail["loc"] or [""])
+        # Steps into a list begin with a number; others are the branches of a union.
+        steps = rest[next((at for at, step in enumerate(rest) if step.isdecimal()), len(rest)) :]
+        place = "".join(f"[{step}]" if step.isdecimal() else f".{step}" for step in steps)
+        problem = detail["msg"].removeprefix("Value error, ")
+        problem = problem.replace("Input should be", "expected").replace(
+            "Field required", "missing"
+        )
+        if detail["type"] == "extra_forbidden":
+            problem = _UNKNOWN
+        value = toml_value(detail["input"])
+        if key and detail["type"] != "missing" and len(value) <= 100:
+            place += f" = {value}"
+        found.setdefault((key, place), []).append(problem)
+    return [(*where, " or ".join(dict.fromkeys(problems))) for where, problems in found.items()]
+
+
+def _did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """Return a hint at the choice with the same last part, or at the most similar one."""
+    choices, last = list(choices), word.rpartition(".")[2]
+    same = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _accepts(key: FieldInfo, value: object) -> bool:
+    try:
+        _adapter(key).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError:
+        return value == NONE and _admits_none(key)
+    return True
+
+
+def _adapter(key: FieldInfo) -> TypeAdapter[Any]:
+    annotation: Any = Annotated[key.annotation, key]
+    return TypeAdapter(annotation)
+
+
+def _admits_none(key: FieldInfo) -> bool:
+    return NoneType in get_args(key.annotation)
+
+
+def _read_words(words: list[str], key: FieldInfo | None) -> object:
+    """Read the words of an option as TOML, as a string, or as a list, whichever the key accepts."""
+    readings: list[object] = [[_literal(word) for word in words], words]
+    if len(words) == 1:
+        items = [item.strip() for item in words[0].strip("[]").split(",")]
+        readings = [_literal(words[0]), words[0], [_literal(item) for item in items], items]
+    accepted = (reading for reading in readings if key is not None and _accepts(key, reading))
+    return next(accepted, readings[0])
+
+
+def _literal(word: str) -> object:
+    try:
+        return tomli.loads(f"value = {word}")["value"]
+    except (ValueError, RecursionError):
+        return word
+
+
+def resolved_toml(config: Section) -> str:
+    """Return the full configuration, including defaults, as TOML that loads as an equal one."""
+    lines = []
+    for section, keys in config:
+        lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in keys), ""]
+    return "\n".join(lines)
+
+
+def toml_value(value: object) -> str:
+    """Return a value as in a TOML file, or as in Python if TOML has no such value."""
+    if value is None:
+        return f'"{NONE}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, PurePath)):
+        # TOML's string escapes are those of JSON, except that TOML escapes DEL too.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Section):
+        # A table in a list: its keys without a value are optional.
+        return toml_value(value.model_dump(exclude_none=True))
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+    return str(value)
+
+
+def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return a nested table's values by dotted key, e.g. `training.steps`, with tuples as lists."""
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def describe(key: FieldInfo) -> str:
+    """Describe what a key accepts, e.g. `integer >= 1 or "none"`."""
+    return _describe(_adapter(key).json_schema())
+
+
+def _describe(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_describe, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        return ", ".join(map(toml_value, schema.get("enum", [schema.get("const")])))
+    kind = schema.get("format", schema.get("type", "table"))
+    words = {"null": '"none"', "boolean": "true or false", "array": "list"}.get(kind, kind)
+    if schema.get("items"):
+        words += f" of {_describe(schema['items'])}"
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[bound]}" for bound, sign in bounds.items() if bound in schema]
+    return f"{words} {' and '.join(limits)}".strip()
+
+
+def help_text(config: Section, usage: str) -> str:
+    """Return every key with its value, what it accepts and the first sentence of its description.
+
+    Args:
+        usage: the command, and what it does.
+    """
+    lines = [usage]
+    for section, types in section_types(type(config)).items():
+        lines += ["", f"[{section}]"]
+        values: Section = getattr(config, section)
+        for key, of in type(values).model_fields.items():
+            accepted = describe(of) if key != "name" or "" in types else " or ".join(types)
+            sentence = re.split(r'(?<=\.)(?<!e\.g\.)\s+(?=[A-Z"`])', of.description or "")[0]
+            lines.append(f"  --{section}.{key} (default: {toml_value(getattr(values, key))})")
+            lines.append(textwrap.indent(textwrap.fill(f"{accepted}. {sentence}", 90), " " * 6))
+    return "\n".join(lines)

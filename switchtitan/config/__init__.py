@@ -1,1 +1,0 @@
-"""Typed, validated, frozen configuration sections from TOML files and the command line."""
