@@ -51,7 +51,7 @@ class ModelConfig(NamedSection):
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
         """Return the `config.json` with which transformers loads the weights by the same names.
 
-        Default: None, for a model that transformers does not have. `seq_len` is that of training.
+        None if transformers has no such model. `seq_len` is that of training.
         """
         return None
 
@@ -64,30 +64,16 @@ class ModelConfig(NamedSection):
         """
         raise NotImplementedError(f"{cls.__name__} has huggingface_types but reads no config.json")
 
-    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Return error messages if a `config.json` does not fit this model; none by default."""
-        return []
-
     def weight_copies(self) -> dict[str, str]:
-        """Return other names of weights in files -> the weight's own name; none by default.
-
-        For a tied head, for example, `{"lm_head.weight": "embed_tokens.weight"}`.
-        """
+        """Return other names that weights have in files, such as a tied head's -> their own."""
         return {}
 
     def on_any_machine(self) -> Self:
-        """Return this section with kernels that need no special device or package.
-
-        Its model computes the same function. Saved models are opened with it. Default: unchanged.
-        """
+        """Return this section with kernels that run anywhere; saved models are opened with it."""
         return self
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
-        """Check that the model can train on "cpu" or "cuda"; by default, it can.
-
-        Raises:
-            EnvironmentMismatchError: if it cannot.
-        """
+        """Raise an EnvironmentMismatchError if the model cannot train on "cpu" or "cuda"."""
 
 
 class MethodConfig(NamedSection):
@@ -105,8 +91,7 @@ class MethodConfig(NamedSection):
     def draws_in_forward(self) -> bool:
         """Return whether the replaced layers draw random numbers in training, such as dropout.
 
-        If neither they nor the model do, activation checkpointing skips saving the state of the
-        random number generators. Default: True, which is always correct.
+        If neither they nor the model do, activation checkpointing does not save generators' states.
         """
         return True
 
@@ -152,9 +137,8 @@ class OptimizerConfig(NamedSection):
 
 
 ApplyHead = Callable[[Tensor, nn.Module], Tensor]
-"""Maps a model's last hidden states [batch, seq, dim] and its head to logits or to a loss.
-
-The head is a module that maps hidden states [..., dim] to logits [..., vocabulary]."""
+"""(last hidden states [batch, seq, dim], head: [..., dim] -> logits [..., vocabulary]) -> logits or
+a loss."""
 
 
 def default_apply_head(hidden: Tensor, head: nn.Module) -> Tensor:
@@ -164,9 +148,8 @@ def default_apply_head(hidden: Tensor, head: nn.Module) -> Tensor:
 
 
 SummedLoss = Callable[..., Tensor]
-"""(hidden, head, targets, divisor=1) -> the sum of the losses divided by `divisor`, 0-dim.
-
-Hidden states and head are those of `ApplyHead`, targets [batch, seq]; see `models.loss`."""
+"""(hidden, head, targets [batch, seq], divisor=1) -> the sum of the losses / `divisor`, 0-dim; see
+`models.loss`."""
 
 
 class Cache(Protocol):
@@ -181,7 +164,7 @@ class LanguageModel(nn.Module, ABC):
     """The base class of every model. Its linear layers are `nn.Linear`."""
 
     draws_in_forward: ClassVar[bool] = True
-    """Whether the blocks draw random numbers in training; see `MethodConfig.draws_in_forward`."""
+    """See `MethodConfig.draws_in_forward`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,16 +173,12 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
-        """Return the repeated blocks by qualified name, in order.
-
-        They are the units of sharding, activation checkpointing and compilation.
-        """
+        """Return the repeated blocks by qualified name, in order: what is sharded, compiled and
+        recomputed as a unit."""
 
     def output_head(self) -> nn.Module | None:
-        """Return the module that maps hidden states to logits; by default None.
-
-        Optimizers that treat it apart refuse a model without one.
-        """
+        """Return the module that maps hidden states to logits, for optimizers that treat it
+        apart."""
         return None
 
     def outer_units(self) -> list[list[nn.Module]]:
@@ -214,8 +193,7 @@ class LanguageModel(nn.Module, ABC):
         """Return initial values of the plain model's parameter `name`, in fp32 on the CPU.
 
         `shape` is that of a block of consecutive rows, which has its own generator: a rank draws
-        only rows that it holds. A value that depends on the number of rows takes it from the
-        model's configuration.
+        only rows that it holds.
         """
 
     @abstractmethod
@@ -228,19 +206,16 @@ class LanguageModel(nn.Module, ABC):
     ) -> Tensor:
         """Return what `apply_head` computes, by default logits [batch, seq, vocabulary].
 
-        A model with a `new_cache` has one more argument, `cache`, which is None in training.
+        A model with a `new_cache` has one more argument, `cache`, which is None in training. A
+        sharded head is usable only inside `apply_head`.
 
         Args:
             tokens, document_ids: [batch, seq].
-            apply_head: e.g. a loss in chunks. A sharded head is usable only inside this call.
         """
 
     def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> Cache | None:
-        """Return an empty cache for `forward`, with which tokens follow those read before.
-
-        Default: None. Each new token of a continuation then takes a pass over all tokens.
-        `capacity` is the number of tokens of the longest sequence, padding included.
-        """
+        """Return an empty cache for `forward` of sequences of at most `capacity` tokens, padding
+        included. Default: None; each new token then takes a pass over all tokens."""
         return None
 
 
@@ -304,8 +279,8 @@ class TrainingOptimizer(ABC):
     def replicated(self) -> dict[str, Tensor]:
         """Return values outside the state that every rank computes alike, such as random keys.
 
-        Plain tensors, the same on every rank, or DTensors, the same on all replicas. They are
-        compared between ranks, and not saved. Default: none.
+        Plain tensors, equal on every rank, or DTensors, equal on all replicas. They are compared,
+        and not saved.
         """
         return {}
 
@@ -328,7 +303,7 @@ class Method(ABC, Generic[MethodConfigT]):
         config: the method's section.
         num_steps: length of the run in optimizer steps.
         seed: the job's seed. A method draws all random values with
-            `distributed.seeds.generator_for`, so that they are equal on every rank.
+            `distributed.random.generator_for`, so that they are equal on every rank.
     """
 
     def __init__(self, config: MethodConfigT, num_steps: int, seed: int) -> None:
@@ -344,16 +319,11 @@ class Method(ABC, Generic[MethodConfigT]):
         """Build the optimizer of the sharded model; `compile_step`: compile the update."""
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the prepared model's tensors to the weights of an equivalent plain model.
-
-        Telemetry, export, warm starts and spectra of checkpoints all use it. Default: the identity.
+        """Return the fp32 weights of an equivalent plain model, by its names. Default: the same.
 
         Args:
             tensors: full (unsharded) tensors by their names in the prepared model: all parameters
                 of some modules. May contain buffers, which must not affect the result.
-
-        Returns:
-            fp32 tensors by the plain model's names.
         """
         return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 

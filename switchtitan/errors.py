@@ -1,5 +1,4 @@
-"""How a command ends: by errors that a user can fix (status 2 by default), by a signal, or because
-nobody reads its output."""
+"""Errors that a user can fix (status 2 by default), and how a command ends."""
 
 import json
 import os
@@ -60,20 +59,19 @@ class RanksDisagreeError(UserError):
 
 # How a command ends.
 def exit_for(error: UserError) -> NoReturn:
-    """Prints the error's message, without a traceback, and exits with its status."""
+    """Prints the error's message and exits with its status."""
     record_end(str(error), error.exit_status)
     raise SystemExit(error.exit_status)
 
 
 def exit_for_stop(signal_number: int) -> NoReturn:
     """Exits with the status of a run that a signal stopped."""
-    status = 128 + signal_number
-    record_end(f"stopped by {signal.Signals(signal_number).name}", status)
-    raise SystemExit(status)
+    record_end(f"stopped by {signal.Signals(signal_number).name}", 128 + signal_number)
+    raise SystemExit(128 + signal_number)
 
 
 def end_now(message: str, status: int) -> NoReturn:
-    """Ends the process, also if threads or other processes have not ended."""
+    """Ends the process, also if threads have not ended."""
     try:
         record_end(message, status)
         sys.stdout.flush()
@@ -102,21 +100,15 @@ def final_line(message: str, status: int) -> str:
 
 def interrupt_on_sigterm() -> None:
     """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C."""
-    signal.signal(signal.SIGTERM, _interrupt)
 
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
 
-def _interrupt(signum: int, frame: object) -> None:
-    # A signal to the process group also ends the data loader's workers. torch's SIGCHLD handler
-    # would raise for them in the middle of a save.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    raise KeyboardInterrupt(signum)
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def is_output_closed() -> bool:
-    """Whether standard output is a pipe or socket that nobody reads any more.
-
-    Tells `| head` from a broken connection to another process, which is an error.
-    """
+    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # errors are always reported
@@ -126,7 +118,7 @@ def is_output_closed() -> bool:
 
 
 def discard_output() -> None:
-    """Sends standard output, and its buffer, to nowhere: else Python prints an error at its end."""
+    """Sends standard output to nowhere: else Python prints an error when it flushes it at exit."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

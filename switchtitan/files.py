@@ -1,7 +1,6 @@
-"""Atomic writes, flushes to disk, locks and checksums of files."""
+"""Atomic writes, flushes to disk and checksums of files."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
@@ -9,30 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from switchtitan.errors import EnvironmentMismatchError
-
 _READ_BYTES = 1 << 22
-_MAX_NAME_BYTES = 255
 
 
 def write_atomically(file: Path, contents: str | bytes) -> None:
-    """Write a file durably. Readers see either the old or the new contents, never a part of them.
+    """Write a file durably, strings as UTF-8. Readers see the old or the new contents, no mixture.
 
-    Of several writers at the same time, the last one wins. If it fails, the old contents stay, and
-    no other file. A process that is killed may leave a file `<name>.<random>.new`.
-
-    Args:
-        contents: a string is encoded as UTF-8.
+    Of several writers at the same time, the last one wins. An error leaves the old contents; a
+    process that is killed may leave a file `<name>.<random>.new`.
     """
     # A name that nobody can know: a link in its place would lead the write elsewhere.
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.new")
     try:
-        with named_errors(file):
-            with partial.open("xb") as stream:
-                stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, file)
+        with named_errors(file), partial.open("xb") as stream:
+            stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
@@ -95,11 +87,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def sha256_of_file(file: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal.
-
-    Args:
-        on_bytes: called with the number of bytes of each block that was read.
-    """
+    """Return a file's SHA-256 in hexadecimal; `on_bytes` gets the size of each block read."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -116,10 +104,7 @@ def checksum_line(contents: bytes, name: str) -> bytes:
 
 def exists(path: Path) -> bool:
     """Whether a file or folder exists; False also for paths that no file can have."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+    return os.path.exists(path)
 
 
 def is_plain_name(name: str) -> bool:
@@ -134,46 +119,11 @@ def file_inside(folder: Path, name: str) -> Path:
         ValueError: if `name` is not a plain file name, or is a link to a file outside of `folder`.
             Links in a snapshot of the Hugging Face cache may lead to the `blobs` of its repository.
     """
-    if not is_plain_name(name) or len(os.fsencode(name)) > _MAX_NAME_BYTES:
-        raise ValueError(f"{name[:40]!r} is not a plain file name")
-    try:
-        root, target = folder.resolve(), (folder / name).resolve()
-    except RuntimeError as error:  # a link to itself, in Python before 3.13
-        raise ValueError(f"{name!r} is a link to itself") from error
+    if not is_plain_name(name) or len(os.fsencode(name)) > 255:
+        raise ValueError(f"{name[:255]!r} is not a plain file name")
+    root, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
     is_snapshot = root.parent.name == "snapshots"
     roots = [root, root.parent.parent / "blobs"] if is_snapshot else [root]
-    if target.is_symlink():  # a link to itself, since Python 3.13
-        raise ValueError(f"{name!r} is a link to itself")
     if not any(target.is_relative_to(allowed) for allowed in roots):
         raise ValueError(f"{name!r} is a link to {target}, outside of the folder")
     return folder / name
-
-
-@contextmanager
-def lock(file: Path, on_wait: Callable[[], object], key: str) -> Iterator[None]:
-    """Hold an exclusive lock on `file`, which is created if missing and not deleted.
-
-    If another process holds it, calls `on_wait` and waits. The system releases the lock when this
-    process exits.
-
-    Args:
-        key: the configuration key of the folder, for the error.
-
-    Raises:
-        EnvironmentMismatchError: if the file system has no locks.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
-        try:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            raise EnvironmentMismatchError(
-                f"{key}: the file system of {file} has no file locks (flock: {error.strerror}); "
-                f"set {key} to a folder on another disk, or mount this one with locks (Lustre: -o "
-                "flock)"
-            ) from error
-        yield

@@ -28,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
     rank = "the rank of the weights' change: on the page next to the curves, else in their place"
     parser.add_argument("--spectrum", action="store_true", help=rank)
-    layers = "of --spectrum: kinds of layers (q_proj) or patterns of names ('model.layers.3.*')"
-    parser.add_argument("--layers", nargs="+", default=["*"], metavar="PATTERN", help=layers)
 
 
 def run(options: argparse.Namespace) -> dict[str, str]:
@@ -43,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     if not is_page:
         check_picture_option(output)
     runs = _labelled(options.runs)
-    spectra = plots.measure(runs, options.layers) if options.spectrum else None
+    spectra = plots.measure(runs) if options.spectrum else None
     if spectra is not None and not is_page:
         write_picture(plots.draw(spectra), output)
         print("\n".join("  ".join(row) for row in plots.table(spectra)))

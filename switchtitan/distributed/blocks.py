@@ -18,10 +18,9 @@ from switchtitan.distributed.config import ActivationCheckpointConfig
 
 
 def compile_blocks(model: LanguageModel) -> None:
-    """Compiles every block in place, as one graph with static shapes.
+    """Compiles every block in place, as one graph with static shapes that equal blocks share.
 
-    Equal blocks share the graph, so compile time does not grow with depth. Call after activation
-    checkpointing and before sharding.
+    Call after activation checkpointing and before sharding.
     """
     for block in model.blocks().values():
         block.compile(fullgraph=True, dynamic=False)
@@ -42,19 +41,15 @@ _EXPENSIVE_OPERATIONS = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flex_attention",
-    # Of the package flash-attn 2 (flash_attn/flash_attn_interface.py).
+    # Of the package flash-attn 2, which may be missing.
     "flash_attn::_flash_attn_forward",
 }
-"""By name: the package may be missing, or imported later."""
 
 
 def checkpoint_activations(
     model: LanguageModel, config: ActivationCheckpointConfig, preserve_rng_state: bool = True
 ) -> None:
-    """Makes each block keep fewer activations.
-
-    Replaces the block's forward method, not the module, so parameter names do not change. Call
-    before compilation and sharding.
+    """Makes each block keep fewer activations. Call before compilation and sharding.
 
     Args:
         preserve_rng_state: whether to recompute with the random numbers of the forward pass. Takes
@@ -64,7 +59,7 @@ def checkpoint_activations(
         return
     options: dict[str, object] = {"preserve_rng_state": preserve_rng_state}
     if config.mode == "selective":
-        options["context_fn"] = _selective_contexts
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
     for block in model.blocks().values():
         _checkpoint_block(block, options)
 
@@ -79,18 +74,11 @@ def _checkpoint_block(block: nn.Module, options: dict) -> None:
     block.forward = checkpointed_forward
 
 
-def _selective_contexts() -> tuple:
-    return create_selective_checkpoint_contexts(_keep_matrix_products)
-
-
 def _keep_matrix_products(
     ctx: object, operation: OpOverload | HigherOrderOperator, *args: object, **kwargs: object
 ) -> CheckpointPolicy:
-    name = operation.name()
-    keep = name in _EXPENSIVE_OPERATIONS and not _builds_a_weight(name, args)
+    name, to = operation.name(), args[0]
+    # A product that is added to a matrix, and not to a bias, merges weights.
+    merges = name == "aten::addmm" and isinstance(to, Tensor) and to.dim() == 2
+    keep = name in _EXPENSIVE_OPERATIONS and not merges
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _builds_a_weight(operation: str, args: tuple[object, ...]) -> bool:
-    """Whether a product is added to a matrix, which merges weights, and not to a bias."""
-    return operation == "aten::addmm" and isinstance(args[0], Tensor) and args[0].dim() == 2

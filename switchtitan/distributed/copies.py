@@ -18,8 +18,8 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
 class PageLockedMemory:
     """Host memory of exactly this size, page-locked as long as this object exists.
 
-    torch's allocator of page-locked memory (`pin_memory=True`) rounds each allocation up to a power
-    of two, so this registers ordinary memory, as torch.distributed.checkpoint's stager does.
+    `pin_memory=True` would round each allocation up to a power of two, so this registers ordinary
+    memory, as torch.distributed.checkpoint's stager does.
 
     Attributes:
         bytes: [num_bytes], uint8.
@@ -37,10 +37,7 @@ class PageLockedMemory:
 
 
 class CopyToHost:
-    """An asynchronous copy to the host.
-
-    Keeps the source alive until `wait()`.
-    """
+    """An asynchronous copy to the host. Keeps the source alive until `wait()`."""
 
     def __init__(self, source: Tensor, destination: Tensor, done: torch.cuda.Event | None) -> None:
         self.source: Tensor | None = source
@@ -68,10 +65,9 @@ class HostCopies:
         return torch.zeros(num_elements, dtype=dtype, pin_memory=self._stream is not None)
 
     def to_device(self, on_host: Tensor) -> Tensor:
-        """Copies a tensor from `zeros_on_host`, which must not change any more.
+        """Copies a tensor from `zeros_on_host`, which the caller may release but not change.
 
-        The copy does not wait for work queued before, and the host not for the copy. The caller may
-        release `on_host`: page-locked memory is not reused before its readers are done.
+        The copy does not wait for work queued before, and the host not for the copy.
         """
         if self._stream is None:
             return on_host.clone()

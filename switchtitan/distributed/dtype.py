@@ -57,23 +57,21 @@ def choose_dtype(
         return ComputeDtype(key, "set by [training] dtype")
     if saved is not None:
         return ComputeDtype(saved, "as in the checkpoint")
-    obstacle = _find_emulation(supports)
-    if obstacle is None:
-        return ComputeDtype("bfloat16", f"native: {supports[0].evidence}")
-    return ComputeDtype("float32", f"bfloat16 is not native: {obstacle}")
+    if emulating := [support.evidence for support in supports if not support.is_native]:
+        return ComputeDtype("float32", f"bfloat16 is not native: {emulating[0]}")
+    return ComputeDtype("bfloat16", f"native: {supports[0].evidence}")
 
 
 def dtype_on(device: torch.device, key: DtypeKey, saved: DtypeName | None = None) -> ComputeDtype:
     """Returns `choose_dtype` for one device; warns if it emulates bf16."""
-    supports = [bf16_support(device)]
-    chosen = choose_dtype(key, supports, saved)
-    obstacle = _find_emulation(supports)
-    if chosen.name == "bfloat16" and obstacle is not None:
+    support = bf16_support(device)
+    chosen = choose_dtype(key, [support], saved)
+    if chosen.name == "bfloat16" and not support.is_native:
         logger.warning(
             "computing in bfloat16 (%s), but %s: products take several times as long as with "
             '[training] dtype = "float32"',
             chosen.reason,
-            obstacle,
+            support.evidence,
         )
     return chosen
 
@@ -81,27 +79,23 @@ def dtype_on(device: torch.device, key: DtypeKey, saved: DtypeName | None = None
 def agree_on_dtype(key: DtypeKey, world: World, saved: DtypeName | None = None) -> ComputeDtype:
     """Returns `choose_dtype` for the devices of all ranks, the same on every rank; collective.
 
-    CPUs that emulate bf16 warn of it.
-
     Raises:
-        EnvironmentMismatchError: on every rank, if GPUs would emulate bf16.
+        EnvironmentMismatchError: on every rank, if GPUs would emulate bf16, which Triton refuses.
     """
     supports = world.gather(bf16_support(world.device))
     chosen = choose_dtype(key, supports, saved)
-    obstacle = _find_emulation(supports)
-    if world.device.type == "cuda" and chosen.name == "bfloat16" and obstacle is not None:
-        raise EnvironmentMismatchError(gpu_problem(key, obstacle))
-    return dtype_on(world.device, key, saved) if chosen.name == "bfloat16" else chosen
+    if chosen.name == "float32":
+        return chosen
+    emulating = [support.evidence for support in supports if not support.is_native]
+    if world.device.type == "cuda" and emulating:
+        raise EnvironmentMismatchError(gpu_problem(key, emulating[0]))
+    return dtype_on(world.device, key, saved)
 
 
-def gpu_problem(key: DtypeKey, obstacle: str) -> str:
-    """Returns the error message for bf16 on a GPU that emulates it, which Triton does not compile.
-
-    Args:
-        obstacle: which device lacks bf16.
-    """
+def gpu_problem(key: DtypeKey, evidence: str) -> str:
+    """Returns the error message for bf16 on a GPU that emulates it."""
     return (
-        f'[training] dtype = "{key}": bfloat16 is set, or the checkpoint\'s, but {obstacle}; use '
+        f'[training] dtype = "{key}": bfloat16 is set, or the checkpoint\'s, but {evidence}; use '
         'other GPUs, or write dtype = "float32"'
     )
 
@@ -122,8 +116,3 @@ def bf16_support(device: torch.device) -> Bf16Support:
     # long as in fp32 (measured). CPUs with AMX have AVX512-BF16 too.
     is_native = in_onednn and torch.cpu._is_avx512_bf16_supported()
     return Bf16Support(is_native, f"the CPU {'has' if is_native else 'has no'} AVX512-BF16")
-
-
-def _find_emulation(supports: Sequence[Bf16Support]) -> str | None:
-    """Returns why a device does not multiply bf16 natively; None if all do."""
-    return next((support.evidence for support in supports if not support.is_native), None)

@@ -30,11 +30,8 @@ def shard_model(
     """Shards every parameter, and the buffers that modules declare, over `mesh` along dimension 0.
 
     Master weights keep their dtype. Weights are gathered in `compute_dtype`; gradients are reduced
-    in fp32. Units of FSDP are `blocks_per_unit` blocks, and the model's `outer_units`. Call on the
-    meta device, after compilation.
-
-    With `frozen_weights = "replicate"`, frozen parameters are full plain tensors on every rank, in
-    their own dtype. Callers must apply identical updates on every rank.
+    in fp32. Call on the meta device, after compilation. With `frozen_weights = "replicate"`, frozen
+    parameters are full plain tensors, to which every rank must apply the same updates.
     """
     model.compute_dtype = compute_dtype
     policy = MixedPrecisionPolicy(
@@ -71,11 +68,7 @@ def _units(
     blocks, size = list(model.blocks().values()), config.blocks_per_unit
     groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
     outer = model.outer_units()
-    if not all(outer):
-        raise ValueError(
-            f"{type(model).__name__}.outer_units() contains a list without modules; remove it"
-        )
-    embeddings = [modules for modules in outer if _are_embeddings(modules)]
+    embeddings = [modules for modules in outer if isinstance(modules[0], nn.Embedding)]
     for modules in (*embeddings, *groups[:-1]):
         yield modules, config.reshard_after_forward
     # The backward pass needs these first.
@@ -83,20 +76,13 @@ def _units(
         yield modules, False
 
 
-def _are_embeddings(modules: list[nn.Module]) -> bool:
-    return all(isinstance(module, nn.Embedding) for module in modules)
-
-
 def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Changes frozen parameters to `dtype`; call on the meta device, before sharding."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
-                setattr(
-                    module,
-                    name,
-                    nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False),
-                )
+                cast = torch.empty_like(parameter, dtype=dtype)
+                setattr(module, name, nn.Parameter(cast, requires_grad=False))
 
 
 @full_precision()
@@ -140,40 +126,33 @@ def _initialize(
 ) -> None:
     """Fills some of the model's parameters and buffers, given by qualified name."""
 
-    def plain_rows(name: str, shape: torch.Size, rows: range) -> Tensor:
+    def plain_rows(name: str, shape: tuple[int, ...], rows: range) -> Tensor:
         if initial_weights is not None:
             return initial_weights[name][rows.start : rows.stop].to(torch.float32)
-        return plain_value(model, seed, name, shape, rows)
+        return plain_value(model, seed, name, torch.Size(shape), rows)
 
     modules = list(model.named_modules())
     for module_name, module in progress_bar(
         "initializing weights", modules, total=len(modules), unit="modules"
     ):
         prefix = f"{module_name}." if module_name else ""
-        tensors = dict(module.named_parameters(recurse=False)) | dict(
-            module.named_buffers(recurse=False)
-        )
+        tensors = dict(module.named_parameters(recurse=False))
+        tensors |= dict(module.named_buffers(recurse=False))
         own = {name: tensor for name, tensor in tensors.items() if prefix + name in names}
         if not own:
             continue
-        plain = [
-            name
-            for name in own
-            if not isinstance(module, Reparametrized) or name in ("weight", "bias")
-        ]
         held = {name: row_range(tensor) for name, tensor in own.items()}
-        rows = dict(held)
-        shapes = {name: own[name].shape for name in plain}
+        rows, plain, values = dict(held), set(own), dict[str, Tensor]()
         if isinstance(module, Reparametrized):
-            shapes["weight"] = torch.Size(module.plain_shape)
-            rows["weight"] = _rows_to_start_from(module, held)
-        values = {
-            name: plain_rows(prefix + name, shape, rows[name]) for name, shape in shapes.items()
-        }
-        if isinstance(module, Reparametrized):
-            values |= module.initial_tensors(
-                values["weight"], partial(_generator_within, seed, prefix), rows
-            )
+            plain &= {"bias"}
+            # The rows of the plain weight that the module's tensors follow from.
+            shape = module.plain_shape
+            rows["weight"] = covering_blocks(shape, held.get("weight", range(shape[0])))
+            weight = plain_rows(f"{prefix}weight", shape, rows["weight"])
+            generator = partial(_generator_within, seed, prefix)
+            values = module.initial_tensors(weight, generator, rows)
+        for name in plain:
+            values[name] = plain_rows(prefix + name, own[name].shape, held[name])
         for name, tensor in own.items():
             first = held[name].start - rows[name].start
             with torch.no_grad():
@@ -182,16 +161,6 @@ def _initialize(
 
 def _generator_within(seed: int, prefix: str, local_name: str) -> torch.Generator:
     return generator_for(seed, prefix + local_name)
-
-
-def _rows_to_start_from(module: Reparametrized, held: Mapping[str, range]) -> range:
-    """Returns the rows of the plain weight that a module's initial tensors follow from.
-
-    Args:
-        held: the rows that this rank holds, of each tensor of the module.
-    """
-    shape = module.plain_shape
-    return covering_blocks(shape, held["weight"]) if "weight" in held else range(shape[0])
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -212,7 +181,11 @@ def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Allocates a meta model on `device`, except for buffers that stay in host memory."""
     on_host = set(host_buffers(model).values())
-    adjacent = allocate_adjacent(_reparametrized_matrices(model), device)
+    changed = [module for module in model.modules() if isinstance(module, Reparametrized)]
+    parameters = [p for module in changed for p in module.parameters(recurse=False)]
+    adjacent = allocate_adjacent(
+        [matrix for matrix in parameters if matrix.requires_grad and matrix.ndim == 2], device
+    )
     replicated = [
         (module, name, parameter)
         for module in model.modules()
@@ -234,23 +207,8 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         setattr(module, name, nn.Parameter(allocate(parameter), requires_grad=False))
 
 
-def _reparametrized_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the trained matrices of the modules that a method changes."""
-    return [
-        parameter
-        for module in model.modules()
-        if isinstance(module, Reparametrized)
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad and parameter.ndim == 2
-    ]
-
-
 def begin_micro_batch(model: nn.Module, config: ParallelismConfig, is_last: bool) -> None:
-    """Makes the next passes reduce gradients and free weights as `config` says.
-
-    Args:
-        is_last: whether the micro-batch is the last one of the step.
-    """
+    """Makes the passes of a micro-batch reduce gradients and free weights as `config` says."""
     assert isinstance(model, FSDPModule)
     # Not `set_is_last_backward`: FSDP would keep the order of this forward pass, and gather the
     # head at the end of the next backward pass.

@@ -39,11 +39,8 @@ def covering_blocks(shape: tuple[int, ...], rows: range) -> range:
 
 
 def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
-    """Splits rows that `covering_blocks` returned into blocks.
-
-    Not for fake tensors: they have no values, and every operation on one takes as long as on 20 000
-    real elements.
-    """
+    """Splits rows that `covering_blocks` returned into blocks."""
+    # Fake tensors have no values, and an operation on one takes as long as on 20 000 real elements.
     if active_fake_mode() is not None:
         return [rows] if rows else []
     size = block_size(shape)
@@ -53,13 +50,10 @@ def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
 def plain_value(
     model: LanguageModel, seed: int, name: str, shape: torch.Size, rows: range | None = None
 ) -> Tensor:
-    """Returns rows of the initial value of the plain model's parameter `name`, fp32 on the CPU.
+    """Returns rows, by default all, of the initial value of the plain model's parameter `name`.
 
-    The first block's generator is that of `name`; the others are those of `<name>#<index>`.
-
-    Args:
-        shape: [rows, ...], of the parameter.
-        rows: consecutive rows; by default all.
+    fp32 on the CPU. The first block's generator is that of `name`; the others are those of
+    `<name>#<index>`. `shape` [rows, ...] is the parameter's.
     """
     wanted = range(shape[0]) if rows is None else rows
     covering = covering_blocks(shape, wanted)

@@ -18,7 +18,7 @@ def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
     Args:
         loss: 0-dim, this rank's. If it is not finite on any of those ranks, the norm is nan.
     """
-    # Norms of tensors first: the sum of all squares could overflow, and rounds more.
+    # Norms of tensors first: the sum of all squares rounds more, and could overflow.
     norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
     # Zero, or nan if the loss is not finite. Sent with the norms, in one message.
     zero = norms.new_zeros(()) if loss is None else loss * 0
@@ -40,7 +40,7 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
         device: the one that the default group communicates.
     """
     parts = {name: local(part) for name, part in tensors.items() if part.is_floating_point()}
-    # One call and one copy for many tensors: the device of some may be the host.
+    # One call and one copy for many tensors. Some are on the host.
     alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, part in parts.items():
         alike.setdefault((part.device, part.dtype), []).append(name)

@@ -1,7 +1,7 @@
 """The precision of products of fp32 matrices, and deterministic algorithms.
 
-Containers set variables that make torch round factors of fp32 products to TF32, with 10 bits of the
-significand. Folding factors into weights, merging and projecting gradients need all 23.
+Folding factors into weights, merging and projecting gradients need all 23 bits of the significand;
+TF32 has 10. (Not in `dtype`, which imports `world`, which imports this.)
 """
 
 import os
@@ -16,7 +16,7 @@ from switchtitan.errors import EnvironmentMismatchError
 def use_full_precision(device_type: str) -> None:
     """Makes torch multiply fp32 matrices in fp32, and add up products of bf16 and fp16 in fp32.
 
-    Overrides TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which torch reads when it is imported.
+    Overrides TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which containers set.
 
     Raises:
         EnvironmentMismatchError: if a variable that cuBLAS itself reads demands TF32.
@@ -24,9 +24,8 @@ def use_full_precision(device_type: str) -> None:
     override = os.environ.get("NVIDIA_TF32_OVERRIDE", "0")
     if device_type == "cuda" and override != "0":
         raise EnvironmentMismatchError(
-            f"NVIDIA_TF32_OVERRIDE={override}: NVIDIA's libraries would round fp32 products to "
-            "TF32 wherever torch asks for fp32, also when factors are folded into weights; unset "
-            "it, and for TF32 in training's products set [training] tf32 = true"
+            f"NVIDIA_TF32_OVERRIDE={override}: fp32 products would be rounded to TF32 where "
+            "factors are folded into weights; unset it, and set [training] tf32 = true instead"
         )
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -31,7 +31,7 @@ _SHIFTS_64 = (30, 27, 31)
 _DRAWN_AT_A_TIME = 1 << 22
 """Elements of random vectors that are drawn at a time."""
 
-# The same in 32 bits, with MurmurHash3's 32-bit finalizer itself (Austin Appleby, public domain).
+# In 32 bits: MurmurHash3's 32-bit finalizer itself (Austin Appleby, public domain).
 _INCREMENT_32 = 0x9E3779B9 - 2**32
 _MULTIPLIERS_32 = (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32)
 _SHIFTS_32 = (16, 13, 16)
@@ -49,8 +49,7 @@ def splitmix64(seeds: Tensor, indices: Tensor) -> Tensor:
 
 
 def advance64(seeds: Tensor, counts: Tensor) -> Tensor:
-    """Seeds whose output 0 is output `counts` of the generators seeded with `seeds`; negative
-    counts go back."""
+    """Returns seeds of generators that are `counts` outputs ahead, or behind if negative."""
     return seeds + counts * _INCREMENT_64
 
 
@@ -79,11 +78,7 @@ def as_uniform(bits: Tensor) -> Tensor:
 
 
 def splitmix32(seeds: Tensor, indices: Tensor) -> Tensor:
-    """The same in 32 bits, for what has few bits to draw; a generator's outputs repeat after 2^32.
-
-    Args:
-        seeds, indices: int32, of shapes that broadcast.
-    """
+    """`splitmix64` in int32; a generator's outputs repeat after 2^32."""
     state = seeds + (indices + 1) * _INCREMENT_32
     return _mix_(state, _SHIFTS_32, _MULTIPLIERS_32)
 

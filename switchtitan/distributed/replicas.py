@@ -13,11 +13,9 @@ from switchtitan.errors import RanksDisagreeError, abbreviate
 
 
 def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Compares fingerprints of replicated tensors.
+    """Compares plain tensors over all ranks, and shards of DTensors over their mesh's replicas.
 
-    Compares plain tensors over all ranks, and shards of DTensors over the replicas of their mesh.
-    Reads every compared tensor twice, and sends a few bytes for each. Collective over all ranks;
-    waits for the device.
+    Reads every tensor twice, and sends a few bytes for each. Collective; waits for the device.
 
     Args:
         tensors: by name.

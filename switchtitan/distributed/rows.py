@@ -25,8 +25,7 @@ class RowExchange:
     """Gathers rows of many sharded matrices on all ranks that share them, in one collective.
 
     Every rank fills in the rows that it holds and zeros for the rest; summing the bit patterns is
-    exact. A checksum of each rank's requests is sent along: if two ranks disagree, `check` raises.
-    The flag stays on the device until then, so that `gather` does not make the host wait.
+    exact. A checksum of each rank's requests is sent along; `check` raises if two ranks disagreed.
 
     Args:
         dtype: of all matrices.
@@ -48,20 +47,14 @@ class RowExchange:
         sizes = [num_rows * width for num_rows, width in shapes]
         num_ranks = 1 if self._group is None else self._group.size()
         # The checksums come first, one for each rank.
-        packed = torch.zeros(
-            num_ranks + padded_length(sum(sizes)),
-            dtype=self._dtype,
-            device=self._disagreement.device,
-        )
+        length, device = num_ranks + padded_length(sum(sizes)), self._disagreement.device
+        packed = torch.zeros(length, dtype=self._dtype, device=device)
         pieces = packed[num_ranks : num_ranks + sum(sizes)].split(sizes)
         rows = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-        copy_all_(
-            [
-                (into, held)
-                for (source, spans), piece in zip(requests, rows, strict=True)
-                for held, into in source.paired(spans, piece)
-            ]
-        )
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for (source, spans), piece in zip(requests, rows, strict=True):
+            pairs += [(into, held) for held, into in source.paired(spans, piece)]
+        copy_all_(pairs)
         if self._group is not None:
             bits = packed.view(torch.int64 if packed.itemsize == 8 else torch.int32)
             # Not `bits[rank] = checksum`: that copies from the host, which then waits.
@@ -72,15 +65,12 @@ class RowExchange:
         return rows
 
     def check(self) -> None:
-        """Checks that ranks have agreed since the start; waits for the device.
+        """Raises a RanksDisagreeError if ranks have not agreed since the start.
 
-        Collective over all ranks, so that those of other replicas stop with the same message.
-
-        Raises:
-            RanksDisagreeError: if not; the ranks' weights are no longer those of one model.
+        Waits for the device. Collective over all ranks, so that other replicas stop too.
         """
         if is_fake(self._disagreement):
-            return  # it has a shape and no value, as all tensors of an estimate
+            return  # in an estimate, tensors have no values
         disagreement = self._disagreement.to(torch.int32)
         if self._group is not None and self._group.size() < dist.get_world_size():
             dist.all_reduce(disagreement, op=dist.ReduceOp.MAX)
@@ -94,8 +84,7 @@ class RowExchange:
 def padded_length(num_elements: int) -> int:
     """Returns `num_elements` rounded up by at most an eighth.
 
-    Ranks whose requests differ slightly in length then almost always run the same collective, and
-    the checksum reveals them.
+    Ranks that disagree then mostly run the same collective, so the checksum reveals them.
     """
     unit = 1 << max(10, (num_elements - 1).bit_length() - 4)
     return -(-num_elements // unit) * unit

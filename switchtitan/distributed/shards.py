@@ -33,9 +33,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_on_main(tensors: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Tensor]:
-    """Returns full tensors by name, on the CPU of the main rank; an empty dict on the others.
+    """Returns full tensors by name on the main rank's CPU, one gathered at a time; collective.
 
-    Gathers one tensor at a time. Collective over their mesh.
+    An empty dict on the other ranks.
     """
     gathered = {}
     for name, tensor in tensors:
@@ -53,10 +53,7 @@ def row_range(tensor: Tensor) -> range:
 
 
 def rows_per_rank(num_rows: int, num_ranks: int) -> int:
-    """Returns the rows on each of the first ranks.
-
-    The last ranks hold fewer or none, as in torch.chunk and DTensor.
-    """
+    """Returns the rows on each of the first ranks; the last hold fewer or none, as in DTensor."""
     return -(-num_rows // num_ranks)
 
 
@@ -92,9 +89,8 @@ def as_shard_of(part: Tensor, full: Tensor) -> Tensor:
 
 def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
     """Returns an empty DTensor like the meta tensor `buffer`, sharded as FSDP2 does it."""
-    num_rows = buffer.shape[0]
-    part = buffer.new_empty(len(_held_rows(num_rows, mesh)), *buffer.shape[1:])
-    return _sharded(part, num_rows, mesh)
+    num_held = len(_held_rows(len(buffer), mesh))
+    return _sharded(buffer.new_empty(num_held, *buffer.shape[1:]), len(buffer), mesh)
 
 
 def _sharded(part: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
@@ -113,23 +109,16 @@ def with_local(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def empty_on_host_like(tensor: Tensor) -> Tensor:
-    """Returns an empty tensor of equal shape, dtype and placement in pageable host memory.
-
-    The mesh's device may be a GPU.
-    """
+    """Returns an empty tensor of equal shape, dtype and placement in pageable host memory."""
     part = local(tensor)
     return with_local(tensor, torch.empty(part.shape, dtype=part.dtype, device="cpu"))
 
 
 # Matrices of one width next to each other in memory, so that one kernel updates all of them.
 def allocate_adjacent(matrices: Iterable[Tensor], device: torch.device) -> dict[Tensor, Tensor]:
-    """Allocates an empty tensor like each of `matrices` on `device`.
+    """Allocates an empty tensor like each of `matrices` [rows, width] on `device`.
 
-    The local shards of matrices of one width and dtype follow each other, in the given order, and
-    share memory.
-
-    Args:
-        matrices: [rows, width], DTensors or plain tensors, perhaps on the meta device.
+    Local shards of one width and dtype share memory, where they follow each other in this order.
     """
     alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for matrix in matrices:
@@ -144,22 +133,18 @@ def allocate_adjacent(matrices: Iterable[Tensor], device: torch.device) -> dict[
 
 
 def as_one_matrix(parts: list[Tensor]) -> Tensor | None:
-    """Returns [all rows, width], a view of matrices that follow each other in memory.
+    """Returns matrices that follow each other in memory as one view [all rows, width], else None.
 
-    None if they do not. Not for autograd.
+    Not for autograd.
     """
     first = parts[0]
     storage, offset = first.untyped_storage()._cdata, first.storage_offset()
     for part in parts:
-        if (
-            part.untyped_storage()._cdata != storage
-            or part.storage_offset() != offset
-            or not part.is_contiguous()
-        ):
+        follows = (part.untyped_storage()._cdata, part.storage_offset()) == (storage, offset)
+        if not follows or not part.is_contiguous():
             return None
         offset += part.numel()
-    width = first.shape[1]
-    num_rows = sum(part.shape[0] for part in parts)
+    num_rows, width = sum(map(len, parts)), first.shape[1]
     return first.detach().as_strided((num_rows, width), (width, 1))
 
 
@@ -183,71 +168,47 @@ class ShardedRows:
     @property
     def shard(self) -> Tensor:
         """The local shard [held, width]."""
-        # Not cached: FSDP replaces a parameter's shard before the first forward pass if it needs
-        # padding. Not `to_local`, which takes ten times as long.
+        # Not cached: FSDP replaces a shard that needs padding before the first forward pass.
         return self.matrix._local_tensor if self._is_sharded else self.matrix  # type: ignore[attr-defined]
-
-    def views(self, spans: Spans) -> list[Tensor]:
-        """Returns the rows of `spans` that this rank holds, one view for each span with any."""
-        return [self.shard.narrow(0, first, count) for _, first, count in self._segments(spans)]
 
     def paired(self, spans: Spans, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns (view of the shard, view of `rows` [wanted, width]) for local rows of `spans`."""
-        return [
-            (self.shard.narrow(0, first, count), rows.narrow(0, position, count))
-            for position, first, count in self._segments(spans)
-        ]
-
-    def _segments(self, spans: Spans) -> list[tuple[int, int, int]]:
-        """Returns (position among all rows of `spans`, row of the local shard, number of rows)."""
-        first, end = self.held.start, self.held.stop
-        segments = []
+        shard, first, end = self.shard, self.held.start, self.held.stop
+        pairs = []
         position = 0
         for span in spans:
-            start, stop = span.start, span.stop
-            # Most spans are on other ranks.
-            if start < end and first < stop:
-                held_start, held_stop = max(start, first), min(stop, end)
-                if held_start < held_stop:
-                    segments.append(
-                        (position + held_start - start, held_start - first, held_stop - held_start)
-                    )
-            position += stop - start
-        return segments
+            start, stop = max(span.start, first), min(span.stop, end)
+            if start < stop:  # most spans are on other ranks
+                held = shard.narrow(0, start - first, stop - start)
+                wanted = rows.narrow(0, position + start - span.start, stop - start)
+                pairs.append((held, wanted))
+            position += len(span)
+        return pairs
 
 
 def write_rows_(targets: list[ShardedRows], spans: list[Spans], rows: list[Tensor]) -> None:
     """Writes `rows[i]` [wanted, width] to the local rows `spans[i]` of `targets[i]`.
 
-    Args:
-        targets: all of one dtype.
-        rows: all of one dtype.
+    All targets have one dtype, and so have all rows.
     """
-    copy_all_(
-        [
-            pair
-            for target, wanted, values in zip(targets, spans, rows, strict=True)
-            for pair in target.paired(wanted, values)
-        ]
-    )
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for target, wanted, values in zip(targets, spans, rows, strict=True):
+        pairs += target.paired(wanted, values)
+    copy_all_(pairs)
 
 
 def copy_all_(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copies each pair's second tensor into its first.
 
-    On CUDA this takes a few kernels if all tensors are contiguous, all first ones have one dtype
-    and all second ones have one dtype; otherwise one kernel for each pair.
-    (torch/aten, ForeachUtils.h)
+    On CUDA this takes a few kernels if all are contiguous, and all first ones and all second ones
+    have one dtype; otherwise one for each pair. (torch/aten, ForeachUtils.h)
     """
     if pairs:
         torch._foreach_copy_([into for into, _ in pairs], [values for _, values in pairs])
 
 
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
-    """Returns the rows that this rank holds of `num_rows`.
-
-    Integer arithmetic; torch's general function creates tensors in every call.
-    """
+    """The rows that this rank holds of `num_rows`; torch's function for it creates tensors."""
     dim = mesh.ndim - 1
     chunk = rows_per_rank(num_rows, mesh.size(dim))
     start = min(mesh.get_local_rank(dim) * chunk, num_rows)

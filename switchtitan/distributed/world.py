@@ -1,7 +1,4 @@
-"""The ranks of this run: this rank, its device, process groups and mesh.
-
-The only file that distinguishes CPU from CUDA when a run starts.
-"""
+"""The ranks of this run: this rank, its device, process groups and mesh."""
 
 import os
 import resource
@@ -41,11 +38,9 @@ class World:
     host_group: dist.ProcessGroup
     """All ranks, over gloo: for Python objects, on CUDA too. For the main thread only."""
     timeout: timedelta = timedelta(minutes=30)
-    """A collective fails if a rank has not joined it after this time."""
+    """After which a collective fails if a rank has not joined it."""
     is_node_main: bool = True
     """Whether this is the first rank of its machine."""
-    num_local_ranks: int = 1
-    """Number of ranks on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +48,6 @@ class World:
 
     @property
     def num_replicas(self) -> int:
-        """Number of model replicas."""
         return self.mesh.size(0)
 
     @property
@@ -74,7 +68,7 @@ class World:
     def gather(self, value: T) -> list[T]:
         """Returns the picklable `value` of every rank, in rank order; may take days."""
         values: list[Any] = [None] * self.size
-        # Not a group of its own: each gloo group has a connection to every other rank.
+        # Not a group of its own, which would connect all ranks once more.
         _set_timeout(self.host_group, _LONG_TIMEOUT)
         try:
             dist.all_gather_object(values, value, group=self.host_group)
@@ -89,9 +83,7 @@ class World:
     def together(self, function: Callable[[], T]) -> list[T]:
         """Calls `function` on every rank; returns the results of all, in rank order; may take days.
 
-        Raises:
-            UserError: on every rank, if any raised one: the one of the first such rank.
-            RuntimeError: if another rank raised a different error.
+        If it raises on a rank, all ranks raise: that rank's UserError, or a RuntimeError.
         """
         result, error = None, None
         try:
@@ -118,7 +110,7 @@ class World:
 
 
 def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
-    """Returns what other ranks raise for `error`."""
+    """What other ranks raise for `error`."""
     where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
     if isinstance(error, UserError):
         return type(error), f"{where}{error}"
@@ -143,14 +135,24 @@ def start_world(config: ParallelismConfig) -> World:
     _limit_other_threads()  # before the groups start theirs
     timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
-            store=_build_store(rank, num_ranks, timeout),
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timeout,
-            device_id=device if is_cuda else None,
-        )
+        # Without a launcher there is nobody to meet.
+        store = None if is_launched() else dist.HashStore()
+        try:
+            dist.init_process_group(
+                "nccl" if is_cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=num_ranks,
+                timeout=timeout,
+                device_id=device if is_cuda else None,
+            )
+        except (ValueError, dist.DistNetworkError, dist.DistStoreError) as error:
+            names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+            given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise EnvironmentMismatchError(
+                f"{given}: {num_ranks} ranks did not meet there ({reason}); {_LAUNCHED}"
+            ) from error
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for dimension in mesh.mesh_dim_names or ():
         # Groups that are split off get torch's default instead: 10 minutes with NCCL.
@@ -163,16 +165,11 @@ def start_world(config: ParallelismConfig) -> World:
         host_group=dist.new_group(backend="gloo", timeout=timeout),
         timeout=timeout,
         is_node_main=local_rank == 0,
-        num_local_ranks=_from_launcher("LOCAL_WORLD_SIZE", num_ranks),
     )
 
 
 def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
-    """Returns (replicate, shard) for `num_ranks` ranks.
-
-    Raises:
-        EnvironmentMismatchError: if replicate x shard is not `num_ranks`.
-    """
+    """Returns (replicate, shard); an EnvironmentMismatchError if they are not `num_ranks` ranks."""
     shard = num_ranks // config.replicate if config.shard == -1 else config.shard
     if shard < 1 or config.replicate * shard != num_ranks:
         raise EnvironmentMismatchError(
@@ -183,32 +180,14 @@ def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
     return config.replicate, shard
 
 
-def _build_store(rank: int, num_ranks: int, timeout: timedelta) -> dist.Store:
-    """Returns the store of torchrun's environment, or of this process alone."""
-    if not is_launched():
-        return dist.HashStore()
-    try:
-        store, _, _ = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
-    except (ValueError, dist.DistError) as error:
-        names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-        given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise EnvironmentMismatchError(
-            f"{given}: {num_ranks} ranks did not meet there ({reason}); start all of them with "
-            "their RANK and one MASTER_ADDR and MASTER_PORT, a free port that the others reach; "
-            "./run_train.sh sets all three"
-        ) from error
-    return dist.PrefixStore("switchtitan", store)
-
-
 def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Torch 2.15 made the function public and warns of the private one, all that 2.13 has."""
+    # Public since torch 2.15, which warns of the private one.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     set_timeout(timeout, group)
 
 
 def raise_file_limit() -> None:
-    """Lets this process open as many files as the system allows it: each connection is one."""
+    """Lets this process open as many files as the system allows; each connection is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -217,12 +196,11 @@ def raise_file_limit() -> None:
 def _limit_other_threads() -> None:
     """Makes CPU operations serial in every thread that starts after this call.
 
-    OpenMP gives each thread that runs a parallel operation a team, as gloo's do to copy an object
-    of more than 32 KiB. With more team members than cores, GNU's OpenMP makes all barriers sleep
-    instead of spin, so every later operation of this thread would take longer (docs/LOG.md).
+    gloo's threads run parallel operations too. With more OpenMP threads than cores, GNU's barriers
+    sleep instead of spin, and every later operation takes longer (docs/LOG.md).
     """
     torch.get_num_threads()  # this thread reads its number before the default changes
-    other = threading.Thread(target=torch.set_num_threads, args=(1,), name="limit-threads")
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))
     other.start()
     other.join()
 
@@ -253,51 +231,38 @@ def _from_launcher(name: str, default: int) -> int:
     try:
         return int(given)
     except ValueError as error:
-        raise EnvironmentMismatchError(
-            f"{name}={given}: expected an integer; {_LAUNCHED}"
-        ) from error
+        raise EnvironmentMismatchError(f"{name}={given}: not an integer; {_LAUNCHED}") from error
 
 
 _LAUNCHED = (
-    "a launcher sets it for every rank, as ./run_train.sh does; without a launcher, unset it"
+    "start all ranks with ./run_train.sh, which sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and "
+    "MASTER_PORT; for a single rank, unset them"
 )
 
 
 # Devices.
 def device_type() -> str:
-    """Returns "cuda" if a CUDA device is visible, otherwise "cpu".
+    """Returns "cuda" if torch has a CUDA device, "cpu" if the machine has none.
 
     Raises:
         EnvironmentMismatchError: if the machine has a GPU that torch cannot use.
     """
     if torch.cuda.is_available():
         return "cuda"
-    obstacle = unusable_gpu()
-    if obstacle is not None:
-        raise EnvironmentMismatchError(obstacle)
+    if problem := unusable_gpu():
+        raise EnvironmentMismatchError(problem)
     return "cpu"
 
 
 def unusable_gpu(driver: Path = Path("/dev/nvidiactl")) -> str | None:
-    """Returns why torch, which sees no GPU, cannot use this machine's, and what to do.
-
-    None if there is none, or CUDA_VISIBLE_DEVICES hides it.
-
-    Args:
-        driver: the device file of NVIDIA's driver.
-    """
+    """Returns what to do if torch sees no GPU, but NVIDIA's driver does and it is not hidden."""
     # Slurm sets NoDevFiles for jobs without GPUs.
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles") or not driver.exists():
         return None
-    try:
-        torch.cuda.init()
-        reason = "torch.cuda.is_available() is false"
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].strip().rstrip(".")
     return (
-        f"this machine has a GPU, but torch {torch.__version__} cannot use it ({reason}); fix "
-        "the driver, or install a torch that fits it (pytorch.org/get-started), or set "
-        "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        f"this machine has a GPU, but torch {torch.__version__} cannot use it; fix the driver, or "
+        "install a torch that fits it (pytorch.org/get-started), or set CUDA_VISIBLE_DEVICES= to "
+        "train on the CPU"
     )
 
 
@@ -309,8 +274,8 @@ def own_gpu(local_rank: int) -> torch.device:
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
         raise EnvironmentMismatchError(
-            f"local rank {local_rank} has no GPU: {num_gpus} are visible on this machine; "
-            f"set NGPU to {num_gpus} at most"
+            f"local rank {local_rank} has no GPU: this machine has {num_gpus}; set NGPU to at most "
+            f"{num_gpus}"
         )
     return torch.device("cuda", local_rank)
 
@@ -323,10 +288,7 @@ def device_name(device: torch.device) -> str:
 # The end.
 @contextmanager
 def temporary_world() -> Iterator[None]:
-    """Destroys, at its end, a process group that was created inside; keeps an earlier one.
-
-    After an error only that of a single rank, see `stop_world_if_single`.
-    """
+    """Destroys, at its end, a process group that was created inside; keeps an earlier one."""
     was_joined = dist.is_initialized()
     try:
         yield
@@ -339,7 +301,7 @@ def temporary_world() -> Iterator[None]:
 
 
 def stop_world() -> None:
-    """Destroys the process group; all ranks must call. With NCCL it waits for the others."""
+    """Destroys the process group; all ranks must call: with NCCL it waits for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

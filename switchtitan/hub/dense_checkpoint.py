@@ -46,21 +46,13 @@ class DenseCheckpoint:
 
     @full_precision()
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns some of the weights.
-
-        Raises:
-            CheckpointError: if a tensor cannot be read.
-        """
+        """Returns some of the weights; a CheckpointError if a tensor cannot be read."""
         names = list(names)
         dense = self.method.dense_weights(self.read_trained(map(module_of, names)))
         return {name: dense[name] for name in names}
 
     def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
-        """Returns the parameters of some modules and their children, as the method trains them.
-
-        Args:
-            modules: qualified names.
-        """
+        """Returns the parameters of modules and their children, as the method trains them."""
         prefixes = tuple({f"{module}." if module else "" for module in modules})
         return self._saved.read(name for name in self.on_meta if name.startswith(prefixes))
 
@@ -71,31 +63,18 @@ def module_of(name: str) -> str:
 
 
 def read_dense_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
-    """Returns all dense fp32 weights of a checkpoint, see `DenseCheckpoint`.
-
-    Raises:
-        CheckpointError: if the checkpoint is not complete, or this version does not know its model
-            or method.
-    """
+    """Returns all dense fp32 weights of a checkpoint, see `DenseCheckpoint`."""
     dense = DenseCheckpoint(checkpoint)
     return dense.read(dense.shapes)
 
 
 def saved_model_config(checkpoint: Path) -> ModelConfig:
-    """Returns the section `[model]` of the run that saved a checkpoint, for any machine.
-
-    Raises:
-        CheckpointError: if this version does not know its model.
-    """
+    """Returns the section `[model]` of the run that saved a checkpoint, for any machine."""
     return _saved_section(checkpoint, MODELS).on_any_machine()
 
 
 def saved_method(checkpoint: Path) -> Method:
-    """Returns the method of the run that saved a checkpoint.
-
-    Raises:
-        CheckpointError: if this version does not know it.
-    """
+    """Returns the method of the run that saved a checkpoint."""
     metadata = read_metadata(checkpoint)
     seed = metadata.identity_number("job", "seed")
     return METHODS.build(_saved_section(checkpoint, METHODS), metadata.step, seed)

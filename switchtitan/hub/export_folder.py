@@ -1,9 +1,5 @@
-"""Write folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+"""Write folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
-Writing changes neither names nor values.
-"""
-
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +20,7 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError, OutputError
 from switchtitan.files import make_folder, sync_folder, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
-from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, check_shapes
+from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, check_shapes, write_json
 from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -32,16 +28,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 class DenseWeights(Protocol):
-    """The weights of a plain model, read on request."""
+    """The weights of a plain model, read on request: a checkpoint's, or its base's for PEFT."""
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of all weights by name, in the order of the files."""
-        ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def read(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        """Returns some weights, on any device, in any floating-point dtype."""
-        ...
+    def read(self, names: Iterable[str]) -> Mapping[str, Tensor]: ...
 
 
 def export_dense(
@@ -58,19 +50,16 @@ def export_dense(
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Writes to a partial folder and renames it when it is complete; see `new_folder`. Holds one
-    weights file and one layer in memory.
+    Writes a `new_folder`. Holds one weights file and one layer in memory.
 
     Args:
-        weights: all weights of the plain model.
         folder: the folder to write, absent or empty.
-        dtype: the dtype of the stored weights.
+        dtype: of the stored weights.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
         tokenizer_file: a tokenizer.json to copy next to the weights.
         eos_id: the token that ends a document.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
-        finish: called with the partial folder before it is renamed: adds files, or raises if the
-            folder is not right.
+        finish: called with the partial folder: adds files, or raises if the folder is not right.
 
     Raises:
         CheckpointError: if the folder is not empty, names or shapes do not match the model, or
@@ -88,14 +77,12 @@ def export_dense(
     tokens = {"bos_token_id": None, "eos_token_id": eos_id}
     dtype_name = str(dtype).removeprefix("torch.")
     dtypes = {"torch_dtype": dtype_name, "dtype": dtype_name}  # of transformers 4 and 5
+    in_generation = {"do_sample": True, **tokens, "pad_token_id": eos_id}
     with new_folder(folder) as partial:
-        _write_json(
+        write_json(
             partial / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens, "pad_token_id": None}
         )
-        _write_json(
-            partial / "generation_config.json",
-            {"do_sample": True, **tokens, "pad_token_id": eos_id},
-        )
+        write_json(partial / "generation_config.json", in_generation)
         if tokenizer_file is not None:
             _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
         _write_weights(weights, partial, dtype, max_shard_bytes)
@@ -104,9 +91,9 @@ def export_dense(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields the folder `.NAME.partial`, which is renamed to `folder` if the block succeeds.
+    """Yields the folder `.NAME.partial`, flushed and renamed to `folder` if the block succeeds.
 
-    All files are flushed to disk before. If the block fails, or is interrupted, nothing is left.
+    If the block fails, or is interrupted, nothing is left.
 
     Args:
         folder: absent or empty. Folders above it are created.
@@ -150,18 +137,16 @@ def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: i
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise CorpusError(f"{tokenizer_file} is not a tokenizer.json ({error})") from error
-    settings: dict[str, object] = {
-        # This class uses tokenizer.json unchanged; LlamaTokenizer would rebuild the pre-tokenizer.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": seq_len,
-    }
+    # This class uses tokenizer.json unchanged; LlamaTokenizer would rebuild the pre-tokenizer.
+    settings: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["model_max_length"] = seq_len
     if eos_id is not None:
         eos_token = tokenizer.id_to_token(eos_id)
         if eos_token is None:
             raise CorpusError(f"{tokenizer_file} has no token {eos_id}, the end-of-document token")
         settings["eos_token"] = eos_token
     shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _write_weights(
@@ -185,8 +170,4 @@ def _write_weights(
             shutil.copymode(folder / CONFIG_NAME, folder / file_name)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        _write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
-
-
-def _write_json(file: Path, content: Mapping[str, object]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / f"{WEIGHTS_NAME}.index.json", index)

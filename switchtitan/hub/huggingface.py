@@ -1,8 +1,6 @@
-"""Read folders that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+"""Read folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
-Reading changes neither names nor values.
-"""
-
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from switchtitan.models import MODELS
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 _COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
-"""End of the names of tensors that old versions of transformers store, though they follow from
-config.json."""
+"""Of rotary frequencies, which old versions of transformers store."""
 
 
 class _Index(BaseModel):
@@ -34,19 +31,12 @@ class _Index(BaseModel):
 def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
     """Memory-maps all tensors, by name, of a safetensors file or a folder in Hugging Face's layout.
 
-    Rotary frequencies, which old versions of transformers store, are left out.
-
     Args:
-        single_name: the name of a folder's only file; several have an index, `single_name` +
-            ".index.json".
+        single_name: of a folder's only file; several have an index, `single_name` + ".index.json".
 
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; expected a folder with {single_name}, or a weights file"
-        )
     tensors: dict[str, Tensor] = {}
     for file in _files_in(path, single_name) if path.is_dir() else [path]:
         tensors |= read_safetensors(file)
@@ -54,11 +44,7 @@ def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Memory-maps all tensors of a safetensors file, by name.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """Memory-maps all tensors, by name; a CheckpointError if the file is missing or damaged."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -75,15 +61,18 @@ def _files_in(folder: Path, single_name: str) -> list[Path]:
         single, index = file_inside(folder, single_name), file_inside(folder, index_name)
         if single.is_file():
             return [single]
-        if not index.is_file():
-            raise ValueError(f"it holds neither {single_name} nor {index_name}")
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}; use a folder with the weights") from error
-    try:
         names = set(_Index.model_validate_json(index.read_bytes()).weight_map.values())
         return [file_inside(folder, name) for name in sorted(names)]
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{index} is damaged: {mistakes_in(error)}") from error
+        raise CheckpointError(
+            f"{folder} holds neither {single_name} nor a valid {index_name} "
+            f"({mistakes_in(error)}); use a folder with the weights"
+        ) from error
+
+
+def write_json(file: Path, content: Mapping[str, object]) -> None:
+    """Writes a file such as config.json."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def mistakes_in(error: Exception) -> str:
@@ -99,11 +88,7 @@ def mistakes_in(error: Exception) -> str:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
-    """Checks names and shapes of weights that were read from `source`.
-
-    Raises:
-        CheckpointError: names those that are missing, unexpected or of another shape.
-    """
+    """Raises a CheckpointError if names or shapes of weights from `source` are not the model's."""
     expected = parameter_shapes(config)
     wrong = {
         "missing": [name for name in expected if name not in shapes],
@@ -141,25 +126,8 @@ def without_copies(
     return kept
 
 
-def check_config(config: ModelConfig, path: Path) -> None:
-    """Checks a model against the config.json next to its weights, if there is one.
-
-    Raises:
-        CheckpointError: names the keys that differ.
-    """
-    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    if file.is_file() and (differing := config.check_huggingface_config(read_config(file))):
-        raise CheckpointError(
-            f"{file} describes another model: {'; '.join(differing)}. Change [model] to match."
-        )
-
-
 def read_config(file: Path) -> dict[str, Any]:
-    """Reads a config.json.
-
-    Raises:
-        CheckpointError: if it cannot be read, or is no object of JSON.
-    """
+    """Reads a config.json; a CheckpointError if it cannot be read, or is no object of JSON."""
     try:
         contents = file_inside(file.parent, file.name).read_bytes()
         return TypeAdapter(dict[str, Any]).validate_json(contents)

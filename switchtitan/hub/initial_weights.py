@@ -10,12 +10,8 @@ from switchtitan.checkpoint import METADATA_FILE, check_same_run, find_given
 from switchtitan.contracts import ModelConfig
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
-from switchtitan.hub.huggingface import (
-    check_config,
-    check_shapes,
-    read_dense,
-    without_copies,
-)
+from switchtitan.hub.huggingface import check_shapes, read_dense, without_copies
+from switchtitan.hub.model_folder import check_model_folder
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
@@ -36,10 +32,9 @@ class InitialWeights(NamedTuple):
 def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     """Reads the plain model's weights.
 
-    `path` is a safetensors file, a folder in Hugging Face's layout, a folder with a PEFT adapter,
-    which is merged, or a checkpoint or run of any method.
-
     Args:
+        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, which is
+            merged, or a checkpoint or run of any method.
         config: the plain model's section.
 
     Raises:
@@ -48,7 +43,7 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
     source = path
     if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
         # Before the shapes, since a key of config.json says more than the shapes that follow.
-        check_config(config, folder_of_model(path))
+        check_model_folder(config, path)
         weights = read_adapted(path) if is_adapter(path) else read_dense(path)
         weights = without_copies(weights, config, path)
     else:
@@ -63,10 +58,7 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
 
 
 def fingerprint(source: Path) -> str:
-    """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata.
-
-    That of an adapter covers its configuration, which has the scale of its factors.
-    """
+    """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata."""
     if source.is_file():
         files = [source]
     elif (source / METADATA_FILE).is_file():
@@ -74,6 +66,6 @@ def fingerprint(source: Path) -> str:
     else:
         folders = dict.fromkeys([source, folder_of_model(source)])  # an ordered set
         files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-        if is_adapter(source):
+        if is_adapter(source):  # the scale of its factors
             files.append(source / ADAPTER_CONFIG_NAME)
     return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()

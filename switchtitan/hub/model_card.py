@@ -34,8 +34,7 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
     """Writes what the model is, how it was trained, its losses and its configuration.
 
     Args:
-        metadata: of the checkpoint.
-        command: the command that exported it.
+        command: that exported it.
         files: a sentence on what the folder holds and how to load it.
     """
     state = metadata.train_state

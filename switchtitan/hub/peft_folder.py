@@ -1,6 +1,5 @@
 """Write and read LoRA adapters in the layout of Hugging Face's PEFT."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,13 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import exists
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
-from switchtitan.hub.huggingface import CONFIG_NAME, mistakes_in, read_config, read_dense
+from switchtitan.hub.huggingface import (
+    CONFIG_NAME,
+    mistakes_in,
+    read_config,
+    read_dense,
+    write_json,
+)
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -63,12 +68,7 @@ class AdapterConfig(BaseModel):
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Reads the configuration of an adapter.
-
-    Raises:
-        CheckpointError: if the file is damaged, or describes another adapter than plain LoRA; names
-            the key.
-    """
+    """Reads an adapter's configuration; a CheckpointError names a key that is not plain LoRA's."""
     file = folder / ADAPTER_CONFIG_NAME
     # PEFT writes all its keys; those that are empty or false ask for nothing.
     given = {
@@ -87,7 +87,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 class BaseWeights:
-    """The weights of a checkpoint without its low-rank updates; a `hub.export_folder.DenseWeights`.
+    """The weights of a checkpoint without its low-rank updates, for `export_dense`.
 
     Raises:
         CheckpointError: if the checkpoint has no low-rank updates.
@@ -135,8 +135,7 @@ def write_adapter(
         peft_type="LORA", r=rank, lora_alpha=scale * rank, base_model_name_or_path=str(base)
     )
     others = {"task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(on_meta)}
-    text = json.dumps({**config.model_dump(), **others}, indent=2) + "\n"
-    (folder / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
+    write_json(folder / ADAPTER_CONFIG_NAME, {**config.model_dump(), **others})
     factors = {}
     for layer in on_meta:
         update = method.low_rank_updates(checkpoint.read_trained([layer]))[layer]
@@ -155,19 +154,15 @@ def folder_of_model(path: Path) -> Path:
     """Returns the folder of an adapter's base model, or `path` itself if it is no adapter.
 
     Raises:
-        CheckpointError: if the adapter's configuration is not supported, or its base model is not
-            on this machine.
+        CheckpointError: if the adapter is not supported, or its base is not on this machine.
     """
     return _base_of(path, read_adapter_config(path)) if is_adapter(path) else path
 
 
 def read_adapted(folder: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Returns weights of an adapter's base with the adapter merged into them, in fp32, by name.
+    """Returns weights of an adapter's base, by default all, with the adapter merged, by name.
 
-    Weights that it does not update are memory-mapped.
-
-    Args:
-        names: of the weights; by default all.
+    Merged weights are fp32; the others are memory-mapped.
 
     Raises:
         CheckpointError: as `folder_of_model`, if a file is missing or damaged, or if factors do not
@@ -198,17 +193,14 @@ def _merged(
 ) -> Tensor:
     """Returns `weight` [out, in] + scale * B [out, r] A [r, in], in fp32."""
     shapes = {key: list(factor.shape) for key, factor in factors.items()}
-    if weight.dim() != 2 or shapes != {
-        "A": [config.r, weight.shape[1]],
-        "B": [weight.shape[0], config.r],
-    }:
+    out_by_in = list(weight.shape)
+    if shapes != {"A": [config.r, *out_by_in[1:]], "B": [*out_by_in[:1], config.r]}:
         raise CheckpointError(
             f"{place}: factors of shapes {shapes} do not fit r = {config.r} in "
-            f"{ADAPTER_CONFIG_NAME} and the weight of shape {list(weight.shape)}"
+            f"{ADAPTER_CONFIG_NAME} and the weight of shape {out_by_in}"
         )
-    return torch.addmm(
-        weight.float(), factors["B"].float(), factors["A"].float(), alpha=config.scale
-    )
+    lora_b, lora_a = factors["B"].float(), factors["A"].float()
+    return torch.addmm(weight.float(), lora_b, lora_a, alpha=config.scale)
 
 
 def _base_of(folder: Path, config: AdapterConfig) -> Path:

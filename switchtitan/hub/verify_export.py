@@ -19,7 +19,6 @@ from switchtitan.models import MODELS
 
 ReadTensors = Callable[[Iterable[str]], Mapping[str, Tensor]]
 """Names of parameters -> their values."""
-
 _NUM_TOKENS = 64
 _WITHOUT_CHECK = "--no-verify writes the folder without this check"
 
@@ -30,7 +29,6 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
     Computes in fp32 on 64 random tokens. Holds the weights outside the blocks and one block.
 
     Args:
-        checkpoint: what was exported.
         folder: as `export_dense` writes it, or with an adapter. Its config.json is read too.
         dtype: of its weights.
 
@@ -67,11 +65,7 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
 @torch.no_grad()
 @full_precision()
 def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
-    """Returns the logits [1, seq, vocabulary] of a plain model on random tokens.
-
-    Args:
-        read: names of parameters -> their values.
-    """
+    """Returns the logits [1, seq, vocabulary] of a plain model on random tokens."""
     with torch.device("meta"):
         model = MODELS.build(config).eval()
     # What is computed from a tensor without values is skipped in places, and no error is raised.

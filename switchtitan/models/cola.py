@@ -36,17 +36,12 @@ class ColaConfig(LlamaFamilyConfig):
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
-        widths = {
-            "hidden_size": self.sizes.hidden_size,
-            "intermediate_size": self.sizes.intermediate_size,
-            "num_heads * head_dim": self.q_size,
-            "num_kv_heads * head_dim": self.kv_size,
-        }
-        smallest = min(widths, key=lambda key: widths[key])
-        if self.rank >= widths[smallest]:
+        # There are at most as many features of keys as of queries.
+        smallest = min(self.sizes.hidden_size, self.sizes.intermediate_size, self.kv_size)
+        if self.rank >= smallest:
             raise ValueError(
-                f"rank = {self.rank}: expected less than {smallest} = {widths[smallest]}; lower "
-                "it, or use name = 'llama'"
+                f"rank = {self.rank}: expected less than {smallest}, the smallest of hidden_size, "
+                "intermediate_size and num_kv_heads * head_dim; lower it, or use name = 'llama'"
             )
         return self
 
@@ -58,7 +53,7 @@ class ColaConfig(LlamaFamilyConfig):
         return void
 
     def build_linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
-        """See `LlamaFamilyConfig.build_linear`."""
+        """A `BottleneckLinear`."""
         return BottleneckLinear(in_features, out_features, self.rank, self.activation)
 
 
@@ -84,8 +79,7 @@ class Cola(Llama):
         """See `Llama.initial_std`.
 
         A is N(0, 1 / in), so that A x is N(0, 1) if x is. B is normal too, and outputs then have
-        the mean square of LLaMA's, init_std^2 in. silu has a mean above zero, so a larger part of
-        an output is the same for all tokens than in LLaMA. The rest is as in LLaMA.
+        the mean square of LLaMA's, init_std^2 in.
         """
         layer, _, factor = name.removesuffix(".weight").rpartition(".")
         bottleneck, config = self.get_submodule(layer), self.config

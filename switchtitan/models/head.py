@@ -9,9 +9,8 @@ from torch import Tensor, nn
 class Head(nn.Linear):
     """Hidden states [..., dim] -> logits [..., vocabulary], without a bias.
 
-    A loss that does not need all logits at once passes a function of hidden states and weight. It
-    runs inside the call, because FSDP gathers and frees a module's weight, and reduces its
-    gradient, in hooks of the call.
+    A loss in chunks passes a function of hidden states and weight. It runs inside the call, because
+    FSDP gathers and frees the weight, and reduces its gradient, in hooks of the call.
     """
 
     def __init__(self, dim: int, vocabulary: int) -> None:
@@ -26,9 +25,8 @@ class Head(nn.Linear):
 class TiedHead(nn.Module):
     """A head that multiplies by the embedding's weight, and has no parameter of its own.
 
-    So the weight has one name, one gradient and one place in checkpoints. A model with this head
-    leaves the embedding out of `outer_units`, since its weight must stay gathered until the head
-    has run.
+    A model with this head leaves the embedding out of `outer_units`, since its weight must stay
+    gathered until the head has run.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:

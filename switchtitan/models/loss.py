@@ -15,16 +15,14 @@ from switchtitan.models.head import Head, TiedHead
 CHUNK_BYTES = 64 * 2**20
 """Target size of a chunk's logits in fp32; larger where `MAX_NUM_CHUNKS` is the limit."""
 MAX_NUM_CHUNKS = 16
-"""Each chunk reads the head's weight twice, and reads and writes its gradient: a fixed cost. 16
-chunks already shrink the logits 16 times."""
+"""Each chunk reads the head's weight twice, and reads and writes its gradient: a fixed cost."""
 _ROWS_PER_PRODUCT = 4096
 """Rows of the weight's gradient per product, so that a product fits in a CPU's cache."""
 _DEVICES_WITH_ALIGNED_ROWS = {"cuda"}
 _ALIGNED_BYTES = 16
-"""Tensor cores load rows that start at multiples of this; for other matrices cuBLAS takes slower
-kernels. (NVIDIA, Matrix Multiplication Background User's Guide)"""
+"""Other rows, which are padded, take slower kernels. (NVIDIA, Matrix Multiplication Background
+User's Guide)"""
 _PADDED_ELEMENTS = 64
-"""Rows that are not aligned are padded to a multiple of this many elements."""
 
 
 class CrossEntropy:
@@ -96,7 +94,6 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 LossAndGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""See `loss_and_gradient_`."""
 
 
 def loss_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
     RankSummary,
     mean_normalized_spectrum,
-    select_layers,
     summarize,
 )
 from switchtitan.spectra.telemetry import SPECTRA_FOLDER, read_spectra
@@ -31,18 +30,10 @@ _PANELS: dict[str, tuple[str, dict[str, Any]]] = {
             "ylim": (1e-5, 1.5),  # below is fp32 noise
         },
     ),
-    "by_kind": (
-        "o",
-        {"title": "Effective rank of the change", "ylabel": "mean over blocks", "ylim": (0, None)},
-    ),
+    "by_kind": ("o", {"title": "Effective rank of the change", "ylabel": "mean over blocks"}),
     "over_training": (
         ".-",
-        {
-            "title": "Effective rank over training",
-            "xlabel": "step",
-            "ylabel": "mean over layers",
-            "ylim": (0, None),
-        },
+        {"title": "Effective rank over training", "xlabel": "step", "ylabel": "mean over layers"},
     ),
 }
 """Attribute of `RunSpectra` -> how its points are drawn, and the axes."""
@@ -62,39 +53,29 @@ class RunSpectra:
     """Step -> effective rank, as measured by telemetry; empty without it."""
 
 
-def measure(runs: Mapping[str, Path], patterns: Sequence[str] = ("*",)) -> dict[str, RunSpectra]:
+def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
     """Computes spectra of the weights' change since step 0 for runs of one model.
 
     Args:
         runs: label -> run, or checkpoint. Of a run it is the newest complete checkpoint.
-        patterns: the layers, see `select_layers`.
 
     Raises:
         CheckpointError: if there is no checkpoint, or a run's initial weights are no longer
             available.
-        ConfigError: if a pattern matches no layer, or the models differ.
+        ConfigError: if the models differ.
     """
     checkpoints = {label: find_given(run) for label, run in runs.items()}
     _check_same_model(list(checkpoints.values()))
-    return {label: _measure(checkpoint, patterns) for label, checkpoint in checkpoints.items()}
+    return {label: _measure(checkpoint) for label, checkpoint in checkpoints.items()}
 
 
 def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
     """Returns rows with the mean ranks over layers, and the full rank; the first is the head."""
-    head = ["run", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]
-    return [
-        head,
-        *(
-            [
-                label,
-                str(run.step),
-                f"{run.ranks.effective:.1f}",
-                f"{run.ranks.numerical:.1f}",
-                str(len(run.spectrum)),
-            ]
-            for label, run in runs.items()
-        ),
-    ]
+    rows = [["run", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]]
+    for label, run in runs.items():
+        ranks = (f"{run.ranks.effective:.1f}", f"{run.ranks.numerical:.1f}")
+        rows.append([label, str(run.step), *ranks, str(len(run.spectrum))])
+    return rows
 
 
 def draw(runs: Mapping[str, RunSpectra]) -> Figure:
@@ -106,7 +87,7 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
         for label, run in runs.items():
             points: Mapping[Any, float] = getattr(run, name)
             axes.plot(list(points), list(points.values()), style, label=label)
-        axes.set(**settings)
+        axes.set(**{"ylim": (0, None), **settings})
         axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -125,8 +106,8 @@ def _check_same_model(checkpoints: Sequence[Path]) -> None:
             )
 
 
-def _measure(checkpoint: Path, patterns: Sequence[str]) -> RunSpectra:
-    spectra = checkpoint_spectra(checkpoint, patterns)
+def _measure(checkpoint: Path) -> RunSpectra:
+    spectra = checkpoint_spectra(checkpoint)
     ranks = summarize(spectra)
     measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
     return RunSpectra(
@@ -134,8 +115,5 @@ def _measure(checkpoint: Path, patterns: Sequence[str]) -> RunSpectra:
         ranks,
         spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
         by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        over_training={
-            step: summarize({name: of[name] for name in select_layers(of, patterns)}).effective
-            for step, of in measured.items()
-        },
+        over_training={step: summarize(of).effective for step, of in measured.items()},
     )

@@ -1,14 +1,11 @@
 """Compute ranks of matrices from their singular values, on plain tensors."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from switchtitan.errors import ConfigError
 
 NUMERICAL_RANK_THRESHOLD = 0.01
 """The numerical rank counts singular values above this share of the largest one."""
@@ -31,10 +28,9 @@ class RankSummary(NamedTuple):
 def singular_values(matrix: Tensor) -> Tensor:
     """Returns the singular values of a matrix [rows, columns], largest first, in fp32 on the CPU.
 
-    Computes square roots of the eigenvalues of the smaller Gram matrix in fp64, which takes a third
-    of the time of an SVD (1024 x 2736 on one CPU thread: 0.24 s instead of 0.74 s). Squaring loses
-    half the digits: values below 1e-8 of the largest are noise. The fp32 weights have a relative
-    precision of 6e-8."""
+    Roots of the eigenvalues of the smaller Gram matrix in fp64 take a third of the time of an SVD.
+    Values below 1e-8 of the largest are noise, but fp32 weights have a precision of only 6e-8.
+    """
     wide = matrix.double()
     if wide.shape[0] > wide.shape[1]:
         wide = wide.T
@@ -43,13 +39,10 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Returns exp of the entropy of the singular values, normalized to sum 1; 0 for a zero matrix.
+    """Returns exp of the entropy of singular values [n], normalized to sum 1; 0 if all are 0.
 
     For r equal values it is r. (Roy and Vetterli 2007, "The effective rank: a measure of effective
     dimensionality", definition 1)
-
-    Args:
-        values: [n] singular values.
     """
     total = values.double().sum()
     if total == 0:
@@ -63,10 +56,7 @@ def numerical_rank(values: Tensor) -> int:
 
 
 def layer_kind(name: str) -> str:
-    """Returns a layer's name within its part of a block: "model.layers.0.mlp.up_proj" -> "up_proj".
-
-    Of a layer outside the blocks, the local name.
-    """
+    """Returns a layer's name in its part of a block: "model.layers.0.mlp.up_proj" -> "up_proj"."""
     parts = name.split(".")
     index = next((at for at in reversed(range(len(parts))) if parts[at].isdigit()), len(parts))
     return ".".join(parts[index + 2 :]) or parts[-1]
@@ -78,26 +68,6 @@ def layers_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         kinds.setdefault(layer_kind(name), []).append(name)
     return kinds
-
-
-def select_layers(names: Collection[str], patterns: Sequence[str]) -> list[str]:
-    """Returns the layers with a kind ("q_proj") or name ("model.layers.3.*") that matches a
-    pattern.
-
-    Raises:
-        ConfigError: if a pattern matches none.
-    """
-    matched: set[str] = set()
-    for pattern in patterns:
-        found = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(layer_kind(n), pattern)}
-        if not found:
-            raise ConfigError(
-                f"--layers {pattern}: matches no layer; expected one of "
-                f"{', '.join(layers_by_kind(names))}, or a pattern for names like "
-                f"{next(iter(names))}"
-            )
-        matched |= found
-    return [name for name in names if name in matched]
 
 
 def summarize(spectra: Spectra) -> RankSummary:
@@ -125,8 +95,7 @@ def normalized_by_kind(spectra: Spectra) -> dict[str, Tensor]:
 def mean_normalized_spectrum(spectra: Spectra) -> Tensor:
     """Averages, over layers, singular values as shares of each layer's largest: [max min(out, in)].
 
-    Layers with fewer values are padded with zeros, as inside a larger matrix. An unchanged layer
-    counts as zero."""
+    Layers with fewer values are padded with zeros. An unchanged layer counts as zero."""
     rows = [_shares_of_largest(values) for values in spectra.values()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).mean(dim=0)
 

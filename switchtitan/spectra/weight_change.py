@@ -18,7 +18,7 @@ from switchtitan.hub.dense_checkpoint import (
 from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.models import MODELS
 from switchtitan.progress import progress_bar
-from switchtitan.spectra.spectrum import select_layers, singular_values
+from switchtitan.spectra.spectrum import singular_values
 
 
 class Origin:
@@ -60,11 +60,7 @@ class Origin:
         ]
 
     def open(self) -> None:
-        """Reads what was read at step 0, the first time that it is called.
-
-        Raises:
-            CheckpointError: if these weights have moved or changed.
-        """
+        """Reads again what was read at step 0; a CheckpointError if it has moved or changed."""
         if self._source is None or self._given:
             return
         if not self._source.exists() or fingerprint(self._source) != self._checksum:
@@ -78,13 +74,10 @@ class Origin:
     def changes(
         self, dense: Mapping[str, Tensor], layers: Sequence[str]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and change [out, in] since step 0 of each layer.
+        """Yields name and change [out, in] since step 0 of each layer; see `open`.
 
         Args:
             dense: the current dense weights, fp32 on the CPU.
-
-        Raises:
-            CheckpointError: see `open`.
         """
         self.open()
         for layer in layers:
@@ -105,16 +98,12 @@ class Origin:
         return start
 
 
-def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> dict[str, Tensor]:
+def checkpoint_spectra(checkpoint: Path) -> dict[str, Tensor]:
     """Returns the singular values of the linear layers' change since step 0, by name.
 
-    Args:
-        patterns: the layers, see `select_layers`.
-
     Raises:
-        CheckpointError: if there is no complete checkpoint, or the run's initial weights are no
+        CheckpointError: if the checkpoint is not complete, or the run's initial weights are no
             longer available.
-        ConfigError: if a pattern matches no layer.
     """
     metadata = read_metadata(checkpoint)
     path, checksum = (
@@ -124,7 +113,7 @@ def checkpoint_spectra(checkpoint: Path, patterns: Sequence[str] = ("*",)) -> di
     seed = metadata.identity_number("job", "seed")
     config, method = saved_model_config(checkpoint), saved_method(checkpoint)
     origin = Origin(config, seed, path, checksum, method)
-    layers = select_layers(origin.linear_layers(), patterns)
+    layers = origin.linear_layers()
     changes = origin.changes(read_dense_checkpoint(checkpoint), layers)
     progress = progress_bar(str(checkpoint), changes, total=len(layers), unit="layers")
     return {layer: singular_values(change) for layer, change in progress}

@@ -31,9 +31,9 @@ from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.generation.trained import find_corpus, saved_config, trained_corpus
 from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.hub.export_folder import export_dense
-from switchtitan.hub.huggingface import parameter_shapes, read_config
+from switchtitan.hub.huggingface import parameter_shapes
 from switchtitan.hub.initial_weights import read_initial_weights
-from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.hub.model_folder import check_model_folder, read_model_folder
 from switchtitan.job.config import parse_arguments
 from switchtitan.models import MODELS
 from switchtitan.training.build import read_state
@@ -203,7 +203,7 @@ def architecture(folder, home):
     def read():
         config = MODELS.restore(read_model_folder(folder))
         assert parameter_shapes(config)
-        assert config.check_huggingface_config(read_config(folder / "config.json")) == []
+        check_model_folder(config, folder)
 
     return damage_one_of(folder, change_json), read
 

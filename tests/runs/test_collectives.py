@@ -158,13 +158,6 @@ def test_frozen_weights_outside_the_units_are_sharded_between_steps_too(tmp_path
                 assert isinstance(parameter, DTensor), name
 
 
-def test_a_unit_without_modules_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Llama, "outer_units", lambda model: [[]])
-    refusal = pytest.raises(ValueError, match=r"outer_units\(\)")
-    with refusal, fake_stepper(tiny_config(tmp_path, "lora"), 1):
-        pass
-
-
 # Exchanges of matrices and rows. On ranks: see tests/ranks/test_primitives_ranks.py.
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 50])
 def test_owners_share_the_cost(num_ranks):

@@ -1,20 +1,16 @@
-"""Files are replaced atomically and locked once; names of foreign files stay in their folder."""
+"""Files are replaced atomically; names of foreign files stay in their folder."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
-import threading
 
 import pytest
 
-from switchtitan.errors import EnvironmentMismatchError, abbreviate
+from switchtitan.errors import abbreviate
 from switchtitan.files import (
     file_inside,
     format_bytes,
-    lock,
-    make_folder,
     sha256_of_file,
     write_atomically,
 )
@@ -60,44 +56,10 @@ def test_two_writers_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_folders_are_made_down_to_the_last_one(tmp_path):
-    make_folder(tmp_path / "a" / "b" / "c")
-    make_folder(tmp_path / "a" / "b" / "c")
-    assert (tmp_path / "a" / "b" / "c").is_dir()
-
-
 def test_a_checksum_is_that_of_all_bytes(tmp_path):
     data = os.urandom((1 << 22) + 3)  # more than is read at a time
     (tmp_path / "file").write_bytes(data)
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
-
-
-def test_a_lock_is_waited_for(tmp_path):
-    waits, order = threading.Event(), []
-
-    def wait_for_it():
-        with lock(tmp_path / "lock", waits.set, key="output_dir"):
-            order.append("second")
-
-    other = threading.Thread(target=wait_for_it)
-    with lock(tmp_path / "lock", lambda: pytest.fail("nobody else holds it"), key="output_dir"):
-        other.start()
-        assert waits.wait(10)
-        order.append("first")
-    other.join(10)
-    assert order == ["first", "second"]
-
-
-def test_a_file_system_without_locks_is_a_users_error(tmp_path, monkeypatch):
-    def unsupported(descriptor, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with (
-        pytest.raises(EnvironmentMismatchError, match=r"^output_dir: .*No locks available"),
-        lock(tmp_path / "lock", lambda: None, key="output_dir"),
-    ):
-        pass
 
 
 @pytest.fixture
@@ -118,10 +80,10 @@ def test_paths_are_no_names(folder, name):
         file_inside(folder, name)
 
 
-@pytest.mark.parametrize("target", ["../outside", "/etc/passwd", "../missing", "link", ".."])
+@pytest.mark.parametrize("target", ["../outside", "/etc/passwd", "../missing", ".."])
 def test_a_link_out_of_the_folder_is_refused(folder, target):
     (folder / "link").symlink_to(target)
-    with pytest.raises(ValueError, match=r"outside of the folder|link to itself"):
+    with pytest.raises(ValueError, match="outside of the folder"):
         file_inside(folder, "link")
 
 

@@ -27,11 +27,7 @@ query: [batch, heads, seq, head_dim]; key and value: [batch, kv_heads, seq, head
 
 
 def load_attention(name: str) -> Attend:
-    """Returns a backend.
-
-    Raises:
-        EnvironmentMismatchError: if it is not installed.
-    """
+    """Returns a backend; raises an EnvironmentMismatchError if it is not installed."""
     if name == "flash_attn":
         return _load_flash()
     return {"sdpa": _attend_sdpa, "flex": _attend_flex}[name]
@@ -92,17 +88,12 @@ def build_mask(name: str, document_ids: Tensor) -> BlockMask | None:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function that in eager mode keeps all seq * seq scores in memory. When it is first
-    called: processes with another backend do not load the compiler."""
+    """Compiles, on first use, a function that in eager mode keeps all seq * seq scores."""
     return torch.compile(function)
 
 
 def check_attention(name: str, device_type: str, compute_dtype: torch.dtype) -> None:
-    """Checks that the backend `name` can train on this machine.
-
-    Raises:
-        EnvironmentMismatchError: if it cannot.
-    """
+    """Raises an EnvironmentMismatchError if the backend `name` cannot train on this machine."""
     problem = None
     if name == "flex" and device_type == "cpu":
         problem = "torch has no backward of flex attention on a CPU; train on a GPU"

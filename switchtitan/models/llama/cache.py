@@ -1,7 +1,4 @@
-"""Keys and values of the tokens that a LLaMA has read, so that the next tokens need only their own.
-
-Not for training: nothing here can be differentiated.
-"""
+"""Keys and values of the tokens that a LLaMA has read, so that only the next tokens need theirs."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +6,9 @@ from torch import Tensor, nn
 
 
 class KeyValueCache:
-    """A `contracts.Cache`. Each row of the batch has its own number of tokens.
+    """A `contracts.Cache`, not for training. Each row of the batch has its own number of tokens.
 
     Args:
-        batch_size: number of sequences.
         cos, sin: [capacity, head_dim/2] fp32, the rotary tables of the longest sequence, padding
             included.
     """
@@ -40,10 +36,7 @@ class KeyValueCache:
         """
         self._num_columns += seq_len
         if self._num_columns > len(self._cos):
-            raise ValueError(
-                f"the cache holds {len(self._cos)} tokens per sequence, and {self._num_columns} "
-                "were to be read"
-            )
+            raise ValueError(f"{self._num_columns} tokens do not fit a cache of {len(self._cos)}")
         new = torch.arange(seq_len, device=self._cos.device)
         self._positions = positions = self._lengths[:, None] + new
         return self._cos[positions][:, None], self._sin[positions][:, None]

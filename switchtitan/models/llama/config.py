@@ -11,7 +11,7 @@ from typing_extensions import Self
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
-from switchtitan.models.llama.huggingface import THEIR_KEYS, explain, read_config, write_config
+from switchtitan.models.llama.huggingface import explain, read_config, write_config
 from switchtitan.models.llama.rope import SCALING_KEYS, Rope, RopeType
 
 
@@ -37,17 +37,12 @@ SIZES = {
     "7b": Sizes(4096, 11008, 32, 32),
 }
 """The published runs (arXiv 2406.06564)."""
-MAX_WIDTH = 1 << 24
-"""Largest dimension of a matrix, so that the bytes of one are a 64-bit number."""
-MAX_HEADS = MAX_HEAD_DIM = 1 << 12
-"""Their product is at most `MAX_WIDTH`."""
+MAX_WIDTH, MAX_HEADS = 1 << 24, 1 << 12
+"""Limits of sizes in foreign files, so that a matrix's bytes are a 64-bit number."""
 
 
 class LlamaFamilyConfig(ModelConfig):
-    """The keys of LLaMA and of models that differ from it in details.
-
-    A subclass says the details: `name` and the class variables.
-    """
+    """The keys of LLaMA and of models that differ from it in `name` and the class variables."""
 
     huggingface_class: ClassVar[str | None] = None
     """The class of transformers that loads an exported model, if there is one."""
@@ -70,7 +65,7 @@ class LlamaFamilyConfig(ModelConfig):
     num_kv_heads: int | None = Field(None, gt=0, le=MAX_HEADS)
     """Number of key and value heads (grouped-query attention), a divisor of num_heads; unset:
     num_heads."""
-    head_dim: int | None = Field(None, gt=0, le=MAX_HEAD_DIM, multiple_of=2)
+    head_dim: int | None = Field(None, gt=0, le=MAX_HEADS, multiple_of=2)
     """Width of one attention head, even; unset: hidden_size / num_heads."""
     vocab_size: int = Field(32100, gt=0, le=MAX_WIDTH)
     """Number of token ids of the embedding and the head; at least the tokenizer's."""
@@ -107,10 +102,8 @@ class LlamaFamilyConfig(ModelConfig):
     def _check_size(self) -> Self:
         missing = [key for key in Sizes._fields if getattr(self, key) is None]
         if self.size is None and missing:
-            alone = ", or from_folder alone" if self.huggingface_types else ""
             raise ValueError(
                 f"size is missing; set one of {', '.join(SIZES)}, or set {', '.join(missing)}"
-                f"{alone}"
             )
         hidden_size, _, _, num_heads = self.sizes
         if self.head_dim is None and hidden_size % (2 * num_heads):
@@ -186,7 +179,7 @@ class LlamaFamilyConfig(ModelConfig):
         return [f"size = {self.size!r} has no effect with {', '.join(Sizes._fields)}"]
 
     def architecture(self) -> dict[str, object]:
-        """Returns what weights depend on: equal models are equal, however their keys were given."""
+        """See `ModelConfig`. Equal models are equal, however their keys were given."""
         others = {"size", "from_folder", "init_std", "max_positions", "attention"}
         return {
             **self.model_dump(mode="json", exclude=others),
@@ -197,7 +190,7 @@ class LlamaFamilyConfig(ModelConfig):
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """See `contracts.ModelConfig`."""
+        """See `ModelConfig`."""
         keys, problems = read_config(found)
         try:
             config = cls.model_validate(keys, strict=True)
@@ -206,51 +199,36 @@ class LlamaFamilyConfig(ModelConfig):
         if problems:
             raise ConfigError("; ".join(problems))
         # Defaults too, such as of the rotary embedding, so that no key of a base remains.
-        return {**config.architecture(), **keys, "size": None}
-
-    def check_huggingface_config(self, found: Mapping[str, Any]) -> list[str]:
-        """Returns all differences between a config.json and this model."""
-        model_type = found.get("model_type", self.name)
-        if not isinstance(model_type, str) or model_type not in self.huggingface_types:
-            return [f"model_type = {model_type!r} is not [model] name = {self.name!r}"]
-        try:
-            other = type(self).model_validate(self.keys_from_huggingface(found)).architecture()
-        except ConfigError as error:
-            return [str(error)]
-        return [
-            f"{THEIR_KEYS.get(key, key)} = {other[key]!r}, the model has {own!r}"
-            for key, own in self.architecture().items()
-            if other[key] != own
-        ]
+        resolved = {"num_kv_heads": config.kv_heads, "head_dim": config.head_width}
+        return {**config.architecture(), **keys, **resolved, "size": None}
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """Returns the config.json of transformers' class for this model, if there is one."""
+        """See `ModelConfig`."""
         if self.huggingface_class is None:
             return None
         max_positions = max(seq_len, self.max_positions or 0)
         keys = {"init_std": self.init_std, "max_positions": max_positions, **self.architecture()}
-        written = write_config(keys) | {
+        of_class: dict[str, object] = {
             "architectures": [self.huggingface_class],
             "model_type": self.name,
         }
         if self.name == "llama" and self.sizes.hidden_size % self.sizes.num_heads:
             # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
-            written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-            written["sliding_window"] = None
-        return written
+            of_class = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            of_class["sliding_window"] = None
+        return write_config(keys) | of_class
 
     def weight_copies(self) -> dict[str, str]:
-        """See `contracts.ModelConfig`."""
+        """See `ModelConfig`."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}
 
     def on_any_machine(self) -> Self:
-        """Replaces flash_attn by sdpa, which attends to the same tokens. See
-        `contracts.ModelConfig`."""
+        """Replaces flash_attn by sdpa, which attends to the same tokens."""
         is_flash = self.attention == "flash_attn"
         return self.model_copy(update={"attention": "sdpa"}) if is_flash else self
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
-        """Checks the attention backend; see `contracts.ModelConfig`."""
+        """Checks the attention backend."""
         check_attention(self.attention, device_type, compute_dtype)
 
 

@@ -1,8 +1,4 @@
-"""The `config.json` of LLaMA and its family in Hugging Face's layout.
-
-Both spellings of the rotary keys are known: transformers 5 writes rope_parameters, version 4
-rope_theta and rope_scaling.
-"""
+"""The `config.json` of LLaMA and its family, as transformers 4 and 5 write it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +51,7 @@ def read_config(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ConfigError: names the keys that are missing.
     """
+    # transformers 5 writes rope_parameters, version 4 rope_theta and rope_scaling.
     given = {key: value for key, value in found.items() if value is not None}
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     if not isinstance(rope, dict):

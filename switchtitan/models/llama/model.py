@@ -8,12 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import (
-    ApplyHead,
-    Cache,
-    LanguageModel,
-    default_apply_head,
-)
+from switchtitan.contracts import ApplyHead, Cache, LanguageModel, default_apply_head
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import build_mask, load_attention
 from switchtitan.models.llama.cache import KeyValueCache
@@ -25,14 +20,12 @@ from switchtitan.models.llama.rope import rotary_tables, rotate
 class Positions:
     """Inputs that all blocks share in one forward pass.
 
-    The tables are fp32: bf16 would round the cosines to 8 bits. FSDP casts a block's arguments
-    unless its policy sets cast_forward_inputs=False.
+    The tables are fp32: bf16 would round the cosines to 8 bits.
     """
 
     cos: Tensor
-    """[seq, head_dim/2] fp32; with a cache [batch, 1, seq, head_dim/2]."""
+    """[seq, head_dim/2] fp32; with a cache [batch, 1, seq, head_dim/2]. `sin` is alike."""
     sin: Tensor
-    """Like `cos`."""
     mask: BlockMask | None
     """The attention backend's mask, from the document ids."""
     cache: KeyValueCache | None = None
@@ -108,10 +101,7 @@ class Decoder(nn.Module):
 
 
 class Llama(LanguageModel):
-    """A language model of LLaMA's family: the section's class says which of its parts vary.
-
-    Builds on the current default device (the caller sets meta).
-    """
+    """A language model of LLaMA's family: the section's class says which of its parts vary."""
 
     draws_in_forward: ClassVar[bool] = False
 
@@ -138,8 +128,8 @@ class Llama(LanguageModel):
         apply_head: ApplyHead = default_apply_head,
         cache: Cache | None = None,
     ) -> Tensor:
-        """See `contracts.LanguageModel`. Only flex reads the document ids; with a cache, tokens are
-        of one document."""
+        """See `LanguageModel`. Only flex reads the document ids; with a cache, each sequence is one
+        document."""
         seq_len = tokens.shape[1]
         if cache is None:
             mask = build_mask(self.config.attention, document_ids)
@@ -165,13 +155,13 @@ class Llama(LanguageModel):
         return self.lm_head
 
     def outer_units(self) -> list[list[nn.Module]]:
-        """Returns the embedding, and the last norm with the head; nothing if the head is tied."""
+        """The embedding, and the last norm with the head; nothing if the head is tied."""
         if self.config.tied_head:
             return []
         return [[self.model.embed_tokens], [self.model.norm, self.lm_head]]
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Returns ones for norms, zeros for biases, otherwise N(0, `initial_std`^2)."""
+        """Ones for norms, zeros for biases, otherwise N(0, `initial_std`^2)."""
         value = torch.zeros(shape, dtype=torch.float32, device="cpu")
         if name.endswith("norm.weight"):
             return value.fill_(1.0)
@@ -180,7 +170,7 @@ class Llama(LanguageModel):
         return value.normal_(0.0, self.initial_std(name), generator=generator)
 
     def initial_std(self, name: str) -> float:
-        """Returns the standard deviation of a parameter that starts with a normal distribution."""
+        """The standard deviation of a parameter that starts with a normal distribution."""
         return self.config.init_std
 
     def num_flops_per_token(self, seq_len: int) -> int:

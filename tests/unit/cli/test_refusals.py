@@ -67,7 +67,6 @@ TRAINED = [
     ("export {run} --max-shard-size 5", "--max-shard-size", "5"),
     ("export {run} --folder {empty}/x", "{empty}/x", "cannot be written"),
     ("export {run} --folder /proc/x", "/proc/x", "cannot be written"),
-    ("report {run} --spectrum --output x.png --layers c_proj", "--layers c_proj", "q_proj"),
     ("report {run} --output {folder}/x.gmp", "x.gmp", "unknown picture format"),
     ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
 ]

@@ -2,7 +2,6 @@
 not supported is refused by name."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -112,19 +111,15 @@ def test_transformers_computes_our_logits_from_an_export_in_shards(state, tmp_pa
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
 
 
-def test_bf16_export_rounds_each_value_once(state, tmp_path):
-    export(state, tmp_path / "out", torch.bfloat16)
-    back = read_dense(tmp_path / "out")
+def test_bf16_is_rounded_once_and_a_failed_export_leaves_nothing_behind(state, tmp_path):
+    export(state, tmp_path / "bf16", torch.bfloat16)
+    back = read_dense(tmp_path / "bf16")
     assert all(torch.equal(back[name], value.bfloat16()) for name, value in state.items())
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_a_failed_export_leaves_nothing_behind(state, tmp_path):
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
     (tmp_path / "broken.json").write_text("{}")
-    keys = {"tokenizer_file": tmp_path / "broken.json", "eos_id": 0}
     with pytest.raises(CorpusError, match=r"broken\.json is not a tokenizer"):
-        export(state, tmp_path / "out", **keys)
-    assert [file.name for file in tmp_path.iterdir()] == ["broken.json"]
+        export(state, tmp_path / "out", tokenizer_file=tmp_path / "broken.json", eos_id=0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bf16", "broken.json"]
 
 
 def test_an_export_names_missing_unexpected_and_misshapen_weights(state, tmp_path):
@@ -142,20 +137,15 @@ def test_an_export_names_missing_unexpected_and_misshapen_weights(state, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("llama", {"rope_theta": 10000.0}, r"rope_theta = 700\.0"),
-        ("llama", {"num_heads": 3, "num_kv_heads": 1}, "num_attention_heads = 9"),
-        ("llama3, tied", {"rope_original_positions": 128}, "original_max_position_embeddings"),
-        ("llama, linear", {"rope_factor": 2.0}, r"factor = 2\.5"),
+        ("llama", {"rope_theta": 10000.0}, r"rope_theta = 700\.0, \[model\] has 10000"),
+        ("llama", {"num_heads": 3, "num_kv_heads": 1}, "num_heads = 9"),
+        ("llama3, tied", {"rope_original_positions": 128}, "rope_original_positions"),
+        ("qwen2", {"name": "llama"}, "name = 'qwen2', .* 'llama'"),
     ],
 )
 def test_weights_of_another_model_are_refused(folders, kind, changes, words):
     with pytest.raises(CheckpointError, match=rf"config\.json describes another model: .*{words}"):
         read_initial_weights(folders[kind], read_section(folders[kind], **changes))
-
-
-def test_a_folder_of_another_family_is_refused(folders):
-    with pytest.raises(CheckpointError, match=r"'qwen2'.* 'llama'"):
-        read_initial_weights(folders["qwen2"], read_section(folders["llama"]))
 
 
 def changed_copy(folder, copy, changes):
@@ -240,21 +230,8 @@ def test_stored_rotary_frequencies_are_left_out(folders, tmp_path):
     assert read_initial_weights(tmp_path, config).tensors.keys() == parameter_shapes(config).keys()
 
 
-def resident_bytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def test_a_single_file_is_mapped_and_not_copied(tmp_path):
-    file = tmp_path / "weights.safetensors"
-    save_file({"big.weight": torch.zeros(64, 2**18)}, file)  # 64 MiB
-    before = resident_bytes()
-    tensor = read_dense(file)["big.weight"]
-    assert resident_bytes() - before < 32 * 2**20
-    assert tensor.sum() == 0
-
-
 def test_damaged_and_missing_weights_are_named(state, tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+    with pytest.raises(CheckpointError, match="nowhere is a missing"):
         read_dense(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
         read_dense(tmp_path)
@@ -271,5 +248,5 @@ def test_damaged_and_missing_weights_are_named(state, tmp_path):
 )
 def test_a_damaged_index_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"nor a valid model\.safetensors\.index\.json"):
         read_dense(tmp_path)

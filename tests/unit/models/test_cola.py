@@ -7,19 +7,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.commands import run
-from support.held_weights import HeldWeights
 from support.tiny import tiny_config, tiny_trainer, train_steps
 from torch import nn
 
-from switchtitan.errors import CheckpointError, ConfigError
-from switchtitan.hub.export_folder import export_dense
-from switchtitan.hub.initial_weights import read_initial_weights
+from switchtitan.errors import ConfigError
 from switchtitan.methods.full_rank import linear_weights
-from switchtitan.methods.lowrank.config import ADAPTED_LINEARS
-from switchtitan.models import MODELS, linear_shapes
+from switchtitan.models import MODELS
 from switchtitan.models.cola import MEAN_SQUARES, BottleneckLinear, ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
-from switchtitan.spectra.spectrum import layers_by_kind
 
 KEYS = {
     "hidden_size": 36,
@@ -171,28 +166,3 @@ def test_a_run_learns_is_evaluated_generates_text_and_is_not_exported(corpora):
     assert run("generate", checkpoint, "--prompt", "def ", "--max-new-tokens", "3").status == 0
     run("export", checkpoint).check_refused("name = 'cola'", "transformers")
     assert not (folder / "run" / "exports").exists()
-
-
-def test_kinds_of_layers_keep_the_names_of_the_layers_that_factors_replace():
-    kinds = layers_by_kind(linear_shapes(ColaConfig(**KEYS, rank=RANK)))
-    assert len(kinds) == 2 * 7 + 1
-    assert kinds["q_proj.factor_a"] == [
-        f"model.layers.{index}.self_attn.q_proj.factor_a" for index in range(KEYS["num_layers"])
-    ]
-    assert list(layers_by_kind(linear_shapes(LlamaConfig(**KEYS)))) == [
-        *ADAPTED_LINEARS,
-        "lm_head",
-    ]
-
-
-def test_weights_of_llama_are_refused(tmp_path):
-    plain = LlamaConfig(**KEYS)
-    export_dense(
-        HeldWeights(MODELS.build(plain).state_dict()),
-        plain,
-        tmp_path / "llama",
-        torch.float32,
-        seq_len=64,
-    )
-    with pytest.raises(CheckpointError, match=r"'llama'.*'cola'"):
-        read_initial_weights(tmp_path / "llama", ColaConfig(**KEYS, rank=RANK))

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from switchtitan.errors import CheckpointError, ConfigError
+from switchtitan.errors import CheckpointError
 from switchtitan.spectra.spectrum import (
     effective_rank,
+    layer_kind,
     layers_by_kind,
     mean_normalized_spectrum,
     normalized_by_kind,
     numerical_rank,
-    select_layers,
     singular_values,
     summarize,
 )
@@ -61,6 +61,7 @@ def test_a_summary_averages_over_layers_and_kinds():
         "model.layers.0.mlp.up_proj": torch.tensor([1.0, 0.0]),
         "model.layers.1.self_attn.q_proj": torch.tensor([5.0, 5.0, 0.0, 0.0]),
     }
+    assert layer_kind("model.layers.0.self_attn.q_proj.factor_a") == "q_proj.factor_a"
     summary = summarize(spectra)
     assert summary.effective == summary.numerical == pytest.approx((4 + 1 + 2) / 3)
     assert summary.effective_by_kind == pytest.approx({"q_proj": 3, "up_proj": 1})
@@ -80,15 +81,6 @@ def test_spectra_are_normalized_layer_by_layer():
     # Shorter and unchanged layers count as zero.
     mean = mean_normalized_spectrum(spectra)
     torch.testing.assert_close(mean, torch.tensor([2, 1, 0.25]) / 3, rtol=1e-6, atol=0)
-
-
-def test_layers_are_selected_by_kind_or_name():
-    names = [f"model.layers.{index}.mlp.{kind}" for index in (0, 1) for kind in ("up", "down")]
-    assert select_layers(names, ["*"]) == names
-    assert select_layers(names, ["up"]) == names[::2]
-    assert select_layers(names, ["*.1.*"]) == names[2:]
-    with pytest.raises(ConfigError, match="side"):
-        select_layers(names, ["up", "side"])
 
 
 def test_measurements_are_read_by_step_and_later_ones_dropped(tmp_path):
