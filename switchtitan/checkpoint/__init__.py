@@ -1,23 +1,19 @@
 """Atomic checkpoints: save, find, verify, load on any number of ranks, prune."""
 
-from switchtitan.checkpoint.checkpointer import Checkpointer, join_writers
-from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.find import (
+from switchtitan.checkpoint.checkpointer import (
     CHECKPOINTS_FOLDER,
     METADATA_FILE,
+    Checkpointer,
     CheckpointMetadata,
-    check_given_paths,
     check_same_run,
     find_checkpoint,
     find_given,
-    find_latest,
-    list_step_folders,
+    join_writers,
     read_metadata,
-    step_folder_name,
     step_of,
-    verify,
 )
-from switchtitan.checkpoint.tensors import CheckpointTensors, SavedTensors, load_tensors_
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.tensors import CheckpointTensors, read_tensors, saved_tensors
 
 __all__ = [
     "CHECKPOINTS_FOLDER",
@@ -26,17 +22,12 @@ __all__ = [
     "CheckpointMetadata",
     "CheckpointTensors",
     "Checkpointer",
-    "SavedTensors",
-    "check_given_paths",
     "check_same_run",
     "find_checkpoint",
     "find_given",
-    "find_latest",
     "join_writers",
-    "list_step_folders",
-    "load_tensors_",
     "read_metadata",
-    "step_folder_name",
+    "read_tensors",
+    "saved_tensors",
     "step_of",
-    "verify",
 ]

@@ -1,69 +1,96 @@
-"""Save a run's checkpoints, optionally in the background, and delete old ones.
+"""Save a run's checkpoints, optionally in the background; find, verify and delete them.
 
-A save writes a partial folder: every file is flushed to disk and hashed, then the folder is
-renamed. So a folder named step-N is complete, whenever the process or the power fails.
+    <output_dir>/checkpoints/step-000001000/
+        metadata.json       format, step, training state, the run's identity and configuration
+        .metadata           dtype, shape and pieces of every tensor (torch.distributed.checkpoint)
+        __<rank>_0.distcp   the pieces that a rank wrote
+        SHA256SUMS          of the files above; `sha256sum -c SHA256SUMS` checks them too
+
+A save writes to `.step-000001000.partial`: every file is flushed to disk and hashed, then the
+folder is renamed. So a folder named step-N is complete, whenever the process or the power fails.
 """
 
 import hashlib
 import json
 import logging
 import os
-import shutil
+import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import JsonValue
+from pydantic import BaseModel, Field, JsonValue
 from torch import Tensor
 
-from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.find import (
-    FORMAT_VERSION,
-    METADATA_FILE,
-    SUMS_FILE,
-    CheckpointMetadata,
-    find_checkpoint,
-    is_complete,
-    is_own_file,
-    list_step_folders,
-    read_metadata,
-    step_folder_name,
-    sums_text,
-)
-from switchtitan.checkpoint.tensors import HostMemory, as_checkpoint_error, write_tensors
+from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.tensors import TENSOR_FILES, copy_to_host, reading, write_tensors
+from switchtitan.config import flatten
 from switchtitan.distributed.world import World
-from switchtitan.errors import CheckpointError
-from switchtitan.files import format_bytes, make_folder, named_errors, sync_folder
+from switchtitan.errors import CheckpointError, CheckpointFormatError
+from switchtitan.files import exists, make_folder, named_errors, sha256_of_file, sync_folder
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
+CHECKPOINTS_FOLDER = "checkpoints"
+"""The folder of checkpoints in a run's output folder."""
+METADATA_FILE, SUMS_FILE = "metadata.json", "SHA256SUMS"
+FORMAT_VERSION = 5
+"""Earlier ones have an index of their own instead of torch's, and other checksums."""
 POLL_INTERVAL = 10
 """Calls of `Checkpointer.poll` between two in which ranks communicate."""
+_STEP_FOLDER = re.compile(r"step-(\d{9,})")
+_SUMS_LINE = re.compile(rf"([0-9a-f]{{64}})  ({TENSOR_FILES}|{METADATA_FILE})\n")
+_OWN_FILE = re.compile(rf"{TENSOR_FILES}|{METADATA_FILE}|{SUMS_FILE}")
 _WRITER = "checkpoint-writer"
 """Start of the names of threads that write."""
 
 
+class CheckpointMetadata(BaseModel, frozen=True, extra="forbid"):
+    """The contents of `metadata.json`."""
+
+    format_version: int
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    train_state: dict[str, JsonValue]
+    """The trainer's state, e.g. the number of tokens seen."""
+    identity: dict[str, dict[str, JsonValue]]
+    """The values that may not change on resume, by section: model, method, corpus."""
+    run: dict[str, JsonValue]
+    """For the reader: the configuration, the corpus, the time."""
+    versions: dict[str, str]
+    """Versions of the code that wrote it."""
+
+    @property
+    def config(self) -> str:
+        """The configuration of the run that saved the checkpoint, as TOML."""
+        return str(self.run["config"])
+
+    def identity_value(self, section: str, key: str) -> JsonValue:
+        if key not in self.identity.get(section, {}):
+            raise CheckpointError(f"{METADATA_FILE}: identity.{section}.{key} is missing")
+        return self.identity[section][key]
+
+    def identity_number(self, section: str, key: str) -> int:
+        number = self.identity_value(section, key)
+        if not isinstance(number, int):
+            raise CheckpointError(f"{METADATA_FILE}: identity.{section}.{key} = {number!r}")
+        return number
+
+
 class Checkpointer:
-    """Saves a run's state to `folder` and finds the checkpoint to resume from. Every method is
-    collective.
+    """Saves a run's state to `folder` and finds the checkpoint to resume from; all collective.
 
     Args:
-        folder: `<output_dir>/checkpoints`, on a file system that all ranks see; created on first
-            use.
-        identity: the values that may not change on resume (see `check_same_run`).
-        metadata: for the reader: the configuration, the corpus.
-        versions: of libraries and code, by name.
-
-    Attributes:
-        latest: the newest checkpoint that this object completed.
+        folder: `<output_dir>/checkpoints`, seen by all ranks; created on first use.
+        identity, metadata, versions: see `CheckpointMetadata`; `metadata` becomes its `run`.
+        latest: the checkpoint to resume from if the run stopped now; later the newest complete one.
     """
 
     def __init__(
@@ -75,40 +102,16 @@ class Checkpointer:
         identity: Mapping[str, JsonValue],
         metadata: Mapping[str, JsonValue],
         versions: Mapping[str, str],
+        latest: Path | None = None,
     ) -> None:
-        self._folder = folder
-        self._config = config
-        self._world = world
+        self._folder, self._config, self._world = folder, config, world
         # A group of its own, since a thread and the training loop must not share one.
         self._writers = replace(world, host_group=world.new_host_group())
-        self._identity = json.loads(json.dumps(dict(identity)))
-        self._metadata = json.loads(json.dumps(dict(metadata)))
-        self._versions = dict(versions)
-        self._host_memory = HostMemory()
+        self._described = {"identity": identity, "run": metadata, "versions": versions}
+        self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None
         self._num_polls = 0
-        self._resumed: Path | None = None
-        self.latest: Path | None = None
-
-    @property
-    def resume_point(self) -> Path | None:
-        """The checkpoint to resume from if the run stopped now; None if there is none yet."""
-        return self.latest or self._resumed
-
-    def checkpoint_to_resume(self) -> Path | None:
-        """Returns the checkpoint to resume from, the same on every rank; None for a new run.
-
-        Raises:
-            CheckpointError: on every rank, if it is damaged or missing, or the folder holds another
-                run's checkpoints.
-        """
-
-        def find() -> Path | None:
-            is_main = self._world.is_main
-            return find_checkpoint(self._folder, self._config.resume) if is_main else None
-
-        self._resumed = self._world.together(find)[0]
-        return self._resumed
+        self.latest = latest
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
@@ -116,32 +119,25 @@ class Checkpointer:
         """Writes `<folder>/step-<step>`; waits for an earlier save in progress.
 
         With `async_save`, returns once `tensors` are copied and may change; `poll` or `finish`
-        completes the save. Otherwise the checkpoint is complete on return.
+        completes the save.
 
         Args:
-            step: optimizer steps done.
-            tensors: DTensors or plain tensors by name; plain ones are the same on every rank.
-            train_state: plain JSON values.
+            tensors: DTensors, or plain tensors that are the same on every rank.
 
         Raises:
             CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints
                 are untouched.
         """
         self.finish()
-        metadata = CheckpointMetadata(
-            format_version=FORMAT_VERSION,
-            step=step,
-            train_state=json.loads(json.dumps(dict(train_state))),
-            identity=self._identity,
-            run={"saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._metadata},
-            versions=self._versions,
-        )
+        described = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
+        metadata = CheckpointMetadata.model_validate_json(json.dumps(described | self._described))
+        metadata.run["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         if not self._config.async_save:
             self.latest = self._write(metadata, tensors)
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
-        self._world.together(lambda: copies.update(self._host_memory.copy(tensors)))
+        self._world.together(lambda: copies.update(copy_to_host(tensors, self._host_copies)))
         self._num_polls = 0
         # The interpreter waits for the thread at its exit.
         thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
@@ -149,13 +145,10 @@ class Checkpointer:
         thread.shutdown(wait=False)
 
     def poll(self) -> None:
-        """Completes a background save if every rank has written it. Call it each step.
+        """Calls `finish` if every rank has written. Call it each step.
 
         The ranks ask each other only in every `POLL_INTERVAL`-th call, since that makes all hosts
         wait for the slowest.
-
-        Raises:
-            CheckpointError: on every rank in the same call, if the save failed.
         """
         if self._in_flight is None:
             return
@@ -167,86 +160,54 @@ class Checkpointer:
                 self.finish()
 
     def finish(self) -> None:
-        """Waits until a background save is complete.
-
-        Raises:
-            CheckpointError: on every rank, if it failed.
-        """
-        if self._in_flight is None:
-            return
-        in_flight = self._in_flight
-        try:
+        """Waits until a background save is complete; raises its error, on every rank."""
+        if self._in_flight is not None:
+            # After Ctrl-C, the interpreter still waits for the thread.
+            in_flight, self._in_flight = self._in_flight, None
             self.latest = in_flight.result()
-        finally:
-            # Ctrl-C ends the wait, not the save.
-            if in_flight.done():
-                self._in_flight = None
 
     def _write(self, metadata: CheckpointMetadata, tensors: Mapping[str, Tensor]) -> Path:
         """Writes a checkpoint and deletes older ones; every rank gets the same result or error."""
         started_at, is_main = time.monotonic(), self._world.is_main
-        final = self._folder / step_folder_name(metadata.step)
+        final = self._folder / f"step-{metadata.step:09d}"
         partial = _partial_folder(final)
+        group = self._writers.host_group
         try:
-            self._together(lambda: _make_partial_folder(final) if is_main else None)
-            of_ranks = self._together(
-                lambda: write_tensors(partial, tensors, self._writers.host_group)
-            )
-            sums = {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
-            self._together(lambda: _seal(final, metadata, sums) if is_main else None)
+            self._writers.together(lambda: _make_partial_folder(final) if is_main else None)
+            sums = self._writers.together(lambda: write_tensors(partial, tensors, group))
+            self._writers.together(lambda: _seal(final, metadata, sums) if is_main else None)
         except CheckpointError as error:
-            space = ""
             if is_main:
                 with suppress(OSError):
                     _remove(partial)
-            with suppress(OSError):
-                space = f"{format_bytes(shutil.disk_usage(self._folder).free)} are free; "
             raise CheckpointError(
-                f"cannot save step {metadata.step} to {self._folder}: {error}; {space}older "
-                "checkpoints are untouched"
+                f"cannot save step {metadata.step} to {self._folder}: {error}; older checkpoints "
+                "are untouched"
             ) from error
         if is_main:
             logger.info("saved %s in %.1f s", final, time.monotonic() - started_at)
-            self._prune(final)
+            self._prune(metadata)
         return final
 
-    def _together(self, function: Callable[[], Result]) -> list[Result]:
-        def expect_errors() -> Result:
-            with as_checkpoint_error():
-                return function()
-
-        return self._writers.together(expect_errors)
-
-    def _prune(self, newest: Path) -> None:
+    def _prune(self, newest: CheckpointMetadata) -> None:
         """Deletes all but the newest `keep_latest` of this run's checkpoints; raises nothing.
 
-        Those newer than `newest`, of other runs, damaged so that it shows without reading tensors,
-        or with files of others are neither deleted nor counted.
+        Those of later steps, of other runs, with unreadable metadata or with files of others stay
+        and do not count.
         """
-        if self._config.keep_latest == 0:
-            return
-        present = list_step_folders(self._folder)
-        older = present[present.index(newest) + 1 :]
-        try:
-            own = [path for path in older if self._is_own(path)]
-            for path in own[self._config.keep_latest - 1 :]:
-                # Renamed first, so that an interrupted deletion leaves nothing that looks like a
-                # checkpoint.
-                _remove(path.rename(_partial_folder(path)))
-                logger.debug("deleted the older checkpoint %s", path)
-        except OSError as error:
-            logger.warning("could not delete an older checkpoint: %s", error)
-
-    def _is_own(self, path: Path) -> bool:
-        try:
-            metadata = read_metadata(path)
-        except CheckpointError as error:
-            logger.warning("not deleting an older checkpoint: %s", error)
-            return False
-        foreign = [file.name for file in path.iterdir() if not is_own_file(file.name)]
-        if foreign:
-            logger.warning("not deleting %s, which holds other files: %s", path, foreign)
-        return not foreign and metadata.identity == self._identity
+        num_kept = 0
+        for path in list_step_folders(self._folder) if self._config.keep_latest else ():
+            try:
+                metadata = read_metadata(path)
+                is_own = all(_OWN_FILE.fullmatch(file.name) for file in path.iterdir())
+                is_own = is_own and metadata.identity == newest.identity
+                if is_own and metadata.step <= newest.step:
+                    num_kept += 1
+                    if num_kept > self._config.keep_latest:
+                        # Renamed first: what an interrupted deletion leaves is no checkpoint.
+                        _remove(path.rename(_partial_folder(path)))
+            except (OSError, CheckpointError) as error:
+                logger.warning("could not delete an older checkpoint: %s", error)
 
 
 def join_writers(timeout_s: float) -> bool:
@@ -258,12 +219,22 @@ def join_writers(timeout_s: float) -> bool:
     return not any(writer.is_alive() for writer in writers)
 
 
+# The folder of a checkpoint.
 def _partial_folder(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+@contextmanager
+def _errors_of_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+
+
+@_errors_of_disk()
 def _make_partial_folder(final: Path) -> None:
-    """Makes room for a checkpoint at `final`, and deletes what earlier failures have left."""
+    """Makes room for a checkpoint, and deletes what interrupted saves and deletions have left."""
     make_folder(final.parent)
     for leftover in final.parent.glob(".step-*.partial"):
         try:
@@ -271,39 +242,178 @@ def _make_partial_folder(final: Path) -> None:
         except OSError as error:
             logger.warning("could not delete what is left of a checkpoint: %s", error)
     if final.exists():
-        # As thorough as the search on resume: what was skipped there must not block a save here.
-        if is_complete(final):
-            raise CheckpointError(f"{final} already exists and is complete; it is not overwritten")
-        final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
+        # The search on resume has skipped it.
+        aside = final.rename(final.with_name(f"{final.name}.replaced-{time.time_ns()}"))
+        logger.warning("renamed %s to %s", final, aside.name)
     _partial_folder(final).mkdir()
 
 
 def _remove(folder: Path) -> None:
-    """Deletes a checkpoint's folder.
-
-    Raises:
-        OSError: if it holds other files, which are not deleted.
-    """
     for file in folder.iterdir():
-        if is_own_file(file.name):
-            file.unlink()
+        file.unlink()
     folder.rmdir()
 
 
-def _seal(final: Path, metadata: CheckpointMetadata, sums: dict[str, str]) -> None:
+@_errors_of_disk()
+def _seal(final: Path, metadata: CheckpointMetadata, of_ranks: list[dict[str, str]]) -> None:
     """Writes what describes the tensors' files, and gives the folder its final name."""
     partial = _partial_folder(final)
     text = metadata.model_dump_json(indent=2)
-    own_sum = hashlib.sha256(text.encode()).hexdigest()
-    _write_flushed(partial / METADATA_FILE, text)
-    _write_flushed(partial / SUMS_FILE, sums_text(sums | {METADATA_FILE: own_sum}))
+    sums = {METADATA_FILE: hashlib.sha256(text.encode()).hexdigest()}
+    for of_rank in of_ranks:
+        sums |= of_rank
+    for name, contents in ((METADATA_FILE, text), (SUMS_FILE, _sums_text(sums))):
+        file = partial / name
+        with named_errors(file), file.open("x", encoding="utf-8") as stream:
+            stream.write(contents)
+            stream.flush()
+            os.fsync(stream.fileno())
     sync_folder(partial)
     partial.rename(final)
     sync_folder(final.parent)
 
 
-def _write_flushed(file: Path, text: str) -> None:
-    with named_errors(file), file.open("x", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _sums_text(sums: Mapping[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def read_metadata(path: Path) -> CheckpointMetadata:
+    """Reads a checkpoint's `metadata.json`, without comparing checksums.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the format.
+        CheckpointError: if it is missing or damaged.
+    """
+
+    class Format(BaseModel):
+        format_version: int
+
+    with reading(path / METADATA_FILE):
+        contents = (path / METADATA_FILE).read_bytes()
+        version = Format.model_validate_json(contents).format_version
+        if version == FORMAT_VERSION:
+            return CheckpointMetadata.model_validate_json(contents)
+    raise CheckpointFormatError(
+        f"{path}: the checkpoint has format {version}, but this version of switchtitan reads "
+        f"format {FORMAT_VERSION}; resume, evaluate or export it with the version that wrote it, "
+        "or start a new run in another [job] output_dir"
+    )
+
+
+def verify(path: Path) -> CheckpointMetadata:
+    """Compares all files with their checksums, which reads the full checkpoint once.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the format.
+        CheckpointError: names the first problem.
+    """
+    if not (path / SUMS_FILE).exists():
+        read_metadata(path)  # earlier formats have no such file
+    with reading(path / SUMS_FILE):
+        text = (path / SUMS_FILE).read_text(encoding="ascii")
+    sums = {name: digest for digest, name in _SUMS_LINE.findall(text)}
+    if text != _sums_text(sums) or not sums.keys() >= {METADATA_FILE, ".metadata"}:
+        raise CheckpointError(f"{path}: {SUMS_FILE} is corrupted")
+    with ThreadPoolExecutor(4) as readers, reading(path):  # hashlib releases the GIL
+        found = readers.map(lambda name: sha256_of_file(path / name), sums)
+        bar = progress_bar(f"verifying {path.name}", found, total=len(sums), unit="files")
+        for (name, expected), digest in zip(sums.items(), bar, strict=True):
+            if digest != expected:
+                raise CheckpointError(f"{path}: {name} differs from its checksum in {SUMS_FILE}")
+    return read_metadata(path)
+
+
+# The checkpoint to resume from.
+def step_of(path: Path) -> int | None:
+    """The step in the name of a complete checkpoint's folder; None for another name."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def list_step_folders(folder: Path) -> list[Path]:
+    """The folders in `folder` that are named like complete checkpoints, newest first."""
+    found = [path for path in folder.glob("step-*") if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def find_latest(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint in `folder`, or None; logs why it skips one."""
+    for path in list_step_folders(folder):
+        try:
+            verify(path)
+            return path
+        except CheckpointFormatError:
+            raise
+        except CheckpointError as error:
+            logger.warning("skipping an incomplete checkpoint: %s", error)
+    return None
+
+
+def find_given(path: Path) -> Path:
+    """Returns the complete checkpoint at `path`, or the newest one of the run or folder there.
+
+    Raises:
+        CheckpointError: if there is none, or this version does not read its format.
+    """
+    if (path / METADATA_FILE).is_file():
+        verify(path)
+        return path
+    if latest := find_latest(path) or find_latest(path / CHECKPOINTS_FOLDER):
+        return latest
+    raise CheckpointError(
+        f"no complete checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE}, "
+        "a folder of such folders, or a run's output folder"
+    )
+
+
+def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
+    """Returns the checkpoint that a run resumes from; None means a new run.
+
+    Args:
+        folder: the run's own checkpoints; need not exist.
+
+    Raises:
+        CheckpointError: if the given checkpoint or initial weights are missing or damaged, or all
+            own checkpoints are, or the run would mix its checkpoints with those of another.
+    """
+    resume, present = config.resume, list_step_folders(folder)
+    continued = {path.resolve() for path in (folder, folder.parent, *present[:1])}
+    if resume == RESUME_AUTO:
+        if present and (latest := find_latest(folder)):
+            return latest
+        if present:
+            raise CheckpointError(
+                f"[checkpoint] resume = 'auto': none of the {len(present)} checkpoints in {folder} "
+                "is complete (see the warnings above); move that folder away to start from scratch"
+            )
+    elif present and (resume == RESUME_NEVER or Path(resume).resolve() not in continued):
+        raise CheckpointError(
+            f"[checkpoint] resume = {resume!r}: {folder} already holds {len(present)} checkpoints, "
+            f"the newest is {present[0].name}; use another [job] output_dir, or move that folder "
+            "away, or set resume = 'auto' to resume from the newest"
+        )
+    elif resume != RESUME_NEVER:
+        return find_given(Path(resume))
+    weights = config.initial_weights
+    if weights is not None and not exists(Path(weights)):
+        raise CheckpointError(f"[checkpoint] initial_weights = {weights!r}: no such file or folder")
+    return None
+
+
+def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Compares two identities, nested mappings of plain values.
+
+    Raises:
+        CheckpointError: names every differing key by its dotted path, with both values and the fix.
+    """
+    before, now, absent = flatten(saved), flatten(current), "(absent)"
+    differences = "".join(
+        f"\n  {key}: saved with {before.get(key, absent)!r}, now {now.get(key, absent)!r}"
+        for key in {**before, **now}
+        if before.get(key, absent) != now.get(key, absent)
+    )
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint belongs to another run:{differences}\n"
+            "set these back to resume that run, or start a new one in another [job] output_dir"
+        )

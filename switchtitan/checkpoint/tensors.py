@@ -1,13 +1,14 @@
-"""The tensors of a run's checkpoint: in the run, copied to host memory, and on disk.
+"""The tensors of a checkpoint: in the run, copied to the host, and on disk.
 
 torch.distributed.checkpoint (DCP) writes and reads them. What is ours: checksums of what is
-written, and readers that run no code of a file.
+written, and a reader that runs no code of a file.
 """
 
 import hashlib
 import io
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,18 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    FileSystemReader,
-    FileSystemWriter,
-    Metadata,
-)
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint import CheckpointException, filesystem, metadata
 
-from switchtitan.checkpoint.find import TENSORS_INDEX_FILE, is_own_file
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.copies import PageLockedMemory
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local, with_local
@@ -37,19 +29,12 @@ from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import named_errors
 
+TENSOR_FILES = r"__\d+_\d+\.distcp|\.metadata"
+"""A pattern of the names of the files that DCP writes: one for each rank, and the index."""
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-_ALIGNMENT = 16
-"""Bytes at whose multiples copies start; as long as a GPU's widest access."""
-_DCP = "torch.distributed.checkpoint"
 _READABLE = {
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"),
-    (f"{_DCP}.metadata", "Metadata"),
-    (f"{_DCP}.metadata", "MetadataIndex"),
-    (f"{_DCP}.metadata", "StorageMeta"),
-    (f"{_DCP}.metadata", "TensorProperties"),
-    (f"{_DCP}.metadata", "TensorStorageMetadata"),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
+    *((metadata.__name__, name) for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")),
+    (filesystem.__name__, "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
 }
@@ -71,245 +56,161 @@ class CheckpointTensors:
 
     def __call__(self) -> dict[str, Tensor]:
         """Returns all tensors by name, with the current optimizer state."""
-        return self._of_model | self._of_optimizer(self._optimizer.state_dict())
+        return self._of_model | _prefixed(self._optimizer.state_dict())
 
     def held(self) -> dict[str, Tensor]:
         """Returns all tensors by name, and values outside the state that every rank computes."""
-        return self._of_optimizer(self._optimizer.replicated()) | self()
+        return self() | _prefixed(self._optimizer.replicated())
 
     def restore(self, checkpoint: Path, world: World) -> None:
-        """Loads model and optimizer from a checkpoint saved on any number of ranks; collective.
-
-        Raises:
-            CheckpointError: on every rank, if it does not fit or cannot be read on any.
-        """
+        """Loads model and optimizer from a checkpoint of any number of ranks; collective."""
         tensors = self()
         world.together(lambda: load_tensors_(checkpoint, tensors))
         own = {name: tensors[name] for name in tensors if name.startswith(_OPTIMIZER)}
         self._optimizer.load_state_dict({name.removeprefix(_OPTIMIZER): own[name] for name in own})
 
     def check_replicas(self) -> None:
-        """Compares the model's replicas across ranks. Collective; synchronizes with the device.
-
-        Raises:
-            RanksDisagreeError: on every rank, if replicas differ.
-        """
+        """Compares the model's replicas, see `replicas.check_replicas`."""
         # The default group of CUDA ranks does not communicate buffers that stay in host memory.
         check_replicas(self._of_model, self._device)
 
     def check_state(self, numbers: Mapping[str, Tensor]) -> None:
-        """Compares all state that several ranks hold: model, optimizer, and `numbers`.
-
-        Shards are compared over replicas. Plain tensors, such as counts and random bases, are
-        compared over all ranks. Collective; synchronizes with the device.
-
-        Args:
-            numbers: further plain tensors by name, on any device.
-
-        Raises:
-            RanksDisagreeError: on every rank, if ranks differ.
-        """
+        """Compares replicas of model, optimizer, and further plain tensors on any device."""
         # The state of some optimizers takes time to collect.
         if dist.is_initialized() and dist.get_world_size() > 1:
             check_replicas(self.held() | dict(numbers), self._device)
 
     def non_finite(self) -> list[str]:
-        """Returns the names of the model's tensors with an inf or nan, the same on every rank.
-
-        Collective; synchronizes with the device.
-        """
+        """Returns the names of the model's tensors with an inf or nan, see `norms.non_finite`."""
         return non_finite(self._of_model, self._device)
 
-    @staticmethod
-    def _of_optimizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{_OPTIMIZER}{name}": tensor for name, tensor in tensors.items()}
+
+def _prefixed(of_optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{_OPTIMIZER}{name}": tensor for name, tensor in of_optimizer.items()}
 
 
-class HostMemory:
-    """Host memory for copies of a run's tensors, page-locked on CUDA; each save reuses it.
+# Copies on the host.
+@torch.no_grad()
+def copy_to_host(tensors: Mapping[str, Tensor], reused: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies of the local shards on the host, complete; the host waits once for all.
 
-    Copying into memory that is already allocated takes a quarter of the time, and a device writes
-    page-locked memory directly, in one queue without waiting for each tensor.
+    Args:
+        reused: host memory by name, page-locked for tensors on CUDA; what is missing is added.
+            Writing to memory that is already allocated takes a quarter of the time.
     """
-
-    def __init__(self) -> None:
-        self._page_locked: PageLockedMemory | None = None
-        self._copies: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns copies by name, complete and valid until the next call; local shards of DTensors.
-
-        All copies share a storage, which has no other bytes than theirs, but for the alignment.
-        """
-        shards = {name: local(tensor) for name, tensor in tensors.items()}
-        if _shapes(shards) != _shapes(self._copies):
-            self._copies.clear()  # the old and the new memory together may not fit
-            self._copies = self._allocate(shards)
-        # The host must not write to memory that the device is writing to.
-        for name in sorted(shards, key=lambda name: shards[name].is_cuda):
-            self._copies[name].copy_(shards[name], non_blocking=True)
-        if any(shard.is_cuda for shard in shards.values()):
-            torch.cuda.current_stream().synchronize()
-        return {name: with_local(tensors[name], copy) for name, copy in self._copies.items()}
-
-    def _allocate(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._page_locked = None
-        starts, num_bytes = dict[str, int](), 0
-        for name, shard in shards.items():
-            starts[name] = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-            num_bytes = starts[name] + shard.nbytes
-        if any(shard.is_cuda for shard in shards.values()):
-            self._page_locked = PageLockedMemory(num_bytes)
-            memory = self._page_locked.bytes
-        else:
-            memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return {
-            name: memory[start : start + shards[name].nbytes]
-            .view(shards[name].dtype)
-            .view(shards[name].shape)
-            for name, start in starts.items()
-        }
+    shards = {name: local(tensor) for name, tensor in tensors.items()}
+    for name, shard in shards.items():
+        held = reused.get(name)
+        if held is None or (held.shape, held.dtype) != (shard.shape, shard.dtype):
+            # Page-locked memory is reserved in powers of two.
+            reused[name] = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda)
+        reused[name].copy_(shard, non_blocking=True)
+    if any(shard.is_cuda for shard in shards.values()):
+        torch.cuda.current_stream().synchronize()
+    return {name: with_local(tensor, reused[name]) for name, tensor in tensors.items()}
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
+# Writing.
 def write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup
 ) -> dict[str, str]:
     """Writes tensors to `folder`, flushed to disk; collective over `group`.
 
-    Returns the checksums of this rank's files by name. What several ranks hold is written once.
+    What several ranks hold is written once. Returns checksums of this rank's files by name.
     """
     writer = _Writer(folder)
-    dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-    return writer.sums
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        if not all(isinstance(cause, OSError) for cause in causes.values()):
+            raise RuntimeError(str(error)) from error
+        reasons = (f"on rank {rank}: {cause}" for rank, cause in causes.items())
+        raise CheckpointError("; ".join(reasons)) from error
+    return writer.files.sums
 
 
-class _Writer(FileSystemWriter):
-    """Writes one file per rank, and the index on the coordinator, all flushed and hashed."""
+class _Writer(filesystem.FileSystemWriter):
+    """Writes a file per rank, and the index on the coordinator, all flushed and hashed."""
 
     def __init__(self, folder: Path) -> None:
-        # No copy-ahead: a background save holds host memory. On CUDA, copy-ahead would still wait
-        # for the stream of device 0, on which training runs, or create a CUDA context there on
-        # every rank. No `sync_files`: it flushes `.metadata` before its last bytes are written.
-        super().__init__(
-            folder,
-            single_file_per_rank=True,
-            sync_files=False,
-            overwrite=False,
-            per_thread_copy_ahead=0,
-        )
-        self.sums: dict[str, str] = {}
-        self.fs = _HashedFiles(self.sums)
+        # Copy-ahead would wait for the stream of device 0, on which training runs, or create a CUDA
+        # context there on every rank.
+        super().__init__(folder, sync_files=True, overwrite=False, per_thread_copy_ahead=0)
+        self.fs = self.files = _HashedFiles()
 
-    def storage_meta(self) -> StorageMeta:
+    def storage_meta(self) -> metadata.StorageMeta:
         # DCP's version contains the folder, which is renamed later.
-        return StorageMeta(save_id=self.save_id)
+        return metadata.StorageMeta(save_id=self.save_id)
 
 
-class _HashedFiles(FileSystem):
-    def __init__(self, sums: dict[str, str]) -> None:
-        self._sums = sums
+class _HashedFiles(filesystem.FileSystem):
+    """Files, and checksums of what was written, whatever a disk makes of it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, str] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with named_errors(Path(path)):
-            file = _HashedFile(path, mode)
+        file = Path(path)
+        with named_errors(file), _HashedFile(file, mode) as stream:
             try:
-                with io.BufferedWriter(file) as stream:
-                    yield stream
+                yield stream
             except RuntimeError as error:  # torch.save hides an OSError behind it
-                raise file.error or error from error
-        self._sums[Path(path).name] = file.digest.hexdigest()
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+        # DCP renames the index.
+        self.sums[file.name.removesuffix(".tmp")] = stream.digest.hexdigest()
 
 
 class _HashedFile(io.FileIO):
-    """A file flushed to disk, and the checksum of what was written, whatever a disk makes of it."""
+    """Not buffered: DCP flushes a file to disk before it closes it."""
 
-    def __init__(self, path: str | os.PathLike, mode: str) -> None:
-        super().__init__(path, mode)
+    def __init__(self, file: Path, mode: str) -> None:
+        super().__init__(file, mode)
         self.digest = hashlib.sha256()
-        self.error: OSError | None = None
-        """Why a write failed."""
 
     def write(self, data: Any) -> int:
-        try:
-            num_bytes = super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(memoryview(data)[:num_bytes])
+        rest = memoryview(data).cast("B")
+        num_bytes = len(rest)
+        self.digest.update(rest)
+        while rest:
+            rest = rest[super().write(rest) :]
         return num_bytes
 
-    def close(self) -> None:
-        try:
-            if not self.closed:
-                os.fsync(self.fileno())
-        finally:
-            super().close()
 
-
-class SavedTensors:
-    """The tensors of a checkpoint whose names start with a prefix, read on request.
-
-    The prefix is removed from the names. Needs no process group.
-
-    Args:
-        path: a verified checkpoint, as `find_given` returns it.
-
-    Raises:
-        CheckpointError: if the checkpoint has no such tensor.
-    """
-
-    def __init__(self, path: Path, prefix: str = "") -> None:
-        self._path, self._prefix = path, prefix
-        self.on_meta: dict[str, Tensor] = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in _saved_tensors(path).items()
-            if name.startswith(prefix)
+# Reading a verified checkpoint; not collective.
+def saved_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns all tensors by name, on the meta device."""
+    with reading(path):
+        saved: dict[str, Any] = _Reader(path).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in saved.items()
         }
-        """All names, with shapes and dtypes."""
-        if not self.on_meta:
-            raise CheckpointError(f"{path}: holds no tensor whose name starts with {prefix!r}")
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns full tensors on the CPU.
 
-        Raises:
-            CheckpointError: if a tensor cannot be read.
-        """
-        with _reading(self._path):
-            tensors = {name: torch.empty_like(self.on_meta[name], device="cpu") for name in names}
-        _read_(self._path, {f"{self._prefix}{name}": tensor for name, tensor in tensors.items()})
-        return tensors
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns full tensors by name, on the CPU."""
+    saved = saved_tensors(path)
+    with reading(path):
+        tensors = {name: torch.empty_like(saved[name], device="cpu") for name in names}
+    _read_(path, tensors)
+    return tensors
 
 
 def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills `tensors` in place from the checkpoint at `path`, which may be sharded differently.
-
-    Each rank reads the pieces that it needs; not collective.
-
-    Args:
-        path: a verified checkpoint.
-        tensors: the saved names, shapes and dtypes, all of them; DTensors or plain tensors, not on
-            meta.
+    """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently.
 
     Raises:
-        CheckpointError: before any tensor changes, if names, shapes or dtypes differ; or if a
-            tensor cannot be read.
+        CheckpointError: before any tensor changes, if names, shapes or dtypes differ.
     """
-    saved = _saved_tensors(path)
+    saved, expected = _described(saved_tensors(path)), _described(tensors)
     differing = [
-        f"{name} (saved: {_described(saved.get(name))}, expected: {_described(tensors.get(name))})"
-        for name in sorted({*saved, *tensors})
-        if _described(saved.get(name)) != _described(tensors.get(name))
+        f"{name} (saved: {saved.get(name)}, expected: {expected.get(name)})"
+        for name in sorted({*saved, *expected})
+        if saved.get(name) != expected.get(name)
     ]
     if differing:
         raise CheckpointError(
@@ -319,40 +220,27 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _read_(path, tensors)
 
 
-def _described(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "none"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _saved_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a checkpoint on the meta device, by name."""
-    with _reading(path):
-        saved: dict[str, Any] = _Reader(path).read_metadata().state_dict_metadata
-        return {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in saved.items()
-        }
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def _read_(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with _reading(path), warnings.catch_warnings():
+    with reading(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is .*single process")
         # No joint planning.
         dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=True)
 
 
-class _Reader(FileSystemReader):
-    """Reads DCP's index with `_IndexUnpickler`, and tensors with `torch.load(weights_only=True)`,
-    as DCP does."""
+class _Reader(filesystem.FileSystemReader):
+    """Reads tensors with `torch.load(weights_only=True)`, as DCP does."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / TENSORS_INDEX_FILE).open("rb") as file:
-            metadata: Metadata = _IndexUnpickler(file).load()
-        for piece in metadata.storage_data.values():
-            if not is_own_file(piece.relative_path):
-                raise CheckpointError(f"its index lists {piece.relative_path!r}")
-        return metadata
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            index: metadata.Metadata = _IndexUnpickler(file).load()
+        for piece in index.storage_data.values():
+            if not re.fullmatch(TENSOR_FILES, piece.relative_path):
+                raise ValueError(f"its index lists {piece.relative_path!r}")
+        return index
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -366,33 +254,17 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Raises a `CheckpointError` for whatever is wrong with a file: readers raise many kinds."""
     try:
         yield
+    except CheckpointError:
+        raise
     except (Exception, CheckpointException) as error:
-        cause = next(iter(_causes(error).values()))
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause, _ = next(iter(error.failures.values()))
         reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         if isinstance(cause, pickle.UnpicklingError):
             reason = f"holds more than tensors, which was not loaded; do not trust it ({reason})"
         raise CheckpointError(f"{path}: {reason}") from error
-
-
-@contextmanager
-def as_checkpoint_error() -> Iterator[None]:
-    """Raises a `CheckpointError` for what a user can fix, such as a full disk, on any rank."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        causes = _causes(error)
-        if not all(isinstance(cause, OSError | CheckpointError) for cause in causes.values()):
-            raise RuntimeError(str(error)) from error
-        reasons = (f"on rank {rank}: {cause}" for rank, cause in causes.items())
-        raise CheckpointError("; ".join(reasons)) from error
-
-
-def _causes(error: BaseException) -> dict[int, BaseException]:
-    """Returns what went wrong, by rank. DCP's exception hides it."""
-    if isinstance(error, CheckpointException):
-        return {rank: cause for rank, (cause, _) in error.failures.items()}
-    return {dist.get_rank() if dist.is_initialized() else 0: error}

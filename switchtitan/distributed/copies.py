@@ -1,10 +1,7 @@
 """Asynchronous copies between a device and host memory."""
 
-import weakref
-
 import torch
 from torch import Tensor
-from torch.cuda import _pin_memory_utils
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
@@ -13,27 +10,6 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
         # Page-locked: a copy from pageable memory waits for the device.
         table = table.pin_memory()
     return table.to(device, non_blocking=True)
-
-
-class PageLockedMemory:
-    """Host memory of exactly this size, page-locked as long as this object exists.
-
-    `pin_memory=True` would round each allocation up to a power of two, so this registers ordinary
-    memory, as torch.distributed.checkpoint's stager does.
-
-    Attributes:
-        bytes: [num_bytes], uint8.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        if num_bytes:
-            address = self.bytes.data_ptr()
-            _pin_memory_utils.pin_memory(address, num_bytes)
-            # Runs before `bytes` is released.
-            unlock = weakref.finalize(self, _pin_memory_utils.unpin_memory, address)
-            # When the process ends, CUDA may have ended before.
-            unlock.atexit = False
 
 
 class CopyToHost:

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import SavedTensors, read_metadata
+from switchtitan.checkpoint import read_metadata, read_tensors, saved_tensors
 from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.registry import ConfigT, Registry
+
+_PREFIX = "model."
+"""Of the names of a model's tensors in a checkpoint."""
 
 
 class DenseCheckpoint:
@@ -33,12 +36,13 @@ class DenseCheckpoint:
         self.config = saved_model_config(checkpoint)
         """The plain model's section."""
         self.method = saved_method(checkpoint)
-        self._saved = SavedTensors(checkpoint, prefix="model.")
+        self._checkpoint = checkpoint
         with torch.device("meta"):
             model = MODELS.build(self.config)
             self.method.prepare_model(model)
         trained = dict(model.named_parameters())
-        self.on_meta = {name: t for name, t in self._saved.on_meta.items() if name in trained}
+        saved = saved_tensors(checkpoint)
+        self.on_meta = {name: saved[_PREFIX + name] for name in trained if _PREFIX + name in saved}
         """The parameters as the method trains them, by name, on the meta device."""
         dense = self.method.dense_weights(self.on_meta)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
@@ -54,7 +58,9 @@ class DenseCheckpoint:
     def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
         """Returns the parameters of modules and their children, as the method trains them."""
         prefixes = tuple({f"{module}." if module else "" for module in modules})
-        return self._saved.read(name for name in self.on_meta if name.startswith(prefixes))
+        names = [_PREFIX + name for name in self.on_meta if name.startswith(prefixes)]
+        read = read_tensors(self._checkpoint, names)
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in read.items()}
 
 
 def module_of(name: str) -> str:

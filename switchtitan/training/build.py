@@ -18,8 +18,8 @@ from switchtitan.checkpoint import (
     CHECKPOINTS_FOLDER,
     Checkpointer,
     CheckpointTensors,
-    check_given_paths,
     check_same_run,
+    find_checkpoint,
     read_metadata,
 )
 from switchtitan.config import resolved_toml
@@ -86,21 +86,24 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     """
     configure_logging(is_main=world.is_main, rank=world.rank)
     output_dir, num_steps = config.job.output_dir, config.training.steps
-    # Checked before the corpus, whose preparation can take hours.
-    check_given_paths(output_dir / CHECKPOINTS_FOLDER, config.checkpoint)
+    checkpoints = output_dir / CHECKPOINTS_FOLDER
+    # Before the corpus, whose preparation can take hours.
+    checkpoint = world.together(
+        lambda: find_checkpoint(checkpoints, config.checkpoint) if world.is_main else None
+    )[0]
     corpus = open_checked_corpus(config, world)
 
     # What the run starts from.
     identity, resolved = run_identity(config, corpus), resolved_toml(config)
     checkpointer = Checkpointer(
-        output_dir / CHECKPOINTS_FOLDER,
+        checkpoints,
         config.checkpoint,
         world,
         identity=identity,
         metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
         versions=versions(),
+        latest=checkpoint,
     )
-    checkpoint = checkpointer.checkpoint_to_resume()
     state, changes, initial_weights = TrainState(), list[str](), None
     if checkpoint is not None:
         state, changes = read_state(checkpoint, config, identity)

@@ -307,7 +307,7 @@ class Trainer:
         return {} if self.region_times is None else self.region_times.means()
 
     def _resume_hint(self) -> str:
-        checkpoint = self.checkpointer.resume_point
+        checkpoint = self.checkpointer.latest
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
         return f"the same command resumes from {checkpoint}"
@@ -343,7 +343,7 @@ class Trainer:
         """
         self.checkpointer.finish()
         self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
-        checkpoint = self.checkpointer.resume_point
+        checkpoint = self.checkpointer.latest
         last_good = f"the last good checkpoint is {checkpoint}"
         if checkpoint is None:
             last_good = "there is no checkpoint yet"

@@ -21,7 +21,8 @@ from support.tiny_documents import make_documents, write_json_lines
 from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.checkpoint import SavedTensors, find_given, load_tensors_, read_metadata
+from switchtitan.checkpoint import find_given, read_metadata, saved_tensors
+from switchtitan.checkpoint.tensors import load_tensors_
 from switchtitan.config import toml_value
 from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
@@ -214,7 +215,7 @@ def architecture(folder, home):
 def reader_of(checkpoint, model):
     """Returns what reads all that resuming, a warm start, an evaluation and an export read."""
     valid = read_metadata(checkpoint)
-    saved = SavedTensors(checkpoint).on_meta
+    saved = saved_tensors(checkpoint)
     tensors = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in saved.items()}
     identity, config = dict(valid.identity), saved_config(valid)
 

@@ -16,7 +16,7 @@ import pytest
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from switchtitan.checkpoint import Checkpointer, SavedTensors, tensors
+from switchtitan.checkpoint import Checkpointer, read_tensors, saved_tensors, tensors
 from switchtitan.errors import CheckpointError, UserError
 
 WRITER: Any = tensors._Writer
@@ -70,10 +70,8 @@ def rewrite_index(checkpoint: Path, change: Callable[[Any], object]) -> None:
     update_checksums(checkpoint)
 
 
-def read_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of a checkpoint whose names start with `prefix`, see `SavedTensors`."""
-    saved = SavedTensors(checkpoint, prefix)
-    return saved.read(saved.on_meta)
+def read_all_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    return read_tensors(checkpoint, saved_tensors(checkpoint))
 
 
 def num_pieces(checkpoint: Path) -> dict[str, int]:
@@ -93,20 +91,11 @@ def wait_until_written(checkpointer: Checkpointer) -> None:
         time.sleep(0.005)
 
 
-def writes_fail(number: int, monkeypatch: pytest.MonkeyPatch, saves: tuple = ()) -> None:
-    """The writes of some saves fail with an errno.
-
-    Args:
-        saves: counted from 1; all without any.
-    """
-    write_data, num_saves = WRITER.write_data, 0
+def writes_fail(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes of tensors fail with an errno."""
 
     def write(*arguments: Any) -> Any:
-        nonlocal num_saves
-        num_saves += 1
-        if not saves or num_saves in saves:
-            raise OSError(number, os.strerror(number))
-        return write_data(*arguments)
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(WRITER, "write_data", write)
 

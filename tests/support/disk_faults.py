@@ -13,7 +13,6 @@ FILES = {
 TEXTS = {
     "EIO": "Input/output error",
     "ENOSPC": "No space left on device",
-    "EDQUOT": "Disk quota exceeded",
     "EROFS": "Read-only file system",
 }
 ERRORS = tuple(TEXTS)

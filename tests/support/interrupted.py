@@ -19,7 +19,8 @@ from support.checkpoints import WRITER, tensor_checksums
 from support.compiled import choose_backend
 from support.ranks import PRELOADED, free_port
 from support.tiny import METHOD_KEYS, TINY
-from switchtitan.checkpoint import Checkpointer, verify
+from switchtitan.checkpoint import Checkpointer
+from switchtitan.checkpoint.checkpointer import verify
 from switchtitan.cli import train
 from switchtitan.data import corpus
 from switchtitan.training import stop

@@ -21,7 +21,7 @@ from support.fake_cuda.steps import (
     steps_of,
 )
 from switchtitan.checkpoint import CheckpointTensors
-from switchtitan.checkpoint.tensors import HostMemory
+from switchtitan.checkpoint.tensors import copy_to_host
 from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
 from switchtitan.observability import MetricsConfig, Reporter
@@ -127,12 +127,12 @@ def _two_saves(stepper: Stepper, races: FindRaces) -> Iterator[dict[str, Observe
     """Yields, by part: the search for values that are not finite, the collection of what is saved,
     its copies, reading them in the background, and the next step."""
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
-    memory = HostMemory()
+    memory = dict[str, Tensor]()
     saved, copies = dict[str, Tensor](), dict[str, Tensor]()
     parts = {
         "search": tensors.non_finite,
         "collect": lambda: saved.update(_fake(tensors)),
-        "copy": lambda: copies.update(memory.copy(saved)),
+        "copy": lambda: copies.update(copy_to_host(saved, memory)),
         "write": lambda: [local(copy).clone() for copy in copies.values()],
         "step": stepper.step,
     }
@@ -156,7 +156,7 @@ def _memory(stepper: Stepper) -> dict[str, int]:
     return {
         "num_tensors": len(own),
         "tensors": sum(local(tensor).nbytes for tensor in own.values()),
-        "copies": _bytes_of_storages(HostMemory().copy(own)),
+        "copies": _bytes_of_storages(copy_to_host(own, {})),
     }
 
 

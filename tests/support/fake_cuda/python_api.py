@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.cuda import _pin_memory_utils
 
 
 class Actor:
@@ -60,13 +59,6 @@ class PinnedMemory:
         storage = tensor.untyped_storage()
         self._storages.add(storage._cdata)
         weakref.finalize(storage, self._storages.discard, storage._cdata)
-
-    def add_address(self, address: int, num_bytes: int) -> None:
-        """Adds memory by its address, as cudaHostRegister does."""
-        self._storages.add(address)
-
-    def discard_address(self, address: int) -> None:
-        self._storages.discard(address)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._storages
@@ -213,8 +205,6 @@ def install() -> None:
         setattr(torch.cuda, name, function)
     torch.cuda.memory._record_memory_history = _record_memory_history  # type: ignore[assignment]
     torch.cuda.memory._dump_snapshot = _dump_snapshot
-    _pin_memory_utils.pin_memory = pinned_memory.add_address
-    _pin_memory_utils.unpin_memory = pinned_memory.discard_address
     torch.Tensor.data_ptr = _address  # type: ignore[method-assign]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
     torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]

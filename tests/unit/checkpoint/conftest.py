@@ -32,10 +32,20 @@ def make_checkpointer(folder):
             folder,
             CheckpointConfig(**{"async_save": False, **config}),
             start_world(ParallelismConfig()),
-            identity={"model": {"size": "9m"}, "corpus": "abc"},
+            identity={"model": {"size": "9m", "betas": (0.9, 0.99)}},
             metadata={"corpus": "a stand-in"},
             versions={"torch": "2.0"},
         )
 
     with temporary_world():
         yield make
+
+
+@pytest.fixture
+def saved(make_checkpointer, tensors, folder):
+    """A folder with complete checkpoints of steps 1, 2 and 10."""
+    checkpointer = make_checkpointer(keep_latest=0)
+    for step in (1, 2, 10):
+        tensors["optimizer.step"].fill_(step)
+        checkpointer.save(step, tensors, {"tokens_seen": 100 * step})
+    return folder

@@ -1,24 +1,27 @@
 """The checkpoint to resume from, those of other runs and formats, and those to delete."""
 
 import json
+import random
 import shutil
+import subprocess
 
 import pytest
 from support.checkpoints import SUMS, refused, rewrite_metadata
 
-from switchtitan.checkpoint import (
-    CheckpointConfig,
-    check_given_paths,
-    check_same_run,
-    find_checkpoint,
-    find_given,
-    find_latest,
-)
+from switchtitan.checkpoint import CheckpointConfig, check_same_run, find_checkpoint, find_given
+from switchtitan.checkpoint.checkpointer import find_latest, verify
 from switchtitan.errors import CheckpointError, CheckpointFormatError
+
+FILES = ("metadata.json", SUMS, "__0_0.distcp", ".metadata")
+AUTO = CheckpointConfig()
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def save_steps(checkpointer, tensors, *steps):
@@ -26,81 +29,103 @@ def save_steps(checkpointer, tensors, *steps):
         checkpointer.save(step, tensors, {})
 
 
-@pytest.fixture
-def saved(make_checkpointer, tensors, folder):
-    """A folder with complete checkpoints of steps 1, 2 and 10."""
-    save_steps(make_checkpointer(keep_latest=0), tensors, 1, 2, 10)
-    return folder
-
-
 # The checkpoint to resume from.
 
 
-def test_resume_finds_the_newest_checkpoint_or_none(make_checkpointer, saved, tmp_path):
-    assert find_latest(tmp_path / "nowhere") is None
-    for resume in ("auto", "never"):
-        assert find_checkpoint(tmp_path / "nowhere", resume) is None
-    checkpointer = make_checkpointer()
-    assert checkpointer.resume_point is None
-    assert checkpointer.checkpoint_to_resume() == saved / "step-000000010"
-    assert checkpointer.resume_point == saved / "step-000000010"
-
-
-def test_partial_and_foreign_folders_are_no_checkpoints(saved):
+def test_resume_finds_the_newest_checkpoint_or_none(saved, tmp_path):
     (saved / ".step-000000099.partial").mkdir()
     (saved / "step-000000099").write_text("a file")
     (saved / "step-final").mkdir()
-    assert find_latest(saved).name == "step-000000010"
+    assert find_checkpoint(saved, AUTO) == saved / "step-000000010"
+    for resume in ("auto", "never"):
+        assert find_checkpoint(tmp_path / "nowhere", CheckpointConfig(resume=resume)) is None
 
 
 def test_damaged_checkpoints_are_skipped_and_alone_do_not_start_a_new_run(saved, caplog):
     (saved / "step-000000010" / "metadata.json").unlink()
-    assert find_latest(saved).name == "step-000000002"
-    assert "step-000000010: cannot read metadata.json" in caplog.text
+    assert find_checkpoint(saved, AUTO).name == "step-000000002"
+    assert "step-000000010: FileNotFoundError" in caplog.text
     for path in saved.iterdir():
         (path / ".metadata").unlink()
     with refused("resume = 'auto'", str(saved)):
-        find_checkpoint(saved, "auto")
+        find_checkpoint(saved, AUTO)
 
 
 def test_a_path_can_be_a_checkpoint_a_folder_or_a_run(saved):
     assert find_given(saved / "step-000000002").name == "step-000000002"
-    assert find_given(saved).name == "step-000000010"
-    assert find_given(saved.parent).name == "step-000000010"
-    with refused("nowhere"):
-        find_given(saved / "nowhere")
+    assert find_given(saved).name == find_given(saved.parent).name == "step-000000010"
     (saved / "step-000000002" / ".metadata").write_bytes(b"")
-    with refused(".metadata", "corrupted"):
-        find_given(saved / "step-000000002")
+    for path, parts in (("nowhere", ["nowhere"]), ("step-000000002", [".metadata", "checksum"])):
+        with refused(*parts):
+            find_given(saved / path)
 
 
-def test_given_paths_that_will_be_read_must_exist(saved, tmp_path):
+def test_initial_weights_must_exist_if_they_will_be_read(saved, tmp_path):
     config = CheckpointConfig(initial_weights="no-such")
-    check_given_paths(saved, config)
+    assert find_checkpoint(saved, config) == saved / "step-000000010"
     with refused("[checkpoint] initial_weights = 'no-such'"):
-        check_given_paths(tmp_path / "new", config)
-    with refused("[checkpoint] resume = 'no-such'"):
-        check_given_paths(saved, CheckpointConfig(resume="no-such"))
+        find_checkpoint(tmp_path / "new", config)
 
 
-def test_initial_weights_without_effect_are_an_error():
-    CheckpointConfig(initial_weights="dense", resume="auto")
-    with pytest.raises(ValueError, match="initial_weights"):
-        CheckpointConfig(initial_weights="dense", resume="runs/a")
+# Damage.
+
+
+def test_sha256sum_checks_all_other_files(saved):
+    newest = saved / "step-000000010"
+    check = ["sha256sum", "--strict", "-c", SUMS]
+    said = subprocess.run(check, cwd=newest, capture_output=True, text=True, check=True).stdout
+    assert said == "".join(f"{name}: OK\n" for name in sorted({*FILES} - {SUMS}))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_detected(saved, name):
+    """Also one of another checkpoint; the checkpoint before is found."""
+    file = saved / "step-000000010" / name
+    before = file.read_bytes()
+    damages = (
+        before[:-1],
+        b"",
+        before + b"\0",
+        bytes(len(before)),
+        b"".join(before.splitlines(keepends=True)[:-1]),
+        (saved / "step-000000001" / name).read_bytes(),
+    )
+    for damage in damages:
+        file.write_bytes(damage)
+        with refused(str(file.parent)):
+            verify(file.parent)
+    assert find_latest(saved).name == "step-000000002"
+    file.write_bytes(before)
+    assert verify(file.parent).step == 10
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_single_flipped_bit_is_detected(saved, name):
+    """150 bits of each file."""
+    file = saved / "step-000000002" / name
+    data = file.read_bytes()
+    bits = range(8 * len(data))
+    for bit in random.Random(0).sample(bits, min(150, len(bits))):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        with refused():
+            verify(file.parent)
 
 
 # Other runs and formats.
 
 
 def test_a_run_may_not_mix_its_checkpoints_with_others(saved, tmp_path):
-    other = tmp_path / "other" / "step-000000001"
-    shutil.copytree(saved / "step-000000001", other)
+    other = shutil.copytree(saved / "step-000000001", tmp_path / "other" / "step-000000001")
     for resume in ("never", str(other), str(saved / "step-000000002")):
         with refused(repr(resume), str(saved), "step-000000010"):
-            find_checkpoint(saved, resume)
-    assert find_checkpoint(tmp_path / "third", str(other)) == other
+            find_checkpoint(saved, CheckpointConfig(resume=resume))
+    given = CheckpointConfig(resume=str(other))
+    assert find_checkpoint(tmp_path / "third", given) == other
     for same in (saved / "step-000000010", saved, saved.parent):
-        assert find_checkpoint(saved, str(same)) == saved / "step-000000010"
+        found = find_checkpoint(saved, CheckpointConfig(resume=str(same)))
+        assert found == saved / "step-000000010"
 
 
 def test_equal_identities_pass_and_every_difference_is_named_with_both_values():
@@ -137,16 +162,13 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
     checkpointer = make_checkpointer(keep_latest=1)
     save_steps(checkpointer, tensors, 2)
     change(folder / "step-000000002")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = files_in(folder)
     named = change.__name__.removeprefix("as_").replace("_", " ")
-    for find in (str(folder / "step-000000002"), str(folder), "auto"):
+    for resume in (str(folder / "step-000000002"), str(folder), "auto"):
         with refused(named, "reads format 5", error=CheckpointFormatError):
-            find_checkpoint(folder, find)
-    with refused(named):
-        checkpointer.save(2, tensors, {})
+            find_checkpoint(folder, CheckpointConfig(resume=resume))
     save_steps(checkpointer, tensors, 3)
-    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert before.items() <= after.items()
+    assert before.items() <= files_in(folder).items()
 
 
 # Those to delete.
@@ -170,31 +192,30 @@ def give_to_another_run(checkpoint):
     rewrite_metadata(checkpoint, lambda metadata: metadata["identity"]["model"].update(size="7b"))
 
 
-@pytest.mark.parametrize("change", [damage_metadata, add_a_file, give_to_another_run])
-def test_what_is_not_this_run_s_checkpoint_alone_stays(make_checkpointer, tensors, folder, change):
+def make_newer(checkpoint):
+    checkpoint.rename(checkpoint.with_name("step-000000099"))
+    rewrite_metadata(
+        checkpoint.with_name("step-000000099"), lambda metadata: metadata.update(step=99)
+    )
+
+
+@pytest.mark.parametrize("change", [damage_metadata, add_a_file, give_to_another_run, make_newer])
+def test_what_is_not_an_older_checkpoint_of_this_run_alone_stays(
+    make_checkpointer, tensors, folder, change
+):
     checkpointer = make_checkpointer(keep_latest=1)
     save_steps(checkpointer, tensors, 1)
     change(folder / "step-000000001")
+    before = files_in(folder)
     save_steps(checkpointer, tensors, 2, 3)
-    assert names(folder) == ["step-000000001", "step-000000003"]
+    assert before.items() <= files_in(folder).items()
+    assert len(names(folder)) == 2
 
 
-def test_newer_checkpoints_stay(make_checkpointer, tensors, folder):
-    save_steps(make_checkpointer(keep_latest=1), tensors, 5, 4)
-    assert names(folder) == ["step-000000004", "step-000000005"]
-
-
-def test_an_interrupted_deletion_is_completed_but_for_other_files(
-    make_checkpointer, tensors, folder, caplog
-):
+def test_an_interrupted_deletion_is_completed(make_checkpointer, tensors, folder):
     checkpointer = make_checkpointer(keep_latest=1)
     save_steps(checkpointer, tensors, 1)
     half_deleted = (folder / "step-000000001").rename(folder / ".step-000000001.partial")
     (half_deleted / "metadata.json").unlink()
-    add_a_file(half_deleted)
     save_steps(checkpointer, tensors, 2)
-    assert names(folder) == [half_deleted.name, "step-000000002"]
-    assert half_deleted.name in caplog.text
-    (half_deleted / "notes.txt").unlink()
-    save_steps(checkpointer, tensors, 3)
-    assert names(folder) == ["step-000000003"]
+    assert names(folder) == ["step-000000002"]
