@@ -33,7 +33,14 @@ from switchtitan.checkpoint.tensors import TENSOR_FILES, copy_to_host, reading, 
 from switchtitan.config import flatten
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, CheckpointFormatError
-from switchtitan.files import exists, make_folder, named_errors, sha256_of_file, sync_folder
+from switchtitan.files import (
+    exists,
+    file_inside,
+    make_folder,
+    named_errors,
+    sha256_of_file,
+    sync_folder,
+)
 from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -310,12 +317,12 @@ def verify(path: Path) -> CheckpointMetadata:
     if not (path / SUMS_FILE).exists():
         read_metadata(path)  # earlier formats have no such file
     with reading(path / SUMS_FILE):
-        text = (path / SUMS_FILE).read_text(encoding="ascii")
+        text = file_inside(path, SUMS_FILE).read_text(encoding="ascii")
     sums = {name: digest for digest, name in _SUMS_LINE.findall(text)}
     if text != _sums_text(sums) or not sums.keys() >= {METADATA_FILE, ".metadata"}:
         raise CheckpointError(f"{path}: {SUMS_FILE} is corrupted")
     with ThreadPoolExecutor(4) as readers, reading(path):  # hashlib releases the GIL
-        found = readers.map(lambda name: sha256_of_file(path / name), sums)
+        found = readers.map(lambda name: sha256_of_file(file_inside(path, name)), sums)
         bar = progress_bar(f"verifying {path.name}", found, total=len(sums), unit="files")
         for (name, expected), digest in zip(sums.items(), bar, strict=True):
             if digest != expected:
