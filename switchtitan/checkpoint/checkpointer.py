@@ -291,15 +291,11 @@ def read_metadata(path: Path) -> CheckpointMetadata:
         CheckpointFormatError: if this version does not read the format.
         CheckpointError: if it is missing or damaged.
     """
-
-    class Format(BaseModel):
-        format_version: int
-
     with reading(path / METADATA_FILE):
-        contents = (path / METADATA_FILE).read_bytes()
-        version = Format.model_validate_json(contents).format_version
+        contents = json.loads((path / METADATA_FILE).read_bytes())
+        version = contents["format_version"]
         if version == FORMAT_VERSION:
-            return CheckpointMetadata.model_validate_json(contents)
+            return CheckpointMetadata.model_validate(contents)
     raise CheckpointFormatError(
         f"{path}: the checkpoint has format {version}, but this version of switchtitan reads "
         f"format {FORMAT_VERSION}; resume, evaluate or export it with the version that wrote it, "

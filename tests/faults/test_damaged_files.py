@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import tensor_checksums
-from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, delete, make_run, swap_in, train
+from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, make_run, swap_in, train
 from support.long_form import IS_LONG
 
 from switchtitan.checkpoint.checkpointer import verify
@@ -43,16 +43,6 @@ NEVER_READ = {
 FILES = IN_NEWEST | IN_PREVIOUS | READ | NEVER_READ
 """Kind of a file -> its place in the run's home."""
 SHORT = ("newest: __0_0.distcp", "corpus: training tokens", "initial weights", "results.json")
-FOLDERS = {
-    "newest checkpoint": (f"run/checkpoints/{NEWEST}", "previous", "refused"),
-    "previous checkpoint": (f"run/checkpoints/{PREVIOUS}", "harmless", "harmless"),
-    "all checkpoints": ("run/checkpoints", "started over", "refused"),
-    # Prepared again, the corpus is the same.
-    "corpus": ("corpora/pystdlib-*/", "harmless", "refused"),
-    "spectra": ("run/spectra", "harmless", "harmless"),
-    "TensorBoard": ("run/tensorboard", "harmless", "harmless"),
-}
-"""Kind of a folder -> its place, and what follows if it is deleted, or another run's."""
 STARTS = {
     f"resuming from FOLDER/checkpoints/{NEWEST}\n": "harmless",
     f"resuming from FOLDER/checkpoints/{PREVIOUS}\n": "previous",
@@ -163,16 +153,6 @@ def test_a_damaged_file(runs, kind):
         damage(file, random.Random(f"{kind} {number}"))
         assert not file.exists() or file.read_bytes() != before, name
         assert use(runs, file.name, str(file.parent)) == expected_outcome(kind, name), name
-
-
-@pytest.mark.parametrize("kind", FOLDERS if IS_LONG else ["corpus"])
-def test_a_folder_that_is_deleted_or_another_runs(runs, kind):
-    pattern, if_deleted, if_swapped = FOLDERS[kind]
-    swap = swap_in(place(runs.other, pattern))
-    for damage, expected in ((delete, if_deleted), (swap, if_swapped)):
-        runs.restore()
-        damage(place(runs.home, pattern), random.Random(kind))
-        assert use(runs, "the checkpoint belongs to another run") == expected, damage
 
 
 @pytest.mark.parametrize("name", IN_PLACE if IS_LONG else ["one bit"])

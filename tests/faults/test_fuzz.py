@@ -7,7 +7,6 @@ reads them.
 import gzip
 import json
 import shutil
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -16,28 +15,23 @@ import torch
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.held_weights import HeldWeights
 from support.long_form import IS_LONG, num_cases
-from support.tiny import METHOD_KEYS, TINY, tiny_config, tiny_trainer
+from support.tiny import METHOD_KEYS, TINY, tiny_config
 from support.tiny_documents import make_documents, write_json_lines
 from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.checkpoint import find_given, read_metadata, saved_tensors
-from switchtitan.checkpoint.tensors import load_tensors_
 from switchtitan.config import toml_value
 from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared
 from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
 from switchtitan.data.shards import read_batches
 from switchtitan.data.sources import SourceKeys
 from switchtitan.data.tokenizer import read_tokenizer
-from switchtitan.generation.trained import find_corpus, saved_config, trained_corpus
-from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
 from switchtitan.hub.initial_weights import read_initial_weights
 from switchtitan.hub.model_folder import check_model_folder, read_model_folder
 from switchtitan.job.config import parse_arguments
 from switchtitan.models import MODELS
-from switchtitan.training.build import read_state
 
 DOCUMENTS = make_documents(30)
 
@@ -64,13 +58,6 @@ def damage_one_of(folder, change):
 
 def change_bytes(name, data, draw):
     return mutate_bytes(data, draw)
-
-
-def change_bytes_for_sure(name, data, draw):
-    changed = data
-    while changed == data:
-        changed = mutate_bytes(data, draw)
-    return changed
 
 
 def change_json(name, data, draw):
@@ -209,35 +196,6 @@ def architecture(folder, home):
     return damage_one_of(folder, change_json), read
 
 
-# Checkpoints.
-
-
-def reader_of(checkpoint, model):
-    """Returns what reads all that resuming, a warm start, an evaluation and an export read."""
-    valid = read_metadata(checkpoint)
-    saved = saved_tensors(checkpoint)
-    tensors = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in saved.items()}
-    identity, config = dict(valid.identity), saved_config(valid)
-
-    def read():
-        find_given(checkpoint)
-        read_state(checkpoint, config, identity)
-        load_tensors_(checkpoint, tensors)
-        read_initial_weights(checkpoint, model)
-        metadata = read_metadata(checkpoint)
-        saved_model_config(checkpoint)
-        saved_config(metadata)
-        trained_corpus(find_corpus(metadata), metadata)
-
-    return read
-
-
-def checkpoint(folder, home):
-    """Any file is damaged, and the checksums stay."""
-    copy = shutil.copytree(home.checkpoint, folder / home.checkpoint.name)
-    return damage_one_of(copy, change_bytes_for_sure), reader_of(copy, home.model)
-
-
 # Corpora.
 
 
@@ -363,10 +321,6 @@ class Home:
     def __init__(self, corpora):
         folder = corpora / "fuzzed"
         self.model = tiny_config(folder, "full_rank").model
-        trainer = tiny_trainer(folder, "switchlora")
-        trainer.checkpointer.save(0, trainer.tensors(), asdict(trainer.stepper.state))
-        trainer.stepper.close()
-        self.checkpoint = trainer.checkpointer.latest
         write_json_lines(folder / "in" / "a.jsonl", DOCUMENTS)
         keys = {"dataset": "jsonl", "path": folder / "in", "vocab_size": 270}
         config = DataConfig(**keys, cache_dir=folder / "corpora")
@@ -384,7 +338,6 @@ TARGETS = {
     "safetensors": (safetensors_file, 10_000, 30, 0.3),
     "Hugging Face's layout": (hugging_face_folder, 10_000, 30, 0.3),
     "architecture": (architecture, 10_000, 25, 0.1),
-    "checkpoint": (checkpoint, 1000, 10, 1.0),
     "corpus": (corpus, 2000, 30, 0.3),
     "crafted corpus": (crafted_corpus, 10_000, 50, 0.3),
     "tokenizer": (tokenizer, 2000, 30, 0.2),
