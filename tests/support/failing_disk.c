@@ -1,15 +1,14 @@
 /* A disk that fails on purpose, for LD_PRELOAD. See failing_disk.py.
 
-   FAILING_DISK holds rules, separated by newlines: operation|pattern|at|times|outcome
+   failing_disk_set takes rules, separated by newlines: operation|pattern|at|times|outcome
      operation  create, open, read, write, fsync, rename, unlink (also rmdir) or mkdir
      pattern    of the path, as fnmatch(3): * also matches slashes. A rename matches by either path.
      at         the first matching call that fails, from 1
      times      how many calls fail; 0 for all later ones
      outcome    the name of an errno; "short": half of a write; "lost": nothing is done, but success
                 is reported; "flip": one bit of a write changes; "kill": SIGKILL before the call
-   FAILING_DISK_LOG is a file to which calls are appended: operation, path, new path or outcome.
-   FAILING_DISK_LOGGED is the pattern of the paths to log.
-   A process can change both later by failing_disk_set and failing_disk_log. */
+   failing_disk_log takes a file, to which calls are appended (operation, path, new path or outcome),
+   and the pattern of the paths to log. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -72,15 +71,6 @@ void failing_disk_log(const char *path, const char *pattern) {
                                           O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644) : -1;
     snprintf(logged, sizeof logged, "%s", pattern);
     pthread_mutex_unlock(&mutex);
-}
-
-__attribute__((constructor)) static void start(void) {
-    const char *text = getenv("FAILING_DISK"), *path = getenv("FAILING_DISK_LOG");
-    const char *pattern = getenv("FAILING_DISK_LOGGED");
-    if (text)
-        failing_disk_set(text);
-    if (path)
-        failing_disk_log(path, pattern ? pattern : "*");
 }
 
 /* Returns the outcome of a call. `other` is a rename's new path, or NULL. */

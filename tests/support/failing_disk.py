@@ -7,8 +7,6 @@
 
     def function(rank):
         set_faults(Fault("fsync", "*/metadata.json", "EIO", at=2))
-
-A command gets its faults from `environment(library, faults)`.
 """
 
 import ctypes
@@ -17,7 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +82,6 @@ def folder_in_memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-def environment(
-    library: Path, faults: Sequence[Fault] = (), log: Path | None = None, logged: str = "*"
-) -> dict[str, str]:
-    """Returns the environment of a command whose disk fails.
-
-    Args:
-        log: a file to which the calls for paths that match `logged` are appended.
-    """
-    extra = {} if log is None else {"FAILING_DISK_LOG": str(log), "FAILING_DISK_LOGGED": logged}
-    rules = "\n".join(map(str, faults))
-    return {**os.environ, "LD_PRELOAD": str(library), "FAILING_DISK": rules, **extra}
-
-
 @contextmanager
 def preloaded(library: Path) -> Iterator[None]:
     """Processes that are started in this context, not forked, have the library loaded."""
@@ -138,13 +123,6 @@ def logged_calls(file: Path, pattern: str = "*") -> Iterator[list[Call]]:
         yield calls
     finally:
         log(b"", b"")
-        calls += read_log(file)
-
-
-def read_log(file: Path) -> list[Call]:
-    """Returns the calls in a log, in order."""
-    rows = [line.split("\t") for line in file.read_text().splitlines()]
-    return [
-        Call(operation, Path(path), Path(other) if other else None, outcome)
-        for operation, path, other, outcome in rows
-    ]
+        for line in file.read_text().splitlines():
+            operation, path, other, outcome = line.split("\t")
+            calls.append(Call(operation, Path(path), Path(other) if other else None, outcome))
