@@ -4,14 +4,7 @@ from switchtitan.contracts import Method, MethodConfig
 from switchtitan.methods.factors import PlainProduct, PlainProductConfig
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.projected import (
-    Apollo,
-    ApolloConfig,
-    Fira,
-    FiraConfig,
-    Galore,
-    GaloreConfig,
-)
+from switchtitan.methods.projected import ApolloConfig, FiraConfig, GaloreConfig, Projected
 from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
@@ -20,10 +13,10 @@ from switchtitan.registry import Component, Registry
 METHODS: Registry[MethodConfig, Method] = Registry(
     "method",
     {
-        "apollo": Component(ApolloConfig, Apollo),
-        "fira": Component(FiraConfig, Fira),
+        "apollo": Component(ApolloConfig, Projected),
+        "fira": Component(FiraConfig, Projected),
         "full_rank": Component(FullRankConfig, FullRank),
-        "galore": Component(GaloreConfig, Galore),
+        "galore": Component(GaloreConfig, Projected),
         "lora": Component(LoraConfig, Lora),
         "low_rank": Component(PlainProductConfig, PlainProduct),
         "relora": Component(ReloraConfig, Relora),

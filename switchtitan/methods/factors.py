@@ -38,7 +38,6 @@ class ProductLinear(FactorLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        # The fewest operations, as long as the factors have fewer elements than B A.
         return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
 
     def initial_tensors(

@@ -24,13 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from switchtitan.contracts import (
-    LanguageModel,
-    Method,
-    MethodConfig,
-    OptimizerConfig,
-    TrainingOptimizer,
-)
+from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.norms import sum_packed
@@ -43,7 +37,7 @@ from switchtitan.distributed.shards import (
     rows_per_rank,
     shard_group,
 )
-from switchtitan.methods.lowrank.config import ADAPTED_LINEARS, Targets, check_rank
+from switchtitan.methods.lowrank.config import FactorConfig
 from switchtitan.optim import AdamW, AdamWConfig, require_adamw, trained_parameters
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter
@@ -53,29 +47,18 @@ TINY_NORM = 1e-8
 """Added to norms in denominators, as in the code of Fira's and APOLLO's authors."""
 
 
-class ProjectedConfig(MethodConfig):
+class ProjectedConfig(FactorConfig):
     """The configuration keys of methods that project gradients."""
 
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     rank: int = Field(ge=1)
     """Dimensions that gradients are projected onto: at least 1, and below the smaller dimension of
-    every projected weight."""
+    every target."""
     update_interval: int = Field(default=200, ge=1)
     """Steps between two projections; at least 1."""
-    targets: Targets = ADAPTED_LINEARS
-    """Local names of the linear layers whose gradients are projected; by default all of attention
-    and MLP. All other parameters train with AdamW."""
     scale: float = Field(default=0.25, gt=0)
     """Updates that are projected back are multiplied by this (alpha in the papers), above 0. Fira's
     residual is G - scale R Q^T, with the gradient G, the basis Q and R = G Q."""
-
-    def draws_in_forward(self) -> bool:
-        """See `contracts.MethodConfig`."""
-        return False
-
-    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """See `contracts.MethodConfig`."""
-        return check_rank(self.rank, self.targets, linear_shapes)
 
 
 class GaloreConfig(ProjectedConfig):
@@ -118,7 +101,7 @@ class ApolloConfig(LimitedConfig):
 
 
 def is_right(weight: Tensor) -> bool:
-    """Whether the gradient of a weight [out, in] is multiplied by its basis from the right."""
+    """Whether the gradient of a weight [out, in] is projected on the right."""
     return weight.shape[0] >= weight.shape[1]
 
 
@@ -127,16 +110,13 @@ class ProjectedWeight:
     """A weight, the basis of its projection, and Adam's moments of the projected gradient."""
 
     name: str
-    """The parameter's qualified name."""
     parameter: nn.Parameter
     """[out, in], plain or sharded along dimension 0."""
     basis: Tensor
-    """Q: [in, rank] on the right, unsharded; [out, rank] on the left, sharded like the weight.
-    Initially zero."""
+    """Q: [in, rank] on the right, unsharded; [out, rank] on the left, sharded like the weight."""
     exp_avg: Tensor
-    """[out, rank] on the right, [rank, in] on the left; both sharded along dimension 0."""
+    """[out, rank] on the right, [rank, in] on the left, sharded; so is `exp_avg_sq`."""
     exp_avg_sq: Tensor
-    """Like `exp_avg`."""
 
     @property
     def is_right(self) -> bool:
@@ -149,17 +129,13 @@ class ProjectedWeight:
         return local(self.parameter.grad)
 
     def project(self) -> Tensor:
-        """Returns R: its local rows [out/ranks, rank] on the right, a summand [rank, in] on the
-        left."""
+        """Returns R: [out/ranks, rank] on the right, a summand [rank, in] on the left."""
         basis = local(self.basis)
         return self.grad @ basis if self.is_right else basis.t() @ self.grad
 
     def add_back_(self, target: Tensor, low: Tensor, alpha: float, beta: float = 1.0) -> None:
-        """Sets local rows of a matrix [out, in] to beta * target + alpha * (low Q^T, or Q low).
-
-        Args:
-            low: [out/ranks, rank] on the right, all rows [rank, in] on the left.
-        """
+        """Sets local rows of a matrix [out, in] to beta * target + alpha * low Q^T, with local rows
+        of low on the right; on the left to beta * target + alpha * Q low, with all rows."""
         basis = local(self.basis)
         left, right = (low, basis.t()) if self.is_right else (basis, low)
         target.addmm_(left, right, alpha=alpha, beta=beta)
@@ -173,8 +149,9 @@ def build_projected_weight(name: str, parameter: nn.Parameter, rank: int) -> Pro
         if not isinstance(parameter, DTensor):
             return torch.zeros(shape, **options)
         mesh, placements = parameter.device_mesh, parameter.placements
-        dtype = parameter.dtype
-        return distributed_zeros(shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        return distributed_zeros(
+            shape, dtype=parameter.dtype, device_mesh=mesh, placements=placements
+        )
 
     out_features, in_features = parameter.shape
     if is_right(parameter):
@@ -188,15 +165,9 @@ class ProjectedOptimizer(GroupedOptimizer):
     """Updates the targeted weights.
 
     Adam's direction is N = M / (sqrt(V) + eps), with the moments M, V of R. As in the code of
-    GaLore's and Fira's authors, eps is added to the root of the second moment before the bias
-    correction, which is part of the step size; moments are kept when bases change; the first basis
-    is that of the first gradient. Weight decay is that of AdamW (arXiv 1711.05101), before the
-    update. The state is `<weight>.exp_avg` and so on, and `projection.step`.
-
-    Args:
-        parameters: the weights, at least one.
-        seed: the job's seed.
-        compile_step: fuse the elementwise operations.
+    GaLore's and Fira's authors, eps is added before the bias correction, which is part of the step
+    size, and moments are kept when bases change. Weight decay is that of AdamW (arXiv 1711.05101),
+    before the update. The state is `<weight>.exp_avg` and so on, and `projection.step`.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "basis")
@@ -212,10 +183,7 @@ class ProjectedOptimizer(GroupedOptimizer):
     ) -> None:
         super().__init__(adam, [TrainedParameter(*item) for item in parameters.items()])
         self._method, self._adam, self._seed = method, adam, seed
-        self._weights = [
-            build_projected_weight(name, parameter, method.rank)
-            for name, parameter in parameters.items()
-        ]
+        self._weights = [build_projected_weight(*item, method.rank) for item in parameters.items()]
         self._left = [weight for weight in self._weights if not weight.is_right]
         self._group = shard_group(self._weights[0].parameter)
         self._num_steps = 0
@@ -230,12 +198,7 @@ class ProjectedOptimizer(GroupedOptimizer):
 
     @abstractmethod
     def update(self, step_size: float, decay: float) -> None:
-        """Multiplies all weights by `decay`, then updates them from their gradients.
-
-        Args:
-            step_size: lr sqrt(1 - beta2^n) / (1 - beta1^n) at the n-th step: Adam's bias correction
-                as at the end of sec. 2 of arXiv 1412.6980, with eps added to the uncorrected root.
-        """
+        """Multiplies all weights by `decay`, then updates them from their gradients."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -243,17 +206,14 @@ class ProjectedOptimizer(GroupedOptimizer):
             self.renew_bases()
         self._num_steps += 1
         (beta1, beta2), n = self._adam.betas, self._num_steps
-        # Python numbers, passed to kernels as arguments: no synchronization.
+        # The bias correction as at the end of sec. 2 of arXiv 1412.6980.
         lr = self._adam.lr * self._lr_factor
         step_size = lr * (1 - beta2**n) ** 0.5 / (1 - beta1**n)
         self.update(step_size, decay=1 - lr * self._adam.weight_decay)
 
     def sums_on_left(self) -> list[Tensor]:
-        """Returns this rank's rows of R, summed over ranks, for each weight projected on the left.
-
-        One reduce-scatter of all [rank, in] next to each other. With `gather_on_left`, ranks send
-        as much as in one all-reduce, while the moments of the rows are sharded.
-        """
+        """Returns this rank's rows of R, summed over ranks, for each weight projected on the left;
+        one reduce-scatter of all [rank, in] next to each other."""
         partials = [weight.project() for weight in self._left]
         if self._group is None or not partials:
             return partials
@@ -282,13 +242,10 @@ class ProjectedOptimizer(GroupedOptimizer):
         return direction
 
     def metrics(self) -> dict[str, float]:
-        """Returns the learning rates and the number of bases computed so far."""
         num_refreshes = -(-self._num_steps // self._method.update_interval)
         return super().metrics() | {"projection/refreshes": float(num_refreshes)}
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the bases, also those that are drawn again after a resume; see
-        `contracts.HoldsReplicated`."""
         return {f"{weight.name}.basis": weight.basis for weight in self._weights}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -311,8 +268,8 @@ def direction_(
 def renew_from_gradients(weights: list[ProjectedWeight]) -> None:
     """Sets bases to the leading singular vectors of the gradients.
 
-    Ranks share the weights: each decomposes one gradient at a time. They send each other the bases,
-    also replicas, since two devices may decompose the same gradient differently, by rounding.
+    Each rank decomposes one gradient at a time and sends the basis to all, since two devices may
+    decompose the same gradient differently, by rounding.
     """
     first = weights[0].parameter
     shards, replicas = shard_group(first), replica_group(first)
@@ -341,18 +298,11 @@ def renew_from_gradients(weights: list[ProjectedWeight]) -> None:
 def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
     """Returns the leading singular vectors of a gradient [out, in].
 
-    They are the leading eigenvectors of the smaller Gram matrix, G^T G or G G^T, in fp64: squaring
-    loses half the digits, and half of those of fp64 are more than an fp32 gradient has. That is
-    more exact than an SVD in fp32, and on a CPU takes as long (1024 x 2736 on one thread: 1.3 s).
-
-    The largest entry of each vector is positive. Moments are kept when the basis changes, so the
-    sign of a vector must not depend on rounding or on the number of ranks.
-
-    Returns:
-        Right ones [in, rank] if out >= in, else left ones [out, rank].
+    Right ones [in, rank] if out >= in, else left ones [out, rank]: the leading eigenvectors of
+    G^T G or G G^T in fp64, more exact than an SVD in fp32. The largest entry of each is positive:
+    moments are kept when the basis changes, so its sign must not depend on rounding.
     """
-    # The trainer reports a gradient that is not finite. An error here would leave other ranks
-    # waiting.
+    # The trainer reports gradients that are not finite; an error would leave other ranks waiting.
     matrix = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).to(torch.float64)
     gram = matrix.t() @ matrix if is_right(grad) else matrix @ matrix.t()
     # In ascending order.
@@ -362,11 +312,8 @@ def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
 
 
 class GaloreOptimizer(ProjectedOptimizer):
-    """W <- decay W - step_size scale (N Q^T) (arXiv 2403.03507, Alg. 2).
-
-    Weights projected on the left take two collectives a step together: a reduce-scatter of R, and
-    an all-gather of N. Weights projected on the right take none.
-    """
+    """W <- decay W - step_size scale (N Q^T) (arXiv 2403.03507, Alg. 2). A step has two
+    collectives, a reduce-scatter of R and an all-gather of N of weights projected on the left."""
 
     def update(self, step_size: float, decay: float) -> None:
         alpha = -step_size * self._method.scale
@@ -381,12 +328,10 @@ class GaloreOptimizer(ProjectedOptimizer):
 class LimitedOptimizer(ProjectedOptimizer):
     """Keeps the norm of each weight's update below `max_norm_growth` times its limited value in the
     step before (Fira, arXiv 2410.01623, which APOLLO uses as well). The first step is not limited.
-
-    Adds `projection.update_norms` to the state, [weights]: the last updates' norms, initially inf.
-    """
+    The last norms, [weights], are the state `projection.update_norms`."""
 
     measure: ClassVar[Callable[..., Any]]
-    """What is compiled to one graph: all that an update's norm needs."""
+    """What an update's norm needs, compiled to one graph."""
     _method: LimitedConfig
 
     def __init__(self, *args: Any) -> None:
@@ -398,11 +343,7 @@ class LimitedOptimizer(ProjectedOptimizer):
         self.state["projection.update_norms"] = self._norms
 
     def divisors(self, norms: Tensor) -> Tensor:
-        """Returns the divisor of each update, [weights], and stores the limited norms.
-
-        Args:
-            norms: [weights], of the updates, before they are limited.
-        """
+        """Returns the divisors of updates of these norms, both [weights]; stores limited norms."""
         most = self._method.max_norm_growth
         divisors = (norms / (self._norms + TINY_NORM)).clamp(min=most) / most
         self._norms.copy_(norms / divisors)
@@ -410,7 +351,6 @@ class LimitedOptimizer(ProjectedOptimizer):
         return divisors
 
     def metrics(self) -> dict[str, float]:
-        """Adds the fraction of weights whose update was limited in the last step."""
         share = float(self._num_limited) / len(self._norms)
         return super().metrics() | {"projection/limited_share": share}
 
@@ -418,12 +358,8 @@ class LimitedOptimizer(ProjectedOptimizer):
 def scale_residual(
     residual: Tensor, low: Tensor, direction: Tensor, *, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns phi = ||N|| / ||R|| along `dim`, which is kept, and the sum of squares of phi times
-    `residual`.
-
-    Args:
-        residual: G - scale R Q^T, [out/ranks, in].
-    """
+    """Returns phi = ||N|| / ||R|| along `dim`, which is kept, and ||phi residual||^2, with the
+    residual G - scale R Q^T, [out/ranks, in]."""
     norms = torch.linalg.vector_norm(low, dim=dim, keepdim=True) + TINY_NORM
     factors = torch.linalg.vector_norm(direction, dim=dim, keepdim=True) / norms
     return factors, (residual * factors).square().sum()
@@ -433,12 +369,10 @@ class FiraOptimizer(LimitedOptimizer):
     """W <- decay W - step_size (scale N Q^T + S / limiter), S = phi (G - scale R Q^T).
 
     (arXiv 2410.01623.) phi = ||N|| / ||R|| of each row of R where the projection is on the right,
-    of each column where it is on the left. The paper subtracts R Q^T. The authors' package
-    subtracts scale R Q^T, and the published runs have scale 0.25, so we follow the package. The
-    package decays weights after the update.
-
-    On several ranks, a step has three collectives: a reduce-scatter of R and an all-gather of R and
-    N, for weights projected on the left, and a sum of squares for all weights.
+    of each column where it is on the left. The paper subtracts R Q^T; the authors' package, which
+    the published runs used, subtracts scale R Q^T, as we do, and decays weights after the update.
+    A step has three collectives: a reduce-scatter of R and an all-gather of R and N of weights
+    projected on the left, and a sum of squares for all weights.
     """
 
     measure = staticmethod(scale_residual)
@@ -477,7 +411,7 @@ class FiraOptimizer(LimitedOptimizer):
 
 
 def sums_of_squares(*matrices: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Returns [matrices, what is left of the shape], over `dims`."""
+    """Returns sums over `dims`, [matrices, the rest of the shape]."""
     return torch.stack([matrix.square().sum(dims).reshape(-1) for matrix in matrices])
 
 
@@ -491,13 +425,9 @@ def factors_and_square(squares: Tensor) -> tuple[Tensor, Tensor]:
 class ApolloOptimizer(LimitedOptimizer):
     """W <- decay W - step_size scale (s G) / limiter (arXiv 2412.05270, Alg. 1).
 
-    s = ||N|| / ||R|| over each channel or the tensor, with a random Q. The step size with its bias
-    correction is not part of s.
-
-    On several ranks, a step has up to two collectives for all weights: a reduce-scatter of R for
-    weights with out < in, and a sum of squares. Bases follow from (seed, name, number of the
-    basis), so no checkpoint has them. They are kept in memory, since drawing them takes longer than
-    a step.
+    s = ||N|| / ||R|| over each channel or the tensor, with a random Q. A step has two collectives:
+    a reduce-scatter of R of weights projected on the left, and a sum of squares. Bases follow from
+    (seed, name, number of the basis), so no checkpoint has them.
     """
 
     saved = ("exp_avg", "exp_avg_sq")
@@ -505,7 +435,6 @@ class ApolloOptimizer(LimitedOptimizer):
     _method: ApolloConfig
 
     def renew_bases(self) -> None:
-        """Draws each basis, normal with variance 1 / rank."""
         number = self._num_steps // self._method.update_interval
         for weight in self._weights:
             generator = generator_for(self._seed, f"{weight.name}.basis.{number}")
@@ -545,10 +474,15 @@ class ApolloOptimizer(LimitedOptimizer):
             parameter.addcmul_(weight.grad, coefficients, value=-1)
 
 
-class ProjectedMethod(Method[ProjectedConfig]):
-    """Trains all weights; the optimizer state of the targeted ones is low-rank."""
+_OPTIMIZERS: dict[type[ProjectedConfig], type[ProjectedOptimizer]] = {
+    GaloreConfig: GaloreOptimizer,
+    FiraConfig: FiraOptimizer,
+    ApolloConfig: ApolloOptimizer,
+}
 
-    optimizer: ClassVar[type[ProjectedOptimizer]]
+
+class Projected(Method[ProjectedConfig]):
+    """Trains all weights; the optimizer state of the targeted ones is low-rank."""
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
@@ -561,23 +495,6 @@ class ProjectedMethod(Method[ProjectedConfig]):
         }
         targeted = {name: p for name, p in model.named_parameters() if name in names}
         others = [p for p in trained_parameters(model, targeted) if p.is_other]
-        projected = self.optimizer(self.config, adamw, targeted, self.seed, compile_step)
+        optimizer = _OPTIMIZERS[type(self.config)]
+        projected = optimizer(self.config, adamw, targeted, self.seed, compile_step)
         return SplitOptimizer([projected, AdamW(adamw, others)])
-
-
-class Galore(ProjectedMethod):
-    """Adam in the subspace of each gradient's leading singular vectors."""
-
-    optimizer = GaloreOptimizer
-
-
-class Fira(ProjectedMethod):
-    """GaLore plus the residual of each gradient, scaled as Adam scales the projection."""
-
-    optimizer = FiraOptimizer
-
-
-class Apollo(ProjectedMethod):
-    """The gradient, scaled as by Adam in a random subspace."""
-
-    optimizer = ApolloOptimizer

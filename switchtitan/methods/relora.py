@@ -1,6 +1,7 @@
 """The method ReLoRA: its configuration, and the optimizer that resets the factors."""
 
 import logging
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -11,10 +12,15 @@ from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimi
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
-from switchtitan.methods.lowrank import LowRankLinear, LowRankMethod, lora_bounds, low_rank_layers
-from switchtitan.methods.lowrank.config import LowRankConfig
+from switchtitan.methods.lowrank import (
+    LowRankConfig,
+    LowRankLinear,
+    LowRankMethod,
+    lora_bounds,
+    low_rank_layers,
+)
 from switchtitan.methods.lowrank.linear import FACTORS
-from switchtitan.methods.lowrank.rounding import AddProduct, StochasticRounding, add_product_
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.regions import region
 
@@ -30,8 +36,8 @@ class ReloraConfig(LowRankConfig):
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
     reset_interval: int = Field(ge=1)
     """Optimizer steps between two resets, above restart_warmup_steps and below training.steps. A
-    reset merges every layer's factors into its weight and reinitializes them. There is no reset
-    after the last step."""
+    reset merges every layer's factors into its weight and reinitializes them. None follows the
+    last step."""
     restart_warmup_steps: int = Field(default=100, ge=0)
     """Steps over which all learning rates rise linearly from 0 to the schedule's value after a
     reset; 0 disables the warm-up. The paper uses 50 to 100."""
@@ -85,13 +91,11 @@ class Relora(LowRankMethod[ReloraConfig]):
 
 class ReloraOptimizer(SplitOptimizer):
     """Wraps an optimizer and resets the factors after every `reset_interval`-th step except the
-    last of the run (ReLoRA, arXiv 2307.05695, Algorithm 1).
+    last of the run, number `num_steps` (ReLoRA, arXiv 2307.05695, Algorithm 1).
 
     Args:
-        layers: the low-rank layers, by qualified name.
+        layers: by qualified name.
         inner: AdamW for all parameters.
-        num_steps: length of the run.
-        seed: the job's seed, for new factors, random pruning, and the rounding of bf16 weights.
     """
 
     def __init__(
@@ -103,110 +107,100 @@ class ReloraOptimizer(SplitOptimizer):
         seed: int,
     ) -> None:
         super().__init__([inner])
-        self._config, self._layers, self._inner, self._seed = config, layers, inner, seed
-        self._num_steps = num_steps
+        self._config, self._layers, self._inner = config, layers, inner
+        self._num_steps, self._seed = num_steps, seed
         # Resets are rare: compiling would take longer than it saves.
-        self._rounding = StochasticRounding(layers, seed, compile_step=False)
+        self._weights = FrozenWeights(layers, seed, compile_step=False)
         # The last reset does not follow from the number of steps: a run extended later had none at
         # its first end.
-        self._steps_done = self._num_resets = self._last_reset_step = 0
+        self._counts = {"steps_done": 0, "num_resets": 0, "last_reset_step": 0}
         self._warmup_factor = 1.0
 
     def step(self) -> None:
         super().step()
-        self._steps_done += 1
-        is_due = self._steps_done % self._config.reset_interval == 0
-        if is_due and self._steps_done < self._num_steps:
-            self._num_resets += 1
-            self._last_reset_step = self._steps_done
+        self._counts["steps_done"] += 1
+        num_done = self._counts["steps_done"]
+        if num_done % self._config.reset_interval == 0 and num_done < self._num_steps:
+            self._counts["num_resets"] += 1
+            self._counts["last_reset_step"] = num_done
             with region("reset"):
                 self._reset()
 
     def set_lr(self, lr_factor: float) -> None:
-        """Sets every learning rate to its peak times `lr_factor` and the restart's warm-up factor,
-        (steps since the reset + 1) / restart_warmup_steps, at most 1.
+        """Multiplies `lr_factor` by (steps since a reset + 1) / restart_warmup_steps, at most 1.
 
         The jagged cosine of ReLoRA (its figure 2). In the authors' code the first step after a
-        reset has a learning rate of zero. Here it is above zero, as in the warm-up at the start of
-        a run, so that no step is without effect.
+        reset has a learning rate of zero.
         """
         self._warmup_factor = 1.0
-        if self._num_resets:
-            num_steps_since = self._steps_done - self._last_reset_step + 1
-            num_warmup_steps = max(1, self._config.restart_warmup_steps)
-            self._warmup_factor = min(1.0, num_steps_since / num_warmup_steps)
+        if self._counts["num_resets"] and self._config.restart_warmup_steps:
+            num_since = self._counts["steps_done"] - self._counts["last_reset_step"]
+            self._warmup_factor = min(1.0, (num_since + 1) / self._config.restart_warmup_steps)
         super().set_lr(lr_factor * self._warmup_factor)
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | {
-            "reset/resets_total": float(self._num_resets),
+            "reset/resets_total": float(self._counts["num_resets"]),
             "reset/lr_factor": self._warmup_factor,
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        keys = {f"reset.{name}": tensor for name, tensor in self._rounding.replicated().items()}
+        keys = {f"reset.{name}": tensor for name, tensor in self._weights.replicated().items()}
         return super().replicated() | keys
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the inner optimizer's state and the counts `reset.*`."""
-        return super().state_dict() | {
-            "reset.steps_done": torch.tensor(self._steps_done),
-            "reset.num_resets": torch.tensor(self._num_resets),
-            "reset.last_reset_step": torch.tensor(self._last_reset_step),
-        }
+        counts = {f"reset.{name}": torch.tensor(count) for name, count in self._counts.items()}
+        return super().state_dict() | counts
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self._steps_done = int(state["reset.steps_done"])
-        self._num_resets = int(state["reset.num_resets"])
-        self._last_reset_step = int(state["reset.last_reset_step"])
+        self._counts = {name: int(state[f"reset.{name}"]) for name in self._counts}
 
     def _reset(self) -> None:
-        number, adds = self._num_resets, self._rounding.of_event(self._num_resets)
-        for (name, layer), add in zip(self._layers.items(), adds, strict=True):
-            key = generator_for(self._seed, f"{name}.lora_a:{number}").initial_seed()
-            merge_and_restart_(layer, key, add)
-            for factor in FACTORS:
-                self._prune(f"{name}.{factor}")
-        logger.info("reset %d: merged and reinitialized factors of %d layers", number, len(adds))
-
-    def _prune(self, factor: str) -> None:
+        number, how = self._counts["num_resets"], self._config.reset_moments
+        merge_and_restart_(self._layers, self._weights, number, self._seed)
         state = self._inner.state_dict()
-        exp_avg, exp_avg_sq = state[f"{factor}.exp_avg"], state[f"{factor}.exp_avg_sq"]
-        if self._config.reset_moments == "zero":
-            local(exp_avg).zero_()
-            local(exp_avg_sq).zero_()
-            # Zero moments with an old step count would get no bias correction: updates of
-            # (1 - beta1) / sqrt(1 - beta2), three times the learning rate with the usual betas.
-            state[f"{factor}.step"].zero_()
-            return
-        generator = None
-        if self._config.reset_moments == "random":
-            generator = generator_for(self._seed, f"{factor}.moments:{self._num_resets}")
-        prune_(exp_avg, exp_avg_sq, self._config.prune_ratio, generator)
+        for factor in [f"{name}.{factor}" for name in self._layers for factor in FACTORS]:
+            moments = state[f"{factor}.exp_avg"], state[f"{factor}.exp_avg_sq"]
+            if how == "zero":
+                for moment in moments:
+                    local(moment).zero_()
+                # Zero moments with an old step count would get no bias correction: updates of
+                # (1 - beta1) / sqrt(1 - beta2), three times the rate with the usual betas.
+                state[f"{factor}.step"].zero_()
+            else:
+                lots = generator_for(self._seed, f"{factor}.moments:{number}")
+                prune_(*moments, self._config.prune_ratio, lots if how == "random" else None)
+        logger.info("reset %d: merged and reinitialized all factors", number)
 
 
 @torch.no_grad()
-def merge_and_restart_(layer: LowRankLinear, key: int, add: AddProduct = add_product_) -> None:
-    """Adds s B A to W, draws A as at initialization, and zeroes B. The layer's output does not
-    change, with a weight in bf16 in expectation.
-
-    (ReLoRA, arXiv 2307.05695, Algorithm 1.) A is random because with A and B at zero, neither would
-    get a gradient.
+def merge_and_restart_(
+    layers: Mapping[str, LowRankLinear], weights: FrozenWeights, number: int, seed: int
+) -> None:
+    """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
+    outputs do not change, with weights in bf16 in expectation.
 
     Args:
-        key: of the new A, which is uniform within `lora_bounds`; the same on every rank.
-        add: adds the product.
+        layers: by qualified name.
+        weights: theirs.
+        number: of the reset. The new A follows from it, the name and the seed.
     """
-    held = row_range(layer.weight)
-    lora_b = full_tensor(layer.lora_b)[:, held.start : held.stop]
-    add(local(layer.weight), lora_b.t(), full_tensor(layer.lora_a), layer.scale)
-    own = row_range(layer.lora_a)
-    slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
-    bound, _ = lora_bounds(layer.out_features, layer.in_features, layer.rank)
-    keys = torch.full((), key, device=slots.device)
-    local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, bound))
-    local(layer.lora_b).zero_()
+    # A generator: one layer's full factors are in memory at a time.
+    products = (
+        (index, full_tensor(layer.lora_a), full_tensor(layer.lora_b))
+        for index, layer in enumerate(layers.values())
+    )
+    weights.add_products_(number, products)
+    for name, layer in layers.items():
+        key = generator_for(seed, f"{name}.lora_a:{number}").initial_seed()
+        own = row_range(layer.lora_a)
+        slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
+        bound, _ = lora_bounds(layer.out_features, layer.in_features, layer.rank)
+        # Filled on the device: a copy from the host would synchronize.
+        keys = torch.full((), key, device=slots.device)
+        local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, bound))
+        local(layer.lora_b).zero_()
 
 
 @torch.no_grad()
@@ -215,9 +209,8 @@ def prune_(
 ) -> None:
     """Zeroes the smallest values of both moments, or random ones, the same in both.
 
-    A first moment is zeroed with its second one, which the authors' code does not do. But A's first
-    gradient after a reset is zero, since B is: with only the second moment zeroed, Adam would
-    divide the old first moment by eps, an update at least ten thousand times too large.
+    A first moment is zeroed with its second one, unlike in the authors' code: A's first gradient
+    after a reset is zero, since B is, so Adam would divide the old first moment by eps.
 
     Args:
         exp_avg, exp_avg_sq: [rows, width], changed in place. `prune_ratio` of the second moments

@@ -16,8 +16,6 @@ from switchtitan.methods.lowrank.linear import FACTORS
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""
-_SEED = "support_seed"
-"""Local name of the buffer with the seed of the values' columns."""
 _NUM_BITS = 31
 """Random bits for each column of the support."""
 
@@ -55,12 +53,10 @@ class SltrainConfig(ProductConfig):
 class SparseProductLinear(ProductLinear):
     """y = x (B A + S)^T (+ bias).
 
-    S [out, in] has k values in each row, in the columns `support(...)`. `sparse_values` has the
-    out * k values row by row, in one dimension, so that optimizers do not take it for the matrix of
-    a linear map.
+    S [out, in] has k values in each row, in the columns `support(...)`. `sparse_values` [out * k]
+    has them row by row, in one dimension, so that optimizers do not take it for a linear map.
 
     Args:
-        linear: the layer that it replaces.
         density: k / in, rounded to a whole k of at least 1.
         seed: of the columns, an integer below 2^63.
     """
@@ -72,14 +68,13 @@ class SparseProductLinear(ProductLinear):
         self.num_per_row = _num_per_row(density, self.in_features)
         self.sparse_values = nn.Parameter(torch.empty(self.out_features * self.num_per_row))
         # A tensor: torch.compile would compile every layer by itself for a number of its own.
-        self.register_buffer(_SEED, torch.empty(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("support_seed", torch.empty(1, dtype=torch.int64), persistent=False)
         self._seed = seed
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        out = _SparseProduct.apply(
-            x, self.lora_a, self.lora_b, self.sparse_values, self.support_seed
-        )
+        parts = self.lora_a, self.lora_b, self.sparse_values
+        out = _SparseProduct.apply(x, *parts, self.support_seed)
         return out if self.bias is None else out + self.bias
 
     def initial_tensors(
@@ -89,22 +84,18 @@ class SparseProductLinear(ProductLinear):
         rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
-        tensors = {_SEED: torch.tensor([self._seed])}
+        tensors = {"support_seed": torch.tensor([self._seed])}
         if rows is None or rows.keys() & {*FACTORS, SPARSE}:
             tensors |= super().initial_tensors(weight, generator_for, rows)
         return tensors
 
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
-        """B A is the best approximation by rank, and S is the rest of the weight at its
-        positions."""
+        """B A is the best approximation by rank; S has the rest of the weight at its positions."""
         parts = super().initial_parts(weight)
         seed = torch.tensor([self._seed], device=weight.device)
         columns = support(seed, self.out_features, self.in_features, self.num_per_row)
         rest = (weight - parts["lora_b"].t() @ parts["lora_a"]).gather(1, columns)
         return {**parts, SPARSE: rest.flatten()}
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, values_per_row={self.num_per_row}"
 
 
 class Sltrain(ProductMethod[SltrainConfig]):
@@ -113,9 +104,8 @@ class Sltrain(ProductMethod[SltrainConfig]):
     adapted = (*FACTORS, SPARSE)
 
     def build_layer(self, name: str, linear: nn.Linear) -> SparseProductLinear:
-        return SparseProductLinear(
-            linear, self.config.rank, self.config.density, self._support_seed(name)
-        )
+        config = self.config
+        return SparseProductLinear(linear, config.rank, config.density, self._support_seed(name))
 
     def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
         lora_a, lora_b, values = (tensors[f"{layer}.{part}"] for part in self.adapted)
@@ -133,9 +123,8 @@ def _num_per_row(density: float, in_features: int) -> int:
 def support(seed: Tensor, out_features: int, in_features: int, num_per_row: int) -> Tensor:
     """Returns the columns of a sparse matrix's values, [out, values per row] int64, ascending.
 
-    A row is cut into as many parts as it has values, of lengths that differ by at most one, and
-    each part has one value, at a random position. A function of the arguments alone, on every
-    device.
+    A row is cut into as many parts as it has values, of lengths that differ by at most one; each
+    has one value, at a random position. A function of the arguments alone, on every device.
 
     Args:
         seed: [1] int64, at least 0; the result is on its device.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.rounding import StochasticRounding
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 
 
 def not_finite():
@@ -29,23 +29,21 @@ def draw_layers():
 def test_compiled_once_it_gives_the_same_bits_for_every_weight_event_and_width():
     model, compiled_model = draw_layers(), draw_layers()
     start, generator = model["second"].weight.clone(), torch.Generator().manual_seed(1)
-    eager = StochasticRounding(model, 0, compile_step=False)
-    compiled = StochasticRounding(compiled_model, 0, compile_step=True)
+    eager = FrozenWeights(model, 0, compile_step=False)
+    compiled = FrozenWeights(compiled_model, 0, compile_step=True)
     for number in range(4):
-        left = torch.randn(7, 1 + number, generator=generator)
-        right = 1e-3 * torch.randn(1 + number, 5, generator=generator)
-        pairs = zip(eager.of_event(number), compiled.of_event(number), strict=True)
+        lora_a = 1e-3 * torch.randn(1 + number, 5, generator=generator)
+        lora_b = torch.randn(1 + number, 7, generator=generator)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for name, (add, add_compiled) in zip(model, pairs, strict=True):
-                add(model[name].weight, left, right, 0.25)
-                add_compiled(compiled_model[name].weight, left, right, 0.25)
+            for weights in (eager, compiled):
+                weights.add_products_(number, [(index, lora_a, lora_b) for index in range(2)])
     assert not torch.equal(model["second"].weight, start)
     for name, layer in model.items():
         # The compiler may fuse a multiplication and an addition into one rounding:
         # about one value in 2^16 may round differently.
         assert (compiled_model[name].weight != layer.weight).sum() <= 1
-    (add, _), weight = compiled.of_event(4), compiled_model["first"].weight
+    weight = compiled_model["first"].weight
     with torch._dynamo.config.patch(error_on_recompile=True):
-        add(weight, torch.ones(7, 1), not_finite()[None], 0.25)
+        compiled.add_products_(4, [(0, not_finite()[None], torch.ones(1, 7))])
     assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7
     assert weight[:, 2:].isnan().all()

@@ -8,7 +8,7 @@ import torch
 from support.ranks import num_gpus, run_on_gpus
 from support.tiny import METHOD_KEYS, full_tensors, tiny_trainer, train_steps
 
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.method import SwitchLoraOptimizer
 from switchtitan.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]

@@ -42,6 +42,7 @@ from switchtitan.distributed.shards import (
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS, projected
 from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.projected import (
     ApolloConfig,
     FiraConfig,
@@ -280,7 +281,8 @@ def reset_and_prune(mesh):
         # Rounded, so that there are ties, which ranks must break equally.
         drawn = torch.randn(moment.shape, generator=generator_for(1, name))
         copy_from_full_(moment, drawn.mul_(4).round_().abs_())
-    merge_and_restart_(layer, key=2)
+    layers = {"layer": layer}
+    merge_and_restart_(layers, FrozenWeights(layers, 0, compile_step=False), number=2, seed=0)
     for name in ("a", "b"):
         by_magnitude = moments[f"magnitude.{name}.exp_avg"], moments[f"magnitude.{name}.exp_avg_sq"]
         prune_(*by_magnitude, 0.6, generator=None)

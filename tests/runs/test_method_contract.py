@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 import torch
 from support.commands import run
-from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, tiny_trainer, train_steps
+from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, train_steps
 
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import gather_on_main
@@ -306,12 +306,6 @@ def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
         assert all(values.isfinite().all() and values[0] > 0 for values in spectra.values())
         with pytest.raises(CheckpointError, match=r"frozen_dtype.*bfloat16.*float32"):
             trainer_of(one.folder, RUNS[name][0])
-
-
-@pytest.mark.parametrize(("method", "warns"), [("switchlora", True), ("relora", False)])
-def test_a_method_that_rounds_frozen_weights_again_and_again_warns(corpora, caplog, method, warns):
-    tiny_trainer(corpora / f"contract-warns-{method}", method, *BF16).stepper.close()
-    assert ("frozen_dtype" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

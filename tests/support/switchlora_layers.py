@@ -11,12 +11,11 @@ from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import Spans
 from switchtitan.methods.lowrank import LowRankLinear, balanced_bounds
-from switchtitan.methods.lowrank.rounding import StochasticRounding
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora import update
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.method import SwitchLora, SwitchLoraLinear
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
+from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
@@ -89,18 +88,13 @@ def build_optimizer(
     plan = Plan(config, num_steps, np.array([layer.num_candidates for layer in layers]))
     return SwitchLoraOptimizer(
         config,
-        layers,
+        named,
         plan,
         build_rule(keys, named, plan, compile_step=compile_step),
         AdamW(keys, []),
         candidates or StoredCandidates(layers),
-        StochasticRounding(named, seed, compile_step),
+        FrozenWeights(named, seed, compile_step),
     )
-
-
-def candidates_of(method: SwitchLora, layers: dict[str, SwitchLoraLinear]) -> Candidates:
-    """The candidates that the method's configuration names."""
-    return method._candidates_of(layers)
 
 
 def freeze_steps_left(state: dict[str, torch.Tensor], freeze_steps: int) -> torch.Tensor:
@@ -158,16 +152,3 @@ def limit_elements_in_cache(monkeypatch: Any, num_elements: int) -> None:
 def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:
     """Draws random vectors in parts of so many elements."""
     monkeypatch.setattr(random, "_DRAWN_AT_A_TIME", num_elements)
-
-
-def are_groups_in_place(rule: VectorAdamW) -> bool:
-    """Whether the factors of every group lie next to each other, so that none was copied."""
-    return all(matrix is not None for matrix in rule._matrices)
-
-
-def replace_first_shard(rule: VectorAdamW, value: float) -> torch.nn.Parameter:
-    """Replaces a parameter, as FSDP replaces the local shard of a DTensor; with a gradient."""
-    parameters = rule._factors.parameters
-    parameters[0] = torch.nn.Parameter(torch.full_like(parameters[0], value))
-    parameters[0].grad = torch.ones_like(parameters[0])
-    return parameters[0]

@@ -1,6 +1,5 @@
 """The configuration keys of methods with factors, and of those with a frozen weight as well."""
 
-from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -16,19 +15,15 @@ def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
     return targets
 
 
-Targets = Annotated[tuple[str, ...], AfterValidator(_check_targets)]
-"""Local names of linear layers, at least one, each once."""
-
-
 class FactorConfig(MethodConfig):
     """The keys of all methods whose rank is below the dimensions of the layers that they adapt."""
 
     rank: int = Field(ge=1)
     """Number of vectors in each factor: at least 1, and below the smaller dimension of every
     adapted layer."""
-    targets: Targets = ADAPTED_LINEARS
-    """Local names of the linear layers to adapt; by default all of attention and MLP. All other
-    parameters train at full rank."""
+    targets: Annotated[tuple[str, ...], AfterValidator(_check_targets)] = ADAPTED_LINEARS
+    """Local names of the linear layers to adapt, at least one, each once; by default all of
+    attention and MLP. All other parameters train as with full_rank."""
 
     def draws_in_forward(self) -> bool:
         """See `contracts.MethodConfig`."""
@@ -36,7 +31,22 @@ class FactorConfig(MethodConfig):
 
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """See `contracts.MethodConfig`."""
-        return check_rank(self.rank, self.targets, linear_shapes)
+        problems = []
+        local_names = {name.rpartition(".")[2] for name in linear_shapes}
+        if unknown := [target for target in self.targets if target not in local_names]:
+            problems.append(
+                f"[method] targets = {list(self.targets)}: the model has no linear layer called "
+                f"{', '.join(map(repr, unknown))}; it has {', '.join(sorted(local_names))}"
+            )
+        adapted = [name for name in linear_shapes if name.rpartition(".")[2] in self.targets]
+        smallest = min(adapted, key=lambda name: min(linear_shapes[name]), default=None)
+        if smallest is not None and self.rank >= min(linear_shapes[smallest]):
+            problems.append(
+                f"[method] rank = {self.rank}: expected less than the smaller dimension of every "
+                f"adapted layer; {smallest} is {list(linear_shapes[smallest])}, so use a rank of "
+                f"at most {min(linear_shapes[smallest]) - 1}"
+            )
+        return problems
 
 
 class LowRankConfig(FactorConfig):
@@ -70,39 +80,3 @@ class LowRankConfig(FactorConfig):
     def draws_in_forward(self) -> bool:
         """See `contracts.MethodConfig`."""
         return self.dropout > 0
-
-
-def check_rank(
-    rank: int, targets: tuple[str, ...], linear_shapes: dict[str, tuple[int, int]]
-) -> list[str]:
-    """Returns the errors in `rank` and `targets` for a model's linear layers.
-
-    Args:
-        linear_shapes: qualified name -> (out, in).
-    """
-    problems = check_targets(targets, linear_shapes)
-    adapted = [name for name in linear_shapes if name.rpartition(".")[2] in targets]
-    smallest = min(adapted, key=lambda name: min(linear_shapes[name]), default=None)
-    if smallest is not None and rank >= min(linear_shapes[smallest]):
-        problems.append(
-            f"[method] rank = {rank}: expected less than the smaller dimension of every adapted "
-            f"layer; {smallest} is {list(linear_shapes[smallest])}, so use a rank of at most "
-            f"{min(linear_shapes[smallest]) - 1}"
-        )
-    return problems
-
-
-def check_targets(targets: tuple[str, ...], linears: Iterable[str]) -> list[str]:
-    """Returns an error if a target is not the local name of a linear layer.
-
-    Args:
-        linears: qualified names of the model's linear layers.
-    """
-    local_names = {name.rpartition(".")[2] for name in linears}
-    unknown = [target for target in targets if target not in local_names]
-    if not unknown:
-        return []
-    return [
-        f"[method] targets = {list(targets)}: the model has no linear layer called "
-        f"{', '.join(map(repr, unknown))}; it has {', '.join(sorted(local_names))}"
-    ]

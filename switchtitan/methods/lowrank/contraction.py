@@ -8,8 +8,7 @@ differ in floating-point operations. For T tokens, forward and backward:
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` save only their inputs for the backward pass, compiled or not;
-`factored` also saves x A^T. `weight` gets no gradient. If its dtype is not that of x and the
-factors, each pass casts it, and the copy is not saved.
+`factored` also saves x A^T. `weight` gets no gradient. Each pass casts a weight of another dtype.
 """
 
 from collections.abc import Callable
@@ -29,7 +28,7 @@ def factored(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: f
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Computes x W^T in the dtype of x; saves only W [out, in] for the backward pass."""
+    """Computes x W^T in the dtype of x; saves only W for the backward pass."""
     return _FrozenLinear.apply(x, weight)
 
 
@@ -130,11 +129,9 @@ class _MergedLinear(torch.autograd.Function):
         return F.linear(x, _merge(weight, lora_a, lora_b, scale))
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
-        grad_x = grad_a = grad_b = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
             # Merged again: saving it in the forward pass would take [out, in] for every layer.
             own_weight, own_b = _cast_in_backward(weight, grad), copy_in_backward(lora_b, grad)
@@ -142,13 +139,8 @@ class _MergedLinear(torch.autograd.Function):
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
         if ctx.has_dense_gradient:
             grad_weight = (grad.t() @ x) * ctx.scale
-            if ctx.needs_input_grad[2]:
-                grad_a = lora_b @ grad_weight
-            if ctx.needs_input_grad[3]:
-                grad_b = lora_a @ grad_weight.t()
+            grad_a, grad_b = lora_b @ grad_weight, lora_a @ grad_weight.t()
         else:
-            if ctx.needs_input_grad[2]:
-                grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x
-            if ctx.needs_input_grad[3]:
-                grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad
+            grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x
+            grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad
         return grad_x, None, grad_a, grad_b, None, None

@@ -17,16 +17,12 @@ from switchtitan.methods.lowrank.contraction import (
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
-GAIN = 1 / math.sqrt(3)
-"""The gain of a leaky ReLU with slope sqrt(5), as in Kaiming-uniform initialization of linear
-layers."""
 
 
 class FactorLinear(nn.Module):
     """A layer with factors in place of a linear one; a `contracts.Reparametrized`.
 
-    Shapes: `lora_a` [rank, in], `lora_b` [rank, out]. B is stored transposed, so that the vectors
-    of both factors are rows.
+    B is stored transposed, so that the vectors of both factors are rows.
     """
 
     sharded_buffers: tuple[str, ...] = ()
@@ -40,9 +36,6 @@ class FactorLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.empty(rank, out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
-
 
 class LowRankLinear(FactorLinear):
     """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
@@ -50,8 +43,6 @@ class LowRankLinear(FactorLinear):
     Computes in the dtype of x and the factors; W may have another dtype.
 
     Args:
-        in_features, out_features: of the linear layer that it replaces.
-        rank: number of vectors in each factor.
         scale: s.
         bounds: of the uniform distributions that A and B are drawn from at the start.
         dropout: dropout probability for the input of A.
@@ -97,7 +88,7 @@ class LowRankLinear(FactorLinear):
         generator_for: GeneratorFor,
         rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`. W + s B A is the plain layer's weight."""
+        """See `contracts.Reparametrized`: W + s B A is the plain layer's weight."""
         rows = rows or {name: range(len(tensor)) for name, tensor in self.named_parameters()}
         lora_a, lora_b = (
             self.draw(factor, slots, generator_for).to(weight.dtype)
@@ -117,9 +108,6 @@ class LowRankLinear(FactorLinear):
         width, bound = self.get_parameter(factor).shape[1], self.bounds[FACTORS.index(factor)]
         return draw_vectors(key, slots, width, bound)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale:g}"
-
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """Returns the low-rank layers of a model by qualified name, in the model's order."""
@@ -138,20 +126,19 @@ def balanced_bounds(out_features: int, in_features: int, rank: int) -> tuple[flo
     """Returns the bounds of A and B that balance the gradients of both factors.
 
     sqrt(3) times the standard deviations of SwitchLoRA's initialization (arXiv 2406.06564):
-    std_A = (rank sqrt(out) / in^(3/2))^(1/4) sqrt(gain)
-    std_B = (rank / sqrt(out in))^(1/4) sqrt(gain)
+    std_A = (rank sqrt(out) / in^(3/2))^(1/4) sqrt(gain), std_B = (rank / sqrt(out in))^(1/4)
+    sqrt(gain), with the gain of a leaky ReLU of slope sqrt(5), as for linear layers.
     """
-    std_a = (rank * math.sqrt(out_features) / in_features**1.5) ** 0.25 * math.sqrt(GAIN)
-    std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * math.sqrt(GAIN)
+    root_of_gain = math.sqrt(1 / math.sqrt(3))
+    std_a = (rank * math.sqrt(out_features) / in_features**1.5) ** 0.25 * root_of_gain
+    std_b = (rank / math.sqrt(out_features * in_features)) ** 0.25 * root_of_gain
     return math.sqrt(3) * std_a, math.sqrt(3) * std_b
 
 
 def without_update(
     weight: Tensor, rows: range, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor:
-    """Returns `weight` - s B A.
-
-    Multiplies block by block, so that a block's bits do not depend on the number of ranks.
+    """Returns `weight` - s B A, block by block, so that bits do not depend on the number of ranks.
 
     Args:
         weight: rows `rows` of W [out, in], complete blocks of `distributed.initial`.

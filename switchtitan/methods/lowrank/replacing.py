@@ -16,22 +16,13 @@ from switchtitan.contracts import (
 )
 from switchtitan.methods.lowrank.config import FactorConfig, LowRankConfig
 from switchtitan.methods.lowrank.contraction import BY_NAME
-from switchtitan.methods.lowrank.linear import (
-    FACTORS,
-    FactorLinear,
-    LowRankLinear,
-    lora_bounds,
-)
+from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, LowRankLinear, lora_bounds
 from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
 
 SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
-"""How the names of factors end."""
 LayerT = TypeVar("LayerT", bound=LowRankLinear)
-"""The class of a method's layers."""
 FactorSection = TypeVar("FactorSection", bound=FactorConfig)
-"""The configuration class of a method with factors."""
 LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
-"""The configuration class of a method with factors and a frozen weight."""
 
 
 class ReplacingMethod(Method[FactorSection]):
@@ -52,7 +43,6 @@ class ReplacingMethod(Method[FactorSection]):
         """Returns the weight [out, in] of a replaced layer, from fp32 tensors by qualified name."""
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Replaces every targeted linear layer."""
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in self.config.targets:
                 # A model on the meta device stays there: its full layers may not fit in memory.
@@ -77,11 +67,9 @@ class ReplacingMethod(Method[FactorSection]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        """Builds one optimizer for all trained parameters."""
         return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the weights of replaced layers, and all other weights, in fp32."""
         replaced, plain = set(layers_with_factors(tensors)), super().dense_weights(tensors)
         dense = {}
         for name, tensor in plain.items():
@@ -97,10 +85,7 @@ class LowRankMethod(ReplacingMethod[LowRankSection]):
     """Linear layers become `LowRankLinear`: W frozen, A and B trained."""
 
     def scale_of(self, layer_name: str) -> float:
-        """Returns the scale s of a layer, W + s B A, by its qualified name.
-
-        Both the layer and its dense weight use it.
-        """
+        """Returns the scale s of a layer, W + s B A, by its qualified name."""
         return self.config.scale
 
     def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
@@ -130,7 +115,6 @@ class LowRankMethod(ReplacingMethod[LowRankSection]):
         return torch.addmm(weight, lora_b.t(), lora_a, alpha=self.scale_of(layer))
 
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
-        """Returns the factors of every layer that has them."""
         return {
             layer: LowRankUpdate(
                 tensors[layer + SUFFIX_A], tensors[layer + SUFFIX_B], self.scale_of(layer)
@@ -140,5 +124,4 @@ class LowRankMethod(ReplacingMethod[LowRankSection]):
 
 
 def layers_with_factors(names: Iterable[str]) -> list[str]:
-    """Returns the names of the layers whose factors are among these tensors."""
     return [name.removesuffix(SUFFIX_A) for name in names if name.endswith(SUFFIX_A)]

@@ -1,7 +1,7 @@
 """SwitchLoRA (arXiv 2406.06564).
 
-`plan` decides which vectors are switched, `candidates` has their replacements, `optimizer`
-exchanges them, and `factors` updates what is not frozen. `method` puts these into a model.
+`plan` decides which vectors are switched, `candidates` has their replacements, `method` exchanges
+them in a model's layers, and `update` trains what is not frozen.
 """
 
 from switchtitan.methods.switchlora.config import SwitchLoraConfig

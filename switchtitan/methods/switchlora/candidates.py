@@ -29,11 +29,11 @@ class DrawnCandidates:
 
     Args:
         keys: int64, from which the candidates of A and B of each layer are drawn, [layers, 2].
-        bounds: of the uniform distribution that they are drawn from, fp32 [layers, 2].
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear], keys: Tensor, bounds: Tensor) -> None:
-        self._keys, self._bounds, self._like = keys, bounds, layers[0].lora_a
+    def __init__(self, layers: Sequence[LowRankLinear], keys: Tensor) -> None:
+        self._keys, self._like = keys, layers[0].lora_a
+        self._bounds = torch.tensor([layer.bounds for layer in layers], dtype=torch.float32)
         self._widths = np.array([(layer.in_features, layer.out_features) for layer in layers])
 
     def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
@@ -47,19 +47,14 @@ class DrawnCandidates:
             gathered: the rows that `row_requests` listed.
         """
         owners = np.array([(switch.layer, factor) for switch in switches for factor in FACTORS])
+        counts = np.array([switch.num_vectors for switch in switches for _ in FACTORS])
+        spans = [span for switch in switches for _ in FACTORS for span in switch.slots_in]
+        slots = [slot for span in spans for slot in span]
         widths = self._widths[tuple(owners.T)]
-        slots = [
-            np.concatenate([np.arange(span.start, span.stop) for span in switch.slots_in])
-            for switch in switches
-            for _ in FACTORS
-        ]
-        counts = np.array([len(of_owner) for of_owner in slots])
         of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
+        keys = splitmix64(self._keys[of_vector], torch.tensor(slots))
         vectors = draw_of_widths(
-            splitmix64(self._keys[of_vector], torch.from_numpy(np.concatenate(slots))),
-            self._bounds[of_vector],
-            widths.repeat(counts),
-            self._like.device,
+            keys, self._bounds[of_vector], widths.repeat(counts), self._like.device
         )
         return cut(vectors.to(self._like.dtype), zip(counts.tolist(), widths.tolist(), strict=True))
 
@@ -172,21 +167,19 @@ Candidates = DrawnCandidates | StoredCandidates
 def draw_of_widths(
     keys: Tensor, bounds: Tensor, widths: np.ndarray, device: torch.device
 ) -> Tensor:
-    """Draws vectors of different widths, [sum of widths] fp32 on `device`, with the values of
-    `random.draw_vectors`, by equally many kernels for any number of them.
+    """Draws vectors of different widths, [sum of widths] fp32 on `device`, as `draw_vectors` does,
+    by equally many kernels for any number of them.
 
     Args:
         keys: SplitMix64 of each factor's key and slot, [vectors] int64, on the CPU.
-        bounds: [vectors] fp32, on the CPU.
-        widths: [vectors] int64.
+        bounds, widths: [vectors], on the CPU.
     """
-    num_elements = int(widths.sum())
     starts = widths.cumsum(0) - widths
     # Advanced so that the index `start` draws a vector's element 0.
     keys = advance64(keys, torch.from_numpy(-starts))
     table = to_device(torch.stack([keys, torch.from_numpy(widths)]), device)
-    of_element = torch.repeat_interleave(table[1], output_size=num_elements)
-    bits = splitmix64(table[0][of_element], torch.arange(num_elements, device=device))
+    of_element = torch.repeat_interleave(table[1], output_size=int(widths.sum()))
+    bits = splitmix64(table[0][of_element], torch.arange(len(of_element), device=device))
     return as_uniform(bits) * to_device(bounds, device)[of_element]
 
 

@@ -7,9 +7,6 @@ from pydantic import Field, model_validator
 
 from switchtitan.methods.lowrank.config import LowRankConfig
 
-_TOLERANCE = 1e-5
-"""How far an interval may be below its limit, relative: limits are shown with six digits."""
-
 
 class SwitchLoraConfig(LowRankConfig):
     """`[method] name = "switchlora"`: LoRA whose vectors are replaced during training (SwitchLoRA,
@@ -48,17 +45,13 @@ class SwitchLoraConfig(LowRankConfig):
     reset_moments: Literal["counterpart", "momentum", "both", "none"] = "counterpart"
     """Which optimizer state a switch resets, step counts included: that of the `counterpart` (the
     paired vector in the other factor), of `both` vectors, or `none`. `momentum` resets only the
-    counterpart's first moment, so that its next updates are small instead of large. With
-    [optimizer] name = "muon", whose only state is momentum, `momentum` does the same as
-    `counterpart`, and next updates have their usual size."""
+    counterpart's first moment, so that its next updates are small instead of large. With muon, it
+    does the same as `counterpart`."""
 
     @model_validator(mode="after")
     def _check_switching(self) -> "SwitchLoraConfig":
         if self.rank == 1:
-            raise ValueError(
-                "rank = 1 never switches, since the switched vectors of A and of B must differ; "
-                "use at least 2"
-            )
+            raise ValueError("rank = 1 never switches; use at least 2")
         # A saved configuration has both, with the default interval.
         if self.switches_per_vector is not None and not self.is_default("interval"):
             raise ValueError(
@@ -91,20 +84,18 @@ class SwitchLoraConfig(LowRankConfig):
         return np.ones(num_steps)
 
     def interval_in(self, num_steps: int) -> float:
-        """Returns `interval`, or the one that follows from `switches_per_vector`.
-
-        Each vector is switched (sum of rates) / interval times in a run of `num_steps` steps.
-        """
+        """Returns `interval`, or the one that follows from `switches_per_vector`: each vector is
+        switched (sum of rates) / interval times in a run."""
         if self.switches_per_vector is None:
             return self.interval
         return float(self.rates(num_steps).sum()) / self.switches_per_vector
 
     def check_length(self, num_steps: int) -> list[str]:
         """See `contracts.MethodConfig`."""
-        # Not refused by the section itself: saved runs can still be evaluated and exported.
         least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
         interval = self.interval_in(num_steps)
-        if interval >= least * (1 - _TOLERANCE):
+        # The message shows six digits of the limit.
+        if interval >= least * (1 - 1e-5):
             return []
         return [
             f"[method] {self.frequency()}: a vector would be switched every {interval:.4g} steps "

@@ -1,7 +1,9 @@
-"""The method SwitchLoRA: a model's layers, their initial values, and the optimizer."""
+"""The method SwitchLoRA: a model's layers, and the optimizer that switches, then updates."""
 
 import logging
+import zlib
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
+from switchtitan.distributed.rows import RowExchange, RowRequest
+from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
 from switchtitan.methods.lowrank import (
     LowRankLinear,
     LowRankMethod,
@@ -18,7 +22,7 @@ from switchtitan.methods.lowrank import (
     low_rank_layers,
 )
 from switchtitan.methods.lowrank.linear import FACTORS
-from switchtitan.methods.lowrank.rounding import StochasticRounding
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora.candidates import (
     BUFFERS,
     Candidates,
@@ -27,11 +31,12 @@ from switchtitan.methods.switchlora.candidates import (
     StoredCandidates,
 )
 from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.optimizer import SwitchLoraOptimizer
-from switchtitan.methods.switchlora.plan import Plan
+from switchtitan.methods.switchlora.plan import Plan, Switch
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW, require_adamw
+from switchtitan.optim.base import SplitOptimizer
 from switchtitan.optim.muon import MuonConfig, build_muon
+from switchtitan.regions import region
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,6 @@ class SwitchLoraLinear(LowRankLinear):
         generator_for: GeneratorFor,
         rows: Mapping[str, range] | None = None,
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`."""
         tensors = super().initial_tensors(weight, generator_for, rows)
         for name, factor in zip(self.sharded_buffers, FACTORS, strict=False):
             held = rows[name] if rows is not None else range(self.num_candidates)
@@ -94,7 +98,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     ) -> TrainingOptimizer:
         layers = low_rank_layers(model)
         num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
-        self._warn(layers, num_candidates.min())
+        self._warn_of_dropped_switches(num_candidates.min())
         plan = Plan(self.config, self.num_steps, num_candidates)
         factors = Factors(layers, model.compute_dtype)
         others = [p for p in self.trained_parameters(model) if p.is_other]
@@ -107,17 +111,12 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         else:
             rule = VectorAdamW(require_adamw(config), factors, plan, compile_step)
             dense = AdamW(require_adamw(config), others)
-        return SwitchLoraOptimizer(
-            self.config,
-            list(layers.values()),
-            plan,
-            rule,
-            dense,
-            self._candidates_of(layers),
-            StochasticRounding(layers, self.seed, compile_step),
-        )
+        weights = FrozenWeights(layers, self.seed, compile_step)
+        candidates = self.candidates_of(layers)
+        return SwitchLoraOptimizer(self.config, layers, plan, rule, dense, candidates, weights)
 
-    def _candidates_of(self, layers: Mapping[str, LowRankLinear]) -> Candidates:
+    def candidates_of(self, layers: Mapping[str, LowRankLinear]) -> Candidates:
+        """Returns the candidates of these layers, by qualified name."""
         of_layers = list(layers.values())
         if self.config.candidates == "swap":
             is_on_host = self.config.candidates_device == "host"
@@ -126,16 +125,9 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
             [generator_for(self.seed, f"{name}.{factor}").initial_seed() for factor in FACTORS]
             for name in layers
         ]
-        bounds = torch.tensor([layer.bounds for layer in of_layers], dtype=torch.float32)
-        return DrawnCandidates(of_layers, torch.tensor(keys), bounds)
+        return DrawnCandidates(of_layers, torch.tensor(keys))
 
-    def _warn(self, layers: Mapping[str, LowRankLinear], num_candidates: int) -> None:
-        if any(layer.weight.dtype == torch.bfloat16 for layer in layers.values()):
-            logger.warning(
-                "frozen weights are bfloat16: stochastic rounding is unbiased, but its error "
-                "accumulates as a random walk (6 % of a layer's norm after 500 switching steps, "
-                'see docs/PERFORMANCE.md); [training] frozen_dtype = "float32" avoids it'
-            )
+    def _warn_of_dropped_switches(self, num_candidates: int) -> None:
         rank = self.config.rank
         num_due = rank / self.config.interval_in(self.num_steps)
         # Not an error: ranks near the smaller dimension of a layer need very large intervals.
@@ -146,3 +138,105 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
                 f"{num_candidates} candidates for rank = {rank}, so some are dropped; switch less "
                 "often, or lower rank"
             )
+
+
+class SwitchLoraOptimizer(SplitOptimizer):
+    """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers, on local shards.
+
+    Neither a torch optimizer nor a hook of one: torch's checkpointing steps an optimizer to create
+    its state, and a switch must not happen then.
+
+    Args:
+        layers: by qualified name, in the order of `plan`.
+        rule: trains the factors of `layers`.
+        dense: trains all other parameters.
+        weights: those of `layers`.
+    """
+
+    def __init__(
+        self,
+        config: SwitchLoraConfig,
+        layers: Mapping[str, LowRankLinear],
+        plan: Plan,
+        rule: VectorAdamW | FactorMuon,
+        dense: TrainingOptimizer,
+        candidates: Candidates,
+        weights: FrozenWeights,
+    ) -> None:
+        super().__init__([dense, rule])
+        self._config, self._plan, self._rule = config, plan, rule
+        self._candidates, self._weights = candidates, weights
+        pairs = [(layer.lora_a, layer.lora_b) for layer in layers.values()]
+        self._factors = [tuple(map(ShardedRows, pair)) for pair in pairs]
+        first = pairs[0][0]
+        self._exchange = RowExchange(shard_group(first), first.dtype, first.device)
+        self._last: list[Switch] = []
+
+    def step(self) -> None:
+        """Switches vectors, then updates all parameters that are not frozen."""
+        with region("switch"):
+            self.switch()
+        super().step()
+
+    @torch.no_grad()
+    def switch(self) -> None:
+        """Exchanges vectors for candidates, and resets and freezes their counterparts.
+
+        One fold into each layer's weight, and a few list operations for the rest, for any number of
+        vectors. A fold keeps the layer's output (Algorithm 1), one update of rank 2k for vectors I
+        of A and J of B, which are disjoint:
+        W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]).
+        """
+        switches = self._last = self._plan.next()
+        factors = [rows for switch in switches for rows in self._factors[switch.layer]]
+        # For both factors: the rows I switched in A, then the rows J switched in B.
+        involved = [sum(switch.vectors, ()) for switch in switches for _ in FACTORS]
+        requests = [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)]
+        counts = [(switch.layer, switch.num_vectors) for switch in switches]
+        checked = [self._plan.step, *self._plan.num_switched.tolist(), *counts]
+        gathered = self._exchange.gather(requests, zlib.crc32(repr(checked).encode()))
+        self._plan.advance(switches)
+        if not switches:
+            return
+        vectors = gathered[: len(factors)]
+        incoming = self._candidates.take(switches, gathered[len(factors) :])
+        outgoing = [
+            rows.narrow(0, factor * switch.num_vectors, switch.num_vectors)
+            for (switch, factor), rows in zip(product(switches, (0, 1)), vectors, strict=True)
+        ]
+        self._candidates.put_back(switches, outgoing)
+        # In place: `outgoing` are views of `vectors`, and now hold old - new.
+        torch._foreach_sub_(outgoing, incoming)
+        layers = [switch.layer for switch in switches]
+        folds = zip(layers, vectors[::2], vectors[1::2], strict=True)
+        self._weights.add_products_(self._plan.step, folds)
+        write_rows_(factors, [spans for switch in switches for spans in switch.vectors], incoming)
+        self._rule.reset(self._plan.resets(), self._config.reset_moments == "momentum")
+
+    def metrics(self) -> dict[str, float]:
+        """Adds, over all layers and both factors, the vectors switched in the last step and in
+        total, and the shares of frozen vectors and of candidates used so far."""
+        self._exchange.check()
+        plan = self._plan
+        seen = np.minimum(self._config.rank + plan.num_switched, plan.num_candidates)
+        return super().metrics() | {
+            "switch/vectors_switched": float(2 * sum(switch.num_vectors for switch in self._last)),
+            "switch/vectors_switched_total": float(2 * plan.num_switched.sum()),
+            "switch/frozen_share": float(plan.is_frozen().mean()),
+            "switch/candidate_coverage": float((seen / plan.num_candidates).mean()),
+        }
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns the plan's history, and the random keys."""
+        keys = self._weights.replicated() | self._candidates.replicated()
+        return super().replicated() | self._plan.state_dict() | keys
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Candidates still in flight are first written to the model's buffers."""
+        self._exchange.check()
+        self._candidates.flush()
+        return super().state_dict() | self._plan.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._plan.load_state_dict(state)

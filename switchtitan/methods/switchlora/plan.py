@@ -28,17 +28,14 @@ class Switch(NamedTuple):
 
     layer: int
     """Index among all layers."""
+    num_vectors: int
+    """Switched vectors of each factor."""
     vectors: tuple[Spans, Spans]
     """Rows of A and rows of B to exchange. They are disjoint."""
     slots_in: Spans
     """Candidates taken, for each factor."""
     slots_out: Spans
     """Candidates overwritten by the outgoing vectors, for each factor."""
-
-    @property
-    def num_vectors(self) -> int:
-        """Number of switched vectors of each factor."""
-        return sum(map(len, self.slots_in))
 
 
 class Plan:
@@ -47,7 +44,7 @@ class Plan:
     Error diffusion meets the expectation rank * rate(t) / interval, with Q its running sum: a layer
     switches floor(Q(t) + phase) - floor(Q(t-1) + phase) vectors of each factor. The phase is a
     low-discrepancy sequence over layers, so that layers switch at different steps. (The authors'
-    code draws the fraction at random: the same expectation with more variance.)
+    code draws the fraction at random.)
 
     Args:
         num_steps: length of the run.
@@ -80,8 +77,7 @@ class Plan:
         return [self.switch(layer, int(counts[layer])) for layer in np.flatnonzero(counts).tolist()]
 
     def requested(self) -> np.ndarray:
-        """Returns the vectors of each factor due in the coming step, [layers]; none after the last
-        step."""
+        """Returns the vectors of each factor due in the coming step, [layers]; 0 after the run."""
         last = len(self._running_sum) - 1
         before, after = self._running_sum[[min(self.step, last), min(self.step + 1, last)]]
         counts = np.floor(after + self._phase) - np.floor(before + self._phase)
@@ -103,6 +99,7 @@ class Plan:
         first = int(self.num_switched[layer])
         return Switch(
             layer,
+            count,
             vectors=(ring_spans(first, count, rank), ring_spans(rank // 2 + first, count, rank)),
             slots_in=ring_spans(first, count, candidates),
             slots_out=ring_spans(first - rank, count, candidates),

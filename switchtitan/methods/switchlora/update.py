@@ -1,7 +1,6 @@
 """The rules that update the vectors of all layers' factors: AdamW and Muon."""
 
 from collections.abc import Mapping, Sequence
-from operator import is_
 
 import numpy as np
 import torch
@@ -29,21 +28,15 @@ _ELEMENTS_PER_CALL = 2**25
 """The most elements of several factors that one call updates: gradients are copied next to each
 other, which takes 128 MiB for so many."""
 _ELEMENTS_IN_CACHE = 2**16
-"""Elements that a CPU updates at a time if nothing is compiled: all operations find them in its
-cache, and temporary tensors reuse memory. For 10 million elements at a time, an update takes six
-times as long."""
+"""Elements that a CPU updates at a time if nothing is compiled: they stay in its cache. For 10
+million elements at a time, an update takes six times as long."""
 
 
 class Factors:
     """A of all layers, then B of all layers, as in a flattened table [2, layers, rank].
 
-    Args:
-        layers: by qualified name, all of one rank.
-        compute_dtype: in which the model multiplies.
-
     Attributes:
-        trained: all factors.
-        parameters: theirs.
+        trained, parameters: all factors.
         held: the rows of each factor that this rank holds.
     """
 
@@ -60,10 +53,8 @@ class Factors:
         self._num_layers = len(layers)
 
     def groups(self) -> list[list[int]]:
-        """Returns indices of factors of one width, A and B of each layer in turn.
-
-        Groups of one width have one size, so that they share a compiled graph.
-        """
+        """Returns indices of factors of one width, A and B of each layer in turn. Groups of one
+        width have one size, so that they share a compiled graph."""
         of_width: dict[int, list[int]] = {}
         for layer in range(self._num_layers):
             for factor in (layer, self._num_layers + layer):
@@ -76,35 +67,38 @@ class Factors:
         return groups
 
     def gradients(self) -> list[Tensor]:
-        """Returns the gradient of each factor."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         assert len(grads) == len(self.parameters), "a factor has no gradient"
         return grads
 
-    def views(self, tensors: Sequence[Tensor], spans: list[VectorSpan]) -> list[Tensor]:
+    def views(self, spans: list[VectorSpan], *states: Sequence[Tensor]) -> list[Tensor]:
         """Returns this rank's rows of these vectors.
 
         Args:
-            tensors: sharded like the factors, in their order.
+            states: tensors sharded like the factors, in their order.
         """
-        shards, first = local_shards(tensors), self.held.start
-        views = []
-        for factor, layer, vectors in spans:
-            start, stop = max(vectors.start, first), min(vectors.stop, self.held.stop)
-            if start < stop:
-                shard = shards[factor * self._num_layers + layer]
-                views.append(shard[start - first : stop - first])
+        first, views = self.held.start, []
+        for shards in map(local_shards, states):
+            for factor, layer, vectors in spans:
+                start, stop = max(vectors.start, first), min(vectors.stop, self.held.stop)
+                if start < stop:
+                    shard = shards[factor * self._num_layers + layer]
+                    views.append(shard[start - first : stop - first])
         return views
+
+    def zero_(self, spans: list[VectorSpan], *states: Sequence[Tensor]) -> None:
+        """Zeroes these vectors."""
+        if views := self.views(spans, *states):
+            torch._foreach_zero_(views)
 
 
 class VectorAdamW(GroupedOptimizer):
     """AdamW on A and B of all layers, with bias corrections from each vector's own step count
     (SwitchLoRA, arXiv 2406.06564, sec. 3).
 
-    Equals torch's AdamW as long as no vector is reset or frozen. Its state is
-    `<layer>.lora_a.exp_avg` and so on, sharded like the factors. Factors of one width are updated
-    as one matrix. It takes few kernels if their local shards follow each other in memory, in the
-    order of the layers, A before B; otherwise they are copied.
+    Equals torch's AdamW as long as no vector is reset or frozen. Factors of one width are updated
+    as one matrix: few kernels if their local shards follow each other in memory, A of each layer
+    before B; otherwise they are copied.
     """
 
     def __init__(
@@ -117,8 +111,6 @@ class VectorAdamW(GroupedOptimizer):
         rank, held = factors.parameters[0].shape[0], factors.held
         # In a flattened table, of all local vectors in the order of groups.
         self._places = np.add.outer(np.multiply(order, rank), held).ravel()
-        self._shards: list[Tensor] = []
-        self._matrices: list[Tensor | None] = []
         self._means, self._squares = self._zeros("exp_avg", order), self._zeros("exp_avg_sq", order)
         of_moments = local_shards(self._means), local_shards(self._squares)
         self._moments = [
@@ -148,41 +140,25 @@ class VectorAdamW(GroupedOptimizer):
         num_held = len(self._factors.held)
         if not num_held:
             return
-        shards, grads = self._find_matrices(), local_shards(self._factors.gradients())
+        # FSDP may replace shards before the first forward pass: they are looked up in every step.
+        shards = local_shards(self._factors.parameters)
+        grads = local_shards(self._factors.gradients())
         sizes = [len(group) * num_held for group in self._groups]
         coefficients = self._coefficients().unsqueeze(2).split(sizes, dim=1)
-        for group, matrix, moments, of_group in zip(
-            self._groups, self._matrices, self._moments, coefficients, strict=True
-        ):
+        for group, moments, of_group in zip(self._groups, self._moments, coefficients, strict=True):
             own = [shards[i] for i in group]
+            matrix = as_one_matrix(own)
             vectors = torch.cat(own) if matrix is None else matrix
-            self._update(
-                vectors,
-                torch.cat([grads[i] for i in group]) if len(group) > 1 else grads[group[0]],
-                *moments,
-                *of_group,
-                betas=self._keys.betas,
-            )
+            grad = torch.cat([grads[i] for i in group]) if len(group) > 1 else grads[group[0]]
+            self._update(vectors, grad, *moments, *of_group, betas=self._keys.betas)
             if matrix is None:
                 copy_all_(list(zip(own, vectors.split(num_held), strict=True)))
-
-    def _find_matrices(self) -> list[Tensor]:
-        """Finds the matrix of each group, if its shards follow each other in memory; returns all
-        shards.
-
-        Again whenever a shard has been replaced, as FSDP may do before the first forward pass.
-        """
-        shards = local_shards(self._factors.parameters)
-        if not self._shards or not all(map(is_, shards, self._shards)):
-            self._matrices = [as_one_matrix([shards[i] for i in group]) for group in self._groups]
-            self._shards = shards
-        return shards
 
     def _coefficients(self) -> Tensor:
         """Returns mask, decay, step size and epsilon of each local vector, [4, vectors].
 
         Both bias corrections are in the step size, lr sqrt(1 - beta2^n) / (1 - beta1^n) after n
-        steps, which saves a division for each element; epsilon is eps sqrt(1 - beta2^n).
+        steps; epsilon is eps sqrt(1 - beta2^n).
         """
         (beta1, beta2), (lr,) = self._keys.betas, self.rates
         first = self._factors.parameters[0]
@@ -200,11 +176,8 @@ class VectorAdamW(GroupedOptimizer):
     @torch.no_grad()
     def reset(self, spans: list[VectorSpan], only_momentum: bool) -> None:
         """Zeroes these vectors' first moments, and their second ones."""
-        views = self._factors.views(self._means, spans)
-        if not only_momentum:
-            views += self._factors.views(self._squares, spans)
-        if views:
-            torch._foreach_zero_(views)
+        states = (self._means,) if only_momentum else (self._means, self._squares)
+        self._factors.zero_(spans, *states)
 
 
 def update_vectors_(
@@ -219,13 +192,8 @@ def update_vectors_(
     *,
     betas: tuple[float, float],
 ) -> None:
-    """Updates vectors by AdamW (arXiv 1711.05101, Algorithm 2).
-
-    Args:
-        vectors, exp_avg, exp_avg_sq: [vectors, width]; changed in place.
-        mask, decay: [vectors, 1], factors of the gradient and of the vectors.
-        step_size, eps: [vectors, 1], with the bias corrections.
-    """
+    """Updates vectors and moments [vectors, width] by AdamW (arXiv 1711.05101, Algorithm 2), with
+    coefficients [vectors, 1]; bias corrections are part of the step size and eps."""
     grad = grad * mask
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
@@ -242,9 +210,8 @@ def update_in_blocks_(vectors: Tensor, *tensors: Tensor, betas: tuple[float, flo
 class FactorMuon(Muon):
     """Muon on A and B of all layers, as matrices [rank, in] and [rank, out].
 
-    The row of a frozen vector is zero in the matrix that is orthogonalized, so that the other rows
-    of the update are what they would be without it. Rows of an update are all of about one size: a
-    vector whose momentum was reset moves as far as the others in its first step.
+    A frozen vector is zero in the matrix that is orthogonalized, so that the other rows of the
+    update are what they would be without it.
     """
 
     def __init__(
@@ -258,18 +225,14 @@ class FactorMuon(Muon):
     def step(self) -> None:
         """Updates every vector that is not frozen; a frozen one keeps its value and momentum."""
         frozen = vector_spans(self._plan.is_frozen())
-        momenta = self._factors.views(self._means, frozen)
-        kept = self._factors.views(self._factors.parameters, frozen) + momenta
+        kept = self._factors.views(frozen, self._factors.parameters, self._means)
         copies = [torch.empty_like(view) for view in kept]
         copy_all_(list(zip(copies, kept, strict=True)))
-        if momenta:
-            grads = self._factors.views(self._factors.gradients(), frozen)
-            torch._foreach_zero_(momenta + grads)
+        self._factors.zero_(frozen, self._means, self._factors.gradients())
         super().step()
         copy_all_(list(zip(kept, copies, strict=True)))
 
     @torch.no_grad()
     def reset(self, spans: list[VectorSpan], only_momentum: bool) -> None:
         """Zeroes these vectors' momentum, which is their only state."""
-        if views := self._factors.views(self._means, spans):
-            torch._foreach_zero_(views)
+        self._factors.zero_(spans, self._means)

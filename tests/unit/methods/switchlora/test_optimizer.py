@@ -3,16 +3,13 @@ LLaMA."""
 
 import pytest
 import torch
-from support.small_llama import draw_model, logits_of
-from support.switchlora_layers import freeze_steps_left, requested_and_switched, with_interval
+from support.switchlora_layers import requested_and_switched, with_interval
 from support.switchlora_runs import (
-    ADAMW,
     NUM_STEPS,
     RANK,
     build_ours,
     check_golden_trajectory,
     check_whole_run,
-    run_step,
 )
 
 from switchtitan.methods.switchlora import SwitchLoraConfig
@@ -101,55 +98,3 @@ def test_switches_that_a_layer_has_too_few_candidates_for_are_said(caplog, keys,
     assert bool(caplog.text) == bool(fragments)
     requested, switched = requested_and_switched(optimizer, NUM_STEPS)
     assert (switched < requested).any() == bool(fragments)
-
-
-@in_float64
-def test_metric_of_the_last_step_is_the_growth_of_the_total():
-    config = SwitchLoraConfig(rank=RANK, interval=6, freeze_steps=2, decay="constant")
-    model, optimizer = build_ours(config)
-    total = 0.0
-    for step in range(9):
-        run_step(model, optimizer, step)
-        metrics, before = optimizer.metrics(), total
-        total = metrics["switch/vectors_switched_total"]
-        assert metrics["switch/vectors_switched"] == total - before
-        assert metrics["optimizer/lr"] == ADAMW.lr
-    assert total > 0
-
-
-@in_float64
-@pytest.mark.parametrize("candidates", ["swap", "constant"])
-def test_run_resumes_bitwise_from_its_state(candidates):
-    config = with_interval(6.5, rank=RANK, freeze_steps=3, decay="constant", candidates=candidates)
-    model, optimizer = build_ours(config)
-    for step in range(11):
-        run_step(model, optimizer, step)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
-    assert freeze_steps_left(state, 3).any(), "nothing is frozen: that part is not tested"
-
-    other, resumed = build_ours(config)
-    other.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    for step in range(11, 19):
-        assert run_step(other, resumed, step) == run_step(model, optimizer, step)
-    for tensors, expected in (
-        (other.state_dict(), model.state_dict()),
-        (resumed.state_dict(), optimizer.state_dict()),
-    ):
-        assert tensors.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(tensors[name], tensor), name
-
-
-@in_float64
-@pytest.mark.parametrize("candidates", ["swap", "constant"])
-def test_model_starts_as_the_plain_model_and_zero_grad_forgets_all_gradients(candidates):
-    config = SwitchLoraConfig(rank=RANK, alpha=3, candidates=candidates)
-    model, optimizer = build_ours(config)
-    logits = logits_of(model, 0)
-    # float64 rounding through two blocks
-    torch.testing.assert_close(logits, logits_of(draw_model(), 0), rtol=0, atol=1e-12)
-    logits.sum().backward()
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in model.parameters())
