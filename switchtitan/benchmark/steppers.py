@@ -14,7 +14,7 @@ from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.dtype import DtypeKey, agree_on_dtype
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
-from switchtitan.observability import configure_logging
+from switchtitan.observability.log import configure_logging
 from switchtitan.training.build import build_batches, build_stepper, open_checked_corpus
 from switchtitan.training.step import Stepper, TrainState
 

@@ -16,7 +16,7 @@ from switchtitan.distributed.world import (
 )
 from switchtitan.errors import UserError, exit_for, exit_for_stop
 from switchtitan.job.config import parse_arguments
-from switchtitan.observability import configure_logging
+from switchtitan.observability.log import configure_logging
 from switchtitan.training.build import build_memory_snapshots, build_trainer
 from switchtitan.training.output import lock_output_dir
 from switchtitan.training.stop import Stop, Stopped

@@ -16,7 +16,6 @@ from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.models import linear_shapes
-from switchtitan.observability import COUNTED_STEP
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
@@ -98,9 +97,7 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
     trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
     add(not config.method.freezes_weights, "parallelism.frozen_weights", trains_all)
     add(not config.method.freezes_weights, "training.frozen_dtype", trains_all)
-    add(num_ranks == 1, "metrics.communication", "on one rank, which sends nothing")
     short = f"with [training] steps = {steps}"
-    add(num_ranks > 1 and steps < COUNTED_STEP, "metrics.communication", short)
     snapshot_step = profiler.memory_snapshot_step
     add(not profiler.enabled, "profiler.memory", "without enabled = true")
     without = "without enabled = true or memory_snapshot_step"

@@ -36,8 +36,7 @@ from switchtitan.job.sections import (
 )
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.observability.config import MetricsConfig
-from switchtitan.observability.profiler import ProfilerConfig
+from switchtitan.observability.config import MetricsConfig, ProfilerConfig
 from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
 
 _USAGE = """\

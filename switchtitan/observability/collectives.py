@@ -1,27 +1,21 @@
 """Contexts that count collectives and the bytes that ranks send each other."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    is_traceable_wrapper_subclass_type,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 
 class CountingMode(TorchDispatchMode, ABC):
-    """A context that calls `count` after every operation on plain tensors.
+    """A context that calls `count` after every operation on plain tensors, also in backward passes.
 
-    Operations of backward passes are included. An operation on DTensors is counted as its
-    operations on local shards and its collectives, one on torchao's tensors as its operations on
-    their parts.
+    An operation on DTensors, or on torchao's tensors, counts as its operations on their parts.
     """
 
     @abstractmethod
@@ -56,8 +50,7 @@ _PASSES = {
 (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
 
 
-@dataclass(frozen=True)
-class CollectiveCount:
+class CollectiveCount(NamedTuple):
     """Collectives of one kind."""
 
     num_calls: int
@@ -79,51 +72,35 @@ class CountCommunication(CountingMode):
     directly to or from one rank: (n-1)/n of a shard on average. All_to_all sends directly too:
     (n-1)/n of a rank's input on average. S includes the rows with which FSDP2 pads uneven shards.
     Other NCCL algorithms, such as trees, and protocol overhead are not modeled.
+
+    Raises:
+        NotImplementedError: at a collective of another kind.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._num_calls = dict.fromkeys(_PASSES, 0)
-        self._bytes_sent = dict.fromkeys(_PASSES, 0.0)
-        self._unknown: set[str] = set()
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind in _PASSES}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Keeps compiled regions, which contain no collectives, compiled inside the context."""
         return True
 
-    @property
-    def counts(self) -> CommunicationCounts:
-        """Counts of all collectives so far.
-
-        Raises:
-            NotImplementedError: if one of them is of an unknown kind.
-        """
-        if self._unknown:
-            raise NotImplementedError(
-                f"no rule for counting the bytes of {', '.join(sorted(self._unknown))}"
-            )
-        return {
-            kind: CollectiveCount(self._num_calls[kind], self._bytes_sent[kind]) for kind in _PASSES
-        }
-
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        if isinstance(func, torch._ops.OpOverload) and func.namespace in _NAMESPACES:
-            self._count_collective(func, args, result)
-
-    def _count_collective(self, func: torch._ops.OpOverload, args: tuple, result: object) -> None:
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
+            return
         name = func._schema.name.partition("::")[2]
-        if name in _NOT_COUNTED:
+        if name in _SEND_NOTHING:
             return
         if name not in _COLLECTIVES:
-            # `counts` raises, so that the counted code is not interrupted.
-            self._unknown.add(str(func))
-            return
-        kind, tensors = _COLLECTIVES[name]
+            raise NotImplementedError(f"no rule for counting the bytes of {func}")
+        kind, counted = _COLLECTIVES[name]
+        num_bytes = _num_bytes(result if counted is None else args[counted])
         num_ranks = group_of(args).size()
-        self._num_calls[kind] += 1
-        self._bytes_sent[kind] += (
-            _PASSES[kind] * (num_ranks - 1) / num_ranks * _num_bytes(tensors(args, result))
+        before = self.counts[kind]
+        self.counts[kind] = CollectiveCount(
+            before.num_calls + 1,
+            before.bytes_sent + _PASSES[kind] * (num_ranks - 1) / num_ranks * num_bytes,
         )
 
 
@@ -143,47 +120,27 @@ def group_of(args: tuple) -> dist.ProcessGroup:
     return _resolve_process_group(args[-1])
 
 
-def _first(args: tuple, result: object) -> object:
-    return args[0]
-
-
-def _second(args: tuple, result: object) -> object:
-    return args[1]
-
-
-def _result(args: tuple, result: object) -> object:
-    return result
-
-
 _NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
-_NOT_COUNTED = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
-"""Operations that send no tensors."""
-_COLLECTIVES: dict[str, tuple[str, Callable[[tuple, object], object]]] = {
-    # c10d, in place.
-    "_allgather_base_": ("all_gather", _first),
-    "allgather_": ("all_gather", _first),
-    "allgather_into_tensor_coalesced_": ("all_gather", _first),
-    "_reduce_scatter_base_": ("reduce_scatter", _second),
-    "reduce_scatter_": ("reduce_scatter", _second),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", _second),
-    "allreduce_": ("all_reduce", _first),
-    "allreduce_coalesced_": ("all_reduce", _first),
-    "broadcast_": ("broadcast", _first),
-    "gather_": ("gather", _second),
-    "scatter_": ("scatter", _first),
-    "alltoall_base_": ("all_to_all", _second),
-    # _c10d_functional, which DTensors use.
-    "all_gather_into_tensor": ("all_gather", _result),
-    "all_gather_into_tensor_out": ("all_gather", _result),
-    "all_gather_into_tensor_coalesced": ("all_gather", _result),
-    "reduce_scatter_tensor": ("reduce_scatter", _first),
-    "reduce_scatter_tensor_out": ("reduce_scatter", _first),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _first),
-    "all_reduce": ("all_reduce", _first),
-    "all_reduce_": ("all_reduce", _first),
-    "all_reduce_coalesced": ("all_reduce", _first),
-    "all_reduce_coalesced_": ("all_reduce", _first),
-    "broadcast": ("broadcast", _first),
+_SEND_NOTHING = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
+# Those of c10d, in place, end with "_"; DTensors use the others.
+_OPERATIONS: dict[tuple[str, int | None], str] = {
+    ("all_gather", 0): "_allgather_base_ allgather_ allgather_into_tensor_coalesced_",
+    ("all_gather", None): "all_gather_into_tensor all_gather_into_tensor_out"
+    " all_gather_into_tensor_coalesced",
+    ("reduce_scatter", 1): "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_",
+    ("reduce_scatter", 0): "reduce_scatter_tensor reduce_scatter_tensor_out"
+    " reduce_scatter_tensor_coalesced",
+    ("all_reduce", 0): "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"
+    " all_reduce_coalesced all_reduce_coalesced_",
+    ("broadcast", 0): "broadcast_ broadcast",
+    ("gather", 1): "gather_",
+    ("scatter", 0): "scatter_",
+    ("all_to_all", 1): "alltoall_base_",
 }
-"""Operation -> its kind, and a function that returns the tensors that count, given (arguments,
-result): full tensors, but for gather and scatter a shard, and for all_to_all a rank's input."""
+"""(kind, which argument counts; None: the result) -> operations. What counts is the full tensor,
+but for gather and scatter a shard, and for all_to_all a rank's input."""
+_COLLECTIVES = {
+    name: kind_and_argument
+    for kind_and_argument, names in _OPERATIONS.items()
+    for name in names.split()
+}

@@ -1,6 +1,6 @@
-"""The section `[metrics]`."""
+"""The sections `[metrics]` and `[profiler]`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,38 @@ class MetricsConfig(Section):
     """Report norms of each layer's gradient and update, and the share of its frozen weight that the
     step's merge changed. Reported steps take a copy of the local shards of all weights."""
 
-    communication: bool = False
-    """Count the bytes that each rank sends in the third step of the run, which makes that step
-    slower. Requires several ranks and at least three steps."""
+
+class ProfilerConfig(Section):
+    """Steps to trace."""
+
+    enabled: bool = False
+    """Trace some steps, once per run. Traces are written next to TensorBoard's scalars; rank 0's
+    table of operations goes to the log and to TensorBoard's text page."""
+
+    ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Ranks to trace, counted from 0, or "all"; one file each. Memory snapshots are of them too."""
+
+    start_step: int = Field(default=10, ge=2)
+    """First step to trace, counted from 1; at least 2: the step before it warms up the profiler."""
+
+    num_steps: int = Field(default=3, ge=1)
+    """Number of steps to trace, at least 1."""
+
+    with_stack: bool = False
+    """Record the Python stack of each operation: slower traced steps and a larger trace."""
+
+    record_shapes: bool = False
+    """Record the shapes of each operation's inputs."""
+
+    memory: bool = False
+    """Record allocations in the trace: slower traced steps and a larger trace."""
+
+    memory_snapshot_step: int | None = Field(default=None, ge=1)
+    """Record the allocations of GPU memory from the start of the process, with their stacks, and
+    write a snapshot to `<output_dir>/memory` after this step, on `ranks`. If memory runs out, every
+    rank that lacks it writes one, with the history if this key is set. Does not need `enabled`;
+    requires a GPU."""
+
+    def observes(self, rank: int) -> bool:
+        """Returns whether a rank is one of `ranks`."""
+        return self.ranks == "all" or rank in self.ranks

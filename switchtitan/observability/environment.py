@@ -1,6 +1,7 @@
 """The environment of a measurement: hardware, versions, threads and the commit."""
 
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,37 +31,28 @@ def versions() -> dict[str, str]:
 
     Without torch's build, such as "+cu130": the device is recorded with them.
     """
-    return {
-        "torch": torch.__version__.partition("+")[0],
-        "switchtitan": switchtitan.__version__,
-    }
+    torch_version = torch.__version__.partition("+")[0]
+    return {"torch": torch_version, "switchtitan": switchtitan.__version__}
 
 
 def cpu_name() -> str:
     """Returns the processor's model name (proc(5), cpuinfo), or its architecture if unknown."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def commit() -> str | None:
     """Returns the commit of this code, with "-dirty" for local changes; None outside a checkout."""
-    folder = Path(switchtitan.__file__).parent
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    folder = str(Path(switchtitan.__file__).parent)
+    describe = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*describe, "--exclude=*"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return None
     return result.stdout.strip() or None

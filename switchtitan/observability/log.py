@@ -9,10 +9,6 @@ from tqdm import tqdm
 
 from switchtitan.errors import discard_output
 
-PACKAGE = "switchtitan"
-
-_FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = None) -> None:
     """Sends this package's records and other packages' warnings to standard output.
@@ -25,20 +21,19 @@ def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = N
             its folder.
     """
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _OWN_HANDLERS)]:
-        root.removeHandler(handler)
-        handler.close()
+    for handler in list(root.handlers):
+        if isinstance(handler, _ConsoleHandler | _LogFileHandler):
+            root.removeHandler(handler)
+            handler.close()
     root.addHandler(_ConsoleHandler("" if is_main else f"[rank {rank}] "))
     if is_main and log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         root.addHandler(_LogFileHandler(log_file))
     root.setLevel(logging.WARNING)
-    logging.getLogger(PACKAGE).setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("switchtitan").setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 class _ConsoleHandler(logging.Handler):
-    """If nobody reads standard output any more, says so once; the program continues."""
-
     def __init__(self, prefix: str) -> None:
         super().__init__()
         self._prefix = prefix
@@ -51,10 +46,8 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
         except BrokenPipeError:
             discard_output()
-            print(
-                "warning: standard output was closed; the log continues in the log file only",
-                file=sys.stderr,
-            )
+            message = "warning: standard output was closed; the log continues in the log file only"
+            print(message, file=sys.stderr)
         except Exception:
             # As logging's own handlers: a failed record must not end the program.
             self.handleError(record)
@@ -65,23 +58,15 @@ class _LogFileHandler(logging.FileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
-        self.setFormatter(logging.Formatter(_FILE_FORMAT))
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._has_failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self._has_failed:
+        if not self._has_failed:
             self._has_failed = True
-            tqdm.write(
-                f"warning: could not write to {self.baseFilename} ({error}); lines may be missing",
-                file=sys.stdout,
-            )
+            message = f"could not write to {self.baseFilename} ({sys.exc_info()[1]})"
+            tqdm.write(f"warning: {message}; lines may be missing", file=sys.stdout)
 
     def close(self) -> None:
         with suppress(OSError):  # what is still buffered
             super().close()
-
-
-_OWN_HANDLERS = (_ConsoleHandler, _LogFileHandler)

@@ -1,7 +1,6 @@
 """Figures saved as files."""
 
 import io
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,16 +15,11 @@ def check_picture_option(file: Path | None) -> None:
     Raises:
         ConfigError: if its extension is unknown, or it is a folder.
     """
-    if file is None:
-        return
-    if os.path.isdir(file):  # not Path.is_dir, which raises for a name that is too long
-        raise ConfigError(f"--output {file}: is a folder; give a file, e.g. {file}/picture.png")
     known = sorted(Figure().canvas.get_supported_filetypes())
-    extension = file.suffix.removeprefix(".").lower()
-    if extension and extension not in known:
+    if file is not None and (file.suffix.removeprefix(".").lower() or "png") not in known:
         raise ConfigError(
-            f"--output {file}: unknown picture format {extension!r}; expected one of "
-            f"{', '.join(known)}; change the extension"
+            f"--output {file}: unknown picture format; expected one of {', '.join(known)}; change "
+            "the extension"
         )
 
 
@@ -33,12 +27,12 @@ def write_picture(figure: Figure, file: Path) -> None:
     """Saves a figure in the format of the file's extension.
 
     Raises:
-        ConfigError: if the extension is unknown or the file cannot be written.
+        ConfigError: if the file cannot be written.
     """
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=file.suffix.removeprefix(".") or None)
     try:
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=120, format=file.suffix.removeprefix(".") or None)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, picture.getvalue())
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise ConfigError(f"{file}: cannot write the figure: {error}") from error

@@ -1,129 +1,100 @@
-"""The `[profiler]` section, and traces for TensorBoard's profile plugin and Perfetto."""
+"""Traces of steps for Perfetto and TensorBoard, and snapshots of GPU memory."""
 
 import logging
 import os
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import profiler
 
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.config import ProfilerConfig
 from switchtitan.regions import observe_regions, stop_observing_regions
-from switchtitan.registry import Section
 
 logger = logging.getLogger(__name__)
 
 _END_BYTES = 1 << 13
 """More than the longest path takes."""
+_TABLE_ROWS = 25
 
-
-class ProfilerConfig(Section):
-    """Steps to trace."""
-
-    enabled: bool = False
-    """Trace some steps, once per run. Traces and a summary, `profile_summary.md`, are written next
-    to TensorBoard's scalars; TensorBoard shows the summary as text and images."""
-
-    ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Ranks to trace, counted from 0, or "all"; one file each. Memory snapshots are of them too."""
-
-    start_step: int = Field(default=10, ge=2)
-    """First step to trace, counted from 1; at least 2: the step before it warms up the profiler."""
-
-    num_steps: int = Field(default=3, ge=1)
-    """Number of steps to trace, at least 1."""
-
-    with_stack: bool = False
-    """Record the Python stack of each operation: slower traced steps and a larger trace."""
-
-    record_shapes: bool = False
-    """Record the shapes of each operation's inputs."""
-
-    memory: bool = False
-    """Record allocations, for a curve of memory over time in the summary: slower traced steps and a
-    larger trace."""
-
-    memory_snapshot_step: int | None = Field(default=None, ge=1)
-    """Record the allocations of GPU memory from the start of the process, with their stacks, and
-    write a snapshot to `<output_dir>/memory` after this step, on `ranks`. If memory runs out, every
-    rank that lacks it writes one, with the history if this key is set. Does not need `enabled`;
-    requires a GPU."""
-
-    def traces(self, rank: int) -> bool:
-        """Returns whether to trace a rank."""
-        return self.enabled and self.observes(rank)
-
-    def observes(self, rank: int) -> bool:
-        """Returns whether a rank is one of `ranks`."""
-        return self.ranks == "all" or rank in self.ranks
+SNAPSHOTS_FOLDER = "memory"
+"""Folder of snapshots of GPU memory in a run's output folder."""
+MAX_EVENTS = 100_000
+"""Allocations and frees that the history keeps, the latest ones; each holds a stack."""
 
 
 class Profiler:
-    """A context in which `step` is called after each optimizer step. Only traced steps cost time.
+    """A context in which `step` is called after each optimizer step: traces some, as configured.
 
     Args:
-        folder: folder of the trace, `<output_dir>/tensorboard`.
-        rank: this rank.
-        steps_done: steps done before this run.
-        on_end: called on every rank, also on those without a trace, when tracing has ended without
-            an error; with the trace and the names of its regions. May be collective.
+        output_dir: of the run.
+        rank: this rank; only those of the configuration are traced.
+        steps_done: steps done before this run; after the first step to trace, nothing is traced.
+        report: called with a table of the operations and regions of the trace.
     """
 
     def __init__(
         self,
         config: ProfilerConfig,
-        folder: Path,
+        output_dir: Path,
         *,
         rank: int = 0,
         steps_done: int = 0,
-        on_end: Callable[[Path | None, Collection[str]], None] | None = None,
+        report: Callable[[str], object] = lambda table: None,
     ) -> None:
         self._config = config
-        self._folder = folder
+        self._output_dir = output_dir
         self._rank = rank
         self._steps_done = steps_done
-        self._on_end = on_end
+        self._report = report
+        self._open_regions: list[profiler.record_function] = []
         self._profile: profiler.profile | None = None
-        self._trace: Path | None = None
-        self._regions = _TraceRegions()
-        self._is_ahead = config.enabled and steps_done <= config.start_step - 2
-        self._is_running = False
-
-    @property
-    def trace(self) -> Path | None:
+        # A run that resumed after the step writes it after its own first one.
+        self._snapshot_step = max(config.memory_snapshot_step or 0, steps_done + 1)
+        self.trace: Path | None = None
         """The trace file; None before it is written."""
-        return self._trace
 
     def __enter__(self) -> "Profiler":
-        self._start_if_due()
+        config = self._config
+        num_before = config.start_step - 2 - self._steps_done
+        if not (config.enabled and config.observes(self._rank) and num_before >= 0):
+            return self
+        # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        self._profile = profiler.profile(
+            schedule=profiler.schedule(
+                skip_first=num_before, wait=0, warmup=1, active=config.num_steps, repeat=1
+            ),
+            on_trace_ready=self._write,
+            record_shapes=config.record_shapes,
+            profile_memory=config.memory,
+            with_stack=config.with_stack,
+        )
+        self._profile.start()
+        observe_regions(self)
         return self
 
     def step(self) -> None:
-        """Counts one optimizer step; all ranks must call."""
+        """Counts one optimizer step."""
         self._steps_done += 1
         if self._profile is not None:
             self._profile.step()
-        if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
-            self._end()
-        self._start_if_due()
+            if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
+                self._stop()
+        wants_snapshot = self._config.memory_snapshot_step is not None
+        if wants_snapshot and self._steps_done == self._snapshot_step:
+            if self._config.observes(self._rank):
+                _write_snapshot(self._output_dir, self._rank, f"step-{self._steps_done:09d}")
+            # Recording slows down allocations.
+            torch.cuda.memory._record_memory_history(enabled=None)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self._end()
-        else:
-            # Other ranks may be elsewhere.
-            self._stop()
-        if self._is_ahead and error is None and self._config.traces(self._rank):
+    def __exit__(self, *error: object) -> None:
+        is_early = self._profile is not None and self._steps_done < self._config.start_step - 1
+        self._stop()
+        if is_early and error[0] is None:
             logger.warning(
                 "no trace was written: [profiler] start_step = %d, but training ended after %d "
                 "steps",
@@ -131,86 +102,73 @@ class Profiler:
                 self._steps_done,
             )
 
-    def _start_if_due(self) -> None:
-        if not self._is_ahead or self._steps_done != self._config.start_step - 2:
-            return
-        self._is_ahead = False
-        self._is_running = True
-        if not self._config.traces(self._rank):
-            return
-        # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        activities = [profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(profiler.ProfilerActivity.CUDA)
-        self._profile = profiler.profile(
-            activities=activities,
-            schedule=profiler.schedule(wait=0, warmup=1, active=self._config.num_steps, repeat=1),
-            on_trace_ready=self._write_trace,
-            record_shapes=self._config.record_shapes,
-            profile_memory=self._config.memory,
-            with_stack=self._config.with_stack,
-        )
-        self._profile.start()
-        observe_regions(self._regions)
+    def begin(self, name: str) -> None:
+        """See `RegionObserver`."""
+        self._open_regions.append(profiler.record_function(name))
+        self._open_regions[-1].__enter__()
 
-    def _end(self) -> None:
-        if self._is_running:
-            self._is_running = False
-            self._stop()
-            if self._on_end is not None:
-                self._on_end(self._trace, self._regions.names)
+    def end(self) -> None:
+        """See `RegionObserver`."""
+        self._open_regions.pop().__exit__(None, None, None)
 
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            stop_observing_regions(self._regions)
+            stop_observing_regions(self)
             profile.stop()
 
-    def _write_trace(self, profile: profiler.profile) -> None:
+    def _write(self, profile: profiler.profile) -> None:
         """Writes the trace; logs a warning if that fails, for example on a full disk."""
+        folder = self._output_dir / TENSORBOARD_FOLDER
         # The file name that the profile plugin expects, as of tensorboard_trace_handler.
-        path = self._folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
+        path = folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
         unfinished = path.with_name(f".{path.name}.partial")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(unfinished))
-            if not _is_complete(unfinished):  # Kineto reports no error
+            # Kineto reports no error. A trace ends with the name that it was written to.
+            if b'"traceName"' not in unfinished.read_bytes()[-_END_BYTES:]:
                 raise OSError("the profiler could not write the file; is the disk full?")
             unfinished.rename(path)
         except OSError as error:
-            logger.warning("no trace was written to %s: %s", self._folder, error)
+            logger.warning("no trace was written to %s: %s", folder, error)
             for left in (unfinished, unfinished.with_name(f"{unfinished.name}.tmp")):
                 with suppress(OSError):
                     left.unlink()
             return
-        self._trace = path
+        self.trace = path
         logger.info("wrote a trace of %d steps to %s", self._config.num_steps, path)
+        sort_by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+        self._report(profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS))
 
 
-def _is_complete(trace: Path) -> bool:
-    """Whether a trace has its end, which is the name that it was written to."""
+@contextmanager
+def snapshot_if_memory_runs_out(output_dir: Path, rank: int, has_history: bool) -> Iterator[None]:
+    """Returns a context that writes a snapshot of GPU memory if it runs out inside.
+
+    Args:
+        has_history: record allocations with their stacks from here on, until `Profiler` has written
+            its snapshot.
+    """
+    if has_history:
+        torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
     try:
-        with trace.open("rb") as file:
-            file.seek(max(0, trace.stat().st_size - _END_BYTES))
-            end = file.read()
-    except FileNotFoundError:
-        return False
-    return b'"traceName"' in end and end.rstrip().endswith(b"}")
+        yield
+    except torch.OutOfMemoryError:
+        _write_snapshot(output_dir, rank, "out-of-memory")
+        raise
+    finally:
+        if has_history:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
-class _TraceRegions:
-    """Records regions in the trace."""
-
-    def __init__(self) -> None:
-        self._open: list[profiler.record_function] = []
-        self.names: set[str] = set()
-
-    def begin(self, name: str) -> None:
-        self.names.add(name)
-        annotation = profiler.record_function(name)
-        annotation.__enter__()
-        self._open.append(annotation)
-
-    def end(self) -> None:
-        self._open.pop().__exit__(None, None, None)
+def _write_snapshot(output_dir: Path, rank: int, moment: str) -> None:
+    """Writes a snapshot; an error of the disk must not hide that memory ran out."""
+    file = output_dir / SNAPSHOTS_FOLDER / f"rank{rank}-{moment}.pickle"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(file))
+    except OSError as error:
+        logger.warning("could not write a snapshot of GPU memory to %s (%s)", file, error)
+    else:
+        logger.warning("wrote a snapshot of GPU memory to %s", file)

@@ -2,11 +2,22 @@
 
 import time
 from collections import Counter, defaultdict, deque
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from switchtitan.regions import OUTSIDE_STEP, STEP, observe_regions, stop_observing_regions
+
+_Mark = float | torch.cuda.Event
+"""A moment: seconds of the host's clock, or an event on the device's current stream."""
+
+
+class _Span(NamedTuple):
+    name: str
+    outer: str | None
+    """The region around it."""
+    began: _Mark
+    ended: _Mark
 
 
 class RegionTimes:
@@ -21,8 +32,10 @@ class RegionTimes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._clock: _Clock = _DeviceClock() if device.type == "cuda" else _HostClock()
-        self._open: list[tuple[str, object]] = []
+        self._is_on_gpu = device.type == "cuda"
+        self._open: list[tuple[str, _Mark]] = []
+        self._ended: deque[_Span] = deque()
+        self._free_events: list[torch.cuda.Event] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._num_calls: Counter[str] = Counter()
 
@@ -35,13 +48,13 @@ class RegionTimes:
 
     def begin(self, name: str) -> None:
         """See `RegionObserver`."""
-        self._open.append((name, self._clock.mark()))
+        self._open.append((name, self._mark()))
 
     def end(self) -> None:
         """See `RegionObserver`."""
         name, began = self._open.pop()
         outer = self._open[-1][0] if self._open else None
-        self._clock.add(_Span(name, outer, began, self._clock.mark()))
+        self._ended.append(_Span(name, outer, began, self._mark()))
         if outer is None:
             self._add_passed()
 
@@ -55,86 +68,39 @@ class RegionTimes:
         self._add_passed()
         seconds, num_calls = self._seconds, self._num_calls
         self._seconds, self._num_calls = defaultdict(float), Counter()
-        milliseconds = {
-            name: 1000 * seconds[name] / num_calls[name] for name in OUTSIDE_STEP if num_calls[name]
-        }
-        num_steps = num_calls[STEP]
-        if num_steps:
-            inside = [name for name in num_calls if name not in (*OUTSIDE_STEP, STEP)]
-            of_step = {name: 1000 * seconds[name] / num_steps for name in inside}
-            other = 1000 * seconds[STEP] / num_steps
-            milliseconds |= of_step
-            milliseconds |= {"other": other, STEP: other + sum(of_step.values())}
-        return {f"time/{name}_ms": value for name, value in milliseconds.items()}
+        means = {name: seconds[name] / num_calls[name] for name in OUTSIDE_STEP if num_calls[name]}
+        if num_steps := num_calls[STEP]:
+            inside = num_calls.keys() - {*OUTSIDE_STEP, STEP}
+            of_step = {name: seconds[name] / num_steps for name in sorted(inside)}
+            of_step["other"] = seconds[STEP] / num_steps
+            means |= of_step | {STEP: sum(of_step.values())}
+        return {f"time/{name}_ms": 1000 * mean for name, mean in means.items()}
+
+    def _mark(self) -> _Mark:
+        if not self._is_on_gpu:
+            return time.perf_counter()
+        # Creating an event takes longer than recording it again.
+        free = self._free_events
+        event = free.pop() if free else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _add_passed(self) -> None:
-        for span, seconds in self._clock.passed():
+        """Adds up the spans that have ended, in the order in which they did."""
+        while self._ended and (seconds := self._seconds_of(self._ended[0])) is not None:
+            span = self._ended.popleft()
             self._seconds[span.name] += seconds
             self._num_calls[span.name] += 1
             # A region in an evaluation, say, does not belong to a step.
             if span.outer is not None:
                 self._seconds[span.outer] -= seconds
 
-
-class _Span(NamedTuple):
-    name: str
-    outer: str | None
-    """The region around it."""
-    began: object
-    ended: object
-
-
-class _Clock(Protocol):
-    def mark(self) -> object:
-        """Returns this moment."""
-        ...
-
-    def add(self, span: _Span) -> None: ...
-
-    def passed(self) -> list[tuple[_Span, float]]:
-        """Returns the added spans that have ended, with their seconds; each once."""
-        ...
-
-
-class _HostClock:
-    def __init__(self) -> None:
-        self._spans: list[tuple[_Span, float]] = []
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def add(self, span: _Span) -> None:
-        assert isinstance(span.began, float)
-        assert isinstance(span.ended, float)
-        self._spans.append((span, span.ended - span.began))
-
-    def passed(self) -> list[tuple[_Span, float]]:
-        spans, self._spans = self._spans, []
-        return spans
-
-
-class _DeviceClock:
-    def __init__(self) -> None:
-        self._spans: deque[_Span] = deque()
-        self._free: list[torch.cuda.Event] = []
-
-    def mark(self) -> torch.cuda.Event:
-        # Creating an event takes longer than recording it again.
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def add(self, span: _Span) -> None:
-        self._spans.append(span)
-
-    def passed(self) -> list[tuple[_Span, float]]:
-        spans = []
-        # In the order in which they ended. A query does not wait.
-        while self._spans and self._spans[0].ended.query():  # type: ignore[attr-defined]
-            span = self._spans.popleft()
-            began, ended = span.began, span.ended
-            assert isinstance(began, torch.cuda.Event)
-            assert isinstance(ended, torch.cuda.Event)
-            spans.append((span, began.elapsed_time(ended) / 1000))
-            self._free += [began, ended]
-        return spans
+    def _seconds_of(self, span: _Span) -> float | None:
+        """Returns None until the device has passed the span's end; does not wait for it."""
+        began, ended = span.began, span.ended
+        if isinstance(began, float) or isinstance(ended, float):
+            return ended - began  # type: ignore[operator]
+        if not ended.query():
+            return None
+        self._free_events += [began, ended]
+        return began.elapsed_time(ended) / 1000

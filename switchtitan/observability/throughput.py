@@ -65,9 +65,8 @@ class Throughput:
     def measure(self, step: int) -> dict[str, float]:
         """Returns the metrics since the last call, by TensorBoard tag.
 
-        Call it when the device has finished `step` steps, e.g. after reading the loss. The first of
-        several calls returns nothing, since its window includes compilation: call it after one
-        step.
+        Call it when the device has finished `step` steps. The first of several calls returns
+        nothing, since its window includes compilation: call it after one step.
         """
         now = self._clock()
         num_steps = step - self._step
@@ -93,8 +92,7 @@ class Throughput:
         return values
 
     def _time_left_s(self) -> float:
-        """The time left at the mean speed of the later half of the measured steps, with what is
-        excluded in it."""
+        """At the mean speed of the later half of the measured steps, with what is excluded."""
         (first_step, _), (step, now) = self._marks[0], self._marks[-1]
         if step == self._num_steps:
             return 0.0

@@ -14,7 +14,7 @@ from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.files import make_folder, write_atomically
 from switchtitan.hub.huggingface import read_safetensors
-from switchtitan.observability.metrics import Reporter
+from switchtitan.observability.reporter import Reporter
 from switchtitan.spectra.spectrum import Spectra, normalized_by_kind, singular_values, summarize
 from switchtitan.spectra.weight_change import Origin
 
@@ -93,10 +93,6 @@ class RankTelemetry:
                 values["rank/effective_mean"],
                 max(map(len, spectra.values())),
             )
-
-    def results(self) -> dict[str, float | None]:
-        """See `training.hooks.Hook`."""
-        return {}
 
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:

@@ -6,7 +6,8 @@ configuration, or plain values. What most runs do not use is imported where it i
 
 import json
 import logging
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,17 +41,10 @@ from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
-from switchtitan.observability import (
-    TENSORBOARD_FOLDER,
-    Profiler,
-    Reporter,
-    Throughput,
-    configure_logging,
-    peak_flops_per_s,
-)
 from switchtitan.observability.environment import versions
-from switchtitan.observability.memory_snapshots import MemorySnapshots
-from switchtitan.observability.region_times import RegionTimes
+from switchtitan.observability.log import configure_logging
+from switchtitan.observability.reporter import Reporter
+from switchtitan.observability.throughput import Throughput, peak_flops_per_s
 from switchtitan.optim import build_lr_schedule
 from switchtitan.training.describe import (
     changed_keys,
@@ -69,6 +63,8 @@ from switchtitan.training.trainer import Trainer, loss_metrics
 
 if TYPE_CHECKING:
     from switchtitan.data.text import TextSize
+    from switchtitan.observability.profiler import Profiler
+    from switchtitan.observability.region_times import RegionTimes
     from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -189,7 +185,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         reporter=reporter,
         throughput=throughput,
         profiler=_build_profiler(config, world, state, reporter),
-        region_times=RegionTimes(world.device) if config.metrics.region_times else None,
+        region_times=_build_region_times(config, world),
         hooks=_build_hooks(config, stepper, reporter, origin),
         stop=stop or Stop(),
     )
@@ -378,36 +374,38 @@ def read_initial_weights(config: JobConfig, state: TrainState) -> dict[str, Tens
     return weights
 
 
-def build_memory_snapshots(config: JobConfig, world: World) -> MemorySnapshots:
-    return MemorySnapshots(
-        config.job.output_dir,
-        world.rank,
-        world.device,
-        config.profiler.memory_snapshot_step,
-        is_asked_for=config.profiler.observes(world.rank),
-    )
+def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextManager[None]:
+    """Build a context that writes a snapshot of GPU memory if that runs out."""
+    if world.device.type != "cuda":
+        return nullcontext()
+    from switchtitan.observability.profiler import snapshot_if_memory_runs_out
+
+    has_history = config.profiler.memory_snapshot_step is not None
+    return snapshot_if_memory_runs_out(config.job.output_dir, world.rank, has_history)
 
 
 def _build_profiler(
     config: JobConfig, world: World, state: TrainState, reporter: Reporter
-) -> Profiler:
-    """Build the profiler, which reports a summary of all ranks' traces."""
-
-    def summarize(trace: Path | None, regions: Collection[str]) -> None:
-        from switchtitan.observability.profile_summary import read_summary
-
-        own = None if trace is None else read_summary(trace, world.rank, regions)
-        summaries = [summary for summary in world.gather(own) if summary is not None]
-        if summaries and world.is_main:
-            reporter.report_profile(state.step, summaries)
+) -> "Profiler | None":
+    if not config.profiler.enabled and config.profiler.memory_snapshot_step is None:
+        return None
+    from switchtitan.observability.profiler import Profiler
 
     return Profiler(
         config.profiler,
-        config.job.output_dir / TENSORBOARD_FOLDER,
+        config.job.output_dir,
         rank=world.rank,
         steps_done=state.step,
-        on_end=summarize,
+        report=lambda table: reporter.report_table(state.step, "profile", table),
     )
+
+
+def _build_region_times(config: JobConfig, world: World) -> "RegionTimes | None":
+    if not config.metrics.region_times:
+        return None
+    from switchtitan.observability.region_times import RegionTimes
+
+    return RegionTimes(world.device)
 
 
 def _build_hooks(
@@ -415,16 +413,10 @@ def _build_hooks(
 ) -> list[Hook]:
     """Build what a run calls around its steps, in order."""
     hooks: list[Hook] = []
-    if config.metrics.communication:
-        from switchtitan.observability.communication_report import StepCommunication
-
-        hooks.append(StepCommunication(reporter, stepper.state.step))
     if config.metrics.layers:
         from switchtitan.training.layer_norms import LayerNorms
 
         hooks.append(LayerNorms(stepper, reporter))
-    if config.profiler.memory_snapshot_step is not None:
-        hooks.append(build_memory_snapshots(config, stepper.world))
     if origin is not None and config.spectrum.interval is not None:
         from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
 

@@ -16,8 +16,8 @@ from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import OutputError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig
-from switchtitan.observability import configure_logging
 from switchtitan.observability.environment import commit, versions
+from switchtitan.observability.log import configure_logging
 from switchtitan.registry import Section
 from switchtitan.training.step import Stepper
 
@@ -34,10 +34,8 @@ _RESUMED_CONFIG = re.compile(r"config-from-step-(\d+)\.toml")
 
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
-    """Returns what must be equal in a run and a checkpoint that it resumes from.
-
-    It determines the meaning of the tensors and of the position in the data.
-    """
+    """Returns what must be equal in a run and a checkpoint that it resumes from: what determines
+    the meaning of the tensors and of the position in the data."""
     return {
         "model": _without_resumable_keys(config.model),
         "method": _without_resumable_keys(config.method),
@@ -59,8 +57,7 @@ def completed_identity(saved: Mapping[str, object], config: JobConfig) -> dict[s
     completed = dict(saved)
     sections: dict[str, Section] = {"model": config.model, "method": config.method}
     for name, section in sections.items():
-        values = saved.get(name)
-        if isinstance(values, Mapping):
+        if isinstance(values := saved.get(name), Mapping):
             defaults = _without_resumable_keys(type(section).model_construct())
             completed[name] = {**defaults, **values}
     return completed
@@ -99,8 +96,12 @@ def compared_values(config: JobConfig, num_ranks: int) -> dict[str, bool | int |
         for key, value in getattr(config, section).model_dump(mode="json").items()
         if value is not None
     }
-    values |= {"data.dataset": config.data.dataset, "data.seq_len": config.data.seq_len}
-    values |= {"job.seed": config.job.seed, "ranks": num_ranks}
+    values |= {
+        "data.dataset": config.data.dataset,
+        "data.seq_len": config.data.seq_len,
+        "job.seed": config.job.seed,
+        "ranks": num_ranks,
+    }
     return {
         key: value if isinstance(value, bool | int | float | str) else toml_value(value)
         for key, value in values.items()
@@ -116,15 +117,13 @@ def describe_run(
     changes: list[str],
 ) -> None:
     """Logs the model, corpus, devices, dtype, starting point, and changes since the checkpoint."""
-    world = stepper.world
     counts = count_parameters(stepper.model)
     sizes = [f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items() if number]
     logger.info("%s: %s", config.job.name, ", ".join(sizes))
     logger.info("corpus %s: %s", corpus.name, corpus.description)
-    replicate, shard = world.mesh.shape
-    device = device_name(world.device)
+    world, (replicate, shard) = stepper.world, stepper.world.mesh.shape
     layout = f"replicate {replicate} x shard {shard}"
-    logger.info("%d rank(s) on %s: %s", world.size, device, layout)
+    logger.info("%d rank(s) on %s: %s", world.size, device_name(world.device), layout)
     num_sequences = world.size * config.training.local_batch_size
     num_micro_batches = config.training.global_batch_size // num_sequences
     for notice in keys_without_effect(config.parallelism, shard, num_micro_batches):
@@ -147,24 +146,16 @@ def describe_run(
 def keys_without_effect(
     parallelism: ParallelismConfig, shard: int, num_micro_batches: int
 ) -> list[str]:
-    """Returns notices of keys that gain nothing on this number of ranks.
-
-    Not errors, since one configuration serves several numbers of ranks. Not `frozen_weights =
-    "replicate"` on one rank, where it saves the frozen weights' copies in the compute dtype, and
-    not `blocks_per_unit`, which saves host time there too.
-
-    Args:
-        shard: ranks that share one copy of the weights.
-        num_micro_batches: of a step, on each rank.
-    """
-    notices = []
-    if parallelism.accumulate_gradients == "sharded" and num_micro_batches == 1:
-        notices.append('accumulate_gradients = "sharded" has no effect: a step has one micro-batch')
-    elif parallelism.accumulate_gradients == "sharded" and shard == 1:
-        notices.append(
-            'accumulate_gradients = "sharded" only takes time: each rank holds all gradients'
-        )
-    return notices
+    """Returns notices of keys that gain nothing with `shard` ranks that share one copy of the
+    weights and this many micro-batches of a step on each rank."""
+    if parallelism.accumulate_gradients == "sharded":
+        if num_micro_batches == 1:
+            return ['accumulate_gradients = "sharded" has no effect: a step has one micro-batch']
+        if shard == 1:
+            return [
+                'accumulate_gradients = "sharded" only takes time: each rank holds all gradients'
+            ]
+    return []
 
 
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
@@ -181,18 +172,16 @@ def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Counts the values of trainable parameters, frozen parameters and buffers over all ranks."""
-    counts = {"trainable": 0, "frozen": 0, "buffers": 0}
-    for parameter in model.parameters():
-        counts["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
-    counts["buffers"] = sum(buffer.numel() for buffer in model.buffers())
-    return counts
+    parameters = list(model.parameters())
+    return {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        "buffers": sum(buffer.numel() for buffer in model.buffers()),
+    }
 
 
 def start_output(output_dir: Path, resolved: str, world: World, step: int, num_steps: int) -> None:
-    """Opens the run's log file, and writes its configuration if steps are left to take.
-
-    Args:
-        step: optimizer steps done.
+    """Opens the run's log file; writes its configuration if steps are left after step `step`.
 
     Raises:
         OutputError: on every rank, if that fails.

@@ -6,11 +6,10 @@ from typing import Protocol
 
 
 class Hook(Protocol):
-    """Something that a run does around its steps. All ranks call all methods in the same order."""
+    """What a run does around its steps. All ranks call all methods in the same order."""
 
     def around(self, step: int) -> AbstractContextManager[None]:
-        """Returns a context for step `step`, counted from 1. Called again if the update was
-        skipped."""
+        """Returns a context for step `step`, from 1; called again if the update was skipped."""
         ...
 
     def is_due(self, step: int) -> bool:
@@ -18,14 +17,7 @@ class Hook(Protocol):
         ...
 
     def after(self, step: int) -> None:
-        """Does the hook's work after step `step`.
-
-        All gradients have been finite so far. Throughput does not include the time.
-        """
-        ...
-
-    def results(self) -> dict[str, float | None]:
-        """Returns the hook's values in `results.json`, by tag."""
+        """Works after step `step`; all gradients have been finite so far."""
         ...
 
 
@@ -33,9 +25,6 @@ YOUNG_INTERVAL = 50
 """Steps between collections of the young generations, which take milliseconds."""
 FULL_INTERVAL = 1000
 """Steps between collections of all generations."""
-
-_YOUNG, _ALL = 1, 2
-"""Arguments of `gc.collect`: the oldest generation to collect."""
 
 
 class GarbageCollection:
@@ -61,9 +50,9 @@ class GarbageCollection:
             self._was_enabled = gc.isenabled()
             gc.disable()
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:
-            gc.collect(_ALL)
+            gc.collect()
         elif self._num_steps % YOUNG_INTERVAL == 0:
-            gc.collect(_YOUNG)
+            gc.collect(generation=1)
 
     def __exit__(self, *error: object) -> None:
         if self._was_enabled:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from switchtitan.distributed.shards import local, shard_group
-from switchtitan.observability import Reporter
+from switchtitan.observability.reporter import Reporter
 from switchtitan.training.step import Stepper
 
 _GRADIENT, _UPDATE, _MERGED, _FROZEN = range(4)
@@ -33,11 +33,10 @@ class LayerNorms:
     def __init__(self, stepper: Stepper, reporter: Reporter) -> None:
         self._stepper = stepper
         self._reporter = reporter
-        layers = dict.fromkeys(_layer_of(name) for name, _ in self._parameters())
-        self._rows = {layer: row for row, layer in enumerate(layers)}
-        parameters = list(self._parameters())
-        self._trained = {_layer_of(name) for name, p in parameters if p.requires_grad}
-        self._frozen = {_layer_of(name) for name, p in parameters if not p.requires_grad}
+        trains = [(_layer_of(name), p.requires_grad) for name, p in self._parameters()]
+        self._layers = list(dict.fromkeys(layer for layer, _ in trains))
+        self._trained = {layer for layer, is_trained in trains if is_trained}
+        self._frozen = {layer for layer, is_trained in trains if not is_trained}
         self._sums: Tensor | None = None
 
     @contextmanager
@@ -65,21 +64,14 @@ class LayerNorms:
         if sums is None:  # the step was done by the process that a resumed run continues
             return
         # One transfer for all layers.
-        norms = sums.sqrt_().tolist()
-        values = {}
-        for layer, row in self._rows.items():
+        norms = sums.sqrt_().T.tolist()
+        values: dict[str, float] = {}
+        for layer, (gradient, update, merged, frozen) in zip(self._layers, norms, strict=True):
             if layer in self._trained:
-                values[f"gradient_norm/{layer}"] = norms[_GRADIENT][row]
-                values[f"update_norm/{layer}"] = norms[_UPDATE][row]
+                values |= {f"gradient_norm/{layer}": gradient, f"update_norm/{layer}": update}
             if layer in self._frozen:
-                values[f"merged_share/{layer}"] = norms[_MERGED][row] / max(
-                    norms[_FROZEN][row], 1e-30
-                )
+                values[f"merged_share/{layer}"] = merged / max(frozen, 1e-30)
         self._reporter.report(step, values)
-
-    def results(self) -> dict[str, float | None]:
-        """See `training.hooks.Hook`."""
-        return {}
 
     def _parameters(self) -> Iterator[tuple[str, Parameter]]:
         # Not kept: frozen weights may be replaced by gathered ones within a step.
@@ -104,17 +96,17 @@ class LayerNorms:
         """Returns the squared norms over all shards, [4, layers]; one collective.
 
         Args:
-            tensors: a parameter's name, itself, the row of its sum, and its local shard of what to
-                take the norm of.
+            tensors: a parameter's name, itself, the row of its sum, and the local shard to measure.
         """
-        sharded = torch.zeros(4, len(self._rows), device=self._stepper.world.device)
+        columns = {layer: column for column, layer in enumerate(self._layers)}
+        sharded = torch.zeros(4, len(columns), device=self._stepper.world.device)
         unsharded = torch.zeros_like(sharded)
         group = None
         for name, parameter, row, shard in tensors:
             own_group = shard_group(parameter)
             sums, group = (unsharded, group) if own_group is None else (sharded, own_group)
             norm = torch.linalg.vector_norm(shard, dtype=torch.float32)
-            sums[row, self._rows[_layer_of(name)]] += norm * norm
+            sums[row, columns[_layer_of(name)]] += norm * norm
         if group is not None and group.size() > 1:
             dist.all_reduce(sharded, group=group)
         return sharded + unsharded

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,14 +12,18 @@ from torch import Tensor
 from switchtitan.checkpoint import Checkpointer, CheckpointTensors, step_of
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
-from switchtitan.observability import Profiler, Reporter, Throughput, peak_memory_gib
 from switchtitan.observability.console import perplexity_of
-from switchtitan.observability.region_times import RegionTimes
+from switchtitan.observability.reporter import Reporter
+from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
 from switchtitan.training.evaluate import Evaluators
 from switchtitan.training.hooks import GarbageCollection, Hook
 from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
+
+if TYPE_CHECKING:
+    from switchtitan.observability.profiler import Profiler
+    from switchtitan.observability.region_times import RegionTimes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,6 @@ class Trainer:
     """Trains a model to the end of its run."""
 
     stepper: Stepper
-    """Takes the steps."""
     num_steps: int
     """Optimizer steps of the run."""
     evaluate_interval: int
@@ -53,9 +57,8 @@ class Trainer:
     """The tensors of the run's checkpoints."""
     reporter: Reporter
     throughput: Throughput
-    profiler: Profiler
-    region_times: RegionTimes | None
-    """Times the regions of steps; None: nothing does."""
+    profiler: "Profiler | None"
+    region_times: "RegionTimes | None"
     hooks: Sequence[Hook]
     """What else to do around steps, in order: after evaluations, before saves."""
     stop: Stop
@@ -70,8 +73,8 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: if a loss or a gradient is not finite and such updates are not
-                skipped, if too many were skipped in a row, or if a weight is not finite when it is
-                to be saved. Nothing more is saved.
+                skipped, if too many were skipped in a row, or if a weight to save is not finite.
+                Nothing more is saved.
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
             Stopped: by a signal, after the last step done was saved.
         """
@@ -107,7 +110,12 @@ class Trainer:
         state = self.stepper.state
         self.check_ranks()
         with self.throughput.excluded(), region("save"):
-            self._stop_if_weights_diverged()
+            # A finite gradient can still overflow a weight.
+            if names := self.tensors.non_finite():
+                raise self._divergence(
+                    f"weights are not finite at step {state.step} ({abbreviate(names)})",
+                    "lower [optimizer] lr and resume",
+                )
             self.checkpointer.save(state.step, self.tensors(), asdict(state))
 
     def check_ranks(self) -> None:
@@ -117,23 +125,30 @@ class Trainer:
             RanksDisagreeError: on every rank, if ranks differ; names tensors and ranks.
         """
         state = self.stepper.state
-        lr_factor = self.stepper.lr_schedule(state.step)
+        numbers = {
+            "training.step": state.step,
+            "training.batches_skipped": state.num_skipped,
+            "training.tokens_seen": state.tokens_seen,
+            "training.lr_factor": self.stepper.lr_schedule(state.step),
+        }
         with self.throughput.excluded():
-            self.tensors.check_state(
-                {
-                    "training.step": torch.tensor(state.step),
-                    "training.batches_skipped": torch.tensor(state.num_skipped),
-                    "training.tokens_seen": torch.tensor(state.tokens_seen),
-                    "training.lr_factor": torch.tensor(lr_factor),
-                }
-            )
+            self.tensors.check_state({name: torch.tensor(of) for name, of in numbers.items()})
 
     def _run(self) -> None:
         state = self.stepper.state
         if state.is_work_after_step_due:
             self._do_work_after_step()
         if state.step >= self.num_steps:
-            self._end_complete_run()
+            logger.info(
+                "training already complete: step %d, and [training] steps = %d; to continue, start "
+                "it with a larger --training.steps",
+                state.step,
+                self.num_steps,
+            )
+            # All ranks must agree.
+            has_results = self.reporter.has_results(state.step, state.last_validation_loss)
+            if not self.stepper.world.broadcast(has_results):
+                self._finalize()
             return
         is_short = self.num_steps < self.evaluate_interval
         if is_short and state.first_validation_loss is None:
@@ -156,32 +171,23 @@ class Trainer:
             raise
         self._finalize()
 
-    def _end_complete_run(self) -> None:
-        state = self.stepper.state
-        logger.info(
-            "training already complete: step %d, and [training] steps = %d; to continue, start "
-            "it with a larger --training.steps",
-            state.step,
-            self.num_steps,
-        )
-        # All ranks must agree.
-        has_results = self.reporter.has_results(state.step, state.last_validation_loss)
-        if not self.stepper.world.broadcast(has_results):
-            self._finalize()
-
     def _run_steps(self) -> None:
         state = self.stepper.state
         skipped_in_a_row = 0
-        with self.region_times or nullcontext(), self.profiler, GarbageCollection() as garbage:
+        region_times, profiler = self.region_times or nullcontext(), self.profiler or nullcontext()
+        with region_times, profiler, GarbageCollection() as garbage:
             try:
                 while state.step < self.num_steps:
                     result = self._step()
                     garbage.step()
-                    if result.is_skipped:
-                        skipped_in_a_row += 1
-                        self._stop_if_skipped_too_often(skipped_in_a_row)
-                    else:
-                        skipped_in_a_row = 0
+                    skipped_in_a_row = skipped_in_a_row + 1 if result.is_skipped else 0
+                    if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                        raise self._divergence(
+                            f"skipped {skipped_in_a_row} updates in a row at step {state.step}, "
+                            "since losses or gradients were not finite",
+                            "lower [optimizer] lr and resume",
+                        )
+                    if not result.is_skipped:
                         self._after_step(result)
                     signal_number = self.stop.is_due() if state.step < self.num_steps else None
                     if signal_number is not None:
@@ -200,8 +206,9 @@ class Trainer:
         """Does what is due after an update. What was due after a skipped one is done already."""
         step = self.stepper.state.step
         self._running_loss.add(result)
-        with self.throughput.excluded():
-            self.profiler.step()
+        if self.profiler is not None:
+            with self.throughput.excluded():
+                self.profiler.step()
         self.checkpointer.poll()
         self.reporter.advance(step)
         if self.check_interval and step % self.check_interval == 0:
@@ -235,31 +242,27 @@ class Trainer:
     def _save_last_step(self) -> None:
         """Saves the step at which the run ends, unless it is saved; waits for the save."""
         self.checkpointer.finish()
-        if not self._is_saved:
-            self.save()
-            self.checkpointer.finish()
-
-    @property
-    def _is_saved(self) -> bool:
-        """Whether the last step done can be resumed from; not yet while a save is in progress."""
         newest = self.checkpointer.latest
         saved_step = self._start_step if newest is None else step_of(newest)
-        return self.stepper.state.step == saved_step
+        if self.stepper.state.step != saved_step:
+            self.save()
+            self.checkpointer.finish()
 
     def _report(self, grad_norm: Tensor) -> None:
         self._stop_if_diverged()
         stepper = self.stepper
         stepper.world.synchronize()
         loss = stepper.world.mean(self._running_loss.mean()).item()
-        measured = self.throughput.measure(stepper.state.step)
-        values = {"loss/train": loss, "optimizer/grad_norm": grad_norm.item()}
-        values |= stepper.optimizer.metrics() | measured
-        values |= {
+        values = {
+            "loss/train": loss,
+            "optimizer/grad_norm": grad_norm.item(),
+            **stepper.optimizer.metrics(),
+            **self.throughput.measure(stepper.state.step),
             "memory/peak_gib": peak_memory_gib(stepper.world.device),
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
+            **self._region_times(),
         }
-        values |= self._region_times()
         self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
 
@@ -283,25 +286,20 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
-        losses = {"validation": state.last_validation_loss, "test": test_loss}
-        evaluators = {"validation": self.evaluators.validation, "test": test}
-        # The other ranks write no results.
-        is_read = self.stepper.world.is_main
-        for split, evaluator in evaluators.items():
-            loss, bits = losses[split], None
-            if evaluator is not None and is_read:
+        for split, evaluator, loss in (
+            ("validation", self.evaluators.validation, state.last_validation_loss),
+            ("test", test, test_loss),
+        ):
+            # The other ranks write no results.
+            bits = None
+            if evaluator is not None and self.stepper.world.is_main:
                 bits = evaluator.bits_per_byte(loss)
             values |= {f"loss/{split}": loss, f"bits_per_byte/{split}": bits}
         # The times of the last evaluation and save.
         if last_values := self._region_times():
             self.reporter.report(state.step, last_values)
-        for hook in self.hooks:
-            values |= hook.results()
-        self.reporter.summary(
-            values,
-            checkpoint=self.checkpointer.latest,
-            trace=self.profiler.trace,
-        )
+        trace = None if self.profiler is None else self.profiler.trace
+        self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
 
     def _region_times(self) -> dict[str, float]:
         return {} if self.region_times is None else self.region_times.means()
@@ -320,22 +318,6 @@ class Trainer:
                 'on_nonfinite = "skip"',
             )
 
-    def _stop_if_weights_diverged(self) -> None:
-        # A finite gradient can still overflow a weight.
-        if names := self.tensors.non_finite():
-            raise self._divergence(
-                f"weights are not finite at step {self.stepper.state.step} ({abbreviate(names)})",
-                "lower [optimizer] lr and resume",
-            )
-
-    def _stop_if_skipped_too_often(self, num_in_a_row: int) -> None:
-        if num_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise self._divergence(
-                f"skipped {num_in_a_row} updates in a row at step {self.stepper.state.step}, "
-                "since losses or gradients were not finite",
-                "lower [optimizer] lr and resume",
-            )
-
     def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
         """Writes results, and returns the error to raise; names the checkpoint from before.
 
@@ -344,9 +326,9 @@ class Trainer:
         self.checkpointer.finish()
         self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
         checkpoint = self.checkpointer.latest
-        last_good = f"the last good checkpoint is {checkpoint}"
-        if checkpoint is None:
-            last_good = "there is no checkpoint yet"
+        last_good = "there is no checkpoint yet"
+        if checkpoint is not None:
+            last_good = f"the last good checkpoint is {checkpoint}"
         return TrainingDivergedError(f"{reason}; {last_good}; {advice}")
 
 

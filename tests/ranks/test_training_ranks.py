@@ -381,22 +381,11 @@ def test_what_is_measured_does_not_depend_on_the_number_of_ranks(recorded, name,
 
 
 @pytest.mark.parametrize("name", ["observed"])
-def test_every_rank_asked_for_is_traced_and_summarized(recorded, corpora, name):
+def test_every_rank_asked_for_is_traced(recorded, corpora, name):
     recorded("two", name)
     logs = corpora / "layouts" / "two" / name / "run" / "tensorboard"
     traces = sorted(file.name.split(".")[0] for file in logs.glob("*.pt.trace.json"))
     assert traces == ["rank0", "rank1"]
-    summaries = json.loads((logs / "profile_summary.json").read_text())
-    assert [summary["rank"] for summary in summaries] == [0, 1]
-    for summary in summaries:
-        assert summary["num_steps"] == 2
-        assert {"forward", "backward", "switch"} <= set(summary["regions"])
-        parts = sum(
-            time["host_ms"]
-            for name, time in summary["regions"].items()
-            if name not in ("evaluate", "save", "report")
-        )
-        assert parts == pytest.approx(summary["step_ms"])
 
 
 # What is left out, or left over: what is checked, method and keys.

@@ -12,7 +12,7 @@ from switchtitan.comparison.plan import Run
 from switchtitan.comparison.report import write_report
 from switchtitan.config import resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
-from switchtitan.observability.event_files import TensorBoardWriter
+from switchtitan.observability.tensorboard import TensorBoardWriter
 
 NUM_STEPS = 60
 CONFIG = """

@@ -24,8 +24,9 @@ from switchtitan.checkpoint import CheckpointTensors
 from switchtitan.checkpoint.tensors import copy_to_host
 from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
-from switchtitan.observability import MetricsConfig, Reporter
+from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.region_times import RegionTimes
+from switchtitan.observability.reporter import Reporter
 from switchtitan.training.layer_norms import LayerNorms
 from switchtitan.training.step import Stepper
 

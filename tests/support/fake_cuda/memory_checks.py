@@ -8,9 +8,8 @@ import torch
 
 from support.fake_cuda import python_api
 from support.fake_cuda.steps import observed_stepper
-from switchtitan.observability.memory_snapshots import MemorySnapshots
-
-CUDA = torch.device("cuda", 0)
+from switchtitan.observability.config import ProfilerConfig
+from switchtitan.observability.profiler import Profiler, snapshot_if_memory_runs_out
 
 
 def snapshot_of_a_step_that_runs_out(folder: str, step: int | None) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def snapshot_of_a_step_that_runs_out(folder: str, step: int | None) -> dict[str,
         python_api.memory_calls.clear()
         with patch.object(stepper, "clip_gradients", run_out):
             try:
-                with MemorySnapshots(Path(folder), 0, CUDA, step):
+                with snapshot_if_memory_runs_out(Path(folder), 0, step is not None):
                     stepper.step()
             except torch.OutOfMemoryError as error:
                 is_same = error is failure
@@ -33,34 +32,28 @@ def snapshot_of_a_step_that_runs_out(folder: str, step: int | None) -> dict[str,
 
 
 def snapshots_of_other_ends(folder: str) -> dict[str, Any]:
-    """Returns the files after a run that ends well, one with another error, one on request, and
-    one on a full disk."""
-    found: dict[str, Any] = {}
+    """Returns the files after a run that ends with another error, one on request, one that resumed
+    after the requested step, one of another rank, and one on a full disk."""
     root = Path(folder)
-    with MemorySnapshots(root / "well", 0, CUDA, 7) as snapshots:
-        found["due"] = [step for step in range(10) if snapshots.is_due(step)]
     try:
-        with MemorySnapshots(root / "error", 0, CUDA):
+        with snapshot_if_memory_runs_out(root / "error", 0, False):
             raise ValueError("another")
     except ValueError:
         pass
-    with MemorySnapshots(root / "request", 3, CUDA, 7) as snapshots:
+    found: dict[str, Any] = {"calls": {}}
+    for name, rank, steps_done in (("request", 0, 5), ("resumed", 0, 8), ("other rank", 1, 5)):
         python_api.memory_calls.clear()
-        snapshots.after(7)
-        found["calls"] = list(python_api.memory_calls)
-    with MemorySnapshots(root / "resumed", 0, CUDA, 7) as snapshots:
-        python_api.memory_calls.clear()
-        for step in (8, 9):
-            with snapshots.around(step):
-                found[f"resumed at {step}"] = list(python_api.memory_calls)
-    found["resumed at the end"] = list(python_api.memory_calls)
-    MemorySnapshots(root / "other rank", 1, CUDA, 7, is_asked_for=False).after(7)
+        config = ProfilerConfig(memory_snapshot_step=7)
+        with Profiler(config, root / name, rank=rank, steps_done=steps_done) as profiler:
+            for _ in range(4):
+                profiler.step()
+        found["calls"][name] = list(python_api.memory_calls)
     (root / "disk").write_text("a file instead of a folder")
     try:
-        with MemorySnapshots(root / "disk", 0, CUDA):
+        with snapshot_if_memory_runs_out(root / "disk", 0, False):
             raise torch.OutOfMemoryError("CUDA out of memory")
     except torch.OutOfMemoryError as error:
         found["disk"] = str(error)
-    for name in ("well", "error", "request", "other rank"):
+    for name in ("error", "request", "resumed", "other rank"):
         found[name] = sorted(file.name for file in (root / name / "memory").glob("*"))
     return found

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from switchtitan.observability import configure_logging
 from switchtitan.observability.console import (
     ConsoleTable,
     format_count,
     format_duration,
 )
+from switchtitan.observability.log import configure_logging
 
 
 def test_values_that_are_not_finite_are_shown():

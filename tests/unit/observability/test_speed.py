@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchtitan.observability import Throughput, peak_flops_per_s, peak_memory_gib
 from switchtitan.observability import region_times as module
 from switchtitan.observability.environment import describe_environment, versions
 from switchtitan.observability.region_times import RegionTimes
+from switchtitan.observability.throughput import Throughput, peak_flops_per_s, peak_memory_gib
 from switchtitan.regions import STEP, region
 
 CPU = torch.device("cpu")

@@ -3,34 +3,15 @@
 import json
 import logging
 import math
-import os
-import shutil
-import threading
 
 import pytest
 import torch
 
-from switchtitan.observability import TENSORBOARD_FOLDER, MetricsConfig, Reporter
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.curves import read_curves
-from switchtitan.observability.event_files import TensorBoardWriter
-from switchtitan.observability.tags import metric_of, tag_of
-
-METRICS = [
-    "communication/all_gather_mib",
-    "data/tokens_seen",
-    "loss/test",
-    "loss/train",
-    "loss/validation",
-    "memory/peak_gib",
-    "optimizer/grad_norm",
-    "optimizer/lr",
-    "optimizer/other_lr",
-    "perplexity/validation",
-    "switch/vectors_switched",
-    "throughput/mfu",
-    "throughput/tokens_per_s",
-    "time/forward_ms",
-]
+from switchtitan.observability.reporter import Reporter
+from switchtitan.observability.tensorboard import TensorBoardWriter
 
 
 def read_events(folder):
@@ -46,29 +27,18 @@ def write_steps(folder, steps, start_step=0, metric="loss/train"):
     writer.close()
 
 
-# ---- Tags
-
-
-def test_the_first_cards_are_loss_validation_loss_learning_rate_and_speed():
+def test_the_first_cards_are_loss_validation_loss_learning_rate_and_speed(tmp_path):
     """TensorBoard sorts groups, then tags, by name."""
-    shown = sorted(METRICS, key=lambda metric: tag_of(metric).partition("/"))
-    assert shown[:4] == ["loss/train", "loss/validation", "optimizer/lr", "throughput/tokens_per_s"]
-
-
-def test_every_tag_names_its_metric():
-    assert [metric_of(tag_of(metric)) for metric in METRICS] == METRICS
-    assert [metric_of(metric) for metric in METRICS] == METRICS
-    assert len({tag_of(metric) for metric in METRICS}) == len(METRICS)
-
-
-def test_a_run_that_an_earlier_version_began_has_one_curve(tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(tmp_path / TENSORBOARD_FOLDER)) as old:
-        for step in (1, 2, 3):
-            old.add_scalar("loss/train", 1 / step, step)
-    write_steps(tmp_path, (4, 5), start_step=3)
-    assert read_curves(tmp_path)["loss/train"][0] == [1, 2, 3, 4, 5]
+    metrics = ["data/tokens_seen", "loss/test", "optimizer/other_lr", "throughput/mfu", "time/data"]
+    first = ["loss/train", "loss/validation", "optimizer/lr", "throughput/tokens_per_s"]
+    writer = TensorBoardWriter(tmp_path / TENSORBOARD_FOLDER, 0)
+    writer.write(1, dict.fromkeys([*metrics, *first], 1.0))
+    writer.close()
+    tags = sorted(read_events(tmp_path / TENSORBOARD_FOLDER).Tags()["scalars"])
+    assert tags[:4] == [
+        f"basics/{of}" for of in ("loss_train", "loss_validation", "lr", "tokens_per_s")
+    ]
+    assert set(read_curves(tmp_path)) == {*metrics, *first}
 
 
 # ---- Ends of a run
@@ -88,13 +58,9 @@ def test_a_resumed_run_and_one_that_starts_over_have_one_point_per_step(
 
 DAMAGES = {
     "within the header": lambda data: data[: len(data) - record_size(data) + 10],
-    "within the data": lambda data: data[:-9],
     "within the checksum": lambda data: data[:-1],
-    "one byte": lambda data: data[: len(data) - record_size(data) + 1],
     "zeros after a power failure": lambda data: data + bytes(4096),
-    "last record zeroed": lambda data: data[: -record_size(data)] + bytes(record_size(data)),
     "last record corrupted": lambda data: data[:-20] + bytes([data[-20] ^ 1]) + data[-19:],
-    "garbage": lambda data: data + os.urandom(100),
 }
 
 
@@ -115,52 +81,12 @@ def test_points_before_and_after_a_crash_in_the_middle_of_a_record_are_read(tmp_
     file.unlink()
     # Files are read in the order of their names, which begin with the second of their start.
     file.with_name("events.out.tfevents.0000000001.host").write_bytes(data)
-    complete = 5 if damage in ("zeros after a power failure", "garbage") else 4
+    complete = 5 if damage == "zeros after a power failure" else 4
     assert read_curves(tmp_path)["loss/train"][0] == list(range(1, complete + 1))
     write_steps(tmp_path, range(4, 8), start_step=3)
     steps, values = read_curves(tmp_path)["loss/train"]
     assert steps == list(range(1, 8))
     assert values == pytest.approx([1 / step for step in steps])
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("is_deleted", [False, True])
-def test_points_are_dropped_with_one_warning_until_the_folder_is_back(tmp_path, caplog, is_deleted):
-    folder = tmp_path / TENSORBOARD_FOLDER
-    writer = TensorBoardWriter(folder, start_step=0)
-    writer.write(1, {"loss": 1.0})
-    if is_deleted:
-        shutil.rmtree(folder)
-    else:
-        away = folder.rename(tmp_path / "away")
-        folder.write_text("a file instead of a folder")
-    for step in (2, 3, 4):
-        writer.write(step, {"loss": 0.5})
-    if not is_deleted:
-        folder.unlink()
-        away.rename(folder)
-    writer.write(5, {"loss": 0.25})
-    writer.close()
-    assert caplog.text.count("TensorBoard lacks points until that succeeds") == 1
-    assert "are written again" in caplog.text
-    steps, values = read_curves(tmp_path)["loss"]
-    assert (steps[-1], values[-1]) == (5, 0.25)
-    assert (1 in steps) == (not is_deleted)
-    assert not list(folder.glob(".writable"))
-
-
-def test_errors_of_other_threads_are_printed(tmp_path, monkeypatch):
-    found = []
-    monkeypatch.setattr(threading, "excepthook", found.append)
-    TensorBoardWriter(tmp_path, start_step=0).close()
-
-    def fail():
-        raise OSError("of another thread")
-
-    thread = threading.Thread(target=fail)
-    thread.start()
-    thread.join()
-    assert len(found) == 1
 
 
 # ---- What a reporter writes
