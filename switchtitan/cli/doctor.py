@@ -26,7 +26,6 @@ _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
     "flash": ("flash-attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
-    "trackio": ("trackio", 'for [metrics] trackers = ["trackio"]'),
 }
 """Extra of switchtitan -> its package, and what it is for."""
 _MIN_OPEN_FILES = 1024

@@ -37,17 +37,10 @@ class CountingMode(TorchDispatchMode, ABC):
         return result
 
 
-_PASSES = {
-    "all_gather": 1,
-    "reduce_scatter": 1,
-    "all_reduce": 2,
-    "broadcast": 1,
-    "gather": 1,
-    "scatter": 1,
-    "all_to_all": 1,
-}
-"""Number of passes round the ring. An all_reduce is a reduce_scatter and an all_gather
-(Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations")."""
+_KINDS = (
+    *("all_gather", "reduce_scatter", "all_reduce", "broadcast"),
+    *("gather", "scatter", "all_to_all"),
+)
 
 
 class CollectiveCount(NamedTuple):
@@ -59,19 +52,17 @@ class CollectiveCount(NamedTuple):
 
 
 CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind: "all_gather", "reduce_scatter", "all_reduce", "broadcast", "gather", "scatter",
-"all_to_all". Kinds that did not occur have zeros."""
+"""By kind; those that did not occur have zeros."""
 
 
 class CountCommunication(CountingMode):
     """A context that counts this rank's collectives, also in backward passes and of DTensors.
 
-    Bytes are those that each rank sends with ring algorithms, which send the fewest bytes possible.
-    For a full (unsharded) tensor of S bytes and n ranks: all_gather and reduce_scatter (n-1)/n S,
-    all_reduce 2 (n-1)/n S, broadcast (n-1)/n S averaged over ranks. Gather and scatter send shards
-    directly to or from one rank: (n-1)/n of a shard on average. All_to_all sends directly too:
-    (n-1)/n of a rank's input on average. S includes the rows with which FSDP2 pads uneven shards.
-    Other NCCL algorithms, such as trees, and protocol overhead are not modeled.
+    Bytes are those that each rank sends with ring algorithms, which send the fewest bytes possible,
+    on average over ranks. For a full (unsharded) tensor of S bytes and n ranks: all_gather,
+    reduce_scatter and broadcast (n-1)/n S, all_reduce 2 (n-1)/n S; gather and scatter (n-1)/n of a
+    shard, all_to_all (n-1)/n of a rank's input. S includes the rows with which FSDP2 pads uneven
+    shards. Other NCCL algorithms, such as trees, and protocol overhead are not modeled.
 
     Raises:
         NotImplementedError: at a collective of another kind.
@@ -79,7 +70,7 @@ class CountCommunication(CountingMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = {kind: CollectiveCount(0, 0.0) for kind in _PASSES}
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind in _KINDS}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -97,11 +88,12 @@ class CountCommunication(CountingMode):
         kind, counted = _COLLECTIVES[name]
         num_bytes = _num_bytes(result if counted is None else args[counted])
         num_ranks = group_of(args).size()
-        before = self.counts[kind]
-        self.counts[kind] = CollectiveCount(
-            before.num_calls + 1,
-            before.bytes_sent + _PASSES[kind] * (num_ranks - 1) / num_ranks * num_bytes,
-        )
+        # An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009, "Bandwidth
+        # optimal all-reduce algorithms for clusters of workstations").
+        num_passes = 2 if kind == "all_reduce" else 1
+        sent = num_passes * (num_ranks - 1) / num_ranks * num_bytes
+        num_calls, bytes_sent = self.counts[kind]
+        self.counts[kind] = CollectiveCount(num_calls + 1, bytes_sent + sent)
 
 
 def _num_bytes(tensors: object) -> int:

@@ -17,10 +17,9 @@ class MetricsConfig(Section):
     tensorboard: bool = True
     """Write scalars and histograms to `<output_dir>/tensorboard`."""
 
-    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
-    """Experiment trackers that the scalars are also sent to, as one run each: Weights & Biases,
-    Trackio. Their packages are extras, e.g. `pip install 'switchtitan[wandb]'`; their own variables
-    configure them, e.g. `WANDB_MODE=offline`."""
+    trackers: tuple[Literal["wandb"], ...] = ()
+    """Experiment trackers that the scalars are also sent to: Weights & Biases. Its package is an
+    extra, `pip install 'switchtitan[wandb]'`; its variables apply, e.g. `WANDB_MODE=offline`."""
 
     progress_bar: bool = True
     """Draw a progress bar if standard error is a terminal."""
@@ -60,10 +59,9 @@ class ProfilerConfig(Section):
     """Record allocations in the trace: slower traced steps and a larger trace."""
 
     memory_snapshot_step: int | None = Field(default=None, ge=1)
-    """Record the allocations of GPU memory from the start of the process, with their stacks, and
-    write a snapshot to `<output_dir>/memory` after this step, on `ranks`. If memory runs out, every
-    rank that lacks it writes one, with the history if this key is set. Does not need `enabled`;
-    requires a GPU."""
+    """Record allocations of GPU memory from the start, with their stacks, and write a snapshot to
+    `<output_dir>/memory` after this step, on `ranks`. A rank that runs out of memory writes one in
+    any case, with the history if this key is set. Does not need `enabled`; requires a GPU."""
 
     def observes(self, rank: int) -> bool:
         """Returns whether a rank is one of `ranks`."""

@@ -39,9 +39,9 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{rest_s:02d}s" if minutes else f"{rest_s}s"
 
 
-def _digits(below: float, small: str, large: str) -> Callable[[float], str]:
-    """Returns a function that formats by size: with `small` below a limit."""
-    return lambda value: format(value, small if abs(value) < below else large)
+def _by_size(limit: float, small: str, large: str) -> Callable[[float], str]:
+    """Returns a function that formats numbers below `limit` with `small`, others with `large`."""
+    return lambda value: format(value, small if abs(value) < limit else large)
 
 
 class _Column(NamedTuple):
@@ -53,13 +53,13 @@ class _Column(NamedTuple):
 
 
 _COLUMNS = (
-    _Column("loss/train", "loss", 8, _digits(1000, ".4f", ".1e")),
+    _Column("loss/train", "loss", 8, _by_size(1000, ".4f", ".1e")),
     _Column("optimizer/lr", "lr", 8, "{:.2e}".format),
-    _Column("optimizer/grad_norm", "grad norm", 9, _digits(100, ".3f", ".1e")),
+    _Column("optimizer/grad_norm", "grad norm", 9, _by_size(100, ".3f", ".1e")),
     _Column("throughput/tokens_per_s", "tokens/s", 8, format_count, True),
-    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, _digits(10, ".3f", ".1f"), True),
+    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, _by_size(10, ".3f", ".1f"), True),
     _Column("throughput/mfu", "MFU", 6, "{:.1%}".format),
-    _Column("memory/peak_gib", "GiB", 5, _digits(10, ".2f", ".1f")),
+    _Column("memory/peak_gib", "GiB", 5, _by_size(10, ".2f", ".1f")),
     _Column("throughput/eta_s", "ETA", 6, format_duration, True),
 )
 

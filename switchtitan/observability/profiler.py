@@ -52,8 +52,10 @@ class Profiler:
         self._report = report
         self._open_regions: list[profiler.record_function] = []
         self._profile: profiler.profile | None = None
-        # A run that resumed after the step writes it after its own first one.
-        self._snapshot_step = max(config.memory_snapshot_step or 0, steps_done + 1)
+        self._snapshot_step = config.memory_snapshot_step
+        if self._snapshot_step is not None and self._snapshot_step <= steps_done:
+            # A resumed run is past it.
+            self._snapshot_step = steps_done + 1
         self.trace: Path | None = None
         """The trace file; None before it is written."""
 
@@ -84,8 +86,7 @@ class Profiler:
             self._profile.step()
             if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
                 self._stop()
-        wants_snapshot = self._config.memory_snapshot_step is not None
-        if wants_snapshot and self._steps_done == self._snapshot_step:
+        if self._steps_done == self._snapshot_step:
             if self._config.observes(self._rank):
                 _write_snapshot(self._output_dir, self._rank, f"step-{self._steps_done:09d}")
             # Recording slows down allocations.
@@ -120,7 +121,7 @@ class Profiler:
     def _write(self, profile: profiler.profile) -> None:
         """Writes the trace; logs a warning if that fails, for example on a full disk."""
         folder = self._output_dir / TENSORBOARD_FOLDER
-        # The file name that the profile plugin expects, as of tensorboard_trace_handler.
+        # As tensorboard_trace_handler names it.
         path = folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
         unfinished = path.with_name(f".{path.name}.partial")
         try:

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,12 @@ from switchtitan.observability.console import (
     format_count,
     format_duration,
     format_summary,
+    perplexity_of,
 )
 
 if TYPE_CHECKING:
     from switchtitan.observability.tensorboard import TensorBoardWriter
-    from switchtitan.observability.trackers import Tracker
+    from switchtitan.observability.trackers import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,13 @@ class Reporter:
 
     Args:
         output_dir: folder of the run.
+        run_name: for Weights & Biases.
         num_steps: total training steps.
         start_step: steps done before this run.
         description: the run's configuration, shown in TensorBoard's text tab.
         facts: hardware, versions and sizes, added to `results.json`.
-        first_validation: first validation metrics of a resumed run, shown in the summary.
+        first_validation_loss: of a resumed run, shown in the summary.
         hparams: values of the configuration by which TensorBoard compares runs.
-        trackers: what metrics are written to in addition to TensorBoard.
     """
 
     def __init__(
@@ -47,14 +48,14 @@ class Reporter:
         config: MetricsConfig,
         output_dir: Path,
         *,
+        run_name: str = "",
         num_steps: int,
         start_step: int = 0,
         is_main: bool,
         description: str = "",
         facts: Mapping[str, object] | None = None,
-        first_validation: Mapping[str, float] | None = None,
+        first_validation_loss: float | None = None,
         hparams: Mapping[str, bool | float | str] | None = None,
-        trackers: Sequence["Tracker"] = (),
     ) -> None:
         self._interval = config.interval
         self._num_steps = num_steps
@@ -64,8 +65,12 @@ class Reporter:
         self._folder = output_dir / TENSORBOARD_FOLDER
         self._results = output_dir / RESULTS_FILE
         self._facts = dict(facts or {})
-        self._trackers = list(trackers)
         self._is_finished = False
+        self._wandb: WandbRun | None = None
+        if is_main and "wandb" in config.trackers:
+            from switchtitan.observability import trackers
+
+            self._wandb = trackers.WandbRun(output_dir, run_name, hparams or {})
         self._tensorboard: TensorBoardWriter | None = None
         if is_main and config.tensorboard:
             from switchtitan.observability import tensorboard
@@ -83,7 +88,7 @@ class Reporter:
             # Its own estimate of the time left counts compilation.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self._validation = [first_validation] if first_validation is not None else []
+        self._validation_losses = [] if first_validation_loss is None else [first_validation_loss]
         self._train_loss: float | None = None
 
     def is_due(self, step: int) -> bool:
@@ -100,13 +105,13 @@ class Reporter:
             return
         self._train_loss = values.get("loss/train", self._train_loss)
         if "loss/validation" in values:
-            self._validation.append(dict(values))
+            self._validation_losses.append(values["loss/validation"])
         if (eta_s := values.get("throughput/eta_s")) is not None:
             self._bar.set_postfix_str(f"ETA {format_duration(eta_s)}", refresh=False)
         if self._tensorboard is not None:
             self._tensorboard.write(step, values)
-        for tracker in self._trackers:
-            tracker.write(step, values)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
         for line in self._table.lines(step, values):
             logger.info("%s", line)
 
@@ -147,10 +152,7 @@ class Reporter:
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Prints the final losses, speed and paths; writes `results.json`.
-
-        Args:
-            values: metrics of the run, by tag, for `results.json`; None if unknown.
+        """Prints the final losses, speed and paths; writes `values`, by name, to `results.json`.
 
         Raises:
             OutputError: on the main rank, after printing, if the file cannot be written.
@@ -195,9 +197,9 @@ class Reporter:
         self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close(self._is_finished)
-        for tracker in self._trackers:
-            tracker.close(self._is_finished)
-        self._tensorboard, self._trackers = None, []
+        if self._wandb is not None:
+            self._wandb.close(self._is_finished)
+        self._tensorboard, self._wandb = None, None
 
     def _write_results(self, values: Mapping[str, object]) -> OSError | None:
         """Returns the error if the file cannot be written."""
@@ -212,15 +214,13 @@ class Reporter:
     def _losses(self, test_loss: float | None) -> list[tuple[str, str]]:
         """Returns the rows of losses: the first validation of the run and the last one."""
         rows = []
-        for name, tag, digits in (
-            ("validation loss", "loss/validation", 4),
-            ("perplexity", "perplexity/validation", 2),
-        ):
-            reached = [f"{values[tag]:.{digits}f}" for values in self._validation if tag in values]
-            if reached:
-                rows.append((name, " -> ".join(dict.fromkeys((reached[0], reached[-1])))))
-        if not rows and self._train_loss is not None:
-            rows = [("training loss", f"{self._train_loss:.4f}")]
+        if losses := self._validation_losses:
+            shown = [losses[0], losses[-1]] if len(losses) > 1 else losses
+            rows.append(("validation loss", " -> ".join(f"{loss:.4f}" for loss in shown)))
+            of_losses = [f"{perplexity_of(loss):.2f}" for loss in shown]
+            rows.append(("perplexity", " -> ".join(of_losses)))
+        elif self._train_loss is not None:
+            rows.append(("training loss", f"{self._train_loss:.4f}"))
         if test_loss is not None:
             rows.append(("test loss", f"{test_loss:.4f}"))
         return rows

@@ -19,8 +19,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
-from switchtitan.regions import OUTSIDE_STEP, STEP
-
 logger = logging.getLogger(__name__)
 
 FIRST_CARDS = {
@@ -31,12 +29,6 @@ FIRST_CARDS = {
 }
 """Tags of the metrics that tell a run's state, by metric: TensorBoard sorts groups by name. The
 tags of all other metrics are their names."""
-_CHARTS = {
-    "Loss": {"training and validation": ["basics/loss_train", "basics/loss_validation"]},
-    "Time": {"milliseconds of a step by region": [f"time/(?!{'|'.join((STEP, *OUTSIDE_STEP))}).*"]},
-    "Gradient": {"norm": ["optimizer/grad_norm"]},
-}
-"""The page "Custom scalars": category -> chart -> patterns of tags."""
 _POSITIVE_EDGES = np.geomspace(1e-12, 1e20, 775)
 _BIN_EDGES = [*-_POSITIVE_EDGES[::-1], 0.0, *_POSITIVE_EDGES]
 """Edges of histograms: 10 % apart, as in torch's SummaryWriter."""
@@ -71,12 +63,7 @@ class TensorBoardWriter:
             self.write_text("configuration", description, start_step)
         # Not the experiment, whose keys would be those of the page: other methods have others.
         _, begin, self._end = summary.hparams(dict(hparams or {}), {})
-        charts = {
-            category: {chart: ["Multiline", patterns] for chart, patterns in of_category.items()}
-            for category, of_category in _CHARTS.items()
-        }
-        for content in (begin, summary.custom_scalars(charts)):
-            self._add(Event(summary=content))
+        self._add(Event(summary=begin))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point per metric."""

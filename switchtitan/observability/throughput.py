@@ -42,15 +42,12 @@ class Throughput:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token_and_device = flops_per_token / num_devices
         self._peak = peak_flops_per_s
-        self._num_steps = num_steps
+        self._num_steps, self._step = num_steps, start_step
         self._clock = clock
-        self._began_at = clock()
-        self._step = start_step
-        self._window_began_at = self._began_at
+        self._began_at = self._window_began_at = clock()
         self._excluded_s = 0.0
         self._marks: list[tuple[int, float]] = []
-        self._steady_steps = 0
-        self._steady_s = 0.0
+        self._steady_steps, self._steady_s = 0, 0.0
         self._tokens_per_s = 0.0
 
     @contextmanager
@@ -123,16 +120,14 @@ class Throughput:
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak memory since the process started, in GiB.
 
-    On a GPU: the peak of tensors in torch's caching allocator. That leaves out memory which the
-    allocator reserves but does not use, the CUDA context, NCCL's buffers and libraries, so
-    nvidia-smi shows more. On a CPU: the process's peak resident set size.
+    On a GPU: of tensors in torch's allocator; nvidia-smi shows more, with what that reserves, the
+    CUDA context and NCCL's buffers. On a CPU: the process's peak resident set size.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # getrusage(2): KiB on Linux, bytes on macOS.
-    num_bytes = peak if sys.platform == "darwin" else peak * 1024
-    return num_bytes / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # Dense bf16 FLOP/s with fp32 accumulation, per torch device, by a pattern that must match the full
@@ -187,7 +182,5 @@ def peak_flops_per_s(device_name: str) -> float | None:
 
     Requires the exact name: a MIG slice, a laptop GPU or another variant has another peak.
     """
-    for pattern, peak in _PEAK_FLOPS:
-        if re.fullmatch(pattern, device_name):
-            return peak
-    return None
+    peaks = (peak for pattern, peak in _PEAK_FLOPS if re.fullmatch(pattern, device_name))
+    return next(peaks, None)

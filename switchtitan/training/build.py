@@ -1,7 +1,6 @@
 """Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
 
-`build_trainer` is the whole start of a run, in order. Each part receives its own section of the
-configuration, or plain values. What most runs do not use is imported where it is built.
+What most runs do not use is imported where it is built.
 """
 
 import json
@@ -59,12 +58,11 @@ from switchtitan.training.evaluate import Evaluator, Evaluators, Prompts
 from switchtitan.training.hooks import Hook
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
-from switchtitan.training.trainer import Trainer, loss_metrics
+from switchtitan.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from switchtitan.data.text import TextSize
     from switchtitan.observability.profiler import Profiler
-    from switchtitan.observability.region_times import RegionTimes
     from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -77,9 +75,10 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         stop: when to stop before the last step; by default never.
 
     Raises:
-        UserError: if configuration, corpus and checkpoints do not fit together. Raised before
-            anything is written.
+        UserError: if configuration, corpus and checkpoints do not fit together; nothing is written.
     """
+    from switchtitan.observability.region_times import RegionTimes
+
     configure_logging(is_main=world.is_main, rank=world.rank)
     output_dir, num_steps = config.job.output_dir, config.training.steps
     checkpoints = output_dir / CHECKPOINTS_FOLDER
@@ -142,26 +141,17 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     # What it writes: first here, after all checks.
     start_output(output_dir, resolved, world, state.step, num_steps)
     describe_run(config, stepper, corpus, compute_dtype, checkpoint, changes)
-    first_loss, hparams = state.first_validation_loss, compared_values(config, world.size)
-    trackers = []
-    if config.metrics.trackers and world.is_main:
-        from switchtitan.observability.trackers import build_tracker
-
-        trackers = [
-            build_tracker(name, output_dir, config.job.name, hparams)
-            for name in config.metrics.trackers
-        ]
     reporter = Reporter(
         config.metrics,
         output_dir,
+        run_name=config.job.name,
         num_steps=num_steps,
         start_step=state.step,
         is_main=world.is_main,
         description=resolved,
         facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
-        first_validation=None if first_loss is None else loss_metrics("validation", first_loss),
-        hparams=hparams,
-        trackers=trackers,
+        first_validation_loss=state.first_validation_loss,
+        hparams=compared_values(config, world.size),
     )
     # Only the bf16 peaks are known.
     is_bf16 = compute_dtype.dtype == torch.bfloat16
@@ -185,7 +175,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         reporter=reporter,
         throughput=throughput,
         profiler=_build_profiler(config, world, state, reporter),
-        region_times=_build_region_times(config, world),
+        region_times=RegionTimes(world.device) if config.metrics.region_times else None,
         hooks=_build_hooks(config, stepper, reporter, origin),
         stop=stop or Stop(),
     )
@@ -202,18 +192,14 @@ def build_stepper(
     initial_weights: Mapping[str, Tensor] | None = None,
     is_restored: bool = False,
 ) -> Stepper:
-    """Build what takes the steps of a run, without evaluation, saving and reports.
-
-    Works under a `FakeTensorMode` too.
+    """Build what takes the steps of a run, under a `FakeTensorMode` too.
 
     Args:
         batches: see `build_batches`.
         compute_dtype: of activations and gradients; by default the configuration's on this device.
-        state: the run's state, by default a new run's.
-        loss: by default the configuration's.
+        state, loss: by default those of a new run.
         initial_weights: the plain model's weights by name; by default they are random.
-        is_restored: whether the caller restores model and optimizer from a checkpoint. The model's
-            tensors are not initialized then.
+        is_restored: leaves the model's tensors uninitialized, since the caller restores them.
     """
     if config.training.deterministic:
         use_deterministic_algorithms()
@@ -271,10 +257,7 @@ def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
 def build_batches(
     config: JobConfig, corpus: Corpus, world: World, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """Build this rank's training batches, starting at `state.next_batch`.
-
-    Their `close` ends the processes that read them.
-    """
+    """Build this rank's training batches from `state.next_batch` on; `close` ends their workers."""
     return build_train_batches(
         corpus.train_split(config.data.seq_len),
         seed=config.job.seed,
@@ -316,27 +299,17 @@ def build_evaluators(
 
         return Evaluator(batches, loss, world, read_size)
 
-    evaluation = config.evaluation
-    validation = evaluator_on("validation", evaluation.tokens)
-    test = prompts = None
-    if evaluation.test_tokens is not None:
-        test = evaluator_on("test", evaluation.test_tokens)
-    if evaluation.prompts:
-        prompts = Prompts(
-            evaluation.prompts,
-            corpus.tokenizer(),
-            num_tokens=evaluation.prompt_tokens,
-            seq_len=seq_len,
-            device=world.device,
-        )
-    return Evaluators(validation, test, prompts)
+    keys, test, prompts = config.evaluation, None, None
+    if keys.test_tokens is not None:
+        test = evaluator_on("test", keys.test_tokens)
+    if keys.prompts:
+        sizes = {"num_tokens": keys.prompt_tokens, "seq_len": seq_len}
+        prompts = Prompts(keys.prompts, corpus.tokenizer(), **sizes, device=world.device)
+    return Evaluators(evaluator_on("validation", keys.tokens), test, prompts)
 
 
 def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[TrainState, list[str]]:
     """Read a checkpoint's training state, and list the keys that have changed since.
-
-    Args:
-        identity: of this run, see `run_identity`.
 
     Raises:
         CheckpointError: if the checkpoint belongs to another run, or its state is damaged.
@@ -398,14 +371,6 @@ def _build_profiler(
         steps_done=state.step,
         report=lambda table: reporter.report_table(state.step, "profile", table),
     )
-
-
-def _build_region_times(config: JobConfig, world: World) -> "RegionTimes | None":
-    if not config.metrics.region_times:
-        return None
-    from switchtitan.observability.region_times import RegionTimes
-
-    return RegionTimes(world.device)
 
 
 def _build_hooks(

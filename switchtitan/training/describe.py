@@ -10,7 +10,6 @@ from torch import nn
 
 from switchtitan.config import flatten, parse_toml, toml_value
 from switchtitan.data import Corpus
-from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import OutputError
@@ -25,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 _COMPARED_SECTIONS = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
 _UNLISTED_KEYS = ("job.name", "job.output_dir", "data.cache_dir", "training.dtype")
-"""Keys whose changes are not listed on resume: names and folders, and the compute dtype, which can
-be "auto"."""
+"""Keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
 
 CONFIG_FILE = "config.toml"
 """File in the output folder with the configuration that the run started with."""
@@ -96,14 +94,10 @@ def compared_values(config: JobConfig, num_ranks: int) -> dict[str, bool | int |
         for key, value in getattr(config, section).model_dump(mode="json").items()
         if value is not None
     }
-    values |= {
-        "data.dataset": config.data.dataset,
-        "data.seq_len": config.data.seq_len,
-        "job.seed": config.job.seed,
-        "ranks": num_ranks,
-    }
+    values |= {"data.dataset": config.data.dataset, "data.seq_len": config.data.seq_len}
+    values |= {"job.seed": config.job.seed, "ranks": num_ranks}
     return {
-        key: value if isinstance(value, bool | int | float | str) else toml_value(value)
+        key: value if isinstance(value, int | float | str) else toml_value(value)
         for key, value in values.items()
     }
 
@@ -124,10 +118,12 @@ def describe_run(
     world, (replicate, shard) = stepper.world, stepper.world.mesh.shape
     layout = f"replicate {replicate} x shard {shard}"
     logger.info("%d rank(s) on %s: %s", world.size, device_name(world.device), layout)
-    num_sequences = world.size * config.training.local_batch_size
-    num_micro_batches = config.training.global_batch_size // num_sequences
-    for notice in keys_without_effect(config.parallelism, shard, num_micro_batches):
-        logger.info("[parallelism] %s", notice)
+    has_one = config.training.global_batch_size == world.size * config.training.local_batch_size
+    if config.parallelism.accumulate_gradients == "sharded" and (has_one or shard == 1):
+        logger.info(
+            '[parallelism] accumulate_gradients = "sharded" saves nothing: %s',
+            "a step has one micro-batch" if has_one else "each rank holds all gradients",
+        )
     logger.info("compute dtype: %s", compute_dtype)
     if checkpoint is None:
         logger.info("starting a new run in %s", config.job.output_dir)
@@ -141,21 +137,6 @@ def describe_run(
             "compiling: the first step takes a minute or more; later runs use the cache; "
             "speed and ETA are measured from the second step"
         )
-
-
-def keys_without_effect(
-    parallelism: ParallelismConfig, shard: int, num_micro_batches: int
-) -> list[str]:
-    """Returns notices of keys that gain nothing with `shard` ranks that share one copy of the
-    weights and this many micro-batches of a step on each rank."""
-    if parallelism.accumulate_gradients == "sharded":
-        if num_micro_batches == 1:
-            return ['accumulate_gradients = "sharded" has no effect: a step has one micro-batch']
-        if shard == 1:
-            return [
-                'accumulate_gradients = "sharded" only takes time: each rank holds all gradients'
-            ]
-    return []
 
 
 def changed_keys(saved_toml: str, current_toml: str) -> list[str]:

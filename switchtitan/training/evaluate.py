@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.training.stop import Stopped
 
-# What `Prompts` uses is imported there: most runs have none.
 if TYPE_CHECKING:
     from switchtitan.data.text import TextSize
 
@@ -25,7 +25,7 @@ class Evaluator:
     Args:
         batches: this rank's batches, read once per evaluation. All ranks have the same number, of
             the same shape.
-        read_size: returns the size of all ranks' text, which it reads; None if it is not known.
+        read_size: reads and returns the size of all ranks' text; None if it is not known.
     """
 
     def __init__(
@@ -41,10 +41,7 @@ class Evaluator:
         self._read_size = read_size
 
     def bits_per_byte(self, loss: float | None) -> float | None:
-        """Returns a loss of this evaluator in bits per byte; None if that is not known.
-
-        Reads the text, which takes seconds for many tokens.
-        """
+        """Returns a loss in bits per byte, None if unknown; takes seconds for many tokens."""
         if loss is None or self._read_size is None:
             return None
         return self._read_size().bits_per_byte(loss)
@@ -56,10 +53,10 @@ class Evaluator:
         """Returns the mean loss per held-out token over all ranks, in nats.
 
         Args:
-            stop_is_due: returns a signal to stop between two batches; see `Stop.is_due`.
+            stop_is_due: see `Stop.is_due`; called between two batches.
 
         Raises:
-            Stopped: if it does; the model is as before.
+            Stopped: if a stop is due; the model is as before.
         """
         device = self._world.device
         # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
@@ -90,7 +87,6 @@ class Prompts:
         documents: the tokenizer of the model's corpus.
         num_tokens: of each continuation, at most.
         seq_len: of training, which prompt and continuation must not exceed.
-        device: where the model computes.
 
     Raises:
         ConfigError: if a prompt is too long.
@@ -105,6 +101,7 @@ class Prompts:
         seq_len: int,
         device: torch.device,
     ) -> None:
+        # Most runs have no prompts.
         from switchtitan.generation.text import prompt_ids
 
         self._prompts = prompts
@@ -112,9 +109,7 @@ class Prompts:
         self._num_tokens = num_tokens
         self._device = device
         # An empty prompt begins a document.
-        self._tokens = [
-            prompt_ids(documents.tokenizer, prompt) or [documents.eos_id] for prompt in prompts
-        ]
+        self._tokens = [prompt_ids(documents.tokenizer, of) or [documents.eos_id] for of in prompts]
         for index, tokens in enumerate(self._tokens):
             if len(tokens) + num_tokens > seq_len:
                 raise ConfigError(
@@ -131,25 +126,19 @@ class Prompts:
         """
         from switchtitan.generation.decoding import continuations
         from switchtitan.generation.sampling import Sampler, Sampling
-
-        greedy = Sampler(Sampling(temperature=0))
-        # Never ends early: the ranks' passes must be equally many, whatever they compute.
-        steps = list(continuations(model, self._tokens, greedy, self._num_tokens, self._device))
-        return [
-            (prompt, self._text(tokens, [step[index] for step in steps]))
-            for index, (prompt, tokens) in enumerate(zip(self._prompts, self._tokens, strict=True))
-        ]
-
-    def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         from switchtitan.generation.text import TextStream
 
-        stream = TextStream(self._documents.tokenizer, prompt)
-        pieces = []
-        for token in new:
-            if token == self._documents.eos_id:
-                break
-            pieces.append(stream.add(token))
-        return "".join(pieces) + stream.rest()
+        greedy, eos_id = Sampler(Sampling(temperature=0)), self._documents.eos_id
+        # Never ends early: the ranks' passes must be equally many, whatever they compute.
+        steps = list(continuations(model, self._tokens, greedy, self._num_tokens, self._device))
+        pairs = []
+        for prompt, tokens, new in zip(
+            self._prompts, self._tokens, zip(*steps, strict=True), strict=True
+        ):
+            stream = TextStream(self._documents.tokenizer, tokens)
+            pieces = [stream.add(token) for token in takewhile(lambda of: of != eos_id, new)]
+            pairs.append((prompt, "".join(pieces) + stream.rest()))
+        return pairs
 
 
 class Evaluators(NamedTuple):

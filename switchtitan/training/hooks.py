@@ -21,10 +21,8 @@ class Hook(Protocol):
         ...
 
 
-YOUNG_INTERVAL = 50
-"""Steps between collections of the young generations, which take milliseconds."""
-FULL_INTERVAL = 1000
-"""Steps between collections of all generations."""
+YOUNG_INTERVAL, FULL_INTERVAL = 50, 1000
+"""Steps between collections of the young generations, which take milliseconds, and of all."""
 
 
 class GarbageCollection:

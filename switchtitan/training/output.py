@@ -16,13 +16,11 @@ from switchtitan.errors import ConfigError
 
 LOCK_FILE, OWNER_FILE = "run.lock", "run.owner"
 """In a run's folder: what is locked while the run trains, and the name of its process."""
-_ENDS_WITHIN_S = 10.0
-"""The workers of a killed process end, and a network file system notices its end."""
-_VISIBLE_WITHIN_S = 10.0
+_ENDS_WITHIN_S, _WRITER_ENDS_WITHIN_S = 10.0, 1.0
+"""After a kill: workers of the process, as a network file system sees it. After a save: its
+thread."""
+_VISIBLE_WITHIN_S, _POLL_S = 10.0, 0.2
 """Network file systems may show a new file late."""
-_POLL_S = 0.2
-_WRITER_ENDS_WITHIN_S = 1.0
-"""The thread of a background save ends soon after the save."""
 
 
 @contextmanager

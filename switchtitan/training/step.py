@@ -45,8 +45,7 @@ class TrainState:
     compute_dtype: DtypeName | None = None
     """dtype of activations and gradients."""
     is_work_after_step_due: bool = False
-    """Whether the evaluation and the hooks after the last step are to be done when the run
-    resumes, because it was stopped in between."""
+    """Whether a run that resumes must still evaluate, and call the hooks, after the last step."""
 
     @property
     def next_batch(self) -> int:
@@ -71,11 +70,7 @@ class StepResult(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Stepper:
-    """Takes optimizer steps.
-
-    `step` takes one step. Benchmarks that measure the parts of a step call them:
-    `compute_gradients`, `update`, `finish_step`.
-    """
+    """Takes optimizer steps: `step`, or its parts, which benchmarks measure."""
 
     model: LanguageModel
     optimizer: TrainingOptimizer
@@ -93,9 +88,9 @@ class Stepper:
     max_grad_norm: float | None
     """Gradients are clipped to this norm; None does not clip."""
     on_nonfinite: Literal["stop", "skip"]
-    """What to do if the loss or the gradient is not finite on any rank. "stop": update the model;
-    the caller stops the run. "skip": skip the update on all ranks; the host waits for the norm in
-    every step, since it decides what to launch next."""
+    """If the loss or the gradient is not finite on any rank. "stop": update the model; the caller
+    stops the run. "skip": skip the update on all ranks; the host waits for the norm in every step.
+    """
     state: TrainState
     """Changed in place by every step."""
     on_gradients: Callable[[], None] | None = None
@@ -156,8 +151,7 @@ class Stepper:
             self._is_last_micro_batch = is_last
 
     def clip_gradients(self, loss: Tensor) -> Tensor:
-        """Clips the gradients to `max_grad_norm`; returns their norm before clipping, over all
-        ranks, 0-dim; nan if any rank's `loss` is not finite."""
+        """Clips the gradients to `max_grad_norm`; returns `StepResult.grad_norm`."""
         with region("reduce"):
             gradients = [p.grad for p in self._trained if p.grad is not None]
             norm = total_norm(gradients, loss)

@@ -1,8 +1,4 @@
-"""Stops a run by a signal: all ranks after the same step, with a limit to the last save.
-
-The ranks take the maximum of their signals' numbers. It is started at one boundary between steps
-and read at the next one, so that a step does not wait for it: several ranks stop one step later.
-"""
+"""Stops a run by a signal: all ranks after the same step, with a limit to the last save."""
 
 import logging
 import os
@@ -39,11 +35,10 @@ class Stop:
 
     During `steps`, `is_due` returns the first signal. Before and after, nothing can be lost: the
     signal raises KeyboardInterrupt(number). A second signal ends the process.
-    An object that is not entered never stops a run.
 
     Args:
-        is_launched: receive signals that are ignored too: a launcher passes on those that it does
-            not ignore. Otherwise they stay ignored, as `nohup` asks for.
+        is_launched: receive signals that are ignored too, which a launcher passes on. Otherwise
+            they stay ignored, as `nohup` asks for.
     """
 
     def __init__(self, is_launched: bool = False) -> None:
@@ -75,17 +70,17 @@ class Stop:
             self._previous[number] = signal.signal(number, self._handle)
 
     def configure(self, group: dist.ProcessGroup | None, grace_s: float) -> None:
-        """Sets the ranks to stop together, over gloo (None: a single one), and the time between the
-        signal and the end of the last save."""
+        """Sets the ranks to stop together, over gloo (None: a single one), and the seconds between
+        the signal and the end of the last save."""
         self._group, self._grace_s = group, grace_s
 
     @contextmanager
     def steps(self, describe_checkpoint: Callable[[], str]) -> Iterator[None]:
-        """Returns a context for the steps of a run and its last save; it raises `Stopped` on every
-        rank for a signal after the last `is_due`.
+        """Returns a context for the steps of a run and its last save; `describe_checkpoint` returns
+        what the run resumes from if it stops now.
 
-        Args:
-            describe_checkpoint: what the run resumes from if it stops now.
+        Raises:
+            Stopped: on every rank, for a signal after the last `is_due`.
         """
         self._describe_checkpoint, self._is_in_steps = describe_checkpoint, True
         try:
@@ -108,7 +103,7 @@ class Stop:
 
     def is_due(self) -> int | None:
         """Returns the signal for which the run must save and stop here, the same on every rank;
-        None to continue. Collective: all ranks call it at the same places."""
+        None to continue. Collective."""
         if not self._is_in_steps:
             return None
         number = self._number if self._group is None else self._agree()
@@ -120,7 +115,10 @@ class Stop:
         return number
 
     def _agree(self) -> int:
-        """Returns the signal of any rank at the last boundary; shares the one at this boundary."""
+        """Returns the signal of any rank at the last boundary; shares the one at this boundary.
+
+        So a step does not wait for the other ranks, and several ranks stop one step later.
+        """
         if self._agreement is not None:
             self._agreement.wait()
         number = int(self._flag)

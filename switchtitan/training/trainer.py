@@ -225,11 +225,8 @@ class Trainer:
         state = self.stepper.state
         step = state.step
         state.is_work_after_step_due = True
-        is_last_due = (
-            step > self.evaluate_interval
-            # Otherwise the results would state an older loss.
-            or state.first_validation_loss is not None
-        )
+        # After an evaluation the last step is due too: the results would state an older loss.
+        is_last_due = step > self.evaluate_interval or state.first_validation_loss is not None
         if step % self.evaluate_interval == 0 or (step == self.num_steps and is_last_due):
             self.evaluate()
         for hook in self.hooks:
@@ -267,10 +264,7 @@ class Trainer:
         self._running_loss.reset()
 
     def _finalize(self) -> None:
-        """Evaluates on the test split and writes the results.
-
-        A run that was stopped before this does it when it is resumed.
-        """
+        """Evaluates on the test split and writes the results; again if it was stopped before."""
         state, device = self.stepper.state, self.stepper.world.device
         test, test_loss = self.evaluators.test, None
         if test is not None:
@@ -319,10 +313,7 @@ class Trainer:
             )
 
     def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
-        """Writes results, and returns the error to raise; names the checkpoint from before.
-
-        Collective: waits for a save in progress.
-        """
+        """Writes results, and returns the error to raise. Collective: waits for a save."""
         self.checkpointer.finish()
         self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
         checkpoint = self.checkpointer.latest
@@ -333,10 +324,8 @@ class Trainer:
 
 
 class RunningLoss:
-    """The mean loss of several steps, and whether all their gradients were finite.
-
-    Both stay on the device: reading them in every step would make the host wait for it.
-    """
+    """The mean loss of several steps, and whether all their gradients were finite, both kept on the
+    device: reading them in every step would make the host wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._loss_sum = torch.zeros((), device=device)

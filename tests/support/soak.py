@@ -43,9 +43,6 @@ class _Hook:
     def is_due(self, step: int) -> bool:
         return step % self._interval == 0
 
-    def results(self) -> dict:
-        return {}
-
 
 class Sampler(_Hook):
     """Measures its process."""
