@@ -78,7 +78,7 @@ def check_device(config: "JobConfig", device: str) -> list[str]:
     return problems
 
 
-def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> list[str]:
+def keys_without_effect(config: "JobConfig", device: str) -> list[str]:
     """Return a message for each key that this run does not use."""
     training, profiler, steps = config.training, config.profiler, config.training.steps
     void = [f"{message}; remove it" for message in config.without_effect()]

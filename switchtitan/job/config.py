@@ -103,7 +103,7 @@ def parse_arguments(
     config = parse_unchecked(argv, say)
     num_ranks, device = num_ranks or num_ranks_from_launcher(), device_type()
     raise_together(check(config, num_ranks, device))
-    for message in keys_without_effect(config, num_ranks, device):
+    for message in keys_without_effect(config, device):
         say(message)
     return config
 

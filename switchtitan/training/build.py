@@ -23,7 +23,7 @@ from switchtitan.checkpoint import (
     read_metadata,
 )
 from switchtitan.config import resolved_toml
-from switchtitan.contracts import Batch, LanguageModel, Method, SummedLoss
+from switchtitan.contracts import Batch, Method, SummedLoss
 from switchtitan.data import Corpus, build_train_batches, build_validation_batches, open_corpus
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import agree_on_dtype, dtype_on
@@ -208,7 +208,8 @@ def build_stepper(
     if compute_dtype is None:
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
     method = build_method(config)
-    model = build_plain_model(config)
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
     method.prepare_model(model)
     checkpoint_activations(
         model,
@@ -237,12 +238,6 @@ def build_stepper(
         on_nonfinite=config.training.on_nonfinite,
         state=state or TrainState(),
     )
-
-
-def build_plain_model(config: JobConfig) -> LanguageModel:
-    """Build the model without the method's changes, on the meta device."""
-    with torch.device("meta"):
-        return MODELS.build(config.model)
 
 
 def build_method(config: JobConfig) -> Method:
@@ -364,8 +359,11 @@ def _build_profiler(
         return None
     from switchtitan.observability.profiler import Profiler
 
+    keys = config.profiler
+    if world.device.type != "cuda":
+        keys = keys.model_copy(update={"memory_snapshot_step": None})
     return Profiler(
-        config.profiler,
+        keys,
         config.job.output_dir,
         rank=world.rank,
         steps_done=state.step,

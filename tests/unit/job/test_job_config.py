@@ -219,7 +219,7 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
 )  # fmt: skip
 def test_a_key_without_effect_is_named_in_a_note(file, device, num_ranks, words, void):
     config = parse_unchecked(["--config", str(file), *words], say=str)
-    notes = keys_without_effect(config, num_ranks, device)
+    notes = keys_without_effect(config, device)
     assert [note.startswith(f"{void} has no effect") for note in notes] == [True] * bool(void)
 
 

