@@ -21,6 +21,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
     """
     # Adding the same filter twice has no effect.
     logging.getLogger("tensorboard").addFilter(_is_not_about_restart)
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder; expected the output folder of a run")
     folder = run / TENSORBOARD_FOLDER
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}) if folder.is_dir() else None
     tags = events.Reload().Tags()[SCALARS] if events else []

@@ -15,6 +15,8 @@ def check_picture_option(file: Path | None) -> None:
     Raises:
         ConfigError: if its extension is unknown, or it is a folder.
     """
+    if file is not None and file.is_dir():
+        raise ConfigError(f"--output {file}: is a folder; give a file, e.g. {file}/picture.png")
     known = sorted(Figure().canvas.get_supported_filetypes())
     if file is not None and (file.suffix.removeprefix(".").lower() or "png") not in known:
         raise ConfigError(
