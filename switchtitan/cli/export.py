@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from switchtitan.checkpoint import CHECKPOINTS_FOLDER, find_given, read_metadata
-from switchtitan.data.corpus_files import TOKENIZER_FILE
+from switchtitan.data.corpus import TOKENIZER_FILE
 from switchtitan.generation.trained import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import MAX_SHARD_BYTES, export_dense

@@ -18,8 +18,7 @@ import numpy as np
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, split_arguments
 from switchtitan.data import Corpus, DataConfig, open_corpus
-from switchtitan.data.corpus import open_prepared
-from switchtitan.data.corpus_files import INDEX_FILE, verify_files
+from switchtitan.data.corpus import INDEX_FILE, open_prepared, verify_files
 from switchtitan.data.loader import HeldOutSequences, TrainSequences
 from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import ConfigError
@@ -109,18 +108,10 @@ def _show_source(source: Corpus) -> dict[str, Any]:
     print(f"folder       {source.folder}\nsource       {source.description}")
     if index.revision is not None:
         print(f"revision     {index.revision}")
-    for split, shards in index.splits.items():
+    for split in index.splits:
         num_tokens, num_documents = index.num_tokens(split), index.num_documents(split)
-        num_bytes, cap = sum(of.bytes_of_text for of in shards), index.document_caps.get(split)
-        text = f", {num_bytes / 1e6:,.1f} MB of text" if num_bytes else ""  # not of token ids
-        cut = "" if cap is None else f", documents cut to {cap:,} tokens"
-        print(f"{split:<12} {num_tokens:,} tokens, {num_documents:,} documents{text}{cut}")
-        splits[split] = {
-            "tokens": num_tokens,
-            "documents": num_documents,
-            "bytes_of_text": num_bytes,
-            "document_cap": cap,
-        }
+        print(f"{split:<12} {num_tokens:,} tokens, {num_documents:,} documents")
+        splits[split] = {"tokens": num_tokens, "documents": num_documents}
     return {
         "folder": str(source.folder),
         "source": source.description,

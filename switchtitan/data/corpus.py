@@ -1,40 +1,269 @@
-"""Open a prepared corpus, the same one on every rank."""
+"""A prepared corpus: which folder a configuration means, and what the folder holds."""
 
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
-from switchtitan.data.corpus_files import CorpusIndex, check_sizes, read_index, verify_files
-from switchtitan.data.corpus_plan import plan_corpus
-from switchtitan.data.mixture import (
-    PERIOD,
-    InterleavedSequences,
-    MixedSequences,
-    Schedule,
-    schedule_of,
-)
-from switchtitan.data.prepare import prepare_corpus
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
+from switchtitan.data.mixture import PERIOD, InterleavedSequences, MixedSequences, Schedule
 from switchtitan.data.sequences import TokenSequences
-from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
-from switchtitan.distributed.world import World
+from switchtitan.data.sources import DATASETS, Source, hub_error
+from switchtitan.data.tokenizer import (
+    DocumentTokenizer,
+    check_vocabulary,
+    is_cached,
+    read_tokenizer,
+)
 from switchtitan.errors import CorpusError
+from switchtitan.files import checksum_line, file_inside, sha256_of_file, write_atomically
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+INDEX_CHECKSUM_FILE = f"{INDEX_FILE}.sha256"
+"""The checksum of `index.json`, as `sha256sum` writes it."""
+TOKENIZER_FILE = "tokenizer.json"
 VERIFIED_BYTES = 1 << 30
 """Corpora of up to 1 GiB of tokens are verified by checksum on every open (a second or two), larger
 ones by size; `switchtitan prepare` verifies all."""
+DEFAULT_VALIDATION_FRACTION = 0.02
+HELD_OUT_DOCUMENT_TOKENS = 8192
+"""A longer held-out document is cut at its end, so that few documents do not decide the loss of a
+small corpus: of the standard library, 0.06 of the split is the most for one document, not 0.21."""
 
 
-class _MainCorpus(NamedTuple):
-    """The main rank's corpus."""
+@dataclass(frozen=True)
+class CorpusPlan:
+    """The corpus to prepare and its folder, planned without reading a document."""
 
+    config: DataConfig
+    source: Source
+    identity: dict[str, object]
+    folder: Path
+    fallback_for: str | None = None
+    """The requested corpus and why it is unavailable; None if this is the requested corpus."""
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the folder exists; it gets its name only when it is complete."""
+        return self.folder.is_dir()
+
+
+def plan_corpus(config: DataConfig) -> CorpusPlan:
+    """Plans the corpus that `config` names, or the offline one if the hub cannot be reached.
+
+    A corpus that is already prepared is used without contacting the hub.
+
+    Raises:
+        CorpusError: if a file is missing, or the hub is needed and cannot be reached and there is
+            no fallback.
+    """
+    plan = plan_from_name(config)
+    needs_hub = config.needs_hub_dataset or (
+        config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)
+    )
+    if plan.is_prepared or not needs_hub or (reason := hub_error()) is None:
+        return plan
+    path = f"path = {str(config.path)!r}, " if config.path is not None else ""
+    wanted = f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}"
+    problem = f"{wanted}: the Hugging Face hub cannot be reached ({reason})"
+    if config.offline_dataset is None:
+        raise CorpusError(
+            f"[data] {problem}; check the connection, prepare the corpus on a connected machine "
+            f"(switchtitan prepare) and copy {plan.folder}, set a local path, or set "
+            "offline_dataset = 'pystdlib'"
+        )
+    fallback = plan_from_name(config.fallback_config(), problem)
+    logger.warning(
+        "REQUESTED CORPUS UNAVAILABLE, FALLING BACK: training on %s instead of %s",
+        fallback.source.description,
+        problem,
+    )
+    return fallback
+
+
+def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> CorpusPlan:
+    """Plans the corpus that `config` names, without checking whether the hub can be reached."""
+    assert not config.sources, "each source of a mixture is a corpus"
+    row = DATASETS[config.dataset]
+    source = row.open(config, None)
+    identity: dict[str, object] = {
+        "format_version": FORMAT_VERSION,
+        "source": dict(source.identity),
+        "tokenizer": _tokenizer_identity(config),
+        "validation_fraction": None,
+        "max_documents": config.max_documents,
+        "max_bytes": config.max_bytes,
+    }
+    # A hub dataset's splits are known only when the hub has been asked.
+    if not (row.has_own_splits if row.comes_from_hub else source.splits):
+        identity["validation_fraction"] = config.validation_fraction or DEFAULT_VALIDATION_FRACTION
+        identity["test_fraction"] = config.test_fraction
+        identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
+    return CorpusPlan(config, source, identity, folder, fallback_for)
+
+
+def _tokenizer_identity(config: DataConfig) -> str:
+    if config.tokenizer == TRAINED_TOKENIZER:
+        vocab_size = config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+        return f"byte-level BPE of {vocab_size} trained on the corpus"
+    if config.tokenizer_path is not None:
+        tokenizer = read_tokenizer(config.tokenizer_path)
+        return f"sha256 {tokenizer.sha256}, documents end with {tokenizer.eos_token}"
+    return f"hub {config.tokenizer}"
+
+
+class Record(BaseModel):
+    """A part of a JSON file of a corpus."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class ShardRecord(Record):
+    """One token file."""
+
+    file: str
+    documents: int = Field(ge=0, lt=1 << 48)
+    tokens: int = Field(ge=0, lt=1 << 48)
+    sha256: str
+
+
+class TokenizerRecord(Record):
+    """The tokenizer whose ids the shards hold; its file is next to them."""
+
+    sha256: str
+    vocab_size: int = Field(ge=1, le=1 << 32)
+    eos_token: str
+    eos_id: int = Field(ge=0)
+
+
+class CorpusIndex(Record):
+    """The contents of `index.json`."""
+
+    format_version: int
+    name: str
+    source: str
+    """The documents, for people."""
+    identity: dict[str, object]
+    """Everything that determines documents and tokens; its hash is in the folder's name."""
+    tokenizer: TokenizerRecord
+    dtype: Literal["uint16", "uint32"]
+    """Of the token files, little-endian."""
+    splits: dict[str, list[ShardRecord]]
+    revision: str | None = None
+    """The commit of a dataset on the Hugging Face hub; None for other sources."""
     fingerprint: str
-    fallback_for: str | None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every token file by name."""
+        token_bytes = np.dtype(self.dtype).itemsize
+        return {shard.file: token_bytes * shard.tokens for shard in self._shards}
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of every other file by name."""
+        files = {shard.file: shard.sha256 for shard in self._shards}
+        return {TOKENIZER_FILE: self.tokenizer.sha256} | files
+
+    @property
+    def _shards(self) -> list[ShardRecord]:
+        return [shard for split in self.splits.values() for shard in split]
+
+    def num_tokens(self, split: str) -> int:
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def num_documents(self, split: str) -> int:
+        return sum(shard.documents for shard in self.splits[split])
+
+
+def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[ShardRecord]]) -> str:
+    """32 hexadecimal digits, equal for two corpora only if tokens and tokenizer are the same."""
+    contents = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer_sha256,
+        "dtype": dtype,
+        "splits": {
+            split: [[shard.tokens, shard.sha256] for shard in splits[split]] for split in splits
+        },
+    }
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_index(folder: Path, index: CorpusIndex) -> None:
+    """Writes the index and its checksum."""
+    contents = index.model_dump_json(indent=2)
+    write_atomically(folder / INDEX_CHECKSUM_FILE, checksum_line(contents.encode(), INDEX_FILE))
+    write_atomically(folder / INDEX_FILE, contents)
+
+
+def read_index(folder: Path) -> CorpusIndex:
+    """Reads the index of a prepared corpus.
+
+    Raises:
+        CorpusError: if it is missing, corrupted or of another format, or names a file outside of
+            `folder`.
+    """
+    try:
+        contents = file_inside(folder, INDEX_FILE).read_bytes()
+        index = CorpusIndex.model_validate_json(contents)
+        own = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
+        if (index.format_version, index.fingerprint) != (FORMAT_VERSION, own):
+            raise ValueError("it has another format, or does not match its own fingerprint")
+        if index.tokenizer.eos_id >= index.tokenizer.vocab_size:
+            raise ValueError("its end token is outside of the vocabulary")
+        checksum = file_inside(folder, INDEX_CHECKSUM_FILE)
+        if checksum.exists() and checksum.read_bytes() != checksum_line(contents, INDEX_FILE):
+            raise ValueError(f"it does not match its checksum in {INDEX_CHECKSUM_FILE}")
+        for name in index.checksums:
+            file_inside(folder, name)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"the index is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        raise _damage(folder / INDEX_FILE, problem) from error
+    except (OSError, ValueError) as error:
+        raise _damage(folder / INDEX_FILE, f"the index is damaged ({error})") from error
+    return index
+
+
+def verify_files(folder: Path, index: CorpusIndex, max_bytes: int | None = None) -> None:
+    """Compares the sizes of all token files, and all files with their checksums.
+
+    Args:
+        max_bytes: the most bytes of tokens for which checksums are compared; default: any.
+
+    Raises:
+        CorpusError: for the first file that is missing or differs.
+    """
+    num_bytes = sum(index.sizes.values())
+    try:
+        for name, expected in index.sizes.items():
+            if (found := (folder / name).stat().st_size) != expected:
+                raise _damage(folder / name, f"it has {found:,} bytes, expected {expected:,}")
+        if max_bytes is not None and num_bytes > max_bytes:
+            return
+        with progress_bar(f"verifying {folder.name}", total=num_bytes, unit="B") as bar:
+            for name, checksum in index.checksums.items():
+                if sha256_of_file(folder / name, bar.update) != checksum:
+                    raise _damage(folder / name, "it does not match its checksum")
+    except OSError as error:
+        raise _damage(Path(error.filename), f"it cannot be read ({error.strerror})") from error
+
+
+def _damage(file: Path, what: str) -> CorpusError:
+    return CorpusError(
+        f"{file}: {what}; delete the folder {file.parent} and run again to prepare it from scratch"
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +272,7 @@ class Corpus:
 
     folder: Path
     index: CorpusIndex
-    fallback_for: str | None
+    fallback_for: str | None = None
     """The requested corpus and why it was unavailable; None if this is the requested corpus."""
     parts: tuple["Corpus", ...] = ()
     """Of a mixture: all sources. Folder and index are those of the first one, whose tokenizer all
@@ -137,48 +366,8 @@ class Corpus:
         )
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Checks that a model can embed every token.
-
-        Raises:
-            CorpusError: if the tokenizer has more tokens than the model.
-        """
+        """See `tokenizer.check_vocabulary`."""
         check_vocabulary(self.vocab_size, model_vocab_size, f"the tokenizer of {self.folder}")
-
-
-def open_corpus(
-    config: DataConfig, *, ranks: World | None = None, model_vocab_size: int | None = None
-) -> Corpus:
-    """Opens the corpus of `config`, the same one on every rank; prepares it on first use.
-
-    The main rank plans and prepares, then one rank of each machine that does not see its folder,
-    while the others wait.
-
-    Args:
-        config: the section.
-        ranks: None for this process alone. Its waits must not time out during a preparation.
-        model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
-            Checked before a preparation too, which can take hours.
-
-    Raises:
-        CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
-            is not the main rank's, or the tokenizer has more tokens than the model.
-    """
-    if not config.sources:
-        return _open(config, ranks, model_vocab_size)
-    schedule = schedule_of([source.weight for source in config.sources])
-    tokenizer, parts = config.tokenizer, list[Corpus]()
-    for number in range(len(config.sources)):
-        part = _open(config.source_config(number, tokenizer), ranks, model_vocab_size)
-        for other, earlier in enumerate(parts):
-            if earlier.fingerprint == part.fingerprint:
-                raise CorpusError(
-                    f"[data] sources[{number}]: holds the same tokens as sources[{other}]; leave "
-                    "it out, and add its weight to the other"
-                )
-        parts.append(part)
-        if tokenizer == TRAINED_TOKENIZER:
-            tokenizer = str(part.folder)
-    return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)
 
 
 def open_prepared(
@@ -193,64 +382,5 @@ def open_prepared(
         CorpusError: if a file is missing or damaged.
     """
     index = read_index(folder)
-    check_sizes(folder, index)
-    item_bytes = 2 if index.dtype == "uint16" else 4
-    num_bytes = item_bytes * sum(index.num_tokens(split) for split in index.splits)
-    if verifies and num_bytes <= VERIFIED_BYTES:
-        verify_files(folder, index)
+    verify_files(folder, index, VERIFIED_BYTES if verifies else 0)
     return Corpus(folder, index, fallback_for)
-
-
-def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None) -> Corpus:
-    if ranks is None:
-        return _open_own(config, True, model_vocab_size, None)
-    opened: list[Corpus] = []
-
-    def take_turn(is_own: bool, main: _MainCorpus | None = None) -> _MainCorpus | None:
-        if not is_own:
-            return None
-        corpus = _open_own(config, ranks.is_node_main, model_vocab_size, main)
-        opened.append(corpus)
-        return _MainCorpus(corpus.fingerprint, corpus.fallback_for)
-
-    main = ranks.together(lambda: take_turn(ranks.is_main))[0]
-    ranks.together(lambda: take_turn(ranks.is_node_main and not opened, main))
-    ranks.together(lambda: take_turn(not opened, main))
-    return opened[0]
-
-
-def _open_own(
-    config: DataConfig, is_node_main: bool, model_vocab_size: int | None, main: _MainCorpus | None
-) -> Corpus:
-    """Opens this rank's corpus, which must be the main rank's; prepares it if it is not there.
-
-    Args:
-        is_node_main: whether to verify it: it may be on a disk that only this machine sees.
-        main: None on the main rank.
-    """
-    fallback_for = None if main is None else main.fallback_for
-    plan = plan_corpus(config if fallback_for is None else config.fallback_config())
-    if main is None and plan.fallback_for is not None:
-        fallback_for = plan.fallback_for
-        logger.warning(
-            "REQUESTED CORPUS UNAVAILABLE, FALLING BACK: training on %s instead of %s",
-            plan.source.description,
-            fallback_for,
-        )
-    if main is not None and not plan.is_prepared:
-        logger.warning(
-            "preparing the corpus again in %s: this machine does not see the main rank's folder; "
-            "[data] cache_dir on a shared disk is prepared once",
-            plan.folder,
-        )
-    prepare_corpus(plan, model_vocab_size)
-    corpus = open_prepared(plan.folder, fallback_for, verifies=is_node_main)
-    if model_vocab_size is not None:
-        corpus.check_vocabulary(model_vocab_size)
-    if main is not None and corpus.fingerprint != main.fingerprint:
-        raise CorpusError(
-            f"{plan.folder}: this rank's corpus has fingerprint {corpus.fingerprint}, the main "
-            f"rank's {main.fingerprint}; put [data] cache_dir on a disk that all nodes share, or "
-            "copy the main rank's folder"
-        )
-    return corpus

@@ -14,12 +14,15 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.mixture import InterleavedSequences, MixedSequences
 from switchtitan.data.sequences import TokenSequence, TokenSequences
-from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
 TrainSequences = TokenSequences | MixedSequences
 HeldOutSequences = TokenSequences | InterleavedSequences
+
+_WORKER_ENDS_AFTER_S = 600
+"""After SIGTERM, if its rank has not ended it before."""
 
 
 def build_train_batches(
@@ -41,48 +44,38 @@ def build_train_batches(
     first item; `close()` on the iterator ends them.
 
     Args:
-        sequences: the training split.
-        seed: the job's seed.
-        global_batch_size: sequences per optimizer step over all ranks; a multiple of `num_ranks *
+        global_batch_size: sequences per optimizer step over all ranks, a multiple of `num_ranks *
             local_batch_size`.
         local_batch_size: sequences per micro-batch on one rank.
         rank, num_ranks: among the ranks that read different data.
         start_step: the first step to yield.
         num_workers: processes that prefetch; 0 reads in the calling process.
-        pin_memory: whether batches are in pinned memory, for copies to a CUDA device.
+        pin_memory: for copies to a CUDA device.
 
     Raises:
-        ConfigError: if the global batch size is not such a multiple.
         CorpusError: if the split has fewer sequences than a global batch.
     """
     per_micro_step = num_ranks * local_batch_size
-    if global_batch_size % per_micro_step:
-        raise ConfigError(
-            f"[training] global_batch_size = {global_batch_size}: expected a multiple of ranks x "
-            f"local_batch_size = {num_ranks} x {local_batch_size} = {per_micro_step}"
-        )
+    assert global_batch_size % per_micro_step == 0, "checked with the configuration"
     if len(sequences) < global_batch_size:
         raise CorpusError(
             f"[training] global_batch_size = {global_batch_size}: the training split has "
             f"{len(sequences):,} sequences of {sequences.seq_len} tokens, fewer than one global "
             "batch; lower it, lower [data] seq_len or use a larger corpus"
         )
-    num_micro_batches = global_batch_size // per_micro_step
 
-    def order() -> Iterator[list[int]]:
-        for step in count(start_step):
-            for micro_batch in range(num_micro_batches):
-                # Micro-batch m of all ranks comes before m + 1.
-                place = (micro_batch * num_ranks + rank) * local_batch_size
-                positions = step * global_batch_size + place + np.arange(local_batch_size)
-                yield sequences.ordered(seed, positions).tolist()
+    def micro_batches() -> Iterator[list[int]]:
+        # Micro-batch m of all ranks comes before m + 1.
+        for first in count(start_step * global_batch_size, per_micro_step):
+            positions = first + rank * local_batch_size + np.arange(local_batch_size)
+            yield sequences.ordered(seed, positions).tolist()
 
     with warnings.catch_warnings():
         # torchdata calls a deprecated function of torch.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         loader = StatefulDataLoader(
             sequences,
-            batch_sampler=order(),
+            batch_sampler=micro_batches(),
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
@@ -90,21 +83,21 @@ def build_train_batches(
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
         )
-    return _steps(loader, num_micro_batches, sequences, start_step, global_batch_size)
+    return _steps(loader, sequences, start_step, global_batch_size, per_micro_step)
 
 
 def _steps(
     loader: StatefulDataLoader[Batch],
-    num_micro_batches: int,
     sequences: TrainSequences,
     start_step: int,
     global_batch_size: int,
+    per_micro_step: int,
 ) -> Generator[list[Batch], None, None]:
     batches = iter(loader)
     epochs = sequences.epochs(start_step * global_batch_size)
     try:
         for number in count(start_step + 1):
-            step = [next(batches) for _ in range(num_micro_batches)]
+            step = [next(batches) for _ in range(global_batch_size // per_micro_step)]
             before, epochs = epochs, sequences.epochs(number * global_batch_size)
             for name, old, new in zip(sequences.names, before, epochs, strict=True):
                 if new > old:
@@ -113,13 +106,8 @@ def _steps(
     finally:
         # torch ends workers when their iterator is collected. An error's traceback keeps it until
         # the process exits, which waits for workers that SIGTERM does not end.
-        end_workers = getattr(batches, "_shutdown_workers", None)
-        if end_workers is not None:
-            end_workers()
-
-
-_WORKER_ENDS_AFTER_S = 600
-"""After SIGTERM, if its rank has not ended it before."""
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def _outlive_signals(_worker: int) -> None:
@@ -146,7 +134,7 @@ def build_validation_batches(
             len(sequences),
             num_sequences,
         )
-    num_sequences = min(num_sequences, len(sequences))
+        num_sequences = len(sequences)
     return ValidationBatches(sequences, num_sequences, local_batch_size, rank, num_ranks)
 
 
@@ -169,13 +157,12 @@ class ValidationBatches:
         return -(-self.num_sequences // (self.num_ranks * self.local_batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
+        last = self.num_sequences - 1
         for batch in range(len(self)):
             first = (batch * self.num_ranks + self.rank) * self.local_batch_size
             indices = range(first, first + self.local_batch_size)
-            stacked = collate(
-                [self.sequences[min(index, self.num_sequences - 1)] for index in indices]
-            )
-            is_padding = torch.tensor([index >= self.num_sequences for index in indices])
+            stacked = collate([self.sequences[min(index, last)] for index in indices])
+            is_padding = torch.tensor([index > last for index in indices])
             # Not in place: the targets of a single sequence are a view of its tokens' memory.
             targets = stacked.targets.masked_fill(is_padding[:, None], IGNORED_TARGET)
             yield stacked._replace(targets=targets)

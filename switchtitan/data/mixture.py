@@ -92,9 +92,8 @@ def schedule_of(weights: Sequence[float]) -> Schedule:
     if not counts.all():
         small = int(np.argmin(counts))
         raise ConfigError(
-            f"[data] sources[{small}].weight = {weights[small]}: expected at least "
-            f"{sum(weights) / PERIOD:g}, one part in {PERIOD:,} of all weights; increase it, or "
-            "leave the source out"
+            f"[data] sources[{small}].weight = {weights[small]}: expected at least one part in "
+            f"{PERIOD:,} of all weights; increase it, or leave the source out"
         )
     return Schedule(tuple(counts.tolist()))
 
@@ -103,7 +102,7 @@ class MixedSequences(Dataset[TokenSequence]):
     """The training sequences of several sources.
 
     Index i is sequence i of the first source, then of the second one, and so on. A source that ends
-    starts again in another order.
+    starts again in another order. Methods: see `TokenSequences`.
 
     Args:
         parts: all with one `seq_len`.
@@ -117,56 +116,48 @@ class MixedSequences(Dataset[TokenSequence]):
         self.names = tuple(names)
         self._schedule = schedule
         self.seq_len = parts[0].seq_len
-        self._ends = np.cumsum([len(part) for part in parts])
+        self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> TokenSequence:
-        """See `TokenSequences`."""
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        if index < 0 or source == len(self._parts):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        return self._parts[source][index - int(self._ends[source]) + len(self._parts[source])]
+        source = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[source][index - int(self._starts[source])]
 
     def ordered(self, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See `TokenSequences`."""
         sources, places = self._schedule.places(positions)
-        indices = np.empty_like(places)
+        indices = self._starts[sources]
         for source, part in enumerate(self._parts):
             is_own = sources == source
-            first = int(self._ends[source]) - len(part)
-            indices[is_own] = first + sequence_index(seed, places[is_own], len(part))
+            indices[is_own] += sequence_index(seed, places[is_own], len(part))
         return indices
 
     def epochs(self, position: int) -> list[int]:
-        """See `TokenSequences`."""
         given = self._schedule.num_given(position)
         return [number // len(part) for number, part in zip(given, self._parts, strict=True)]
 
 
 class InterleavedSequences(Dataset[TokenSequence]):
-    """The held-out sequences of several sources in their shares, until the first source ends."""
+    """The held-out sequences of several sources in their shares, until the first source ends.
+
+    Methods: see `TokenSequences`.
+    """
 
     def __init__(self, parts: Sequence[TokenSequences], schedule: Schedule) -> None:
         self._parts = tuple(parts)
         self._schedule = schedule
         self.seq_len = parts[0].seq_len
-        self._num_sequences = min(
-            schedule.position_of(source, len(part)) for source, part in enumerate(parts)
-        )
+        ends = (schedule.position_of(source, len(part)) for source, part in enumerate(parts))
+        self._num_sequences = min(ends)
 
     def __len__(self) -> int:
         return self._num_sequences
 
     def __getitem__(self, index: int) -> TokenSequence:
-        """See `TokenSequences`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
         (source,), (place,) = self._schedule.places(np.array([index]))
         return self._parts[int(source)][int(place)]
 
     def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
-        """See `TokenSequences`."""
         for part, number in zip(self._parts, self._schedule.num_given(num_sequences), strict=True):
             yield from part.stretches(number)

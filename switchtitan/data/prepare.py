@@ -1,45 +1,44 @@
 """Tokenize a corpus once into memory-mapped shards: resumable, atomic, one process at a time."""
 
-import errno
+import hashlib
 import logging
+import math
 import os
-import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import tokenizers
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from pydantic import Field
 
-from switchtitan import __version__
-from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, DataConfig
-from switchtitan.data.corpus_files import (
+from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
+from switchtitan.data.corpus import (
+    DEFAULT_VALIDATION_FRACTION,
     FORMAT_VERSION,
+    HELD_OUT_DOCUMENT_TOKENS,
     TOKENIZER_FILE,
+    Corpus,
     CorpusIndex,
+    CorpusPlan,
     Record,
     ShardRecord,
     TokenizerRecord,
     fingerprint_of,
+    open_prepared,
+    plan_corpus,
+    plan_from_name,
     write_index,
 )
-from switchtitan.data.corpus_plan import CorpusPlan, source_keys, validation_fraction
-from switchtitan.data.held_out import cut_long_documents, is_held_out, period_of
-from switchtitan.data.shards import (
-    Batch,
-    dtype_of,
-    read_ahead,
-    read_batches,
-    segments,
-    tokenized,
-    write_shard,
-)
-from switchtitan.data.sources import DATASETS, newest_commit
+from switchtitan.data.mixture import schedule_of
+from switchtitan.data.sources import DATASETS, Documents, Position, newest_commit
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -47,14 +46,9 @@ from switchtitan.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
+from switchtitan.distributed.world import World
 from switchtitan.errors import CorpusError
-from switchtitan.files import (
-    file_inside,
-    format_bytes,
-    sha256_of_file,
-    sync_folder,
-    write_atomically,
-)
+from switchtitan.files import file_inside, sha256_of_file, sync_folder, write_atomically
 from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -65,46 +59,100 @@ SEGMENT_TOKENS = 1 << 26
 a minute of tokenizing on 2 cores."""
 TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
+BATCH_BYTES = 1 << 21
+BATCH_DOCUMENTS = 4096
+
+T = TypeVar("T")
 
 
-class Progress(Record):
-    """The progress of a preparation: all that resuming needs."""
+def open_corpus(
+    config: DataConfig, *, ranks: World | None = None, model_vocab_size: int | None = None
+) -> Corpus:
+    """Opens the corpus of `config`, the same one on every rank; prepares it on first use.
 
-    eos_token: str | None = None
-    """The end-of-document token of the saved tokenizer; None before it is saved."""
-    stream: int = 0
-    """The stream being read, in the order of the source's splits."""
-    position: dict[str, object] | None = None
-    """The position at which to open that stream; None at its start."""
-    documents: int = 0
-    """Non-empty documents read from that stream."""
-    bytes_of_text: int = 0
-    """Bytes of those documents."""
-    revision: str | None = None
-    """The commit of a dataset on the hub; None for other sources."""
-    segments: int = 0
-    """Finished segments of all streams."""
-    splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
-    """Finished shards by split."""
+    The main rank plans and prepares, then one rank of each machine that does not see its folder,
+    while the others wait.
+
+    Args:
+        ranks: None for this process alone. Its waits must not time out during a preparation.
+        model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
+            Checked before a preparation too, which can take hours.
+
+    Raises:
+        CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
+            is not the main rank's, or the tokenizer has more tokens than the model.
+    """
+    if not config.sources:
+        return _open(config, ranks, model_vocab_size)
+    schedule = schedule_of([source.weight for source in config.sources])
+    tokenizer, parts = config.tokenizer, list[Corpus]()
+    for number in range(len(config.sources)):
+        part = _open(config.source_config(number, tokenizer), ranks, model_vocab_size)
+        parts.append(part)
+        if tokenizer == TRAINED_TOKENIZER:
+            tokenizer = str(part.folder)
+    return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)
+
+
+def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None) -> Corpus:
+    if ranks is None:
+        return _open_own(config, None, model_vocab_size, verifies=True)
+    opened = list[Corpus]()
+
+    def take_turn(main: Corpus | None) -> Corpus | None:
+        if ranks.is_main if main is None else not opened:
+            opened.append(_open_own(config, main, model_vocab_size, ranks.is_node_main))
+        return opened[0] if opened else None
+
+    main = ranks.together(lambda: take_turn(None))[0]
+    ranks.together(lambda: take_turn(main))
+    return opened[0]
+
+
+def _open_own(
+    config: DataConfig, main: Corpus | None, model_vocab_size: int | None, verifies: bool
+) -> Corpus:
+    """Opens this rank's corpus, which must be that of the main rank (None: of this rank)."""
+    if main is None:
+        plan = plan_corpus(config)
+    else:
+        config = config if main.fallback_for is None else config.fallback_config()
+        plan = plan_from_name(config, main.fallback_for)
+    if main is not None and not plan.is_prepared:
+        logger.warning(
+            "preparing the corpus again in %s: this machine does not see the main rank's folder; "
+            "[data] cache_dir on a shared disk is prepared once",
+            plan.folder,
+        )
+    prepare_corpus(plan, model_vocab_size)
+    corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
+    if model_vocab_size is not None:
+        corpus.check_vocabulary(model_vocab_size)
+    if main is not None and corpus.fingerprint != main.fingerprint:
+        raise CorpusError(
+            f"{plan.folder}: this rank's corpus has fingerprint {corpus.fingerprint}, the main "
+            f"rank's {main.fingerprint}; put [data] cache_dir on a disk that all nodes share, or "
+            "copy the main rank's folder"
+        )
+    return corpus
 
 
 def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
-    """Prepares a corpus unless it exists.
-
-    Writes to `<folder>.partial` and renames it when it is complete. A stopped preparation resumes
-    after the last finished segment.
+    """Prepares a corpus unless it exists, in `<folder>.partial`, which is renamed when it is
+    complete. A stopped preparation resumes after the last finished segment.
 
     Args:
         model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
 
     Raises:
-        CorpusError: if the source or the tokenizer cannot be read, or there are too few documents.
+        CorpusError: if the source or the tokenizer cannot be read, there are too few documents, or
+            the folder cannot be written.
     """
     if plan.is_prepared:
         return
     with _locked(plan):
         if not plan.is_prepared:
-            _prepare(plan, model_vocab_size)
+            _Preparation(plan).run(model_vocab_size)
 
 
 @contextmanager
@@ -118,281 +166,195 @@ def _locked(plan: CorpusPlan) -> Iterator[None]:
         except Timeout:
             logger.info("waiting for another process that is preparing %s", plan.folder)
             lock.acquire()
+        yield
     except (OSError, NotImplementedError) as error:
         raise CorpusError(
-            f"[data] cache_dir = {str(plan.config.cache_dir)!r}: expected a folder in which files "
-            f"can be created, written and locked ({error}); choose another"
+            f"[data] cache_dir = {str(plan.config.cache_dir)!r}: cannot be written and locked "
+            f"({error}); free space there or choose another folder, or limit the corpus with "
+            "[data] max_bytes, and run again to resume"
         ) from error
-    try:
-        yield
     finally:
         lock.release()
 
 
-def _prepare(plan: CorpusPlan, model_vocab_size: int | None) -> None:
-    folder = plan.folder.with_name(plan.folder.name + ".partial")
-    progress = _read_progress(folder)
-    if plan.source.repository is not None:
-        commit = progress.revision or newest_commit(plan.source.repository)
-        keys = source_keys(plan.config)._replace(commit=commit)
-        plan = replace(plan, source=DATASETS[plan.config.dataset].open(keys))
-        progress = progress.model_copy(update={"revision": commit})
-        logger.info("reading commit %s of the dataset", commit)
-    _check_splits(plan)
-    logger.info("preparing corpus: %s -> %s", plan.source.description, plan.folder)
-    tokenizer = _tokenizer(plan, folder, progress)
-    if model_vocab_size is not None:
-        name = f"the tokenizer ([data] tokenizer = {plan.config.tokenizer!r})"
-        check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
-    preparation = _Preparation(plan, folder, tokenizer)
-    with _explained_write_errors(folder.parent):
-        folder.mkdir(exist_ok=True)
-        if progress.eos_token is None:
-            write_atomically(folder / TOKENIZER_FILE, tokenizer.serialized)
-            progress = preparation.reached(progress, eos_token=tokenizer.eos_token)
-        while progress.stream < len(_streams(plan)):
-            progress = preparation.write_stream(progress)
-        preparation.finish(progress)
+class Progress(Record):
+    """All that resuming a preparation needs."""
+
+    eos_token: str | None = None
+    """The end-of-document token of the saved tokenizer; None before it is saved."""
+    stream: int = 0
+    """The stream being read, in the order of the source's splits."""
+    position: Position | None = None
+    """The position at which to open that stream; None at its start."""
+    documents: int = 0
+    bytes_of_text: int = 0
+    """Non-empty documents read from that stream, and their bytes."""
+    revision: str | None = None
+    """The commit of a dataset on the hub; None for other sources."""
+    segments: int = 0
+    """Finished segments of all streams."""
+    splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
+    """Finished shards by split."""
 
 
-def _streams(plan: CorpusPlan) -> tuple[str | None, ...]:
-    """The splits to read; None is all documents, of which we hold some out."""
-    return plan.source.splits or (None,)
-
-
-def _check_splits(plan: CorpusPlan) -> None:
-    # With datasets that always have their own splits, the keys are for the fallback.
-    if not plan.source.splits or DATASETS[plan.config.dataset].has_own_splits:
-        return
-    for key in ("validation_fraction", "test_fraction"):
-        value = getattr(plan.config, key)
-        if value is not None:
-            raise CorpusError(
-                f"[data] {key} = {value} has no effect: {plan.source.description} has its own "
-                f"splits ({', '.join(plan.source.splits)}); leave it out"
-            )
-
-
-def _split_of(config: DataConfig, stream: str | None) -> Callable[[int], str]:
-    """Returns a function from a document's number in its stream to its split."""
-    if stream is not None:
-        return lambda document: stream
-    period = period_of(validation_fraction(config))
-    test_period = None if config.test_fraction is None else period_of(config.test_fraction)
-
-    def draw(document: int) -> str:
-        if is_held_out(document, period):
-            return "validation"
-        is_test = test_period is not None and is_held_out(document, test_period, first=1)
-        return "test" if is_test else "train"
-
-    return draw
-
-
-def _tokenizer(plan: CorpusPlan, folder: Path, progress: Progress) -> DocumentTokenizer:
-    """The tokenizer saved by the preparation being resumed, or a new one."""
-    config = plan.config
-    if progress.eos_token is not None:
-        return read_tokenizer(folder / TOKENIZER_FILE, progress.eos_token)
-    if config.tokenizer_path is not None:
-        return read_tokenizer(config.tokenizer_path)
-    if config.hub_tokenizer is not None:
-        return fetch_tokenizer(config.hub_tokenizer)
-    vocab_size = config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
-    logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
-    return train_tokenizer(_training_sample(plan), vocab_size)
-
-
-def _training_sample(plan: CorpusPlan) -> Iterator[str]:
-    stream = _streams(plan)[0]
-    split_of = _split_of(plan.config, stream)
-    max_bytes = min(plan.config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
-    batches = read_batches(plan.source.read(stream, None, None), plan.max_documents, max_bytes)
-    texts = chain.from_iterable(batch.documents for batch in batches)
-    return (text for number, text in enumerate(texts) if split_of(number) == "train")
-
-
-@dataclass(frozen=True)
 class _Preparation:
-    """A preparation whose tokenizer is known."""
+    """A preparation from its start, or from where another one was stopped."""
 
-    plan: CorpusPlan
-    folder: Path
-    """The folder until it is complete."""
-    tokenizer: DocumentTokenizer
+    def __init__(self, plan: CorpusPlan) -> None:
+        self._plan = plan
+        self._config = plan.config
+        self._source = plan.source
+        self._folder = plan.folder.with_name(plan.folder.name + ".partial")
+        self._progress = _read_progress(self._folder)
 
-    def reached(self, progress: Progress, **changes: object) -> Progress:
-        """Writes the progress after `changes`, and returns it."""
-        progress = progress.model_copy(update=changes)
-        write_atomically(self.folder / PROGRESS_FILE, progress.model_dump_json())
-        return progress
+    def run(self, model_vocab_size: int | None) -> None:
+        if self._source.repository is not None:
+            commit = self._progress.revision or newest_commit(self._source.repository)
+            self._source = DATASETS[self._config.dataset].open(self._config, commit)
+            self._progress = self._progress.model_copy(update={"revision": commit})
+            logger.info("reading commit %s of the dataset", commit)
+        logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
+        # The splits to read; None is all documents, of which we hold some out.
+        streams = self._source.splits or (None,)
+        self._check_fractions()
+        tokenizer = self._tokenizer(streams[0])
+        if model_vocab_size is not None:
+            name = f"the tokenizer ([data] tokenizer = {self._config.tokenizer!r})"
+            check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
+        self._folder.mkdir(exist_ok=True)
+        if self._progress.eos_token is None:
+            write_atomically(self._folder / TOKENIZER_FILE, tokenizer.serialized)
+            self._reached(eos_token=tokenizer.eos_token)
+        for stream in streams[self._progress.stream :]:
+            self._write_stream(stream, tokenizer)
+        self._finish(tokenizer)
 
-    def write_stream(self, progress: Progress) -> Progress:
+    def _check_fractions(self) -> None:
+        # With datasets that always have their own splits, the keys are for other sources.
+        if self._source.splits and not DATASETS[self._config.dataset].has_own_splits:
+            for key in ("validation_fraction", "test_fraction"):
+                if (value := getattr(self._config, key)) is not None:
+                    raise CorpusError(
+                        f"[data] {key} = {value} has no effect: {self._source.description} has its "
+                        "own splits; leave it out"
+                    )
+
+    def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
+        """The tokenizer saved by the preparation being resumed, or a new one."""
+        config, eos_token = self._config, self._progress.eos_token
+        if eos_token is not None:
+            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token)
+        if config.tokenizer_path is not None:
+            return read_tokenizer(config.tokenizer_path)
+        if config.hub_tokenizer is not None:
+            return fetch_tokenizer(config.hub_tokenizer)
+        vocab_size = config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+        logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
+        max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
+        documents = self._source.read(stream, None, None)
+        batches = read_batches(documents, config.max_documents, max_bytes)
+        texts = enumerate(chain.from_iterable(batch.documents for batch in batches))
+        sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
+        return train_tokenizer(sample, vocab_size)
+
+    def _write_stream(self, stream: str | None, tokenizer: DocumentTokenizer) -> None:
         """Writes the segments of a stream that are left, and the progress after each."""
-        plan, stream = self.plan, _streams(self.plan)[progress.stream]
-        documents = plan.source.read(stream, progress.position, self.tokenizer)
+        config, progress = self._config, self._progress
         read = read_batches(
-            documents,
-            plan.max_documents,
-            plan.config.max_bytes,
+            self._source.read(stream, progress.position, tokenizer),
+            config.max_documents,
+            config.max_bytes,
             progress.documents,
             progress.bytes_of_text,
         )
-        # Three threads: one reads, one tokenizes with all cores, this one writes.
-        batches = read_ahead(tokenized(read_ahead(read), self.tokenizer))
-        # Over documents if they are capped, otherwise over bytes.
-        in_bytes = plan.max_documents is None
-        sizes = (
-            (plan.config.max_bytes, plan.source.num_bytes) if in_bytes else (plan.max_documents,)
-        )
-        with progress_bar(
-            f"tokenizing {stream or ''}".rstrip(),
-            total=min((size for size in sizes if size is not None), default=None),
-            unit="B" if in_bytes else "documents",
-        ) as bar:
-            bar.update(progress.bytes_of_text if in_bytes else progress.documents)
+        limits = [size for size in (config.max_bytes, self._source.num_bytes) if size is not None]
+        total = min(limits, default=None)
+        with progress_bar(f"tokenizing {stream or ''}".rstrip(), total=total, unit="B") as bar:
+            bar.update(progress.bytes_of_text)
+            # Three threads: one reads, one tokenizes with all cores, this one writes.
+            batches = read_ahead(tokenized(read_ahead(read), tokenizer))
+            for segment in segments(batches, SEGMENT_TOKENS, bar.update):
+                self._write_segment(segment, stream, tokenizer)
+        self._reached(stream=progress.stream + 1, position=None, documents=0, bytes_of_text=0)
 
-            def advance(batch: Batch) -> None:
-                bar.update(sum(batch.num_bytes) if in_bytes else len(batch.documents))
-
-            for segment in segments(batches, SEGMENT_TOKENS, advance):
-                progress = self.write_segment(segment, stream, progress)
-        return self.reached(
-            progress, stream=progress.stream + 1, position=None, documents=0, bytes_of_text=0
-        )
-
-    def write_segment(
-        self, segment: list[Batch], stream: str | None, progress: Progress
-    ) -> Progress:
+    def _write_segment(
+        self, segment: "Batch", stream: str | None, tokenizer: DocumentTokenizer
+    ) -> None:
         """Writes one shard for each split, and the progress after it."""
-        split_of = _split_of(self.plan.config, stream)
-        documents = list(chain.from_iterable(batch.documents for batch in segment))
-        num_bytes = list(chain.from_iterable(batch.num_bytes for batch in segment))
-        by_split: dict[str, list[int]] = {}
-        for place in range(len(documents)):
-            by_split.setdefault(split_of(progress.documents + place), []).append(place)
+        progress = self._progress
+        documents = dict[str, list[NDArray[Any]]]()
+        for number, ids in enumerate(segment.documents, start=progress.documents):
+            split = _split_of(number, stream, self._config)
+            is_cut = stream is None and split != "train"
+            kept = ids[: HELD_OUT_DOCUMENT_TOKENS - 1] if is_cut else ids
+            documents.setdefault(split, []).append(kept)
         splits = dict(progress.splits)
-        for split, places in by_split.items():
-            file = self.folder / f"{split}-{progress.segments:05d}.bin"
-            own = [documents[place] for place in places]
-            is_text = not self.plan.source.holds_tokens
-            size = sum(num_bytes[place] for place in places) if is_text else 0
-            splits[split] = [*splits.get(split, []), write_shard(file, own, self.tokenizer, size)]
-        progress = self.reached(
-            progress,
-            position=segment[-1].position,
-            documents=progress.documents + len(documents),
-            bytes_of_text=progress.bytes_of_text + sum(num_bytes),
+        for split, own in documents.items():
+            file = self._folder / f"{split}-{progress.segments:05d}.bin"
+            splits[split] = [*splits.get(split, []), write_shard(file, own, tokenizer)]
+        self._reached(
+            position=segment.position,
+            documents=progress.documents + len(segment.documents),
+            bytes_of_text=progress.bytes_of_text + segment.num_bytes,
             segments=progress.segments + 1,
             splits=splits,
         )
-        logger.info(
-            "finished segment %d: %d documents so far", progress.segments, progress.documents
-        )
-        return progress
+        logger.info("finished segment %d", progress.segments + 1)
 
-    def finish(self, progress: Progress) -> None:
-        """Cuts long held-out documents, writes the index, and gives the folder its name."""
-        plan, folder = self.plan, self.folder
-        splits, caps = self._cut(_all_splits(plan, progress))
-        index = self._index(splits, caps, progress.revision)
-        write_index(folder, index)
-        os.rename(folder, plan.folder)
+    def _reached(self, **changes: object) -> None:
+        """Writes the progress after `changes`."""
+        self._progress = self._progress.model_copy(update=changes)
+        write_atomically(self._folder / PROGRESS_FILE, self._progress.model_dump_json())
+
+    def _finish(self, tokenizer: DocumentTokenizer) -> None:
+        """Writes the index, and gives the folder its name."""
+        plan = self._plan
+        sha256, splits = sha256_of_file(self._folder / TOKENIZER_FILE), self._all_splits()
+        index = CorpusIndex(
+            format_version=FORMAT_VERSION,
+            name=plan.folder.name,
+            source=plan.source.description,
+            identity=plan.identity,
+            tokenizer=TokenizerRecord(
+                sha256=sha256,
+                vocab_size=tokenizer.vocab_size,
+                eos_token=tokenizer.eos_token,
+                eos_id=tokenizer.eos_id,
+            ),
+            dtype=tokenizer.dtype,
+            splits=splits,
+            revision=self._progress.revision,
+            fingerprint=fingerprint_of(sha256, tokenizer.dtype, splits),
+        )
+        write_index(self._folder, index)
+        os.rename(self._folder, plan.folder)
         sync_folder(plan.folder.parent)
-        # Only now: a preparation killed before the rename resumes from them.
-        written = chain.from_iterable(progress.splits.values())
-        uncut = [shard.file for shard in written if shard.file not in index.checksums]
-        for name in (PROGRESS_FILE, *uncut):
-            with suppress(OSError):
-                (plan.folder / name).unlink()
+        # Only now: a preparation killed before the rename resumes from it.
+        with suppress(OSError):
+            (plan.folder / PROGRESS_FILE).unlink()
         counts = ", ".join(f"{index.num_tokens(split)} {split}" for split in splits)
         logger.info("corpus ready: %s tokens in %s", counts, plan.folder)
 
-    def _cut(
-        self, splits: dict[str, list[ShardRecord]]
-    ) -> tuple[dict[str, list[ShardRecord]], dict[str, int]]:
-        """Returns the splits after cuts of long documents, and the caps of those that were cut."""
-        share, caps = self.plan.config.max_document_share, dict[str, int]()
-        # A source's own splits stay as they are published.
-        if share is not None and not self.plan.source.splits:
-            for split in [name for name in splits if name != "train"]:
-                cut = cut_long_documents(self.folder, split, splits[split], self.tokenizer, share)
-                if cut is not None:
-                    caps[split], splits[split] = cut[0], [cut[1]]
-        return splits, caps
-
-    def _index(
-        self, splits: dict[str, list[ShardRecord]], caps: dict[str, int], revision: str | None
-    ) -> CorpusIndex:
-        dtype = dtype_of(self.tokenizer)
-        sha256 = sha256_of_file(self.folder / TOKENIZER_FILE)
-        return CorpusIndex(
-            format_version=FORMAT_VERSION,
-            name=self.plan.folder.name,
-            source=self.plan.source.description,
-            identity=self.plan.identity,
-            tokenizer=TokenizerRecord(
-                sha256=sha256,
-                vocab_size=self.tokenizer.vocab_size,
-                eos_token=self.tokenizer.eos_token,
-                eos_id=self.tokenizer.eos_id,
-            ),
-            dtype=dtype,
-            splits=splits,
-            document_caps=caps,
-            revision=revision,
-            fingerprint=fingerprint_of(sha256, dtype, splits),
-            versions={
-                "switchtitan": __version__,
-                "tokenizers": tokenizers.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-        )
-
-
-def _all_splits(plan: CorpusPlan, progress: Progress) -> dict[str, list[ShardRecord]]:
-    """Returns the shards of all splits that the corpus must have."""
-    has_test = plan.config.test_fraction is not None and not plan.source.splits
-    names = ("train", "validation", "test") if has_test else ("train", "validation")
-    for split in names:
-        if split not in progress.splits:
-            raise CorpusError(
-                f"{plan.source.description}: no document for the {split} split; a corpus needs at "
-                f"least {len(names)} documents, {len(names) - 1} of them held out; add text"
-            )
-    return {split: progress.splits[split] for split in names}
-
-
-@contextmanager
-def _explained_write_errors(folder: Path) -> Iterator[None]:
-    """Turns errors of writing into errors that say what to do."""
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        problem = "the disk is full" if is_full else "the corpus cannot be written"
-        free = format_bytes(shutil.disk_usage(folder).free)
-        raise CorpusError(
-            f"{folder}: {problem} ({error}; {free} are free); free space, set [data] cache_dir to "
-            "another disk, or cap the corpus with [data] max_bytes, and run again"
-        ) from error
+    def _all_splits(self) -> dict[str, list[ShardRecord]]:
+        has_test = self._config.test_fraction is not None and not self._source.splits
+        names = ("train", "validation", "test") if has_test else ("train", "validation")
+        for split in names:
+            if split not in self._progress.splits:
+                raise CorpusError(
+                    f"{self._source.description}: no document for the {split} split; a corpus "
+                    f"needs {len(names)} documents or more, all but one held out; add text"
+                )
+        return {split: self._progress.splits[split] for split in names}
 
 
 def _read_progress(folder: Path) -> Progress:
-    """Returns the progress of a stopped preparation. If it cannot be resumed, deletes the folder.
-
-    Raises:
-        CorpusError: if the folder is a link.
-    """
-    if folder.is_symlink():
-        raise CorpusError(f"{folder} is a link; remove it")
+    """Returns the progress of a stopped preparation; deletes what cannot be resumed."""
     if not folder.exists():
         return Progress()
     try:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
         (folder / TOKENIZER_FILE).stat()
-        if any(path.is_symlink() for path in folder.iterdir()):
+        if any(path.is_symlink() for path in (folder, *folder.iterdir())):
             raise ValueError("it holds links")
         for shard in chain.from_iterable(progress.splits.values()):
             num_bytes = file_inside(folder, shard.file).stat().st_size
@@ -404,3 +366,139 @@ def _read_progress(folder: Path) -> Progress:
         return Progress()
     logger.info("resuming a stopped preparation after %d finished segments", progress.segments)
     return progress
+
+
+def _split_of(document: int, stream: str | None, config: DataConfig) -> str:
+    """Returns the split of a document of a stream by its number."""
+    if stream is not None:
+        return stream
+    if is_held_out(document, config.validation_fraction or DEFAULT_VALIDATION_FRACTION):
+        return "validation"
+    is_test = config.test_fraction is not None and is_held_out(document, config.test_fraction, 1)
+    return "test" if is_test else "train"
+
+
+def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
+    """Whether a document is held out: number `first`, and one of each later 1 / fraction documents.
+
+    A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, as written
+    in decimals, spread over the full corpus, and never empty. Blocks of documents are those of the
+    period: 1 / 0.4 = 5/2 has blocks of 3 and 2 documents in turn."""
+    period = _period_of(fraction)
+    num_documents, num_blocks = period.numerator, period.denominator
+    block = document * num_blocks // num_documents
+    if block == 0:
+        return document == first
+    start, end = (-(-after * num_documents // num_blocks) for after in (block, block + 1))
+    salt = first.to_bytes(8, "little")
+    chosen = hashlib.blake2b(block.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
+    return document - start == int.from_bytes(chosen, "little") % (end - start)
+
+
+@cache
+def _period_of(fraction: float) -> Fraction:
+    return 1 / Fraction(str(fraction))
+
+
+class Batch(NamedTuple):
+    """Documents to tokenize together."""
+
+    documents: list[Any]
+    """Texts, or arrays of token ids without their end tokens."""
+    num_bytes: int
+    """Of all texts, or of the ids of tokenized documents."""
+    position: Position
+    """The stream's, after them."""
+
+
+def read_batches(
+    documents: Documents,
+    max_documents: int | None,
+    max_bytes: int | None,
+    num_documents: int = 0,
+    num_bytes: int = 0,
+) -> Iterator[Batch]:
+    """Yields the non-empty documents of a stream in batches, up to the limits. The document that
+    crosses `max_bytes` is the last.
+
+    Args:
+        documents: positioned after `num_documents` documents of `num_bytes` bytes in all.
+    """
+    batch, before, position = list[Any](), num_bytes, Position()
+    while num_documents < (max_documents or math.inf) and num_bytes < (max_bytes or math.inf):
+        document, position = next(documents, (None, position))
+        if document is None:
+            break
+        if isinstance(document, str):
+            # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
+            data = document.encode("utf-8", "replace")
+            document, size = data.decode("utf-8"), len(data)
+        else:
+            size = document.nbytes
+        if size:
+            batch.append(document)
+            num_documents, num_bytes = num_documents + 1, num_bytes + size
+        if num_bytes - before >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+            yield Batch(batch, num_bytes - before, position)
+            batch, before = [], num_bytes
+    if batch:
+        yield Batch(batch, num_bytes - before, position)
+
+
+def tokenized(batches: Iterator[Batch], tokenizer: DocumentTokenizer) -> Iterator[Batch]:
+    """Yields the batches with token ids in place of texts."""
+    for batch in batches:
+        if isinstance(batch.documents[0], str):
+            encoded = tokenizer.encode_documents(batch.documents)
+            # Arrays take 2 or 4 bytes per token, Python's numbers up to 40.
+            ids = [np.array(token_ids, dtype=tokenizer.dtype) for token_ids in encoded]
+            batch = batch._replace(documents=ids)
+        yield batch
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yields the same items and makes the next one in a thread meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = reader.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = reader.submit(next, items, None)
+            yield item
+
+
+def segments(
+    batches: Iterator[Batch], num_tokens: int, on_bytes: Callable[[int], object]
+) -> Iterator[Batch]:
+    """Yields tokenized batches joined until they hold `num_tokens` tokens or more.
+
+    Args:
+        on_bytes: called with the bytes of each batch.
+    """
+    documents, num_bytes, left, position = list[Any](), 0, num_tokens, Position()
+    for batch in batches:
+        on_bytes(batch.num_bytes)
+        documents += batch.documents
+        num_bytes += batch.num_bytes
+        position = batch.position
+        left -= sum(map(len, batch.documents)) + len(batch.documents)
+        if left <= 0:
+            yield Batch(documents, num_bytes, position)
+            documents, num_bytes, left = [], 0, num_tokens
+    if documents:
+        yield Batch(documents, num_bytes, position)
+
+
+def write_shard(
+    file: Path, documents: Sequence[NDArray[Any]], tokenizer: DocumentTokenizer
+) -> ShardRecord:
+    """Writes the token ids of documents, each with the end token after it, and flushes the file."""
+    end = np.array([tokenizer.eos_id])
+    parts = [part for ids in documents for part in (ids, end)]
+    dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
+    tokens = np.concatenate(parts, dtype=dtype, casting="unsafe")
+    with file.open("wb") as stream:
+        stream.write(tokens.data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sha256 = hashlib.sha256(tokens.data).hexdigest()
+    counts = {"documents": len(documents), "tokens": len(tokens)}
+    return ShardRecord(file=file.name, sha256=sha256, **counts)

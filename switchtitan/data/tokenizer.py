@@ -2,31 +2,24 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from switchtitan.errors import CorpusError
-from switchtitan.files import exists, file_inside
+from switchtitan.files import file_inside
 
-logger = logging.getLogger(__name__)
+# Unless this is set, the tokenizers library warns in every process forked later.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 TRAINED_EOS = "<|endoftext|>"
-
-_EOS_TOKENS = (
-    "</s>",
-    "<|endoftext|>",
-    "<eos>",
-    "<|end_of_text|>",
-    "<|eos|>",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-)
+_COMMON_EOS_TOKENS = "</s> <|endoftext|> <eos> <|end_of_text|> <|eos|> [EOS] <｜end▁of▁sentence｜>"
+_EOS_TOKENS = tuple(_COMMON_EOS_TOKENS.split())
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,11 @@ class DocumentTokenizer:
         """The largest id plus one: the smallest embedding that fits."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def dtype(self) -> Literal["uint16", "uint32"]:
+        """Of token files."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
     @cached_property
     def serialized(self) -> str:
         """The contents of `tokenizer.json`."""
@@ -58,21 +56,12 @@ class DocumentTokenizer:
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
         """Returns the token ids of each document, without end token; uses all cores."""
-        # Unless this is set, the tokenizers library warns in every process forked later.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
 def check_vocabulary(vocab_size: int, model_vocab_size: int, where: str) -> None:
-    """Checks that a model can embed every token of a tokenizer.
-
-    Args:
-        where: the tokenizer, for the message.
-
-    Raises:
-        CorpusError: if it has more tokens than the model.
-    """
+    """Raises a CorpusError if the tokenizer `where` has more tokens than a model can embed."""
     if vocab_size > model_vocab_size:
         raise CorpusError(
             f"[model] vocab_size = {model_vocab_size}: {where} has {vocab_size} tokens; increase "
@@ -94,29 +83,21 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
     """
     try:
         file = file_inside(path, "tokenizer.json") if path.is_dir() else path
-    except ValueError as error:
-        raise CorpusError(f"[data] tokenizer = {str(path)!r}: {error}; copy the file") from error
-    if not file.is_file():
-        raise CorpusError(
-            f"[data] tokenizer = {str(path)!r}: no file {file}; expected a tokenizer.json, a "
-            "folder with one, a name on the Hugging Face hub, or 'train'"
-        )
-    try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     # The library raises bare Exception, and for its own bugs a class outside of it.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CorpusError(f"{file}: the tokenizers library cannot read it ({error})") from error
+        raise CorpusError(
+            f"[data] tokenizer = {str(path)!r}: cannot be read ({error}); expected a "
+            "tokenizer.json, a folder with one, a name on the Hugging Face hub, or 'train'"
+        ) from error
     return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
 
 
 def fetch_tokenizer(name: str) -> DocumentTokenizer:
     """Loads a tokenizer by its name on the Hugging Face hub, from the local cache if it is there.
-
-    Raises:
-        CorpusError: if it cannot be downloaded, or has no end-of-document token.
-    """
+    Raises a CorpusError if it cannot be downloaded, or has no end-of-document token."""
     try:
         tokenizer = Tokenizer.from_pretrained(name)
     # The library raises bare Exception, the hub's client its transport's errors.
@@ -125,7 +106,7 @@ def fetch_tokenizer(name: str) -> DocumentTokenizer:
             f"[data] tokenizer = {name!r}: cannot download {name}/tokenizer.json from the Hugging "
             f"Face hub ({error}); expected the name of a repository that has one, or a local path"
         ) from error
-    return _document_tokenizer(tokenizer, name, None)
+    return _document_tokenizer(tokenizer, name)
 
 
 def is_cached(name: str) -> bool:
@@ -140,7 +121,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokeni
 
     Any string can be encoded and decoded exactly, since the 256 bytes are in the vocabulary. The
     vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # See encode_documents.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -155,7 +135,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokeni
 
 
 def _document_tokenizer(
-    tokenizer: Tokenizer, where: str, eos_token: str | None
+    tokenizer: Tokenizer, where: str, eos_token: str | None = None
 ) -> DocumentTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -174,10 +154,10 @@ def _configured_eos(folder: Path) -> str | None:
     """Returns `eos_token` of a Hugging Face tokenizer folder, a string or an object with
     `content`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not exists(folder / name):
-            continue
         try:
             settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError, RecursionError) as error:
             raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
         token = settings.get("eos_token") if isinstance(settings, dict) else None

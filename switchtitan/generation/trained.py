@@ -1,7 +1,6 @@
 """Opens a trained model: its configuration, architecture, dense weights and tokenizer."""
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
-from switchtitan.data.corpus_files import CorpusIndex, read_index
+from switchtitan.data.corpus import CorpusIndex, read_index
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
@@ -121,7 +120,7 @@ def saved_config(metadata: CheckpointMetadata) -> JobConfig:
         return load_for_evaluation(str(file))
 
 
-def load_for_evaluation(file: str, overrides: Sequence[str] = ()) -> JobConfig:
+def load_for_evaluation(file: str) -> JobConfig:
     """Loads a configuration and checks only what an evaluation needs.
 
     Its model has kernels that this machine has; see `ModelConfig.on_any_machine`.
@@ -129,7 +128,7 @@ def load_for_evaluation(file: str, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         ConfigError: if it is invalid.
     """
-    config = parse_unchecked(["--config", file, *overrides])
+    config = parse_unchecked(["--config", file])
     config = config.model_copy(update={"model": config.model.on_any_machine()})
     raise_together([*check_device(config, device_type()), *check_held_out(config)])
     return config

@@ -22,9 +22,9 @@ from support.word_tokenizer import save_tokenizer
 
 from switchtitan.config import toml_value
 from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared
-from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
-from switchtitan.data.shards import read_batches
-from switchtitan.data.sources import SourceKeys
+from switchtitan.data.config import SourceConfig
+from switchtitan.data.corpus import CorpusIndex, fingerprint_of
+from switchtitan.data.prepare import read_batches
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
@@ -268,14 +268,8 @@ def write_lines_as(suffix):
     return lambda folder: write_json_lines(folder / f"a.{suffix}", DOCUMENTS)
 
 
-def write_arrow(folder):
-    from datasets import Dataset
-
-    Dataset.from_dict({"input_ids": [[*ids, 3] for ids in IDS[6::7]]}).save_to_disk(str(folder))
-
-
 IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
-TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=3)
+TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=3, dtype="uint16")
 SOURCES = {
     "text": write_text,
     "jsonl": write_lines_as("jsonl"),
@@ -283,7 +277,6 @@ SOURCES = {
     "jsonl, zst": write_lines_as("jsonl.zst"),
     "parquet": write_parquet,
     "nanogpt": lambda folder: write_nanogpt(folder / "a.bin", IDS, 3),
-    "arrow": write_arrow,
 }
 """Name of a dataset, and its variant -> what writes its files to a folder."""
 
@@ -304,7 +297,8 @@ def source(name):
         SOURCES[name](folder)
 
         def read():
-            opened = DATASETS[name.partition(",")[0]].open(SourceKeys(folder))
+            config = SourceConfig(dataset=name.partition(",")[0], path=folder)
+            opened = DATASETS[config.dataset].open(config, None)
             stream = opened.read(None, None, TOKENIZER)
             for batch in read_batches(stream, None, None):
                 for document in batch.documents:

@@ -24,7 +24,7 @@ from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import DataConfig, open_corpus
-from switchtitan.data.corpus_files import CorpusIndex, fingerprint_of
+from switchtitan.data.corpus import CorpusIndex, fingerprint_of
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
 
@@ -304,7 +304,7 @@ def test_a_corpus_reads_no_file_outside_of_its_folder(corpus, tmp_path, kind):
     if kind == "link-to-folder":
         (corpus / "inner").symlink_to(tmp_path)
     change_corpus_index(corpus, lambda index: index["splits"]["train"][0].update(file=name))
-    corpus.check_refused(corpus / "index.json", name)
+    corpus.check_refused(corpus / "index.json", name[:40])  # the message shortens it
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "link"])

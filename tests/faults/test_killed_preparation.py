@@ -13,8 +13,6 @@ from switchtitan.data import DataConfig, open_corpus, plan_corpus
 def config(tmp_path):
     write_json_lines(tmp_path / "in" / "a.jsonl", make_documents(120))
     keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 300}
-    # Cut documents would be in a file of all segments.
-    keys["max_document_share"] = None
     return DataConfig(**keys, validation_fraction=0.1, cache_dir=tmp_path / "corpora")
 
 

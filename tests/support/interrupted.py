@@ -22,7 +22,7 @@ from support.tiny import METHOD_KEYS, TINY
 from switchtitan.checkpoint import Checkpointer
 from switchtitan.checkpoint.checkpointer import verify
 from switchtitan.cli import train
-from switchtitan.data import corpus
+from switchtitan.data import prepare
 from switchtitan.training import stop
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.step import Stepper
@@ -31,7 +31,7 @@ NUM_STEPS, INTERVAL = 12, 4
 """Length of a run, and the interval of saves."""
 PHASES: dict[str, tuple[object, str, float]] = {
     "start-up": (train, "build_trainer", 0.4),
-    "preparation": (corpus, "prepare_corpus", 0.2),
+    "preparation": (prepare, "prepare_corpus", 0.2),
     "training": (Stepper, "step", 0.05),
     "evaluation": (Evaluator, "__call__", 0.1),
     "save": (Checkpointer, "_write", 0.1),

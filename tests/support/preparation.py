@@ -6,14 +6,14 @@ import sys
 import numpy as np
 import pytest
 
-from switchtitan.data import open_corpus, prepare, shards
+from switchtitan.data import open_corpus, prepare
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 ONE_RUN = """
 import os, signal, sys
-from switchtitan.data import DataConfig, open_corpus, prepare, shards
+from switchtitan.data import DataConfig, open_corpus, prepare
 
-shards.BATCH_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
+prepare.BATCH_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
 config = DataConfig.model_validate_json(sys.argv[1])
 stop_after = int(sys.argv[2])
 finished = 0
@@ -40,7 +40,7 @@ def start_preparation(config, stop_after=0):
 
 def use_small_batches(monkeypatch, num_documents=8, segment_tokens=500):
     """Lets preparations tokenize few documents at a time, in small segments."""
-    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", num_documents)
+    monkeypatch.setattr(prepare, "BATCH_DOCUMENTS", num_documents)
     monkeypatch.setattr(prepare, "SEGMENT_TOKENS", segment_tokens)
 
 

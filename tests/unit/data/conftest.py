@@ -24,7 +24,6 @@ def jsonl_config(tmp_path_factory, documents):
         path=folder,
         vocab_size=300,
         validation_fraction=0.1,
-        max_document_share=None,
         cache_dir=tmp_path_factory.mktemp("corpora"),
     )
 

@@ -23,13 +23,12 @@ from switchtitan.data import (
     build_validation_batches,
     open_corpus,
 )
-from switchtitan.data.mixture import PERIOD, Schedule, schedule_of
+from switchtitan.data.mixture import PERIOD, schedule_of
 from switchtitan.data.order import permute, sequence_index
 from switchtitan.data.sequences import TokenSequences, document_ids
 from switchtitan.data.text import bytes_by_token, num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
 from switchtitan.errors import ConfigError, CorpusError
-from switchtitan.generation.held_out import TextBatches
 from switchtitan.job.config import parse_arguments
 
 EOS = 0
@@ -54,12 +53,6 @@ def test_epochs_and_seeds_have_different_orders():
     assert len(distinct) == 6
     # Independent permutations agree in one place on average; the identity is never drawn.
     assert all((np.asarray(epoch) == np.arange(101)).sum() < 10 for epoch in distinct)
-
-
-def test_neighbours_are_separated():
-    order = permute(np.arange(10_007), 10_007, seed=0, epoch=0)
-    correlation = np.corrcoef(order[:-1], order[1:])[0, 1]
-    assert abs(correlation) < 0.05  # standard deviation 1 / sqrt(10 007) = 0.01
 
 
 def write_shards(folder, tokens, cuts=(), dtype="uint16"):
@@ -160,9 +153,7 @@ def test_workers_change_no_batch_and_end_on_close(sequences):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_global_batch_that_cannot_be_divided_or_filled_is_refused(sequences):
-    with pytest.raises(ConfigError, match=r"global_batch_size = 8: .* 2 x 3 = 6"):
-        global_batches(sequences, 1, num_ranks=2, local=3)
+def test_a_global_batch_that_cannot_be_filled_is_refused(sequences):
     sizes = {"global_batch_size": 4096, "local_batch_size": 1, "rank": 0, "num_ranks": 1}
     with pytest.raises(CorpusError, match="fewer than one global batch"):
         build_train_batches(sequences, seed=0, **sizes)
@@ -266,9 +257,6 @@ def test_weights_and_tokenizer_are_in_the_fingerprint_of_a_mixture(mixture_confi
     heavier = first.model_copy(update={"weight": 6.0})
     changed = mixture_config.model_copy(update={"sources": (heavier, *others)})
     assert open_corpus(changed).fingerprint != mixture.fingerprint
-    twice = mixture_config.model_copy(update={"sources": (first, *others, first)})
-    with pytest.raises(CorpusError, match=r"sources\[3\].* sources\[0\]"):
-        open_corpus(twice)
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=7), st.integers(0, 3 * PERIOD))
@@ -283,17 +271,6 @@ def test_counts_are_within_one_of_their_share(weights, position):
         assert abs(count / PERIOD - weight / sum(weights)) < 1 / PERIOD
 
 
-def test_a_place_in_a_source_follows_from_the_places_before():
-    schedule = Schedule((5000, 3000, 2000))
-    sources, places = schedule.places(np.arange(2 * PERIOD + 7))
-    seen = [0, 0, 0]
-    for position, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
-        assert place == seen[source]
-        assert position >= PERIOD or schedule.position_of(source, place) == position
-        seen[source] += 1
-    assert seen == schedule.num_given(2 * PERIOD + 7)
-
-
 def test_a_weight_that_rounds_to_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"sources\[1\]\.weight = 1e-06"):
         schedule_of([1.0, 1e-6])
@@ -302,7 +279,7 @@ def test_a_weight_that_rounds_to_nothing_is_refused():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"sources": [{"dataset": "text", "weight": 1}]}, r"sources\[0\].*path"),
+        ({"sources": [{"dataset": "text", "weight": 1}]}, r"sources\.0\s.*needs path"),
         ({"sources": [{"dataset": "pystdlib", "weight": 0}]}, "weight"),
     ],
 )
@@ -335,31 +312,6 @@ def test_tables_of_a_file_are_a_mixture_and_the_saved_configuration_too(tmp_path
     assert parse_arguments(["--config", str(saved)]) == job
 
 
-STREAM = [1, 40, 5, 6, 7, 1, 8, 9, 10, 11, 12, 13, 1, 14]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 3])
-@pytest.mark.parametrize("seq_len", [2, 3, 5, 13, 20])
-@pytest.mark.parametrize("num_context", [1, 2])
-def test_every_token_of_a_text_after_the_context_is_a_target_once(num_ranks, seq_len, num_context):
-    keys = {"num_context": num_context, "seq_len": seq_len, "eos_id": 1, "local_batch_size": 2}
-    batches = [TextBatches(STREAM, rank=r, num_ranks=num_ranks, **keys) for r in range(num_ranks)]
-    assert len({len(own) for own in batches}) == 1
-    pairs = []
-    for batch in itertools.chain.from_iterable(zip(*batches, strict=True)):
-        assert batch.tokens.shape == batch.document_ids.shape == (2, seq_len)
-        flat = zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
-        pairs += [pair for pair in flat if pair[1] != IGNORED_TARGET]
-    assert pairs == list(itertools.pairwise(STREAM))[num_context - 1 :]
-    assert len(pairs) == batches[0].num_targets
-
-
-def test_documents_of_a_text_are_told_apart():
-    keys = {"num_context": 1, "seq_len": 7, "eos_id": 1, "local_batch_size": 2}
-    (batch,) = TextBatches(STREAM, rank=0, num_ranks=1, **keys)
-    assert batch.document_ids.tolist()[0] == [0, 1, 1, 1, 1, 1, 2]
-
-
 TEXTS = ["größe = 5 €", "日本語 and more", "</s> in a text", ""]
 
 
@@ -389,10 +341,3 @@ def test_the_bytes_of_tokens_are_those_of_the_text_for_any_part(kind):
         if is_byte_level or stream[cut] == tokenizer.eos_id:
             parts = stream[: cut + 1], stream[cut:]
             assert sum(num_text_bytes(part, tokenizer) for part in parts) == num_bytes
-
-
-def test_a_full_split_has_the_bytes_that_its_preparation_counted(corpus):
-    tokens = corpus.split("validation", 1).read(0, corpus.index.num_tokens("validation"))
-    first = bytes_by_token(corpus.tokenizer())[tokens[0]]  # no target
-    counted = sum(shard.bytes_of_text for shard in corpus.index.splits["validation"])
-    assert num_text_bytes(tokens, corpus.tokenizer()) + first == counted

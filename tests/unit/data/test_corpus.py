@@ -6,10 +6,7 @@ import shutil
 from itertools import chain
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.preparation import (
     count_encoded,
@@ -23,16 +20,15 @@ from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
 from switchtitan.data import (
-    DATASETS,
     DataConfig,
     open_corpus,
     plan_corpus,
 )
-from switchtitan.data import corpus_plan as plan_module
+from switchtitan.data import corpus as corpus_module
 from switchtitan.data import prepare as prepare_module
-from switchtitan.data.corpus_plan import hub_error, plan_from_name
-from switchtitan.data.held_out import document_cap
-from switchtitan.data.sources import SourceKeys
+from switchtitan.data.corpus import plan_from_name
+from switchtitan.data.prepare import is_held_out
+from switchtitan.data.sources import hub_error
 from switchtitan.data.tokenizer import fetch_tokenizer, read_tokenizer, train_tokenizer
 from switchtitan.errors import CorpusError
 
@@ -42,7 +38,7 @@ from switchtitan.errors import CorpusError
     [
         ({"dataset": "pystdlib", "path": "x"}, "path"),
         ({"dataset": "text", "path": "x", "text_column": "body"}, "text_column"),
-        ({"dataset": "c4", "validation_fraction": 0.1}, "own split"),
+        ({"dataset": "c4", "validation_fraction": 0.1}, "validation_fraction = 0.1"),
         ({"dataset": "c4", "test_fraction": 0.1}, "test_fraction = 0.1"),
         ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300"),
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
@@ -54,7 +50,7 @@ def test_a_key_without_effect_is_named(given, words):
     assert words in message
 
 
-@pytest.mark.parametrize(("dataset", "key"), [("text", "path"), ("arrow", "tokenizer")])
+@pytest.mark.parametrize(("dataset", "key"), [("text", "path"), ("nanogpt", "tokenizer")])
 def test_what_a_dataset_needs_must_be_set(dataset, key):
     path = None if key == "path" else "x"
     with pytest.raises(ValidationError, match=f"needs {key}"):
@@ -70,7 +66,6 @@ def test_what_a_dataset_needs_must_be_set(dataset, key):
         {"max_bytes": 3000},
         {"validation_fraction": 0.2},
         {"test_fraction": 0.2},
-        {"max_document_share": 0.05},
     ],
 )
 def test_what_determines_the_tokens_determines_the_folder(jsonl_config, change):
@@ -111,7 +106,7 @@ def test_a_missing_damaged_unknown_or_endless_tokenizer_is_named(tmp_path, monke
     with pytest.raises(CorpusError, match=r"tokenizer\.json"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(CorpusError, match=r"tokenizer\.json: "):
+    with pytest.raises(CorpusError, match="cannot be read"):
         read_tokenizer(tmp_path)
     with pytest.raises(CorpusError, match="no end-of-document token"):
         read_tokenizer(save_tokenizer(tmp_path / "tokenizer.json", "[SEP]"))
@@ -225,68 +220,45 @@ def test_errors_of_writing_are_named(elsewhere, monkeypatch, tmp_path):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(prepare_module, "write_shard", no_space)
-    with pytest.raises(CorpusError, match=r"the disk is full"):
+    with pytest.raises(CorpusError, match=r"No space left"):
         open_corpus(elsewhere)
 
 
-def test_the_standard_library_can_be_prepared(tmp_path):
-    corpus = open_corpus(DataConfig(cache_dir=tmp_path, vocab_size=300, max_bytes=300_000))
-    assert "standard library of CPython 3." in corpus.description
-    assert any("import " in text for text in read_split(corpus, "train"))
+def test_long_held_out_documents_keep_their_beginning(elsewhere, corpus, monkeypatch):
+    monkeypatch.setattr(prepare_module, "HELD_OUT_DOCUMENT_TOKENS", 30)
+    cut = open_corpus(elsewhere)
+    assert read_split(cut, "train") == read_split(corpus, "train")
+    pairs = list(zip(read_split(cut, "validation"), read_split(corpus, "validation"), strict=True))
+    encode = corpus.tokenizer().encode_documents
+    assert encode([after for after, _ in pairs]) == [
+        ids[:29] for ids in encode([before for _, before in pairs])
+    ]
+    assert 0 < sum(after != before for after, before in pairs) < len(pairs)
 
 
-SHARE = 0.02
+@pytest.mark.parametrize("fraction", [0.5, 0.4, 0.35, 0.3, 0.15, 0.1, 0.01, 0.02, 1 / 3])
+def test_every_stretch_of_the_corpus_has_its_share_held_out(fraction):
+    held_out = [is_held_out(document, fraction) for document in range(20_000)]
+    assert held_out[0]
+    for start in range(0, 20_000, 1000):
+        # At most one block more or less at each end.
+        assert abs(sum(held_out[start : start + 1000]) - 1000 * fraction) <= 2
+    places = {document % 60 for document, is_chosen in enumerate(held_out) if is_chosen}
+    assert len(places) > 50  # not always the same place of a block
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    """Corpora with and without a cap: each seventh document has 150 times the words of others."""
-    folder = tmp_path_factory.mktemp("uneven")
-    counts = [300 if number % 7 == 0 else 2 for number in range(1100)]
-    texts = [" ".join([f"w{number}"] * count) for number, count in enumerate(counts)]
-    write_json_lines(folder / "texts" / "a.jsonl", texts)
-    keys = {"dataset": "jsonl", "path": folder / "texts", "vocab_size": 300}
-    keys |= {"validation_fraction": 0.1, "test_fraction": 0.1, "cache_dir": folder / "corpora"}
-    capped, uncut = DataConfig(**keys), DataConfig(**keys, max_document_share=None)
-    return open_corpus(capped), open_corpus(uncut)
+def test_the_held_out_documents_of_a_fraction_never_change():
+    held_out = [document for document in range(250) if is_held_out(document, 0.02)]
+    assert held_out == [0, 61, 105, 180, 235]
+    tested = [document for document in range(50) if is_held_out(document, 0.1, first=1)]
+    assert tested == [1, 17, 25, 38, 41]
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_no_document_has_more_than_its_share(uneven, split):
-    def lengths(corpus):
-        encoded = corpus.tokenizer().encode_documents(read_split(corpus, split))
-        return [len(ids) + 1 for ids in encoded]
-
-    capped, uncut = uneven
-    assert max(lengths(uncut)) > SHARE * sum(lengths(uncut))  # it would without a cap
-    kept = lengths(capped)
-    assert sum(kept) == capped.index.num_tokens(split)
-    assert max(kept) <= SHARE * sum(kept)
-    assert max(kept) == capped.index.document_caps[split]
-
-
-def test_cut_documents_keep_their_beginning_and_training_documents_all(uneven):
-    capped, uncut = uneven
-    assert read_split(capped, "train") == read_split(uncut, "train")
-    for split in ("validation", "test"):
-        pairs = list(zip(read_split(capped, split), read_split(uncut, split), strict=True))
-        assert all(before.startswith(after) for after, before in pairs)
-        assert 0 < sum(after != before for after, before in pairs) < len(pairs)
-        num_bytes = sum(len(after.encode()) for after, _ in pairs)
-        assert capped.index.splits[split][0].bytes_of_text == num_bytes
-
-
-@given(st.lists(st.integers(2, 100_000), min_size=1, max_size=100), st.floats(0.005, 0.5))
-@settings(max_examples=40, deadline=None)
-def test_the_cap_is_the_largest_that_keeps_the_share(lengths, share):
-    allowed = max(share, 2 / len(lengths))
-    cap = document_cap(np.array(lengths), share)
-
-    def kept(limit):
-        return sum(min(length, limit) for length in lengths)
-
-    assert cap == max(lengths) or cap + 1 > allowed * kept(cap + 1) * (1 - 1e-9)
-    assert cap <= 2 or cap <= allowed * kept(cap) * (1 + 1e-9)
+def test_the_test_split_is_a_fraction_of_the_other_documents():
+    others = [document for document in range(50_000) if not is_held_out(document, 0.4)]
+    drawn = sum(is_held_out(document, 0.3, first=1) for document in others)
+    # Five standard deviations of a binomial distribution.
+    assert abs(drawn / len(others) - 0.3) < 5 * (0.3 * 0.7 / 30_000) ** 0.5
 
 
 @pytest.fixture
@@ -311,7 +283,7 @@ def hub(tmp_path, monkeypatch):
         return SimpleNamespace(sha=list(commits)[-1])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "hub_error", lambda: None)
+    monkeypatch.setattr(corpus_module, "hub_error", lambda: None)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("datasets.get_dataset_split_names", get_names)
@@ -346,20 +318,6 @@ def test_a_resumed_preparation_reads_the_commit_it_began_with(hub, tmp_path, mon
     newest = open_corpus(DataConfig(**keys, cache_dir=tmp_path / "others"))
     assert (newest.index.revision, read_split(newest, "train")) == ("2222bbbb", new)
     assert newest.folder.name == corpus.folder.name
-
-
-def test_a_local_copy_has_no_commit(tmp_path):
-    assert DATASETS["hub"].open(SourceKeys(tmp_path, "text", "en")).repository is None
-
-
-def test_a_hub_that_does_not_name_the_commit_is_an_error(hub, tmp_path, monkeypatch):
-    def fail(client, name):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
-    config = DataConfig(dataset="hub", path="owner/name", cache_dir=tmp_path / "corpora")
-    with pytest.raises(CorpusError, match=r"path = 'owner/name'.*no route"):
-        open_corpus(config)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
 def test_reading_more_tokens_than_the_cache_holds_is_an_error(model):
     cache = model.new_cache(1, 3, CPU)
     tokens = torch.tensor([[1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="holds 3 tokens per sequence, and 4"):
+    with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3"):
         model(tokens, torch.zeros_like(tokens, dtype=torch.int32), cache=cache)
 
 
